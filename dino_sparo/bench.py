@@ -1,0 +1,95 @@
+"""`dino-sparo bench`: the SPARO read-out against its direct form and the ViT block that it replaces.
+
+Axis letters: B images, N tokens, D width, L slots, H key width.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from dino_sparo.device import choose_device
+from dino_sparo.models import Sparo
+from dino_sparo.models.encoder import ARCHITECTURES
+from dino_sparo.options import BenchOptions
+
+
+def direct_sparo(sparo: Sparo, tokens_BND: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    """SPARO eq. 1 as it is written, with its (B, N, L, H) keys: (B, L, V). The check of the folded form."""
+    keys = sparo.key_proj(tokens_BND).unflatten(-1, (sparo.num_groups, sparo.key_dim))
+    keys_BNLH = keys.repeat_interleave(sparo.group_size, dim=2)
+    logits_BNL = (keys_BNLH * sparo.query).sum(-1) / math.sqrt(sparo.key_dim)
+    if token_mask is not None:
+        logits_BNL = logits_BNL.masked_fill(~token_mask[:, :, None], -math.inf)
+    pooled_BLH = torch.einsum("bnl,bnlh->blh", logits_BNL.softmax(dim=1), keys_BNLH)
+    return sparo.value_proj(pooled_BLH)
+
+
+def bench(options: BenchOptions) -> None:
+    """Print medians of interleaved forward-and-backward passes of ViT-S width, and bytes saved for backward."""
+    device = choose_device(options.device)
+    vit = ARCHITECTURES["vit_small"]
+    sparo = Sparo(vit["width"]).to(device)
+    block = Block(vit["width"], vit["num_heads"], qkv_bias=True).to(device)
+    forms: dict[str, Callable[[Tensor], Tensor]] = {
+        "SPARO, folded": sparo,
+        "SPARO, direct": partial(direct_sparo, sparo),
+        "ViT-S block": block,
+    }
+    modules: list[nn.Module] = [sparo, block]
+    tokens = torch.randn(options.batch_size, options.num_tokens, vit["width"], device=device, requires_grad=True)
+
+    def seconds(form: Callable[[Tensor], Tensor]) -> float:
+        for module in modules:
+            module.zero_grad(set_to_none=True)
+        tokens.grad = None
+        _wait(device)
+        started = time.perf_counter()
+        form(tokens).sum().backward()
+        _wait(device)
+        return time.perf_counter() - started
+
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    for round_number in range(options.rounds + 2):
+        for name, form in forms.items():
+            elapsed = seconds(form)
+            if round_number >= 2:  # the first two warm up
+                times[name].append(elapsed)
+
+    print(
+        f"forward and backward, batch {options.batch_size}, {options.num_tokens} tokens, float32, {device}, "
+        f"{torch.get_num_threads()} threads, {options.rounds} interleaved rounds"
+    )
+    ours = times["SPARO, folded"]
+    print(f"{'':<16}{'median ms':>12}{'min':>9}{'max':>9}{'x folded':>11}{'saved MB':>11}")
+    for name, form in forms.items():
+        ratio = statistics.median(other / mine for other, mine in zip(times[name], ours, strict=True))
+        median, low, high = (1000 * f(times[name]) for f in (statistics.median, min, max))
+        saved = bytes_saved_for_backward(form, tokens) / 1e6
+        print(f"{name:<16}{median:>12.1f}{low:>9.1f}{high:>9.1f}{ratio:>11.1f}{saved:>11.1f}")
+
+
+def bytes_saved_for_backward(form: Callable[[Tensor], Tensor], tokens: Tensor) -> int:
+    """Bytes of the distinct storages that autograd keeps for the backward pass, parameters left out."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = form(tokens)
+    del output
+    return sum(storages.values())
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,122 @@
+"""What types cannot say about options: ranges, and fields that must fit together. Needs no torch."""
+
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from dino_sparo.errors import UserError
+from dino_sparo.options import ArchOptions, PretrainOptions
+
+SPARO_FIELDS = ("num_slots", "slot_dim", "key_dim", "group_size")
+ZERO_ALLOWED = (
+    "seed", "num_local_crops", "warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer_epochs",
+    "clip_norm", "knn_every_epochs", "num_workers", "checkpoint_every_epochs", "checkpoint_every_minutes",
+    "keep_every_epochs", "final_lr", "weight_decay", "final_weight_decay", "drop_path_rate",
+)  # fmt: skip
+HALF_OPEN = ("drop_path_rate", "center_momentum")
+
+
+def check_options(options: Any) -> None:
+    """Check every number's range, and for pretraining how the fields fit together.
+
+    Raises:
+        UserError: naming the key, its value, what was expected and the remedy.
+    """
+    _check_ranges("", options)
+    if isinstance(options, PretrainOptions):
+        _check_views(options)
+        _check_model(options)
+        _check_epochs(options)
+
+
+def _check_ranges(prefix: str, section: Any) -> None:
+    for field in fields(section):
+        key, value = f"{prefix}{field.name}", getattr(section, field.name)
+        if is_dataclass(value):
+            _check_ranges(f"{key}.", value)
+            continue
+        values = value if isinstance(value, list | tuple) else [value]
+        for number in values:
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            allowed, expected = _range_of(field.name)
+            if not allowed(number):
+                raise UserError(f"{key} is {_shown(value)}; expected {expected}")
+
+
+def _range_of(name: str) -> tuple[Callable[[float], bool], str]:
+    if name.endswith("probability") or name in ("teacher_momentum", "scale"):
+        return (lambda x: 0 <= x <= 1), "0 to 1"
+    if name in HALF_OPEN:
+        return (lambda x: 0 <= x < 1), "at least 0 and below 1"
+    if name in ZERO_ALLOWED or name in ("jitter_strength", "blur_radius"):
+        return (lambda x: 0 <= x < float("inf")), "a finite number of at least 0"
+    return (lambda x: 0 < x < float("inf")), "a finite number above 0"
+
+
+def _check_views(options: PretrainOptions) -> None:
+    views, patch = options.views, options.model.patch_size
+    for name in ("global_size", "local_size"):
+        size = getattr(views, name)
+        if size % patch:
+            raise UserError(
+                f"views.{name} is {size}, not divisible by model.patch_size {patch}; "
+                f"use a multiple, such as {max(1, round(size / patch)) * patch}"
+            )
+    for name in ("global_scale", "local_scale", "blur_radius"):
+        low, high = getattr(views, name)
+        if low > high or (name != "blur_radius" and high > 1):
+            raise UserError(f"views.{name} is {_shown((low, high))}; expected the lowest, then the highest, "
+                            f"{'in pixels' if name == 'blur_radius' else 'both above 0 and at most 1'}")
+    if views.jitter_strength[3] > 0.5:
+        raise UserError(
+            f"views.jitter_strength is {_shown(views.jitter_strength)}; expected its last number (hue) to be "
+            f"at most 0.5, half the colour circle"
+        )
+
+
+def _check_model(options: PretrainOptions) -> None:
+    model, readout = options.model, options.model.readout
+    if isinstance(model.arch, ArchOptions):
+        if model.arch.width % model.arch.num_heads:
+            raise UserError(
+                f"model.arch.width is {model.arch.width}, not divisible by model.arch.num_heads "
+                f"{model.arch.num_heads}; use a multiple of the heads"
+            )
+        if readout.name == "sparo" and model.arch.depth < 2:
+            raise UserError(
+                f"model.arch.depth is {model.arch.depth}; expected at least 2 with sparo, which replaces the last block"
+            )
+    values = {name: getattr(readout, name) for name in SPARO_FIELDS}
+    if readout.name != "sparo":
+        given = [name for name, value in values.items() if value is not None]
+        if given:
+            raise UserError(
+                f"model.readout.{given[0]} is {values[given[0]]}, but model.readout.name is {readout.name!r}, which "
+                f"has no slots; set it to null or leave it out"
+            )
+        return
+    missing = [name for name, value in values.items() if value is None]
+    if missing:
+        raise UserError(f"model.readout.{missing[0]} is missing; sparo needs {', '.join(SPARO_FIELDS)}")
+    if values["num_slots"] % values["group_size"]:
+        raise UserError(
+            f"model.readout.group_size is {values['group_size']}, which does not divide "
+            f"model.readout.num_slots {values['num_slots']}; use a divisor"
+        )
+
+
+def _check_epochs(options: PretrainOptions) -> None:
+    epochs = options.optim.epochs
+    for key, value in (
+        ("optim.warmup_epochs", options.optim.warmup_epochs),
+        ("loss.warmup_teacher_temp_epochs", options.loss.warmup_teacher_temp_epochs),
+    ):
+        if value > epochs:
+            raise UserError(
+                f"{key} is {value}, longer than the run: optim.epochs is {epochs}; use at most {epochs}"
+            )
+
+
+def _shown(value: Any) -> str:
+    return str(list(value)) if isinstance(value, tuple) else str(value)

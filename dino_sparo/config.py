@@ -1,0 +1,203 @@
+"""Recipe and command line -> checked options. Imported before torch, so that mistakes answer at once."""
+
+import difflib
+import re
+import typing
+from collections.abc import Hashable
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from dino_sparo.checks import check_options
+from dino_sparo.errors import UserError, UserFileNotFoundError
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+def parse_options(options_class: type, arguments: list[str], *, usage: str) -> Any:
+    """Options of a command from its arguments: `--config RECIPE`, then `--section.key VALUE` over it.
+
+    Raises:
+        UserError: one sentence naming the key, the value, what was expected and the remedy.
+        SystemExit: after `--help` or `--print_config`.
+    """
+    keys = leaf_keys(options_class)
+    arguments = _resolve_config(_check_arguments(arguments, keys), keys)
+    parser = ArgumentParser(prog="dino-sparo", usage=usage, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="Recipe: a YAML file or the name of a shipped one.")
+    parser.add_class_arguments(options_class, None)
+    try:
+        options = parser.instantiate(parser.parse_args(arguments))
+    except ArgumentError as error:
+        raise UserError(_one_sentence(str(error), keys)) from error
+    del options.config
+    options = options_class(**vars(options))
+    check_options(options)
+    return options
+
+
+def recipes() -> dict[str, Path]:
+    """Shipped recipes by name, from the installed package or the checkout."""
+    here = Path(__file__).parent
+    folder = here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe by its path, or by its name among the shipped ones.
+
+    Raises:
+        UserFileNotFoundError: there is neither.
+    """
+    path, shipped = Path(name), recipes()
+    if path.is_file():
+        return path
+    stem = path.stem if path.suffix in (".yaml", ".yml") else path.name
+    if stem in shipped:
+        return shipped[stem]
+    raise UserFileNotFoundError(
+        f"config {name!r} does not exist; give a YAML file or one of the shipped recipes: {', '.join(shipped)}"
+    )
+
+
+def leaf_keys(options_class: type) -> dict[str, Any]:
+    """Dotted key -> type of every option."""
+    keys: dict[str, Any] = {}
+    for field in fields(options_class):
+        kinds = [field.type, *typing.get_args(field.type)]
+        nested = [kind for kind in kinds if is_dataclass(kind)]
+        if field.type not in nested:
+            keys[field.name] = field.type
+        for kind in nested:
+            keys |= {f"{field.name}.{key}": inner for key, inner in leaf_keys(typing.cast(type, kind)).items()}
+    return keys
+
+
+def _check_arguments(arguments: list[str], keys: dict[str, Any]) -> list[str]:
+    """Arguments as `--key=value` in their order; unknown, repeated and valueless ones are refused."""
+    checked, seen, rest = [], set(), list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument in ("-h", "--help") or argument.split("=")[0] == "--print_config":
+            checked.append(argument)
+            continue
+        if not argument.startswith("--"):
+            raise UserError(f"unexpected argument {argument!r}; options are given as --section.key VALUE")
+        key, equals, value = argument[2:].partition("=")
+        if key not in keys and key != "config":
+            raise UserError(_unknown(f"option --{key}", key, keys))
+        if key in seen:
+            raise UserError(f"option --{key} is given twice; give it once")
+        seen.add(key)
+        if not equals:
+            if not rest:
+                raise UserError(f"option --{key} has no value; give it as --{key} VALUE")
+            value = rest.pop(0)
+        checked.append(f"--{key}={value}")
+    return checked
+
+
+def _resolve_config(arguments: list[str], keys: dict[str, Any]) -> list[str]:
+    """Replace the recipe's name by its path after checking its keys; the recipe comes first."""
+    recipe, others = [], []
+    for argument in arguments:
+        if argument.startswith("--config="):
+            path = find_recipe(argument.removeprefix("--config="))
+            _check_recipe(path, keys)
+            recipe.append(f"--config={path}")
+        else:
+            others.append(argument)
+    return recipe + others
+
+
+def _check_recipe(path: Path, keys: dict[str, Any]) -> None:
+    try:
+        content = _load_unique(path)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is no valid YAML: {reason}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected sections with keys, as in the shipped recipes")
+
+    def walk(prefix: str, value: Any) -> None:
+        for name, inner in value.items():
+            key = f"{prefix}{name}"
+            inside = [known for known in keys if known.startswith(f"{key}.")]
+            if key not in keys and not inside:
+                raise UserError(_unknown(f"{path}: key {key!r}", key, keys))
+            if isinstance(inner, dict):
+                if not inside:
+                    raise UserError(f"{path}: key {key!r} is a section here; expected {_expected(keys[key])}")
+                walk(f"{key}.", inner)
+            elif key not in keys:
+                raise UserError(f"{path}: key {key!r} is {inner!r}; expected a section with {_names(inside)}")
+
+    walk("", content)
+
+
+def _unknown(what: str, key: str, keys: dict[str, Any]) -> str:
+    """`what` is unknown, and the nearest valid key to it: by its whole name or by its last part."""
+    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    if not near:
+        last = {known.rpartition(".")[2]: known for known in keys}
+        near = [last[match] for match in difflib.get_close_matches(key.rpartition(".")[2], last, n=1)]
+    hint = f"did you mean {near[0]!r}?" if near else "see --help for all keys"
+    return f"{what} is unknown; {hint}"
+
+
+def _one_sentence(message: str, keys: dict[str, Any]) -> str:
+    """The parser's message as one sentence with key, value and what was expected."""
+    missing = re.search(r"the following arguments are required: (.*)", message)
+    if missing:
+        return (
+            f"missing: {missing[1]}; an experiment has no defaults, so start from a recipe "
+            f"(--config NAME, one of {', '.join(recipes())}) and give what it leaves open as --section.key VALUE"
+        )
+    wrong = re.search(r'[Kk]ey "([^"]+)"', message)
+    value = re.search(r"(?:Got|Given) value: (.*)", message)
+    if wrong and value and wrong[1] in keys:
+        return f"{wrong[1]} is {value[1].strip()}; expected {_expected(keys[wrong[1]])}"
+    return " ".join(message.split())
+
+
+def _expected(kind: Any) -> str:
+    """A type in words."""
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    if kind in words:
+        return words[kind]
+    if is_dataclass(kind):
+        return f"a section with {_names([field.name for field in fields(kind)])}"
+    inner = typing.get_args(kind)
+    if typing.get_origin(kind) is typing.Literal:
+        return f"one of {', '.join(map(str, inner))}"
+    if typing.get_origin(kind) is tuple:
+        return f"a list of {len(inner)}: {', '.join(map(_expected, inner))}"
+    if typing.get_origin(kind) is list:
+        return f"a list, each {_expected(inner[0])}"
+    return " or ".join(map(_expected, inner))
+
+
+def _names(keys: list[str]) -> str:
+    return ", ".join(key.rpartition(".")[2] for key in keys)
+
+
+def _load_unique(path: Path) -> Any:
+    with open(path) as file:  # an open file, so that messages name it
+        return yaml.load(file, Loader=_UniqueKeyLoader)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML's safe loader, but a key given twice is an error instead of a silent choice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                mark = key_node.start_mark
+                raise UserError(f"{mark.name}, line {mark.line + 1}: key {key!r} is given twice; give it once")
+            seen.add(key)
+        return super().construct_mapping(node, deep)

@@ -1,0 +1,233 @@
+"""Where images come from: folders (labelled by class folder or flat) and generated pictures."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from dino_sparo.data.shapes import FACTORS, draw_factors, draw_picture
+from dino_sparo.errors import UserError, UserFileNotFoundError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+SHAPES = "shapes"
+SHAPES_SIZES = {"train": 4000, "val": 1000}
+HELD_OUT_EVERY = 5  # without a val folder every fifth image is held out
+
+
+class ImageSource(Protocol):
+    """A numbered list of images, with labels where they are known."""
+
+    labels: NDArray[np.int64] | None
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What to call an image in a message."""
+        ...
+
+    def load(self, index: int) -> Image.Image:
+        """The image in RGB. Raises OSError or ValueError if it cannot be read."""
+        ...
+
+    def subset(self, indices: NDArray[np.int64]) -> "ImageSource":
+        """The same source with these images only."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A hash of which images there are and in which order, whatever folder they lie in."""
+        ...
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """Images below a folder, in torchvision's order; labelled by the top folder of each image."""
+
+    root: Path
+    files: tuple[str, ...]
+    labels: NDArray[np.int64] | None
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, index: int) -> str:
+        return str(self.root / self.files[index])
+
+    def load(self, index: int) -> Image.Image:
+        with Image.open(self.root / self.files[index]) as image:
+            return to_rgb(image)
+
+    def subset(self, indices: NDArray[np.int64]) -> "FolderSource":
+        labels = None if self.labels is None else self.labels[indices]
+        return FolderSource(self.root, tuple(self.files[i] for i in indices), labels, self.classes)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256("\0".join(self.files).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+@dataclass(frozen=True)
+class ShapesSource:
+    """Pictures drawn on demand; the label is one factor of the main object."""
+
+    seed: int
+    indices: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    classes: tuple[str, ...] = FACTORS["shape"]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        return f"generated picture {self.indices[index]}"
+
+    def load(self, index: int) -> Image.Image:
+        return draw_picture(self.seed, int(self.indices[index]))
+
+    def subset(self, indices: NDArray[np.int64]) -> "ShapesSource":
+        return ShapesSource(self.seed, self.indices[indices], self.labels[indices], self.classes)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"shapes {self.seed}".encode() + self.indices.tobytes()).hexdigest()
+
+
+def open_images(path: str, max_images: int | None = None) -> ImageSource:
+    """The images to pretrain on: of `path/train` if there is one, else of `path`; labels do not matter.
+
+    Raises:
+        UserFileNotFoundError: no such folder, or no image in it.
+    """
+    source = shapes_source("train") if path == SHAPES else _open_folder(_train_folder(path))
+    if max_images is not None and max_images < len(source):
+        source = source.subset(np.linspace(0, len(source) - 1, max_images).round().astype(np.int64))
+    return source
+
+
+def open_labelled(path: str) -> tuple[ImageSource, ImageSource]:
+    """Labelled images for evaluation: gallery and test images, with the same classes.
+
+    `path/train` and `path/val`; without a val folder every fifth image is held out for testing.
+
+    Raises:
+        UserFileNotFoundError: no such folder, or no image in it.
+        UserError: images are not in class folders, or val has a class that train lacks.
+    """
+    if path == SHAPES:
+        return shapes_source("train"), shapes_source("val")
+    train = _open_folder(_train_folder(path))
+    if train.labels is None:
+        raise UserError(
+            f"{train.root}: the images are not in class folders; expected {train.root}/<class>/<image>. "
+            f"Sort them into one folder a class to evaluate on them"
+        )
+    val_folder = Path(path) / "val"
+    if not val_folder.is_dir():
+        held_out = np.arange(len(train)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+        return train.subset(np.flatnonzero(~held_out)), train.subset(np.flatnonzero(held_out))
+    val = _open_folder(val_folder)
+    if val.labels is None:
+        raise UserError(f"{val.root}: the images are not in class folders; expected {val.root}/<class>/<image>")
+    unknown = sorted(set(val.classes) - set(train.classes))
+    if unknown:
+        raise UserError(
+            f"{val.root}: class folder {unknown[0]!r} does not exist in {train.root}; "
+            f"both need the same class folders ({len(unknown)} unknown)"
+        )
+    to_train = np.array([train.classes.index(name) for name in val.classes], dtype=np.int64)
+    return train, FolderSource(val.root, val.files, to_train[val.labels], train.classes)
+
+
+def is_labelled(path: str) -> bool:
+    """Whether `open_labelled` would find at least two classes, without an error."""
+    if path == SHAPES:
+        return True
+    try:
+        train, _ = open_labelled(path)
+    except UserError:
+        return False
+    return len(train.classes) > 1
+
+
+def per_class(source: ImageSource, images_per_class: int) -> ImageSource:
+    """At most so many images of every class, evenly spread over the class."""
+    assert source.labels is not None
+    chosen = []
+    for label in range(len(source.classes)):
+        members = np.flatnonzero(source.labels == label)
+        spread = np.linspace(0, len(members) - 1, min(images_per_class, len(members)))
+        chosen.append(members[spread.round().astype(np.int64)])
+    return source.subset(np.sort(np.concatenate(chosen)))
+
+
+def shapes_source(split: str) -> ShapesSource:
+    """The generated pictures of a split, labelled by the main object's shape."""
+    first = 0 if split == "train" else SHAPES_SIZES["train"]
+    indices = np.arange(first, first + SHAPES_SIZES[split])
+    labels = np.array([draw_factors(0, int(i)).shape for i in indices], dtype=np.int64)
+    return ShapesSource(0, indices, labels)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any image as 8-bit RGB; alpha is dropped as torchvision's loader does, 16 bits become 8."""
+    if image.mode.startswith("I") or image.mode == "F":  # PIL would clip these to white
+        values = np.asarray(image, dtype=np.float64)
+        if image.mode == "F":
+            scale = 255.0 if values.max(initial=0) <= 1 else 1.0
+        else:
+            scale = 255.0 / 65535.0 if image.mode != "I" or values.max(initial=0) > 255 else 1.0
+        image = Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _train_folder(path: str) -> Path:
+    root = Path(path)
+    if not root.exists():
+        raise UserFileNotFoundError(f"data.path {path!r} does not exist; give an existing folder of images")
+    if not root.is_dir():
+        raise UserFileNotFoundError(f"data.path {path!r} is a file; give the folder that holds the images")
+    return root / "train" if (root / "train").is_dir() else root
+
+
+def _open_folder(root: Path) -> FolderSource:
+    files = tuple(sorted(_walk(root, "", ()), key=lambda file: _torchvision_order(file)))
+    if not files:
+        raise UserFileNotFoundError(
+            f"{root}: no images found; expected files ending in {' '.join(EXTENSIONS)}, "
+            f"directly or in folders below"
+        )
+    if any("/" not in file for file in files):
+        return FolderSource(root, files, None, ())
+    classes = tuple(sorted({file.split("/", 1)[0] for file in files}))
+    number = {name: label for label, name in enumerate(classes)}
+    labels = np.array([number[file.split("/", 1)[0]] for file in files], dtype=np.int64)
+    return FolderSource(root, files, labels, classes)
+
+
+def _torchvision_order(file: str) -> tuple[str, str, str]:
+    """Class, then folder, then file name, as `torchvision.datasets.ImageFolder` sorts them."""
+    folder, _, name = file.rpartition("/")
+    return folder.split("/", 1)[0], folder, name
+
+
+def _walk(root: Path, below: str, ancestors: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    """Image files below `root/below`, relative to root; hidden ones ignored, looping links not followed."""
+    here = os.stat(root / below)
+    identity = (here.st_dev, here.st_ino)
+    if identity in ancestors:
+        return
+    with os.scandir(root / below) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _walk(root, f"{below}{entry.name}/", (*ancestors, identity))
+            elif entry.name.lower().endswith(EXTENSIONS):
+                yield below + entry.name

@@ -1,0 +1,1 @@
+"""Measuring: k-NN on frozen encoders."""

@@ -1,0 +1,152 @@
+"""Weighted k-nearest-neighbour classification. Source: official `eval_knn.py`.
+
+Axis letters: T train images, B test images, S classes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dino_sparo.data.sources import ImageSource
+from dino_sparo.evaluation.features import extract_features
+from dino_sparo.models import Encoder
+
+if TYPE_CHECKING:
+    from dino_sparo.options import KnnOptions
+
+HEADLINE_K = 20
+
+
+@dataclass(frozen=True)
+class KnnResult:
+    """Accuracy in per cent, and the number of test images it is over."""
+
+    top1: float
+    top5: float
+    num_images: int
+
+
+@torch.no_grad()
+def knn_classify(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    k: int | Sequence[int],
+    temperature: float = 0.07,
+    num_classes: int | None = None,
+    chunk_size: int = 256,
+) -> dict[int, KnnResult]:
+    """Accuracy of a vote of the k nearest train images, each weighted by exp(cosine / temperature).
+
+    Exact search. Top-5 looks at the first min(5, k) ranked classes, as the official code does; classes
+    with equal votes, also those with none, rank by lower index.
+
+    Args:
+        train_features: (T, D) floating point, any scale: l2-normalised inside.
+        train_labels: (T,) integers from 0.
+        test_features: (number of test images, D).
+        test_labels: likewise.
+        k: one or several numbers of neighbours.
+        num_classes: None takes the largest label + 1.
+        chunk_size: test images at a time; it changes memory, not the result.
+
+    Raises:
+        ValueError: k is below 1 or larger than the train set, or there are no test images.
+    """
+    ks = [k] if isinstance(k, int) else list(k)
+    for number in ks:
+        if not 1 <= number <= len(train_features):
+            raise ValueError(f"k is {number}, expected 1 to the {len(train_features)} train images")
+    if not len(test_features):
+        raise ValueError("there are no test images to classify")
+    if num_classes is None:
+        num_classes = int(max(train_labels.max(), test_labels.max())) + 1
+    train = F.normalize(train_features.float(), dim=1)
+    correct = {number: torch.zeros(2, dtype=torch.int64) for number in ks}
+    for chunk, labels in zip(test_features.split(chunk_size), test_labels.split(chunk_size), strict=True):
+        cosine_BT = F.normalize(chunk.float(), dim=1) @ train.T
+        cosine_Bk, nearest_Bk = cosine_BT.topk(max(ks), dim=1)
+        weight_Bk = (cosine_Bk / temperature).exp()
+        labels_Bk = train_labels.to(nearest_Bk.device)[nearest_Bk]
+        for number in ks:
+            votes_BS = torch.zeros(len(chunk), num_classes, device=chunk.device)
+            votes_BS.scatter_add_(1, labels_Bk[:, :number], weight_Bk[:, :number])
+            ranked_BS = votes_BS.sort(dim=1, descending=True, stable=True).indices
+            hits_BS = ranked_BS == labels.to(chunk.device)[:, None]
+            correct[number][0] += hits_BS[:, :1].sum().cpu()
+            correct[number][1] += hits_BS[:, : min(5, number)].sum().cpu()
+    total = len(test_features)
+    return {
+        number: KnnResult(100 * int(top1) / total, 100 * int(top5) / total, total)
+        for number, (top1, top5) in correct.items()
+    }
+
+
+def evaluate_knn(
+    encoder: Encoder,
+    train: ImageSource,
+    test: ImageSource,
+    *,
+    image_size: int,
+    k: Sequence[int],
+    batch_size: int = 64,
+    num_workers: int = 0,
+) -> dict[int, KnnResult]:
+    """k-NN accuracy of an encoder: features of both sources, then the vote."""
+    assert train.labels is not None and test.labels is not None
+    sides = [
+        extract_features(
+            encoder,
+            source,
+            image_size=image_size,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            description=f"k-NN {name} features",
+        )
+        for name, source in (("train", train), ("val", test))
+    ]
+    return knn_classify(
+        sides[0],
+        torch.from_numpy(train.labels),
+        sides[1],
+        torch.from_numpy(test.labels),
+        k=k,
+        num_classes=len(train.classes),
+    )
+
+
+def run(options: "KnnOptions") -> None:
+    """`dino-sparo knn`: print the accuracy of a trained encoder on a labelled folder."""
+    from dino_sparo.data.loader import default_workers
+    from dino_sparo.data.sources import open_labelled
+    from dino_sparo.device import choose_device
+    from dino_sparo.errors import UserError
+    from dino_sparo.training.checkpoint import load_encoder
+
+    device = choose_device(options.device)
+    train, test = open_labelled(options.data.path)
+    for number in options.k:
+        if not 1 <= number <= len(train):
+            raise UserError(f"k is {number}, expected 1 to the {len(train)} train images of {options.data.path}")
+    encoder = load_encoder(options.run, options.which, untrained=options.untrained).to(device)
+    workers = default_workers() if options.num_workers is None else options.num_workers
+    image_size = encoder.backbone.native_grid * encoder.backbone.patch_size
+    results = evaluate_knn(
+        encoder,
+        train,
+        test,
+        image_size=image_size,
+        k=options.k,
+        batch_size=options.batch_size,
+        num_workers=workers,
+    )
+    weights = "untrained" if options.untrained else options.which
+    print(f"{options.run} ({weights}): {len(train)} train and {len(test)} test images, {len(train.classes)} classes")
+    for number, result in results.items():
+        headline = "   <- headline" if number == HEADLINE_K else ""
+        print(f"{number:>4}-NN   top-1 {result.top1:6.2f} %   top-5 {result.top5:6.2f} %{headline}")

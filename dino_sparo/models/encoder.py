@@ -1,0 +1,127 @@
+"""Backbone and read-out as one encoder, grouping of crops, and features for evaluation.
+
+Axis letters: B images, N tokens, D width, C crops, K prototypes.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dino_sparo.models.backbone import VisionTransformer
+from dino_sparo.models.head import DINOHead
+from dino_sparo.models.readout import Sparo
+
+ARCHITECTURES: dict[str, dict[str, int]] = {
+    "vit_tiny": {"width": 192, "depth": 12, "num_heads": 3},
+    "vit_small": {"width": 384, "depth": 12, "num_heads": 6},
+    "vit_base": {"width": 768, "depth": 12, "num_heads": 12},
+}
+READOUTS = ("sparo", "cls", "gap")
+
+
+class Encoder(nn.Module):
+    """Images in, one encoding an image out.
+
+    Attributes:
+        backbone: VisionTransformer with the official parameter names.
+        readout: the Sparo module; None for `cls` (normalised CLS) and `gap` (mean of normalised patches).
+        embed_dim: length of the encoding.
+    """
+
+    def __init__(self, backbone: VisionTransformer, readout_name: str, readout: Sparo | None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.readout_name = readout_name
+        self.readout = readout
+        width = backbone.cls_token.shape[-1]
+        self.embed_dim: int = readout.num_slots * readout.slot_dim if readout is not None else width
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, height, width) -> encodings (B, embed_dim), not normalised."""
+        return self.read(self.tokens(images))
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """Images (B, 3, height, width) -> normalised tokens (B, N, D), CLS first."""
+        return self.backbone(images)
+
+    def read(self, tokens_BND: Tensor) -> Tensor:
+        """Normalised tokens (B, N, D) -> encodings (B, embed_dim)."""
+        if self.readout is not None:
+            return self.readout(tokens_BND).flatten(1)
+        if self.readout_name == "gap":
+            return tokens_BND[:, 1:].mean(dim=1)
+        return tokens_BND[:, 0]
+
+    def probe_features(self, images: Tensor, num_blocks: int = 4) -> Tensor:
+        """Features (B, F) for a linear probe. Source: official `eval_linear.py`, SPARO appendix C.2.
+
+        `cls`: normalised CLS of the last `num_blocks` blocks, concatenated. `sparo`: that of the last
+        `num_blocks - 1` remaining blocks, then the unnormalised encoding, which stands for the block it
+        replaces. `gap`: the mean normalised patch token of the last `num_blocks` blocks.
+        """
+        available = len(self.backbone.blocks) + (self.readout is not None)
+        if not 1 <= num_blocks <= available:
+            raise ValueError(f"num_blocks is {num_blocks}, expected 1 to {available} for this encoder")
+        outputs = [self.backbone.norm(x) for x in self.backbone.block_outputs(images, last=num_blocks)]
+        if self.readout is not None:
+            from_blocks = outputs[len(outputs) - (num_blocks - 1) :]
+            return torch.cat([*(x[:, 0] for x in from_blocks), self.read(outputs[-1])], dim=-1)
+        return torch.cat([self.read(x) for x in outputs], dim=-1)
+
+
+class DinoModel(nn.Module):
+    """Encoder and head, as student or teacher: groups of crops in, prototype logits out."""
+
+    def __init__(self, encoder: Encoder, head: DINOHead) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = head
+
+    def forward(self, crop_groups: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Groups of equally sized crops, each (C_i, B, 3, side, side) -> logits (C*B, K), encodings.
+
+        Each group goes through the encoder as one batch, the head runs once on all. Rows are crop-major.
+        """
+        encodings = torch.cat([self.encoder(crops.flatten(0, 1)) for crops in crop_groups])
+        return self.head(encodings), encodings
+
+
+def build_encoder(
+    arch: str | Mapping[str, int] = "vit_small",
+    patch_size: int = 16,
+    image_size: int = 224,
+    readout: str = "sparo",
+    drop_path_rate: float = 0.0,
+    **readout_options: int,
+) -> Encoder:
+    """Build a freshly initialised encoder.
+
+    Args:
+        arch: vit_tiny | vit_small | vit_base, or a mapping with width, depth, num_heads. Depth counts the
+            blocks of the plain ViT: with `sparo` the last one is replaced by the read-out.
+        image_size: side in pixels at which the position embedding is native.
+        readout: sparo | cls | gap.
+        readout_options: num_slots, slot_dim, key_dim, group_size for `sparo`; none for the others.
+
+    Raises:
+        ValueError: for an unknown name or sizes that do not divide.
+    """
+    if isinstance(arch, str):
+        if arch not in ARCHITECTURES:
+            raise ValueError(f"arch is {arch!r}, expected one of {', '.join(ARCHITECTURES)} or a mapping")
+        arch = ARCHITECTURES[arch]
+    if readout not in READOUTS:
+        raise ValueError(f"readout is {readout!r}, expected one of {', '.join(READOUTS)}")
+    if readout != "sparo" and readout_options:
+        raise ValueError(f"readout {readout!r} takes no options, got {', '.join(readout_options)}")
+    backbone = VisionTransformer(
+        image_size=image_size,
+        patch_size=patch_size,
+        width=arch["width"],
+        depth=arch["depth"] - (readout == "sparo"),
+        num_heads=arch["num_heads"],
+        drop_path_rate=drop_path_rate,
+    )
+    sparo = Sparo(arch["width"], **readout_options) if readout == "sparo" else None
+    return Encoder(backbone, readout, sparo)

@@ -1,0 +1,258 @@
+"""Every knob, documented. Sections of the experiment have no defaults: the recipe is the whole experiment.
+
+Imported before torch, so that `--help` and a mistake in a recipe answer at once.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class DataOptions:
+    """The images to learn from."""
+
+    path: str
+    """Folder of images (train/<class>/..., <class>/... or flat), or `shapes` for generated pictures."""
+    max_images: int | None
+    """Learn from this many images only, evenly spread over the folder; null takes all."""
+
+
+@dataclass
+class ViewOptions:
+    """The random views of an image: two global crops and some local ones. Lists of three are for the
+    first global, the second global and the local crops."""
+
+    global_size: int
+    """Side of a global crop in pixels; the position embedding is native at it."""
+    global_scale: tuple[float, float]
+    """Share of the image area in a global crop, lowest and highest."""
+    local_size: int
+    """Side of a local crop in pixels."""
+    local_scale: tuple[float, float]
+    """Share of the image area in a local crop, lowest and highest."""
+    num_local_crops: int
+    """Local crops an image."""
+    flip_probability: float
+    """Probability of a horizontal flip."""
+    jitter_probability: float
+    """Probability of colour jitter."""
+    jitter_strength: tuple[float, float, float, float]
+    """Strength of brightness, contrast, saturation and hue jitter."""
+    grayscale_probability: float
+    """Probability of greyscale."""
+    blur_probability: tuple[float, float, float]
+    """Probability of Gaussian blur for first global, second global and local crops."""
+    blur_radius: tuple[float, float]
+    """Radius of the blur in pixels, lowest and highest."""
+    solarize_probability: tuple[float, float, float]
+    """Probability of solarisation for first global, second global and local crops."""
+
+
+@dataclass
+class ArchOptions:
+    """A ViT of any size."""
+
+    width: int
+    """Token width."""
+    depth: int
+    """Blocks of the plain ViT; SPARO replaces the last of them."""
+    num_heads: int
+    """Attention heads; must divide the width."""
+
+
+@dataclass
+class ReadoutOptions:
+    """What turns tokens into the encoding."""
+
+    name: Literal["sparo", "cls", "gap"]
+    """`sparo`: slots in place of the last block; `cls`: class token; `gap`: mean of the patch tokens."""
+    num_slots: int | None = None
+    """SPARO: number of slots L; a cls or gap recipe leaves the four SPARO fields out."""
+    slot_dim: int | None = None
+    """SPARO: numbers a slot V."""
+    key_dim: int | None = None
+    """SPARO: width of keys and queries."""
+    group_size: int | None = None
+    """SPARO: slots that share one key projection; must divide num_slots."""
+
+
+@dataclass
+class ModelOptions:
+    """Student and teacher."""
+
+    arch: Literal["vit_tiny", "vit_small", "vit_base"] | ArchOptions
+    """Named size, or width, depth and num_heads."""
+    patch_size: int
+    """Side of a patch in pixels; must divide both crop sizes."""
+    drop_path_rate: float
+    """Stochastic depth of the student's last block, rising linearly from 0; the teacher has none."""
+    readout: ReadoutOptions
+    """The read-out."""
+
+
+@dataclass
+class HeadOptions:
+    """The DINO projection head."""
+
+    num_prototypes: int
+    """Outputs of the head, K."""
+    hidden_dim: int
+    """Width of the two hidden layers."""
+    bottleneck_dim: int
+    """Width of the l2-normalised bottleneck."""
+    norm_last_layer: bool
+    """Fix the prototypes' length at 1; steadier, official for ViT-S at 100 epochs."""
+
+
+@dataclass
+class LossOptions:
+    """Temperatures and centre."""
+
+    student_temp: float
+    """Student temperature."""
+    warmup_teacher_temp: float
+    """Teacher temperature at the start."""
+    teacher_temp: float
+    """Teacher temperature after its warm-up."""
+    warmup_teacher_temp_epochs: int
+    """Epochs of linear teacher temperature warm-up."""
+    center_momentum: float
+    """Share of the old centre kept at each step."""
+
+
+@dataclass
+class OptimOptions:
+    """Optimisation."""
+
+    epochs: int
+    """Passes over the images."""
+    global_batch_size: int
+    """Images an optimiser step, over all processes; the last partial batch of an epoch is dropped."""
+    lr_per_256: float
+    """Peak learning rate for a batch of 256; scaled linearly with global_batch_size."""
+    final_lr: float
+    """Learning rate at the end of the cosine."""
+    warmup_epochs: int
+    """Epochs of linear learning rate warm-up from 0."""
+    weight_decay: float
+    """Weight decay at the start."""
+    final_weight_decay: float
+    """Weight decay at the end of its cosine."""
+    clip_norm: float
+    """Largest norm of each parameter tensor's own gradient; 0 switches clipping off."""
+    freeze_last_layer_epochs: int
+    """Epochs in which the prototypes do not learn."""
+    teacher_momentum: float
+    """Momentum of the teacher at the start; rises to 1 on a cosine."""
+
+
+@dataclass
+class MonitorOptions:
+    """k-NN while training; it changes nothing of the run."""
+
+    knn_every_epochs: int = 10
+    """20-NN of the teacher every so many epochs, also before the first and after the last; 0: never."""
+    knn_path: str | None = None
+    """Labelled folder (train/<class>, val/<class>) for it; null takes data.path if it is labelled."""
+    knn_images_per_class: int | None = None
+    """Gallery images a class, evenly spread; null takes all."""
+
+
+@dataclass
+class MachineOptions:
+    """What belongs to the machine, not to the experiment."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto takes CUDA where there is a GPU, else the CPU."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto takes bf16 on CUDA and fp32 on the CPU. Prototype logits, loss and teacher stay float32."""
+    num_workers: int | None = None
+    """Processes that load images; 0 loads in the training process, null takes one a core, at most 16."""
+    prefetch_batches: int = 4
+    """Batches that each worker prepares ahead."""
+
+
+@dataclass
+class LogOptions:
+    """Log and checkpoints."""
+
+    log_every_steps: int = 10
+    """Steps between two entries of the log."""
+    checkpoint_every_epochs: int = 1
+    """Epochs between two checkpoints; one is always written at the end."""
+    checkpoint_every_minutes: float = 30.0
+    """Minutes between two checkpoints within an epoch; 0: none."""
+    keep_every_epochs: int = 20
+    """Keep one checkpoint every so many epochs for good, besides the last two; 0: none."""
+
+
+@dataclass
+class PretrainOptions:
+    """Pretrain an encoder with DINO."""
+
+    run_dir: str
+    """Folder of the run; an existing run goes on where it stopped."""
+    seed: int
+    """Seed of every random number of the run."""
+    data: DataOptions
+    """The images to learn from."""
+    views: ViewOptions
+    """The random views of an image."""
+    model: ModelOptions
+    """Student and teacher."""
+    head: HeadOptions
+    """The DINO projection head."""
+    loss: LossOptions
+    """Temperatures and centre."""
+    optim: OptimOptions
+    """Optimisation."""
+    monitor: MonitorOptions = field(default_factory=MonitorOptions)
+    """k-NN while training."""
+    machine: MachineOptions = field(default_factory=MachineOptions)
+    """What belongs to the machine."""
+    log: LogOptions = field(default_factory=LogOptions)
+    """Log and checkpoints."""
+
+
+@dataclass
+class LabelledDataOptions:
+    """A labelled image folder."""
+
+    path: str
+    """Folder with train/<class>/... and val/<class>/..., or `shapes`; without val/ every fifth image is held out."""
+
+
+@dataclass
+class KnnOptions:
+    """k-NN accuracy of a trained encoder."""
+
+    run: str
+    """Run folder or checkpoint file."""
+    data: LabelledDataOptions
+    """The labelled images."""
+    k: list[int] = field(default_factory=lambda: [10, 20, 100, 200])
+    """Numbers of neighbours; 20 is the headline."""
+    which: Literal["teacher", "student"] = "teacher"
+    """Whose weights to evaluate."""
+    untrained: bool = False
+    """Evaluate the same encoder with fresh random weights instead, as a baseline."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto takes CUDA where there is a GPU, else the CPU."""
+    num_workers: int | None = None
+    """Processes that load images; null takes one a core, at most 16."""
+    batch_size: int = 64
+    """Images a forward pass."""
+
+
+@dataclass
+class BenchOptions:
+    """Time and memory of the SPARO read-out against its direct form and the block it replaces."""
+
+    batch_size: int = 16
+    """Images a pass."""
+    num_tokens: int = 197
+    """Tokens an image."""
+    rounds: int = 15
+    """Interleaved rounds; the medians are reported."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto takes CUDA where there is a GPU, else the CPU."""

@@ -1,0 +1,1 @@
+"""Looking inside: where single slots attend."""

@@ -1,0 +1,1 @@
+"""Learning: loss, schedules, optimiser, teacher, checkpoints and the loop."""

@@ -1,0 +1,160 @@
+"""Checkpoints: one plain dictionary a file, written whole or not at all, checked by its hash."""
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dino_sparo.errors import UserError, UserFileNotFoundError
+from dino_sparo.models import Encoder, build_encoder
+
+log = logging.getLogger("dino_sparo")
+
+FORMAT = 1
+FOLDER = "checkpoints"
+KEEP_LAST = 2
+
+
+def save_checkpoint(state: dict[str, Any], run_dir: Path, *, step: int, keep_every_steps: int = 0) -> Path:
+    """Write `run_dir/checkpoints/step_<step>.pt` and its SHA-256, then remove old ones.
+
+    The file is written to a temporary name, flushed to disk and renamed, so a crash leaves either the
+    whole file or none. The last two are kept, and those at multiples of `keep_every_steps`.
+    """
+    folder = run_dir / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step_{step:09d}.pt"
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        torch.save({"format": FORMAT, **state}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    _write_flushed(_hash_file(path), f"{_sha256(temporary)}  {path.name}\n")
+    os.replace(temporary, path)
+    _flush_folder(folder)
+    for old in _list(run_dir)[:-KEEP_LAST]:
+        if not (keep_every_steps and _step(old) % keep_every_steps == 0):
+            old.unlink()
+            _hash_file(old).unlink(missing_ok=True)
+    return path
+
+
+def load_latest(run_dir: Path) -> dict[str, Any] | None:
+    """The newest checkpoint of a run that is whole; None if there is none at all.
+
+    Damaged ones are named loudly and the one before is taken.
+
+    Raises:
+        UserError: there are checkpoints, but all are damaged.
+    """
+    paths = _list(run_dir)
+    for path in reversed(paths):
+        try:
+            return load_checkpoint(path)
+        except UserError as error:
+            log.warning("WARNING: %s. Trying the checkpoint before it.", error)
+    if paths:
+        raise UserError(
+            f"{run_dir / FOLDER}: all {len(paths)} checkpoints are damaged; restore one from a backup, or "
+            f"choose another run_dir to start anew"
+        )
+    return None
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read one checkpoint to the CPU, tensors and plain values only.
+
+    Raises:
+        UserError: the file does not match its hash, or is no checkpoint of this project.
+    """
+    hash_file = _hash_file(path)
+    if hash_file.exists() and hash_file.read_text().split()[:1] != [_sha256(path)]:
+        raise UserError(f"{path} is damaged: its SHA-256 differs from {hash_file.name}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a file that is not what it should be
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is no readable checkpoint ({reason})") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"{path} is no checkpoint of dino-sparo with format {FORMAT}")
+    return state
+
+
+def load_encoder(path: str | Path, which: str = "teacher", *, untrained: bool = False) -> Encoder:
+    """Load a trained encoder in evaluation mode, on the CPU.
+
+    Args:
+        path: run folder (its newest whole checkpoint) or a checkpoint file.
+        which: teacher or student.
+        untrained: give the same architecture its initial random weights instead, as a baseline.
+
+    Raises:
+        UserFileNotFoundError: there is no checkpoint.
+        UserError: the checkpoint is damaged.
+        ValueError: `which` is neither teacher nor student.
+    """
+    if which not in ("teacher", "student"):
+        raise ValueError(f"which is {which!r}, expected 'teacher' or 'student'")
+    path = Path(path)
+    state = load_checkpoint(path) if path.is_file() else load_latest(path)
+    if state is None:
+        raise UserFileNotFoundError(f"{path}: no checkpoint found; expected a run folder or a .pt file in it")
+    if untrained:
+        torch.manual_seed(state["config"]["seed"])
+    encoder = encoder_of(state["config"])
+    if not untrained:
+        prefix = "encoder."
+        weights = {k.removeprefix(prefix): v for k, v in state[which].items() if k.startswith(prefix)}
+        encoder.load_state_dict(weights)
+    return encoder.eval()
+
+
+def encoder_of(config: dict[str, Any], drop_path_rate: float = 0.0) -> Encoder:
+    """The freshly initialised encoder that a resolved recipe describes."""
+    model = config["model"]
+    readout = {key: value for key, value in model["readout"].items() if value is not None}
+    return build_encoder(
+        arch=model["arch"],
+        patch_size=model["patch_size"],
+        image_size=config["views"]["global_size"],
+        readout=readout.pop("name"),
+        drop_path_rate=drop_path_rate,
+        **readout,
+    )
+
+
+def _list(run_dir: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first."""
+    return sorted((run_dir / FOLDER).glob("step_*.pt"), key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.stem.removeprefix("step_"))
+
+
+def _hash_file(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_flushed(path: Path, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

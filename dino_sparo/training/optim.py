@@ -1,0 +1,51 @@
+"""Parameter groups, AdamW, and clipping. Source: official `utils.get_params_groups`, `clip_gradients`."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: first those with weight decay, then those without.
+
+    Parameters named `*.bias` or with one dimension have no weight decay. All others have, also `query`,
+    `cls_token`, `pos_embed`, the prototypes' directions and their lengths if those are trained.
+    """
+    trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    without_decay = {name for name, p in trainable if name.endswith(".bias") or p.ndim == 1}
+    return [
+        {"params": [p for name, p in trainable if name not in without_decay]},
+        {"params": [p for name, p in trainable if name in without_decay], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(module: nn.Module) -> torch.optim.AdamW:
+    """AdamW, betas 0.9 and 0.999; learning rate and weight decay are set at every step."""
+    return torch.optim.AdamW(parameter_groups(module), lr=0.0, betas=(0.9, 0.999), fused=True)
+
+
+def set_hyperparameters(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: float) -> None:
+    """Set the step's learning rate in all groups and its weight decay in the first."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.param_groups[0]["weight_decay"] = weight_decay
+
+
+@torch.no_grad()
+def clip_gradients_per_parameter(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale each gradient whose own norm exceeds `max_norm`; returns all norms (P,) before clipping.
+
+    This is not the usual global norm: the official code clips every tensor by itself.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return torch.zeros(0)
+    norms = torch._foreach_norm(gradients)
+    factors = torch._foreach_add(norms, 1e-6)
+    torch._foreach_reciprocal_(factors)
+    torch._foreach_mul_(factors, max_norm)
+    torch._foreach_clamp_max_(factors, 1.0)
+    torch._foreach_mul_(gradients, factors)
+    return torch.stack(norms)

@@ -1,0 +1,119 @@
+"""The run folder: which experiment it holds, and what is written beside the checkpoints."""
+
+import json
+import platform
+import subprocess
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dino_sparo.errors import UserError
+from dino_sparo.options import PretrainOptions
+
+CONFIG_FILE = "config.yaml"
+STARTS_FILE = "starts.jsonl"
+NOT_EXPERIMENT = ("run_dir", "monitor", "machine", "log")
+PACKAGES = ("dino-sparo", "torch", "torchvision", "timm", "numpy", "pillow")
+
+
+def config_of(options: PretrainOptions) -> dict[str, Any]:
+    """The resolved recipe as plain values, without `run_dir`: feeding it back reproduces the run."""
+    config = json.loads(json.dumps(asdict(options)))  # tuples become lists, as in YAML
+    del config["run_dir"]
+    return config
+
+
+def check_same_experiment(run_dir: Path, config: dict[str, Any]) -> None:
+    """Refuse a folder that holds something else than this experiment.
+
+    Where the images lie may change; that they are the same ones is checked against the checkpoint.
+
+    Raises:
+        UserError: naming the changed fields, or that the folder is no run folder.
+    """
+    path = run_dir / CONFIG_FILE
+    if not path.exists():
+        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+            raise UserError(
+                f"run_dir {str(run_dir)!r} exists, but is no run folder (it has no {CONFIG_FILE}); "
+                f"choose another folder or an empty one"
+            )
+        return
+    before, now = _experiment(yaml.safe_load(path.read_text())), _experiment(config)
+    changed = [
+        f"{key} was {before.get(key, 'not set')}, is now {now.get(key, 'not set')}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+    if changed:
+        raise UserError(
+            f"run_dir {str(run_dir)!r} holds another experiment ({'; '.join(changed)}); set these fields back "
+            f"to go on with it, or choose another run_dir"
+        )
+
+
+def check_same_images(run_dir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to go on with other images than the run began with.
+
+    Raises:
+        UserError: their number or their names differ.
+    """
+    if before != now:
+        raise UserError(
+            f"data.path: run_dir {str(run_dir)!r} was trained on {before['num_images']} images, and these "
+            f"{now['num_images']} are not the same ones (file names differ); give the same folder, or choose "
+            f"another run_dir"
+        )
+
+
+def start_run_dir(run_dir: Path, config: dict[str, Any]) -> None:
+    """Make the folder, write the resolved recipe, and add this start to the list of starts."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / CONFIG_FILE).write_text(yaml.safe_dump(config, sort_keys=False))
+    start = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in PACKAGES},
+        "git": _git_state(),
+    }
+    with open(run_dir / STARTS_FILE, "a") as file:
+        file.write(json.dumps(start) + "\n")
+
+
+def _experiment(config: dict[str, Any]) -> dict[str, Any]:
+    """Fields that define the experiment, by dotted key."""
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}", inner)
+        else:
+            flat[prefix] = value
+
+    for section, value in config.items():
+        if section not in NOT_EXPERIMENT:
+            walk(section, value)
+    flat.pop("data.path", None)
+    return flat
+
+
+def _git_state() -> str | None:
+    """Commit of the checkout that the package runs from, marked if it has changes; None outside of one."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip()

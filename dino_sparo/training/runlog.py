@@ -1,0 +1,189 @@
+"""What a person sees of a run, and what stays of it: bar or lines, metrics.jsonl, TensorBoard events."""
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+log = logging.getLogger("dino_sparo")
+
+METRICS_FILE = "metrics.jsonl"
+EVENTS_FOLDER = "tensorboard"
+
+
+class RunLog:
+    """The log of a run that has done `first_step` steps; whatever an earlier start logged after is cut.
+
+    Args:
+        run_dir: existing folder of the run.
+        first_step: steps already done.
+        steps_per_epoch, total_steps: for the bar and the times left.
+    """
+
+    def __init__(self, run_dir: Path, *, first_step: int, steps_per_epoch: int, total_steps: int) -> None:
+        self.steps_per_epoch, self.total_steps = steps_per_epoch, total_steps
+        self.first_step = self.last_step = first_step
+        self.started = self.last_time = time.monotonic()
+        self.seconds_waited = 0.0
+        cut_metrics(run_dir / METRICS_FILE, first_step)
+        cut_events(run_dir / EVENTS_FOLDER, first_step)
+        self._metrics = open(run_dir / METRICS_FILE, "a")
+        self._events = SummaryWriter(str(run_dir / EVENTS_FOLDER), flush_secs=30)
+        self._bar: tqdm | None = None
+        self._postfix: dict[str, str] = {}
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._metrics.close()
+        self._events.close()
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Time spent in here is logged as the share of time in which training waited for data."""
+        started = time.monotonic()
+        yield
+        self.seconds_waited += time.monotonic() - started
+
+    @contextmanager
+    def not_training(self) -> Iterator[None]:
+        """Time spent in here does not count for the speed."""
+        started = time.monotonic()
+        yield
+        self.started += time.monotonic() - started
+        self.last_time += time.monotonic() - started
+
+    def step_done(self, step: int) -> None:
+        """Advance the bar; `step` counts the steps done so far."""
+        if not sys.stderr.isatty():
+            return
+        done = self._step_in_epoch(step)
+        if self._bar is None:
+            self._bar = tqdm(
+                total=self.steps_per_epoch,
+                initial=done - 1,
+                desc=self._epoch_of(step),
+                unit="step",
+                leave=False,
+                dynamic_ncols=True,
+            )
+        self._bar.set_postfix(self._postfix, refresh=False)
+        self._bar.update(1)
+        if done == self.steps_per_epoch:
+            self._bar.close()
+            self._bar = None
+
+    def scalars(self, step: int, values: dict[str, float], *, batch_size: int) -> None:
+        """Log one entry of the training curve, with the speed since the entry before."""
+        now = time.monotonic()
+        seconds = max(1e-9, now - self.last_time)
+        speed = {
+            "images_per_second": batch_size * (step - self.last_step) / seconds,
+            "data_wait_share": self.seconds_waited / seconds,
+        }
+        self._write("train", step, values | speed)
+        self.last_time, self.last_step, self.seconds_waited = now, step, 0.0
+
+        seconds_per_step = (now - self.started) / max(1, step - self.first_step)
+        run_left = _duration(seconds_per_step * (self.total_steps - step))
+        self._postfix = {
+            "loss": f"{values['loss']:.3f}",
+            "img/s": f"{speed['images_per_second']:.0f}",
+            "run left": run_left,
+        }
+        if not sys.stderr.isatty():
+            in_epoch = self._step_in_epoch(step)
+            epoch_left = _duration(seconds_per_step * (self.steps_per_epoch - in_epoch))
+            log.info(
+                f"{self._epoch_of(step)} step {in_epoch}/{self.steps_per_epoch}  loss {values['loss']:.4f}  "
+                f"{speed['images_per_second']:.0f} images/s  left: epoch {epoch_left}, run {run_left}"
+            )
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        """Log and show the result of an evaluation."""
+        self._write("evaluation", step, values)
+        shown = "  ".join(f"{name} {value:.2f} %" for name, value in values.items())
+        tqdm.write(f"after epoch {step // self.steps_per_epoch}: {shown}", file=sys.stderr)
+
+    def picture(self, step: int, name: str, image: Tensor) -> None:
+        """Log a picture, float (3, height, width) in 0..1."""
+        self._events.add_image(name, image, step)
+
+    def _step_in_epoch(self, step: int) -> int:
+        return (step - 1) % self.steps_per_epoch + 1
+
+    def _epoch_of(self, step: int) -> str:
+        return f"epoch {(step - 1) // self.steps_per_epoch + 1}/{self.total_steps // self.steps_per_epoch}"
+
+    def _write(self, group: str, step: int, values: dict[str, float]) -> None:
+        entry = {"step": step, "epoch": round(step / self.steps_per_epoch, 4), **values}
+        self._metrics.write(json.dumps(entry) + "\n")
+        self._metrics.flush()
+        for name, value in values.items():
+            self._events.add_scalar(f"{group}/{name}", value, step)
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Drop all entries behind `step`, and a last line that was not written whole."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if entry["step"] <= step and step > 0:
+            kept.append(line + "\n")
+    _replace(path, "".join(kept).encode())
+
+
+def cut_events(folder: Path, step: int) -> None:
+    """Drop all TensorBoard events behind `step`; a file left without any is removed."""
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        kept = []
+        for record in RawEventFileLoader(str(path)).Load():
+            event = Event.FromString(record)
+            if event.step <= step and step > 0:
+                kept.append(record)
+        temporary = path.with_name("cut." + path.name)
+        with open(temporary, "wb") as file:
+            writer = RecordWriter(file)
+            for record in kept:
+                writer.write(record)
+        if kept:
+            os.replace(temporary, path)
+        else:
+            temporary.unlink()
+            path.unlink()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """All entries of a run's metrics.jsonl, oldest first."""
+    return [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(max(0.0, seconds))))

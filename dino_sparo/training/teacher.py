@@ -1,0 +1,12 @@
+"""The teacher: an exponential moving average of the student. Source: official `main_dino.py`."""
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """teacher <- momentum * teacher + (1 - momentum) * student, all parameters, in place."""
+    averaged, current = list(teacher.parameters()), list(student.parameters())
+    torch._foreach_mul_(averaged, momentum)
+    torch._foreach_add_(averaged, current, alpha=1 - momentum)

@@ -1,0 +1,74 @@
+"""The backbone against the official model's numbers and initial values."""
+
+import numpy as np
+import pytest
+import torch
+
+from dino_sparo.models import build_encoder
+from dino_sparo.models.backbone import VisionTransformer
+
+SIZES = ["224x224", "96x96", "160x224"]
+
+
+def golden_backbone(arrays: dict[str, np.ndarray]) -> VisionTransformer:
+    backbone = VisionTransformer(image_size=224, patch_size=16, width=48, depth=4, num_heads=3).eval()
+    prefix = "weight."
+    weights = {k.removeprefix(prefix): torch.from_numpy(v) for k, v in arrays.items() if k.startswith(prefix)}
+    backbone.load_state_dict(weights)  # strict: official names, nothing missing, nothing added
+    return backbone
+
+
+@pytest.mark.parametrize("size", SIZES)
+@torch.no_grad()
+def test_golden_features(golden, size):
+    arrays = golden("backbone")
+    backbone = golden_backbone(arrays)
+    images = torch.from_numpy(arrays[f"input.{size}"]).float()
+    # Float32 sums in another order (fused attention, resize as a matrix): 1e-5 on values of order one.
+    np.testing.assert_allclose(backbone(images)[:, 0], arrays[f"features.{size}"], atol=1e-5, rtol=1e-5)
+    outputs = backbone.block_outputs(images, last=4)
+    assert len(outputs) == 4
+    for index, tokens in enumerate(outputs):
+        expected = arrays[f"block{index}_normed_cls.{size}"]
+        np.testing.assert_allclose(backbone.norm(tokens)[:, 0], expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_initial_values_are_the_official_ones():
+    backbone = VisionTransformer(image_size=224, patch_size=16, width=384, depth=2, num_heads=6)
+    for name, parameter in backbone.named_parameters():
+        if name in ("cls_token", "pos_embed") or (name.startswith("blocks") and parameter.ndim == 2):
+            assert parameter.std() == pytest.approx(0.02, rel=0.15 if name == "cls_token" else 0.02), name
+        elif "norm" in name and name.endswith("weight"):
+            assert (parameter == 1).all(), name
+        elif name.startswith("blocks"):
+            assert (parameter == 0).all(), name
+    bound = 1 / (3 * 16 * 16) ** 0.5  # PyTorch's default for a convolution
+    assert 0.99 * bound < backbone.patch_embed.proj.weight.abs().max() <= bound
+    assert backbone.patch_embed.proj.bias.any()
+
+
+def test_stochastic_depth_rises_over_the_blocks_that_exist():
+    blocks = build_encoder("vit_tiny", readout="sparo", drop_path_rate=0.1).backbone.blocks
+    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in blocks]
+    np.testing.assert_allclose(rates, np.linspace(0, 0.1, 11), atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"patch_size": 15}, "image_size 224 is not divisible by patch_size 15"),
+        ({"num_heads": 5}, "width 48 is not divisible by num_heads 5"),
+        ({"depth": 0}, "at least one transformer block"),
+    ],
+)
+def test_sizes_that_do_not_divide(change, message):
+    sizes = {"image_size": 224, "patch_size": 16, "width": 48, "depth": 4, "num_heads": 3} | change
+    with pytest.raises(ValueError, match=message):
+        VisionTransformer(**sizes)
+
+
+def test_image_that_cannot_be_cut():
+    backbone = VisionTransformer(image_size=32, patch_size=16, width=48, depth=1, num_heads=3)
+    with pytest.raises(ValueError, match="40x32 pixels cannot be cut into patches of 16"):
+        backbone(torch.zeros(1, 3, 40, 32))

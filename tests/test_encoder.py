@@ -1,0 +1,81 @@
+"""Read-outs, grouping of crops and probe features."""
+
+import pytest
+import torch
+
+from dino_sparo.models import DINOHead, DinoModel, build_encoder
+
+SMALL = {"width": 48, "depth": 4, "num_heads": 3}
+SLOTS = {"num_slots": 4, "slot_dim": 6, "key_dim": 5, "group_size": 2}
+
+
+def small_encoder(readout: str):
+    options = SLOTS if readout == "sparo" else {}
+    return build_encoder(SMALL, patch_size=8, image_size=32, readout=readout, **options).eval()
+
+
+@torch.no_grad()
+def test_sparo_replaces_the_last_block():
+    encoder = small_encoder("sparo")
+    images = torch.randn(2, 3, 32, 32)
+    assert len(encoder.backbone.blocks) == 3 and encoder.embed_dim == 24
+    tokens = encoder.tokens(images)
+    assert tokens.shape == (2, 17, 48)
+    torch.testing.assert_close(encoder(images), encoder.readout(tokens).flatten(1))
+
+
+@torch.no_grad()
+def test_cls_and_gap_keep_all_blocks():
+    images = torch.randn(2, 3, 32, 32)
+    for readout in ("cls", "gap"):
+        encoder = small_encoder(readout)
+        tokens = encoder.tokens(images)
+        expected = tokens[:, 0] if readout == "cls" else tokens[:, 1:].mean(1)
+        assert len(encoder.backbone.blocks) == 4 and encoder.readout is None and encoder.embed_dim == 48
+        torch.testing.assert_close(encoder(images), expected)
+
+
+@pytest.mark.parametrize(("arch", "width", "heads"), [("vit_tiny", 192, 3), ("vit_small", 384, 6), ("vit_base", 768, 12)])
+def test_named_architectures(arch, width, heads):
+    encoder = build_encoder(arch, patch_size=8, image_size=64, readout="cls")
+    assert encoder.embed_dim == width and len(encoder.backbone.blocks) == 12
+    assert encoder.backbone.blocks[0].attn.num_heads == heads
+    assert encoder.backbone.patch_embed.proj.kernel_size == (8, 8)
+
+
+@torch.no_grad()
+def test_probe_features():
+    images = torch.randn(2, 3, 32, 32)
+    baseline = small_encoder("cls")
+    blocks = [baseline.backbone.norm(x)[:, 0] for x in baseline.backbone.block_outputs(images, last=4)]
+    torch.testing.assert_close(baseline.probe_features(images), torch.cat(blocks, dim=1))
+
+    sparo = small_encoder("sparo")
+    blocks = [sparo.backbone.norm(x)[:, 0] for x in sparo.backbone.block_outputs(images, last=3)]
+    torch.testing.assert_close(sparo.probe_features(images), torch.cat([*blocks, sparo(images)], dim=1))
+    torch.testing.assert_close(sparo.probe_features(images, num_blocks=1), sparo(images))
+    with pytest.raises(ValueError, match="num_blocks is 5, expected 1 to 4"):
+        sparo.probe_features(images, num_blocks=5)
+
+
+@torch.no_grad()
+def test_grouped_crops_equal_single_crops():
+    model = DinoModel(small_encoder("sparo"), DINOHead(24, num_prototypes=32, hidden_dim=16, bottleneck_dim=8))
+    groups = [torch.randn(2, 3, 3, 32, 32), torch.randn(4, 3, 3, 16, 16)]
+    logits, encodings = model(groups)
+    assert logits.shape == (18, 32) and encodings.shape == (18, 24)
+    one_by_one = [model([crop[None]])[0] for group in groups for crop in group]
+    torch.testing.assert_close(logits, torch.cat(one_by_one), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"arch": "vit_smal"}, "arch is 'vit_smal', expected one of vit_tiny, vit_small, vit_base"),
+        ({"readout": "slots"}, "readout is 'slots', expected one of sparo, cls, gap"),
+        ({"readout": "cls", "num_slots": 4}, "readout 'cls' takes no options, got num_slots"),
+    ],
+)
+def test_unknown_names(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build_encoder(**arguments)
