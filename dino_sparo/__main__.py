@@ -97,8 +97,8 @@ def complete(name: str, arguments: list[str]) -> list[str]:
     if name == "knn" and arguments and not arguments[0].startswith("-"):
         return ["--run", *arguments]
     if name == "pretrain" and "--config" not in given and "--run_dir" in given:
-        config = Path(_value(arguments, "--run_dir")) / "config.yaml"
-        return ["--config", str(config), *arguments] if config.is_file() else arguments
+        stored = Path(_value(arguments, "--run_dir")) / "config.yaml"
+        return ["--config", str(stored), *arguments] if stored.is_file() else arguments
     if name == "demo":
         config = [] if "--config" in given else ["--config", "demo"]
         data = Path(_value(arguments, "--data.path")).resolve().name if "--data.path" in given else ""

@@ -31,7 +31,7 @@ def direct_sparo(sparo: Sparo, tokens_BND: Tensor, token_mask: Tensor | None = N
 
 
 def bench(options: BenchOptions) -> None:
-    """Print medians of interleaved forward-and-backward passes of ViT-S width, and bytes saved for backward."""
+    """Print medians of interleaved forward-and-backward passes, and bytes saved for backward."""
     device = choose_device(options.device)
     vit = ARCHITECTURES["vit_small"]
     sparo = Sparo(vit["width"]).to(device)
@@ -42,7 +42,9 @@ def bench(options: BenchOptions) -> None:
         "ViT-S block": block,
     }
     modules: list[nn.Module] = [sparo, block]
-    tokens = torch.randn(options.batch_size, options.num_tokens, vit["width"], device=device, requires_grad=True)
+    tokens = torch.randn(
+        options.batch_size, options.num_tokens, vit["width"], device=device, requires_grad=True
+    )
 
     def seconds(form: Callable[[Tensor], Tensor]) -> float:
         for module in modules:

@@ -9,7 +9,7 @@ from dino_sparo.options import ArchOptions, PretrainOptions
 
 SPARO_FIELDS = ("num_slots", "slot_dim", "key_dim", "group_size")
 ZERO_ALLOWED = (
-    "seed", "num_local_crops", "warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer_epochs",
+    "num_local_crops", "warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer_epochs",
     "clip_norm", "knn_every_epochs", "num_workers", "checkpoint_every_epochs", "checkpoint_every_minutes",
     "keep_every_epochs", "final_lr", "weight_decay", "final_weight_decay", "drop_path_rate",
 )  # fmt: skip
@@ -35,6 +35,8 @@ def _check_ranges(prefix: str, section: Any) -> None:
         if is_dataclass(value):
             _check_ranges(f"{key}.", value)
             continue
+        if value in ("", []):  # an unset shell variable would mean the current folder
+            raise UserError(f"{key} is empty; give at least one value or leave the option out")
         values = value if isinstance(value, list | tuple) else [value]
         for number in values:
             if isinstance(number, bool) or not isinstance(number, int | float):
@@ -47,6 +49,8 @@ def _check_ranges(prefix: str, section: Any) -> None:
 def _range_of(name: str) -> tuple[Callable[[float], bool], str]:
     if name.endswith("probability") or name in ("teacher_momentum", "scale"):
         return (lambda x: 0 <= x <= 1), "0 to 1"
+    if name == "seed":
+        return (lambda x: 0 <= x < 2**63), "0 to 2**63 - 1"
     if name in HALF_OPEN:
         return (lambda x: 0 <= x < 1), "at least 0 and below 1"
     if name in ZERO_ALLOWED or name in ("jitter_strength", "blur_radius"):
@@ -66,8 +70,10 @@ def _check_views(options: PretrainOptions) -> None:
     for name in ("global_scale", "local_scale", "blur_radius"):
         low, high = getattr(views, name)
         if low > high or (name != "blur_radius" and high > 1):
-            raise UserError(f"views.{name} is {_shown((low, high))}; expected the lowest, then the highest, "
-                            f"{'in pixels' if name == 'blur_radius' else 'both above 0 and at most 1'}")
+            raise UserError(
+                f"views.{name} is {_shown((low, high))}; expected the lowest, then the highest, "
+                f"{'in pixels' if name == 'blur_radius' else 'both above 0 and at most 1'}"
+            )
     if views.jitter_strength[3] > 0.5:
         raise UserError(
             f"views.jitter_strength is {_shown(views.jitter_strength)}; expected its last number (hue) to be "
@@ -85,15 +91,16 @@ def _check_model(options: PretrainOptions) -> None:
             )
         if readout.name == "sparo" and model.arch.depth < 2:
             raise UserError(
-                f"model.arch.depth is {model.arch.depth}; expected at least 2 with sparo, which replaces the last block"
+                f"model.arch.depth is {model.arch.depth}; expected at least 2 with sparo, "
+                f"which replaces the last block"
             )
     values = {name: getattr(readout, name) for name in SPARO_FIELDS}
     if readout.name != "sparo":
         given = [name for name, value in values.items() if value is not None]
         if given:
             raise UserError(
-                f"model.readout.{given[0]} is {values[given[0]]}, but model.readout.name is {readout.name!r}, which "
-                f"has no slots; set it to null or leave it out"
+                f"model.readout.{given[0]} is {values[given[0]]}, but model.readout.name is "
+                f"{readout.name!r}, which has no slots; set it to null or leave it out"
             )
         return
     missing = [name for name, value in values.items() if value is None]

@@ -16,6 +16,8 @@ from dino_sparo.errors import UserError, UserFileNotFoundError
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
+NOT_IN_RECIPES = {"run_dir", "run", "data.path"}
+
 
 def parse_options(options_class: type, arguments: list[str], *, usage: str) -> Any:
     """Options of a command from its arguments: `--config RECIPE`, then `--section.key VALUE` over it.
@@ -56,10 +58,11 @@ def find_recipe(name: str) -> Path:
     if path.is_file():
         return path
     stem = path.stem if path.suffix in (".yaml", ".yml") else path.name
-    if stem in shipped:
+    if stem in shipped and str(path.parent) in (".", "configs"):  # a mistyped folder is no shipped recipe
         return shipped[stem]
     raise UserFileNotFoundError(
-        f"config {name!r} does not exist; give a YAML file or one of the shipped recipes: {', '.join(shipped)}"
+        f"config {name!r} does not exist; give a YAML file or one of the shipped recipes: "
+        f"{', '.join(shipped)}"
     )
 
 
@@ -72,7 +75,9 @@ def leaf_keys(options_class: type) -> dict[str, Any]:
         if field.type not in nested:
             keys[field.name] = field.type
         for kind in nested:
-            keys |= {f"{field.name}.{key}": inner for key, inner in leaf_keys(typing.cast(type, kind)).items()}
+            keys |= {
+                f"{field.name}.{key}": inner for key, inner in leaf_keys(typing.cast(type, kind)).items()
+            }
     return keys
 
 
@@ -81,7 +86,7 @@ def _check_arguments(arguments: list[str], keys: dict[str, Any]) -> list[str]:
     checked, seen, rest = [], set(), list(arguments)
     while rest:
         argument = rest.pop(0)
-        if argument in ("-h", "--help") or argument.split("=")[0] == "--print_config":
+        if argument in ("-h", "--help", "--model.arch.help") or argument.split("=")[0] == "--print_config":
             checked.append(argument)
             continue
         if not argument.startswith("--"):
@@ -122,9 +127,14 @@ def _check_recipe(path: Path, keys: dict[str, Any]) -> None:
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected sections with keys, as in the shipped recipes")
 
+    seen = set()
+
     def walk(prefix: str, value: Any) -> None:
         for name, inner in value.items():
             key = f"{prefix}{name}"
+            if key in seen:  # once in its section and once with a dot
+                raise UserError(f"{path}: key {key!r} is given twice; give it once")
+            seen.add(key)
             inside = [known for known in keys if known.startswith(f"{key}.")]
             if key not in keys and not inside:
                 raise UserError(_unknown(f"{path}: key {key!r}", key, keys))
@@ -140,7 +150,8 @@ def _check_recipe(path: Path, keys: dict[str, Any]) -> None:
 
 def _unknown(what: str, key: str, keys: dict[str, Any]) -> str:
     """`what` is unknown, and the nearest valid key to it: by its whole name or by its last part."""
-    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    inside = [known for known in keys if known.startswith(f"{key}.")]
+    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6) or inside[:1]
     if not near:
         last = {known.rpartition(".")[2]: known for known in keys}
         near = [last[match] for match in difflib.get_close_matches(key.rpartition(".")[2], last, n=1)]
@@ -152,9 +163,17 @@ def _one_sentence(message: str, keys: dict[str, Any]) -> str:
     """The parser's message as one sentence with key, value and what was expected."""
     missing = re.search(r"the following arguments are required: (.*)", message)
     if missing:
+        # The parser leaves out the section for fields of a section in a union (model.arch).
+        names = [
+            next((key for key in keys if f".{key}".endswith(f".{name}")), name)
+            for name in missing[1].split(", ")
+        ]
+        if NOT_IN_RECIPES.issuperset(names):
+            return f"missing: {', '.join(names)}; give {' '.join(f'--{name} VALUE' for name in names)}"
         return (
-            f"missing: {missing[1]}; an experiment has no defaults, so start from a recipe "
-            f"(--config NAME, one of {', '.join(recipes())}) and give what it leaves open as --section.key VALUE"
+            f"missing: {', '.join(names)}; an experiment has no defaults, so start from a recipe "
+            f"(--config NAME, one of {', '.join(recipes())}) and give what it leaves "
+            f"open as --section.key VALUE"
         )
     wrong = re.search(r'[Kk]ey "([^"]+)"', message)
     value = re.search(r"(?:Got|Given) value: (.*)", message)
@@ -195,9 +214,15 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=deep)
+            if not isinstance(key, Hashable):
+                break  # the base class names the line
             if key in seen:
                 mark = key_node.start_mark
-                raise UserError(f"{mark.name}, line {mark.line + 1}: key {key!r} is given twice; give it once")
+                raise UserError(
+                    f"{mark.name}, line {mark.line + 1}: key {key!r} is given twice; give it once"
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)

@@ -1,0 +1,90 @@
+"""`dino-sparo demo`: pretrain a small encoder, then a table, a curve and slot maps."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from dino_sparo.data.loader import normalize, to_tensor
+from dino_sparo.data.pil_views import center_crop
+from dino_sparo.data.sources import SHAPES, open_images
+from dino_sparo.evaluation.knn import HEADLINE_K
+from dino_sparo.options import PretrainOptions
+from dino_sparo.slots.attention import distinct_slots, draw_slot_maps, slot_maps
+from dino_sparo.training.checkpoint import load_encoder
+from dino_sparo.training.pretrain import pretrain
+from dino_sparo.training.runlog import read_metrics
+
+log = logging.getLogger("dino_sparo")
+
+NUM_PICTURES, NUM_SLOTS = 6, 8
+KNN = f"knn{HEADLINE_K}_top1"
+
+
+def demo(options: PretrainOptions) -> None:
+    """Train by the recipe, then write `curve.png` and `slots.png` into the run folder and print a table.
+
+    With the user's own folder the number of steps stays the recipe's, so that the demo stays as short.
+    """
+    if options.data.path != SHAPES:
+        fit_to_folder(options)
+    pretrain(options)
+    run_dir = Path(options.run_dir)
+    metrics = read_metrics(run_dir)
+    print_table(metrics)
+    draw_curve(metrics, run_dir / "curve.png")
+    draw_maps(options, run_dir / "slots.png")
+    print(f"\npictures: {run_dir / 'curve.png'} (learning curve), {run_dir / 'slots.png'} (where slots look)")
+    print(f"more: tensorboard --logdir {run_dir}")
+
+
+def fit_to_folder(options: PretrainOptions) -> None:
+    """Change epochs and images so that training takes about the steps that the recipe takes on its own."""
+    budget = options.optim.epochs * len(open_images(SHAPES))
+    found = len(open_images(options.data.path))
+    options.data.max_images = min(found, budget)
+    epochs = max(1, round(budget / max(1, options.data.max_images)))
+    warmup_share = options.optim.warmup_epochs / options.optim.epochs
+    options.optim.epochs, options.optim.warmup_epochs = epochs, round(warmup_share * epochs)
+    options.monitor.knn_every_epochs = max(1, round(epochs / 8))
+    log.info("%d images: %d epochs", options.data.max_images, epochs)
+
+
+def print_table(metrics: list[dict[str, float]]) -> None:
+    """20-NN before, during and after training."""
+    evaluations = [entry for entry in metrics if KNN in entry]
+    if not evaluations:
+        return
+    print(f"\n{'epoch':>6}{f'{HEADLINE_K}-NN top-1':>14}")
+    for entry in evaluations:
+        print(f"{entry['epoch']:>6.0f}{entry[KNN]:>12.1f} %")
+    gain = evaluations[-1][KNN] - evaluations[0][KNN]
+    print(f"trained over untrained encoder: {gain:+.1f} points")
+
+
+def draw_curve(metrics: list[dict[str, float]], path: Path) -> None:
+    """Loss and 20-NN accuracy over epochs."""
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axis, key, title in ((left, "loss", "DINO loss"), (right, KNN, f"{HEADLINE_K}-NN top-1, per cent")):
+        entries = [entry for entry in metrics if key in entry]
+        axis.plot(
+            [e["epoch"] for e in entries], [e[key] for e in entries], marker="." if key == KNN else None
+        )
+        axis.set_title(title)
+        axis.set_xlabel("epoch")
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def draw_maps(options: PretrainOptions, path: Path) -> None:
+    """Attention of some slots of the teacher over some images."""
+    encoder = load_encoder(options.run_dir)
+    source = open_images(options.data.path, options.data.max_images)
+    chosen = np.linspace(0, len(source) - 1, NUM_PICTURES).round().astype(int)
+    crops = [to_tensor(center_crop(source.load(int(i)), options.views.global_size)) for i in chosen]
+    pixels = torch.stack(crops)
+    maps = slot_maps(encoder, normalize(pixels))
+    draw_slot_maps(pixels, maps, distinct_slots(maps, NUM_SLOTS), path)

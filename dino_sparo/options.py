@@ -219,7 +219,8 @@ class LabelledDataOptions:
     """A labelled image folder."""
 
     path: str
-    """Folder with train/<class>/... and val/<class>/..., or `shapes`; without val/ every fifth image is held out."""
+    """Folder with train/<class>/... and val/<class>/..., or `shapes`; without val/ every fifth image is
+    held out."""
 
 
 @dataclass
@@ -230,8 +231,9 @@ class KnnOptions:
     """Run folder or checkpoint file."""
     data: LabelledDataOptions
     """The labelled images."""
-    k: list[int] = field(default_factory=lambda: [10, 20, 100, 200])
-    """Numbers of neighbours; 20 is the headline."""
+    k: list[int] | None = None
+    """Numbers of neighbours; 20 is the headline. null takes those of 10, 20, 100, 200 that the gallery
+    has images for."""
     which: Literal["teacher", "student"] = "teacher"
     """Whose weights to evaluate."""
     untrained: bool = False

@@ -35,7 +35,9 @@ def test_cls_and_gap_keep_all_blocks():
         torch.testing.assert_close(encoder(images), expected)
 
 
-@pytest.mark.parametrize(("arch", "width", "heads"), [("vit_tiny", 192, 3), ("vit_small", 384, 6), ("vit_base", 768, 12)])
+@pytest.mark.parametrize(
+    ("arch", "width", "heads"), [("vit_tiny", 192, 3), ("vit_small", 384, 6), ("vit_base", 768, 12)]
+)
 def test_named_architectures(arch, width, heads):
     encoder = build_encoder(arch, patch_size=8, image_size=64, readout="cls")
     assert encoder.embed_dim == width and len(encoder.backbone.blocks) == 12
@@ -60,7 +62,9 @@ def test_probe_features():
 
 @torch.no_grad()
 def test_grouped_crops_equal_single_crops():
-    model = DinoModel(small_encoder("sparo"), DINOHead(24, num_prototypes=32, hidden_dim=16, bottleneck_dim=8))
+    model = DinoModel(
+        small_encoder("sparo"), DINOHead(24, num_prototypes=32, hidden_dim=16, bottleneck_dim=8)
+    )
     groups = [torch.randn(2, 3, 3, 32, 32), torch.randn(4, 3, 3, 16, 16)]
     logits, encodings = model(groups)
     assert logits.shape == (18, 32) and encodings.shape == (18, 24)

@@ -34,7 +34,9 @@ def test_initial_values_and_fixed_length():
     length, direction = head.last_layer.parametrizations.weight.parameters()
     assert (length == 1).all() and not length.requires_grad and direction.requires_grad
     assert direction.abs().max() <= 1 / 16  # PyTorch's default for a linear layer with 256 inputs
-    assert DINOHead(48, norm_last_layer=False, num_prototypes=8).last_layer.parametrizations.weight.original0.requires_grad
+    assert DINOHead(
+        48, norm_last_layer=False, num_prototypes=8
+    ).last_layer.parametrizations.weight.original0.requires_grad
 
 
 def test_logits_stay_float32_under_mixed_precision_and_zeros_give_no_nan():

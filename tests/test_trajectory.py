@@ -83,7 +83,10 @@ def test_every_parameter(trained, who):
             np.testing.assert_allclose(
                 ours[third : 2 * third], official[third : 2 * third], atol=KEY_BIAS_TOLERANCE, rtol=0
             )
-            ours, official = np.delete(ours, np.s_[third : 2 * third]), np.delete(official, np.s_[third : 2 * third])
+            ours, official = (
+                np.delete(ours, np.s_[third : 2 * third]),
+                np.delete(official, np.s_[third : 2 * third]),
+            )
         np.testing.assert_allclose(ours, official, atol=TOLERANCE, rtol=0, err_msg=name)
 
 

@@ -8,7 +8,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -32,9 +32,11 @@ class UnreadableImage:
     name: str
     reason: str
 
-    def raise_error(self) -> None:
+    def raise_error(self) -> NoReturn:
+        """End the run with one sentence that names the file."""
         raise UserError(
-            f"{self.name}: the image cannot be read ({self.reason}); repair or remove the file, then start again"
+            f"{self.name}: the image cannot be read ({self.reason}); repair or remove the file, "
+            f"then start again"
         )
 
 

@@ -23,8 +23,15 @@ HELD_OUT_EVERY = 5  # without a val folder every fifth image is held out
 class ImageSource(Protocol):
     """A numbered list of images, with labels where they are known."""
 
-    labels: NDArray[np.int64] | None
-    classes: tuple[str, ...]
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """Class numbers of all images, None where they are unknown."""
+        ...
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names by number."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -132,7 +139,9 @@ def open_labelled(path: str) -> tuple[ImageSource, ImageSource]:
         return train.subset(np.flatnonzero(~held_out)), train.subset(np.flatnonzero(held_out))
     val = _open_folder(val_folder)
     if val.labels is None:
-        raise UserError(f"{val.root}: the images are not in class folders; expected {val.root}/<class>/<image>")
+        raise UserError(
+            f"{val.root}: the images are not in class folders; expected {val.root}/<class>/<image>"
+        )
     unknown = sorted(set(val.classes) - set(train.classes))
     if unknown:
         raise UserError(
@@ -197,7 +206,7 @@ def _train_folder(path: str) -> Path:
 
 
 def _open_folder(root: Path) -> FolderSource:
-    files = tuple(sorted(_walk(root, "", ()), key=lambda file: _torchvision_order(file)))
+    files = tuple(sorted(_walk(root, "", ()), key=_torchvision_order))
     if not files:
         raise UserFileNotFoundError(
             f"{root}: no images found; expected files ending in {' '.join(EXTENSIONS)}, "

@@ -41,7 +41,9 @@ def extract_features(
         worker_init_fn=ignore_interrupt,
     )
     done = 0
-    with tqdm(total=len(source), desc=description, unit="img", leave=False, disable=not sys.stderr.isatty()) as bar:
+    with tqdm(
+        total=len(source), desc=description, unit="img", leave=False, disable=not sys.stderr.isatty()
+    ) as bar:
         for batch in batches:
             if isinstance(batch, UnreadableImage):
                 batch.raise_error()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dino_sparo.options import KnnOptions
 
 HEADLINE_K = 20
+PROTOCOL_K = (10, 20, 100, 200)
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,12 @@ def run(options: "KnnOptions") -> None:
 
     device = choose_device(options.device)
     train, test = open_labelled(options.data.path)
-    for number in options.k:
+    ks = options.k or [k for k in PROTOCOL_K if k <= len(train)]
+    for number in ks:
         if not 1 <= number <= len(train):
-            raise UserError(f"k is {number}, expected 1 to the {len(train)} train images of {options.data.path}")
+            raise UserError(
+                f"k is {number}, expected 1 to the {len(train)} train images of {options.data.path}"
+            )
     encoder = load_encoder(options.run, options.which, untrained=options.untrained).to(device)
     workers = default_workers() if options.num_workers is None else options.num_workers
     image_size = encoder.backbone.native_grid * encoder.backbone.patch_size
@@ -141,12 +145,15 @@ def run(options: "KnnOptions") -> None:
         train,
         test,
         image_size=image_size,
-        k=options.k,
+        k=ks,
         batch_size=options.batch_size,
         num_workers=workers,
     )
     weights = "untrained" if options.untrained else options.which
-    print(f"{options.run} ({weights}): {len(train)} train and {len(test)} test images, {len(train.classes)} classes")
+    print(
+        f"{options.run} ({weights}): {len(train)} train and {len(test)} test images, "
+        f"{len(train.classes)} classes"
+    )
     for number, result in results.items():
         headline = "   <- headline" if number == HEADLINE_K else ""
         print(f"{number:>4}-NN   top-1 {result.top1:6.2f} %   top-5 {result.top5:6.2f} %{headline}")

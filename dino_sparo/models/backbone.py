@@ -60,7 +60,7 @@ class VisionTransformer(nn.Module):
                 num_heads,
                 qkv_bias=True,
                 drop_path=rate,
-                norm_layer=partial(nn.LayerNorm, eps=1e-6),
+                norm_layer=partial(nn.LayerNorm, eps=1e-6),  # type: ignore[arg-type]
                 mlp_layer=Mlp,
             )
             for rate in drop_path_rates

@@ -37,7 +37,12 @@ class Sparo(nn.Module):
             raise ValueError(
                 f"group_size {group_size} does not divide num_slots {num_slots}: choose a divisor of it"
             )
-        self.num_slots, self.slot_dim, self.key_dim, self.group_size = num_slots, slot_dim, key_dim, group_size
+        self.num_slots, self.slot_dim, self.key_dim, self.group_size = (
+            num_slots,
+            slot_dim,
+            key_dim,
+            group_size,
+        )
         self.num_groups = num_slots // group_size
         self.query = nn.Parameter(torch.randn(num_slots, key_dim))
         self.key_proj = nn.Linear(dim, self.num_groups * key_dim)
@@ -57,7 +62,9 @@ class Sparo(nn.Module):
         )  # x = B * S
         heads_GxH = torch.baddbmm(bias_G1H, pooled_GxD, weight_GDH)
         heads_BLH = (
-            heads_GxH.view(self.num_groups, batch, self.group_size, self.key_dim).transpose(0, 1).flatten(1, 2)
+            heads_GxH.view(self.num_groups, batch, self.group_size, self.key_dim)
+            .transpose(0, 1)
+            .flatten(1, 2)
         )
         return self.value_proj(heads_BLH)  # (B, L, V)
 

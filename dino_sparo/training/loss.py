@@ -23,9 +23,7 @@ class DINOLoss(nn.Module):
 
     center: Tensor
 
-    def __init__(
-        self, num_prototypes: int, student_temp: float = 0.1, center_momentum: float = 0.9
-    ) -> None:
+    def __init__(self, num_prototypes: int, student_temp: float = 0.1, center_momentum: float = 0.9) -> None:
         super().__init__()
         self.student_temp = student_temp
         self.center_momentum = center_momentum

@@ -105,7 +105,10 @@ def open_knn_monitor(
     if images_per_class is not None:
         train = per_class(train, images_per_class)
     if len(train) < HEADLINE_K or not len(test):
-        message = f"{path or data_path} gives {len(train)} gallery images; {HEADLINE_K}-NN needs {HEADLINE_K} or more"
+        message = (
+            f"{path or data_path} gives {len(train)} gallery and {len(test)} test images; {HEADLINE_K}-NN "
+            f"needs {HEADLINE_K} and 1"
+        )
         if path is not None:
             raise UserError(f"monitor.knn_path: {message}")
         log.info("no k-NN while training: %s", message)

@@ -37,12 +37,15 @@ def set_hyperparameters(optimizer: torch.optim.Optimizer, *, lr: float, weight_d
 def clip_gradients_per_parameter(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale each gradient whose own norm exceeds `max_norm`; returns all norms (P,) before clipping.
 
-    This is not the usual global norm: the official code clips every tensor by itself.
+    0 switches clipping off. This is not the usual global norm: the official code clips every tensor by
+    itself.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         return torch.zeros(0)
     norms = torch._foreach_norm(gradients)
+    if not max_norm:
+        return torch.stack(norms)
     factors = torch._foreach_add(norms, 1e-6)
     torch._foreach_reciprocal_(factors)
     torch._foreach_mul_(factors, max_norm)

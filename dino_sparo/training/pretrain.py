@@ -223,14 +223,12 @@ def evaluate(run: Run, run_log: RunLog, done: int) -> None:
 
 def log_step(run: Run, run_log: RunLog, done: int, hyper: Hyperparameters, output: StepOutput) -> None:
     """One entry of the training curve; the only place where the host waits for the device."""
-    on_device = step_metrics(
-        loss_fn=run.state.loss_fn, teacher_temp=hyper.teacher_temp, **vars(output)
-    )
+    on_device = step_metrics(loss_fn=run.state.loss_fn, teacher_temp=hyper.teacher_temp, **vars(output))
     metrics = dict(zip(on_device, torch.stack(list(on_device.values())).tolist(), strict=True))
     if not math.isfinite(metrics["loss"]):
         raise UserError(
-            f"the loss is {metrics['loss']} at step {done}: the run has diverged; the checkpoints of before are in "
-            f"{run.run_dir}; try a lower optim.lr_per_256 or machine.precision fp32"
+            f"the loss is {metrics['loss']} at step {done}: the run has diverged; the checkpoints of "
+            f"before are in {run.run_dir}; try a lower optim.lr_per_256 or machine.precision fp32"
         )
     schedules = {
         "lr": hyper.lr,
@@ -256,7 +254,8 @@ def open_training_images(options: PretrainOptions) -> ImageSource:
     if len(source) < options.optim.global_batch_size:
         raise UserError(
             f"data.path {options.data.path!r} gives {len(source)} images, fewer than one batch: "
-            f"optim.global_batch_size is {options.optim.global_batch_size}; use more images or a smaller batch"
+            f"optim.global_batch_size is {options.optim.global_batch_size}; use more images or "
+            f"a smaller batch"
         )
     return source
 

@@ -1,6 +1,7 @@
 """The run folder: which experiment it holds, and what is written beside the checkpoints."""
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def check_same_experiment(run_dir: Path, config: dict[str, Any]) -> None:
     """
     path = run_dir / CONFIG_FILE
     if not path.exists():
-        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        if run_dir.exists() and not (run_dir.is_dir() and _has_no_run(run_dir)):
             raise UserError(
                 f"run_dir {str(run_dir)!r} exists, but is no run folder (it has no {CONFIG_FILE}); "
                 f"choose another folder or an empty one"
@@ -52,8 +53,8 @@ def check_same_experiment(run_dir: Path, config: dict[str, Any]) -> None:
     ]
     if changed:
         raise UserError(
-            f"run_dir {str(run_dir)!r} holds another experiment ({'; '.join(changed)}); set these fields back "
-            f"to go on with it, or choose another run_dir"
+            f"run_dir {str(run_dir)!r} holds another experiment ({'; '.join(changed)}); set these "
+            f"fields back to go on with it, or choose another run_dir"
         )
 
 
@@ -74,7 +75,9 @@ def check_same_images(run_dir: Path, before: dict[str, Any], now: dict[str, Any]
 def start_run_dir(run_dir: Path, config: dict[str, Any]) -> None:
     """Make the folder, write the resolved recipe, and add this start to the list of starts."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / CONFIG_FILE).write_text(yaml.safe_dump(config, sort_keys=False))
+    temporary = run_dir / f"{CONFIG_FILE}.tmp"
+    temporary.write_text(yaml.safe_dump(config, sort_keys=False))
+    os.replace(temporary, run_dir / CONFIG_FILE)
     start = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -102,6 +105,11 @@ def _experiment(config: dict[str, Any]) -> dict[str, Any]:
             walk(section, value)
     flat.pop("data.path", None)
     return flat
+
+
+def _has_no_run(run_dir: Path) -> bool:
+    """Empty, or left by a start that was killed before it wrote the recipe."""
+    return all(entry.name == f"{CONFIG_FILE}.tmp" for entry in run_dir.iterdir())
 
 
 def _git_state() -> str | None:

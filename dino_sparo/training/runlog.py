@@ -40,7 +40,7 @@ class RunLog:
         self.seconds_waited = 0.0
         cut_metrics(run_dir / METRICS_FILE, first_step)
         cut_events(run_dir / EVENTS_FOLDER, first_step)
-        self._metrics = open(run_dir / METRICS_FILE, "a")
+        self._metrics = open(run_dir / METRICS_FILE, "a")  # noqa: SIM115 closed by __exit__
         self._events = SummaryWriter(str(run_dir / EVENTS_FOLDER), flush_secs=30)
         self._bar: tqdm | None = None
         self._postfix: dict[str, str] = {}

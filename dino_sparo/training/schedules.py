@@ -24,9 +24,7 @@ def cosine_schedule(
     return np.concatenate((warmup, cosine))
 
 
-def teacher_temp_schedule(
-    start: float, final: float, warmup_epochs: int, epochs: int
-) -> NDArray[np.float64]:
+def teacher_temp_schedule(start: float, final: float, warmup_epochs: int, epochs: int) -> NDArray[np.float64]:
     """Linear from `start` to `final` over whole epochs, then constant: (epochs,).
 
     Raises:

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Makes .venv beside this folder and installs the package into it; sourced by the other scripts.
+# Usage: source scripts/setup.sh [EXTRA]      for example: source scripts/setup.sh test
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+python=${PYTHON:-python3}
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+  echo "Python 3.11 or newer is needed, but '$python' is $("$python" --version 2>&1 || true)." \
+    "Install a newer one, or name it: PYTHON=python3.12 $0" >&2
+  exit 2
+fi
+if [ ! -x .venv/bin/python ]; then
+  "$python" -m venv .venv || { echo "Could not make .venv; on Debian and Ubuntu install python3-venv first." >&2; exit 2; }
+fi
+extra=${1:-}
+stamp=.venv/installed${extra:+-$extra}
+if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
+  echo "Installing into .venv (PyTorch is large: a few minutes the first time) ..." >&2
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${extra:+[$extra]}"
+  touch "$stamp"
+fi

@@ -1,0 +1,128 @@
+"""Checkpoints: written whole, rotated, checked by hash, read without unpickling code."""
+
+import hashlib
+import os
+import pickle
+import subprocess
+
+import pytest
+import torch
+
+from dino_sparo import load_encoder
+from dino_sparo.errors import UserError
+from dino_sparo.training import pretrain as program
+from dino_sparo.training.checkpoint import load_checkpoint, load_latest, save_checkpoint
+from tests.tiny import tiny_options, write_pictures
+
+
+def save_steps(run_dir, *steps, keep_every_steps=0):
+    for step in steps:
+        save_checkpoint(
+            {"step": step, "x": torch.arange(1000)}, run_dir, step=step, keep_every_steps=keep_every_steps
+        )
+
+
+def names(run_dir):
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+def test_last_two_and_every_so_many_are_kept(tmp_path):
+    save_steps(tmp_path, 3, 10, 13, 20, 24, 27, 31, keep_every_steps=10)
+    kept = [f"step_{step:09d}.pt" for step in (10, 20, 27, 31)]
+    assert names(tmp_path) == sorted(kept + [f"{name}.sha256" for name in kept])
+
+
+def test_hash_file_is_what_sha256sum_reads(tmp_path):
+    save_steps(tmp_path, 1)
+    folder = tmp_path / "checkpoints"
+    digest = hashlib.sha256((folder / "step_000000001.pt").read_bytes()).hexdigest()
+    assert (folder / "step_000000001.pt.sha256").read_text() == f"{digest}  step_000000001.pt\n"
+    subprocess.run(["sha256sum", "--check", "--quiet", "step_000000001.pt.sha256"], cwd=folder, check=True)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])
+def test_damaged_checkpoint_is_named_and_the_previous_one_used(tmp_path, damage, caplog):
+    save_steps(tmp_path, 5, 9)
+    path = tmp_path / "checkpoints" / "step_000000009.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes({"flip": content, "truncate": content[:-100], "empty": b""}[damage])
+    assert load_latest(tmp_path)["step"] == 5
+    assert "step_000000009.pt is damaged" in caplog.text and "WARNING" in caplog.text
+
+
+def test_all_damaged_is_an_error_not_a_fresh_start(tmp_path):
+    save_steps(tmp_path, 5, 9)
+    for path in (tmp_path / "checkpoints").glob("*.pt"):
+        path.write_bytes(b"x")
+    with pytest.raises(UserError, match="all 2 checkpoints are damaged"):
+        load_latest(tmp_path)
+
+
+def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
+    save_steps(tmp_path, 5)
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("power cut")))
+    with pytest.raises(OSError, match="power cut"):
+        save_steps(tmp_path, 9)
+    assert load_latest(tmp_path)["step"] == 5
+
+
+def test_pickled_code_is_refused_and_not_run(tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "hacked"),))
+
+    path = tmp_path / "evil.pt"
+    path.write_bytes(pickle.dumps({"format": 1, "x": Malicious()}))
+    with pytest.raises(UserError, match="no readable checkpoint"):
+        load_checkpoint(path)
+    torch.save({"format": 1, "x": Malicious()}, path)
+    with pytest.raises(UserError, match="no readable checkpoint"):
+        load_checkpoint(path)
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_file_of_another_project(tmp_path):
+    torch.save({"model": {}}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="no checkpoint of dino-sparo"):
+        load_checkpoint(tmp_path / "other.pt")
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    write_pictures(folder / "data", 4)
+    program.pretrain(tiny_options(folder / "data", folder / "run"))
+    return folder / "run"
+
+
+@torch.no_grad()
+def test_load_encoder(run_dir):
+    images = torch.randn(2, 3, 16, 16)
+    state = load_latest(run_dir)
+    outputs = {}
+    for which in ("teacher", "student"):
+        encoder = load_encoder(run_dir, which)
+        assert not encoder.training
+        for name, value in encoder.state_dict().items():
+            assert torch.equal(value, state[which][f"encoder.{name}"])
+        outputs[which] = encoder(images)
+    untrained = load_encoder(run_dir, untrained=True)(images)
+    assert not torch.equal(outputs["teacher"], outputs["student"])
+    assert not torch.equal(outputs["teacher"], untrained)
+    file = next((run_dir / "checkpoints").glob("*.pt"))
+    assert load_encoder(file).embed_dim == 8
+
+
+def test_load_encoder_errors(run_dir, tmp_path):
+    with pytest.raises(ValueError, match="which is 'best', expected 'teacher' or 'student'"):
+        load_encoder(run_dir, "best")
+    with pytest.raises(FileNotFoundError, match="no checkpoint found"):
+        load_encoder(tmp_path)
+
+
+def test_whole_state_is_in_it(run_dir):
+    state = load_latest(run_dir)
+    assert {"step", "config", "images", "student", "teacher", "center", "optimizer"} <= state.keys()
+    assert state["config"]["optim"]["global_batch_size"] == 4
+    assert state["center"].abs().sum() > 0

@@ -1,0 +1,49 @@
+"""Imports go down the flow only: pictures, networks, learning, measuring, looking inside."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "dino_sparo"
+PROGRAMS = ("pretrain", "knn", "demo", "bench", "config", "checks", "__main__", "rundir")
+FORBIDDEN = {
+    "models": ("data", "training", "evaluation", "slots", "options", "config"),
+    "data": ("models", "training", "evaluation", "slots", "options"),
+    "evaluation": ("training.pretrain",),
+    "slots": ("training.pretrain",),
+}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(path: Path) -> list[str]:
+    """Everything that a module imports as `package.module.name`, but for types only."""
+
+    def walk(node: ast.AST) -> Iterator[str]:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child)
+
+    return list(walk(ast.parse(path.read_text())))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_down_the_flow(path):
+    barred = [f"dino_sparo.{room}" for room in FORBIDDEN.get(path.relative_to(PACKAGE).parts[0], ())]
+    barred += ["dino_sparo.__main__", "eval", "tests"]
+    barred += [] if path.stem in PROGRAMS else ["dino_sparo.options"]
+    barred += [] if path.name == "distributed.py" else ["torch.distributed"]
+    wrong = [name for name in imports(path) for bar in barred if f"{name}.".startswith(f"{bar}.")]
+    assert not wrong
+
+
+def test_the_scan_sees_imports():
+    assert "torch.distributed" in imports(PACKAGE / "distributed.py")
+    assert "dino_sparo.training.checkpoint.load_encoder" in imports(PACKAGE / "evaluation" / "knn.py")

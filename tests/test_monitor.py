@@ -1,0 +1,67 @@
+"""Monitored numbers mean what their names say."""
+
+import math
+
+import pytest
+import torch
+
+from dino_sparo.training.loss import DINOLoss
+from dino_sparo.training.monitor import step_metrics
+
+K = 8
+
+
+def metrics(teacher_logits, *, encodings=None, loss=3.0):
+    values = step_metrics(
+        loss=torch.tensor(loss),
+        loss_fn=DINOLoss(K),
+        teacher_logits=teacher_logits,
+        teacher_temp=1.0,
+        teacher_encodings=torch.randn(len(teacher_logits), 4) if encodings is None else encodings,
+        gradient_norms=torch.tensor([3.0, 4.0]),
+    )
+    return {name: value.item() for name, value in values.items()}
+
+
+def test_uniform_and_one_hot_teachers():
+    uniform = metrics(torch.zeros(K, K))
+    assert uniform["entropy_teacher"] == uniform["entropy_mean"] == pytest.approx(math.log(K))
+    spread = metrics(1000 * torch.eye(K))
+    assert spread["entropy_teacher"] == pytest.approx(0) and spread["entropy_mean"] == pytest.approx(
+        math.log(K)
+    )
+    one_answer = metrics(1000 * torch.eye(K)[:1].repeat(K, 1))
+    assert one_answer["entropy_mean"] == pytest.approx(0)
+
+
+def test_kl_is_what_the_loss_has_above_the_entropy():
+    values = metrics(torch.zeros(K, K), loss=3.0)
+    assert values["kl"] == pytest.approx(3.0 - math.log(K))
+
+
+def test_kl_is_zero_for_equal_student_and_teacher():
+    logits = torch.randn(2, K)
+    loss_fn = DINOLoss(K, student_temp=0.1)
+    same_view = torch.cat([logits[:1], logits[:1]])
+    loss = loss_fn(same_view, same_view, 0.1).item()
+    values = step_metrics(
+        loss=torch.tensor(loss),
+        loss_fn=loss_fn,
+        teacher_logits=same_view,
+        teacher_temp=0.1,
+        teacher_encodings=torch.randn(2, 4),
+        gradient_norms=torch.ones(1),
+    )
+    assert values["kl"].item() == pytest.approx(0, abs=1e-5)
+
+
+def test_feature_std_is_one_on_the_sphere_and_zero_when_collapsed():
+    assert metrics(torch.zeros(4096, K), encodings=torch.randn(4096, 64))["feature_std"] == pytest.approx(
+        1, abs=0.02
+    )
+    assert metrics(torch.zeros(8, K), encodings=torch.ones(8, 64))["feature_std"] == pytest.approx(0)
+
+
+def test_gradient_norms():
+    values = metrics(torch.zeros(2, K))
+    assert values["gradient_norm"] == 5.0 and values["gradient_norm_max"] == 4.0

@@ -1,0 +1,156 @@
+"""A run that is interrupted and started again ends as if nothing had happened, bit for bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
+
+from dino_sparo.training import pretrain as program
+from dino_sparo.training.checkpoint import load_latest
+from dino_sparo.training.runlog import read_metrics
+from tests.tiny import state_hash, tiny_arguments, tiny_options, write_pictures
+
+NUM_IMAGES, TOTAL_STEPS = 10, 6  # batch 4: two steps an epoch, two images dropped, three epochs
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    write_pictures(folder, NUM_IMAGES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pictures, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    program.pretrain(tiny_options(pictures, run_dir))
+    return run_dir
+
+
+class PowerCutError(Exception):
+    pass
+
+
+def pretrain_until(step: int, options, monkeypatch) -> None:
+    """Run, and break off when `step` steps of this start are done."""
+    original, calls = program.train_step, []
+
+    def breaking(*args, **kwargs):
+        if len(calls) == step:
+            raise PowerCutError
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "train_step", breaking)
+        with pytest.raises(PowerCutError):
+            program.pretrain(options)
+
+
+def curve(run_dir: Path) -> list[tuple[int, float]]:
+    return [(entry["step"], entry["loss"]) for entry in read_metrics(run_dir) if "loss" in entry]
+
+
+def event_steps(run_dir: Path, tag: str = "train/loss") -> list[int]:
+    steps = []
+    for path in sorted((run_dir / "tensorboard").iterdir()):
+        for record in RawEventFileLoader(str(path)).Load():
+            event = Event.FromString(record)
+            steps += [event.step for value in event.summary.value if value.tag == tag]
+    return sorted(steps)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("step", range(1, TOTAL_STEPS))
+def test_interrupted_after_any_step(step, workers, pictures, uninterrupted, tmp_path, monkeypatch):
+    options = tiny_options(
+        pictures, tmp_path / "run", machine__num_workers=workers, log__checkpoint_every_minutes=1e-9
+    )
+    pretrain_until(step, options, monkeypatch)
+    interrupted = load_latest(tmp_path / "run")
+    assert interrupted["step"] == step
+    program.pretrain(options)
+    resumed, reference = load_latest(tmp_path / "run"), load_latest(uninterrupted)
+    assert resumed["step"] == reference["step"] == TOTAL_STEPS
+    assert state_hash(resumed) == state_hash(reference) != state_hash(interrupted)
+    assert curve(tmp_path / "run") == curve(uninterrupted)
+    assert event_steps(tmp_path / "run") == event_steps(uninterrupted) == list(range(1, TOTAL_STEPS + 1))
+
+
+def test_interrupted_between_checkpoints_cuts_the_logs(pictures, uninterrupted, tmp_path, monkeypatch):
+    options = tiny_options(pictures, tmp_path)
+    pretrain_until(5, options, monkeypatch)  # the last checkpoint is that of epoch 2, step 4
+    assert [step for step, _ in curve(tmp_path)] == [1, 2, 3, 4, 5] == event_steps(tmp_path)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')  # what a power cut leaves of a line
+    pretrain_until(0, options, monkeypatch)
+    assert [step for step, _ in curve(tmp_path)] == [1, 2, 3, 4] == event_steps(tmp_path)
+    program.pretrain(options)
+    assert curve(tmp_path) == curve(uninterrupted)
+    assert event_steps(tmp_path) == event_steps(uninterrupted)
+    assert state_hash(load_latest(tmp_path)) == state_hash(load_latest(uninterrupted))
+
+
+def test_interrupted_before_the_first_checkpoint(pictures, uninterrupted, tmp_path, monkeypatch):
+    options = tiny_options(pictures, tmp_path)
+    pretrain_until(1, options, monkeypatch)
+    assert load_latest(tmp_path) is None
+    program.pretrain(options)
+    assert curve(tmp_path) == curve(uninterrupted)
+    assert state_hash(load_latest(tmp_path)) == state_hash(load_latest(uninterrupted))
+
+
+def test_monitoring_and_logging_change_nothing(pictures, uninterrupted, tmp_path):
+    write_pictures(tmp_path / "labelled", 60, classes=3)
+    changes = {
+        "monitor.knn_path": tmp_path / "labelled",
+        "monitor.knn_every_epochs": 1,
+        "log.log_every_steps": 4,
+    }
+    options = tiny_options(
+        pictures, tmp_path / "run", **{k.replace(".", "__"): v for k, v in changes.items()}
+    )
+    program.pretrain(options)
+    assert state_hash(load_latest(tmp_path / "run")) == state_hash(load_latest(uninterrupted))
+    evaluations = [entry for entry in read_metrics(tmp_path / "run") if "knn20_top1" in entry]
+    assert [entry["step"] for entry in evaluations] == [0, 2, 4, 6]
+
+
+def test_another_seed_is_another_run(pictures, uninterrupted, tmp_path):
+    program.pretrain(tiny_options(pictures, tmp_path, seed=1))
+    assert state_hash(load_latest(tmp_path)) != state_hash(load_latest(uninterrupted))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_process(workers, pictures, uninterrupted, tmp_path):
+    """SIGKILL at random moments until the run is through."""
+    arguments = tiny_arguments(
+        pictures, tmp_path / "run", machine__num_workers=workers, log__checkpoint_every_minutes=1e-9
+    )
+    command = [sys.executable, "-m", "dino_sparo", "pretrain", *arguments]
+    moments = random.Random(workers)
+    kills = 0
+    for _ in range(40):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        before = metrics.read_text() if metrics.exists() else ""
+        while process.poll() is None and (not metrics.exists() or metrics.read_text() == before):
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.05))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += 1
+        if process.wait() == 0:
+            break
+    assert process.returncode == 0 and kills >= 2
+    assert state_hash(load_latest(tmp_path / "run")) == state_hash(load_latest(uninterrupted))
+    assert json.dumps(curve(tmp_path / "run")) == json.dumps(curve(uninterrupted))

@@ -1,0 +1,358 @@
+"""Folders, image files and the order of batches."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+from dino_sparo.data.loader import BatchOrder, Crops, CropsDataset, UnreadableImage, crop_batches
+from dino_sparo.data.sources import FolderSource, is_labelled, open_images, open_labelled, per_class
+from dino_sparo.data.views import crop_recipes
+from dino_sparo.errors import UserError, UserFileNotFoundError
+
+RGB = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+VIEWS = {
+    "global_size": 16,
+    "global_scale": (0.4, 1.0),
+    "local_size": 8,
+    "local_scale": (0.05, 0.4),
+    "num_local_crops": 2,
+    "flip_probability": 0.5,
+    "jitter_probability": 0.8,
+    "jitter_strength": (0.4, 0.4, 0.2, 0.1),
+    "grayscale_probability": 0.2,
+    "blur_probability": (1.0, 0.1, 0.5),
+    "blur_radius": (0.1, 1.0),
+    "solarize_probability": (0.0, 0.2, 0.0),
+}
+
+
+def touch(root: Path, *files: str) -> str:
+    """Empty files: what is in them does not matter for the list."""
+    for file in files:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).touch()
+    return str(root)
+
+
+def source_of(root: Path, *files: str) -> FolderSource:
+    return FolderSource(root, files, None, ())
+
+
+# --- Layouts
+
+
+@pytest.mark.parametrize("prefix", ["train/", ""])
+def test_same_files_order_labels_and_classes_as_torchvision(tmp_path, prefix):
+    names = [
+        "b/1.jpg",
+        "b/10.JPG",
+        "b/2.Png",
+        "b/sub/0.jpg",
+        "b/sub-1/0.jpg",
+        "b/sub/deep/z.webp",
+        "a b/ü.jpeg",
+    ]
+    names += ["Z/x.tif", "Z/X.TIFF", "Z/a.bmp", "Z/y.ppm", "Z/z.pgm", "Z/notes.txt", "Z/x.jpg.md5", "ä/1.png"]
+    root = touch(tmp_path, *(prefix + name for name in names))
+    source, expected = open_images(root), ImageFolder(str(tmp_path / prefix))
+    assert [(source.name(i), label) for i, label in enumerate(source.labels)] == expected.samples
+    assert list(source.classes) == expected.classes
+
+
+def test_nested_folders_take_the_top_class(tmp_path):
+    source = open_images(touch(tmp_path, "cat/x/dog/1.jpg", "cat/2.jpg", "dog/y/3.jpg"))
+    assert source.classes == ("cat", "dog")
+    assert dict(zip(source.files, source.labels.tolist(), strict=True)) == {
+        "cat/2.jpg": 0,
+        "cat/x/dog/1.jpg": 0,
+        "dog/y/3.jpg": 1,
+    }
+
+
+@pytest.mark.parametrize("prefix", ["train/", ""])
+def test_flat_folder_is_unlabelled(tmp_path, prefix):
+    root = touch(tmp_path, f"{prefix}b.jpg", f"{prefix}a.png", f"{prefix}more/c.jpg")
+    source = open_images(root)
+    assert sorted(source.files) == ["a.png", "b.jpg", "more/c.jpg"]
+    assert source.labels is None
+    assert not is_labelled(root)
+    with pytest.raises(UserError, match="not in class folders.*Sort them"):
+        open_labelled(root)
+
+
+def test_hidden_files_and_folders_are_ignored(tmp_path):
+    hidden = ("a/.ipynb_checkpoints/1.jpg", "a/._1.jpg", ".hidden/1.jpg", ".DS_Store", "._2.jpg")
+    source = open_images(touch(tmp_path, "a/1.jpg", "b/2.jpg", *hidden))
+    assert source.files == ("a/1.jpg", "b/2.jpg")
+    assert source.classes == ("a", "b")
+
+
+def test_looping_links_are_not_followed(tmp_path):
+    root = touch(tmp_path, "a/1.jpg", "b/2.jpg")
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "a" / "self").symlink_to(".")
+    (tmp_path / "b" / "broken").symlink_to("nowhere")
+    assert open_images(root).files == ("a/1.jpg", "b/2.jpg")
+
+
+def test_links_to_folders_and_files_are_followed(tmp_path):
+    touch(tmp_path / "store", "x/1.jpg", "2.jpg")
+    root = Path(touch(tmp_path / "root", "b/3.jpg"))
+    (root / "a").symlink_to(tmp_path / "store" / "x")
+    (root / "b" / "link.jpg").symlink_to(tmp_path / "store" / "2.jpg")
+    assert open_images(str(root)).files == ("a/1.jpg", "b/3.jpg", "b/link.jpg")
+
+
+@pytest.mark.parametrize(
+    ("max_images", "expected"),
+    [(1, [0]), (3, [0, 4, 9]), (10, [*range(10)]), (99, [*range(10)]), (None, [*range(10)])],
+)
+def test_max_images_are_evenly_spread(tmp_path, max_images, expected):
+    root = touch(tmp_path, *(f"{i // 5}/{i}.jpg" for i in range(10)))
+    source = open_images(root, max_images)
+    assert source.files == tuple(f"{i // 5}/{i}.jpg" for i in expected)
+    assert source.labels.tolist() == [i // 5 for i in expected]
+
+
+def test_fingerprint_knows_names_and_order_but_not_the_root(tmp_path):
+    files = ("a/1.jpg", "b/2.jpg")
+    here, there = open_images(touch(tmp_path / "x", *files)), open_images(touch(tmp_path / "y/z", *files))
+    assert here.fingerprint() == there.fingerprint()
+    assert here.fingerprint() != here.subset(np.array([1, 0])).fingerprint()
+    assert here.fingerprint() != here.subset(np.array([0])).fingerprint()
+    assert here.fingerprint() != open_images(touch(tmp_path / "w", "a/1.jpg", "b/3.jpg")).fingerprint()
+    # Otherwise a file name that holds another's end and start would collide.
+    assert source_of(tmp_path, "ab", "c").fingerprint() != source_of(tmp_path, "a", "bc").fingerprint()
+
+
+# --- Labelled folders
+
+
+def test_without_val_every_fifth_image_is_held_out(tmp_path):
+    train, test = open_labelled(touch(tmp_path, *(f"{i // 6}/{i:02}.jpg" for i in range(12))))
+    assert test.files == ("0/04.jpg", "1/09.jpg")
+    assert len(train) == 10 and not set(train.files) & set(test.files)
+    assert train.classes == test.classes == ("0", "1")
+    assert train.labels.tolist() == [0] * 5 + [1] * 5 and test.labels.tolist() == [0, 1]
+
+
+def test_val_classes_are_mapped_by_name(tmp_path):
+    root = touch(tmp_path, "train/a/1.jpg", "train/b/2.jpg", "train/c/3.jpg", "val/c/4.jpg", "val/b/5.jpg")
+    train, test = open_labelled(root)
+    assert train.files == ("a/1.jpg", "b/2.jpg", "c/3.jpg") and train.labels.tolist() == [0, 1, 2]
+    assert test.files == ("b/5.jpg", "c/4.jpg") and test.labels.tolist() == [1, 2]
+    assert test.classes == train.classes == ("a", "b", "c")
+    assert is_labelled(root)
+
+
+def test_unknown_val_class_is_named(tmp_path):
+    root = touch(tmp_path, "train/a/1.jpg", "train/b/2.jpg", "val/a/3.jpg", "val/new/4.jpg")
+    with pytest.raises(UserError, match="'new' does not exist in .*train"):
+        open_labelled(root)
+    assert not is_labelled(root)
+
+
+def test_one_class_does_not_count_as_labelled(tmp_path):
+    assert not is_labelled(touch(tmp_path, "photos/1.jpg", "photos/2.jpg"))
+
+
+def test_per_class_takes_evenly_from_every_class(tmp_path):
+    names = [f"a/{i}.jpg" for i in range(9)] + ["b/0.jpg"] + [f"c/{i}.jpg" for i in range(4)]
+    source = per_class(open_images(touch(tmp_path, *names)), 3)
+    assert source.files == ("a/0.jpg", "a/4.jpg", "a/8.jpg", "b/0.jpg", "c/0.jpg", "c/2.jpg", "c/3.jpg")
+    assert source.labels.tolist() == [0, 0, 0, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("open_any", [open_images, open_labelled])
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("missing", "does not exist; give an existing folder"),
+        ("file.jpg", "is a file; give the folder"),
+        ("empty", r"no images found; expected files ending in \.jpg"),
+        ("text", "no images found"),
+    ],
+)
+def test_nothing_to_open(tmp_path, open_any, name, remedy):
+    touch(tmp_path, "file.jpg", "text/a/readme.txt")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserFileNotFoundError, match=remedy) as caught:
+        open_any(str(tmp_path / name))
+    assert str(tmp_path / name) in str(caught.value)
+
+
+# --- Image modes
+
+
+def load(path: Path) -> np.ndarray:
+    image = source_of(path.parent, path.name).load(0)
+    assert image.mode == "RGB"
+    return np.asarray(image).astype(int)
+
+
+def palette_image() -> Image.Image:
+    return Image.fromarray(RGB).convert("P", palette=Image.Palette.ADAPTIVE, colors=64)
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [
+        ("RGB", "x.png"),
+        ("RGB", "x.bmp"),
+        ("RGB", "x.ppm"),
+        ("RGBA", "x.png"),
+        ("RGBA", "x.tif"),
+        ("P", "x.png"),
+    ],
+)
+def test_colour_modes(tmp_path, mode, name):
+    image = palette_image() if mode == "P" else Image.fromarray(RGB).convert(mode)
+    if mode == "RGBA":
+        image.putalpha(77)  # dropped, not blended
+    image.save(tmp_path / name)
+    np.testing.assert_array_equal(load(tmp_path / name), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("transparency", [0, bytes(range(0, 256, 4))])
+def test_palette_with_transparency(tmp_path, transparency):
+    image = palette_image()
+    image.save(tmp_path / "x.png", transparency=transparency)
+    np.testing.assert_array_equal(load(tmp_path / "x.png"), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "1"])
+def test_grey_modes(tmp_path, mode):
+    grey = RGB[..., 0] // 128 * 255 if mode == "1" else RGB[..., 0]
+    image = Image.fromarray(grey).convert(mode)
+    if mode == "LA":
+        image.putalpha(33)
+    image.save(tmp_path / "x.png")
+    np.testing.assert_array_equal(load(tmp_path / "x.png"), np.stack([grey] * 3, axis=-1))
+
+
+@pytest.mark.parametrize("highest", [255, 4000, 65535])
+@pytest.mark.parametrize("name", ["x.png", "x.tif"])
+def test_sixteen_bits_become_eight_whatever_the_range(tmp_path, name, highest):
+    values = np.linspace(0, highest, 48).astype(np.uint16).reshape(6, 8)
+    Image.fromarray(values).save(tmp_path / name)
+    # 65535 / 255 = 257; half a level is lost in rounding.
+    np.testing.assert_allclose(load(tmp_path / name), np.stack([values / 257] * 3, axis=-1), atol=0.5)
+
+
+@pytest.mark.parametrize(("highest", "divisor"), [(255, 1), (65535, 257)])
+def test_32_bit_integers(tmp_path, highest, divisor):
+    values = np.linspace(0, highest, 48).astype(np.int32).reshape(6, 8)
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    np.testing.assert_allclose(load(tmp_path / "x.tif")[..., 1], values / divisor, atol=0.5)
+
+
+@pytest.mark.parametrize("highest", [1, 255])
+def test_floats(tmp_path, highest):
+    values = np.linspace(0, highest, 48, dtype=np.float32).reshape(6, 8)
+    Image.fromarray(values).save(tmp_path / "x.tiff")
+    np.testing.assert_allclose(load(tmp_path / "x.tiff")[..., 2], values * 255 / highest, atol=0.5)
+
+
+@pytest.mark.parametrize("colour", [(255, 0, 0), (0, 200, 30), (10, 20, 240), (255, 255, 255), (0, 0, 0)])
+def test_cmyk_jpeg(tmp_path, colour):
+    Image.new("RGB", (16, 16), colour).convert("CMYK").save(tmp_path / "x.jpg", quality=95)
+    with Image.open(tmp_path / "x.jpg") as image:
+        assert image.mode == "CMYK"
+    # JPEG's quantisation of a flat colour moves each channel by at most 2 or 3 levels.
+    np.testing.assert_allclose(load(tmp_path / "x.jpg"), np.broadcast_to(colour, (16, 16, 3)), atol=4)
+
+
+# --- Unreadable files
+
+
+def write_unreadable(path: Path, kind: str) -> None:
+    if kind == "truncated":
+        noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(path)
+        path.write_bytes(path.read_bytes()[:-2000])
+    else:
+        path.write_bytes({"empty": b"", "html": b"<!DOCTYPE html><title>404</title>"}[kind])
+
+
+def crops_of(source: FolderSource) -> CropsDataset:
+    return CropsDataset(source, crop_recipes(**VIEWS), seed=3)
+
+
+@pytest.mark.parametrize("kind", ["empty", "truncated", "html"])
+def test_unreadable_image_is_named(tmp_path, kind):
+    write_unreadable(tmp_path / "bad.jpg", kind)
+    item = crops_of(source_of(tmp_path, "bad.jpg"))[0, 0]
+    assert isinstance(item, UnreadableImage)
+    with pytest.raises(UserError, match="repair or remove") as caught:
+        item.raise_error()
+    assert str(caught.value).startswith(f"{tmp_path / 'bad.jpg'}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batch_with_an_unreadable_image_names_it(tmp_path, pictures, num_workers):
+    write_unreadable(tmp_path / "bad.jpg", "truncated")
+    os.link(pictures.name(0), tmp_path / "good.png")
+    batches = batches_of(source_of(tmp_path, "good.png", "bad.jpg"), batch_size=2, num_workers=num_workers)
+    batch = next(iter(batches))
+    assert isinstance(batch, UnreadableImage)
+    with pytest.raises(UserError, match="bad.jpg"):
+        batch.raise_error()
+
+
+# --- Batches
+
+
+@pytest.fixture
+def pictures(tmp_path) -> FolderSource:
+    rng = np.random.default_rng(1)
+    (tmp_path / "pictures").mkdir()
+    for number in range(7):
+        pixels = rng.integers(0, 256, (20 + number, 30, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{number}.png")
+    return open_images(str(tmp_path / "pictures"))
+
+
+def batches_of(source: FolderSource, *, batch_size: int, num_workers: int):
+    order = BatchOrder(num_samples=len(source), batch_size=batch_size, epochs=1, seed=3)
+    return crop_batches(
+        crops_of(source), order, num_workers=num_workers, prefetch_batches=2, pin_memory=False
+    )
+
+
+def test_number_of_workers_changes_nothing(pictures):
+    alone, shared = ([*batches_of(pictures, batch_size=3, num_workers=n)] for n in (0, 2))
+    assert len(alone) == len(shared) == 2
+    for one, other in zip(alone, shared, strict=True):
+        assert isinstance(one, Crops)
+        assert one.global_crops.shape == (2, 3, 3, 16, 16) and one.local_crops.shape == (2, 3, 3, 8, 8)
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert not torch.equal(alone[0].global_crops, alone[1].global_crops)
+
+
+def order_of(first_step: int = 0, seed: int = 0) -> BatchOrder:
+    return BatchOrder(num_samples=11, batch_size=3, epochs=4, seed=seed, first_step=first_step)
+
+
+def test_order_drops_the_last_partial_batch_and_differs_between_epochs():
+    batches = list(order_of())
+    assert len(batches) == len(order_of()) == 4 * 3
+    assert {len(batch) for batch in batches} == {3}
+    epochs = [sum(batches[e * 3 : e * 3 + 3], []) for e in range(4)]
+    for number, epoch in enumerate(epochs):
+        assert {e for e, _ in epoch} == {number}
+        samples = [sample for _, sample in epoch]
+        assert len(set(samples)) == 9 and set(samples) <= set(range(11))
+    assert len({tuple(sample for _, sample in epoch) for epoch in epochs}) == 4
+    assert batches != list(order_of(seed=1))
+
+
+@pytest.mark.parametrize("first_step", range(13))
+def test_order_goes_on_from_any_step(first_step):
+    assert list(order_of(first_step)) == list(order_of())[first_step:]
+    assert len(order_of(first_step)) == 12 - first_step

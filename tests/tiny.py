@@ -1,0 +1,78 @@
+"""A run so small that it takes a second: a folder of pictures and options to train on it."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dino_sparo.config import parse_options
+from dino_sparo.options import PretrainOptions
+
+TINY = {
+    "views.global_size": "16",
+    "views.local_size": "8",
+    "views.num_local_crops": "2",
+    "model.arch.width": "16",
+    "model.arch.depth": "3",
+    "model.arch.num_heads": "2",
+    "model.patch_size": "8",
+    "model.drop_path_rate": "0.3",
+    "model.readout.num_slots": "2",
+    "model.readout.slot_dim": "4",
+    "model.readout.key_dim": "4",
+    "head.num_prototypes": "16",
+    "head.hidden_dim": "8",
+    "head.bottleneck_dim": "4",
+    "optim.epochs": "3",
+    "optim.warmup_epochs": "1",
+    "optim.global_batch_size": "4",
+    "machine.num_workers": "0",
+    "machine.device": "cpu",
+    "monitor.knn_every_epochs": "0",
+    "log.log_every_steps": "1",
+}
+
+
+def write_pictures(folder: Path, count: int, side: int = 24, classes: int = 1) -> None:
+    """Random pictures below folder/train/class<i>."""
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        path = folder / "train" / f"class{number % classes}" / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(path)
+
+
+def tiny_arguments(data: Path, run_dir: Path, **changes: Any) -> list[str]:
+    """Arguments of `pretrain`; changes are written as section__key=value."""
+    given = {key.replace("__", "."): str(value) for key, value in changes.items()}
+    options = TINY | {"data.path": str(data), "run_dir": str(run_dir)} | given
+    return ["--config", "demo", *(f"--{key}={value}" for key, value in options.items())]
+
+
+def tiny_options(data: Path, run_dir: Path, **changes: Any) -> PretrainOptions:
+    return parse_options(PretrainOptions, tiny_arguments(data, run_dir, **changes), usage="")
+
+
+def state_hash(checkpoint: dict[str, Any]) -> str:
+    """SHA-256 over every tensor of student, teacher, optimiser and centre, by name."""
+    digest = hashlib.sha256()
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            digest.update(name.encode() + str((value.dtype, value.shape)).encode())
+            digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, dict):
+            for key in value:
+                add(f"{name}.{key}", value[key])
+        elif isinstance(value, list):
+            for index, item in enumerate(value):
+                add(f"{name}.{index}", item)
+        else:
+            digest.update(f"{name}={value}".encode())
+
+    for part in ("step", "student", "teacher", "center", "optimizer"):
+        add(part, checkpoint[part])
+    return digest.hexdigest()
