@@ -3,6 +3,7 @@
 import difflib
 import re
 import typing
+from argparse import SUPPRESS
 from collections.abc import Hashable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -31,6 +32,9 @@ def parse_options(options_class: type, arguments: list[str], *, usage: str) -> A
     parser = ArgumentParser(prog="dino-sparo", usage=usage, exit_on_error=False)
     parser.add_argument("--config", action="config", help="Recipe: a YAML file or the name of a shipped one.")
     parser.add_class_arguments(options_class, None)
+    for action in parser._actions:  # a section cannot be given as a whole, so --help does not list it
+        if any(key.startswith(f"{action.dest}.") for key in keys) and action.dest not in keys:
+            action.help = SUPPRESS
     try:
         options = parser.instantiate(parser.parse_args(arguments))
     except ArgumentError as error:

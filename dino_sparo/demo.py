@@ -42,7 +42,7 @@ def demo(options: PretrainOptions) -> None:
 
 def fit_to_folder(options: PretrainOptions) -> None:
     """Change epochs and images so that training takes about the steps that the recipe takes on its own."""
-    budget = options.optim.epochs * len(open_images(SHAPES))
+    budget = options.optim.epochs * len(open_images(SHAPES, options.data.max_images))
     found = len(open_images(options.data.path))
     options.data.max_images = min(found, budget)
     epochs = max(1, round(budget / max(1, options.data.max_images)))

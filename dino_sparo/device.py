@@ -12,9 +12,7 @@ def choose_device(name: str) -> torch.device:
         UserError: CUDA is asked for, but there is no GPU.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "device is 'cuda', but torch sees no GPU; use --machine.device cpu or repair the driver"
-        )
+        raise UserError("device is 'cuda', but torch sees no GPU; choose cpu or auto, or repair the driver")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)

@@ -165,7 +165,7 @@ class MachineOptions:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto takes CUDA where there is a GPU, else the CPU."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto takes bf16 on CUDA and fp32 on the CPU. Prototype logits, loss and teacher stay float32."""
+    """auto takes bf16 on a GPU that has it, else fp32. Prototype logits, loss and teacher stay float32."""
     num_workers: int | None = None
     """Processes that load images; 0 loads in the training process, null takes one a core, at most 16."""
     prefetch_batches: int = 4
@@ -231,7 +231,7 @@ class KnnOptions:
     """Run folder or checkpoint file."""
     data: LabelledDataOptions
     """The labelled images."""
-    k: list[int] | None = None
+    k: int | list[int] | None = None
     """Numbers of neighbours; 20 is the headline. null takes those of 10, 20, 100, 200 that the gallery
     has images for."""
     which: Literal["teacher", "student"] = "teacher"

@@ -1,6 +1,7 @@
 """Folders, image files and the order of batches."""
 
 import os
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +82,7 @@ def test_flat_folder_is_unlabelled(tmp_path, prefix):
     assert sorted(source.files) == ["a.png", "b.jpg", "more/c.jpg"]
     assert source.labels is None
     assert not is_labelled(root)
-    with pytest.raises(UserError, match="not in class folders.*Sort them"):
+    with pytest.raises(UserError, match=r"not in class folders.*Sort them"):
         open_labelled(root)
 
 
@@ -152,9 +153,15 @@ def test_val_classes_are_mapped_by_name(tmp_path):
 
 def test_unknown_val_class_is_named(tmp_path):
     root = touch(tmp_path, "train/a/1.jpg", "train/b/2.jpg", "val/a/3.jpg", "val/new/4.jpg")
-    with pytest.raises(UserError, match="'new' does not exist in .*train"):
+    with pytest.raises(UserError, match=r"'new' does not exist in .*train"):
         open_labelled(root)
     assert not is_labelled(root)
+
+
+def test_val_without_train_is_refused(tmp_path):
+    root = touch(tmp_path, "a/1.jpg", "b/2.jpg", "val/a/3.jpg", "val/b/4.jpg")
+    with pytest.raises(UserError, match="a val folder, but no train folder"):
+        open_labelled(root)
 
 
 def test_one_class_does_not_count_as_labelled(tmp_path):
@@ -301,7 +308,7 @@ def test_batch_with_an_unreadable_image_names_it(tmp_path, pictures, num_workers
     batches = batches_of(source_of(tmp_path, "good.png", "bad.jpg"), batch_size=2, num_workers=num_workers)
     batch = next(iter(batches))
     assert isinstance(batch, UnreadableImage)
-    with pytest.raises(UserError, match="bad.jpg"):
+    with pytest.raises(UserError, match=r"bad\.jpg"):
         batch.raise_error()
 
 
@@ -343,7 +350,7 @@ def test_order_drops_the_last_partial_batch_and_differs_between_epochs():
     batches = list(order_of())
     assert len(batches) == len(order_of()) == 4 * 3
     assert {len(batch) for batch in batches} == {3}
-    epochs = [sum(batches[e * 3 : e * 3 + 3], []) for e in range(4)]
+    epochs = [[*chain(*batches[e * 3 : e * 3 + 3])] for e in range(4)]
     for number, epoch in enumerate(epochs):
         assert {e for e, _ in epoch} == {number}
         samples = [sample for _, sample in epoch]

@@ -137,6 +137,8 @@ def open_labelled(path: str) -> tuple[ImageSource, ImageSource]:
     if not val_folder.is_dir():
         held_out = np.arange(len(train)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
         return train.subset(np.flatnonzero(~held_out)), train.subset(np.flatnonzero(held_out))
+    if train.root == Path(path):  # its images would be in the gallery too, as a class named val
+        raise UserError(f"{path}: there is a val folder, but no train folder; expected train/<class>/<image>")
     val = _open_folder(val_folder)
     if val.labels is None:
         raise UserError(

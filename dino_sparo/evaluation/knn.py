@@ -131,7 +131,8 @@ def run(options: "KnnOptions") -> None:
 
     device = choose_device(options.device)
     train, test = open_labelled(options.data.path)
-    ks = options.k or [k for k in PROTOCOL_K if k <= len(train)]
+    chosen = [options.k] if isinstance(options.k, int) else options.k
+    ks = chosen or [k for k in PROTOCOL_K if k <= len(train)]
     for number in ks:
         if not 1 <= number <= len(train):
             raise UserError(

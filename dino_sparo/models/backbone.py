@@ -53,17 +53,16 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(patch_size, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.native_grid**2 + 1, width))
-        drop_path_rates = torch.linspace(0, drop_path_rate, depth).tolist()
         self.blocks = nn.ModuleList(
             Block(
                 width,
                 num_heads,
                 qkv_bias=True,
-                drop_path=rate,
+                drop_path=drop_path_rate * index / max(1, depth - 1),
                 norm_layer=partial(nn.LayerNorm, eps=1e-6),  # type: ignore[arg-type]
                 mlp_layer=Mlp,
             )
-            for rate in drop_path_rates
+            for index in range(depth)
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self._resize_matrices: dict[tuple[int, int], Tensor] = {}

@@ -27,7 +27,7 @@ def save_checkpoint(state: dict[str, Any], run_dir: Path, *, step: int, keep_eve
     folder = run_dir / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:09d}.pt"
-    temporary = path.with_suffix(".tmp")
+    temporary = folder / "writing.tmp"
     with open(temporary, "wb") as file:
         torch.save({"format": FORMAT, **state}, file)
         file.flush()

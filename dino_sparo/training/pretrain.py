@@ -109,6 +109,7 @@ def pretrain(options: PretrainOptions) -> None:
     device = choose_device(options.machine.device)
     num_workers = default_workers() if options.machine.num_workers is None else options.machine.num_workers
     config, run_dir = config_of(options), Path(options.run_dir)
+    check_same_experiment(run_dir, config)
     source = open_training_images(options)
     images = {"num_images": len(source), "fingerprint": source.fingerprint()}
     knn_monitor = None
@@ -120,7 +121,6 @@ def pretrain(options: PretrainOptions) -> None:
             image_size=options.views.global_size,
             num_workers=num_workers,
         )
-    check_same_experiment(run_dir, config)
 
     state = build_state(config, device)
     done = 0
@@ -210,6 +210,7 @@ def train(run: Run, batches: Iterator[Crops | UnreadableImage], done: int) -> No
                 or (rest == 0 and is_due(epoch, options.log.checkpoint_every_epochs))
                 or 0 < options.log.checkpoint_every_minutes <= minutes
             ):
+                run_log.flush()
                 save(run, done)
                 last_save = time.monotonic()
 
@@ -278,8 +279,10 @@ def build_schedules(options: PretrainOptions, steps_per_epoch: int) -> Schedules
 
 
 def use_bfloat16(precision: str, device: torch.device) -> bool:
-    """Whether networks compute in bfloat16: `auto` does on CUDA."""
-    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    """Whether networks compute in bfloat16: `auto` does on a GPU that has it."""
+    if precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return precision == "bf16"
 
 
 def is_due(epoch: int, every_epochs: int) -> bool:

@@ -45,7 +45,13 @@ def check_same_experiment(run_dir: Path, config: dict[str, Any]) -> None:
                 f"choose another folder or an empty one"
             )
         return
-    before, now = _experiment(yaml.safe_load(path.read_text())), _experiment(config)
+    try:
+        stored = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        stored = None
+    if not isinstance(stored, dict):
+        raise UserError(f"{path} is damaged; restore it (any start of the same run writes the same file)")
+    before, now = _experiment(stored), _experiment(config)
     changed = [
         f"{key} was {before.get(key, 'not set')}, is now {now.get(key, 'not set')}"
         for key in sorted(before.keys() | now.keys())
@@ -73,10 +79,19 @@ def check_same_images(run_dir: Path, before: dict[str, Any], now: dict[str, Any]
 
 
 def start_run_dir(run_dir: Path, config: dict[str, Any]) -> None:
-    """Make the folder, write the resolved recipe, and add this start to the list of starts."""
-    run_dir.mkdir(parents=True, exist_ok=True)
+    """Make the folder, write the resolved recipe, and add this start to the list of starts.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
     temporary = run_dir / f"{CONFIG_FILE}.tmp"
-    temporary.write_text(yaml.safe_dump(config, sort_keys=False))
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(yaml.safe_dump(config, sort_keys=False))
+    except OSError as error:
+        raise UserError(
+            f"run_dir {str(run_dir)!r} cannot be written ({error.strerror}); choose another folder"
+        ) from error
     os.replace(temporary, run_dir / CONFIG_FILE)
     start = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -121,6 +121,12 @@ class RunLog:
         shown = "  ".join(f"{name} {value:.2f} %" for name, value in values.items())
         tqdm.write(f"after epoch {step // self.steps_per_epoch}: {shown}", file=sys.stderr)
 
+    def flush(self) -> None:
+        """Bring all entries to disk, before a checkpoint says that these steps are done."""
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())
+        self._events.flush()
+
     def picture(self, step: int, name: str, image: Tensor) -> None:
         """Log a picture, float (3, height, width) in 0..1."""
         self._events.add_image(name, image, step)
@@ -162,7 +168,7 @@ def cut_events(folder: Path, step: int) -> None:
             event = Event.FromString(record)
             if event.step <= step and step > 0:
                 kept.append(record)
-        temporary = path.with_name("cut." + path.name)
+        temporary = folder / "cut.tmp"
         with open(temporary, "wb") as file:
             writer = RecordWriter(file)
             for record in kept:

@@ -1,0 +1,258 @@
+"""The command line as a user meets it: exit status, one line on a mistake, what lies in the run folder."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dino_sparo.__main__ import COMMANDS, main
+from dino_sparo.config import recipes
+from tests.tiny import tiny_arguments, write_pictures
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    write_pictures(tmp_path / "data", count=8, side=32, classes=2)
+    return tmp_path / "data"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, Path]:
+    """A finished run, for tests that leave it as it is: data and run folder."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_pictures(folder / "data", count=8, side=32, classes=2)
+    assert main(["pretrain", *one_epoch(folder / "data", folder / "run")]) == 0
+    return folder / "data", folder / "run"
+
+
+def one_epoch(data: Path, run_dir: Path, **changes: object) -> list[str]:
+    return tiny_arguments(data, run_dir, **({"optim__epochs": 1} | changes))
+
+
+def program(*arguments: str, python: tuple[str, ...] = ("-m", "dino_sparo")) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *python, *arguments], capture_output=True, text=True, check=False)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def mistake(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr of a command that the user got wrong."""
+    capsys.readouterr()
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("dino-sparo: error: ")
+    assert err.count("\n") == 1 and err.endswith("\n")
+    return err
+
+
+# --- Answers before torch
+
+WITHOUT_TORCH = """
+import sys
+from dino_sparo.__main__ import main
+try:
+    status = main(sys.argv[1:])
+except SystemExit as end:
+    status = end.code
+assert "torch" not in sys.modules and "torchvision" not in sys.modules
+sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "expected"),
+    [
+        (["--help"], 0, "shipped recipes: demo"),
+        (["pretrain", "--help"], 0, "--optim.global_batch_size"),
+        (["pretrain", "--config", "demo", "--optim.epoch", "3"], 2, "did you mean 'optim.epochs'?"),
+    ],
+)
+def test_help_and_mistakes_answer_in_under_a_second_without_torch(arguments, status, expected):
+    seconds = []
+    for _ in range(3):  # the best of three, for the machine may be busy
+        started = time.monotonic()
+        done = program(*arguments, python=("-c", WITHOUT_TORCH))
+        seconds.append(time.monotonic() - started)
+        assert done.returncode == status, done.stderr
+        assert expected in done.stdout + done.stderr
+        if seconds[-1] < 1:
+            break
+    assert min(seconds) < 1
+
+
+def test_overview_lists_commands_and_recipes(capsys):
+    for arguments in ([], ["--help"], ["help"]):
+        assert main(arguments) == 0
+        shown = capsys.readouterr().out
+        assert all(f"  {name} " in shown for name in COMMANDS)
+        assert all(name in shown for name in recipes())
+
+
+def test_unknown_command(capsys):
+    assert f"unknown command 'train'; expected one of {', '.join(COMMANDS)}" in mistake(["train"], capsys)
+
+
+# --- Mistakes in pretrain
+
+
+def test_mistake_through_a_process_is_one_line_and_writes_nothing(tmp_path):
+    """All that the program prints, logging too: pytest's own logging would hide it in this process."""
+    (tmp_path / "flat").mkdir()
+    for path in (tmp_path / "flat" / name for name in ("1.jpg", "2.jpg", "3.jpg", "4.jpg")):
+        path.touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    arguments = one_epoch(tmp_path / "flat", tmp_path / "run", monitor__knn_every_epochs=1)
+    done = program("pretrain", *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert (
+        done.stderr.count("\n") == 1 and "is no run folder" in done.stderr and "Traceback" not in done.stderr
+    )
+    assert contents(tmp_path / "run") == {"thesis.txt": b"mine"}
+
+
+@pytest.mark.parametrize(
+    ("path", "changes", "expected"),
+    [
+        ("data", {"optim__epoch": 3}, "option --optim.epoch is unknown; did you mean 'optim.epochs'?"),
+        ("data", {"views__global_size": 20}, "views.global_size is 20, not divisible by model.patch_size 8"),
+        ("missing", {}, "does not exist; give an existing folder"),
+        ("file.png", {}, "is a file; give the folder"),
+        ("empty", {}, "no images found; expected files ending in"),
+        ("data", {"optim__global_batch_size": 9}, "gives 8 images, fewer than one batch: optim.global_batch"),
+        ("data", {"data__max_images": 3}, "gives 3 images, fewer than one batch"),
+        (
+            "data",
+            {"monitor__knn_every_epochs": 1, "monitor__knn_path": "nowhere"},
+            "'nowhere' does not exist",
+        ),
+    ],
+)
+def test_mistake_is_one_line_and_writes_nothing(tmp_path, data, capsys, path, changes, expected):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.png").touch()
+    line = mistake(["pretrain", *one_epoch(tmp_path / path, tmp_path / "run", **changes)], capsys)
+    assert expected in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_run_dir_that_is_something_else(tmp_path, data, capsys, kind):
+    run = tmp_path / "run"
+    if kind == "folder":
+        run.mkdir()
+    mine = run / "thesis.txt" if kind == "folder" else run
+    mine.write_text("mine")
+    line = mistake(["pretrain", *one_epoch(data, run)], capsys)
+    assert f"run_dir {str(run)!r} exists, but is no run folder" in line
+    assert mine.read_text() == "mine" and len(contents(tmp_path)) == 9  # it and the eight pictures
+
+
+def test_unreadable_image_stops_the_run(tmp_path, data, capsys):
+    bad = sorted(data.rglob("*.png"))[3]
+    bad.write_bytes(bad.read_bytes()[:100])
+    line = mistake(["pretrain", *one_epoch(data, tmp_path / "run")], capsys)
+    assert str(bad) in line and "repair or remove the file" in line
+
+
+# --- A run and what becomes of it
+
+
+def test_run_folder_holds_everything(trained):
+    _, run = trained
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["optim"]["epochs"] == 1 and "run_dir" not in config
+    start = json.loads((run / "starts.jsonl").read_text())
+    assert {"time", "command", "python", "versions", "git"} <= set(start)
+    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == [1, 2]
+    assert any((run / "tensorboard").iterdir())
+    checkpoints = {path.name for path in (run / "checkpoints").iterdir()}
+    assert checkpoints == {"step_000000002.pt", "step_000000002.pt.sha256"}
+
+
+def test_second_start_says_that_the_run_is_complete(trained, capsys, caplog):
+    data, run = trained
+    before = contents(run)
+    caplog.set_level("INFO", logger="dino_sparo")
+    assert main(["pretrain", *one_epoch(data, run)]) == 0
+    assert main(["pretrain", "--run_dir", str(run)]) == 0  # the recipe is the run's own
+    assert [record.getMessage() for record in caplog.records if "is complete" in record.getMessage()] == [
+        f"{run} is complete: all 1 epochs are done"
+    ] * 2
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize(
+    ("key", "before", "now"),
+    [
+        ("optim.lr_per_256", "0.008", "0.016"),
+        ("seed", "0", "1"),
+        ("views.global_scale", "[0.4, 1.0]", "[0.5, 1.0]"),
+        ("model.arch.width", "16", "32"),
+        ("data.max_images", "None", "4"),
+    ],
+)
+def test_changed_experiment_is_refused(trained, capsys, key, before, now):
+    data, run = trained
+    files = contents(run)
+    line = mistake(["pretrain", "--run_dir", str(run), "--data.path", str(data), f"--{key}", now], capsys)
+    assert f"({key} was {before}, is now {now})" in line and "choose another run_dir" in line
+    assert contents(run) == files
+
+
+@pytest.mark.parametrize(
+    "key", ["machine.prefetch_batches", "log.log_every_steps", "monitor.knn_every_epochs"]
+)
+def test_changed_machine_log_and_monitor_are_accepted(trained, key):
+    _, run = trained
+    change = f"--{key}=7"
+    assert main(["pretrain", "--run_dir", str(run), change]) == 0
+
+
+def test_images_may_move_but_not_change(trained, tmp_path, capsys):
+    _, run = trained
+    write_pictures(tmp_path / "moved", count=8, side=32, classes=2)
+    assert main(["pretrain", "--run_dir", str(run), "--data.path", str(tmp_path / "moved")]) == 0
+    one = next((tmp_path / "moved").rglob("*.png"))
+    one.rename(one.with_name("other.png"))
+    files = contents(run)
+    line = mistake(["pretrain", "--run_dir", str(run), "--data.path", str(tmp_path / "moved")], capsys)
+    assert "data.path" in line and "not the same ones" in line
+    assert contents(run) == files
+
+
+# --- knn
+
+
+def test_knn_prints_accuracy_and_number_of_images(trained, capsys):
+    data, run = trained
+    assert main(["knn", str(run), "--data.path", str(data), "--k", "[1, 3]", "--num_workers", "0"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert "7 train and 1 test images, 2 classes" in out[0]
+    assert [line.split()[:2] for line in out[1:]] == [["1-NN", "top-1"], ["3-NN", "top-1"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--k", "[3, 8]"], "k is 8, expected 1 to the 7 train images"),
+        (["--k", "[1]", "--data.path=missing"], "data.path 'missing' does not exist"),
+    ],
+)
+def test_knn_mistakes(trained, capsys, arguments, expected):
+    data, run = trained
+    path = [] if "--data.path=missing" in arguments else ["--data.path", str(data)]
+    assert expected in mistake(["knn", str(run), *path, *arguments], capsys)
+
+
+def test_knn_without_a_checkpoint(trained, tmp_path, capsys):
+    data, _ = trained
+    arguments = ["knn", str(tmp_path), "--data.path", str(data), "--k", "[1]"]
+    assert f"{tmp_path}: no checkpoint found" in mistake(arguments, capsys)

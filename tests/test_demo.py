@@ -1,0 +1,43 @@
+"""The demo end to end at toy size: table, curve and slot maps, on generated pictures and on a folder."""
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from dino_sparo.__main__ import main
+from tests.tiny import tiny_arguments, write_pictures
+
+
+def run_demo(data, run_dir, **changes) -> None:
+    arguments = tiny_arguments(data, run_dir, monitor__knn_every_epochs=1, **changes)
+    assert main(["demo", *arguments]) == 0
+
+
+def assert_is_picture(path) -> None:
+    pixels = np.asarray(Image.open(path).convert("RGB"))
+    assert min(pixels.shape[:2]) > 100
+    assert pixels.std() > 10
+
+
+def test_generated_pictures(tmp_path, capsys):
+    run_demo("shapes", tmp_path, data__max_images=20, monitor__knn_images_per_class=10)
+    shown = capsys.readouterr().out
+    assert "20-NN top-1" in shown
+    assert "trained over untrained encoder" in shown
+    assert len([line for line in shown.splitlines() if line.endswith("%") and "." in line]) == 4  # 0 to 3
+    for name in ("curve.png", "slots.png"):
+        assert_is_picture(tmp_path / name)
+
+
+@pytest.mark.parametrize("count", [7, 60])
+def test_own_flat_folder_takes_as_many_steps(tmp_path, count, capsys):
+    write_pictures(tmp_path / "data", count)
+    flat = tmp_path / "data" / "train" / "class0"
+    run_demo(flat, tmp_path / "run", data__max_images=20)
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    epochs, images = config["optim"]["epochs"], config["data"]["max_images"]
+    assert images == min(count, 60)
+    assert epochs * images == pytest.approx(3 * 20, abs=images / 2)
+    assert "20-NN" not in capsys.readouterr().out
+    assert_is_picture(tmp_path / "run" / "slots.png")
