@@ -1,0 +1,133 @@
+"""What a run shows and leaves behind."""
+
+import json
+import logging
+import math
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dino_sparo.errors import UserError
+from dino_sparo.training import pretrain as program
+from dino_sparo.training.checkpoint import load_latest
+from dino_sparo.training.loss import DINOLoss
+from dino_sparo.training.runlog import read_metrics
+from dino_sparo.training.schedules import Hyperparameters
+from tests.tiny import tiny_options, write_pictures
+
+SCALARS = {
+    *("loss", "lr", "weight_decay", "momentum", "teacher_temp", "student_temp", "gradient_norm"),
+    *("gradient_norm_max", "entropy_teacher", "entropy_mean", "kl", "center_norm", "feature_std"),
+    *("images_per_second", "data_wait_share", "memory_gib"),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    write_pictures(folder / "data", 60, classes=3)
+    changes = {"monitor__knn_every_epochs": 2, "optim__global_batch_size": 30}
+    program.pretrain(tiny_options(folder / "data", folder / "run", **changes))
+    return folder / "run"
+
+
+def test_tensorboard_has_every_scalar_and_one_picture(finished):
+    events = EventAccumulator(str(finished / "tensorboard"), size_guidance={"images": 0}).Reload()
+    tags = events.Tags()
+    knn = {"evaluation/knn20_top1", "evaluation/knn20_top5"}
+    assert set(tags["scalars"]) == {f"train/{name}" for name in SCALARS} | knn
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert tags["images"] == ["first_crops"]
+    picture = events.Images("first_crops")[0]
+    assert (picture.width, picture.height) == (2 + 4 * (16 + 2), 2 + 4 * (16 + 2))  # four images, four crops
+
+
+def test_metrics_file_has_the_same(finished):
+    entries = read_metrics(finished)
+    curve = [entry for entry in entries if "loss" in entry]
+    assert [entry["step"] for entry in curve] == [1, 2, 3, 4, 5, 6]
+    assert curve[2]["epoch"] == 1.5
+    assert all(entry.keys() == SCALARS | {"step", "epoch"} for entry in curve)
+    assert [(e["step"], e["epoch"]) for e in entries if "knn20_top1" in e] == [(0, 0), (4, 2), (6, 3)]
+
+
+def test_schedules_of_a_run_follow_the_recipe(tmp_path):
+    options = tiny_options(
+        tmp_path, tmp_path / "run", loss__warmup_teacher_temp_epochs=2, loss__teacher_temp=0.07
+    )
+    schedules = program.build_schedules(options, steps_per_epoch=10)
+    peak = options.optim.lr_per_256 * options.optim.global_batch_size / 256
+    assert schedules.at(0).lr == 0
+    assert schedules.at(9).lr == schedules.at(10).lr == pytest.approx(peak)
+    assert schedules.at(29).lr < 0.02 * peak
+    assert [schedules.at(step).teacher_temp for step in (0, 9, 10, 29)] == pytest.approx(
+        [0.04, 0.04, 0.07, 0.07]
+    )
+    assert [schedules.at(step).freeze_last_layer for step in (0, 9, 10)] == [True, True, False]
+    assert schedules.at(0).momentum == options.optim.teacher_momentum
+    assert schedules.at(29).weight_decay == pytest.approx(0.4, abs=0.002)
+
+
+def test_plain_lines_where_the_output_is_no_terminal(tmp_path, caplog):
+    write_pictures(tmp_path / "data", 8)
+    with caplog.at_level(logging.INFO, logger="dino_sparo"):
+        program.pretrain(tiny_options(tmp_path / "data", tmp_path / "run"))
+    lines = [record.message for record in caplog.records if record.message.startswith("epoch 2/3 step 1/2 ")]
+    assert len(lines) == 1
+    for word in ("loss ", " images/s", "left: epoch 0:00:0", ", run 0:00:0"):
+        assert word in lines[0]
+
+
+def test_bfloat16_keeps_float32_where_it_matters(tmp_path):
+    write_pictures(tmp_path / "data", 8)
+    states, losses = {}, {}
+    for precision in ("fp32", "bf16"):
+        run_dir = tmp_path / precision
+        program.pretrain(tiny_options(tmp_path / "data", run_dir, machine__precision=precision))
+        states[precision] = load_latest(run_dir)
+        losses[precision] = [entry["loss"] for entry in read_metrics(run_dir)]
+    assert losses["bf16"] != losses["fp32"]  # it was really used
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+    assert all(value.dtype == torch.float32 for value in states["bf16"]["teacher"].values())
+    assert states["bf16"]["center"].dtype == torch.float32
+
+
+def test_logits_and_loss_are_float32_under_bfloat16(tmp_path):
+    config = program.config_of(tiny_options(tmp_path, tmp_path / "run"))
+    state = program.build_state(config, torch.device("cpu"))
+    hyper = Hyperparameters(
+        lr=0.1, weight_decay=0.1, momentum=0.9, teacher_temp=0.04, freeze_last_layer=False
+    )
+    output = program.train_step(
+        state,
+        [torch.randn(2, 3, 3, 16, 16)],
+        hyper,
+        clip_norm=3.0,
+        autocast=torch.autocast("cpu", torch.bfloat16),
+    )
+    assert output.teacher_logits.dtype == output.loss.dtype == torch.float32
+
+
+def test_teacher_has_no_stochastic_depth_and_no_gradient(tmp_path):
+    config = program.config_of(tiny_options(tmp_path, tmp_path / "run"))
+    state = program.build_state(config, torch.device("cpu"))
+    student_drops = [m for m in state.student.modules() if type(m).__name__ == "DropPath"]
+    assert student_drops
+    assert not [m for m in state.teacher.modules() if type(m).__name__ == "DropPath"]
+    assert not any(parameter.requires_grad for parameter in state.teacher.parameters())
+    for name, value in state.teacher.state_dict().items():
+        assert torch.equal(value, state.student.state_dict()[name]), name
+
+
+def test_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
+    write_pictures(tmp_path / "data", 8)
+    monkeypatch.setattr(DINOLoss, "forward", lambda _, student, *__: student.sum() * math.nan)
+    with pytest.raises(UserError, match="the loss is nan at step 1: the run has diverged"):
+        program.pretrain(tiny_options(tmp_path / "data", tmp_path / "run"))
+
+
+def test_starts_are_recorded(finished):
+    (start,) = [json.loads(line) for line in (finished / "starts.jsonl").read_text().splitlines()]
+    assert start["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert isinstance(start["command"], list)
