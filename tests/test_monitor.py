@@ -14,8 +14,8 @@ K = 8
 def metrics(teacher_logits, *, encodings=None, loss=3.0):
     values = step_metrics(
         loss=torch.tensor(loss),
-        loss_fn=DINOLoss(K),
         teacher_logits=teacher_logits,
+        center=torch.zeros(1, K),
         teacher_temp=1.0,
         teacher_encodings=torch.randn(len(teacher_logits), 4) if encodings is None else encodings,
         gradient_norms=torch.tensor([3.0, 4.0]),
@@ -46,8 +46,8 @@ def test_kl_is_zero_for_equal_student_and_teacher():
     loss = loss_fn(same_view, same_view, 0.1).item()
     values = step_metrics(
         loss=torch.tensor(loss),
-        loss_fn=loss_fn,
         teacher_logits=same_view,
+        center=loss_fn.center,
         teacher_temp=0.1,
         teacher_encodings=torch.randn(2, 4),
         gradient_norms=torch.ones(1),

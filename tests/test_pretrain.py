@@ -109,6 +109,12 @@ def test_logits_and_loss_are_float32_under_bfloat16(tmp_path):
     assert output.teacher_logits.dtype == output.loss.dtype == torch.float32
 
 
+def test_the_curve_is_about_the_centre_that_the_loss_used(finished):
+    for entry in read_metrics(finished):
+        if "kl" in entry:
+            assert entry["kl"] >= 0  # as it must be; with the next step's centre it need not be
+
+
 def test_teacher_has_no_stochastic_depth_and_no_gradient(tmp_path):
     config = program.config_of(tiny_options(tmp_path, tmp_path / "run"))
     state = program.build_state(config, torch.device("cpu"))

@@ -44,6 +44,8 @@ _HSV = (
 )
 # Diameters of the main object, as fractions of the picture's side.
 _DIAMETERS = (0.40, 0.52, 0.64)
+# Brightness of the light, a nuisance: it hides the colours from an encoder that has learned nothing.
+_LIGHT = (0.35, 1.1)
 _TEXTURE_PERIOD = 0.125
 _NOISE_CELLS = 24
 
@@ -81,6 +83,7 @@ class _Scene:
     objects: tuple[_Object, ...]
     background: int
     tint: Rgb
+    light: float
     draws: Array
 
 
@@ -138,7 +141,8 @@ def _sample_scene(rng: np.random.Generator, factors: Factors) -> _Scene:
         placed.append(_sample_object(rng, kind, spot, small))
     tint = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.03, 0.16), rng.uniform(0.66, 0.86))
     draws = rng.random((_NOISE_CELLS, _NOISE_CELLS), dtype=np.float32)
-    return _Scene(tuple(reversed(placed)), factors.background, tint, draws)
+    light = math.exp(rng.uniform(*map(math.log, _LIGHT)))
+    return _Scene(tuple(reversed(placed)), factors.background, tint, light, draws)
 
 
 def _sample_object(
@@ -169,6 +173,7 @@ def _paint(scene: _Scene, size: int) -> Image.Image:
         shade = 1.0 - 0.55 * _texture(item, size)
         fill = shade[..., None] * np.array(item.rgb, dtype=np.float32)
         picture += _mask(item, size)[..., None] * (fill - picture)
+    picture *= np.float32(scene.light)
     return Image.fromarray((picture.clip(0.0, 1.0) * 255.0 + 0.5).astype(np.uint8))
 
 

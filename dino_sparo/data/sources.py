@@ -86,7 +86,7 @@ class ShapesSource:
     seed: int
     indices: NDArray[np.int64]
     labels: NDArray[np.int64]
-    classes: tuple[str, ...] = FACTORS["shape"]
+    classes: tuple[str, ...] = FACTORS["colour"]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -177,10 +177,10 @@ def per_class(source: ImageSource, images_per_class: int) -> ImageSource:
 
 
 def shapes_source(split: str) -> ShapesSource:
-    """The generated pictures of a split, labelled by the main object's shape."""
+    """The generated pictures of a split, labelled by the main object's colour."""
     first = 0 if split == "train" else SHAPES_SIZES["train"]
     indices = np.arange(first, first + SHAPES_SIZES[split])
-    labels = np.array([draw_factors(0, int(i)).shape for i in indices], dtype=np.int64)
+    labels = np.array([draw_factors(0, int(i)).colour for i in indices], dtype=np.int64)
     return ShapesSource(0, indices, labels)
 
 

@@ -1,4 +1,4 @@
-"""The DINO loss and its centre. Source: official `DINOLoss`, RECIPE section 5 of the paper's code.
+"""The DINO loss and its centre. Source: official `DINOLoss`.
 
 Axis letters: B images, C crops, K prototypes.
 """
@@ -34,7 +34,9 @@ class DINOLoss(nn.Module):
         batch = len(teacher_logits) // 2
         num_crops = len(student_logits) // batch
         scaled_CBK = (student_logits.float() / self.student_temp).unflatten(0, (num_crops, batch))
-        teacher_2BK = self.teacher_probabilities(teacher_logits, teacher_temp).unflatten(0, (2, batch))
+        teacher_2BK = teacher_probabilities(teacher_logits, self.center, teacher_temp).unflatten(
+            0, (2, batch)
+        )
 
         # A global crop is compared with the other global crop's teacher, a local crop with both.
         log_normaliser_CB = scaled_CBK.logsumexp(dim=-1)
@@ -43,12 +45,13 @@ class DINOLoss(nn.Module):
         num_pairs = 2 * (num_crops - 1)
         return (to_global + to_local) / (num_pairs * batch)
 
-    def teacher_probabilities(self, teacher_logits: Tensor, teacher_temp: float) -> Tensor:
-        """Centred and sharpened teacher rows, float32, same shape as the logits; no gradient."""
-        return ((teacher_logits.detach().float() - self.center) / teacher_temp).softmax(dim=-1)
-
     @torch.no_grad()
     def update_center(self, teacher_logits: Tensor) -> None:
         """Move the centre towards the mean of all ranks' teacher logits (2*B, K)."""
         mean_1K = mean_over_ranks(teacher_logits.float().mean(dim=0, keepdim=True))
         self.center.mul_(self.center_momentum).add_(mean_1K, alpha=1 - self.center_momentum)
+
+
+def teacher_probabilities(teacher_logits: Tensor, center: Tensor, teacher_temp: float) -> Tensor:
+    """Centred and sharpened teacher rows, float32, same shape as the logits; no gradient."""
+    return ((teacher_logits.detach().float() - center) / teacher_temp).softmax(dim=-1)

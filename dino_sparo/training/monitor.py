@@ -17,7 +17,7 @@ from dino_sparo.data.sources import ImageSource, is_labelled, open_labelled, per
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.knn import HEADLINE_K, evaluate_knn
 from dino_sparo.models import Encoder
-from dino_sparo.training.loss import DINOLoss
+from dino_sparo.training.loss import teacher_probabilities
 
 log = logging.getLogger("dino_sparo")
 
@@ -26,13 +26,13 @@ log = logging.getLogger("dino_sparo")
 def step_metrics(
     *,
     loss: Tensor,
-    loss_fn: DINOLoss,
     teacher_logits: Tensor,
+    center: Tensor,
     teacher_temp: float,
     teacher_encodings: Tensor,
     gradient_norms: Tensor,
 ) -> dict[str, Tensor]:
-    """Scalars on the device.
+    """Scalars on the device, from the tensors of one step and the centre that its loss used.
 
     - entropy_teacher: mean entropy of the teacher's rows, in nats; ln K is uniform, 0 one-hot.
     - entropy_mean: entropy of the mean row; if it falls to entropy_teacher, all images get one answer.
@@ -41,7 +41,7 @@ def step_metrics(
       when they spread over the sphere, 0 when all are equal.
     - gradient_norm: norm of all gradients before clipping; gradient_norm_max: of the largest tensor.
     """
-    probabilities = loss_fn.teacher_probabilities(teacher_logits, teacher_temp)
+    probabilities = teacher_probabilities(teacher_logits, center, teacher_temp)
     entropy_teacher = _entropy(probabilities).mean()
     directions = F.normalize(teacher_encodings.float(), dim=-1)
     return {
@@ -49,7 +49,7 @@ def step_metrics(
         "entropy_teacher": entropy_teacher,
         "entropy_mean": _entropy(probabilities.mean(dim=0)),
         "kl": loss - entropy_teacher,
-        "center_norm": loss_fn.center.norm(),
+        "center_norm": center.norm(),
         "feature_std": directions.std(dim=0).mean() * math.sqrt(directions.shape[-1]),
         "gradient_norm": torch.linalg.vector_norm(gradient_norms),
         "gradient_norm_max": gradient_norms.max(),

@@ -45,10 +45,11 @@ log = logging.getLogger("dino_sparo")
 
 @dataclass(frozen=True)
 class StepOutput:
-    """Tensors of one step, left on the device."""
+    """Tensors of one step, left on the device; the centre is the one that the loss used."""
 
     loss: Tensor
     teacher_logits: Tensor
+    center: Tensor
     teacher_encodings: Tensor
     gradient_norms: Tensor
 
@@ -79,8 +80,9 @@ def train_step(
 
     state.optimizer.step()
     update_teacher(state.teacher, state.student, hyper.momentum)
+    center = state.loss_fn.center.clone()
     state.loss_fn.update_center(teacher_logits)
-    return StepOutput(loss.detach(), teacher_logits, teacher_encodings, gradient_norms)
+    return StepOutput(loss.detach(), teacher_logits, center, teacher_encodings, gradient_norms)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +226,7 @@ def evaluate(run: Run, run_log: RunLog, done: int) -> None:
 
 def log_step(run: Run, run_log: RunLog, done: int, hyper: Hyperparameters, output: StepOutput) -> None:
     """One entry of the training curve; the only place where the host waits for the device."""
-    on_device = step_metrics(loss_fn=run.state.loss_fn, teacher_temp=hyper.teacher_temp, **vars(output))
+    on_device = step_metrics(teacher_temp=hyper.teacher_temp, **vars(output))
     metrics = dict(zip(on_device, torch.stack(list(on_device.values())).tolist(), strict=True))
     if not math.isfinite(metrics["loss"]):
         raise UserError(
