@@ -64,7 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"dino-sparo: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print("dino-sparo: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        goes_on = arguments[0] in ("pretrain", "demo")
+        hint = "; the same command goes on from the last checkpoint" if goes_on else ""
+        print(f"dino-sparo: interrupted{hint}", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
 

@@ -118,6 +118,7 @@ def _check_epochs(options: PretrainOptions) -> None:
     for key, value in (
         ("optim.warmup_epochs", options.optim.warmup_epochs),
         ("loss.warmup_teacher_temp_epochs", options.loss.warmup_teacher_temp_epochs),
+        ("optim.freeze_last_layer_epochs", options.optim.freeze_last_layer_epochs),
     ):
         if value > epochs:
             raise UserError(

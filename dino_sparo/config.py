@@ -28,7 +28,7 @@ def parse_options(options_class: type, arguments: list[str], *, usage: str) -> A
         SystemExit: after `--help` or `--print_config`.
     """
     keys = leaf_keys(options_class)
-    arguments = _resolve_config(_check_arguments(arguments, keys), keys)
+    arguments = _resolve_config(_check_arguments(arguments, keys, usage), keys)
     parser = ArgumentParser(prog="dino-sparo", usage=usage, exit_on_error=False)
     parser.add_argument("--config", action="config", help="Recipe: a YAML file or the name of a shipped one.")
     parser.add_class_arguments(options_class, None)
@@ -85,7 +85,7 @@ def leaf_keys(options_class: type) -> dict[str, Any]:
     return keys
 
 
-def _check_arguments(arguments: list[str], keys: dict[str, Any]) -> list[str]:
+def _check_arguments(arguments: list[str], keys: dict[str, Any], usage: str) -> list[str]:
     """Arguments as `--key=value` in their order; unknown, repeated and valueless ones are refused."""
     checked, seen, rest = [], set(), list(arguments)
     while rest:
@@ -94,7 +94,7 @@ def _check_arguments(arguments: list[str], keys: dict[str, Any]) -> list[str]:
             checked.append(argument)
             continue
         if not argument.startswith("--"):
-            raise UserError(f"unexpected argument {argument!r}; options are given as --section.key VALUE")
+            raise UserError(f"unexpected argument {argument!r}; expected: {usage}")
         key, equals, value = argument[2:].partition("=")
         if key not in keys and key != "config":
             raise UserError(_unknown(f"option --{key}", key, keys))

@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from dino_sparo.checks import check_options
 from dino_sparo.data.loader import normalize, to_tensor
 from dino_sparo.data.pil_views import center_crop
-from dino_sparo.data.sources import SHAPES, open_images
+from dino_sparo.data.sources import SHAPES, SHAPES_SIZES, open_images
 from dino_sparo.evaluation.knn import HEADLINE_K
 from dino_sparo.options import PretrainOptions
 from dino_sparo.slots.attention import distinct_slots, draw_slot_maps, slot_maps
@@ -19,7 +20,8 @@ from dino_sparo.training.runlog import read_metrics
 
 log = logging.getLogger("dino_sparo")
 
-NUM_PICTURES, NUM_SLOTS = 6, 8
+NUM_PICTURES, NUM_SLOTS, NUM_KNN_IMAGES = 6, 8, 2000
+MIN_EPOCHS = 4  # on a folder of any size; the prototypes are frozen in the first
 KNN = f"knn{HEADLINE_K}_top1"
 
 
@@ -35,21 +37,30 @@ def demo(options: PretrainOptions) -> None:
     metrics = read_metrics(run_dir)
     print_table(metrics)
     draw_curve(metrics, run_dir / "curve.png")
-    draw_maps(options, run_dir / "slots.png")
-    print(f"\npictures: {run_dir / 'curve.png'} (learning curve), {run_dir / 'slots.png'} (where slots look)")
+    print(f"\nlearning curve: {run_dir / 'curve.png'}")
+    if options.model.readout.name == "sparo":
+        draw_maps(options, run_dir / "slots.png")
+        print(f"where slots look: {run_dir / 'slots.png'}")
     print(f"more: tensorboard --logdir {run_dir}")
 
 
 def fit_to_folder(options: PretrainOptions) -> None:
-    """Change epochs and images so that training takes about the steps that the recipe takes on its own."""
-    budget = options.optim.epochs * len(open_images(SHAPES, options.data.max_images))
-    found = len(open_images(options.data.path))
-    options.data.max_images = min(found, budget)
-    epochs = max(1, round(budget / max(1, options.data.max_images)))
-    warmup_share = options.optim.warmup_epochs / options.optim.epochs
-    options.optim.epochs, options.optim.warmup_epochs = epochs, round(warmup_share * epochs)
-    options.monitor.knn_every_epochs = max(1, round(epochs / 8))
-    log.info("%d images: %d epochs", options.data.max_images, epochs)
+    """Change epochs and images so that training sees as many images as the recipe's epochs of pictures are.
+
+    Of a large folder some images are taken, evenly spread, so that each is seen a few times.
+    """
+    budget = options.optim.epochs * SHAPES_SIZES["train"]
+    source = open_images(options.data.path, options.data.max_images)
+    options.data.max_images = min(len(source), max(1, budget // MIN_EPOCHS))
+    epochs = round(budget / options.data.max_images)
+    stretch = epochs / options.optim.epochs
+    options.optim.epochs = epochs
+    options.optim.warmup_epochs = round(stretch * options.optim.warmup_epochs)
+    if options.monitor.knn_every_epochs:
+        options.monitor.knn_every_epochs = max(1, round(stretch * options.monitor.knn_every_epochs))
+        options.monitor.knn_images_per_class = max(HEADLINE_K, NUM_KNN_IMAGES // max(1, len(source.classes)))
+    check_options(options)
+    log.info("%s: %d of its images, %d epochs", options.data.path, options.data.max_images, epochs)
 
 
 def print_table(metrics: list[dict[str, float]]) -> None:

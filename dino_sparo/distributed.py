@@ -9,11 +9,6 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world_size() -> int:
-    """How many processes train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
 def mean_over_ranks(values: Tensor) -> Tensor:
     """Mean of a tensor over all processes, in place; the tensor itself when there is one."""
     if dist.is_initialized():

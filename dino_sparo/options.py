@@ -155,7 +155,7 @@ class MonitorOptions:
     knn_path: str | None = None
     """Labelled folder (train/<class>, val/<class>) for it; null takes data.path if it is labelled."""
     knn_images_per_class: int | None = None
-    """Gallery images a class, evenly spread; null takes all."""
+    """Gallery and test images a class at most, evenly spread; null takes all."""
 
 
 @dataclass
@@ -168,7 +168,7 @@ class MachineOptions:
     """auto takes bf16 on a GPU that has it, else fp32. Prototype logits, loss and teacher stay float32."""
     num_workers: int | None = None
     """Processes that load images; 0 loads in the training process, null takes one a core, at most 16."""
-    prefetch_batches: int = 4
+    prefetch_batches: int = 2
     """Batches that each worker prepares ahead."""
 
 

@@ -10,7 +10,8 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
     "Install a newer one, or name it: PYTHON=python3.12 $0" >&2
   exit 2
 fi
-if [ ! -x .venv/bin/python ]; then
+if [ ! -x .venv/bin/pip ]; then
+  rm -rf .venv  # what a failed attempt leaves
   "$python" -m venv .venv || { echo "Could not make .venv; on Debian and Ubuntu install python3-venv first." >&2; exit 2; }
 fi
 extra=${1:-}

@@ -10,15 +10,15 @@ import torch
 GOLDEN = Path(__file__).parent / "golden"
 
 
+def load_golden_arrays(name: str) -> dict[str, np.ndarray]:
+    """The arrays of tests/golden/<name>.npz by name."""
+    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
 @pytest.fixture
 def golden() -> Callable[[str], dict[str, np.ndarray]]:
-    """golden("loss") -> the arrays of tests/golden/loss.npz by name."""
-
-    def load(name: str) -> dict[str, np.ndarray]:
-        with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as arrays:
-            return dict(arrays)
-
-    return load
+    return load_golden_arrays
 
 
 @pytest.fixture(autouse=True)

@@ -48,6 +48,15 @@ def test_initial_values_are_the_official_ones():
     assert backbone.patch_embed.proj.bias.any()
 
 
+def test_inference_mode_first_does_not_spoil_training():
+    backbone = VisionTransformer(image_size=32, patch_size=8, width=12, depth=1, num_heads=2)
+    images = torch.randn(1, 3, 16, 16)
+    with torch.inference_mode():
+        backbone(images)
+    backbone(images).sum().backward()
+    assert backbone.pos_embed.grad is not None
+
+
 def test_stochastic_depth_rises_over_the_blocks_that_exist():
     blocks = build_encoder("vit_tiny", readout="sparo", drop_path_rate=0.1).backbone.blocks
     rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in blocks]

@@ -12,6 +12,7 @@ from dino_sparo import load_encoder
 from dino_sparo.errors import UserError
 from dino_sparo.training import pretrain as program
 from dino_sparo.training.checkpoint import load_checkpoint, load_latest, save_checkpoint
+from dino_sparo.training.state import build_state
 from tests.tiny import tiny_options, write_pictures
 
 
@@ -30,6 +31,33 @@ def test_last_two_and_every_so_many_are_kept(tmp_path):
     save_steps(tmp_path, 3, 10, 13, 20, 24, 27, 31, keep_every_steps=10)
     kept = [f"step_{step:09d}.pt" for step in (10, 20, 27, 31)]
     assert names(tmp_path) == sorted(kept + [f"{name}.sha256" for name in kept])
+
+
+def test_damaged_newer_ones_do_not_push_out_what_is_saved_after_a_fallback(tmp_path):
+    save_steps(tmp_path, 10, 20, 22, keep_every_steps=10)
+    for step in (20, 22):
+        (tmp_path / "checkpoints" / f"step_{step:09d}.pt").write_bytes(b"x")
+    assert load_latest(tmp_path)["step"] == 10
+    save_steps(tmp_path, 12)
+    assert load_latest(tmp_path)["step"] == 12
+    save_steps(tmp_path, 14)
+    assert {f"step_{step:09d}.pt" for step in (12, 14)} <= set(names(tmp_path))
+
+
+def test_damaged_hash_and_strange_names(tmp_path):
+    save_steps(tmp_path, 5, 9)
+    folder = tmp_path / "checkpoints"
+    (folder / "step_000000009.pt.sha256").write_bytes(b"\xff\xfe\x80")
+    (folder / "step_best.pt").write_bytes(b"x")
+    assert load_latest(tmp_path)["step"] == 5
+
+
+def test_one_of_every_so_many_epochs_is_written_for_keeping(tmp_path):
+    write_pictures(tmp_path / "data", 4)
+    changes = {"log__checkpoint_every_epochs": 2, "log__keep_every_epochs": 3, "optim__epochs": 9}
+    program.pretrain(tiny_options(tmp_path / "data", tmp_path / "run", **changes))
+    steps = [int(name[5:14]) for name in names(tmp_path / "run") if name.endswith(".pt")]
+    assert steps == [3, 6, 8, 9]
 
 
 def test_hash_file_is_what_sha256sum_reads(tmp_path):
@@ -107,7 +135,12 @@ def test_load_encoder(run_dir):
         for name, value in encoder.state_dict().items():
             assert torch.equal(value, state[which][f"encoder.{name}"])
         outputs[which] = encoder(images)
-    untrained = load_encoder(run_dir, untrained=True)(images)
+    random_state = torch.random.get_rng_state()
+    fresh = load_encoder(run_dir, untrained=True)
+    assert torch.equal(torch.random.get_rng_state(), random_state)
+    initial = build_state(state["config"], torch.device("cpu")).student.encoder.state_dict()
+    assert all(torch.equal(initial[name], value) for name, value in fresh.state_dict().items())
+    untrained = fresh(images)
     assert not torch.equal(outputs["teacher"], outputs["student"])
     assert not torch.equal(outputs["teacher"], untrained)
     file = next((run_dir / "checkpoints").glob("*.pt"))

@@ -406,7 +406,7 @@ def test_malformed_recipe(tmp_path, recipe, expected):
         (("--optim.epochs", "3", "--optim.epochs=4"), "option --optim.epochs is given twice"),
         (("--config", "demo"), "option --config is given twice"),
         (("--optim.epochs",), "option --optim.epochs has no value; give it as --optim.epochs VALUE"),
-        (("stray",), "unexpected argument 'stray'; options are given as --section.key VALUE"),
+        (("stray",), "unexpected argument 'stray'; expected: "),
         (("--views.global_scale", "0.5", "1"), "unexpected argument '1'"),
         (("-x",), "unexpected argument '-x'"),
         (("--optim", "3"), "option --optim is unknown; did you mean 'optim.epochs'?"),

@@ -6,6 +6,7 @@ import yaml
 from PIL import Image
 
 from dino_sparo.__main__ import main
+from dino_sparo.data.sources import SHAPES_SIZES
 from tests.tiny import tiny_arguments, write_pictures
 
 
@@ -30,14 +31,27 @@ def test_generated_pictures(tmp_path, capsys):
         assert_is_picture(tmp_path / name)
 
 
-@pytest.mark.parametrize("count", [7, 60])
-def test_own_flat_folder_takes_as_many_steps(tmp_path, count, capsys):
+@pytest.mark.parametrize(("count", "limit", "used"), [(7, "null", 7), (60, "null", 15), (60, 12, 12)])
+def test_own_flat_folder_takes_as_many_steps(tmp_path, monkeypatch, count, limit, used, capsys):
+    monkeypatch.setitem(SHAPES_SIZES, "train", 20)  # three epochs of 20 pictures
     write_pictures(tmp_path / "data", count)
     flat = tmp_path / "data" / "train" / "class0"
-    run_demo(flat, tmp_path / "run", data__max_images=20)
+    run_demo(flat, tmp_path / "run", data__max_images=limit)
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    epochs, images = config["optim"]["epochs"], config["data"]["max_images"]
-    assert images == min(count, 60)
-    assert epochs * images == pytest.approx(3 * 20, abs=images / 2)
+    optim, images = config["optim"], config["data"]["max_images"]
+    assert images == used
+    assert optim["epochs"] * images == pytest.approx(3 * 20, abs=images / 2)
+    assert optim["freeze_last_layer_epochs"] < optim["epochs"]  # or the prototypes never learn
+    assert optim["warmup_epochs"] == round(optim["epochs"] / 3)
     assert "20-NN" not in capsys.readouterr().out
     assert_is_picture(tmp_path / "run" / "slots.png")
+
+
+def test_read_out_without_slots_has_no_slot_maps(tmp_path, capsys):
+    fields = ("num_slots", "slot_dim", "key_dim", "group_size")
+    no_slots = {f"model__readout__{name}": "null" for name in fields} | {"model__readout__name": "cls"}
+    monitor = {"monitor__knn_images_per_class": 10}
+    run_demo("shapes", tmp_path, data__max_images=8, **no_slots, **monitor)
+    assert (tmp_path / "curve.png").exists()
+    assert not (tmp_path / "slots.png").exists()
+    assert "slots" not in capsys.readouterr().out

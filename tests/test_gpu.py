@@ -1,4 +1,4 @@
-"""What needs a GPU: bfloat16 training, and resuming it bit for bit on another start."""
+"""What needs a GPU: a run in float32 and in bfloat16."""
 
 import pytest
 import torch

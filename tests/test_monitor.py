@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
+from dino_sparo.errors import UserError
 from dino_sparo.training.loss import DINOLoss
-from dino_sparo.training.monitor import step_metrics
+from dino_sparo.training.monitor import open_knn_monitor, step_metrics
+from tests.tiny import write_pictures
 
 K = 8
 
@@ -65,3 +67,37 @@ def test_feature_std_is_one_on_the_sphere_and_zero_when_collapsed():
 def test_gradient_norms():
     values = metrics(torch.zeros(2, K))
     assert values["gradient_norm"] == 5.0 and values["gradient_norm_max"] == 4.0
+
+
+def open_monitor(data, path=None, images_per_class=None):
+    return open_knn_monitor(
+        path=path, data_path=data, images_per_class=images_per_class, image_size=16, num_workers=0
+    )
+
+
+def test_monitor_needs_classes_and_says_what_is_missing(tmp_path, caplog):
+    caplog.set_level("INFO", logger="dino_sparo")
+    write_pictures(tmp_path / "one", 40)
+    write_pictures(tmp_path / "few", 12, classes=2)
+    for name, message in (
+        ("one", "one class only"),
+        ("one/train/class0", "not in class"),
+        ("few", "10 gallery"),
+    ):
+        caplog.clear()
+        assert open_monitor(str(tmp_path / name)) is None
+        assert message in caplog.text
+        assert "no k-NN while training" in caplog.text
+    for name, message in (
+        ("one/train/class0", "not in class folders"),
+        ("few", "10 gallery and 2 test images"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_monitor("anywhere", path=str(tmp_path / name))
+
+
+def test_monitor_takes_so_many_a_class(tmp_path):
+    write_pictures(tmp_path, 200, classes=2)
+    monitor = open_monitor(str(tmp_path), images_per_class=15)
+    assert (len(monitor.train), len(monitor.test)) == (30, 30)
+    assert (len(open_monitor(str(tmp_path)).train), len(open_monitor(str(tmp_path)).test)) == (160, 40)

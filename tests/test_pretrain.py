@@ -1,18 +1,24 @@
 """What a run shows and leaves behind."""
 
+import contextlib
+import io
 import json
 import logging
 import math
+import sys
+import time
 
 import pytest
 import torch
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dino_sparo.errors import UserError
 from dino_sparo.training import pretrain as program
 from dino_sparo.training.checkpoint import load_latest
 from dino_sparo.training.loss import DINOLoss
-from dino_sparo.training.runlog import read_metrics
+from dino_sparo.training.monitor import KnnMonitor
+from dino_sparo.training.runlog import RunLog, read_metrics
 from dino_sparo.training.schedules import Hyperparameters
 from tests.tiny import tiny_options, write_pictures
 
@@ -109,10 +115,104 @@ def test_logits_and_loss_are_float32_under_bfloat16(tmp_path):
     assert output.teacher_logits.dtype == output.loss.dtype == torch.float32
 
 
-def test_the_curve_is_about_the_centre_that_the_loss_used(finished):
+def test_the_curve_is_about_the_centre_that_the_loss_used(tmp_path):
+    config = program.config_of(tiny_options(tmp_path, tmp_path / "run"))
+    state = program.build_state(config, torch.device("cpu"))
+    before = state.loss_fn.center.normal_().clone()
+    hyper = Hyperparameters(
+        lr=0.1, weight_decay=0.1, momentum=0.9, teacher_temp=0.04, freeze_last_layer=False
+    )
+    output = program.train_step(
+        state, [torch.randn(2, 3, 3, 16, 16)], hyper, clip_norm=3.0, autocast=contextlib.nullcontext()
+    )
+    assert torch.equal(output.center, before)
+    assert not torch.equal(state.loss_fn.center, before)
+
+
+def test_logged_schedules_are_those_of_the_step(finished):
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    options = tiny_options("x", "y", **{"optim.global_batch_size".replace(".", "__"): 30})
+    assert config["optim"] == vars(options.optim)
+    schedules = program.build_schedules(options, steps_per_epoch=2)
     for entry in read_metrics(finished):
-        if "kl" in entry:
-            assert entry["kl"] >= 0  # as it must be; with the next step's centre it need not be
+        if "loss" in entry:
+            expected = schedules.at(entry["step"] - 1)
+            for name in ("lr", "weight_decay", "momentum", "teacher_temp"):
+                assert entry[name] == getattr(expected, name), name
+            assert entry["student_temp"] == 0.1
+
+
+def test_k_nn_is_of_the_teacher(tmp_path, monkeypatch):
+    seen = []
+
+    def evaluate(self, encoder):
+        seen.append({name: value.clone() for name, value in encoder.state_dict().items()})
+        return {"knn20_top1": 0.0}
+
+    monkeypatch.setattr(KnnMonitor, "evaluate", evaluate)
+    write_pictures(tmp_path / "data", 60, classes=3)
+    program.pretrain(tiny_options(tmp_path / "data", tmp_path / "run", monitor__knn_every_epochs=1))
+    state = load_latest(tmp_path / "run")
+    assert len(seen) == 4
+    assert all(torch.equal(state["teacher"][f"encoder.{name}"], value) for name, value in seen[-1].items())
+    assert any(not torch.equal(state["student"][f"encoder.{name}"], v) for name, v in seen[-1].items())
+
+
+def test_speed_and_waiting_share_leave_evaluation_out(tmp_path):
+    with RunLog(tmp_path, first_step=0, steps_per_epoch=4, total_steps=8) as run_log:
+        with run_log.not_training():
+            time.sleep(1)
+        with run_log.waiting_for_data():
+            time.sleep(0.2)
+        time.sleep(0.2)
+        run_log.scalars(4, {"loss": 1.0}, batch_size=10)
+    (entry,) = read_metrics(tmp_path)
+    # 40 images in 0.4 s, half of them waiting; a busy machine makes it slower, never twice as fast
+    assert 40 < entry["images_per_second"] <= 100
+    assert 0.2 < entry["data_wait_share"] < 0.8
+
+
+def test_progress_bar_on_a_terminal(tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with RunLog(tmp_path, first_step=0, steps_per_epoch=2, total_steps=4) as run_log:
+        for step in (1, 2, 3):
+            time.sleep(0.15)  # the bar redraws every 0.1 s
+            run_log.step_done(step)
+            run_log.scalars(step, {"loss": 1.25}, batch_size=10)
+    shown = terminal.getvalue()
+    for words in ("epoch 1/2", "epoch 2/2", "loss=1.250", "img/s=", "run left=0:00:0", "<00:00"):
+        assert words in shown, words
+
+
+def test_diverged_state_is_never_saved(tmp_path, monkeypatch):
+    write_pictures(tmp_path / "data", 8)
+    original, steps = DINOLoss.forward, []
+
+    def forward(self, student, *rest):
+        steps.append(1)
+        loss = original(self, student, *rest)
+        return loss * math.nan if len(steps) >= 3 else loss
+
+    options = tiny_options(
+        tmp_path / "data",
+        tmp_path / "run",
+        log__log_every_steps=100,
+        log__checkpoint_every_minutes=1e-9,
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(DINOLoss, "forward", forward)
+        with pytest.raises(
+            UserError, match="a parameter is no longer finite at step 3: the run has diverged"
+        ):
+            program.pretrain(options)
+    assert load_latest(tmp_path / "run")["step"] == 2
+    program.pretrain(options)
+    assert load_latest(tmp_path / "run")["step"] == 6
 
 
 def test_teacher_has_no_stochastic_depth_and_no_gradient(tmp_path):

@@ -183,3 +183,12 @@ def test_too_small_a_size_is_refused() -> None:
 def test_seed_and_index_out_of_range_are_refused(seed: int, index: int, name: str) -> None:
     with pytest.raises(ValueError, match=rf"{name} is -?\d+, expected 0 <= {name} < 2\*\*64; pass"):
         draw_factors(seed, index)
+
+
+def test_light_is_a_strong_nuisance_that_no_factor_tells() -> None:
+    means = np.array([np.asarray(draw_picture(0, index, size=16)).mean() for index in range(300)])
+    dark, bright = np.quantile(means, [0.05, 0.95])
+    assert bright > 2 * dark
+    colours = np.array([draw_factors(0, index).colour for index in range(300)])
+    by_colour = [means[colours == colour].mean() for colour in range(len(FACTORS["colour"]))]
+    assert np.std(by_colour) < 0.5 * means.std()

@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from dino_sparo.data.loader import BatchOrder, Crops, CropsDataset, UnreadableImage, crop_batches
-from dino_sparo.data.sources import FolderSource, is_labelled, open_images, open_labelled, per_class
+from dino_sparo.data.sources import FolderSource, open_images, open_labelled, per_class
 from dino_sparo.data.views import crop_recipes
 from dino_sparo.errors import UserError, UserFileNotFoundError
 
@@ -81,7 +81,6 @@ def test_flat_folder_is_unlabelled(tmp_path, prefix):
     source = open_images(root)
     assert sorted(source.files) == ["a.png", "b.jpg", "more/c.jpg"]
     assert source.labels is None
-    assert not is_labelled(root)
     with pytest.raises(UserError, match=r"not in class folders.*Sort them"):
         open_labelled(root)
 
@@ -91,6 +90,29 @@ def test_hidden_files_and_folders_are_ignored(tmp_path):
     source = open_images(touch(tmp_path, "a/1.jpg", "b/2.jpg", *hidden))
     assert source.files == ("a/1.jpg", "b/2.jpg")
     assert source.classes == ("a", "b")
+
+
+def test_link_to_itself_is_ignored(tmp_path):
+    root = touch(tmp_path, "a/1.jpg")
+    (tmp_path / "a" / "loop").symlink_to("loop")
+    assert open_images(root).files == ("a/1.jpg",)
+
+
+def test_loose_images_beside_class_folders_are_said_aloud(tmp_path, caplog):
+    source = open_images(touch(tmp_path, "train/a/1.jpg", "train/thumb.png"))
+    assert len(source) == 2
+    assert source.labels is None
+    assert "thumb.png" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("mode", "highest"), [("F", 1.0), ("F", 255.0), ("F", 65535.0), ("I", 65535), ("I", 10**6)]
+)
+def test_more_than_8_bits_never_turn_white(tmp_path, mode, highest):
+    values = np.linspace(0, highest, 16).reshape(4, 4).astype(np.float32 if mode == "F" else np.int32)
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    pixels = np.asarray(open_images(str(tmp_path)).load(0))
+    np.testing.assert_allclose(pixels[..., 0], np.linspace(0, 255, 16).reshape(4, 4), atol=1)
 
 
 def test_looping_links_are_not_followed(tmp_path):
@@ -148,24 +170,18 @@ def test_val_classes_are_mapped_by_name(tmp_path):
     assert train.files == ("a/1.jpg", "b/2.jpg", "c/3.jpg") and train.labels.tolist() == [0, 1, 2]
     assert test.files == ("b/5.jpg", "c/4.jpg") and test.labels.tolist() == [1, 2]
     assert test.classes == train.classes == ("a", "b", "c")
-    assert is_labelled(root)
 
 
 def test_unknown_val_class_is_named(tmp_path):
     root = touch(tmp_path, "train/a/1.jpg", "train/b/2.jpg", "val/a/3.jpg", "val/new/4.jpg")
     with pytest.raises(UserError, match=r"'new' does not exist in .*train"):
         open_labelled(root)
-    assert not is_labelled(root)
 
 
 def test_val_without_train_is_refused(tmp_path):
     root = touch(tmp_path, "a/1.jpg", "b/2.jpg", "val/a/3.jpg", "val/b/4.jpg")
     with pytest.raises(UserError, match="a val folder, but no train folder"):
         open_labelled(root)
-
-
-def test_one_class_does_not_count_as_labelled(tmp_path):
-    assert not is_labelled(touch(tmp_path, "photos/1.jpg", "photos/2.jpg"))
 
 
 def test_per_class_takes_evenly_from_every_class(tmp_path):

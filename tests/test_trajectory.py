@@ -12,6 +12,7 @@ from dino_sparo.training.optim import build_optimizer, parameter_groups
 from dino_sparo.training.pretrain import train_step
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.state import TrainState
+from tests.conftest import load_golden_arrays
 
 NUM_STEPS = 5
 # Float32, five steps: other orders of summation, amplified by AdamW's division.
@@ -41,8 +42,7 @@ def load_golden(model: DinoModel, arrays: dict[str, np.ndarray]) -> None:
 
 @pytest.fixture(scope="module")
 def trained():
-    with np.load("tests/golden/trajectory.npz") as file:
-        arrays = dict(file)
+    arrays = load_golden_arrays("trajectory")
     student, teacher = golden_model().train(), golden_model().eval().requires_grad_(False)
     load_golden(student, arrays)
     load_golden(teacher, arrays)

@@ -12,9 +12,11 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.utils import make_grid
 
 from dino_sparo.data import pil_views
 from dino_sparo.data.sources import ImageSource
@@ -159,6 +161,18 @@ def collate_images(images: list[Tensor | UnreadableImage]) -> Tensor | Unreadabl
 def to_tensor(image: Image.Image) -> Tensor:
     """PIL RGB -> uint8 (3, height, width)."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def crops_picture(crops: Crops, num_images: int = 4) -> Tensor:
+    """The crops of the first images, one row an image: float (3, height, width) in 0..1."""
+    side = crops.global_crops.shape[-1]
+    tiles = []
+    for image in range(min(num_images, crops.global_crops.shape[1])):
+        for crop in (*crops.global_crops[:, image], *crops.local_crops[:, image]):
+            margin = side - crop.shape[-1]
+            tiles.append(F.pad(crop, (0, margin, 0, margin), value=255))
+    per_row = crops.global_crops.shape[0] + crops.local_crops.shape[0]
+    return make_grid(torch.stack(tiles).float() / 255, nrow=per_row, pad_value=1.0)
 
 
 def normalize(pixels: Tensor) -> Tensor:

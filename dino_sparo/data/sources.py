@@ -1,6 +1,7 @@
 """Where images come from: folders (labelled by class folder or flat) and generated pictures."""
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from PIL import Image
 
 from dino_sparo.data.shapes import FACTORS, draw_factors, draw_picture
 from dino_sparo.errors import UserError, UserFileNotFoundError
+
+log = logging.getLogger("dino_sparo")
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 SHAPES = "shapes"
@@ -154,17 +157,6 @@ def open_labelled(path: str) -> tuple[ImageSource, ImageSource]:
     return train, FolderSource(val.root, val.files, to_train[val.labels], train.classes)
 
 
-def is_labelled(path: str) -> bool:
-    """Whether `open_labelled` would find at least two classes, without an error."""
-    if path == SHAPES:
-        return True
-    try:
-        train, _ = open_labelled(path)
-    except UserError:
-        return False
-    return len(train.classes) > 1
-
-
 def per_class(source: ImageSource, images_per_class: int) -> ImageSource:
     """At most so many images of every class, evenly spread over the class."""
     assert source.labels is not None
@@ -188,14 +180,22 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Any image as 8-bit RGB; alpha is dropped as torchvision's loader does, 16 bits become 8."""
     if image.mode.startswith("I") or image.mode == "F":  # PIL would clip these to white
         values = np.asarray(image, dtype=np.float64)
-        if image.mode == "F":
-            scale = 255.0 if values.max(initial=0) <= 1 else 1.0
-        else:
-            scale = 255.0 / 65535.0 if image.mode != "I" or values.max(initial=0) > 255 else 1.0
-        image = Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))
+        image = Image.fromarray(
+            (values * _to_8_bits(image.mode, values)).round().clip(0, 255).astype(np.uint8)
+        )
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
+def _to_8_bits(mode: str, values: NDArray[np.float64]) -> float:
+    """Factor that brings pixels of more than 8 bits to 0..255; modes I and F do not say their range."""
+    highest = values.max(initial=0)
+    if mode == "F" and highest <= 1:
+        return 255.0
+    if mode in ("I", "F") and highest <= 255:
+        return 1.0
+    return 255.0 / max(65535.0, highest)
 
 
 def _train_folder(path: str) -> Path:
@@ -214,7 +214,12 @@ def _open_folder(root: Path) -> FolderSource:
             f"{root}: no images found; expected files ending in {' '.join(EXTENSIONS)}, "
             f"directly or in folders below"
         )
-    if any("/" not in file for file in files):
+    loose = [file for file in files if "/" not in file]
+    if loose:
+        if len(loose) < len(files):
+            log.warning(
+                "%s holds images (%s) beside folders of images; all are taken, without labels", root, loose[0]
+            )
         return FolderSource(root, files, None, ())
     classes = tuple(sorted({file.split("/", 1)[0] for file in files}))
     number = {name: label for label, name in enumerate(classes)}
@@ -228,17 +233,28 @@ def _torchvision_order(file: str) -> tuple[str, str, str]:
     return folder.split("/", 1)[0], folder, name
 
 
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
 def _walk(root: Path, below: str, ancestors: tuple[tuple[int, int], ...]) -> Iterator[str]:
     """Image files below `root/below`, relative to root; hidden ones ignored, looping links not followed."""
     here = os.stat(root / below)
     identity = (here.st_dev, here.st_ino)
     if identity in ancestors:
         return
-    with os.scandir(root / below) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
+    try:
+        entries = list(os.scandir(root / below))
+    except OSError as error:
+        raise UserError(
+            f"{root / below}: the folder cannot be read ({error.strerror}); repair or remove it"
+        ) from error
+    for entry in entries:
+        if not entry.name.startswith("."):
+            if _is_folder(entry):
                 yield from _walk(root, f"{below}{entry.name}/", (*ancestors, identity))
             elif entry.name.lower().endswith(EXTENSIONS):
                 yield below + entry.name

@@ -10,7 +10,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -60,7 +59,6 @@ class VisionTransformer(nn.Module):
                 qkv_bias=True,
                 drop_path=drop_path_rate * index / max(1, depth - 1),
                 norm_layer=partial(nn.LayerNorm, eps=1e-6),  # type: ignore[arg-type]
-                mlp_layer=Mlp,
             )
             for index in range(depth)
         )
@@ -110,7 +108,8 @@ class VisionTransformer(nn.Module):
         key = (rows, columns)
         matrix = self._resize_matrices.get(key)
         if matrix is None or matrix.device != self.pos_embed.device or matrix.dtype != self.pos_embed.dtype:
-            matrix = resize_matrix(self.native_grid, rows, columns).to(self.pos_embed)
+            with torch.inference_mode(False):  # kept for later, also for training
+                matrix = resize_matrix(self.native_grid, rows, columns).to(self.pos_embed)
             self._resize_matrices[key] = matrix
         cls_11D, patches_1ND = self.pos_embed[:, :1], self.pos_embed[:, 1:]
         with torch.autocast(self.pos_embed.device.type, enabled=False):

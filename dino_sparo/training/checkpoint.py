@@ -35,10 +35,12 @@ def save_checkpoint(state: dict[str, Any], run_dir: Path, *, step: int, keep_eve
     _write_flushed(_hash_file(path), f"{_sha256(temporary)}  {path.name}\n")
     os.replace(temporary, path)
     _flush_folder(folder)
-    for old in _list(run_dir)[:-KEEP_LAST]:
+    # Later ones can only be damaged files that a resume has passed over; they do not count.
+    up_to_now = [old for old in _list(run_dir) if _step(old) <= step]
+    for old in up_to_now[:-KEEP_LAST]:
         if not (keep_every_steps and _step(old) % keep_every_steps == 0):
-            old.unlink()
             _hash_file(old).unlink(missing_ok=True)
+            old.unlink()
     return path
 
 
@@ -55,7 +57,7 @@ def load_latest(run_dir: Path) -> dict[str, Any] | None:
         try:
             return load_checkpoint(path)
         except UserError as error:
-            log.warning("WARNING: %s. Trying the checkpoint before it.", error)
+            log.warning("WARNING: %s; it is passed over", error)
     if paths:
         raise UserError(
             f"{run_dir / FOLDER}: all {len(paths)} checkpoints are damaged; restore one from a backup, or "
@@ -71,7 +73,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         UserError: the file does not match its hash, or is no checkpoint of this project.
     """
     hash_file = _hash_file(path)
-    if hash_file.exists() and hash_file.read_text().split()[:1] != [_sha256(path)]:
+    if hash_file.exists() and hash_file.read_bytes().split()[:1] != [_sha256(path).encode()]:
         raise UserError(f"{path} is damaged: its SHA-256 differs from {hash_file.name}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -89,7 +91,7 @@ def load_encoder(path: str | Path, which: str = "teacher", *, untrained: bool = 
     Args:
         path: run folder (its newest whole checkpoint) or a checkpoint file.
         which: teacher or student.
-        untrained: give the same architecture its initial random weights instead, as a baseline.
+        untrained: give the weights that the run began with instead, as a baseline.
 
     Raises:
         UserFileNotFoundError: there is no checkpoint.
@@ -102,9 +104,9 @@ def load_encoder(path: str | Path, which: str = "teacher", *, untrained: bool = 
     state = load_checkpoint(path) if path.is_file() else load_latest(path)
     if state is None:
         raise UserFileNotFoundError(f"{path}: no checkpoint found; expected a run folder or a .pt file in it")
-    if untrained:
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(state["config"]["seed"])
-    encoder = encoder_of(state["config"])
+        encoder = encoder_of(state["config"])
     if not untrained:
         prefix = "encoder."
         weights = {k.removeprefix(prefix): v for k, v in state[which].items() if k.startswith(prefix)}
@@ -128,7 +130,7 @@ def encoder_of(config: dict[str, Any], drop_path_rate: float = 0.0) -> Encoder:
 
 def _list(run_dir: Path) -> list[Path]:
     """Checkpoints of a run, oldest first."""
-    return sorted((run_dir / FOLDER).glob("step_*.pt"), key=_step)
+    return sorted((run_dir / FOLDER).glob("step_[0-9]*.pt"), key=_step)
 
 
 def _step(path: Path) -> int:

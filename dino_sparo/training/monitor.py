@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino_sparo.data.sources import ImageSource, is_labelled, open_labelled, per_class
+from dino_sparo.data.sources import ImageSource, open_labelled, per_class
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.knn import HEADLINE_K, evaluate_knn
 from dino_sparo.models import Encoder
@@ -98,12 +98,18 @@ def open_knn_monitor(
     Raises:
         UserError: `path` is given, but is no labelled folder with at least 20 gallery images.
     """
-    if path is None and not is_labelled(data_path):
-        log.info("no k-NN while training: %s has no class folders (monitor.knn_path can name one)", data_path)
+    try:
+        train, test = open_labelled(path or data_path)
+    except UserError as error:
+        if path is not None:
+            raise
+        log.info("no k-NN while training (monitor.knn_path can name a labelled folder): %s", error)
         return None
-    train, test = open_labelled(path or data_path)
+    if path is None and len(train.classes) == 1:
+        log.info("no k-NN while training: %s has one class only", data_path)
+        return None
     if images_per_class is not None:
-        train = per_class(train, images_per_class)
+        train, test = per_class(train, images_per_class), per_class(test, images_per_class)
     if len(train) < HEADLINE_K or not len(test):
         message = (
             f"{path or data_path} gives {len(train)} gallery and {len(test)} test images; {HEADLINE_K}-NN "

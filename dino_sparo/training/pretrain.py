@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from dino_sparo.data.loader import (
     BatchOrder,
@@ -22,6 +21,7 @@ from dino_sparo.data.loader import (
     CropsDataset,
     UnreadableImage,
     crop_batches,
+    crops_picture,
     default_workers,
     normalize,
 )
@@ -210,6 +210,7 @@ def train(run: Run, batches: Iterator[Crops | UnreadableImage], done: int) -> No
             if (
                 at_end
                 or (rest == 0 and is_due(epoch, options.log.checkpoint_every_epochs))
+                or (rest == 0 and is_due(epoch, options.log.keep_every_epochs))
                 or 0 < options.log.checkpoint_every_minutes <= minutes
             ):
                 run_log.flush()
@@ -229,10 +230,7 @@ def log_step(run: Run, run_log: RunLog, done: int, hyper: Hyperparameters, outpu
     on_device = step_metrics(teacher_temp=hyper.teacher_temp, **vars(output))
     metrics = dict(zip(on_device, torch.stack(list(on_device.values())).tolist(), strict=True))
     if not math.isfinite(metrics["loss"]):
-        raise UserError(
-            f"the loss is {metrics['loss']} at step {done}: the run has diverged; the checkpoints of "
-            f"before are in {run.run_dir}; try a lower optim.lr_per_256 or machine.precision fp32"
-        )
+        raise diverged(run, done, f"the loss is {metrics['loss']}")
     schedules = {
         "lr": hyper.lr,
         "weight_decay": hyper.weight_decay,
@@ -244,8 +242,19 @@ def log_step(run: Run, run_log: RunLog, done: int, hyper: Hyperparameters, outpu
     run_log.scalars(done, metrics | schedules, batch_size=run.options.optim.global_batch_size)
 
 
+def diverged(run: Run, done: int, what: str) -> UserError:
+    """The error that ends a run whose numbers went wrong; no such state is ever saved."""
+    return UserError(
+        f"{what} at step {done}: the run has diverged; the checkpoints in {run.run_dir} are of before; "
+        f"try a lower optim.lr_per_256 or machine.precision fp32"
+    )
+
+
 def save(run: Run, done: int) -> None:
-    """Write the whole state as a checkpoint."""
+    """Write the whole state as a checkpoint, unless it has diverged."""
+    norms = torch.stack(torch._foreach_norm(list(run.state.student.parameters())))
+    if not norms.isfinite().all():
+        raise diverged(run, done, "a parameter is no longer finite")
     state = {"step": done, "config": run.config, "images": run.images, **capture_state(run.state)}
     keep_every_steps = run.options.log.keep_every_epochs * run.steps_per_epoch
     save_checkpoint(state, run.run_dir, step=done, keep_every_steps=keep_every_steps)
@@ -283,7 +292,7 @@ def build_schedules(options: PretrainOptions, steps_per_epoch: int) -> Schedules
 def use_bfloat16(precision: str, device: torch.device) -> bool:
     """Whether networks compute in bfloat16: `auto` does on a GPU that has it."""
     if precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return precision == "bf16"
 
 
@@ -295,15 +304,3 @@ def is_due(epoch: int, every_epochs: int) -> bool:
 def step_seed(seed: int, step: int, rank: int) -> int:
     """A seed of its own for each step and process, so that no random state needs saving."""
     return ((seed * 1_000_003 + step) * 1_009 + rank) % 2**63
-
-
-def crops_picture(crops: Crops, num_images: int = 4) -> Tensor:
-    """The crops of the first images, one row an image: float (3, height, width) in 0..1."""
-    side = crops.global_crops.shape[-1]
-    tiles = []
-    for image in range(min(num_images, crops.global_crops.shape[1])):
-        for crop in (*crops.global_crops[:, image], *crops.local_crops[:, image]):
-            margin = side - crop.shape[-1]
-            tiles.append(torch.nn.functional.pad(crop, (0, margin, 0, margin), value=255))
-    per_row = crops.global_crops.shape[0] + crops.local_crops.shape[0]
-    return make_grid(torch.stack(tiles).float() / 255, nrow=per_row, pad_value=1.0)

@@ -150,14 +150,16 @@ def cut_metrics(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().splitlines(keepends=True):
         try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
+            entry_step = json.loads(line)["step"]
+        except (ValueError, TypeError, KeyError):
             break
-        if entry["step"] <= step and step > 0:
-            kept.append(line + "\n")
-    _replace(path, "".join(kept).encode())
+        if entry_step <= step and step > 0:
+            kept.append(line)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(b"".join(kept))
+    os.replace(temporary, path)
 
 
 def cut_events(folder: Path, step: int) -> None:
@@ -183,12 +185,6 @@ def cut_events(folder: Path, step: int) -> None:
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """All entries of a run's metrics.jsonl, oldest first."""
     return [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def _duration(seconds: float) -> str:
