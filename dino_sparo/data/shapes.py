@@ -141,7 +141,7 @@ def _sample_scene(rng: np.random.Generator, factors: Factors) -> _Scene:
         placed.append(_sample_object(rng, kind, spot, small))
     tint = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.03, 0.16), rng.uniform(0.66, 0.86))
     draws = rng.random((_NOISE_CELLS, _NOISE_CELLS), dtype=np.float32)
-    light = math.exp(rng.uniform(*map(math.log, _LIGHT)))
+    light = math.exp(rng.uniform(math.log(_LIGHT[0]), math.log(_LIGHT[1])))
     return _Scene(tuple(reversed(placed)), factors.background, tint, light, draws)
 
 
