@@ -34,7 +34,7 @@ def parsed(recipe: str, *arguments: str) -> dict[str, Any]:
     return config_of(parse("--config", recipe, *REQUIRED, *arguments))
 
 
-def content(recipe: str = "demo") -> dict[str, Any]:
+def content(recipe: str = "photos_sparo") -> dict[str, Any]:
     return yaml.safe_load(recipes()[recipe].read_text())
 
 
@@ -53,7 +53,7 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 
 def changed(key: str, value: Any = MISSING) -> str:
-    """The demo recipe as text, with another value at a key, or without the key."""
+    """The photo recipe as text, with another value at a key, or without the key."""
     recipe = content()
     *sections, name = key.split(".")
     place = recipe
@@ -237,12 +237,15 @@ def test_every_key_of_the_experiment_is_required(tmp_path, key):
 
 
 def test_command_line_overrides_the_recipe_in_any_order():
-    for arguments in (("--config", "demo", "--optim.epochs", "5"), ("--optim.epochs=5", "--config=demo")):
+    for arguments in (
+        ("--config", "photos_sparo", "--optim.epochs", "5"),
+        ("--optim.epochs=5", "--config=photos_sparo"),
+    ):
         options = parse(*arguments, *REQUIRED, "--views.global_scale", "[0.5, 0.9]", "--model.arch.width=64")
         assert options.optim.epochs == 5
         assert options.views.global_scale == (0.5, 0.9)
         assert vars(options.model.arch) == {"width": 64, "depth": 6, "num_heads": 4}
-    assert parse("--config", "demo", *REQUIRED, "--model.arch", "vit_tiny").model.arch == "vit_tiny"
+    assert parse("--config", "photos_sparo", *REQUIRED, "--model.arch", "vit_tiny").model.arch == "vit_tiny"
 
 
 @pytest.mark.parametrize("name", recipes())
@@ -254,12 +257,17 @@ def test_resolved_config_fed_back_gives_equal_options(tmp_path, name):
 
 
 def test_names_that_look_like_numbers_stay_text():
-    options = parse("--config", "demo", "--data.path", "2024", "--run_dir", "7")
+    options = parse("--config", "photos_sparo", "--data.path", "2024", "--run_dir", "7")
     assert (options.data.path, options.run_dir) == ("2024", "7")
 
 
 def test_yaml_anchors_and_exponents_without_a_dot(tmp_path):
-    recipe = recipes()["demo"].read_text().replace("1.0e-6", "1e-6").replace("monitor:", "monitor: &monitor")
+    recipe = (
+        recipes()["photos_sparo"]
+        .read_text()
+        .replace("1.0e-6", "1e-6")
+        .replace("monitor:", "monitor: &monitor")
+    )
     (tmp_path / "r.yaml").write_text(recipe.replace("head:\n", "head:\n  <<: {hidden_dim: 9}\n", 1))
     options = parse("--config", str(tmp_path / "r.yaml"), *REQUIRED)
     assert options.optim.final_lr == 1e-6
@@ -316,8 +324,9 @@ OUT_OF_RANGE = [
     ("data.path", "", "is empty"),
 ]
 DO_NOT_FIT = [
-    ("optim.warmup_epochs", 9, "is 9, longer than the run: optim.epochs is 8; use at most 8"),
-    ("loss.warmup_teacher_temp_epochs", 9, "is 9, longer than the run: optim.epochs is 8; use at most 8"),
+    ("optim.warmup_epochs", 31, "is 31, longer than the run: optim.epochs is 30; use at most 30"),
+    ("loss.warmup_teacher_temp_epochs", 31, "is 31, longer than the run: optim.epochs is 30; use at most 30"),
+    ("optim.freeze_last_layer_epochs", 31, "is 31, longer than the run: optim.epochs is 30; use at most 30"),
     ("views.global_size", 50, "is 50, not divisible by model.patch_size 8; use a multiple, such as 48"),
     ("views.local_size", 23, "is 23, not divisible by model.patch_size 8; use a multiple, such as 24"),
     ("model.arch.width", 130, "is 130, not divisible by model.arch.num_heads 4"),
@@ -342,7 +351,7 @@ def test_wrong_value_in_a_recipe(tmp_path, key, value, expected):
     ("key", "value", "expected"), [case for case in DO_NOT_FIT if case[1] is not MISSING]
 )
 def test_wrong_value_on_the_command_line(key, value, expected):
-    message = refusal("--config", "demo", *REQUIRED, f"--{key}={'null' if value is None else value}")
+    message = refusal("--config", "photos_sparo", *REQUIRED, f"--{key}={'null' if value is None else value}")
     assert key in message and expected in message
 
 
@@ -373,18 +382,18 @@ def test_arch_with_a_missing_field(tmp_path, missing):
 def test_unknown_key_suggests_the_nearest(tmp_path, key, nearest):
     hint = f"is unknown; did you mean {nearest!r}?"
     assert f"{tmp_path / 'recipe.yaml'}: key {key!r} {hint}" in refused(tmp_path, changed(key, 3))
-    assert f"option --{key} {hint}" in refusal("--config", "demo", *REQUIRED, f"--{key}", "3")
+    assert f"option --{key} {hint}" in refusal("--config", "photos_sparo", *REQUIRED, f"--{key}", "3")
 
 
-DEMO = recipes()["demo"].read_text()
+PHOTOS = recipes()["photos_sparo"].read_text()
 
 
 @pytest.mark.parametrize(
     ("recipe", "expected"),
     [
-        (DEMO + "seed: 1\n", "key 'seed' is given twice; give it once"),
-        (DEMO.replace("  epochs: 8\n", "  epochs: 8\n  epochs: 9\n"), "key 'epochs' is given twice"),
-        ("optim.epochs: 9\n" + DEMO, "key 'optim.epochs' is given twice"),
+        (PHOTOS + "seed: 1\n", "key 'seed' is given twice; give it once"),
+        (PHOTOS.replace("  epochs: 30\n", "  epochs: 30\n  epochs: 9\n"), "key 'epochs' is given twice"),
+        ("optim.epochs: 9\n" + PHOTOS, "key 'optim.epochs' is given twice"),
         ("seed: [1", "is no valid YAML"),
         ("seed: 0\n\tdata: x", "is no valid YAML"),
         ("? [a, b]\n: 1", "is no valid YAML"),
@@ -404,7 +413,7 @@ def test_malformed_recipe(tmp_path, recipe, expected):
     ("arguments", "expected"),
     [
         (("--optim.epochs", "3", "--optim.epochs=4"), "option --optim.epochs is given twice"),
-        (("--config", "demo"), "option --config is given twice"),
+        (("--config", "photos_sparo"), "option --config is given twice"),
         (("--optim.epochs",), "option --optim.epochs has no value; give it as --optim.epochs VALUE"),
         (("stray",), "unexpected argument 'stray'; expected: "),
         (("--views.global_scale", "0.5", "1"), "unexpected argument '1'"),
@@ -417,11 +426,11 @@ def test_malformed_recipe(tmp_path, recipe, expected):
     ],
 )
 def test_malformed_command_line(arguments, expected):
-    assert expected in refusal("--config", "demo", *REQUIRED, *arguments)
+    assert expected in refusal("--config", "photos_sparo", *REQUIRED, *arguments)
 
 
 def test_missing_options():
-    assert refusal("--config", "demo").startswith("missing: run_dir, data.path; give --run_dir VALUE")
+    assert refusal("--config", "photos_sparo").startswith("missing: run_dir, data.path; give --run_dir VALUE")
     message = refusal(*REQUIRED)
     assert message.startswith("missing: seed, views.global_size") and all(
         name in message for name in recipes()

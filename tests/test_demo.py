@@ -54,4 +54,4 @@ def test_read_out_without_slots_has_no_slot_maps(tmp_path, capsys):
     run_demo("shapes", tmp_path, data__max_images=8, **no_slots, **monitor)
     assert (tmp_path / "curve.png").exists()
     assert not (tmp_path / "slots.png").exists()
-    assert "slots" not in capsys.readouterr().out
+    assert "where slots look" not in capsys.readouterr().out
