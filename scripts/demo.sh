@@ -3,6 +3,6 @@
 # Usage: scripts/demo.sh [--data.path DIR]      more options: .venv/bin/dino-sparo demo --help
 here=$(cd "$(dirname "$0")" && pwd)
 calling_folder=$PWD
-source "$here/setup.sh"
+source "$here/setup.sh" ""
 cd "$calling_folder"
 exec "$here/../.venv/bin/dino-sparo" demo "$@"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv beside this folder and installs the package into it; sourced by the other scripts.
-# Usage: source scripts/setup.sh [EXTRA]      for example: source scripts/setup.sh test
+# Usage: source scripts/setup.sh EXTRA      "" or test; without it the caller's own arguments would be taken
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -14,10 +14,10 @@ if [ ! -x .venv/bin/pip ]; then
   rm -rf .venv  # what a failed attempt leaves
   "$python" -m venv .venv || { echo "Could not make .venv; on Debian and Ubuntu install python3-venv first." >&2; exit 2; }
 fi
-extra=${1:-}
+extra=$1
 stamp=.venv/installed${extra:+-$extra}
 if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
   echo "Installing into .venv (PyTorch is large: a few minutes the first time) ..." >&2
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${extra:+[$extra]}"
-  touch "$stamp"
+  touch .venv/installed "$stamp"
 fi

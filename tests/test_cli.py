@@ -256,3 +256,21 @@ def test_knn_without_a_checkpoint(trained, tmp_path, capsys):
     data, _ = trained
     arguments = ["knn", str(tmp_path), "--data.path", str(data), "--k", "[1]"]
     assert f"{tmp_path}: no checkpoint found" in mistake(arguments, capsys)
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not (ROOT / ".venv").is_dir(), reason="needs the environment that scripts/test.sh makes")
+def test_demo_script_hands_its_options_on(tmp_path):
+    """From another folder, with a relative path, in the environment that is already there."""
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "demo.sh"), "--data.path", "nowhere"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("dino-sparo: error: data.path 'nowhere' does not exist")
