@@ -18,6 +18,7 @@ from dino_sparo.options import PretrainOptions
 
 CONFIG_FILE = "config.yaml"
 STARTS_FILE = "starts.jsonl"
+SHOWN_CHANGES = 4
 NOT_EXPERIMENT = ("run_dir", "monitor", "machine", "log")
 PACKAGES = ("dino-sparo", "torch", "torchvision", "timm", "numpy", "pillow")
 
@@ -58,6 +59,9 @@ def check_same_experiment(run_dir: Path, config: dict[str, Any]) -> None:
         if before.get(key) != now.get(key)
     ]
     if changed:
+        if len(changed) > SHOWN_CHANGES:  # a wholly other recipe: the names of the rest are enough
+            rest = [change.split(" ")[0] for change in changed[SHOWN_CHANGES:]]
+            changed = [*changed[:SHOWN_CHANGES], f"also changed: {', '.join(rest)}"]
         raise UserError(
             f"run_dir {str(run_dir)!r} holds another experiment ({'; '.join(changed)}); set these "
             f"fields back to go on with it, or choose another run_dir"
