@@ -29,6 +29,12 @@ def test_scale_of_features_and_type_do_not_matter(golden):
     assert [scaled.top1, scaled.top5] == arrays["top1_top5.k20"].tolist()
 
 
+def test_numpy_arrays_as_they_are(golden):
+    arrays = golden("knn")
+    given = [arrays[f"{s}_{kind}"] for s in ("train", "test") for kind in ("features", "labels")]
+    assert knn_classify(*given, k=20)[20].top1 == arrays["top1_top5.k20"][0]
+
+
 def test_ties_go_to_the_lower_class_also_among_classes_without_votes():
     train = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     test = torch.tensor([[1.0, 0.0]] * 4)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dino_sparo.data.sources import ImageSource
@@ -33,10 +34,10 @@ class KnnResult:
 
 @torch.no_grad()
 def knn_classify(
-    train_features: Tensor,
-    train_labels: Tensor,
-    test_features: Tensor,
-    test_labels: Tensor,
+    train_features: Tensor | NDArray,
+    train_labels: Tensor | NDArray,
+    test_features: Tensor | NDArray,
+    test_labels: Tensor | NDArray,
     k: int | Sequence[int],
     temperature: float = 0.07,
     num_classes: int | None = None,
@@ -44,7 +45,7 @@ def knn_classify(
 ) -> dict[int, KnnResult]:
     """Accuracy of a vote of the k nearest train images, each weighted by exp(cosine / temperature).
 
-    Exact search. Top-5 looks at the first min(5, k) ranked classes, as the official code does; classes
+    Exact search, on the device of the features. Top-5 looks at the first min(5, k) ranked classes, as the official code does; classes
     with equal votes, also those with none, rank by lower index.
 
     Args:
@@ -59,6 +60,8 @@ def knn_classify(
     Raises:
         ValueError: k is below 1 or larger than the train set, or there are no test images.
     """
+    train_features, train_labels = torch.as_tensor(train_features), torch.as_tensor(train_labels)
+    test_features, test_labels = torch.as_tensor(test_features), torch.as_tensor(test_labels)
     ks = [k] if isinstance(k, int) else list(k)
     for number in ks:
         if not 1 <= number <= len(train_features):

@@ -1,0 +1,71 @@
+"""Parsing recipes and collecting what a mistake in them is answered."""
+
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dino_sparo.config import leaf_keys, parse_options, recipes
+from dino_sparo.errors import UserError
+from dino_sparo.options import PretrainOptions
+from dino_sparo.training.rundir import config_of
+
+REQUIRED = ("--data.path", "x", "--run_dir", "y")
+KEYS = leaf_keys(PretrainOptions)
+EXPERIMENT = ("data", "views", "model", "head", "loss", "optim")
+
+
+def parse(*arguments: str, options_class: type = PretrainOptions) -> Any:
+    return parse_options(options_class, list(arguments), usage="usage")
+
+
+def parsed(recipe: str, *arguments: str) -> dict[str, Any]:
+    return config_of(parse("--config", recipe, *REQUIRED, *arguments))
+
+
+def content(recipe: str = "photos_sparo") -> dict[str, Any]:
+    return yaml.safe_load(recipes()[recipe].read_text())
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted key."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """What `other` has instead, by dotted key."""
+    one, other = flat(one), flat(other)
+    return {key: other.get(key) for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
+
+
+def changed(key: str, value: Any = MISSING) -> str:
+    """The photo recipe as text, with another value at a key, or without the key."""
+    recipe = content()
+    *sections, name = key.split(".")
+    place = recipe
+    for section in sections:
+        place = place.setdefault(section, {})
+    if value is MISSING:
+        del place[name]
+    else:
+        place[name] = value
+    return yaml.safe_dump(recipe)
+
+
+def refused(tmp_path: Path, recipe: str, *arguments: str) -> str:
+    """The message about a recipe with this text."""
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    required = REQUIRED[2:] if "\n  path:" in recipe else REQUIRED
+    return refusal("--config", str(tmp_path / "recipe.yaml"), *required, *arguments)
+
+
+def refusal(*arguments: str, options_class: type = PretrainOptions) -> str:
+    with pytest.raises(UserError) as caught:
+        parse(*arguments, options_class=options_class)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
