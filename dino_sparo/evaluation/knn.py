@@ -45,8 +45,8 @@ def knn_classify(
 ) -> dict[int, KnnResult]:
     """Accuracy of a vote of the k nearest train images, each weighted by exp(cosine / temperature).
 
-    Exact search, on the device of the features. Top-5 looks at the first min(5, k) ranked classes, as the official code does; classes
-    with equal votes, also those with none, rank by lower index.
+    Exact search, on the device of the features. Top-5 looks at the first min(5, k) ranked classes, as the
+    official code does; classes with equal votes, also those with none, rank by lower index.
 
     Args:
         train_features: (T, D) floating point, any scale: l2-normalised inside.
@@ -60,7 +60,7 @@ def knn_classify(
     Raises:
         ValueError: k is below 1 or larger than the train set, or there are no test images.
     """
-    train_features, train_labels = torch.as_tensor(train_features), torch.as_tensor(train_labels)
+    train_features, train_labels = torch.as_tensor(train_features), torch.as_tensor(train_labels).long()
     test_features, test_labels = torch.as_tensor(test_features), torch.as_tensor(test_labels)
     ks = [k] if isinstance(k, int) else list(k)
     for number in ks:
