@@ -8,6 +8,7 @@ import torch
 from matplotlib.figure import Figure
 
 from dino_sparo.checks import check_options
+from dino_sparo.config import parse_options
 from dino_sparo.data.loader import normalize, to_tensor
 from dino_sparo.data.pil_views import center_crop
 from dino_sparo.data.sources import SHAPES, SHAPES_SIZES, open_images
@@ -47,20 +48,30 @@ def demo(options: PretrainOptions) -> None:
 def fit_to_folder(options: PretrainOptions) -> None:
     """Change epochs and images so that training sees as many images as the recipe's epochs of pictures are.
 
-    Of a large folder some images are taken, evenly spread, so that each is seen a few times.
+    Of a large folder some images are taken, evenly spread, so that each is seen a few times. What the user
+    has changed in the recipe stays.
     """
-    budget = options.optim.epochs * SHAPES_SIZES["train"]
+    recipe = parse_options(PretrainOptions, ["--config", "demo", "--run_dir", options.run_dir], usage="")
+    optim, monitor = options.optim, options.monitor
     source = open_images(options.data.path, options.data.max_images)
-    options.data.max_images = min(len(source), max(1, budget // MIN_EPOCHS))
-    epochs = round(budget / options.data.max_images)
-    stretch = epochs / options.optim.epochs
-    options.optim.epochs = epochs
-    options.optim.warmup_epochs = round(stretch * options.optim.warmup_epochs)
-    if options.monitor.knn_every_epochs:
-        options.monitor.knn_every_epochs = max(1, round(stretch * options.monitor.knn_every_epochs))
-        options.monitor.knn_images_per_class = max(HEADLINE_K, NUM_KNN_IMAGES // max(1, len(source.classes)))
+    if monitor.knn_images_per_class == recipe.monitor.knn_images_per_class:
+        monitor.knn_images_per_class = max(HEADLINE_K, NUM_KNN_IMAGES // max(1, len(source.classes)))
+    if optim.epochs == recipe.optim.epochs:
+        budget = optim.epochs * SHAPES_SIZES["train"]
+        options.data.max_images = min(len(source), max(1, budget // MIN_EPOCHS))
+        optim.epochs = round(budget / options.data.max_images)
+        stretch = optim.epochs / recipe.optim.epochs
+        if optim.warmup_epochs == recipe.optim.warmup_epochs:
+            optim.warmup_epochs = round(stretch * optim.warmup_epochs)
+        if monitor.knn_every_epochs == recipe.monitor.knn_every_epochs:
+            monitor.knn_every_epochs = max(1, round(stretch * monitor.knn_every_epochs))
     check_options(options)
-    log.info("%s: %d of its images, %d epochs", options.data.path, options.data.max_images, epochs)
+    log.info(
+        "%s: %d of its images, %d epochs",
+        options.data.path,
+        options.data.max_images or len(source),
+        optim.epochs,
+    )
 
 
 def print_table(metrics: list[dict[str, float]]) -> None:

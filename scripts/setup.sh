@@ -2,6 +2,7 @@
 # Makes .venv beside this folder and installs the package into it; sourced by the other scripts.
 # Usage: source scripts/setup.sh EXTRA      "" or test; without it the caller's own arguments would be taken
 set -euo pipefail
+extra=${1?usage: source scripts/setup.sh EXTRA}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=${PYTHON:-python3}
@@ -11,10 +12,8 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
   exit 2
 fi
 if [ ! -x .venv/bin/pip ]; then
-  rm -rf .venv  # what a failed attempt leaves
   "$python" -m venv .venv || { echo "Could not make .venv; on Debian and Ubuntu install python3-venv first." >&2; exit 2; }
 fi
-extra=$1
 stamp=.venv/installed${extra:+-$extra}
 if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
   echo "Installing into .venv (PyTorch is large: a few minutes the first time) ..." >&2

@@ -11,7 +11,7 @@ import torch
 from dino_sparo import load_encoder
 from dino_sparo.errors import UserError
 from dino_sparo.training import pretrain as program
-from dino_sparo.training.checkpoint import load_checkpoint, load_latest, save_checkpoint
+from dino_sparo.training.checkpoint import load_checkpoint, load_latest, save_checkpoint, set_damaged_aside
 from dino_sparo.training.state import build_state
 from tests.tiny import tiny_options, write_pictures
 
@@ -38,17 +38,20 @@ def test_damaged_newer_ones_do_not_push_out_what_is_saved_after_a_fallback(tmp_p
     for step in (20, 22):
         (tmp_path / "checkpoints" / f"step_{step:09d}.pt").write_bytes(b"x")
     assert load_latest(tmp_path)["step"] == 10
-    save_steps(tmp_path, 12)
-    assert load_latest(tmp_path)["step"] == 12
-    save_steps(tmp_path, 14)
-    assert {f"step_{step:09d}.pt" for step in (12, 14)} <= set(names(tmp_path))
+    set_damaged_aside(tmp_path, 10)
+    for step, kept in ((12, {10, 12}), (19, {10, 12, 19}), (23, {10, 19, 23})):
+        save_steps(tmp_path, step, keep_every_steps=10)
+        assert load_latest(tmp_path)["step"] == step
+        assert {int(name[5:14]) for name in names(tmp_path) if name.endswith(".pt")} == kept
+    assert "step_000000022.pt.damaged" in names(tmp_path)  # nothing of the user's is deleted
 
 
 def test_damaged_hash_and_strange_names(tmp_path):
     save_steps(tmp_path, 5, 9)
     folder = tmp_path / "checkpoints"
     (folder / "step_000000009.pt.sha256").write_bytes(b"\xff\xfe\x80")
-    (folder / "step_best.pt").write_bytes(b"x")
+    for name in ("step_best.pt", "step_000000011 (copy).pt"):
+        (folder / name).write_bytes(b"x")
     assert load_latest(tmp_path)["step"] == 5
 
 

@@ -31,18 +31,18 @@ def test_generated_pictures(tmp_path, capsys):
         assert_is_picture(tmp_path / name)
 
 
-@pytest.mark.parametrize(("count", "limit", "used"), [(7, "null", 7), (60, "null", 15), (60, 12, 12)])
+@pytest.mark.parametrize(("count", "limit", "used"), [(7, "null", 7), (60, "null", 40), (60, 12, 12)])
 def test_own_flat_folder_takes_as_many_steps(tmp_path, monkeypatch, count, limit, used, capsys):
-    monkeypatch.setitem(SHAPES_SIZES, "train", 20)  # three epochs of 20 pictures
+    monkeypatch.setitem(SHAPES_SIZES, "train", 20)  # the recipe's eight epochs, of 20 pictures each
     write_pictures(tmp_path / "data", count)
     flat = tmp_path / "data" / "train" / "class0"
-    run_demo(flat, tmp_path / "run", data__max_images=limit)
+    run_demo(flat, tmp_path / "run", data__max_images=limit, optim__epochs=8)
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     optim, images = config["optim"], config["data"]["max_images"]
     assert images == used
-    assert optim["epochs"] * images == pytest.approx(3 * 20, abs=images / 2)
+    assert optim["epochs"] * images == pytest.approx(8 * 20, abs=images / 2)
     assert optim["freeze_last_layer_epochs"] < optim["epochs"]  # or the prototypes never learn
-    assert optim["warmup_epochs"] == round(optim["epochs"] / 3)
+    assert optim["warmup_epochs"] == round(optim["epochs"] / 8)
     assert "20-NN" not in capsys.readouterr().out
     assert_is_picture(tmp_path / "run" / "slots.png")
 
@@ -55,3 +55,11 @@ def test_read_out_without_slots_has_no_slot_maps(tmp_path, capsys):
     assert (tmp_path / "curve.png").exists()
     assert not (tmp_path / "slots.png").exists()
     assert "where slots look" not in capsys.readouterr().out
+
+
+def test_own_folder_leaves_what_the_user_has_set(tmp_path):
+    write_pictures(tmp_path / "data", 60, classes=3)
+    run_demo(tmp_path / "data", tmp_path / "run", optim__epochs=2, monitor__knn_images_per_class=17)
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (config["optim"]["epochs"], config["data"]["max_images"]) == (2, None)
+    assert (config["monitor"]["knn_every_epochs"], config["monitor"]["knn_images_per_class"]) == (1, 17)

@@ -33,8 +33,8 @@ def test_numpy_arrays_as_they_are(golden):
     arrays = golden("knn")
     given = [arrays[f"{s}_{kind}"] for s in ("train", "test") for kind in ("features", "labels")]
     assert knn_classify(*given, k=20)[20].top1 == arrays["top1_top5.k20"][0]
-    given[1], given[3] = given[1].astype(np.int32), given[3].astype(np.int32)
-    assert knn_classify(*given, k=20)[20].top1 == arrays["top1_top5.k20"][0]
+    given[1], given[3] = given[1].astype(np.uint16), given[3].astype(np.uint16)
+    assert knn_classify(*given, k=np.int64(20))[20].top1 == arrays["top1_top5.k20"][0]
 
 
 def test_ties_go_to_the_lower_class_also_among_classes_without_votes():

@@ -98,6 +98,20 @@ def test_interrupted_between_checkpoints_cuts_the_logs(pictures, uninterrupted, 
     assert state_hash(load_latest(tmp_path)) == state_hash(load_latest(uninterrupted))
 
 
+def test_damaged_checkpoint_costs_time_but_changes_nothing(
+    pictures, uninterrupted, tmp_path, monkeypatch, caplog
+):
+    options = tiny_options(pictures, tmp_path)
+    pretrain_until(5, options, monkeypatch)
+    path = tmp_path / "checkpoints" / "step_000000004.pt"
+    path.write_bytes(path.read_bytes()[:-1])
+    program.pretrain(options)
+    assert "step_000000004.pt is damaged" in caplog.text
+    assert curve(tmp_path) == curve(uninterrupted)
+    assert state_hash(load_latest(tmp_path)) == state_hash(load_latest(uninterrupted))
+    assert (tmp_path / "checkpoints" / "step_000000004.pt.damaged").exists()
+
+
 def test_interrupted_before_the_first_checkpoint(pictures, uninterrupted, tmp_path, monkeypatch):
     options = tiny_options(pictures, tmp_path)
     pretrain_until(1, options, monkeypatch)

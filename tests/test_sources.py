@@ -96,6 +96,14 @@ def test_more_than_8_bits_never_turn_white(tmp_path, mode, highest):
     np.testing.assert_allclose(pixels[..., 0], np.linspace(0, 255, 16).reshape(4, 4), atol=1)
 
 
+@pytest.mark.parametrize(("highest", "white"), [(1.04, 1.0), (260.0, 255.0)])
+def test_floats_a_little_over_their_range_are_clipped(tmp_path, highest, white):
+    values = np.linspace(0, highest, 16).reshape(4, 4).astype(np.float32)
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    pixels = np.asarray(open_images(str(tmp_path)).load(0))
+    np.testing.assert_allclose(pixels[..., 0], (values * 255 / white).clip(0, 255), atol=1)
+
+
 def test_looping_links_are_not_followed(tmp_path):
     root = touch(tmp_path, "a/1.jpg", "b/2.jpg")
     (tmp_path / "a" / "up").symlink_to(tmp_path)

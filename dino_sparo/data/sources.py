@@ -191,9 +191,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _to_8_bits(mode: str, values: NDArray[np.float64]) -> float:
     """Factor that brings pixels of more than 8 bits to 0..255; modes I and F do not say their range."""
     highest = values.max(initial=0)
-    if mode == "F" and highest <= 1:
+    overshoot = 1.1 if mode == "F" else 1.0  # what resizing adds to floating point pixels
+    if mode == "F" and highest <= overshoot:
         return 255.0
-    if mode in ("I", "F") and highest <= 255:
+    if mode in ("I", "F") and highest <= 255 * overshoot:
         return 1.0
     return 255.0 / max(65535.0, highest)
 

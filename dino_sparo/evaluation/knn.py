@@ -5,6 +5,7 @@ Axis letters: T train images, B test images, S classes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,7 +39,7 @@ def knn_classify(
     train_labels: Tensor | NDArray,
     test_features: Tensor | NDArray,
     test_labels: Tensor | NDArray,
-    k: int | Sequence[int],
+    k: int | Integral | Sequence[int],
     temperature: float = 0.07,
     num_classes: int | None = None,
     chunk_size: int = 256,
@@ -61,8 +62,8 @@ def knn_classify(
         ValueError: k is below 1 or larger than the train set, or there are no test images.
     """
     train_features, train_labels = torch.as_tensor(train_features), torch.as_tensor(train_labels).long()
-    test_features, test_labels = torch.as_tensor(test_features), torch.as_tensor(test_labels)
-    ks = [k] if isinstance(k, int) else list(k)
+    test_features, test_labels = torch.as_tensor(test_features), torch.as_tensor(test_labels).long()
+    ks = [int(k)] if isinstance(k, int | Integral) else [int(number) for number in k]
     for number in ks:
         if not 1 <= number <= len(train_features):
             raise ValueError(f"k is {number}, expected 1 to the {len(train_features)} train images")

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,7 @@ def save_checkpoint(state: dict[str, Any], run_dir: Path, *, step: int, keep_eve
     _write_flushed(_hash_file(path), f"{_sha256(temporary)}  {path.name}\n")
     os.replace(temporary, path)
     _flush_folder(folder)
-    # Later ones can only be damaged files that a resume has passed over; they do not count.
-    up_to_now = [old for old in _list(run_dir) if _step(old) <= step]
-    for old in up_to_now[:-KEEP_LAST]:
+    for old in _list(run_dir)[:-KEEP_LAST]:
         if not (keep_every_steps and _step(old) % keep_every_steps == 0):
             _hash_file(old).unlink(missing_ok=True)
             old.unlink()
@@ -64,6 +63,15 @@ def load_latest(run_dir: Path) -> dict[str, Any] | None:
             f"choose another run_dir to start anew"
         )
     return None
+
+
+def set_damaged_aside(run_dir: Path, step: int) -> None:
+    """Rename the checkpoints behind `step`, which a resume has passed over: rotation must not count them."""
+    for path in _list(run_dir):
+        if _step(path) > step:
+            for file in (path, _hash_file(path)):
+                if file.exists():
+                    os.replace(file, file.with_name(file.name + ".damaged"))
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -130,7 +138,8 @@ def encoder_of(config: dict[str, Any], drop_path_rate: float = 0.0) -> Encoder:
 
 def _list(run_dir: Path) -> list[Path]:
     """Checkpoints of a run, oldest first."""
-    return sorted((run_dir / FOLDER).glob("step_[0-9]*.pt"), key=_step)
+    paths = (run_dir / FOLDER).glob("step_*.pt")
+    return sorted((path for path in paths if re.fullmatch(r"step_\d+\.pt", path.name)), key=_step)
 
 
 def _step(path: Path) -> int:

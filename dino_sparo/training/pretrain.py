@@ -31,7 +31,7 @@ from dino_sparo.device import choose_device
 from dino_sparo.distributed import rank
 from dino_sparo.errors import UserError
 from dino_sparo.options import PretrainOptions
-from dino_sparo.training.checkpoint import load_latest, save_checkpoint
+from dino_sparo.training.checkpoint import load_latest, save_checkpoint, set_damaged_aside
 from dino_sparo.training.monitor import KnnMonitor, open_knn_monitor, peak_memory_gib, step_metrics
 from dino_sparo.training.optim import clip_gradients_per_parameter, set_hyperparameters
 from dino_sparo.training.rundir import check_same_experiment, check_same_images, config_of, start_run_dir
@@ -157,6 +157,7 @@ def pretrain(options: PretrainOptions) -> None:
         log.info("%s is complete: all %d epochs are done", run_dir, options.optim.epochs)
         return
     start_run_dir(run_dir, config)
+    set_damaged_aside(run_dir, done)
     batches = crop_batches(
         CropsDataset(source, crop_recipes(**asdict(options.views)), options.seed),
         order,
@@ -245,8 +246,8 @@ def log_step(run: Run, run_log: RunLog, done: int, hyper: Hyperparameters, outpu
 def diverged(run: Run, done: int, what: str) -> UserError:
     """The error that ends a run whose numbers went wrong; no such state is ever saved."""
     return UserError(
-        f"{what} at step {done}: the run has diverged; the checkpoints in {run.run_dir} are of before; "
-        f"try a lower optim.lr_per_256 or machine.precision fp32"
+        f"{what} at step {done}: the run has diverged, and no such state was saved; go on with "
+        f"machine.precision fp32, or start in a new run_dir with a lower optim.lr_per_256"
     )
 
 

@@ -51,7 +51,9 @@ def check_same_experiment(run_dir: Path, config: dict[str, Any]) -> None:
     except (yaml.YAMLError, UnicodeDecodeError):
         stored = None
     if not isinstance(stored, dict):
-        raise UserError(f"{path} is damaged; restore it (any start of the same run writes the same file)")
+        raise UserError(
+            f"{path} is damaged; start the same recipe in another run_dir and copy its {CONFIG_FILE} here"
+        )
     before, now = _experiment(stored), _experiment(config)
     changed = [
         f"{key} was {before.get(key, 'not set')}, is now {now.get(key, 'not set')}"
