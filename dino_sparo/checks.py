@@ -47,7 +47,7 @@ def _check_ranges(prefix: str, section: Any) -> None:
 
 
 def _range_of(name: str) -> tuple[Callable[[float], bool], str]:
-    if name.endswith("probability") or name in ("teacher_momentum", "scale"):
+    if name.endswith("probability") or name == "teacher_momentum":
         return (lambda x: 0 <= x <= 1), "0 to 1"
     if name == "seed":
         return (lambda x: 0 <= x < 2**63), "0 to 2**63 - 1"

@@ -96,6 +96,11 @@ def test_monitor_needs_classes_and_says_what_is_missing(tmp_path, caplog):
             open_monitor("anywhere", path=str(tmp_path / name))
 
 
+def test_error_names_the_option_that_is_wrong(tmp_path):
+    with pytest.raises(UserError, match=r"^monitor\.knn_path '.*nowhere' does not exist"):
+        open_monitor("anywhere", path=str(tmp_path / "nowhere"))
+
+
 def test_monitor_takes_so_many_a_class(tmp_path):
     write_pictures(tmp_path, 200, classes=2)
     monitor = open_monitor(str(tmp_path), images_per_class=15)

@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple, NoReturn
 
 import numpy as np
@@ -59,10 +60,9 @@ class CropsDataset(Dataset):
 
     def __getitem__(self, item: tuple[int, int]) -> list[Tensor] | UnreadableImage:
         epoch, sample = item
-        try:
-            image = self.source.load(sample)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            return UnreadableImage(self.source.name(sample), str(error) or type(error).__name__)
+        image = _load(self.source, sample)
+        if isinstance(image, UnreadableImage):
+            return image
         crops = []
         for crop, recipe in enumerate(self.crop_recipes):
             view = draw_view(
@@ -143,10 +143,9 @@ class CenterCrops(Dataset):
         return len(self.source)
 
     def __getitem__(self, index: int) -> Tensor | UnreadableImage:
-        try:
-            image = self.source.load(index)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            return UnreadableImage(self.source.name(index), str(error) or type(error).__name__)
+        image = _load(self.source, index)
+        if isinstance(image, UnreadableImage):
+            return image
         return to_tensor(pil_views.center_crop(image, self.size))
 
 
@@ -156,6 +155,13 @@ def collate_images(images: list[Tensor | UnreadableImage]) -> Tensor | Unreadabl
         if isinstance(image, UnreadableImage):
             return image
     return torch.stack(images)  # type: ignore[arg-type]
+
+
+def _load(source: ImageSource, index: int) -> Image.Image | UnreadableImage:
+    try:
+        return source.load(index)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what PIL raises
+        return UnreadableImage(source.name(index), str(error) or type(error).__name__)
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -177,9 +183,15 @@ def crops_picture(crops: Crops, num_images: int = 4) -> Tensor:
 
 def normalize(pixels: Tensor) -> Tensor:
     """uint8 (..., 3, height, width) -> float32 by ImageNet's mean and standard deviation."""
-    mean = torch.tensor(IMAGENET_MEAN, device=pixels.device).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=pixels.device).view(3, 1, 1)
+    mean, std = _mean_and_std(pixels.device)
     return (pixels.float() / 255 - mean) / std
+
+
+@lru_cache
+def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Made once a device: a copy to a GPU in every step would make the host wait."""
+    mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
+    return mean, std
 
 
 def ignore_interrupt(_worker: int) -> None:

@@ -113,16 +113,17 @@ def open_images(path: str, max_images: int | None = None) -> ImageSource:
     Raises:
         UserFileNotFoundError: no such folder, or no image in it.
     """
-    source = shapes_source("train") if path == SHAPES else _open_folder(_train_folder(path))
+    source = shapes_source("train") if path == SHAPES else _open_folder(_train_folder(path, "data.path"))
     if max_images is not None and max_images < len(source):
         source = source.subset(np.linspace(0, len(source) - 1, max_images).round().astype(np.int64))
     return source
 
 
-def open_labelled(path: str) -> tuple[ImageSource, ImageSource]:
+def open_labelled(path: str, key: str = "data.path") -> tuple[ImageSource, ImageSource]:
     """Labelled images for evaluation: gallery and test images, with the same classes.
 
-    `path/train` and `path/val`; without a val folder every fifth image is held out for testing.
+    `path/train` and `path/val`; without a val folder every fifth image is held out for testing. `key` is
+    the option that an error about the path names.
 
     Raises:
         UserFileNotFoundError: no such folder, or no image in it.
@@ -130,7 +131,7 @@ def open_labelled(path: str) -> tuple[ImageSource, ImageSource]:
     """
     if path == SHAPES:
         return shapes_source("train"), shapes_source("val")
-    train = _open_folder(_train_folder(path))
+    train = _open_folder(_train_folder(path, key))
     if train.labels is None:
         raise UserError(
             f"{train.root}: the images are not in class folders; expected {train.root}/<class>/<image>. "
@@ -199,12 +200,12 @@ def _to_8_bits(mode: str, values: NDArray[np.float64]) -> float:
     return 255.0 / max(65535.0, highest)
 
 
-def _train_folder(path: str) -> Path:
+def _train_folder(path: str, key: str) -> Path:
     root = Path(path)
     if not root.exists():
-        raise UserFileNotFoundError(f"data.path {path!r} does not exist; give an existing folder of images")
+        raise UserFileNotFoundError(f"{key} {path!r} does not exist; give an existing folder of images")
     if not root.is_dir():
-        raise UserFileNotFoundError(f"data.path {path!r} is a file; give the folder that holds the images")
+        raise UserFileNotFoundError(f"{key} {path!r} is a file; give the folder that holds the images")
     return root / "train" if (root / "train").is_dir() else root
 
 

@@ -72,17 +72,18 @@ def knn_classify(
     if num_classes is None:
         num_classes = int(max(train_labels.max(), test_labels.max())) + 1
     train = F.normalize(train_features.float(), dim=1)
+    train_labels, test_labels = train_labels.to(train.device), test_labels.to(train.device)
     correct = {number: torch.zeros(2, dtype=torch.int64) for number in ks}
     for chunk, labels in zip(test_features.split(chunk_size), test_labels.split(chunk_size), strict=True):
         cosine_BT = F.normalize(chunk.float(), dim=1) @ train.T
         cosine_Bk, nearest_Bk = cosine_BT.topk(max(ks), dim=1)
         weight_Bk = (cosine_Bk / temperature).exp()
-        labels_Bk = train_labels.to(nearest_Bk.device)[nearest_Bk]
+        labels_Bk = train_labels[nearest_Bk]
         for number in ks:
             votes_BS = torch.zeros(len(chunk), num_classes, device=chunk.device)
             votes_BS.scatter_add_(1, labels_Bk[:, :number], weight_Bk[:, :number])
             ranked_BS = votes_BS.sort(dim=1, descending=True, stable=True).indices
-            hits_BS = ranked_BS == labels.to(chunk.device)[:, None]
+            hits_BS = ranked_BS == labels[:, None]
             correct[number][0] += hits_BS[:, :1].sum().cpu()
             correct[number][1] += hits_BS[:, : min(5, number)].sum().cpu()
     total = len(test_features)

@@ -99,7 +99,7 @@ def open_knn_monitor(
         UserError: `path` is given, but is no labelled folder with at least 20 gallery images.
     """
     try:
-        train, test = open_labelled(path or data_path)
+        train, test = open_labelled(path or data_path, "data.path" if path is None else "monitor.knn_path")
     except UserError as error:
         if path is not None:
             raise

@@ -227,7 +227,7 @@ def evaluate(run: Run, run_log: RunLog, done: int) -> None:
 
 
 def log_step(run: Run, run_log: RunLog, done: int, hyper: Hyperparameters, output: StepOutput) -> None:
-    """One entry of the training curve; the only place where the host waits for the device."""
+    """One entry of the training curve; here, in `evaluate` and in `save` the host waits for the device."""
     on_device = step_metrics(teacher_temp=hyper.teacher_temp, **vars(output))
     metrics = dict(zip(on_device, torch.stack(list(on_device.values())).tolist(), strict=True))
     if not math.isfinite(metrics["loss"]):
