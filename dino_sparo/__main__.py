@@ -2,7 +2,9 @@
 
 import importlib
 import logging
+import os
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from dino_sparo.errors import UserError
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+RANK = int(os.environ.get("RANK", "0"))  # as torchrun sets it
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ COMMANDS = {
     "pretrain": Command(
         opt.PretrainOptions,
         "dino_sparo.training.pretrain:pretrain",
-        "dino-sparo pretrain --config RECIPE --data.path DIR --run_dir DIR [--section.key VALUE ...]",
+        "dino-sparo pretrain --config RECIPE --data.path DIR --run_dir DIR [--nproc N] [--key VALUE ...]",
         "pretrain an encoder, or go on with an existing run",
     ),
     "knn": Command(
@@ -59,16 +62,21 @@ def main(arguments: list[str] | None = None) -> int:
         print(overview())
         return 0
     try:
-        run_command(arguments[0], arguments[1:])
+        return run_command(arguments[0], arguments[1:])
     except UserError as error:
-        print(f"dino-sparo: error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        if speaks_for_all():
+            print(f"dino-sparo: error: {error}", file=sys.stderr)
+        return leave(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         goes_on = arguments[0] in ("pretrain", "demo")
         hint = "; the same command goes on from the last checkpoint" if goes_on else ""
-        print(f"dino-sparo: interrupted{hint}", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return 0
+        if RANK == 0:
+            print(f"dino-sparo: interrupted{hint}", file=sys.stderr)
+        return leave(EXIT_INTERRUPTED)
+    except Exception:
+        if another_has_failed():
+            return leave(EXIT_USER_ERROR)
+        raise
 
 
 def overview() -> str:
@@ -80,15 +88,54 @@ def overview() -> str:
     )
 
 
-def run_command(name: str, arguments: list[str]) -> None:
-    """Parse the command's options, then import it (and torch with it) and run it."""
+def speaks_for_all() -> bool:
+    """Whether this process reports a mistake that ends the run; of torchrun's processes one does."""
+    if "torch" in sys.modules:
+        from dino_sparo import distributed
+
+        return distributed.speaks_for_all()
+    if RANK > 0:
+        time.sleep(3)  # the launcher ends all as soon as one ends, and the first must have spoken
+    return RANK == 0
+
+
+def leave(status: int) -> int:
+    """The exit status; one of several processes ends here, since an open connection may not let it go."""
+    if "RANK" in os.environ:
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def another_has_failed() -> bool:
+    """Whether an error here is only the consequence of what another process has reported."""
+    if "torch" not in sys.modules:
+        return False
+    from dino_sparo import distributed
+
+    return distributed.another_has_failed()
+
+
+def run_command(name: str, arguments: list[str]) -> int:
+    """Parse the command's options, then import it (and torch with it) and run it; returns the exit status."""
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}; expected one of {', '.join(COMMANDS)}")
     command = COMMANDS[name]
     options = parse_options(command.options, complete(name, arguments), usage=command.usage)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    num_processes = getattr(options, "nproc", 1)
+    if num_processes > 1:
+        if "RANK" in os.environ:
+            raise UserError(
+                f"--nproc {num_processes} under torchrun would start processes twice; leave it out"
+            )
+        from dino_sparo.distributed import launch
+
+        return launch(num_processes, [name, *_without(arguments, "--nproc")])
+    level = logging.INFO if RANK == 0 else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     module, function = command.function.split(":")
     getattr(importlib.import_module(module), function)(options)
+    return 0
 
 
 def complete(name: str, arguments: list[str]) -> list[str]:
@@ -117,6 +164,18 @@ def _value(arguments: list[str], option: str) -> str:
         if argument == option and position + 1 < len(arguments):
             return arguments[position + 1]
     return ""
+
+
+def _without(arguments: list[str], option: str) -> list[str]:
+    """The arguments without an option and its value."""
+    kept, rest = [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument == option:
+            rest.pop(0)
+        elif not argument.startswith(f"{option}="):
+            kept.append(argument)
+    return kept
 
 
 if __name__ == "__main__":

@@ -29,6 +29,39 @@ def check_options(options: Any) -> None:
         _check_epochs(options)
 
 
+def split_batch(global_batch_size: int, batch_size_per_gpu: int | None, processes: int) -> tuple[int, int]:
+    """Images that a process takes at once, and micro-batches a step, that together make the global batch.
+
+    Raises:
+        UserError: they cannot; it proposes values that can.
+    """
+    if global_batch_size % processes:
+        near = [n for n in range(1, global_batch_size + 1) if global_batch_size % n == 0]
+        near = sorted(near, key=lambda n: abs(n - processes))[:3]
+        multiple = max(1, round(global_batch_size / processes)) * processes
+        raise UserError(
+            f"optim.global_batch_size is {global_batch_size}, not divisible by {processes} processes; use "
+            f"{_either(near)} processes, or a batch of {multiple} (another experiment)"
+        )
+    share = global_batch_size // processes
+    if batch_size_per_gpu is None:
+        return share, 1
+    if share % batch_size_per_gpu:
+        near = sorted(
+            (n for n in range(1, share + 1) if share % n == 0), key=lambda n: abs(n - batch_size_per_gpu)
+        )[:3]
+        raise UserError(
+            f"machine.batch_size_per_gpu is {batch_size_per_gpu}, which does not divide {share}, the "
+            f"share of each of {processes} processes in optim.global_batch_size {global_batch_size}; use "
+            f"{_either(near)}"
+        )
+    return batch_size_per_gpu, share // batch_size_per_gpu
+
+
+def _either(numbers: list[int]) -> str:
+    return " or ".join(map(str, sorted(numbers)))
+
+
 def _check_ranges(prefix: str, section: Any) -> None:
     for field in fields(section):
         key, value = f"{prefix}{field.name}", getattr(section, field.name)

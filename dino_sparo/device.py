@@ -5,14 +5,22 @@ import torch
 from dino_sparo.errors import UserError
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto` takes CUDA where there is a GPU, else the CPU.
+def choose_device(name: str, number: int = 0) -> torch.device:
+    """`auto` takes CUDA where there is a GPU, else the CPU; `number` is that of the GPU.
 
     Raises:
-        UserError: CUDA is asked for, but there is no GPU.
+        UserError: CUDA is asked for, but there is no GPU, or none of this number.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device is 'cuda', but torch sees no GPU; choose cpu or auto, or repair the driver")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    if name == "cpu":
+        return torch.device("cpu")
+    if number >= torch.cuda.device_count():
+        raise UserError(
+            f"process {number + 1} of this machine has no GPU, there are {torch.cuda.device_count()}; start "
+            f"one process a GPU, machine.batch_size_per_gpu makes up for missing ones"
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)

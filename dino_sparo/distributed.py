@@ -1,7 +1,37 @@
-"""The only place that speaks to other processes. One process is world size 1, on the same code path."""
+"""The only place that speaks to other processes. One process is world size 1, on the same code path.
 
+Processes are torchrun's: one a GPU, numbered by the environment it sets. `launch` starts them on this
+machine through torch's own launcher.
+"""
+
+import logging
+import os
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.nn.parallel import DistributedDataParallel
+
+from dino_sparo.errors import UserError
+
+Result = TypeVar("Result")
+
+PATIENCE = timedelta(minutes=30)  # how long a process waits for the others; they all work alike
+HEARTBEAT_SECONDS = 5.0
+FAILED = "failed"  # key in the store: the number of the process that speaks about a failure
+
+_store: list[dist.Store] = []  # of the process group, while there is one
 
 
 def rank() -> int:
@@ -9,9 +39,178 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """Number of this process on its machine, as torchrun sets it."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size() -> int:
+    """Number of processes on this machine, as torchrun sets it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the processes that torchrun started: NCCL between GPUs, gloo on CPUs; nothing to do for one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    store, number, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, store=dist.PrefixStore("group", store), rank=number, world_size=size, timeout=PATIENCE
+    )
+    _store.append(store)
+    yield
+    # After an error the other processes may never come: the end of this one is all that is left to do.
+    dist.barrier()
+    _store.clear()
+    dist.destroy_process_group()
+
+
+def speaks_for_all(patience_seconds: float = 3.0) -> bool:
+    """Whether this process is the one to report the failure that ends it: the first one if it fails too.
+
+    Of processes that make the same mistake the first one reports; the others wait for it, since the
+    launcher ends all of them as soon as one has ended.
+    """
+    number = int(os.environ.get("RANK", "0"))
+    if number == 0 or not _store:
+        if number > 0:
+            time.sleep(patience_seconds)
+        elif _store:
+            _store[0].compare_set(FAILED, "", "0")
+        return number == 0
+    waited_until = time.monotonic() + patience_seconds
+    while time.monotonic() < waited_until and not _store[0].check([FAILED]):
+        time.sleep(0.05)
+    return _store[0].compare_set(FAILED, "", str(number)) == str(number).encode()
+
+
+def another_has_failed() -> bool:
+    """Whether another process has reported a failure: what this one sees is only its consequence."""
+    return bool(_store) and _store[0].check([FAILED])
+
+
 def mean_over_ranks(values: Tensor) -> Tensor:
     """Mean of a tensor over all processes, in place; the tensor itself when there is one."""
+    return sum_over_ranks(values).div_(world_size())
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum of a tensor over all processes, in place; the tensor itself when there is one."""
     if dist.is_initialized():
         dist.all_reduce(values)
-        values /= dist.get_world_size()
     return values
+
+
+def gather_objects(value: Result) -> list[Result]:
+    """The plain values of all processes, by rank, in every process."""
+    if not dist.is_initialized():
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def first_rank_decides(decision: bool) -> bool:
+    """The first process's decision, in every process."""
+    return bool(sum_over_ranks(torch.tensor([int(decision and rank() == 0)])).item())
+
+
+def gather_rows(rows: Tensor, total: int) -> Tensor:
+    """Rows of all processes on the CPU, (total, ...): process r holds rows r, r + R, r + 2R, ... of R."""
+    if not dist.is_initialized():
+        return rows
+    size = world_size()
+    padded = rows.new_zeros(-(-total // size), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    shares = [torch.empty_like(padded) for _ in range(size)]
+    dist.all_gather(shares, padded)
+    gathered = rows.new_empty(total, *rows.shape[1:])
+    for number, share in enumerate(shares):
+        gathered[number::size] = share[: len(range(number, total, size))]
+    return gathered
+
+
+def first_rank_first(work: Callable[[], Result]) -> Result:
+    """Every process does the work, but the first one alone and before the others, which wait for it.
+
+    For work whose result is kept in a file, so that the others find it done. They wait by a heartbeat,
+    however long it takes. An error of the first process ends all of them with its message.
+    """
+    if not dist.is_initialized():
+        return work()
+    results: list[Result] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:  # raised below, in the main thread
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    if rank() == 0:
+        thread.start()
+    while True:
+        if rank() == 0:
+            thread.join(HEARTBEAT_SECONDS)
+        working = sum_over_ranks(torch.tensor([int(thread.is_alive())]))
+        if not working.item():
+            break
+    message = gather_objects(str(errors[0]) if errors else "")[0]
+    if errors:
+        raise errors[0]
+    if message:
+        raise UserError(message)
+    return results[0] if results else work()
+
+
+def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module whose backward averages gradients over all processes; itself when there is one."""
+    if not dist.is_initialized():
+        return module
+    return DistributedDataParallel(
+        module, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
+    )
+
+
+def unsynchronized(module: nn.Module, unless: bool) -> AbstractContextManager[Any]:
+    """Leave gradients local within: for all micro-batches of a step but the last (`unless`)."""
+    if unless or not isinstance(module, DistributedDataParallel):
+        return nullcontext()
+    return module.no_sync()
+
+
+def launch(num_processes: int, arguments: list[str]) -> int:
+    """Run `python -m dino_sparo ARGUMENTS` in so many processes on this machine; returns the exit status.
+
+    The same as `torchrun --standalone --nproc-per-node N -m dino_sparo ARGUMENTS`, without its own report
+    beside that of the process that failed.
+    """
+    logging.disable(logging.ERROR)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "dino_sparo", *arguments)
+    except ChildFailedError as error:
+        status = error.get_first_failure()[1].exitcode
+        return status if status > 0 else 128 - status
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0

@@ -15,6 +15,9 @@ class DataOptions:
     """Folder of images (train/<class>/..., <class>/... or flat), or `shapes` for generated pictures."""
     max_images: int | None
     """Learn from this many images only, evenly spread over the folder; null takes all."""
+    on_bad_image: Literal["stop", "substitute"]
+    """What to do about an image that cannot be read: stop and name it, or let another one stand in, drawn
+    by the seed; those are listed in the run folder, and more than one image in a hundred ends the run."""
 
 
 @dataclass
@@ -127,7 +130,8 @@ class OptimOptions:
     epochs: int
     """Passes over the images."""
     global_batch_size: int
-    """Images an optimiser step, over all processes; the last partial batch of an epoch is dropped."""
+    """Images an optimiser step, over all processes and micro-batches; the last partial batch of an epoch is
+    dropped."""
     lr_per_256: float
     """Peak learning rate for a batch of 256; scaled linearly with global_batch_size."""
     final_lr: float
@@ -148,7 +152,7 @@ class OptimOptions:
 
 @dataclass
 class MonitorOptions:
-    """k-NN while training; it changes nothing of the run."""
+    """k-NN and alarm while training; they change nothing of the run."""
 
     knn_every_epochs: int = 10
     """20-NN of the teacher every so many epochs, also before the first and after the last; 0: never."""
@@ -164,12 +168,26 @@ class MachineOptions:
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto takes CUDA where there is a GPU, else the CPU."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto takes bf16 on a GPU that has it, else fp32. Prototype logits, loss and teacher stay float32."""
+    batch_size_per_gpu: int | None = None
+    """Images a process takes at once; gradient accumulation makes up for what is missing to
+    optim.global_batch_size, so that the experiment stays the same. null takes its whole share at once."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the networks; auto takes bf16 on a GPU that has it, fp16 (with loss scaling) on an older one, fp32
+    on the CPU. Prototype logits, loss, weights and teacher stay float32."""
+    tf32: bool = False
+    """Let float32 products use TF32 on a GPU: faster, about three decimal digits."""
+    deterministic: bool = False
+    """Bit-equal runs on a GPU too, somewhat slower; on a CPU they are bit-equal anyway."""
+    activation_checkpointing: bool = False
+    """Compute each block's activations again in the backward pass instead of keeping them: about a third
+    more work for much less memory."""
     num_workers: int | None = None
-    """Processes that load images; 0 loads in the training process, null takes one a core, at most 16."""
+    """Processes that load images, for each training process; 0 loads in the training process, null takes one
+    a core and shares them among the training processes, at most 16 each."""
     prefetch_batches: int = 2
     """Batches that each worker prepares ahead."""
+    data_timeout_seconds: int = 600
+    """Without a batch of images for so long the run ends, naming the files being read."""
 
 
 @dataclass
@@ -181,7 +199,7 @@ class LogOptions:
     checkpoint_every_epochs: int = 1
     """Epochs between two checkpoints; one is always written at the end."""
     checkpoint_every_minutes: float = 30.0
-    """Minutes between two checkpoints within an epoch; 0: none."""
+    """Minutes between two checkpoints within an epoch, written with the next log entry; 0: none."""
     keep_every_epochs: int = 20
     """Keep one checkpoint every so many epochs for good, besides the last two; 0: none."""
 
@@ -212,6 +230,8 @@ class PretrainOptions:
     """What belongs to the machine."""
     log: LogOptions = field(default_factory=LogOptions)
     """Log and checkpoints."""
+    nproc: int = 1
+    """Processes to start on this machine, one a GPU; torchrun starts them too, also on several machines."""
 
 
 @dataclass

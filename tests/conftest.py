@@ -1,5 +1,6 @@
 """Golden arrays and small models shared by the tests."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,11 @@ def load_golden_arrays(name: str) -> dict[str, np.ndarray]:
 @pytest.fixture
 def golden() -> Callable[[str], dict[str, np.ndarray]]:
     return load_golden_arrays
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory) -> None:
+    os.environ["DINO_SPARO_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True)

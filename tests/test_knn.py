@@ -4,18 +4,20 @@ import numpy as np
 import pytest
 import torch
 
+from dino_sparo.evaluation import knn
 from dino_sparo.evaluation.knn import knn_classify
 
 KS = [1, 10, 20, 100, 200]
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 256, 1000])
-def test_golden_accuracies(golden, chunk_size):
+def test_golden_accuracies(golden, chunk_size, monkeypatch):
     arrays = golden("knn")
     tensors = [
         torch.from_numpy(arrays[f"{s}_{k}"]) for s in ("train", "test") for k in ("features", "labels")
     ]
-    results = knn_classify(*tensors, k=KS, temperature=float(arrays["temperature"]), chunk_size=chunk_size)
+    monkeypatch.setattr(knn, "CHUNK_SIZE", chunk_size)
+    results = knn_classify(*tensors, k=KS, temperature=float(arrays["temperature"]))
     for k in KS:
         np.testing.assert_array_equal([results[k].top1, results[k].top5], arrays[f"top1_top5.k{k}"])
         assert results[k].num_images == 400

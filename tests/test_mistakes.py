@@ -171,7 +171,7 @@ def test_malformed_command_line(arguments, expected):
 def test_missing_options():
     assert refusal("--config", "photos_sparo").startswith("missing: run_dir, data.path; give --run_dir VALUE")
     message = refusal(*REQUIRED)
-    assert message.startswith("missing: seed, views.global_size") and all(
+    assert message.startswith("missing: seed, data.on_bad_image, views.global_size") and all(
         name in message for name in recipes()
     )
     assert refusal("--data.path", "x", options_class=KnnOptions) == "missing: run; give --run VALUE"

@@ -71,7 +71,12 @@ def test_gradient_norms():
 
 def open_monitor(data, path=None, images_per_class=None):
     return open_knn_monitor(
-        path=path, data_path=data, images_per_class=images_per_class, image_size=16, num_workers=0
+        path=path,
+        data_path=data,
+        images_per_class=images_per_class,
+        image_size=16,
+        num_workers=0,
+        timeout_seconds=60,
     )
 
 

@@ -8,10 +8,10 @@ from torch import nn
 
 from dino_sparo.models import DINOHead, DinoModel, build_encoder
 from dino_sparo.training.loss import DINOLoss
-from dino_sparo.training.optim import build_optimizer, clip_gradients_per_parameter, parameter_groups
+from dino_sparo.training.optim import clip_gradients_per_parameter, parameter_groups
 from dino_sparo.training.pretrain import train_step
 from dino_sparo.training.schedules import Hyperparameters
-from dino_sparo.training.state import TrainState
+from dino_sparo.training.state import state_of
 from dino_sparo.training.teacher import update_teacher
 
 
@@ -53,7 +53,9 @@ def test_groups_of_a_sparo_model():
 def test_teacher_is_a_moving_average():
     teacher, student = nn.Linear(3, 2), nn.Linear(3, 2)
     before = teacher.weight.detach().clone()
-    update_teacher(teacher, student, momentum=0.9)
+    update_teacher(teacher, student, 0.9, torch.tensor(False))
+    assert torch.equal(teacher.weight, before)
+    update_teacher(teacher, student, 0.9, torch.tensor(True))
     torch.testing.assert_close(teacher.weight, 0.9 * before + 0.1 * student.weight)
 
 
@@ -64,12 +66,13 @@ def test_frozen_last_layer_neither_moves_nor_counts(freeze):
         return DinoModel(encoder, DINOHead(24, 16, 8, 4))
 
     student = model()
-    state = TrainState(student, model(), DINOLoss(16), build_optimizer(student))
+    state = state_of(student, model(), DINOLoss(16), torch.device("cpu"), loss_scaling=False)
     prototypes = student.head.last_layer.parametrizations.weight.original1
     before = prototypes.detach().clone()
     hyper = Hyperparameters(
         lr=0.1, weight_decay=0.5, momentum=0.9, teacher_temp=0.04, freeze_last_layer=freeze
     )
-    train_step(state, [torch.randn(2, 3, 3, 16, 16)], hyper, clip_norm=3.0, autocast=contextlib.nullcontext())
+    crops = iter([[torch.randn(2, 3, 3, 16, 16)]])
+    train_step(state, crops, 1, hyper, clip_norm=3.0, autocast=contextlib.nullcontext())
     assert torch.equal(before, prototypes) == freeze
     assert (prototypes in state.optimizer.state) != freeze

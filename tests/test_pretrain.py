@@ -18,14 +18,18 @@ from dino_sparo.training import pretrain as program
 from dino_sparo.training.checkpoint import load_latest
 from dino_sparo.training.loss import DINOLoss
 from dino_sparo.training.monitor import KnnMonitor
+from dino_sparo.training.rundir import config_of
 from dino_sparo.training.runlog import RunLog, read_metrics
 from dino_sparo.training.schedules import Hyperparameters
+from dino_sparo.training.setup import build_schedules
+from dino_sparo.training.state import build_state
 from tests.tiny import tiny_options, write_pictures
 
 SCALARS = {
     *("loss", "lr", "weight_decay", "momentum", "teacher_temp", "student_temp", "gradient_norm"),
     *("gradient_norm_max", "entropy_teacher", "entropy_mean", "kl", "center_norm", "feature_std"),
-    *("images_per_second", "data_wait_share", "memory_gib"),
+    *("images_per_second", "data_wait_share", "log_share", "memory_gib", "slot_entropy", "slot_cls_share"),
+    *("loss_scale", "skipped_steps", "bad_images"),
 }
 
 
@@ -62,7 +66,7 @@ def test_schedules_of_a_run_follow_the_recipe(tmp_path):
     options = tiny_options(
         tmp_path, tmp_path / "run", loss__warmup_teacher_temp_epochs=2, loss__teacher_temp=0.07
     )
-    schedules = program.build_schedules(options, steps_per_epoch=10)
+    schedules = build_schedules(options, steps_per_epoch=10)
     peak = options.optim.lr_per_256 * options.optim.global_batch_size / 256
     assert schedules.at(0).lr == 0
     assert schedules.at(9).lr == schedules.at(10).lr == pytest.approx(peak)
@@ -100,14 +104,15 @@ def test_bfloat16_keeps_float32_where_it_matters(tmp_path):
 
 
 def test_logits_and_loss_are_float32_under_bfloat16(tmp_path):
-    config = program.config_of(tiny_options(tmp_path, tmp_path / "run"))
-    state = program.build_state(config, torch.device("cpu"))
+    config = config_of(tiny_options(tmp_path, tmp_path / "run"))
+    state = build_state(config, torch.device("cpu"))
     hyper = Hyperparameters(
         lr=0.1, weight_decay=0.1, momentum=0.9, teacher_temp=0.04, freeze_last_layer=False
     )
     output = program.train_step(
         state,
-        [torch.randn(2, 3, 3, 16, 16)],
+        iter([[torch.randn(2, 3, 3, 16, 16)]]),
+        1,
         hyper,
         clip_norm=3.0,
         autocast=torch.autocast("cpu", torch.bfloat16),
@@ -116,14 +121,19 @@ def test_logits_and_loss_are_float32_under_bfloat16(tmp_path):
 
 
 def test_the_curve_is_about_the_centre_that_the_loss_used(tmp_path):
-    config = program.config_of(tiny_options(tmp_path, tmp_path / "run"))
-    state = program.build_state(config, torch.device("cpu"))
+    config = config_of(tiny_options(tmp_path, tmp_path / "run"))
+    state = build_state(config, torch.device("cpu"))
     before = state.loss_fn.center.normal_().clone()
     hyper = Hyperparameters(
         lr=0.1, weight_decay=0.1, momentum=0.9, teacher_temp=0.04, freeze_last_layer=False
     )
     output = program.train_step(
-        state, [torch.randn(2, 3, 3, 16, 16)], hyper, clip_norm=3.0, autocast=contextlib.nullcontext()
+        state,
+        iter([[torch.randn(2, 3, 3, 16, 16)]]),
+        1,
+        hyper,
+        clip_norm=3.0,
+        autocast=contextlib.nullcontext(),
     )
     assert torch.equal(output.center, before)
     assert not torch.equal(state.loss_fn.center, before)
@@ -133,7 +143,7 @@ def test_logged_schedules_are_those_of_the_step(finished):
     config = yaml.safe_load((finished / "config.yaml").read_text())
     options = tiny_options("x", "y", **{"optim.global_batch_size".replace(".", "__"): 30})
     assert config["optim"] == vars(options.optim)
-    schedules = program.build_schedules(options, steps_per_epoch=2)
+    schedules = build_schedules(options, steps_per_epoch=2)
     for entry in read_metrics(finished):
         if "loss" in entry:
             expected = schedules.at(entry["step"] - 1)
@@ -189,7 +199,7 @@ def test_progress_bar_on_a_terminal(tmp_path, monkeypatch):
         assert words in shown, words
 
 
-def test_diverged_state_is_never_saved(tmp_path, monkeypatch):
+def test_steps_without_finite_gradients_change_nothing_and_end_the_run(tmp_path, monkeypatch):
     write_pictures(tmp_path / "data", 8)
     original, steps = DINOLoss.forward, []
 
@@ -199,38 +209,51 @@ def test_diverged_state_is_never_saved(tmp_path, monkeypatch):
         return loss * math.nan if len(steps) >= 3 else loss
 
     options = tiny_options(
-        tmp_path / "data",
-        tmp_path / "run",
-        log__log_every_steps=100,
-        log__checkpoint_every_minutes=1e-9,
+        tmp_path / "data", tmp_path / "run", optim__epochs=20, log__checkpoint_every_minutes=1e-9
     )
+    monkeypatch.setattr(program, "MAX_SKIPPED", 4)
     with monkeypatch.context() as patch:
         patch.setattr(DINOLoss, "forward", forward)
-        with pytest.raises(
-            UserError, match="a parameter is no longer finite at step 3: the run has diverged"
-        ):
+        with pytest.raises(UserError, match=r"no finite gradient in 4 steps \(loss nan\) at step 6"):
             program.pretrain(options)
-    assert load_latest(tmp_path / "run")["step"] == 2
-    program.pretrain(options)
-    assert load_latest(tmp_path / "run")["step"] == 6
+    before, after = (torch.load(tmp_path / "run" / "checkpoints" / f"step_00000000{n}.pt") for n in (4, 5))
+    assert after["skipped"].tolist() == [3, 3] and before["skipped"].tolist() == [2, 2]
+    for part in ("student", "teacher"):
+        assert all(torch.equal(before[part][name], value) for name, value in after[part].items())
+    assert torch.equal(before["center"], after["center"])
+    # Two steps are counted; of the prototypes, frozen in the first two, none.
+    assert {state["step"].item() for state in after["optimizer"]["state"].values()} == {0.0, 2.0}
+    program.pretrain(options)  # the cause is gone: it goes on from the last finite state
+    state = load_latest(tmp_path / "run")
+    assert state["step"] == 40 and state["skipped"].tolist() == [3, 0]
+    assert [e["skipped_steps"] for e in read_metrics(tmp_path / "run")] == [0, 0, 1, 2] + [3] * 36
+
+
+def test_state_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):
+    write_pictures(tmp_path / "data", 8)
+    original = program.train_step
+
+    def poisoned(state, *args, **kwargs):
+        output = original(state, *args, **kwargs)
+        with torch.no_grad():
+            next(state.student.parameters()).fill_(math.nan)
+        return output
+
+    monkeypatch.setattr(program, "train_step", poisoned)
+    with pytest.raises(UserError, match="a parameter is no longer finite at step 2: the run has diverged"):
+        program.pretrain(tiny_options(tmp_path / "data", tmp_path / "run"))
+    assert load_latest(tmp_path / "run") is None
 
 
 def test_teacher_has_no_stochastic_depth_and_no_gradient(tmp_path):
-    config = program.config_of(tiny_options(tmp_path, tmp_path / "run"))
-    state = program.build_state(config, torch.device("cpu"))
+    config = config_of(tiny_options(tmp_path, tmp_path / "run"))
+    state = build_state(config, torch.device("cpu"))
     student_drops = [m for m in state.student.modules() if type(m).__name__ == "DropPath"]
     assert student_drops
     assert not [m for m in state.teacher.modules() if type(m).__name__ == "DropPath"]
     assert not any(parameter.requires_grad for parameter in state.teacher.parameters())
     for name, value in state.teacher.state_dict().items():
         assert torch.equal(value, state.student.state_dict()[name]), name
-
-
-def test_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
-    write_pictures(tmp_path / "data", 8)
-    monkeypatch.setattr(DINOLoss, "forward", lambda _, student, *__: student.sum() * math.nan)
-    with pytest.raises(UserError, match="the loss is nan at step 1: the run has diverged"):
-        program.pretrain(tiny_options(tmp_path / "data", tmp_path / "run"))
 
 
 def test_starts_are_recorded(finished):

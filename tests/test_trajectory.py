@@ -8,10 +8,10 @@ import torch
 
 from dino_sparo.models import DINOHead, DinoModel, build_encoder
 from dino_sparo.training.loss import DINOLoss
-from dino_sparo.training.optim import build_optimizer, parameter_groups
+from dino_sparo.training.optim import parameter_groups
 from dino_sparo.training.pretrain import train_step
 from dino_sparo.training.schedules import Hyperparameters
-from dino_sparo.training.state import TrainState
+from dino_sparo.training.state import state_of
 from tests.conftest import load_golden_arrays
 
 NUM_STEPS = 5
@@ -43,10 +43,11 @@ def load_golden(model: DinoModel, arrays: dict[str, np.ndarray]) -> None:
 @pytest.fixture(scope="module")
 def trained():
     arrays = load_golden_arrays("trajectory")
-    student, teacher = golden_model().train(), golden_model().eval().requires_grad_(False)
+    student, teacher = golden_model(), golden_model()
     load_golden(student, arrays)
     load_golden(teacher, arrays)
-    state = TrainState(student, teacher, DINOLoss(num_prototypes=256), build_optimizer(student))
+    loss_fn = DINOLoss(num_prototypes=256)
+    state = state_of(student, teacher, loss_fn, torch.device("cpu"), loss_scaling=False)
     losses = []
     for step in range(NUM_STEPS):
         crops = [torch.from_numpy(arrays[f"{kind}_crops.{step}"]).float() for kind in ("global", "local")]
@@ -58,7 +59,12 @@ def trained():
             freeze_last_layer=step < 1,
         )
         output = train_step(
-            state, crops, hyper, clip_norm=float(arrays["clip_norm"]), autocast=contextlib.nullcontext()
+            state,
+            iter([crops]),
+            1,
+            hyper,
+            clip_norm=float(arrays["clip_norm"]),
+            autocast=contextlib.nullcontext(),
         )
         losses.append(output.loss.item())
     return arrays, state, losses

@@ -4,11 +4,10 @@ Workers hand over uint8 pixels; `normalize` makes them floats on the training de
 Axis letters: B images, C crops.
 """
 
-import os
-import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import itemgetter
 from typing import NamedTuple, NoReturn
 
 import numpy as np
@@ -21,11 +20,13 @@ from torchvision.utils import make_grid
 
 from dino_sparo.data import pil_views
 from dino_sparo.data.sources import ImageSource
-from dino_sparo.data.views import NUM_GLOBAL_CROPS, CropRecipe, draw_view, sample_order
+from dino_sparo.data.views import NUM_GLOBAL_CROPS, CropRecipe, draw_view, sample_order, substitute_sample
+from dino_sparo.data.workers import Watched, start_worker
 from dino_sparo.errors import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+SUBSTITUTE_TRIES = 10
 
 
 @dataclass(frozen=True)
@@ -48,21 +49,48 @@ class Crops(NamedTuple):
 
     global_crops: Tensor
     local_crops: Tensor
+    replaced: tuple[UnreadableImage, ...] = ()
+    """Images that could not be read, for which others stand in."""
+
+
+class ImageCrops(NamedTuple):
+    """The crops of one image, uint8 (3, side, side) each, global ones first."""
+
+    crops: list[Tensor]
+    replaced: list[UnreadableImage]
 
 
 class CropsDataset(Dataset):
-    """Item (epoch, sample) -> the crops of one image, uint8 (3, side, side) each, global ones first."""
+    """Item (epoch, sample) -> the crops of one image.
 
-    def __init__(self, source: ImageSource, crop_recipes: Sequence[CropRecipe], seed: int) -> None:
+    With `substitute` another image stands in for one that cannot be read: which one is drawn from (seed,
+    epoch, sample), so it does not depend on workers or processes. After ten bad ones in a row the first is
+    returned as unreadable.
+    """
+
+    def __init__(
+        self, source: ImageSource, crop_recipes: Sequence[CropRecipe], seed: int, *, substitute: bool = False
+    ) -> None:
         self.source = source
         self.crop_recipes = crop_recipes
         self.seed = seed
+        self.substitute = substitute
 
-    def __getitem__(self, item: tuple[int, int]) -> list[Tensor] | UnreadableImage:
+    def __getitem__(self, item: tuple[int, int]) -> ImageCrops | UnreadableImage:
         epoch, sample = item
-        image = _load(self.source, sample)
-        if isinstance(image, UnreadableImage):
-            return image
+        image, replaced = _load(self.source, sample), []
+        while isinstance(image, UnreadableImage):
+            replaced.append(image)
+            if not self.substitute or len(replaced) == SUBSTITUTE_TRIES:
+                return replaced[0]
+            other = substitute_sample(
+                seed=self.seed,
+                epoch=epoch,
+                sample=sample,
+                attempt=len(replaced),
+                num_samples=len(self.source),
+            )
+            image = _load(self.source, other)
         crops = []
         for crop, recipe in enumerate(self.crop_recipes):
             view = draw_view(
@@ -75,61 +103,91 @@ class CropsDataset(Dataset):
                 image_height=image.height,
             )
             crops.append(to_tensor(pil_views.execute(image, view)))
-        return crops
+        return ImageCrops(crops, replaced)
 
 
 class BatchOrder(Sampler):
-    """Yields each batch's (epoch, sample) pairs from a given step to the end of the run.
+    """Yields each micro-batch's (epoch, sample) pairs from a given optimiser step to the end of the run.
 
-    Every epoch is one permutation, cut into global batches; the last partial one is dropped.
+    Every epoch is one permutation, cut into global batches; the last partial one is dropped. Rank r of R
+    takes the r-th of R equal slices of each global batch, in `accumulation` equal micro-batches: however
+    many processes there are, all together see the same global batches.
     """
 
     def __init__(
-        self, *, num_samples: int, batch_size: int, epochs: int, seed: int, first_step: int = 0
+        self,
+        *,
+        num_samples: int,
+        global_batch_size: int,
+        epochs: int,
+        seed: int,
+        first_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulation: int = 1,
     ) -> None:
-        self.num_samples, self.batch_size, self.epochs = num_samples, batch_size, epochs
-        self.seed, self.first_step = seed, first_step
-        self.steps_per_epoch = num_samples // batch_size
+        assert global_batch_size % (world_size * accumulation) == 0
+        self.num_samples, self.global_batch_size, self.epochs = num_samples, global_batch_size, epochs
+        self.seed, self.first_step, self.rank = seed, first_step, rank
+        self.accumulation = accumulation
+        self.micro_batch_size = global_batch_size // (world_size * accumulation)
+        self.steps_per_epoch = num_samples // global_batch_size
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for epoch in range(self.first_step // self.steps_per_epoch, self.epochs):
-            order = sample_order(seed=self.seed, epoch=epoch, num_samples=self.num_samples).tolist()
+            order = sample_order(seed=self.seed, epoch=epoch, num_samples=self.num_samples)
             first = max(0, self.first_step - epoch * self.steps_per_epoch)
             for step in range(first, self.steps_per_epoch):
-                samples = order[step * self.batch_size : (step + 1) * self.batch_size]
-                yield [(epoch, sample) for sample in samples]
+                for micro_batch in range(self.accumulation):
+                    number = self.rank * self.accumulation + micro_batch
+                    start = step * self.global_batch_size + number * self.micro_batch_size
+                    yield [(epoch, s) for s in order[start : start + self.micro_batch_size].tolist()]
 
     def __len__(self) -> int:
-        return self.steps_per_epoch * self.epochs - self.first_step
+        return (self.steps_per_epoch * self.epochs - self.first_step) * self.accumulation
 
 
 def crop_batches(
-    dataset: CropsDataset, order: BatchOrder, *, num_workers: int, prefetch_batches: int, pin_memory: bool
-) -> DataLoader:
-    """Batches of `Crops` (or `UnreadableImage`) in the given order, prepared ahead by worker processes."""
-    return DataLoader(
-        dataset,
+    dataset: CropsDataset,
+    order: BatchOrder,
+    *,
+    num_workers: int,
+    prefetch_batches: int,
+    pin_memory: bool,
+    timeout_seconds: float,
+) -> tuple[DataLoader, Watched]:
+    """Batches of `Crops` (or `UnreadableImage`) in the given order, prepared ahead by worker processes.
+
+    Under the second result's `failures_explained` a worker's failure names the file it was at.
+    """
+    watched = Watched(dataset, image_of=itemgetter(1), name=dataset.source.name, num_workers=num_workers)
+    batches: DataLoader = DataLoader(
+        watched,
         batch_sampler=order,
         num_workers=num_workers,
         collate_fn=collate_crops,
         pin_memory=pin_memory,
         prefetch_factor=prefetch_batches if num_workers else None,
-        worker_init_fn=ignore_interrupt,
+        worker_init_fn=start_worker,
+        timeout=timeout_seconds if num_workers else 0,
     )
+    return batches, watched
 
 
-def collate_crops(images: list[list[Tensor] | UnreadableImage]) -> Crops | UnreadableImage:
-    """Lists of crops -> one batch, crop-major; the first unreadable image instead, if there is one."""
-    readable = []
-    for crops in images:
-        if isinstance(crops, UnreadableImage):
-            return crops
-        readable.append(crops)
+def collate_crops(images: list[ImageCrops | UnreadableImage]) -> Crops | UnreadableImage:
+    """The crops of images -> one batch, crop-major; the first unreadable image instead, if there is one."""
+    readable, replaced = [], []
+    for image in images:
+        if isinstance(image, UnreadableImage):
+            return image
+        readable.append(image.crops)
+        replaced += image.replaced
     by_crop = [torch.stack(crops) for crops in zip(*readable, strict=True)]
     local_crops = by_crop[NUM_GLOBAL_CROPS:]
     return Crops(
         torch.stack(by_crop[:NUM_GLOBAL_CROPS]),
         torch.stack(local_crops) if local_crops else torch.empty(0, len(images), 3, 0, 0, dtype=torch.uint8),
+        tuple(replaced),
     )
 
 
@@ -192,13 +250,3 @@ def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
     """Made once a device: a copy to a GPU in every step would make the host wait."""
     mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
     return mean, std
-
-
-def ignore_interrupt(_worker: int) -> None:
-    """Ctrl-C is the training process's business; its workers end with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def default_workers() -> int:
-    """One worker process a core that this process may use, at most 16."""
-    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)

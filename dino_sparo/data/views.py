@@ -17,7 +17,7 @@ NUM_GLOBAL_CROPS = 2
 ASPECT_RATIO = (3 / 4, 4 / 3)
 CROP_TRIES = 10
 JITTER_ORDERS = tuple(permutations(range(4)))  # 0 brightness, 1 contrast, 2 saturation, 3 hue
-_ORDER_OF_SAMPLES, _CROPS = 1, 2  # kinds of draw, kept apart in the counter
+_ORDER_OF_SAMPLES, _CROPS, _SUBSTITUTES = 1, 2, 3  # kinds of draw, kept apart in the counter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +85,12 @@ def crop_recipes(
 def sample_order(*, seed: int, epoch: int, num_samples: int) -> NDArray[np.int64]:
     """The epoch's permutation of all samples: (num_samples,)."""
     return np.random.Generator(_philox(seed, epoch, _ORDER_OF_SAMPLES, 0, 0)).permutation(num_samples)
+
+
+def substitute_sample(*, seed: int, epoch: int, sample: int, attempt: int, num_samples: int) -> int:
+    """The sample that stands in for one that cannot be read, at the given attempt (from 1)."""
+    philox = _philox(seed, epoch, _SUBSTITUTES, sample, attempt)
+    return int(np.random.Generator(philox).integers(num_samples))
 
 
 def draw_view(

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dino_sparo.data.sources import ImageSource
+from dino_sparo.distributed import gather_rows, rank, sum_over_ranks, world_size
 from dino_sparo.evaluation.features import extract_features
 from dino_sparo.models import Encoder
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 HEADLINE_K = 20
 PROTOCOL_K = (10, 20, 100, 200)
+TEMPERATURE = 0.07
+CHUNK_SIZE = 256  # test images at a time; it changes memory, not the result
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,8 @@ def knn_classify(
     test_features: Tensor | NDArray,
     test_labels: Tensor | NDArray,
     k: int | Integral | Sequence[int],
-    temperature: float = 0.07,
+    temperature: float = TEMPERATURE,
     num_classes: int | None = None,
-    chunk_size: int = 256,
 ) -> dict[int, KnnResult]:
     """Accuracy of a vote of the k nearest train images, each weighted by exp(cosine / temperature).
 
@@ -56,7 +58,6 @@ def knn_classify(
         test_labels: likewise.
         k: one or several numbers of neighbours.
         num_classes: None takes the largest label + 1.
-        chunk_size: test images at a time; it changes memory, not the result.
 
     Raises:
         ValueError: k is below 1 or larger than the train set, or there are no test images.
@@ -71,25 +72,44 @@ def knn_classify(
         raise ValueError("there are no test images to classify")
     if num_classes is None:
         num_classes = int(max(train_labels.max(), test_labels.max())) + 1
+    correct = _count_correct(
+        train_features, train_labels, test_features, test_labels, ks, temperature, num_classes
+    )
+    return _results(ks, correct, len(test_features))
+
+
+def _count_correct(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    ks: Sequence[int],
+    temperature: float,
+    num_classes: int,
+) -> Tensor:
+    """How many test images are right: int64 (len(ks), 2), top-1 and top-5, on the CPU."""
     train = F.normalize(train_features.float(), dim=1)
     train_labels, test_labels = train_labels.to(train.device), test_labels.to(train.device)
-    correct = {number: torch.zeros(2, dtype=torch.int64) for number in ks}
-    for chunk, labels in zip(test_features.split(chunk_size), test_labels.split(chunk_size), strict=True):
-        cosine_BT = F.normalize(chunk.float(), dim=1) @ train.T
+    correct = torch.zeros(len(ks), 2, dtype=torch.int64)
+    for chunk, labels in zip(test_features.split(CHUNK_SIZE), test_labels.split(CHUNK_SIZE), strict=True):
+        cosine_BT = F.normalize(chunk.to(train.device).float(), dim=1) @ train.T
         cosine_Bk, nearest_Bk = cosine_BT.topk(max(ks), dim=1)
         weight_Bk = (cosine_Bk / temperature).exp()
         labels_Bk = train_labels[nearest_Bk]
-        for number in ks:
-            votes_BS = torch.zeros(len(chunk), num_classes, device=chunk.device)
+        for row, number in enumerate(ks):
+            votes_BS = torch.zeros(len(chunk), num_classes, device=train.device)
             votes_BS.scatter_add_(1, labels_Bk[:, :number], weight_Bk[:, :number])
             ranked_BS = votes_BS.sort(dim=1, descending=True, stable=True).indices
             hits_BS = ranked_BS == labels[:, None]
-            correct[number][0] += hits_BS[:, :1].sum().cpu()
-            correct[number][1] += hits_BS[:, : min(5, number)].sum().cpu()
-    total = len(test_features)
+            correct[row, 0] += hits_BS[:, :1].sum().cpu()
+            correct[row, 1] += hits_BS[:, : min(5, number)].sum().cpu()
+    return correct
+
+
+def _results(ks: Sequence[int], correct: Tensor, total: int) -> dict[int, KnnResult]:
     return {
-        number: KnnResult(100 * int(top1) / total, 100 * int(top5) / total, total)
-        for number, (top1, top5) in correct.items()
+        number: KnnResult(100 * top1 / total, 100 * top5 / total, total)
+        for number, (top1, top5) in zip(ks, correct.tolist(), strict=True)
     }
 
 
@@ -102,34 +122,50 @@ def evaluate_knn(
     k: Sequence[int],
     batch_size: int = 64,
     num_workers: int = 0,
+    timeout_seconds: float = 600.0,
 ) -> dict[int, KnnResult]:
-    """k-NN accuracy of an encoder: features of both sources, then the vote."""
+    """k-NN accuracy of an encoder: features of both sources, then the vote.
+
+    All processes share the work: each extracts its share of both sources, takes all train features, and
+    classifies its share of the test images; every one counts once, and all processes get the result.
+    """
     assert train.labels is not None and test.labels is not None
-    sides = [
+    gallery, share = (
         extract_features(
             encoder,
             source,
             image_size=image_size,
             batch_size=batch_size,
             num_workers=num_workers,
+            timeout_seconds=timeout_seconds,
             description=f"k-NN {name} features",
         )
         for name, source in (("train", train), ("val", test))
-    ]
-    return knn_classify(
-        sides[0],
-        torch.from_numpy(train.labels),
-        sides[1],
-        torch.from_numpy(test.labels),
-        k=k,
-        num_classes=len(train.classes),
     )
+    correct = _count_correct(
+        _near_the_encoder(gather_rows(gallery, len(train)), encoder),
+        torch.from_numpy(train.labels),
+        share,
+        torch.from_numpy(test.labels)[rank() :: world_size()],
+        k,
+        TEMPERATURE,
+        len(train.classes),
+    )
+    return _results(k, sum_over_ranks(correct), len(test))
+
+
+def _near_the_encoder(features: Tensor, encoder: Encoder) -> Tensor:
+    """The features on the encoder's GPU, if normalised copies of them fit into half of what is free."""
+    device = encoder.backbone.cls_token.device
+    if device.type == "cuda" and 2 * features.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+        return features.to(device)
+    return features
 
 
 def run(options: "KnnOptions") -> None:
     """`dino-sparo knn`: print the accuracy of a trained encoder on a labelled folder."""
-    from dino_sparo.data.loader import default_workers
     from dino_sparo.data.sources import open_labelled
+    from dino_sparo.data.workers import default_workers
     from dino_sparo.device import choose_device
     from dino_sparo.errors import UserError
     from dino_sparo.training.checkpoint import load_encoder

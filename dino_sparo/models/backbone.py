@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class VisionTransformer(nn.Module):
@@ -63,6 +64,7 @@ class VisionTransformer(nn.Module):
             for index in range(depth)
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.activation_checkpointing = False  # when True, training keeps no activations within blocks
         self._resize_matrices: dict[tuple[int, int], Tensor] = {}
         self._init_weights()
 
@@ -83,7 +85,10 @@ class VisionTransformer(nn.Module):
         x_BND = self.embed(images)
         outputs = []
         for block in self.blocks:
-            x_BND = block(x_BND)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x_BND = checkpoint(block, x_BND, use_reentrant=False)
+            else:
+                x_BND = block(x_BND)
             outputs.append(x_BND)
             del outputs[:-last]
         return outputs

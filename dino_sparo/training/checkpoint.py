@@ -14,7 +14,7 @@ from dino_sparo.models import Encoder, build_encoder
 
 log = logging.getLogger("dino_sparo")
 
-FORMAT = 1
+FORMAT = 2
 FOLDER = "checkpoints"
 KEEP_LAST = 2
 

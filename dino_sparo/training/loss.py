@@ -6,7 +6,7 @@ Axis letters: B images, C crops, K prototypes.
 import torch
 from torch import Tensor, nn
 
-from dino_sparo.distributed import mean_over_ranks
+from dino_sparo.distributed import sum_over_ranks, world_size
 
 
 class DINOLoss(nn.Module):
@@ -22,12 +22,15 @@ class DINOLoss(nn.Module):
     """
 
     center: Tensor
+    _sum: Tensor
 
     def __init__(self, num_prototypes: int, student_temp: float = 0.1, center_momentum: float = 0.9) -> None:
         super().__init__()
         self.student_temp = student_temp
         self.center_momentum = center_momentum
         self.register_buffer("center", torch.zeros(1, num_prototypes))
+        self.register_buffer("_sum", torch.zeros(1, num_prototypes), persistent=False)
+        self._num_rows = 0
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, teacher_temp: float) -> Tensor:
         """Student logits (C*B, K) crop-major, global crops first; teacher logits (2*B, K) -> scalar."""
@@ -45,11 +48,25 @@ class DINOLoss(nn.Module):
         num_pairs = 2 * (num_crops - 1)
         return (to_global + to_local) / (num_pairs * batch)
 
-    @torch.no_grad()
     def update_center(self, teacher_logits: Tensor) -> None:
         """Move the centre towards the mean of all ranks' teacher logits (2*B, K)."""
-        mean_1K = mean_over_ranks(teacher_logits.float().mean(dim=0, keepdim=True))
-        self.center.mul_(self.center_momentum).add_(mean_1K, alpha=1 - self.center_momentum)
+        self.add_to_center(teacher_logits)
+        self.commit_center()
+
+    @torch.no_grad()
+    def add_to_center(self, teacher_logits: Tensor) -> None:
+        """Note a micro-batch's teacher logits (2*B, K) for the next centre: their sum, not themselves."""
+        self._sum += teacher_logits.float().sum(dim=0, keepdim=True)
+        self._num_rows += len(teacher_logits)
+
+    @torch.no_grad()
+    def commit_center(self, finite: Tensor | bool = True) -> None:
+        """Move the centre towards the mean of all rows noted by all ranks, if `finite`; once a step."""
+        mean_1K = sum_over_ranks(self._sum) / (self._num_rows * world_size())
+        moved_1K = self.center_momentum * self.center + (1 - self.center_momentum) * mean_1K
+        self.center.copy_(torch.where(torch.as_tensor(finite, device=moved_1K.device), moved_1K, self.center))
+        self._sum.zero_()
+        self._num_rows = 0
 
 
 def teacher_probabilities(teacher_logits: Tensor, center: Tensor, teacher_temp: float) -> Tensor:

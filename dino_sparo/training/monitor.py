@@ -1,6 +1,6 @@
-"""What to watch for collapse: numbers of one step, computed on the device, read when the log is due.
+"""What to watch: numbers of one step, computed on the device and read when the log is due; an alarm; k-NN.
 
-Axis letters: B images, K prototypes, E encoding.
+Axis letters: B images, K prototypes, E encoding, L slots, N tokens.
 """
 
 import logging
@@ -14,12 +14,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino_sparo.data.sources import ImageSource, open_labelled, per_class
+from dino_sparo.distributed import mean_over_ranks
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.knn import HEADLINE_K, evaluate_knn
 from dino_sparo.models import Encoder
 from dino_sparo.training.loss import teacher_probabilities
 
 log = logging.getLogger("dino_sparo")
+
+ALARM_SHARE = 0.01  # of ln K
+ALARM_ENTRIES = 10
+SIGNS = {
+    "uniform": "the teacher answers all prototypes alike",
+    "one-hot": "the teacher answers with one prototype for certain",
+    "same": "every image gets the same answer",
+}
+_SOFTER = (
+    "a higher loss.teacher_temp with a warm-up, head.norm_last_layer true, a longer "
+    "optim.freeze_last_layer_epochs, a lower optim.lr_per_256, or a larger optim.global_batch_size"
+)
+REMEDIES = {
+    "uniform": "a lower loss.teacher_temp, a lower optim.lr_per_256, a larger optim.global_batch_size, or "
+    "fewer head.num_prototypes for small data",
+    "one-hot": _SOFTER,
+    "same": _SOFTER,
+}
 
 
 @torch.no_grad()
@@ -34,6 +53,9 @@ def step_metrics(
 ) -> dict[str, Tensor]:
     """Scalars on the device, from the tensors of one step and the centre that its loss used.
 
+    Means over all processes, of each process's last micro-batch but for the loss, which is of the whole
+    step; every process calls it.
+
     - entropy_teacher: mean entropy of the teacher's rows, in nats; ln K is uniform, 0 one-hot.
     - entropy_mean: entropy of the mean row; if it falls to entropy_teacher, all images get one answer.
     - kl: mean KL divergence from teacher to student over all pairs, loss - entropy_teacher.
@@ -42,18 +64,68 @@ def step_metrics(
     - gradient_norm: norm of all gradients before clipping; gradient_norm_max: of the largest tensor.
     """
     probabilities = teacher_probabilities(teacher_logits, center, teacher_temp)
-    entropy_teacher = _entropy(probabilities).mean()
     directions = F.normalize(teacher_encodings.float(), dim=-1)
+    spread = directions.std(dim=0).mean() * math.sqrt(directions.shape[-1])
+    means = mean_over_ranks(torch.stack([loss, _entropy(probabilities).mean(), spread]))
     return {
-        "loss": loss,
-        "entropy_teacher": entropy_teacher,
-        "entropy_mean": _entropy(probabilities.mean(dim=0)),
-        "kl": loss - entropy_teacher,
+        "loss": means[0],
+        "entropy_teacher": means[1],
+        "entropy_mean": _entropy(mean_over_ranks(probabilities.mean(dim=0))),
+        "kl": means[0] - means[1],
         "center_norm": center.norm(),
-        "feature_std": directions.std(dim=0).mean() * math.sqrt(directions.shape[-1]),
+        "feature_std": means[2],
         "gradient_norm": torch.linalg.vector_norm(gradient_norms),
         "gradient_norm_max": gradient_norms.max(),
     }
+
+
+@torch.no_grad()
+def slot_health(encoder: Encoder, images: Tensor) -> dict[str, Tensor]:
+    """How the slots attend to some normalised images (B, 3, height, width); nothing without slots.
+
+    - slot_entropy: mean entropy of a slot's attention over the tokens, in nats; ln N is everywhere alike.
+    - slot_cls_share: mean share of its attention that lies on the CLS token.
+    """
+    if encoder.readout is None:
+        return {}
+    attn_BLN = encoder.readout.attention(encoder.tokens(images)).float()
+    health = mean_over_ranks(torch.stack([_entropy(attn_BLN).mean(), attn_BLN[..., 0].mean()]))
+    return {"slot_entropy": health[0], "slot_cls_share": health[1]}
+
+
+class CollapseAlarm:
+    """Says when the teacher's answers have collapsed for a while; the run goes on.
+
+    Args:
+        num_prototypes: K.
+        armed_from_step: steps before which nothing is said: last-layer freeze and warm-up.
+    """
+
+    def __init__(self, num_prototypes: int, armed_from_step: int) -> None:
+        self.log_k, self.armed_from_step = math.log(num_prototypes), armed_from_step
+        self._kind, self._entries = "", 0
+
+    def check(self, step: int, entropy_teacher: float, entropy_mean: float) -> str | None:
+        """Look at one log entry; the alarm's words when the same sign has been there for ten in a row."""
+        kind = self._sign(entropy_teacher, entropy_mean) if step > self.armed_from_step else ""
+        self._entries = self._entries + 1 if kind == self._kind else 1
+        self._kind = kind
+        if not kind or self._entries != ALARM_ENTRIES:
+            return None
+        return (
+            f"collapse: {SIGNS[kind]} for {ALARM_ENTRIES} log entries (H(p) {entropy_teacher:.3f}, H(mean p) "
+            f"{entropy_mean:.3f}, ln K {self.log_k:.3f}); training goes on, but in a new run try "
+            f"{REMEDIES[kind]}"
+        )
+
+    def _sign(self, entropy_teacher: float, entropy_mean: float) -> str:
+        if entropy_teacher > (1 - ALARM_SHARE) * self.log_k:
+            return "uniform"
+        if entropy_teacher < ALARM_SHARE * self.log_k:
+            return "one-hot"
+        if entropy_mean - entropy_teacher < ALARM_SHARE * self.log_k:
+            return "same"
+        return ""
 
 
 def _entropy(probabilities: Tensor) -> Tensor:
@@ -76,6 +148,7 @@ class KnnMonitor:
     test: ImageSource
     image_size: int
     num_workers: int
+    timeout_seconds: float
 
     def evaluate(self, encoder: Encoder) -> dict[str, float]:
         """Top-1 and top-5 in per cent."""
@@ -86,12 +159,19 @@ class KnnMonitor:
             image_size=self.image_size,
             k=[HEADLINE_K],
             num_workers=self.num_workers,
+            timeout_seconds=self.timeout_seconds,
         )[HEADLINE_K]
         return {f"knn{HEADLINE_K}_top1": result.top1, f"knn{HEADLINE_K}_top5": result.top5}
 
 
 def open_knn_monitor(
-    *, path: str | None, data_path: str, images_per_class: int | None, image_size: int, num_workers: int
+    *,
+    path: str | None,
+    data_path: str,
+    images_per_class: int | None,
+    image_size: int,
+    num_workers: int,
+    timeout_seconds: float,
 ) -> KnnMonitor | None:
     """The monitor on `path`, or on `data_path` if that is labelled; None if there is nothing to measure on.
 
@@ -119,4 +199,4 @@ def open_knn_monitor(
             raise UserError(f"monitor.knn_path: {message}")
         log.info("no k-NN while training: %s", message)
         return None
-    return KnnMonitor(train, test, image_size, num_workers)
+    return KnnMonitor(train, test, image_size, num_workers, timeout_seconds)

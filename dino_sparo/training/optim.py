@@ -33,6 +33,13 @@ def set_hyperparameters(optimizer: torch.optim.Optimizer, *, lr: float, weight_d
     optimizer.param_groups[0]["weight_decay"] = weight_decay
 
 
+def step_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
+    """One step, undone on the device if `finite` (a scalar) is false: AdamW then does not even count it."""
+    optimizer.found_inf = 1 - finite.float()  # type: ignore[attr-defined]  # fused AdamW's contract
+    optimizer.step()
+    del optimizer.found_inf  # type: ignore[attr-defined]
+
+
 @torch.no_grad()
 def clip_gradients_per_parameter(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale each gradient whose own norm exceeds `max_norm`; returns all norms (P,) before clipping.

@@ -24,10 +24,9 @@ PACKAGES = ("dino-sparo", "torch", "torchvision", "timm", "numpy", "pillow")
 
 
 def config_of(options: PretrainOptions) -> dict[str, Any]:
-    """The resolved recipe as plain values, without `run_dir`: feeding it back reproduces the run."""
+    """The resolved recipe as plain values, without `run_dir` and `nproc`: it reproduces the run."""
     config = json.loads(json.dumps(asdict(options)))  # tuples become lists, as in YAML
-    del config["run_dir"]
-    return config
+    return {key: value for key, value in config.items() if key not in ("run_dir", "nproc")}
 
 
 def check_same_experiment(run_dir: Path, config: dict[str, Any]) -> None:

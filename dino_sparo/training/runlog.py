@@ -31,19 +31,25 @@ class RunLog:
         run_dir: existing folder of the run.
         first_step: steps already done.
         steps_per_epoch, total_steps: for the bar and the times left.
+        silent: show and write nothing, in all processes but the first.
     """
 
-    def __init__(self, run_dir: Path, *, first_step: int, steps_per_epoch: int, total_steps: int) -> None:
+    def __init__(
+        self, run_dir: Path, *, first_step: int, steps_per_epoch: int, total_steps: int, silent: bool = False
+    ) -> None:
         self.steps_per_epoch, self.total_steps = steps_per_epoch, total_steps
         self.first_step = self.last_step = first_step
         self.started = self.last_time = time.monotonic()
-        self.seconds_waited = 0.0
+        self.seconds_waited = self.seconds_logging = 0.0
+        self._bar: tqdm | None = None
+        self._postfix: dict[str, str] = {}
+        self.silent = silent
+        if silent:
+            return
         cut_metrics(run_dir / METRICS_FILE, first_step)
         cut_events(run_dir / EVENTS_FOLDER, first_step)
         self._metrics = open(run_dir / METRICS_FILE, "a")  # noqa: SIM115 closed by __exit__
         self._events = SummaryWriter(str(run_dir / EVENTS_FOLDER), flush_secs=30)
-        self._bar: tqdm | None = None
-        self._postfix: dict[str, str] = {}
 
     def __enter__(self) -> "RunLog":
         return self
@@ -51,6 +57,8 @@ class RunLog:
     def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
             self._bar.close()
+        if self.silent:
+            return
         self._metrics.close()
         self._events.close()
 
@@ -62,6 +70,13 @@ class RunLog:
         self.seconds_waited += time.monotonic() - started
 
     @contextmanager
+    def logging(self) -> Iterator[None]:
+        """Time spent in here is logged, with the next entry, as the share of time that the log took."""
+        started = time.monotonic()
+        yield
+        self.seconds_logging += time.monotonic() - started
+
+    @contextmanager
     def not_training(self) -> Iterator[None]:
         """Time spent in here does not count for the speed."""
         started = time.monotonic()
@@ -71,7 +86,7 @@ class RunLog:
 
     def step_done(self, step: int) -> None:
         """Advance the bar; `step` counts the steps done so far."""
-        if not sys.stderr.isatty():
+        if self.silent or not sys.stderr.isatty():
             return
         done = self._step_in_epoch(step)
         if self._bar is None:
@@ -91,14 +106,18 @@ class RunLog:
 
     def scalars(self, step: int, values: dict[str, float], *, batch_size: int) -> None:
         """Log one entry of the training curve, with the speed since the entry before."""
+        if self.silent:
+            return
         now = time.monotonic()
         seconds = max(1e-9, now - self.last_time)
         speed = {
             "images_per_second": batch_size * (step - self.last_step) / seconds,
             "data_wait_share": self.seconds_waited / seconds,
+            "log_share": self.seconds_logging / seconds,
         }
         self._write("train", step, values | speed)
-        self.last_time, self.last_step, self.seconds_waited = now, step, 0.0
+        self.last_time, self.last_step = now, step
+        self.seconds_waited = self.seconds_logging = 0.0
 
         seconds_per_step = (now - self.started) / max(1, step - self.first_step)
         run_left = _duration(seconds_per_step * (self.total_steps - step))
@@ -117,19 +136,30 @@ class RunLog:
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         """Log and show the result of an evaluation."""
+        if self.silent:
+            return
         self._write("evaluation", step, values)
         shown = "  ".join(f"{name} {value:.2f} %" for name, value in values.items())
         tqdm.write(f"after epoch {step // self.steps_per_epoch}: {shown}", file=sys.stderr)
 
+    def alarm(self, step: int, text: str) -> None:
+        """Show a warning, and keep it among the texts of TensorBoard."""
+        if not self.silent:
+            tqdm.write(f"WARNING: step {step}: {text}", file=sys.stderr)
+            self._events.add_text("alarm", text, step)
+
     def flush(self) -> None:
         """Bring all entries to disk, before a checkpoint says that these steps are done."""
+        if self.silent:
+            return
         self._metrics.flush()
         os.fsync(self._metrics.fileno())
         self._events.flush()
 
     def picture(self, step: int, name: str, image: Tensor) -> None:
         """Log a picture, float (3, height, width) in 0..1."""
-        self._events.add_image(name, image, step)
+        if not self.silent:
+            self._events.add_image(name, image, step)
 
     def _step_in_epoch(self, step: int) -> int:
         return (step - 1) % self.steps_per_epoch + 1

@@ -4,34 +4,73 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from dino_sparo.distributed import data_parallel
 from dino_sparo.models import DINOHead, DinoModel
 from dino_sparo.training.checkpoint import encoder_of
 from dino_sparo.training.loss import DINOLoss
 from dino_sparo.training.optim import build_optimizer
+from dino_sparo.training.precision import LossScale
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """Student, teacher, centre (in the loss) and optimiser."""
+    """Student, teacher, centre (in the loss), optimiser and loss scale.
+
+    Attributes:
+        parallel_student: the student, whose backward averages gradients over all processes.
+        skipped: int64 (2,), steps skipped because they were not finite: in all, and the latest in a row.
+    """
 
     student: DinoModel
     teacher: DinoModel
     loss_fn: DINOLoss
     optimizer: torch.optim.Optimizer
+    parallel_student: nn.Module
+    loss_scale: LossScale
+    skipped: Tensor
+
+    def count_skipped(self, finite: Tensor) -> None:
+        """Count a step that was not finite (a scalar on the device)."""
+        total, in_a_row = self.skipped
+        total += ~finite
+        in_a_row.copy_(torch.where(finite, 0, in_a_row + 1))
 
 
-def build_state(config: dict[str, Any], device: torch.device) -> TrainState:
+def build_state(
+    config: dict[str, Any],
+    device: torch.device,
+    *,
+    loss_scaling: bool = False,
+    activation_checkpointing: bool = False,
+) -> TrainState:
     """Freshly initialised by the recipe's seed; the teacher starts as a copy of the student."""
     torch.manual_seed(config["seed"])
     student = _build_model(config, config["model"]["drop_path_rate"])
     teacher = _build_model(config, drop_path_rate=0.0)
     teacher.load_state_dict(student.state_dict())
-    teacher.requires_grad_(False)
+    student.encoder.backbone.activation_checkpointing = activation_checkpointing
     loss = config["loss"]
     loss_fn = DINOLoss(config["head"]["num_prototypes"], loss["student_temp"], loss["center_momentum"])
+    return state_of(student, teacher, loss_fn, device, loss_scaling=loss_scaling)
+
+
+def state_of(
+    student: DinoModel, teacher: DinoModel, loss_fn: DINOLoss, device: torch.device, *, loss_scaling: bool
+) -> TrainState:
+    """The state of a run that begins with these networks, which move to the device."""
     student.to(device).train()
-    return TrainState(student, teacher.to(device).eval(), loss_fn.to(device), build_optimizer(student))
+    teacher.to(device).eval().requires_grad_(False)
+    return TrainState(
+        student=student,
+        teacher=teacher,
+        loss_fn=loss_fn.to(device),
+        optimizer=build_optimizer(student),
+        parallel_student=data_parallel(student, device),
+        loss_scale=LossScale(device, enabled=loss_scaling),
+        skipped=torch.zeros(2, dtype=torch.int64, device=device),
+    )
 
 
 def capture_state(state: TrainState) -> dict[str, Any]:
@@ -41,6 +80,8 @@ def capture_state(state: TrainState) -> dict[str, Any]:
         "teacher": state.teacher.state_dict(),
         "center": state.loss_fn.center,
         "optimizer": state.optimizer.state_dict(),
+        "loss_scale": state.loss_scale.state_dict(),
+        "skipped": state.skipped,
     }
 
 
@@ -50,6 +91,8 @@ def restore_state(state: TrainState, captured: dict[str, Any]) -> None:
     state.teacher.load_state_dict(captured["teacher"])
     state.loss_fn.center.copy_(captured["center"])
     state.optimizer.load_state_dict(captured["optimizer"])
+    state.loss_scale.load_state_dict(captured["loss_scale"])
+    state.skipped.copy_(captured["skipped"])
 
 
 def _build_model(config: dict[str, Any], drop_path_rate: float) -> DinoModel:

@@ -1,0 +1,60 @@
+"""Images that could not be read and were replaced: listed in the run folder, bounded in number."""
+
+import json
+import os
+from pathlib import Path
+
+from dino_sparo.data.loader import UnreadableImage
+from dino_sparo.distributed import gather_objects, rank
+from dino_sparo.errors import UserError
+
+FILE = "bad_images.jsonl"
+MAX_SHARE = 0.01
+
+
+class BadImages:
+    """The list `run_dir/bad_images.jsonl`: one line an image, with its name and the reason.
+
+    Args:
+        run_dir: folder of the run; what an earlier start has listed stays.
+        num_images: images of the data set, of which one in a hundred may be bad.
+    """
+
+    def __init__(self, run_dir: Path, num_images: int) -> None:
+        self.path, self.num_images = run_dir / FILE, num_images
+        self._pending: list[UnreadableImage] = []
+        self._reasons: dict[str, str] = {}
+        for line in self.path.read_text().splitlines() if self.path.exists() else ():
+            entry = json.loads(line)
+            self._reasons[entry["name"]] = entry["reason"]
+
+    def __len__(self) -> int:
+        return len(self._reasons)
+
+    def add(self, replaced: tuple[UnreadableImage, ...]) -> None:
+        """Note what this process has replaced."""
+        self._pending += replaced
+
+    def share(self) -> None:
+        """List what all processes have noted since the last time; all of them call it together.
+
+        Raises:
+            UserError: more than one image in a hundred is bad.
+        """
+        new = {image.name: image.reason for pending in gather_objects(self._pending) for image in pending}
+        self._pending = []
+        if not new.keys() - self._reasons.keys():
+            return
+        self._reasons = dict(sorted((new | self._reasons).items()))
+        if rank() == 0:
+            temporary = self.path.with_name(f"{FILE}.tmp")
+            temporary.write_text("".join(f"{json.dumps(entry)}\n" for entry in self._entries()))
+            os.replace(temporary, self.path)
+        if len(self) > max(1, MAX_SHARE * self.num_images):
+            raise UserError(
+                f"{len(self)} of {self.num_images} images cannot be read, more than one in a hundred; repair "
+                f"or remove those that {self.path} lists, then start again"
+            )
+
+    def _entries(self) -> list[dict[str, str]]:
+        return [{"name": name, "reason": reason} for name, reason in self._reasons.items()]

@@ -1,0 +1,213 @@
+"""Everything before the first step: images, micro-batches, schedules, state, and where the run stopped."""
+
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from dino_sparo.checks import split_batch
+from dino_sparo.data.loader import BatchOrder, CropsDataset, crop_batches
+from dino_sparo.data.sources import ImageSource, open_images
+from dino_sparo.data.views import NUM_GLOBAL_CROPS, crop_recipes
+from dino_sparo.data.workers import Watched, default_workers
+from dino_sparo.distributed import (
+    first_rank_first,
+    gather_objects,
+    local_world_size,
+    rank,
+    world_size,
+)
+from dino_sparo.errors import UserError
+from dino_sparo.options import PretrainOptions
+from dino_sparo.training.bad_images import BadImages
+from dino_sparo.training.checkpoint import load_latest
+from dino_sparo.training.monitor import CollapseAlarm, KnnMonitor, open_knn_monitor
+from dino_sparo.training.precision import choose_precision, set_numerics
+from dino_sparo.training.rundir import check_same_experiment, check_same_images, config_of
+from dino_sparo.training.schedules import Schedules, cosine_schedule, teacher_temp_schedule
+from dino_sparo.training.state import TrainState, build_state, restore_state
+
+log = logging.getLogger("dino_sparo")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A prepared run: everything that stays the same while it trains, and the state that learns."""
+
+    options: PretrainOptions
+    config: dict[str, Any]
+    run_dir: Path
+    source: ImageSource
+    images: dict[str, Any]
+    """Number and fingerprint of the images, for checkpoints."""
+    device: torch.device
+    precision: str
+    num_workers: int
+    state: TrainState
+    first_step: int
+    """Steps that earlier starts have done."""
+    order: BatchOrder
+    schedules: Schedules
+    total_steps: int
+    knn_monitor: KnnMonitor | None
+    alarm: CollapseAlarm
+    bad_images: BadImages
+
+
+def prepare(options: PretrainOptions, device: torch.device) -> Run:
+    """Check, open and build everything, and restore the newest checkpoint; nothing is written.
+
+    Raises:
+        UserError: for a mistake in options or data.
+    """
+    machine, optim, run_dir = options.machine, options.optim, Path(options.run_dir)
+    set_numerics(tf32=machine.tf32, deterministic=machine.deterministic)
+    num_workers = default_workers(local_world_size()) if machine.num_workers is None else machine.num_workers
+    batch_size, accumulation = split_batch(optim.global_batch_size, machine.batch_size_per_gpu, world_size())
+    config = config_of(options)
+    check_same_experiment(run_dir, config)
+    source, knn_monitor = first_rank_first(lambda: open_data(options, num_workers))
+    images = {"num_images": len(source), "fingerprint": source.fingerprint()}
+
+    precision = choose_precision(machine.precision, device)
+    state = build_state(
+        config,
+        device,
+        loss_scaling=precision == "fp16",
+        activation_checkpointing=machine.activation_checkpointing,
+    )
+    settle(state, options, device)
+    first_step = 0
+    checkpoint = load_latest(run_dir)
+    if checkpoint is not None:
+        check_same_images(run_dir, checkpoint["images"], images)
+        restore_state(state, checkpoint)
+        first_step = checkpoint["step"]
+        del checkpoint
+    check_all_agree(run_dir, first_step, images)
+
+    order = BatchOrder(
+        num_samples=len(source),
+        global_batch_size=optim.global_batch_size,
+        epochs=optim.epochs,
+        seed=options.seed,
+        first_step=first_step,
+        rank=rank(),
+        world_size=world_size(),
+        accumulation=accumulation,
+    )
+    assert order.micro_batch_size == batch_size
+    quiet_epochs = max(optim.warmup_epochs, optim.freeze_last_layer_epochs)
+    return Run(
+        options=options,
+        config=config,
+        run_dir=run_dir,
+        source=source,
+        images=images,
+        device=device,
+        precision=precision,
+        num_workers=num_workers,
+        state=state,
+        first_step=first_step,
+        order=order,
+        schedules=build_schedules(options, order.steps_per_epoch),
+        total_steps=order.steps_per_epoch * optim.epochs,
+        knn_monitor=knn_monitor,
+        alarm=CollapseAlarm(options.head.num_prototypes, quiet_epochs * order.steps_per_epoch),
+        bad_images=BadImages(run_dir, len(source)),
+    )
+
+
+def open_data(options: PretrainOptions, num_workers: int) -> tuple[ImageSource, KnnMonitor | None]:
+    """The images to learn from, at least one batch of them, and those of the k-NN monitor."""
+    source = open_images(options.data.path, options.data.max_images)
+    if len(source) < options.optim.global_batch_size:
+        raise UserError(
+            f"data.path {options.data.path!r} gives {len(source)} images, fewer than one batch: "
+            f"optim.global_batch_size is {options.optim.global_batch_size}; use more images or "
+            f"a smaller batch"
+        )
+    if not options.monitor.knn_every_epochs:
+        return source, None
+    return source, open_knn_monitor(
+        path=options.monitor.knn_path,
+        data_path=options.data.path,
+        images_per_class=options.monitor.knn_images_per_class,
+        image_size=options.views.global_size,
+        num_workers=num_workers,
+        timeout_seconds=options.machine.data_timeout_seconds,
+    )
+
+
+def training_batches(run: Run) -> tuple[DataLoader, Watched]:
+    """The micro-batches of crops that this process takes, from first step to end, and their watch."""
+    options = run.options
+    dataset = CropsDataset(
+        run.source,
+        crop_recipes(**asdict(options.views)),
+        options.seed,
+        substitute=options.data.on_bad_image == "substitute",
+    )
+    return crop_batches(
+        dataset,
+        run.order,
+        num_workers=run.num_workers,
+        prefetch_batches=options.machine.prefetch_batches,
+        pin_memory=run.device.type == "cuda",
+        timeout_seconds=options.machine.data_timeout_seconds,
+    )
+
+
+def settle(state: TrainState, options: PretrainOptions, device: torch.device) -> None:
+    """One backward pass on empty images, whose gradients are dropped.
+
+    DistributedDataParallel orders its buckets anew after the first backward pass, and the order in which
+    many processes sum depends on them: without this a resumed run would differ in its first step.
+    """
+    if world_size() == 1:
+        return
+    views = options.views
+    sizes = [(NUM_GLOBAL_CROPS, views.global_size), (views.num_local_crops, views.local_size)]
+    groups = [torch.zeros(crops, 1, 3, side, side, device=device) for crops, side in sizes if crops]
+    state.parallel_student(groups)[0].sum().backward()
+    state.optimizer.zero_grad(set_to_none=True)
+
+
+def check_all_agree(run_dir: Path, first_step: int, images: dict[str, Any]) -> None:
+    """All processes must go on from the same step with the same images; no process is ahead after it.
+
+    Raises:
+        UserError: they do not: folders differ between machines.
+    """
+    everyone = gather_objects((first_step, images))
+    steps = sorted({step for step, _ in everyone})
+    if len(steps) > 1:
+        raise UserError(
+            f"run_dir {str(run_dir)!r}: processes find different checkpoints (steps {steps}); it must be one "
+            f"folder on a file system that all machines share"
+        )
+    if any(other != images for _, other in everyone):
+        raise UserError(
+            f"data.path: processes find different images ({sorted({i['num_images'] for _, i in everyone})}, "
+            f"or other names); every machine needs the same folder"
+        )
+
+
+def build_schedules(options: PretrainOptions, steps_per_epoch: int) -> Schedules:
+    """All schedules of the run."""
+    optim, loss = options.optim, options.loss
+    total = optim.epochs * steps_per_epoch
+    peak_lr = optim.lr_per_256 * optim.global_batch_size / 256
+    return Schedules(
+        lr=cosine_schedule(peak_lr, optim.final_lr, total, optim.warmup_epochs * steps_per_epoch),
+        weight_decay=cosine_schedule(optim.weight_decay, optim.final_weight_decay, total),
+        momentum=cosine_schedule(optim.teacher_momentum, 1.0, total),
+        teacher_temp=teacher_temp_schedule(
+            loss.warmup_teacher_temp, loss.teacher_temp, loss.warmup_teacher_temp_epochs, optim.epochs
+        ),
+        freeze_last_layer_epochs=optim.freeze_last_layer_epochs,
+        steps_per_epoch=steps_per_epoch,
+    )

@@ -1,0 +1,278 @@
+"""Several processes are one run: the same samples, the same parameters, one voice, and resumable."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from dino_sparo import distributed
+from dino_sparo.errors import UserError
+from dino_sparo.training import pretrain as program
+from dino_sparo.training.checkpoint import load_latest
+from dino_sparo.training.runlog import read_metrics
+from tests.tiny import state_hash, tiny_arguments, tiny_options, write_pictures
+
+NUM_IMAGES, TOTAL_STEPS = 44, 15  # batch 8: five steps an epoch, three epochs
+PROCESSES = 2
+TOLERANCE = 1e-5  # float32, five steps: other orders of summation, amplified by AdamW's division
+# The true gradient of the key bias is zero (softmax drops it), so AdamW divides rounding by rounding.
+KEY_BIAS_TOLERANCE = 1e-2
+COMMON = {
+    "optim__global_batch_size": 8,
+    "optim__lr_per_256": 0.1,
+    "model__drop_path_rate": 0.0,
+    "monitor__knn_every_epochs": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    write_pictures(folder, NUM_IMAGES, classes=2)
+    return folder
+
+
+def command(processes: int, pictures: Path, run_dir: Path, **changes) -> list[str]:
+    arguments = tiny_arguments(pictures, run_dir, **(COMMON | changes))
+    return [sys.executable, "-m", "dino_sparo", "pretrain", *arguments, f"--nproc={processes}"]
+
+
+def run(processes: int, pictures: Path, run_dir: Path, **changes) -> subprocess.CompletedProcess:
+    """A whole run in so many processes."""
+    return subprocess.run(
+        command(processes, pictures, run_dir, **changes), capture_output=True, text=True, check=False
+    )
+
+
+def run_until(step: int, processes: int, pictures: Path, run_dir: Path, **changes) -> None:
+    """A run that is killed, with all its processes, when `step` is in its log."""
+    with subprocess.Popen(
+        command(processes, pictures, run_dir, **changes), stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        while process.poll() is None and not any(entry["step"] >= step for entry in logged(run_dir)):
+            time.sleep(0.002)
+        assert process.poll() is None, "the run ended before it could be killed"
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, check=True).stdout
+        for group in (process.pid, *map(int, children.split())):  # each process leads a group of its own
+            os.killpg(os.getpgid(group), signal.SIGKILL)
+        process.wait()
+
+
+def logged(run_dir: Path) -> list[dict]:
+    try:
+        return read_metrics(run_dir)
+    except (OSError, ValueError):
+        return []
+
+
+def curve(run_dir: Path) -> list[float]:
+    return [entry["loss"] for entry in read_metrics(run_dir) if "loss" in entry]
+
+
+def knn(run_dir: Path) -> list[float]:
+    return [entry["knn20_top1"] for entry in read_metrics(run_dir) if "knn20_top1" in entry]
+
+
+@pytest.fixture(scope="module")
+def two_processes(pictures, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("runs") / "two"
+    finished = run(PROCESSES, pictures, run_dir, log__keep_every_epochs=1)
+    assert finished.returncode == 0, finished.stderr
+    return run_dir, finished.stderr
+
+
+def assert_same_state(one: dict, other: dict) -> None:
+    for part in ("student", "teacher"):
+        for name, value in one[part].items():
+            ours, theirs = value, other[part][name]
+            if name.endswith("qkv.bias"):
+                third = len(ours) // 3
+                key = slice(third, 2 * third)
+                torch.testing.assert_close(ours[key], theirs[key], atol=KEY_BIAS_TOLERANCE, rtol=0)
+                keep = torch.ones(len(ours), dtype=torch.bool)
+                keep[key] = False
+                ours, theirs = ours[keep], theirs[keep]
+            torch.testing.assert_close(
+                ours, theirs, atol=TOLERANCE, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+            )
+    torch.testing.assert_close(one["center"], other["center"], atol=TOLERANCE, rtol=0)
+
+
+def after_five_steps(run_dir: Path) -> dict:
+    return torch.load(run_dir / "checkpoints" / "step_000000005.pt")
+
+
+@pytest.mark.parametrize("batch_size_per_gpu", [8, 4, 1])
+def test_processes_and_accumulation_are_the_same_experiment(
+    batch_size_per_gpu, pictures, two_processes, tmp_path
+):
+    """2 processes x 4 images against 1 x 8, and 1 x 4 and 1 x 1 with accumulation."""
+    options = tiny_options(
+        pictures,
+        tmp_path,
+        log__keep_every_epochs=1,
+        machine__batch_size_per_gpu=batch_size_per_gpu,
+        **COMMON,
+    )
+    program.pretrain(options)
+    one, two = after_five_steps(tmp_path), after_five_steps(two_processes[0])
+    assert one["images"] == two["images"]
+    assert_same_state(one, two)
+    initial = program_start(options)
+    name = "encoder.backbone.blocks.0.attn.qkv.weight"
+    assert (one["student"][name] - initial[name]).abs().max() > 100 * TOLERANCE, "nothing was learned"
+    assert curve(tmp_path)[:5] == pytest.approx(curve(two_processes[0])[:5], rel=1e-5)
+    assert knn(tmp_path)[0] == knn(two_processes[0])[0]
+
+
+def program_start(options) -> dict:
+    from dino_sparo.training.rundir import config_of
+    from dino_sparo.training.state import build_state
+
+    return build_state(config_of(options), torch.device("cpu")).student.state_dict()
+
+
+def test_one_process_speaks(two_processes):
+    _, shown = two_processes
+    lines = [line for line in shown.splitlines() if line.startswith("epoch 1/3 step 1/5 ")]
+    assert len(lines) == 1
+    assert "Traceback" not in shown and "OMP_NUM" not in shown
+
+
+def test_a_run_of_several_processes_goes_on_bit_for_bit(pictures, two_processes, tmp_path):
+    run_until(7, PROCESSES, pictures, tmp_path / "run", log__checkpoint_every_minutes=1e-9)
+    assert 5 < load_latest(tmp_path / "run")["step"] < TOTAL_STEPS
+    finished = run(PROCESSES, pictures, tmp_path / "run")
+    assert finished.returncode == 0 and "going on at step" in finished.stderr
+    assert state_hash(load_latest(tmp_path / "run")) == state_hash(load_latest(two_processes[0]))
+    assert curve(tmp_path / "run") == curve(two_processes[0])
+    assert knn(tmp_path / "run") == knn(two_processes[0])
+
+
+@pytest.mark.long
+def test_three_processes_go_on_bit_for_bit(pictures, tmp_path):
+    """Of three numbers the order of summation matters: it must not depend on where a start began."""
+    changes = {"optim__global_batch_size": 9, "model__drop_path_rate": 0.3}
+    assert run(3, pictures, tmp_path / "one", **changes).returncode == 0
+    for step in (3, 7):
+        run_until(step, 3, pictures, tmp_path / "run", log__checkpoint_every_minutes=1e-9, **changes)
+    assert run(3, pictures, tmp_path / "run", **changes).returncode == 0
+    assert state_hash(load_latest(tmp_path / "run")) == state_hash(load_latest(tmp_path / "one"))
+
+
+def test_a_run_goes_on_with_another_number_of_processes(pictures, two_processes, tmp_path):
+    run_until(7, PROCESSES, pictures, tmp_path, log__checkpoint_every_minutes=1e-9)
+    done = load_latest(tmp_path)["step"]
+    program.pretrain(tiny_options(pictures, tmp_path, **COMMON))
+    assert load_latest(tmp_path)["step"] == TOTAL_STEPS
+    assert curve(tmp_path)[:done] == curve(two_processes[0])[:done]
+    # The same samples in the same batches: another order of summation is all that differs.
+    assert curve(tmp_path) == pytest.approx(curve(two_processes[0]), rel=1e-3)
+    other_samples = tiny_options(pictures, tmp_path / "other", seed=1, **COMMON)
+    program.pretrain(other_samples)
+    assert curve(tmp_path / "other") != pytest.approx(curve(two_processes[0]), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optim__global_batch_size": 7}, "optim.global_batch_size is 7, not divisible by 2 processes; use"),
+        ({"machine__batch_size_per_gpu": 3}, "machine.batch_size_per_gpu is 3, which does not divide 4, the"),
+        ({"data__path": "nowhere"}, "data.path 'nowhere' does not exist"),
+    ],
+)
+def test_a_mistake_is_answered_once(changes, message, pictures, tmp_path):
+    finished = run(PROCESSES, pictures, tmp_path / "run", **changes)
+    assert finished.returncode == 2
+    assert finished.stderr.count("error: ") == 1 and message in finished.stderr
+    assert "Traceback" not in finished.stderr and not (tmp_path / "run").exists()
+
+
+def test_a_bad_image_of_one_process_is_named_once(tmp_path):
+    write_pictures(tmp_path / "data", 16)
+    bad = tmp_path / "data" / "train" / "class0" / "003.png"
+    bad.write_bytes(b"no picture")
+    finished = run(PROCESSES, tmp_path / "data", tmp_path / "run", monitor__knn_every_epochs=0)
+    assert finished.returncode == 2
+    assert finished.stderr.count(f"error: {bad}: the image cannot be read") == 1
+    assert "Traceback" not in finished.stderr
+
+
+def test_images_of_all_processes_that_were_replaced_are_listed(tmp_path):
+    write_pictures(tmp_path / "data", 400, side=4)
+    names = [tmp_path / "data" / "train" / "class0" / f"{number}.png" for number in ("007", "111", "222")]
+    for name in names:
+        name.write_bytes(b"no picture")
+    changes = {"monitor__knn_every_epochs": 0, "data__on_bad_image": "substitute", "optim__epochs": 1}
+    lists = []
+    for processes in (1, 2):
+        run_dir = tmp_path / f"run{processes}"
+        finished = run(processes, tmp_path / "data", run_dir, **changes)
+        assert finished.returncode == 0, finished.stderr
+        lists.append((run_dir / "bad_images.jsonl").read_text())
+        assert read_metrics(run_dir)[-1]["bad_images"] == 3
+    assert lists[0] == lists[1] and lists[0].count("no picture") == 0
+    assert [str(name) in lists[0] for name in names] == [True] * 3
+
+
+def test_too_many_bad_images_end_the_run(tmp_path):
+    write_pictures(tmp_path / "data", 40)
+    for number in (1, 2, 3):
+        (tmp_path / "data" / "train" / "class0" / f"00{number}.png").write_bytes(b"no picture")
+    changes = {"monitor__knn_every_epochs": 0, "data__on_bad_image": "substitute"}
+    finished = run(PROCESSES, tmp_path / "data", tmp_path / "run", **changes)
+    assert finished.returncode == 2 and "more than one in a hundred" in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+def test_nproc_under_torchrun_is_refused(pictures, tmp_path):
+    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "2"}
+    finished = subprocess.run(
+        command(2, pictures, tmp_path), env=environment, capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 2 and "under torchrun would start processes twice" in finished.stderr
+
+
+# --- Collectives
+
+
+def in_processes(number: int, folder: str) -> None:
+    os.environ |= {"RANK": str(number), "WORLD_SIZE": "3", "LOCAL_RANK": str(number)}
+    distributed.HEARTBEAT_SECONDS = 0.05
+    with distributed.process_group(torch.device("cpu")):
+        assert (distributed.rank(), distributed.world_size()) == (number, 3)
+        assert distributed.gather_objects(f"of {number}") == ["of 0", "of 1", "of 2"]
+        assert distributed.sum_over_ranks(torch.tensor([number])).item() == 3
+        assert distributed.mean_over_ranks(torch.tensor([float(number)])).item() == 1
+        assert distributed.first_rank_decides(number == 0) is True
+        assert distributed.first_rank_decides(number > 0) is False
+        for total in (7, 8, 9):
+            rows = torch.arange(total)[:, None] * torch.tensor([[1, 10]])
+            assert torch.equal(distributed.gather_rows(rows[number::3], total), rows)
+
+        def work() -> str:
+            path = Path(folder) / "made"
+            if number == 0:
+                time.sleep(0.5)
+                path.write_text("by the first")
+            return path.read_text()
+
+        assert distributed.first_rank_first(work) == "by the first"
+
+        def fail() -> None:
+            raise UserError("the first has failed")
+
+        with pytest.raises(UserError, match="the first has failed"):
+            distributed.first_rank_first(fail)
+
+
+def test_collectives(tmp_path, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "29571")
+    mp.spawn(in_processes, args=(str(tmp_path),), nprocs=3)
