@@ -124,6 +124,8 @@ def run_command(name: str, arguments: list[str]) -> int:
     options = parse_options(command.options, complete(name, arguments), usage=command.usage)
     num_processes = getattr(options, "nproc", 1)
     if num_processes > 1:
+        if name != "pretrain":
+            raise UserError(f"--nproc is {num_processes}, but {name} runs in one process; leave it out")
         if "RANK" in os.environ:
             raise UserError(
                 f"--nproc {num_processes} under torchrun would start processes twice; leave it out"

@@ -191,6 +191,10 @@ def unsynchronized(module: nn.Module, unless: bool) -> AbstractContextManager[An
 def launch(num_processes: int, arguments: list[str]) -> int:
     """Run `python -m dino_sparo ARGUMENTS` in so many processes on this machine; returns the exit status.
 
+    Raises:
+        UserError: one of them was ended by a signal.
+
+
     The same as `torchrun --standalone --nproc-per-node N -m dino_sparo ARGUMENTS`, without its own report
     beside that of the process that failed.
     """
@@ -209,8 +213,13 @@ def launch(num_processes: int, arguments: list[str]) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "dino_sparo", *arguments)
     except ChildFailedError as error:
-        status = error.get_first_failure()[1].exitcode
-        return status if status > 0 else 128 - status
+        number, failure = error.get_first_failure()
+        if failure.exitcode > 0:
+            return failure.exitcode
+        raise UserError(
+            f"process {number} was ended by {failure.signal_name()}, often for want of memory; the same "
+            f"command goes on from the last checkpoint"
+        ) from error
     except SignalException as error:
         return 128 + error.sigval
     return 0

@@ -39,8 +39,9 @@ def test_initial_values_and_fixed_length():
     ).last_layer.parametrizations.weight.original0.requires_grad
 
 
-def test_logits_stay_float32_under_mixed_precision_and_zeros_give_no_nan():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_stay_float32_under_mixed_precision_and_zeros_give_no_nan(dtype):
     head = DINOHead(48, num_prototypes=16, hidden_dim=32, bottleneck_dim=8)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         logits = head(torch.zeros(2, 48))
     assert logits.dtype == torch.float32 and logits.isfinite().all()

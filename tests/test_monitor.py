@@ -6,8 +6,15 @@ import pytest
 import torch
 
 from dino_sparo.errors import UserError
+from dino_sparo.models import build_encoder
 from dino_sparo.training.loss import DINOLoss
-from dino_sparo.training.monitor import open_knn_monitor, step_metrics
+from dino_sparo.training.monitor import (
+    ALARM_ENTRIES,
+    CollapseAlarm,
+    open_knn_monitor,
+    slot_health,
+    step_metrics,
+)
 from tests.tiny import write_pictures
 
 K = 8
@@ -111,3 +118,68 @@ def test_monitor_takes_so_many_a_class(tmp_path):
     monitor = open_monitor(str(tmp_path), images_per_class=15)
     assert (len(monitor.train), len(monitor.test)) == (30, 30)
     assert (len(open_monitor(str(tmp_path)).train), len(open_monitor(str(tmp_path)).test)) == (160, 40)
+
+
+# --- Slots
+
+
+def test_slot_health_is_that_of_the_attention():
+    arch = {"width": 16, "depth": 2, "num_heads": 2}
+    encoder = build_encoder(arch, 8, 16, num_slots=3, slot_dim=4, key_dim=4)
+    images = torch.randn(5, 3, 16, 16)
+    health = slot_health(encoder, images)
+    attention = encoder.readout.attention(encoder.tokens(images))
+    entropy = -(attention * attention.log()).sum(-1).mean()
+    assert health["slot_entropy"].item() == pytest.approx(entropy.item(), rel=1e-5)
+    assert health["slot_cls_share"].item() == pytest.approx(attention[..., 0].mean().item(), rel=1e-5)
+    with torch.no_grad():
+        encoder.readout.query.zero_()  # attention is the same everywhere
+    health = slot_health(encoder, images)
+    assert health["slot_entropy"].item() == pytest.approx(math.log(5))
+    assert health["slot_cls_share"].item() == pytest.approx(1 / 5)
+
+
+def test_encoder_without_slots_has_no_slot_health():
+    encoder = build_encoder({"width": 16, "depth": 2, "num_heads": 2}, 8, 16, readout="cls")
+    assert slot_health(encoder, torch.randn(2, 3, 16, 16)) == {}
+
+
+# --- Collapse
+
+LOG_K = math.log(65536)
+HEALTHY = (4.0, 8.0)
+SICK = {
+    "all prototypes alike": (0.995 * LOG_K, 0.999 * LOG_K),
+    "one prototype for certain": (0.005 * LOG_K, 6.0),
+    "every image gets the same answer": (4.0, 4.0 + 0.009 * LOG_K),
+}
+
+
+def alarms(entries, armed_from_step=0):
+    alarm = CollapseAlarm(65536, armed_from_step)
+    said = [(step, alarm.check(step, *entry)) for step, entry in enumerate(entries, start=1)]
+    return [(step, words) for step, words in said if words]
+
+
+@pytest.mark.parametrize("sign", SICK)
+def test_alarm_after_ten_entries_says_what_to_try(sign):
+    ((step, words),) = alarms([HEALTHY] * 5 + [SICK[sign]] * 30)
+    assert step == 5 + ALARM_ENTRIES and sign in words and "\n" not in words
+    for remedy in ("loss.teacher_temp", "optim.lr_per_256", "optim.global_batch_size"):
+        assert remedy in words
+    if sign != "all prototypes alike":
+        assert "head.norm_last_layer" in words and "optim.freeze_last_layer_epochs" in words
+
+
+def test_no_alarm_for_what_does_not_last_or_just_stays_within_bounds():
+    sick = SICK["one prototype for certain"]
+    assert not alarms(([sick] * (ALARM_ENTRIES - 1) + [HEALTHY]) * 5)
+    within = [(0.985 * LOG_K, LOG_K), (0.015 * LOG_K, 1.0), (4.0, 4.0 + 0.011 * LOG_K)]
+    assert not alarms([entry for entry in within for _ in range(40)])
+
+
+def test_alarm_is_armed_after_warm_up_and_comes_again_after_recovery():
+    sick = SICK["every image gets the same answer"]
+    assert [step for step, _ in alarms([sick] * 60, armed_from_step=20)] == [20 + ALARM_ENTRIES]
+    again = [sick] * 15 + [HEALTHY] + [sick] * 15
+    assert [step for step, _ in alarms(again)] == [ALARM_ENTRIES, 16 + ALARM_ENTRIES]

@@ -57,7 +57,7 @@ def tiny_options(data: Path, run_dir: Path, **changes: Any) -> PretrainOptions:
 
 
 def state_hash(checkpoint: dict[str, Any]) -> str:
-    """SHA-256 over every tensor of student, teacher, optimiser and centre, by name."""
+    """SHA-256 over every tensor and value that learning changes, by name."""
     digest = hashlib.sha256()
 
     def add(name: str, value: Any) -> None:
@@ -73,6 +73,6 @@ def state_hash(checkpoint: dict[str, Any]) -> str:
         else:
             digest.update(f"{name}={value}".encode())
 
-    for part in ("step", "student", "teacher", "center", "optimizer"):
+    for part in ("step", "student", "teacher", "center", "optimizer", "loss_scale", "skipped"):
         add(part, checkpoint[part])
     return digest.hexdigest()

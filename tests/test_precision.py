@@ -1,0 +1,220 @@
+"""Mixed precision, loss scaling, and the steps that are skipped."""
+
+import contextlib
+
+import pytest
+import torch
+
+from dino_sparo.training import precision, setup
+from dino_sparo.training import pretrain as program
+from dino_sparo.training.checkpoint import load_latest
+from dino_sparo.training.precision import INITIAL_SCALE, LossScale, autocast, choose_precision, set_numerics
+from dino_sparo.training.pretrain import train_step
+from dino_sparo.training.rundir import config_of
+from dino_sparo.training.runlog import read_metrics
+from dino_sparo.training.schedules import Hyperparameters
+from dino_sparo.training.state import TrainState, build_state, capture_state
+from tests.tiny import state_hash, tiny_options, write_pictures
+
+CPU = torch.device("cpu")
+PARTS = ("student", "teacher", "center", "optimizer")
+LOW_SCALE = 2.0**8
+# Initial weights of 0.02 make the features of a narrower head so small that their gradients overflow.
+HEAD = {"head__hidden_dim": 512, "head__bottleneck_dim": 64}
+HYPER = Hyperparameters(lr=0.01, weight_decay=0.1, momentum=0.9, teacher_temp=0.04, freeze_last_layer=False)
+
+
+@pytest.fixture
+def low_scale(monkeypatch) -> None:
+    monkeypatch.setattr(precision, "INITIAL_SCALE", LOW_SCALE)
+
+
+@pytest.fixture
+def state(tmp_path, low_scale) -> TrainState:
+    return build_state(config_of(tiny_options(tmp_path, tmp_path / "run", **HEAD)), CPU, loss_scaling=True)
+
+
+def step(state: TrainState, crops: torch.Tensor | None = None) -> program.StepOutput:
+    crops = torch.randn(2, 3, 3, 16, 16) if crops is None else crops
+    return train_step(state, iter([[crops]]), 1, HYPER, clip_norm=3.0, autocast=autocast("fp16", CPU))
+
+
+def snapshot(state: TrainState) -> dict:
+    """The captured state without what counts overflows."""
+    return capture_state(state) | {"step": 0, "loss_scale": {}, "skipped": 0}
+
+
+def hash_of(snapshot: dict, part: str) -> str:
+    """Of one part alone."""
+    return state_hash(dict.fromkeys(snapshot, 0) | {part: snapshot[part]})
+
+
+def test_scaled_and_unscaled_gradients_are_the_same():
+    parameter = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    scale = LossScale(CPU, enabled=True)
+    loss = (parameter**2).sum()
+    scale.scaled(loss).backward()
+    assert parameter.grad.tolist() == [2 * INITIAL_SCALE, 4 * INITIAL_SCALE]
+    scale.unscale([parameter.grad])
+    assert parameter.grad.tolist() == [2, 4]
+
+
+def test_the_scale_follows_torchs_rule(monkeypatch):
+    monkeypatch.setattr(precision, "GROWTH_STEPS", 3)
+    ours = LossScale(CPU, enabled=True)
+    theirs = torch.amp.GradScaler("cpu", init_scale=INITIAL_SCALE, growth_interval=3)
+    seen = []
+    for finite in [True] * 7 + [False, True, True, False, False] + [True] * 4:
+        parameter = torch.nn.Parameter(torch.ones(1))
+        optimizer = torch.optim.SGD([parameter])
+        theirs.scale(parameter.sum()).backward()
+        if not finite:
+            parameter.grad.fill_(torch.inf)
+        theirs.step(optimizer)
+        theirs.update()
+        ours.update(torch.tensor(finite))
+        seen.append(ours.scale.item())
+        assert ours.scale.item() == theirs.get_scale()
+    assert max(seen) == 4 * INITIAL_SCALE and seen[-1] == INITIAL_SCALE
+
+
+def test_an_overflow_skips_optimiser_teacher_and_centre_together_and_is_counted(state):
+    step(state)
+    assert state.skipped.tolist() == [0, 0]
+    before = state_hash(snapshot(state))
+    state.loss_scale.scale.fill_(2.0**120)  # every gradient overflows in half precision
+    output = step(state)
+    assert output.loss.isfinite() and not output.gradient_norms.isfinite().all()
+    assert state_hash(snapshot(state)) == before
+    assert state.skipped.tolist() == [1, 1] and state.loss_scale.scale.item() == 2.0**119
+    step(state)
+    assert state.skipped.tolist() == [2, 2]
+    state.loss_scale.scale.fill_(LOW_SCALE)
+    step(state)
+    assert state_hash(snapshot(state)) != before
+    assert state.skipped.tolist() == [2, 0]
+
+
+def test_a_step_without_overflow_moves_every_part(state):
+    step(state)
+    before = snapshot(state)
+    before = {part: hash_of(before, part) for part in PARTS}
+    step(state)
+    after = snapshot(state)
+    for part in PARTS:
+        assert hash_of(after, part) != before[part], part
+
+
+def test_zero_features_give_no_nan(state):
+    with torch.no_grad():
+        for network in (state.student, state.teacher):
+            for value in network.head.mlp.parameters():
+                value.zero_()
+    output = step(state)
+    assert output.loss.isfinite() and output.teacher_logits.isfinite().all()
+    assert all(value.isfinite().all() for value in state.student.parameters())
+    assert all(value.isfinite().all() for value in state.teacher.parameters())
+
+
+def test_micro_batches_that_overflow_in_part_are_skipped_as_a_whole(state):
+    step(state)
+    before = state_hash(snapshot(state))
+    good, bad = torch.randn(2, 3, 3, 16, 16), torch.full((2, 3, 3, 16, 16), 1e30)
+    plain = contextlib.nullcontext()
+    for batches in ([good, bad], [bad, good]):
+        train_step(state, iter([[crops] for crops in batches]), 2, HYPER, clip_norm=3.0, autocast=plain)
+        assert state_hash(snapshot(state)) == before
+    assert state.skipped.tolist() == [2, 2]
+    train_step(state, iter([[good], [good]]), 2, HYPER, clip_norm=3.0, autocast=plain)
+    assert state_hash(snapshot(state)) != before and state.skipped.tolist() == [2, 0]
+
+
+def test_fp16_run_is_near_fp32_and_goes_on_bit_for_bit(tmp_path, monkeypatch, low_scale):
+    write_pictures(tmp_path / "data", 8)
+    losses = {}
+    for name in ("fp32", "fp16"):
+        program.pretrain(tiny_options(tmp_path / "data", tmp_path / name, machine__precision=name, **HEAD))
+        losses[name] = [entry["loss"] for entry in read_metrics(tmp_path / name)]
+    assert losses["fp16"] != losses["fp32"]
+    assert losses["fp16"] == pytest.approx(losses["fp32"], rel=0.02)
+
+    monkeypatch.setattr(precision, "GROWTH_STEPS", 4)  # the scale grows after the interruption
+    options = {
+        name: tiny_options(
+            tmp_path / "data",
+            tmp_path / name,
+            machine__precision="fp16",
+            log__checkpoint_every_minutes=1e-9,
+            **HEAD,
+        )
+        for name in ("whole", "broken")
+    }
+    program.pretrain(options["whole"])
+    original, calls = program.train_step, []
+
+    def breaking(*args, **kwargs):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "train_step", breaking)
+        with pytest.raises(KeyboardInterrupt):
+            program.pretrain(options["broken"])
+    program.pretrain(options["broken"])
+    whole, broken = (load_latest(tmp_path / name) for name in ("whole", "broken"))
+    assert whole["loss_scale"]["scale"].item() == 2 * LOW_SCALE
+    assert state_hash(whole) == state_hash(broken)
+
+
+def test_a_run_may_change_its_precision(tmp_path):
+    write_pictures(tmp_path / "data", 8)
+    for name, epochs in (("fp32", 1), ("fp16", 2), ("bf16", 3)):
+        options = tiny_options(tmp_path / "data", tmp_path / "run", machine__precision=name)
+        run = setup.prepare(options, CPU)
+        assert run.first_step == 2 * (epochs - 1) and run.precision == name
+        assert run.state.loss_scale.scale.item() == (INITIAL_SCALE if name == "fp16" else 1)
+        object.__setattr__(run, "total_steps", 2 * epochs)
+        program.start_run_dir(run.run_dir, run.config)
+        program.train(run, iter(setup.training_batches(run)[0]))
+
+
+def test_auto_is_fp32_on_a_cpu():
+    assert choose_precision("auto", CPU) == "fp32"
+    assert choose_precision("fp16", CPU) == "fp16"
+
+
+def test_numerics_follow_the_options():
+    try:
+        set_numerics(tf32=True, deterministic=True)
+        assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        set_numerics(tf32=False, deterministic=False)
+    assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_activation_checkpointing_changes_memory_and_nothing_else(tmp_path):
+    write_pictures(tmp_path / "data", 8)
+    hashes = []
+    for name in ("false", "true"):
+        options = tiny_options(tmp_path / "data", tmp_path / name, machine__activation_checkpointing=name)
+        program.pretrain(options)
+        hashes.append(state_hash(load_latest(tmp_path / name)))
+    assert hashes[0] == hashes[1]
+
+
+def test_activation_checkpointing_keeps_less_for_backward(tmp_path):
+    config = config_of(tiny_options(tmp_path, tmp_path / "run", model__arch__depth=9))
+    saved = []
+    for checkpointing in (False, True):
+        student = build_state(config, CPU, activation_checkpointing=checkpointing).student
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, sizes=sizes: sizes.append(x.nbytes) or x, lambda x: x
+        ):
+            student([torch.randn(2, 64, 3, 16, 16)])
+        saved.append(sum(sizes))
+    assert saved[1] < saved[0] / 3

@@ -1,0 +1,97 @@
+"""A process that loads images and dies or hangs ends the run by naming the file."""
+
+import os
+import signal
+import time
+
+import pytest
+from PIL import Image
+
+from dino_sparo.data.loader import BatchOrder, CropsDataset, crop_batches
+from dino_sparo.data.sources import open_images
+from dino_sparo.data.views import crop_recipes
+from dino_sparo.data.workers import default_workers
+from dino_sparo.errors import UserError
+from dino_sparo.evaluation.features import extract_features
+from dino_sparo.models import build_encoder
+from dino_sparo.training import pretrain as program
+from tests.test_loader import VIEWS
+from tests.tiny import tiny_options, write_pictures
+
+BAD = "005.png"
+
+
+def hang(path: str) -> None:
+    time.sleep(600)
+
+
+def die(path: str) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture
+def broken_disk(tmp_path, monkeypatch):
+    """Pictures of which one makes whoever opens it hang or die."""
+    write_pictures(tmp_path / "data", 12)
+    original = Image.open
+
+    def make(behaviour):
+        def opening(path, *args, **kwargs):
+            if str(path).endswith(BAD):
+                behaviour(path)
+            return original(path, *args, **kwargs)
+
+        monkeypatch.setattr(Image, "open", opening)
+        return tmp_path / "data"
+
+    return make
+
+
+SAYS = {
+    hang: r"no batch of images came within machine\.data_timeout_seconds 2 while at .*005\.png",
+    die: r"a process that loads images has died .*while at .*005\.png",
+}
+
+
+@pytest.mark.parametrize("behaviour", [hang, die])
+def test_training_ends_and_names_the_file(behaviour, broken_disk, tmp_path):
+    options = tiny_options(
+        broken_disk(behaviour),
+        tmp_path / "run",
+        machine__num_workers=2,
+        machine__data_timeout_seconds=2,
+    )
+    started = time.monotonic()
+    with pytest.raises(UserError, match=SAYS[behaviour]) as caught:
+        program.pretrain(options)
+    assert time.monotonic() - started < 60
+    assert "\n" not in str(caught.value) and str(caught.value).endswith("then start again")
+
+
+@pytest.mark.parametrize("behaviour", [hang, die])
+def test_evaluation_ends_and_names_the_file(behaviour, broken_disk):
+    encoder = build_encoder({"width": 16, "depth": 2, "num_heads": 2}, 8, 16, readout="cls").eval()
+    source = open_images(str(broken_disk(behaviour)))
+    with pytest.raises(UserError, match=SAYS[behaviour]):
+        extract_features(encoder, source, image_size=16, num_workers=2, timeout_seconds=2)
+
+
+def test_other_errors_pass_unchanged(tmp_path):
+    write_pictures(tmp_path, 4)
+    source = open_images(str(tmp_path))
+    order = BatchOrder(num_samples=4, global_batch_size=2, epochs=1, seed=0)
+    _, watched = crop_batches(
+        CropsDataset(source, crop_recipes(**VIEWS), 0),
+        order,
+        num_workers=2,
+        prefetch_batches=2,
+        pin_memory=False,
+        timeout_seconds=5,
+    )
+    with pytest.raises(RuntimeError, match="of the network"), watched.failures_explained(5):
+        raise RuntimeError("of the network")
+
+
+def test_workers_are_shared_among_processes(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(24)), raising=False)
+    assert [default_workers(n) for n in (1, 2, 8, 48)] == [16, 12, 3, 1]
