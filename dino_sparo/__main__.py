@@ -34,6 +34,12 @@ COMMANDS = {
         "dino-sparo pretrain --config RECIPE --data.path DIR --run_dir DIR [--nproc N] [--key VALUE ...]",
         "pretrain an encoder, or go on with an existing run",
     ),
+    "check": Command(
+        opt.CheckOptions,
+        "dino_sparo.check:check",
+        "dino-sparo check --config RECIPE --data.path DIR [--nproc N] [--json] [--key VALUE ...]",
+        "before a run: scan the data, measure speed and memory, tell hours and disk",
+    ),
     "knn": Command(
         opt.KnnOptions,
         "dino_sparo.evaluation.knn:run",
@@ -123,7 +129,7 @@ def run_command(name: str, arguments: list[str]) -> int:
     command = COMMANDS[name]
     options = parse_options(command.options, complete(name, arguments), usage=command.usage)
     num_processes = getattr(options, "nproc", 1)
-    if num_processes > 1:
+    if num_processes > 1 and name != "check":  # which only tells what so many processes would do
         if name != "pretrain":
             raise UserError(f"--nproc is {num_processes}, but {name} runs in one process; leave it out")
         if "RANK" in os.environ:
@@ -136,8 +142,7 @@ def run_command(name: str, arguments: list[str]) -> int:
     level = logging.INFO if RANK == 0 else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     module, function = command.function.split(":")
-    getattr(importlib.import_module(module), function)(options)
-    return 0
+    return getattr(importlib.import_module(module), function)(options) or 0
 
 
 def complete(name: str, arguments: list[str]) -> list[str]:

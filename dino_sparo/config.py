@@ -101,7 +101,9 @@ def _check_arguments(arguments: list[str], keys: dict[str, Any], usage: str) -> 
         if key in seen:
             raise UserError(f"option --{key} is given twice; give it once")
         seen.add(key)
-        if not equals:
+        if not equals and keys.get(key) is bool and (not rest or rest[0].startswith("--")):
+            value = "true"
+        elif not equals:
             if not rest:
                 raise UserError(f"option --{key} has no value; give it as --{key} VALUE")
             value = rest.pop(0)

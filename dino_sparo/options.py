@@ -234,6 +234,18 @@ class PretrainOptions:
     """Processes to start on this machine, one a GPU; torchrun starts them too, also on several machines."""
 
 
+@dataclass(kw_only=True)
+class CheckOptions(PretrainOptions):
+    """Look at a run before it starts: data, cost, hours, memory, disk, and what limits it."""
+
+    run_dir: str = "runs"
+    """Folder that the run would have; its disk is looked at, nothing is written."""
+    scan: bool = True
+    """Read every file of the data set and list what is damaged or there twice."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+
+
 @dataclass
 class LabelledDataOptions:
     """A labelled image folder."""

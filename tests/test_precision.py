@@ -176,7 +176,7 @@ def test_a_run_may_change_its_precision(tmp_path):
         assert run.first_step == 2 * (epochs - 1) and run.precision == name
         assert run.state.loss_scale.scale.item() == (INITIAL_SCALE if name == "fp16" else 1)
         object.__setattr__(run, "total_steps", 2 * epochs)
-        program.start_run_dir(run.run_dir, run.config)
+        program.start_run_dir(run.run_dir, run.config, {})
         program.train(run, iter(setup.training_batches(run)[0]))
 
 

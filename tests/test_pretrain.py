@@ -260,3 +260,5 @@ def test_starts_are_recorded(finished):
     (start,) = [json.loads(line) for line in (finished / "starts.jsonl").read_text().splitlines()]
     assert start["versions"]["torch"] == torch.__version__.split("+")[0]
     assert isinstance(start["command"], list)
+    assert (start["processes"], start["device"], start["precision"]) == (1, "cpu", "fp32")
+    assert (start["batch_size_per_gpu"], start["accumulation"]) == (30, 1)

@@ -1,5 +1,7 @@
 """Folders of images, and image files of every mode."""
 
+import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +23,9 @@ def touch(root: Path, *files: str) -> str:
     return str(root)
 
 
-def source_of(root: Path, *files: str) -> FolderSource:
-    return FolderSource(root, files, None, ())
+def files(source: FolderSource) -> tuple[str, ...]:
+    """Names of all images, from the root."""
+    return tuple(str(Path(source.name(i)).relative_to(source.root)) for i in range(len(source)))
 
 
 # --- Layouts
@@ -49,7 +52,7 @@ def test_same_files_order_labels_and_classes_as_torchvision(tmp_path, prefix):
 def test_nested_folders_take_the_top_class(tmp_path):
     source = open_images(touch(tmp_path, "cat/x/dog/1.jpg", "cat/2.jpg", "dog/y/3.jpg"))
     assert source.classes == ("cat", "dog")
-    assert dict(zip(source.files, source.labels.tolist(), strict=True)) == {
+    assert dict(zip(files(source), source.labels.tolist(), strict=True)) == {
         "cat/2.jpg": 0,
         "cat/x/dog/1.jpg": 0,
         "dog/y/3.jpg": 1,
@@ -60,7 +63,7 @@ def test_nested_folders_take_the_top_class(tmp_path):
 def test_flat_folder_is_unlabelled(tmp_path, prefix):
     root = touch(tmp_path, f"{prefix}b.jpg", f"{prefix}a.png", f"{prefix}more/c.jpg")
     source = open_images(root)
-    assert sorted(source.files) == ["a.png", "b.jpg", "more/c.jpg"]
+    assert sorted(files(source)) == ["a.png", "b.jpg", "more/c.jpg"]
     assert source.labels is None
     with pytest.raises(UserError, match=r"not in class folders.*Sort them"):
         open_labelled(root)
@@ -69,21 +72,25 @@ def test_flat_folder_is_unlabelled(tmp_path, prefix):
 def test_hidden_files_and_folders_are_ignored(tmp_path):
     hidden = ("a/.ipynb_checkpoints/1.jpg", "a/._1.jpg", ".hidden/1.jpg", ".DS_Store", "._2.jpg")
     source = open_images(touch(tmp_path, "a/1.jpg", "b/2.jpg", *hidden))
-    assert source.files == ("a/1.jpg", "b/2.jpg")
+    assert files(source) == ("a/1.jpg", "b/2.jpg")
     assert source.classes == ("a", "b")
 
 
 def test_link_to_itself_is_ignored(tmp_path):
     root = touch(tmp_path, "a/1.jpg")
     (tmp_path / "a" / "loop").symlink_to("loop")
-    assert open_images(root).files == ("a/1.jpg",)
+    assert files(open_images(root)) == ("a/1.jpg",)
 
 
-def test_loose_images_beside_class_folders_are_said_aloud(tmp_path, caplog):
-    source = open_images(touch(tmp_path, "train/a/1.jpg", "train/thumb.png"))
-    assert len(source) == 2
-    assert source.labels is None
+def test_loose_images_beside_class_folders_are_said_aloud_once(tmp_path, caplog):
+    root = touch(tmp_path, "train/a/1.jpg", "train/thumb.png")
+    source = open_images(root)
+    assert files(source) == ("thumb.png", "a/1.jpg")
+    assert source.labels is None and source.classes == ()
     assert "thumb.png" in caplog.text
+    assert len(open_images(root)) == 2 and len(caplog.records) == 1
+    open_images(touch(tmp_path / "flat", "1.jpg", "2.jpg"))
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize(
@@ -109,7 +116,7 @@ def test_looping_links_are_not_followed(tmp_path):
     (tmp_path / "a" / "up").symlink_to(tmp_path)
     (tmp_path / "a" / "self").symlink_to(".")
     (tmp_path / "b" / "broken").symlink_to("nowhere")
-    assert open_images(root).files == ("a/1.jpg", "b/2.jpg")
+    assert files(open_images(root)) == ("a/1.jpg", "b/2.jpg")
 
 
 def test_links_to_folders_and_files_are_followed(tmp_path):
@@ -117,7 +124,7 @@ def test_links_to_folders_and_files_are_followed(tmp_path):
     root = Path(touch(tmp_path / "root", "b/3.jpg"))
     (root / "a").symlink_to(tmp_path / "store" / "x")
     (root / "b" / "link.jpg").symlink_to(tmp_path / "store" / "2.jpg")
-    assert open_images(str(root)).files == ("a/1.jpg", "b/3.jpg", "b/link.jpg")
+    assert files(open_images(str(root))) == ("a/1.jpg", "b/3.jpg", "b/link.jpg")
 
 
 @pytest.mark.parametrize(
@@ -127,19 +134,39 @@ def test_links_to_folders_and_files_are_followed(tmp_path):
 def test_max_images_are_evenly_spread(tmp_path, max_images, expected):
     root = touch(tmp_path, *(f"{i // 5}/{i}.jpg" for i in range(10)))
     source = open_images(root, max_images)
-    assert source.files == tuple(f"{i // 5}/{i}.jpg" for i in expected)
+    assert files(source) == tuple(f"{i // 5}/{i}.jpg" for i in expected)
     assert source.labels.tolist() == [i // 5 for i in expected]
 
 
 def test_fingerprint_knows_names_and_order_but_not_the_root(tmp_path):
-    files = ("a/1.jpg", "b/2.jpg")
-    here, there = open_images(touch(tmp_path / "x", *files)), open_images(touch(tmp_path / "y/z", *files))
+    names = ("a/1.jpg", "b/2.jpg")
+    here, there = open_images(touch(tmp_path / "x", *names)), open_images(touch(tmp_path / "y/z", *names))
     assert here.fingerprint() == there.fingerprint()
     assert here.fingerprint() != here.subset(np.array([1, 0])).fingerprint()
     assert here.fingerprint() != here.subset(np.array([0])).fingerprint()
     assert here.fingerprint() != open_images(touch(tmp_path / "w", "a/1.jpg", "b/3.jpg")).fingerprint()
-    # Otherwise a file name that holds another's end and start would collide.
-    assert source_of(tmp_path, "ab", "c").fingerprint() != source_of(tmp_path, "a", "bc").fingerprint()
+    two, one = touch(tmp_path / "two", "a.jpg", "b.jpg"), touch(tmp_path / "one", "a.jpgb.jpg")
+    assert open_images(two).fingerprint() != open_images(one).fingerprint()
+
+
+def test_subset_of_a_subset(tmp_path):
+    source = open_images(touch(tmp_path, *(f"{i // 5}/{i}.jpg" for i in range(10))))
+    some = source.subset(np.array([9, 2, 4, 6])).subset(np.array([2, 0]))
+    assert files(some) == ("0/4.jpg", "1/9.jpg") and some.labels.tolist() == [0, 1]
+    assert some.fingerprint() == hashlib.sha256(b"0/4.jpg\x001/9.jpg").hexdigest()
+    assert some.index is source.index
+    assert len(source.subset(np.array([], dtype=np.int64))) == 0
+
+
+def test_names_in_another_encoding(tmp_path):
+    (tmp_path / "a").mkdir()
+    name = os.fsencode(tmp_path) + b"/a/caf\xe9.png"
+    Image.fromarray(RGB).save(tmp_path / "x.png")
+    os.rename(tmp_path / "x.png", name)
+    source = open_images(str(tmp_path))
+    assert os.fsencode(source.name(0)) == name
+    assert source.load(0).size == (8, 6)
+    assert source.fingerprint() == hashlib.sha256(b"a/caf\xe9.png").hexdigest()
 
 
 # --- Labelled folders
@@ -147,8 +174,8 @@ def test_fingerprint_knows_names_and_order_but_not_the_root(tmp_path):
 
 def test_without_val_every_fifth_image_is_held_out(tmp_path):
     train, test = open_labelled(touch(tmp_path, *(f"{i // 6}/{i:02}.jpg" for i in range(12))))
-    assert test.files == ("0/04.jpg", "1/09.jpg")
-    assert len(train) == 10 and not set(train.files) & set(test.files)
+    assert files(test) == ("0/04.jpg", "1/09.jpg")
+    assert len(train) == 10 and not set(files(train)) & set(files(test))
     assert train.classes == test.classes == ("0", "1")
     assert train.labels.tolist() == [0] * 5 + [1] * 5 and test.labels.tolist() == [0, 1]
 
@@ -156,9 +183,11 @@ def test_without_val_every_fifth_image_is_held_out(tmp_path):
 def test_val_classes_are_mapped_by_name(tmp_path):
     root = touch(tmp_path, "train/a/1.jpg", "train/b/2.jpg", "train/c/3.jpg", "val/c/4.jpg", "val/b/5.jpg")
     train, test = open_labelled(root)
-    assert train.files == ("a/1.jpg", "b/2.jpg", "c/3.jpg") and train.labels.tolist() == [0, 1, 2]
-    assert test.files == ("b/5.jpg", "c/4.jpg") and test.labels.tolist() == [1, 2]
+    assert files(train) == ("a/1.jpg", "b/2.jpg", "c/3.jpg") and train.labels.tolist() == [0, 1, 2]
+    assert files(test) == ("b/5.jpg", "c/4.jpg") and test.labels.tolist() == [1, 2]
     assert test.classes == train.classes == ("a", "b", "c")
+    later = test.subset(np.array([1]))
+    assert files(later) == ("c/4.jpg",) and later.labels.tolist() == [2]
 
 
 def test_unknown_val_class_is_named(tmp_path):
@@ -176,8 +205,17 @@ def test_val_without_train_is_refused(tmp_path):
 def test_per_class_takes_evenly_from_every_class(tmp_path):
     names = [f"a/{i}.jpg" for i in range(9)] + ["b/0.jpg"] + [f"c/{i}.jpg" for i in range(4)]
     source = per_class(open_images(touch(tmp_path, *names)), 3)
-    assert source.files == ("a/0.jpg", "a/4.jpg", "a/8.jpg", "b/0.jpg", "c/0.jpg", "c/2.jpg", "c/3.jpg")
+    assert files(source) == ("a/0.jpg", "a/4.jpg", "a/8.jpg", "b/0.jpg", "c/0.jpg", "c/2.jpg", "c/3.jpg")
     assert source.labels.tolist() == [0, 0, 0, 1, 2, 2, 2]
+
+
+def test_per_class_of_many_in_any_order(tmp_path):
+    source = open_images(touch(tmp_path, *(f"{label}/{i:02}.jpg" for label in "abc" for i in range(60))))
+    shuffled = source.subset(np.random.default_rng(0).permutation(180))
+    chosen = files(per_class(shuffled, 4))
+    for label in "abc":
+        members = [name for name in files(shuffled) if name.startswith(label)]
+        assert [name for name in chosen if name.startswith(label)] == [members[i] for i in (0, 20, 39, 59)]
 
 
 @pytest.mark.parametrize("open_any", [open_images, open_labelled])
@@ -202,7 +240,7 @@ def test_nothing_to_open(tmp_path, open_any, name, remedy):
 
 
 def load(path: Path) -> np.ndarray:
-    image = source_of(path.parent, path.name).load(0)
+    image = open_images(str(path.parent)).load(0)
     assert image.mode == "RGB"
     return np.asarray(image).astype(int)
 

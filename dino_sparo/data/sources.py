@@ -2,9 +2,8 @@
 
 import hashlib
 import logging
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -12,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dino_sparo.data.index import FolderIndex, open_index
 from dino_sparo.data.shapes import FACTORS, draw_factors, draw_picture
+from dino_sparo.data.walk import EXTENSIONS  # noqa: F401
 from dino_sparo.errors import UserError, UserFileNotFoundError
 
 log = logging.getLogger("dino_sparo")
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 SHAPES = "shapes"
 SHAPES_SIZES = {"train": 4000, "val": 1000}
 HELD_OUT_EVERY = 5  # without a val folder every fifth image is held out
@@ -55,31 +55,43 @@ class ImageSource(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FolderSource:
-    """Images below a folder, in torchvision's order; labelled by the top folder of each image."""
+    """Images below a folder, in torchvision's order; labelled by the top folder of each image.
+
+    It holds no names, only the index of all images and the positions in it of those chosen (None: of all).
+    `class_numbers` are the numbers in `classes` of the index's own classes.
+    """
 
     root: Path
-    files: tuple[str, ...]
-    labels: NDArray[np.int64] | None
+    index: FolderIndex
     classes: tuple[str, ...]
+    class_numbers: NDArray[np.int64]
+    chosen: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.index if self.chosen is None else self.chosen)
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """Class numbers of all images, made anew each time; None if images are not in class folders."""
+        labels = self.index.labels()
+        if labels is None:
+            return None
+        return self.class_numbers[labels if self.chosen is None else labels[self.chosen]]
 
     def name(self, index: int) -> str:
-        return str(self.root / self.files[index])
+        return str(self.root / self.index.name(index if self.chosen is None else int(self.chosen[index])))
 
     def load(self, index: int) -> Image.Image:
-        with Image.open(self.root / self.files[index]) as image:
+        with Image.open(self.name(index)) as image:
             return to_rgb(image)
 
     def subset(self, indices: NDArray[np.int64]) -> "FolderSource":
-        labels = None if self.labels is None else self.labels[indices]
-        return FolderSource(self.root, tuple(self.files[i] for i in indices), labels, self.classes)
+        return replace(self, chosen=indices if self.chosen is None else self.chosen[indices])
 
     def fingerprint(self) -> str:
-        return hashlib.sha256("\0".join(self.files).encode("utf-8", "surrogateescape")).hexdigest()
+        return self.index.fingerprint if self.chosen is None else self.index.fingerprint_of(self.chosen)
 
 
 @dataclass(frozen=True)
@@ -155,15 +167,17 @@ def open_labelled(path: str, key: str = "data.path") -> tuple[ImageSource, Image
             f"both need the same class folders ({len(unknown)} unknown)"
         )
     to_train = np.array([train.classes.index(name) for name in val.classes], dtype=np.int64)
-    return train, FolderSource(val.root, val.files, to_train[val.labels], train.classes)
+    return train, replace(val, classes=train.classes, class_numbers=to_train)
 
 
 def per_class(source: ImageSource, images_per_class: int) -> ImageSource:
     """At most so many images of every class, evenly spread over the class."""
-    assert source.labels is not None
+    labels = source.labels
+    assert labels is not None
+    by_class = np.argsort(labels, kind="stable")
+    firsts = np.searchsorted(labels[by_class], np.arange(1, len(source.classes)))
     chosen = []
-    for label in range(len(source.classes)):
-        members = np.flatnonzero(source.labels == label)
+    for members in np.split(by_class, firsts):
         spread = np.linspace(0, len(members) - 1, min(images_per_class, len(members)))
         chosen.append(members[spread.round().astype(np.int64)])
     return source.subset(np.sort(np.concatenate(chosen)))
@@ -210,53 +224,12 @@ def _train_folder(path: str, key: str) -> Path:
 
 
 def _open_folder(root: Path) -> FolderSource:
-    files = tuple(sorted(_walk(root, "", ()), key=_torchvision_order))
-    if not files:
-        raise UserFileNotFoundError(
-            f"{root}: no images found; expected files ending in {' '.join(EXTENSIONS)}, "
-            f"directly or in folders below"
-        )
-    loose = [file for file in files if "/" not in file]
-    if loose:
-        if len(loose) < len(files):
-            log.warning(
-                "%s holds images (%s) beside folders of images; all are taken, without labels", root, loose[0]
-            )
-        return FolderSource(root, files, None, ())
-    classes = tuple(sorted({file.split("/", 1)[0] for file in files}))
-    number = {name: label for label, name in enumerate(classes)}
-    labels = np.array([number[file.split("/", 1)[0]] for file in files], dtype=np.int64)
-    return FolderSource(root, files, labels, classes)
+    index = open_index(root)
+    if 0 < index.num_loose < len(index):
+        _warn_of_loose_images(root, index.name(0))
+    return FolderSource(root, index, index.classes, np.arange(len(index.classes)))
 
 
-def _torchvision_order(file: str) -> tuple[str, str, str]:
-    """Class, then folder, then file name, as `torchvision.datasets.ImageFolder` sorts them."""
-    folder, _, name = file.rpartition("/")
-    return folder.split("/", 1)[0], folder, name
-
-
-def _is_folder(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
-def _walk(root: Path, below: str, ancestors: tuple[tuple[int, int], ...]) -> Iterator[str]:
-    """Image files below `root/below`, relative to root; hidden ones ignored, looping links not followed."""
-    here = os.stat(root / below)
-    identity = (here.st_dev, here.st_ino)
-    if identity in ancestors:
-        return
-    try:
-        entries = list(os.scandir(root / below))
-    except OSError as error:
-        raise UserError(
-            f"{root / below}: the folder cannot be read ({error.strerror}); repair or remove it"
-        ) from error
-    for entry in entries:
-        if not entry.name.startswith("."):
-            if _is_folder(entry):
-                yield from _walk(root, f"{below}{entry.name}/", (*ancestors, identity))
-            elif entry.name.lower().endswith(EXTENSIONS):
-                yield below + entry.name
+@cache  # said once a process and folder, however often that is opened
+def _warn_of_loose_images(root: Path, example: str) -> None:
+    log.warning("%s holds images (%s) beside folders of images; all are taken, without labels", root, example)

@@ -39,7 +39,7 @@ from dino_sparo.training.teacher import update_teacher
 log = logging.getLogger("dino_sparo")
 
 MAX_SKIPPED = 30  # steps in a row; a loss scale that begins too high needs fewer
-HEALTH_IMAGES = 16
+HEALTH_IMAGES = 8
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def pretrain(options: PretrainOptions) -> None:
             log.info("%s is complete: all %d epochs are done", run.run_dir, options.optim.epochs)
             return
         if rank() == 0:
-            start_run_dir(run.run_dir, run.config)
+            start_run_dir(run.run_dir, run.config, machine_of(run))
             set_damaged_aside(run.run_dir, run.first_step)
         batches, watched = training_batches(run)
         try:
@@ -139,6 +139,8 @@ def train(run: Run, batches: Iterator[Crops | UnreadableImage]) -> None:
     options, state, done = run.options, run.state, run.first_step
     steps_per_epoch = run.order.steps_per_epoch
     log.info(describe(run))
+    if run.device.type == "cuda" and world_size() == 1 < torch.cuda.device_count():
+        log.info("this machine has %d GPUs; --nproc uses more than one", torch.cuda.device_count())
     last_save = time.monotonic()
     with RunLog(
         run.run_dir,
@@ -256,6 +258,18 @@ def save(run: Run, done: int) -> None:
         state = {"step": done, "config": run.config, "images": run.images, **capture_state(run.state)}
         keep_every_steps = run.options.log.keep_every_epochs * run.order.steps_per_epoch
         save_checkpoint(state, run.run_dir, step=done, keep_every_steps=keep_every_steps)
+
+
+def machine_of(run: Run) -> dict[str, Any]:
+    """What the run is computed on and how, for the list of starts."""
+    gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else None
+    return {
+        "processes": world_size(),
+        "device": gpu or "cpu",
+        "precision": run.precision,
+        "batch_size_per_gpu": run.order.micro_batch_size,
+        "accumulation": run.order.accumulation,
+    }
 
 
 def describe(run: Run) -> str:

@@ -83,8 +83,8 @@ def check_same_images(run_dir: Path, before: dict[str, Any], now: dict[str, Any]
         )
 
 
-def start_run_dir(run_dir: Path, config: dict[str, Any]) -> None:
-    """Make the folder, write the resolved recipe, and add this start to the list of starts.
+def start_run_dir(run_dir: Path, config: dict[str, Any], machine: dict[str, Any]) -> None:
+    """Make the folder, write the resolved recipe, and add this start, on this machine, to the list of starts.
 
     Raises:
         UserError: the folder cannot be made or written.
@@ -104,6 +104,7 @@ def start_run_dir(run_dir: Path, config: dict[str, Any]) -> None:
         "python": platform.python_version(),
         "versions": {package: version(package) for package in PACKAGES},
         "git": _git_state(),
+        **machine,
     }
     with open(run_dir / STARTS_FILE, "a") as file:
         file.write(json.dumps(start) + "\n")

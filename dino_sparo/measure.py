@@ -1,0 +1,152 @@
+"""What a run will cost on this machine, measured: loader, step, parameters, FLOPs and checkpoint."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+from dino_sparo.data.loader import Crops, UnreadableImage, normalize
+from dino_sparo.data.workers import Watched
+from dino_sparo.models.encoder import DinoModel
+from dino_sparo.training.precision import autocast
+from dino_sparo.training.pretrain import train_step
+from dino_sparo.training.schedules import Hyperparameters
+from dino_sparo.training.state import TrainState, capture_state
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How fast views are made by all workers of this machine together."""
+
+    images_per_second: float
+    workers: int
+    crops: Crops
+    """The last batch."""
+
+
+@dataclass(frozen=True)
+class Stepping:
+    """Whole training steps of one process on one device."""
+
+    images_per_second: float
+    batch_size: int
+    memory_gib: float | None
+    """Peak on a GPU; None on the CPU."""
+    loss: float
+
+
+def measure_loading(batches: DataLoader, watched: Watched, *, seconds: float, timeout: float) -> Loading:
+    """Take batches for so many seconds, after each worker has made the two that start-up delays.
+
+    Raises:
+        UserError: an image cannot be read, or a worker fails.
+    """
+    workers = batches.num_workers
+    with watched.failures_explained(timeout):
+        crops, iterator = None, iter(batches)
+        for _ in range(2 * max(1, workers)):
+            crops = _readable(next(iterator))
+        images, started = 0, time.monotonic()
+        while (elapsed := time.monotonic() - started) < seconds or not images:
+            crops = _readable(next(iterator))
+            images += crops.global_crops.shape[1]
+    assert crops is not None
+    return Loading(images / elapsed, workers, crops)
+
+
+def measure_steps(
+    state: TrainState,
+    crops: Crops,
+    batch_size: int,
+    hyper: Hyperparameters,
+    *,
+    steps: int,
+    clip_norm: float,
+    precision: str,
+    device: torch.device,
+) -> Stepping:
+    """Time whole steps on `batch_size` images, repeated from the crops, after two that warm up.
+
+    Raises:
+        torch.OutOfMemoryError: the batch does not fit.
+    """
+    groups = [_repeated(x, batch_size) for x in (crops.global_crops, crops.local_crops) if x.numel()]
+    batches: Iterator[list[Tensor]] = repeat([normalize(group.to(device)) for group in groups])
+    mixed = autocast(precision, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    for number in range(steps + 2):
+        if number == 2:
+            _wait(device)
+            started = time.monotonic()
+        output = train_step(state, batches, 1, hyper, clip_norm=clip_norm, autocast=mixed)
+    _wait(device)
+    elapsed = time.monotonic() - started
+    memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    return Stepping(steps * batch_size / elapsed, batch_size, memory, output.loss.item())
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Numbers in all parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def count_flops(student: DinoModel, sizes: list[tuple[int, int]]) -> dict[str, float]:
+    """Floating point operations an image (a multiply-add is two), on the CPU.
+
+    sizes: (crops, side) of the global and of the local crops. `encoder` is one pass on a global crop,
+    `training` what a step takes an image: student forward and backward on all, teacher forward on the
+    global crops.
+    """
+    groups = [torch.zeros(crops, 1, 3, side, side) for crops, side in sizes if crops]
+
+    def flops(*, forward: Any, backward: bool) -> float:
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+            output = forward()
+            if backward:
+                output.sum().backward()
+        return float(counter.get_total_flops())
+
+    counted = {
+        "encoder": flops(forward=lambda: student.encoder(groups[0][0]), backward=False),
+        "training": flops(forward=lambda: student(groups)[0], backward=True)
+        + flops(forward=lambda: student(groups[:1])[0], backward=False),
+    }
+    student.zero_grad(set_to_none=True)
+    return counted
+
+
+def checkpoint_bytes(state: TrainState) -> int:
+    """Size of one checkpoint, once the optimiser has made a step."""
+
+    def size(value: Any) -> int:
+        if isinstance(value, Tensor):
+            return value.nbytes
+        if isinstance(value, dict):
+            return sum(map(size, value.values()))
+        return 0
+
+    return size(capture_state(state))
+
+
+def _readable(crops: Crops | UnreadableImage) -> Crops:
+    if isinstance(crops, UnreadableImage):
+        crops.raise_error()
+    return crops
+
+
+def _repeated(crops: Tensor, batch_size: int) -> Tensor:
+    """Crops (C, b, 3, side, side) -> (C, batch_size, 3, side, side)."""
+    have = crops.shape[1]
+    return crops[:, torch.arange(batch_size) % have]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
