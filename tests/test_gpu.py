@@ -1,4 +1,4 @@
-"""What needs a GPU: runs in every precision, bit-equal runs, and loss scaling without waiting for the host."""
+"""What needs a GPU: runs in every precision, and runs that are bit-equal."""
 
 import pytest
 import torch
