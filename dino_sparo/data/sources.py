@@ -13,7 +13,6 @@ from PIL import Image
 
 from dino_sparo.data.index import FolderIndex, open_index
 from dino_sparo.data.shapes import FACTORS, draw_factors, draw_picture
-from dino_sparo.data.walk import EXTENSIONS  # noqa: F401
 from dino_sparo.errors import UserError, UserFileNotFoundError
 
 log = logging.getLogger("dino_sparo")
