@@ -12,6 +12,7 @@ from dino_sparo import options as opt
 from dino_sparo.config import parse_options, recipes
 from dino_sparo.errors import UserError
 
+POSITIONAL = {"knn": "--run", "prepare": "--source"}  # what a first argument without a name stands for
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 RANK = int(os.environ.get("RANK", "0"))  # as torchrun sets it
@@ -40,6 +41,12 @@ COMMANDS = {
         "dino-sparo check --config RECIPE --data.path DIR [--nproc N] [--json] [--key VALUE ...]",
         "before a run: scan the data, measure speed and memory, tell hours and disk",
     ),
+    "prepare": Command(
+        opt.PrepareOptions,
+        "dino_sparo.prepare:run",
+        "dino-sparo prepare DIR --out OUT [--labels FILE]",
+        "class folders of ImageNet as you have it: tars, a flat validation folder, Kaggle's layout",
+    ),
     "knn": Command(
         opt.KnnOptions,
         "dino_sparo.evaluation.knn:run",
@@ -56,7 +63,7 @@ COMMANDS = {
         opt.BenchOptions,
         "dino_sparo.bench:bench",
         "dino-sparo bench [--key VALUE ...]",
-        "time and memory of SPARO against its direct form and a ViT block",
+        "time and memory of the read-out, or of starting on a million images",
     ),
 }
 
@@ -74,8 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"dino-sparo: error: {error}", file=sys.stderr)
         return leave(EXIT_USER_ERROR)
     except KeyboardInterrupt:
-        goes_on = arguments[0] in ("pretrain", "demo")
-        hint = "; the same command goes on from the last checkpoint" if goes_on else ""
+        goes_on = arguments[0] in ("pretrain", "demo", "prepare")
+        hint = "; the same command goes on where it stopped" if goes_on else ""
         if RANK == 0:
             print(f"dino-sparo: interrupted{hint}", file=sys.stderr)
         return leave(EXIT_INTERRUPTED)
@@ -150,8 +157,8 @@ def complete(name: str, arguments: list[str]) -> list[str]:
     given = {argument.split("=")[0] for argument in arguments}
     if given & {"-h", "--help"}:
         return ["--help"]
-    if name == "knn" and arguments and not arguments[0].startswith("-"):
-        return ["--run", *arguments]
+    if name in POSITIONAL and arguments and not arguments[0].startswith("-"):
+        return [POSITIONAL[name], *arguments]
     if name == "pretrain" and "--config" not in given and "--run_dir" in given:
         stored = Path(_value(arguments, "--run_dir")) / "config.yaml"
         return ["--config", str(stored), *arguments] if stored.is_file() else arguments

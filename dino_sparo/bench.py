@@ -13,6 +13,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from dino_sparo.bench_index import bench_index
 from dino_sparo.device import choose_device
 from dino_sparo.models import Sparo
 from dino_sparo.models.encoder import ARCHITECTURES
@@ -31,6 +32,14 @@ def direct_sparo(sparo: Sparo, tokens_BND: Tensor, token_mask: Tensor | None = N
 
 
 def bench(options: BenchOptions) -> None:
+    """`dino-sparo bench`: print what the options ask for."""
+    if options.what == "index":
+        bench_index(options.index_files, options.index_processes, options.index_workers)
+    else:
+        bench_readout(options)
+
+
+def bench_readout(options: BenchOptions) -> None:
     """Print medians of interleaved forward-and-backward passes, and bytes saved for backward."""
     device = choose_device(options.device)
     vit = ARCHITECTURES["vit_small"]

@@ -12,8 +12,9 @@ import torch
 
 from dino_sparo.checks import split_batch
 from dino_sparo.data.loader import BatchOrder, CropsDataset, crop_batches
-from dino_sparo.data.scan import DataReport, data_report, describe, scan_images
-from dino_sparo.data.sources import ImageSource, open_labelled
+from dino_sparo.data.scan import scan_images
+from dino_sparo.data.scan_report import DataReport, data_report, describe
+from dino_sparo.data.sources import ImageSource, open_val
 from dino_sparo.data.views import NUM_GLOBAL_CROPS, crop_recipes
 from dino_sparo.data.workers import default_workers
 from dino_sparo.device import choose_device
@@ -51,11 +52,12 @@ def check(options: CheckOptions) -> int:
     workers = default_workers(options.nproc) if machine.num_workers is None else machine.num_workers
     source, _ = open_data(options, workers)
 
-    report: dict[str, Any] = {"problems": []}
+    report: dict[str, Any] = {"problems": [], "remarks": []}
     if options.scan:
         data = scan(options, source, max(1, workers) * options.nproc)
         report["data"] = asdict(data)
         report["problems"] += data_problems(data, options.data.on_bad_image)
+        report["remarks"] += data_remarks(data)
         say("\n".join(describe(data)))
     loading = load(options, source, workers * options.nproc, say)
     report |= {"loader": {"images_per_second": loading.images_per_second, "workers": loading.workers}}
@@ -69,12 +71,8 @@ def check(options: CheckOptions) -> int:
 
 
 def scan(options: CheckOptions, source: ImageSource, num_workers: int) -> DataReport:
-    """Every file of train, and of val where there are labels."""
-    timeout = options.machine.data_timeout_seconds
-    try:
-        _, val = open_labelled(options.data.path)
-    except UserError:
-        val = None
+    """Every file of train and, if there is one, of val."""
+    timeout, val = options.machine.data_timeout_seconds, open_val(options.data.path)
     scans = [
         scan_images(images, num_workers=num_workers, description=f"scanning {name}", timeout_seconds=timeout)
         for name, images in (("train", source), ("val", val))
@@ -206,6 +204,17 @@ def data_problems(data: DataReport, on_bad_image: str) -> list[str]:
     return problems
 
 
+def data_remarks(data: DataReport) -> list[str]:
+    """What makes evaluations look better than they are."""
+    if not data.val or not data.val_in_train or not data.val_in_train.images:
+        return []
+    leaked, images = data.val_in_train.images, data.val.images
+    return [
+        f"{leaked} of {images} images of val are in train too: k-NN and linear probe may come out up to "
+        f"{100 * leaked / images:.2f} points too high"
+    ]
+
+
 def machine_problems(options: CheckOptions, report: dict[str, Any]) -> list[str]:
     """What of the machine would stop the run."""
     run, step, problems = report["run"], report["step"], []
@@ -235,14 +244,20 @@ def summary(options: CheckOptions, report: dict[str, Any], device: torch.device)
     flops, parameters = report["flops_per_image"], report["parameters"]
     hours = run["hours"]
     duration = f"{hours:,.1f} hours" if hours < 48 else f"{hours:,.0f} hours ({hours / 24:.1f} days)"
-    memory = f", {step['memory_gib']:.1f} GiB of GPU memory" if step["memory_gib"] is not None else ""
+    memory = ""
+    if step["memory_gib"] is not None:
+        memory = f", {step['memory_gib']:.1f} of {step['gpu_memory_gib']:.0f} GiB of GPU memory"
+    seconds = step["batch_size"] / step["images_per_second"]
     per_step = f"{run['processes']} x {run['batch_size_per_gpu']}"
     if run["accumulation"] > 1:
         per_step += f" x {run['accumulation']} micro-batches"
     limits = {
-        "network": "the networks: a faster or another GPU shortens the run",
-        "loader": "loading images: more cores shorten the run",
+        "network": "the networks: the loader could feed {:.1f} times as many; another GPU shortens the run",
+        "loader": "loading images: the networks could take {:.1f} times as many; more cores shorten the run",
     }
+    faster = max(networks, loader["images_per_second"]) / run["images_per_second"]
+    shared = run["shared_memory_free_bytes"]
+    shared_memory = f" of {shared / GIB:.1f} GiB free in /dev/shm" if shared is not None else ""
     expected = math.log(options.head.num_prototypes)
     disk, disk_free = run["disk_bytes"] / GIB, run["disk_free_bytes"] / GIB
     encoder = f"{parameters['encoder'] / 1e6:.1f} M parameters, {flops['encoder'] / 1e9:.1f} GFLOPs a crop"
@@ -253,8 +268,8 @@ def summary(options: CheckOptions, report: dict[str, Any], device: torch.device)
         f"training  {flops['training'] / 1e9:.0f} GFLOPs an image (a multiply-add is two)",
         f"loss      {step['loss']:.2f} at the start, ln K is {expected:.2f}",
         f"loader    {loader['images_per_second']:,.0f} images/s with {loader['workers']} workers (measured)",
-        f"step      {step['images_per_second']:,.1f} images/s on one {device.type}, {step['precision']}, "
-        f"{step['batch_size']} images at once{memory} (measured)",
+        f"step      {step['images_per_second']:,.1f} images/s on one {device.type}, {step['precision']}: "
+        f"{seconds:.3f} s for {step['batch_size']} images at once{memory} (measured)",
         f"batch     {options.optim.global_batch_size} images: {per_step}",
         f"run       {run['images']:,} images, {run['steps_per_epoch']:,} steps an epoch, "
         f"{run['steps']:,} in all",
@@ -263,11 +278,12 @@ def summary(options: CheckOptions, report: dict[str, Any], device: torch.device)
         f"time      {duration} for {options.optim.epochs} epochs, without k-NN",
         f"disk      {report['checkpoint_bytes'] / GIB:.2f} GiB a checkpoint, {disk:.1f} GiB at most, "
         f"{disk_free:.0f} GiB free",
-        f"memory    {run['prefetched_bytes'] / GIB:.1f} GiB of prefetched views",
-        f"limit     {limits[run['limited_by']]}",
+        f"memory    {run['prefetched_bytes'] / GIB:.1f} GiB of prefetched views{shared_memory}",
+        f"limit     {limits[run['limited_by']].format(faster)}",
+        "",
+        *(f"REMARK: {remark}" for remark in report["remarks"]),
     ]
-    problems = [f"PROBLEM: {problem}" for problem in report["problems"]]
-    return [*lines, "", *(problems or ["nothing is in the way"])]
+    return lines + ([f"PROBLEM: {problem}" for problem in report["problems"]] or ["nothing is in the way"])
 
 
 def _existing(folder: Path) -> Path:

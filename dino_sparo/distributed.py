@@ -139,37 +139,37 @@ def gather_rows(rows: Tensor, total: int) -> Tensor:
 
 
 def first_rank_first(work: Callable[[], Result]) -> Result:
-    """Every process does the work, but the first one alone and before the others, which wait for it.
+    """Every process does the work: the first one before all others, then one on each other machine.
 
     For work whose result is kept in a file, so that the others find it done. They wait by a heartbeat,
-    however long it takes. An error of the first process ends all of them with its message.
+    however long it takes. An error of one process ends all of them with its message.
     """
     if not dist.is_initialized():
         return work()
+    my_turn = 0 if rank() == 0 else 1 if local_rank() == 0 else 2
     results: list[Result] = []
-    errors: list[BaseException] = []
+    for turn in range(3):
+        errors: list[BaseException] = []
+        thread = threading.Thread(target=_keep, args=(work, results, errors), daemon=True)
+        if turn == my_turn:
+            thread.start()
+        while sum_over_ranks(torch.tensor([int(thread.is_alive())])).item():
+            if turn == my_turn:
+                thread.join(HEARTBEAT_SECONDS)
+        messages = [message for message in gather_objects(str(errors[0]) if errors else "") if message]
+        if errors:
+            raise errors[0]
+        if messages:
+            raise UserError(messages[0])
+    return results[0]
 
-    def run() -> None:
-        try:
-            results.append(work())
-        except BaseException as error:  # raised below, in the main thread
-            errors.append(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    if rank() == 0:
-        thread.start()
-    while True:
-        if rank() == 0:
-            thread.join(HEARTBEAT_SECONDS)
-        working = sum_over_ranks(torch.tensor([int(thread.is_alive())]))
-        if not working.item():
-            break
-    message = gather_objects(str(errors[0]) if errors else "")[0]
-    if errors:
-        raise errors[0]
-    if message:
-        raise UserError(message)
-    return results[0] if results else work()
+def _keep(work: Callable[[], Result], results: list[Result], errors: list[BaseException]) -> None:
+    """Work in a thread, whose result or error is kept for the one that waits."""
+    try:
+        results.append(work())
+    except BaseException as error:
+        errors.append(error)
 
 
 def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:

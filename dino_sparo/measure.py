@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any
 
@@ -36,9 +36,11 @@ class Stepping:
 
     images_per_second: float
     batch_size: int
-    memory_gib: float | None
-    """Peak on a GPU; None on the CPU."""
     loss: float
+    memory_gib: float | None = None
+    """Peak on a GPU; None on the CPU."""
+    gpu_memory_gib: float | None = None
+    """All that the GPU has."""
 
 
 def measure_loading(batches: DataLoader, watched: Watched, *, seconds: float, timeout: float) -> Loading:
@@ -88,8 +90,12 @@ def measure_steps(
         output = train_step(state, batches, 1, hyper, clip_norm=clip_norm, autocast=mixed)
     _wait(device)
     elapsed = time.monotonic() - started
-    memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-    return Stepping(steps * batch_size / elapsed, batch_size, memory, output.loss.item())
+    measured = Stepping(steps * batch_size / elapsed, batch_size, output.loss.item())
+    if device.type == "cpu":
+        return measured
+    total = torch.cuda.get_device_properties(device).total_memory
+    peak = torch.cuda.max_memory_allocated(device)
+    return replace(measured, memory_gib=peak / 2**30, gpu_memory_gib=total / 2**30)
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -256,6 +256,19 @@ class LabelledDataOptions:
 
 
 @dataclass
+class PrepareOptions:
+    """Class folders of ImageNet as people have it."""
+
+    source: str
+    """Folder of the images or tars: Kaggle's layout, the official tars, or what was in them."""
+    out: str
+    """Folder that gets train/<class> and val/<class>, by links where images lie in folders, else unpacked."""
+    labels: str | None = None
+    """Classes of a flat folder: LOC_val_solution.csv, the devkit (folder or tar.gz), or a text file with a
+    line `file_name class` for every image; null takes those that lie near ImageNet's validation images."""
+
+
+@dataclass
 class KnnOptions:
     """k-NN accuracy of a trained encoder."""
 
@@ -280,13 +293,22 @@ class KnnOptions:
 
 @dataclass
 class BenchOptions:
-    """Time and memory of the SPARO read-out against its direct form and the block it replaces."""
+    """Time and memory of the SPARO read-out against its direct form and the block it replaces, or of starting
+    on a folder of many images."""
 
+    what: Literal["readout", "index"] = "readout"
+    """What to measure; the fields below are of the read-out, those that begin with `index_` of the index."""
     batch_size: int = 16
     """Images a pass."""
     num_tokens: int = 197
     """Tokens an image."""
     rounds: int = 15
     """Interleaved rounds; the medians are reported."""
+    index_files: int = 1_300_000
+    """Empty files to make, in the folder for temporary files; they are removed at the end."""
+    index_processes: int = 2
+    """Training processes that start together."""
+    index_workers: int = 2
+    """Worker processes of each."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto takes CUDA where there is a GPU, else the CPU."""

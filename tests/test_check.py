@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,6 +52,10 @@ def test_a_healthy_run(data, capsys):
     assert run["limited_by"] in ("loader", "network")
     assert run["hours"] == pytest.approx(3 * 24 / slower / 3600)
     assert report["data"]["val_in_train"]["images"] == 24
+    assert report["remarks"] == [
+        "24 of 24 images of val are in train too: k-NN and linear probe may come out up to 100.00 points "
+        "too high"
+    ]
     assert 0 < report["step"]["loss"] < 20
 
 
@@ -89,6 +94,18 @@ def test_bad_images_are_problems_unless_others_stand_in(data, capsys):
     assert not checked(data, "--data.on_bad_image=substitute", status=0, capsys=capsys)["problems"]
 
 
+def test_a_class_of_val_that_train_lacks_is_a_problem(data, capsys):
+    (data / "val" / "class0").rename(data / "val" / "other")
+    assert checked(data, status=1, capsys=capsys)["problems"] == ["1 classes of val are not in train"]
+
+
+def test_without_val_nothing_is_said_of_it(data, capsys):
+    shutil.rmtree(data / "val")
+    report = checked(data, status=0, capsys=capsys)
+    assert report["data"]["val"] is None and report["data"]["train"]["images"] == 24
+    assert report["remarks"] == []
+
+
 def test_without_a_scan_nothing_is_said_about_files(data, capsys):
     (data / "val" / "class0" / "000.png").write_bytes(b"")
     assert "data" not in checked(data, "--scan=false", status=0, capsys=capsys)
@@ -112,9 +129,8 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(data, capsys, monkeyp
         tried.append(batch_size)
         if batch_size > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return measure.Stepping(
-            original(state, crops, batch_size, *args, **kwargs).images_per_second, batch_size, 79.0, 5.0
-        )
+        measured = original(state, crops, batch_size, *args, **kwargs)
+        return replace(measured, memory_gib=70.0, gpu_memory_gib=79.0)
 
     monkeypatch.setattr(program, "measure_steps", small_gpu)
     (problem,) = checked(data, status=1, capsys=capsys)["problems"]

@@ -203,7 +203,7 @@ def test_command_line_overrides_the_recipe_in_any_order():
 def test_resolved_config_fed_back_gives_equal_options(tmp_path, name):
     given = ("--optim.final_lr", "1e-7", "--data.max_images", "9", "--machine.num_workers", "0")
     options = parse("--config", name, "--data.path", "x", "--run_dir", str(tmp_path), *given)
-    start_run_dir(tmp_path, config_of(options))
+    start_run_dir(tmp_path, config_of(options), {})
     assert parse("--config", str(tmp_path / "config.yaml"), "--run_dir", str(tmp_path)) == options
 
 

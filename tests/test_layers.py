@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "dino_sparo"
-PROGRAMS = ("pretrain", "knn", "demo", "bench", "config", "checks", "__main__", "rundir", "setup", "check")
+PROGRAMS = (
+    *("pretrain", "setup", "rundir", "check", "prepare", "knn", "demo", "bench"),
+    *("__main__", "config", "checks"),
+)
 FORBIDDEN = {
     "models": ("data", "training", "evaluation", "slots", "options", "config"),
     "data": ("models", "training", "evaluation", "slots", "options"),

@@ -65,7 +65,7 @@ def test_flat_folder_is_unlabelled(tmp_path, prefix):
     source = open_images(root)
     assert sorted(files(source)) == ["a.png", "b.jpg", "more/c.jpg"]
     assert source.labels is None
-    with pytest.raises(UserError, match=r"not in class folders.*Sort them"):
+    with pytest.raises(UserError, match=r"not in class folders.*dino-sparo prepare"):
         open_labelled(root)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dino_sparo.data.imagenet import explain, recognise, training_folder
 from dino_sparo.data.index import FolderIndex, open_index
 from dino_sparo.data.shapes import FACTORS, draw_factors, draw_picture
 from dino_sparo.errors import UserError, UserFileNotFoundError
@@ -119,15 +120,34 @@ class ShapesSource:
 
 
 def open_images(path: str, max_images: int | None = None) -> ImageSource:
-    """The images to pretrain on: of `path/train` if there is one, else of `path`; labels do not matter.
+    """The images to pretrain on: of `path/train` if there is one, of Kaggle's train, else of `path`.
 
     Raises:
         UserFileNotFoundError: no such folder, or no image in it.
     """
-    source = shapes_source("train") if path == SHAPES else _open_folder(_train_folder(path, "data.path"))
+    source: ImageSource
+    if path == SHAPES:
+        source = shapes_source("train")
+    else:
+        folder = _train_folder(path, "data.path")
+        try:
+            source = _open_folder(folder)
+        except UserFileNotFoundError as error:  # the images may lie in tars
+            raise UserFileNotFoundError(_explained(path) or str(error)) from error
     if max_images is not None and max_images < len(source):
         source = source.subset(np.linspace(0, len(source) - 1, max_images).round().astype(np.int64))
     return source
+
+
+def open_val(path: str) -> ImageSource | None:
+    """The validation images of a folder, labelled by their own class folders or not at all; None without."""
+    if path == SHAPES:
+        return shapes_source("val")
+    try:
+        val = recognise(Path(path)).val
+    except UserFileNotFoundError:
+        return None
+    return _open_folder(val.path) if val and val.is_readable and val.path != Path(path) else None
 
 
 def open_labelled(path: str, key: str = "data.path") -> tuple[ImageSource, ImageSource]:
@@ -142,11 +162,15 @@ def open_labelled(path: str, key: str = "data.path") -> tuple[ImageSource, Image
     """
     if path == SHAPES:
         return shapes_source("train"), shapes_source("val")
-    train = _open_folder(_train_folder(path, key))
+    train_folder = _train_folder(path, key)
+    explained = _explained(path)
+    if explained:
+        raise UserError(explained)
+    train = _open_folder(train_folder)
     if train.labels is None:
         raise UserError(
-            f"{train.root}: the images are not in class folders; expected {train.root}/<class>/<image>. "
-            f"Sort them into one folder a class to evaluate on them"
+            f"{train.root}: the images are not in class folders; expected {train.root}/<class>/<image>. With "
+            f"a list of their classes `dino-sparo prepare {path} --out OUT --labels FILE` makes them"
         )
     val_folder = Path(path) / "val"
     if not val_folder.is_dir():
@@ -219,7 +243,15 @@ def _train_folder(path: str, key: str) -> Path:
         raise UserFileNotFoundError(f"{key} {path!r} does not exist; give an existing folder of images")
     if not root.is_dir():
         raise UserFileNotFoundError(f"{key} {path!r} is a file; give the folder that holds the images")
-    return root / "train" if (root / "train").is_dir() else root
+    return root / "train" if (root / "train").is_dir() else training_folder(root) or root
+
+
+def _explained(path: str) -> str:
+    """What to do about a layout of ImageNet that is not usable as it is; empty if there is nothing to say."""
+    try:
+        return explain(recognise(Path(path)))
+    except UserFileNotFoundError:
+        return ""
 
 
 def _open_folder(root: Path) -> FolderSource:

@@ -1,0 +1,198 @@
+"""ImageNet as people have it: class folders, the official tars or what was in them, Kaggle's layout."""
+
+import os
+import re
+import shlex
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+from dino_sparo.data.val_labels import labels_near
+from dino_sparo.data.walk import EXTENSIONS
+from dino_sparo.errors import UserError, UserFileNotFoundError
+
+WNID, WNID_TAR = re.compile(r"n\d{8}"), re.compile(r"(n\d{8})\.tar")
+VAL_IMAGE = re.compile(r"ILSVRC2012_val_\d{8}\.JPEG")
+TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+TRAIN_FOLDERS, VAL_FOLDERS = ("train", "ILSVRC2012_img_train"), ("val", "ILSVRC2012_img_val")
+KAGGLE_FOLDERS = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
+TOP_ENTRIES = 4096  # enough for a thousand class folders and their tars; a flat folder shows at once
+PROBED_ENTRIES = 64  # some class folders may be empty
+PROBED_BELOW = 8
+RECOGNISED = (
+    f"class folders (train/<class>, val/<class>), Kaggle's layout (ILSVRC/Data/CLS-LOC), {TRAIN_TAR} and "
+    f"{VAL_TAR}, a folder of class tars (n01440764.tar ...), a flat folder of images"
+)
+
+Form = Literal["class folders", "flat", "tar", "class tars"]
+IN_WORDS: dict[Form, str] = {
+    "class folders": "in class folders",
+    "flat": "in a flat folder",
+    "tar": "in the official tar",
+    "class tars": "in one tar a class",
+}
+
+
+@dataclass(frozen=True)
+class Images:
+    """Where the images of a split are, a folder or a tar, and how they lie in it."""
+
+    path: Path
+    form: Form
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether the images are files in folders, not in tars."""
+        return self.form in ("class folders", "flat")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What was recognised below a folder: its name in words, the two splits, and what says val's classes."""
+
+    root: Path
+    name: str
+    train: Images | None
+    val: Images | None
+    labels: Path | None
+
+    @property
+    def val_is_flat(self) -> bool:
+        """Whether nothing in the names of the validation images says their class."""
+        return self.val is not None and self.val.form in ("flat", "tar")
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether `data.path` can be this folder as it is."""
+        train_is_usable = self.train is None or (
+            self.train.is_readable and self.train.path in (self.root, self.root / "train")
+        )
+        return train_is_usable and self.val in (None, Images(self.root / "val", "class folders"))
+
+
+def recognise(root: Path) -> Layout:
+    """How the images below a folder are laid out, from a look at a few entries of a few folders.
+
+    Raises:
+        UserFileNotFoundError: there is no such folder, or nothing in it is recognised.
+        UserError: classes lie partly in folders, partly in tars.
+    """
+    if not root.is_dir():
+        raise UserFileNotFoundError(f"{root} is no folder; give the folder that holds the images or the tars")
+    base = next((root / below for below in KAGGLE_FOLDERS if (root / below).is_dir()), root)
+    train, val = _split(base, TRAIN_FOLDERS, TRAIN_TAR), _split(base, VAL_FOLDERS, VAL_TAR)
+    form = None if train and val else _form(base)  # some unpack right into the folder
+    if form == "flat" and _holds_val(base):
+        val = val or Images(base, form)
+    elif form == "class tars" or (form and not train and not val):
+        train = train or Images(base, form)
+    if train is None and val is None:
+        raise UserFileNotFoundError(f"{root}: no images recognised; expected one of: {RECOGNISED}")
+    is_official = val and (val.form == "tar" or (val.form == "flat" and _holds_val(val.path)))
+    labels = labels_near(val.path) if val and is_official else None
+    return Layout(root, _name(base, train, val, labels), train, val, labels)
+
+
+def training_folder(root: Path) -> Path | None:
+    """The folder whose images can be learnt from as they are: train of any layout, or all of a flat folder.
+
+    None if they are in tars or nothing is recognised. Raises as `recognise`.
+    """
+    try:
+        layout = recognise(root)
+    except UserFileNotFoundError:
+        return None
+    if layout.train:
+        return layout.train.path if layout.train.is_readable else None
+    return root if layout.val == Images(root, "flat") else None
+
+
+def explain(layout: Layout) -> str:
+    """One sentence: what was recognised and the command that makes it usable; empty if it is as it is."""
+    if layout.is_usable:
+        return ""
+    splits = [name for name, images in (("train", layout.train), ("val", layout.val)) if images]
+    needs_list = layout.val_is_flat and layout.labels is None
+    return (
+        f"{layout.root} holds {layout.name}; `dino-sparo prepare {shlex.quote(str(layout.root))} --out OUT"
+        f"{' --labels FILE' if needs_list else ''}` makes "
+        f"{' and '.join(f'OUT/{split}/<class>' for split in splits)} of it"
+        f"{', FILE having a line `file_name class` for every validation image' if needs_list else ''}"
+    )
+
+
+def is_image(name: str) -> bool:
+    """Whether a file of this name is taken for an image."""
+    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+
+
+# --- How images lie in a folder
+
+
+def _split(base: Path, folders: tuple[str, ...], tar: str) -> Images | None:
+    for folder in folders:
+        if form := _form(base / folder):
+            return Images(base / folder, form)
+        if (base / folder / tar).is_file():
+            return Images(base / folder / tar, "tar")
+    return Images(base / tar, "tar") if (base / tar).is_file() else None
+
+
+def _form(folder: Path) -> Form | None:
+    """How images lie in a folder; None if there is no such folder or no image in it."""
+    if not folder.is_dir():
+        return None
+    folders, files = _top(folder, TOP_ENTRIES)
+    tars = {match[1] for file in files if (match := WNID_TAR.fullmatch(file))}
+    if closed := sorted(tars - folders):
+        if opened := sorted(name for name in folders if WNID.fullmatch(name)):
+            raise UserError(
+                f"{folder} holds class folders ({opened[0]}) and class tars without a folder "
+                f"({closed[0]}.tar); finish unpacking, or remove the class folders whose tars are still there"
+            )
+        return "class tars"
+    if any(is_image(file) for file in files):
+        return "flat"
+    held = any(_holds_image(folder / name) for name in sorted(folders)[:PROBED_ENTRIES])
+    return "class folders" if held else None
+
+
+def _top(folder: Path, limit: int) -> tuple[set[str], set[str]]:
+    """Names of some of the folders and files of a folder, hidden ones left out."""
+    folders: set[str] = set()
+    files: set[str] = set()
+    try:
+        with os.scandir(folder) as entries:
+            for entry in islice(entries, limit):
+                if not entry.name.startswith("."):
+                    is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+                    (folders if is_folder else files).add(entry.name)
+    except OSError as error:
+        raise UserError(f"{folder}: the folder cannot be read ({error.strerror}); mend its rights") from error
+    return folders, files
+
+
+def _holds_image(folder: Path, levels: int = 2) -> bool:
+    """Whether one of a folder's first entries is an image, or there is one in a folder below."""
+    folders, files = _top(folder, PROBED_ENTRIES)
+    if any(is_image(file) for file in files):
+        return True
+    return levels > 0 and any(
+        _holds_image(folder / name, levels - 1) for name in sorted(folders)[:PROBED_BELOW]
+    )
+
+
+def _holds_val(folder: Path) -> bool:
+    """Whether the folder's images have the names of ImageNet's validation images."""
+    return any(VAL_IMAGE.fullmatch(file) for file in _top(folder, PROBED_ENTRIES)[1])
+
+
+def _name(base: Path, train: Images | None, val: Images | None, labels: Path | None) -> str:
+    """A layout in words."""
+    parts = [f"training images {IN_WORDS[train.form]}"] if train else []
+    parts += [f"validation images {IN_WORDS[val.form]}"] if val else []
+    parts += [f"their labels in {labels.name}"] if labels else []
+    if base.absolute().name == "CLS-LOC":
+        parts[0] = f"Kaggle's ImageNet: {parts[0]}"
+    return ", ".join(parts)

@@ -1,0 +1,247 @@
+"""One index of the images below a folder: built once, kept in a file, and mapped by all processes.
+
+The names lie packed in the file, so that a process holds no string for an image it does not ask for. The
+index is good until a folder changes: an image added, removed or renamed alters the times of its folder, and
+one replaced in place keeps its name. A file system whose folders have no times is walked every time.
+"""
+
+import hashlib
+import json
+import logging
+import mmap
+import os
+import tempfile
+import uuid
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dino_sparo.data.walk import EXTENSIONS, THREADS, Folder, state_now, walk
+from dino_sparo.errors import UserError, UserFileNotFoundError
+
+log = logging.getLogger("dino_sparo")
+
+MAGIC = b"dino_sparo index 1\n"  # with the number of the format
+ALIGNMENT = 64
+NAMES_AT_ONCE = 10_000
+
+
+class FolderIndex:
+    """Names and classes of the images below a folder, in torchvision's order, read from a mapped file.
+
+    A fork shares the mapping, and a pickle holds only where the file is: neither copies a name.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        """Map `file`, an intact index that lies at `path`."""
+        self.path = path
+        self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        first = len(MAGIC) + 8
+        end = first + int.from_bytes(self._map[first - 4 : first], "little")
+        header = json.loads(self._map[first:end])
+        self.fingerprint: str = header["fingerprint"]
+        self.num_loose: int = header["num_loose"]
+        arrays = {
+            name: np.frombuffer(self._map, dtype, count, _aligned(end) + offset)
+            for name, (dtype, count, offset) in header["arrays"].items()
+        }
+        self._names = arrays["names"]
+        self._starts, self._class_starts = arrays["starts"], arrays["class_starts"]
+        self._folders, self._states = arrays["folders"], arrays["states"].reshape(-1, 3)
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __reduce__(self) -> tuple:
+        return _reopen, (self.path, self.fingerprint)
+
+    def name(self, position: int) -> str:
+        """Name of an image, relative to the folder. Raises IndexError for a position that is none."""
+        return self._packed(range(len(self))[position]).decode("utf-8", "surrogateescape")
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the top folders by number; none if images lie in the folder itself."""
+        return tuple(self.name(first).split("/", 1)[0] for first in self._class_starts[:-1])
+
+    def labels(self) -> NDArray[np.int64] | None:
+        """Class numbers (len(self),), made at each call; None if images lie in the folder itself."""
+        sizes = np.diff(self._class_starts)
+        return np.repeat(np.arange(len(sizes)), sizes) if len(sizes) else None
+
+    def fingerprint_of(self, positions: NDArray[np.int64]) -> str:
+        """SHA-256 of the names at these positions joined by NUL; `fingerprint` is that of all."""
+        digest = hashlib.sha256()
+        for first in range(0, len(positions), NAMES_AT_ONCE):
+            some = positions[first : first + NAMES_AT_ONCE].tolist()
+            digest.update(b"\0" * (first > 0) + b"\0".join(map(self._packed, some)))
+        return digest.hexdigest()
+
+    def is_current(self, root: Path) -> bool:
+        """Whether every folder below `root` is as it was: a look at each, none is listed."""
+        folders = self._folders.tobytes().decode("utf-8", "surrogateescape").split("\0")[:-1]
+
+        def unchanged(first: int) -> bool:
+            return all(
+                state_now(os.path.join(root, folders[i])) == tuple(self._states[i].tolist())
+                for i in range(first, len(folders), THREADS)
+            )
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            return all(pool.map(unchanged, range(THREADS)))
+
+    def _packed(self, position: int) -> bytes:
+        return self._names[self._starts[position] : self._starts[position + 1] - 1].tobytes()
+
+
+def open_index(root: Path) -> FolderIndex:
+    """The index of the images below `root`: the one that is kept if no folder has changed, else a new one.
+
+    It is kept in `$DINO_SPARO_CACHE`, else in `dino_sparo` below `$XDG_CACHE_HOME` or `~/.cache`; where that
+    cannot be written, in a folder of the user's own among the temporary files.
+
+    Raises:
+        UserFileNotFoundError: there is no image.
+        UserError: a folder cannot be read, or the index cannot be kept.
+    """
+    name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:32] + ".index"
+    chosen, spare = _cache_folder(), _temporary_folder()
+    for path in (chosen / name, spare / name):
+        index = _open_intact(path)
+        if index is not None and index.is_current(root):
+            return index
+    parts = _pack(root, walk(root))
+    try:
+        return _keep(chosen / name, parts)
+    except OSError as error:
+        reason = f"{chosen}: the index of the images cannot be kept there ({error.strerror})"
+    try:
+        index = _keep(spare / name, parts)
+    except OSError as error:
+        raise UserError(
+            f"{reason}, nor in {spare} ({error.strerror}); set DINO_SPARO_CACHE to a folder that can be "
+            f"written and has room for {sum(map(len, parts)) / 1e6:.1f} MB"
+        ) from error
+    log.warning("%s; it is in %s, DINO_SPARO_CACHE can name another folder", reason, spare)
+    return index
+
+
+def _cache_folder() -> Path:
+    of_user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(os.environ.get("DINO_SPARO_CACHE") or os.path.join(of_user, "dino_sparo"))
+
+
+def _temporary_folder() -> Path:
+    return Path(tempfile.gettempdir()) / f"dino_sparo-{os.getuid()}"
+
+
+def _open_intact(path: Path) -> FolderIndex | None:
+    """The index in a file; None if there is none, or one that is damaged or of another format."""
+    try:
+        if path.parent == _temporary_folder() and path.parent.lstat().st_uid != os.getuid():
+            return None  # anybody can make a folder of this name
+        with open(path, "rb") as file:
+            if file.read(len(MAGIC)) != MAGIC:
+                return None
+            stored = int.from_bytes(file.read(4), "little")
+            checksum = 0
+            while chunk := file.read(1 << 20):
+                checksum = zlib.crc32(chunk, checksum)
+            return FolderIndex(path, file) if checksum == stored else None
+    except OSError:
+        return None
+
+
+def _reopen(path: Path, fingerprint: str) -> FolderIndex:
+    """What a pickle calls in a data worker that was not forked."""
+    index = _open_intact(path)
+    if index is None or index.fingerprint != fingerprint:
+        raise UserError(
+            f"{path}: this index of images is gone or another one by now, since the folder was changed while "
+            f"it was in use; start again"
+        )
+    return index
+
+
+def _keep(path: Path, parts: list[bytes]) -> FolderIndex:
+    """Write under another name, then rename: a reader sees all or nothing, who has the old one keeps it."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "x+b") as file:
+            file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
+            index = FolderIndex(path, file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return index
+
+
+# --- The file: MAGIC, checksum of what follows, length of the header, header in JSON, arrays
+
+
+def _pack(root: Path, folders: list[Folder]) -> list[bytes]:
+    """The parts of the file. Raises UserFileNotFoundError if there is no image."""
+    folders = sorted(folders, key=_torchvision_order)
+    full = [folder for folder in folders if folder.num_images]
+    if not full:
+        raise UserFileNotFoundError(
+            f"{root}: no images found; expected files ending in {' '.join(EXTENSIONS)}, "
+            f"directly or in folders below"
+        )
+    names = b"\0".join(folder.names for folder in full)
+    name_ends = np.flatnonzero(np.frombuffer(names, np.uint8) == 0)
+    num_loose = 0 if full[0].below else full[0].num_images
+    class_sizes = [
+        sum(folder.num_images for folder in folders_of_class)
+        for _, folders_of_class in groupby(full, key=lambda folder: folder.below.split("/", 1)[0])
+    ]
+    paths = "".join(f"{folder.below}\0" for folder in folders)
+    return _file_parts(
+        {
+            "root": os.path.realpath(root),  # for people
+            "num_loose": num_loose,
+            "fingerprint": hashlib.sha256(names).hexdigest(),
+        },
+        {
+            "names": np.frombuffer(names, np.uint8),
+            "starts": np.concatenate([[0], name_ends + 1, [len(names) + 1]]),
+            "class_starts": np.cumsum([0] if num_loose else [0, *class_sizes]),
+            "folders": np.frombuffer(paths.encode("utf-8", "surrogateescape"), np.uint8),
+            "states": np.array([folder.state for folder in folders], np.uint64).ravel(),
+        },
+    )
+
+
+def _torchvision_order(folder: Folder) -> tuple[str, str]:
+    """Class, then folder, as `torchvision.datasets.ImageFolder` sorts images; then their names follow."""
+    path = folder.below.rstrip("/")
+    return path.split("/", 1)[0], path
+
+
+def _file_parts(header: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> list[bytes]:
+    header["arrays"], offset = {}, 0
+    data: list[bytes] = []
+    for name, array in arrays.items():
+        header["arrays"][name] = (array.dtype.str, len(array), offset)
+        size = _aligned(array.nbytes)
+        data.append(array.tobytes().ljust(size, b"\0"))
+        offset += size
+    text = json.dumps(header).encode()
+    first = len(MAGIC) + 8
+    parts = [len(text).to_bytes(4, "little"), text.ljust(_aligned(first + len(text)) - first), *data]
+    checksum = 0
+    for part in parts:
+        checksum = zlib.crc32(part, checksum)
+    return [MAGIC, checksum.to_bytes(4, "little"), *parts]
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

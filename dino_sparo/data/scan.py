@@ -1,0 +1,325 @@
+"""Reads, hashes and decodes every image once, in parallel: damaged files and sizes.
+
+Worker processes know neither torch nor the source: they get names of files and give back numbers, of which 25
+bytes an image are kept. N: images.
+"""
+
+import hashlib
+import logging
+import multiprocessing
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from ctypes import c_longlong
+from dataclasses import dataclass
+from datetime import timedelta
+from io import BytesIO
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnContext
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from dino_sparo.data.sources import ImageSource, ShapesSource, to_rgb
+from dino_sparo.errors import UserError
+
+log = logging.getLogger("dino_sparo")
+
+PROBLEMS = ("zero_byte", "not_an_image", "truncated", "unreadable")
+MAX_LISTED = 20
+HASH_BYTES = 16
+CHUNK_FILES = 32
+LOG_EVERY_SECONDS = 30.0
+LOOK_EVERY_SECONDS = 1.0
+NO_FILE = -1
+# How the kinds of files in `walk.EXTENSIONS` begin.
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"RIFF", b"II*\0", b"MM\0*", b"BM", b"P5", b"P6")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Smallest, median and largest of some numbers."""
+
+    smallest: int
+    median: int
+    largest: int
+
+
+@dataclass(frozen=True)
+class Listing:
+    """How many there are, and the first 20 of them."""
+
+    count: int
+    first: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ScanReport:
+    """What a scan found, in plain values."""
+
+    images: int
+    readable: int
+    problems: dict[str, Listing]
+    """Each of PROBLEMS -> the files that have it, with the reason."""
+    short_side: Spread | None
+    """In pixels, of readable images; None without any."""
+    long_side: Spread | None
+    """In pixels, of readable images; None without any."""
+    total_bytes: int
+    seconds: float
+    skipped: str
+    """Why nothing was scanned; empty after a scan."""
+
+
+@dataclass(frozen=True, eq=False)
+class ScanResult:
+    """A scan's report, and what it takes to find copies."""
+
+    report: ScanReport
+    source: ImageSource
+    readable: NDArray[np.bool_]
+    """(N,)"""
+    hashes: NDArray[np.uint8]
+    """BLAKE2b of each file: (N, 16); zeros where the file could not be read."""
+
+
+class _Chunk(NamedTuple):
+    """What was found in n consecutive files."""
+
+    sides: NDArray[np.int32]  # (n, 2) short and long side in pixels, 0 if the image cannot be decoded
+    num_bytes: NDArray[np.int64]  # (n,)
+    hashes: NDArray[np.uint8]  # (n, 16)
+    problems: list[tuple[str, int, str]]  # kind, number in the source, name and reason
+
+
+def scan_images(
+    source: ImageSource, *, num_workers: int, description: str, timeout_seconds: float = 600.0
+) -> ScanResult:
+    """Read, hash and decode every file of a source as training will; generated pictures are skipped.
+
+    Args:
+        source: images; unless they are generated, `source.name(i)` is the path of a file.
+        num_workers: processes to start, from the main thread; 0 scans in this one, where nothing ends a hang.
+        description: what the progress bar, or without a terminal the log, calls it.
+        timeout_seconds: how long a worker may be at one file.
+
+    Raises:
+        UserError: a worker has died or hangs; the message names the file that it was at.
+    """
+    skipped = "generated pictures are no files" if isinstance(source, ShapesSource) else ""
+    num_files = 0 if skipped else len(source)
+    sides = np.zeros((len(source), 2), dtype=np.int32)
+    hashes = np.zeros((len(source), HASH_BYTES), dtype=np.uint8)
+    total_bytes, counts = 0, dict.fromkeys(PROBLEMS, 0)
+    listed: dict[str, list[tuple[int, str]]] = {kind: [] for kind in PROBLEMS}
+    started = time.monotonic()
+    with (
+        closing(_examined(source, num_files, num_workers, timeout_seconds)) as chunks,
+        _progress(description, num_files) as advance,
+    ):
+        for start, chunk in chunks:
+            here = slice(start, start + len(chunk.sides))
+            sides[here], hashes[here] = chunk.sides, chunk.hashes
+            total_bytes += int(chunk.num_bytes.sum())
+            for kind, number, file in chunk.problems:  # chunks come in any order
+                counts[kind] += 1
+                listed[kind] = sorted([*listed[kind], (number, file)])[:MAX_LISTED]
+            advance(len(chunk.sides))
+    readable = sides[:, 0] > 0
+    report = ScanReport(
+        images=len(source),
+        readable=int(readable.sum()),
+        problems={kind: Listing(counts[kind], tuple(file for _, file in listed[kind])) for kind in PROBLEMS},
+        short_side=spread(sides[readable, 0]),
+        long_side=spread(sides[readable, 1]),
+        total_bytes=total_bytes,
+        seconds=time.monotonic() - started,
+        skipped=skipped,
+    )
+    return ScanResult(report, source, readable, hashes)
+
+
+def spread(numbers: NDArray[np.integer]) -> Spread | None:
+    """Of numbers (n,); None without any."""
+    if len(numbers) == 0:
+        return None
+    return Spread(int(numbers.min()), round(float(np.median(numbers))), int(numbers.max()))
+
+
+@contextmanager
+def _progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A function to call with the number of images done: moves a bar, or without a terminal logs at times."""
+    started = logged = time.monotonic()
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done, logged
+        done += count
+        bar.update(count)
+        now = time.monotonic()
+        if bar.disable and now - logged >= LOG_EVERY_SECONDS:
+            logged, speed = now, done / (now - started)
+            left = timedelta(seconds=round((total - done) / speed))
+            log.info(f"{description}: {done:,} of {total:,} images, {speed:.0f} images/s, left {left}")
+
+    with tqdm(total=total, desc=description, unit="img", leave=False, disable=not sys.stderr.isatty()) as bar:
+        yield advance
+
+
+# --- Reading files
+
+
+def _examine(names: Sequence[str], start: int, at: c_longlong) -> _Chunk:
+    """Read, hash and decode files number `start` onwards; `at` holds the number of the present one."""
+    sides = np.zeros((len(names), 2), dtype=np.int32)
+    num_bytes = np.zeros(len(names), dtype=np.int64)
+    hashes = np.zeros((len(names), HASH_BYTES), dtype=np.uint8)
+    problems = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # large images, odd metadata: training takes them
+        for position, name in enumerate(names):
+            at.value = start + position
+            data = b""
+            try:
+                with open(name, "rb") as file:
+                    data = file.read()
+                digest = hashlib.blake2b(data, digest_size=HASH_BYTES).digest()
+                hashes[position] = np.frombuffer(digest, dtype=np.uint8)
+                with Image.open(BytesIO(data)) as image:
+                    sides[position] = sorted(to_rgb(image).size)
+            except Exception as error:  # a damaged file makes PIL raise anything, and must not end the scan
+                kind, reason = _problem(data, error)
+                problems.append((kind, start + position, f"{printable(name)}: {reason}"))
+            num_bytes[position] = len(data)
+    return _Chunk(sides, num_bytes, hashes, problems)
+
+
+def _problem(data: bytes, error: Exception) -> tuple[str, str]:
+    """Kind and reason of the error that a file of this content has led to."""
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if isinstance(error, UnidentifiedImageError):
+        if not data:
+            return "zero_byte", "the file is empty"
+        if not data.startswith(SIGNATURES):
+            return "not_an_image", "no known kind of image"
+        return "truncated", "begins as an image, but its header is cut or damaged"
+    webp_bytes = 8 + int.from_bytes(data[4:8], "little")  # PIL does not say that a WebP is cut
+    if "truncated" in reason.lower() or (data.startswith(b"RIFF") and webp_bytes > len(data)):
+        return "truncated", reason
+    return "unreadable", reason
+
+
+def printable(name: str) -> str:
+    """A file name as text, also one that is not valid in the file system's encoding."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+# --- Worker processes
+
+
+class _Worker:
+    """A process that examines one chunk of files at a time."""
+
+    def __init__(self, context: SpawnContext) -> None:
+        self.connection, theirs = context.Pipe()
+        self.at = context.RawValue(c_longlong, NO_FILE)
+        self.seen_at, self.quiet_seconds = NO_FILE, 0.0
+        self.process = context.Process(target=_work, args=(theirs, self.at), daemon=True)
+        self.process.start()
+        theirs.close()  # so that the worker's death ends the connection
+
+    def look(self, seconds: float) -> float:
+        """How long the worker has been at its present file, now that another `seconds` have passed."""
+        at = self.at.value
+        self.quiet_seconds = self.quiet_seconds + seconds if at == self.seen_at else 0.0
+        self.seen_at = at
+        return self.quiet_seconds
+
+    def death(self) -> str:
+        """What ended the process."""
+        self.process.join()
+        code = self.process.exitcode or 0
+        return f"died ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
+
+    def error(self, source: ImageSource, what: str) -> UserError:
+        """One sentence that names the file at which the worker has failed."""
+        if self.at.value == NO_FILE:
+            return UserError(
+                f"a process that scans images {what} before its first file; mend what it says above, or give "
+                f"machine.num_workers 0 to scan without such processes"
+            )
+        return UserError(
+            f"{printable(source.name(self.at.value))}: a process that scans images {what} at this file; "
+            f"repair or remove it, or give fewer machine.num_workers if memory ran out, then start again"
+        )
+
+
+def _work(connection: Connection, at: c_longlong) -> None:
+    Image.core.set_blocks_max(2)  # keep the memory of an image and its copy: new pages cost half a decoding
+    with suppress(EOFError, BrokenPipeError):  # the scanning process has gone
+        while True:
+            start, names = connection.recv()
+            connection.send((start, _examine(names, start, at)))
+
+
+def _examined(
+    source: ImageSource, num_files: int, num_workers: int, timeout_seconds: float
+) -> Generator[tuple[int, _Chunk]]:
+    """The number of the first file and the findings of each chunk, in any order."""
+    chunks = (
+        (start, [source.name(i) for i in range(start, min(start + CHUNK_FILES, num_files))])
+        for start in range(0, num_files, CHUNK_FILES)
+    )
+    if num_workers == 0:
+        yield from ((start, _examine(names, start, c_longlong())) for start, names in chunks)
+        return
+    busy: dict[Any, _Worker] = {}  # by connection
+    with _workers(min(num_workers, -(-num_files // CHUNK_FILES))) as workers:
+        idle, looked = workers, time.monotonic()
+        while True:
+            for worker, chunk in zip(idle, chunks, strict=False):
+                with suppress(BrokenPipeError):  # a dead worker is found below
+                    worker.connection.send(chunk)
+                busy[worker.connection] = worker
+            if not busy:
+                return
+            idle = [busy.pop(connection) for connection in wait(list(busy), LOOK_EVERY_SECONDS)]
+            for worker in idle:
+                try:
+                    findings = worker.connection.recv()
+                except (EOFError, OSError) as error:
+                    raise worker.error(source, worker.death()) from error
+                yield findings
+            # At most two looks' worth, so that a program that was stopped and goes on has not hung.
+            passed = min(time.monotonic() - looked, 2 * LOOK_EVERY_SECONDS)
+            looked = time.monotonic()
+            for worker in busy.values():
+                if worker.look(passed) > timeout_seconds:
+                    raise worker.error(source, f"did nothing for {timeout_seconds:g} s")
+
+
+@contextmanager
+def _workers(count: int) -> Iterator[list[_Worker]]:
+    """Start workers, and kill them at the end whatever they do."""
+    # Spawned, as a forked process would inherit torch's threads and the other workers' connections.
+    context = multiprocessing.get_context("spawn")
+    workers: list[_Worker] = []
+    try:
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which they inherit: Ctrl-C is not for them
+        try:
+            for _ in range(count):
+                workers.append(_Worker(context))
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        yield workers
+    finally:
+        for worker in workers:
+            worker.process.kill()
+        for worker in workers:
+            worker.process.join()

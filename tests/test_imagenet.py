@@ -1,0 +1,267 @@
+"""Every layout is recognised from a few entries, and explained."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from dino_sparo.data import imagenet
+from dino_sparo.data.imagenet import Images, explain, recognise, training_folder
+from dino_sparo.errors import UserError, UserFileNotFoundError
+from tests import imagenet_layouts as mini
+
+CLS = "ILSVRC/Data/CLS-LOC"
+CSV, DEVKIT, ARCHIVE = "LOC_val_solution.csv", "ILSVRC2012_devkit_t12", "ILSVRC2012_devkit_t12.tar.gz"
+TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+FOLDERS, FLAT, TAR, TARS = "class folders", "flat", "tar", "class tars"
+
+
+def at(below: str, make, *content):
+    return lambda folder: make(folder / below, *content)
+
+
+def classes(below: str):
+    return at(below, mini.write_classes, mini.TRAIN)
+
+
+def files(below: str, *names: str):
+    return at(below, mini.write, dict.fromkeys(names, b""))
+
+
+def class_tars(below: str):
+    return at(below, mini.write, mini.class_tars())
+
+
+def val_images(below: str):
+    return at(below, mini.write, mini.VAL)
+
+
+sorted_val = at("val", mini.write_classes, mini.SORTED_VAL)
+
+# What makes the layout; then the folder given, and below it: train, val (each with its form) and labels.
+LAYOUTS = {
+    "class folders": ([classes("train"), sorted_val], ".", ("train", FOLDERS), ("val", FOLDERS), None),
+    "train only": ([classes("train")], ".", ("train", FOLDERS), None, None),
+    "classes directly": ([classes(".")], ".", (".", FOLDERS), None, None),
+    "flat photographs": ([files(".", "a.jpg")], ".", (".", FLAT), None, None),
+    "Kaggle": ([mini.kaggle], ".", (f"{CLS}/train", FOLDERS), (f"{CLS}/val", FLAT), CSV),
+    "Kaggle, one down": (
+        [mini.kaggle], "ILSVRC", ("Data/CLS-LOC/train", FOLDERS), ("Data/CLS-LOC/val", FLAT), f"../{CSV}"
+    ),
+    "Kaggle, two down": (
+        [mini.kaggle], "ILSVRC/Data", ("CLS-LOC/train", FOLDERS), ("CLS-LOC/val", FLAT), f"../../{CSV}"
+    ),
+    "Kaggle, three down": ([mini.kaggle], CLS, ("train", FOLDERS), ("val", FLAT), f"../../../{CSV}"),
+    "only val of Kaggle": ([mini.kaggle], f"{CLS}/val", None, (".", FLAT), f"../../../../{CSV}"),
+    "only train of Kaggle": ([mini.kaggle], f"{CLS}/train", (".", FOLDERS), None, None),
+    "three tars": (
+        [mini.official_tars, mini.devkit_archive], ".", (TRAIN_TAR, TAR), (VAL_TAR, TAR), ARCHIVE
+    ),
+    "train tar": ([files(".", TRAIN_TAR)], ".", (TRAIN_TAR, TAR), None, None),
+    "val tar": ([files(".", VAL_TAR)], ".", None, (VAL_TAR, TAR), None),
+    "tars in their folders": (
+        [files("train", TRAIN_TAR), files("val", VAL_TAR)], ".",
+        (f"train/{TRAIN_TAR}", TAR), (f"val/{VAL_TAR}", TAR), None,
+    ),
+    "tar kept beside train": (
+        [mini.official_tars, classes("train")], ".", ("train", FOLDERS), (VAL_TAR, TAR), None
+    ),
+    "empty train beside the tars": (
+        [mini.official_tars, files("train")], ".", (TRAIN_TAR, TAR), (VAL_TAR, TAR), None
+    ),
+    "class tars": ([class_tars(".")], ".", (".", TARS), None, None),
+    "class tars beside the devkit": ([class_tars("."), mini.devkit], ".", (".", TARS), None, None),
+    "both unpacked once": (
+        [class_tars("."), val_images("val"), mini.devkit], ".", (".", TARS), ("val", FLAT), DEVKIT
+    ),
+    "class tars in train": ([class_tars("train")], ".", ("train", TARS), None, None),
+    "class tars kept beside folders": ([class_tars("."), classes(".")], ".", (".", FOLDERS), None, None),
+    "with devkit": ([mini.unpacked, mini.devkit], ".", ("train", FOLDERS), ("val", FLAT), DEVKIT),
+    "with devkit archive": (
+        [mini.unpacked, mini.devkit_archive], ".", ("train", FOLDERS), ("val", FLAT), ARCHIVE
+    ),
+    "with solution": ([mini.unpacked, mini.solution], ".", ("train", FOLDERS), ("val", FLAT), CSV),
+    "folders named as the tars": (
+        [classes("ILSVRC2012_img_train"), val_images("ILSVRC2012_img_val")], ".",
+        ("ILSVRC2012_img_train", FOLDERS), ("ILSVRC2012_img_val", FLAT), None,
+    ),
+    "val unpacked beside train": (
+        [val_images("."), classes("train"), mini.devkit], ".", ("train", FOLDERS), (".", FLAT), DEVKIT
+    ),
+    "val folder alone": ([val_images("val"), mini.solution], ".", None, ("val", FLAT), CSV),
+    "train of the tar's name": (
+        [classes("ILSVRC2012_img_train")], ".", ("ILSVRC2012_img_train", FOLDERS), None, None
+    ),
+    "val images alone": ([val_images(".")], ".", None, (".", FLAT), None),
+    "other flat val": (
+        [classes("train"), files("val", "a.jpg"), mini.solution], ".", ("train", FOLDERS), ("val", FLAT), None
+    ),
+}  # fmt: skip
+USABLE = {
+    "class folders", "train only", "classes directly", "flat photographs", "only train of Kaggle",
+    "class tars kept beside folders",
+}  # fmt: skip
+LEARNABLE = {name for name, row in LAYOUTS.items() if row[2] and row[2][1] in ("class folders", "flat")}
+
+
+def images_of(root: Path, expected: tuple[str, str] | None) -> Images | None:
+    return expected and Images(Path(os.path.normpath(root / expected[0])), expected[1])
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request, tmp_path):
+    makers, given, train, val, labels = LAYOUTS[request.param]
+    for make in makers:
+        make(tmp_path)
+    root = Path(os.path.normpath(tmp_path / given))
+    labels = labels and Path(os.path.normpath(root / labels))
+    return request.param, root, images_of(root, train), images_of(root, val), labels
+
+
+def test_layouts_are_recognised(layout):
+    name, root, train, val, labels = layout
+    found = recognise(root)
+    assert (found.root, found.train, found.val, found.labels) == (root, train, val, labels)
+    assert found.val_is_flat == (val is not None and val.form != "class folders")
+    assert found.is_usable == (name in USABLE)
+    assert ("Kaggle" in found.name) == name.startswith("Kaggle")
+
+
+def test_layouts_are_explained(layout):
+    name, root, train, val, labels = layout
+    sentence = explain(recognise(root))
+    if name in USABLE:
+        assert sentence == ""
+        return
+    assert sentence.startswith(f"{root} holds {'Kaggle' if name.startswith('Kaggle') else ''}")
+    assert f"`dino-sparo prepare {root} --out OUT" in sentence
+    assert ("OUT/train/<class>" in sentence, "OUT/val/<class>" in sentence) == (bool(train), bool(val))
+    needs_labels = val is not None and val.form != "class folders" and labels is None
+    assert ("--labels FILE" in sentence) == needs_labels
+
+
+def test_training_goes_where_the_images_are(layout):
+    name, root, train, _, _ = layout
+    expected = train.path if train and name in LEARNABLE else None
+    if name in ("val images alone", "only val of Kaggle"):  # a flat folder like any other
+        expected = root
+    assert training_folder(root) == expected
+
+
+def test_names_in_words(tmp_path):
+    mini.kaggle(tmp_path)
+    assert recognise(tmp_path).name == (
+        "Kaggle's ImageNet: training images in class folders, validation images in a flat folder, "
+        "their labels in LOC_val_solution.csv"
+    )
+
+
+def test_a_folder_with_blanks_is_quoted(tmp_path):
+    mini.unpacked(tmp_path / "my images")
+    assert f"prepare '{tmp_path / 'my images'}' --out" in explain(recognise(tmp_path / "my images"))
+
+
+def test_relative_folders(tmp_path, monkeypatch):
+    mini.kaggle(tmp_path)
+    monkeypatch.chdir(tmp_path / CLS)
+    assert recognise(Path()).labels == tmp_path / "LOC_val_solution.csv"
+    assert recognise(Path()).name.startswith("Kaggle")
+    monkeypatch.chdir(tmp_path / CLS / "val")
+    assert training_folder(Path()) == Path()
+
+
+@pytest.mark.parametrize("empty", [0, 60])
+def test_some_class_folders_may_be_empty(tmp_path, empty):
+    for number in range(empty):
+        (tmp_path / "train" / f"a{number:02d}").mkdir(parents=True)
+    mini.write_classes(tmp_path / "train", {"b": {"1.jpg": b""}})
+    assert recognise(tmp_path).train == Images(tmp_path / "train", "class folders")
+
+
+def test_hidden_files_are_no_images(tmp_path):
+    mini.write(tmp_path / "train", {"._1.jpg": b"", ".DS_Store": b""})
+    mini.write_classes(tmp_path / "train", mini.TRAIN)
+    assert recognise(tmp_path).train == Images(tmp_path / "train", "class folders")
+
+
+def test_links_to_nowhere_and_to_themselves_are_passed_over(tmp_path):
+    mini.write_classes(tmp_path / "train", mini.TRAIN)
+    (tmp_path / "train" / "loop").symlink_to("loop")
+    (tmp_path / "train" / "nowhere").symlink_to("nothing")
+    (tmp_path / "train" / "up").symlink_to("..")
+    assert recognise(tmp_path).train == Images(tmp_path / "train", "class folders")
+
+
+def test_half_unpacked_class_tars(tmp_path):
+    mini.write(tmp_path / "train", mini.class_tars())
+    (tmp_path / "train" / "n01440764").mkdir()
+    with pytest.raises(
+        UserError, match=r"class folders \(n01440764\) and class tars .*\(n02084071\.tar\); finish"
+    ):
+        recognise(tmp_path)
+
+
+@pytest.mark.parametrize("files", [{}, {"notes.txt": b""}, {"train.zip": b""}, {"n01440764": b""}])
+def test_nothing_recognised(tmp_path, files):
+    mini.write(tmp_path, files)
+    (tmp_path / "train").mkdir()
+    mini.write_classes(tmp_path, {".hidden": {"1.jpg": b""}})
+    with pytest.raises(
+        UserFileNotFoundError, match=r"no images recognised; expected one of: class folders .*Kaggle"
+    ):
+        recognise(tmp_path)
+    assert training_folder(tmp_path) is None
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(UserFileNotFoundError, match=r"missing is no folder; give the folder"):
+        recognise(tmp_path / "missing")
+    assert training_folder(tmp_path / "missing") is None
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """Numbers of folders and entries that were read."""
+    original, read = os.scandir, {"folders": 0, "entries": 0}
+
+    class Counted:
+        def __init__(self, path):
+            read["folders"] += 1
+            self.entries = original(path)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.entries.close()
+
+        def __iter__(self):
+            for entry in self.entries:
+                read["entries"] += 1
+                yield entry
+
+    monkeypatch.setattr(os, "scandir", Counted)
+    return read
+
+
+def test_a_look_is_cheap(tmp_path, monkeypatch, read):
+    """A class folder or two are looked into; of many flat images some are read."""
+    monkeypatch.setattr(imagenet, "TOP_ENTRIES", 100)
+    for number in range(90):
+        (tmp_path / "train" / f"n{number:08d}").mkdir(parents=True)
+    mini.write_classes(tmp_path / "train", {"n00000001": mini.VAL})
+    mini.write(tmp_path / "val", {f"ILSVRC2012_val_{number:08d}.JPEG": b"" for number in range(400)})
+    layout = recognise(tmp_path)
+    assert (layout.train.form, layout.val.form) == ("class folders", "flat")
+    # train and two of its folders, val as a whole and for the names in it
+    assert (read["folders"], read["entries"]) == (3 + 2, 90 + len(mini.VAL) + 100 + 64)
+
+
+def test_a_look_at_other_folders_ends_soon(tmp_path, monkeypatch, read):
+    monkeypatch.setattr(imagenet, "PROBED_ENTRIES", 6)
+    monkeypatch.setattr(imagenet, "PROBED_BELOW", 2)
+    for number in range(8):
+        for below in range(3):
+            (tmp_path / f"{number}" / f"{below}" / "deeper" / "deepest").mkdir(parents=True)
+    assert training_folder(tmp_path) is None
+    assert read["folders"] == 1 + 6 * (1 + 2 + 2)

@@ -1,0 +1,210 @@
+"""Classes of flat folders: Kaggle's solution file, the devkit, lists; and how each can be wrong."""
+
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from dino_sparo.data.val_labels import DEVKIT, GROUND_TRUTH, META, image_classes, labels_near
+from dino_sparo.errors import UserError, UserFileNotFoundError
+from tests import imagenet_layouts as mini
+
+VAL = Path("val")
+
+
+def classes_from(path: Path, content: str | bytes, *images: str) -> dict[str, str]:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return image_classes(images or list(mini.VAL), VAL, path)
+
+
+# --- Kinds of labels
+
+
+def test_kaggle_solution_takes_the_first_box(tmp_path):
+    mini.solution(tmp_path)
+    assert image_classes(list(mini.VAL), VAL, tmp_path / "LOC_val_solution.csv") == mini.VAL_CLASSES
+    boxes = "ImageId,PredictionString\na,n00000001 1 2 3 4 n00000002 5 6 7 8\n"
+    assert classes_from(tmp_path / "two.csv", boxes, "a.JPEG") == {"a.JPEG": "n00000001"}
+
+
+@pytest.mark.parametrize(("make", "name"), [(mini.devkit, DEVKIT), (mini.devkit_archive, f"{DEVKIT}.tar.gz")])
+def test_devkit(tmp_path, make, name):
+    make(tmp_path)
+    assert image_classes(list(mini.VAL), VAL, tmp_path / name) == mini.VAL_CLASSES
+
+
+@pytest.mark.parametrize("separator", [" ", "\t", ",", ", ", "   "])
+def test_list(tmp_path, separator):
+    assert classes_from(tmp_path / "labels.txt", mini.labels_list(separator)) == mini.VAL_CLASSES
+
+
+@pytest.mark.parametrize(
+    ("line", "image", "name"),
+    [
+        ("my photo.jpg cat", "my photo.jpg", "cat"),
+        ("my photo.jpg\tgolden retriever", "my photo.jpg", "golden retriever"),
+        ("1.jpg,golden retriever\r", "1.jpg", "golden retriever"),
+        ("./val/1.jpg cat", "1.jpg", "cat"),
+        ("1 cat", "1.png", "cat"),
+        ("\ufeff1.jpg cat", "1.jpg", "cat"),
+        ("\n1.jpg cat\n\n", "1.jpg", "cat"),
+    ],
+)
+def test_lists_of_any_images(tmp_path, line, image, name):
+    assert classes_from(tmp_path / "labels.txt", line, image) == {image: name}
+
+
+def test_the_full_name_wins_over_the_name_without_extension(tmp_path):
+    labels = "1.jpg cat\n1 dog\n"
+    assert classes_from(tmp_path / "l.txt", labels, "1.jpg", "1.png") == {"1.jpg": "cat", "1.png": "dog"}
+
+
+def test_file_names_that_are_not_utf8(tmp_path):
+    name = b"b\xe4r.jpg".decode("utf-8", "surrogateescape")
+    assert classes_from(tmp_path / "l.txt", b"b\xe4r.jpg bear\n", name) == {name: "bear"}
+
+
+# --- Where they lie
+
+
+def test_labels_near_prefers_what_needs_no_scipy(tmp_path):
+    folder = tmp_path / "ILSVRC/Data/CLS-LOC/val"
+    folder.mkdir(parents=True)
+    assert labels_near(folder) is None
+    mini.devkit_archive(tmp_path)
+    assert labels_near(folder) == tmp_path / f"{DEVKIT}.tar.gz"
+    (folder / DEVKIT).mkdir()  # empty: not unpacked
+    assert labels_near(folder) == tmp_path / f"{DEVKIT}.tar.gz"
+    mini.devkit(tmp_path)
+    assert labels_near(folder) == tmp_path / DEVKIT
+    mini.solution(tmp_path)
+    assert labels_near(folder) == tmp_path / "LOC_val_solution.csv"
+    assert labels_near(folder / "deeper") is None
+
+
+# --- Mistakes
+
+
+def test_image_without_label(tmp_path):
+    labels = mini.labels_list().splitlines(keepends=True)
+    message = r"l\.txt: no label for ILSVRC2012_val_00000002\.JPEG of val \(2 of 5 images have none\)"
+    with pytest.raises(UserError, match=message):
+        classes_from(tmp_path / "l.txt", b"".join([labels[0], *labels[3:]]))
+
+
+def test_label_without_image(tmp_path):
+    lines = b"\n".join(reversed(mini.labels_list().splitlines()))
+    message = r"l\.txt line 2: val has no image 'ILSVRC2012_val_00000004\.JPEG' \(5 labels, 3 images\)"
+    with pytest.raises(UserError, match=message):
+        classes_from(
+            tmp_path / "l.txt", lines, *[name for name in mini.VAL if "4" not in name and "3" not in name]
+        )
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("1.jpg cat\n2.jpg", r"line 2: '2\.jpg' is no label; expected `file_name class`"),
+        ("1.jpg,", "line 1: '1.jpg,' is no label"),
+        ("1.jpg ../cat", "is no label"),
+        ("1.jpg .cat", "is no label"),
+        ("1.jpg c/at", "is no label"),
+        ("1.jpg,c\0at", "is no label"),
+        (",cat", "is no label"),
+        ("1.jpg cat\n\n1.jpg dog", r"line 3: '1\.jpg' has a label already \(line 1\)"),
+        ("ImageId,PredictionString\n1,", "line 2: '1,' is no label; expected `ImageId,class and box"),
+        ("ImageId,PredictionString\n1 n00000001", "line 2: '1 n00000001' is no label"),
+        ("", r"no label for 1\.jpg"),
+    ],
+)
+def test_malformed_lines(tmp_path, lines, message):
+    with pytest.raises(UserError, match=message):
+        classes_from(tmp_path / "labels.txt", lines, "1.jpg")
+
+
+def test_no_such_file(tmp_path):
+    with pytest.raises(UserFileNotFoundError, match=r"labels.*does not exist"):
+        image_classes(["1.jpg"], VAL, tmp_path / "missing.csv")
+
+
+def test_devkit_without_scipy(tmp_path, monkeypatch):
+    mini.devkit(tmp_path)
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with pytest.raises(
+        UserError, match=r"meta\.mat can only be read with scipy; `pip install scipy`, or give other"
+    ):
+        image_classes(list(mini.VAL), VAL, tmp_path / DEVKIT)
+
+
+@pytest.mark.parametrize("number", ["4", "0", "n01440764", ""])  # 4 is a synset, but no class
+def test_ground_truth_that_is_no_class(tmp_path, number):
+    mini.devkit(tmp_path)
+    (tmp_path / DEVKIT / GROUND_TRUTH).write_text(f"2\n1\n{number}\n2\n1\n")
+    with pytest.raises(UserError, match=r"ground_truth\.txt line 3: .* is no class; expected .* 1 to 3"):
+        image_classes(list(mini.VAL), VAL, tmp_path / DEVKIT)
+
+
+@pytest.mark.parametrize("content", [b"", b"no mat", None])
+def test_damaged_meta(tmp_path, content):
+    mini.devkit(tmp_path)
+    meta = tmp_path / DEVKIT / META
+    meta.write_bytes(meta.read_bytes()[:-40] if content is None else content)
+    with pytest.raises(UserError, match=r"meta\.mat is no meta\.mat of the devkit"):
+        image_classes(list(mini.VAL), VAL, tmp_path / DEVKIT)
+
+
+@pytest.mark.parametrize("names", [("../evil", ".hidden", "/"), ()])
+def test_meta_without_classes(tmp_path, monkeypatch, names):
+    monkeypatch.setattr(mini, "WNIDS", names)
+    mini.devkit(tmp_path)
+    with pytest.raises(UserError, match=r"meta\.mat names no classes"):
+        image_classes(list(mini.VAL), VAL, tmp_path / DEVKIT)
+
+
+@pytest.mark.parametrize("keep", [0, 20, 200])
+def test_damaged_devkit_archive(tmp_path, keep):
+    mini.devkit_archive(tmp_path)
+    archive = tmp_path / f"{DEVKIT}.tar.gz"
+    archive.write_bytes(archive.read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"tar\.gz: no readable devkit"):
+        image_classes(list(mini.VAL), VAL, archive)
+
+
+def test_devkit_archive_with_a_damaged_byte(tmp_path):
+    mini.devkit_archive(tmp_path)
+    archive = tmp_path / f"{DEVKIT}.tar.gz"
+    content = archive.read_bytes()
+    names = 10 + len(f"{DEVKIT}.tar\0")  # the header of the archive
+    for position in range(names, len(content)):
+        damaged = bytearray(content)
+        damaged[position] ^= 255
+        archive.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"tar\.gz: no readable devkit"):
+            image_classes(list(mini.VAL), VAL, archive)
+
+
+@pytest.mark.parametrize("kind", [None, tarfile.DIRTYPE])
+def test_devkit_archive_that_lacks_a_file(tmp_path, kind):
+    archive = tmp_path / f"{DEVKIT}.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        for name in (GROUND_TRUTH, META) if kind else (GROUND_TRUTH,):
+            member = tarfile.TarInfo(f"{DEVKIT}/{name}")
+            member.type = kind if kind and name == META else tarfile.REGTYPE
+            tar.addfile(member)
+    with pytest.raises(UserError, match=r"no readable devkit .*meta\.mat"):
+        image_classes(list(mini.VAL), VAL, archive)
+
+
+def test_devkit_line_without_image(tmp_path):
+    mini.devkit(tmp_path)
+    (tmp_path / DEVKIT / GROUND_TRUTH).write_bytes(b" 2 \r\n1\r\n3\r\n")
+    with pytest.raises(UserError, match=rf"{DEVKIT} line 3: val has no image 'ILSVRC2012_val_00000003'"):
+        image_classes(list(mini.VAL)[:2], VAL, tmp_path / DEVKIT)
+
+
+def test_devkit_folder_that_lacks_a_file(tmp_path):
+    mini.devkit(tmp_path)
+    (tmp_path / DEVKIT / META).unlink()
+    with pytest.raises(UserError, match=r"no readable devkit .*meta\.mat"):
+        image_classes(list(mini.VAL), VAL, tmp_path / DEVKIT)
