@@ -158,7 +158,7 @@ class MonitorOptions:
     """20-NN of the teacher every so many epochs, also before the first and after the last; 0: never."""
     knn_path: str | None = None
     """Labelled folder (train/<class>, val/<class>) for it; null takes data.path if it is labelled."""
-    knn_images_per_class: int | None = None
+    knn_images_per_class: int | None = 50
     """Gallery and test images a class at most, evenly spread; null takes all."""
 
 
