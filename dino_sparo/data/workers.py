@@ -70,11 +70,12 @@ class Watched(Dataset):
                     "repair or remove the file, or give fewer machine.num_workers if memory or "
                     "shared memory ran out"
                 )
-            raise UserError(f"{what} while at {self._files()}; {remedy}, then start again") from error
-
-    def _files(self) -> str:
-        names = [self.name(number) for number in self.at.tolist() if number != IDLE]
-        return ", ".join(names) if names else "no file"
+            names = [self.name(number) for number in self.at.tolist() if number != IDLE]
+            at = f"while at {', '.join(names)}"
+            if not names:  # then they were handing over what they had made
+                at = "while at no file"
+                remedy = "enlarge the shared memory (/dev/shm), or give fewer machine.num_workers"
+            raise UserError(f"{what} {at}; {remedy}, then start again") from error
 
 
 def start_worker(_worker: int) -> None:
