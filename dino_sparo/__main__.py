@@ -69,7 +69,10 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0 done, 2 the user's mistake, 130 interrupted."""
+    """Run a command; returns the exit status.
+
+    0 done, 1 `check` has found a problem, 2 the user's mistake, 130 interrupted.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(overview())
@@ -135,6 +138,10 @@ def run_command(name: str, arguments: list[str]) -> int:
         raise UserError(f"unknown command {name!r}; expected one of {', '.join(COMMANDS)}")
     command = COMMANDS[name]
     options = parse_options(command.options, complete(name, arguments), usage=command.usage)
+    if name != "pretrain" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            f"{name} runs in one process, torchrun has started several; start it without torchrun"
+        )
     num_processes = getattr(options, "nproc", 1)
     if num_processes > 1 and name != "check":  # which only tells what so many processes would do
         if name != "pretrain":

@@ -1,22 +1,24 @@
 """`dino-sparo check`: what a run would do, before it does it: data, cost, hours, disk, and what limits it."""
 
 import json
-import math
+import os
 import shutil
 import sys
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dino_sparo.checks import split_batch
+from dino_sparo.check_report import data_findings, machine_problems, summary, verdict
+from dino_sparo.checks import smaller_batch, split_batch
 from dino_sparo.data.loader import BatchOrder, CropsDataset, crop_batches
 from dino_sparo.data.scan import scan_images
 from dino_sparo.data.scan_report import DataReport, data_report, describe
 from dino_sparo.data.sources import ImageSource, open_val
 from dino_sparo.data.views import NUM_GLOBAL_CROPS, crop_recipes
-from dino_sparo.data.workers import default_workers
+from dino_sparo.data.workers import check_shared_memory, default_workers, shared_memory_free
 from dino_sparo.device import choose_device
 from dino_sparo.errors import UserError
 from dino_sparo.measure import (
@@ -27,19 +29,19 @@ from dino_sparo.measure import (
     count_parameters,
     measure_loading,
     measure_steps,
+    private_bytes,
 )
 from dino_sparo.options import CheckOptions
 from dino_sparo.training.checkpoint import KEEP_LAST
 from dino_sparo.training.precision import choose_precision, set_numerics
-from dino_sparo.training.rundir import config_of
-from dino_sparo.training.setup import build_schedules, open_data
+from dino_sparo.training.rundir import check_same_experiment, config_of
+from dino_sparo.training.setup import build_schedules, open_data, prefetched_bytes
 from dino_sparo.training.state import build_state
 
 LOADING_SECONDS = 10.0
 LOADING_BATCH = 8  # images; the speed is that of any batch, and it comes sooner
 STEPS = 3
 CPU_BATCH = 4  # images; a CPU is timed on a few, its speed is that of any batch
-GIB = 2**30
 
 
 def check(options: CheckOptions) -> int:
@@ -50,21 +52,32 @@ def check(options: CheckOptions) -> int:
     set_numerics(tf32=machine.tf32, deterministic=machine.deterministic)
     batch_size, accumulation = split_batch(optim.global_batch_size, machine.batch_size_per_gpu, options.nproc)
     workers = default_workers(options.nproc) if machine.num_workers is None else machine.num_workers
-    source, _ = open_data(options, workers)
+    check_same_experiment(Path(options.run_dir), config_of(options))
+    source, monitor = open_data(options, workers)
 
     report: dict[str, Any] = {"problems": [], "remarks": []}
+    if monitor is None:
+        report["remarks"].append("no k-NN while training: monitor.knn_path can name a labelled folder")
+    if device.type == "cuda" and options.nproc > torch.cuda.device_count():
+        report["problems"].append(f"{options.nproc} processes, but {torch.cuda.device_count()} GPUs here")
     if options.scan:
         data = scan(options, source, max(1, workers) * options.nproc)
         report["data"] = asdict(data)
-        report["problems"] += data_problems(data, options.data.on_bad_image)
-        report["remarks"] += data_remarks(data)
+        problems, remarks = data_findings(data, options)
+        report["problems"] += problems
+        report["remarks"] += remarks
         say("\n".join(describe(data)))
-    loading = load(options, source, workers * options.nproc, say)
-    report |= {"loader": {"images_per_second": loading.images_per_second, "workers": loading.workers}}
-    report |= cost(options, loading, batch_size, device, say)
-    report |= projection(options, report, device, len(source), batch_size, accumulation, workers)
-    report["problems"] += machine_problems(options, report)
-    say("\n".join(summary(options, report, device)))
+    try:
+        check_shared_memory(prefetched_bytes(options, workers, batch_size, options.nproc))
+        loading = load(options, source, workers * options.nproc, say)
+        report["loader"] = {key: value for key, value in vars(loading).items() if key != "crops"}
+        report |= cost(options, loading, batch_size, device, say)
+        report["run"] = projection(options, report, device, len(source), batch_size, accumulation, workers)
+        report["problems"] += machine_problems(options, report)
+        say("\n".join(summary(options, report, device.type)))
+    except UserError as error:  # what was found so far is worth telling
+        report["problems"].append(str(error))
+    say("\n".join(verdict(report)))
     if options.json:
         print(json.dumps(report, indent=1))
     return 1 if report["problems"] else 0
@@ -72,7 +85,8 @@ def check(options: CheckOptions) -> int:
 
 def scan(options: CheckOptions, source: ImageSource, num_workers: int) -> DataReport:
     """Every file of train and, if there is one, of val."""
-    timeout, val = options.machine.data_timeout_seconds, open_val(options.data.path)
+    timeout = options.machine.data_timeout_seconds
+    val = open_val(options.monitor.knn_path or options.data.path)
     scans = [
         scan_images(images, num_workers=num_workers, description=f"scanning {name}", timeout_seconds=timeout)
         for name, images in (("train", source), ("val", val))
@@ -92,6 +106,7 @@ def load(options: CheckOptions, source: ImageSource, num_workers: int, say: Any)
         seed=options.seed,
     )
     timeout = options.machine.data_timeout_seconds
+    warnings.filterwarnings("ignore", message="This DataLoader will create")  # as many as were asked for
     batches, watched = crop_batches(
         dataset,
         order,
@@ -121,6 +136,7 @@ def cost(
         activation_checkpointing=options.machine.activation_checkpointing,
     )
     hyper = replace(build_schedules(options, steps_per_epoch=1).at(0), freeze_last_layer=False)
+    share = options.optim.global_batch_size // options.nproc
     tried = batch_size if device.type == "cuda" else min(batch_size, CPU_BATCH)
     stepping: Stepping | None = None
     while stepping is None:
@@ -138,8 +154,8 @@ def cost(
         except torch.OutOfMemoryError:
             if tried == 1:
                 raise UserError("the GPU's memory does not hold a step on one image") from None
-            tried //= 2
-            say(f"{2 * tried} images at once do not fit into the GPU's memory; trying {tried}")
+            say(f"{tried} images at once do not fit into the GPU's memory; trying fewer")
+            tried = smaller_batch(share, tried)
     return {
         "parameters": {
             "encoder": count_parameters(state.student.encoder),
@@ -161,129 +177,35 @@ def projection(
     workers: int,
 ) -> dict[str, Any]:
     """What follows from the measurements for the whole run, k-NN left out."""
-    optim, log, views = options.optim, options.log, options.views
+    optim, log, loader_bytes = options.optim, options.log, report["loader"]["worker_bytes"]
     # GPUs work side by side, processes on a CPU share its cores.
     networks = report["step"]["images_per_second"] * (options.nproc if device.type == "cuda" else 1)
     loader = report["loader"]["images_per_second"]
-    speed = min(networks, loader)
+    # Without workers a process loads and computes in turns.
+    speed = min(networks, loader) if workers else 1 / (1 / networks + 1 / loader)
     steps_per_epoch = num_images // optim.global_batch_size
     seen = optim.epochs * steps_per_epoch * optim.global_batch_size
     kept = KEEP_LAST + 1 + (optim.epochs // log.keep_every_epochs if log.keep_every_epochs else 0)
-    pixels = NUM_GLOBAL_CROPS * views.global_size**2 + views.num_local_crops * views.local_size**2
-    prefetched = options.nproc * workers * options.machine.prefetch_batches * batch_size * 3 * pixels
+    prefetched = prefetched_bytes(options, workers, batch_size, options.nproc)
+    processes = options.nproc * private_bytes(os.getpid()) + options.nproc * workers * loader_bytes
     return {
-        "run": {
-            "images": num_images,
-            "steps_per_epoch": steps_per_epoch,
-            "steps": optim.epochs * steps_per_epoch,
-            "processes": options.nproc,
-            "batch_size_per_gpu": batch_size,
-            "accumulation": accumulation,
-            "networks_images_per_second": networks,
-            "images_per_second": speed,
-            "limited_by": "network" if networks <= loader else "loader",
-            "hours": seen / speed / 3600,
-            "disk_bytes": kept * report["checkpoint_bytes"],
-            "disk_free_bytes": shutil.disk_usage(_existing(Path(options.run_dir))).free,
-            "prefetched_bytes": prefetched,
-            "shared_memory_free_bytes": _shared_memory(),
-        }
+        "images": num_images,
+        "steps_per_epoch": steps_per_epoch,
+        "steps": optim.epochs * steps_per_epoch,
+        "processes": options.nproc,
+        "batch_size_per_gpu": batch_size,
+        "accumulation": accumulation,
+        "networks_images_per_second": networks,
+        "images_per_second": speed,
+        "limited_by": "network" if networks <= loader else "loader",
+        "hours": seen / speed / 3600,
+        "disk_bytes": kept * report["checkpoint_bytes"],
+        "disk_free_bytes": shutil.disk_usage(_existing(Path(options.run_dir))).free,
+        "memory_bytes": processes + prefetched,
+        "memory_free_bytes": _memory_free(),
+        "prefetched_bytes": prefetched,
+        "shared_memory_free_bytes": shared_memory_free(),
     }
-
-
-def data_problems(data: DataReport, on_bad_image: str) -> list[str]:
-    """What of the data would stop the run or spoil its evaluation."""
-    problems = []
-    for split, found in (("train", data.train), ("val", data.val)):
-        bad = sum(listing.count for listing in found.problems.values()) if found else 0
-        if bad and (split == "val" or on_bad_image == "stop"):
-            remedy = " or set data.on_bad_image substitute" if split == "train" else ""
-            problems.append(f"{bad} images of {split} cannot be read: repair or remove them{remedy}")
-    if data.classes.only_in_val.count:
-        problems.append(f"{data.classes.only_in_val.count} classes of val are not in train")
-    return problems
-
-
-def data_remarks(data: DataReport) -> list[str]:
-    """What makes evaluations look better than they are."""
-    if not data.val or not data.val_in_train or not data.val_in_train.images:
-        return []
-    leaked, images = data.val_in_train.images, data.val.images
-    return [
-        f"{leaked} of {images} images of val are in train too: k-NN and linear probe may come out up to "
-        f"{100 * leaked / images:.2f} points too high"
-    ]
-
-
-def machine_problems(options: CheckOptions, report: dict[str, Any]) -> list[str]:
-    """What of the machine would stop the run."""
-    run, step, problems = report["run"], report["step"], []
-    if run["disk_bytes"] > run["disk_free_bytes"]:
-        problems.append(
-            f"run_dir {options.run_dir!r}: checkpoints need {run['disk_bytes'] / GIB:.1f} GiB, "
-            f"{run['disk_free_bytes'] / GIB:.1f} are free: use another disk or a larger log.keep_every_epochs"
-        )
-    if step["memory_gib"] is not None and step["batch_size"] < run["batch_size_per_gpu"]:
-        problems.append(
-            f"{run['batch_size_per_gpu']} images at once do not fit into the GPU's memory: give "
-            f"machine.batch_size_per_gpu {step['batch_size']}"
-        )
-    free = run["shared_memory_free_bytes"]
-    if free is not None and run["prefetched_bytes"] > free:
-        problems.append(
-            f"prefetched batches need {run['prefetched_bytes'] / GIB:.1f} GiB of shared memory, "
-            f"{free / GIB:.1f} are free: enlarge /dev/shm or give fewer machine.num_workers"
-        )
-    return problems
-
-
-def summary(options: CheckOptions, report: dict[str, Any], device: torch.device) -> list[str]:
-    """The report's numbers, as lines of text."""
-    run, step, loader = report["run"], report["step"], report["loader"]
-    networks = run["networks_images_per_second"]
-    flops, parameters = report["flops_per_image"], report["parameters"]
-    hours = run["hours"]
-    duration = f"{hours:,.1f} hours" if hours < 48 else f"{hours:,.0f} hours ({hours / 24:.1f} days)"
-    memory = ""
-    if step["memory_gib"] is not None:
-        memory = f", {step['memory_gib']:.1f} of {step['gpu_memory_gib']:.0f} GiB of GPU memory"
-    seconds = step["batch_size"] / step["images_per_second"]
-    per_step = f"{run['processes']} x {run['batch_size_per_gpu']}"
-    if run["accumulation"] > 1:
-        per_step += f" x {run['accumulation']} micro-batches"
-    limits = {
-        "network": "the networks: the loader could feed {:.1f} times as many; another GPU shortens the run",
-        "loader": "loading images: the networks could take {:.1f} times as many; more cores shorten the run",
-    }
-    faster = max(networks, loader["images_per_second"]) / run["images_per_second"]
-    shared = run["shared_memory_free_bytes"]
-    shared_memory = f" of {shared / GIB:.1f} GiB free in /dev/shm" if shared is not None else ""
-    expected = math.log(options.head.num_prototypes)
-    disk, disk_free = run["disk_bytes"] / GIB, run["disk_free_bytes"] / GIB
-    encoder = f"{parameters['encoder'] / 1e6:.1f} M parameters, {flops['encoder'] / 1e9:.1f} GFLOPs a crop"
-    lines = [
-        "",
-        f"encoder   {encoder} of {options.views.global_size} pixels",
-        f"head      {parameters['head'] / 1e6:.1f} M parameters",
-        f"training  {flops['training'] / 1e9:.0f} GFLOPs an image (a multiply-add is two)",
-        f"loss      {step['loss']:.2f} at the start, ln K is {expected:.2f}",
-        f"loader    {loader['images_per_second']:,.0f} images/s with {loader['workers']} workers (measured)",
-        f"step      {step['images_per_second']:,.1f} images/s on one {device.type}, {step['precision']}: "
-        f"{seconds:.3f} s for {step['batch_size']} images at once{memory} (measured)",
-        f"batch     {options.optim.global_batch_size} images: {per_step}",
-        f"run       {run['images']:,} images, {run['steps_per_epoch']:,} steps an epoch, "
-        f"{run['steps']:,} in all",
-        f"speed     {run['images_per_second']:,.1f} images/s: the smaller of loader and networks "
-        f"({networks:,.1f})",
-        f"time      {duration} for {options.optim.epochs} epochs, without k-NN",
-        f"disk      {report['checkpoint_bytes'] / GIB:.2f} GiB a checkpoint, {disk:.1f} GiB at most, "
-        f"{disk_free:.0f} GiB free",
-        f"memory    {run['prefetched_bytes'] / GIB:.1f} GiB of prefetched views{shared_memory}",
-        f"limit     {limits[run['limited_by']].format(faster)}",
-        "",
-        *(f"REMARK: {remark}" for remark in report["remarks"]),
-    ]
-    return lines + ([f"PROBLEM: {problem}" for problem in report["problems"]] or ["nothing is in the way"])
 
 
 def _existing(folder: Path) -> Path:
@@ -292,6 +214,10 @@ def _existing(folder: Path) -> Path:
     return next(place for place in (folder, *folder.parents) if place.exists())
 
 
-def _shared_memory() -> int | None:
-    """Free bytes of /dev/shm, through which workers hand over views; None where there is none."""
-    return shutil.disk_usage("/dev/shm").free if Path("/dev/shm").exists() else None
+def _memory_free() -> int:
+    """Bytes of memory that processes can still take, this one's own counted as free."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
+        if line.startswith("MemAvailable:"):  # also what the file cache would give back
+            free = 1024 * int(line.split()[1])
+    return free + private_bytes(os.getpid())

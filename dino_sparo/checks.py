@@ -58,6 +58,11 @@ def split_batch(global_batch_size: int, batch_size_per_gpu: int | None, processe
     return batch_size_per_gpu, share // batch_size_per_gpu
 
 
+def smaller_batch(share: int, batch_size: int) -> int:
+    """The largest number of images at once that divides a process's share and is at most half of this one."""
+    return max(size for size in range(1, max(1, batch_size // 2) + 1) if share % size == 0)
+
+
 def _either(numbers: list[int]) -> str:
     return " or ".join(map(str, sorted(numbers)))
 

@@ -4,6 +4,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import repeat
+from multiprocessing import active_children
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,8 @@ class Loading:
 
     images_per_second: float
     workers: int
+    worker_bytes: int
+    """Memory of the largest worker that no other process has; 0 without workers."""
     crops: Crops
     """The last batch."""
 
@@ -58,8 +62,9 @@ def measure_loading(batches: DataLoader, watched: Watched, *, seconds: float, ti
         while (elapsed := time.monotonic() - started) < seconds or not images:
             crops = _readable(next(iterator))
             images += crops.global_crops.shape[1]
+        worker_bytes = max((private_bytes(child.pid) for child in active_children()), default=0)
     assert crops is not None
-    return Loading(images / elapsed, workers, crops)
+    return Loading(images / elapsed, workers, worker_bytes, crops)
 
 
 def measure_steps(
@@ -139,6 +144,15 @@ def checkpoint_bytes(state: TrainState) -> int:
         return 0
 
     return size(capture_state(state))
+
+
+def private_bytes(pid: int | None) -> int:
+    """Memory of a process that no other has; 0 where the system does not tell."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("Private_", "Swap:")))
 
 
 def _readable(crops: Crops | UnreadableImage) -> Crops:

@@ -238,8 +238,8 @@ class PretrainOptions:
 class CheckOptions(PretrainOptions):
     """Look at a run before it starts: data, cost, hours, memory, disk, and what limits it."""
 
-    run_dir: str = "runs"
-    """Folder that the run would have; its disk is looked at, nothing is written."""
+    run_dir: str = "runs/new"
+    """Folder that the run would have; it and its disk are looked at, nothing is written."""
     scan: bool = True
     """Read every file of the data set and list what is damaged or there twice."""
     json: bool = False

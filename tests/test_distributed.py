@@ -12,6 +12,7 @@ import torch
 import torch.multiprocessing as mp
 
 from dino_sparo import distributed
+from dino_sparo.checks import smaller_batch, split_batch
 from dino_sparo.errors import UserError
 from dino_sparo.training import pretrain as program
 from dino_sparo.training.checkpoint import load_latest
@@ -276,3 +277,9 @@ def test_collectives(tmp_path, monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", "29571")
     mp.spawn(in_processes, args=(str(tmp_path),), nprocs=3)
+
+
+@pytest.mark.parametrize(("share", "tried", "smaller"), [(64, 64, 32), (100, 25, 10), (7, 7, 1), (12, 12, 6)])
+def test_the_batch_proposed_for_want_of_memory_divides_the_share(share, tried, smaller):
+    assert smaller_batch(share, tried) == smaller
+    assert split_batch(2 * share, smaller, 2) == (smaller, share // smaller)

@@ -430,3 +430,27 @@ def test_benchmark_prints_its_table_and_removes_its_files(tmp_path, monkeypatch,
 def test_benchmark_refuses_numbers_too_small(wrong, message):
     with pytest.raises(UserError, match=f"^{message}, expected"):
         bench_index(**{"num_files": 10, "ranks": 1, "workers": 1, **wrong})
+
+
+def test_a_user_without_a_home_gets_no_folder_named_tilde(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("DINO_SPARO_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as without HOME and entry in passwd
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    root = touch(tmp_path / "root", "a/1.jpg")
+    assert str(tmp_path / "temporary") in str(open_index(root).path)
+    assert not (tmp_path / "~").exists()
+
+
+def test_what_killed_writers_have_left_is_removed_after_an_hour(tmp_path, monkeypatch):
+    monkeypatch.setenv("DINO_SPARO_CACHE", str(tmp_path / "cache"))
+    root = touch(tmp_path / "root", "a/1.jpg")
+    path = open_index(root).path
+    old, new = (path.with_name(f"{path.name}.{name}.tmp") for name in ("old", "new"))
+    for file in (old, new):
+        file.touch()
+    os.utime(old, (0, 0))
+    path.unlink()
+    open_index(root)
+    assert not old.exists() and new.exists() and path.exists()

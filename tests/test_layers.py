@@ -8,6 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "dino_sparo"
 PROGRAMS = (
+    "check_report",
     *("pretrain", "setup", "rundir", "check", "prepare", "knn", "demo", "bench"),
     *("__main__", "config", "checks"),
 )

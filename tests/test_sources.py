@@ -11,6 +11,7 @@ from torchvision.datasets import ImageFolder
 
 from dino_sparo.data.sources import FolderSource, open_images, open_labelled, per_class
 from dino_sparo.errors import UserError, UserFileNotFoundError
+from tests.tiny import write_pictures
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
 
@@ -315,3 +316,11 @@ def test_cmyk_jpeg(tmp_path, colour):
         assert image.mode == "CMYK"
     # JPEG's quantisation of a flat colour moves each channel by at most 2 or 3 levels.
     np.testing.assert_allclose(load(tmp_path / "x.jpg"), np.broadcast_to(colour, (16, 16, 3)), atol=4)
+
+
+def test_a_val_folder_beside_class_folders_is_never_learnt_from(tmp_path):
+    write_pictures(tmp_path / "made", 4, classes=2)
+    (tmp_path / "made" / "train").rename(tmp_path / "data")
+    (tmp_path / "data" / "class0").rename(tmp_path / "data" / "val")
+    with pytest.raises(UserError, match=r"has a val folder, but no train folder; .* into .*data/train"):
+        open_images(str(tmp_path / "data"))

@@ -7,6 +7,7 @@ import time
 import pytest
 from PIL import Image
 
+from dino_sparo.data import workers
 from dino_sparo.data.loader import BatchOrder, CropsDataset, crop_batches
 from dino_sparo.data.sources import open_images
 from dino_sparo.data.views import crop_recipes
@@ -95,3 +96,14 @@ def test_other_errors_pass_unchanged(tmp_path):
 def test_workers_are_shared_among_processes(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(24)), raising=False)
     assert [default_workers(n) for n in (1, 2, 8, 48)] == [16, 12, 3, 1]
+
+
+def test_views_that_do_not_fit_into_shared_memory_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "shared_memory_free", lambda: 10_000)
+    write_pictures(tmp_path / "data", 8)
+    options = tiny_options(tmp_path / "data", tmp_path / "run", machine__num_workers=2)
+    with pytest.raises(UserError, match=r"need up to 0 MiB of shared memory.*docker run --shm-size"):
+        program.pretrain(options)
+    assert not (tmp_path / "run").exists()
+    options.machine.num_workers = 0
+    program.pretrain(options)

@@ -11,6 +11,7 @@ import logging
 import mmap
 import os
 import tempfile
+import time
 import uuid
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ from dino_sparo.errors import UserError, UserFileNotFoundError
 
 log = logging.getLogger("dino_sparo")
 
+ABANDONED_SECONDS = 3600.0
 MAGIC = b"dino_sparo index 1\n"  # with the number of the format
 ALIGNMENT = 64
 NAMES_AT_ONCE = 10_000
@@ -133,6 +135,8 @@ def open_index(root: Path) -> FolderIndex:
 
 def _cache_folder() -> Path:
     of_user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if of_user.startswith("~"):  # a user without a home
+        of_user = str(_temporary_folder())
     return Path(os.environ.get("DINO_SPARO_CACHE") or os.path.join(of_user, "dino_sparo"))
 
 
@@ -171,6 +175,9 @@ def _reopen(path: Path, fingerprint: str) -> FolderIndex:
 def _keep(path: Path, parts: list[bytes]) -> FolderIndex:
     """Write under another name, then rename: a reader sees all or nothing, who has the old one keeps it."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for left in path.parent.glob(f"{path.name}.*.tmp"):  # by writers that were killed
+        if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+            left.unlink(missing_ok=True)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "x+b") as file:

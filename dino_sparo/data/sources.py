@@ -130,6 +130,11 @@ def open_images(path: str, max_images: int | None = None) -> ImageSource:
         source = shapes_source("train")
     else:
         folder = _train_folder(path, "data.path")
+        if folder == Path(path) and (folder / "val").is_dir():  # its images would be learnt from too
+            raise UserError(
+                f"data.path {path!r} has a val folder, but no train folder; expected train/<class>/<image>; "
+                f"move the images to train on into {folder / 'train'}"
+            )
         try:
             source = _open_folder(folder)
         except UserFileNotFoundError as error:  # the images may lie in tars

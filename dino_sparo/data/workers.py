@@ -1,6 +1,7 @@
 """Processes that load images: how many, and which file one of them was at when it died or hung."""
 
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -76,6 +77,26 @@ class Watched(Dataset):
                 at = "while at no file"
                 remedy = "enlarge the shared memory (/dev/shm), or give fewer machine.num_workers"
             raise UserError(f"{what} {at}; {remedy}, then start again") from error
+
+
+def check_shared_memory(num_bytes: int) -> None:
+    """Refuse prefetched views that do not fit into the shared memory by which workers hand them over.
+
+    Raises:
+        UserError: they do not; workers would stop in the middle of it.
+    """
+    free = shared_memory_free()
+    if free is not None and num_bytes > free:
+        raise UserError(
+            f"prefetched views need up to {num_bytes / 2**20:.0f} MiB of shared memory, but /dev/shm has "
+            f"{free / 2**20:.0f} MiB free; enlarge it (docker run --shm-size), or give fewer "
+            f"machine.num_workers, machine.prefetch_batches 1 or a smaller machine.batch_size_per_gpu"
+        )
+
+
+def shared_memory_free() -> int | None:
+    """Free bytes of /dev/shm; None where there is none."""
+    return shutil.disk_usage("/dev/shm").free if os.path.exists("/dev/shm") else None
 
 
 def start_worker(_worker: int) -> None:

@@ -12,6 +12,11 @@ FILE = "bad_images.jsonl"
 MAX_SHARE = 0.01
 
 
+def too_many(bad: int, num_images: int) -> bool:
+    """Whether so many bad images end a run: more than one in a hundred, but a single one never does."""
+    return bad > max(1, MAX_SHARE * num_images)
+
+
 class BadImages:
     """The list `run_dir/bad_images.jsonl`: one line an image, with its name and the reason.
 
@@ -50,7 +55,7 @@ class BadImages:
             temporary = self.path.with_name(f"{FILE}.tmp")
             temporary.write_text("".join(f"{json.dumps(entry)}\n" for entry in self._entries()))
             os.replace(temporary, self.path)
-        if len(self) > max(1, MAX_SHARE * self.num_images):
+        if too_many(len(self), self.num_images):
             raise UserError(
                 f"{len(self)} of {self.num_images} images cannot be read, more than one in a hundred; repair "
                 f"or remove those that {self.path} lists, then start again"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dino_sparo.checks import smaller_batch
 from dino_sparo.data.loader import Crops, UnreadableImage, crops_picture, normalize
 from dino_sparo.device import choose_device
 from dino_sparo.distributed import (
@@ -127,9 +128,10 @@ def pretrain(options: PretrainOptions) -> None:
                 train(run, iter(batches))
         except torch.OutOfMemoryError as error:
             size = run.order.micro_batch_size
+            smaller = smaller_batch(size * run.order.accumulation, size)
             raise UserError(
                 f"the GPU's memory does not hold {size} images at once ({str(error).split('.')[0]}); give "
-                f"machine.batch_size_per_gpu {max(1, size // 2)} (the experiment stays the same) or "
+                f"machine.batch_size_per_gpu {smaller} (the experiment stays the same) or "
                 f"machine.activation_checkpointing true"
             ) from error
 

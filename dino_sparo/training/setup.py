@@ -12,7 +12,7 @@ from dino_sparo.checks import split_batch
 from dino_sparo.data.loader import BatchOrder, CropsDataset, crop_batches
 from dino_sparo.data.sources import ImageSource, open_images
 from dino_sparo.data.views import NUM_GLOBAL_CROPS, crop_recipes
-from dino_sparo.data.workers import Watched, default_workers
+from dino_sparo.data.workers import Watched, check_shared_memory, default_workers
 from dino_sparo.distributed import (
     first_rank_first,
     gather_objects,
@@ -67,6 +67,7 @@ def prepare(options: PretrainOptions, device: torch.device) -> Run:
     set_numerics(tf32=machine.tf32, deterministic=machine.deterministic)
     num_workers = default_workers(local_world_size()) if machine.num_workers is None else machine.num_workers
     batch_size, accumulation = split_batch(optim.global_batch_size, machine.batch_size_per_gpu, world_size())
+    check_shared_memory(prefetched_bytes(options, num_workers, batch_size, local_world_size()))
     config = config_of(options)
     check_same_experiment(run_dir, config)
     source, knn_monitor = first_rank_first(lambda: open_data(options, num_workers))
@@ -140,6 +141,13 @@ def open_data(options: PretrainOptions, num_workers: int) -> tuple[ImageSource, 
         num_workers=num_workers,
         timeout_seconds=options.machine.data_timeout_seconds,
     )
+
+
+def prefetched_bytes(options: PretrainOptions, num_workers: int, batch_size: int, processes: int) -> int:
+    """What the views that all workers of so many processes prepare ahead take, at most."""
+    views = options.views
+    pixels = NUM_GLOBAL_CROPS * views.global_size**2 + views.num_local_crops * views.local_size**2
+    return processes * num_workers * options.machine.prefetch_batches * batch_size * 3 * pixels
 
 
 def training_batches(run: Run) -> tuple[DataLoader, Watched]:
