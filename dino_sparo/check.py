@@ -187,7 +187,7 @@ def projection(
     seen = optim.epochs * steps_per_epoch * optim.global_batch_size
     kept = KEEP_LAST + 1 + (optim.epochs // log.keep_every_epochs if log.keep_every_epochs else 0)
     prefetched = prefetched_bytes(options, workers, batch_size, options.nproc)
-    processes = options.nproc * private_bytes(os.getpid()) + options.nproc * workers * loader_bytes
+    process = private_bytes(os.getpid())
     return {
         "images": num_images,
         "steps_per_epoch": steps_per_epoch,
@@ -201,7 +201,8 @@ def projection(
         "hours": seen / speed / 3600,
         "disk_bytes": kept * report["checkpoint_bytes"],
         "disk_free_bytes": shutil.disk_usage(_existing(Path(options.run_dir))).free,
-        "memory_bytes": processes + prefetched,
+        "process_bytes": process,
+        "memory_bytes": options.nproc * (process + workers * loader_bytes) + prefetched,
         "memory_free_bytes": _memory_free(),
         "prefetched_bytes": prefetched,
         "shared_memory_free_bytes": shared_memory_free(),

@@ -114,7 +114,8 @@ def summary(options: CheckOptions, report: dict[str, Any], device: str) -> list[
         f"disk      {_size(report['checkpoint_bytes'])} a checkpoint, {_size(run['disk_bytes'])} at most, "
         f"{_size(run['disk_free_bytes'])} free",
         f"memory    {_size(run['memory_bytes'])} of {_size(run['memory_free_bytes'])} free: "
-        f"{loader['workers']} workers of {_size(loader['worker_bytes'])}, "
+        f"{run['processes']} x {_size(run['process_bytes'])}, {loader['workers']} workers of "
+        f"{_size(loader['worker_bytes'])}, "
         f"{_size(run['prefetched_bytes'])} of prefetched views{shared}",
         f"limit     {limits[run['limited_by']].format(faster)}",
     ]
