@@ -75,7 +75,7 @@ class Watched(Dataset):
             at = f"while at {', '.join(names)}"
             if not names:  # then they were handing over what they had made
                 at = "while at no file"
-                remedy = "enlarge the shared memory (/dev/shm), or give fewer machine.num_workers"
+                remedy = "memory or shared memory (/dev/shm) may have run out: give fewer machine.num_workers"
             raise UserError(f"{what} {at}; {remedy}, then start again") from error
 
 
