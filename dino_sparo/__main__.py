@@ -2,7 +2,9 @@
 
 import importlib
 import logging
+import multiprocessing
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ from pathlib import Path
 
 from dino_sparo import options as opt
 from dino_sparo.config import parse_options, recipes
-from dino_sparo.errors import UserError
+from dino_sparo.errors import StuckError, UserError
 
 POSITIONAL = {"knn": "--run", "prepare": "--source"}  # what a first argument without a name stands for
 EXIT_USER_ERROR = 2
@@ -82,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         if speaks_for_all():
             print(f"dino-sparo: error: {error}", file=sys.stderr)
-        return leave(EXIT_USER_ERROR)
+        return leave(EXIT_USER_ERROR, at_once=isinstance(error, StuckError))
     except KeyboardInterrupt:
         goes_on = arguments[0] in ("pretrain", "demo", "prepare")
         hint = "; the same command goes on where it stopped" if goes_on else ""
@@ -90,9 +92,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"dino-sparo: interrupted{hint}", file=sys.stderr)
         return leave(EXIT_INTERRUPTED)
     except Exception:
-        if another_has_failed():
-            return leave(EXIT_USER_ERROR)
-        raise
+        if speaks_for_all():
+            raise
+        return leave(EXIT_USER_ERROR)  # what this process saw was only the end of another
 
 
 def overview() -> str:
@@ -105,7 +107,7 @@ def overview() -> str:
 
 
 def speaks_for_all() -> bool:
-    """Whether this process reports a mistake that ends the run; of torchrun's processes one does."""
+    """Whether this process reports what ends the run; of torchrun's processes one does."""
     if "torch" in sys.modules:
         from dino_sparo import distributed
 
@@ -115,21 +117,18 @@ def speaks_for_all() -> bool:
     return RANK == 0
 
 
-def leave(status: int) -> int:
-    """The exit status; one of several processes ends here, since an open connection may not let it go."""
-    if "RANK" in os.environ:
-        sys.stderr.flush()
-        os._exit(status)
-    return status
+def leave(status: int, *, at_once: bool = False) -> int:
+    """The exit status; a process that would wait for others, of the run or its own, ends here.
 
-
-def another_has_failed() -> bool:
-    """Whether an error here is only the consequence of what another process has reported."""
-    if "torch" not in sys.modules:
-        return False
-    from dino_sparo import distributed
-
-    return distributed.another_has_failed()
+    An open connection may not let one of several processes go, nor a data worker whose disk hangs.
+    """
+    if "RANK" not in os.environ and not at_once:
+        return status
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # or torch would report their death
+    for child in multiprocessing.active_children():
+        child.kill()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def run_command(name: str, arguments: list[str]) -> int:
@@ -152,7 +151,7 @@ def run_command(name: str, arguments: list[str]) -> int:
             )
         from dino_sparo.distributed import launch
 
-        return launch(num_processes, [name, *_without(arguments, "--nproc")])
+        return launch(num_processes, [name, *_without(arguments, "--nproc"), "--nproc=1"])
     level = logging.INFO if RANK == 0 else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     module, function = command.function.split(":")

@@ -105,17 +105,16 @@ def load(options: CheckOptions, source: ImageSource, num_workers: int, say: Any)
         epochs=10**6,
         seed=options.seed,
     )
-    timeout = options.machine.data_timeout_seconds
     warnings.filterwarnings("ignore", message="This DataLoader will create")  # as many as were asked for
-    batches, watched = crop_batches(
+    batches = crop_batches(
         dataset,
         order,
         num_workers=num_workers,
         prefetch_batches=options.machine.prefetch_batches,
         pin_memory=False,
-        timeout_seconds=timeout,
+        timeout_seconds=options.machine.data_timeout_seconds,
     )
-    return measure_loading(batches, watched, seconds=LOADING_SECONDS, timeout=timeout)
+    return measure_loading(batches, seconds=LOADING_SECONDS)
 
 
 def cost(

@@ -13,6 +13,7 @@ ZERO_ALLOWED = (
     "clip_norm", "knn_every_epochs", "num_workers", "checkpoint_every_epochs", "checkpoint_every_minutes",
     "keep_every_epochs", "final_lr", "weight_decay", "final_weight_decay", "drop_path_rate",
 )  # fmt: skip
+MAX_DATA_TIMEOUT = 1500
 HALF_OPEN = ("drop_path_rate", "center_momentum")
 
 
@@ -27,6 +28,11 @@ def check_options(options: Any) -> None:
         _check_views(options)
         _check_model(options)
         _check_epochs(options)
+        if options.machine.data_timeout_seconds > MAX_DATA_TIMEOUT:
+            raise UserError(
+                f"machine.data_timeout_seconds is {options.machine.data_timeout_seconds}; expected at most "
+                f"{MAX_DATA_TIMEOUT}, since other processes wait for this one for 30 minutes"
+            )
 
 
 def split_batch(global_batch_size: int, batch_size_per_gpu: int | None, processes: int) -> tuple[int, int]:

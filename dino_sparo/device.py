@@ -1,4 +1,4 @@
-"""Which device to compute on."""
+"""Which device to compute on, and waiting for it."""
 
 import torch
 
@@ -24,3 +24,9 @@ def choose_device(name: str, number: int = 0) -> torch.device:
         )
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
+
+
+def wait_for(device: torch.device) -> None:
+    """Until a GPU has done all that it was given; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

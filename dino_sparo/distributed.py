@@ -78,24 +78,20 @@ def speaks_for_all(patience_seconds: float = 3.0) -> bool:
     """Whether this process is the one to report the failure that ends it: the first one if it fails too.
 
     Of processes that make the same mistake the first one reports; the others wait for it, since the
-    launcher ends all of them as soon as one has ended.
+    launcher ends all of them as soon as one has ended. A process that fails because another has ended
+    finds that one's claim.
     """
     number = int(os.environ.get("RANK", "0"))
-    if number == 0 or not _store:
-        if number > 0:
-            time.sleep(patience_seconds)
-        elif _store:
-            _store[0].compare_set(FAILED, "", "0")
+    if not _store:
+        time.sleep(patience_seconds if number else 0)
         return number == 0
-    waited_until = time.monotonic() + patience_seconds
-    while time.monotonic() < waited_until and not _store[0].check([FAILED]):
-        time.sleep(0.05)
-    return _store[0].compare_set(FAILED, "", str(number)) == str(number).encode()
-
-
-def another_has_failed() -> bool:
-    """Whether another process has reported a failure: what this one sees is only its consequence."""
-    return bool(_store) and _store[0].check([FAILED])
+    try:
+        waited_until = time.monotonic() + (patience_seconds if number else 0)
+        while time.monotonic() < waited_until and not _store[0].check([FAILED]):
+            time.sleep(0.05)
+        return _store[0].compare_set(FAILED, "", str(number)) == str(number).encode()
+    except dist.DistError:  # the launcher, which keeps the store, is gone
+        return number == 0
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:

@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class UserFileNotFoundError(UserError, FileNotFoundError):
     """A file or folder that the user named does not exist or holds nothing usable."""
+
+
+class StuckError(UserError):
+    """A process of ours has failed so that one must not wait for it: after the message the program ends."""

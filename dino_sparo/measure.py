@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from dino_sparo.data.loader import Crops, UnreadableImage, normalize
-from dino_sparo.data.workers import Watched
+from dino_sparo.data.workers import WatchedLoader
+from dino_sparo.device import wait_for
 from dino_sparo.models.encoder import DinoModel
 from dino_sparo.training.precision import autocast
 from dino_sparo.training.pretrain import train_step
@@ -47,14 +47,14 @@ class Stepping:
     """All that the GPU has."""
 
 
-def measure_loading(batches: DataLoader, watched: Watched, *, seconds: float, timeout: float) -> Loading:
+def measure_loading(batches: WatchedLoader, *, seconds: float) -> Loading:
     """Take batches for so many seconds, after each worker has made the two that start-up delays.
 
     Raises:
         UserError: an image cannot be read, or a worker fails.
     """
     workers = batches.num_workers
-    with watched.failures_explained(timeout):
+    with batches.failures_explained():
         crops, iterator = None, iter(batches)
         for _ in range(2 * max(1, workers)):
             crops = _readable(next(iterator))
@@ -90,10 +90,10 @@ def measure_steps(
         torch.cuda.reset_peak_memory_stats(device)
     for number in range(steps + 2):
         if number == 2:
-            _wait(device)
+            wait_for(device)
             started = time.monotonic()
         output = train_step(state, batches, 1, hyper, clip_norm=clip_norm, autocast=mixed)
-    _wait(device)
+    wait_for(device)
     elapsed = time.monotonic() - started
     measured = Stepping(steps * batch_size / elapsed, batch_size, output.loss.item())
     if device.type == "cpu":
@@ -165,8 +165,3 @@ def _repeated(crops: Tensor, batch_size: int) -> Tensor:
     """Crops (C, b, 3, side, side) -> (C, batch_size, 3, side, side)."""
     have = crops.shape[1]
     return crops[:, torch.arange(batch_size) % have]
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -158,7 +158,8 @@ def test_unreadable_image_stops_the_run(tmp_path, data, capsys):
     bad = sorted(data.rglob("*.png"))[3]
     bad.write_bytes(bad.read_bytes()[:100])
     line = mistake(["pretrain", *one_epoch(data, tmp_path / "run")], capsys)
-    assert str(bad) in line and "repair or remove the file" in line
+    assert f"{bad}: the image cannot be read" in line
+    assert "repair the file, or let another image stand in by data.on_bad_image substitute" in line
 
 
 # --- A run and what becomes of it
@@ -214,6 +215,11 @@ def test_changed_machine_log_and_monitor_are_accepted(trained, key):
     _, run = trained
     change = f"--{key}=7"
     assert main(["pretrain", "--run_dir", str(run), change]) == 0
+
+
+def test_what_becomes_of_bad_images_may_change(trained):
+    _, run = trained
+    assert main(["pretrain", "--run_dir", str(run), "--data.on_bad_image=substitute"]) == 0
 
 
 def test_images_may_move_but_not_change(trained, tmp_path, capsys):

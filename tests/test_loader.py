@@ -84,7 +84,7 @@ def pictures(tmp_path) -> ImageSource:
 
 def batches_of(source: ImageSource, *, batch_size: int, num_workers: int, substitute: bool = False):
     order = BatchOrder(num_samples=len(source), global_batch_size=batch_size, epochs=1, seed=3)
-    batches, _ = crop_batches(
+    return crop_batches(
         crops_of(source, substitute=substitute),
         order,
         num_workers=num_workers,
@@ -92,7 +92,6 @@ def batches_of(source: ImageSource, *, batch_size: int, num_workers: int, substi
         pin_memory=False,
         timeout_seconds=60,
     )
-    return batches
 
 
 def test_number_of_workers_changes_nothing(pictures):

@@ -43,6 +43,7 @@ OUT_OF_RANGE = [
     ("seed", -1, "is -1; expected 0 to"),
     ("seed", 2**63, f"is {2**63}; expected 0 to"),
     ("optim.epochs", 0, "is 0; expected a finite number above 0"),
+    ("machine.data_timeout_seconds", 1501, "is 1501; expected at most 1500"),
     ("optim.lr_per_256", 0.0, "is 0.0; expected a finite number above 0"),
     ("optim.clip_norm", -3.0, "is -3.0; expected a finite number of at least 0"),
     ("model.patch_size", -8, "is -8; expected a finite number above 0"),

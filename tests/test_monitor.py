@@ -7,29 +7,24 @@ import torch
 
 from dino_sparo.errors import UserError
 from dino_sparo.models import build_encoder
-from dino_sparo.training.loss import DINOLoss
 from dino_sparo.training.monitor import (
     ALARM_ENTRIES,
     CollapseAlarm,
+    TeacherStatistics,
     open_knn_monitor,
     slot_health,
-    step_metrics,
 )
 from tests.tiny import write_pictures
 
 K = 8
 
 
-def metrics(teacher_logits, *, encodings=None, loss=3.0):
-    values = step_metrics(
-        loss=torch.tensor(loss),
-        teacher_logits=teacher_logits,
-        center=torch.zeros(1, K),
-        teacher_temp=1.0,
-        teacher_encodings=torch.randn(len(teacher_logits), 4) if encodings is None else encodings,
-        gradient_norms=torch.tensor([3.0, 4.0]),
-    )
-    return {name: value.item() for name, value in values.items()}
+def metrics(teacher_logits, encodings=None, parts=1):
+    statistics = TeacherStatistics()
+    encodings = torch.randn(len(teacher_logits), 4) if encodings is None else encodings
+    for rows, features in zip(teacher_logits.softmax(-1).chunk(parts), encodings.chunk(parts), strict=True):
+        statistics.add(rows, features)
+    return {name: value.item() for name, value in statistics.metrics().items()}
 
 
 def test_uniform_and_one_hot_teachers():
@@ -43,37 +38,24 @@ def test_uniform_and_one_hot_teachers():
     assert one_answer["entropy_mean"] == pytest.approx(0)
 
 
-def test_kl_is_what_the_loss_has_above_the_entropy():
-    values = metrics(torch.zeros(K, K), loss=3.0)
-    assert values["kl"] == pytest.approx(3.0 - math.log(K))
-
-
-def test_kl_is_zero_for_equal_student_and_teacher():
-    logits = torch.randn(2, K)
-    loss_fn = DINOLoss(K, student_temp=0.1)
-    same_view = torch.cat([logits[:1], logits[:1]])
-    loss = loss_fn(same_view, same_view, 0.1).item()
-    values = step_metrics(
-        loss=torch.tensor(loss),
-        teacher_logits=same_view,
-        center=loss_fn.center,
-        teacher_temp=0.1,
-        teacher_encodings=torch.randn(2, 4),
-        gradient_norms=torch.ones(1),
-    )
-    assert values["kl"].item() == pytest.approx(0, abs=1e-5)
+def test_micro_batches_make_the_numbers_of_the_whole_batch():
+    logits, encodings = 3 * torch.randn(12, K), torch.randn(12, 5)
+    whole = metrics(logits, encodings)
+    directions = encodings / encodings.norm(dim=-1, keepdim=True)
+    assert whole["feature_std"] == pytest.approx(directions.std(dim=0).mean().item() * math.sqrt(5))
+    for parts in (2, 6):
+        assert metrics(logits, encodings, parts) == pytest.approx(whole)
+    alone = metrics(logits[-2:], encodings[-2:])
+    assert alone["entropy_mean"] != pytest.approx(whole["entropy_mean"], rel=0.01)
 
 
 def test_feature_std_is_one_on_the_sphere_and_zero_when_collapsed():
     assert metrics(torch.zeros(4096, K), encodings=torch.randn(4096, 64))["feature_std"] == pytest.approx(
         1, abs=0.02
     )
-    assert metrics(torch.zeros(8, K), encodings=torch.ones(8, 64))["feature_std"] == pytest.approx(0)
-
-
-def test_gradient_norms():
-    values = metrics(torch.zeros(2, K))
-    assert values["gradient_norm"] == 5.0 and values["gradient_norm_max"] == 4.0
+    assert metrics(torch.zeros(8, K), encodings=torch.ones(8, 64))["feature_std"] == pytest.approx(
+        0, abs=1e-6
+    )
 
 
 def open_monitor(data, path=None, images_per_class=None):

@@ -58,6 +58,9 @@ def test_metrics_file_has_the_same(finished):
     curve = [entry for entry in entries if "loss" in entry]
     assert [entry["step"] for entry in curve] == [1, 2, 3, 4, 5, 6]
     assert curve[2]["epoch"] == 1.5
+    for entry in curve:
+        assert entry["kl"] == pytest.approx(entry["loss"] - entry["entropy_teacher"], abs=1e-6)
+        assert entry["gradient_norm"] >= entry["gradient_norm_max"] > 0
     assert all(entry.keys() == SCALARS | {"step", "epoch"} for entry in curve)
     assert [(e["step"], e["epoch"]) for e in entries if "knn20_top1" in e] == [(0, 0), (4, 2), (6, 3)]
 
@@ -109,15 +112,13 @@ def test_logits_and_loss_are_float32_under_bfloat16(tmp_path):
     hyper = Hyperparameters(
         lr=0.1, weight_decay=0.1, momentum=0.9, teacher_temp=0.04, freeze_last_layer=False
     )
-    output = program.train_step(
-        state,
-        iter([[torch.randn(2, 3, 3, 16, 16)]]),
-        1,
-        hyper,
-        clip_norm=3.0,
-        autocast=torch.autocast("cpu", torch.bfloat16),
-    )
-    assert output.teacher_logits.dtype == output.loss.dtype == torch.float32
+    crops = [torch.randn(2, 3, 3, 16, 16)]
+    bfloat16 = torch.autocast("cpu", torch.bfloat16)
+    output = program.train_step(state, iter([crops]), 1, hyper, clip_norm=3.0, autocast=bfloat16)
+    with bfloat16:
+        logits, encodings = state.teacher(crops)
+    assert encodings.dtype == torch.bfloat16  # it was really used
+    assert logits.dtype == output.loss.dtype == torch.float32
 
 
 def test_the_curve_is_about_the_centre_that_the_loss_used(tmp_path):

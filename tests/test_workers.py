@@ -3,8 +3,11 @@
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import active_children
 
 import pytest
+import torch
 from PIL import Image
 
 from dino_sparo.data import workers
@@ -12,7 +15,7 @@ from dino_sparo.data.loader import BatchOrder, CropsDataset, crop_batches
 from dino_sparo.data.sources import open_images
 from dino_sparo.data.views import crop_recipes
 from dino_sparo.data.workers import default_workers
-from dino_sparo.errors import UserError
+from dino_sparo.errors import StuckError, UserError
 from dino_sparo.evaluation.features import extract_features
 from dino_sparo.models import build_encoder
 from dino_sparo.training import pretrain as program
@@ -77,19 +80,56 @@ def test_evaluation_ends_and_names_the_file(behaviour, broken_disk):
         extract_features(encoder, source, image_size=16, num_workers=2, timeout_seconds=2)
 
 
-def test_other_errors_pass_unchanged(tmp_path):
-    write_pictures(tmp_path, 4)
-    source = open_images(str(tmp_path))
-    order = BatchOrder(num_samples=4, global_batch_size=2, epochs=1, seed=0)
-    _, watched = crop_batches(
-        CropsDataset(source, crop_recipes(**VIEWS), 0),
-        order,
+def batches_of(folder, timeout_seconds):
+    write_pictures(folder, 12)
+    return crop_batches(
+        CropsDataset(open_images(str(folder)), crop_recipes(**VIEWS), 0),
+        BatchOrder(num_samples=12, global_batch_size=2, epochs=2, seed=0),
         num_workers=2,
         prefetch_batches=2,
         pin_memory=False,
-        timeout_seconds=5,
+        timeout_seconds=timeout_seconds,
     )
-    with pytest.raises(RuntimeError, match="of the network"), watched.failures_explained(5):
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="elsewhere no batch needs its maker")
+def test_a_worker_that_stops_while_it_hands_over_ends_the_run_in_time(tmp_path):
+    batches = iter(batches_of(tmp_path, timeout_seconds=1))
+    next(batches)
+    time.sleep(1)  # both workers have put batches into the queue
+    workers = active_children()
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGSTOP)
+    started = time.monotonic()
+    with pytest.raises(StuckError, match="no batch of images came within") as caught:
+        next(batches)
+    assert time.monotonic() - started < 5
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGCONT)
+    del caught  # which held the loader, as the program does while it shows the message
+
+
+def test_no_alarm_is_left_behind(tmp_path):
+    before = signal.getsignal(signal.SIGALRM)
+    assert len(list(batches_of(tmp_path, timeout_seconds=60))) == 12
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_loading_draws_nothing_from_the_generator_of_training(tmp_path):
+    before = torch.get_rng_state()
+    next(iter(batches_of(tmp_path, timeout_seconds=60)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_another_thread_loads_without_an_alarm(tmp_path):
+    with ThreadPoolExecutor(1) as threads:
+        assert len(threads.submit(list, batches_of(tmp_path, timeout_seconds=60)).result()) == 12
+
+
+def test_other_errors_pass_unchanged(tmp_path):
+    batches = batches_of(tmp_path, timeout_seconds=5)
+    with pytest.raises(RuntimeError, match="of the network"), batches.failures_explained():
         raise RuntimeError("of the network")
 
 

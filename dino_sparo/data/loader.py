@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 from torchvision.utils import make_grid
 
 from dino_sparo.data import pil_views
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.views import NUM_GLOBAL_CROPS, CropRecipe, draw_view, sample_order, substitute_sample
-from dino_sparo.data.workers import Watched, start_worker
+from dino_sparo.data.workers import WatchedLoader
 from dino_sparo.errors import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -36,12 +36,9 @@ class UnreadableImage:
     name: str
     reason: str
 
-    def raise_error(self) -> NoReturn:
+    def raise_error(self, remedy: str = "repair or remove the file") -> NoReturn:
         """End the run with one sentence that names the file."""
-        raise UserError(
-            f"{self.name}: the image cannot be read ({self.reason}); repair or remove the file, "
-            f"then start again"
-        )
+        raise UserError(f"{self.name}: the image cannot be read ({self.reason}); {remedy}, then start again")
 
 
 class Crops(NamedTuple):
@@ -155,23 +152,19 @@ def crop_batches(
     prefetch_batches: int,
     pin_memory: bool,
     timeout_seconds: float,
-) -> tuple[DataLoader, Watched]:
-    """Batches of `Crops` (or `UnreadableImage`) in the given order, prepared ahead by worker processes.
-
-    Under the second result's `failures_explained` a worker's failure names the file it was at.
-    """
-    watched = Watched(dataset, image_of=itemgetter(1), name=dataset.source.name, num_workers=num_workers)
-    batches: DataLoader = DataLoader(
-        watched,
-        batch_sampler=order,
+) -> WatchedLoader:
+    """Batches of `Crops` (or `UnreadableImage`) in the given order, prepared ahead by worker processes."""
+    return WatchedLoader(
+        dataset,
+        image_of=itemgetter(1),
+        name=dataset.source.name,
         num_workers=num_workers,
+        timeout_seconds=timeout_seconds,
+        batch_sampler=order,
         collate_fn=collate_crops,
         pin_memory=pin_memory,
         prefetch_factor=prefetch_batches if num_workers else None,
-        worker_init_fn=start_worker,
-        timeout=timeout_seconds if num_workers else 0,
     )
-    return batches, watched
 
 
 def collate_crops(images: list[ImageCrops | UnreadableImage]) -> Crops | UnreadableImage:

@@ -1,29 +1,32 @@
-"""Processes that load images: how many, and which file one of them was at when it died or hung."""
+"""Processes that load images: how many, and which file one of them is at when it dies or hangs."""
 
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from dino_sparo.errors import UserError
+from dino_sparo.errors import StuckError, UserError
 
 IDLE = -1
 
 
-class Watched(Dataset):
-    """A dataset that notes in shared memory which image each worker is at.
+class WatchedLoader:
+    """Batches that worker processes prepare ahead, and a watch over these processes.
 
     Args:
         dataset: what loads the items.
         image_of: the number of the image that an item is loaded from.
         name: the name of the image of a number.
-        num_workers: worker processes of the loader; with 0 nothing is watched.
+        num_workers: worker processes; with 0 the items are loaded here, unwatched.
+        timeout_seconds: how long the next batch may take.
+        loader_options: all other arguments of torch's DataLoader.
     """
 
     def __init__(
@@ -33,9 +36,62 @@ class Watched(Dataset):
         image_of: Callable[[Any], int],
         name: Callable[[int], str],
         num_workers: int,
+        timeout_seconds: float,
+        **loader_options: Any,
     ) -> None:
-        self.dataset, self.image_of, self.name = dataset, image_of, name
+        self.name, self.num_workers, self.timeout_seconds = name, num_workers, timeout_seconds
         self.at: Tensor = torch.full((num_workers,), IDLE).share_memory_()
+        self.loader: DataLoader = DataLoader(
+            _Noting(dataset, image_of, self.at),
+            num_workers=num_workers,
+            worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # nothing is drawn from the one that training uses
+            **loader_options,
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._in_time(iter(self.loader))  # the workers start now, not with the first batch
+
+    def _in_time(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for _ in range(len(self.loader)):
+            with at_most(self.timeout_seconds if self.num_workers else 0, self._too_late):
+                batch = next(batches)
+            yield batch
+
+    @contextmanager
+    def failures_explained(self) -> Iterator[None]:
+        """Turn a worker's death, which torch reports wherever the program is, into one sentence.
+
+        Raises:
+            StuckError: a worker has died.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            what = f"a process that loads images has died ({error})"
+            remedy = "repair the file, or give fewer machine.num_workers if memory or shared memory ran out"
+            self._fail(what, remedy, error)
+
+    def _too_late(self) -> NoReturn:
+        what = f"no batch of images came within machine.data_timeout_seconds {self.timeout_seconds:g}"
+        self._fail(what, "repair the file or its disk, or allow more time")
+
+    def _fail(self, what: str, remedy: str, cause: Exception | None = None) -> NoReturn:
+        names = [self.name(number) for number in self.at.tolist() if number != IDLE]
+        at = f"while at {', '.join(names)}"
+        if not names:  # then they were handing over what they had made
+            at = "while at no file"
+            remedy = "memory or shared memory (/dev/shm) may have run out: give fewer machine.num_workers"
+        raise StuckError(f"{what} {at}; {remedy}, then start again") from cause
+
+
+class _Noting(Dataset):
+    """A dataset that notes in shared memory which image each worker is at."""
+
+    def __init__(self, dataset: Dataset, image_of: Callable[[Any], int], at: Tensor) -> None:
+        self.dataset, self.image_of, self.at = dataset, image_of, at
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
@@ -49,34 +105,24 @@ class Watched(Dataset):
         self.at[worker.id] = IDLE
         return loaded
 
-    @contextmanager
-    def failures_explained(self, timeout_seconds: float) -> Iterator[None]:
-        """Turn a worker's death or a loader's timeout within into one sentence that names the files.
 
-        Raises:
-            UserError: a worker has died, or no batch came within the timeout.
-        """
-        try:
-            yield
-        except RuntimeError as error:
-            message = str(error)
-            if not message.startswith("DataLoader"):
-                raise
-            if "timed out" in message:
-                what = f"no batch of images came within machine.data_timeout_seconds {timeout_seconds:g}"
-                remedy = "repair or remove the file or its disk, or allow more time"
-            else:
-                what = f"a process that loads images has died ({message})"
-                remedy = (
-                    "repair or remove the file, or give fewer machine.num_workers if memory or "
-                    "shared memory ran out"
-                )
-            names = [self.name(number) for number in self.at.tolist() if number != IDLE]
-            at = f"while at {', '.join(names)}"
-            if not names:  # then they were handing over what they had made
-                at = "while at no file"
-                remedy = "memory or shared memory (/dev/shm) may have run out: give fewer machine.num_workers"
-            raise UserError(f"{what} {at}; {remedy}, then start again") from error
+@contextmanager
+def at_most(seconds: float, too_late: Callable[[], NoReturn]) -> Iterator[None]:
+    """Call what raises if the block is not done after so many seconds (0: never).
+
+    By an alarm, which ends any wait: torch's own timeout does not end one for a worker that stops while
+    it hands over a batch. Only the main thread gets alarms; in another one nothing is called.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, lambda *_: too_late())
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def check_shared_memory(num_bytes: int) -> None:
@@ -99,7 +145,7 @@ def shared_memory_free() -> int | None:
     return shutil.disk_usage("/dev/shm").free if os.path.exists("/dev/shm") else None
 
 
-def start_worker(_worker: int) -> None:
+def _start_worker(_worker: int) -> None:
     """Ctrl-C is the training process's business; its workers end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

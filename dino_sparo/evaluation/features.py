@@ -1,17 +1,15 @@
 """One pass of a frozen encoder over a source of images, shared among all processes."""
 
 import sys
-from contextlib import nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dino_sparo.data.loader import CenterCrops, UnreadableImage, collate_images, normalize
 from dino_sparo.data.sources import ImageSource
-from dino_sparo.data.workers import Watched, start_worker
+from dino_sparo.data.workers import WatchedLoader
 from dino_sparo.distributed import rank, world_size
 from dino_sparo.models import Encoder
 
@@ -39,20 +37,20 @@ def extract_features(
     device = encoder.backbone.cls_token.device
     share = source.subset(np.arange(rank(), len(source), world_size()))
     features = torch.empty(len(share), encoder.embed_dim)
-    images = Watched(CenterCrops(share, image_size), image_of=int, name=share.name, num_workers=num_workers)
-    batches = DataLoader(
-        images,
-        batch_size=batch_size,
+    batches = WatchedLoader(
+        CenterCrops(share, image_size),
+        image_of=int,
+        name=share.name,
         num_workers=num_workers,
+        timeout_seconds=timeout_seconds,
+        batch_size=batch_size,
         collate_fn=collate_images,
         pin_memory=device.type == "cuda",
-        worker_init_fn=start_worker,
-        timeout=timeout_seconds if num_workers else 0,
     )
     silent = rank() > 0 or not sys.stderr.isatty()
     bar = tqdm(total=len(share), desc=description, unit="img", leave=False, disable=silent)
     done = 0
-    with bar, images.failures_explained(timeout_seconds) if num_workers else nullcontext():
+    with bar, batches.failures_explained():
         for batch in batches:
             if isinstance(batch, UnreadableImage):
                 batch.raise_error()

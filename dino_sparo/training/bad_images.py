@@ -29,6 +29,7 @@ class BadImages:
         self.path, self.num_images = run_dir / FILE, num_images
         self._pending: list[UnreadableImage] = []
         self._reasons: dict[str, str] = {}
+        self._met: set[str] = set()  # since this start: those listed before may have been repaired
         for line in self.path.read_text().splitlines() if self.path.exists() else ():
             entry = json.loads(line)
             self._reasons[entry["name"]] = entry["reason"]
@@ -44,21 +45,21 @@ class BadImages:
         """List what all processes have noted since the last time; all of them call it together.
 
         Raises:
-            UserError: more than one image in a hundred is bad.
+            UserError: more than one image in a hundred has been bad since this start.
         """
         new = {image.name: image.reason for pending in gather_objects(self._pending) for image in pending}
         self._pending = []
-        if not new.keys() - self._reasons.keys():
-            return
-        self._reasons = dict(sorted((new | self._reasons).items()))
-        if rank() == 0:
-            temporary = self.path.with_name(f"{FILE}.tmp")
-            temporary.write_text("".join(f"{json.dumps(entry)}\n" for entry in self._entries()))
-            os.replace(temporary, self.path)
-        if too_many(len(self), self.num_images):
+        self._met |= new.keys()
+        if new.keys() - self._reasons.keys():
+            self._reasons = dict(sorted((new | self._reasons).items()))
+            if rank() == 0:
+                temporary = self.path.with_name(f"{FILE}.tmp")
+                temporary.write_text("".join(f"{json.dumps(entry)}\n" for entry in self._entries()))
+                os.replace(temporary, self.path)
+        if too_many(len(self._met), self.num_images):
             raise UserError(
-                f"{len(self)} of {self.num_images} images cannot be read, more than one in a hundred; repair "
-                f"or remove those that {self.path} lists, then start again"
+                f"{len(self._met)} of {self.num_images} images cannot be read, more than one in a hundred; "
+                f"repair those that {self.path} lists, then start again"
             )
 
     def _entries(self) -> list[dict[str, str]]:

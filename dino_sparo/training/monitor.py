@@ -1,4 +1,4 @@
-"""What to watch: numbers of one step, computed on the device and read when the log is due; an alarm; k-NN.
+"""What to watch: the teacher's answers in one step, computed on the device; the slots; an alarm; k-NN.
 
 Axis letters: B images, K prototypes, E encoding, L slots, N tokens.
 """
@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino_sparo.data.sources import ImageSource, open_labelled, per_class
-from dino_sparo.distributed import mean_over_ranks
+from dino_sparo.distributed import mean_over_ranks, sum_over_ranks, world_size
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.knn import HEADLINE_K, evaluate_knn
 from dino_sparo.models import Encoder
-from dino_sparo.training.loss import teacher_probabilities
 
 log = logging.getLogger("dino_sparo")
 
@@ -41,42 +40,46 @@ REMEDIES = {
 }
 
 
-@torch.no_grad()
-def step_metrics(
-    *,
-    loss: Tensor,
-    teacher_logits: Tensor,
-    center: Tensor,
-    teacher_temp: float,
-    teacher_encodings: Tensor,
-    gradient_norms: Tensor,
-) -> dict[str, Tensor]:
-    """Scalars on the device, from the tensors of one step and the centre that its loss used.
+class TeacherStatistics:
+    """What the teacher says about one step's images: sums over micro-batches and processes, no logits kept.
 
-    Means over all processes, of each process's last micro-batch but for the loss, which is of the whole
-    step; every process calls it.
-
-    - entropy_teacher: mean entropy of the teacher's rows, in nats; ln K is uniform, 0 one-hot.
-    - entropy_mean: entropy of the mean row; if it falls to entropy_teacher, all images get one answer.
-    - kl: mean KL divergence from teacher to student over all pairs, loss - entropy_teacher.
-    - feature_std: standard deviation of l2-normalised encodings over the batch, times sqrt(E): near 1
-      when they spread over the sphere, 0 when all are equal.
-    - gradient_norm: norm of all gradients before clipping; gradient_norm_max: of the largest tensor.
+    So the numbers are those of the global batch, however it is split.
     """
-    probabilities = teacher_probabilities(teacher_logits, center, teacher_temp)
-    directions = F.normalize(teacher_encodings.float(), dim=-1)
-    spread = directions.std(dim=0).mean() * math.sqrt(directions.shape[-1])
-    means = mean_over_ranks(torch.stack([loss, _entropy(probabilities).mean(), spread]))
-    return {
-        "loss": means[0],
-        "entropy_teacher": means[1],
-        "entropy_mean": _entropy(mean_over_ranks(probabilities.mean(dim=0))),
-        "kl": means[0] - means[1],
-        "center_norm": center.norm(),
-        "feature_std": means[2],
-        "gradient_norm": torch.linalg.vector_norm(gradient_norms),
-        "gradient_norm_max": gradient_norms.max(),
-    }
+
+    def __init__(self) -> None:
+        self._sums: list[Tensor] = []  # of the rows, of their entropies, of encodings and of their squares
+        self._num_rows = 0
+
+    @torch.no_grad()
+    def add(self, probabilities: Tensor, encodings: Tensor) -> None:
+        """A micro-batch's teacher probabilities (2*B, K) and encodings (2*B, E)."""
+        directions = F.normalize(encodings.double(), dim=-1)
+        sums = [
+            probabilities.sum(dim=0),
+            _entropy(probabilities).sum(),
+            directions.sum(dim=0),
+            (directions**2).sum(dim=0),
+        ]
+        self._sums = [a + b for a, b in zip(self._sums, sums, strict=True)] if self._sums else sums
+        self._num_rows += len(probabilities)
+
+    @torch.no_grad()
+    def metrics(self) -> dict[str, Tensor]:
+        """Scalars on the device; every process calls it, once.
+
+        - entropy_teacher: mean entropy of the teacher's rows, in nats; ln K is uniform, 0 one-hot.
+        - entropy_mean: entropy of the mean row; if it falls to entropy_teacher, all images get one answer.
+        - feature_std: standard deviation of l2-normalised encodings over the batch, times sqrt(E): near 1
+          when they spread over the sphere, 0 when all are equal.
+        """
+        rows, entropy, encodings, squares = map(sum_over_ranks, self._sums)
+        number = self._num_rows * world_size()
+        variance = ((squares - encodings**2 / number) / (number - 1)).clamp(min=0)
+        return {
+            "entropy_teacher": entropy / number,
+            "entropy_mean": _entropy(rows / number),
+            "feature_std": (variance.sqrt().mean() * math.sqrt(len(encodings))).float(),
+        }
 
 
 @torch.no_grad()

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from dino_sparo.checks import smaller_batch
 from dino_sparo.data.loader import Crops, UnreadableImage, crops_picture, normalize
-from dino_sparo.device import choose_device
+from dino_sparo.device import choose_device, wait_for
 from dino_sparo.distributed import (
     first_rank_decides,
     local_rank,
+    mean_over_ranks,
     process_group,
     rank,
     unsynchronized,
@@ -27,7 +28,8 @@ from dino_sparo.distributed import (
 from dino_sparo.errors import UserError
 from dino_sparo.options import PretrainOptions
 from dino_sparo.training.checkpoint import save_checkpoint, set_damaged_aside
-from dino_sparo.training.monitor import peak_memory_gib, slot_health, step_metrics
+from dino_sparo.training.loss import teacher_probabilities
+from dino_sparo.training.monitor import TeacherStatistics, peak_memory_gib, slot_health
 from dino_sparo.training.optim import clip_gradients_per_parameter, set_hyperparameters, step_if_finite
 from dino_sparo.training.precision import autocast
 from dino_sparo.training.rundir import start_run_dir
@@ -47,15 +49,13 @@ HEALTH_IMAGES = 8
 class StepOutput:
     """Tensors of one step, left on the device.
 
-    The loss is the mean over all micro-batches of this process, the centre is the one that the loss used;
-    images (the first global crops), logits and encodings are those of the last micro-batch.
+    The loss is the mean over all micro-batches of this process, images are the first global crops of the
+    last one, and the centre is the one that the loss used.
     """
 
     loss: Tensor
     images: Tensor
-    teacher_logits: Tensor
     center: Tensor
-    teacher_encodings: Tensor
     gradient_norms: Tensor
 
 
@@ -67,11 +67,13 @@ def train_step(
     *,
     clip_norm: float,
     autocast: AbstractContextManager[Any],
+    statistics: TeacherStatistics | None = None,
 ) -> StepOutput:
     """One optimiser step on `accumulation` micro-batches.
 
     A micro-batch is groups of crops (C_i, B, 3, side, side), the two global crops first. A step whose
-    gradients are not finite changes neither student nor teacher nor centre; only the device knows.
+    gradients are not finite changes neither student nor teacher nor centre; only the device knows. The
+    statistics, if they are wanted of this step, are added to.
     """
     set_hyperparameters(state.optimizer, lr=hyper.lr, weight_decay=hyper.weight_decay)
     state.optimizer.zero_grad(set_to_none=True)
@@ -86,6 +88,9 @@ def train_step(
                 student_logits, _ = state.parallel_student(crop_groups)  # (C*B, K)
             loss = state.loss_fn(student_logits, teacher_logits, hyper.teacher_temp) / accumulation
             state.loss_scale.scaled(loss).backward()
+        if statistics is not None:
+            answers = teacher_probabilities(teacher_logits, state.loss_fn.center, hyper.teacher_temp)
+            statistics.add(answers, teacher_encodings)
         state.loss_fn.add_to_center(teacher_logits)
         loss_of_step += loss.detach()
 
@@ -102,9 +107,7 @@ def train_step(
     update_teacher(state.teacher, state.student, hyper.momentum, finite)
     center = state.loss_fn.center.clone()
     state.loss_fn.commit_center(finite)
-    return StepOutput(
-        loss_of_step, crop_groups[0][0], teacher_logits, center, teacher_encodings, gradient_norms
-    )
+    return StepOutput(loss_of_step, crop_groups[0][0], center, gradient_norms)
 
 
 def pretrain(options: PretrainOptions) -> None:
@@ -122,9 +125,9 @@ def pretrain(options: PretrainOptions) -> None:
         if rank() == 0:
             start_run_dir(run.run_dir, run.config, machine_of(run))
             set_damaged_aside(run.run_dir, run.first_step)
-        batches, watched = training_batches(run)
+        batches = training_batches(run)
         try:
-            with watched.failures_explained(options.machine.data_timeout_seconds):
+            with batches.failures_explained():
                 train(run, iter(batches))
         except torch.OutOfMemoryError as error:
             size = run.order.micro_batch_size
@@ -157,6 +160,10 @@ def train(run: Run, batches: Iterator[Crops | UnreadableImage]) -> None:
         while done < run.total_steps:
             hyper = run.schedules.at(done)
             torch.manual_seed(step_seed(options.seed, done, rank()))  # for stochastic depth
+            done += 1
+            at_end = done == run.total_steps
+            log_now = at_end or done % options.log.log_every_steps == 0
+            statistics = TeacherStatistics() if log_now else None
             output = train_step(
                 state,
                 micro_batches,
@@ -164,12 +171,11 @@ def train(run: Run, batches: Iterator[Crops | UnreadableImage]) -> None:
                 hyper,
                 clip_norm=options.optim.clip_norm,
                 autocast=autocast(run.precision, run.device),
+                statistics=statistics,
             )
-            done += 1
 
             run_log.step_done(done)
             epoch, rest = divmod(done, steps_per_epoch)
-            at_end = done == run.total_steps
             save_now = at_end or (
                 rest == 0
                 and (
@@ -177,9 +183,10 @@ def train(run: Run, batches: Iterator[Crops | UnreadableImage]) -> None:
                     or is_due(epoch, options.log.keep_every_epochs)
                 )
             )
-            if at_end or done % options.log.log_every_steps == 0:
+            if statistics is not None:
+                wait_for(run.device)  # for the steps themselves: what follows is the cost of logging
                 with run_log.logging():
-                    log_step(run, run_log, done, hyper, output)
+                    log_step(run, run_log, done, hyper, output, statistics)
                 minutes = (time.monotonic() - last_save) / 60
                 save_now |= first_rank_decides(0 < options.log.checkpoint_every_minutes <= minutes)
             if rest == 0 and (at_end or is_due(epoch, options.monitor.knn_every_epochs)):
@@ -198,7 +205,8 @@ def on_device(
         with run_log.waiting_for_data():
             crops = next(batches)
         if isinstance(crops, UnreadableImage):
-            crops.raise_error()
+            remedy = "repair the file, or let another image stand in by data.on_bad_image substitute"
+            crops.raise_error(remedy)
         run.bad_images.add(crops.replaced)
         if number == 0 and run.first_step == 0:
             run_log.picture(0, "first_crops", crops_picture(crops))
@@ -213,13 +221,26 @@ def evaluate(run: Run, run_log: RunLog, done: int) -> None:
             run_log.evaluation(done, run.knn_monitor.evaluate(run.state.teacher.encoder))
 
 
-def log_step(run: Run, run_log: RunLog, done: int, hyper: Hyperparameters, output: StepOutput) -> None:
-    """One entry of the training curve; here, in `evaluate` and in `save` the host waits for the device."""
-    values = vars(output)
-    images = values.pop("images")[:HEALTH_IMAGES]
-    on_device = step_metrics(teacher_temp=hyper.teacher_temp, **values)
+def log_step(
+    run: Run,
+    run_log: RunLog,
+    done: int,
+    hyper: Hyperparameters,
+    output: StepOutput,
+    statistics: TeacherStatistics,
+) -> None:
+    """One entry of the training curve; before it, in `evaluate` and in `save` the host waits for the device.
+
+    kl is the mean KL divergence from teacher to student over all pairs; gradient_norm is of all gradients
+    before clipping, gradient_norm_max of the largest tensor.
+    """
+    loss, of_teacher = mean_over_ranks(output.loss), statistics.metrics()
+    on_device = {"loss": loss, "kl": loss - of_teacher["entropy_teacher"], **of_teacher}
+    on_device |= {"center_norm": output.center.norm()}
+    on_device |= {"gradient_norm": torch.linalg.vector_norm(output.gradient_norms)}
+    on_device |= {"gradient_norm_max": output.gradient_norms.max()}
     with autocast(run.precision, run.device):
-        on_device |= slot_health(run.state.teacher.encoder, images)
+        on_device |= slot_health(run.state.teacher.encoder, output.images[:HEALTH_IMAGES])
     on_device |= {"loss_scale": run.state.loss_scale.scale}
     on_device |= {"skipped_steps": run.state.skipped[0].float(), "in_a_row": run.state.skipped[1].float()}
     metrics = dict(zip(on_device, torch.stack(list(on_device.values())).tolist(), strict=True))
@@ -244,9 +265,10 @@ def log_step(run: Run, run_log: RunLog, done: int, hyper: Hyperparameters, outpu
 
 def diverged(run: Run, done: int, what: str) -> UserError:
     """The error that ends a run whose numbers went wrong; no such state is ever saved."""
+    go_on = "" if run.precision == "fp32" else "go on with machine.precision fp32, or "
     return UserError(
-        f"{what} at step {done}: the run has diverged, and no such state was saved; go on with "
-        f"machine.precision fp32, or start in a new run_dir with a lower optim.lr_per_256"
+        f"{what} at step {done}: the run has diverged, and no such state was saved; {go_on}start in a new "
+        f"run_dir with a lower optim.lr_per_256"
     )
 
 

@@ -32,7 +32,8 @@ def config_of(options: PretrainOptions) -> dict[str, Any]:
 def check_same_experiment(run_dir: Path, config: dict[str, Any]) -> None:
     """Refuse a folder that holds something else than this experiment.
 
-    Where the images lie may change; that they are the same ones is checked against the checkpoint.
+    Where the images lie may change (that they are the same ones is checked against the checkpoint), and
+    what becomes of bad ones, of which there were none if they were to stop the run.
 
     Raises:
         UserError: naming the changed fields, or that the folder is no run folder.
@@ -125,6 +126,7 @@ def _experiment(config: dict[str, Any]) -> dict[str, Any]:
         if section not in NOT_EXPERIMENT:
             walk(section, value)
     flat.pop("data.path", None)
+    flat.pop("data.on_bad_image", None)
     return flat
 
 

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from dino_sparo.checks import split_batch
 from dino_sparo.data.loader import BatchOrder, CropsDataset, crop_batches
 from dino_sparo.data.sources import ImageSource, open_images
 from dino_sparo.data.views import NUM_GLOBAL_CROPS, crop_recipes
-from dino_sparo.data.workers import Watched, check_shared_memory, default_workers
+from dino_sparo.data.workers import WatchedLoader, check_shared_memory, default_workers
 from dino_sparo.distributed import (
     first_rank_first,
     gather_objects,
@@ -150,8 +149,8 @@ def prefetched_bytes(options: PretrainOptions, num_workers: int, batch_size: int
     return processes * num_workers * options.machine.prefetch_batches * batch_size * 3 * pixels
 
 
-def training_batches(run: Run) -> tuple[DataLoader, Watched]:
-    """The micro-batches of crops that this process takes, from first step to end, and their watch."""
+def training_batches(run: Run) -> WatchedLoader:
+    """The micro-batches of crops that this process takes, from first step to end."""
     options = run.options
     dataset = CropsDataset(
         run.source,
