@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dino_sparo.models import DINOHead, DinoModel, build_encoder
+from dino_sparo.models.encoder import FEATURES
 
 SMALL = {"width": 48, "depth": 4, "num_heads": 3}
 SLOTS = {"num_slots": 4, "slot_dim": 6, "key_dim": 5, "group_size": 2}
@@ -58,6 +59,25 @@ def test_probe_features():
     torch.testing.assert_close(sparo.probe_features(images, num_blocks=1), sparo(images))
     with pytest.raises(ValueError, match="num_blocks is 5, expected 1 to 4"):
         sparo.probe_features(images, num_blocks=5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("readout", ["sparo", "cls", "gap"])
+def test_several_features_by_one_pass(readout):
+    encoder, images = small_encoder(readout), torch.randn(2, 3, 32, 32)
+    features, tokens = encoder.features(images, FEATURES, num_blocks=2), encoder.tokens(images)
+    assert tuple(features) == FEATURES
+    torch.testing.assert_close(features["encoding"], encoder(images))
+    torch.testing.assert_close(features["cls"], tokens[:, 0])
+    torch.testing.assert_close(features["patch_mean"], tokens[:, 1:].mean(1))
+    torch.testing.assert_close(features["probe"], encoder.probe_features(images, num_blocks=2))
+    last = tokens[:, 1:].mean(1) if readout == "gap" else tokens[:, 0]
+    assert features["blocks"].shape == (2, 2 * 48)
+    torch.testing.assert_close(features["blocks"][:, 48:], last)
+    alone = encoder.features(images, ["cls"])
+    torch.testing.assert_close(alone["cls"], features["cls"])
+    with pytest.raises(ValueError, match="feature 'slots' is unknown, expected some of encoding, cls"):
+        encoder.features(images, ["slots"])
 
 
 @torch.no_grad()

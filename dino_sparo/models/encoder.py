@@ -18,6 +18,7 @@ ARCHITECTURES: dict[str, dict[str, int]] = {
     "vit_base": {"width": 768, "depth": 12, "num_heads": 12},
 }
 READOUTS = ("sparo", "cls", "gap")
+FEATURES = ("encoding", "cls", "patch_mean", "blocks", "probe")
 
 
 class Encoder(nn.Module):
@@ -63,11 +64,39 @@ class Encoder(nn.Module):
         available = len(self.backbone.blocks) + (self.readout is not None)
         if not 1 <= num_blocks <= available:
             raise ValueError(f"num_blocks is {num_blocks}, expected 1 to {available} for this encoder")
-        outputs = [self.backbone.norm(x) for x in self.backbone.block_outputs(images, last=num_blocks)]
+        return self.features(images, ["probe"], num_blocks)["probe"]
+
+    def features(self, images: Tensor, names: Sequence[str], num_blocks: int = 4) -> dict[str, Tensor]:
+        """Several features of images (B, 3, height, width) by one pass of the backbone: name -> (B, F).
+
+        - encoding: what `forward` gives.
+        - cls, patch_mean: the normalised CLS token, and the mean normalised patch token.
+        - blocks: that token (patch_mean for `gap`, else cls) after each of the last `num_blocks` blocks, or
+          of all if there are fewer, earliest first.
+        - probe: as `probe_features`.
+
+        Raises:
+            ValueError: for an unknown name.
+        """
+        unknown = [name for name in names if name not in FEATURES]
+        if unknown:
+            raise ValueError(f"feature {unknown[0]!r} is unknown, expected some of {', '.join(FEATURES)}")
+        several = "blocks" in names or "probe" in names
+        outputs = self.backbone.block_outputs(images, last=num_blocks if several else 1)
+        tokens = [self.backbone.norm(x_BND) for x_BND in outputs]
+        encoding = self.read(tokens[-1])
+        blocks = [x_BND[:, 1:].mean(dim=1) if self.readout_name == "gap" else x_BND[:, 0] for x_BND in tokens]
+        of_probe = blocks
         if self.readout is not None:
-            from_blocks = outputs[len(outputs) - (num_blocks - 1) :]
-            return torch.cat([*(x[:, 0] for x in from_blocks), self.read(outputs[-1])], dim=-1)
-        return torch.cat([self.read(x) for x in outputs], dim=-1)
+            of_probe = [*blocks[max(0, len(blocks) - (num_blocks - 1)) :], encoding]
+        every = {
+            "encoding": encoding,
+            "cls": tokens[-1][:, 0],
+            "patch_mean": tokens[-1][:, 1:].mean(dim=1),
+            "blocks": torch.cat(blocks, dim=-1),
+            "probe": torch.cat(of_probe, dim=-1),
+        }
+        return {name: every[name] for name in names}
 
 
 class DinoModel(nn.Module):
