@@ -12,8 +12,10 @@ from tests.tiny import TINY, state_hash, write_pictures
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.long
-# As srun does: the command once on each machine, here all on this one.
+# As srun does: the command once on each machine, here all on this one, without its own two options.
 SRUN = """#!/usr/bin/env bash
+[[ $1 == --kill-on-bad-exit=1 && $2 == --cpus-per-task && $3 == "$SLURM_CPUS_PER_TASK" ]] || exit 1
+shift 3
 for machine in $(seq "$SLURM_NNODES"); do "$@" & done
 wait
 """
