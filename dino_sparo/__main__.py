@@ -1,20 +1,26 @@
 """The command line: `dino-sparo COMMAND …`, also `python -m dino_sparo COMMAND …`."""
 
 import importlib
+import json
 import logging
 import multiprocessing
 import os
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
+from typing import Any, get_type_hints
 
 from dino_sparo import options as opt
 from dino_sparo.config import parse_options, recipes
 from dino_sparo.errors import StuckError, UserError
 
-POSITIONAL = {"knn": "--run", "prepare": "--source"}  # what a first argument without a name stands for
+DISTRIBUTED = ("pretrain", "knn", "linear")  # these run in several processes; check tells what such would do
+# What a first argument without a name stands for.
+POSITIONAL = {"knn": "--run", "linear": "--run", "export": "--run", "prepare": "--source"}
+POSITIONALS = {"compare": "--runs"}  # what all first arguments without a name stand for
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 RANK = int(os.environ.get("RANK", "0"))  # as torchrun sets it
@@ -52,8 +58,27 @@ COMMANDS = {
     "knn": Command(
         opt.KnnOptions,
         "dino_sparo.evaluation.knn:run",
-        "dino-sparo knn RUN --data.path DIR [--key VALUE ...]",
+        "dino-sparo knn RUN --data.path DIR [--test NAME=DIR ...] [--nproc N] [--key VALUE ...]",
         "k-NN accuracy of a trained encoder",
+    ),
+    "export": Command(
+        opt.ExportOptions,
+        "dino_sparo.interop.export:run",
+        "dino-sparo export RUN --out DIR [--which student] [--arch NAME]",
+        "an encoder as model.safetensors and config.json",
+    ),
+    "compare": Command(
+        opt.CompareOptions,
+        "dino_sparo.evaluation.compare:run",
+        "dino-sparo compare RUN ... [--control RUN] [--markdown]",
+        "k-NN and linear accuracy of several runs in one table",
+    ),
+    "linear": Command(
+        opt.LinearOptions,
+        "dino_sparo.evaluation.linear:run",
+        "dino-sparo linear RUN --data.path DIR [--sweep] [--cached] [--test NAME=DIR ...] [--nproc N] "
+        "[--key VALUE ...]",
+        "linear-probe accuracy of a trained encoder",
     ),
     "demo": Command(
         opt.PretrainOptions,
@@ -65,7 +90,7 @@ COMMANDS = {
         opt.BenchOptions,
         "dino_sparo.bench:bench",
         "dino-sparo bench [--key VALUE ...]",
-        "time and memory of the read-out, or of starting on a million images",
+        "time and memory of the read-out, of starting on a million images, of k-NN",
     ),
 }
 
@@ -86,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"dino-sparo: error: {error}", file=sys.stderr)
         return leave(EXIT_USER_ERROR, at_once=isinstance(error, StuckError))
     except KeyboardInterrupt:
-        goes_on = arguments[0] in ("pretrain", "demo", "prepare")
+        goes_on = arguments[0] in ("pretrain", "demo", "prepare", "knn", "linear")
         hint = "; the same command goes on where it stopped" if goes_on else ""
         if RANK == 0:
             print(f"dino-sparo: interrupted{hint}", file=sys.stderr)
@@ -136,14 +161,15 @@ def run_command(name: str, arguments: list[str]) -> int:
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}; expected one of {', '.join(COMMANDS)}")
     command = COMMANDS[name]
+    arguments = written_out(command.options, arguments)
     options = parse_options(command.options, complete(name, arguments), usage=command.usage)
-    if name != "pretrain" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if name not in DISTRIBUTED and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             f"{name} runs in one process, torchrun has started several; start it without torchrun"
         )
     num_processes = getattr(options, "nproc", 1)
     if num_processes > 1 and name != "check":  # which only tells what so many processes would do
-        if name != "pretrain":
+        if name not in DISTRIBUTED:
             raise UserError(f"--nproc is {num_processes}, but {name} runs in one process; leave it out")
         if "RANK" in os.environ:
             raise UserError(
@@ -163,6 +189,9 @@ def complete(name: str, arguments: list[str]) -> list[str]:
     given = {argument.split("=")[0] for argument in arguments}
     if given & {"-h", "--help"}:
         return ["--help"]
+    if name in POSITIONALS and arguments and not arguments[0].startswith("-"):
+        count = next((i for i, text in enumerate(arguments) if text.startswith("-")), len(arguments))
+        return [f"{POSITIONALS[name]}={json.dumps(arguments[:count])}", *arguments[count:]]
     if name in POSITIONAL and arguments and not arguments[0].startswith("-"):
         return [POSITIONAL[name], *arguments]
     if name == "pretrain" and "--config" not in given and "--run_dir" in given:
@@ -174,6 +203,40 @@ def complete(name: str, arguments: list[str]) -> list[str]:
         run_dir = [] if "--run_dir" in given else ["--run_dir", f"runs/demo-{data}" if data else "runs/demo"]
         return [*config, *run_dir, *arguments]
     return arguments
+
+
+def written_out(options: type, arguments: list[str]) -> list[str]:
+    """Arguments as the parser takes them: `--train-fraction` with underscores, a flag alone as true, and all
+    values of an option for several texts, `--test A=x B=y`, as one list."""
+    kinds = dict(_kinds("", options))
+    written: list[str] = []
+    lists: dict[str, list[str]] = {}
+    rest = list(arguments)
+    while rest:
+        option, equals, value = rest.pop(0).partition("=")
+        if not option.startswith("--"):
+            written.append(option + equals + value)
+            continue
+        option = option.replace("-", "_").replace("__", "--", 1)
+        alone = not equals and (not rest or rest[0].startswith("--"))
+        if kinds.get(option) is bool and alone:
+            equals, value = "=", "true"
+        elif kinds.get(option) == list[str] and not value.startswith("["):
+            values = lists.setdefault(option, [value] if equals else [])
+            while rest and not rest[0].startswith("-"):
+                values.append(rest.pop(0))
+            continue
+        written.append(option + equals + value)
+    return [*written, *(f"{option}={json.dumps(values)}" for option, values in lists.items())]
+
+
+def _kinds(prefix: str, options: type) -> Iterator[tuple[str, Any]]:
+    """Types of all options by `--section.key`."""
+    for field, kind in get_type_hints(options).items():
+        if isinstance(kind, type) and is_dataclass(kind):
+            yield from _kinds(f"{prefix}{field}.", kind)
+        else:
+            yield f"--{prefix}{field}", kind
 
 
 def _value(arguments: list[str], option: str) -> str:

@@ -14,7 +14,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from dino_sparo.bench_index import bench_index
-from dino_sparo.device import choose_device
+from dino_sparo.bench_knn import bench_knn
+from dino_sparo.device import choose_device, wait_for
 from dino_sparo.models import Sparo
 from dino_sparo.models.encoder import ARCHITECTURES
 from dino_sparo.options import BenchOptions
@@ -35,6 +36,8 @@ def bench(options: BenchOptions) -> None:
     """`dino-sparo bench`: print what the options ask for."""
     if options.what == "index":
         bench_index(options.index_files, options.index_processes, options.index_workers)
+    elif options.what == "knn":
+        bench_knn(options.knn_train, options.knn_test, options.knn_width, options.rounds, options.device)
     else:
         bench_readout(options)
 
@@ -59,10 +62,10 @@ def bench_readout(options: BenchOptions) -> None:
         for module in modules:
             module.zero_grad(set_to_none=True)
         tokens.grad = None
-        _wait(device)
+        wait_for(device)
         started = time.perf_counter()
         form(tokens).sum().backward()
-        _wait(device)
+        wait_for(device)
         return time.perf_counter() - started
 
     times: dict[str, list[float]] = {name: [] for name in forms}
@@ -99,8 +102,3 @@ def bytes_saved_for_backward(form: Callable[[Tensor], Tensor], tokens: Tensor) -
         output = form(tokens)
     del output
     return sum(storages.values())
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -79,7 +79,8 @@ def _check_ranges(prefix: str, section: Any) -> None:
         if is_dataclass(value):
             _check_ranges(f"{key}.", value)
             continue
-        if value in ("", []):  # an unset shell variable would mean the current folder
+        if value == "" or (value == [] and field.default_factory is not list):
+            # an unset shell variable would mean the current folder
             raise UserError(f"{key} is empty; give at least one value or leave the option out")
         values = value if isinstance(value, list | tuple) else [value]
         for number in values:

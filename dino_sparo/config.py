@@ -17,7 +17,7 @@ from dino_sparo.errors import UserError, UserFileNotFoundError
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
-NOT_IN_RECIPES = {"run_dir", "run", "data.path"}
+NOT_IN_RECIPES = {"run_dir", "run", "data.path", "out", "source"}
 
 
 def parse_options(options_class: type, arguments: list[str], *, usage: str) -> Any:

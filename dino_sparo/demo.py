@@ -13,9 +13,9 @@ from dino_sparo.data.loader import normalize, to_tensor
 from dino_sparo.data.pil_views import center_crop
 from dino_sparo.data.sources import SHAPES, SHAPES_SIZES, open_images
 from dino_sparo.evaluation.knn import HEADLINE_K
+from dino_sparo.interop.load import load_encoder
 from dino_sparo.options import PretrainOptions
 from dino_sparo.slots.attention import distinct_slots, draw_slot_maps, slot_maps
-from dino_sparo.training.checkpoint import load_encoder
 from dino_sparo.training.pretrain import pretrain
 from dino_sparo.training.runlog import read_metrics
 

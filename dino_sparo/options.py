@@ -273,7 +273,7 @@ class KnnOptions:
     """k-NN accuracy of a trained encoder."""
 
     run: str
-    """Run folder or checkpoint file."""
+    """Run folder or weights file."""
     data: LabelledDataOptions
     """The labelled images."""
     k: int | list[int] | None = None
@@ -283,21 +283,123 @@ class KnnOptions:
     """Whose weights to evaluate."""
     untrained: bool = False
     """Evaluate the same encoder with fresh random weights instead, as a baseline."""
+    arch: Literal["vit_tiny", "vit_small", "vit_base"] | None = None
+    """Architecture that the weights must have; null tells it from the file."""
+    feature: Literal["encoding", "cls", "patch_mean", "probe"] = "encoding"
+    """What to compare: the encoding (all slots, or the CLS token without slots), the CLS token, the mean
+    patch token, or the linear probe's feature."""
+    test: list[str] = field(default_factory=list)
+    """Further labelled folders to classify, each NAME=DIR; classes are matched by the names of folders."""
+    out: str | None = None
+    """Folder for results.json; null takes the run folder, or one beside a weights file."""
+    cache: str | None = None
+    """Folder for features on disk, shared by all machines; null takes `features` beside the results."""
+    cache_precision: Literal["float16", "float32"] = "float16"
+    """Of the features on disk."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto takes CUDA where there is a GPU, else the CPU."""
     num_workers: int | None = None
-    """Processes that load images; null takes one a core, at most 16."""
+    """Processes that load images, for each process; null takes one a core, at most 16 in all."""
     batch_size: int = 64
     """Images a forward pass."""
+    nproc: int = 1
+    """Processes to start on this machine, one a GPU; under torchrun leave it out."""
+
+
+@dataclass
+class ExportOptions:
+    """An encoder as a folder of plain files: model.safetensors and config.json."""
+
+    run: str
+    """Run folder, checkpoint file, or official DINO weights of a ViT."""
+    out: str
+    """New folder for the two files."""
+    which: Literal["teacher", "student"] = "teacher"
+    """Whose weights to export."""
+    arch: Literal["vit_tiny", "vit_small", "vit_base"] | None = None
+    """Architecture of official weights, which do not tell their number of heads; null takes one for 64
+    numbers of width."""
+
+
+@dataclass
+class CompareOptions:
+    """One table of the evaluations of several runs."""
+
+    runs: list[str] | None = None
+    """Run folders or weights files with results of `knn` or `linear`; seeds of one recipe are averaged."""
+    control: str | None = None
+    """One of the runs: differences are to its recipe. null takes the one recipe whose read-out is not
+    sparo."""
+    markdown: bool = False
+    """Print a Markdown table instead of one aligned for a terminal."""
+
+
+@dataclass
+class LinearOptions:
+    """Linear probes on a frozen encoder: by default exactly the official one."""
+
+    run: str
+    """Run folder or weights file."""
+    data: LabelledDataOptions
+    """The labelled images."""
+    epochs: int = 100
+    """Passes over the train images; the learning rate falls to 0 over them, along a cosine."""
+    batch_size: int = 1024
+    """Images a step, of all processes together; a learning rate is for 256 and grows with it."""
+    learning_rates: list[float] | None = None
+    """A probe for each, for a batch of 256; null takes the official 0.001."""
+    num_blocks: list[int] | None = None
+    """A probe for each number of last blocks, 1 to 4, the encoding counting as one; null takes the official
+    4, or all of a shallower encoder."""
+    features: list[Literal["encoding", "cls", "both"]] | None = None
+    """A probe for each: the encoding only, the class token of the last blocks only, or both; null takes the
+    official one, both with slots and cls without."""
+    sweep: bool = False
+    """Where these three are null take all features, 1 and 4 blocks, learning rates 0.001, 0.01 and 0.1: with
+    slots 12 probes, for about the time of one."""
+    cached: bool = False
+    """Learn from features of centre crops, computed once: seconds instead of hours, but not the official
+    protocol."""
+    train_fraction: float = 1.0
+    """Share of the train images to learn from, the same number of each class."""
+    test: list[str] = field(default_factory=list)
+    """Further labelled folders to score, each NAME=DIR; classes are matched by the names of folders."""
+    evaluate: str | None = None
+    """A saved classifier to score instead of training any."""
+    which: Literal["teacher", "student"] = "teacher"
+    """Whose weights to evaluate."""
+    untrained: bool = False
+    """Evaluate the same encoder with fresh random weights instead, as a baseline."""
+    arch: Literal["vit_tiny", "vit_small", "vit_base"] | None = None
+    """Architecture that the weights must have; null tells it from the file."""
+    seed: int = 0
+    """Of initial weights, order, crops and the chosen fraction."""
+    out: str | None = None
+    """Folder for results.json, and for log, checkpoints and classifiers in `linear` below it; null takes the
+    run folder, or one beside a weights file."""
+    cache: str | None = None
+    """Folder for features on disk, shared by all machines; null takes `features` beside the results."""
+    cache_precision: Literal["float16", "float32"] = "float16"
+    """Of the train features on disk with `cached`; those of test images are float32."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto takes CUDA where there is a GPU, else the CPU."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the encoder on training crops; auto takes bf16 or fp16 on a GPU, fp32 on the CPU. Probes are
+    float32."""
+    num_workers: int | None = None
+    """Processes that load images, for each process; null takes one a core, at most 16 in all."""
+    nproc: int = 1
+    """Processes to start on this machine, one a GPU; under torchrun leave it out."""
 
 
 @dataclass
 class BenchOptions:
-    """Time and memory of the SPARO read-out against its direct form and the block it replaces, or of starting
-    on a folder of many images."""
+    """Time and memory of the SPARO read-out against its direct form and the block it replaces, of starting on
+    a folder of many images, or of the search of nearest neighbours."""
 
-    what: Literal["readout", "index"] = "readout"
-    """What to measure; the fields below are of the read-out, those that begin with `index_` of the index."""
+    what: Literal["readout", "index", "knn"] = "readout"
+    """What to measure; the fields below are of the read-out, those with `index_` of the index, those with
+    `knn_` of the search, which also takes rounds and device."""
     batch_size: int = 16
     """Images a pass."""
     num_tokens: int = 197
@@ -310,5 +412,11 @@ class BenchOptions:
     """Training processes that start together."""
     index_workers: int = 2
     """Worker processes of each."""
+    knn_train: int = 200_000
+    """Generated features to search, in a folder for temporary files."""
+    knn_test: int = 10_000
+    """Features to search for."""
+    knn_width: int = 4096
+    """Numbers of a feature."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto takes CUDA where there is a GPU, else the CPU."""

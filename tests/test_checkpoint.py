@@ -8,11 +8,9 @@ import subprocess
 import pytest
 import torch
 
-from dino_sparo import load_encoder
 from dino_sparo.errors import UserError
 from dino_sparo.training import pretrain as program
 from dino_sparo.training.checkpoint import load_checkpoint, load_latest, save_checkpoint, set_damaged_aside
-from dino_sparo.training.state import build_state
 from tests.tiny import tiny_options, write_pictures
 
 
@@ -105,10 +103,10 @@ def test_pickled_code_is_refused_and_not_run(tmp_path):
 
     path = tmp_path / "evil.pt"
     path.write_bytes(pickle.dumps({"format": 1, "x": Malicious()}))
-    with pytest.raises(UserError, match="no readable checkpoint"):
+    with pytest.raises(UserError, match=r"is refused: it would load posix\.mkdir"):
         load_checkpoint(path)
     torch.save({"format": 1, "x": Malicious()}, path)
-    with pytest.raises(UserError, match="no readable checkpoint"):
+    with pytest.raises(UserError, match=r"is refused: it would load posix\.mkdir"):
         load_checkpoint(path)
     assert not (tmp_path / "hacked").exists()
 
@@ -125,36 +123,6 @@ def run_dir(tmp_path_factory):
     write_pictures(folder / "data", 4)
     program.pretrain(tiny_options(folder / "data", folder / "run"))
     return folder / "run"
-
-
-@torch.no_grad()
-def test_load_encoder(run_dir):
-    images = torch.randn(2, 3, 16, 16)
-    state = load_latest(run_dir)
-    outputs = {}
-    for which in ("teacher", "student"):
-        encoder = load_encoder(run_dir, which)
-        assert not encoder.training
-        for name, value in encoder.state_dict().items():
-            assert torch.equal(value, state[which][f"encoder.{name}"])
-        outputs[which] = encoder(images)
-    random_state = torch.random.get_rng_state()
-    fresh = load_encoder(run_dir, untrained=True)
-    assert torch.equal(torch.random.get_rng_state(), random_state)
-    initial = build_state(state["config"], torch.device("cpu")).student.encoder.state_dict()
-    assert all(torch.equal(initial[name], value) for name, value in fresh.state_dict().items())
-    untrained = fresh(images)
-    assert not torch.equal(outputs["teacher"], outputs["student"])
-    assert not torch.equal(outputs["teacher"], untrained)
-    file = next((run_dir / "checkpoints").glob("*.pt"))
-    assert load_encoder(file).embed_dim == 8
-
-
-def test_load_encoder_errors(run_dir, tmp_path):
-    with pytest.raises(ValueError, match="which is 'best', expected 'teacher' or 'student'"):
-        load_encoder(run_dir, "best")
-    with pytest.raises(FileNotFoundError, match="no checkpoint found"):
-        load_encoder(tmp_path)
 
 
 def test_whole_state_is_in_it(run_dir):

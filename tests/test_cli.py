@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dino_sparo.__main__ import COMMANDS, main
-from dino_sparo.config import recipes
+from dino_sparo.__main__ import COMMANDS, main, written_out
+from dino_sparo.config import parse_options, recipes
+from dino_sparo.options import KnnOptions
 from tests.tiny import tiny_arguments, write_pictures
 
 
@@ -242,7 +243,8 @@ def test_knn_prints_accuracy_and_number_of_images(trained, capsys):
     assert main(["knn", str(run), "--data.path", str(data), "--k", "[1, 3]", "--num_workers", "0"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert "7 train and 1 test images, 2 classes" in out[0]
-    assert [line.split()[:2] for line in out[1:]] == [["1-NN", "top-1"], ["3-NN", "top-1"]]
+    assert "1 of the 2 classes of training has no image here" in out[1]
+    assert [line.split()[:2] for line in out[2:4]] == [["1-NN", "top-1"], ["3-NN", "top-1"]]
 
 
 @pytest.mark.parametrize(
@@ -280,3 +282,25 @@ def test_demo_script_hands_its_options_on(tmp_path):
     )
     assert done.returncode == 2, done.stderr
     assert done.stderr.splitlines()[-1].startswith("dino-sparo: error: data.path 'nowhere' does not exist")
+
+
+# --- Arguments as people write them
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        (["--num-workers", "3", "--cache=a-b"], {"num_workers": 3, "cache": "a-b"}),
+        (["--untrained"], {"untrained": True}),
+        (["--untrained", "--k", "7"], {"untrained": True, "k": 7}),
+        (["--untrained", "false"], {"untrained": False}),
+        (["--test", "a=x", "b=y", "--k=7"], {"test": ["a=x", "b=y"], "k": 7}),
+        (["--test=a=x", "--test", "b=y"], {"test": ["a=x", "b=y"]}),
+        (['--test=["a=x"]'], {"test": ["a=x"]}),
+        ([], {"test": [], "untrained": False}),
+    ],
+)
+def test_dashes_flags_and_several_values(given, taken):
+    arguments = written_out(KnnOptions, ["--run", "r", "--data.path", "d", *given])
+    options = parse_options(KnnOptions, arguments, usage="")
+    assert {key: getattr(options, key) for key in taken} == taken

@@ -1,18 +1,24 @@
 """k-NN against the official figures."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 from dino_sparo.evaluation import knn
 from dino_sparo.evaluation.knn import knn_classify
+from dino_sparo.evaluation.search import nearest
 
 KS = [1, 10, 20, 100, 200]
 
 
-@pytest.mark.parametrize("chunk_size", [1, 7, 256, 1000])
-def test_golden_accuracies(golden, chunk_size, monkeypatch):
+@pytest.mark.parametrize("by_faiss", [True, False])
+@pytest.mark.parametrize("chunk_size", [1, 7, 256, 3000])
+def test_golden_accuracies(golden, chunk_size, by_faiss, monkeypatch):
     arrays = golden("knn")
+    chunks = {"train_chunk": chunk_size + 200, "test_chunk": chunk_size}
+    monkeypatch.setattr(knn, "nearest", partial(nearest, by_faiss=by_faiss, **chunks))
     tensors = [
         torch.from_numpy(arrays[f"{s}_{k}"]) for s in ("train", "test") for k in ("features", "labels")
     ]

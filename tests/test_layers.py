@@ -9,14 +9,16 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dino_sparo"
 PROGRAMS = (
     "check_report",
-    *("pretrain", "setup", "rundir", "check", "prepare", "knn", "demo", "bench"),
+    *("pretrain", "setup", "rundir", "check", "prepare", "knn", "demo", "bench", "export"),
     *("__main__", "config", "checks"),
 )
 FORBIDDEN = {
-    "models": ("data", "training", "evaluation", "slots", "options", "config"),
-    "data": ("models", "training", "evaluation", "slots", "options"),
+    "models": ("data", "training", "evaluation", "slots", "interop", "options", "config"),
+    "data": ("models", "training", "evaluation", "slots", "interop", "options"),
+    "training": ("interop", "slots"),
     "evaluation": ("training.pretrain",),
     "slots": ("training.pretrain",),
+    "interop": ("data", "training.pretrain", "evaluation", "slots"),
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
@@ -50,4 +52,4 @@ def test_imports_go_down_the_flow(path):
 
 def test_the_scan_sees_imports():
     assert "torch.distributed" in imports(PACKAGE / "distributed.py")
-    assert "dino_sparo.training.checkpoint.load_encoder" in imports(PACKAGE / "evaluation" / "knn.py")
+    assert "dino_sparo.interop.load.load_encoder" in imports(PACKAGE / "evaluation" / "knn.py")

@@ -146,14 +146,14 @@ class BatchOrder(Sampler):
 
 def crop_batches(
     dataset: CropsDataset,
-    order: BatchOrder,
+    order: Sampler,
     *,
     num_workers: int,
     prefetch_batches: int,
     pin_memory: bool,
     timeout_seconds: float,
 ) -> WatchedLoader:
-    """Batches of `Crops` (or `UnreadableImage`) in the given order, prepared ahead by worker processes."""
+    """Batches of `Crops` (or `UnreadableImage`) of (epoch, sample) pairs, prepared ahead by workers."""
     return WatchedLoader(
         dataset,
         image_of=itemgetter(1),

@@ -13,9 +13,8 @@ JITTER = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adj
 def execute(image: Image.Image, view: View) -> Image.Image:
     """One crop of an RGB image by the view's numbers: RGB, size x size."""
     size = [view.size, view.size]
-    crop = TF.resized_crop(
-        image, view.top, view.left, view.height, view.width, size, InterpolationMode.BICUBIC
-    )
+    interpolation = InterpolationMode(view.interpolation)
+    crop = TF.resized_crop(image, view.top, view.left, view.height, view.width, size, interpolation)
     if view.flip:
         crop = TF.hflip(crop)
     for adjustment in view.jitter_order:

@@ -8,7 +8,7 @@ business of an executor (`pil_views`). Source: official `DataAugmentationDINO`.
 import math
 from dataclasses import dataclass
 from itertools import permutations
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,7 @@ class CropRecipe:
     blur_probability: float
     blur_radius: tuple[float, float]
     solarize_probability: float
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,7 @@ class View:
     blur_radius: float
     """Radius of PIL's Gaussian blur in pixels, 0 without blur."""
     solarize: bool
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
 
 
 def crop_recipes(
@@ -118,6 +120,7 @@ def draw_view(
         grayscale=bool(uniform[9] < recipe.grayscale_probability),
         blur_radius=radius_low + (radius_high - radius_low) * float(uniform[11]) if blur else 0.0,
         solarize=bool(uniform[12] < recipe.solarize_probability),
+        interpolation=recipe.interpolation,
     )
 
 

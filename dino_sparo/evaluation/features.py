@@ -1,17 +1,31 @@
-"""One pass of a frozen encoder over a source of images, shared among all processes."""
+"""One pass of a frozen encoder over images, shared among all processes, its features in memory or on disk."""
 
+import hashlib
+import json
+import os
+import shutil
 import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from dino_sparo.data.loader import CenterCrops, UnreadableImage, collate_images, normalize
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.workers import WatchedLoader
-from dino_sparo.distributed import rank, world_size
+from dino_sparo.distributed import first_rank_first, gather_objects, rank, world_size
+from dino_sparo.errors import UserError
 from dino_sparo.models import Encoder
+
+TRANSFORM = "short side to round(S * 256 / 224) bicubic, centre crop S, ImageNet mean and std"
+FLUSH_SECONDS = 5.0  # work that a power cut may cost
+KEY_DIGITS = 16
 
 
 @torch.no_grad()
@@ -34,29 +48,242 @@ def extract_features(
     Raises:
         UserError: an image cannot be read, or the workers that load images failed.
     """
-    device = encoder.backbone.cls_token.device
     share = source.subset(np.arange(rank(), len(source), world_size()))
     features = torch.empty(len(share), encoder.embed_dim)
+    blocks = [range(i, min(i + batch_size, len(share))) for i in range(0, len(share), batch_size)]
+    for block, encoded in _encoded(
+        encoder, share, blocks, ["encoding"], image_size, num_workers, timeout_seconds, description
+    ):
+        features[block.start : block.stop] = encoded["encoding"].float().cpu()
+    return features
+
+
+@torch.no_grad()
+def cached_features(
+    encoder: Encoder,
+    source: ImageSource,
+    names: Sequence[str],
+    *,
+    image_size: int,
+    cache: Path,
+    precision: str = "float16",
+    batch_size: int = 64,
+    num_workers: int = 0,
+    timeout_seconds: float = 600.0,
+    description: str = "features",
+) -> dict[str, NDArray[Any]]:
+    """Features of all images by one pass, on disk: name -> memory-mapped (num_images, F), in their order.
+
+    All processes call it and share the work; each image counts exactly once, and all get all features. A
+    folder of `cache`, named by weights, images, transform and precision, keeps them: a second call reads
+    them, an interrupted pass goes on where it stopped.
+
+    Args:
+        names: as in `Encoder.features`.
+        cache: a folder that all processes share.
+        precision: float16 or float32.
+        batch_size: images of a forward pass; a block of neighbours, whatever the number of processes.
+
+    Raises:
+        UserError: an image cannot be read, a feature is not finite, or the disk is too small or read-only.
+    """
+    key = _key(encoder, source, image_size, precision)
+    folder = cache / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:KEY_DIGITS]
+    widths = _widths(encoder, names, image_size)
+    files = {name: _FeatureFile(folder, name, (len(source), widths[name]), precision) for name in names}
+    first_rank_first(lambda: _make(folder, files, key))
+    done = np.logical_and.reduce([file.done() for file in files.values()])
+    gather_objects(None)  # every process has looked before one writes
+    blocks = [range(i, min(i + batch_size, len(source))) for i in range(0, len(source), batch_size)]
+    missing = [block for block in blocks if not done[block.start : block.stop].all()]
+    if missing:
+        mine = missing[rank() :: world_size()]
+        encoded = _encoded(
+            encoder, source, mine, names, image_size, num_workers, timeout_seconds, description
+        )
+        _write(files, encoded, source)
+        gather_objects(None)
+    for file in files.values():
+        assert file.done().all(), "every image counts once"
+    return {name: file.rows() for name, file in files.items()}
+
+
+def _encoded(
+    encoder: Encoder,
+    source: ImageSource,
+    blocks: Sequence[range],
+    names: Sequence[str],
+    image_size: int,
+    num_workers: int,
+    timeout_seconds: float,
+    description: str,
+) -> Iterator[tuple[range, dict[str, Tensor]]]:
+    """Blocks of images and their features, each block one forward pass."""
+    device = encoder.backbone.cls_token.device
     batches = WatchedLoader(
-        CenterCrops(share, image_size),
+        CenterCrops(source, image_size),
         image_of=int,
-        name=share.name,
+        name=source.name,
         num_workers=num_workers,
         timeout_seconds=timeout_seconds,
-        batch_size=batch_size,
+        batch_sampler=blocks,
         collate_fn=collate_images,
         pin_memory=device.type == "cuda",
     )
     silent = rank() > 0 or not sys.stderr.isatty()
-    bar = tqdm(total=len(share), desc=description, unit="img", leave=False, disable=silent)
-    done = 0
-    with bar, batches.failures_explained():
-        for batch in batches:
+    total = sum(map(len, blocks))
+    with (
+        tqdm(total=total, desc=description, unit="img", leave=False, disable=silent) as bar,
+        batches.failures_explained(),
+    ):
+        for block, batch in zip(blocks, batches, strict=True):
             if isinstance(batch, UnreadableImage):
                 batch.raise_error()
-            encodings = encoder(normalize(batch.to(device, non_blocking=True)))
-            features[done : done + len(batch)] = encodings.float().cpu()
-            done += len(batch)
-            bar.update(len(batch))
-    assert done == len(share)
-    return features
+            yield block, encoder.features(normalize(batch.to(device, non_blocking=True)), names)
+            bar.update(len(block))
+
+
+class _FeatureFile:
+    """Rows of one feature on disk, and which of them are there.
+
+    Rows are written by `pwrite`, not through the map, so that a full disk is an error that can be told.
+    """
+
+    def __init__(self, folder: Path, name: str, shape: tuple[int, int], precision: str) -> None:
+        self.path, self.done_path = folder / f"{name}.{precision}", folder / f"{name}.done"
+        self.shape, self.dtype = shape, np.dtype(precision)
+        self.size = shape[0] * shape[1] * self.dtype.itemsize
+
+    def exists(self) -> bool:
+        """Whether a pass has begun to fill it."""
+        return (
+            self.path.exists()
+            and self.path.stat().st_size == self.size
+            and self.done_path.exists()
+            and self.done_path.stat().st_size == self.shape[0]
+        )
+
+    def make(self) -> None:
+        """Empty, of its full size."""
+        with open(self.path, "wb") as file:
+            file.truncate(self.size)
+        self.done_path.write_bytes(bytes(self.shape[0]))
+
+    def done(self) -> NDArray[np.bool_]:
+        """Which images have been written."""
+        return np.fromfile(self.done_path, dtype=np.bool_)
+
+    def rows(self) -> NDArray[Any]:
+        """All rows, mapped: they take no memory that the system cannot take back."""
+        return np.memmap(self.path, self.dtype, mode="c", shape=self.shape)
+
+
+def _make(folder: Path, files: dict[str, _FeatureFile], key: dict[str, Any]) -> None:
+    """Make the files that are not there yet, if the disk holds what is still to come."""
+    needed = 0
+    for file in files.values():
+        there = int(np.count_nonzero(file.done())) if file.exists() else 0
+        needed += file.size - there * file.size // max(1, file.shape[0])
+    if needed:
+        _check_space(folder, needed)
+    try:
+        for file in files.values():
+            if not file.exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "features.json").write_text(json.dumps(key, indent=1))
+                file.make()
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+
+
+def _write(
+    files: dict[str, _FeatureFile], encoded: Iterator[tuple[range, dict[str, Tensor]]], source: ImageSource
+) -> None:
+    """Write blocks as they come; they count as done when they have reached the disk."""
+    opened = {
+        name: (os.open(f.path, os.O_WRONLY), os.open(f.done_path, os.O_WRONLY)) for name, f in files.items()
+    }
+    written: list[range] = []
+    flushed = time.monotonic()
+
+    def flush() -> None:
+        for rows, done in opened.values():
+            os.fsync(rows)
+            for block in written:
+                os.pwrite(done, b"\1" * len(block), block.start)
+        written.clear()
+
+    try:
+        for block, features in encoded:
+            for name, file in files.items():
+                with np.errstate(over="ignore"):  # infinite then, which is told
+                    rows = features[name].float().cpu().numpy().astype(file.dtype)
+                _check_finite(rows, name, block, source)
+                os.pwrite(opened[name][0], rows.tobytes(), block.start * file.shape[1] * file.dtype.itemsize)
+            written.append(block)
+            if time.monotonic() - flushed > FLUSH_SECONDS:
+                flush()
+                flushed = time.monotonic()
+        flush()
+    except OSError as error:
+        raise _cannot_write(next(iter(files.values())).path.parent, error) from error
+    finally:
+        for pair in opened.values():
+            for descriptor in pair:
+                os.close(descriptor)
+
+
+def _check_finite(rows: NDArray[Any], name: str, block: range, source: ImageSource) -> None:
+    """A number that is not finite comes from damaged weights, or does not fit into float16."""
+    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+    if len(bad):
+        remedy = "cache_precision float32" if rows.dtype == np.float16 else "another checkpoint"
+        raise UserError(
+            f"feature {name!r} of {source.name(block[int(bad[0])])} is not finite in {rows.dtype}; the "
+            f"weights are damaged or the numbers too large: try {remedy}"
+        )
+
+
+def _check_space(folder: Path, size: int) -> None:
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if size > free:
+        raise UserError(
+            f"{folder}: features need {size} bytes ({size / 2**30:.1f} GiB), but only {free} "
+            f"({free / 2**30:.1f} GiB) are free there; make room or give another cache folder"
+        )
+
+
+def _cannot_write(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{folder}: features cannot be written ({error.strerror}); make room or give another cache folder"
+    )
+
+
+def _key(encoder: Encoder, source: ImageSource, image_size: int, precision: str) -> dict[str, Any]:
+    """All that a feature depends on."""
+    return {
+        "weights": hash_of(encoder),
+        "images": source.fingerprint(),
+        "num_images": len(source),
+        "transform": TRANSFORM,
+        "image_size": image_size,
+        "precision": precision,
+    }
+
+
+def hash_of(encoder: Encoder) -> str:
+    """SHA-256 of all that makes an encoder: kind, sizes and weights."""
+    heads = encoder.backbone.num_heads  # which the weights do not tell
+    digest = hashlib.sha256(f"{encoder.readout_name} {encoder.backbone.patch_size} {heads}".encode())
+    for name, value in encoder.state_dict().items():
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _widths(encoder: Encoder, names: Sequence[str], image_size: int) -> dict[str, int]:
+    """Numbers of each feature, by looking at one image."""
+    device = encoder.backbone.cls_token.device
+    features = encoder.features(torch.zeros(1, 3, image_size, image_size, device=device), names)
+    return {name: feature.shape[1] for name, feature in features.items()}

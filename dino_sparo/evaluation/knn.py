@@ -6,16 +6,20 @@ Axis letters: T train images, B test images, S classes.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from dino_sparo.data.sources import ImageSource
-from dino_sparo.distributed import gather_rows, rank, sum_over_ranks, world_size
-from dino_sparo.evaluation.features import extract_features
+from dino_sparo.distributed import gather_rows, local_rank, process_group, rank, world_size
+from dino_sparo.evaluation.features import cached_features, extract_features
+from dino_sparo.evaluation.results import Result, results_folder, save_results
+from dino_sparo.evaluation.search import Rows, nearest
+from dino_sparo.evaluation.transfer import VAL, TestSet, as_test_set, open_test_sets, restrict
 from dino_sparo.models import Encoder
 
 if TYPE_CHECKING:
@@ -24,7 +28,9 @@ if TYPE_CHECKING:
 HEADLINE_K = 20
 PROTOCOL_K = (10, 20, 100, 200)
 TEMPERATURE = 0.07
-CHUNK_SIZE = 256  # test images at a time; it changes memory, not the result
+TOP = 5
+SHOWN_CLASSES = 3
+CHUNK_SIZE = 256  # test images that vote at a time; it changes memory, not the result
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ def knn_classify(
     official code does; classes with equal votes, also those with none, rank by lower index.
 
     Args:
-        train_features: (T, D) floating point, any scale: l2-normalised inside.
+        train_features: (T, D) floating point, any scale: l2-normalised inside. Also memory-mapped.
         train_labels: (T,) integers from 0.
         test_features: (number of test images, D).
         test_labels: likewise.
@@ -60,10 +66,10 @@ def knn_classify(
         num_classes: None takes the largest label + 1.
 
     Raises:
-        ValueError: k is below 1 or larger than the train set, or there are no test images.
+        ValueError: k is below 1 or larger than the train set, there are no test images, or a feature is
+            zero or not finite.
     """
-    train_features, train_labels = torch.as_tensor(train_features), torch.as_tensor(train_labels).long()
-    test_features, test_labels = torch.as_tensor(test_features), torch.as_tensor(test_labels).long()
+    labels, truth = (torch.as_tensor(labels).long().cpu() for labels in (train_labels, test_labels))
     ks = [int(k)] if isinstance(k, int | Integral) else [int(number) for number in k]
     for number in ks:
         if not 1 <= number <= len(train_features):
@@ -71,46 +77,39 @@ def knn_classify(
     if not len(test_features):
         raise ValueError("there are no test images to classify")
     if num_classes is None:
-        num_classes = int(max(train_labels.max(), test_labels.max())) + 1
-    correct = _count_correct(
-        train_features, train_labels, test_features, test_labels, ks, temperature, num_classes
-    )
-    return _results(ks, correct, len(test_features))
+        num_classes = int(max(labels.max(), truth.max())) + 1
+    device = train_features.device if isinstance(train_features, Tensor) else torch.device("cpu")
+    cosine_Bk, number_Bk = nearest(train_features, test_features, max(ks), device=device)
+    ranked = _rank_classes(cosine_Bk, labels[number_Bk], ks, temperature, num_classes)
+    return {number: _accuracy(ranked_B5, truth) for number, ranked_B5 in ranked.items()}
 
 
-def _count_correct(
-    train_features: Tensor,
-    train_labels: Tensor,
-    test_features: Tensor,
-    test_labels: Tensor,
+def _rank_classes(
+    cosine_Bk: Tensor,
+    labels_Bk: Tensor,
     ks: Sequence[int],
     temperature: float,
     num_classes: int,
-) -> Tensor:
-    """How many test images are right: int64 (len(ks), 2), top-1 and top-5, on the CPU."""
-    train = F.normalize(train_features.float(), dim=1)
-    train_labels, test_labels = train_labels.to(train.device), test_labels.to(train.device)
-    correct = torch.zeros(len(ks), 2, dtype=torch.int64)
-    for chunk, labels in zip(test_features.split(CHUNK_SIZE), test_labels.split(CHUNK_SIZE), strict=True):
-        cosine_BT = F.normalize(chunk.to(train.device).float(), dim=1) @ train.T
-        cosine_Bk, nearest_Bk = cosine_BT.topk(max(ks), dim=1)
-        weight_Bk = (cosine_Bk / temperature).exp()
-        labels_Bk = train_labels[nearest_Bk]
-        for row, number in enumerate(ks):
-            votes_BS = torch.zeros(len(chunk), num_classes, device=train.device)
-            votes_BS.scatter_add_(1, labels_Bk[:, :number], weight_Bk[:, :number])
-            ranked_BS = votes_BS.sort(dim=1, descending=True, stable=True).indices
-            hits_BS = ranked_BS == labels[:, None]
-            correct[row, 0] += hits_BS[:, :1].sum().cpu()
-            correct[row, 1] += hits_BS[:, : min(5, number)].sum().cpu()
-    return correct
+    among: NDArray[np.int64] | None = None,
+) -> dict[int, Tensor]:
+    """The first min(5, k) classes (B, .) by votes of the k nearest, for each k, `among` these."""
+    ranked: dict[int, list[Tensor]] = {number: [] for number in ks}
+    for cosines, labels in zip(cosine_Bk.split(CHUNK_SIZE), labels_Bk.split(CHUNK_SIZE), strict=True):
+        weights = (cosines / temperature).exp()
+        for number in ks:
+            votes_BS = torch.zeros(len(cosines), num_classes)
+            votes_BS.scatter_add_(1, labels[:, :number], weights[:, :number])
+            if among is not None:
+                votes_BS = restrict(votes_BS, among)
+            order_BS = votes_BS.sort(dim=1, descending=True, stable=True).indices
+            ranked[number].append(order_BS[:, : min(TOP, number)].clone())
+    return {number: torch.cat(parts) for number, parts in ranked.items()}
 
 
-def _results(ks: Sequence[int], correct: Tensor, total: int) -> dict[int, KnnResult]:
-    return {
-        number: KnnResult(100 * top1 / total, 100 * top5 / total, total)
-        for number, (top1, top5) in zip(ks, correct.tolist(), strict=True)
-    }
+def _accuracy(ranked_B5: Tensor, truth_B: Tensor) -> KnnResult:
+    hits_B5 = ranked_B5 == truth_B[:, None]
+    total = len(truth_B)
+    return KnnResult(100 * int(hits_B5[:, 0].sum()) / total, 100 * int(hits_B5.sum()) / total, total)
 
 
 def evaluate_knn(
@@ -124,7 +123,7 @@ def evaluate_knn(
     num_workers: int = 0,
     timeout_seconds: float = 600.0,
 ) -> dict[int, KnnResult]:
-    """k-NN accuracy of an encoder: features of both sources, then the vote.
+    """k-NN accuracy of an encoder, with all features in memory: for sets of modest size, while training.
 
     All processes share the work: each extracts its share of both sources, takes all train features, and
     classifies its share of the test images; every one counts once, and all processes get the result.
@@ -142,60 +141,149 @@ def evaluate_knn(
         )
         for name, source in (("train", train), ("val", test))
     )
-    correct = _count_correct(
-        _near_the_encoder(gather_rows(gallery, len(train)), encoder),
+    ranked = _vote(
+        gather_rows(gallery, len(train)),
         torch.from_numpy(train.labels),
         share,
-        torch.from_numpy(test.labels)[rank() :: world_size()],
-        k,
-        TEMPERATURE,
-        len(train.classes),
+        len(test),
+        ks=k,
+        num_classes=len(train.classes),
+        device=encoder.backbone.cls_token.device,
     )
-    return _results(k, sum_over_ranks(correct), len(test))
+    return {number: _accuracy(ranked[number], torch.from_numpy(test.labels)) for number in k}
 
 
-def _near_the_encoder(features: Tensor, encoder: Encoder) -> Tensor:
-    """The features on the encoder's GPU, if normalised copies of them fit into half of what is free."""
-    device = encoder.backbone.cls_token.device
-    if device.type == "cuda" and 2 * features.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
-        return features.to(device)
-    return features
+def _vote(
+    gallery: Rows,
+    labels: Tensor,
+    share: Rows,
+    total: int,
+    *,
+    ks: Sequence[int],
+    num_classes: int,
+    device: torch.device,
+    among: NDArray[np.int64] | None = None,
+) -> dict[int, Tensor]:
+    """The classes ranked first for each k, of all `total` test images, of which this process has a share.
+
+    Process r of R has the features of test images r, r + R, r + 2R, ...
+    """
+    cosine_Bk, number_Bk = nearest(gallery, share, max(ks), device=device)
+    ranked = _rank_classes(cosine_Bk, labels[number_Bk], ks, TEMPERATURE, num_classes, among)
+    return {number: gather_rows(ranked_B5, total) for number, ranked_B5 in ranked.items()}
 
 
 def run(options: "KnnOptions") -> None:
-    """`dino-sparo knn`: print the accuracy of a trained encoder on a labelled folder."""
+    """`dino-sparo knn`: accuracy of a trained encoder on labelled folders, into results.json and printed."""
+    from dino_sparo.device import choose_device
+
+    device = choose_device(options.device, local_rank())
+    with process_group(device):
+        results = evaluate(options, device)
+        if rank() == 0:
+            save_results(Path(options.out or results_folder(options.run)), results)
+            print(table(options.run, results))
+
+
+def evaluate(options: "KnnOptions", device: torch.device) -> list[Result]:
+    """Features of the gallery and of every test set, by the cache, and the votes."""
     from dino_sparo.data.sources import open_labelled
     from dino_sparo.data.workers import default_workers
-    from dino_sparo.device import choose_device
+    from dino_sparo.distributed import first_rank_first, local_world_size
     from dino_sparo.errors import UserError
-    from dino_sparo.training.checkpoint import load_encoder
+    from dino_sparo.interop.load import load_encoder
 
-    device = choose_device(options.device)
-    train, test = open_labelled(options.data.path)
+    train, val = first_rank_first(lambda: open_labelled(options.data.path))
+    test_sets = [as_test_set(VAL, val, train.classes), *open_test_sets(options.test, train.classes)]
     chosen = [options.k] if isinstance(options.k, int) else options.k
-    ks = chosen or [k for k in PROTOCOL_K if k <= len(train)]
+    ks = chosen or [k for k in PROTOCOL_K if k <= len(train)] or [len(train)]
     for number in ks:
         if not 1 <= number <= len(train):
             raise UserError(
                 f"k is {number}, expected 1 to the {len(train)} train images of {options.data.path}"
             )
-    encoder = load_encoder(options.run, options.which, untrained=options.untrained).to(device)
-    workers = default_workers() if options.num_workers is None else options.num_workers
-    image_size = encoder.backbone.native_grid * encoder.backbone.patch_size
-    results = evaluate_knn(
-        encoder,
-        train,
-        test,
-        image_size=image_size,
-        k=ks,
-        batch_size=options.batch_size,
-        num_workers=workers,
+    encoder = load_encoder(options.run, options.which, untrained=options.untrained, arch=options.arch).to(
+        device
     )
-    weights = "untrained" if options.untrained else options.which
-    print(
-        f"{options.run} ({weights}): {len(train)} train and {len(test)} test images, "
-        f"{len(train.classes)} classes"
+
+    def features(source: ImageSource, description: str) -> Rows:
+        return cached_features(
+            encoder,
+            source,
+            [options.feature],
+            image_size=encoder.backbone.native_grid * encoder.backbone.patch_size,
+            cache=Path(options.cache or results_folder(options.run) / "features"),
+            precision=options.cache_precision,
+            batch_size=options.batch_size,
+            num_workers=default_workers(local_world_size())
+            if options.num_workers is None
+            else options.num_workers,
+            description=description,
+        )[options.feature]
+
+    gallery, labels = features(train, "train features"), torch.from_numpy(train.labels)
+    results = []
+    for test_set in test_sets:
+        rows = features(test_set.source, f"{test_set.name} features")
+        try:
+            ranked = _vote(
+                gallery,
+                labels,
+                rows[rank() :: world_size()],
+                len(test_set.source),
+                ks=ks,
+                num_classes=len(train.classes),
+                device=device,
+                among=None if test_set.name == VAL else test_set.classes,
+            )
+        except ValueError as error:
+            raise UserError(f"{options.run}: {error}; the weights are damaged or have collapsed") from error
+        results += [_result(options, test_set, number, ranked[number], len(train)) for number in ks]
+    return results
+
+
+def _result(options: "KnnOptions", test_set: TestSet, k: int, ranked_B5: Tensor, num_train: int) -> Result:
+    truth = torch.from_numpy(test_set.labels)
+    accuracy = _accuracy(ranked_B5, truth)
+    right = (ranked_B5[:, 0] == truth).numpy()
+    of_class = [100 * float(right[test_set.labels == number].mean()) for number in np.unique(test_set.labels)]
+    names = [test_set.source.classes[number] for number in np.unique(test_set.labels)]
+    return Result(
+        protocol="knn",
+        name=f"{k}-NN" if options.feature == "encoding" else f"{k}-NN {options.feature}",
+        headline=k == HEADLINE_K and options.feature == "encoding",
+        test_set=test_set.name,
+        weights="untrained" if options.untrained else options.which,
+        top1=accuracy.top1,
+        top5=accuracy.top5,
+        num_images=accuracy.num_images,
+        num_classes=len(test_set.classes),
+        details={
+            "k": k,
+            "feature": options.feature,
+            "num_train": num_train,
+            "top1_by_class": dict(zip(names, of_class, strict=True)),
+            "remark": test_set.describe(),
+        },
+        correct=right,
+        images=test_set.source.fingerprint(),
     )
-    for number, result in results.items():
-        headline = "   <- headline" if number == HEADLINE_K else ""
-        print(f"{number:>4}-NN   top-1 {result.top1:6.2f} %   top-5 {result.top5:6.2f} %{headline}")
+
+
+def table(run: str, results: Sequence[Result]) -> str:
+    """The results of one evaluation as lines of text."""
+    lines: list[str] = []
+    for before, result in zip([None, *results], results, strict=False):
+        if before is None or result.test_set != before.test_set:
+            lines.append(
+                f"{run} ({result.weights}), {result.test_set}: {result.details['num_train']} train and "
+                f"{result.num_images} test images, {result.num_classes} classes"
+            )
+            lines += [result.details["remark"]] if result.details["remark"] else []
+        mark = "   <- headline" if result.headline else ""
+        lines.append(f"{result.name:>8}   top-1 {result.top1:6.2f} %   top-5 {result.top5:6.2f} %{mark}")
+    worst = sorted(results[0].details["top1_by_class"].items(), key=lambda item: item[1])[:SHOWN_CLASSES]
+    lines.append(
+        f"hardest classes of {results[0].test_set}: " + ", ".join(f"{n} {a:.1f} %" for n, a in worst)
+    )
+    return "\n".join(lines)

@@ -48,7 +48,7 @@ class VisionTransformer(nn.Module):
             )
         if depth < 1:
             raise ValueError(f"the backbone needs at least one transformer block, got depth {depth}")
-        self.patch_size = patch_size
+        self.patch_size, self.num_heads = patch_size, num_heads
         self.native_grid = image_size // patch_size
         self.patch_embed = PatchEmbed(patch_size, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))

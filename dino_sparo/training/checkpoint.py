@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from dino_sparo.errors import UserError, UserFileNotFoundError
+from dino_sparo.errors import UserError
 from dino_sparo.models import Encoder, build_encoder
+from dino_sparo.training.plain_file import read_plain
 
 log = logging.getLogger("dino_sparo")
 
@@ -80,60 +81,49 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file does not match its hash, or is no checkpoint of this project.
     """
-    hash_file = _hash_file(path)
-    if hash_file.exists() and hash_file.read_bytes().split()[:1] != [_sha256(path).encode()]:
-        raise UserError(f"{path} is damaged: its SHA-256 differs from {hash_file.name}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a file that is not what it should be
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is no readable checkpoint ({reason})") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"{path} is no checkpoint of dino-sparo with format {FORMAT}")
+    check_hash(path)
+    state = read_plain(path)
+    check_format(state, path)
     return state
 
 
-def load_encoder(path: str | Path, which: str = "teacher", *, untrained: bool = False) -> Encoder:
-    """Load a trained encoder in evaluation mode, on the CPU.
-
-    Args:
-        path: run folder (its newest whole checkpoint) or a checkpoint file.
-        which: teacher or student.
-        untrained: give the weights that the run began with instead, as a baseline.
+def check_hash(path: Path) -> None:
+    """Refuse a file that differs from the SHA-256 beside it, if there is one.
 
     Raises:
-        UserFileNotFoundError: there is no checkpoint.
-        UserError: the checkpoint is damaged.
-        ValueError: `which` is neither teacher nor student.
+        UserError: it differs.
     """
-    if which not in ("teacher", "student"):
-        raise ValueError(f"which is {which!r}, expected 'teacher' or 'student'")
-    path = Path(path)
-    state = load_checkpoint(path) if path.is_file() else load_latest(path)
-    if state is None:
-        raise UserFileNotFoundError(f"{path}: no checkpoint found; expected a run folder or a .pt file in it")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(state["config"]["seed"])
-        encoder = encoder_of(state["config"])
-    if not untrained:
-        prefix = "encoder."
-        weights = {k.removeprefix(prefix): v for k, v in state[which].items() if k.startswith(prefix)}
-        encoder.load_state_dict(weights)
-    return encoder.eval()
+    hash_file = _hash_file(path)
+    if hash_file.exists() and hash_file.read_bytes().split()[:1] != [_sha256(path).encode()]:
+        raise UserError(f"{path} is damaged: its SHA-256 differs from {hash_file.name}")
+
+
+def check_format(content: Any, path: Path) -> None:
+    """Refuse what is no checkpoint of this project, or one of another format.
+
+    Raises:
+        UserError: it is none.
+    """
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} is no checkpoint of dino-sparo with format {FORMAT}")
+
+
+def encoder_arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `build_encoder` that a resolved recipe stands for, without stochastic depth."""
+    model = config["model"]
+    readout = {key: value for key, value in model["readout"].items() if value is not None}
+    return {
+        "arch": model["arch"],
+        "patch_size": model["patch_size"],
+        "image_size": config["views"]["global_size"],
+        "readout": readout.pop("name"),
+        **readout,
+    }
 
 
 def encoder_of(config: dict[str, Any], drop_path_rate: float = 0.0) -> Encoder:
     """The freshly initialised encoder that a resolved recipe describes."""
-    model = config["model"]
-    readout = {key: value for key, value in model["readout"].items() if value is not None}
-    return build_encoder(
-        arch=model["arch"],
-        patch_size=model["patch_size"],
-        image_size=config["views"]["global_size"],
-        readout=readout.pop("name"),
-        drop_path_rate=drop_path_rate,
-        **readout,
-    )
+    return build_encoder(drop_path_rate=drop_path_rate, **encoder_arguments(config))
 
 
 def _list(run_dir: Path) -> list[Path]:

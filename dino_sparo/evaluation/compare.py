@@ -1,0 +1,196 @@
+"""One table of several runs: k-NN and linear accuracies side by side, grouped by recipe.
+
+Read from the runs' `results.json` alone. Runs whose recipes differ in the seed only (or in where the images
+lie, or in what belongs to machine, log and monitor) are seeds of one recipe: their mean and sample standard
+deviation are shown. The difference to the control has a 95 % interval of a paired bootstrap over the test
+images: it says how much the choice of the images matters, not how much other seeds would.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dino_sparo.errors import UserError
+from dino_sparo.evaluation.groups import READOUT, Group, Measure, group_runs, read_run
+from dino_sparo.evaluation.results import Result, results_folder
+
+if TYPE_CHECKING:
+    from dino_sparo.options import CompareOptions
+
+NUM_RESAMPLES = 10_000
+SETTINGS = ("epochs", "batch_size", "num_train")  # details that two accuracies should share
+NOTHING = "–"
+DIFFERENCES = (
+    "differences in points, with a 95 % interval by a paired bootstrap over the test images "
+    f"({NUM_RESAMPLES:,} resamples)"
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A table of text: columns are recipes, and under each accuracy is its difference to the control."""
+
+    header: list[str]
+    rows: list[list[str]]
+    notes: list[str]
+
+    def text(self) -> str:
+        """Aligned for a terminal."""
+        lines = [self.header, *self.rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        aligned = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+        rule = "  ".join("-" * width for width in widths)
+        return "\n".join([aligned[0], rule, *aligned[1:], "", *self.notes])
+
+    def markdown(self) -> str:
+        """A Markdown table, and the notes as a list."""
+        lines = [self.header, ["---"] * len(self.header), *self.rows]
+        table = [
+            "| " + " | ".join(cell.strip().replace("|", "\\|") for cell in line) + " |" for line in lines
+        ]
+        return "\n".join([*table, "", *(f"- {note}" for note in self.notes)])
+
+
+def run(options: "CompareOptions") -> None:
+    """`dino-sparo compare`: print one table of several runs."""
+    comparison = compare_runs(options.runs or [], options.control)
+    print(comparison.markdown() if options.markdown else comparison.text())
+
+
+def compare_runs(runs: Sequence[str], control: str | None = None) -> Comparison:
+    """Headline accuracies of runs by recipe, with differences to the recipe of the run `control`.
+
+    Without `control` it is the one recipe whose read-out is not SPARO, if there is exactly one.
+
+    Raises:
+        UserFileNotFoundError: a run or its results do not exist.
+        UserError: damaged files, a run given twice, an unknown control, or nothing in common.
+    """
+    if not runs:
+        raise UserError("compare has no runs; give their folders, as in `dino-sparo compare RUN RUN`")
+    read = [read_run(given) for given in runs]
+    groups = group_runs(read)
+    chosen, remark = _choose_control(groups, control)
+    remarks = [remark] if len(groups) > 1 else []  # of one recipe there are no differences
+    measures = sorted({m: None for one in read for m in one.headline}, key=Measure.order)
+    if len(groups) > 1 and not any(sum(bool(g.results(m)) for g in groups) > 1 for m in measures):
+        held = (
+            f"{g.label} has {', '.join(_title(m, groups) for m in measures if g.results(m))}" for g in groups
+        )
+        raise UserError(
+            f"the recipes have no result in common ({'; '.join(held)}); evaluate them by the same protocol "
+            f"on the same test sets"
+        )
+    rows, notes = [], []
+    for measure in measures:
+        title = _title(measure, groups)
+        rows.append([title, *(_accuracy(group.results(measure)) for group in groups)])
+        notes += _unequal_settings(title, measure, groups)
+        if chosen is not None and len(groups) > 1:
+            cells, reasons = _differences(measure, groups, chosen)
+            rows += [[f"  difference to {chosen.label}", *cells]] if set(cells) - {"", NOTHING} else []
+            notes += [f"{title}: {reason}" for reason in reasons]
+    header = ["top-1 in %", *(f"{g.label} (control)" if g is chosen else g.label for g in groups)]
+    return Comparison(header, rows, [*_legend(groups), *remarks, *notes])
+
+
+def paired_bootstrap(
+    ours: Sequence[NDArray[np.bool_]],
+    control: Sequence[NDArray[np.bool_]],
+    *,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """95 % interval of the difference in accuracy, in per cent: test images are drawn anew, both sides alike.
+
+    Takes for each side the arrays (num_images,) of its seeds, right or wrong by image in the same order,
+    and averages them. The difference of an image has few distinct values, so that a resample is a draw of
+    how often each occurs (multinomial) instead of num_images draws: the same distribution, in no memory.
+    """
+    scale = len(ours) * len(control)  # whole numbers, so that equal differences are equal
+    difference = len(control) * np.sum(ours, axis=0) - len(ours) * np.sum(control, axis=0)
+    values, counts = np.unique(difference, return_counts=True)
+    num_images = len(difference)
+    drawn = np.random.default_rng(seed).multinomial(num_images, counts / num_images, size=num_resamples)
+    low, high = np.quantile(drawn @ values, [0.025, 0.975]) * (100 / scale / num_images)
+    return float(low), float(high)
+
+
+def _choose_control(groups: Sequence[Group], control: str | None) -> tuple[Group | None, str]:
+    """The group of the control, and a note about the differences to it, or why there are none."""
+    if control is not None:
+        folder = results_folder(control).resolve()
+        for group in groups:
+            if any(one.folder.resolve() == folder for one in group.runs):
+                return group, DIFFERENCES
+        given = ", ".join(str(one.folder) for group in groups for one in group.runs)
+        raise UserError(f"control {control!r} is none of the runs; expected one of {given}")
+    others = [g for g in groups if (g.runs[0].recipe or {}).get(READOUT, "sparo") != "sparo"]
+    if len(others) == 1:
+        return others[0], DIFFERENCES
+    found = "no recipe has" if not others else f"{len(others)} recipes have"
+    return None, f"no differences: {found} a read-out other than sparo; --control RUN names the control"
+
+
+def _title(measure: Measure, groups: Sequence[Group]) -> str:
+    """A measure in words; k-NN by its k."""
+    names = {result.name for group in groups for result in group.results(measure)}
+    what = "/".join(sorted(names)) if measure.protocol == "knn" else measure.protocol
+    fraction = f", {100 * measure.train_fraction:g} % of train" if measure.train_fraction != 1 else ""
+    weights = f", {measure.weights}" if measure.weights != "teacher" else ""
+    return f"{what}, {measure.test_set}{fraction}{weights}"
+
+
+def _accuracy(results: Sequence[Result]) -> str:
+    if not results:
+        return NOTHING
+    top1 = [result.top1 for result in results]
+    spread = f" ± {np.std(top1, ddof=1):.2f}" if len(top1) > 1 else ""
+    return f"{np.mean(top1):.2f}{spread} ({len(top1)} seed{'s' if len(top1) > 1 else ''})"
+
+
+def _differences(measure: Measure, groups: Sequence[Group], control: Group) -> tuple[list[str], list[str]]:
+    """A cell for each group, and why those without an interval have none."""
+    cells, reasons = [], []
+    theirs = control.results(measure)
+    for group in groups:
+        ours = group.results(measure)
+        if group is control or not ours or not theirs:
+            cells.append("" if group is control else NOTHING)
+            continue
+        difference = np.mean([r.top1 for r in ours]) - np.mean([r.top1 for r in theirs])
+        if len({(r.images, r.num_images) for r in [*ours, *theirs]}) == 1:
+            low, high = paired_bootstrap([r.correct for r in ours], [r.correct for r in theirs])
+            cells.append(f"{difference:+.2f} [{low:+.2f}, {high:+.2f}]")
+        else:
+            cells.append(f"{difference:+.2f}")
+            reasons.append(
+                f"no interval for {group.label}, since its runs and those of {control.label} were not all "
+                f"scored on the same test images (their lists differ)"
+            )
+    return cells, reasons
+
+
+def _unequal_settings(title: str, measure: Measure, groups: Sequence[Group]) -> list[str]:
+    """A note if accuracies of one row were measured in different ways, as far as they say."""
+    plain = [{"classes": r.num_classes, **r.details} for group in groups for r in group.results(measure)]
+    unequal = []
+    for name in ("classes", *SETTINGS):
+        found = dict.fromkeys(str(details[name]) for details in plain if details.get(name) is not None)
+        if len(found) > 1:
+            unequal.append(f"{name} {' against '.join(found)}")
+    return [f"{title}: not measured alike ({', '.join(unequal)})"] if unequal else []
+
+
+def _legend(groups: Sequence[Group]) -> list[str]:
+    lines = []
+    for group in groups:
+        seeds = [f" (seed {one.seed})" if one.seed is not None else "" for one in group.runs]
+        names = (f"{one.folder}{seed}" for one, seed in zip(group.runs, seeds, strict=True))
+        lines.append(f"{group.label}: {', '.join(names)}")
+    if any(len(group.runs) > 1 for group in groups):
+        lines.append("mean ± sample standard deviation over seeds")
+    return lines

@@ -1,0 +1,322 @@
+"""`dino-sparo linear`: accuracy of linear classifiers on a frozen encoder. Source: official `eval_linear.py`.
+
+The official protocol, and where this one differs:
+
+- The last partial batch of an epoch is dropped; the official code trains on it. With ImageNet's 1 281 167
+  images and batches of 1024 these are 143 images, other ones in every epoch.
+- Random numbers of order and crops are drawn by (seed, epoch, image), so that neither the number of
+  processes or workers nor an interruption changes them; the distributions are the official ones.
+- Features of test images, which no augmentation changes, are computed once, in float32, and kept on disk;
+  the official code computes them anew for every evaluation.
+- On a GPU the encoder sees the training crops in mixed precision (`--precision fp32` as official); probes,
+  their gradients and the test features are float32.
+- Test images are scored after every epoch. `best` is the highest of these, which chooses by the test images;
+  the result is the last epoch's.
+
+With `--cached` the probes learn from features of centre crops, the same in every epoch. That is not the
+official protocol, and its results go under the name `linear-cached`.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dino_sparo.data.loader import BatchOrder
+from dino_sparo.data.sources import ImageSource, open_labelled
+from dino_sparo.data.workers import default_workers
+from dino_sparo.device import choose_device
+from dino_sparo.distributed import (
+    first_rank_first,
+    local_rank,
+    local_world_size,
+    process_group,
+    rank,
+    world_size,
+)
+from dino_sparo.errors import UserError
+from dino_sparo.evaluation.classifiers import SavedClassifier, load_classifier, save_classifier
+from dino_sparo.evaluation.features import cached_features, hash_of
+from dino_sparo.evaluation.linear_report import results_of, table
+from dino_sparo.evaluation.probe_data import CachedFeed, ImageFeed, balanced_fraction, check_batch_size
+from dino_sparo.evaluation.probe_training import Exam, Learning, restore, score, train
+from dino_sparo.evaluation.probes import INPUTS, Probes, choose_probes, official_probe
+from dino_sparo.evaluation.results import Result, results_folder, save_results
+from dino_sparo.evaluation.transfer import VAL, TestSet, as_test_set, open_test_sets
+from dino_sparo.interop.load import load_encoder
+from dino_sparo.models import Encoder
+from dino_sparo.training.precision import choose_precision
+
+if TYPE_CHECKING:
+    from dino_sparo.options import LinearOptions
+
+log = logging.getLogger("dino_sparo")
+
+CLASSIFIERS = "classifiers"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Everything that options name, opened and checked."""
+
+    encoder: Encoder
+    encoder_hash: str
+    image_size: int
+    device: torch.device
+    num_workers: int
+    train: ImageSource
+    """All train images, or the chosen fraction."""
+    test_sets: list[TestSet]
+    """val, then the others."""
+    folder: Path
+    """Where results.json lies."""
+
+
+def run(options: "LinearOptions") -> None:
+    """Train probes, go on where they stopped, or score a saved one; print and keep the results.
+
+    Raises:
+        UserError: for a mistake in options or data; what earlier starts have done is kept.
+    """
+    device = choose_device(options.device, local_rank())
+    with process_group(device):
+        opened = open_all(options, device)
+        results = score_saved(options, opened) if options.evaluate else train_all(options, opened)
+        if rank() == 0:
+            save_results(opened.folder, results)
+            print(table(options.run, results))
+
+
+def open_all(options: "LinearOptions", device: torch.device) -> Opened:
+    """Images, encoder and folder."""
+    if options.train_fraction > 1:
+        raise UserError(
+            f"train_fraction is {options.train_fraction}; expected above 0 and at most 1, such as 0.1"
+        )
+    train_images, val = first_rank_first(lambda: open_labelled(options.data.path))
+    test_sets = first_rank_first(lambda: open_test_sets(options.test, train_images.classes))
+    encoder = load_encoder(options.run, options.which, untrained=options.untrained, arch=options.arch)
+    if options.train_fraction < 1:
+        train_images = balanced_fraction(train_images, options.train_fraction, options.seed)
+    workers = default_workers(local_world_size()) if options.num_workers is None else options.num_workers
+    return Opened(
+        encoder=encoder.to(device).requires_grad_(False),
+        encoder_hash=hash_of(encoder),
+        image_size=encoder.backbone.native_grid * encoder.backbone.patch_size,
+        device=device,
+        num_workers=workers,
+        train=train_images,
+        test_sets=[as_test_set(VAL, val, train_images.classes), *test_sets],
+        folder=Path(options.out or results_folder(options.run)),
+    )
+
+
+def train_all(options: "LinearOptions", opened: Opened) -> list[Result]:
+    """Train the probes, or go on, save the classifiers, and score them on every test set."""
+    probes = choose_probes(
+        opened.encoder,
+        learning_rates=options.learning_rates,
+        num_blocks=options.num_blocks,
+        features=options.features,
+        sweep=options.sweep,
+    )
+    check_batch_size(options.batch_size, len(opened.train), world_size())
+    learning = Learning(
+        Probes(
+            probes,
+            width=opened.encoder.backbone.cls_token.shape[-1],
+            embed_dim=opened.encoder.embed_dim,
+            num_classes=len(opened.train.classes),
+            seed=options.seed,
+        ).to(opened.device),
+        global_batch_size=options.batch_size,
+        epochs=options.epochs,
+    )
+    folder = opened.folder / folder_name(options)
+    settings = settings_of(options, opened, [probe.name for probe in probes])
+    steps_per_epoch = len(opened.train) // options.batch_size
+    restore(learning, folder, settings, steps_per_epoch)
+    exams = [_exam(options, opened, test_set) for test_set in opened.test_sets]
+    if learning.epochs_done < learning.epochs:
+        log.info(
+            "%s: epoch %d of %d, %d probes, %d train images",
+            *(folder, learning.epochs_done + 1, learning.epochs, len(probes), len(opened.train)),
+        )
+        order = BatchOrder(
+            num_samples=len(opened.train),
+            global_batch_size=options.batch_size,
+            epochs=options.epochs,
+            seed=options.seed,
+            first_step=learning.epochs_done * steps_per_epoch,
+            rank=rank(),
+            world_size=world_size(),
+        )
+        if rank() == 0:
+            _make(folder)
+        train(
+            learning,
+            _feed(options, opened, order),
+            exams[0],
+            folder=folder,
+            settings=settings,
+            steps_per_epoch=steps_per_epoch,
+            global_batch_size=options.batch_size,
+            device=opened.device,
+        )
+    saved = classifiers(options, opened, learning)
+    if rank() == 0:
+        _make(folder / CLASSIFIERS)
+        for classifier in saved:
+            name = classifier.probe.name.replace(" ", "_")
+            save_classifier(folder / CLASSIFIERS / f"{name}.safetensors", classifier)
+        log.info("classifiers are in %s", folder / CLASSIFIERS)
+    return _results(options, opened, saved, learning.probes, exams)
+
+
+def score_saved(options: "LinearOptions", opened: Opened) -> list[Result]:
+    """Score a saved classifier on every test set.
+
+    Raises:
+        UserError: it was trained on another encoder or other classes.
+    """
+    path = str(options.evaluate)
+    saved = load_classifier(Path(path))
+    classes = opened.train.classes
+    width, embed_dim = opened.encoder.backbone.cls_token.shape[-1], opened.encoder.embed_dim
+    weights = saved.fitted(
+        path,
+        classes=classes,
+        num_inputs=saved.probe.num_inputs(width, embed_dim),
+        encoder_hash=opened.encoder_hash,
+    )
+    probes = Probes([saved.probe], width=width, embed_dim=embed_dim, num_classes=len(classes))
+    probes.load_state_dict({f"classifiers.0.{name}": tensor for name, tensor in weights.items()})
+    probes.to(opened.device)
+    exams = [_exam(options, opened, test_set) for test_set in opened.test_sets]
+    return _results(options, opened, [saved], probes, exams)
+
+
+def folder_name(options: "LinearOptions") -> str:
+    """`linear`, and what makes the probes others: so each kind of them has a folder of its own."""
+    parts = [protocol_of(options)]
+    parts += ["untrained"] if options.untrained else [options.which] if options.which != "teacher" else []
+    parts += [f"fraction-{options.train_fraction:g}"] if options.train_fraction < 1 else []
+    parts += ["sweep"] if options.sweep else []
+    return "-".join(parts)
+
+
+def protocol_of(options: "LinearOptions") -> str:
+    """`linear` is the official protocol only."""
+    return "linear-cached" if options.cached else "linear"
+
+
+def settings_of(options: "LinearOptions", opened: Opened, probes: Sequence[str]) -> dict[str, Any]:
+    """What a run of probes is, in plain values: with others it is another run."""
+    return {
+        "probes": list(probes),
+        "epochs": options.epochs,
+        "batch_size": options.batch_size,
+        "seed": options.seed,
+        "train_fraction": options.train_fraction,
+        "cached": options.cached,
+        "cache_precision": options.cache_precision if options.cached else None,
+        "classes": len(opened.train.classes),
+        "train images": opened.train.fingerprint(),
+        "val images": opened.test_sets[0].source.fingerprint(),
+        "encoder": opened.encoder_hash,
+    }
+
+
+def classifiers(options: "LinearOptions", opened: Opened, learning: Learning) -> list[SavedClassifier]:
+    """The probes as they are now, with how they came to be."""
+    weights = learning.probes.state_dict()
+    return [
+        SavedClassifier(
+            probe=probe,
+            weight=weights[f"classifiers.{number}.weight"],
+            bias=weights[f"classifiers.{number}.bias"],
+            classes=opened.train.classes,
+            encoder=opened.encoder_hash,
+            details={
+                "protocol": protocol_of(options),
+                "feature": probe.feature,
+                "num_blocks": probe.num_blocks,
+                "learning_rate": probe.learning_rate,
+                "epochs": learning.epochs_done,
+                "batch_size": options.batch_size,
+                "seed": options.seed,
+                "train_fraction": options.train_fraction,
+                "num_train": len(opened.train),
+                "best_val_top1": best,
+                "best_val_epoch": epoch,
+            },
+        )
+        for number, (probe, (best, epoch)) in enumerate(
+            zip(learning.probes.probes, learning.best, strict=True)
+        )
+    ]
+
+
+def _feed(options: "LinearOptions", opened: Opened, order: BatchOrder) -> ImageFeed | CachedFeed:
+    if not options.cached:
+        return ImageFeed(
+            opened.encoder,
+            opened.train,
+            order,
+            image_size=opened.image_size,
+            precision=choose_precision(options.precision, opened.device),
+            num_workers=opened.num_workers,
+        )
+    assert opened.train.labels is not None
+    features = _features(options, opened, opened.train, options.cache_precision, "train features")
+    return CachedFeed(features, opened.train.labels, order, opened.device)
+
+
+def _exam(options: "LinearOptions", opened: Opened, test_set: TestSet) -> Exam:
+    return Exam(test_set, _features(options, opened, test_set.source, "float32", f"{test_set.name} features"))
+
+
+def _features(
+    options: "LinearOptions", opened: Opened, source: ImageSource, precision: str, description: str
+) -> dict[str, Any]:
+    return cached_features(
+        opened.encoder,
+        source,
+        INPUTS,
+        image_size=opened.image_size,
+        cache=Path(options.cache or results_folder(options.run) / "features"),
+        precision=precision,
+        num_workers=opened.num_workers,
+        description=description,
+    )
+
+
+def _results(
+    options: "LinearOptions",
+    opened: Opened,
+    saved: Sequence[SavedClassifier],
+    probes: Probes,
+    exams: Sequence[Exam],
+) -> list[Result]:
+    """Every probe on every test set."""
+    results = []
+    for exam in exams:
+        results += results_of(
+            saved,
+            score(probes, exam, opened.device),
+            exam.test_set,
+            classes=opened.train.classes,
+            official=official_probe(opened.encoder),
+            weights="untrained" if options.untrained else options.which,
+        )
+    return results
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made ({error.strerror}); give another --out") from error

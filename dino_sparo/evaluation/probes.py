@@ -1,0 +1,176 @@
+"""Many linear classifiers at once on the features of one forward pass. Source: official `eval_linear.py`.
+
+Axis letters: B images, D width of a token, F numbers that a probe sees, P probes, S classes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dino_sparo.errors import UserError
+from dino_sparo.models import Encoder
+
+Feature = Literal["encoding", "cls", "both"]
+
+INPUTS = ("blocks", "encoding")  # what the probes need of `Encoder.features`
+MAX_BLOCKS = 4  # whose tokens these features hold
+OFFICIAL_LR = 0.001
+SWEEP_LRS = (0.001, 0.01, 0.1)
+SWEEP_BLOCKS = (1, 4)
+WEIGHT_STD = 0.01
+MOMENTUM = 0.9
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One linear classifier: what it sees, and how fast it learns.
+
+    Attributes:
+        feature: `encoding`: that alone; `cls`: the normalised class token after each of the last
+            `num_blocks` blocks (the mean patch token for a `gap` encoder); `both`: that of the last
+            `num_blocks - 1`, then the unnormalised SPARO encoding, which stands for the block it replaces.
+        num_blocks: 1 for `encoding`.
+        learning_rate: at the start, for a global batch of 256 images.
+    """
+
+    feature: Feature
+    num_blocks: int
+    learning_rate: float
+
+    @property
+    def name(self) -> str:
+        """What it is called in tables and files."""
+        blocks = "" if self.feature == "encoding" else f"{self.num_blocks} block{'s'[: self.num_blocks - 1]} "
+        rate = repr(float(self.learning_rate)).removesuffix(".0")  # all digits: names must differ
+        return f"{blocks}{self.feature} lr {rate}"
+
+    def select(self, features: Mapping[str, Tensor], width: int) -> Tensor:
+        """Its input (B, F) among the features `blocks` (B, blocks * D) and `encoding` (B, E)."""
+        if self.feature == "encoding":
+            return features["encoding"]
+        columns = (self.num_blocks - (self.feature == "both")) * width
+        blocks = features["blocks"][:, features["blocks"].shape[1] - columns :]
+        return torch.cat([blocks, features["encoding"]], dim=1) if self.feature == "both" else blocks
+
+    def num_inputs(self, width: int, embed_dim: int) -> int:
+        """F, of an encoder with tokens of this width and an encoding of so many numbers."""
+        if self.feature == "encoding":
+            return embed_dim
+        return self.num_blocks * width if self.feature == "cls" else (self.num_blocks - 1) * width + embed_dim
+
+
+def official_probe(encoder: Encoder) -> Probe:
+    """The probe of the official protocol: 4 blocks (all of a shallower encoder), with SPARO its encoding."""
+    feature: Feature = "cls" if encoder.readout is None else "both"
+    return Probe(feature, min(MAX_BLOCKS, _available(encoder, feature)), OFFICIAL_LR)
+
+
+def choose_probes(
+    encoder: Encoder,
+    *,
+    learning_rates: Sequence[float] | None = None,
+    num_blocks: Sequence[int] | None = None,
+    features: Sequence[Feature] | None = None,
+    sweep: bool = False,
+) -> list[Probe]:
+    """Learning rates x numbers of blocks x features, each probe once; None takes what is official.
+
+    With `sweep` None takes three learning rates, 1 and 4 blocks, and all features: 12 probes of a SPARO
+    encoder. `both` with one block is the encoding.
+
+    Raises:
+        UserError: the encoder has fewer blocks, or no read-out of its own.
+    """
+    official = official_probe(encoder)
+    every: Sequence[Feature] = get_args(Feature) if encoder.readout is not None else ["cls"]
+    for feature in features or ():
+        if feature not in every:
+            raise UserError(
+                f"features has {feature!r}, but this encoder has no slots, its class token is all there is; "
+                f"give features [cls]"
+            )
+    for number in num_blocks or ():
+        if not 1 <= number <= min(MAX_BLOCKS, _available(encoder, official.feature)):
+            raise UserError(
+                f"num_blocks has {number}; expected 1 to "
+                f"{min(MAX_BLOCKS, _available(encoder, official.feature))} for this encoder"
+            )
+    default_blocks = (*SWEEP_BLOCKS[:-1], official.num_blocks) if sweep else (official.num_blocks,)
+    chosen: dict[Probe, None] = {}
+    for learning_rate in learning_rates or (SWEEP_LRS if sweep else (OFFICIAL_LR,)):
+        for feature in features or (every if sweep else (official.feature,)):
+            for number in num_blocks or default_blocks:
+                blocks = min(number, _available(encoder, feature))
+                alone = feature == "encoding" or (feature == "both" and blocks == 1)
+                chosen[Probe("encoding" if alone else feature, 1 if alone else blocks, learning_rate)] = None
+    return list(chosen)
+
+
+def _available(encoder: Encoder, feature: Feature) -> int:
+    return len(encoder.backbone.blocks) + (feature == "both")
+
+
+class Probes(nn.Module):
+    """The classifiers of some probes: weights N(0, 0.01), bias 0, each as it would begin alone.
+
+    Args:
+        probes: which.
+        width: D.
+        embed_dim: numbers of an encoding.
+        num_classes: S.
+        seed: of the initial weights.
+    """
+
+    def __init__(
+        self, probes: Sequence[Probe], *, width: int, embed_dim: int, num_classes: int, seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.probes, self.width = list(probes), width
+        self.classifiers = nn.ModuleList()
+        for probe in probes:
+            classifier = nn.Linear(probe.num_inputs(width, embed_dim), num_classes)
+            nn.init.normal_(classifier.weight, std=WEIGHT_STD, generator=torch.Generator().manual_seed(seed))
+            nn.init.zeros_(classifier.bias)
+            self.classifiers.append(classifier)
+
+    def forward(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Features of images, float32 -> logits (P, B, S); probes that see the same share the input."""
+        inputs: dict[tuple[str, int], Tensor] = {}
+        logits = []
+        for probe, classifier in zip(self.probes, self.classifiers, strict=True):
+            seen = (probe.feature, probe.num_blocks)
+            if seen not in inputs:
+                inputs[seen] = probe.select(features, self.width)
+            logits.append(classifier(inputs[seen]))
+        return torch.stack(logits)
+
+    def optimizer(self, global_batch_size: int) -> torch.optim.SGD:
+        """SGD with momentum 0.9 and no weight decay, each probe at its own rate for this batch."""
+        groups = [
+            {"params": list(classifier.parameters()), "lr": probe.learning_rate * global_batch_size / 256}
+            for probe, classifier in zip(self.probes, self.classifiers, strict=True)
+        ]
+        return torch.optim.SGD(groups, momentum=MOMENTUM)
+
+
+def losses(logits_PBS: Tensor, labels_B: Tensor) -> Tensor:
+    """Mean cross-entropy of each probe (P,); the gradient of their sum is that of each one alone."""
+    each_PB = F.cross_entropy(
+        logits_PBS.flatten(0, 1), labels_B.repeat(len(logits_PBS)), reduction="none"
+    ).view(len(logits_PBS), -1)
+    return each_PB.mean(dim=1)
+
+
+def hits(logits_PBS: Tensor, labels_B: Tensor) -> Tensor:
+    """Whether each image's class is the first, and among the first min(5, S): bool (B, P, 2).
+
+    A probe whose numbers are no longer finite is right about nothing.
+    """
+    labels_PB1 = labels_B.expand(len(logits_PBS), -1)[..., None]
+    ranked_PBk = logits_PBS.topk(min(5, logits_PBS.shape[-1]), dim=-1).indices
+    found_PBk = (ranked_PBk == labels_PB1) & logits_PBS.gather(-1, labels_PB1).isfinite()
+    return torch.stack([found_PBk[..., 0], found_PBk.any(dim=-1)], dim=-1).transpose(0, 1)

@@ -1,0 +1,195 @@
+"""What evaluations found, in `results.json` of a run folder: written by each of them, read by `compare`.
+
+One line a result. It also holds which test images were right, a bit each, so that two runs can be compared
+image by image from this file alone, when weights and images are elsewhere or gone.
+"""
+
+import base64
+import binascii
+import fcntl
+import json
+import logging
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dino_sparo.errors import UserError, UserFileNotFoundError
+
+log = logging.getLogger("dino_sparo")
+
+RESULTS_FILE = "results.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One accuracy of one encoder: of a protocol (and one of its settings) on one test set."""
+
+    protocol: str
+    """`knn`, `linear` or `linear-cached`."""
+    name: str
+    """The setting, unique within a protocol: `20-NN`, `4 blocks both lr 0.001`."""
+    headline: bool
+    """Whether it is the protocol's official setting, the one that `compare` shows."""
+    test_set: str
+    """`val`, or the name of a further test set."""
+    weights: str
+    """`teacher`, `student` or `untrained`."""
+    top1: float
+    """Top-1 accuracy in per cent."""
+    top5: float
+    """Top-5 accuracy in per cent."""
+    num_images: int
+    """Test images, each counted once."""
+    num_classes: int
+    """Classes that a prediction could be."""
+    details: dict[str, Any]
+    """Plain values that belong to it: k, epochs, learning rate, train_fraction, accuracy by class, ..."""
+    correct: NDArray[np.bool_]
+    """Whether each test image's top-1 is right, (num_images,), in the order of the test source."""
+    images: str
+    """Fingerprint of the test source: which images, and in which order."""
+
+    @property
+    def train_fraction(self) -> float:
+        """Share of the train images that was learnt from; 1 unless the details say otherwise."""
+        fraction = self.details.get("train_fraction")
+        return 1.0 if fraction is None else float(fraction)
+
+
+def results_folder(run: str) -> Path:
+    """Where results about RUN go: a run folder itself; for a weights file `<stem>_evaluation` beside it."""
+    path = Path(run)
+    return path if path.is_dir() else path.with_name(f"{path.stem}_evaluation")
+
+
+def save_results(folder: Path, results: Sequence[Result]) -> None:
+    """Add results to `folder/results.json`, for one process to call; the folder is made if need be.
+
+    A result replaces the one before of the same protocol, name, test set, weights and train fraction; all
+    others stay. The file is written to a temporary name and renamed, and two programs that finish together
+    wait for each other. A damaged file is set aside with a warning, so that new results are never lost.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
+    for result in results:
+        assert result.correct.shape == (result.num_images,), f"{result.name}: one bit an image"
+    path = folder / RESULTS_FILE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone_in(folder):
+            new = {_key(result): result for result in results}
+            _write(path, [old for old in _kept(path) if _key(old) not in new] + list(new.values()))
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}); make room or give rights there, and evaluate again"
+        ) from error
+
+
+def read_results(folder: Path) -> list[Result]:
+    """All results in `folder/results.json`, in the order in which they were written, the newest last.
+
+    Raises:
+        UserFileNotFoundError: there is no such file.
+        UserError: it is damaged or of another format.
+    """
+    path = folder / RESULTS_FILE
+    if not path.is_file():
+        raise UserFileNotFoundError(
+            f"{path} does not exist; expected the results of a run, so evaluate it first with "
+            f"`dino-sparo knn` or `dino-sparo linear`"
+        )
+    try:
+        content = json.loads(path.read_bytes())
+        if content["format"] != FORMAT:
+            raise UserError(
+                f"{path} has format {content['format']!r}, expected {FORMAT}; read it with the version of "
+                f"dino_sparo that wrote it, or remove it and evaluate again"
+            )
+        return [_from_json(entry) for entry in content["results"]]
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, zlib.error, OSError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise UserError(
+            f"{path} is damaged ({reason}); restore it from a backup, or remove it and evaluate again"
+        ) from error
+
+
+def _kept(path: Path) -> list[Result]:
+    """The results that are there already; a damaged file is renamed and counts as none."""
+    if not path.exists():
+        return []
+    try:
+        return read_results(path.parent)
+    except UserError as error:
+        aside = path.with_name(f"{RESULTS_FILE}.damaged")
+        os.replace(path, aside)
+        log.warning("WARNING: %s; it is now %s, and the new results are in a new file", error, aside.name)
+        return []
+
+
+def _key(result: Result) -> tuple[str, str, str, str, float]:
+    """What there is one result of."""
+    return result.protocol, result.name, result.test_set, result.weights, result.train_fraction
+
+
+def _write(path: Path, results: Sequence[Result]) -> None:
+    lines = ",\n".join(json.dumps(_to_json(result)) for result in results)
+    temporary = path.with_name(f"{RESULTS_FILE}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(f'{{"format": {FORMAT}, "results": [\n{lines}\n]}}\n')
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold a lock on the folder, which leaves no file behind."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _to_json(result: Result) -> dict[str, Any]:
+    entry = {field.name: getattr(result, field.name) for field in fields(result)}
+    bits = zlib.compress(np.packbits(result.correct).tobytes())
+    return entry | {"correct": base64.b64encode(bits).decode()}
+
+
+def _from_json(entry: dict[str, Any]) -> Result:
+    """Raises ValueError, KeyError, TypeError or zlib.error if the entry is none of ours."""
+    values = {field.name: entry[field.name] for field in fields(Result)}
+    for name in ("protocol", "name", "test_set", "weights", "images"):
+        if not isinstance(values[name], str):
+            raise ValueError(f"{name} is {values[name]!r}, no text")
+    try:
+        packed = zlib.decompress(base64.b64decode(values["correct"], validate=True))
+    except binascii.Error as error:
+        raise ValueError(f"correct: {error}") from error
+    count = int(values["num_images"])
+    if len(packed) != -(-count // 8):
+        raise ValueError(f"correct has {len(packed)} bytes for {count} images")
+    values["correct"] = np.unpackbits(np.frombuffer(packed, np.uint8), count=count).astype(bool)
+    values |= {
+        "top1": float(values["top1"]),
+        "top5": float(values["top5"]),
+        "details": dict(values["details"]),
+    }
+    return Result(**values)

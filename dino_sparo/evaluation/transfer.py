@@ -1,0 +1,150 @@
+"""Further test sets for the same gallery or probe: folders whose classes are some of those of training.
+
+Classes are matched by the name of their folder, in whatever order and however few: ImageNet-A and -R have
+200 of ImageNet's, ImageNet-Sketch all. Folders named by whole numbers, as in ImageNet-V2, are numbers of the
+classes of training in sorted order, unless training's own are numbers too.
+
+A further test set is scored over its own classes: a prediction can be one of them only, as in the
+evaluations of ImageNet-A and -R by their authors. The val folder is not: there every class of training
+stays possible, also one without a val image, which is the official figure.
+
+Axis letters: B test images, S classes of training.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dino_sparo.data.index import open_index
+from dino_sparo.data.sources import FolderSource, ImageSource
+from dino_sparo.errors import UserError, UserFileNotFoundError
+
+VAL = "val"
+SHOWN_NAMES = 3
+EXPECTED = "expected NAME=DIR, DIR holding one folder of images for each class"
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """Test images whose classes training knows."""
+
+    __test__ = False  # not a test, whatever pytest thinks of the name
+
+    name: str
+    """`val`, or the name that its results go by."""
+    source: ImageSource
+    """The images, those of unknown classes left out; its labels are numbers of training too."""
+    labels: NDArray[np.int64]
+    """Class number of training by image, (len(source),)."""
+    classes: NDArray[np.int64]
+    """Class numbers of training that a prediction can be, sorted: those here; for `val` all."""
+    missing: tuple[str, ...]
+    """Classes of training without an image here."""
+    unknown: tuple[str, ...]
+    """Class folders here that training has no class for; their images are left out."""
+
+    def describe(self) -> str:
+        """One sentence about missing and unknown classes; empty if there are none."""
+        known = len(self.source.classes)
+        parts = []
+        if self.missing:
+            verb = "has" if len(self.missing) == 1 else "have"
+            parts.append(
+                f"{len(self.missing)} of the {known} classes of training {verb} no image here "
+                f"({_some(self.missing)})"
+            )
+        if self.unknown:
+            what = "class folder is" if len(self.unknown) == 1 else "class folders are"
+            parts.append(
+                f"{len(self.unknown)} {what} none of training's and left out ({_some(self.unknown)})"
+            )
+        if not parts:
+            return ""
+        over = "1 class" if len(self.classes) == 1 else f"{len(self.classes)} classes"
+        return f"{self.name}: {'; '.join(parts)}; accuracy is over {over}"
+
+
+def open_test_sets(given: Sequence[str], train_classes: Sequence[str]) -> list[TestSet]:
+    """The test sets given as `NAME=DIR`, their labels as class numbers of training.
+
+    Raises:
+        UserFileNotFoundError: no such folder, or no image in it.
+        UserError: no name or `val`, a name given twice, images without class folders, or no class in common.
+    """
+    test_sets: list[TestSet] = []
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not (name and equals and folder) or "/" in name:
+            raise UserError(f"test {text!r} has no name or no folder; {EXPECTED}")
+        if name == VAL:
+            raise UserError(
+                f"test {text!r}: {VAL!r} is the name of data.path's own test images; give another name"
+            )
+        if name in (other.name for other in test_sets):
+            raise UserError(f"test {text!r}: the name {name!r} is given twice; give each test set its own")
+        test_sets.append(_open_test_set(name, text, Path(folder), tuple(train_classes)))
+    return test_sets
+
+
+def as_test_set(name: str, source: ImageSource, train_classes: Sequence[str]) -> TestSet:
+    """Images that are labelled by numbers of training already: the val folder. All classes stay possible."""
+    labels = source.labels
+    assert labels is not None and tuple(source.classes) == tuple(train_classes)
+    here = np.bincount(labels, minlength=len(train_classes)) > 0
+    missing = tuple(train_classes[number] for number in np.flatnonzero(~here).tolist())
+    return TestSet(name, source, labels, np.arange(len(train_classes)), missing, unknown=())
+
+
+def restrict(scores: Tensor, classes: NDArray[np.int64]) -> Tensor:
+    """The scores (B, S) with -inf for every class but `classes`, which so can be no prediction."""
+    barred = torch.ones(scores.shape[1], dtype=torch.bool, device=scores.device)
+    barred[torch.from_numpy(classes).to(scores.device)] = False
+    return scores.masked_fill(barred, -torch.inf)
+
+
+def _open_test_set(name: str, text: str, root: Path, train_classes: tuple[str, ...]) -> TestSet:
+    if not root.is_dir():
+        problem = "is a file" if root.exists() else "does not exist"
+        raise UserFileNotFoundError(f"test {text!r}: {str(root)!r} {problem}; {EXPECTED}")
+    index = open_index(root)
+    labels = index.labels()
+    if labels is None:
+        raise UserError(
+            f"test {text!r}: {index.name(0)} lies in {root} itself, so that its class is unknown; {EXPECTED}"
+        )
+    folders = index.classes
+    to_train = _numbers_of_training(folders, train_classes)
+    if (to_train < 0).all():
+        raise UserError(
+            f"test {text!r}: none of the {len(folders)} class folders ({_some(folders)}) is a class of "
+            f"training ({_some(train_classes)}); {EXPECTED}, named as in training"
+        )
+    kept = np.flatnonzero(to_train[labels] >= 0)
+    source = FolderSource(root, index, train_classes, to_train, None if len(kept) == len(index) else kept)
+    unknown = tuple(folders[number] for number in np.flatnonzero(to_train < 0).tolist())
+    here = np.unique(to_train[to_train >= 0])
+    return replace(as_test_set(name, source, train_classes), classes=here, unknown=unknown)
+
+
+def _numbers_of_training(folders: Sequence[str], train_classes: Sequence[str]) -> NDArray[np.int64]:
+    """The class number of training that each folder stands for, -1 for none: by name, or by number."""
+    numbers = {name: number for number, name in enumerate(train_classes)}
+    if all(map(_is_number, folders)) and not all(map(_is_number, train_classes)):
+        ordered = sorted(train_classes)
+        by_number = [int(name) for name in folders]
+        return np.array([numbers[ordered[i]] if i < len(ordered) else -1 for i in by_number], dtype=np.int64)
+    return np.array([numbers.get(name, -1) for name in folders], dtype=np.int64)
+
+
+def _is_number(name: str) -> bool:
+    return name.isascii() and name.isdecimal()
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few names."""
+    return ", ".join(names[:SHOWN_NAMES]) + (", ..." if len(names) > SHOWN_NAMES else "")

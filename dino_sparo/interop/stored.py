@@ -1,0 +1,135 @@
+"""An encoder as a file holds it: how to build it, and weights that must fit it exactly."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dino_sparo.errors import UserError
+from dino_sparo.models import Encoder, build_encoder
+from dino_sparo.models.encoder import ARCHITECTURES
+
+SHOWN_NAMES = 3
+
+
+@dataclass(frozen=True)
+class StoredEncoder:
+    """One set of weights and what it belongs to.
+
+    Attributes:
+        path: where it was read, for messages.
+        arguments: those of `build_encoder`, plain values.
+        seed: of the initial weights, for the untrained encoder.
+        which: whose weights they are, teacher or student.
+        weights: state dict of the Encoder, not yet looked at: anything may be among its values.
+    """
+
+    path: Path
+    arguments: dict[str, Any]
+    seed: int
+    which: str
+    weights: dict[str, Any]
+
+    def build(self, *, untrained: bool = False) -> Encoder:
+        """The encoder in evaluation mode, on the CPU, with these weights or its initial ones.
+
+        The weights must fit in either case.
+
+        Raises:
+            UserError: it cannot be built so, or the weights do not fit: all that is missing, unexpected or
+                misshapen in one message.
+        """
+        with torch.random.fork_rng(devices=[]):
+            try:
+                torch.manual_seed(self.seed)
+                encoder = build_encoder(**self.arguments)
+            except (KeyError, RuntimeError, TypeError, ValueError) as error:  # a description may be anything
+                raise UserError(f"{self.path} describes no encoder of dino-sparo: {error}") from error
+        self._check_fit(encoder)
+        if not untrained:
+            encoder.load_state_dict(self.weights)
+        return encoder.eval()
+
+    def check_arch(self, arch: str | Mapping[str, int] | None) -> None:
+        """Refuse an architecture that the user has named and the file does not hold.
+
+        Raises:
+            UserError: they differ.
+        """
+        if arch is None:
+            return
+        asked, stored = architecture(arch), architecture(self.arguments["arch"])
+        if asked != stored:
+            raise UserError(
+                f"arch is {arch!r} ({in_words(asked)}), but {self.path} holds {in_words(stored)}; leave arch "
+                f"out, or give the weights of that architecture"
+            )
+
+    def _check_fit(self, encoder: Encoder) -> None:
+        expected, given = encoder.state_dict(), self.weights
+        misshapen = [
+            f"{name} {_kind(given[name])} instead of {_kind(value)}"
+            for name, value in expected.items()
+            if name in given and not _fits(given[name], value)
+        ]
+        wrong = {
+            "missing": [name for name in expected if name not in given],
+            "unexpected": [name for name in given if name not in expected],
+            "misshapen": misshapen,
+        }
+        listed = [f"{len(names)} {what} ({_first(names)})" for what, names in wrong.items() if names]
+        if listed:
+            size = in_words(architecture(self.arguments["arch"]))
+            raise UserError(
+                f"{self.path} does not fit an encoder with {size} and read-out "
+                f"{self.arguments['readout']!r}: {', '.join(listed)} of {len(expected)} parameters; give the "
+                f"whole weights of such an encoder"
+            )
+
+
+def architecture(arch: str | Mapping[str, int]) -> dict[str, int]:
+    """Width, depth and num_heads of a name or a mapping.
+
+    Raises:
+        UserError: the name is unknown or a number is missing.
+    """
+    if isinstance(arch, str) and arch in ARCHITECTURES:
+        return ARCHITECTURES[arch]
+    sizes = ARCHITECTURES["vit_small"].keys()
+    if isinstance(arch, str) or arch.keys() != sizes:
+        raise UserError(
+            f"arch is {arch!r}, expected one of {', '.join(ARCHITECTURES)}, or a mapping with "
+            f"{', '.join(sizes)}"
+        )
+    return dict(arch)
+
+
+def in_words(arch: Mapping[str, int]) -> str:
+    """An architecture for a message."""
+    return f"width {arch['width']}, depth {arch['depth']} and {arch['num_heads']} heads"
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN_NAMES]) + (", ..." if len(names) > SHOWN_NAMES else "")
+
+
+def _fits(given: Any, expected: Tensor) -> bool:
+    return (
+        isinstance(given, Tensor)
+        and given.layout == torch.strided
+        and given.device.type == "cpu"
+        and given.is_floating_point()
+        and given.shape == expected.shape
+    )
+
+
+def _kind(value: Any) -> str:
+    """Shape of a tensor, and what else sets it apart from a plain one of real numbers."""
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    layout = "" if value.layout == torch.strided else f" as {value.layout}"
+    numbers = "" if value.is_floating_point() else f" of {value.dtype}"
+    return f"{tuple(value.shape)}{layout}{numbers}"

@@ -1,0 +1,310 @@
+"""One table of several runs, from their results.json alone."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dino_sparo.__main__ import main
+from dino_sparo.errors import UserError, UserFileNotFoundError
+from dino_sparo.evaluation.compare import compare_runs, paired_bootstrap
+from dino_sparo.evaluation.results import Result, save_results
+
+CONFIG = """
+seed: {seed}
+data: {{path: {path}, max_images: null}}
+model: {{arch: vit_small, readout: {{name: {readout}, num_slots: {num_slots}}}}}
+optim: {{epochs: {epochs}}}
+monitor: {{knn_every_epochs: {seed}}}
+machine: {{num_workers: {seed}}}
+log: {{log_every_steps: {seed}}}
+"""
+NUM_IMAGES = 200
+
+
+def result(num_right: int, **changes: object) -> Result:
+    """So many of 200 images right, the first ones."""
+    total = int(changes.get("num_images", NUM_IMAGES))
+    given = {
+        "protocol": "knn",
+        "name": "20-NN",
+        "headline": True,
+        "test_set": "val",
+        "weights": "teacher",
+        "top1": 100 * num_right / total,
+        "top5": 100.0,
+        "num_images": total,
+        "num_classes": 10,
+        "details": {},
+        "correct": np.arange(total) < num_right,
+        "images": "abc",
+    }
+    return Result(**(given | changes))
+
+
+def make_run(folder: Path, *results: Result, recipe: bool = True, **changes: object) -> str:
+    save_results(folder, results)
+    given = {"seed": 0, "path": "/data", "readout": "sparo", "num_slots": 64, "epochs": 100} | changes
+    if recipe:
+        (folder / "config.yaml").write_text(CONFIG.format(**given))
+    return str(folder)
+
+
+@pytest.fixture
+def three_and_one(tmp_path) -> list[str]:
+    """Three seeds of SPARO with 70, 71 and 75 % and one of the baseline with 68 %."""
+    runs = [
+        make_run(tmp_path / f"s{seed}", result(right), seed=seed, path=f"/data{seed}")
+        for seed, right in enumerate((140, 142, 150))
+    ]
+    return [*runs, make_run(tmp_path / "d0", result(136), readout="cls")]
+
+
+def cells(comparison_row: list[str]) -> list[str]:
+    return [cell.strip() for cell in comparison_row]
+
+
+# --- The table
+
+
+def test_seeds_of_a_recipe_are_one_column(three_and_one):
+    found = compare_runs(three_and_one)
+    assert found.header == ["top-1 in %", "sparo", "cls (control)"]
+    deviation = np.std([70, 71, 75], ddof=1)
+    assert cells(found.rows[0]) == ["20-NN, val", f"72.00 ± {deviation:.2f} (3 seeds)", "68.00 (1 seed)"]
+    assert found.rows[1][0].strip() == "difference to cls" and found.rows[1][2] == ""
+    assert found.rows[1][1].startswith("+4.00 [+")
+    assert len(found.rows) == 2
+    assert any("s0 (seed 0)" in note and "s2 (seed 2)" in note for note in found.notes)
+
+
+def test_notes_are_of_what_is_shown(three_and_one):
+    of_one = f"sparo: {Path(three_and_one[0]).parent}/s0 (seed 0)"
+    assert compare_runs(three_and_one[:1]).notes == [of_one]
+    assert compare_runs(three_and_one[:3]).notes[1:] == ["mean ± sample standard deviation over seeds"]
+    of_both = compare_runs([three_and_one[0], three_and_one[3]]).notes
+    assert of_both[0] == of_one and len(of_both) == 3 and "95 % interval by a paired bootstrap" in of_both[2]
+
+
+def test_the_interval_is_that_of_the_seeds_together(three_and_one):
+    ours = [np.arange(NUM_IMAGES) < right for right in (140, 142, 150)]
+    low, high = paired_bootstrap(ours, [np.arange(NUM_IMAGES) < 136])
+    assert compare_runs(three_and_one).rows[1][1] == f"+4.00 [{low:+.2f}, {high:+.2f}]"
+
+
+def test_the_control_can_be_chosen(three_and_one):
+    found = compare_runs(three_and_one, control=three_and_one[1])
+    assert found.header == ["top-1 in %", "sparo (control)", "cls"]
+    assert found.rows[1][2].startswith("-4.00 [-")
+
+
+@pytest.mark.parametrize("same", ["sparo", "cls"])
+def test_no_single_other_readout_and_no_differences(tmp_path, same):
+    """Recipes of one read-out are told apart by what differs."""
+    runs = [
+        make_run(tmp_path / "a", result(100), readout=same),
+        make_run(tmp_path / "b", result(120), readout=same, epochs=300),
+    ]
+    found = compare_runs(runs)
+    assert found.header == ["top-1 in %", f"{same} epochs 100", f"{same} epochs 300"]
+    assert len(found.rows) == 1
+    assert any("no differences" in note and "--control RUN names the control" in note for note in found.notes)
+    assert compare_runs(runs, control=runs[0]).rows[1][2].startswith("+10.00 [")
+
+
+def test_untrained_student_and_few_shot_are_rows_of_their_own(tmp_path):
+    results = [
+        result(80, test_set="sketch"),
+        result(100),
+        result(20, weights="untrained"),
+        result(90, weights="student"),
+        result(110, protocol="linear", name="4 blocks both lr 0.001", details={"train_fraction": 0.1}),
+        result(120, protocol="linear", name="4 blocks both lr 0.001"),
+        result(199, name="10-NN", headline=False),
+    ]
+    found = compare_runs([make_run(tmp_path / "a", *results)])
+    assert [cells(row) for row in found.rows] == [
+        ["20-NN, val", "50.00 (1 seed)"],
+        ["20-NN, sketch", "40.00 (1 seed)"],
+        ["20-NN, val, student", "45.00 (1 seed)"],
+        ["20-NN, val, untrained", "10.00 (1 seed)"],
+        ["linear, val", "60.00 (1 seed)"],
+        ["linear, val, 10 % of train", "55.00 (1 seed)"],
+    ]
+
+
+def test_the_official_probes_of_both_readouts_share_a_row(tmp_path):
+    linear = {"protocol": "linear", "num_images": NUM_IMAGES}
+    ours = make_run(tmp_path / "a", result(120, name="4 blocks both lr 0.001", **linear))
+    theirs = make_run(tmp_path / "b", result(100, name="4 blocks cls lr 0.001", **linear), readout="cls")
+    found = compare_runs([ours, theirs])
+    assert cells(found.rows[0]) == ["linear, val", "60.00 (1 seed)", "50.00 (1 seed)"]
+
+
+def test_the_newest_headline_result_counts(tmp_path):
+    run = make_run(tmp_path / "a", result(100, protocol="linear", name="lr 0.1"))
+    save_results(Path(run), [result(120, protocol="linear", name="lr 0.2")])
+    save_results(Path(run), [result(110, protocol="linear", name="lr 0.1")])
+    assert cells(compare_runs([run]).rows[0]) == ["linear, val", "55.00 (1 seed)"]
+
+
+def test_what_only_some_have_leaves_a_gap(tmp_path):
+    ours = make_run(tmp_path / "a", result(120), result(60, test_set="sketch"))
+    found = compare_runs([ours, make_run(tmp_path / "b", result(100), readout="cls")])
+    assert [cells(row) for row in found.rows[2:]] == [["20-NN, sketch", "30.00 (1 seed)", "–"]]
+
+
+@pytest.mark.parametrize("changes", [{"images": "other"}, {"num_images": 100}], ids=["order", "number"])
+def test_other_test_images_have_no_interval_and_it_says_why(tmp_path, changes):
+    ours = make_run(tmp_path / "a", result(80, **changes))
+    found = compare_runs([ours, make_run(tmp_path / "b", result(60), readout="cls")])
+    assert "[" not in found.rows[1][1] and found.rows[1][1].startswith("+")
+    assert any("no interval for sparo" in note and "same test images" in note for note in found.notes)
+
+
+def test_accuracies_that_were_not_measured_alike_are_noted(tmp_path):
+    linear = {"protocol": "linear", "name": "probe"}
+    ours = make_run(tmp_path / "a", result(120, details={"epochs": 100}, **linear))
+    theirs = make_run(tmp_path / "b", result(110, details={"epochs": 10}, **linear), readout="cls")
+    assert any(
+        note == "linear, val: not measured alike (epochs 100 against 10)"
+        for note in compare_runs([ours, theirs]).notes
+    )
+
+
+def test_folders_without_a_recipe_are_grouped_by_name(tmp_path):
+    runs = [make_run(tmp_path / str(i) / "dino", result(100 + i), recipe=False) for i in (0, 2)]
+    found = compare_runs([*runs, make_run(tmp_path / "vits16_evaluation", result(120), recipe=False)])
+    assert found.header == ["top-1 in %", "dino", "vits16_evaluation"]
+    assert found.rows[0][1] == "50.50 ± 0.71 (2 seeds)"
+
+
+def test_no_two_columns_have_one_name(tmp_path):
+    runs = [make_run(tmp_path / "a", result(100)), make_run(tmp_path / "sparo", result(90), recipe=False)]
+    assert compare_runs(runs).header[1:] == [f"sparo, {runs[0]}", f"sparo, {runs[1]}"]
+
+
+def test_weights_that_are_gone(tmp_path):
+    make_run(tmp_path / "vits16_evaluation", result(120), recipe=False)
+    assert compare_runs([str(tmp_path / "vits16.pth")]).header[1] == "vits16_evaluation"
+
+
+def test_columns_are_aligned_and_markdown_has_as_many_cells_in_every_line(three_and_one, capsys):
+    assert main(["compare", *three_and_one, "--control", three_and_one[3]]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    starts = {lines[0].index("cls (control)"), lines[2].index("68.00")}
+    assert len(starts) == 1 and lines[0].index("sparo") == lines[3].index("+4.00")
+    assert main(["compare", *three_and_one, "--markdown"]) == 0
+    marked = capsys.readouterr().out.splitlines()
+    assert [line.count("|") for line in marked[:4]] == [4, 4, 4, 4] and marked[1] == "| --- | --- | --- |"
+    assert marked[2].startswith("| 20-NN, val | 72.00 ± ") and marked[3].startswith("| difference to cls | +")
+    assert marked[5].startswith("- ")
+
+
+# --- The bootstrap
+
+
+def correct(accuracy: float, count: int, seeds: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Seeds that find the same images hard."""
+    hardness = rng.random(count)
+    return [hardness + 0.2 * rng.standard_normal(count) < accuracy for _ in range(seeds)]
+
+
+def test_interval_equals_that_of_a_plain_loop():
+    rng = np.random.default_rng(0)
+    ours, control = correct(0.7, 300, 3, rng), correct(0.6, 300, 2, rng)
+    difference = np.mean(ours, axis=0) - np.mean(control, axis=0)
+    resampled = [100 * difference[rng.integers(0, 300, 300)].mean() for _ in range(20_000)]
+    expected = np.quantile(resampled, [0.025, 0.975])
+    assert paired_bootstrap(ours, control) == pytest.approx(expected, abs=0.25)
+    assert expected[1] - expected[0] > 5  # so wide that the tolerance means something
+
+
+def test_interval_equals_the_analytic_one_for_many_images():
+    rng = np.random.default_rng(1)
+    ours, control = correct(0.7, 50_000, 3, rng), correct(0.68, 50_000, 3, rng)
+    difference = 100 * (np.mean(ours, axis=0) - np.mean(control, axis=0))
+    error = difference.std() / np.sqrt(50_000)
+    expected = (difference.mean() - 1.96 * error, difference.mean() + 1.96 * error)
+    assert paired_bootstrap(ours, control) == pytest.approx(expected, abs=0.08 * error)
+
+
+def test_pairing_counts():
+    """Two encoders that fail on the same images but for a few: a difference of a point is certain."""
+    ours = np.arange(10_000) < 7_000
+    low, high = paired_bootstrap([ours], [np.arange(10_000) < 6_900])
+    assert 0.75 < low < 1.0 < high < 1.25
+    assert paired_bootstrap([ours], [ours]) == (0.0, 0.0)
+
+
+def test_the_same_interval_every_time():
+    rng = np.random.default_rng(2)
+    ours, control = correct(0.7, 500, 1, rng), correct(0.6, 500, 1, rng)
+    assert paired_bootstrap(ours, control) == paired_bootstrap(ours, control)
+    assert paired_bootstrap(ours, control) != paired_bootstrap(ours, control, seed=1)
+
+
+# --- Mistakes
+
+
+def test_no_runs():
+    with pytest.raises(UserError, match="compare has no runs; give their folders"):
+        compare_runs([])
+
+
+def test_run_that_does_not_exist(tmp_path):
+    with pytest.raises(UserFileNotFoundError, match="nowhere' does not exist; expected a run folder"):
+        compare_runs([str(tmp_path / "nowhere")])
+
+
+def test_folder_without_results(tmp_path):
+    with pytest.raises(UserFileNotFoundError, match=r"results\.json does not exist; .*so evaluate it first"):
+        compare_runs([str(tmp_path)])
+
+
+def test_damaged_results_are_one_line(tmp_path, capsys):
+    run = make_run(tmp_path / "a", result(100))
+    (tmp_path / "a" / "results.json").write_text("{")
+    assert main(["compare", run]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert f"{tmp_path}/a/results.json is damaged" in err and "evaluate again" in err
+
+
+@pytest.mark.parametrize("text", ["- 1", "a: [", "\x00"])
+def test_damaged_recipe(tmp_path, text):
+    run = make_run(tmp_path / "a", result(100))
+    (tmp_path / "a" / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"config\.yaml is damaged; restore"):
+        compare_runs([run])
+
+
+def test_control_that_is_none_of_the_runs(three_and_one):
+    with pytest.raises(UserError, match=r"control '.*s0' is none of the runs; expected one of .*d0"):
+        compare_runs(three_and_one[1:], control=three_and_one[0])
+
+
+def test_a_run_given_twice_is_not_two_seeds(three_and_one):
+    with pytest.raises(UserError, match="s0' is given twice; give it once"):
+        compare_runs([*three_and_one, three_and_one[0] + "/"])
+
+
+def test_the_same_seed_is_not_two_seeds(tmp_path):
+    runs = [make_run(tmp_path / name, result(100), seed=3) for name in "ab"]
+    with pytest.raises(UserError, match="same recipe and the same seed 3, and would count as two seeds"):
+        compare_runs(runs)
+
+
+def test_nothing_in_common(tmp_path):
+    runs = [
+        make_run(tmp_path / "a", result(100)),
+        make_run(tmp_path / "b", result(100, protocol="linear", name="probe"), readout="cls"),
+    ]
+    with pytest.raises(UserError, match=r"no result in common \(sparo has 20-NN, val; cls has linear, val\)"):
+        compare_runs(runs)
+
+
+def test_no_headline(tmp_path):
+    run = make_run(tmp_path / "a", result(100, name="10-NN", headline=False))
+    with pytest.raises(UserError, match="a has no headline result; expected that of `dino-sparo knn`"):
+        compare_runs([run])

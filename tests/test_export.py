@@ -1,0 +1,149 @@
+"""Encoders out as safetensors and JSON, and back in."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dino_sparo import load_encoder
+from dino_sparo.__main__ import main
+from dino_sparo.errors import UserError
+from dino_sparo.training import pretrain as program
+from tests.test_official import small_encoder
+from tests.tiny import tiny_options, write_pictures
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    write_pictures(folder / "data", 4)
+    program.pretrain(tiny_options(folder / "data", folder / "run"))
+    return folder / "run"
+
+
+@pytest.fixture
+def exported(run_dir, tmp_path):
+    assert main(["export", str(run_dir), "--out", str(tmp_path / "exported")]) == 0
+    return tmp_path / "exported"
+
+
+@torch.no_grad()
+def same(first, second, size=16):
+    images = torch.randn(2, 3, size, size)
+    assert torch.equal(first(images), second(images))
+
+
+def test_exported_folder_and_its_file_load_as_the_run_does(run_dir, exported):
+    assert sorted(path.name for path in exported.iterdir()) == ["config.json", "model.safetensors"]
+    for path in (exported, str(exported / "model.safetensors")):
+        same(load_encoder(path), load_encoder(run_dir))
+        same(load_encoder(path, untrained=True), load_encoder(run_dir, untrained=True))
+    weights = load_file(exported / "model.safetensors")
+    assert weights.keys() == load_encoder(run_dir).state_dict().keys()
+
+
+def test_one_set_of_weights(run_dir, exported, tmp_path):
+    with pytest.raises(UserError, match=r"holds the teacher only; ask for which='teacher'"):
+        load_encoder(exported, "student")
+    student = tmp_path / "student"
+    assert main(["export", str(run_dir), "--out", str(student), "--which", "student"]) == 0
+    same(load_encoder(student, "student"), load_encoder(run_dir, "student"))
+    with pytest.raises(UserError, match=r"holds the student only"):
+        load_encoder(student)
+
+
+def test_renamed_weights_beside_the_description(run_dir, exported):
+    best = exported / "best.safetensors"
+    weights = load_encoder(run_dir, "student").state_dict()
+    save_file(weights, best)
+    same(load_encoder(best), load_encoder(run_dir, "student"))
+    same(load_encoder(exported), load_encoder(run_dir))
+
+
+def test_official_weights_are_exported_too(tmp_path):
+    source = small_encoder()
+    torch.save(dict(source.backbone.named_parameters()), tmp_path / "dino.pth")  # as some save them
+    assert main(["export", str(tmp_path / "dino.pth"), "--out", str(tmp_path / "out")]) == 0
+    same(load_encoder(tmp_path / "out"), source, size=32)
+    with pytest.raises(UserError, match=r"arch is 'vit_tiny' .* holds width 128, depth 3 and 2 heads"):
+        load_encoder(tmp_path / "out", arch="vit_tiny")
+
+
+def test_weights_that_do_not_fit_are_not_exported(tmp_path, capsys):
+    state = dict(small_encoder().backbone.state_dict())
+    del state["norm.bias"]
+    torch.save(state, tmp_path / "dino.pth")
+    assert main(["export", str(tmp_path / "dino.pth"), "--out", str(tmp_path / "out")]) == 2
+    assert "1 missing (backbone.norm.bias)" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_share_memory_are_exported(tmp_path):
+    source = small_encoder()
+    state = source.backbone.state_dict()
+    bias = torch.cat((state["norm.bias"], state["blocks.0.norm1.bias"]))
+    state |= {"norm.bias": bias[:128], "blocks.0.norm1.bias": bias[128:]}
+    torch.save(state, tmp_path / "dino.pth")
+    assert main(["export", str(tmp_path / "dino.pth"), "--out", str(tmp_path / "out")]) == 0
+    same(load_encoder(tmp_path / "out"), source, size=32)
+
+
+def test_nothing_is_overwritten(run_dir, exported, tmp_path, capsys):
+    before = (exported / "model.safetensors").read_bytes()
+    assert main(["export", str(run_dir), "--out", str(exported), "--which", "student"]) == 2
+    assert "exported is not empty; choose another folder" in capsys.readouterr().err
+    assert (exported / "model.safetensors").read_bytes() == before
+    (tmp_path / "file").touch()
+    assert main(["export", str(run_dir), "--out", str(tmp_path / "file" / "out")]) == 2
+    assert "cannot be written (Not a directory)" in capsys.readouterr().err
+
+
+def test_damaged_or_missing_files(exported, tmp_path):
+    weights, config = exported / "model.safetensors", exported / "config.json"
+    good = weights.read_bytes(), config.read_text()
+    for content in (b"", good[0][:-100], b"x" * 100):
+        weights.write_bytes(content)
+        with pytest.raises(UserError, match=r"model.safetensors is no readable safetensors file"):
+            load_encoder(exported)
+    weights.write_bytes(good[0])
+    for text in ("", good[1][:-10], "[]", "{}", good[1].replace('"format": 1', '"format": 9')):
+        config.write_text(text)
+        with pytest.raises(UserError, match=r"config.json (is no readable JSON|describes no exported)"):
+            load_encoder(exported)
+    config.unlink()
+    with pytest.raises(FileNotFoundError, match=r"config.json does not exist; an exported encoder is"):
+        load_encoder(weights)
+    config.write_text(good[1])
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=r"model.safetensors does not exist"):
+        load_encoder(exported)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("arch", "vit_small", "does not fit an encoder with width 384"),
+        ("arch", {"width": 16}, "describes no encoder of dino-sparo: "),
+        ("arch", {"width": 10**9, "depth": 3, "num_heads": 2}, "describes no encoder of dino-sparo: "),
+        ("readout", "cls", "describes no encoder of dino-sparo: readout 'cls' takes no options"),
+        ("num_slots", 4, "misshapen (readout.query (2, 4) instead of (4, 4)"),
+        ("patch_size", "8", "describes no encoder of dino-sparo: "),
+        ("colour", 1, "describes no encoder of dino-sparo: "),
+    ],
+)
+def test_a_description_that_the_weights_do_not_fit(exported, key, value, message):
+    config = json.loads((exported / "config.json").read_text())
+    config["encoder"][key] = value
+    (exported / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError) as caught:
+        load_encoder(exported)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_run_without_checkpoints(tmp_path, run_dir, capsys):
+    shutil.copytree(run_dir, tmp_path / "run", ignore=shutil.ignore_patterns("*.pt*"))
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 2
+    assert "no checkpoint found" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

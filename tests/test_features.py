@@ -1,0 +1,181 @@
+"""One pass of a frozen encoder: every image once, on disk, and going on where it stopped."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from dino_sparo.data.sources import open_images
+from dino_sparo.distributed import process_group
+from dino_sparo.errors import UserError
+from dino_sparo.evaluation import features as module
+from dino_sparo.evaluation.features import cached_features, extract_features
+from dino_sparo.models import build_encoder
+from tests.tiny import write_pictures
+
+NAMES = ["encoding", "cls", "patch_mean", "probe"]
+NUM_IMAGES = 11
+SIZE = {"image_size": 16, "batch_size": 4}
+SMALL = {"width": 16, "depth": 3, "num_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    write_pictures(folder, NUM_IMAGES)
+    return open_images(str(folder))
+
+
+def small_encoder(seed: int = 0, arch: dict = SMALL, readout: str = "sparo"):
+    torch.manual_seed(seed)
+    slots = {"num_slots": 3, "slot_dim": 4, "key_dim": 4} if readout == "sparo" else {}
+    return build_encoder(arch, 8, 16, readout=readout, **slots).eval()
+
+
+class Counted:
+    """An encoder that notes how many images it has seen, and breaks off after some."""
+
+    def __init__(self, encoder, breaks_after: int = 10**9) -> None:
+        self.encoder, self.seen, self.breaks_after = encoder, 0, breaks_after
+
+    def __getattr__(self, name):
+        return getattr(self.encoder, name)
+
+    def features(self, images, names):
+        if images.abs().sum() > 0:  # not the look at the widths
+            if self.seen >= self.breaks_after:
+                raise KeyboardInterrupt
+            self.seen += len(images)
+        return self.encoder.features(images, names)
+
+
+@torch.no_grad()
+def test_every_feature_of_every_image(source, tmp_path):
+    encoder = small_encoder()
+    found = cached_features(encoder, source, NAMES, cache=tmp_path, precision="float32", **SIZE)
+    pixels = module.CenterCrops(source, 16)
+    images = module.normalize(torch.stack([pixels[i] for i in range(NUM_IMAGES)]))
+    for name, expected in encoder.features(images, NAMES).items():
+        assert isinstance(found[name], np.memmap)
+        np.testing.assert_allclose(found[name], expected, atol=1e-6, err_msg=name)
+    half = cached_features(encoder, source, NAMES, cache=tmp_path, **SIZE)
+    assert half["probe"].dtype == np.float16
+    np.testing.assert_array_equal(half["probe"], found["probe"].astype(np.float16))
+    np.testing.assert_allclose(extract_features(encoder, source, **SIZE), found["encoding"], atol=1e-6)
+
+
+def test_what_is_there_is_not_computed_again(source, tmp_path):
+    encoder = Counted(small_encoder())
+    first = cached_features(encoder, source, ["encoding"], cache=tmp_path, **SIZE)
+    assert encoder.seen == NUM_IMAGES
+    again = cached_features(encoder, source, ["encoding"], cache=tmp_path, image_size=16, batch_size=3)
+    assert encoder.seen == NUM_IMAGES and np.array_equal(first["encoding"], again["encoding"])
+    cached_features(encoder, source, ["encoding", "cls"], cache=tmp_path, **SIZE)
+    assert encoder.seen == 2 * NUM_IMAGES
+    described = json.loads(next(tmp_path.glob("*/features.json")).read_text())
+    assert described["num_images"] == NUM_IMAGES and described["precision"] == "float16"
+
+
+def test_an_interrupted_pass_goes_on_where_it_stopped(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "FLUSH_SECONDS", 0)
+    whole = cached_features(small_encoder(), source, NAMES, cache=tmp_path / "whole", **SIZE)
+    broken = Counted(small_encoder(), breaks_after=8)
+    with pytest.raises(KeyboardInterrupt):
+        cached_features(broken, source, NAMES, cache=tmp_path / "parts", **SIZE)
+    rest = Counted(small_encoder())
+    found = cached_features(rest, source, NAMES, cache=tmp_path / "parts", **SIZE)
+    assert broken.seen == 8 and rest.seen == 3
+    for name in NAMES:
+        np.testing.assert_array_equal(found[name], whole[name])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"encoder": {"seed": 1}},
+        {"encoder": {"readout": "gap"}},
+        {"encoder": {"arch": SMALL | {"num_heads": 4}}},
+        {"precision": "float32"},
+        {"image_size": 24},
+        {"images": 10},
+    ],
+    ids=str,
+)
+def test_features_of_something_else_are_never_taken(source, tmp_path, change):
+    cached_features(small_encoder(), source, ["cls"], cache=tmp_path, **SIZE)
+    other = Counted(small_encoder(**change.get("encoder", {})))
+    images = source.subset(np.arange(change["images"])) if "images" in change else source
+    settings = SIZE | {k: v for k, v in change.items() if k not in ("encoder", "images")}
+    cached_features(other, images, ["cls"], cache=tmp_path, **settings)
+    assert other.seen == len(images)
+
+
+def in_processes(number: int, processes: int, folder: str, pictures: str) -> None:
+    os.environ |= {"RANK": str(number), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(number)}
+    torch.set_num_threads(1)
+    with process_group(torch.device("cpu")):
+        found = cached_features(
+            small_encoder(), open_images(pictures), NAMES, cache=Path(folder), num_workers=number % 2, **SIZE
+        )
+        assert found["cls"].shape == (NUM_IMAGES, 16)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_the_images(source, tmp_path, processes, monkeypatch):
+    torch.set_num_threads(1)
+    alone = cached_features(small_encoder(), source, NAMES, cache=tmp_path / "1", **SIZE)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", str(29600 + processes))
+    mp.spawn(in_processes, (processes, str(tmp_path / "n"), str(source.root)), nprocs=processes)
+    later = Counted(small_encoder())
+    shared = cached_features(later, source, NAMES, cache=tmp_path / "n", **SIZE)
+    assert later.seen == 0
+    for name in NAMES:
+        np.testing.assert_array_equal(shared[name], alone[name])
+
+
+def test_numbers_that_are_not_finite_are_named(source, tmp_path):
+    encoder = small_encoder()
+    with torch.no_grad():
+        encoder.backbone.norm.weight.fill_(1e5)
+    with pytest.raises(UserError, match=r"feature 'cls' of .*000\.png is not finite in float16; .* float32"):
+        cached_features(encoder, source, ["cls"], cache=tmp_path, **SIZE)
+    cached_features(encoder, source, ["cls"], cache=tmp_path, precision="float32", **SIZE)
+    with torch.no_grad():
+        encoder.backbone.norm.weight.fill_(torch.nan)
+    with pytest.raises(
+        UserError, match=r"feature 'cls' of .*000\.png is not finite in float32; .* another che"
+    ):
+        cached_features(encoder, source, ["cls"], cache=tmp_path, precision="float32", **SIZE)
+
+
+def test_a_small_disk_is_told_beforehand(source, tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 100})
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage)
+    encoder = Counted(small_encoder())
+    with pytest.raises(UserError, match=r"new/\w+: features need 352 bytes \(0.0 GiB\), but only 100"):
+        cached_features(encoder, source, ["cls"], cache=tmp_path / "new", **SIZE)
+    assert encoder.seen == 0 and not (tmp_path / "new").exists()
+
+
+def test_a_full_disk_is_told_and_loses_nothing(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "FLUSH_SECONDS", 0)
+    original, calls = os.pwrite, []
+
+    def pwrite(*arguments):
+        calls.append(1)
+        if len(calls) == 4:  # rows and marks of the first block, rows of the second
+            raise OSError(28, "No space left on device")
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", pwrite)
+        with pytest.raises(UserError, match=r"cannot be written \(No space left on device\); make room"):
+            cached_features(small_encoder(), source, ["cls"], cache=tmp_path, **SIZE)
+    rest = Counted(small_encoder())
+    cached_features(rest, source, ["cls"], cache=tmp_path, **SIZE)
+    assert 0 < rest.seen < NUM_IMAGES

@@ -1,0 +1,427 @@
+"""The linear probe as a program: the official protocol, resumable, on one process or several."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TF
+
+from dino_sparo.config import parse_options
+from dino_sparo.data import pil_views
+from dino_sparo.data.loader import normalize, to_tensor
+from dino_sparo.data.sources import open_labelled
+from dino_sparo.data.views import draw_view, sample_order
+from dino_sparo.errors import UserError
+from dino_sparo.evaluation import linear as program
+from dino_sparo.evaluation import probe_training
+from dino_sparo.evaluation.classifiers import load_classifier
+from dino_sparo.evaluation.probe_data import balanced_fraction, check_batch_size, training_crop
+from dino_sparo.evaluation.probes import Probe, Probes
+from dino_sparo.evaluation.results import read_results
+from dino_sparo.evaluation.transfer import TestSet
+from dino_sparo.interop.load import load_encoder
+from dino_sparo.options import LinearOptions
+from dino_sparo.training.checkpoint import load_latest
+from dino_sparo.training.pretrain import pretrain
+from dino_sparo.training.runlog import read_metrics
+from tests.tiny import tiny_options, write_pictures
+
+CLASSES = ("blue", "green", "red")
+NUM_TRAIN, NUM_VAL, BATCH_SIZE = 22, 7, 8  # two steps an epoch, six images dropped
+OFFICIAL = "3 blocks both lr 0.001"
+
+
+def write_colours(folder: Path, count: int, classes: tuple[str, ...] = CLASSES) -> None:
+    """Noise of one colour in class folders, so that there is something to learn."""
+    rng = np.random.default_rng(count)
+    for number in range(count):
+        name = classes[number % len(classes)]
+        pixels = rng.integers(0, 120, (20, 28, 3), dtype=np.uint8)
+        pixels[..., ("red", "green", "blue").index(name)] += 130
+        path = folder / name / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_colours(folder / "train", NUM_TRAIN)
+    write_colours(folder / "val", NUM_VAL)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pretrained")
+    write_pictures(folder / "data", 8)
+    changes = {"optim__epochs": 1, "optim__warmup_epochs": 0}
+    pretrain(tiny_options(folder / "data", folder / "run", **changes))
+    return folder / "run"
+
+
+def arguments(run: Path, data: Path, out: Path, **changes) -> list[str]:
+    given = {"epochs": 3, "batch_size": BATCH_SIZE, "num_workers": 0, "device": "cpu", "out": out}
+    given |= {"run": run, "data.path": data, "cache": out.parent / "cache"} | changes
+    return [f"--{key}={value}" for key, value in given.items()]
+
+
+def linear(run: Path, data: Path, out: Path, **changes) -> list:
+    """Run the program; its results."""
+    program.run(parse_options(LinearOptions, arguments(run, data, out, **changes), usage=""))
+    return read_results(out)
+
+
+def weights(folder: Path, name: str = OFFICIAL) -> tuple[torch.Tensor, torch.Tensor]:
+    saved = load_classifier(folder / "classifiers" / f"{name.replace(' ', '_')}.safetensors")
+    return saved.weight, saved.bias
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pretrained, data, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("linear") / "out"
+    linear(pretrained, data, out, learning_rates=[0.001, 1.0])
+    return out
+
+
+def reference(pretrained: Path, data: Path, learning_rate: float) -> torch.nn.Linear:
+    """The protocol as a plain loop."""
+    encoder, (train, _) = load_encoder(pretrained), open_labelled(str(data))
+    classifier = torch.nn.Linear(encoder.probe_features(torch.zeros(1, 3, 16, 16), 3).shape[1], 3)
+    torch.nn.init.normal_(classifier.weight, 0.0, 0.01, generator=torch.Generator().manual_seed(0))
+    torch.nn.init.zeros_(classifier.bias)
+    optimizer = torch.optim.SGD(
+        classifier.parameters(), learning_rate * BATCH_SIZE / 256, momentum=0.9, weight_decay=0.0
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3, eta_min=0.0)
+    for epoch in range(3):
+        order = sample_order(seed=0, epoch=epoch, num_samples=NUM_TRAIN)
+        for start in (0, BATCH_SIZE):
+            batch = order[start : start + BATCH_SIZE].tolist()
+            crops = []
+            for sample in batch:
+                image = train.load(sample)
+                view = draw_view(
+                    training_crop(16),
+                    **{"seed": 0, "epoch": epoch, "sample": sample, "crop": 0},
+                    image_width=image.width,
+                    image_height=image.height,
+                )
+                box = (view.top, view.left, view.height, view.width)
+                crop = TF.resized_crop(image, *box, [16, 16], InterpolationMode.BILINEAR)
+                crops.append(normalize(to_tensor(TF.hflip(crop) if view.flip else crop)))
+            with torch.no_grad():
+                features = encoder.probe_features(torch.stack(crops), 3)
+            optimizer.zero_grad()
+            F.cross_entropy(classifier(features), torch.from_numpy(train.labels[batch])).backward()
+            optimizer.step()
+        schedule.step()
+    return classifier
+
+
+@pytest.mark.parametrize("learning_rate", [0.001, 1.0])
+def test_training_is_the_official_protocol(learning_rate, pretrained, data, uninterrupted):
+    expected = reference(pretrained, data, learning_rate)
+    weight, bias = weights(uninterrupted / "linear", f"3 blocks both lr {learning_rate:g}")
+    torch.testing.assert_close(weight, expected.weight.detach(), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(bias, expected.bias.detach(), rtol=1e-5, atol=1e-7)
+    initial = torch.empty_like(weight).normal_(0.0, 0.01, generator=torch.Generator().manual_seed(0))
+    assert (weight - initial).abs().max() > 1e-5
+
+
+def test_the_training_crop_is_torchvisions_default():
+    recipe = training_crop(16)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
+    areas, flips = [], 0
+    for sample in range(400):
+        place = {"seed": 0, "epoch": 0, "sample": sample, "crop": 0}
+        view = draw_view(recipe, **place, image_width=80, image_height=60)
+        areas.append(view.height * view.width / 4800)
+        flips += view.flip
+        if sample < 4:
+            box = (view.top, view.left, view.height, view.width)
+            crop = TF.resized_crop(image, *box, [16, 16], InterpolationMode.BILINEAR)
+            crop = TF.hflip(crop) if view.flip else crop
+            np.testing.assert_array_equal(np.array(pil_views.execute(image, view)), np.array(crop))
+    assert 0.07 < min(areas) < 0.12 and 0.9 < max(areas) <= 1 and 160 < flips < 240
+
+
+def test_results(pretrained, data, uninterrupted, capsys):
+    results = {result.name: result for result in read_results(uninterrupted)}
+    assert list(results) == [OFFICIAL, "3 blocks both lr 1"]
+    official = results[OFFICIAL]
+    assert (official.protocol, official.test_set, official.weights) == ("linear", "val", "teacher")
+    assert official.headline and not results["3 blocks both lr 1"].headline
+    assert (official.num_images, official.num_classes) == (NUM_VAL, 3)
+    encoder, (_, val) = load_encoder(pretrained), open_labelled(str(data))
+    for name, result in results.items():
+        weight, bias = weights(uninterrupted / "linear", name)
+        crops = torch.stack([to_tensor(pil_views.center_crop(val.load(i), 16)) for i in range(NUM_VAL)])
+        with torch.no_grad():
+            logits = F.linear(encoder.probe_features(normalize(crops), 3), weight, bias)
+        right = (logits.argmax(dim=1) == torch.from_numpy(val.labels)).numpy()
+        np.testing.assert_array_equal(result.correct, right)
+        assert result.top1 == pytest.approx(100 * right.mean()) and result.top5 == 100
+        logged = [e[f"{name} top1"] for e in read_metrics(uninterrupted / "linear") if f"{name} top1" in e]
+        assert len(logged) == 3 and logged[-1] == result.top1
+        assert result.details["best_val_top1"] == max(logged)
+        assert result.details["best_val_epoch"] == 1 + logged.index(max(logged))
+    losses = [entry["loss"] for entry in read_metrics(uninterrupted / "linear") if "loss" in entry]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+
+
+def test_a_prediction_is_a_class_of_the_test_set(data, monkeypatch):
+    monkeypatch.setattr(probe_training, "ROWS_AT_ONCE", 2)
+    _, val = open_labelled(str(data))
+    probes = Probes([Probe("cls", 1, 0.1)], width=3, embed_dim=1, num_classes=3)
+    probes.load_state_dict({"classifiers.0.weight": torch.eye(3), "classifiers.0.bias": torch.zeros(3)})
+    features = {"blocks": np.array([[3, 2, 1]] * 5, np.float16), "encoding": np.zeros((5, 1), np.float16)}
+    labels = np.array([1, 2, 1, 1, 2])
+    for classes, right in (([0, 1, 2], [False] * 5), ([1, 2], labels == 1)):
+        test_set = TestSet("x", val, labels, np.array(classes), (), ())
+        found = probe_training.score(probes, probe_training.Exam(test_set, features), torch.device("cpu"))
+        assert found[:, 0].tolist() == [[top1, True] for top1 in right]
+
+
+class PowerCutError(Exception):
+    pass
+
+
+def run_until(step: int, options: LinearOptions, monkeypatch) -> None:
+    """Run, and break off in the step after `step` steps of this start."""
+    original, calls = probe_training.losses, []
+
+    def breaking(*args):
+        calls.append(1)
+        if len(calls) > step:
+            raise PowerCutError
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(probe_training, "losses", breaking)
+        with pytest.raises(PowerCutError):
+            program.run(options)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_interrupted_in_any_epoch(step, workers, pretrained, data, uninterrupted, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    given = arguments(pretrained, data, out, num_workers=workers, learning_rates=[0.001, 1.0])
+    options = parse_options(LinearOptions, given, usage="")
+    run_until(step, options, monkeypatch)
+    interrupted = load_latest(out / "linear")
+    assert (0 if interrupted is None else interrupted["epochs_done"]) == step // 2
+    program.run(options)
+    ours, theirs = load_latest(out / "linear"), load_latest(uninterrupted / "linear")
+    for name, value in theirs["probes"].items():
+        assert torch.equal(ours["probes"][name], value)
+    for number, state in theirs["optimizer"]["state"].items():
+        assert torch.equal(ours["optimizer"]["state"][number]["momentum_buffer"], state["momentum_buffer"])
+    for name in ("epochs_done", "best", "config", "schedule", "step"):
+        assert ours[name] == theirs[name]
+    assert logged_values(out) == logged_values(uninterrupted)
+    for name in (OFFICIAL, "3 blocks both lr 1"):
+        assert torch.equal(weights(out / "linear", name)[0], weights(uninterrupted / "linear", name)[0])
+
+
+def logged_values(out: Path) -> list[dict]:
+    clock = ("images_per_second", "data_wait_share", "log_share")
+    return [{k: v for k, v in entry.items() if k not in clock} for entry in read_metrics(out / "linear")]
+
+
+def test_a_complete_run_is_only_scored(pretrained, data, uninterrupted, tmp_path, monkeypatch):
+    monkeypatch.setattr(probe_training, "losses", None)
+    before = (uninterrupted / "results.json").read_text()
+    half = tmp_path / "half"
+    write_colours(half, 4, ("red", "blue"))
+    write_colours(half, 5, ("green",))
+    (half / "green").rename(half / "violet")
+    results = linear(
+        pretrained, data, uninterrupted, learning_rates=[0.001, 1.0], test=json.dumps([f"half={half}"])
+    )
+    assert [result.test_set for result in results] == ["val", "val", "half", "half"]
+    assert (results[2].num_images, results[2].num_classes, results[2].top5) == (4, 2, 100)
+    assert "violet" in results[2].details["remark"]
+    (uninterrupted / "results.json").write_text(before)
+
+
+def run_in_processes(number: int, given: list[str]) -> str:
+    """The program in so many processes; what it prints."""
+    finished = subprocess.run(
+        [sys.executable, "-m", "dino_sparo", "linear", *given, f"--nproc={number}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+@pytest.mark.long
+def test_two_processes_are_the_same_probe(pretrained, data, uninterrupted, tmp_path):
+    out = tmp_path / "out"
+    printed = run_in_processes(2, arguments(pretrained, data, out, learning_rates=[0.001, 1.0]))
+    assert printed.count(OFFICIAL) == 1
+    for one, other in zip(read_results(out), read_results(uninterrupted), strict=True):
+        assert (one.name, one.top1, one.num_images) == (other.name, other.top1, NUM_VAL)
+        np.testing.assert_array_equal(one.correct, other.correct)
+        ours, theirs = weights(out / "linear", one.name), weights(uninterrupted / "linear", one.name)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.long
+def test_three_processes_go_on_bit_for_bit(pretrained, data, tmp_path):
+    """Of three numbers the order of summation matters: it must not depend on where a start began."""
+    out = tmp_path / "out"
+    given = arguments(pretrained, data, out, learning_rates=[0.001, 1.0], batch_size=9)
+    run_in_processes(3, given)
+    whole = load_latest(out / "linear")
+    last = out / "linear" / "checkpoints" / "step_000000006.pt"
+    last.unlink()  # as if it had been killed in the third epoch
+    run_in_processes(3, given)
+    assert last.exists()
+    again = load_latest(out / "linear")
+    for name, value in whole["probes"].items():
+        assert torch.equal(again["probes"][name], value)
+    assert again["best"] == whole["best"]
+    assert len(logged_values(out)) == 6
+
+
+def test_other_settings_in_the_same_folder_are_refused(pretrained, data, uninterrupted):
+    for changes, message in (
+        ({"epochs": 4}, "epochs was 3, now 4"),
+        ({"seed": 1}, "seed was 0, now 1"),
+        ({"learning_rates": [0.1]}, "probes was "),
+    ):
+        given = {"learning_rates": [0.001, 1.0]} | changes
+        with pytest.raises(UserError, match=rf"holds other probes \({message}.*give another --out"):
+            linear(pretrained, data, uninterrupted, **given)
+
+
+def test_cached_probes_are_not_called_official(pretrained, data, tmp_path, capsys):
+    out = tmp_path / "out"
+    results = linear(pretrained, data, out, cached="true", learning_rates=[30.0], epochs=40)
+    assert [(result.protocol, result.headline) for result in results] == [("linear-cached", False)]
+    assert results[0].top1 == 100  # the colours are easy, if anything is learned
+    assert "not the official protocol" in capsys.readouterr().out
+    results = linear(pretrained, data, out)
+    assert {result.protocol for result in results} == {"linear", "linear-cached"}
+    assert sorted(path.name for path in out.iterdir()) == ["linear", "linear-cached", "results.json"]
+
+
+def test_a_sweep_holds_the_official_probe_as_it_is_alone(pretrained, data, uninterrupted, tmp_path):
+    results = linear(pretrained, data, tmp_path / "out", sweep="true")
+    names = [result.name for result in results]
+    assert len(names) == 12 and names.count(OFFICIAL) == 1
+    assert [result.name for result in results if result.headline] == [OFFICIAL]
+    assert torch.equal(weights(tmp_path / "out" / "linear-sweep")[0], weights(uninterrupted / "linear")[0])
+
+
+def test_a_fraction_is_balanced_seeded_and_nested(data, tmp_path):
+    train, _ = open_labelled(str(data))  # 8, 7 and 7 images
+    least, half = (balanced_fraction(train, fraction, seed=0) for fraction in (0.01, 0.5))
+    assert np.bincount(least.labels).tolist() == [1, 1, 1]
+    assert np.bincount(half.labels).tolist() == [4, 4, 4]
+    names = [half.name(i) for i in range(len(half))]
+    assert {least.name(i) for i in range(3)} < set(names)
+    other = balanced_fraction(train, 0.5, seed=1)
+    assert names != [other.name(i) for i in range(len(other))]
+    write_colours(tmp_path / "train", 2, ("red", "blue"))
+    write_colours(tmp_path / "train", 9, ("green",))
+    few, _ = open_labelled(str(tmp_path))  # no val folder: some are held out
+    assert np.bincount(balanced_fraction(few, 1.0, seed=0).labels, minlength=3).min() == 1
+
+
+def test_few_shot(pretrained, data, tmp_path):
+    results = linear(pretrained, data, tmp_path / "out", train_fraction=0.5, batch_size=12)
+    assert results[0].train_fraction == 0.5 and results[0].details["num_train"] == 12
+    assert (tmp_path / "out" / "linear-fraction-0.5").is_dir()
+    with pytest.raises(UserError, match=r"train_fraction is 1\.5; expected above 0 and at most 1"):
+        linear(pretrained, data, tmp_path / "out", train_fraction=1.5)
+
+
+def test_a_saved_classifier_is_scored_as_it_was(pretrained, data, uninterrupted, tmp_path):
+    file = uninterrupted / "linear" / "classifiers" / "3_blocks_both_lr_1.safetensors"
+    again = linear(pretrained, data, tmp_path / "out", evaluate=file)[0]
+    before = read_results(uninterrupted)[1]
+    np.testing.assert_array_equal(again.correct, before.correct)
+    assert (again.name, again.top1, again.top5) == (before.name, before.top1, before.top5)
+    assert again.details == before.details
+    assert not (tmp_path / "out" / "linear").exists()
+    with pytest.raises(UserError, match="was trained on an encoder with other weights"):
+        linear(pretrained, data, tmp_path / "out", evaluate=file, untrained="true")
+    write_colours(tmp_path / "two" / "train", 6, ("red", "blue"))
+    with pytest.raises(UserError, match="'green' is in one of them only"):
+        linear(pretrained, tmp_path / "two", tmp_path / "out", evaluate=file)
+
+
+def test_damaged_weights_are_told_before_training(pretrained, data, tmp_path, monkeypatch):
+    encoder = load_encoder(pretrained)
+    encoder.backbone.norm.weight.data[3] = torch.nan
+    monkeypatch.setattr(program, "load_encoder", lambda *_, **__: encoder)
+    with pytest.raises(UserError, match="not finite"):
+        linear(pretrained, data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_features_that_are_not_finite_end_the_run_before_a_checkpoint(
+    pretrained, data, tmp_path, monkeypatch
+):
+    original = probe_training.Learning.state
+
+    def damage(self):
+        state = original(self)
+        encoders[0].backbone.norm.weight.data[3] = torch.nan
+        return state
+
+    encoders = [load_encoder(pretrained)]
+    monkeypatch.setattr(program, "load_encoder", lambda *_, **__: encoders[0])
+    monkeypatch.setattr(probe_training.Learning, "state", damage)
+    with pytest.raises(UserError, match="features of training images are not finite in epoch 2"):
+        linear(pretrained, data, tmp_path / "out")
+    assert load_latest(tmp_path / "out" / "linear")["epochs_done"] == 1
+
+
+def test_an_unreadable_image_is_named_and_costs_nothing(pretrained, tmp_path):
+    write_colours(tmp_path / "data" / "train", NUM_TRAIN)
+    write_colours(tmp_path / "data" / "val", NUM_VAL)
+    first, second = (sample_order(seed=0, epoch=epoch, num_samples=NUM_TRAIN) for epoch in (0, 1))
+    bad = next(sample for sample in second[:16] if sample in first[16:])  # epoch 1 drops it
+    train, _ = open_labelled(str(tmp_path / "data"))
+    path = Path(train.name(int(bad)))
+    whole = path.read_bytes()
+    path.write_bytes(b"no picture")
+    with pytest.raises(UserError, match=f"{path.name}: the image cannot be read"):
+        linear(pretrained, tmp_path / "data", tmp_path / "out", learning_rates=[0.001, 1.0])
+    assert load_latest(tmp_path / "out" / "linear")["epochs_done"] == 1
+    path.write_bytes(whole)
+    linear(pretrained, tmp_path / "data", tmp_path / "out", learning_rates=[0.001, 1.0])
+
+
+def test_a_class_of_val_that_train_lacks_is_named(pretrained, tmp_path):
+    write_colours(tmp_path / "data" / "train", 8, ("red", "green"))
+    write_colours(tmp_path / "data" / "val", 3)
+    with pytest.raises(UserError, match="class folder 'blue' does not exist in"):
+        linear(pretrained, tmp_path / "data", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "processes", "message"),
+    [
+        (1024, 1, "batch_size is 1024, but there are only 22 train images; give --batch_size 22 or less"),
+        (1024, 4, "give --batch_size 20 or less"),
+        (9, 2, "batch_size is 9, not divisible by 2 processes; give a multiple, such as 8"),
+    ],
+)
+def test_a_batch_that_does_not_fit(batch_size, processes, message):
+    with pytest.raises(UserError, match=message):
+        check_batch_size(batch_size, 22, processes)

@@ -1,0 +1,121 @@
+"""Encoders of our own runs: a folder, a checkpoint file, and what does not fit."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dino_sparo import load_encoder
+from dino_sparo.errors import UserError
+from dino_sparo.training import pretrain as program
+from dino_sparo.training.checkpoint import load_latest
+from dino_sparo.training.state import build_state
+from tests.tiny import tiny_options, write_pictures
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    write_pictures(folder / "data", 4)
+    program.pretrain(tiny_options(folder / "data", folder / "run"))
+    return folder / "run"
+
+
+@torch.no_grad()
+def test_teacher_student_and_the_initial_weights(run_dir):
+    images = torch.randn(2, 3, 16, 16)
+    state = load_latest(run_dir)
+    outputs = {}
+    for which in ("teacher", "student"):
+        encoder = load_encoder(run_dir, which)
+        assert not encoder.training
+        for name, value in encoder.state_dict().items():
+            assert torch.equal(value, state[which][f"encoder.{name}"])
+        outputs[which] = encoder(images)
+    torch.randn(1)  # away from the state in which a load that draws would have left it
+    random_state = torch.random.get_rng_state()
+    fresh = load_encoder(run_dir, untrained=True)
+    assert torch.equal(torch.random.get_rng_state(), random_state)
+    initial = build_state(state["config"], torch.device("cpu")).student.encoder.state_dict()
+    assert all(torch.equal(initial[name], value) for name, value in fresh.state_dict().items())
+    untrained = fresh(images)
+    assert not torch.equal(outputs["teacher"], outputs["student"])
+    assert not torch.equal(outputs["teacher"], untrained)
+
+
+@torch.no_grad()
+def test_a_checkpoint_file_with_and_without_its_hash(run_dir, tmp_path):
+    images = torch.randn(2, 3, 16, 16)
+    file = max((run_dir / "checkpoints").glob("*.pt"))
+    copy = tmp_path / "copy.pt"
+    shutil.copy(file, copy)
+    for path in (str(file), copy):
+        assert torch.equal(load_encoder(path)(images), load_encoder(run_dir)(images))
+    shutil.copy(file.with_name(file.name + ".sha256"), tmp_path / "copy.pt.sha256")
+    content = bytearray(copy.read_bytes())
+    content[len(content) // 2] ^= 1
+    copy.write_bytes(content)
+    with pytest.raises(UserError, match=r"copy.pt is damaged: its SHA-256 differs"):
+        load_encoder(copy)
+
+
+def test_a_checkpoint_of_another_format(run_dir, tmp_path):
+    torch.save({**load_latest(run_dir), "format": 1}, tmp_path / "old.pt")
+    with pytest.raises(UserError, match=r"old.pt is no checkpoint of dino-sparo with format 2"):
+        load_encoder(tmp_path / "old.pt")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("config", None, "is no whole checkpoint of dino-sparo"),
+        ("config", {"seed": 0}, "is no whole checkpoint of dino-sparo"),
+        ("teacher", [], "is no whole checkpoint of dino-sparo"),
+        ("teacher", {}, "missing (backbone.cls_token, "),
+    ],
+)
+def test_a_checkpoint_with_other_content(run_dir, tmp_path, key, value, message):
+    torch.save({**load_latest(run_dir), key: value}, tmp_path / "changed.pt")
+    with pytest.raises(UserError) as caught:
+        load_encoder(tmp_path / "changed.pt")
+    assert message in str(caught.value) and "changed.pt" in str(caught.value)
+
+
+def test_arch_must_be_that_of_the_run(run_dir):
+    load_encoder(run_dir, arch={"width": 16, "depth": 3, "num_heads": 2})
+    with pytest.raises(UserError, match=r"arch is 'vit_small' .* holds width 16, depth 3 and 2 heads"):
+        load_encoder(run_dir, arch="vit_small")
+
+
+def test_nothing_to_load(run_dir, tmp_path):
+    with pytest.raises(ValueError, match="which is 'best', expected 'teacher' or 'student'"):
+        load_encoder(run_dir, "best")
+    for path in (tmp_path, tmp_path / "absent", tmp_path / "absent.pth"):
+        with pytest.raises(FileNotFoundError, match="no checkpoint found; expected a run folder"):
+            load_encoder(path)
+
+
+@pytest.mark.parametrize("untrained", [False, True])
+def test_a_checkpoint_must_hold_every_parameter(run_dir, tmp_path, untrained):
+    state = load_latest(run_dir)
+    del state["teacher"]["encoder.readout.query"]
+    state["teacher"]["encoder.readout.scale"] = torch.zeros(1)
+    state["teacher"]["encoder.backbone.norm.bias"] = torch.zeros(3)
+    torch.save(state, tmp_path / "changed.pt")
+    with pytest.raises(UserError) as caught:
+        load_encoder(tmp_path / "changed.pt", untrained=untrained)
+    for part in (
+        "width 16, depth 3 and 2 heads and read-out 'sparo'",
+        "1 missing (readout.query)",
+        "1 unexpected (readout.scale)",
+        "1 misshapen (backbone.norm.bias (3,) instead of (16,))",
+    ):
+        assert part in str(caught.value)
+    load_encoder(tmp_path / "changed.pt", "student")
+
+
+def test_the_package_imports_no_torch():
+    code = "import sys, dino_sparo; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

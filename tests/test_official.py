@@ -1,0 +1,264 @@
+"""Official ViT weights: every way they are wrapped gives the same encoder, and nothing else is let in."""
+
+import argparse
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from dino_sparo import load_encoder
+from dino_sparo.errors import UserError
+from dino_sparo.models import DINOHead, build_encoder
+
+SIZES = {"width": 128, "depth": 3, "num_heads": 2}
+
+
+def small_encoder(seed=0, **changes):
+    torch.manual_seed(seed)
+    encoder = build_encoder(
+        **({"arch": SIZES, "patch_size": 8, "image_size": 32, "readout": "cls"} | changes)
+    )
+    for parameter in encoder.parameters():  # so that no bias is zero nor any norm one
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return encoder.eval()
+
+
+def prefixed(state, prefix):
+    return {f"{prefix}{name}": value for name, value in state.items()}
+
+
+def full_checkpoint(student, teacher):
+    """As the official training writes it: student wrapped for data-parallel training, both with heads."""
+    head = DINOHead(128, num_prototypes=8, hidden_dim=8, bottleneck_dim=4).state_dict()
+    return {
+        "student": prefixed(student, "module.backbone.") | prefixed(head, "module.head."),
+        "teacher": prefixed(teacher, "backbone.") | prefixed(head, "head."),
+        "optimizer": {"state": {0: {"step": 1}}, "param_groups": [{"lr": 0.1, "params": [0]}]},
+        "epoch": 7,
+        "args": argparse.Namespace(arch="vit_small", patch_size=8, global_crops_scale=(0.4, 1.0)),
+        "dino_loss": {"center": torch.zeros(1, 8)},
+    }
+
+
+@pytest.fixture(scope="module")
+def source():
+    return small_encoder()
+
+
+@pytest.fixture
+def state(source):
+    return dict(source.backbone.state_dict())
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "dino.pth"
+
+
+def refused(file, content, **arguments):
+    torch.save(content, file)
+    with pytest.raises(UserError) as caught:
+        load_encoder(file, **arguments)
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@torch.no_grad()
+def same_outputs(encoder, source):
+    assert not encoder.training
+    images = torch.randn(2, 3, 40, 32)  # off the native size too
+    for x in (images, images[:, :, :32]):
+        torch.testing.assert_close(encoder(x), source(x), rtol=0, atol=0)
+        torch.testing.assert_close(encoder.probe_features(x, 3), source.probe_features(x, 3), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        dict,
+        lambda state: prefixed(state, "backbone."),
+        lambda state: prefixed(state, "module.backbone."),
+        lambda state: {"state_dict": prefixed(state, "module."), "epoch": 3},
+        lambda state: {"model": state},
+        lambda state: {**state, "head.weight": torch.zeros(10, 128)},
+    ],
+    ids=["bare", "backbone", "module", "state_dict", "model", "with a classifier"],
+)
+def test_every_wrapping_gives_the_source(file, source, state, wrap, zipped):
+    torch.save(wrap(state), file, _use_new_zipfile_serialization=zipped)
+    same_outputs(load_encoder(file), source)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_full_checkpoint_has_both(file, source, zipped):
+    student = small_encoder(seed=1)
+    content = full_checkpoint(student.backbone.state_dict(), source.backbone.state_dict())
+    torch.save(content, file, _use_new_zipfile_serialization=zipped)
+    same_outputs(load_encoder(file), source)
+    same_outputs(load_encoder(file, "student"), student)
+
+
+@pytest.mark.parametrize(
+    ("width", "patch_size", "image_size", "depth"), [(64, 16, 224, 1), (192, 8, 96, 12), (384, 4, 32, 2)]
+)
+def test_sizes_are_read_from_the_weights(file, width, patch_size, image_size, depth):
+    arch = {"width": width, "depth": depth, "num_heads": width // 64}
+    source = small_encoder(arch=arch, patch_size=patch_size, image_size=image_size)
+    torch.save(source.backbone.state_dict(), file)
+    backbone = load_encoder(file).backbone
+    assert backbone.patch_size == patch_size and backbone.native_grid == image_size // patch_size
+    assert len(backbone.blocks) == depth and backbone.blocks[0].attn.num_heads == width // 64
+
+
+@torch.no_grad()
+def test_golden_features(golden, file):
+    """Three heads of 16 numbers, which only `arch` can tell."""
+    arrays = golden("backbone")
+    state = {k.removeprefix("weight."): torch.from_numpy(v) for k, v in arrays.items() if k[:6] == "weight"}
+    assert "is of width 48, no multiple of 64" in refused(file, state)
+    encoder = load_encoder(file, arch={"width": 48, "depth": 4, "num_heads": 3})
+    for size in ("224x224", "96x96", "160x224"):
+        images = torch.from_numpy(arrays[f"input.{size}"]).float()
+        np.testing.assert_allclose(encoder(images), arrays[f"features.{size}"], atol=1e-5, rtol=1e-5)
+
+
+def test_arch_must_fit(file, state):
+    torch.save(state, file)
+    assert load_encoder(file, arch={**SIZES, "num_heads": 4}).backbone.blocks[0].attn.num_heads == 4
+    message = refused(file, state, arch="vit_small")
+    assert "arch is 'vit_small' (width 384, depth 12 and 6 heads), but" in message
+    assert "holds width 128 and 3 blocks" in message
+    for arch, part in (
+        ("vit_huge", "expected one of vit_tiny, vit_small, vit_base, or a mapping"),
+        ({"width": 128}, "mapping with width, depth, num_heads"),
+    ):
+        with pytest.raises(UserError, match=part):
+            load_encoder(file, arch=arch)
+    assert "width 128 is not divisible by num_heads 3" in refused(file, state, arch={**SIZES, "num_heads": 3})
+    vit_tiny = small_encoder(arch="vit_tiny")
+    torch.save(vit_tiny.backbone.state_dict(), file)
+    same_outputs(load_encoder(file, arch="vit_tiny"), vit_tiny)
+
+
+def test_which_model(file, state):
+    assert "holds one set of weights, no student" in refused(file, state, which="student")
+    assert "holds the teacher only" in refused(file, {"teacher": state}, which="student")
+    assert "holds the student only" in refused(file, {"student": state})
+    with pytest.raises(UserError, match="which is 'best', expected 'teacher' or 'student'"):
+        load_encoder(file, "best")
+
+
+@torch.no_grad()
+def test_untrained_is_another_encoder_of_the_same_sizes(file, source, state):
+    torch.save(state, file)
+    first, second = (load_encoder(file, untrained=True) for _ in range(2))
+    same_outputs(first, second)
+    images = torch.randn(2, 3, 32, 32)
+    assert not torch.allclose(first(images), source(images), atol=1e-2)
+    assert first.backbone.norm.weight.eq(1).all()
+    del state["norm.weight"]
+    assert "1 missing (backbone.norm.weight)" in refused(file, state, untrained=True)
+
+
+def without(part):
+    return lambda state: {name: value for name, value in state.items() if part not in name}
+
+
+def changed(name, change):
+    return lambda state: state | {name: change(state[name])}
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (without("blocks.1."), ["12 missing (backbone.blocks.1.norm1.weight, ", ", ...)"]),
+        (without("norm2.bias"), ["3 missing (backbone.blocks.0.norm2.bias, "]),
+        (without("blocks."), ["at least one transformer block"]),
+        (without("cls_token"), ["only a part of a ViT backbone: cls_token missing"]),
+        (without("patch_embed"), ["patch_embed.proj.weight missing"]),
+        (
+            lambda state: state | {"mask_token": torch.zeros(1), "blocks.0.ls1.gamma": torch.zeros(128)},
+            ["2 unexpected (backbone.mask_token, backbone.blocks.0.ls1.gamma)"],
+        ),
+        (changed("pos_embed", lambda x: x[:, 1:]), ["pos_embed is (1, 16, 128); expected (1, 1 + a square"]),
+        (changed("pos_embed", lambda x: x[0]), ["pos_embed is (17, 128)"]),
+        (changed("pos_embed", lambda _: "none"), ["pos_embed is ()"]),
+        (lambda state: state | {"epoch": 3}, ["1 unexpected (backbone.epoch)"]),
+        (
+            changed("pos_embed", lambda x: x[..., 1:]),
+            ["1 misshapen (backbone.pos_embed (1, 17, 127) instead of (1, 17, 128))"],
+        ),
+        (
+            changed("cls_token", lambda x: x[..., :64]),
+            ["1 misshapen (backbone.cls_token (1, 1, 64) instead of"],
+        ),
+        (changed("cls_token", lambda _: torch.tensor(1.0)), ["backbone.cls_token () instead of (1, 1, 128)"]),
+        (
+            changed("patch_embed.proj.weight", lambda x: x[:, :1]),
+            ["(128, 1, 8, 8) instead of (128, 3, 8, 8)"],
+        ),
+        (
+            changed("patch_embed.proj.weight", lambda x: x[..., 1:]),
+            ["patch_embed.proj.weight is (128, 3, 8, 7)"],
+        ),
+        (
+            changed("norm.bias", lambda x: x.to(torch.int8)),
+            ["norm.bias (128,) of torch.int8 instead of (128,)"],
+        ),
+        (
+            changed("norm.bias", lambda x: x.to_sparse()),
+            ["1 misshapen (backbone.norm.bias (128,) as torch.sparse_coo instead"],
+        ),
+        (
+            changed("norm.bias", lambda x: [0.0]),
+            ["1 misshapen (backbone.norm.bias a list instead of (128,))"],
+        ),
+        (lambda state: state | {"module.norm.bias": state["norm.bias"]}, ["holds 'norm.bias' twice"]),
+        (lambda state: state | {"blocks.x.y": state["norm.bias"]}, ["1 unexpected (backbone.blocks.x.y)"]),
+    ],
+)
+def test_what_does_not_fit_is_listed(file, state, change, parts):
+    message = refused(file, change(state))
+    assert all(part in message for part in parts), message
+
+
+def test_all_faults_come_in_one_message(file, state):
+    state = without("blocks.1.attn")(state) | {"extra": torch.zeros(1), "norm.bias": torch.zeros(3)}
+    message = refused(file, state)
+    for part in (
+        "4 missing (",
+        "1 unexpected (backbone.extra)",
+        "1 misshapen (backbone.norm.bias (3,) instead",
+    ):
+        assert part in message
+    assert f"of {len(small_encoder().state_dict())} parameters" in message
+
+
+def test_files_without_a_backbone_say_what_they_hold(file):
+    assert "but 2 entries: 'conv1.weight', 'bn1.weight'; expected" in refused(
+        file, {"conv1.weight": torch.zeros(1), "bn1.weight": torch.zeros(1)}
+    )
+    probe = {"epoch": 1, "state_dict": {"module.linear.weight": torch.zeros(2, 2)}, "best_acc": 75.0}
+    assert "1 entries: 'module.linear.weight'" in refused(file, probe)
+    heads = {"teacher": {f"head.{number}": torch.zeros(1) for number in range(9)}}
+    assert "9 entries: 'head.0', 'head.1', 'head.2', 'head.3', 'head.4', ..." in refused(file, heads)
+    assert "0 entries: none" in refused(file, {})
+    assert "holds a list; expected parameters by name" in refused(file, [torch.zeros(1)])
+    assert "holds a Tensor; expected" in refused(file, {"teacher": torch.zeros(1)})
+
+
+def test_another_class_in_a_full_checkpoint_is_refused(file, tmp_path, state):
+    class Code:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "hacked"),))
+
+    content = full_checkpoint(state, state)
+    content["args"].extra = Code()
+    assert "is refused: it would load posix.mkdir" in refused(file, content)
+    assert not (tmp_path / "hacked").exists()
+    torch.save(full_checkpoint(state, state), file)
+    file.write_bytes(file.read_bytes()[:-2000])
+    with pytest.raises(UserError, match=r"dino.pth is no readable weights file"):
+        load_encoder(file)

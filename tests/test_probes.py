@@ -1,0 +1,173 @@
+"""Many probes on one forward pass: each is what it would be alone."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dino_sparo.errors import UserError
+from dino_sparo.evaluation.classifiers import SavedClassifier, load_classifier, save_classifier
+from dino_sparo.evaluation.probes import (
+    INPUTS,
+    Probe,
+    Probes,
+    choose_probes,
+    hits,
+    losses,
+    official_probe,
+)
+from dino_sparo.models import build_encoder
+
+ARCH = {"width": 16, "depth": 6, "num_heads": 2}
+SPARO = {"readout": "sparo", "num_slots": 2, "slot_dim": 4, "key_dim": 4}
+
+
+def encoder(**readout):
+    return build_encoder(arch=ARCH, patch_size=8, image_size=16, **readout).eval()
+
+
+def features_of(model, count=3):
+    images = torch.randn(count, 3, 16, 16)
+    with torch.no_grad():
+        return images, model.features(images, INPUTS)
+
+
+@pytest.mark.parametrize("readout", [SPARO, {"readout": "cls"}, {"readout": "gap"}])
+def test_the_official_probe_sees_what_the_protocol_says(readout):
+    model = encoder(**readout)
+    images, features = features_of(model)
+    probe = official_probe(model)
+    assert probe == Probe("both" if readout is SPARO else "cls", 4, 0.001)
+    seen = probe.select(features, 16)
+    with torch.no_grad():
+        assert torch.equal(seen, model.probe_features(images, 4))
+    assert seen.shape[1] == probe.num_inputs(16, model.embed_dim) == (56 if readout is SPARO else 64)
+
+
+def test_each_probe_sees_its_own_part():
+    model = encoder(**SPARO)
+    _, features = features_of(model)
+    blocks = features["blocks"]
+    assert torch.equal(Probe("cls", 2, 0.1).select(features, 16), blocks[:, 32:])
+    assert torch.equal(Probe("encoding", 1, 0.1).select(features, 16), features["encoding"])
+    both = Probe("both", 2, 0.1).select(features, 16)
+    assert torch.equal(both, torch.cat([blocks[:, 48:], features["encoding"]], dim=1))
+    for probe in (Probe("cls", 2, 0.1), Probe("encoding", 1, 0.1), Probe("both", 3, 0.1)):
+        assert probe.select(features, 16).shape[1] == probe.num_inputs(16, model.embed_dim)
+
+
+def test_names():
+    names = [Probe("both", 4, 0.001).name, Probe("cls", 1, 0.1).name, Probe("encoding", 1, 0.12345678).name]
+    assert names == ["4 blocks both lr 0.001", "1 block cls lr 0.1", "encoding lr 0.12345678"]
+
+
+def test_default_is_the_official_probe_alone_and_a_sweep_has_twelve():
+    model = encoder(**SPARO)
+    assert choose_probes(model) == [official_probe(model)]
+    sweep = choose_probes(model, sweep=True)
+    assert len(sweep) == len({probe.name for probe in sweep}) == 12
+    assert official_probe(model) in sweep
+    given = choose_probes(model, learning_rates=[0.01, 0.1], num_blocks=[1, 3], features=["both"])
+    assert [probe.name for probe in given] == [
+        *("encoding lr 0.01", "3 blocks both lr 0.01", "encoding lr 0.1", "3 blocks both lr 0.1")
+    ]
+    assert len(choose_probes(encoder(readout="cls"), sweep=True)) == 6
+
+
+def test_a_shallow_encoder_has_fewer_blocks():
+    model = build_encoder(arch=ARCH | {"depth": 2}, patch_size=8, image_size=16, **SPARO)
+    assert official_probe(model).name == "2 blocks both lr 0.001"
+    assert {probe.name for probe in choose_probes(model, sweep=True, learning_rates=[0.1])} == {
+        *("encoding lr 0.1", "1 block cls lr 0.1", "2 blocks both lr 0.1")
+    }
+    with pytest.raises(UserError, match="num_blocks has 3; expected 1 to 2 for this encoder"):
+        choose_probes(model, num_blocks=[3])
+
+
+def test_probes_that_the_encoder_cannot_feed():
+    with pytest.raises(UserError, match="num_blocks has 5; expected 1 to 4"):
+        choose_probes(encoder(**SPARO), num_blocks=[1, 5])
+    with pytest.raises(UserError, match="features has 'both', but this encoder has no slots"):
+        choose_probes(encoder(readout="cls"), features=["both"])
+
+
+def test_a_probe_among_others_learns_as_alone():
+    model = encoder(**SPARO)
+    _, features = features_of(model, count=8)
+    labels = torch.arange(8) % 3
+    chosen = choose_probes(model, sweep=True)
+    several = Probes(chosen, width=16, embed_dim=8, num_classes=3, seed=5)
+    optimizer = several.optimizer(512)
+    for _ in range(3):
+        optimizer.zero_grad()
+        losses(several(features), labels).sum().backward()
+        optimizer.step()
+    for number, probe in enumerate(chosen):
+        alone = torch.nn.Linear(probe.num_inputs(16, 8), 3)
+        torch.nn.init.normal_(alone.weight, 0.0, 0.01, generator=torch.Generator().manual_seed(5))
+        torch.nn.init.zeros_(alone.bias)
+        reference = torch.optim.SGD(
+            alone.parameters(), probe.learning_rate * 2, momentum=0.9, weight_decay=0.0
+        )
+        for _ in range(3):
+            reference.zero_grad()
+            F.cross_entropy(alone(probe.select(features, 16)), labels).backward()
+            reference.step()
+        for name in ("weight", "bias"):
+            ours = several.state_dict()[f"classifiers.{number}.{name}"]
+            torch.testing.assert_close(ours, alone.state_dict()[name], rtol=1e-5, atol=1e-7)
+
+
+def test_hits():
+    logits = torch.tensor([[[6.0, 5.0, 4.0, 3.0, 2.0, 1.0]] * 4, [[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]] * 4])
+    found = hits(logits, torch.tensor([0, 4, 5, 1]))  # (B, P, 2)
+    assert found[:, 0].tolist() == [[True, True], [False, True], [False, False], [False, True]]
+    assert found[:, 1].tolist() == [[False, False], [False, True], [True, True], [False, True]]
+    logits[0] = torch.nan
+    assert not hits(logits, torch.tensor([0, 4, 5, 1]))[:, 0].any()
+    of_three = hits(logits[1:, :, :3], torch.tensor([0, 1, 2, 2]))
+    assert of_three[:, 0].tolist() == [[False, True], [False, True], [True, True], [True, True]]
+
+
+def test_a_classifier_file_holds_all_that_belongs_to_it(tmp_path):
+    saved = SavedClassifier(
+        Probe("both", 4, 0.001), torch.randn(3, 56), torch.randn(3), ("a", "ü", "c"), "abc", {"epochs": 7}
+    )
+    save_classifier(tmp_path / "x.safetensors", saved)
+    again = load_classifier(tmp_path / "x.safetensors")
+    assert torch.equal(again.weight, saved.weight) and torch.equal(again.bias, saved.bias)
+    assert (again.probe, again.classes) == (saved.probe, saved.classes)
+    assert (again.encoder, again.details) == (saved.encoder, saved.details)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+    for number in range(4):
+        save_classifier(tmp_path / f"{number}", saved)
+        assert (tmp_path / f"{number}").read_bytes() == (tmp_path / "x.safetensors").read_bytes()
+
+
+def test_a_classifier_of_something_else():
+    saved = SavedClassifier(
+        Probe("cls", 1, 0.1), torch.randn(3, 16), torch.randn(3), ("a", "b", "c"), "x", {}
+    )
+    fitted = saved.fitted("f", classes=("c", "a", "b"), num_inputs=16, encoder_hash="x")
+    assert torch.equal(fitted["weight"], saved.weight[[2, 0, 1]])
+    assert torch.equal(fitted["bias"], saved.bias[[2, 0, 1]])
+    for changes, message in (
+        ({"classes": ("a", "b", "d")}, "evaluate 'f' has 3 classes, data.path has 3: 'c' is in one of them"),
+        ({"num_inputs": 32}, r"evaluate 'f' has weights \(3, 16\), this encoder needs \(3, 32\)"),
+        ({"encoder_hash": "y"}, "evaluate 'f' was trained on an encoder with other weights"),
+    ):
+        fitting = {"classes": ("a", "b", "c"), "num_inputs": 16, "encoder_hash": "x"}
+        with pytest.raises(UserError, match=message):
+            saved.fitted("f", **(fitting | changes))
+
+
+def test_files_that_are_no_classifiers(tmp_path):
+    with pytest.raises(UserError, match="does not exist; give a saved classifier"):
+        load_classifier(tmp_path / "nothing")
+    (tmp_path / "broken").write_bytes(b"no classifier")
+    with pytest.raises(UserError, match="is no whole safetensors file"):
+        load_classifier(tmp_path / "broken")
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.zeros(1)}, tmp_path / "other")
+    with pytest.raises(UserError, match="is no classifier of `dino-sparo linear`"):
+        load_classifier(tmp_path / "other")

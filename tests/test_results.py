@@ -1,0 +1,182 @@
+"""results.json: what is replaced and what stays, and what becomes of damage."""
+
+import dataclasses
+import fcntl
+import json
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dino_sparo.errors import UserError, UserFileNotFoundError
+from dino_sparo.evaluation import results as module
+from dino_sparo.evaluation.results import Result, read_results, results_folder, save_results
+
+
+def result(correct: list[bool] | None = None, **changes: object) -> Result:
+    right = np.array([True, False, True] if correct is None else correct)
+    given = {
+        "protocol": "knn",
+        "name": "20-NN",
+        "headline": True,
+        "test_set": "val",
+        "weights": "teacher",
+        "top1": 100 * float(right.mean()),
+        "top5": 100.0,
+        "num_images": len(right),
+        "num_classes": 7,
+        "details": {"k": 20, "class_top1": [50.0, None]},
+        "correct": right,
+        "images": "abc",
+    }
+    return Result(**(given | changes))
+
+
+def assert_same(found: list[Result], expected: list[Result]) -> None:
+    def plain(results: list[Result]) -> list[dict[str, object]]:
+        return [dataclasses.asdict(r) | {"correct": r.correct.tolist()} for r in results]
+
+    assert plain(found) == plain(expected)
+    assert all(r.correct.dtype == np.bool_ for r in found)
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 1001])
+def test_what_is_saved_is_read_back_whole(tmp_path, count):
+    right = (np.random.default_rng(count).random(count) < 0.6).tolist()
+    saved = [result(right), result(right[::-1], name="ü/10-NN", headline=False, top5=1 / 3)]
+    save_results(tmp_path / "new" / "run", saved)
+    assert_same(read_results(tmp_path / "new" / "run"), saved)
+    assert [path.name for path in (tmp_path / "new" / "run").iterdir()] == ["results.json"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"protocol": "linear"},
+        {"name": "10-NN"},
+        {"test_set": "sketch"},
+        {"weights": "untrained"},
+        {"details": {"train_fraction": 0.1}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_result_of_another_kind_is_kept(tmp_path, changes):
+    first, other = result(top1=1.0), result(top1=2.0, **changes)
+    save_results(tmp_path, [first])
+    save_results(tmp_path, [other])
+    assert_same(read_results(tmp_path), [first, other])
+    again = result([False], top1=3.0)
+    save_results(tmp_path, [again])
+    assert_same(read_results(tmp_path), [other, again])  # the newest last
+
+
+def test_the_whole_train_set_is_one_kind_however_it_is_said(tmp_path):
+    for details in ({}, {"train_fraction": None}, {"train_fraction": 1}):
+        save_results(tmp_path, [result(details=details)])
+    assert len(read_results(tmp_path)) == 1
+
+
+def test_two_programs_that_finish_together_both_get_in(tmp_path, monkeypatch):
+    """The first is held between reading and writing until the second has had the time to do both."""
+    write, both = module._write, threading.Event()
+
+    def slow(path: Path, results: list[Result]) -> None:
+        both.wait(0.3)
+        write(path, results)
+
+    monkeypatch.setattr(module, "_write", slow)
+    names = ["10-NN", "20-NN", "100-NN"]
+    threads = [threading.Thread(target=save_results, args=(tmp_path, [result(name=name)])) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found.name for found in read_results(tmp_path)) == sorted(names)
+
+
+def test_a_crash_while_writing_leaves_the_old_results(tmp_path, monkeypatch):
+    save_results(tmp_path, [result()])
+    monkeypatch.setattr(
+        os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    with pytest.raises(UserError, match=r"results.json cannot be written \(No space left on device\)"):
+        save_results(tmp_path, [result(top1=0.0)])
+    assert_same(read_results(tmp_path), [result()])
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_file_systems_without_locks(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(38, "Not implemented")))
+    save_results(tmp_path, [result()])
+    assert_same(read_results(tmp_path), [result()])
+
+
+def test_lines_are_for_people_too(tmp_path):
+    save_results(tmp_path, [result(), result(name="10-NN")])
+    lines = (tmp_path / "results.json").read_text().splitlines()
+    assert len(lines) == 4  # one a result
+    entry = json.loads(lines[1].rstrip(","))
+    assert entry["top1"] == pytest.approx(200 / 3) and entry["details"]["k"] == 20
+
+
+def damage(path: Path, how: str) -> None:
+    text = path.read_text()
+    path.write_text(
+        {
+            "cut": text[: len(text) // 2],
+            "empty": "",
+            "list": "[]",
+            "field missing": text.replace('"top5"', '"top6"'),
+            "wrong type": text.replace('"knn"', "7"),
+            "bits": text.replace('"num_images": 3', '"num_images": 9'),
+            "no base64": text.replace('"correct": "', '"correct": "#'),
+            "no zlib": text.replace('"correct": "', '"correct": "AAAA'),
+        }[how]
+    )
+    assert path.read_text() != text
+
+
+HOWS = ["cut", "empty", "list", "field missing", "wrong type", "bits", "no base64", "no zlib"]
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_damage_is_named_with_a_remedy(tmp_path, how):
+    save_results(tmp_path, [result()])
+    damage(tmp_path / "results.json", how)
+    with pytest.raises(UserError, match=r"results\.json is damaged \(.+\); restore it from a backup, or rem"):
+        read_results(tmp_path)
+
+
+def test_other_formats_are_refused(tmp_path):
+    (tmp_path / "results.json").write_text('{"format": 2, "results": []}')
+    with pytest.raises(UserError, match="has format 2, expected 1"):
+        read_results(tmp_path)
+
+
+def test_new_results_survive_a_damaged_file(tmp_path, caplog):
+    save_results(tmp_path, [result()])
+    damage(tmp_path / "results.json", "cut")
+    before = (tmp_path / "results.json").read_bytes()
+    save_results(tmp_path, [result(name="10-NN")])
+    assert_same(read_results(tmp_path), [result(name="10-NN")])
+    assert (tmp_path / "results.json.damaged").read_bytes() == before
+    assert "is damaged" in caplog.text and "results.json.damaged" in caplog.text
+
+
+def test_no_results(tmp_path):
+    with pytest.raises(UserFileNotFoundError, match=r"results\.json does not exist; expected .*evaluate it"):
+        read_results(tmp_path)
+
+
+def test_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/results\.json cannot be written"):
+        save_results(tmp_path / "file", [result()])
+
+
+def test_where_results_go(tmp_path):
+    assert results_folder(str(tmp_path)) == tmp_path
+    (tmp_path / "dino.vits16.pth").touch()
+    assert results_folder(str(tmp_path / "dino.vits16.pth")) == tmp_path / "dino.vits16_evaluation"

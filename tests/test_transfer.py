@@ -1,0 +1,153 @@
+"""Further test sets: whose classes are matched by name or number, and what is said about the rest."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dino_sparo.data.sources import open_labelled
+from dino_sparo.errors import UserError, UserFileNotFoundError
+from dino_sparo.evaluation.transfer import TestSet, as_test_set, open_test_sets, restrict
+
+WNIDS = tuple(f"n{number:08d}" for number in (1440764, 1443537, 2102040, 3000684, 15075141))
+
+
+def touch(root: Path, *files: str) -> Path:
+    """Empty files: what is in them does not matter for the labels."""
+    for file in files:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).touch()
+    return root
+
+
+def only(root: Path, train_classes: tuple[str, ...] = WNIDS) -> TestSet:
+    (test,) = open_test_sets([f"new={root}"], train_classes)
+    return test
+
+
+def by_file(test: TestSet) -> dict[str, int]:
+    names = [Path(test.source.name(i)) for i in range(len(test.source))]
+    return {f"{p.parent.name}/{p.name}": n for p, n in zip(names, test.labels.tolist(), strict=True)}
+
+
+def test_a_subset_of_the_classes_is_matched_by_name(tmp_path):
+    """As ImageNet-A and -R: fewer classes, so that each has another number than in training."""
+    test = only(touch(tmp_path, *(f"{name}/{i}.jpg" for name in (WNIDS[4], WNIDS[1]) for i in (0, 1))))
+    assert by_file(test) == {
+        f"{WNIDS[1]}/0.jpg": 1, f"{WNIDS[1]}/1.jpg": 1, f"{WNIDS[4]}/0.jpg": 4, f"{WNIDS[4]}/1.jpg": 4,
+    }  # fmt: skip
+    assert test.classes.tolist() == [1, 4] and test.labels.dtype == np.int64
+    assert test.missing == (WNIDS[0], WNIDS[2], WNIDS[3]) and test.unknown == ()
+
+
+def test_training_in_any_order_of_classes(tmp_path):
+    test = only(touch(tmp_path, "a/1.jpg", "b/1.jpg", "c/1.jpg"), ("c", "a", "b"))
+    assert by_file(test) == {"a/1.jpg": 1, "b/1.jpg": 2, "c/1.jpg": 0}
+    assert test.classes.tolist() == [0, 1, 2] and test.describe() == ""
+
+
+def test_whole_numbers_are_numbers_of_training(tmp_path):
+    """As ImageNet-V2, whose folders torchvision would sort 0, 1, 10, 100, ..."""
+    classes = tuple(f"n{number:08d}" for number in range(100, 112))
+    test = only(touch(tmp_path, *(f"{number}/a.jpg" for number in range(12))), classes)
+    assert by_file(test) == {f"{number}/a.jpg": number for number in range(12)}
+    assert test.missing == test.unknown == ()
+    some = only(touch(tmp_path / "some", "10/a.jpg", "2/a.jpg", "99/a.jpg"), classes)
+    assert by_file(some) == {"10/a.jpg": 10, "2/a.jpg": 2}
+    assert some.classes.tolist() == [2, 10] and some.unknown == ("99",)
+
+
+def test_numbers_count_in_sorted_order_of_training(tmp_path):
+    test = only(touch(tmp_path, "0/1.jpg", "2/1.jpg"), ("c", "a", "b"))
+    assert by_file(test) == {"0/1.jpg": 1, "2/1.jpg": 0}
+
+
+def test_numbers_are_names_where_training_has_numbers(tmp_path):
+    test = only(touch(tmp_path, "10/1.jpg", "2/1.jpg", "7/1.jpg"), ("10", "2", "5"))
+    assert by_file(test) == {"10/1.jpg": 0, "2/1.jpg": 1}
+    assert test.unknown == ("7",) and test.missing == ("5",)
+
+
+def test_one_other_name_and_numbers_are_names(tmp_path):
+    test = only(touch(tmp_path, "1/1.jpg", "b/1.jpg"), ("a", "b"))
+    assert by_file(test) == {"b/1.jpg": 1} and test.unknown == ("1",)
+
+
+def test_images_of_unknown_classes_are_left_out(tmp_path):
+    files = ["b/1.jpg", "x/1.jpg", "a/1.jpg", "c/1.jpg", "y/1.jpg", "c/2.jpg"]
+    test = only(touch(tmp_path, *files), ("a", "b", "c"))
+    assert by_file(test) == {"a/1.jpg": 0, "b/1.jpg": 1, "c/1.jpg": 2, "c/2.jpg": 2}
+    assert test.source.labels.tolist() == test.labels.tolist()  # its own labels speak of training too
+    assert test.source.classes == ("a", "b", "c")
+    whole = only(touch(tmp_path / "whole", *(file for file in files if file[0] in "abc")), ("a", "b", "c"))
+    assert whole.source.fingerprint() == test.source.fingerprint()
+
+
+def test_missing_and_unknown_are_said_in_one_sentence(tmp_path):
+    classes = ("a", "b", "c", "d", "e", "f")
+    test = only(touch(tmp_path, "b/1.jpg", "x/1.jpg"), classes)
+    assert test.describe() == (
+        "new: 5 of the 6 classes of training have no image here (a, c, d, ...); "
+        "1 class folder is none of training's and left out (x); accuracy is over 1 class"
+    )
+
+
+def test_an_empty_class_folder_is_missing(tmp_path):
+    (tmp_path / "b").mkdir()
+    test = only(touch(tmp_path, "a/1.jpg"), ("a", "b"))
+    assert (
+        test.missing == ("b",) and "1 of the 2 classes of training has no image here (b)" in test.describe()
+    )
+
+
+def test_val_keeps_every_class_possible(tmp_path):
+    """A val folder that lacks a class changes nothing of the official figure, but is said."""
+    touch(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "train/c/1.jpg", "val/c/1.jpg", "val/b/1.jpg")
+    train, val = open_labelled(str(tmp_path))
+    test = as_test_set("val", val, train.classes)
+    assert by_file(test) == {"b/1.jpg": 1, "c/1.jpg": 2}
+    assert test.classes.tolist() == [0, 1, 2] and test.missing == ("a",) and test.source is val
+    assert "val: 1 of the 3 classes of training has no image here (a)" in test.describe()
+
+
+def test_several_in_their_order(tmp_path):
+    touch(tmp_path, "A/a/1.jpg", "B/b/1.jpg", "B/b/2.jpg")
+    tests = open_test_sets([f"second={tmp_path}/B", f"first={tmp_path}/A"], ("a", "b"))
+    assert [(test.name, len(test.source)) for test in tests] == [("second", 2), ("first", 1)]
+    assert open_test_sets([], ("a", "b")) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "expected"),
+    [
+        (["ROOT/good"], UserError, "has no name or no folder; expected NAME=DIR"),
+        (["=ROOT/good"], UserError, "has no name or no folder"),
+        (["new="], UserError, "has no name or no folder"),
+        (["val=ROOT/good"], UserError, "'val' is the name of data.path's own test images; give another"),
+        (["new=ROOT/good", "new=ROOT/other"], UserError, "the name 'new' is given twice"),
+        (["new=ROOT/nowhere"], UserFileNotFoundError, "nowhere' does not exist"),
+        (["new=ROOT/good/a/1.jpg"], UserFileNotFoundError, "1.jpg' is a file"),
+        (["new=ROOT/empty"], UserFileNotFoundError, "no images found"),
+        (["new=ROOT/flat"], UserError, "1.jpg lies in .*flat itself, so that its class is unknown"),
+        (["new=ROOT/above"], UserError, r"none of the 2 class folders \(train, val\) is a class of training"),
+        (["new=ROOT/numbers"], UserError, r"none of the 1 class folders \(2\) is a class of training"),
+    ],
+)
+def test_mistakes(tmp_path, given, kind, expected):
+    touch(tmp_path, "good/a/1.jpg", "other/a/1.jpg", "flat/1.jpg", "flat/a/1.jpg", "numbers/2/1.jpg")
+    touch(tmp_path, "above/val/a/1.jpg", "above/train/a/1.jpg")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(kind, match=expected) as caught:
+        open_test_sets([text.replace("ROOT", str(tmp_path)) for text in given], ("a", "b"))
+    assert "\n" not in str(caught.value)
+
+
+def test_restricted_scores_predict_only_these_classes():
+    scores = torch.tensor([[5.0, 1.0, 3.0, 2.0], [0.0, -4.0, 9.0, -3.0]])
+    before = scores.clone()
+    found = restrict(scores, np.array([1, 3]))
+    assert found.argmax(1).tolist() == [3, 3]
+    assert found.tolist() == [[-torch.inf, 1.0, -torch.inf, 2.0], [-torch.inf, -4.0, -torch.inf, -3.0]]
+    assert torch.equal(scores, before)
+    assert torch.equal(restrict(scores, np.arange(4)), scores)
