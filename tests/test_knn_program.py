@@ -144,5 +144,6 @@ def test_damaged_weights_are_told(trained, tmp_path, capsys):
     torch.save(state, tmp_path / "zero.pt")
     arguments = ["knn", str(tmp_path / "zero.pt"), "--data.path", str(data), "--k=1", "--num-workers=0"]
     assert main(arguments) == 2
-    assert "image 0 is zero" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"feature 'encoding' of {open_labelled(str(data))[1].name(0)} is zero: the weights of" in said
     assert not (tmp_path / "zero_evaluation" / "results.json").exists()

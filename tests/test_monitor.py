@@ -165,3 +165,14 @@ def test_alarm_is_armed_after_warm_up_and_comes_again_after_recovery():
     assert [step for step, _ in alarms([sick] * 60, armed_from_step=20)] == [20 + ALARM_ENTRIES]
     again = [sick] * 15 + [HEALTHY] + [sick] * 15
     assert [step for step, _ in alarms(again)] == [ALARM_ENTRIES, 16 + ALARM_ENTRIES]
+
+
+def test_an_encoder_that_answers_with_zeros_ends_the_run_in_words(tmp_path):
+    write_pictures(tmp_path, 60, classes=2)
+    monitor = open_monitor(str(tmp_path))
+    encoder = build_encoder({"width": 16, "depth": 2, "num_heads": 2}, 8, 16, readout="cls").eval()
+    with torch.no_grad():
+        encoder.backbone.norm.weight.zero_()
+        encoder.backbone.norm.bias.zero_()
+    with pytest.raises(UserError, match="k-NN while training: the feature of test image 0 is zero"):
+        monitor.evaluate(encoder)

@@ -18,7 +18,7 @@ from dino_sparo.data.sources import ImageSource
 from dino_sparo.distributed import gather_rows, local_rank, process_group, rank, world_size
 from dino_sparo.evaluation.features import cached_features, extract_features
 from dino_sparo.evaluation.results import Result, results_folder, save_results
-from dino_sparo.evaluation.search import Rows, nearest
+from dino_sparo.evaluation.search import NoDirectionError, Rows, nearest
 from dino_sparo.evaluation.transfer import VAL, TestSet, as_test_set, open_test_sets, restrict
 from dino_sparo.models import Encoder
 
@@ -236,8 +236,14 @@ def evaluate(options: "KnnOptions", device: torch.device) -> list[Result]:
                 device=device,
                 among=None if test_set.name == VAL else test_set.classes,
             )
-        except ValueError as error:
-            raise UserError(f"{options.run}: {error}; the weights are damaged or have collapsed") from error
+        except NoDirectionError as error:
+            of_train = error.side == "train"
+            number = error.number if of_train else rank() + world_size() * error.number
+            name = (train if of_train else test_set.source).name(number)
+            raise UserError(
+                f"feature {options.feature!r} of {name} is {error.kind}: the weights of {options.run} are "
+                f"damaged or have collapsed; give another checkpoint"
+            ) from error
         results += [_result(options, test_set, number, ranked[number], len(train)) for number in ks]
     return results
 

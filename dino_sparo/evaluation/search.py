@@ -16,6 +16,20 @@ QUERY_BYTES = 2**28  # of float32 test features at a time; all train features ar
 SCORES = 2**24  # similarities at a time
 
 
+class NoDirectionError(ValueError):
+    """A feature is zero or not finite: it is near to nothing.
+
+    Attributes:
+        side: `train` or `test`.
+        number: of the image on this side.
+        kind: `zero` or `not finite`.
+    """
+
+    def __init__(self, side: str, number: int, kind: str) -> None:
+        super().__init__(f"the feature of {side} image {number} is {kind}; it has no direction to compare")
+        self.side, self.number, self.kind = side, number, kind
+
+
 class Rows(Protocol):
     """Features by row: an array, in memory or mapped from a file, or a tensor."""
 
@@ -53,7 +67,7 @@ def nearest(
         equally similar ones the lower number.
 
     Raises:
-        ValueError: a feature is zero or not finite.
+        NoDirectionError: a feature is zero or not finite.
     """
     device = torch.device("cpu") if device is None else device
     if by_faiss is None:  # on macOS the OpenMP libraries of faiss and torch end the process together
@@ -83,15 +97,14 @@ def nearest(
     return torch.cat(cosines), torch.cat(numbers)
 
 
-def _directions(rows: Rows, start: int, stop: int, device: torch.device, what: str) -> Tensor:
+def _directions(rows: Rows, start: int, stop: int, device: torch.device, side: str) -> Tensor:
     """Rows as float32 of length one."""
     chunk = torch.as_tensor(rows[start:stop]).to(device).float()
     length_B = torch.linalg.vector_norm(chunk, dim=1)
     bad = (~(length_B.isfinite() & (length_B > 0))).nonzero()
     if len(bad):
-        number = start + int(bad[0])
         kind = "zero" if length_B[int(bad[0])] == 0 else "not finite"
-        raise ValueError(f"the feature of {what} image {number} is {kind}; it has no direction to compare")
+        raise NoDirectionError(side, start + int(bad[0]), kind)
     return chunk.div_(length_B[:, None])
 
 

@@ -17,6 +17,7 @@ from dino_sparo.data.sources import ImageSource, open_labelled, per_class
 from dino_sparo.distributed import mean_over_ranks, sum_over_ranks, world_size
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.knn import HEADLINE_K, evaluate_knn
+from dino_sparo.evaluation.search import NoDirectionError
 from dino_sparo.models import Encoder
 
 log = logging.getLogger("dino_sparo")
@@ -154,16 +155,26 @@ class KnnMonitor:
     timeout_seconds: float
 
     def evaluate(self, encoder: Encoder) -> dict[str, float]:
-        """Top-1 and top-5 in per cent."""
-        result = evaluate_knn(
-            encoder,
-            self.train,
-            self.test,
-            image_size=self.image_size,
-            k=[HEADLINE_K],
-            num_workers=self.num_workers,
-            timeout_seconds=self.timeout_seconds,
-        )[HEADLINE_K]
+        """Top-1 and top-5 in per cent.
+
+        Raises:
+            UserError: an image cannot be read, or the teacher answers one with zeros.
+        """
+        try:
+            result = evaluate_knn(
+                encoder,
+                self.train,
+                self.test,
+                image_size=self.image_size,
+                k=[HEADLINE_K],
+                num_workers=self.num_workers,
+                timeout_seconds=self.timeout_seconds,
+            )[HEADLINE_K]
+        except NoDirectionError as error:
+            raise UserError(
+                f"k-NN while training: {error}; the run has collapsed, start in a new run_dir with a lower "
+                f"optim.lr_per_256"
+            ) from error
         return {f"knn{HEADLINE_K}_top1": result.top1, f"knn{HEADLINE_K}_top5": result.top5}
 
 
