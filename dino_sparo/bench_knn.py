@@ -36,13 +36,14 @@ def bench_knn(num_train: int, num_test: int, width: int, rounds: int, device_nam
         with ProcessPoolExecutor(1, context) as process:
             found = process.submit(_search, folder, num_train, num_test, width, device_name)
             seconds, before, peak, threads = found.result()
+        device = choose_device(device_name)
         some_train, some_test = (min(a, b) for a, b in zip((num_train, num_test), SIDE_BY_SIDE, strict=True))
         ours, plain = _side_by_side(folder, some_train, some_test, width, rounds, device_name)
     ratio = statistics.median(b / a for a, b in zip(ours, plain, strict=True))
     hours = seconds * IMAGENET[0] * IMAGENET[1] / (num_train * num_test) / 3600
     print(
         f"{num_test} queries among {num_train} features of {width} numbers, float16 on disk, k {K}, "
-        f"{device_name}, {threads} threads: {seconds:.1f} s\n"
+        f"{device}, {threads} threads: {seconds:.1f} s\n"
         f"anonymous memory at most {peak / 2**30:.2f} GiB, of which {before / 2**30:.2f} python and torch\n"
         f"{some_test} among {some_train}: {statistics.median(ours):.2f} s, a plain product and top-k in RAM "
         f"{statistics.median(plain):.2f} s, {ratio:.2f} x ours (medians of {rounds} interleaved rounds)\n"

@@ -172,11 +172,12 @@ def test_accuracies_that_were_not_measured_alike_are_noted(tmp_path):
     )
 
 
-def test_folders_without_a_recipe_are_grouped_by_name(tmp_path):
+def test_folders_without_a_recipe_stand_alone(tmp_path):
     runs = [make_run(tmp_path / str(i) / "dino", result(100 + i), recipe=False) for i in (0, 2)]
     found = compare_runs([*runs, make_run(tmp_path / "vits16_evaluation", result(120), recipe=False)])
-    assert found.header == ["top-1 in %", "dino", "vits16_evaluation"]
-    assert found.rows[0][1] == "50.50 ± 0.71 (2 seeds)"
+    names = [f"dino, {tmp_path / str(i) / 'dino'}" for i in (0, 2)]
+    assert found.header == ["top-1 in %", *names, "vits16_evaluation"]
+    assert found.rows[0][1:] == ["50.00 (1 seed)", "51.00 (1 seed)", "60.00 (1 seed)"]
 
 
 def test_no_two_columns_have_one_name(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from dino_sparo import distributed
 from dino_sparo.data.sources import open_images
 from dino_sparo.distributed import process_group
 from dino_sparo.errors import UserError
@@ -114,6 +116,24 @@ def test_features_of_something_else_are_never_taken(source, tmp_path, change):
     assert other.seen == len(images)
 
 
+@pytest.mark.parametrize("where", ["another folder", "in place"])
+def test_other_pixels_under_the_same_names_are_other_images(tmp_path, where):
+    write_pictures(tmp_path / "a", 6)
+    folder = tmp_path / "a" if where == "in place" else tmp_path / "b"
+    first = cached_features(
+        small_encoder(), open_images(str(tmp_path / "a")), ["cls"], cache=tmp_path, **SIZE
+    )
+    first = np.array(first["cls"])
+    write_pictures(folder, 6, side=20)
+    source = open_images(str(folder))
+    assert source.fingerprint() == open_images(str(tmp_path / "a")).fingerprint()
+    second = cached_features(small_encoder(), source, ["cls"], cache=tmp_path, **SIZE)["cls"]
+    expected = extract_features(small_encoder(), source, **SIZE)
+    assert not np.allclose(second, first, atol=1e-3)
+    rows = cached_features(small_encoder(), source, ["encoding"], cache=tmp_path, **SIZE)["encoding"]
+    np.testing.assert_allclose(rows, expected, atol=1e-3)
+
+
 def in_processes(number: int, processes: int, folder: str, pictures: str) -> None:
     os.environ |= {"RANK": str(number), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(number)}
     torch.set_num_threads(1)
@@ -136,6 +156,37 @@ def test_processes_share_the_images(source, tmp_path, processes, monkeypatch):
     assert later.seen == 0
     for name in NAMES:
         np.testing.assert_array_equal(shared[name], alone[name])
+
+
+def meddled_with(number: int, folder: str, pictures: str) -> None:
+    """Another program fills the cache while the second process comes late."""
+    os.environ |= {"RANK": str(number), "WORLD_SIZE": "2", "LOCAL_RANK": str(number)}
+    encoder, distributed.PATIENCE = small_encoder(), timedelta(seconds=20)
+    with process_group(torch.device("cpu")):
+        original, looks = module._FeatureFile.done, []
+
+        def late(file):
+            if number == 1 and not looks:
+                looks.append(1)
+                with pytest.MonkeyPatch.context() as patch:
+                    for name, alone in (("rank", 0), ("world_size", 1)):
+                        patch.setattr(module, name, lambda alone=alone: alone)
+                    patch.setattr(module, "gather_objects", lambda value: [value])
+                    cached_features(encoder, open_images(pictures), ["cls"], cache=Path(folder), **SIZE)
+            return original(file)
+
+        module._FeatureFile.done = late
+        cached_features(encoder, open_images(pictures), ["cls"], cache=Path(folder), **SIZE)
+        cached_features(encoder, open_images(pictures), ["encoding"], cache=Path(folder), **SIZE)
+
+
+def test_two_programs_may_fill_one_cache(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "29605")
+    mp.spawn(meddled_with, (str(tmp_path / "n"), str(source.root)), nprocs=2)
+    alone = cached_features(small_encoder(), source, ["encoding"], cache=tmp_path / "1", **SIZE)
+    shared = cached_features(small_encoder(), source, ["encoding"], cache=tmp_path / "n", **SIZE)
+    np.testing.assert_allclose(shared["encoding"], alone["encoding"], atol=1e-3)
 
 
 def test_numbers_that_are_not_finite_are_named(source, tmp_path):
@@ -166,16 +217,20 @@ def test_a_full_disk_is_told_and_loses_nothing(source, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "FLUSH_SECONDS", 0)
     original, calls = os.pwrite, []
 
-    def pwrite(*arguments):
+    def pwrite(descriptor, data, offset):
         calls.append(1)
-        if len(calls) == 4:  # rows and marks of the first block, rows of the second
+        if len(calls) == 3:  # rows and marks of the first block, then rows of the second, in part
+            return original(descriptor, data[: len(data) // 2], offset)
+        if len(calls) == 4:
             raise OSError(28, "No space left on device")
-        return original(*arguments)
+        return original(descriptor, data, offset)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", pwrite)
         with pytest.raises(UserError, match=r"cannot be written \(No space left on device\); make room"):
             cached_features(small_encoder(), source, ["cls"], cache=tmp_path, **SIZE)
     rest = Counted(small_encoder())
-    cached_features(rest, source, ["cls"], cache=tmp_path, **SIZE)
-    assert 0 < rest.seen < NUM_IMAGES
+    found = cached_features(rest, source, ["cls"], cache=tmp_path, **SIZE)["cls"]
+    assert rest.seen == NUM_IMAGES - 4
+    whole = cached_features(small_encoder(), source, ["cls"], cache=tmp_path / "whole", **SIZE)["cls"]
+    np.testing.assert_array_equal(found, whole)

@@ -49,6 +49,15 @@ def test_features_stay_on_disk_and_all_neighbours_can_be_asked_for(features, tmp
     assert isinstance(train, np.memmap) and np.array_equal(train, features[0])
 
 
+@pytest.mark.parametrize("by_faiss", [True, False])
+@pytest.mark.parametrize("kind", [torch.tensor, np.array])
+def test_what_is_given_stays_as_it_is(features, by_faiss, kind):
+    given = [kind(rows.astype(np.float32)) for rows in features]
+    before = [np.asarray(rows).copy() for rows in given]
+    nearest(*given, K, by_faiss=by_faiss)
+    assert all(np.array_equal(rows, old) for rows, old in zip(given, before, strict=True))
+
+
 def test_no_test_images(features):
     cosines, numbers = nearest(features[0], features[1][:0], K)
     assert cosines.shape == numbers.shape == (0, K)

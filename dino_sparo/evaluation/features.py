@@ -19,8 +19,9 @@ from tqdm import tqdm
 from dino_sparo.data.loader import CenterCrops, UnreadableImage, collate_images, normalize
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.workers import WatchedLoader
-from dino_sparo.distributed import first_rank_first, gather_objects, rank, world_size
+from dino_sparo.distributed import gather_objects, rank, world_size
 from dino_sparo.errors import UserError
+from dino_sparo.evaluation.results import alone_in
 from dino_sparo.models import Encoder
 
 TRANSFORM = "short side to round(S * 256 / 224) bicubic, centre crop S, ImageNet mean and std"
@@ -75,8 +76,8 @@ def cached_features(
     """Features of all images by one pass, on disk: name -> memory-mapped (num_images, F), in their order.
 
     All processes call it and share the work; each image counts exactly once, and all get all features. A
-    folder of `cache`, named by weights, images, transform and precision, keeps them: a second call reads
-    them, an interrupted pass goes on where it stopped.
+    folder of `cache`, named by weights, images (names, sizes, times of change), transform and precision,
+    keeps them: a second call reads them, an interrupted pass goes on where it stopped.
 
     Args:
         names: as in `Encoder.features`.
@@ -87,13 +88,13 @@ def cached_features(
     Raises:
         UserError: an image cannot be read, a feature is not finite, or the disk is too small or read-only.
     """
-    key = _key(encoder, source, image_size, precision)
+    key = gather_objects(_key(encoder, source, image_size, precision) if rank() == 0 else {})[0]
     folder = cache / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:KEY_DIGITS]
     widths = _widths(encoder, names, image_size)
     files = {name: _FeatureFile(folder, name, (len(source), widths[name]), precision) for name in names}
-    first_rank_first(lambda: _make(folder, files, key))
-    done = np.logical_and.reduce([file.done() for file in files.values()])
-    gather_objects(None)  # every process has looked before one writes
+    # The first process makes the files and looks, for all: another program may be filling the same ones.
+    looked = _prepare(folder, files, key) if rank() == 0 else np.empty(0, np.bool_)
+    done = gather_objects(looked)[0]
     blocks = [range(i, min(i + batch_size, len(source))) for i in range(0, len(source), batch_size)]
     missing = [block for block in blocks if not done[block.start : block.stop].all()]
     if missing:
@@ -178,22 +179,24 @@ class _FeatureFile:
         return np.memmap(self.path, self.dtype, mode="c", shape=self.shape)
 
 
-def _make(folder: Path, files: dict[str, _FeatureFile], key: dict[str, Any]) -> None:
-    """Make the files that are not there yet, if the disk holds what is still to come."""
+def _prepare(folder: Path, files: dict[str, _FeatureFile], key: dict[str, Any]) -> NDArray[np.bool_]:
+    """Make the files that are not there yet, if the disk holds what is to come; which images are done."""
     needed = 0
     for file in files.values():
         there = int(np.count_nonzero(file.done())) if file.exists() else 0
         needed += file.size - there * file.size // max(1, file.shape[0])
     if needed:
         _check_space(folder, needed)
-    try:
-        for file in files.values():
-            if not file.exists():
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / "features.json").write_text(json.dumps(key, indent=1))
-                file.make()
-    except OSError as error:
-        raise _cannot_write(folder, error) from error
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with alone_in(folder):
+                for file in files.values():
+                    if not file.exists():
+                        (folder / "features.json").write_text(json.dumps(key, indent=1))
+                        file.make()
+        except OSError as error:
+            raise _cannot_write(folder, error) from error
+    return np.logical_and.reduce([file.done() for file in files.values()])
 
 
 def _write(
@@ -210,7 +213,7 @@ def _write(
         for rows, done in opened.values():
             os.fsync(rows)
             for block in written:
-                os.pwrite(done, b"\1" * len(block), block.start)
+                _write_at(done, b"\1" * len(block), block.start)
         written.clear()
 
     try:
@@ -219,7 +222,7 @@ def _write(
                 with np.errstate(over="ignore"):  # infinite then, which is told
                     rows = features[name].float().cpu().numpy().astype(file.dtype)
                 _check_finite(rows, name, block, source)
-                os.pwrite(opened[name][0], rows.tobytes(), block.start * file.shape[1] * file.dtype.itemsize)
+                _write_at(opened[name][0], rows.tobytes(), block.start * file.shape[1] * file.dtype.itemsize)
             written.append(block)
             if time.monotonic() - flushed > FLUSH_SECONDS:
                 flush()
@@ -231,6 +234,13 @@ def _write(
         for pair in opened.values():
             for descriptor in pair:
                 os.close(descriptor)
+
+
+def _write_at(descriptor: int, data: bytes, offset: int) -> None:
+    """All of it: a disk that gets full takes a part at first, and only then reports it."""
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written
 
 
 def _check_finite(rows: NDArray[Any], name: str, block: range, source: ImageSource) -> None:
@@ -262,9 +272,11 @@ def _cannot_write(folder: Path, error: OSError) -> UserError:
 
 def _key(encoder: Encoder, source: ImageSource, image_size: int, precision: str) -> dict[str, Any]:
     """All that a feature depends on."""
+    files = source.stats()
     return {
         "weights": hash_of(encoder),
-        "images": source.fingerprint(),
+        "images": hash_of_images(source, files),
+        "files": hashlib.sha256(files.tobytes()).hexdigest(),
         "num_images": len(source),
         "transform": TRANSFORM,
         "image_size": image_size,
@@ -272,8 +284,14 @@ def _key(encoder: Encoder, source: ImageSource, image_size: int, precision: str)
     }
 
 
+def hash_of_images(source: ImageSource, files: NDArray[np.int64] | None = None) -> str:
+    """A hash of which images there are, by names and sizes of their files, wherever a copy of them lies."""
+    files = source.stats() if files is None else files
+    return hashlib.sha256(source.fingerprint().encode() + files[:, 0].tobytes()).hexdigest()
+
+
 def hash_of(encoder: Encoder) -> str:
-    """SHA-256 of all that makes an encoder: kind, sizes and weights."""
+    """A hash of all that makes an encoder: kind, sizes and weights."""
     heads = encoder.backbone.num_heads  # which the weights do not tell
     digest = hashlib.sha256(f"{encoder.readout_name} {encoder.backbone.patch_size} {heads}".encode())
     for name, value in encoder.state_dict().items():

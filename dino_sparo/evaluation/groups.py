@@ -88,14 +88,14 @@ def read_run(given: str) -> Run:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Runs of one recipe together, in the order of their first; without a recipe by the folder's name.
+    """Runs of one recipe together, in the order of their first; one without a recipe stands alone.
 
     Raises:
         UserError: a run is given twice, or two runs are the same seed of one recipe.
     """
     members: dict[str, list[Run]] = {}
     for one in runs:
-        key = json.dumps(one.recipe, sort_keys=True, default=str) if one.recipe else one.folder.resolve().name
+        key = json.dumps(one.recipe, sort_keys=True, default=str) if one.recipe else str(one.folder.resolve())
         for other in members.setdefault(key, []):
             if other.folder.resolve() == one.folder.resolve():
                 raise UserError(f"run {str(one.folder)!r} is given twice; give it once")

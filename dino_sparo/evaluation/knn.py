@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.distributed import gather_rows, local_rank, process_group, rank, world_size
-from dino_sparo.evaluation.features import cached_features, extract_features
+from dino_sparo.evaluation.features import cached_features, extract_features, hash_of_images
 from dino_sparo.evaluation.results import Result, results_folder, save_results
 from dino_sparo.evaluation.search import NoDirectionError, Rows, nearest
 from dino_sparo.evaluation.transfer import VAL, TestSet, as_test_set, open_test_sets, restrict
@@ -272,7 +272,7 @@ def _result(options: "KnnOptions", test_set: TestSet, k: int, ranked_B5: Tensor,
             "remark": test_set.describe(),
         },
         correct=right,
-        images=test_set.source.fingerprint(),
+        images=hash_of_images(test_set.source),
     )
 
 

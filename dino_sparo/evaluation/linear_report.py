@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dino_sparo.evaluation.classifiers import SavedClassifier
+from dino_sparo.evaluation.features import hash_of_images
 from dino_sparo.evaluation.probes import Probe
 from dino_sparo.evaluation.results import Result
 from dino_sparo.evaluation.transfer import VAL, TestSet
@@ -48,7 +49,7 @@ def results_of(
             num_classes=len(test_set.classes),
             details=classifier.details | {"remark": test_set.describe(), "top1_by_class": of_class},
             correct=right[:, number, 0],
-            images=test_set.source.fingerprint(),
+            images=hash_of_images(test_set.source),
         )
         results.append(result)
     return results

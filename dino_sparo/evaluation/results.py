@@ -55,7 +55,7 @@ class Result:
     correct: NDArray[np.bool_]
     """Whether each test image's top-1 is right, (num_images,), in the order of the test source."""
     images: str
-    """Fingerprint of the test source: which images, and in which order."""
+    """A hash of the test images: which they are, and in which order."""
 
     @property
     def train_fraction(self) -> float:
@@ -85,7 +85,7 @@ def save_results(folder: Path, results: Sequence[Result]) -> None:
     path = folder / RESULTS_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone_in(folder):
+        with alone_in(folder):
             new = {_key(result): result for result in results}
             _write(path, [old for old in _kept(path) if _key(old) not in new] + list(new.values()))
     except OSError as error:
@@ -156,7 +156,7 @@ def _write(path: Path, results: Sequence[Result]) -> None:
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path) -> Iterator[None]:
     """Hold a lock on the folder, which leaves no file behind."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

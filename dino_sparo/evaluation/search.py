@@ -99,7 +99,7 @@ def nearest(
 
 def _directions(rows: Rows, start: int, stop: int, device: torch.device, side: str) -> Tensor:
     """Rows as float32 of length one."""
-    chunk = torch.as_tensor(rows[start:stop]).to(device).float()
+    chunk = torch.as_tensor(rows[start:stop]).to(device).to(torch.float32, copy=True)  # ours to change
     length_B = torch.linalg.vector_norm(chunk, dim=1)
     bad = (~(length_B.isfinite() & (length_B > 0))).nonzero()
     if len(bad):
