@@ -3,9 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from dino_sparo.errors import UserError
-from dino_sparo.evaluation.classifiers import SavedClassifier, load_classifier, save_classifier
+from dino_sparo.evaluation.classifiers import (
+    METADATA_KEY,
+    SavedClassifier,
+    load_classifier,
+    save_classifier,
+)
 from dino_sparo.evaluation.probes import (
     INPUTS,
     Probe,
@@ -171,3 +177,12 @@ def test_files_that_are_no_classifiers(tmp_path):
     save_file({"weight": torch.zeros(1)}, tmp_path / "other")
     with pytest.raises(UserError, match="is no classifier of `dino-sparo linear`"):
         load_classifier(tmp_path / "other")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": 1}', '{"format": 7}', None])
+@pytest.mark.parametrize("shape", [(3, 5), (4, 5), (3,)])
+def test_a_file_that_is_no_classifier_of_ours(tmp_path, content, shape):
+    tensors = {"weight": torch.zeros(shape), "bias": torch.zeros(3)}
+    save_file(tensors, tmp_path / "x.safetensors", {METADATA_KEY: content} if content else None)
+    with pytest.raises(UserError, match="is no classifier of `dino-sparo linear` in format 1; give one that"):
+        load_classifier(tmp_path / "x.safetensors")

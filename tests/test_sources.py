@@ -324,3 +324,16 @@ def test_a_val_folder_beside_class_folders_is_never_learnt_from(tmp_path):
     (tmp_path / "data" / "class0").rename(tmp_path / "data" / "val")
     with pytest.raises(UserError, match=r"has a val folder, but no train folder; .* into .*data/train"):
         open_images(str(tmp_path / "data"))
+
+
+def test_class_folders_without_an_image_are_told(tmp_path, caplog):
+    write_pictures(tmp_path, 12, classes=2)
+    (tmp_path / "train" / "aaa").mkdir()
+    (tmp_path / "train" / ".hidden").mkdir()
+    open_labelled(str(tmp_path))
+    assert f"{tmp_path / 'train'}: 1 class folders have no image (aaa ...)" in caplog.text
+    (tmp_path / "val").mkdir()
+    (tmp_path / "train" / "class1").rename(tmp_path / "val" / "class1")
+    (tmp_path / "train" / "class1").mkdir()
+    with pytest.raises(UserError, match=r"class folder 'class1' has no image in .*train; both need the same"):
+        open_labelled(str(tmp_path))

@@ -53,9 +53,12 @@ def test_whole_numbers_are_numbers_of_training(tmp_path):
     test = only(touch(tmp_path, *(f"{number}/a.jpg" for number in range(12))), classes)
     assert by_file(test) == {f"{number}/a.jpg": number for number in range(12)}
     assert test.missing == test.unknown == ()
-    some = only(touch(tmp_path / "some", "10/a.jpg", "2/a.jpg", "99/a.jpg"), classes)
+    some = only(touch(tmp_path / "some", "10/a.jpg", "2/a.jpg"), classes)
     assert by_file(some) == {"10/a.jpg": 10, "2/a.jpg": 2}
-    assert some.classes.tolist() == [2, 10] and some.unknown == ("99",)
+    assert some.classes.tolist() == [2, 10] and not some.unknown
+    for name in ("99", "02"):  # of other classes, or two folders of one class
+        with pytest.raises(UserError, match="training has 12 classes, so that numbers do not tell"):
+            only(touch(tmp_path / name, "10/a.jpg", "2/a.jpg", f"{name}/a.jpg"), classes)
 
 
 def test_numbers_count_in_sorted_order_of_training(tmp_path):
@@ -131,7 +134,7 @@ def test_several_in_their_order(tmp_path):
         (["new=ROOT/empty"], UserFileNotFoundError, "no images found"),
         (["new=ROOT/flat"], UserError, "1.jpg lies in .*flat itself, so that its class is unknown"),
         (["new=ROOT/above"], UserError, r"none of the 2 class folders \(train, val\) is a class of training"),
-        (["new=ROOT/numbers"], UserError, r"none of the 1 class folders \(2\) is a class of training"),
+        (["new=ROOT/numbers"], UserError, "numbered up to 2, but training has 2 classes"),
     ],
 )
 def test_mistakes(tmp_path, given, kind, expected):

@@ -204,6 +204,7 @@ def open_labelled(path: str, key: str = "data.path") -> tuple[ImageSource, Image
             f"{train.root}: the images are not in class folders; expected {train.root}/<class>/<image>. With "
             f"a list of their classes `dino-sparo prepare {path} --out OUT --labels FILE` makes them"
         )
+    _warn_of_empty_classes(train)
     val_folder = Path(path) / "val"
     if not val_folder.is_dir():
         held_out = np.arange(len(train)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
@@ -217,12 +218,22 @@ def open_labelled(path: str, key: str = "data.path") -> tuple[ImageSource, Image
         )
     unknown = sorted(set(val.classes) - set(train.classes))
     if unknown:
+        problem = "has no image" if (train.root / unknown[0]).is_dir() else "does not exist"
         raise UserError(
-            f"{val.root}: class folder {unknown[0]!r} does not exist in {train.root}; "
-            f"both need the same class folders ({len(unknown)} unknown)"
+            f"{val.root}: class folder {unknown[0]!r} {problem} in {train.root}; "
+            f"both need the same classes ({len(unknown)} unknown)"
         )
+    _warn_of_empty_classes(val)
     to_train = np.array([train.classes.index(name) for name in val.classes], dtype=np.int64)
     return train, replace(val, classes=train.classes, class_numbers=to_train)
+
+
+def _warn_of_empty_classes(source: FolderSource) -> None:
+    """A class folder without an image is no class; it may have been meant to be one."""
+    folders = sorted(entry.name for entry in os.scandir(source.root) if entry.is_dir())
+    empty = [name for name in folders if name not in source.classes and not name.startswith(".")]
+    if empty:
+        log.warning("WARNING: %s: %d class folders have no image (%s ...)", source.root, len(empty), empty[0])
 
 
 def per_class(source: ImageSource, images_per_class: int) -> ImageSource:

@@ -88,22 +88,24 @@ def load_classifier(path: Path) -> SavedClassifier:
         raise UserFileNotFoundError(f"evaluate {str(path)!r} does not exist; give a saved classifier")
     try:
         with safe_open(path, "pt") as file:
-            content = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-            if content.get("format") != FORMAT:
-                raise UserError(
-                    f"evaluate {str(path)!r} is no classifier of `dino-sparo linear` in format {FORMAT}; "
-                    f"give one that it saved"
-                )
-            tensors = {name: file.get_tensor(name) for name in ("weight", "bias")}
+            content = json.loads((file.metadata() or {})[METADATA_KEY])
+            weight, bias = (file.get_tensor(name) for name in ("weight", "bias"))
+        if content["format"] != FORMAT or weight.shape != (len(content["classes"]), weight.shape[1]):
+            raise ValueError("another format")
+        return SavedClassifier(
+            Probe(content["feature"], content["num_blocks"], content["learning_rate"]),
+            weight,
+            bias.view(len(weight)),
+            tuple(content["classes"]),
+            content["encoder"],
+            content["details"],
+        )
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"evaluate {str(path)!r} is no whole safetensors file ({error}); save it anew"
         ) from error
-    return SavedClassifier(
-        Probe(content["feature"], content["num_blocks"], content["learning_rate"]),
-        tensors["weight"],
-        tensors["bias"],
-        tuple(content["classes"]),
-        content["encoder"],
-        content["details"],
-    )
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise UserError(
+            f"evaluate {str(path)!r} is no classifier of `dino-sparo linear` in format {FORMAT}; give one "
+            f"that it saved"
+        ) from error

@@ -3,6 +3,7 @@
 Axis letters: T train images, B test images, S classes.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -24,6 +25,8 @@ from dino_sparo.models import Encoder
 
 if TYPE_CHECKING:
     from dino_sparo.options import KnnOptions
+
+log = logging.getLogger("dino_sparo")
 
 HEADLINE_K = 20
 PROTOCOL_K = (10, 20, 100, 200)
@@ -197,6 +200,8 @@ def evaluate(options: "KnnOptions", device: torch.device) -> list[Result]:
     test_sets = [as_test_set(VAL, val, train.classes), *open_test_sets(options.test, train.classes)]
     chosen = [options.k] if isinstance(options.k, int) else options.k
     ks = chosen or [k for k in PROTOCOL_K if k <= len(train)] or [len(train)]
+    if not chosen and ks != list(PROTOCOL_K):
+        log.info("of k = 10, 20, 100, 200 only %s: there are %d train images", ks, len(train))
     for number in ks:
         if not 1 <= number <= len(train):
             raise UserError(

@@ -118,7 +118,10 @@ def _open_test_set(name: str, text: str, root: Path, train_classes: tuple[str, .
             f"test {text!r}: {index.name(0)} lies in {root} itself, so that its class is unknown; {EXPECTED}"
         )
     folders = index.classes
-    to_train = _numbers_of_training(folders, train_classes)
+    try:
+        to_train = _numbers_of_training(folders, train_classes)
+    except UserError as error:
+        raise UserError(f"test {text!r}: {error}") from error
     if (to_train < 0).all():
         raise UserError(
             f"test {text!r}: none of the {len(folders)} class folders ({_some(folders)}) is a class of "
@@ -132,12 +135,21 @@ def _open_test_set(name: str, text: str, root: Path, train_classes: tuple[str, .
 
 
 def _numbers_of_training(folders: Sequence[str], train_classes: Sequence[str]) -> NDArray[np.int64]:
-    """The class number of training that each folder stands for, -1 for none: by name, or by number."""
+    """The class number of training that each folder stands for, -1 for none: by name, or by number.
+
+    Raises:
+        UserError: numbers beyond the classes of training, so that they number other classes.
+    """
     numbers = {name: number for number, name in enumerate(train_classes)}
     if all(map(_is_number, folders)) and not all(map(_is_number, train_classes)):
-        ordered = sorted(train_classes)
         by_number = [int(name) for name in folders]
-        return np.array([numbers[ordered[i]] if i < len(ordered) else -1 for i in by_number], dtype=np.int64)
+        if max(by_number) >= len(train_classes) or len(set(by_number)) < len(by_number):
+            raise UserError(
+                f"class folders are numbered up to {max(by_number)}, but training has {len(train_classes)} "
+                f"classes, so that numbers do not tell which is which; name the folders as in training"
+            )
+        ordered = sorted(train_classes)
+        return np.array([numbers[ordered[number]] for number in by_number], dtype=np.int64)
     return np.array([numbers.get(name, -1) for name in folders], dtype=np.int64)
 
 

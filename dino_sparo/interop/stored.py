@@ -12,7 +12,7 @@ from dino_sparo.errors import UserError
 from dino_sparo.models import Encoder, build_encoder
 from dino_sparo.models.encoder import ARCHITECTURES
 
-SHOWN_NAMES = 3
+SHOWN_NAMES = 20
 
 
 @dataclass(frozen=True)
