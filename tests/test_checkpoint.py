@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pickle
+import resource
 import subprocess
 
 import pytest
@@ -90,8 +91,8 @@ def test_all_damaged_is_an_error_not_a_fresh_start(tmp_path):
 
 def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     save_steps(tmp_path, 5)
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("power cut")))
-    with pytest.raises(OSError, match="power cut"):
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
         save_steps(tmp_path, 9)
     assert load_latest(tmp_path)["step"] == 5
 
@@ -130,3 +131,29 @@ def test_whole_state_is_in_it(run_dir):
     assert {"step", "config", "images", "student", "teacher", "center", "optimizer"} <= state.keys()
     assert state["config"]["optim"]["global_batch_size"] == 4
     assert state["center"].abs().sum() > 0
+
+
+@pytest.mark.parametrize("limit", [1000, 6000])
+def test_a_file_that_cannot_be_written_whole_leaves_the_old_ones(tmp_path, limit):
+    save_steps(tmp_path, 1, 2)
+    before = names(tmp_path)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
+    try:
+        with pytest.raises(
+            UserError, match=r"step_000000003\.pt cannot be written \(.*\); make room or give"
+        ):
+            save_steps(tmp_path, 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert set(names(tmp_path)) - {"writing.tmp"} == set(before) and load_latest(tmp_path)["step"] == 2
+    save_steps(tmp_path, 3)
+    assert load_latest(tmp_path)["step"] == 3
+
+
+def test_a_folder_that_is_a_file_is_told(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(
+        UserError, match=r"step_000000001\.pt cannot be written \(.*\); make room or give rights"
+    ):
+        save_steps(tmp_path, 1)

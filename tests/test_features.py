@@ -204,6 +204,36 @@ def test_numbers_that_are_not_finite_are_named(source, tmp_path):
         cached_features(encoder, source, ["cls"], cache=tmp_path, precision="float32", **SIZE)
 
 
+@pytest.mark.parametrize("lost", ["cls.float16", "cls.done", "a shorter cls.done"])
+def test_a_file_that_is_lost_is_made_again(source, tmp_path, lost, monkeypatch):
+    whole = np.array(cached_features(small_encoder(), source, ["cls"], cache=tmp_path, **SIZE)["cls"])
+    path = next(tmp_path.glob(f"*/{lost.split()[-1]}"))
+    path.unlink()
+    if "shorter" in lost:
+        path.write_bytes(b"\1" * (NUM_IMAGES - 1))
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    for kill in ((Path, "write_bytes"), (module, "open")):  # while the files are made
+        with monkeypatch.context() as patch:
+            patch.setattr(*kill, killed, raising=False)
+            with pytest.raises(KeyboardInterrupt):
+                cached_features(small_encoder(), source, ["cls"], cache=tmp_path, **SIZE)
+    encoder = Counted(small_encoder())
+    again = cached_features(encoder, source, ["cls"], cache=tmp_path, **SIZE)["cls"]
+    assert encoder.seen == NUM_IMAGES and np.array_equal(again, whole)
+
+
+def test_what_is_there_needs_no_room(source, tmp_path, monkeypatch):
+    cached_features(small_encoder(), source, ["cls"], cache=tmp_path, **SIZE)  # 352 bytes
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 300}))
+    cached_features(small_encoder(), source, ["cls"], cache=tmp_path, **SIZE)
+    cached_features(small_encoder(), source, ["cls", "encoding"], cache=tmp_path, **SIZE)  # 264 more
+    with pytest.raises(UserError, match="features need 616 bytes"):
+        cached_features(small_encoder(1), source, ["cls", "encoding"], cache=tmp_path, **SIZE)
+
+
 def test_a_small_disk_is_told_beforehand(source, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 100})
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage)

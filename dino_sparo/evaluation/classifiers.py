@@ -60,7 +60,11 @@ class SavedClassifier:
 
 
 def save_classifier(path: Path, saved: SavedClassifier) -> None:
-    """Write it as safetensors `weight` and `bias`, with all else as JSON in the metadata."""
+    """Write it as safetensors `weight` and `bias`, with all else as JSON in the metadata.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     content = {
         "format": FORMAT,
         "feature": saved.probe.feature,
@@ -73,8 +77,11 @@ def save_classifier(path: Path, saved: SavedClassifier) -> None:
     metadata = {METADATA_KEY: json.dumps(content)}  # the order of several keys would differ between files
     temporary = path.with_name(f"{path.name}.tmp")
     tensors = {"weight": saved.weight, "bias": saved.bias}
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata)
-    temporary.replace(path)
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata)
+        temporary.replace(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be written ({error}); make room or give another --out") from error
 
 
 def load_classifier(path: Path) -> SavedClassifier:

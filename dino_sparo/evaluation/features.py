@@ -165,10 +165,10 @@ class _FeatureFile:
         )
 
     def make(self) -> None:
-        """Empty, of its full size."""
+        """Empty, of its full size; the marks first, so that none is ever ahead of its row."""
+        self.done_path.write_bytes(bytes(self.shape[0]))
         with open(self.path, "wb") as file:
             file.truncate(self.size)
-        self.done_path.write_bytes(bytes(self.shape[0]))
 
     def done(self) -> NDArray[np.bool_]:
         """Which images have been written."""
@@ -219,9 +219,13 @@ def _write(
     try:
         for block, features in encoded:
             for name, file in files.items():
-                with np.errstate(over="ignore"):  # infinite then, which is told
-                    rows = features[name].float().cpu().numpy().astype(file.dtype)
-                _check_finite(rows, name, block, source)
+                exact = features[name].float().cpu().numpy()
+                _check_finite(exact, name, block, source, "the weights are damaged: give another checkpoint")
+                with np.errstate(over="ignore"):
+                    rows = exact.astype(file.dtype)
+                _check_finite(
+                    rows, name, block, source, "the number is too large: give cache_precision float32"
+                )
                 _write_at(opened[name][0], rows.tobytes(), block.start * file.shape[1] * file.dtype.itemsize)
             written.append(block)
             if time.monotonic() - flushed > FLUSH_SECONDS:
@@ -243,15 +247,11 @@ def _write_at(descriptor: int, data: bytes, offset: int) -> None:
         data, offset = data[written:], offset + written
 
 
-def _check_finite(rows: NDArray[Any], name: str, block: range, source: ImageSource) -> None:
-    """A number that is not finite comes from damaged weights, or does not fit into float16."""
+def _check_finite(rows: NDArray[Any], name: str, block: range, source: ImageSource, remedy: str) -> None:
     bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
     if len(bad):
-        remedy = "cache_precision float32" if rows.dtype == np.float16 else "another checkpoint"
-        raise UserError(
-            f"feature {name!r} of {source.name(block[int(bad[0])])} is not finite in {rows.dtype}; the "
-            f"weights are damaged or the numbers too large: try {remedy}"
-        )
+        image = source.name(block[int(bad[0])])
+        raise UserError(f"feature {name!r} of {image} is not finite in {rows.dtype}; {remedy}")
 
 
 def _check_space(folder: Path, size: int) -> None:

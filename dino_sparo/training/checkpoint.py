@@ -25,18 +25,28 @@ def save_checkpoint(state: dict[str, Any], run_dir: Path, *, step: int, keep_eve
 
     The file is written to a temporary name, flushed to disk and renamed, so a crash leaves either the
     whole file or none. The last two are kept, and those at multiples of `keep_every_steps`.
+
+    Raises:
+        UserError: the file cannot be written; the older ones are still there.
     """
     folder = run_dir / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:09d}.pt"
     temporary = folder / "writing.tmp"
-    with open(temporary, "wb") as file:
-        torch.save({"format": FORMAT, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    _write_flushed(_hash_file(path), f"{_sha256(temporary)}  {path.name}\n")
-    os.replace(temporary, path)
-    _flush_folder(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        _write_flushed(_hash_file(path), f"{_sha256(temporary)}  {path.name}\n")
+        os.replace(temporary, path)
+        _flush_folder(folder)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        raise UserError(
+            f"{path} cannot be written ({reason}); make room or give rights there, then the same command "
+            f"goes on from the checkpoint before"
+        ) from error
     for old in _list(run_dir)[:-KEEP_LAST]:
         if not (keep_every_steps and _step(old) % keep_every_steps == 0):
             _hash_file(old).unlink(missing_ok=True)
