@@ -90,7 +90,7 @@ COMMANDS = {
         opt.BenchOptions,
         "dino_sparo.bench:bench",
         "dino-sparo bench [--key VALUE ...]",
-        "time and memory of the read-out, of starting on a million images, of k-NN",
+        "time and memory of the read-out, a million images, k-NN and probes",
     ),
 }
 

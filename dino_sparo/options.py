@@ -395,11 +395,11 @@ class LinearOptions:
 @dataclass
 class BenchOptions:
     """Time and memory of the SPARO read-out against its direct form and the block it replaces, of starting on
-    a folder of many images, or of the search of nearest neighbours."""
+    a folder of many images, of the search of nearest neighbours, or of many linear probes against one."""
 
-    what: Literal["readout", "index", "knn"] = "readout"
+    what: Literal["readout", "index", "knn", "probes"] = "readout"
     """What to measure; the fields below are of the read-out, those with `index_` of the index, those with
-    `knn_` of the search, which also takes rounds and device."""
+    `knn_` of the search, which also takes rounds and device; probes take batch_size, rounds and device."""
     batch_size: int = 16
     """Images a pass."""
     num_tokens: int = 197

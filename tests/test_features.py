@@ -38,6 +38,15 @@ def small_encoder(seed: int = 0, arch: dict = SMALL, readout: str = "sparo"):
     return build_encoder(arch, 8, 16, readout=readout, **slots).eval()
 
 
+@pytest.fixture
+def one_thread():
+    """As in the processes of these tests: other numbers of threads round otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Counted:
     """An encoder that notes how many images it has seen, and breaks off after some."""
 
@@ -145,8 +154,7 @@ def in_processes(number: int, processes: int, folder: str, pictures: str) -> Non
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_processes_share_the_images(source, tmp_path, processes, monkeypatch):
-    torch.set_num_threads(1)
+def test_processes_share_the_images(source, tmp_path, processes, monkeypatch, one_thread):
     alone = cached_features(small_encoder(), source, NAMES, cache=tmp_path / "1", **SIZE)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", str(29600 + processes))
