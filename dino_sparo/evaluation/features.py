@@ -203,9 +203,7 @@ def _write(
     files: dict[str, _FeatureFile], encoded: Iterator[tuple[range, dict[str, Tensor]]], source: ImageSource
 ) -> None:
     """Write blocks as they come; they count as done when they have reached the disk."""
-    opened = {
-        name: (os.open(f.path, os.O_WRONLY), os.open(f.done_path, os.O_WRONLY)) for name, f in files.items()
-    }
+    opened: dict[str, tuple[int, int]] = {}
     written: list[range] = []
     flushed = time.monotonic()
 
@@ -217,6 +215,8 @@ def _write(
         written.clear()
 
     try:
+        for name, file in files.items():
+            opened[name] = os.open(file.path, os.O_WRONLY), os.open(file.done_path, os.O_WRONLY)
         for block, features in encoded:
             for name, file in files.items():
                 exact = features[name].float().cpu().numpy()
@@ -266,7 +266,8 @@ def _check_space(folder: Path, size: int) -> None:
 
 def _cannot_write(folder: Path, error: OSError) -> UserError:
     return UserError(
-        f"{folder}: features cannot be written ({error.strerror}); make room or give another cache folder"
+        f"{folder}: features cannot be written ({error.strerror}); make room, or give a cache folder "
+        f"that all processes can write"
     )
 
 

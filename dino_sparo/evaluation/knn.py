@@ -197,7 +197,8 @@ def evaluate(options: "KnnOptions", device: torch.device) -> list[Result]:
     from dino_sparo.interop.load import load_encoder
 
     train, val = first_rank_first(lambda: open_labelled(options.data.path))
-    test_sets = [as_test_set(VAL, val, train.classes), *open_test_sets(options.test, train.classes)]
+    further = first_rank_first(lambda: open_test_sets(options.test, train.classes))
+    test_sets = [as_test_set(VAL, val, train.classes), *further]
     chosen = [options.k] if isinstance(options.k, int) else options.k
     ks = chosen or [k for k in PROTOCOL_K if k <= len(train)] or [len(train)]
     if not chosen and ks != list(PROTOCOL_K):
@@ -207,9 +208,9 @@ def evaluate(options: "KnnOptions", device: torch.device) -> list[Result]:
             raise UserError(
                 f"k is {number}, expected 1 to the {len(train)} train images of {options.data.path}"
             )
-    encoder = load_encoder(options.run, options.which, untrained=options.untrained, arch=options.arch).to(
-        device
-    )
+    encoder = load_encoder(options.run, options.which, untrained=options.untrained, arch=options.arch)
+    encoder.to(device)
+    workers = default_workers(local_world_size()) if options.num_workers is None else options.num_workers
 
     def features(source: ImageSource, description: str) -> Rows:
         return cached_features(
@@ -220,9 +221,7 @@ def evaluate(options: "KnnOptions", device: torch.device) -> list[Result]:
             cache=Path(options.cache or results_folder(options.run) / "features"),
             precision=options.cache_precision,
             batch_size=options.batch_size,
-            num_workers=default_workers(local_world_size())
-            if options.num_workers is None
-            else options.num_workers,
+            num_workers=workers,
             description=description,
         )[options.feature]
 
@@ -249,11 +248,14 @@ def evaluate(options: "KnnOptions", device: torch.device) -> list[Result]:
                 f"feature {options.feature!r} of {name} is {error.kind}: the weights of {options.run} are "
                 f"damaged or have collapsed; give another checkpoint"
             ) from error
-        results += [_result(options, test_set, number, ranked[number], len(train)) for number in ks]
+        images = hash_of_images(test_set.source)  # once: it looks at every file
+        results += [_result(options, test_set, images, number, ranked[number], len(train)) for number in ks]
     return results
 
 
-def _result(options: "KnnOptions", test_set: TestSet, k: int, ranked_B5: Tensor, num_train: int) -> Result:
+def _result(
+    options: "KnnOptions", test_set: TestSet, images: str, k: int, ranked_B5: Tensor, num_train: int
+) -> Result:
     truth = torch.from_numpy(test_set.labels)
     accuracy = _accuracy(ranked_B5, truth)
     right = (ranked_B5[:, 0] == truth).numpy()
@@ -277,7 +279,7 @@ def _result(options: "KnnOptions", test_set: TestSet, k: int, ranked_B5: Tensor,
             "remark": test_set.describe(),
         },
         correct=right,
-        images=hash_of_images(test_set.source),
+        images=images,
     )
 
 

@@ -32,6 +32,7 @@ def results_of(
         weights: teacher, student or untrained.
     """
     results = []
+    images = hash_of_images(test_set.source)  # once: it looks at every file
     for number, classifier in enumerate(saved):
         of_class = {
             classes[c]: 100 * float(right[test_set.labels == c, number, 0].mean())
@@ -49,7 +50,7 @@ def results_of(
             num_classes=len(test_set.classes),
             details=classifier.details | {"remark": test_set.describe(), "top1_by_class": of_class},
             correct=right[:, number, 0],
-            images=hash_of_images(test_set.source),
+            images=images,
         )
         results.append(result)
     return results
