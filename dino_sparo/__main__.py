@@ -18,9 +18,9 @@ from dino_sparo.config import parse_options, recipes
 from dino_sparo.errors import StuckError, UserError
 
 DISTRIBUTED = ("pretrain", "knn", "linear")  # these run in several processes; check tells what such would do
-# What a first argument without a name stands for.
+# What the first argument without a name stands for.
 POSITIONAL = {"knn": "--run", "linear": "--run", "export": "--run", "prepare": "--source"}
-POSITIONALS = {"compare": "--runs"}  # what all first arguments without a name stand for
+POSITIONALS = {"compare": "--runs"}  # what all arguments without a name stand for
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 RANK = int(os.environ.get("RANK", "0"))  # as torchrun sets it
@@ -189,11 +189,13 @@ def complete(name: str, arguments: list[str]) -> list[str]:
     given = {argument.split("=")[0] for argument in arguments}
     if given & {"-h", "--help"}:
         return ["--help"]
-    if name in POSITIONALS and arguments and not arguments[0].startswith("-"):
-        count = next((i for i, text in enumerate(arguments) if text.startswith("-")), len(arguments))
-        return [f"{POSITIONALS[name]}={json.dumps(arguments[:count])}", *arguments[count:]]
-    if name in POSITIONAL and arguments and not arguments[0].startswith("-"):
-        return [POSITIONAL[name], *arguments]
+    unnamed = [argument for argument in arguments if not argument.startswith("-")]
+    if name in POSITIONALS and unnamed:
+        named = [argument for argument in arguments if argument.startswith("-")]
+        return [f"{POSITIONALS[name]}={json.dumps(unnamed)}", *named]
+    if name in POSITIONAL and unnamed:
+        at = arguments.index(unnamed[0])
+        return [*arguments[:at], f"{POSITIONAL[name]}={unnamed[0]}", *arguments[at + 1 :]]
     if name == "pretrain" and "--config" not in given and "--run_dir" in given:
         stored = Path(_value(arguments, "--run_dir")) / "config.yaml"
         return ["--config", str(stored), *arguments] if stored.is_file() else arguments
@@ -206,9 +208,9 @@ def complete(name: str, arguments: list[str]) -> list[str]:
 
 
 def written_out(options: type, arguments: list[str]) -> list[str]:
-    """Arguments as the parser takes them: `--train-fraction` with underscores, a flag alone as true, and all
-    values of an option for several texts, `--test A=x B=y`, as one list."""
-    kinds = dict(_kinds("", options))
+    """Arguments as the parser takes them: `--train-fraction V` as `--train_fraction=V`, a flag alone as true,
+    and all values of an option for several texts, `--test A=x B=y`, as one list."""
+    kinds = {"--config": str, **dict(_kinds("", options))}
     written: list[str] = []
     lists: dict[str, list[str]] = {}
     rest = list(arguments)
@@ -218,14 +220,16 @@ def written_out(options: type, arguments: list[str]) -> list[str]:
             written.append(option + equals + value)
             continue
         option = option.replace("-", "_").replace("__", "--", 1)
-        alone = not equals and (not rest or rest[0].startswith("--"))
-        if kinds.get(option) is bool and alone:
+        is_flag = kinds.get(option) is bool
+        if is_flag and not equals and (not rest or rest[0].lower() not in ("true", "false", "yes", "no")):
             equals, value = "=", "true"
         elif kinds.get(option) == list[str] and not value.startswith("["):
             values = lists.setdefault(option, [value] if equals else [])
             while rest and not rest[0].startswith("-"):
                 values.append(rest.pop(0))
             continue
+        elif option in kinds and not equals and rest and not rest[0].startswith("--"):
+            equals, value = "=", rest.pop(0)
         written.append(option + equals + value)
     return [*written, *(f"{option}={json.dumps(values)}" for option, values in lists.items())]
 

@@ -4,7 +4,7 @@ import difflib
 import re
 import typing
 from argparse import SUPPRESS
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -212,6 +212,20 @@ def _names(keys: list[str]) -> str:
 def _load_unique(path: Path) -> Any:
     with open(path) as file:  # an open file, so that messages name it
         return yaml.load(file, Loader=_UniqueKeyLoader)
+
+
+def flattened(config: Mapping[str, Any], *, without: Collection[str] = ()) -> dict[str, Any]:
+    """Fields of a nested recipe by dotted key, leaving out these fields and sections."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if name in without:
+            continue
+        if isinstance(value, Mapping):
+            inner = [key.removeprefix(f"{name}.") for key in without if key.startswith(f"{name}.")]
+            flat |= {f"{name}.{key}": field for key, field in flattened(value, without=inner).items()}
+        else:
+            flat[name] = value
+    return flat
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

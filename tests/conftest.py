@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from dino_sparo.training import pretrain as program
+from tests.tiny import tiny_options, write_pictures
+
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -25,6 +28,15 @@ def golden() -> Callable[[str], dict[str, np.ndarray]]:
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory) -> None:
     os.environ["DINO_SPARO_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory) -> Path:
+    """A tiny run that has ended, beside its images in `data`."""
+    folder = tmp_path_factory.mktemp("run")
+    write_pictures(folder / "data", 4)
+    program.pretrain(tiny_options(folder / "data", folder / "run"))
+    return folder / "run"
 
 
 @pytest.fixture(autouse=True)

@@ -118,14 +118,6 @@ def test_file_of_another_project(tmp_path):
         load_checkpoint(tmp_path / "other.pt")
 
 
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    write_pictures(folder / "data", 4)
-    program.pretrain(tiny_options(folder / "data", folder / "run"))
-    return folder / "run"
-
-
 def test_whole_state_is_in_it(run_dir):
     state = load_latest(run_dir)
     assert {"step", "config", "images", "student", "teacher", "center", "optimizer"} <= state.keys()

@@ -295,7 +295,10 @@ def test_a_data_worker_that_stops_ends_all_processes_in_time(tmp_path):
         worker = next(child for child in children(second) if children(child) == [])
         os.kill(worker, signal.SIGSTOP)
         stopped = time.monotonic()
-        said = process.communicate(timeout=60)[1]
+        try:
+            said = process.communicate(timeout=60)[1]
+        finally:
+            process.kill()
     assert time.monotonic() - stopped < 30 and process.returncode == 2
     assert said.count("error: no batch of images came within machine.data_timeout_seconds 3") == 1
     assert "Traceback" not in said

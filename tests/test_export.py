@@ -10,17 +10,7 @@ from safetensors.torch import load_file, save_file
 from dino_sparo import load_encoder
 from dino_sparo.__main__ import main
 from dino_sparo.errors import UserError
-from dino_sparo.training import pretrain as program
 from tests.test_official import small_encoder
-from tests.tiny import tiny_options, write_pictures
-
-
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    write_pictures(folder / "data", 4)
-    program.pretrain(tiny_options(folder / "data", folder / "run"))
-    return folder / "run"
 
 
 @pytest.fixture

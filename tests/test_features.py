@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from dino_sparo import distributed
 from dino_sparo.data.sources import open_images
 from dino_sparo.distributed import process_group
 from dino_sparo.errors import UserError
+from dino_sparo.evaluation import feature_files
 from dino_sparo.evaluation import features as module
-from dino_sparo.evaluation.features import cached_features, extract_features
+from dino_sparo.evaluation.features import Wanted, cached_features, extract_features
 from dino_sparo.models import build_encoder
 from tests.tiny import write_pictures
 
@@ -47,6 +49,11 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+def features_of(encoder, source, names, *, precision="float16", **settings):
+    """Features of one set of images."""
+    return cached_features(encoder, [Wanted(source, precision=precision)], names, **settings)[0]
+
+
 class Counted:
     """An encoder that notes how many images it has seen, and breaks off after some."""
 
@@ -67,13 +74,13 @@ class Counted:
 @torch.no_grad()
 def test_every_feature_of_every_image(source, tmp_path):
     encoder = small_encoder()
-    found = cached_features(encoder, source, NAMES, cache=tmp_path, precision="float32", **SIZE)
+    found = features_of(encoder, source, NAMES, cache=tmp_path, precision="float32", **SIZE)
     pixels = module.CenterCrops(source, 16)
     images = module.normalize(torch.stack([pixels[i] for i in range(NUM_IMAGES)]))
     for name, expected in encoder.features(images, NAMES).items():
         assert isinstance(found[name], np.memmap)
         np.testing.assert_allclose(found[name], expected, atol=1e-6, err_msg=name)
-    half = cached_features(encoder, source, NAMES, cache=tmp_path, **SIZE)
+    half = features_of(encoder, source, NAMES, cache=tmp_path, **SIZE)
     assert half["probe"].dtype == np.float16
     np.testing.assert_array_equal(half["probe"], found["probe"].astype(np.float16))
     np.testing.assert_allclose(extract_features(encoder, source, **SIZE), found["encoding"], atol=1e-6)
@@ -81,11 +88,11 @@ def test_every_feature_of_every_image(source, tmp_path):
 
 def test_what_is_there_is_not_computed_again(source, tmp_path):
     encoder = Counted(small_encoder())
-    first = cached_features(encoder, source, ["encoding"], cache=tmp_path, **SIZE)
+    first = features_of(encoder, source, ["encoding"], cache=tmp_path, **SIZE)
     assert encoder.seen == NUM_IMAGES
-    again = cached_features(encoder, source, ["encoding"], cache=tmp_path, image_size=16, batch_size=3)
+    again = features_of(encoder, source, ["encoding"], cache=tmp_path, image_size=16, batch_size=3)
     assert encoder.seen == NUM_IMAGES and np.array_equal(first["encoding"], again["encoding"])
-    cached_features(encoder, source, ["encoding", "cls"], cache=tmp_path, **SIZE)
+    features_of(encoder, source, ["encoding", "cls"], cache=tmp_path, **SIZE)
     assert encoder.seen == 2 * NUM_IMAGES
     described = json.loads(next(tmp_path.glob("*/features.json")).read_text())
     assert described["num_images"] == NUM_IMAGES and described["precision"] == "float16"
@@ -93,12 +100,12 @@ def test_what_is_there_is_not_computed_again(source, tmp_path):
 
 def test_an_interrupted_pass_goes_on_where_it_stopped(source, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "FLUSH_SECONDS", 0)
-    whole = cached_features(small_encoder(), source, NAMES, cache=tmp_path / "whole", **SIZE)
+    whole = features_of(small_encoder(), source, NAMES, cache=tmp_path / "whole", **SIZE)
     broken = Counted(small_encoder(), breaks_after=8)
     with pytest.raises(KeyboardInterrupt):
-        cached_features(broken, source, NAMES, cache=tmp_path / "parts", **SIZE)
+        features_of(broken, source, NAMES, cache=tmp_path / "parts", **SIZE)
     rest = Counted(small_encoder())
-    found = cached_features(rest, source, NAMES, cache=tmp_path / "parts", **SIZE)
+    found = features_of(rest, source, NAMES, cache=tmp_path / "parts", **SIZE)
     assert broken.seen == 8 and rest.seen == 3
     for name in NAMES:
         np.testing.assert_array_equal(found[name], whole[name])
@@ -117,11 +124,11 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(source, tmp_path, monkeypa
     ids=str,
 )
 def test_features_of_something_else_are_never_taken(source, tmp_path, change):
-    cached_features(small_encoder(), source, ["cls"], cache=tmp_path, **SIZE)
+    features_of(small_encoder(), source, ["cls"], cache=tmp_path, **SIZE)
     other = Counted(small_encoder(**change.get("encoder", {})))
     images = source.subset(np.arange(change["images"])) if "images" in change else source
     settings = SIZE | {k: v for k, v in change.items() if k not in ("encoder", "images")}
-    cached_features(other, images, ["cls"], cache=tmp_path, **settings)
+    features_of(other, images, ["cls"], cache=tmp_path, **settings)
     assert other.seen == len(images)
 
 
@@ -129,17 +136,15 @@ def test_features_of_something_else_are_never_taken(source, tmp_path, change):
 def test_other_pixels_under_the_same_names_are_other_images(tmp_path, where):
     write_pictures(tmp_path / "a", 6)
     folder = tmp_path / "a" if where == "in place" else tmp_path / "b"
-    first = cached_features(
-        small_encoder(), open_images(str(tmp_path / "a")), ["cls"], cache=tmp_path, **SIZE
-    )
+    first = features_of(small_encoder(), open_images(str(tmp_path / "a")), ["cls"], cache=tmp_path, **SIZE)
     first = np.array(first["cls"])
     write_pictures(folder, 6, side=20)
     source = open_images(str(folder))
     assert source.fingerprint() == open_images(str(tmp_path / "a")).fingerprint()
-    second = cached_features(small_encoder(), source, ["cls"], cache=tmp_path, **SIZE)["cls"]
+    second = features_of(small_encoder(), source, ["cls"], cache=tmp_path, **SIZE)["cls"]
     expected = extract_features(small_encoder(), source, **SIZE)
     assert not np.allclose(second, first, atol=1e-3)
-    rows = cached_features(small_encoder(), source, ["encoding"], cache=tmp_path, **SIZE)["encoding"]
+    rows = features_of(small_encoder(), source, ["encoding"], cache=tmp_path, **SIZE)["encoding"]
     np.testing.assert_allclose(rows, expected, atol=1e-3)
 
 
@@ -147,7 +152,7 @@ def in_processes(number: int, processes: int, folder: str, pictures: str) -> Non
     os.environ |= {"RANK": str(number), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(number)}
     torch.set_num_threads(1)
     with process_group(torch.device("cpu")):
-        found = cached_features(
+        found = features_of(
             small_encoder(), open_images(pictures), NAMES, cache=Path(folder), num_workers=number % 2, **SIZE
         )
         assert found["cls"].shape == (NUM_IMAGES, 16)
@@ -155,12 +160,12 @@ def in_processes(number: int, processes: int, folder: str, pictures: str) -> Non
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_share_the_images(source, tmp_path, processes, monkeypatch, one_thread):
-    alone = cached_features(small_encoder(), source, NAMES, cache=tmp_path / "1", **SIZE)
+    alone = features_of(small_encoder(), source, NAMES, cache=tmp_path / "1", **SIZE)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", str(29600 + processes))
     mp.spawn(in_processes, (processes, str(tmp_path / "n"), str(source.root)), nprocs=processes)
     later = Counted(small_encoder())
-    shared = cached_features(later, source, NAMES, cache=tmp_path / "n", **SIZE)
+    shared = features_of(later, source, NAMES, cache=tmp_path / "n", **SIZE)
     assert later.seen == 0
     for name in NAMES:
         np.testing.assert_array_equal(shared[name], alone[name])
@@ -171,7 +176,7 @@ def meddled_with(number: int, folder: str, pictures: str) -> None:
     os.environ |= {"RANK": str(number), "WORLD_SIZE": "2", "LOCAL_RANK": str(number)}
     encoder, distributed.PATIENCE = small_encoder(), timedelta(seconds=20)
     with process_group(torch.device("cpu")):
-        original, looks = module._FeatureFile.done, []
+        original, looks = module.FeatureFile.done, []
 
         def late(file):
             if number == 1 and not looks:
@@ -180,20 +185,20 @@ def meddled_with(number: int, folder: str, pictures: str) -> None:
                     for name, alone in (("rank", 0), ("world_size", 1)):
                         patch.setattr(module, name, lambda alone=alone: alone)
                     patch.setattr(module, "gather_objects", lambda value: [value])
-                    cached_features(encoder, open_images(pictures), ["cls"], cache=Path(folder), **SIZE)
+                    features_of(encoder, open_images(pictures), ["cls"], cache=Path(folder), **SIZE)
             return original(file)
 
-        module._FeatureFile.done = late
-        cached_features(encoder, open_images(pictures), ["cls"], cache=Path(folder), **SIZE)
-        cached_features(encoder, open_images(pictures), ["encoding"], cache=Path(folder), **SIZE)
+        module.FeatureFile.done = late
+        features_of(encoder, open_images(pictures), ["cls"], cache=Path(folder), **SIZE)
+        features_of(encoder, open_images(pictures), ["encoding"], cache=Path(folder), **SIZE)
 
 
 def test_two_programs_may_fill_one_cache(source, tmp_path, monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", "29605")
     mp.spawn(meddled_with, (str(tmp_path / "n"), str(source.root)), nprocs=2)
-    alone = cached_features(small_encoder(), source, ["encoding"], cache=tmp_path / "1", **SIZE)
-    shared = cached_features(small_encoder(), source, ["encoding"], cache=tmp_path / "n", **SIZE)
+    alone = features_of(small_encoder(), source, ["encoding"], cache=tmp_path / "1", **SIZE)
+    shared = features_of(small_encoder(), source, ["encoding"], cache=tmp_path / "n", **SIZE)
     np.testing.assert_allclose(shared["encoding"], alone["encoding"], atol=1e-3)
 
 
@@ -202,19 +207,19 @@ def test_numbers_that_are_not_finite_are_named(source, tmp_path):
     with torch.no_grad():
         encoder.backbone.norm.weight.fill_(1e5)
     with pytest.raises(UserError, match=r"feature 'cls' of .*000\.png is not finite in float16; .* float32"):
-        cached_features(encoder, source, ["cls"], cache=tmp_path, **SIZE)
-    cached_features(encoder, source, ["cls"], cache=tmp_path, precision="float32", **SIZE)
+        features_of(encoder, source, ["cls"], cache=tmp_path, **SIZE)
+    features_of(encoder, source, ["cls"], cache=tmp_path, precision="float32", **SIZE)
     with torch.no_grad():
         encoder.backbone.norm.weight.fill_(torch.nan)
     with pytest.raises(
         UserError, match=r"feature 'cls' of .*000\.png is not finite in float32; .* another che"
     ):
-        cached_features(encoder, source, ["cls"], cache=tmp_path, precision="float32", **SIZE)
+        features_of(encoder, source, ["cls"], cache=tmp_path, precision="float32", **SIZE)
 
 
 @pytest.mark.parametrize("lost", ["cls.float16", "cls.done", "a shorter cls.done"])
 def test_a_file_that_is_lost_is_made_again(source, tmp_path, lost, monkeypatch):
-    whole = np.array(cached_features(small_encoder(), source, ["cls"], cache=tmp_path, **SIZE)["cls"])
+    whole = np.array(features_of(small_encoder(), source, ["cls"], cache=tmp_path, **SIZE)["cls"])
     path = next(tmp_path.glob(f"*/{lost.split()[-1]}"))
     path.unlink()
     if "shorter" in lost:
@@ -223,31 +228,40 @@ def test_a_file_that_is_lost_is_made_again(source, tmp_path, lost, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    for kill in ((Path, "write_bytes"), (module, "open")):  # while the files are made
+    for kill in ((Path, "write_bytes"), (feature_files, "open")):  # while the files are made
         with monkeypatch.context() as patch:
             patch.setattr(*kill, killed, raising=False)
             with pytest.raises(KeyboardInterrupt):
-                cached_features(small_encoder(), source, ["cls"], cache=tmp_path, **SIZE)
+                features_of(small_encoder(), source, ["cls"], cache=tmp_path, **SIZE)
     encoder = Counted(small_encoder())
-    again = cached_features(encoder, source, ["cls"], cache=tmp_path, **SIZE)["cls"]
+    again = features_of(encoder, source, ["cls"], cache=tmp_path, **SIZE)["cls"]
     assert encoder.seen == NUM_IMAGES and np.array_equal(again, whole)
 
 
 def test_what_is_there_needs_no_room(source, tmp_path, monkeypatch):
-    cached_features(small_encoder(), source, ["cls"], cache=tmp_path, **SIZE)  # 352 bytes
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 300}))
-    cached_features(small_encoder(), source, ["cls"], cache=tmp_path, **SIZE)
-    cached_features(small_encoder(), source, ["cls", "encoding"], cache=tmp_path, **SIZE)  # 264 more
+    features_of(small_encoder(), source, ["cls"], cache=tmp_path, **SIZE)  # 352 bytes
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 300}))
+    features_of(small_encoder(), source, ["cls"], cache=tmp_path, **SIZE)
+    features_of(small_encoder(), source, ["cls", "encoding"], cache=tmp_path, **SIZE)  # 264 more
     with pytest.raises(UserError, match="features need 616 bytes"):
-        cached_features(small_encoder(1), source, ["cls", "encoding"], cache=tmp_path, **SIZE)
+        features_of(small_encoder(1), source, ["cls", "encoding"], cache=tmp_path, **SIZE)
 
 
 def test_a_small_disk_is_told_beforehand(source, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 100})
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     encoder = Counted(small_encoder())
-    with pytest.raises(UserError, match=r"new/\w+: features need 352 bytes \(0.0 GiB\), but only 100"):
-        cached_features(encoder, source, ["cls"], cache=tmp_path / "new", **SIZE)
+    with pytest.raises(UserError, match=r"new: features need 352 bytes \(0.0 GiB\), but only 100"):
+        features_of(encoder, source, ["cls"], cache=tmp_path / "new", **SIZE)
+    assert encoder.seen == 0 and not (tmp_path / "new").exists()
+
+
+def test_room_for_all_sets_is_told_before_the_first(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    encoder = Counted(small_encoder())
+    wanted = [Wanted(source), Wanted(source, precision="float32")]  # 352 and 704 bytes
+    with pytest.raises(UserError, match="features need 1056 bytes"):
+        cached_features(encoder, wanted, ["cls"], cache=tmp_path / "new", **SIZE)
     assert encoder.seen == 0 and not (tmp_path / "new").exists()
 
 
@@ -266,9 +280,9 @@ def test_a_full_disk_is_told_and_loses_nothing(source, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", pwrite)
         with pytest.raises(UserError, match=r"cannot be written \(No space left on device\); make room"):
-            cached_features(small_encoder(), source, ["cls"], cache=tmp_path, **SIZE)
+            features_of(small_encoder(), source, ["cls"], cache=tmp_path, **SIZE)
     rest = Counted(small_encoder())
-    found = cached_features(rest, source, ["cls"], cache=tmp_path, **SIZE)["cls"]
+    found = features_of(rest, source, ["cls"], cache=tmp_path, **SIZE)["cls"]
     assert rest.seen == NUM_IMAGES - 4
-    whole = cached_features(small_encoder(), source, ["cls"], cache=tmp_path / "whole", **SIZE)["cls"]
+    whole = features_of(small_encoder(), source, ["cls"], cache=tmp_path / "whole", **SIZE)["cls"]
     np.testing.assert_array_equal(found, whole)

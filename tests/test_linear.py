@@ -20,7 +20,7 @@ from dino_sparo.data.sources import open_labelled
 from dino_sparo.data.views import draw_view, sample_order
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation import linear as program
-from dino_sparo.evaluation import probe_training
+from dino_sparo.evaluation import linear_setup, probe_training
 from dino_sparo.evaluation.classifiers import load_classifier
 from dino_sparo.evaluation.probe_data import balanced_fraction, check_batch_size, training_crop
 from dino_sparo.evaluation.probes import Probe, Probes
@@ -359,6 +359,8 @@ def test_a_saved_classifier_is_scored_as_it_was(pretrained, data, uninterrupted,
     assert not (tmp_path / "out" / "linear").exists()
     with pytest.raises(UserError, match="was trained on an encoder with other weights"):
         linear(pretrained, data, tmp_path / "out", evaluate=file, untrained="true")
+    with pytest.raises(UserError, match="and sweep, num_blocks would train others; leave these out"):
+        linear(pretrained, data, tmp_path / "out", evaluate=file, sweep="true", num_blocks=[1])
     write_colours(tmp_path / "two" / "train", 6, ("red", "blue"))
     with pytest.raises(UserError, match="'green' is in one of them only"):
         linear(pretrained, tmp_path / "two", tmp_path / "out", evaluate=file)
@@ -367,7 +369,7 @@ def test_a_saved_classifier_is_scored_as_it_was(pretrained, data, uninterrupted,
 def test_damaged_weights_are_told_before_training(pretrained, data, tmp_path, monkeypatch):
     encoder = load_encoder(pretrained)
     encoder.backbone.norm.weight.data[3] = torch.nan
-    monkeypatch.setattr(program, "load_encoder", lambda *_, **__: encoder)
+    monkeypatch.setattr(linear_setup, "load_encoder", lambda *_, **__: encoder)
     with pytest.raises(UserError, match="not finite"):
         linear(pretrained, data, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -384,7 +386,7 @@ def test_features_that_are_not_finite_end_the_run_before_a_checkpoint(
         return state
 
     encoders = [load_encoder(pretrained)]
-    monkeypatch.setattr(program, "load_encoder", lambda *_, **__: encoders[0])
+    monkeypatch.setattr(linear_setup, "load_encoder", lambda *_, **__: encoders[0])
     monkeypatch.setattr(probe_training.Learning, "state", damage)
     with pytest.raises(UserError, match="features of training images are not finite in epoch 2"):
         linear(pretrained, data, tmp_path / "out")

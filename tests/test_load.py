@@ -9,18 +9,8 @@ import torch
 
 from dino_sparo import load_encoder
 from dino_sparo.errors import UserError
-from dino_sparo.training import pretrain as program
 from dino_sparo.training.checkpoint import load_latest
 from dino_sparo.training.state import build_state
-from tests.tiny import tiny_options, write_pictures
-
-
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    write_pictures(folder / "data", 4)
-    program.pretrain(tiny_options(folder / "data", folder / "run"))
-    return folder / "run"
 
 
 @torch.no_grad()

@@ -58,6 +58,7 @@ def test_what_is_saved_is_read_back_whole(tmp_path, count):
         {"name": "10-NN"},
         {"test_set": "sketch"},
         {"weights": "untrained"},
+        {"images": "of another folder"},
         {"details": {"train_fraction": 0.1}},
     ],
     ids=lambda changes: next(iter(changes)),

@@ -3,10 +3,10 @@
 import hashlib
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.workers import WatchedLoader
 from dino_sparo.distributed import gather_objects, rank, world_size
 from dino_sparo.errors import UserError
+from dino_sparo.evaluation.feature_files import FeatureFile, cannot_write, check_space, write_at
 from dino_sparo.evaluation.results import alone_in
 from dino_sparo.models import Encoder
 
@@ -59,21 +60,33 @@ def extract_features(
     return features
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """Images whose features are wanted.
+
+    Attributes:
+        description: for the progress bar.
+        precision: of the features on disk, float16 or float32.
+    """
+
+    source: ImageSource
+    description: str = "features"
+    precision: str = "float16"
+
+
 @torch.no_grad()
 def cached_features(
     encoder: Encoder,
-    source: ImageSource,
+    wanted: Sequence[Wanted],
     names: Sequence[str],
     *,
     image_size: int,
     cache: Path,
-    precision: str = "float16",
     batch_size: int = 64,
     num_workers: int = 0,
     timeout_seconds: float = 600.0,
-    description: str = "features",
-) -> dict[str, NDArray[Any]]:
-    """Features of all images by one pass, on disk: name -> memory-mapped (num_images, F), in their order.
+) -> list[dict[str, NDArray[Any]]]:
+    """Features of sets of images, one pass over each, on disk: name -> memory-mapped (num_images, F).
 
     All processes call it and share the work; each image counts exactly once, and all get all features. A
     folder of `cache`, named by weights, images (names, sizes, times of change), transform and precision,
@@ -82,31 +95,34 @@ def cached_features(
     Args:
         names: as in `Encoder.features`.
         cache: a folder that all processes share.
-        precision: float16 or float32.
         batch_size: images of a forward pass; a block of neighbours, whatever the number of processes.
 
     Raises:
-        UserError: an image cannot be read, a feature is not finite, or the disk is too small or read-only.
+        UserError: an image cannot be read, a feature is not finite, or the disk is read-only or, as is said
+            before the first pass, too small for all of them.
     """
-    key = gather_objects(_key(encoder, source, image_size, precision) if rank() == 0 else {})[0]
-    folder = cache / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:KEY_DIGITS]
     widths = _widths(encoder, names, image_size)
-    files = {name: _FeatureFile(folder, name, (len(source), widths[name]), precision) for name in names}
+    weights = hash_of(encoder) if rank() == 0 else ""
+    keys = [_key(weights, one.source, image_size, one.precision) if rank() == 0 else {} for one in wanted]
+    keys = gather_objects(keys)[0]
+    opened = [_open(cache, key, widths, len(one.source)) for key, one in zip(keys, wanted, strict=True)]
     # The first process makes the files and looks, for all: another program may be filling the same ones.
-    looked = _prepare(folder, files, key) if rank() == 0 else np.empty(0, np.bool_)
-    done = gather_objects(looked)[0]
-    blocks = [range(i, min(i + batch_size, len(source))) for i in range(0, len(source), batch_size)]
-    missing = [block for block in blocks if not done[block.start : block.stop].all()]
-    if missing:
-        mine = missing[rank() :: world_size()]
-        encoded = _encoded(
-            encoder, source, mine, names, image_size, num_workers, timeout_seconds, description
-        )
-        _write(files, encoded, source)
-        gather_objects(None)
-    for file in files.values():
-        assert file.done().all(), "every image counts once"
-    return {name: file.rows() for name, file in files.items()}
+    looked = gather_objects(_prepare(cache, opened, keys) if rank() == 0 else [])[0]
+    for one, files, done in zip(wanted, opened, looked, strict=True):
+        total = len(one.source)
+        blocks = [range(i, min(i + batch_size, total)) for i in range(0, total, batch_size)]
+        missing = [block for block in blocks if not done[block.start : block.stop].all()]
+        if missing:
+            mine = missing[rank() :: world_size()]
+            encoded = _encoded(
+                *(encoder, one.source, mine, names, image_size, num_workers, timeout_seconds),
+                description=one.description,
+            )
+            _write(files, encoded, one.source)
+            gather_objects(None)
+        for file in files.values():
+            assert file.done().all(), "every image counts once"
+    return [{name: file.rows() for name, file in files.items()} for files in opened]
 
 
 def _encoded(
@@ -144,49 +160,25 @@ def _encoded(
             bar.update(len(block))
 
 
-class _FeatureFile:
-    """Rows of one feature on disk, and which of them are there.
-
-    Rows are written by `pwrite`, not through the map, so that a full disk is an error that can be told.
-    """
-
-    def __init__(self, folder: Path, name: str, shape: tuple[int, int], precision: str) -> None:
-        self.path, self.done_path = folder / f"{name}.{precision}", folder / f"{name}.done"
-        self.shape, self.dtype = shape, np.dtype(precision)
-        self.size = shape[0] * shape[1] * self.dtype.itemsize
-
-    def exists(self) -> bool:
-        """Whether a pass has begun to fill it."""
-        return (
-            self.path.exists()
-            and self.path.stat().st_size == self.size
-            and self.done_path.exists()
-            and self.done_path.stat().st_size == self.shape[0]
-        )
-
-    def make(self) -> None:
-        """Empty, of its full size; the marks first, so that none is ever ahead of its row."""
-        self.done_path.write_bytes(bytes(self.shape[0]))
-        with open(self.path, "wb") as file:
-            file.truncate(self.size)
-
-    def done(self) -> NDArray[np.bool_]:
-        """Which images have been written."""
-        return np.fromfile(self.done_path, dtype=np.bool_)
-
-    def rows(self) -> NDArray[Any]:
-        """All rows, mapped: they take no memory that the system cannot take back."""
-        return np.memmap(self.path, self.dtype, mode="c", shape=self.shape)
+def _open(cache: Path, key: dict[str, Any], widths: dict[str, int], total: int) -> dict[str, FeatureFile]:
+    """The files of a set of images, by feature."""
+    folder = cache / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:KEY_DIGITS]
+    return {
+        name: FeatureFile(folder, name, (total, width), key["precision"]) for name, width in widths.items()
+    }
 
 
-def _prepare(folder: Path, files: dict[str, _FeatureFile], key: dict[str, Any]) -> NDArray[np.bool_]:
-    """Make the files that are not there yet, if the disk holds what is to come; which images are done."""
-    needed = 0
-    for file in files.values():
-        there = int(np.count_nonzero(file.done())) if file.exists() else 0
-        needed += file.size - there * file.size // max(1, file.shape[0])
+def _prepare(
+    cache: Path, opened: Sequence[dict[str, FeatureFile]], keys: Sequence[dict[str, Any]]
+) -> list[NDArray[np.bool_]]:
+    """Make the files that are not there yet, if the disk holds all that is to come; which images are done."""
+    needed = sum(file.bytes_missing() for files in opened for file in files.values())
     if needed:
-        _check_space(folder, needed)
+        check_space(cache, needed)
+    for files, key in zip(opened, keys, strict=True):
+        folder = next(iter(files.values())).path.parent
+        if all(file.exists() for file in files.values()):
+            continue
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with alone_in(folder):
@@ -195,12 +187,12 @@ def _prepare(folder: Path, files: dict[str, _FeatureFile], key: dict[str, Any]) 
                         (folder / "features.json").write_text(json.dumps(key, indent=1))
                         file.make()
         except OSError as error:
-            raise _cannot_write(folder, error) from error
-    return np.logical_and.reduce([file.done() for file in files.values()])
+            raise cannot_write(folder, error) from error
+    return [np.logical_and.reduce([file.done() for file in files.values()]) for files in opened]
 
 
 def _write(
-    files: dict[str, _FeatureFile], encoded: Iterator[tuple[range, dict[str, Tensor]]], source: ImageSource
+    files: dict[str, FeatureFile], encoded: Iterator[tuple[range, dict[str, Tensor]]], source: ImageSource
 ) -> None:
     """Write blocks as they come; they count as done when they have reached the disk."""
     opened: dict[str, tuple[int, int]] = {}
@@ -211,7 +203,7 @@ def _write(
         for rows, done in opened.values():
             os.fsync(rows)
             for block in written:
-                _write_at(done, b"\1" * len(block), block.start)
+                write_at(done, b"\1" * len(block), block.start)
         written.clear()
 
     try:
@@ -226,25 +218,18 @@ def _write(
                 _check_finite(
                     rows, name, block, source, "the number is too large: give cache_precision float32"
                 )
-                _write_at(opened[name][0], rows.tobytes(), block.start * file.shape[1] * file.dtype.itemsize)
+                write_at(opened[name][0], rows.tobytes(), block.start * file.shape[1] * file.dtype.itemsize)
             written.append(block)
             if time.monotonic() - flushed > FLUSH_SECONDS:
                 flush()
                 flushed = time.monotonic()
         flush()
     except OSError as error:
-        raise _cannot_write(next(iter(files.values())).path.parent, error) from error
+        raise cannot_write(next(iter(files.values())).path.parent, error) from error
     finally:
         for pair in opened.values():
             for descriptor in pair:
                 os.close(descriptor)
-
-
-def _write_at(descriptor: int, data: bytes, offset: int) -> None:
-    """All of it: a disk that gets full takes a part at first, and only then reports it."""
-    while data:
-        written = os.pwrite(descriptor, data, offset)
-        data, offset = data[written:], offset + written
 
 
 def _check_finite(rows: NDArray[Any], name: str, block: range, source: ImageSource, remedy: str) -> None:
@@ -254,28 +239,11 @@ def _check_finite(rows: NDArray[Any], name: str, block: range, source: ImageSour
         raise UserError(f"feature {name!r} of {image} is not finite in {rows.dtype}; {remedy}")
 
 
-def _check_space(folder: Path, size: int) -> None:
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if size > free:
-        raise UserError(
-            f"{folder}: features need {size} bytes ({size / 2**30:.1f} GiB), but only {free} "
-            f"({free / 2**30:.1f} GiB) are free there; make room or give another cache folder"
-        )
-
-
-def _cannot_write(folder: Path, error: OSError) -> UserError:
-    return UserError(
-        f"{folder}: features cannot be written ({error.strerror}); make room, or give a cache folder "
-        f"that all processes can write"
-    )
-
-
-def _key(encoder: Encoder, source: ImageSource, image_size: int, precision: str) -> dict[str, Any]:
+def _key(weights: str, source: ImageSource, image_size: int, precision: str) -> dict[str, Any]:
     """All that a feature depends on."""
     files = source.stats()
     return {
-        "weights": hash_of(encoder),
+        "weights": weights,
         "images": hash_of_images(source, files),
         "files": hashlib.sha256(files.tobytes()).hexdigest(),
         "num_images": len(source),

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from dino_sparo.config import flattened
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.evaluation.results import Result, read_results, results_folder
 
@@ -84,7 +85,7 @@ def read_run(given: str) -> Run:
         config = None
     if not isinstance(config, dict):
         raise UserError(f"{path} is damaged; restore the recipe of this run, or remove it to compare without")
-    return Run(folder, _recipe(config), config.get("seed"), headline)
+    return Run(folder, flattened(config, without=NOT_RECIPE), config.get("seed"), headline)
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
@@ -110,16 +111,6 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         Group(label, list(of_one))
         for label, of_one in zip(_labels([g[0] for g in groups]), groups, strict=True)
     ]
-
-
-def _recipe(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The fields that make a recipe, by dotted key."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        key = f"{prefix}{name}"
-        if key not in NOT_RECIPE:
-            flat |= _recipe(value, f"{key}.") if isinstance(value, dict) else {key: value}
-    return flat
 
 
 def _labels(firsts: Sequence[Run]) -> list[str]:

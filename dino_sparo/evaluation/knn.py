@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.distributed import gather_rows, local_rank, process_group, rank, world_size
-from dino_sparo.evaluation.features import cached_features, extract_features, hash_of_images
+from dino_sparo.evaluation.features import Wanted, cached_features, extract_features, hash_of_images
 from dino_sparo.evaluation.results import Result, results_folder, save_results
 from dino_sparo.evaluation.search import NoDirectionError, Rows, nearest
 from dino_sparo.evaluation.transfer import VAL, TestSet, as_test_set, open_test_sets, restrict
@@ -211,24 +211,23 @@ def evaluate(options: "KnnOptions", device: torch.device) -> list[Result]:
     encoder = load_encoder(options.run, options.which, untrained=options.untrained, arch=options.arch)
     encoder.to(device)
     workers = default_workers(local_world_size()) if options.num_workers is None else options.num_workers
-
-    def features(source: ImageSource, description: str) -> Rows:
-        return cached_features(
+    wanted = [Wanted(train, "train features", options.cache_precision)]
+    wanted += [Wanted(one.source, f"{one.name} features", options.cache_precision) for one in test_sets]
+    gallery, *tested = (
+        features[options.feature]
+        for features in cached_features(
             encoder,
-            source,
+            wanted,
             [options.feature],
             image_size=encoder.backbone.native_grid * encoder.backbone.patch_size,
             cache=Path(options.cache or results_folder(options.run) / "features"),
-            precision=options.cache_precision,
             batch_size=options.batch_size,
             num_workers=workers,
-            description=description,
-        )[options.feature]
-
-    gallery, labels = features(train, "train features"), torch.from_numpy(train.labels)
+        )
+    )
+    labels = torch.from_numpy(train.labels)
     results = []
-    for test_set in test_sets:
-        rows = features(test_set.source, f"{test_set.name} features")
+    for test_set, rows in zip(test_sets, tested, strict=True):
         try:
             ranked = _vote(
                 gallery,

@@ -18,36 +18,29 @@ official protocol, and its results go under the name `linear-cached`.
 """
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+from numpy.typing import NDArray
 
 from dino_sparo.data.loader import BatchOrder
-from dino_sparo.data.sources import ImageSource, open_labelled
-from dino_sparo.data.workers import default_workers
 from dino_sparo.device import choose_device
 from dino_sparo.distributed import (
-    first_rank_first,
     local_rank,
-    local_world_size,
     process_group,
     rank,
     world_size,
 )
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.classifiers import SavedClassifier, load_classifier, save_classifier
-from dino_sparo.evaluation.features import cached_features, hash_of
+from dino_sparo.evaluation.features import Wanted, cached_features
 from dino_sparo.evaluation.linear_report import results_of, table
-from dino_sparo.evaluation.probe_data import CachedFeed, ImageFeed, balanced_fraction, check_batch_size
+from dino_sparo.evaluation.linear_setup import Opened, open_all
+from dino_sparo.evaluation.probe_data import CachedFeed, ImageFeed, check_batch_size
 from dino_sparo.evaluation.probe_training import Exam, Learning, restore, score, train
 from dino_sparo.evaluation.probes import INPUTS, Probes, choose_probes, official_probe
 from dino_sparo.evaluation.results import Result, results_folder, save_results
-from dino_sparo.evaluation.transfer import VAL, TestSet, as_test_set, open_test_sets
-from dino_sparo.interop.load import load_encoder
-from dino_sparo.models import Encoder
 from dino_sparo.training.precision import choose_precision
 
 if TYPE_CHECKING:
@@ -56,23 +49,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("dino_sparo")
 
 CLASSIFIERS = "classifiers"
-
-
-@dataclass(frozen=True)
-class Opened:
-    """Everything that options name, opened and checked."""
-
-    encoder: Encoder
-    encoder_hash: str
-    image_size: int
-    device: torch.device
-    num_workers: int
-    train: ImageSource
-    """All train images, or the chosen fraction."""
-    test_sets: list[TestSet]
-    """val, then the others."""
-    folder: Path
-    """Where results.json lies."""
 
 
 def run(options: "LinearOptions") -> None:
@@ -88,30 +64,6 @@ def run(options: "LinearOptions") -> None:
         if rank() == 0:
             save_results(opened.folder, results)
             print(table(options.run, results))
-
-
-def open_all(options: "LinearOptions", device: torch.device) -> Opened:
-    """Images, encoder and folder."""
-    if options.train_fraction > 1:
-        raise UserError(
-            f"train_fraction is {options.train_fraction}; expected above 0 and at most 1, such as 0.1"
-        )
-    train_images, val = first_rank_first(lambda: open_labelled(options.data.path))
-    test_sets = first_rank_first(lambda: open_test_sets(options.test, train_images.classes))
-    encoder = load_encoder(options.run, options.which, untrained=options.untrained, arch=options.arch)
-    if options.train_fraction < 1:
-        train_images = balanced_fraction(train_images, options.train_fraction, options.seed)
-    workers = default_workers(local_world_size()) if options.num_workers is None else options.num_workers
-    return Opened(
-        encoder=encoder.to(device).requires_grad_(False),
-        encoder_hash=hash_of(encoder),
-        image_size=encoder.backbone.native_grid * encoder.backbone.patch_size,
-        device=device,
-        num_workers=workers,
-        train=train_images,
-        test_sets=[as_test_set(VAL, val, train_images.classes), *test_sets],
-        folder=Path(options.out or results_folder(options.run)),
-    )
 
 
 def train_all(options: "LinearOptions", opened: Opened) -> list[Result]:
@@ -139,7 +91,7 @@ def train_all(options: "LinearOptions", opened: Opened) -> list[Result]:
     settings = settings_of(options, opened, [probe.name for probe in probes])
     steps_per_epoch = len(opened.train) // options.batch_size
     restore(learning, folder, settings, steps_per_epoch)
-    exams = [_exam(options, opened, test_set) for test_set in opened.test_sets]
+    train_features, exams = _features(options, opened)
     if learning.epochs_done < learning.epochs:
         log.info(
             "%s: epoch %d of %d, %d probes, %d train images",
@@ -158,7 +110,7 @@ def train_all(options: "LinearOptions", opened: Opened) -> list[Result]:
             _make(folder)
         train(
             learning,
-            _feed(options, opened, order),
+            _feed(options, opened, order, train_features),
             exams[0],
             folder=folder,
             settings=settings,
@@ -195,7 +147,7 @@ def score_saved(options: "LinearOptions", opened: Opened) -> list[Result]:
     probes = Probes([saved.probe], width=width, embed_dim=embed_dim, num_classes=len(classes))
     probes.load_state_dict({f"classifiers.0.{name}": tensor for name, tensor in weights.items()})
     probes.to(opened.device)
-    exams = [_exam(options, opened, test_set) for test_set in opened.test_sets]
+    _, exams = _features(options, opened)
     return _results(options, opened, [saved], probes, exams)
 
 
@@ -260,8 +212,10 @@ def classifiers(options: "LinearOptions", opened: Opened, learning: Learning) ->
     ]
 
 
-def _feed(options: "LinearOptions", opened: Opened, order: BatchOrder) -> ImageFeed | CachedFeed:
-    if not options.cached:
+def _feed(
+    options: "LinearOptions", opened: Opened, order: BatchOrder, train_features: Mapping[str, NDArray] | None
+) -> ImageFeed | CachedFeed:
+    if train_features is None:
         return ImageFeed(
             opened.encoder,
             opened.train,
@@ -271,27 +225,24 @@ def _feed(options: "LinearOptions", opened: Opened, order: BatchOrder) -> ImageF
             num_workers=opened.num_workers,
         )
     assert opened.train.labels is not None
-    features = _features(options, opened, opened.train, options.cache_precision, "train features")
-    return CachedFeed(features, opened.train.labels, order, opened.device)
+    return CachedFeed(train_features, opened.train.labels, order, opened.device)
 
 
-def _exam(options: "LinearOptions", opened: Opened, test_set: TestSet) -> Exam:
-    return Exam(test_set, _features(options, opened, test_set.source, "float32", f"{test_set.name} features"))
-
-
-def _features(
-    options: "LinearOptions", opened: Opened, source: ImageSource, precision: str, description: str
-) -> dict[str, Any]:
-    return cached_features(
+def _features(options: "LinearOptions", opened: Opened) -> tuple[Mapping[str, NDArray] | None, list[Exam]]:
+    """Features on disk: of the train images, where probes learn from them, and of all test sets."""
+    wanted = [Wanted(one.source, f"{one.name} features", "float32") for one in opened.test_sets]
+    if options.cached:
+        wanted.append(Wanted(opened.train, "train features", options.cache_precision))
+    features = cached_features(
         opened.encoder,
-        source,
+        wanted,
         INPUTS,
         image_size=opened.image_size,
         cache=Path(options.cache or results_folder(options.run) / "features"),
-        precision=precision,
         num_workers=opened.num_workers,
-        description=description,
     )
+    exams = [Exam(test_set, found) for test_set, found in zip(opened.test_sets, features, strict=False)]
+    return features[-1] if options.cached else None, exams
 
 
 def _results(

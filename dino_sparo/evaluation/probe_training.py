@@ -158,7 +158,13 @@ def train(
             done = learning.epochs_done * steps_per_epoch
             with run_log.not_training():
                 top1, top5 = 100 * score(learning.probes, val, device).mean(axis=0).T
-            run_log.evaluation(done, _named("top1", learning, top1) | _named("top5", learning, top5))
+            best = int(np.argmax(top1))
+            run_log.evaluation(
+                done,
+                _named("top1", learning, top1) | _named("top5", learning, top5),
+                shown=f"{learning.probes.probes[best].name} top1 {top1[best]:.2f} % top5 {top5[best]:.2f} %"
+                + (f", the best of {len(top1)} probes" if len(top1) > 1 else ""),
+            )
             for number, accuracy in enumerate(top1.tolist()):
                 if accuracy > learning.best[number][0]:
                     learning.best[number] = (accuracy, learning.epochs_done)

@@ -73,9 +73,10 @@ def results_folder(run: str) -> Path:
 def save_results(folder: Path, results: Sequence[Result]) -> None:
     """Add results to `folder/results.json`, for one process to call; the folder is made if need be.
 
-    A result replaces the one before of the same protocol, name, test set, weights and train fraction; all
-    others stay. The file is written to a temporary name and renamed, and two programs that finish together
-    wait for each other. A damaged file is set aside with a warning, so that new results are never lost.
+    A result replaces the one before of the same protocol, name, test images (and their name), weights and
+    train fraction; all others stay. The file is written to a temporary name and renamed, and two programs
+    that finish together wait for each other. A damaged file is set aside with a warning, so that new results
+    are never lost.
 
     Raises:
         UserError: the folder cannot be made or written.
@@ -137,9 +138,10 @@ def _kept(path: Path) -> list[Result]:
         return []
 
 
-def _key(result: Result) -> tuple[str, str, str, str, float]:
+def _key(result: Result) -> tuple[str, str, str, str, float, str]:
     """What there is one result of."""
-    return result.protocol, result.name, result.test_set, result.weights, result.train_fraction
+    measure = result.protocol, result.name, result.test_set, result.weights, result.train_fraction
+    return *measure, result.images
 
 
 def _write(path: Path, results: Sequence[Result]) -> None:

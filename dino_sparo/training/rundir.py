@@ -13,13 +13,14 @@ from typing import Any
 
 import yaml
 
+from dino_sparo.config import flattened
 from dino_sparo.errors import UserError
 from dino_sparo.options import PretrainOptions
 
 CONFIG_FILE = "config.yaml"
 STARTS_FILE = "starts.jsonl"
 SHOWN_CHANGES = 4
-NOT_EXPERIMENT = ("run_dir", "monitor", "machine", "log")
+NOT_EXPERIMENT = ("run_dir", "monitor", "machine", "log", "data.path", "data.on_bad_image")
 PACKAGES = ("dino-sparo", "torch", "torchvision", "timm", "numpy", "pillow")
 
 
@@ -54,7 +55,7 @@ def check_same_experiment(run_dir: Path, config: dict[str, Any]) -> None:
         raise UserError(
             f"{path} is damaged; start the same recipe in another run_dir and copy its {CONFIG_FILE} here"
         )
-    before, now = _experiment(stored), _experiment(config)
+    before, now = (flattened(c, without=NOT_EXPERIMENT) for c in (stored, config))
     changed = [
         f"{key} was {before.get(key, 'not set')}, is now {now.get(key, 'not set')}"
         for key in sorted(before.keys() | now.keys())
@@ -109,25 +110,6 @@ def start_run_dir(run_dir: Path, config: dict[str, Any], machine: dict[str, Any]
     }
     with open(run_dir / STARTS_FILE, "a") as file:
         file.write(json.dumps(start) + "\n")
-
-
-def _experiment(config: dict[str, Any]) -> dict[str, Any]:
-    """Fields that define the experiment, by dotted key."""
-    flat: dict[str, Any] = {}
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                walk(f"{prefix}.{key}", inner)
-        else:
-            flat[prefix] = value
-
-    for section, value in config.items():
-        if section not in NOT_EXPERIMENT:
-            walk(section, value)
-    flat.pop("data.path", None)
-    flat.pop("data.on_bad_image", None)
-    return flat
 
 
 def _has_no_run(run_dir: Path) -> bool:

@@ -134,12 +134,12 @@ class RunLog:
                 f"{speed['images_per_second']:.0f} images/s  left: epoch {epoch_left}, run {run_left}"
             )
 
-    def evaluation(self, step: int, values: dict[str, float]) -> None:
-        """Log and show the result of an evaluation."""
+    def evaluation(self, step: int, values: dict[str, float], shown: str | None = None) -> None:
+        """Log the result of an evaluation, in per cent, and show it, or what stands for it."""
         if self.silent:
             return
         self._write("evaluation", step, values)
-        shown = "  ".join(f"{name} {value:.2f} %" for name, value in values.items())
+        shown = shown or "  ".join(f"{name} {value:.2f} %" for name, value in values.items())
         tqdm.write(f"after epoch {step // self.steps_per_epoch}: {shown}", file=sys.stderr)
 
     def alarm(self, step: int, text: str) -> None:
