@@ -1,20 +1,25 @@
 """Monitored numbers mean what their names say."""
 
 import math
+import re
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dino_sparo.errors import UserError
 from dino_sparo.models import build_encoder
+from dino_sparo.training import pretrain as program
 from dino_sparo.training.monitor import (
     ALARM_ENTRIES,
+    ALARM_STEPS,
     CollapseAlarm,
     TeacherStatistics,
     open_knn_monitor,
     slot_health,
 )
-from tests.tiny import write_pictures
+from tests.tiny import tiny_options, write_pictures
 
 K = 8
 
@@ -137,34 +142,101 @@ SICK = {
 }
 
 
-def alarms(entries, armed_from_step=0):
+def alarms(entries, armed_from_step=0, log_every_steps=1):
+    """Steps and words of the alarms of a run that has these answers at its steps 1, 2, ..."""
     alarm = CollapseAlarm(65536, armed_from_step)
-    said = [(step, alarm.check(step, *entry)) for step, entry in enumerate(entries, start=1)]
+    logged = [(s, entry) for s, entry in enumerate(entries, start=1) if s % log_every_steps == 0]
+    said = [(step, alarm.check(step, *entry)) for step, entry in logged]
     return [(step, words) for step, words in said if words]
 
 
 @pytest.mark.parametrize("sign", SICK)
-def test_alarm_after_ten_entries_says_what_to_try(sign):
-    ((step, words),) = alarms([HEALTHY] * 5 + [SICK[sign]] * 30)
-    assert step == 5 + ALARM_ENTRIES and sign in words and "\n" not in words
+def test_the_alarm_comes_once_and_says_what_to_try(sign):
+    ((step, words),) = alarms([HEALTHY] * 5 + [SICK[sign]] * 90)
+    assert step == 6 + ALARM_STEPS and sign in words and "\n" not in words
     for remedy in ("loss.teacher_temp", "optim.lr_per_256", "optim.global_batch_size"):
         assert remedy in words
     if sign != "all prototypes alike":
         assert "head.norm_last_layer" in words and "optim.freeze_last_layer_epochs" in words
 
 
+@pytest.mark.parametrize("log_every_steps", range(1, 13))
+def test_a_collapse_at_any_step_is_told_within_fifty(log_every_steps):
+    for healthy in range(40, 40 + log_every_steps):
+        run = [HEALTHY] * healthy + [SICK["every image gets the same answer"]] * 90
+        ((step, _),) = alarms(run, log_every_steps=log_every_steps)
+        assert healthy + ALARM_STEPS <= step <= healthy + 50
+
+
+def test_where_little_is_logged_three_entries_are_enough():
+    run = [HEALTHY] * 100 + [SICK["every image gets the same answer"]] * 300
+    assert [step for step, _ in alarms(run, log_every_steps=50)] == [100 + 50 * ALARM_ENTRIES]
+
+
+def test_a_collapse_may_change_its_sign():
+    run = [entry for entry in (SICK.values()) for _ in range(ALARM_STEPS // 2)]
+    ((step, words),) = alarms(run)
+    assert step == 1 + ALARM_STEPS and [*SICK][2] in words
+
+
 def test_no_alarm_for_what_does_not_last_or_just_stays_within_bounds():
     sick = SICK["one prototype for certain"]
-    assert not alarms(([sick] * (ALARM_ENTRIES - 1) + [HEALTHY]) * 5)
+    assert not alarms(([sick] * ALARM_STEPS + [HEALTHY]) * 5)
+    assert not alarms(([sick] * 100 + [HEALTHY] * 50) * 3, log_every_steps=50)  # two entries each
     within = [(0.985 * LOG_K, LOG_K), (0.015 * LOG_K, 1.0), (4.0, 4.0 + 0.011 * LOG_K)]
-    assert not alarms([entry for entry in within for _ in range(40)])
+    assert not alarms([entry for entry in within for _ in range(2 * ALARM_STEPS)])
 
 
 def test_alarm_is_armed_after_warm_up_and_comes_again_after_recovery():
     sick = SICK["every image gets the same answer"]
-    assert [step for step, _ in alarms([sick] * 60, armed_from_step=20)] == [20 + ALARM_ENTRIES]
-    again = [sick] * 15 + [HEALTHY] + [sick] * 15
-    assert [step for step, _ in alarms(again)] == [ALARM_ENTRIES, 16 + ALARM_ENTRIES]
+    assert [step for step, _ in alarms([sick] * 90, armed_from_step=20)] == [21 + ALARM_STEPS]
+    again = [sick] * 40 + [HEALTHY] + [sick] * 40
+    assert [step for step, _ in alarms(again)] == [1 + ALARM_STEPS, 42 + ALARM_STEPS]
+
+
+def constant(logits):
+    return 10 * torch.eye(logits.shape[1])[0].expand_as(logits)  # the centre will take it up
+
+
+INJECTED_AT, NUM_STEPS = 31, 81
+
+
+@pytest.mark.parametrize(
+    ("collapsed", "log_every_steps"), [(None, 1), (constant, 1), (constant, 10), (torch.zeros_like, 10)]
+)
+def test_a_run_is_warned_of_a_collapse_and_only_then(
+    tmp_path, monkeypatch, capsys, collapsed, log_every_steps
+):
+    cells = np.random.default_rng(0).integers(0, 256, (8, 3, 3, 3), dtype=np.uint8)
+    for number, cell in enumerate(cells):  # pictures that even a tiny network tells apart
+        Image.fromarray(cell).resize((24, 24), Image.Resampling.NEAREST).save(tmp_path / f"{number}.png")
+    changes = {"global_batch_size": 8, "epochs": NUM_STEPS, "warmup_epochs": 20, "lr_per_256": 1e-4}
+    options = {f"optim__{name}": value for name, value in changes.items()}
+    options |= {"model__drop_path_rate": 0, "head__hidden_dim": 32, "head__bottleneck_dim": 16}
+    options |= {"views__num_local_crops": 0, "views__jitter_probability": 0}
+    train_step, done = program.train_step, 0
+
+    def train_step_with_collapse(state, *args, **kwargs):
+        nonlocal done
+        done += 1
+        if collapsed and done == INJECTED_AT:
+            healthy = state.teacher.forward
+
+            def answer(crop_groups):
+                logits, encodings = healthy(crop_groups)
+                return collapsed(logits), encodings
+
+            monkeypatch.setattr(state.teacher, "forward", answer)
+        return train_step(state, *args, **kwargs)
+
+    monkeypatch.setattr(program, "train_step", train_step_with_collapse)
+    program.pretrain(
+        tiny_options(tmp_path, tmp_path / "run", log__log_every_steps=log_every_steps, **options)
+    )
+    assert done == NUM_STEPS == INJECTED_AT + 50
+    warned_at = re.findall(r"WARNING: step (\d+): collapse: ", capsys.readouterr().err)
+    assert len(warned_at) == (1 if collapsed else 0)
+    assert all(int(step) >= INJECTED_AT + ALARM_STEPS for step in warned_at)
 
 
 def test_an_encoder_that_answers_with_zeros_ends_the_run_in_words(tmp_path):

@@ -5,20 +5,23 @@ Axis letters: B images, C crops.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import itemgetter
+from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchvision.utils import make_grid
 
 from dino_sparo.data import pil_views
+from dino_sparo.data.scan import problem_of
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.views import NUM_GLOBAL_CROPS, CropRecipe, draw_view, sample_order, substitute_sample
 from dino_sparo.data.workers import WatchedLoader
@@ -27,6 +30,7 @@ from dino_sparo.errors import UserError
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SUBSTITUTE_TRIES = 10
+MAX_ASPECT = 32
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,12 @@ class BatchOrder(Sampler):
     def __len__(self) -> int:
         return (self.steps_per_epoch * self.epochs - self.first_step) * self.accumulation
 
+    def global_batch(self, step: int) -> list[int]:
+        """The images of all processes in a step (counted from 1), by number."""
+        epoch, number = divmod(step - 1, self.steps_per_epoch)
+        order = sample_order(seed=self.seed, epoch=epoch, num_samples=self.num_samples)
+        return order[number * self.global_batch_size : (number + 1) * self.global_batch_size].tolist()
+
 
 def crop_batches(
     dataset: CropsDataset,
@@ -197,7 +207,7 @@ class CenterCrops(Dataset):
         image = _load(self.source, index)
         if isinstance(image, UnreadableImage):
             return image
-        return to_tensor(pil_views.center_crop(image, self.size))
+        return to_tensor(pil_views.center_crop(_middle(image), self.size))
 
 
 def collate_images(images: list[Tensor | UnreadableImage]) -> Tensor | UnreadableImage:
@@ -208,11 +218,26 @@ def collate_images(images: list[Tensor | UnreadableImage]) -> Tensor | Unreadabl
     return torch.stack(images)  # type: ignore[arg-type]
 
 
+def _middle(image: Image.Image) -> Image.Image:
+    """An image without the far ends of a very long one, which no central square reaches.
+
+    Resized whole, 20,000 x 10 pixels would take half a gigabyte. Even multiples of the short side are cut,
+    so that the crop falls on the same pixels as without; images up to 32 times as long as wide stay.
+    """
+    short = min(image.size)
+    left, top = (max(0, side - MAX_ASPECT * short) // (4 * short) * 2 * short for side in image.size)
+    return image.crop((left, top, image.width - left, image.height - top)) if left or top else image
+
+
 def _load(source: ImageSource, index: int) -> Image.Image | UnreadableImage:
     try:
         return source.load(index)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what PIL raises
-        return UnreadableImage(source.name(index), str(error) or type(error).__name__)
+        name, data = source.name(index), b""
+        if isinstance(error, UnidentifiedImageError):  # which only the content explains
+            with suppress(OSError):
+                data = Path(name).read_bytes()
+        return UnreadableImage(name, problem_of(data, error)[1])
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -194,15 +194,15 @@ def _examine(names: Sequence[str], start: int, at: c_longlong) -> _Chunk:
                 with Image.open(BytesIO(data)) as image:
                     sides[position] = sorted(to_rgb(image).size)
             except Exception as error:  # a damaged file makes PIL raise anything, and must not end the scan
-                kind, reason = _problem(data, error)
+                kind, reason = problem_of(data, error)
                 problems.append((kind, start + position, f"{printable(name)}: {reason}"))
             num_bytes[position] = len(data)
     return _Chunk(sides, num_bytes, hashes, problems)
 
 
-def _problem(data: bytes, error: Exception) -> tuple[str, str]:
-    """Kind and reason of the error that a file of this content has led to."""
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+def problem_of(data: bytes, error: Exception) -> tuple[str, str]:
+    """Kind, one of PROBLEMS, and reason of the error that a file of this content has led to."""
+    reason = getattr(error, "strerror", None) or str(error).rstrip(".") or type(error).__name__
     if isinstance(error, UnidentifiedImageError):
         if not data:
             return "zero_byte", "the file is empty"

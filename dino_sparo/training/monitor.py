@@ -23,7 +23,7 @@ from dino_sparo.models import Encoder
 log = logging.getLogger("dino_sparo")
 
 ALARM_SHARE = 0.01  # of ln K
-ALARM_ENTRIES = 10
+ALARM_STEPS, ALARM_ENTRIES = 30, 3
 SIGNS = {
     "uniform": "the teacher answers all prototypes alike",
     "one-hot": "the teacher answers with one prototype for certain",
@@ -98,7 +98,11 @@ def slot_health(encoder: Encoder, images: Tensor) -> dict[str, Tensor]:
 
 
 class CollapseAlarm:
-    """Says when the teacher's answers have collapsed for a while; the run goes on.
+    """Says once when the teacher's answers have collapsed and stayed so; the run goes on.
+
+    They have when every log entry of 30 steps, three at least, shows one of the signs. Which one may change:
+    the centre takes up a constant answer, which makes one-hot rows uniform. So a collapse is told within 50
+    steps if every twelfth step is logged or more often; else by the third or fourth entry that shows it.
 
     Args:
         num_prototypes: K.
@@ -107,19 +111,24 @@ class CollapseAlarm:
 
     def __init__(self, num_prototypes: int, armed_from_step: int) -> None:
         self.log_k, self.armed_from_step = math.log(num_prototypes), armed_from_step
-        self._kind, self._entries = "", 0
+        self._first_step, self._entries, self._told = 0, 0, False  # of the signs seen in a row
 
     def check(self, step: int, entropy_teacher: float, entropy_mean: float) -> str | None:
-        """Look at one log entry; the alarm's words when the same sign has been there for ten in a row."""
+        """Look at the log entry of a step; the alarm's words if it is time for them."""
         kind = self._sign(entropy_teacher, entropy_mean) if step > self.armed_from_step else ""
-        self._entries = self._entries + 1 if kind == self._kind else 1
-        self._kind = kind
-        if not kind or self._entries != ALARM_ENTRIES:
+        if not kind:
+            self._entries, self._told = 0, False
             return None
+        self._first_step = self._first_step if self._entries else step
+        self._entries += 1
+        steps = step - self._first_step
+        if self._told or self._entries < ALARM_ENTRIES or steps < ALARM_STEPS:
+            return None
+        self._told = True
         return (
-            f"collapse: {SIGNS[kind]} for {ALARM_ENTRIES} log entries (H(p) {entropy_teacher:.3f}, H(mean p) "
-            f"{entropy_mean:.3f}, ln K {self.log_k:.3f}); training goes on, but in a new run try "
-            f"{REMEDIES[kind]}"
+            f"collapse: {SIGNS[kind]}, and no log entry of the last {steps} steps was healthy (H(p) "
+            f"{entropy_teacher:.3f}, H(mean p) {entropy_mean:.3f}, ln K {self.log_k:.3f}); training goes on, "
+            f"but in a new run try {REMEDIES[kind]}"
         )
 
     def _sign(self, entropy_teacher: float, entropy_mean: float) -> str:

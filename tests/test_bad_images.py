@@ -1,0 +1,264 @@
+"""Fourteen kinds of odd files in a folder of images: what training, evaluation and the scan make of each."""
+
+import builtins
+import json
+import os
+import struct
+import zlib
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dino_sparo.data import pil_views
+from dino_sparo.data.loader import CenterCrops, to_tensor
+from dino_sparo.data.scan import PROBLEMS, scan_images
+from dino_sparo.data.scan_report import copies_inside
+from dino_sparo.data.sources import open_images
+from dino_sparo.errors import UserError
+from dino_sparo.evaluation.features import extract_features
+from dino_sparo.models import build_encoder
+from dino_sparo.training import bad_images as list_of_bad_images
+from dino_sparo.training import pretrain as program
+from tests.tiny import tiny_options
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+LONG_SIDE, SHORT_SIDE = 20_000, 10
+
+
+def encoded(image: Image.Image, kind: str) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def bomb() -> bytes:
+    """A PNG of a few hundred bytes that says it has 20,000 x 20,000 pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
+
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 1, 0, 0, 0, 0)
+    rows = zlib.compress(bytes(100 * (1 + 20_000 // 8)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+@dataclass(frozen=True)
+class Odd:
+    """A kind of file and what is documented of it.
+
+    `image` is what is read; without it, `reason` is told and the scan lists the file as `problem`; without
+    either, the file is no image and nobody looks at it.
+    """
+
+    name: str
+    content: bytes = b""
+    image: Image.Image | None = None
+    reason: str = ""
+    problem: str = ""
+
+
+PICTURE = Image.fromarray(PIXELS)
+DEEP = Image.fromarray(PIXELS[..., 0].astype(np.uint16) * 257)
+LONG = Image.fromarray(np.resize(PIXELS, (SHORT_SIDE, LONG_SIDE, 3)))
+DOT = PICTURE.crop((0, 0, 1, 1))
+PALETTE, CMYK = PICTURE.quantize(16), PICTURE.convert("CMYK")
+ALPHA = Image.fromarray(np.dstack([PIXELS, PIXELS[..., 0]]))
+PNG, JPEG = encoded(PICTURE, "PNG"), encoded(PICTURE, "JPEG")
+UNKNOWN = ("no known kind of image", "not_an_image")
+KINDS = {
+    "truncated": Odd("cut.jpg", JPEG[: len(JPEG) // 2], None, "image file is truncated", "truncated"),
+    "zero-byte": Odd("empty.jpg", b"", None, "the file is empty", "zero_byte"),
+    "html": Odd("page.jpg", b"<!DOCTYPE html><p>404", None, *UNKNOWN),
+    "bomb": Odd("bomb.png", bomb(), None, "exceeds limit of 178956970 pixels", "unreadable"),
+    "permission": Odd("locked.png", PNG, None, "Permission denied", "unreadable"),
+    "16-bit": Odd("deep.png", encoded(DEEP, "PNG"), Image.fromarray(PIXELS[..., 0]).convert("RGB")),
+    "palette": Odd("palette.png", encoded(PALETTE, "PNG"), PALETTE.convert("RGB")),
+    "cmyk": Odd("cmyk.tif", encoded(CMYK, "TIFF"), CMYK.convert("RGB")),
+    "alpha": Odd("alpha.png", encoded(ALPHA, "PNG"), PICTURE),
+    "1x1": Odd("dot.png", encoded(DOT, "PNG"), DOT),
+    "20000x10": Odd("long.png", encoded(LONG, "PNG"), LONG),
+    "duplicate": Odd("again.png", PNG, PICTURE),
+    "hidden": Odd(".hidden.png", PNG),
+    "loop": Odd("loop"),
+}
+UNREADABLE = [kind for kind, odd in KINDS.items() if odd.reason]
+READABLE = [kind for kind, odd in KINDS.items() if odd.image]
+
+
+def write(folder: Path, *kinds: str) -> Path:
+    """A folder with four good pictures and a file of each of these kinds."""
+    folder.mkdir()
+    for number in range(4):
+        (folder / f"good{number}.png").write_bytes(
+            PNG if number == 0 else encoded(PICTURE.rotate(90 * number), "PNG")
+        )
+    for kind in kinds:
+        path = folder / KINDS[kind].name
+        if kind == "loop":
+            path.symlink_to(folder, target_is_directory=True)
+        else:
+            path.write_bytes(KINDS[kind].content)
+        if kind == "permission":
+            path.chmod(0)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def permissions_bind_the_superuser_too(monkeypatch):
+    real_open = builtins.open
+
+    def open_with_permission(file, *args, **kwargs):
+        if str(file).endswith("locked.png"):
+            raise PermissionError(13, "Permission denied", str(file))
+        return real_open(file, *args, **kwargs)
+
+    if os.geteuid() == 0:
+        monkeypatch.setattr(builtins, "open", open_with_permission)
+
+
+def pretrain(data: Path, run_dir: Path, on_bad_image: str) -> list[dict[str, str]]:
+    """Train for one epoch with the whole folder as a batch; what is listed as bad."""
+    changes = {"optim__global_batch_size": len(open_images(str(data))), "optim__epochs": 1}
+    options = tiny_options(
+        data,
+        run_dir,
+        data__on_bad_image=on_bad_image,
+        optim__warmup_epochs=0,
+        optim__freeze_last_layer_epochs=0,
+        **changes,
+    )
+    program.pretrain(options)
+    path = run_dir / list_of_bad_images.FILE
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def features(data: Path) -> torch.Tensor:
+    encoder = build_encoder({"width": 16, "depth": 2, "num_heads": 2}, 8, 16, readout="cls").eval()
+    return extract_features(encoder, open_images(str(data)), image_size=16)
+
+
+# --- Training
+
+
+def test_others_stand_in_for_exactly_the_unreadable_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(list_of_bad_images, "MAX_SHARE", 1.0)
+    data = write(tmp_path / "data", *KINDS)
+    listed = {
+        Path(entry["name"]).name: entry["reason"] for entry in pretrain(data, tmp_path / "run", "substitute")
+    }
+    assert listed.keys() == {KINDS[kind].name for kind in UNREADABLE}
+    for kind in UNREADABLE:
+        assert KINDS[kind].reason in listed[KINDS[kind].name]
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_training_stops_at_an_unreadable_file_by_its_name(tmp_path, kind):
+    data = write(tmp_path / "data", kind)
+    with pytest.raises(UserError) as raised:
+        pretrain(data, tmp_path / "run", "stop")
+    message = str(raised.value)
+    assert message.startswith(f"{data / KINDS[kind].name}: the image cannot be read (")
+    assert KINDS[kind].reason in message and "\n" not in message
+    assert message.count(KINDS[kind].name) == 1  # the reason does not name it again
+
+
+def test_training_takes_all_others(tmp_path):
+    data = write(tmp_path / "data", *(KINDS.keys() - set(UNREADABLE)))
+    assert pretrain(data, tmp_path / "run", "stop") == []
+
+
+@pytest.mark.parametrize("kind", READABLE)
+def test_images_are_read_as_documented(tmp_path, kind):
+    source = open_images(str(write(tmp_path / "data", kind)))
+    (number,) = [i for i in range(len(source)) if source.name(i).endswith(f"/{KINDS[kind].name}")]
+    read = source.load(number)
+    assert read.mode == "RGB"
+    np.testing.assert_array_equal(np.array(read), np.array(KINDS[kind].image))
+
+
+# --- Evaluation
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_counts_every_image_or_stops_by_name(tmp_path, kind):
+    data = write(tmp_path / "data", kind)
+    if kind in UNREADABLE:
+        with pytest.raises(UserError) as raised:
+            features(data)
+        assert str(raised.value).startswith(f"{data / KINDS[kind].name}: the image cannot be read (")
+        assert KINDS[kind].reason in str(raised.value)
+    else:
+        found = features(data)
+        assert len(found) == 4 + (kind in READABLE) and found.isfinite().all()
+
+
+class Pictures(list):
+    """A source of pictures in memory."""
+
+    def load(self, index):
+        return self[index]
+
+
+def noise(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("size", "tolerance"),  # where the resized long side is no whole number, the scale differs a little
+    [
+        ((1000, 10), 0),
+        ((10, 1000), 0),
+        ((103 * 17, 17), 0),
+        ((17, 104 * 17), 0),
+        ((4099, 31), 3),
+        ((36, 2203), 3),
+    ],
+)
+@pytest.mark.parametrize("crop_size", [48, 224])
+def test_the_crop_of_a_very_long_image_is_that_of_the_whole_one(size, tolerance, crop_size):
+    image = noise(*size)
+    crop, whole = CenterCrops(Pictures([image]), crop_size)[0], pil_views.center_crop(image, crop_size)
+    assert (crop.int() - to_tensor(whole).int()).abs().max() <= tolerance
+
+
+def test_the_crop_of_an_image_up_to_32_times_as_long_as_wide_is_the_official_one():
+    for size in ((32 * 13, 13), (13, 33 * 13 - 1)):
+        crop = CenterCrops(Pictures([noise(*size)]), 224)[0]
+        assert torch.equal(crop, to_tensor(pil_views.center_crop(noise(*size), 224)))
+
+
+@pytest.mark.parametrize("size", [(LONG_SIDE, SHORT_SIDE), (SHORT_SIDE, LONG_SIDE), (100_000, 1)])
+def test_a_very_long_image_is_never_resized_as_a_whole(size, monkeypatch):
+    resized = []
+
+    def center_crop(image, size):
+        resized.append(image.size)
+        return image
+
+    monkeypatch.setattr(pil_views, "center_crop", center_crop)
+    CenterCrops(Pictures([Image.new("RGB", size)]), 224)[0]
+    assert max(resized[0]) < 36 * min(size) and min(resized[0]) == min(size)
+
+
+# --- The scan
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_scan_lists_what_cannot_be_read_and_what_is_there_twice(tmp_path, kind):
+    source = open_images(str(write(tmp_path / "data", kind)))
+    found = scan_images(source, num_workers=0, description="train")
+    counts = {problem: files.count for problem, files in found.report.problems.items()}
+    assert counts == {problem: int(problem == KINDS[kind].problem) for problem in PROBLEMS}
+    for files in found.report.problems.values():
+        for file in files.first:
+            assert f"/{KINDS[kind].name}: " in file and KINDS[kind].reason in file
+    assert found.report.images == 4 + (kind in READABLE) + (kind in UNREADABLE)
+    again = [[Path(name).name for name in group.first] for group in copies_inside(found).largest]
+    assert again == ([["again.png", "good0.png"]] if kind == "duplicate" else [])
