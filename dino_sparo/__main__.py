@@ -3,9 +3,7 @@
 import importlib
 import json
 import logging
-import multiprocessing
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -15,13 +13,13 @@ from typing import Any, get_type_hints
 
 from dino_sparo import options as opt
 from dino_sparo.config import parse_options, recipes
-from dino_sparo.errors import StuckError, UserError
+from dino_sparo.errors import EXIT_STOPPED, EXIT_USER_ERROR, StoppedError, StuckError, UserError
+from dino_sparo.processes import end_at_once, end_with_launcher, leave_note
 
 DISTRIBUTED = ("pretrain", "knn", "linear")  # these run in several processes; check tells what such would do
 # What the first argument without a name stands for.
 POSITIONAL = {"knn": "--run", "linear": "--run", "export": "--run", "prepare": "--source"}
 POSITIONALS = {"compare": "--runs"}  # what all arguments without a name stand for
-EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 RANK = int(os.environ.get("RANK", "0"))  # as torchrun sets it
 
@@ -90,7 +88,7 @@ COMMANDS = {
         opt.BenchOptions,
         "dino_sparo.bench:bench",
         "dino-sparo bench [--key VALUE ...]",
-        "time and memory of the read-out, a million images, k-NN and probes",
+        "time and memory of the read-out, a million images, k-NN, probes, and safety",
     ),
 }
 
@@ -98,18 +96,28 @@ COMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status.
 
-    0 done, 1 `check` has found a problem, 2 the user's mistake, 130 interrupted.
+    0 done, 1 `check` has found a problem, 2 the user's mistake, 75 told to stop by a signal and all is saved
+    (the same command goes on), 130 interrupted.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(overview())
         return 0
+    if "RANK" in os.environ:
+        end_with_launcher()
     try:
-        return run_command(arguments[0], arguments[1:])
+        status = run_command(arguments[0], arguments[1:])
+        if RANK == 0:
+            leave_note("done", status == 0)
+        return status
     except UserError as error:
-        if speaks_for_all():
-            print(f"dino-sparo: error: {error}", file=sys.stderr)
+        report(error)
         return leave(EXIT_USER_ERROR, at_once=isinstance(error, StuckError))
+    except StoppedError as stopped:
+        if RANK == 0:
+            print(f"dino-sparo: {stopped}; the same command goes on from there", file=sys.stderr)
+            leave_note("stopped", str(stopped))
+        return leave(EXIT_STOPPED, at_once=True)
     except KeyboardInterrupt:
         goes_on = arguments[0] in ("pretrain", "demo", "prepare", "knn", "linear")
         hint = "; the same command goes on where it stopped" if goes_on else ""
@@ -119,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception:
         if speaks_for_all():
             raise
-        return leave(EXIT_USER_ERROR)  # what this process saw was only the end of another
+        return leave(EXIT_USER_ERROR)  # what this process saw was only the end of another one
 
 
 def overview() -> str:
@@ -131,8 +139,18 @@ def overview() -> str:
     )
 
 
+def report(error: UserError) -> None:
+    """Show what ends the run; of torchrun's processes one does."""
+    if "torch" in sys.modules:
+        from dino_sparo import distributed
+
+        distributed.report(error)
+    elif speaks_for_all():
+        print(f"dino-sparo: error: {error}", file=sys.stderr)
+
+
 def speaks_for_all() -> bool:
-    """Whether this process reports what ends the run; of torchrun's processes one does."""
+    """Whether this process shows the traceback of what ends the run."""
     if "torch" in sys.modules:
         from dino_sparo import distributed
 
@@ -147,13 +165,9 @@ def leave(status: int, *, at_once: bool = False) -> int:
 
     An open connection may not let one of several processes go, nor a data worker whose disk hangs.
     """
-    if "RANK" not in os.environ and not at_once:
-        return status
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # or torch would report their death
-    for child in multiprocessing.active_children():
-        child.kill()
-    sys.stderr.flush()
-    os._exit(status)
+    if "RANK" in os.environ or at_once:
+        end_at_once(status)
+    return status
 
 
 def run_command(name: str, arguments: list[str]) -> int:
@@ -175,7 +189,7 @@ def run_command(name: str, arguments: list[str]) -> int:
             raise UserError(
                 f"--nproc {num_processes} under torchrun would start processes twice; leave it out"
             )
-        from dino_sparo.distributed import launch
+        from dino_sparo.launch import launch
 
         return launch(num_processes, [name, *_without(arguments, "--nproc"), "--nproc=1"])
     level = logging.INFO if RANK == 0 else logging.ERROR

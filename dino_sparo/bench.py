@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dino_sparo.bench_index import bench_index
 from dino_sparo.bench_knn import bench_knn
 from dino_sparo.bench_probes import bench_probes
+from dino_sparo.bench_safety import bench_safety
 from dino_sparo.device import choose_device, wait_for
 from dino_sparo.models import Sparo
 from dino_sparo.models.encoder import ARCHITECTURES
@@ -39,6 +40,8 @@ def bench(options: BenchOptions) -> None:
         bench_index(options.index_files, options.index_processes, options.index_workers)
     elif options.what == "probes":
         bench_probes(options.batch_size, options.rounds, options.device)
+    elif options.what == "safety":
+        bench_safety(options.recipe, options.rounds)
     elif options.what == "knn":
         bench_knn(options.knn_train, options.knn_test, options.knn_width, options.rounds, options.device)
     else:

@@ -24,7 +24,6 @@ from dino_sparo.errors import UserError
 from dino_sparo.measure import (
     Loading,
     Stepping,
-    checkpoint_bytes,
     count_flops,
     count_parameters,
     measure_loading,
@@ -36,7 +35,7 @@ from dino_sparo.training.checkpoint import KEEP_LAST
 from dino_sparo.training.precision import choose_precision, set_numerics
 from dino_sparo.training.rundir import check_same_experiment, config_of
 from dino_sparo.training.setup import build_schedules, open_data, prefetched_bytes
-from dino_sparo.training.state import build_state
+from dino_sparo.training.state import build_state, checkpoint_bytes
 
 LOADING_SECONDS = 10.0
 LOADING_BATCH = 8  # images; the speed is that of any batch, and it comes sooner

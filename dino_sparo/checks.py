@@ -10,7 +10,8 @@ from dino_sparo.options import ArchOptions, PretrainOptions
 SPARO_FIELDS = ("num_slots", "slot_dim", "key_dim", "group_size")
 ZERO_ALLOWED = (
     "num_local_crops", "warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer_epochs",
-    "clip_norm", "knn_every_epochs", "num_workers", "checkpoint_every_epochs", "checkpoint_every_minutes",
+    "clip_norm", "max_bad_steps", "knn_every_epochs", "num_workers", "checkpoint_every_epochs",
+    "checkpoint_every_minutes",
     "keep_every_epochs", "final_lr", "weight_decay", "final_weight_decay", "drop_path_rate",
 )  # fmt: skip
 MAX_DATA_TIMEOUT = 1500

@@ -1,17 +1,13 @@
 """The only place that speaks to other processes. One process is world size 1, on the same code path.
 
-Processes are torchrun's: one a GPU, numbered by the environment it sets. `launch` starts them on this
-machine through torch's own launcher.
+Processes are torchrun's: one a GPU, numbered by the environment it sets.
 """
 
-import logging
 import os
 import sys
-import tempfile
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -19,17 +15,16 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel
 
-from dino_sparo.errors import UserError
+from dino_sparo.errors import EXIT_USER_ERROR, PeerLostError, StoppedError, UserError
+from dino_sparo.processes import PeerWatch, end_at_once, leave_note
 
 Result = TypeVar("Result")
 
 PATIENCE = timedelta(minutes=30)  # how long a process waits for the others; they all work alike
 HEARTBEAT_SECONDS = 5.0
+LOST_SECONDS = 2.0  # between an error of the connection and the end of the process that caused it
 FAILED = "failed"  # key in the store: the number of the process that speaks about a failure
 
 _store: list[dist.Store] = []  # of the process group, while there is one
@@ -55,11 +50,39 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+class Group:
+    """The processes of one run.
+
+    Attributes:
+        at: how far this process has come, for messages, such as `step 37`.
+    """
+
+    def __init__(self) -> None:
+        self.at = ""
+
+    def lost(self, ranks: Sequence[int]) -> PeerLostError:
+        """The error for processes that have ended without a word; none here: those of another machine."""
+        who = ", ".join(f"process {number}" for number in ranks) or "a process of another machine"
+        return PeerLostError(
+            f"{who} of {world_size()} ended without a word{f' at {self.at}' if self.at else ''} (killed, "
+            f"often for want of memory); the same command goes on from the last checkpoint",
+            self.at,
+        )
+
+
 @contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """Join the processes that torchrun started: NCCL between GPUs, gloo on CPUs; nothing to do for one."""
+def process_group(device: torch.device) -> Iterator[Group]:
+    """Join the processes that torchrun started: NCCL between GPUs, gloo on CPUs; nothing to do for one.
+
+    None of them outlives its launcher, and none waits for one of this machine that is gone.
+
+    Raises:
+        UserError: what was raised within, with the number of this process and where it was.
+        PeerLostError: another process has ended without a word.
+    """
+    group = Group()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield
+        yield group
         return
     store, number, size = next(dist.rendezvous("env://", timeout=PATIENCE))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -67,11 +90,46 @@ def process_group(device: torch.device) -> Iterator[None]:
         backend, store=dist.PrefixStore("group", store), rank=number, world_size=size, timeout=PATIENCE
     )
     _store.append(store)
-    yield
-    # After an error the other processes may never come: the end of this one is all that is left to do.
-    dist.barrier()
+    watch = PeerWatch(_peers(), lambda gone: _end_without(group.lost(gone)))
+    try:
+        yield group
+        dist.barrier()
+    except StoppedError:
+        watch.close()
+        raise
+    except UserError as error:
+        if group.at:
+            error.args = (f"{error} (process {number} at {group.at})",)
+        raise
+    except Exception as error:  # of the connection, if another process is gone
+        gone = watch.gone(wait_seconds=LOST_SECONDS)
+        elsewhere = size > local_world_size() and ("gloo" in str(error) or isinstance(error, dist.DistError))
+        if not gone and not elsewhere:
+            raise
+        raise group.lost(gone) from error
+    # Only after the end: on an error the other processes may never come.
+    watch.close()
     _store.clear()
     dist.destroy_process_group()
+
+
+def _end_without(error: PeerLostError) -> None:
+    """End this process, wherever it is, since it would wait for one that is gone."""
+    report(error)
+    end_at_once(EXIT_USER_ERROR)
+
+
+def report(error: UserError) -> None:
+    """Show what ends the run, if this process speaks for all; our launcher knows more of a lost one."""
+    if speaks_for_all() and not (isinstance(error, PeerLostError) and leave_note("lost", error.at)):
+        print(f"dino-sparo: error: {error}", file=sys.stderr)
+
+
+def _peers() -> dict[int, int]:
+    """The other processes of this machine: process identifiers by rank."""
+    machine = os.environ.get("GROUP_RANK", "0")
+    everyone = gather_objects((machine, os.getpid()))
+    return {n: pid for n, (where, pid) in enumerate(everyone) if where == machine and n != rank()}
 
 
 def speaks_for_all(patience_seconds: float = 3.0) -> bool:
@@ -92,6 +150,31 @@ def speaks_for_all(patience_seconds: float = 3.0) -> bool:
         return _store[0].compare_set(FAILED, "", str(number)) == str(number).encode()
     except dist.DistError:  # the launcher, which keeps the store, is gone
         return number == 0
+
+
+class Agreement:
+    """Whether any process has said yes: known at the next question, so that nobody waits in between."""
+
+    def __init__(self) -> None:
+        self._votes: tuple[dist.Work, Tensor] | None = None
+
+    def ask(self, yes: bool) -> bool:
+        """Say yes or no; the answer is to the question before. Alone, a process decides at once."""
+        if not dist.is_initialized():
+            return yes
+        agreed = False
+        if self._votes is not None:
+            work, votes = self._votes
+            work.wait()
+            agreed = bool(votes.item())
+        votes = torch.tensor([int(yes)])
+        self._votes = dist.all_reduce(votes, dist.ReduceOp.MAX, async_op=True), votes
+        return agreed
+
+
+def any_rank(flag: Tensor) -> Tensor:
+    """Whether a flag (a scalar) is set in any process: one on the same device, in every process."""
+    return sum_over_ranks(flag.int()) > 0
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
@@ -183,42 +266,3 @@ def unsynchronized(module: nn.Module, unless: bool) -> AbstractContextManager[An
     if unless or not isinstance(module, DistributedDataParallel):
         return nullcontext()
     return module.no_sync()
-
-
-def launch(num_processes: int, arguments: list[str]) -> int:
-    """Run `python -m dino_sparo ARGUMENTS` in so many processes on this machine; returns the exit status.
-
-    Raises:
-        UserError: one of them was ended by a signal.
-
-
-    The same as `torchrun --standalone --nproc-per-node N -m dino_sparo ARGUMENTS`, without its own report
-    beside that of the process that failed.
-    """
-    logging.disable(logging.ERROR)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
-    try:
-        with tempfile.TemporaryDirectory(prefix="dino_sparo_") as logs:
-            config = LaunchConfig(
-                min_nodes=1,
-                max_nodes=1,
-                nproc_per_node=num_processes,
-                run_id=uuid.uuid4().hex,
-                rdzv_backend="c10d",
-                rdzv_endpoint="localhost:0",
-                max_restarts=0,
-                logs_specs=DefaultLogsSpecs(log_dir=logs),  # nothing is kept there, but the folder must be
-            )
-            elastic_launch(config, sys.executable)("-m", "dino_sparo", *arguments)
-    except ChildFailedError as error:
-        number, failure = error.get_first_failure()
-        if failure.exitcode > 0:
-            return failure.exitcode
-        raise UserError(
-            f"process {number} was ended by {failure.signal_name()}, often for want of memory; the same "
-            f"command goes on from the last checkpoint"
-        ) from error
-    except SignalException as error:
-        return 128 + error.sigval
-    return 0

@@ -1,8 +1,14 @@
-"""Errors that are the user's to mend: shown as one sentence, without a traceback."""
+"""How a program ends otherwise than well: errors that are the user's to mend, and being told to stop."""
+
+EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: not done yet, try again
 
 
 class UserError(ValueError):
-    """A mistake in a recipe, on the command line or in the data; the message says how to mend it."""
+    """A mistake in a recipe, on the command line or in the data; the message says how to mend it.
+
+    It is shown as one sentence, without a traceback.
+    """
 
 
 class UserFileNotFoundError(UserError, FileNotFoundError):
@@ -11,3 +17,19 @@ class UserFileNotFoundError(UserError, FileNotFoundError):
 
 class StuckError(UserError):
     """A process of ours has failed so that one must not wait for it: after the message the program ends."""
+
+
+class PeerLostError(StuckError):
+    """Another process of the run has ended without a word.
+
+    Attributes:
+        at: how far this process had come.
+    """
+
+    def __init__(self, message: str, at: str) -> None:
+        super().__init__(message)
+        self.at = at
+
+
+class StoppedError(Exception):
+    """A signal has told the run to stop, and everything is saved."""

@@ -19,7 +19,7 @@ from dino_sparo.models.encoder import DinoModel
 from dino_sparo.training.precision import autocast
 from dino_sparo.training.pretrain import train_step
 from dino_sparo.training.schedules import Hyperparameters
-from dino_sparo.training.state import TrainState, capture_state
+from dino_sparo.training.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -131,19 +131,6 @@ def count_flops(student: DinoModel, sizes: list[tuple[int, int]]) -> dict[str, f
     }
     student.zero_grad(set_to_none=True)
     return counted
-
-
-def checkpoint_bytes(state: TrainState) -> int:
-    """Size of one checkpoint, once the optimiser has made a step."""
-
-    def size(value: Any) -> int:
-        if isinstance(value, Tensor):
-            return value.nbytes
-        if isinstance(value, dict):
-            return sum(map(size, value.values()))
-        return 0
-
-    return size(capture_state(state))
 
 
 def private_bytes(pid: int | None) -> int:

@@ -148,6 +148,9 @@ class OptimOptions:
     """Epochs in which the prototypes do not learn."""
     teacher_momentum: float
     """Momentum of the teacher at the start; rises to 1 on a cosine."""
+    max_bad_steps: int
+    """Steps whose loss or gradients are not finite that a start skips before it ends; overflows of fp16,
+    which only lower the loss scale, are no such steps."""
 
 
 @dataclass
@@ -395,11 +398,13 @@ class LinearOptions:
 @dataclass
 class BenchOptions:
     """Time and memory of the SPARO read-out against its direct form and the block it replaces, of starting on
-    a folder of many images, of the search of nearest neighbours, or of many linear probes against one."""
+    a folder of many images, of the search of nearest neighbours, of many linear probes against one, or of
+    what lets a run be stopped, watched and saved."""
 
-    what: Literal["readout", "index", "knn", "probes"] = "readout"
+    what: Literal["readout", "index", "knn", "probes", "safety"] = "readout"
     """What to measure; the fields below are of the read-out, those with `index_` of the index, those with
-    `knn_` of the search, which also takes rounds and device; probes take batch_size, rounds and device."""
+    `knn_` of the search, which also takes rounds and device; probes take batch_size, rounds and device;
+    safety takes recipe and rounds."""
     batch_size: int = 16
     """Images a pass."""
     num_tokens: int = 197
@@ -412,6 +417,8 @@ class BenchOptions:
     """Training processes that start together."""
     index_workers: int = 2
     """Worker processes of each."""
+    recipe: str = "photos_sparo"
+    """Recipe whose steps are timed, on random crops."""
     knn_train: int = 200_000
     """Generated features to search, in a folder for temporary files."""
     knn_test: int = 10_000

@@ -4,6 +4,7 @@ import hashlib
 import os
 import pickle
 import resource
+import shutil
 import subprocess
 
 import pytest
@@ -133,7 +134,7 @@ def test_a_file_that_cannot_be_written_whole_leaves_the_old_ones(tmp_path, limit
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
     try:
         with pytest.raises(
-            UserError, match=r"step_000000003\.pt cannot be written \(.*\); make room or give"
+            UserError, match=r"step_000000003\.pt \(\d+ bytes\) cannot be written \(.*\); make room or give"
         ):
             save_steps(tmp_path, 3)
     finally:
@@ -146,6 +147,16 @@ def test_a_file_that_cannot_be_written_whole_leaves_the_old_ones(tmp_path, limit
 def test_a_folder_that_is_a_file_is_told(tmp_path):
     (tmp_path / "checkpoints").write_text("")
     with pytest.raises(
-        UserError, match=r"step_000000001\.pt cannot be written \(.*\); make room or give rights"
+        UserError,
+        match=r"step_000000001\.pt \(\d+ bytes\) cannot be written \(.*\); make room or give",
     ):
         save_steps(tmp_path, 1)
+
+
+def test_room_is_looked_for_before_writing(tmp_path, monkeypatch):
+    save_steps(tmp_path, 1)
+    before = names(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    with pytest.raises(UserError, match=r"a checkpoint needs \d+ bytes .* but only 10 .* make room"):
+        save_steps(tmp_path, 2)
+    assert names(tmp_path) == before and load_latest(tmp_path)["step"] == 1

@@ -91,6 +91,7 @@ def test_recipe_has_the_published_numbers():
         "clip_norm": 3.0,
         "freeze_last_layer_epochs": 1,
         "teacher_momentum": 0.996,
+        "max_bad_steps": 0,
     }
 
 

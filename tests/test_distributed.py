@@ -21,6 +21,7 @@ from dino_sparo.training import pretrain as program
 from dino_sparo.training.bad_images import BadImages
 from dino_sparo.training.checkpoint import load_latest
 from dino_sparo.training.runlog import read_metrics
+from tests.running import children, is_gone, logged
 from tests.tiny import state_hash, tiny_arguments, tiny_options, write_pictures
 
 NUM_IMAGES, TOTAL_STEPS = 44, 15  # batch 8: five steps an epoch, three epochs
@@ -66,32 +67,6 @@ def run_until(step: int, processes: int, pictures: Path, run_dir: Path, **change
         for group in (process.pid, *children(process.pid)):  # each process leads a group of its own
             os.killpg(os.getpgid(group), signal.SIGKILL)
         process.wait()
-
-
-def children(pid: int) -> list[int]:
-    """Processes that this one has started."""
-    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, check=False).stdout
-    return [*map(int, found.split())]
-
-
-def is_gone(pid: int) -> bool:
-    """Whether a process has ended, within some seconds, if only its parent would look."""
-    stat = Path(f"/proc/{pid}/stat")
-    for _ in range(100):
-        try:
-            if stat.read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except OSError:
-            return True
-        time.sleep(0.1)
-    return False
-
-
-def logged(run_dir: Path) -> list[dict]:
-    try:
-        return read_metrics(run_dir)
-    except (OSError, ValueError):
-        return []
 
 
 def curve(run_dir: Path) -> list[float]:

@@ -1,10 +1,12 @@
 """Mixed precision, loss scaling, and the steps that are skipped."""
 
 import contextlib
+import math
 
 import pytest
 import torch
 
+from dino_sparo.distributed import Group
 from dino_sparo.training import precision, setup
 from dino_sparo.training import pretrain as program
 from dino_sparo.training.checkpoint import load_latest
@@ -14,6 +16,7 @@ from dino_sparo.training.rundir import config_of
 from dino_sparo.training.runlog import read_metrics
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.state import TrainState, build_state, capture_state
+from dino_sparo.training.stopping import StopSignals
 from tests.tiny import state_hash, tiny_options, write_pictures
 
 CPU = torch.device("cpu")
@@ -72,7 +75,7 @@ def test_the_scale_follows_torchs_rule(monkeypatch):
             parameter.grad.fill_(torch.inf)
         theirs.step(optimizer)
         theirs.update()
-        ours.update(torch.tensor(finite))
+        ours.update(torch.tensor(finite), torch.tensor(not finite))
         seen.append(ours.scale.item())
         assert ours.scale.item() == theirs.get_scale()
     assert max(seen) == 4 * INITIAL_SCALE and seen[-1] == INITIAL_SCALE
@@ -80,19 +83,19 @@ def test_the_scale_follows_torchs_rule(monkeypatch):
 
 def test_an_overflow_skips_optimiser_teacher_and_centre_together_and_is_counted(state):
     step(state)
-    assert state.skipped.tolist() == [0, 0]
+    assert state.overflows.tolist() == [0, 0]
     before = state_hash(snapshot(state))
     state.loss_scale.scale.fill_(2.0**120)  # every gradient overflows in half precision
     output = step(state)
     assert output.loss.isfinite() and not output.gradient_norms.isfinite().all()
     assert state_hash(snapshot(state)) == before
-    assert state.skipped.tolist() == [1, 1] and state.loss_scale.scale.item() == 2.0**119
+    assert state.overflows.tolist() == [1, 1] and state.loss_scale.scale.item() == 2.0**119
     step(state)
-    assert state.skipped.tolist() == [2, 2]
+    assert state.overflows.tolist() == [2, 2]
     state.loss_scale.scale.fill_(LOW_SCALE)
     step(state)
     assert state_hash(snapshot(state)) != before
-    assert state.skipped.tolist() == [2, 0]
+    assert state.overflows.tolist() == [2, 0]
 
 
 def test_a_step_without_overflow_moves_every_part(state):
@@ -116,17 +119,34 @@ def test_zero_features_give_no_nan(state):
     assert all(value.isfinite().all() for value in state.teacher.parameters())
 
 
-def test_micro_batches_that_overflow_in_part_are_skipped_as_a_whole(state):
+@pytest.mark.parametrize("scaling", [True, False])
+def test_a_micro_batch_whose_numbers_go_wrong_spoils_the_whole_step(state, scaling):
+    state.loss_scale.enabled = scaling
+    object.__setattr__(state, "max_bad_steps", 2)
     step(state)
-    before = state_hash(snapshot(state))
-    good, bad = torch.randn(2, 3, 3, 16, 16), torch.full((2, 3, 3, 16, 16), 1e30)
+    before, scale = state_hash(snapshot(state)), state.loss_scale.scale.item()
+    good, bad = torch.randn(2, 3, 3, 16, 16), torch.full((2, 3, 3, 16, 16), math.nan)
     plain = contextlib.nullcontext()
-    for batches in ([good, bad], [bad, good]):
+    for number, batches in enumerate(([good, bad], [bad, good]), start=1):
         train_step(state, iter([[crops] for crops in batches]), 2, HYPER, clip_norm=3.0, autocast=plain)
         assert state_hash(snapshot(state)) == before
-    assert state.skipped.tolist() == [2, 2]
+        assert state.bad_steps.tolist() == [number, number]
+    assert state.overflows.tolist() == [0, 0] and state.loss_scale.scale.item() == scale
     train_step(state, iter([[good], [good]]), 2, HYPER, clip_norm=3.0, autocast=plain)
-    assert state_hash(snapshot(state)) != before and state.skipped.tolist() == [2, 0]
+    assert state_hash(snapshot(state)) != before and state.bad_steps.tolist() == [2, 2]
+
+
+def test_after_one_bad_step_too_many_nothing_changes(state):
+    step(state)
+    before, good, bad = (
+        state_hash(snapshot(state)),
+        torch.randn(2, 3, 3, 16, 16),
+        torch.full((2, 3, 3, 16, 16), math.nan),
+    )
+    for crops in (bad, good, bad, good):  # the host looks one step late, if not later
+        train_step(state, iter([[crops]]), 1, HYPER, clip_norm=3.0, autocast=contextlib.nullcontext())
+        assert state_hash(snapshot(state)) == before
+        assert state.bad_steps.tolist() == [1, 1] and state.overflows.tolist() == [0, 0]
 
 
 def test_fp16_run_is_near_fp32_and_goes_on_bit_for_bit(tmp_path, monkeypatch, low_scale):
@@ -176,8 +196,9 @@ def test_a_run_may_change_its_precision(tmp_path):
         assert run.first_step == 2 * (epochs - 1) and run.precision == name
         assert run.state.loss_scale.scale.item() == (INITIAL_SCALE if name == "fp16" else 1)
         object.__setattr__(run, "total_steps", 2 * epochs)
+        run.run_dir.mkdir(exist_ok=True)
         program.start_run_dir(run.run_dir, run.config, {})
-        program.train(run, iter(setup.training_batches(run)))
+        program.train(run, iter(setup.training_batches(run)), StopSignals(), Group())
 
 
 def test_auto_is_fp32_on_a_cpu():

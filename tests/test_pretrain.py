@@ -7,13 +7,16 @@ import logging
 import math
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dino_sparo.data.loader import BatchOrder
 from dino_sparo.errors import UserError
+from dino_sparo.training import checkpoint
 from dino_sparo.training import pretrain as program
 from dino_sparo.training.checkpoint import load_latest
 from dino_sparo.training.loss import DINOLoss
@@ -23,13 +26,13 @@ from dino_sparo.training.runlog import RunLog, read_metrics
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.setup import build_schedules
 from dino_sparo.training.state import build_state
-from tests.tiny import tiny_options, write_pictures
+from tests.tiny import state_hash, tiny_options, write_pictures
 
 SCALARS = {
     *("loss", "lr", "weight_decay", "momentum", "teacher_temp", "student_temp", "gradient_norm"),
     *("gradient_norm_max", "entropy_teacher", "entropy_mean", "kl", "center_norm", "feature_std"),
     *("images_per_second", "data_wait_share", "log_share", "memory_gib", "slot_entropy", "slot_cls_share"),
-    *("loss_scale", "skipped_steps", "bad_images"),
+    *("loss_scale", "overflows", "bad_steps", "bad_images"),
 }
 
 
@@ -200,34 +203,69 @@ def test_progress_bar_on_a_terminal(tmp_path, monkeypatch):
         assert words in shown, words
 
 
-def test_steps_without_finite_gradients_change_nothing_and_end_the_run(tmp_path, monkeypatch):
-    write_pictures(tmp_path / "data", 8)
-    original, steps = DINOLoss.forward, []
+@pytest.fixture
+def wrong(monkeypatch):
+    """Makes the loss of some steps NaN, or only its gradients."""
 
-    def forward(self, student, *rest):
-        steps.append(1)
-        loss = original(self, student, *rest)
-        return loss * math.nan if len(steps) >= 3 else loss
+    def patch(what: str, *wrong_steps: int):
+        original, steps = DINOLoss.forward, []
 
-    options = tiny_options(
-        tmp_path / "data", tmp_path / "run", optim__epochs=20, log__checkpoint_every_minutes=1e-9
-    )
-    monkeypatch.setattr(program, "MAX_SKIPPED", 4)
-    with monkeypatch.context() as patch:
-        patch.setattr(DINOLoss, "forward", forward)
-        with pytest.raises(UserError, match=r"no finite gradient in 4 steps \(loss nan\) at step 6"):
-            program.pretrain(options)
-    before, after = (torch.load(tmp_path / "run" / "checkpoints" / f"step_00000000{n}.pt") for n in (4, 5))
-    assert after["skipped"].tolist() == [3, 3] and before["skipped"].tolist() == [2, 2]
-    for part in ("student", "teacher"):
-        assert all(torch.equal(before[part][name], value) for name, value in after[part].items())
-    assert torch.equal(before["center"], after["center"])
-    # Two steps are counted; of the prototypes, frozen in the first two, none.
-    assert {state["step"].item() for state in after["optimizer"]["state"].values()} == {0.0, 2.0}
-    program.pretrain(options)  # the cause is gone: it goes on from the last finite state
-    state = load_latest(tmp_path / "run")
-    assert state["step"] == 40 and state["skipped"].tolist() == [3, 0]
-    assert [e["skipped_steps"] for e in read_metrics(tmp_path / "run")] == [0, 0, 1, 2] + [3] * 36
+        def forward(self, student, *rest):
+            steps.append(1)
+            if len(steps) not in wrong_steps:
+                return original(self, student, *rest)
+            if what == "loss":
+                return original(self, student, *rest) * math.nan
+            return original(self, student * 1, *rest) + (student - student.detach()).sum() * 1e38 * 1e38
+
+        context = monkeypatch.context()
+        with_patch = context.__enter__()
+        with_patch.setattr(DINOLoss, "forward", forward)
+        return context
+
+    return patch
+
+
+@pytest.fixture
+def eight(tmp_path):
+    write_pictures(tmp_path / "data", 8)  # two steps an epoch, three epochs
+    return lambda name, **changes: tiny_options(tmp_path / "data", tmp_path / name, **changes)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradients"])
+def test_a_step_whose_numbers_go_wrong_ends_the_run_and_the_state_before_it_is_kept(
+    what, eight, wrong, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(checkpoint, "KEEP_LAST", 100)
+    program.pretrain(eight("whole", log__checkpoint_every_minutes=1e-9))
+    options = eight("run")
+    context = wrong(what, 4)
+    with pytest.raises(UserError, match=f"step 4: {what} not finite; its images are in .*bad_steps.jsonl"):
+        program.pretrain(options)
+    context.__exit__(None, None, None)
+    kept, expected = load_latest(tmp_path / "run"), tmp_path / "whole" / "checkpoints" / "step_000000003.pt"
+    assert state_hash(kept) == state_hash(torch.load(expected))
+    noted = [json.loads(line) for line in (tmp_path / "run" / "bad_steps.jsonl").read_text().splitlines()]
+    assert [(entry["step"], entry["cause"]) for entry in noted] == [(4, what)]
+    order = BatchOrder(num_samples=8, global_batch_size=4, epochs=3, seed=options.seed, first_step=3)
+    assert noted[0]["samples"] == [number for _, number in next(iter(order))]
+    assert [Path(name).name for name in noted[0]["images"]] == [f"{n:03d}.png" for n in noted[0]["samples"]]
+    program.pretrain(options)  # the cause is gone
+    assert state_hash(load_latest(tmp_path / "run")) == state_hash(load_latest(tmp_path / "whole"))
+
+
+def test_some_bad_steps_may_be_skipped(eight, wrong, tmp_path, caplog):
+    context = wrong("loss", 3, 4, 6)
+    options = eight("run", optim__max_bad_steps=2, optim__epochs=4)
+    with pytest.raises(UserError, match=r"step 6: loss not finite.*max_bad_steps 3 to skip such"):
+        program.pretrain(options)
+    context.__exit__(None, None, None)
+    assert caplog.text.count("it is skipped") == 2
+    assert load_latest(tmp_path / "run")["step"] == 5
+    program.pretrain(eight("run", optim__max_bad_steps=3, optim__epochs=4))  # it may change in a run
+    entries = read_metrics(tmp_path / "run")
+    assert [entry["bad_steps"] for entry in entries] == [0, 0, 1, 2, 2, 0, 0, 0]
+    assert math.isnan(entries[2]["loss"]) and math.isfinite(entries[4]["loss"])
 
 
 def test_state_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):
@@ -241,7 +279,7 @@ def test_state_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):
         return output
 
     monkeypatch.setattr(program, "train_step", poisoned)
-    with pytest.raises(UserError, match="a parameter is no longer finite at step 2: the run has diverged"):
+    with pytest.raises(UserError, match="a parameter is no longer finite at step 1: the run has diverged"):
         program.pretrain(tiny_options(tmp_path / "data", tmp_path / "run"))
     assert load_latest(tmp_path / "run") is None
 

@@ -1,6 +1,5 @@
 """A run that is interrupted and started again ends as if nothing had happened, bit for bit."""
 
-import os
 import random
 import signal
 import subprocess
@@ -15,7 +14,8 @@ from tensorboard.compat.proto.event_pb2 import Event
 from dino_sparo.training import pretrain as program
 from dino_sparo.training.checkpoint import load_latest
 from dino_sparo.training.runlog import read_metrics
-from tests.tiny import state_hash, tiny_arguments, tiny_options, write_pictures
+from tests.running import command, logged
+from tests.tiny import state_hash, tiny_options, write_pictures
 
 NUM_IMAGES, TOTAL_STEPS = 10, 6  # batch 4: two steps an epoch, two images dropped, three epochs
 
@@ -137,34 +137,88 @@ def test_monitoring_and_logging_change_nothing(pictures, uninterrupted, tmp_path
     assert [entry["step"] for entry in evaluations] == [0, 2, 4, 6]
 
 
+@pytest.mark.parametrize("step", [2, 6])
+def test_killed_in_an_evaluation(step, pictures, uninterrupted, tmp_path, monkeypatch):
+    """The checkpoint is written before it, and the next start makes up for it."""
+    write_pictures(tmp_path / "labelled", 30, classes=3)
+    changes = {"monitor__knn_path": tmp_path / "labelled", "monitor__knn_every_epochs": 1}
+    program.pretrain(tiny_options(pictures, tmp_path / "whole", **changes))
+    original = program.evaluate
+
+    def killed(run, run_log, done):
+        if done == step:
+            raise PowerCutError
+        original(run, run_log, done)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "evaluate", killed)
+        with pytest.raises(PowerCutError):
+            program.pretrain(tiny_options(pictures, tmp_path / "run", **changes))
+    assert load_latest(tmp_path / "run")["step"] == step
+    program.pretrain(tiny_options(pictures, tmp_path / "run", **changes))
+    program.pretrain(tiny_options(pictures, tmp_path / "run", **changes))  # it is complete
+    found, expected = (
+        [(e["step"], e["knn20_top1"]) for e in read_metrics(tmp_path / name) if "knn20_top1" in e]
+        for name in ("run", "whole")
+    )
+    assert found == expected and [number for number, _ in found] == [0, 2, 4, 6]
+    assert curve(tmp_path / "run") == curve(uninterrupted)
+
+
 def test_another_seed_is_another_run(pictures, uninterrupted, tmp_path):
     program.pretrain(tiny_options(pictures, tmp_path, seed=1))
     assert state_hash(load_latest(tmp_path)) != state_hash(load_latest(uninterrupted))
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("workers", [0, 2])
-def test_killed_process(workers, pictures, uninterrupted, tmp_path):
-    """SIGKILL at random moments until the run is through."""
-    arguments = tiny_arguments(
-        pictures, tmp_path / "run", machine__num_workers=workers, log__checkpoint_every_minutes=1e-9
+def test_killed_twenty_times(pictures, tmp_path):
+    """SIGKILL at random moments, also while a checkpoint is written, which each step is."""
+    changes = {"optim__epochs": 100, "log__checkpoint_every_minutes": 1e-9}
+    program.pretrain(tiny_options(pictures, tmp_path / "whole", **changes))
+    moments = random.Random(0)
+    for kill in range(21):
+        arguments = command(pictures, tmp_path / "run", machine__num_workers=kill % 3, **changes)
+        with subprocess.Popen(arguments, stderr=subprocess.DEVNULL) as process:
+            if kill == 20:
+                continue  # and to the end
+            before = len(logged(tmp_path / "run"))
+            while process.poll() is None and len(logged(tmp_path / "run")) <= before:
+                time.sleep(0.002)
+            time.sleep(moments.uniform(0, 0.1))
+            assert process.poll() is None, "the run has ended before it could be killed"
+            process.kill()
+    assert process.returncode == 0
+    assert state_hash(load_latest(tmp_path / "run")) == state_hash(load_latest(tmp_path / "whole"))
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+    assert event_steps(tmp_path / "run") == event_steps(tmp_path / "whole")
+
+
+KILLED_IN_SAVE = """
+import os, signal, sys, threading
+from dino_sparo.__main__ import main
+flush, calls = os.fsync, []
+def killing(descriptor):
+    if threading.current_thread() is not threading.main_thread():  # it flushes the log
+        calls.append(1)
+    if len(calls) == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    flush(descriptor)
+os.fsync = killing
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("call", [4, 5, 6])  # second checkpoint: the file, its hash, the folder
+def test_killed_inside_a_save(call, pictures, uninterrupted, tmp_path):
+    arguments = command(pictures, tmp_path, log__checkpoint_every_minutes=1e-9)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_IN_SAVE, str(call), *arguments[3:]],
+        stderr=subprocess.DEVNULL,
+        check=False,
     )
-    command = [sys.executable, "-m", "dino_sparo", "pretrain", *arguments]
-    moments = random.Random(workers)
-    kills = 0
-    for _ in range(40):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
-        metrics = tmp_path / "run" / "metrics.jsonl"
-        before = metrics.read_text() if metrics.exists() else ""
-        while process.poll() is None and (not metrics.exists() or metrics.read_text() == before):
-            time.sleep(0.005)
-        time.sleep(moments.uniform(0, 0.05))
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            kills += 1
-        if process.wait() == 0:
-            break
-    assert process.returncode == 0 and kills >= 2
-    assert state_hash(load_latest(tmp_path / "run")) == state_hash(load_latest(uninterrupted))
-    assert curve(tmp_path / "run") == curve(uninterrupted)
-    assert event_steps(tmp_path / "run") == event_steps(uninterrupted)
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / "checkpoints" / "writing.tmp").exists() == (call < 6)
+    assert load_latest(tmp_path)["step"] == (1 if call < 6 else 2)
+    subprocess.run(arguments, check=True, capture_output=True)
+    assert state_hash(load_latest(tmp_path)) == state_hash(load_latest(uninterrupted))
+    assert curve(tmp_path) == curve(uninterrupted)

@@ -1,13 +1,16 @@
 """The launchers: one machine through --nproc, several through SLURM's srun and torchrun's rendezvous."""
 
 import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 from dino_sparo.training.checkpoint import load_latest
 from dino_sparo.training.runlog import read_metrics
+from tests.running import environment_of, family, is_gone, wait_for_step
 from tests.tiny import TINY, state_hash, write_pictures
 
 ROOT = Path(__file__).parent.parent
@@ -17,7 +20,9 @@ SRUN = """#!/usr/bin/env bash
 [[ $1 == --kill-on-bad-exit=1 && $2 == --cpus-per-task && $3 == "$SLURM_CPUS_PER_TASK" ]] || exit 1
 shift 3
 for machine in $(seq "$SLURM_NNODES"); do "$@" & done
-wait
+status=0
+for step in $(jobs -p); do wait "$step" || status=$?; done
+exit "$status"
 """
 
 
@@ -41,28 +46,80 @@ def start(script: str, data: Path, folder: Path, **environment: str) -> None:
     assert "2 x cpu, 2 images each" in finished.stderr
 
 
-def test_one_machine_and_two_machines_are_the_same_run(data, tmp_path):
-    start("pretrain_8gpu.sh", data, tmp_path, NPROC="2")
-    for name, text in (("srun", SRUN), ("scontrol", "#!/bin/sh\necho localhost\n")):
-        (tmp_path / "bin").mkdir(exist_ok=True)
+@pytest.fixture
+def slurm(tmp_path) -> dict[str, str]:
+    """The environment of a job on two machines; `scontrol` notes what it is told in `told`."""
+    (tmp_path / "bin").mkdir()
+    scontrol = f"#!/bin/sh\necho localhost\necho $* >> {tmp_path / 'told'}\n"
+    for name, text in (("srun", SRUN), ("scontrol", scontrol)):
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
-    start(
-        "pretrain_slurm.sbatch",
-        data,
-        tmp_path,
-        PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}",
-        RUN_DIR=str(tmp_path / "slurm"),
-        SLURM_SUBMIT_DIR=str(ROOT),
-        SLURM_JOB_NODELIST="machine[1-2]",
-        SLURM_JOB_ID=str(os.getpid()),
-        SLURM_NNODES="2",
-        SLURM_GPUS_ON_NODE="1",
-        SLURM_CPUS_PER_TASK="1",
-    )
+    return {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "RUN_DIR": str(tmp_path / "slurm"),
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_JOB_NODELIST": "machine[1-2]",
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_NNODES": "2",
+        "SLURM_GPUS_ON_NODE": "1",
+        "SLURM_CPUS_PER_TASK": "1",
+    }
+
+
+def test_one_machine_and_two_machines_are_the_same_run(data, slurm, tmp_path):
+    start("pretrain_8gpu.sh", data, tmp_path, NPROC="2")
+    start("pretrain_slurm.sbatch", data, tmp_path, **slurm)
     one, two = load_latest(tmp_path / "runs" / "demo"), load_latest(tmp_path / "slurm")
     assert state_hash(one) == state_hash(two)
     assert len(read_metrics(tmp_path / "slurm")) == 15
+
+
+@pytest.mark.parametrize(
+    ("sent", "restarts", "requeued"),
+    [(signal.SIGUSR1, 0, True), (signal.SIGUSR1, 20, False), (signal.SIGTERM, 0, False)],
+)
+def test_a_job_requeues_itself_before_its_time_is_over(sent, restarts, requeued, data, slurm, tmp_path):
+    run_dir = tmp_path / "slurm"
+    environment = os.environ | slurm | {"RECIPE": "demo", "OMP_NUM_THREADS": "1"}
+    options = [f"--{key}={value}" for key, value in (TINY | {"optim.epochs": "1000"}).items()]
+    with subprocess.Popen(
+        ["bash", str(ROOT / "scripts" / "pretrain_slurm.sbatch"), str(data), *options],
+        env=environment | {"SLURM_RESTART_COUNT": str(restarts)},
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as job:
+        wait_for_step(3, run_dir, job)
+        everyone = family(job.pid)
+        agents = [pid for pid in everyone if b"torchrun" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        for agent in agents[-2:]:  # the steps of the job, not its shell
+            os.kill(agent, sent)
+        said = job.communicate(timeout=120)[1]
+    assert job.returncode != 0 and f"stopped by {sent.name} after step" in said
+    assert all(is_gone(pid) for pid in everyone)
+    assert load_latest(run_dir)["step"] >= 3
+    assert (f"requeue {os.getpid()}" in (tmp_path / "told").read_text()) == requeued
+
+
+def test_a_process_that_dies_on_another_machine_is_told(data, slurm, tmp_path):
+    run_dir = tmp_path / "slurm"
+    options = [f"--{key}={value}" for key, value in (TINY | {"optim.epochs": "1000"}).items()]
+    with subprocess.Popen(
+        ["bash", str(ROOT / "scripts" / "pretrain_slurm.sbatch"), str(data), *options],
+        env=os.environ | slurm | {"RECIPE": "demo", "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as job:
+        wait_for_step(3, run_dir, job)
+        everyone = family(job.pid)
+        ranks = {pid: environment_of(pid).get("RANK") for pid in everyone}
+        os.kill(next(pid for pid, rank in ranks.items() if rank == "1"), signal.SIGKILL)
+        killed = time.monotonic()
+        said = job.communicate(timeout=120)[1]
+    assert time.monotonic() - killed < 30 and all(is_gone(pid) for pid in everyone)
+    assert said.count("a process of another machine of 2 ended without a word at step ") == 1
+    assert not (tmp_path / "told").read_text().count("requeue")
 
 
 def test_a_missing_folder_is_answered_with_the_usage():

@@ -1,5 +1,7 @@
 """Processes that load images: how many, and which file one of them is at when it dies or hangs."""
 
+import atexit
+import multiprocessing
 import os
 import shutil
 import signal
@@ -13,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from dino_sparo.errors import StuckError, UserError
+from dino_sparo.processes import end_with_parent
 
 IDLE = -1
 
@@ -54,8 +57,12 @@ class WatchedLoader:
 
     def _in_time(self, batches: Iterator[Any]) -> Iterator[Any]:
         for _ in range(len(self.loader)):
-            with at_most(self.timeout_seconds if self.num_workers else 0, self._too_late):
-                batch = next(batches)
+            try:
+                with at_most(self.timeout_seconds if self.num_workers else 0, self._too_late):
+                    batch = next(batches)
+            except StuckError:
+                _end_workers()  # which torch would wait for, one after the other
+                raise
             yield batch
 
     @contextmanager
@@ -72,6 +79,7 @@ class WatchedLoader:
                 raise
             what = f"a process that loads images has died ({error})"
             remedy = "repair the file, or give fewer machine.num_workers if memory or shared memory ran out"
+            _end_workers()
             self._fail(what, remedy, error)
 
     def _too_late(self) -> NoReturn:
@@ -145,9 +153,25 @@ def shared_memory_free() -> int | None:
     return shutil.disk_usage("/dev/shm").free if os.path.exists("/dev/shm") else None
 
 
+@atexit.register  # before Python's own way, which sends a SIGTERM and waits
+def _end_workers() -> None:
+    """A worker that hangs must not keep the program from ending."""
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    if not workers or threading.current_thread() is not threading.main_thread():
+        return
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report their death
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join()
+    signal.signal(signal.SIGCHLD, before)
+
+
 def _start_worker(_worker: int) -> None:
-    """Ctrl-C is the training process's business; its workers end with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Signals are the training process's business, which may need more batches; its workers end with it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    end_with_parent(signal.SIGKILL)
 
 
 def default_workers(processes_here: int = 1) -> int:

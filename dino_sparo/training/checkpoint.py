@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ log = logging.getLogger("dino_sparo")
 
 FORMAT = 2
 FOLDER = "checkpoints"
+TEMPORARY = "writing.tmp"
 KEEP_LAST = 2
 
 
@@ -27,13 +29,14 @@ def save_checkpoint(state: dict[str, Any], run_dir: Path, *, step: int, keep_eve
     whole file or none. The last two are kept, and those at multiples of `keep_every_steps`.
 
     Raises:
-        UserError: the file cannot be written; the older ones are still there.
+        UserError: there is no room, or the file cannot be written; the older ones are still there.
     """
     folder = run_dir / FOLDER
     path = folder / f"step_{step:09d}.pt"
-    temporary = folder / "writing.tmp"
+    temporary = folder / TEMPORARY
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        check_room(run_dir, num_bytes(state))
         with open(temporary, "wb") as file:
             torch.save({"format": FORMAT, **state}, file)
             file.flush()
@@ -44,14 +47,38 @@ def save_checkpoint(state: dict[str, Any], run_dir: Path, *, step: int, keep_eve
     except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
         raise UserError(
-            f"{path} cannot be written ({reason}); make room or give rights there, then the same command "
-            f"goes on from the checkpoint before"
+            f"{path} ({num_bytes(state)} bytes) cannot be written ({reason}); make room or give rights "
+            f"there, then the same command goes on from the checkpoint before"
         ) from error
     for old in _list(run_dir)[:-KEEP_LAST]:
         if not (keep_every_steps and _step(old) % keep_every_steps == 0):
+            old.unlink(missing_ok=True)
             _hash_file(old).unlink(missing_ok=True)
-            old.unlink()
     return path
+
+
+def check_room(run_dir: Path, size: int) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Raises:
+        UserError: naming the folder, and bytes needed and free.
+    """
+    left = run_dir / FOLDER / TEMPORARY  # by a save that was killed; it will be written over
+    free = shutil.disk_usage(run_dir).free + (left.stat().st_size if left.exists() else 0)
+    if size > free:
+        raise UserError(
+            f"{run_dir / FOLDER}: a checkpoint needs {size} bytes ({size / 2**30:.2f} GiB), but only {free} "
+            f"({free / 2**30:.2f} GiB) are free there; make room, then start again"
+        )
+
+
+def num_bytes(state: Any) -> int:
+    """Size of all tensors in nested dictionaries and lists."""
+    if isinstance(state, torch.Tensor):
+        return state.nbytes
+    if isinstance(state, dict):
+        return sum(map(num_bytes, state.values()))
+    return sum(map(num_bytes, state)) if isinstance(state, list) else 0
 
 
 def load_latest(run_dir: Path) -> dict[str, Any] | None:

@@ -58,13 +58,13 @@ class LossScale:
         if self.enabled:
             torch._foreach_mul_(gradients, self.scale.reciprocal())
 
-    def update(self, finite: Tensor) -> None:
-        """Adapt the scale to whether this step's gradients were finite (a scalar)."""
+    def update(self, finite: Tensor, overflow: Tensor) -> None:
+        """Adapt the scale to a step whose gradients were finite, or have overflowed (scalars); or neither."""
         if not self.enabled:
             return
-        good_steps = torch.where(finite, self.good_steps + 1, 0)
-        grows = good_steps == GROWTH_STEPS
-        factor = torch.where(finite, torch.where(grows, 2.0, 1.0), 0.5)
+        good_steps = torch.where(overflow, 0, self.good_steps + finite)
+        grows = finite & (good_steps == GROWTH_STEPS)
+        factor = torch.where(overflow, 0.5, torch.where(grows, 2.0, 1.0))
         self.scale.mul_(factor)
         self.good_steps.copy_(torch.where(grows, 0, good_steps))
 

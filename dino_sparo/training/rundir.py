@@ -1,10 +1,14 @@
 """The run folder: which experiment it holds, and what is written beside the checkpoints."""
 
+import fcntl
 import json
+import logging
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -19,8 +23,20 @@ from dino_sparo.options import PretrainOptions
 
 CONFIG_FILE = "config.yaml"
 STARTS_FILE = "starts.jsonl"
+LOCK_FILE = ".lock"
+MARKER_FILE = "stopped.json"
+log = logging.getLogger("dino_sparo")
+
 SHOWN_CHANGES = 4
-NOT_EXPERIMENT = ("run_dir", "monitor", "machine", "log", "data.path", "data.on_bad_image")
+NOT_EXPERIMENT = (
+    "run_dir",
+    "monitor",
+    "machine",
+    "log",
+    "data.path",
+    "data.on_bad_image",
+    "optim.max_bad_steps",
+)
 PACKAGES = ("dino-sparo", "torch", "torchvision", "timm", "numpy", "pillow")
 
 
@@ -86,20 +102,12 @@ def check_same_images(run_dir: Path, before: dict[str, Any], now: dict[str, Any]
 
 
 def start_run_dir(run_dir: Path, config: dict[str, Any], machine: dict[str, Any]) -> None:
-    """Make the folder, write the resolved recipe, and add this start, on this machine, to the list of starts.
+    """Write the resolved recipe, add this start, on this machine, to the list of starts, remove the marker.
 
     Raises:
-        UserError: the folder cannot be made or written.
+        UserError: the folder cannot be written.
     """
     temporary = run_dir / f"{CONFIG_FILE}.tmp"
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(yaml.safe_dump(config, sort_keys=False))
-    except OSError as error:
-        raise UserError(
-            f"run_dir {str(run_dir)!r} cannot be written ({error.strerror}); choose another folder"
-        ) from error
-    os.replace(temporary, run_dir / CONFIG_FILE)
     start = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -108,13 +116,73 @@ def start_run_dir(run_dir: Path, config: dict[str, Any], machine: dict[str, Any]
         "git": _git_state(),
         **machine,
     }
-    with open(run_dir / STARTS_FILE, "a") as file:
-        file.write(json.dumps(start) + "\n")
+    try:
+        temporary.write_text(yaml.safe_dump(config, sort_keys=False))
+        os.replace(temporary, run_dir / CONFIG_FILE)
+        with open(run_dir / STARTS_FILE, "a") as file:
+            file.write(json.dumps(start) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"run_dir {str(run_dir)!r} cannot be written ({error.strerror}); make room or choose "
+            f"another folder"
+        ) from error
+    (run_dir / MARKER_FILE).unlink(missing_ok=True)
+
+
+def check_untouched(run_dir: Path) -> None:
+    """Refuse a new folder in which another start has trained while this one prepared.
+
+    Raises:
+        UserError: it has.
+    """
+    if (run_dir / CONFIG_FILE).exists():
+        raise UserError(f"run_dir {str(run_dir)!r}: another start has trained there meanwhile; start again")
+
+
+@contextmanager
+def hold(run_dir: Path) -> Iterator[None]:
+    """Keep other starts out of the folder, which is made if need be; a lock that ends with this process.
+
+    Raises:
+        UserError: another process trains there, or the folder cannot be made or written.
+    """
+    path = run_dir / LOCK_FILE
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")  # noqa: SIM115 closed below
+        file.write(" ")  # what a full disk refuses
+        file.flush()
+    except OSError as error:
+        raise UserError(
+            f"run_dir {str(run_dir)!r} cannot be written ({error.strerror}); make room or choose "
+            f"another folder"
+        ) from error
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process; data workers do not share it
+        except BlockingIOError as error:
+            file.seek(0)
+            other = file.read().strip() or "another process"
+            raise UserError(
+                f"run_dir {str(run_dir)!r} is in use: {other} trains there; "
+                f"wait until it has ended or stop it, or choose another folder"
+            ) from error
+        except OSError:
+            log.warning("WARNING: %s: this file system has no locks; start only one run there", run_dir)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+
+
+def mark_stopped(run_dir: Path, step: int, reason: str) -> None:
+    """Leave the marker by which a scheduler knows that the run wants to be started again."""
+    (run_dir / MARKER_FILE).write_text(json.dumps({"step": step, "signal": reason}) + "\n")
 
 
 def _has_no_run(run_dir: Path) -> bool:
     """Empty, or left by a start that was killed before it wrote the recipe."""
-    return all(entry.name == f"{CONFIG_FILE}.tmp" for entry in run_dir.iterdir())
+    return all(entry.name in (f"{CONFIG_FILE}.tmp", LOCK_FILE) for entry in run_dir.iterdir())
 
 
 def _git_state() -> str | None:

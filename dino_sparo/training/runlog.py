@@ -213,8 +213,14 @@ def cut_events(folder: Path, step: int) -> None:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """All entries of a run's metrics.jsonl, oldest first."""
-    return [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
+    """All entries of a run's metrics.jsonl, oldest first; none without the file, none after a torn line."""
+    path, entries = run_dir / METRICS_FILE, []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            break
+    return entries
 
 
 def _duration(seconds: float) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dino_sparo.distributed import data_parallel
 from dino_sparo.models import DINOHead, DinoModel
-from dino_sparo.training.checkpoint import encoder_of
+from dino_sparo.training.checkpoint import encoder_of, num_bytes
 from dino_sparo.training.loss import DINOLoss
 from dino_sparo.training.optim import build_optimizer
 from dino_sparo.training.precision import LossScale
@@ -20,7 +20,10 @@ class TrainState:
 
     Attributes:
         parallel_student: the student, whose backward averages gradients over all processes.
-        skipped: int64 (2,), steps skipped because they were not finite: in all, and the latest in a row.
+        overflows: int64 (2,), steps skipped since fp16 overflowed: in all, and the latest in a row.
+        bad_steps: int64 (2,), since this start, steps whose numbers went wrong otherwise: in all, and those
+            whose loss was not finite.
+        max_bad_steps: so many may be skipped; after one more nothing changes any more.
     """
 
     student: DinoModel
@@ -29,13 +32,39 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     parallel_student: nn.Module
     loss_scale: LossScale
-    skipped: Tensor
+    overflows: Tensor
+    bad_steps: Tensor
+    max_bad_steps: int
 
-    def count_skipped(self, finite: Tensor) -> None:
-        """Count a step that was not finite (a scalar on the device)."""
-        total, in_a_row = self.skipped
-        total += ~finite
-        in_a_row.copy_(torch.where(finite, 0, in_a_row + 1))
+    def judge(self, finite_loss: Tensor, finite_gradients: Tensor) -> Tensor:
+        """Whether a step may change anything; counts it if not. All are scalars, alike in all processes.
+
+        With loss scaling, gradients that are not finite are an overflow, which only lowers the scale.
+        """
+        going_on = self.bad_steps[0] <= self.max_bad_steps
+        overflow = finite_loss & ~finite_gradients & self.loss_scale.enabled & going_on
+        finite = finite_loss & finite_gradients & going_on
+        bad = ~finite & ~overflow & going_on
+        self.bad_steps.add_(torch.stack([bad, bad & ~finite_loss]))
+        total, in_a_row = self.overflows
+        total += overflow
+        in_a_row.copy_(torch.where(overflow, in_a_row + 1, torch.where(finite, 0, in_a_row)))
+        self.loss_scale.update(finite, overflow)
+        return finite
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """Tensors of one step, left on the device.
+
+    The loss is the mean over all micro-batches of this process, images are the first global crops of the
+    last one, and the centre is the one that the loss used.
+    """
+
+    loss: Tensor
+    images: Tensor
+    center: Tensor
+    gradient_norms: Tensor
 
 
 def build_state(
@@ -53,11 +82,21 @@ def build_state(
     student.encoder.backbone.activation_checkpointing = activation_checkpointing
     loss = config["loss"]
     loss_fn = DINOLoss(config["head"]["num_prototypes"], loss["student_temp"], loss["center_momentum"])
-    return state_of(student, teacher, loss_fn, device, loss_scaling=loss_scaling)
+    return state_of(
+        *(student, teacher, loss_fn, device),
+        loss_scaling=loss_scaling,
+        max_bad_steps=config["optim"]["max_bad_steps"],
+    )
 
 
 def state_of(
-    student: DinoModel, teacher: DinoModel, loss_fn: DINOLoss, device: torch.device, *, loss_scaling: bool
+    student: DinoModel,
+    teacher: DinoModel,
+    loss_fn: DINOLoss,
+    device: torch.device,
+    *,
+    loss_scaling: bool,
+    max_bad_steps: int = 0,
 ) -> TrainState:
     """The state of a run that begins with these networks, which move to the device."""
     student.to(device).train()
@@ -69,7 +108,9 @@ def state_of(
         optimizer=build_optimizer(student),
         parallel_student=data_parallel(student, device),
         loss_scale=LossScale(device, enabled=loss_scaling),
-        skipped=torch.zeros(2, dtype=torch.int64, device=device),
+        overflows=torch.zeros(2, dtype=torch.int64, device=device),
+        bad_steps=torch.zeros(2, dtype=torch.int64, device=device),
+        max_bad_steps=max_bad_steps,
     )
 
 
@@ -81,8 +122,16 @@ def capture_state(state: TrainState) -> dict[str, Any]:
         "center": state.loss_fn.center,
         "optimizer": state.optimizer.state_dict(),
         "loss_scale": state.loss_scale.state_dict(),
-        "skipped": state.skipped,
+        "skipped": state.overflows,
     }
+
+
+def checkpoint_bytes(state: TrainState) -> int:
+    """Size of one checkpoint; of one before the first step, what it will be after it."""
+    size = num_bytes(capture_state(state))
+    if not state.optimizer.state:
+        size += 2 * sum(p.nbytes for p in state.student.parameters() if p.requires_grad)  # AdamW's moments
+    return size
 
 
 def restore_state(state: TrainState, captured: dict[str, Any]) -> None:
@@ -92,7 +141,7 @@ def restore_state(state: TrainState, captured: dict[str, Any]) -> None:
     state.loss_fn.center.copy_(captured["center"])
     state.optimizer.load_state_dict(captured["optimizer"])
     state.loss_scale.load_state_dict(captured["loss_scale"])
-    state.skipped.copy_(captured["skipped"])
+    state.overflows.copy_(captured["skipped"])
 
 
 def _build_model(config: dict[str, Any], drop_path_rate: float) -> DinoModel:

@@ -1,0 +1,80 @@
+"""`--nproc N`: several processes on this machine, by torch's own launcher."""
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+import uuid
+from pathlib import Path
+from types import FrameType
+
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from dino_sparo.errors import EXIT_STOPPED, UserError
+from dino_sparo.processes import LAUNCHER, NOTES, read_note
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # passed on to all processes
+SHUTDOWN_SECONDS = 300  # a process that was told to stop may finish its step and save
+
+
+def launch(num_processes: int, arguments: list[str]) -> int:
+    """Run `python -m dino_sparo ARGUMENTS` in so many processes on this machine; returns the exit status.
+
+    The same as `torchrun --standalone --nproc-per-node N -m dino_sparo ARGUMENTS`, without its own report
+    beside that of the process that failed.
+
+    Raises:
+        UserError: one of them was ended by a signal.
+    """
+    logging.disable(logging.ERROR)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
+    with tempfile.TemporaryDirectory(prefix="dino_sparo_") as folder:
+        os.environ |= {NOTES: folder, LAUNCHER: str(os.getpid())}
+        for number in SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # not under nohup
+                signal.signal(number, _stop_all)
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=num_processes,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            signals_to_handle="SIGQUIT",  # torch's way would let a third signal leave the processes behind
+            logs_specs=DefaultLogsSpecs(log_dir=folder),  # nothing is kept there, but the folder must be
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", "dino_sparo", *arguments)
+        except ChildFailedError as error:
+            return _failed(error, num_processes, Path(folder))
+        except SignalException as error:
+            if read_note(Path(folder), "done"):
+                return 0
+            return EXIT_STOPPED if read_note(Path(folder), "stopped") else 128 + error.sigval
+    return 0
+
+
+def _stop_all(number: int, frame: FrameType | None) -> None:
+    """The first signal ends torch's waiting, and it passes the signal on; later ones change nothing."""
+    for other in SIGNALS:
+        signal.signal(other, signal.SIG_IGN)
+    raise SignalException(f"got {signal.Signals(number).name}", sigval=signal.Signals(number))
+
+
+def _failed(error: ChildFailedError, num_processes: int, notes: Path) -> int:
+    """The exit status of a process that has reported by itself; one that was killed could not."""
+    for number, failure in error.failures.items():
+        if failure.exitcode < 0:
+            at = read_note(notes, "lost")
+            raise UserError(
+                f"process {number} of {num_processes} was ended by {failure.signal_name()}"
+                f"{f' at {at}' if at else ''}, often for want of memory; the same command goes on from the "
+                f"last checkpoint"
+            ) from error
+    return error.get_first_failure()[1].exitcode

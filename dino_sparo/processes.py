@@ -1,0 +1,112 @@
+"""What the system knows about our processes: which ones are gone, and that none outlives its parent."""
+
+import ctypes
+import json
+import multiprocessing
+import os
+import select
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NoReturn
+
+PR_SET_PDEATHSIG = 1  # of Linux
+GRACE_SECONDS = 5.0  # for the main thread to see by itself that another process is gone
+FINISH_SECONDS = 20.0  # for a checkpoint that is being written when another process is lost
+NOTES = "DINO_SPARO_NOTES"  # environment variable: where processes leave notes for `launch`
+LAUNCHER = "DINO_SPARO_LAUNCHER"  # environment variable: the process of `launch`
+
+_unfinished: list[Callable[[float], object]] = []
+
+
+def end_with_parent(number: signal.Signals) -> None:
+    """Get this signal when the parent ends, however it ends; only Linux can do that."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+
+
+def end_with_launcher() -> None:
+    """Get a SIGTERM when the launcher ends, also one that has ended already."""
+    end_with_parent(signal.SIGTERM)
+    if os.environ.get(LAUNCHER, str(os.getppid())) != str(os.getppid()):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+class PeerWatch:
+    """Watches other processes of this machine: a wait for one that is gone may never end.
+
+    Args:
+        peers: process identifiers by rank.
+        when_gone: called, in a thread of its own, with the ranks that have ended, if the watch is still on
+            some seconds later.
+    """
+
+    def __init__(self, peers: Mapping[int, int], when_gone: Callable[[list[int]], None]) -> None:
+        self._closed = threading.Event()
+        self._ranks: dict[int, int] = {}
+        if hasattr(os, "pidfd_open"):  # Linux; elsewhere nobody watches
+            for number, pid in peers.items():
+                with suppress(OSError):  # old kernels and containers forbid it
+                    self._ranks[os.pidfd_open(pid)] = number
+        self._when_gone = when_gone
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def gone(self, wait_seconds: float = 0) -> list[int]:
+        """Ranks of the processes that have ended; waits for the first one at most so long."""
+        poll = select.poll()  # one for each call: two threads may wait at once
+        for descriptor in self._ranks:
+            poll.register(descriptor, select.POLLIN)
+        return sorted(self._ranks[descriptor] for descriptor, _ in poll.poll(1000 * wait_seconds))
+
+    def close(self) -> None:
+        """From now on others may end."""
+        self._closed.set()
+
+    def _watch(self) -> None:
+        while self._ranks and not self._closed.is_set():
+            if self.gone(wait_seconds=1.0) and not self._closed.wait(GRACE_SECONDS):
+                self._when_gone(self.gone())
+                return
+
+
+@contextmanager
+def finished_first(finish: Callable[[float], object]) -> Iterator[None]:
+    """Within, `end_at_once` calls this, with the seconds that it may take, before it ends the process."""
+    _unfinished.append(finish)
+    try:
+        yield
+    finally:
+        _unfinished.remove(finish)
+
+
+def end_at_once(status: int) -> NoReturn:
+    """End this process and those it has started, without waiting for any other one."""
+    for finish in _unfinished:
+        finish(FINISH_SECONDS)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # or torch would report their death
+    for child in multiprocessing.active_children():
+        child.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def leave_note(name: str, value: object) -> bool:
+    """Tell something to the launcher that started this process; False if it is not ours."""
+    folder = os.environ.get(NOTES)
+    if folder is None:
+        return False
+    with suppress(OSError):  # it has been killed
+        Path(folder, f"{name}.json").write_text(json.dumps(value))
+    return True
+
+
+def read_note(folder: Path, name: str) -> str:
+    """A note left there, or an empty text."""
+    path = folder / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else ""

@@ -1,0 +1,59 @@
+"""Runs as a user starts them, in processes of their own, looked at from outside."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from dino_sparo.training.runlog import read_metrics
+from tests.tiny import tiny_arguments
+
+
+def command(data: Path, run_dir: Path, processes: int = 1, **changes) -> list[str]:
+    """The command line of a tiny run."""
+    arguments = tiny_arguments(data, run_dir, **changes)
+    return [sys.executable, "-m", "dino_sparo", "pretrain", *arguments, f"--nproc={processes}"]
+
+
+def wait_for_step(step: int, run_dir: Path, process: subprocess.Popen) -> None:
+    """Until a step is in the log."""
+    while process.poll() is None and not any(entry["step"] >= step for entry in logged(run_dir)):
+        time.sleep(0.002)
+    assert process.poll() is None, "the run has ended before it could be stopped"
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that it and those have started."""
+    return [pid, *(member for child in children(pid) for member in family(child))]
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    """The environment that a process was started with."""
+    entries = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
+
+
+def children(pid: int) -> list[int]:
+    """Processes that this one has started."""
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, check=False).stdout
+    return [*map(int, found.split())]
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process has ended, within some seconds, if only its parent would look."""
+    stat = Path(f"/proc/{pid}/stat")
+    for _ in range(100):
+        try:
+            if stat.read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def logged(run_dir: Path) -> list[dict]:
+    try:
+        return read_metrics(run_dir)
+    except (OSError, ValueError):
+        return []

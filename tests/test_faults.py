@@ -1,0 +1,312 @@
+"""What goes wrong in one process ends all of them, in time, with one message, and loses nothing."""
+
+import fcntl
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from dino_sparo.errors import UserError
+from dino_sparo.training import checkpoint
+from dino_sparo.training import pretrain as program
+from dino_sparo.training.checkpoint import load_latest
+from dino_sparo.training.loss import DINOLoss
+from dino_sparo.training.rundir import hold
+from dino_sparo.training.state import capture_state
+from tests.running import children, command, environment_of, family, is_gone, wait_for_step
+from tests.tiny import state_hash, tiny_options, write_pictures
+
+LONG = {"optim__epochs": 1000, "log__checkpoint_every_minutes": 1e-9}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    write_pictures(folder, 12)
+    return folder
+
+
+@pytest.mark.parametrize("victim", ["0", "1"])
+def test_a_killed_process_ends_the_others(victim, pictures, tmp_path):
+    arguments = command(pictures, tmp_path, 2, machine__num_workers=1, **LONG)
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
+        wait_for_step(4, tmp_path, process)
+        everyone = family(process.pid)
+        os.kill(
+            next(pid for pid in children(process.pid) if environment_of(pid)["RANK"] == victim),
+            signal.SIGKILL,
+        )
+        killed = time.monotonic()
+        said = process.communicate(timeout=60)[1]
+    assert time.monotonic() - killed < 30 and process.returncode == 2
+    assert re.search(
+        rf"error: process {victim} of 2 was ended by SIGKILL at step \d+, often for want of", said
+    )
+    assert said.count("error: ") == 1 and "Traceback" not in said
+    assert all(is_gone(pid) for pid in everyone)
+    assert load_latest(tmp_path)["step"] >= 3
+
+
+def test_a_killed_launcher_leaves_nobody_behind(pictures, tmp_path):
+    arguments = command(pictures, tmp_path, 2, machine__num_workers=1, **LONG)
+    with subprocess.Popen(arguments, stderr=subprocess.DEVNULL) as process:
+        wait_for_step(4, tmp_path, process)
+        everyone = family(process.pid)
+        process.kill()
+    assert len(everyone) == 5 and all(is_gone(pid) for pid in everyone)
+    assert json.loads((tmp_path / "stopped.json").read_text())["step"] == load_latest(tmp_path)["step"]
+
+
+def test_a_launcher_killed_before_the_processes_have_met_leaves_nobody_behind(pictures, tmp_path):
+    with subprocess.Popen(command(pictures, tmp_path, 2, **LONG), stderr=subprocess.DEVNULL) as process:
+        while len(family(process.pid)) < 3:
+            time.sleep(0.01)
+        everyone = family(process.pid)
+        process.kill()
+    assert all(is_gone(pid) for pid in everyone)
+
+
+SLOW_SAVES = """
+import os, threading, time
+flush = os.fsync
+def slow(descriptor):
+    if threading.current_thread() is not threading.main_thread():
+        time.sleep(1)
+    flush(descriptor)
+os.fsync = slow
+"""
+
+
+@pytest.fixture
+def slow_saves(tmp_path) -> dict[str, str]:
+    """An environment in which each part of a save takes a second."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(SLOW_SAVES)
+    return os.environ | {"PYTHONPATH": f"{tmp_path / 'site'}:{os.environ.get('PYTHONPATH', '.')}"}
+
+
+def test_a_checkpoint_that_is_being_written_survives_the_loss_of_a_process(pictures, slow_saves, tmp_path):
+    run_dir = tmp_path / "run"
+    arguments = command(pictures, run_dir, 2, log__checkpoint_every_epochs=1, optim__epochs=1000)
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=slow_saves) as process:
+        while not (run_dir / "checkpoints" / "writing.tmp").exists():
+            time.sleep(0.01)
+            assert process.poll() is None
+        os.kill(
+            next(pid for pid in children(process.pid) if environment_of(pid)["RANK"] == "1"), signal.SIGKILL
+        )
+        killed = time.monotonic()
+        said = process.communicate(timeout=60)[1]
+    assert time.monotonic() - killed < 30 and "process 1 of 2 was ended by SIGKILL" in said
+    assert load_latest(run_dir)["step"] >= 3
+
+
+def test_many_signals_to_the_launcher_are_one(pictures, slow_saves, tmp_path):
+    run_dir = tmp_path / "run"
+    arguments = command(pictures, run_dir, 2, **(LONG | {"log__checkpoint_every_minutes": 0}))
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=slow_saves) as process:
+        wait_for_step(4, run_dir, process)
+        everyone = family(process.pid)
+        while process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.3)
+        said = process.stderr.read()
+    assert process.returncode == 75 and said.count("stopped by SIGINT") == 1 and "Traceback" not in said
+    assert all(is_gone(pid) for pid in everyone)
+    assert json.loads((run_dir / "stopped.json").read_text())["step"] == load_latest(run_dir)["step"]
+
+
+def test_a_signal_to_one_process_stops_all(pictures, tmp_path):
+    arguments = command(pictures, tmp_path, 2, **LONG)
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
+        wait_for_step(4, tmp_path, process)
+        os.kill(
+            next(pid for pid in children(process.pid) if environment_of(pid)["RANK"] == "1"), signal.SIGUSR1
+        )
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 75 and said.count("stopped by SIGUSR1") == 1 and "Traceback" not in said
+    assert json.loads((tmp_path / "stopped.json").read_text())["step"] == load_latest(tmp_path)["step"]
+
+
+def test_two_first_starts_in_one_folder(pictures, tmp_path, monkeypatch):
+    prepare = program.prepare
+
+    def while_another_one_trains(*given):
+        run = prepare(*given)
+        monkeypatch.setattr(program, "prepare", prepare)
+        if not (tmp_path / "run").exists():
+            program.pretrain(options)
+        return run
+
+    options = tiny_options(pictures, tmp_path / "run")
+    monkeypatch.setattr(program, "prepare", while_another_one_trains)
+    with pytest.raises(UserError, match="another start has trained there meanwhile; start again"):
+        program.pretrain(options)
+    assert load_latest(tmp_path / "run")["step"] == 9
+
+
+def test_a_disk_that_gets_full_is_told(pictures, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "metrics.jsonl")
+
+    monkeypatch.setattr(program.RunLog, "scalars", full)
+    message = r"metrics.jsonl cannot be written \(No space left on device; \d+ bytes are free\); make room"
+    with pytest.raises(UserError, match=message):
+        program.pretrain(tiny_options(pictures, tmp_path / "run"))
+
+
+def test_data_workers_do_not_outlive_a_killed_process(pictures, tmp_path):
+    arguments = command(pictures, tmp_path, machine__num_workers=2, **LONG)
+    with subprocess.Popen(arguments, stderr=subprocess.DEVNULL) as process:
+        wait_for_step(4, tmp_path, process)
+        everyone = family(process.pid)
+        process.kill()
+    assert len(everyone) == 3 and all(is_gone(pid) for pid in everyone)
+
+
+def test_a_second_signal_changes_nothing(pictures, tmp_path):
+    with subprocess.Popen(command(pictures, tmp_path, **LONG), stderr=subprocess.PIPE, text=True) as process:
+        wait_for_step(4, tmp_path, process)
+        while process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        said = process.stderr.read()
+    assert process.returncode == 75 and said.count("stopped by SIGTERM") == 1
+    assert json.loads((tmp_path / "stopped.json").read_text())["step"] == load_latest(tmp_path)["step"]
+
+
+def test_only_one_run_trains_in_a_folder(pictures, tmp_path):
+    arguments = command(pictures, tmp_path, **LONG)
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
+        wait_for_step(2, tmp_path, process)
+        second = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert process.returncode == 75 and second.returncode == 2
+    assert f"is in use: process {process.pid} on " in second.stderr and "Traceback" not in second.stderr
+    with hold(tmp_path):
+        pass  # the lock is free again
+
+
+def test_file_systems_without_locks(tmp_path, monkeypatch, caplog):
+    def missing(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "lockf", missing)
+    with hold(tmp_path / "run"):
+        assert "has no locks; start only one run there" in caplog.text
+
+
+def no_files_above(size: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_the_old_one_whole(pictures, tmp_path):
+    changes = {"optim__epochs": 2, "log__checkpoint_every_epochs": 1}
+    program.pretrain(tiny_options(pictures, tmp_path, **changes))
+    before = load_latest(tmp_path)
+    (tmp_path / "config.yaml").write_text(
+        (tmp_path / "config.yaml").read_text().replace("epochs: 2", "epochs: 9")
+    )
+    limited = subprocess.run(
+        command(pictures, tmp_path, **(changes | {"optim__epochs": 9})),
+        preexec_fn=lambda: no_files_above(50_000),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert limited.returncode == 2 and limited.stderr.count("error: ") == 1
+    assert re.search(r"step_\d+\.pt \(\d+ bytes\) cannot be written \(", limited.stderr), limited.stderr
+    assert state_hash(load_latest(tmp_path)) == state_hash(before)
+
+
+def test_a_small_disk_is_told_before_the_first_step(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(UserError, match=r"run/checkpoints: a checkpoint needs \d+ bytes .* but only 1000"):
+        program.pretrain(tiny_options(pictures, tmp_path / "run"))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_nothing_listens_on_a_port(pictures, tmp_path):
+    with subprocess.Popen(
+        command(pictures, tmp_path, machine__num_workers=1, **LONG), stderr=subprocess.DEVNULL
+    ) as process:
+        wait_for_step(2, tmp_path, process)
+        listening = set()
+        for table in ("tcp", "tcp6"):
+            lines = Path(f"/proc/{process.pid}/net/{table}").read_text().splitlines()[1:]
+            listening |= {line.split()[9] for line in lines if line.split()[3] == "0A"}
+        sockets = set()
+        for pid in family(process.pid):
+            for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+                target = os.readlink(descriptor) if descriptor.is_symlink() else ""
+                sockets |= {target[8:-1]} if target.startswith("socket:[") else set()
+        process.kill()
+    assert not listening & sockets
+
+
+# --- A loss that is not finite in one of two processes
+
+
+def in_processes(number: int, folder: str, pictures: str, wrong_step: int, log_every_steps: int) -> None:
+    os.environ |= {"RANK": str(number), "WORLD_SIZE": "2", "LOCAL_RANK": str(number), "LOCAL_WORLD_SIZE": "2"}
+    torch.set_num_threads(1)
+    original, steps = DINOLoss.forward, []
+
+    def forward(self, *given):
+        steps.append(1)
+        wrong = number == 1 and len(steps) == wrong_step
+        return original(self, *given) * (float("nan") if wrong else 1)
+
+    DINOLoss.forward = forward
+    checkpoint.KEEP_LAST = 100
+    changes = {"log__log_every_steps": log_every_steps}
+    changes |= {} if wrong_step else {"log__checkpoint_every_minutes": 1e-9}
+    prepare, runs = program.prepare, []
+
+    def kept(*given):
+        runs.append(prepare(*given))
+        return runs[0]
+
+    program.prepare = kept
+    try:
+        program.pretrain(tiny_options(Path(pictures), Path(folder, "run"), **changes))
+        said = ""
+    except UserError as error:
+        said = str(error)
+    Path(folder, f"said{number}").write_text(said)
+    Path(folder, f"state{number}").write_text(state_hash({"step": 4, **capture_state(runs[0].state)}))
+
+
+@pytest.mark.parametrize(("log_every_steps", "noticed"), [(1, 5), (100, 6)])
+def test_a_loss_that_is_not_finite_in_one_process_changes_nothing_in_any(
+    log_every_steps, noticed, pictures, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    for name, wrong_step, port in (("whole", 0, 29711), ("broken", 5, 29712)):  # of three an epoch
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        mp.spawn(
+            in_processes,
+            (str(tmp_path / name), str(pictures), wrong_step, log_every_steps if wrong_step else 1),
+            nprocs=2,
+        )
+    said = [(tmp_path / "broken" / f"said{number}").read_text() for number in (0, 1)]
+    for number in (0, 1):
+        assert said[number].startswith("step 5: loss not finite; its images are in ")
+        assert said[number].endswith(f"(process {number} at step {noticed})")
+    kept = load_latest(tmp_path / "broken" / "run")
+    expected = torch.load(tmp_path / "whole" / "run" / "checkpoints" / "step_000000004.pt")
+    assert kept["step"] == 4 and state_hash(kept) == state_hash(expected)
+    in_memory = [(tmp_path / "broken" / f"state{number}").read_text() for number in (0, 1)]
+    assert in_memory == [state_hash(expected)] * 2
+    noted = json.loads((tmp_path / "broken" / "run" / "bad_steps.jsonl").read_text())
+    assert noted["step"] == 5 and len(noted["samples"]) == 4

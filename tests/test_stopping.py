@@ -1,0 +1,79 @@
+"""A run that is told to stop saves, says so, leaves nothing behind, and goes on bit for bit."""
+
+import json
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from dino_sparo.training.checkpoint import load_latest
+from dino_sparo.training.runlog import read_metrics
+from tests.running import command, family, is_gone, wait_for_step
+from tests.tiny import state_hash, write_pictures
+
+STOPPED = 75
+CHANGES = {
+    "optim__epochs": 60,
+    "log__checkpoint_every_epochs": 1000,
+}  # 3 steps an epoch; none saved but the last
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    write_pictures(folder, 12)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pictures, tmp_path_factory):
+    """State and curve of the whole run, by number of processes."""
+    found = {}
+
+    def get(processes: int) -> tuple[str, list]:
+        if processes not in found:
+            run_dir = tmp_path_factory.mktemp("runs") / str(processes)
+            subprocess.run(command(pictures, run_dir, processes, **CHANGES), check=True, capture_output=True)
+            found[processes] = result_of(run_dir)
+        return found[processes]
+
+    return get
+
+
+def result_of(run_dir: Path) -> tuple[str, list]:
+    losses = [(entry["step"], entry["loss"]) for entry in read_metrics(run_dir)]
+    return state_hash(load_latest(run_dir)), losses
+
+
+FEW = [(1, 0, signal.SIGTERM), (2, 2, signal.SIGUSR1)]
+MANY = [(n, w, signal.SIGTERM) for n in (1, 2) for w in (0, 2)] + [
+    (n, 2 - n, s) for n in (1, 2) for s in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+]
+
+
+@pytest.mark.parametrize(
+    ("processes", "workers", "sent"),
+    [*FEW, *(pytest.param(*case, marks=pytest.mark.long) for case in MANY if case not in FEW)],
+)
+def test_a_signal_in_mid_epoch(processes, workers, sent, pictures, uninterrupted, tmp_path):
+    if sent == signal.SIGHUP and signal.getsignal(sent) is signal.SIG_IGN:
+        pytest.skip("these tests run under nohup, and so would the run")
+    arguments = command(pictures, tmp_path, processes, machine__num_workers=workers, **CHANGES)
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
+        wait_for_step(4, tmp_path, process)
+        everyone = family(process.pid)
+        process.send_signal(sent)
+        said = process.communicate(timeout=60)[1]
+    stopped_at = load_latest(tmp_path)["step"]
+    assert process.returncode == STOPPED
+    assert said.count("; the same command goes on from there") == 1 and "Traceback" not in said
+    assert f"stopped by {sent.name} after step {stopped_at} of 180" in said
+    assert len(everyone) == (1 if processes == 1 else 1 + processes) + processes * workers
+    assert all(is_gone(member) for member in everyone)
+    marker = json.loads((tmp_path / "stopped.json").read_text())
+    assert marker["step"] == stopped_at and 4 <= stopped_at < 180
+    again = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert f"going on at step {stopped_at} of 180" in again.stderr
+    assert result_of(tmp_path) == uninterrupted(processes)
+    assert not (tmp_path / "stopped.json").exists()
