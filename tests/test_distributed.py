@@ -210,6 +210,7 @@ def test_a_bad_image_of_one_process_is_named_once(tmp_path):
     assert "Traceback" not in finished.stderr
 
 
+@pytest.mark.long
 def test_images_of_all_processes_that_were_replaced_are_listed(tmp_path):
     write_pictures(tmp_path / "data", 400, side=4)
     names = [tmp_path / "data" / "train" / "class0" / f"{number}.png" for number in ("007", "111", "222")]
@@ -227,6 +228,7 @@ def test_images_of_all_processes_that_were_replaced_are_listed(tmp_path):
     assert [str(name) in lists[0] for name in names] == [True] * 3
 
 
+@pytest.mark.long
 def test_too_many_bad_images_end_the_run(tmp_path):
     write_pictures(tmp_path / "data", 40)
     for number in (1, 2, 3):

@@ -109,6 +109,7 @@ def test_a_checkpoint_that_is_being_written_survives_the_loss_of_a_process(pictu
     assert load_latest(run_dir)["step"] >= 3
 
 
+@pytest.mark.long
 def test_many_signals_to_the_launcher_are_one(pictures, slow_saves, tmp_path):
     run_dir = tmp_path / "run"
     arguments = command(pictures, run_dir, 2, **(LONG | {"log__checkpoint_every_minutes": 0}))
@@ -286,7 +287,9 @@ def in_processes(number: int, folder: str, pictures: str, wrong_step: int, log_e
     Path(folder, f"state{number}").write_text(state_hash({"step": 4, **capture_state(runs[0].state)}))
 
 
-@pytest.mark.parametrize(("log_every_steps", "noticed"), [(1, 5), (100, 6)])
+@pytest.mark.parametrize(
+    ("log_every_steps", "noticed"), [pytest.param(1, 5, marks=pytest.mark.long), (100, 6)]
+)
 def test_a_loss_that_is_not_finite_in_one_process_changes_nothing_in_any(
     log_every_steps, noticed, pictures, tmp_path, monkeypatch
 ):

@@ -158,7 +158,7 @@ def in_processes(number: int, processes: int, folder: str, pictures: str) -> Non
         assert found["cls"].shape == (NUM_IMAGES, 16)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_processes_share_the_images(source, tmp_path, processes, monkeypatch, one_thread):
     alone = features_of(small_encoder(), source, NAMES, cache=tmp_path / "1", **SIZE)
     monkeypatch.setenv("MASTER_ADDR", "localhost")

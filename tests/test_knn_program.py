@@ -106,7 +106,7 @@ def test_a_second_test_set(trained, alone):
     assert shown.count("<- headline") == 3 and "101 test images" in shown
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_processes_give_the_same(trained, alone, tmp_path, processes):
     data, run = trained
     finished = knn(run, data, tmp_path, processes=processes)

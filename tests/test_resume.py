@@ -208,7 +208,9 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize("call", [4, 5, 6])  # second checkpoint: the file, its hash, the folder
+@pytest.mark.parametrize(
+    "call", [4, *(pytest.param(call, marks=pytest.mark.long) for call in (5, 6))]
+)  # second checkpoint: the file, its hash, the folder
 def test_killed_inside_a_save(call, pictures, uninterrupted, tmp_path):
     arguments = command(pictures, tmp_path, log__checkpoint_every_minutes=1e-9)
     killed = subprocess.run(
