@@ -14,9 +14,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from dino_sparo.errors import EXIT_STOPPED, UserError
-from dino_sparo.processes import LAUNCHER, NOTES, read_note
+from dino_sparo.processes import LAUNCHER, NOTES, STOP_SIGNALS, on_stop_signals, read_note
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # passed on to all processes
 SHUTDOWN_SECONDS = 300  # a process that was told to stop may finish its step and save
 
 
@@ -35,9 +34,7 @@ def launch(num_processes: int, arguments: list[str]) -> int:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
     with tempfile.TemporaryDirectory(prefix="dino_sparo_") as folder:
         os.environ |= {NOTES: folder, LAUNCHER: str(os.getpid())}
-        for number in SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # not under nohup
-                signal.signal(number, _stop_all)
+        on_stop_signals(_stop_all)
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -62,7 +59,7 @@ def launch(num_processes: int, arguments: list[str]) -> int:
 
 def _stop_all(number: int, frame: FrameType | None) -> None:
     """The first signal ends torch's waiting, and it passes the signal on; later ones change nothing."""
-    for other in SIGNALS:
+    for other in STOP_SIGNALS:
         signal.signal(other, signal.SIG_IGN)
     raise SignalException(f"got {signal.Signals(number).name}", sigval=signal.Signals(number))
 

@@ -11,8 +11,10 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn
+from types import FrameType
+from typing import Any, NoReturn
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # ask a run to stop
 PR_SET_PDEATHSIG = 1  # of Linux
 GRACE_SECONDS = 5.0  # for the main thread to see by itself that another process is gone
 FINISH_SECONDS = 20.0  # for a checkpoint that is being written when another process is lost
@@ -20,6 +22,13 @@ NOTES = "DINO_SPARO_NOTES"  # environment variable: where processes leave notes 
 LAUNCHER = "DINO_SPARO_LAUNCHER"  # environment variable: the process of `launch`
 
 _unfinished: list[Callable[[float], object]] = []
+
+
+def on_stop_signals(handler: Callable[[int, FrameType | None], None]) -> dict[signal.Signals, Any]:
+    """Handle what asks a run to stop, but no SIGHUP under nohup; the handlers before."""
+    hangup_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    taken = [number for number in STOP_SIGNALS if number != signal.SIGHUP or not hangup_ignored]
+    return {number: signal.signal(number, handler) for number in taken}
 
 
 def end_with_parent(number: signal.Signals) -> None:

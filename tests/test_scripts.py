@@ -74,21 +74,25 @@ def test_one_machine_and_two_machines_are_the_same_run(data, slurm, tmp_path):
     assert len(read_metrics(tmp_path / "slurm")) == 15
 
 
+def long_job(data: Path, slurm: dict[str, str], folder: Path) -> subprocess.Popen:
+    """A job that does not end by itself while a test runs."""
+    options = [f"--{key}={value}" for key, value in (TINY | {"optim.epochs": "1000"}).items()]
+    return subprocess.Popen(
+        ["bash", str(ROOT / "scripts" / "pretrain_slurm.sbatch"), str(data), *options],
+        env=os.environ | slurm | {"RECIPE": "demo", "OMP_NUM_THREADS": "1"},
+        cwd=folder,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 @pytest.mark.parametrize(
     ("sent", "restarts", "requeued"),
     [(signal.SIGUSR1, 0, True), (signal.SIGUSR1, 20, False), (signal.SIGTERM, 0, False)],
 )
 def test_a_job_requeues_itself_before_its_time_is_over(sent, restarts, requeued, data, slurm, tmp_path):
     run_dir = tmp_path / "slurm"
-    environment = os.environ | slurm | {"RECIPE": "demo", "OMP_NUM_THREADS": "1"}
-    options = [f"--{key}={value}" for key, value in (TINY | {"optim.epochs": "1000"}).items()]
-    with subprocess.Popen(
-        ["bash", str(ROOT / "scripts" / "pretrain_slurm.sbatch"), str(data), *options],
-        env=environment | {"SLURM_RESTART_COUNT": str(restarts)},
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as job:
+    with long_job(data, slurm | {"SLURM_RESTART_COUNT": str(restarts)}, tmp_path) as job:
         wait_for_step(3, run_dir, job)
         everyone = family(job.pid)
         agents = [pid for pid in everyone if b"torchrun" in Path(f"/proc/{pid}/cmdline").read_bytes()]
@@ -103,14 +107,7 @@ def test_a_job_requeues_itself_before_its_time_is_over(sent, restarts, requeued,
 
 def test_a_process_that_dies_on_another_machine_is_told(data, slurm, tmp_path):
     run_dir = tmp_path / "slurm"
-    options = [f"--{key}={value}" for key, value in (TINY | {"optim.epochs": "1000"}).items()]
-    with subprocess.Popen(
-        ["bash", str(ROOT / "scripts" / "pretrain_slurm.sbatch"), str(data), *options],
-        env=os.environ | slurm | {"RECIPE": "demo", "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as job:
+    with long_job(data, slurm, tmp_path) as job:
         wait_for_step(3, run_dir, job)
         everyone = family(job.pid)
         ranks = {pid: environment_of(pid).get("RANK") for pid in everyone}

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from dino_sparo.errors import StuckError, UserError
-from dino_sparo.processes import end_with_parent
+from dino_sparo.processes import STOP_SIGNALS, end_with_parent
 
 IDLE = -1
 
@@ -169,7 +169,7 @@ def _end_workers() -> None:
 
 def _start_worker(_worker: int) -> None:
     """Signals are the training process's business, which may need more batches; its workers end with it."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     end_with_parent(signal.SIGKILL)
 

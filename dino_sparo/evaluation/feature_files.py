@@ -12,7 +12,7 @@ from dino_sparo.errors import UserError
 
 
 class FeatureFile:
-    """Rows of one feature on disk, and which of them are there.
+    """One feature of a set of images; not a row of it counts before it is on disk.
 
     Rows are written by `pwrite`, not through the map, so that a full disk is an error that can be told.
     """
@@ -59,6 +59,11 @@ def write_at(descriptor: int, data: bytes, offset: int) -> None:
 
 
 def check_space(folder: Path, size: int) -> None:
+    """Refuse, before anything is computed, what the disk of a folder, which need not exist yet, cannot hold.
+
+    Raises:
+        UserError: naming the folder, and bytes needed and free.
+    """
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if size > free:
@@ -69,6 +74,7 @@ def check_space(folder: Path, size: int) -> None:
 
 
 def cannot_write(folder: Path, error: OSError) -> UserError:
+    """The error for features that a disk does not take."""
     return UserError(
         f"{folder}: features cannot be written ({error.strerror}); make room, or give a cache folder "
         f"that all processes can write"

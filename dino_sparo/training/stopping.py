@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dino_sparo.errors import StoppedError, StuckError
+from dino_sparo.processes import on_stop_signals
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 BAD_STEPS_FILE = "bad_steps.jsonl"
 
 
@@ -37,10 +37,7 @@ class StopSignals:
     def listen(self) -> None:
         """Take the signals; in the main thread, which alone gets any."""
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
-                    continue  # nohup
-                self._before[number] = signal.signal(number, self._note)
+            self._before = on_stop_signals(self._note)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
