@@ -66,12 +66,13 @@ def _stop_all(number: int, frame: FrameType | None) -> None:
 
 def _failed(error: ChildFailedError, num_processes: int, notes: Path) -> int:
     """The exit status of a process that has reported by itself; one that was killed could not."""
-    for number, failure in error.failures.items():
-        if failure.exitcode < 0:
+    somebody_spoke = any(failure.exitcode > 0 for failure in error.failures.values())
+    for number, failure in error.failures.items():  # the first one first; torch then ends the others
+        if failure.exitcode < 0 and not (somebody_spoke and failure.exitcode == -signal.SIGTERM):
             at = read_note(notes, "lost")
             raise UserError(
                 f"process {number} of {num_processes} was ended by {failure.signal_name()}"
                 f"{f' at {at}' if at else ''}, often for want of memory; the same command goes on from the "
                 f"last checkpoint"
             ) from error
-    return error.get_first_failure()[1].exitcode
+    return next(failure.exitcode for failure in error.failures.values() if failure.exitcode > 0)

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from dino_sparo.errors import UserError
+from dino_sparo import launch
+from dino_sparo.errors import EXIT_USER_ERROR, UserError
 from dino_sparo.training import checkpoint
 from dino_sparo.training import pretrain as program
 from dino_sparo.training.checkpoint import load_latest
@@ -135,6 +137,20 @@ def test_a_signal_to_one_process_stops_all(pictures, tmp_path):
         said = process.communicate(timeout=60)[1]
     assert process.returncode == 75 and said.count("stopped by SIGUSR1") == 1 and "Traceback" not in said
     assert json.loads((tmp_path / "stopped.json").read_text())["step"] == load_latest(tmp_path)["step"]
+
+
+@pytest.mark.parametrize("other", [-signal.SIGTERM, None])
+def test_processes_that_the_launcher_ends_are_no_failure(other, tmp_path):
+    codes = {0: EXIT_USER_ERROR} | ({} if other is None else {1: other})
+    failures = {number: ProcessFailure(number, 1, code, "no file") for number, code in codes.items()}
+    assert launch._failed(ChildFailedError("test", failures), 2, tmp_path) == EXIT_USER_ERROR
+
+
+@pytest.mark.parametrize("codes", [{1: -9, 0: -15}, {0: EXIT_USER_ERROR, 1: -9}, {1: -15, 0: -15}])
+def test_a_process_that_somebody_else_ended_is_named(codes, tmp_path):
+    failures = {number: ProcessFailure(number, 1, code, "no file") for number, code in codes.items()}
+    with pytest.raises(UserError, match="process 1 of 2 was ended by SIG"):
+        launch._failed(ChildFailedError("test", failures), 2, tmp_path)
 
 
 def test_two_first_starts_in_one_folder(pictures, tmp_path, monkeypatch):
