@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import itemgetter
-from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import numpy as np
@@ -236,7 +235,7 @@ def _load(source: ImageSource, index: int) -> Image.Image | UnreadableImage:
         name, data = source.name(index), b""
         if isinstance(error, UnidentifiedImageError):  # which only the content explains
             with suppress(OSError):
-                data = Path(name).read_bytes()
+                data = source.read(index)
         return UnreadableImage(name, problem_of(data, error)[1])
 
 

@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from dino_sparo.data.sources import ImageSource, ShapesSource, to_rgb
+from dino_sparo.data.decode import to_rgb
+from dino_sparo.data.sources import ImageSource, ShapesSource
 from dino_sparo.errors import UserError
 
 log = logging.getLogger("dino_sparo")

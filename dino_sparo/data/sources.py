@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dino_sparo.data.decode import decode
 from dino_sparo.data.imagenet import explain, recognise, training_folder
 from dino_sparo.data.index import FolderIndex, open_index
 from dino_sparo.data.shapes import FACTORS, draw_factors, draw_picture
@@ -46,8 +47,16 @@ class ImageSource(Protocol):
         """What to call an image in a message."""
         ...
 
-    def load(self, index: int) -> Image.Image:
-        """The image in RGB. Raises OSError or ValueError if it cannot be read."""
+    def load(self, index: int, max_side: int | None = None) -> Image.Image:
+        """The image in RGB, reduced if a side is longer than `max_side`.
+
+        Raises:
+            OSError, ValueError: it cannot be read.
+        """
+        ...
+
+    def read(self, index: int) -> bytes:
+        """The image's file as it is; empty where pictures are drawn. Raises OSError."""
         ...
 
     def subset(self, indices: NDArray[np.int64]) -> "ImageSource":
@@ -94,9 +103,12 @@ class FolderSource:
     def name(self, index: int) -> str:
         return str(self.root / self.index.name(index if self.chosen is None else int(self.chosen[index])))
 
-    def load(self, index: int) -> Image.Image:
-        with Image.open(self.name(index)) as image:
-            return to_rgb(image)
+    def load(self, index: int, max_side: int | None = None) -> Image.Image:
+        return decode(self.read(index), max_side)
+
+    def read(self, index: int) -> bytes:
+        with open(self.name(index), "rb") as file:
+            return file.read()
 
     def subset(self, indices: NDArray[np.int64]) -> "FolderSource":
         return replace(self, chosen=indices if self.chosen is None else self.chosen[indices])
@@ -133,8 +145,11 @@ class ShapesSource:
     def name(self, index: int) -> str:
         return f"generated picture {self.indices[index]}"
 
-    def load(self, index: int) -> Image.Image:
+    def load(self, index: int, max_side: int | None = None) -> Image.Image:
         return draw_picture(self.seed, int(self.indices[index]))
+
+    def read(self, index: int) -> bytes:
+        return b""
 
     def subset(self, indices: NDArray[np.int64]) -> "ShapesSource":
         return ShapesSource(self.seed, self.indices[indices], self.labels[indices], self.classes)
@@ -255,29 +270,6 @@ def shapes_source(split: str) -> ShapesSource:
     indices = np.arange(first, first + SHAPES_SIZES[split])
     labels = np.array([draw_factors(0, int(i)).colour for i in indices], dtype=np.int64)
     return ShapesSource(0, indices, labels)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any image as 8-bit RGB; alpha is dropped as torchvision's loader does, 16 bits become 8."""
-    if image.mode.startswith("I") or image.mode == "F":  # PIL would clip these to white
-        values = np.asarray(image, dtype=np.float64)
-        image = Image.fromarray(
-            (values * _to_8_bits(image.mode, values)).round().clip(0, 255).astype(np.uint8)
-        )
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
-
-
-def _to_8_bits(mode: str, values: NDArray[np.float64]) -> float:
-    """Factor that brings pixels of more than 8 bits to 0..255; modes I and F do not say their range."""
-    highest = values.max(initial=0)
-    overshoot = 1.1 if mode == "F" else 1.0  # what resizing adds to floating point pixels
-    if mode == "F" and highest <= overshoot:
-        return 255.0
-    if mode in ("I", "F") and highest <= 255 * overshoot:
-        return 1.0
-    return 255.0 / max(65535.0, highest)
 
 
 def _train_folder(path: str, key: str) -> Path:

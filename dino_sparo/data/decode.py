@@ -1,0 +1,50 @@
+"""From the bytes of an image file to RGB pixels."""
+
+from io import BytesIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+GAP = 2.0  # a JPEG file is decoded at this multiple of the wanted size at least
+
+
+def decode(data: bytes, max_side: int | None = None) -> Image.Image:
+    """The image in RGB; one with a longer side than `max_side` is reduced to it, keeping its shape.
+
+    A large JPEG file is decoded at a half, a quarter or an eighth already, at twice the wanted size at least.
+
+    Raises:
+        OSError, ValueError: it cannot be decoded; PIL raises SyntaxError and DecompressionBombError too.
+    """
+    with Image.open(BytesIO(data)) as image:
+        if max_side is None or max(image.size) <= max_side:
+            return to_rgb(image)
+        scale = max_side / max(image.size)
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        if image.mode in ("RGB", "L"):  # others would change their mode
+            image.draft(None, (round(GAP * size[0]), round(GAP * size[1])))
+        return to_rgb(image).resize(size, Image.Resampling.BICUBIC, reducing_gap=GAP)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any image as 8-bit RGB; alpha is dropped as torchvision's loader does, 16 bits become 8."""
+    if image.mode.startswith("I") or image.mode == "F":  # PIL would clip these to white
+        values = np.asarray(image, dtype=np.float64)
+        image = Image.fromarray(
+            (values * _to_8_bits(image.mode, values)).round().clip(0, 255).astype(np.uint8)
+        )
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _to_8_bits(mode: str, values: NDArray[np.float64]) -> float:
+    """Factor that brings pixels of more than 8 bits to 0..255; modes I and F do not say their range."""
+    highest = values.max(initial=0)
+    overshoot = 1.1 if mode == "F" else 1.0  # what resizing adds to floating point pixels
+    if mode == "F" and highest <= overshoot:
+        return 255.0
+    if mode in ("I", "F") and highest <= 255 * overshoot:
+        return 1.0
+    return 255.0 / max(65535.0, highest)
