@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from dino_sparo.data.shards import ShardSource
 from dino_sparo.data.sources import open_labelled
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.evaluation.transfer import TestSet, as_test_set, open_test_sets, restrict
+from dino_sparo.shard import shard
 
 WNIDS = tuple(f"n{number:08d}" for number in (1440764, 1443537, 2102040, 3000684, 15075141))
 
@@ -132,7 +134,11 @@ def test_several_in_their_order(tmp_path):
         (["new=ROOT/nowhere"], UserFileNotFoundError, "nowhere' does not exist"),
         (["new=ROOT/good/a/1.jpg"], UserFileNotFoundError, "1.jpg' is a file"),
         (["new=ROOT/empty"], UserFileNotFoundError, "no images found"),
-        (["new=ROOT/flat"], UserError, "1.jpg lies in .*flat itself, so that its class is unknown"),
+        (
+            ["new=ROOT/flat"],
+            UserError,
+            "flat: the images are not in class folders; expected .*flat/<class>/<image>",
+        ),
         (["new=ROOT/above"], UserError, r"none of the 2 class folders \(train, val\) is a class of training"),
         (["new=ROOT/numbers"], UserError, "numbered up to 2, but training has 2 classes"),
     ],
@@ -144,6 +150,20 @@ def test_mistakes(tmp_path, given, kind, expected):
     with pytest.raises(kind, match=expected) as caught:
         open_test_sets([text.replace("ROOT", str(tmp_path)) for text in given], ("a", "b"))
     assert "\n" not in str(caught.value)
+
+
+def test_shards_are_a_test_set_as_their_folder_is(tmp_path):
+    images = touch(tmp_path / "images", "c/2.jpg", "c/1.jpg", "a/1.jpg", "x/1.jpg")
+    shard(str(images), str(tmp_path / "shards"), num_workers=0)
+    theirs, ours = only(images, ("c", "a", "b")), only(tmp_path / "shards", ("c", "a", "b"))
+    assert isinstance(ours.source, ShardSource) and ours.source.classes == ("c", "a", "b")
+    assert ours.labels.tolist() == theirs.labels.tolist() == [1, 0, 0]
+    assert ours.source.fingerprint() == theirs.source.fingerprint()
+    assert ours.describe() == theirs.describe() and ours.unknown == ("x",) and ours.missing == ("b",)
+    flat = touch(tmp_path / "flat", "1.jpg")
+    shard(str(flat), str(tmp_path / "unlabelled"), num_workers=0)
+    with pytest.raises(UserError, match=r"test 'new=.*unlabelled': .* has a class; expected KEY\.cls"):
+        only(tmp_path / "unlabelled")
 
 
 def test_restricted_scores_predict_only_these_classes():

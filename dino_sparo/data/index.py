@@ -14,10 +14,11 @@ import tempfile
 import time
 import uuid
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,31 +37,31 @@ NAMES_AT_ONCE = 10_000
 class FolderIndex:
     """Names and classes of the images below a folder, in torchvision's order, read from a mapped file.
 
-    A fork shares the mapping, and a pickle holds only where the file is: neither copies a name.
+    A fork shares the mapping, and a pickle holds only where the file is: neither copies a name. `header` and
+    `arrays` are what `index_parts` was given; those of another kind of index hold more.
     """
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         """Map `file`, an intact index that lies at `path`."""
         self.path = path
-        self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         first = len(MAGIC) + 8
-        end = first + int.from_bytes(self._map[first - 4 : first], "little")
-        header = json.loads(self._map[first:end])
-        self.fingerprint: str = header["fingerprint"]
-        self.num_loose: int = header["num_loose"]
-        arrays = {
-            name: np.frombuffer(self._map, dtype, count, _aligned(end) + offset)
-            for name, (dtype, count, offset) in header["arrays"].items()
+        end = first + int.from_bytes(mapped[first - 4 : first], "little")
+        self.header: dict[str, Any] = json.loads(mapped[first:end])
+        self.arrays: dict[str, NDArray[Any]] = {
+            name: np.frombuffer(mapped, dtype, count, _aligned(end) + offset)
+            for name, (dtype, count, offset) in self.header["arrays"].items()
         }
-        self._names = arrays["names"]
-        self._starts, self._class_starts = arrays["starts"], arrays["class_starts"]
-        self._folders, self._states = arrays["folders"], arrays["states"].reshape(-1, 3)
+        self.fingerprint: str = self.header["fingerprint"]
+        self.num_loose: int = self.header["num_loose"]
+        self.states = self.arrays["states"].reshape(-1, 3)
+        self._names, self._starts = self.arrays["names"], self.arrays["starts"]
 
     def __len__(self) -> int:
         return len(self._starts) - 1
 
     def __reduce__(self) -> tuple:
-        return _reopen, (self.path, self.fingerprint)
+        return _reopen, (type(self), self.path, self.fingerprint)
 
     def name(self, position: int) -> str:
         """Name of an image, relative to the folder. Raises IndexError for a position that is none."""
@@ -69,11 +70,11 @@ class FolderIndex:
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the top folders by number; none if images lie in the folder itself."""
-        return tuple(self.name(first).split("/", 1)[0] for first in self._class_starts[:-1])
+        return tuple(self.name(first).split("/", 1)[0] for first in self.arrays["class_starts"][:-1])
 
     def labels(self) -> NDArray[np.int64] | None:
         """Class numbers (len(self),), made at each call; None if images lie in the folder itself."""
-        sizes = np.diff(self._class_starts)
+        sizes = np.diff(self.arrays["class_starts"])
         return np.repeat(np.arange(len(sizes)), sizes) if len(sizes) else None
 
     def fingerprint_of(self, positions: NDArray[np.int64]) -> str:
@@ -86,11 +87,11 @@ class FolderIndex:
 
     def is_current(self, root: Path) -> bool:
         """Whether every folder below `root` is as it was: a look at each, none is listed."""
-        folders = self._folders.tobytes().decode("utf-8", "surrogateescape").split("\0")[:-1]
+        folders = self.arrays["folders"].tobytes().decode("utf-8", "surrogateescape").split("\0")[:-1]
 
         def unchanged(first: int) -> bool:
             return all(
-                state_now(os.path.join(root, folders[i])) == tuple(self._states[i].tolist())
+                state_now(os.path.join(root, folders[i])) == tuple(self.states[i].tolist())
                 for i in range(first, len(folders), THREADS)
             )
 
@@ -101,29 +102,41 @@ class FolderIndex:
         return self._names[self._starts[position] : self._starts[position + 1] - 1].tobytes()
 
 
+Index = TypeVar("Index", bound=FolderIndex)
+
+
 def open_index(root: Path) -> FolderIndex:
     """The index of the images below `root`: the one that is kept if no folder has changed, else a new one.
-
-    It is kept in `$DINO_SPARO_CACHE`, else in `dino_sparo` below `$XDG_CACHE_HOME` or `~/.cache`; where that
-    cannot be written, in a folder of the user's own among the temporary files.
 
     Raises:
         UserFileNotFoundError: there is no image.
         UserError: a folder cannot be read, or the index cannot be kept.
     """
-    name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:32] + ".index"
+    return cached_index(FolderIndex, root, ".index", lambda: _pack(root, walk(root)))
+
+
+def cached_index(kind: type[Index], root: Path, ending: str, make: Callable[[], list[bytes]]) -> Index:
+    """The index of `root` that is kept if it is current, else a new one of the parts that `make` gives.
+
+    It is kept in `$DINO_SPARO_CACHE`, else in `dino_sparo` below `$XDG_CACHE_HOME` or `~/.cache`; where that
+    cannot be written, in a folder of the user's own among the temporary files. `ending` is that of the file.
+
+    Raises:
+        UserError: the index cannot be kept, or what `make` raises.
+    """
+    name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:32] + ending
     chosen, spare = _cache_folder(), _temporary_folder()
     for path in (chosen / name, spare / name):
-        index = _open_intact(path)
-        if index is not None and index.is_current(root):
+        index = current_index(kind, path, root)
+        if index is not None:
             return index
-    parts = _pack(root, walk(root))
+    parts = make()
     try:
-        return _keep(chosen / name, parts)
+        return keep_index(kind, chosen / name, parts)
     except OSError as error:
         reason = f"{chosen}: the index of the images cannot be kept there ({error.strerror})"
     try:
-        index = _keep(spare / name, parts)
+        index = keep_index(kind, spare / name, parts)
     except OSError as error:
         raise UserError(
             f"{reason}, nor in {spare} ({error.strerror}); set DINO_SPARO_CACHE to a folder that can be "
@@ -131,6 +144,12 @@ def open_index(root: Path) -> FolderIndex:
         ) from error
     log.warning("%s; it is in %s, DINO_SPARO_CACHE can name another folder", reason, spare)
     return index
+
+
+def current_index(kind: type[Index], path: Path, root: Path) -> Index | None:
+    """The index in a file if it is intact and `root` is still what it was made of."""
+    index = _open_intact(kind, path)
+    return index if index is not None and index.is_current(root) else None
 
 
 def _cache_folder() -> Path:
@@ -144,7 +163,7 @@ def _temporary_folder() -> Path:
     return Path(tempfile.gettempdir()) / f"dino_sparo-{os.getuid()}"
 
 
-def _open_intact(path: Path) -> FolderIndex | None:
+def _open_intact(kind: type[Index], path: Path) -> Index | None:
     """The index in a file; None if there is none, or one that is damaged or of another format."""
     try:
         if path.parent == _temporary_folder() and path.parent.lstat().st_uid != os.getuid():
@@ -156,14 +175,14 @@ def _open_intact(path: Path) -> FolderIndex | None:
             checksum = 0
             while chunk := file.read(1 << 20):
                 checksum = zlib.crc32(chunk, checksum)
-            return FolderIndex(path, file) if checksum == stored else None
+            return kind(path, file) if checksum == stored else None
     except OSError:
         return None
 
 
-def _reopen(path: Path, fingerprint: str) -> FolderIndex:
+def _reopen(kind: type[Index], path: Path, fingerprint: str) -> Index:
     """What a pickle calls in a data worker that was not forked."""
-    index = _open_intact(path)
+    index = _open_intact(kind, path)
     if index is None or index.fingerprint != fingerprint:
         raise UserError(
             f"{path}: this index of images is gone or another one by now, since the folder was changed while "
@@ -172,8 +191,12 @@ def _reopen(path: Path, fingerprint: str) -> FolderIndex:
     return index
 
 
-def _keep(path: Path, parts: list[bytes]) -> FolderIndex:
-    """Write under another name, then rename: a reader sees all or nothing, who has the old one keeps it."""
+def keep_index(kind: type[Index], path: Path, parts: list[bytes]) -> Index:
+    """Write under another name, then rename: a reader sees all or nothing, who has the old one keeps it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     for left in path.parent.glob(f"{path.name}.*.tmp"):  # by writers that were killed
         if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
@@ -184,7 +207,7 @@ def _keep(path: Path, parts: list[bytes]) -> FolderIndex:
             file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
-            index = FolderIndex(path, file)
+            index = kind(path, file)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -211,7 +234,7 @@ def _pack(root: Path, folders: list[Folder]) -> list[bytes]:
         for _, folders_of_class in groupby(full, key=lambda folder: folder.below.split("/", 1)[0])
     ]
     paths = "".join(f"{folder.below}\0" for folder in folders)
-    return _file_parts(
+    return index_parts(
         {
             "root": os.path.realpath(root),  # for people
             "num_loose": num_loose,
@@ -233,7 +256,8 @@ def _torchvision_order(folder: Folder) -> tuple[str, str]:
     return path.split("/", 1)[0], path
 
 
-def _file_parts(header: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> list[bytes]:
+def index_parts(header: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> list[bytes]:
+    """The parts of the file of an index with such a header and arrays (any,)."""
     header["arrays"], offset = {}, 0
     data: list[bytes] = []
     for name, array in arrays.items():

@@ -1,7 +1,7 @@
 """Reads, hashes and decodes every image once, in parallel: damaged files and sizes.
 
-Worker processes know neither torch nor the source: they get names of files and give back numbers, of which 25
-bytes an image are kept. N: images.
+Worker processes know neither torch nor the source: they get names of files, or places in shards, and give
+back numbers, of which 25 bytes an image are kept. N: images.
 """
 
 import hashlib
@@ -27,6 +27,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from dino_sparo.data.decode import to_rgb
+from dino_sparo.data.shards import Place, ShardSource
 from dino_sparo.data.sources import ImageSource, ShapesSource
 from dino_sparo.errors import UserError
 
@@ -176,29 +177,36 @@ def _progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
 # --- Reading files
 
 
-def _examine(names: Sequence[str], start: int, at: c_longlong) -> _Chunk:
+def _examine(places: Sequence[str | Place], start: int, at: c_longlong) -> _Chunk:
     """Read, hash and decode files number `start` onwards; `at` holds the number of the present one."""
-    sides = np.zeros((len(names), 2), dtype=np.int32)
-    num_bytes = np.zeros(len(names), dtype=np.int64)
-    hashes = np.zeros((len(names), HASH_BYTES), dtype=np.uint8)
+    sides = np.zeros((len(places), 2), dtype=np.int32)
+    num_bytes = np.zeros(len(places), dtype=np.int64)
+    hashes = np.zeros((len(places), HASH_BYTES), dtype=np.uint8)
     problems = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # large images, odd metadata: training takes them
-        for position, name in enumerate(names):
+        for position, place in enumerate(places):
             at.value = start + position
             data = b""
             try:
-                with open(name, "rb") as file:
-                    data = file.read()
+                data = _read(place)
                 digest = hashlib.blake2b(data, digest_size=HASH_BYTES).digest()
                 hashes[position] = np.frombuffer(digest, dtype=np.uint8)
                 with Image.open(BytesIO(data)) as image:
                     sides[position] = sorted(to_rgb(image).size)
             except Exception as error:  # a damaged file makes PIL raise anything, and must not end the scan
                 kind, reason = problem_of(data, error)
-                problems.append((kind, start + position, f"{printable(name)}: {reason}"))
+                name = printable(place.name if isinstance(place, Place) else place)
+                problems.append((kind, start + position, f"{name}: {reason}"))
             num_bytes[position] = len(data)
     return _Chunk(sides, num_bytes, hashes, problems)
+
+
+def _read(place: str | Place) -> bytes:
+    if isinstance(place, Place):
+        return place.read()
+    with open(place, "rb") as file:
+        return file.read()
 
 
 def problem_of(data: bytes, error: Exception) -> tuple[str, str]:
@@ -265,20 +273,21 @@ def _work(connection: Connection, at: c_longlong) -> None:
     Image.core.set_blocks_max(2)  # keep the memory of an image and its copy: new pages cost half a decoding
     with suppress(EOFError, BrokenPipeError):  # the scanning process has gone
         while True:
-            start, names = connection.recv()
-            connection.send((start, _examine(names, start, at)))
+            start, places = connection.recv()
+            connection.send((start, _examine(places, start, at)))
 
 
 def _examined(
     source: ImageSource, num_files: int, num_workers: int, timeout_seconds: float
 ) -> Generator[tuple[int, _Chunk]]:
     """The number of the first file and the findings of each chunk, in any order."""
+    place = source.place if isinstance(source, ShardSource) else source.name
     chunks = (
-        (start, [source.name(i) for i in range(start, min(start + CHUNK_FILES, num_files))])
+        (start, [place(i) for i in range(start, min(start + CHUNK_FILES, num_files))])
         for start in range(0, num_files, CHUNK_FILES)
     )
     if num_workers == 0:
-        yield from ((start, _examine(names, start, c_longlong())) for start, names in chunks)
+        yield from ((start, _examine(places, start, c_longlong())) for start, places in chunks)
         return
     busy: dict[Any, _Worker] = {}  # by connection
     with _workers(min(num_workers, -(-num_files // CHUNK_FILES))) as workers:

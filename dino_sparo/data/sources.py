@@ -1,10 +1,8 @@
-"""Where images come from: folders (labelled by class folder or flat) and generated pictures."""
+"""Where images come from: folders (labelled by class folder or flat), shards and generated pictures."""
 
 import hashlib
 import logging
 import os
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -14,17 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dino_sparo.data.decode import decode
 from dino_sparo.data.imagenet import explain, recognise, training_folder
-from dino_sparo.data.index import FolderIndex, open_index
+from dino_sparo.data.index import open_index
+from dino_sparo.data.indexed import FolderSource
 from dino_sparo.data.shapes import FACTORS, draw_factors, draw_picture
+from dino_sparo.data.shards import ShardSource, holds_shards, open_shards
 from dino_sparo.errors import UserError, UserFileNotFoundError
 
 log = logging.getLogger("dino_sparo")
 
 SHAPES = "shapes"
 SHAPES_SIZES = {"train": 4000, "val": 1000}
-STAT_THREADS, STAT_FILES = 16, 4096
 HELD_OUT_EVERY = 5  # without a val folder every fifth image is held out
 
 
@@ -75,61 +73,6 @@ class ImageSource(Protocol):
         ...
 
 
-@dataclass(frozen=True, eq=False)
-class FolderSource:
-    """Images below a folder, in torchvision's order; labelled by the top folder of each image.
-
-    It holds no names, only the index of all images and the positions in it of those chosen (None: of all).
-    `class_numbers` are the numbers in `classes` of the index's own classes.
-    """
-
-    root: Path
-    index: FolderIndex
-    classes: tuple[str, ...]
-    class_numbers: NDArray[np.int64]
-    chosen: NDArray[np.int64] | None = None
-
-    def __len__(self) -> int:
-        return len(self.index if self.chosen is None else self.chosen)
-
-    @property
-    def labels(self) -> NDArray[np.int64] | None:
-        """Class numbers of all images, made anew each time; None if images are not in class folders."""
-        labels = self.index.labels()
-        if labels is None:
-            return None
-        return self.class_numbers[labels if self.chosen is None else labels[self.chosen]]
-
-    def name(self, index: int) -> str:
-        return str(self.root / self.index.name(index if self.chosen is None else int(self.chosen[index])))
-
-    def load(self, index: int, max_side: int | None = None) -> Image.Image:
-        return decode(self.read(index), max_side)
-
-    def read(self, index: int) -> bytes:
-        with open(self.name(index), "rb") as file:
-            return file.read()
-
-    def subset(self, indices: NDArray[np.int64]) -> "FolderSource":
-        return replace(self, chosen=indices if self.chosen is None else self.chosen[indices])
-
-    def fingerprint(self) -> str:
-        return self.index.fingerprint if self.chosen is None else self.index.fingerprint_of(self.chosen)
-
-    def stats(self) -> NDArray[np.int64]:
-        with ThreadPoolExecutor(STAT_THREADS) as threads:  # which wait for the disk together
-            found = threads.map(self._stats_of, range(0, len(self), STAT_FILES))
-            return np.concatenate([np.empty((0, 3), np.int64), *found])
-
-    def _stats_of(self, start: int) -> NDArray[np.int64]:
-        rows = np.full((min(STAT_FILES, len(self) - start), 3), -1, np.int64)
-        for row in range(len(rows)):
-            with suppress(OSError):
-                stat = os.stat(self.name(start + row))
-                rows[row] = stat.st_size, stat.st_mtime_ns, stat.st_ino % 2**63
-        return rows
-
-
 @dataclass(frozen=True)
 class ShapesSource:
     """Pictures drawn on demand; the label is one factor of the main object."""
@@ -161,8 +104,25 @@ class ShapesSource:
         return np.zeros((len(self), 3), np.int64)
 
 
-def open_images(path: str, max_images: int | None = None) -> ImageSource:
+def open_folder(root: Path) -> FolderSource | ShardSource:
+    """The images in the shards of a folder if it holds shards, else those in files below it.
+
+    Raises:
+        UserFileNotFoundError: there is no image.
+        UserError: a folder or shard cannot be read, or the index cannot be kept.
+    """
+    if holds_shards(root):
+        return open_shards(root)
+    index = open_index(root)
+    if 0 < index.num_loose < len(index):
+        _warn_of_loose_images(root, index.name(0))
+    return FolderSource.of_all(root, index)
+
+
+def open_images(path: str, max_images: int | None = None, key: str = "data.path") -> ImageSource:
     """The images to pretrain on: of `path/train` if there is one, of Kaggle's train, else of `path`.
+
+    `key` is the option that an error about the path names.
 
     Raises:
         UserFileNotFoundError: no such folder, or no image in it.
@@ -171,14 +131,14 @@ def open_images(path: str, max_images: int | None = None) -> ImageSource:
     if path == SHAPES:
         source = shapes_source("train")
     else:
-        folder = _train_folder(path, "data.path")
+        folder = _train_folder(path, key)
         if folder == Path(path) and (folder / "val").is_dir():  # its images would be learnt from too
             raise UserError(
-                f"data.path {path!r} has a val folder, but no train folder; expected train/<class>/<image>; "
+                f"{key} {path!r} has a val folder, but no train folder; expected train/<class>/<image>; "
                 f"move the images to train on into {folder / 'train'}"
             )
         try:
-            source = _open_folder(folder)
+            source = open_folder(folder)
         except UserFileNotFoundError as error:  # the images may lie in tars
             raise UserFileNotFoundError(_explained(path) or str(error)) from error
     if max_images is not None and max_images < len(source):
@@ -190,11 +150,13 @@ def open_val(path: str) -> ImageSource | None:
     """The validation images of a folder, labelled by their own class folders or not at all; None without."""
     if path == SHAPES:
         return shapes_source("val")
+    if holds_shards(Path(path) / "val"):
+        return open_folder(Path(path) / "val")
     try:
         val = recognise(Path(path)).val
     except UserFileNotFoundError:
         return None
-    return _open_folder(val.path) if val and val.is_readable and val.path != Path(path) else None
+    return open_folder(val.path) if val and val.is_readable and val.path != Path(path) else None
 
 
 def open_labelled(path: str, key: str = "data.path") -> tuple[ImageSource, ImageSource]:
@@ -213,11 +175,11 @@ def open_labelled(path: str, key: str = "data.path") -> tuple[ImageSource, Image
     explained = _explained(path)
     if explained:
         raise UserError(explained)
-    train = _open_folder(train_folder)
+    train = open_folder(train_folder)
     if train.labels is None:
-        raise UserError(
-            f"{train.root}: the images are not in class folders; expected {train.root}/<class>/<image>. With "
-            f"a list of their classes `dino-sparo prepare {path} --out OUT --labels FILE` makes them"
+        raise unlabelled(
+            train,
+            f". With a list of their classes `dino-sparo prepare {path} --out OUT --labels FILE` makes them",
         )
     _warn_of_empty_classes(train)
     val_folder = Path(path) / "val"
@@ -226,11 +188,9 @@ def open_labelled(path: str, key: str = "data.path") -> tuple[ImageSource, Image
         return train.subset(np.flatnonzero(~held_out)), train.subset(np.flatnonzero(held_out))
     if train.root == Path(path):  # its images would be in the gallery too, as a class named val
         raise UserError(f"{path}: there is a val folder, but no train folder; expected train/<class>/<image>")
-    val = _open_folder(val_folder)
+    val = open_folder(val_folder)
     if val.labels is None:
-        raise UserError(
-            f"{val.root}: the images are not in class folders; expected {val.root}/<class>/<image>"
-        )
+        raise unlabelled(val)
     unknown = sorted(set(val.classes) - set(train.classes))
     if unknown:
         problem = "has no image" if (train.root / unknown[0]).is_dir() else "does not exist"
@@ -243,7 +203,19 @@ def open_labelled(path: str, key: str = "data.path") -> tuple[ImageSource, Image
     return train, replace(val, classes=train.classes, class_numbers=to_train)
 
 
-def _warn_of_empty_classes(source: FolderSource) -> None:
+def unlabelled(source: FolderSource | ShardSource, remedy: str = "") -> UserError:
+    """The error about images of a folder or of shards whose classes are needed and unknown."""
+    if isinstance(source, ShardSource):
+        return UserError(
+            f"{source.root}: not every image of these shards has a class; expected KEY.cls beside "
+            f"each image, as `dino-sparo shard` writes it for images in class folders"
+        )
+    return UserError(
+        f"{source.root}: the images are not in class folders; expected {source.root}/<class>/<image>{remedy}"
+    )
+
+
+def _warn_of_empty_classes(source: FolderSource | ShardSource) -> None:
     """A class folder without an image is no class; it may have been meant to be one."""
     folders = sorted(entry.name for entry in os.scandir(source.root) if entry.is_dir())
     empty = [name for name in folders if name not in source.classes and not name.startswith(".")]
@@ -287,13 +259,6 @@ def _explained(path: str) -> str:
         return explain(recognise(Path(path)))
     except UserFileNotFoundError:
         return ""
-
-
-def _open_folder(root: Path) -> FolderSource:
-    index = open_index(root)
-    if 0 < index.num_loose < len(index):
-        _warn_of_loose_images(root, index.name(0))
-    return FolderSource(root, index, index.classes, np.arange(len(index.classes)))
 
 
 @cache  # said once a process and folder, however often that is opened

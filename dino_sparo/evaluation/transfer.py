@@ -20,13 +20,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dino_sparo.data.index import open_index
-from dino_sparo.data.sources import FolderSource, ImageSource
+from dino_sparo.data.sources import ImageSource, open_folder, unlabelled
 from dino_sparo.errors import UserError, UserFileNotFoundError
 
 VAL = "val"
 SHOWN_NAMES = 3
-EXPECTED = "expected NAME=DIR, DIR holding one folder of images for each class"
+EXPECTED = "expected NAME=DIR, DIR holding one folder of images for each class, or shards of such"
 
 
 @dataclass(frozen=True)
@@ -111,13 +110,10 @@ def _open_test_set(name: str, text: str, root: Path, train_classes: tuple[str, .
     if not root.is_dir():
         problem = "is a file" if root.exists() else "does not exist"
         raise UserFileNotFoundError(f"test {text!r}: {str(root)!r} {problem}; {EXPECTED}")
-    index = open_index(root)
-    labels = index.labels()
+    source = open_folder(root)
+    labels, folders = source.labels, source.classes
     if labels is None:
-        raise UserError(
-            f"test {text!r}: {index.name(0)} lies in {root} itself, so that its class is unknown; {EXPECTED}"
-        )
-    folders = index.classes
+        raise UserError(f"test {text!r}: {unlabelled(source)}")
     try:
         to_train = _numbers_of_training(folders, train_classes)
     except UserError as error:
@@ -128,7 +124,9 @@ def _open_test_set(name: str, text: str, root: Path, train_classes: tuple[str, .
             f"training ({_some(train_classes)}); {EXPECTED}, named as in training"
         )
     kept = np.flatnonzero(to_train[labels] >= 0)
-    source = FolderSource(root, index, train_classes, to_train, None if len(kept) == len(index) else kept)
+    source = replace(source, classes=train_classes, class_numbers=to_train)
+    if len(kept) < len(source):
+        source = source.subset(kept)
     unknown = tuple(folders[number] for number in np.flatnonzero(to_train < 0).tolist())
     here = np.unique(to_train[to_train >= 0])
     return replace(as_test_set(name, source, train_classes), classes=here, unknown=unknown)
