@@ -34,7 +34,14 @@ from dino_sparo.options import CheckOptions
 from dino_sparo.training.checkpoint import KEEP_LAST
 from dino_sparo.training.precision import choose_precision, set_numerics
 from dino_sparo.training.rundir import check_same_experiment, config_of
-from dino_sparo.training.setup import build_schedules, open_data, prefetched_bytes
+from dino_sparo.training.setup import (
+    build_schedules,
+    bytes_of_image,
+    dataset_of,
+    executor_of,
+    open_data,
+    prefetched_bytes,
+)
 from dino_sparo.training.state import build_state, checkpoint_bytes
 
 LOADING_SECONDS = 10.0
@@ -67,11 +74,17 @@ def check(options: CheckOptions) -> int:
         report["remarks"] += remarks
         say("\n".join(describe(data)))
     try:
-        check_shared_memory(prefetched_bytes(options, workers, batch_size, options.nproc))
-        loading = load(options, source, workers * options.nproc, say)
-        report["loader"] = {key: value for key, value in vars(loading).items() if key != "crops"}
+        dataset = dataset_of(replace_bad_ones(options), source, executor_of(options, device))
+        image_bytes = bytes_of_image(options, source, dataset.executor)
+        prefetched = prefetched_bytes(options, workers, batch_size, options.nproc, image_bytes)
+        check_shared_memory(prefetched)
+        loading = load(options, dataset, workers * options.nproc, say)
+        report["loader"] = {key: value for key, value in vars(loading).items() if key != "batch"}
+        report["loader"]["views"] = dataset.executor
         report |= cost(options, loading, batch_size, device, say)
-        report["run"] = projection(options, report, device, len(source), batch_size, accumulation, workers)
+        report["run"] = projection(
+            options, report, device, len(source), batch_size, accumulation, workers, prefetched
+        )
         report["problems"] += machine_problems(options, report)
         say("\n".join(summary(options, report, device.type)))
     except UserError as error:  # what was found so far is worth telling
@@ -94,13 +107,17 @@ def scan(options: CheckOptions, source: ImageSource, num_workers: int) -> DataRe
     return data_report(scans[0], scans[1] if val is not None else None)
 
 
-def load(options: CheckOptions, source: ImageSource, num_workers: int, say: Any) -> Loading:
+def replace_bad_ones(options: CheckOptions) -> CheckOptions:
+    """The same, but for images that cannot be read: they have been told before."""
+    return replace(options, data=replace(options.data, on_bad_image="substitute"))
+
+
+def load(options: CheckOptions, dataset: CropsDataset, num_workers: int, say: Any) -> Loading:
     """The speed of all workers of this machine together."""
     say(f"\nmeasuring the loader for {LOADING_SECONDS:.0f} seconds, and {STEPS} steps ...")
-    dataset = CropsDataset(source, crop_recipes(**asdict(options.views)), options.seed, substitute=True)
     order = BatchOrder(
-        num_samples=len(source),
-        global_batch_size=min(LOADING_BATCH, len(source)),
+        num_samples=len(dataset.source),
+        global_batch_size=min(LOADING_BATCH, len(dataset.source)),
         epochs=10**6,
         seed=options.seed,
     )
@@ -132,6 +149,7 @@ def cost(
         device,
         loss_scaling=precision == "fp16",
         activation_checkpointing=options.machine.activation_checkpointing,
+        compiled=options.machine.compile,
     )
     hyper = replace(build_schedules(options, steps_per_epoch=1).at(0), freeze_last_layer=False)
     share = options.optim.global_batch_size // options.nproc
@@ -141,7 +159,8 @@ def cost(
         try:
             stepping = measure_steps(
                 state,
-                loading.crops,
+                loading.batch,
+                crop_recipes(**asdict(views)),
                 tried,
                 hyper,
                 steps=STEPS,
@@ -173,6 +192,7 @@ def projection(
     batch_size: int,
     accumulation: int,
     workers: int,
+    prefetched: int,
 ) -> dict[str, Any]:
     """What follows from the measurements for the whole run, k-NN left out."""
     optim, log, loader_bytes = options.optim, options.log, report["loader"]["worker_bytes"]
@@ -184,7 +204,6 @@ def projection(
     steps_per_epoch = num_images // optim.global_batch_size
     seen = optim.epochs * steps_per_epoch * optim.global_batch_size
     kept = KEEP_LAST + 1 + (optim.epochs // log.keep_every_epochs if log.keep_every_epochs else 0)
-    prefetched = prefetched_bytes(options, workers, batch_size, options.nproc)
     process = private_bytes(os.getpid())
     return {
         "images": num_images,

@@ -257,7 +257,10 @@ def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
     if not dist.is_initialized():
         return module
     return DistributedDataParallel(
-        module, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
+        module,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        static_graph=True,  # also with micro-batches, since `settle` runs two synchronised passes first
     )
 
 

@@ -1,7 +1,7 @@
 """What a run will cost on this machine, measured: loader, step, parameters, FLOPs and checkpoint."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
 from multiprocessing import active_children
@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dino_sparo.data.loader import Crops, UnreadableImage, normalize
+from dino_sparo.data.device_views import ahead, repeated
+from dino_sparo.data.loader import Crops, PhotoBatch, UnreadableImage, crops_of, normalize
+from dino_sparo.data.views import CropRecipe
 from dino_sparo.data.workers import WatchedLoader
 from dino_sparo.device import wait_for
 from dino_sparo.models.encoder import DinoModel
@@ -24,14 +26,14 @@ from dino_sparo.training.state import TrainState
 
 @dataclass(frozen=True)
 class Loading:
-    """How fast views are made by all workers of this machine together."""
+    """How fast all workers of this machine together load images, and make views if that is theirs to do."""
 
     images_per_second: float
     workers: int
     worker_bytes: int
     """Memory of the largest worker that no other process has; 0 without workers."""
-    crops: Crops
-    """The last batch."""
+    batch: Crops | PhotoBatch
+    """The last one."""
 
 
 @dataclass(frozen=True)
@@ -55,21 +57,27 @@ def measure_loading(batches: WatchedLoader, *, seconds: float) -> Loading:
     """
     workers = batches.num_workers
     with batches.failures_explained():
-        crops, iterator = None, iter(batches)
+        batch, iterator = None, iter(batches)
         for _ in range(2 * max(1, workers)):
-            crops = _readable(next(iterator))
+            batch = _readable(next(iterator))
         images, started = 0, time.monotonic()
         while (elapsed := time.monotonic() - started) < seconds or not images:
-            crops = _readable(next(iterator))
-            images += crops.global_crops.shape[1]
+            batch = _readable(next(iterator))
+            images += num_images(batch)
         worker_bytes = max((private_bytes(child.pid) for child in active_children()), default=0)
-    assert crops is not None
-    return Loading(images / elapsed, workers, worker_bytes, crops)
+    assert batch is not None
+    return Loading(images / elapsed, workers, worker_bytes, batch)
+
+
+def num_images(batch: Crops | PhotoBatch) -> int:
+    """Images in a batch."""
+    return len(batch.photos.places) if isinstance(batch, PhotoBatch) else batch.global_crops.shape[1]
 
 
 def measure_steps(
     state: TrainState,
-    crops: Crops,
+    batch: Crops | PhotoBatch,
+    recipes: Sequence[CropRecipe],
     batch_size: int,
     hyper: Hyperparameters,
     *,
@@ -78,13 +86,18 @@ def measure_steps(
     precision: str,
     device: torch.device,
 ) -> Stepping:
-    """Time whole steps on `batch_size` images, repeated from the crops, after two that warm up.
+    """Time whole steps on `batch_size` images, repeated from the batch, after two that warm up.
+
+    Views that the device makes are made anew for each step.
 
     Raises:
         torch.OutOfMemoryError: the batch does not fit.
     """
-    groups = [_repeated(x, batch_size) for x in (crops.global_crops, crops.local_crops) if x.numel()]
-    batches: Iterator[list[Tensor]] = repeat([normalize(group.to(device)) for group in groups])
+    same = _enlarged(batch, batch_size)
+    if isinstance(same, Crops):
+        same = crops_of(same, recipes, device)
+    crops = ahead(repeat(same), lambda one: crops_of(one, recipes, device), device)
+    batches = ([normalize(x) for x in (c.global_crops, c.local_crops) if x.numel()] for c in crops)
     mixed = autocast(precision, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -142,13 +155,15 @@ def private_bytes(pid: int | None) -> int:
     return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("Private_", "Swap:")))
 
 
-def _readable(crops: Crops | UnreadableImage) -> Crops:
-    if isinstance(crops, UnreadableImage):
-        crops.raise_error()
-    return crops
+def _readable(batch: Crops | PhotoBatch | UnreadableImage) -> Crops | PhotoBatch:
+    if isinstance(batch, UnreadableImage):
+        batch.raise_error()
+    return batch
 
 
-def _repeated(crops: Tensor, batch_size: int) -> Tensor:
-    """Crops (C, b, 3, side, side) -> (C, batch_size, 3, side, side)."""
-    have = crops.shape[1]
-    return crops[:, torch.arange(batch_size) % have]
+def _enlarged(batch: Crops | PhotoBatch, batch_size: int) -> Crops | PhotoBatch:
+    """The same images over and over, so many."""
+    if isinstance(batch, PhotoBatch):
+        return PhotoBatch(repeated(batch.photos, batch_size))
+    chosen = torch.arange(batch_size) % num_images(batch)
+    return Crops(batch.global_crops[:, chosen], batch.local_crops[:, chosen])

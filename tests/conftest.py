@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dino_sparo.training import pretrain as program
 from tests.tiny import tiny_options, write_pictures
@@ -42,3 +43,14 @@ def run_dir(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def horizontal_first(monkeypatch):
+    """Image.resize as it was up to Pillow 12."""
+    resize = Image.Image.resize
+
+    def in_order(self, size, resample=None):
+        return resize(resize(self, (size[0], self.height), resample), size, resample)
+
+    monkeypatch.setattr(Image.Image, "resize", in_order)

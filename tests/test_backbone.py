@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from timm.layers import Mlp
 
-from dino_sparo.models import build_encoder
-from dino_sparo.models.backbone import VisionTransformer
+from dino_sparo.bench_stages import bytes_saved_for_backward
+from dino_sparo.models import DINOHead, DinoModel, build_encoder
+from dino_sparo.models.backbone import FrugalMlp, VisionTransformer
 
 SIZES = ["224x224", "96x96", "160x224"]
 
@@ -81,3 +83,40 @@ def test_image_that_cannot_be_cut():
     backbone = VisionTransformer(image_size=32, patch_size=16, width=48, depth=1, num_heads=3)
     with pytest.raises(ValueError, match="40x32 pixels cannot be cut into patches of 16"):
         backbone(torch.zeros(1, 3, 40, 32))
+
+
+def test_the_frugal_mlp_is_timms_and_keeps_less():
+    torch.manual_seed(0)
+    ours, theirs = FrugalMlp(16, 64), Mlp(16, 64)
+    theirs.load_state_dict(ours.state_dict())
+    tokens = torch.randn(3, 5, 16)
+    outputs = []
+    for module in (ours, theirs):
+        given = tokens.clone().requires_grad_()
+        output = module(given)
+        (output**2).sum().backward()
+        outputs.append([output, given.grad, *(p.grad for p in module.parameters())])
+    for mine, other in zip(*outputs, strict=True):
+        assert torch.equal(mine, other)
+    kept = [bytes_saved_for_backward(module, tokens) for module in (theirs, ours)]
+    assert kept[0] - kept[1] == 4 * 3 * 5 * 64  # the output of GELU
+    with torch.no_grad():
+        assert torch.equal(ours(tokens), theirs(tokens))
+
+
+@pytest.mark.long
+def test_a_compiled_backbone_gives_the_same_tokens_and_gradients():
+    torch.manual_seed(0)
+    encoder = build_encoder({"width": 16, "depth": 3, "num_heads": 2}, 8, 32, readout="cls")
+    model = DinoModel(encoder, DINOHead(16, num_prototypes=8, hidden_dim=16, bottleneck_dim=4))
+    crops = [torch.randn(2, 3, 3, 32, 32), torch.randn(4, 3, 3, 16, 16)]
+    results = []
+    for compiled in (False, True):
+        if compiled:
+            model.compile_backbone()
+        model.zero_grad()
+        logits, _ = model(crops)
+        (logits**2).mean().backward()
+        results.append([logits.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
+    for plain, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, plain, atol=1e-6, rtol=1e-4)

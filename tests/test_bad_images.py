@@ -202,7 +202,7 @@ def test_evaluation_counts_every_image_or_stops_by_name(tmp_path, kind):
 class Pictures(list):
     """A source of pictures in memory."""
 
-    def load(self, index):
+    def load(self, index, max_side=None):
         return self[index]
 
 

@@ -157,6 +157,7 @@ def test_speeds_are_images_over_time(data, tmp_path, monkeypatch):
     measured = measure.measure_steps(
         state,
         crops,
+        [],
         5,
         Hyperparameters(0.1, 0.1, 0.9, 0.04, False),
         steps=4,
@@ -218,11 +219,11 @@ def test_torchrun_is_refused(data, capsys, monkeypatch):
 def test_a_batch_that_does_not_fit_is_halved_until_it_does(data, capsys, monkeypatch):
     original, tried = program.measure_steps, []
 
-    def small_gpu(state, crops, batch_size, *args, **kwargs):
+    def small_gpu(state, crops, recipes, batch_size, *args, **kwargs):
         tried.append(batch_size)
         if batch_size > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        measured = original(state, crops, batch_size, *args, **kwargs)
+        measured = original(state, crops, recipes, batch_size, *args, **kwargs)
         return replace(measured, memory_gib=70.0, gpu_memory_gib=79.0)
 
     monkeypatch.setattr(program, "measure_steps", small_gpu)

@@ -180,7 +180,7 @@ def test_experiment_has_no_defaults(section):
     [
         key
         for key, value in flat(content()).items()
-        if value is not None and not key.startswith(("monitor.", "model.readout."))
+        if value is not None and not key.startswith(("monitor.", "model.readout.", "data.max_side"))
     ],
 )
 def test_every_key_of_the_experiment_is_required(tmp_path, key):

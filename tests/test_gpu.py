@@ -5,13 +5,23 @@ import pytest
 import torch
 
 from dino_sparo.config import parse_options
+from dino_sparo.data import pil_views
+from dino_sparo.data.device_views import ahead, collate_photos, make_crops, numbers_of
+from dino_sparo.data.loader import to_tensor
+from dino_sparo.data.tensor_views import to_pixels
 from dino_sparo.evaluation import knn, linear
 from dino_sparo.evaluation.results import read_results
 from dino_sparo.evaluation.search import nearest
 from dino_sparo.options import KnnOptions, LinearOptions
 from dino_sparo.training import pretrain as program
 from dino_sparo.training.checkpoint import load_latest
+from dino_sparo.training.precision import autocast
+from dino_sparo.training.pretrain import train_step
+from dino_sparo.training.rundir import config_of
 from dino_sparo.training.runlog import read_metrics
+from dino_sparo.training.setup import build_schedules
+from dino_sparo.training.state import build_state
+from tests.pictures import photo, recipes, views_of
 from tests.tiny import state_hash, tiny_options, write_pictures
 
 pytestmark = [
@@ -48,6 +58,51 @@ def test_deterministic_runs_are_bit_equal(precision, tmp_path):
     finally:
         torch.use_deterministic_algorithms(False)
     assert len(hashes) == 1
+
+
+def test_views_of_whole_batches_are_pils():
+    crop_recipes = recipes(224, 96)
+    images = [photo(*((500, 375), (300, 420), (640, 200))[number % 3], seed=number) for number in range(40)]
+    views = [views_of(image, crop_recipes, sample) for sample, image in enumerate(images)]
+    photos = collate_photos(
+        [
+            (to_pixels(image), [numbers_of(view, 3) for view in row])
+            for image, row in zip(images, views, strict=True)
+        ]
+    )
+    device = torch.device("cuda", 0)
+    made = ahead(
+        [photos], lambda one: tuple(make_crops(one, [crop_recipes[:2], crop_recipes[2:]], device)), device
+    )
+    ((large, small),) = made
+    for number, (image, row) in enumerate(zip(images, views, strict=True)):
+        ours = [large[0, number], large[1, number], small[0, number], small[1, number]]
+        for crop, view in zip(ours, row, strict=True):
+            difference = (crop.cpu().int() - to_tensor(pil_views.execute(image, view)).int()).abs().float()
+            assert difference.mean() < 1, (number, view)
+
+
+def test_a_step_never_lets_the_host_wait(tmp_path):
+    """With the host forbidden to."""
+    options = tiny_options(
+        tmp_path / "data", tmp_path / "run", machine__device="cuda", machine__precision="bf16", **HEAD
+    )
+    device = torch.device("cuda", 0)
+    state = build_state(config_of(options), device)
+    crops = [torch.randn(2, 8, 3, 16, 16, device=device), torch.randn(2, 8, 3, 8, 8, device=device)]
+    hyper = build_schedules(options, 10).at(15)
+
+    def step():
+        train_step(state, iter([crops]), 1, hyper, clip_norm=3.0, autocast=autocast("bf16", device))
+
+    for _ in range(3):  # which set things up
+        step()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        for _ in range(3):
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_accumulation_is_near_the_whole_batch(tmp_path):

@@ -126,6 +126,7 @@ def reference(pretrained: Path, data: Path, learning_rate: float) -> torch.nn.Li
     return classifier
 
 
+@pytest.mark.usefixtures("horizontal_first")
 @pytest.mark.parametrize("learning_rate", [0.001, 1.0])
 def test_training_is_the_official_protocol(learning_rate, pretrained, data, uninterrupted):
     expected = reference(pretrained, data, learning_rate)

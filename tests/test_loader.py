@@ -167,10 +167,10 @@ def test_what_stands_in_changes_with_the_epoch(tmp_path, pictures):
     dataset = crops_of(folder_with_bad_ones(tmp_path / "some", pictures, bad=1), substitute=True)
     assert dataset.source.name(0).endswith("bad0.jpg")
     drawn = [dataset[epoch, 0] for epoch in (0, 0, 1, 2, 3)]
-    assert torch.equal(drawn[0].crops[0], drawn[1].crops[0])
-    sizes = [crops_of(dataset.source)[0, n].crops[0].float().mean() for n in range(1, 8)]
+    assert torch.equal(drawn[0].made[0], drawn[1].made[0])
+    sizes = [crops_of(dataset.source)[0, n].made[0].float().mean() for n in range(1, 8)]
     assert len(set(sizes)) == 7  # the pictures differ, so do the stand-ins of four epochs:
-    assert len({item.crops[0].float().mean().item() for item in drawn}) > 1
+    assert len({item.made[0].float().mean().item() for item in drawn}) > 1
 
 
 def test_stand_ins_are_bounded(tmp_path):

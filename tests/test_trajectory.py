@@ -40,12 +40,15 @@ def load_golden(model: DinoModel, arrays: dict[str, np.ndarray]) -> None:
     )
 
 
-@pytest.fixture(scope="module")
-def trained():
+@pytest.fixture(scope="module", params=["as it is", pytest.param("compiled", marks=pytest.mark.long)])
+def trained(request):
     arrays = load_golden_arrays("trajectory")
     student, teacher = golden_model(), golden_model()
     load_golden(student, arrays)
     load_golden(teacher, arrays)
+    if request.param == "compiled":
+        student.compile_backbone()
+        teacher.compile_backbone()
     loss_fn = DINOLoss(num_prototypes=256)
     state = state_of(student, teacher, loss_fn, torch.device("cpu"), loss_scaling=False)
     losses = []

@@ -100,6 +100,7 @@ class GivenRandomNumbers:
         monkeypatch.setattr(transforms.ColorJitter, "get_params", staticmethod(lambda *_: jitter))
 
 
+@pytest.mark.usefixtures("horizontal_first")
 @pytest.mark.parametrize("sample", range(40))
 def test_pil_executor_equals_torchvisions_transforms(sample, monkeypatch):
     view = draw(sample=sample)
@@ -164,7 +165,8 @@ def test_order_of_samples_is_a_permutation_of_its_own_for_each_epoch():
     assert (orders[0] != sample_order(seed=1, epoch=0, num_samples=100)).any()
 
 
-@pytest.mark.parametrize(("width", "height"), [(500, 375), (200, 640)])
+@pytest.mark.usefixtures("horizontal_first")
+@pytest.mark.parametrize(("width", "height"), [(500, 375), (200, 640), (333, 511), (224, 224), (7, 40)])
 def test_center_crop_is_the_official_evaluation_transform(width, height):
     official = transforms.Compose(
         [transforms.Resize(256, interpolation=InterpolationMode.BICUBIC), transforms.CenterCrop(224)]

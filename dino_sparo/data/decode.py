@@ -20,11 +20,27 @@ def decode(data: bytes, max_side: int | None = None) -> Image.Image:
     with Image.open(BytesIO(data)) as image:
         if max_side is None or max(image.size) <= max_side:
             return to_rgb(image)
-        scale = max_side / max(image.size)
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        size = bounded(image.size, max_side)
         if image.mode in ("RGB", "L"):  # others would change their mode
             image.draft(None, (round(GAP * size[0]), round(GAP * size[1])))
         return to_rgb(image).resize(size, Image.Resampling.BICUBIC, reducing_gap=GAP)
+
+
+def size_of(data: bytes, max_side: int | None = None) -> tuple[int, int] | None:
+    """Width and height that `decode` gives, told by the beginning of the file; None if it does not tell."""
+    try:
+        with Image.open(BytesIO(data)) as image:
+            return bounded(image.size, max_side)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+
+
+def bounded(size: tuple[int, int], max_side: int | None) -> tuple[int, int]:
+    """A size of the same shape whose longer side is at most `max_side`."""
+    if max_side is None or max(size) <= max_side:
+        return size
+    width, height = (max(1, round(side * max_side / max(size))) for side in size)
+    return width, height
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

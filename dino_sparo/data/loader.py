@@ -1,15 +1,17 @@
 """Deterministic, resumable batches of crops.
 
-Workers hand over uint8 pixels; `normalize` makes them floats on the training device.
+Workers hand over uint8 pixels: crops, or whole images where the training device makes the crops.
+`normalize` makes floats of them, there.
 Axis letters: B images, C crops.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import itemgetter
-from typing import NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -19,17 +21,25 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchvision.utils import make_grid
 
-from dino_sparo.data import pil_views
+from dino_sparo.data import pil_views, tensor_views
+from dino_sparo.data.device_views import Photos, collate_photos, make_crops, numbers_of
 from dino_sparo.data.scan import problem_of
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.views import NUM_GLOBAL_CROPS, CropRecipe, draw_view, sample_order, substitute_sample
 from dino_sparo.data.workers import WatchedLoader
 from dino_sparo.errors import UserError
 
+log = logging.getLogger("dino_sparo")
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SUBSTITUTE_TRIES = 10
 MAX_ASPECT = 32
+MIN_SIDE_OF_TENSOR_VIEWS = 96  # of global crops; PIL is about as fast on smaller ones, and needs no compiling
+
+Executor = Literal[
+    "pil", "tensor", "device"
+]  # of views: workers by PIL or by tensors, or the training device
 
 
 @dataclass(frozen=True)
@@ -53,10 +63,17 @@ class Crops(NamedTuple):
     """Images that could not be read, for which others stand in."""
 
 
-class ImageCrops(NamedTuple):
-    """The crops of one image, uint8 (3, side, side) each, global ones first."""
+class PhotoBatch(NamedTuple):
+    """A batch of images whose crops are still to be made, and those replaced as in `Crops`."""
 
-    crops: list[Tensor]
+    photos: Photos
+    replaced: tuple[UnreadableImage, ...] = ()
+
+
+class LoadedImage(NamedTuple):
+    """The crops of one image, uint8 (3, side, side) each, global ones first; or itself and their numbers."""
+
+    made: list[Tensor] | tuple[Tensor, list[list[float]]]
     replaced: list[UnreadableImage]
 
 
@@ -65,20 +82,30 @@ class CropsDataset(Dataset):
 
     With `substitute` another image stands in for one that cannot be read: which one is drawn from (seed,
     epoch, sample), so it does not depend on workers or processes. After ten bad ones in a row the first is
-    returned as unreadable.
+    returned as unreadable. An image with a longer side than `max_side` is reduced to it before anything else.
     """
 
     def __init__(
-        self, source: ImageSource, crop_recipes: Sequence[CropRecipe], seed: int, *, substitute: bool = False
+        self,
+        source: ImageSource,
+        crop_recipes: Sequence[CropRecipe],
+        seed: int,
+        *,
+        substitute: bool = False,
+        executor: Executor = "pil",
+        max_side: int | None = None,
     ) -> None:
         self.source = source
         self.crop_recipes = crop_recipes
         self.seed = seed
         self.substitute = substitute
+        self.executor = executor
+        self.max_side = max_side
+        self.blur_taps = tensor_views.blur_taps(crop_recipes)
 
-    def __getitem__(self, item: tuple[int, int]) -> ImageCrops | UnreadableImage:
+    def __getitem__(self, item: tuple[int, int]) -> LoadedImage | UnreadableImage:
         epoch, sample = item
-        image, replaced = _load(self.source, sample), []
+        image, replaced = self._load(sample), []
         while isinstance(image, UnreadableImage):
             replaced.append(image)
             if not self.substitute or len(replaced) == SUBSTITUTE_TRIES:
@@ -90,20 +117,34 @@ class CropsDataset(Dataset):
                 attempt=len(replaced),
                 num_samples=len(self.source),
             )
-            image = _load(self.source, other)
-        crops = []
-        for crop, recipe in enumerate(self.crop_recipes):
-            view = draw_view(
+            image = self._load(other)
+        height, width = image.shape[:2] if isinstance(image, Tensor) else (image.height, image.width)
+        views = [
+            draw_view(
                 recipe,
                 seed=self.seed,
                 epoch=epoch,
                 sample=sample,
                 crop=crop,
-                image_width=image.width,
-                image_height=image.height,
+                image_width=width,
+                image_height=height,
             )
-            crops.append(to_tensor(pil_views.execute(image, view)))
-        return ImageCrops(crops, replaced)
+            for crop, recipe in enumerate(self.crop_recipes)
+        ]
+        if not isinstance(image, Tensor):
+            return LoadedImage([to_tensor(pil_views.execute(image, view)) for view in views], replaced)
+        if self.executor == "tensor":
+            return LoadedImage(
+                [tensor_views.execute(image, view, self.blur_taps) for view in views], replaced
+            )
+        return LoadedImage((image, [numbers_of(view, self.blur_taps) for view in views]), replaced)
+
+    def _load(self, sample: int) -> Image.Image | Tensor | UnreadableImage:
+        """An image as the executor takes it."""
+        image = _load(self.source, sample, self.max_side)
+        if self.executor == "pil" or isinstance(image, UnreadableImage):
+            return image
+        return tensor_views.to_pixels(image)
 
 
 class BatchOrder(Sampler):
@@ -153,6 +194,44 @@ class BatchOrder(Sampler):
         return order[number * self.global_batch_size : (number + 1) * self.global_batch_size].tolist()
 
 
+def choose_executor(
+    name: Literal["auto", "pil", "tensor", "device"],
+    device: torch.device,
+    recipes: Sequence[CropRecipe],
+    *,
+    max_side: int | None,
+) -> Executor:
+    """`auto` is the GPU where there is one, tensors on a CPU where they are faster, and PIL elsewhere.
+
+    Tensor views are compiled here, before anything else depends on whether they can be.
+
+    Raises:
+        UserError: crops are to be made on the device of images of any size, or by tensors without a compiler.
+    """
+    if name == "device" and max_side is None:
+        raise UserError(
+            "machine.views device makes crops of a batch of whole images, which data.max_side null does not "
+            "bound; give data.max_side 1024, or machine.views tensor"
+        )
+    if name == "auto" and device.type == "cuda" and max_side is not None:
+        return "device"
+    if name == "auto" and recipes[0].size < MIN_SIDE_OF_TENSOR_VIEWS:
+        return "pil"
+    if name == "pil":
+        return "pil"
+    if name == "device":
+        return "device"
+    problem = tensor_views.warm_up(recipes)
+    if problem and name == "tensor":
+        raise UserError(
+            f"machine.views tensor needs a C++ compiler that works ({problem}); install g++, or give "
+            f"machine.views pil"
+        )
+    if problem:
+        log.warning("WARNING: views are made by PIL, for want of a C++ compiler that works (%s)", problem)
+    return "pil" if problem else "tensor"
+
+
 def crop_batches(
     dataset: CropsDataset,
     order: Sampler,
@@ -162,7 +241,7 @@ def crop_batches(
     pin_memory: bool,
     timeout_seconds: float,
 ) -> WatchedLoader:
-    """Batches of `Crops` (or `UnreadableImage`) of (epoch, sample) pairs, prepared ahead by workers."""
+    """Batches of `Crops` or `PhotoBatch` (or `UnreadableImage`) of (epoch, sample) pairs, made by workers."""
     return WatchedLoader(
         dataset,
         image_of=itemgetter(1),
@@ -176,21 +255,45 @@ def crop_batches(
     )
 
 
-def collate_crops(images: list[ImageCrops | UnreadableImage]) -> Crops | UnreadableImage:
+def collate_crops(images: list[LoadedImage | UnreadableImage]) -> Crops | PhotoBatch | UnreadableImage:
     """The crops of images -> one batch, crop-major; the first unreadable image instead, if there is one."""
-    readable, replaced = [], []
+    readable, photos, replaced = [], [], []
     for image in images:
         if isinstance(image, UnreadableImage):
             return image
-        readable.append(image.crops)
+        if isinstance(image.made, tuple):
+            photos.append(image.made)
+        else:
+            readable.append(image.made)
         replaced += image.replaced
+    if photos:
+        return PhotoBatch(collate_photos(photos), tuple(replaced))
     by_crop = [torch.stack(crops) for crops in zip(*readable, strict=True)]
-    local_crops = by_crop[NUM_GLOBAL_CROPS:]
+    groups = [torch.stack(list(crops)) for crops in _in_groups(by_crop)]
+    return _as_crops(groups, tuple(replaced))
+
+
+def crops_of(batch: Crops | PhotoBatch, recipes: Sequence[CropRecipe], device: torch.device) -> Crops:
+    """The crops of a batch on the device, made there if they are not made yet."""
+    if isinstance(batch, PhotoBatch):
+        return _as_crops(make_crops(batch.photos, _in_groups(recipes), device), batch.replaced)
     return Crops(
-        torch.stack(by_crop[:NUM_GLOBAL_CROPS]),
-        torch.stack(local_crops) if local_crops else torch.empty(0, len(images), 3, 0, 0, dtype=torch.uint8),
-        tuple(replaced),
+        batch.global_crops.to(device, non_blocking=True),
+        batch.local_crops.to(device, non_blocking=True),
+        batch.replaced,
     )
+
+
+def _in_groups(by_crop: Sequence[Any]) -> list[Sequence[Any]]:
+    """What belongs to the global and to the local crops; only the former where there are no others."""
+    groups = [by_crop[:NUM_GLOBAL_CROPS], by_crop[NUM_GLOBAL_CROPS:]]
+    return [group for group in groups if group]
+
+
+def _as_crops(groups: Sequence[Tensor], replaced: tuple[UnreadableImage, ...]) -> Crops:
+    images, device = groups[0].shape[1], groups[0].device
+    no_crops = torch.empty(0, images, 3, 0, 0, dtype=torch.uint8, device=device)
+    return Crops(groups[0], groups[1] if len(groups) > 1 else no_crops, replaced)
 
 
 class CenterCrops(Dataset):
@@ -228,9 +331,9 @@ def _middle(image: Image.Image) -> Image.Image:
     return image.crop((left, top, image.width - left, image.height - top)) if left or top else image
 
 
-def _load(source: ImageSource, index: int) -> Image.Image | UnreadableImage:
+def _load(source: ImageSource, index: int, max_side: int | None = None) -> Image.Image | UnreadableImage:
     try:
-        return source.load(index)
+        return source.load(index, max_side)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what PIL raises
         name, data = source.name(index), b""
         if isinstance(error, UnidentifiedImageError):  # which only the content explains

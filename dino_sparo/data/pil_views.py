@@ -1,4 +1,8 @@
-"""Views by PIL, through torchvision's own functions: the reference executor, and the evaluation crop."""
+"""Views by PIL, through torchvision's own functions: the reference executor, and the evaluation crop.
+
+Resizing is rounded to 8 bits after each direction. Pillow up to 12 always took the horizontal one first;
+Pillow 13 takes the vertical one first for some tall pictures, so here each direction is a call of its own.
+"""
 
 from PIL import Image, ImageFilter
 from torchvision.transforms import InterpolationMode
@@ -12,9 +16,8 @@ JITTER = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adj
 
 def execute(image: Image.Image, view: View) -> Image.Image:
     """One crop of an RGB image by the view's numbers: RGB, size x size."""
-    size = [view.size, view.size]
-    interpolation = InterpolationMode(view.interpolation)
-    crop = TF.resized_crop(image, view.top, view.left, view.height, view.width, size, interpolation)
+    crop = TF.crop(image, view.top, view.left, view.height, view.width)
+    crop = _resize(crop, view.size, view.size, InterpolationMode(view.interpolation))
     if view.flip:
         crop = TF.hflip(crop)
     for adjustment in view.jitter_order:
@@ -30,5 +33,12 @@ def execute(image: Image.Image, view: View) -> Image.Image:
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """The evaluation crop: short side to round(size * 256 / 224), bicubic, then the central square."""
-    resized = TF.resize(image, [round(size * 256 / 224)], InterpolationMode.BICUBIC)
-    return TF.center_crop(resized, [size, size])
+    short, target = min(image.size), round(size * 256 / 224)
+    width, height = (int(target * side / short) for side in image.size)  # cut, as torchvision does
+    return TF.center_crop(_resize(image, width, height, InterpolationMode.BICUBIC), [size, size])
+
+
+def _resize(image: Image.Image, width: int, height: int, interpolation: InterpolationMode) -> Image.Image:
+    """First horizontally, then vertically."""
+    lines = TF.resize(image, [image.height, width], interpolation)
+    return TF.resize(lines, [height, width], interpolation)

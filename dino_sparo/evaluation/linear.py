@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from dino_sparo.data.loader import BatchOrder
+from dino_sparo.data.loader import BatchOrder, choose_executor
 from dino_sparo.device import choose_device
 from dino_sparo.distributed import (
     local_rank,
@@ -37,7 +37,7 @@ from dino_sparo.evaluation.classifiers import SavedClassifier, load_classifier, 
 from dino_sparo.evaluation.features import Wanted, cached_features
 from dino_sparo.evaluation.linear_report import results_of, table
 from dino_sparo.evaluation.linear_setup import Opened, open_all
-from dino_sparo.evaluation.probe_data import CachedFeed, ImageFeed, check_batch_size
+from dino_sparo.evaluation.probe_data import MAX_SIDE, CachedFeed, ImageFeed, check_batch_size, training_crop
 from dino_sparo.evaluation.probe_training import Exam, Learning, restore, score, train
 from dino_sparo.evaluation.probes import INPUTS, Probes, choose_probes, official_probe
 from dino_sparo.evaluation.results import Result, results_folder, save_results
@@ -223,6 +223,9 @@ def _feed(
             image_size=opened.image_size,
             precision=choose_precision(options.precision, opened.device),
             num_workers=opened.num_workers,
+            executor=choose_executor(
+                options.views, opened.device, [training_crop(opened.image_size)], max_side=MAX_SIDE
+            ),
         )
     assert opened.train.labels is not None
     return CachedFeed(train_features, opened.train.labels, order, opened.device)

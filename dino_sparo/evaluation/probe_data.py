@@ -13,7 +13,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from dino_sparo.data.loader import BatchOrder, CropsDataset, UnreadableImage, crop_batches, normalize
+from dino_sparo.data.device_views import ahead
+from dino_sparo.data.loader import (
+    BatchOrder,
+    Crops,
+    CropsDataset,
+    Executor,
+    PhotoBatch,
+    UnreadableImage,
+    crop_batches,
+    crops_of,
+    normalize,
+)
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.views import CropRecipe
 from dino_sparo.errors import UserError
@@ -21,6 +32,7 @@ from dino_sparo.evaluation.probes import INPUTS, MAX_BLOCKS
 from dino_sparo.models import Encoder
 from dino_sparo.training.precision import autocast
 
+MAX_SIDE = 1024  # longer images are reduced to it first: no crop of a usual photograph gets larger by it
 IMAGES_AT_ONCE = 64  # of a forward pass of the encoder; it changes memory, not the experiment
 
 Batch = tuple[dict[str, Tensor], Tensor]  # features (B, F) by name, float32, and labels (B,)
@@ -51,13 +63,18 @@ class ImageFeed:
         image_size: int,
         precision: str,
         num_workers: int,
+        executor: Executor = "pil",
         timeout_seconds: float = 600.0,
     ) -> None:
         assert source.labels is not None
+        crops = CropsDataset(
+            source, [training_crop(image_size)], order.seed, executor=executor, max_side=MAX_SIDE
+        )
+        self.recipes = crops.crop_recipes
         self.encoder, self.order, self.precision = encoder, order, precision
         self.labels = torch.from_numpy(source.labels)
         self.loader = crop_batches(
-            CropsDataset(source, [training_crop(image_size)], order.seed),
+            crops,
             _Pieces(order),
             num_workers=num_workers,
             prefetch_batches=2,
@@ -70,19 +87,24 @@ class ImageFeed:
 
     def batches(self, waiting: Waiting) -> Iterator[Batch]:
         device = self.encoder.backbone.cls_token.device
-        pieces = iter(self.loader)
+        crops = ahead(self._readable(waiting), lambda piece: crops_of(piece, self.recipes, device), device)
         for batch in self.order:
             parts = []
             for _ in range(0, len(batch), IMAGES_AT_ONCE):
-                with waiting():
-                    crops = next(pieces)
-                if isinstance(crops, UnreadableImage):
-                    crops.raise_error()
-                images = normalize(crops.global_crops[0].to(device, non_blocking=True))
+                images = normalize(next(crops).global_crops[0])
                 with torch.no_grad(), autocast(self.precision, device):
                     parts.append(self.encoder.features(images, INPUTS, MAX_BLOCKS))
             features = {name: torch.cat([part[name].float() for part in parts]) for name in INPUTS}
             yield features, self.labels[[sample for _, sample in batch]].to(device)
+
+    def _readable(self, waiting: Waiting) -> Iterator[Crops | PhotoBatch]:
+        pieces = iter(self.loader)
+        for _ in range(len(_Pieces(self.order))):
+            with waiting():
+                piece = next(pieces)
+            if isinstance(piece, UnreadableImage):
+                piece.raise_error()
+            yield piece
 
 
 class CachedFeed:

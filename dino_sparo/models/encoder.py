@@ -3,7 +3,7 @@
 Axis letters: B images, N tokens, D width, C crops, K prototypes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -106,13 +106,18 @@ class DinoModel(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.head = head
+        self._tokens: Callable[[Tensor], Tensor] = encoder.tokens
+
+    def compile_backbone(self) -> None:
+        """Compile the backbone for what this model does with it; evaluations use the encoder as it is."""
+        self._tokens = torch.compile(self.encoder.tokens, dynamic=False)
 
     def forward(self, crop_groups: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Groups of equally sized crops, each (C_i, B, 3, side, side) -> logits (C*B, K), encodings.
 
         Each group goes through the encoder as one batch, the head runs once on all. Rows are crop-major.
         """
-        encodings = torch.cat([self.encoder(crops.flatten(0, 1)) for crops in crop_groups])
+        encodings = torch.cat([self.encoder.read(self._tokens(crops.flatten(0, 1))) for crops in crop_groups])
         return self.head(encodings), encodings
 
 

@@ -171,6 +171,7 @@ def machine_of(run: Run) -> dict[str, Any]:
         "precision": run.precision,
         "batch_size_per_gpu": run.order.micro_batch_size,
         "accumulation": run.order.accumulation,
+        "views": run.dataset.executor,
     }
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from dino_sparo.checks import smaller_batch
-from dino_sparo.data.loader import Crops, UnreadableImage, crops_picture, normalize
+from dino_sparo.data.device_views import ahead
+from dino_sparo.data.loader import Crops, PhotoBatch, UnreadableImage, crops_of, crops_picture, normalize
 from dino_sparo.device import choose_device, wait_for
 from dino_sparo.distributed import (
     Agreement,
@@ -58,6 +59,7 @@ from dino_sparo.training.teacher import update_teacher
 
 log = logging.getLogger("dino_sparo")
 
+Batch = Crops | PhotoBatch | UnreadableImage
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
@@ -83,7 +85,7 @@ def train_step(
 
     for number in range(accumulation):
         crop_groups = next(micro_batches)
-        with torch.no_grad(), autocast:
+        with torch.inference_mode(), autocast:
             teacher_logits, teacher_encodings = state.teacher(crop_groups[:1])  # (2*B, K)
         with unsynchronized(state.parallel_student, unless=number == accumulation - 1):
             with autocast:
@@ -160,7 +162,7 @@ def pretrain(options: PretrainOptions) -> None:
             ) from error
 
 
-def train(run: Run, batches: Iterator[Crops | UnreadableImage], signals: StopSignals, group: Group) -> None:
+def train(run: Run, batches: Iterator[Batch], signals: StopSignals, group: Group) -> None:
     """The loop: from the run's first step to its end. Source: DINO, algorithm 1.
 
     Raises:
@@ -237,21 +239,33 @@ def train(run: Run, batches: Iterator[Crops | UnreadableImage], signals: StopSig
                 evaluate(run, run_log, done)
 
 
-def on_device(
-    run: Run, batches: Iterator[Crops | UnreadableImage], run_log: RunLog
-) -> Iterator[list[Tensor]]:
+def on_device(run: Run, batches: Iterator[Batch], run_log: RunLog) -> Iterator[list[Tensor]]:
     """Micro-batches as groups of normalised crops on the training device."""
-    for number in range(len(run.order)):
-        with run_log.waiting_for_data():
-            crops = next(batches)
-        if isinstance(crops, UnreadableImage):
-            remedy = "repair the file, or let another image stand in by data.on_bad_image substitute"
-            crops.raise_error(remedy)
+
+    def crops_on_device(batch: Crops | PhotoBatch) -> Crops:
+        return crops_of(batch, run.dataset.crop_recipes, run.device)
+
+    for number, crops in enumerate(ahead(readable(run, batches, run_log), crops_on_device, run.device)):
         run.bad_images.add(crops.replaced)
         if number == 0 and run.first_step == 0:
             run_log.picture(0, "first_crops", crops_picture(crops))
-        groups = (crops.global_crops, crops.local_crops)
-        yield [normalize(x.to(run.device, non_blocking=True)) for x in groups if x.numel()]
+        yield [normalize(x) for x in (crops.global_crops, crops.local_crops) if x.numel()]
+
+
+def readable(run: Run, batches: Iterator[Batch], run_log: RunLog) -> Iterator[Crops | PhotoBatch]:
+    """Micro-batches as workers hand them over.
+
+    Raises:
+        UserError: one has an image that cannot be read.
+    """
+    for _ in range(len(run.order)):
+        with run_log.waiting_for_data():
+            batch = next(batches)
+        if isinstance(batch, UnreadableImage):
+            batch.raise_error(
+                "repair the file, or let another image stand in by data.on_bad_image substitute"
+            )
+        yield batch
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

@@ -1,14 +1,17 @@
 """Everything before the first step: images, micro-batches, schedules, state, and where the run stopped."""
 
 import logging
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dino_sparo.checks import split_batch
-from dino_sparo.data.loader import BatchOrder, CropsDataset, crop_batches
+from dino_sparo.data.decode import size_of
+from dino_sparo.data.loader import BatchOrder, CropsDataset, Executor, choose_executor, crop_batches
 from dino_sparo.data.sources import ImageSource, open_images
 from dino_sparo.data.views import NUM_GLOBAL_CROPS, crop_recipes
 from dino_sparo.data.workers import WatchedLoader, check_shared_memory, default_workers
@@ -31,6 +34,8 @@ from dino_sparo.training.state import TrainState, build_state, restore_state
 
 log = logging.getLogger("dino_sparo")
 
+SIZED_IMAGES = 32  # whose sizes stand for all
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -45,6 +50,7 @@ class Run:
     device: torch.device
     precision: str
     num_workers: int
+    dataset: CropsDataset
     state: TrainState
     first_step: int
     """Steps that earlier starts have done."""
@@ -66,10 +72,12 @@ def prepare(options: PretrainOptions, device: torch.device) -> Run:
     set_numerics(tf32=machine.tf32, deterministic=machine.deterministic)
     num_workers = default_workers(local_world_size()) if machine.num_workers is None else machine.num_workers
     batch_size, accumulation = split_batch(optim.global_batch_size, machine.batch_size_per_gpu, world_size())
-    check_shared_memory(prefetched_bytes(options, num_workers, batch_size, local_world_size()))
     config = config_of(options)
     check_same_experiment(run_dir, config)
     source, knn_monitor = first_rank_first(lambda: open_data(options, num_workers))
+    executor = executor_of(options, device)
+    image_bytes = bytes_of_image(options, source, executor)
+    check_shared_memory(prefetched_bytes(options, num_workers, batch_size, local_world_size(), image_bytes))
     images = {"num_images": len(source), "fingerprint": source.fingerprint()}
 
     precision = choose_precision(machine.precision, device)
@@ -78,6 +86,7 @@ def prepare(options: PretrainOptions, device: torch.device) -> Run:
         device,
         loss_scaling=precision == "fp16",
         activation_checkpointing=machine.activation_checkpointing,
+        compiled=machine.compile,
     )
     settle(state, options, device)
     first_step = 0
@@ -110,6 +119,7 @@ def prepare(options: PretrainOptions, device: torch.device) -> Run:
         device=device,
         precision=precision,
         num_workers=num_workers,
+        dataset=dataset_of(options, source, executor),
         state=state,
         first_step=first_step,
         order=order,
@@ -142,45 +152,78 @@ def open_data(options: PretrainOptions, num_workers: int) -> tuple[ImageSource, 
     )
 
 
-def prefetched_bytes(options: PretrainOptions, num_workers: int, batch_size: int, processes: int) -> int:
-    """What the views that all workers of so many processes prepare ahead take, at most."""
+def executor_of(options: PretrainOptions, device: torch.device) -> Executor:
+    """Who makes the views."""
+    return choose_executor(
+        options.machine.views,
+        device,
+        crop_recipes(**asdict(options.views)),
+        max_side=options.data.max_side,
+    )
+
+
+def dataset_of(options: PretrainOptions, source: ImageSource, executor: Executor) -> CropsDataset:
+    """The images with their views."""
+    return CropsDataset(
+        source,
+        crop_recipes(**asdict(options.views)),
+        options.seed,
+        substitute=options.data.on_bad_image == "substitute",
+        executor=executor,
+        max_side=options.data.max_side,
+    )
+
+
+def bytes_of_image(options: PretrainOptions, source: ImageSource, executor: Executor) -> int:
+    """What a worker hands over for one image: its crops, or it itself, by the mean of some."""
     views = options.views
-    pixels = NUM_GLOBAL_CROPS * views.global_size**2 + views.num_local_crops * views.local_size**2
-    return processes * num_workers * options.machine.prefetch_batches * batch_size * 3 * pixels
+    if executor != "device":
+        return 3 * (NUM_GLOBAL_CROPS * views.global_size**2 + views.num_local_crops * views.local_size**2)
+    chosen = np.linspace(0, len(source) - 1, min(SIZED_IMAGES, len(source))).round().astype(int)
+    known = []
+    for number in chosen:
+        with suppress(OSError):  # an image that cannot be read is the loader's business
+            size = size_of(source.read(int(number)), options.data.max_side)
+            known += [3 * size[0] * size[1]] if size else []
+    return sum(known) // len(known) if known else 3 * views.global_size**2
+
+
+def prefetched_bytes(
+    options: PretrainOptions, num_workers: int, batch_size: int, processes: int, image_bytes: int
+) -> int:
+    """What the images that all workers of so many processes prepare ahead take, at most."""
+    return processes * num_workers * options.machine.prefetch_batches * batch_size * image_bytes
 
 
 def training_batches(run: Run) -> WatchedLoader:
     """The micro-batches of crops that this process takes, from first step to end."""
-    options = run.options
-    dataset = CropsDataset(
-        run.source,
-        crop_recipes(**asdict(options.views)),
-        options.seed,
-        substitute=options.data.on_bad_image == "substitute",
-    )
+    machine = run.options.machine
     return crop_batches(
-        dataset,
+        run.dataset,
         run.order,
         num_workers=run.num_workers,
-        prefetch_batches=options.machine.prefetch_batches,
+        prefetch_batches=machine.prefetch_batches,
         pin_memory=run.device.type == "cuda",
-        timeout_seconds=options.machine.data_timeout_seconds,
+        timeout_seconds=machine.data_timeout_seconds,
     )
 
 
 def settle(state: TrainState, options: PretrainOptions, device: torch.device) -> None:
-    """One backward pass on empty images, whose gradients are dropped.
+    """Two backward passes on empty images, whose gradients are dropped.
 
-    DistributedDataParallel orders its buckets anew after the first backward pass, and the order in which
-    many processes sum depends on them: without this a resumed run would differ in its first step.
+    DistributedDataParallel orders its buckets anew after the first backward pass, and with a static graph
+    waits for its end in it; the order in which many processes sum depends on both: without this a resumed
+    run would differ in its first step.
     """
     if world_size() == 1:
         return
     views = options.views
     sizes = [(NUM_GLOBAL_CROPS, views.global_size), (views.num_local_crops, views.local_size)]
     groups = [torch.zeros(crops, 1, 3, side, side, device=device) for crops, side in sizes if crops]
-    state.parallel_student(groups)[0].sum().backward()
-    state.optimizer.zero_grad(set_to_none=True)
+    for _ in range(2):
+        with torch.compiler.set_stance("force_eager"):  # it would compile for a batch that never comes again
+            state.parallel_student(groups)[0].sum().backward()
+        state.optimizer.zero_grad(set_to_none=True)
 
 
 def check_all_agree(run_dir: Path, first_step: int, images: dict[str, Any]) -> None:

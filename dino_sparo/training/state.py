@@ -73,6 +73,7 @@ def build_state(
     *,
     loss_scaling: bool = False,
     activation_checkpointing: bool = False,
+    compiled: bool = False,
 ) -> TrainState:
     """Freshly initialised by the recipe's seed; the teacher starts as a copy of the student."""
     torch.manual_seed(config["seed"])
@@ -80,6 +81,9 @@ def build_state(
     teacher = _build_model(config, drop_path_rate=0.0)
     teacher.load_state_dict(student.state_dict())
     student.encoder.backbone.activation_checkpointing = activation_checkpointing
+    if compiled:
+        student.compile_backbone()
+        teacher.compile_backbone()
     loss = config["loss"]
     loss_fn = DINOLoss(config["head"]["num_prototypes"], loss["student_temp"], loss["center_momentum"])
     return state_of(
