@@ -18,7 +18,10 @@ from dino_sparo.processes import end_at_once, end_with_launcher, leave_note
 
 DISTRIBUTED = ("pretrain", "knn", "linear")  # these run in several processes; check tells what such would do
 # What the first argument without a name stands for.
-POSITIONAL = {"knn": "--run", "linear": "--run", "export": "--run", "prepare": "--source"}
+POSITIONAL = {
+    **dict.fromkeys(("knn", "linear", "export"), "--run"),
+    **dict.fromkeys(("prepare", "shard"), "--source"),
+}
 POSITIONALS = {"compare": "--runs"}  # what all arguments without a name stand for
 EXIT_INTERRUPTED = 130
 RANK = int(os.environ.get("RANK", "0"))  # as torchrun sets it
@@ -52,6 +55,12 @@ COMMANDS = {
         "dino_sparo.prepare:run",
         "dino-sparo prepare DIR --out OUT [--labels FILE]",
         "class folders of ImageNet as you have it: tars, a flat validation folder, Kaggle's layout",
+    ),
+    "shard": Command(
+        opt.ShardOptions,
+        "dino_sparo.shard:run",
+        "dino-sparo shard DIR --out OUT [--short-side 512] [--num-workers N]",
+        "tar shards of a folder of images, to be read like the folder, for network file systems",
     ),
     "knn": Command(
         opt.KnnOptions,
@@ -87,8 +96,8 @@ COMMANDS = {
     "bench": Command(
         opt.BenchOptions,
         "dino_sparo.bench:bench",
-        "dino-sparo bench [--key VALUE ...]",
-        "time and memory of the read-out, a million images, k-NN, probes, and safety",
+        "dino-sparo bench [--recipe NAME] [--data DIR] [--compare] [--json] [--profile FILE] [--key VALUE]",
+        "where the time of training goes, also against plain code; and of read-out, k-NN, probes, ...",
     ),
 }
 
@@ -119,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
             leave_note("stopped", str(stopped))
         return leave(EXIT_STOPPED, at_once=True)
     except KeyboardInterrupt:
-        goes_on = arguments[0] in ("pretrain", "demo", "prepare", "knn", "linear")
+        goes_on = arguments[0] in ("pretrain", "demo", "prepare", "shard", "knn", "linear")
         hint = "; the same command goes on where it stopped" if goes_on else ""
         if RANK == 0:
             print(f"dino-sparo: interrupted{hint}", file=sys.stderr)

@@ -1,9 +1,6 @@
-"""`dino-sparo bench`: the SPARO read-out against its direct form and the ViT block that it replaces.
+"""`dino-sparo bench`: what is measured, and one of it: the SPARO read-out against its direct form and the
+ViT block that it replaces."""
 
-Axis letters: B images, N tokens, D width, L slots, H key width.
-"""
-
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -15,28 +12,22 @@ from torch import Tensor, nn
 
 from dino_sparo.bench_index import bench_index
 from dino_sparo.bench_knn import bench_knn
+from dino_sparo.bench_plain import direct_sparo
 from dino_sparo.bench_probes import bench_probes
 from dino_sparo.bench_safety import bench_safety
+from dino_sparo.bench_stages import bytes_saved_for_backward
+from dino_sparo.bench_training import bench_training
 from dino_sparo.device import choose_device, wait_for
 from dino_sparo.models import Sparo
 from dino_sparo.models.encoder import ARCHITECTURES
 from dino_sparo.options import BenchOptions
 
 
-def direct_sparo(sparo: Sparo, tokens_BND: Tensor, token_mask: Tensor | None = None) -> Tensor:
-    """SPARO eq. 1 as it is written, with its (B, N, L, H) keys: (B, L, V). The check of the folded form."""
-    keys = sparo.key_proj(tokens_BND).unflatten(-1, (sparo.num_groups, sparo.key_dim))
-    keys_BNLH = keys.repeat_interleave(sparo.group_size, dim=2)
-    logits_BNL = (keys_BNLH * sparo.query).sum(-1) / math.sqrt(sparo.key_dim)
-    if token_mask is not None:
-        logits_BNL = logits_BNL.masked_fill(~token_mask[:, :, None], -math.inf)
-    pooled_BLH = torch.einsum("bnl,bnlh->blh", logits_BNL.softmax(dim=1), keys_BNLH)
-    return sparo.value_proj(pooled_BLH)
-
-
 def bench(options: BenchOptions) -> None:
     """`dino-sparo bench`: print what the options ask for."""
-    if options.what == "index":
+    if options.what == "training":
+        bench_training(options)
+    elif options.what == "index":
         bench_index(options.index_files, options.index_processes, options.index_workers)
     elif options.what == "probes":
         bench_probes(options.batch_size, options.rounds, options.device)
@@ -92,19 +83,3 @@ def bench_readout(options: BenchOptions) -> None:
         median, low, high = (1000 * f(times[name]) for f in (statistics.median, min, max))
         saved = bytes_saved_for_backward(form, tokens) / 1e6
         print(f"{name:<16}{median:>12.1f}{low:>9.1f}{high:>9.1f}{ratio:>11.1f}{saved:>11.1f}")
-
-
-def bytes_saved_for_backward(form: Callable[[Tensor], Tensor], tokens: Tensor) -> int:
-    """Bytes of the distinct storages that autograd keeps for the backward pass, parameters left out."""
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = form(tokens)
-    del output
-    return sum(storages.values())

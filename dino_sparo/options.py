@@ -15,6 +15,9 @@ class DataOptions:
     """Folder of images (train/<class>/..., <class>/... or flat), or `shapes` for generated pictures."""
     max_images: int | None
     """Learn from this many images only, evenly spread over the folder; null takes all."""
+    max_side: int | None
+    """Images with a longer side than this many pixels are reduced to it when they are read (JPEG files while
+    they are decoded), before any crop is drawn; null leaves all as they are."""
     on_bad_image: Literal["stop", "substitute"]
     """What to do about an image that cannot be read: stop and name it, or let another one stand in, drawn
     by the seed; those are listed in the run folder, and more than one image in a hundred ends the run."""
@@ -184,6 +187,13 @@ class MachineOptions:
     activation_checkpointing: bool = False
     """Compute each block's activations again in the backward pass instead of keeping them: about a third
     more work for much less memory."""
+    views: Literal["auto", "pil", "tensor", "device"] = "auto"
+    """Who makes the views, of the same random numbers: workers by PIL, workers by tensors, or the training
+    device, for which workers only decode. auto takes the device on a GPU; on a CPU tensors for crops of 96
+    pixels or more if there is a C++ compiler, else PIL."""
+    compile: bool = False
+    """Compile the backbones of student and teacher: minutes at every start, for 3 per cent of speed on two
+    CPU cores; not measured on a GPU."""
     num_workers: int | None = None
     """Processes that load images, for each training process; 0 loads in the training process, null takes one
     a core and shares them among the training processes, at most 16 each."""
@@ -269,6 +279,21 @@ class PrepareOptions:
     labels: str | None = None
     """Classes of a flat folder: LOC_val_solution.csv, the devkit (folder or tar.gz), or a text file with a
     line `file_name class` for every image; null takes those that lie near ImageNet's validation images."""
+
+
+@dataclass
+class ShardOptions:
+    """Tar shards of a folder of images, for network file systems."""
+
+    source: str
+    """Folder of images (train/<class>/... and val/<class>/..., <class>/... or flat)."""
+    out: str
+    """Folder that gets the shards, in train/ and val/ if the source has both; `data.path` can be it."""
+    short_side: int | None = None
+    """Reduce images to this short side in pixels if theirs is longer, as JPEG files of quality 95; null
+    copies all files as they are."""
+    num_workers: int | None = None
+    """Processes that read and write, each one shard at a time; null takes one a core."""
 
 
 @dataclass
@@ -389,6 +414,9 @@ class LinearOptions:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of the encoder on training crops; auto takes bf16 or fp16 on a GPU, fp32 on the CPU. Probes are
     float32."""
+    views: Literal["auto", "pil", "tensor", "device"] = "auto"
+    """Who makes the training crops: workers by PIL, workers by tensors, or the device, for which workers only
+    decode. auto takes the device on a GPU, tensors on a CPU with a C++ compiler, else PIL."""
     num_workers: int | None = None
     """Processes that load images, for each process; null takes one a core, at most 16 in all."""
     nproc: int = 1
@@ -397,33 +425,53 @@ class LinearOptions:
 
 @dataclass
 class BenchOptions:
-    """Time and memory of the SPARO read-out against its direct form and the block it replaces, of starting on
-    a folder of many images, of the search of nearest neighbours, of many linear probes against one, or of
-    what lets a run be stopped, watched and saved."""
+    """Where the time of training by a recipe goes, and against plain code; or time and memory of the SPARO
+    read-out against its direct form and the block it replaces, of starting on a folder of many images, of the
+    search of nearest neighbours, of many linear probes against one, or of what lets a run be stopped, watched
+    and saved."""
 
-    what: Literal["readout", "index", "knn", "probes", "safety"] = "readout"
-    """What to measure; the fields below are of the read-out, those with `index_` of the index, those with
-    `knn_` of the search, which also takes rounds and device; probes take batch_size, rounds and device;
-    safety takes recipe and rounds."""
+    what: Literal["training", "readout", "index", "knn", "probes", "safety"] = "training"
+    """What to measure. training takes the fields from recipe to device; readout takes batch_size, rounds,
+    device and num_tokens; index those with `index_`; knn those with `knn_`, rounds and device; probes
+    batch_size, rounds and device; safety recipe and rounds."""
+    recipe: str = "photos_sparo"
+    """Recipe, by name or path, whose training is measured."""
+    data: str | None = None
+    """Folder of images or `shapes`; null takes generated pictures."""
+    keep_files: bool = False
+    """Read the files of data as they are; else its images are first written as JPEG of ImageNet's usual
+    size, 500 x 375 pixels, in the folder for temporary files: small files decode too cheaply."""
+    num_images: int = 256
+    """Images to read, at least a batch."""
     batch_size: int = 16
-    """Images a pass."""
-    num_tokens: int = 197
-    """Tokens an image."""
+    """Images a step, or a pass."""
     rounds: int = 15
     """Interleaved rounds; the medians are reported."""
+    seconds: float | None = 10.0
+    """Of training end to end, from files; null leaves it out."""
+    compare: bool = False
+    """Measure a plain implementation beside ours, round by round, and print the ratios."""
+    json: bool = False
+    """Print one JSON object; the table goes to standard error."""
+    profile: str | None = None
+    """File for a trace of some steps, for chrome://tracing; tells too how often the host waits."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """As machine.precision; auto takes the recipe's."""
+    num_workers: int | None = None
+    """As machine.num_workers; null takes the recipe's."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto takes CUDA where there is a GPU, else the CPU."""
+    num_tokens: int = 197
+    """Tokens an image."""
     index_files: int = 1_300_000
     """Empty files to make, in the folder for temporary files; they are removed at the end."""
     index_processes: int = 2
     """Training processes that start together."""
     index_workers: int = 2
     """Worker processes of each."""
-    recipe: str = "photos_sparo"
-    """Recipe whose steps are timed, on random crops."""
     knn_train: int = 200_000
     """Generated features to search, in a folder for temporary files."""
     knn_test: int = 10_000
     """Features to search for."""
     knn_width: int = 4096
     """Numbers of a feature."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto takes CUDA where there is a GPU, else the CPU."""

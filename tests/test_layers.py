@@ -9,8 +9,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dino_sparo"
 PROGRAMS = (
     "check_report",
-    *("pretrain", "setup", "rundir", "check", "prepare", "knn", "demo", "bench", "bench_safety", "export"),
-    *("__main__", "config", "checks"),
+    *("pretrain", "setup", "rundir", "check", "prepare", "shard", "knn", "demo", "bench", "bench_safety"),
+    *("bench_training", "bench_contenders", "export", "__main__", "config", "checks"),
 )
 FORBIDDEN = {
     "models": ("data", "training", "evaluation", "slots", "interop", "options", "config"),

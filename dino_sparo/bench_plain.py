@@ -1,0 +1,236 @@
+"""Training as a straightforward port writes it: what `bench --compare` measures ours against.
+
+The same networks, numbers and order as `train_step`, each part in its obvious form: attention weights that
+are stored, SPARO with its keys of every token, a log-softmax a pair of crops, Python loops over parameters,
+and a host that waits for the loss and for every norm. Mixed precision covers the prototypes too, as in the
+official code. One process, no accumulation. `plain_batches` makes all views by PIL in the workers and hands
+them over as floats.
+
+Axis letters: B images, C crops, N tokens, D width, L slots, H key width, K prototypes.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torchvision.transforms import functional as TF
+
+from dino_sparo.data import pil_views
+from dino_sparo.data.loader import IMAGENET_MEAN, IMAGENET_STD
+from dino_sparo.data.sources import ImageSource
+from dino_sparo.data.views import NUM_GLOBAL_CROPS, CropRecipe, draw_view
+from dino_sparo.models import DINOHead, DinoModel, Encoder, Sparo
+from dino_sparo.models.backbone import VisionTransformer
+from dino_sparo.training.optim import parameter_groups, set_hyperparameters
+from dino_sparo.training.schedules import Hyperparameters
+from dino_sparo.training.state import TrainState
+
+ENDLESS = 10**12  # samples
+
+
+@dataclass
+class PlainState:
+    """All that the plain step changes."""
+
+    student: DinoModel
+    teacher: DinoModel
+    center: Tensor
+    """(1, K)"""
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    student_temp: float
+    center_momentum: float
+
+
+def plain_state(state: TrainState) -> PlainState:
+    """The networks and the centre of a run that has not begun, which it may not use any more."""
+    groups = parameter_groups(state.student)
+    return PlainState(
+        student=state.student,
+        teacher=state.teacher,
+        center=state.loss_fn.center,
+        optimizer=torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), foreach=False, fused=False),
+        scaler=torch.amp.GradScaler(state.loss_fn.center.device.type, enabled=state.loss_scale.enabled),
+        student_temp=state.loss_fn.student_temp,
+        center_momentum=state.loss_fn.center_momentum,
+    )
+
+
+def plain_step(
+    state: PlainState,
+    crop_groups: list[Tensor],
+    hyper: Hyperparameters,
+    *,
+    clip_norm: float,
+    autocast: AbstractContextManager[Any],
+) -> float:
+    """One optimiser step on groups of normalised crops (C_i, B, 3, side, side); returns the loss."""
+    set_hyperparameters(state.optimizer, lr=hyper.lr, weight_decay=hyper.weight_decay)
+    with autocast:
+        with torch.no_grad():
+            teacher_logits = plain_forward(state.teacher, crop_groups[:1])  # (2*B, K)
+        student_logits = plain_forward(state.student, crop_groups)  # (C*B, K)
+        loss = plain_loss(state, student_logits, teacher_logits, hyper.teacher_temp)
+    value = float(loss.item())
+    if not math.isfinite(value):
+        raise RuntimeError(f"the loss of the plain step is {value}")
+    for parameter in state.student.parameters():
+        parameter.grad = None
+    state.scaler.scale(loss).backward()
+    plain_update(state, hyper, clip_norm)
+    plain_center_update(state, teacher_logits)
+    return value
+
+
+def plain_forward(model: DinoModel, crop_groups: list[Tensor]) -> Tensor:
+    """Groups of crops (C_i, B, 3, side, side) -> prototype logits (C*B, K), crop-major."""
+    encodings = torch.cat([_encode(model.encoder, crops.flatten(0, 1)) for crops in crop_groups])
+    return _project(model.head, encodings)
+
+
+def plain_loss(
+    state: PlainState, student_logits: Tensor, teacher_logits: Tensor, teacher_temp: float
+) -> Tensor:
+    """Cross-entropy of each pair of different crops by itself; logits as those of `DINOLoss`."""
+    num_crops = 2 * len(student_logits) // len(teacher_logits)
+    students = (student_logits / state.student_temp).chunk(num_crops)
+    teachers = F.softmax((teacher_logits - state.center) / teacher_temp, dim=-1).detach().chunk(2)
+    losses = []
+    for teacher_crop, targets_BK in enumerate(teachers):
+        for student_crop, scaled_BK in enumerate(students):
+            if student_crop != teacher_crop:
+                cross_entropy_B = torch.sum(-targets_BK * F.log_softmax(scaled_BK, dim=-1), dim=-1)
+                losses.append(cross_entropy_B.mean())
+    return torch.stack(losses).sum() / len(losses)
+
+
+@torch.no_grad()
+def plain_update(state: PlainState, hyper: Hyperparameters, clip_norm: float) -> None:
+    """Clip, drop the last layer's gradient if frozen, AdamW, teacher: one parameter after the other."""
+    state.scaler.unscale_(state.optimizer)
+    for parameter in state.student.parameters():
+        if clip_norm and parameter.grad is not None:
+            factor = clip_norm / (parameter.grad.norm(2) + 1e-6)
+            if factor < 1:  # here the host waits for the device
+                parameter.grad.mul_(factor)
+    if hyper.freeze_last_layer:
+        for parameter in state.student.head.last_layer.parameters():
+            parameter.grad = None
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    for averaged, current in zip(state.teacher.parameters(), state.student.parameters(), strict=True):
+        averaged.mul_(hyper.momentum).add_((1 - hyper.momentum) * current)
+
+
+@torch.no_grad()
+def plain_center_update(state: PlainState, teacher_logits: Tensor) -> None:
+    """Move the centre towards the mean of the teacher's logits (2*B, K)."""
+    mean_1K = teacher_logits.float().sum(dim=0, keepdim=True) / len(teacher_logits)
+    state.center = state.center * state.center_momentum + mean_1K * (1 - state.center_momentum)
+
+
+def direct_sparo(sparo: Sparo, tokens_BND: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    """SPARO eq. 1 as it is written, with its (B, N, L, H) keys: (B, L, V). The check of the folded form."""
+    keys = sparo.key_proj(tokens_BND).unflatten(-1, (sparo.num_groups, sparo.key_dim))
+    keys_BNLH = keys.repeat_interleave(sparo.group_size, dim=2)
+    logits_BNL = (keys_BNLH * sparo.query).sum(-1) / math.sqrt(sparo.key_dim)
+    if token_mask is not None:
+        logits_BNL = logits_BNL.masked_fill(~token_mask[:, :, None], -math.inf)
+    pooled_BLH = torch.einsum("bnl,bnlh->blh", logits_BNL.softmax(dim=1), keys_BNLH)
+    return sparo.value_proj(pooled_BLH)
+
+
+def _encode(encoder: Encoder, images: Tensor) -> Tensor:
+    """Images (B, 3, height, width) -> encodings (B, embed_dim)."""
+    tokens_BND = _tokens(encoder.backbone, images)
+    if encoder.readout is not None:
+        return direct_sparo(encoder.readout, tokens_BND).flatten(1)
+    return tokens_BND[:, 1:].mean(dim=1) if encoder.readout_name == "gap" else tokens_BND[:, 0]
+
+
+def _tokens(backbone: VisionTransformer, images: Tensor) -> Tensor:
+    """Images (B, 3, height, width) -> normalised tokens (B, N, D)."""
+    patches_BND = backbone.patch_embed.proj(images).flatten(2).transpose(1, 2)
+    x_BND = torch.cat((backbone.cls_token.expand(len(images), -1, -1), patches_BND), dim=1)
+    x_BND = x_BND + _position_embedding(
+        backbone, *(side // backbone.patch_size for side in images.shape[-2:])
+    )
+    block: Any
+    for block in backbone.blocks:
+        x_BND = x_BND + block.drop_path1(_attend(block.attn, block.norm1(x_BND), backbone.num_heads))
+        hidden = F.gelu(block.mlp.fc1(block.norm2(x_BND)))  # (B, N, 4 * D)
+        x_BND = x_BND + block.drop_path2(block.mlp.fc2(hidden))
+    return backbone.norm(x_BND)
+
+
+def _attend(attention: Any, tokens_BND: Tensor, num_heads: int) -> Tensor:
+    """Self-attention whose weights (B, heads, N, N) are stored: (B, N, D)."""
+    batch, count, dim = tokens_BND.shape
+    qkv = attention.qkv(tokens_BND).reshape(batch, count, 3, num_heads, dim // num_heads)
+    query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, D / heads) each
+    weights = (query @ key.transpose(-2, -1) * (dim // num_heads) ** -0.5).softmax(dim=-1)
+    return attention.proj((weights @ value).transpose(1, 2).reshape(batch, count, dim))
+
+
+def _position_embedding(backbone: VisionTransformer, rows: int, columns: int) -> Tensor:
+    """Position embedding (1, 1 + rows * columns, D), resized anew at every call."""
+    native, embedding_1ND = backbone.native_grid, backbone.pos_embed
+    if rows == columns == native:
+        return embedding_1ND
+    grid = embedding_1ND[:, 1:].reshape(1, native, native, -1).permute(0, 3, 1, 2)  # (1, D, native, native)
+    scale = ((rows + 0.1) / native, (columns + 0.1) / native)
+    grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")  # (1, D, rows, columns)
+    return torch.cat((embedding_1ND[:, :1], grid.flatten(2).transpose(1, 2)), dim=1)
+
+
+def _project(head: DINOHead, encodings: Tensor) -> Tensor:
+    """Encodings (B, in_dim) -> prototype logits (B, K), in the precision of the surrounding autocast."""
+    return head.last_layer(F.normalize(head.mlp(encodings), dim=-1))
+
+
+class PlainViews(Dataset):
+    """Sample -> its crops, made by PIL: normalised float32 (3, side, side) each, global ones first."""
+
+    def __init__(self, source: ImageSource, crop_recipes: Sequence[CropRecipe], seed: int) -> None:
+        self.source, self.crop_recipes, self.seed = source, crop_recipes, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, sample: int) -> list[Tensor]:
+        image, crops = self.source.load(sample), []
+        for crop, recipe in enumerate(self.crop_recipes):
+            numbers = {"seed": self.seed, "epoch": 0, "sample": sample, "crop": crop}
+            view = draw_view(recipe, **numbers, image_width=image.width, image_height=image.height)
+            pixels = TF.to_tensor(pil_views.execute(image, view))
+            crops.append(TF.normalize(pixels, IMAGENET_MEAN, IMAGENET_STD))
+        return crops
+
+
+def plain_batches(
+    dataset: PlainViews, *, batch_size: int, num_workers: int, prefetch_batches: int, device: torch.device
+) -> Iterator[list[Tensor]]:
+    """Groups of crops (C_i, B, 3, side, side) on the device, for ever."""
+    loader: DataLoader = DataLoader(
+        dataset,
+        batch_size,
+        # Without an end, as in a long epoch: of a short one not all workers would get a batch.
+        sampler=RandomSampler(dataset, replacement=True, num_samples=ENDLESS),
+        num_workers=num_workers,
+        prefetch_factor=prefetch_batches if num_workers else None,
+        pin_memory=device.type == "cuda",
+    )
+    for crops in loader:
+        yield crop_groups([crop.to(device, non_blocking=True) for crop in crops])
+
+
+def crop_groups(crops: list[Tensor]) -> list[Tensor]:
+    """All crops (B, 3, side, side), global ones first -> one tensor (C_i, B, 3, side, side) a size."""
+    groups = (crops[:NUM_GLOBAL_CROPS], crops[NUM_GLOBAL_CROPS:])
+    return [torch.stack(group) for group in groups if group]

@@ -1,0 +1,92 @@
+"""The result of `dino-sparo bench` as a table."""
+
+from typing import Any
+
+
+def report(result: dict[str, Any]) -> str:
+    """Several lines about what `bench_training.measure` found."""
+    return "\n".join(
+        [*_head(result), *_stages(result), *_sums(result), *_compared(result), *_profile(result)]
+    )
+
+
+def _head(result: dict[str, Any]) -> list[str]:
+    return [
+        f"{result['recipe']}, batch {result['batch_size']}, {result['precision']}, {result['device']}, "
+        f"{result['threads']} threads, {result['num_workers']} workers, {result['cores']} cores, "
+        f"torch {result['torch']}",
+        f"{result['data']}; read from the system's cache; {result['rounds']} rounds",
+        "",
+    ]
+
+
+def _stages(result: dict[str, Any]) -> list[str]:
+    """Stages of data are of one image on one core, the others of a batch."""
+    lines = [f"{'stage alone':<24}{'median ms':>11}{'10 %':>10}{'90 %':>10}{'images/s':>11}"]
+    for name, found in result["stages"].items():
+        of_image = name in ("read", "decode", "draw views") or name.startswith("views by")
+        lines.append(_row(f"{name}, one core" if of_image else name, found))
+    return [*lines, ""]
+
+
+def _row(name: str, found: dict[str, float]) -> str:
+    times = f"{found['median_ms']:>11.2f}{found['p10_ms']:>10.2f}{found['p90_ms']:>10.2f}"
+    return f"{name:<24}{times}{found['images_per_second']:>11.1f}"
+
+
+def _end_to_end(found: dict[str, float], who: str = "") -> str:
+    return (
+        f"end to end{who}: {found['images_per_second']:.1f} images/s, {100 * found['data_wait_share']:.1f} % "
+        f"of the time waiting for data ({found['steps']} steps in {found['seconds']:.1f} s)"
+    )
+
+
+def _sums(result: dict[str, Any]) -> list[str]:
+    peaks = {name: peak for name, peak in result["peak_flops"].items() if peak is not None}
+    listed = ", ".join(f"{peak / 1e12:.2f} TFLOP/s {name}" for name, peak in peaks.items())
+    lines = [f"{result['flops_per_image'] / 1e9:.2f} GFLOP an image; peak of matrix products: {listed}"]
+    for what, shares in result["utilisation"].items():
+        of_peaks = ", ".join(f"{100 * share:.1f} % of the {name} peak" for name, share in shares.items())
+        lines.append(f"model FLOP utilisation, {what.replace('_', ' ')}: {of_peaks}")
+    for who, memory in result["memory"].items():
+        peak = memory["peak_bytes"]
+        of_gpu = "" if peak is None else f"peak GPU memory {peak / 2**30:.2f} GiB, "
+        lines.append(f"{who}: {of_gpu}{memory['saved_bytes'] / 2**20:.1f} MiB saved for backward")
+    if result["end_to_end"] is not None:
+        lines.append(_end_to_end(result["end_to_end"]))
+    return lines
+
+
+def _compared(result: dict[str, Any]) -> list[str]:
+    compared = result["compare"]
+    if compared is None:
+        return []
+    lines = ["", _row("plain: whole step", compared["plain_step"])]
+    lines.append(
+        f"plain / ours, whole step: {_ratio(compared['step'])}, {result['rounds']} interleaved rounds"
+    )
+    for name, ratio in compared["views_by_PIL_to"].items():
+        lines.append(f"PIL / {name}, views of an image on one core: {_ratio(ratio)}")
+    for name, ratio in compared["memory"].items():
+        what = {"peak_bytes": "peak GPU memory", "saved_bytes": "bytes saved for backward"}[name]
+        lines.append(f"plain / ours, {what}: {ratio:.2f}")
+    if compared["end_to_end"] is not None:
+        lines.append(_end_to_end(compared["plain_end_to_end"], ", plain code and PIL views"))
+        lines.append(f"ours / plain, end to end: {compared['end_to_end']:.2f}")
+    return lines
+
+
+def _ratio(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:.2f} ({ratio['p10']:.2f} to {ratio['p90']:.2f})"
+
+
+def _profile(result: dict[str, Any]) -> list[str]:
+    profile = result["profile"]
+    if profile is None:
+        return []
+    waits = {name: count for name, count in profile["host_waits_a_step"].items() if count}
+    listed = ", ".join(f"{name} {count:g}" for name, count in waits.items()) or "none"
+    return [
+        "",
+        f"trace of {profile['steps']} steps: {profile['trace']}; host waits for the device a step: {listed}",
+    ]
