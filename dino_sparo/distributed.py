@@ -264,6 +264,18 @@ def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
     )
 
 
+def settle(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """Two backward passes from a loss of one `data_parallel` module, whose gradients are dropped.
+
+    DistributedDataParallel orders its buckets anew after the first backward pass, and with a static graph
+    waits for its end in it; the order in which many processes sum depends on both: without this a resumed
+    run would differ in its first step.
+    """
+    for _ in range(2 if dist.is_initialized() else 0):
+        loss().backward()
+        optimizer.zero_grad(set_to_none=True)
+
+
 def unsynchronized(module: nn.Module, unless: bool) -> AbstractContextManager[Any]:
     """Leave gradients local within: for all micro-batches of a step but the last (`unless`)."""
     if unless or not isinstance(module, DistributedDataParallel):

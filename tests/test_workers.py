@@ -1,5 +1,6 @@
 """A process that loads images and dies or hangs ends the run by naming the file."""
 
+import builtins
 import os
 import signal
 import time
@@ -8,7 +9,6 @@ from multiprocessing import active_children
 
 import pytest
 import torch
-from PIL import Image
 
 from dino_sparo.data import workers
 from dino_sparo.data.loader import BatchOrder, CropsDataset, crop_batches
@@ -37,7 +37,7 @@ def die(path: str) -> None:
 def broken_disk(tmp_path, monkeypatch):
     """Pictures of which one makes whoever opens it hang or die."""
     write_pictures(tmp_path / "data", 12)
-    original = Image.open
+    original = builtins.open
 
     def make(behaviour):
         def opening(path, *args, **kwargs):
@@ -45,7 +45,7 @@ def broken_disk(tmp_path, monkeypatch):
                 behaviour(path)
             return original(path, *args, **kwargs)
 
-        monkeypatch.setattr(Image, "open", opening)
+        monkeypatch.setattr(builtins, "open", opening)
         return tmp_path / "data"
 
     return make

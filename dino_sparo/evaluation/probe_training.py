@@ -19,6 +19,7 @@ from dino_sparo.distributed import (
     gather_rows,
     mean_over_ranks,
     rank,
+    settle,
     sum_over_ranks,
     world_size,
 )
@@ -213,12 +214,6 @@ def _named(what: str, learning: Learning, values: Any) -> dict[str, float]:
 
 
 def _settle(parallel: nn.Module, learning: Learning, val: Exam, device: torch.device) -> None:
-    """One backward pass on empty features, whose gradients are dropped.
-
-    DistributedDataParallel orders its buckets anew after the first backward pass, and the order in which
-    many processes sum depends on them: without this a resumed run would differ in its first step.
-    """
-    if world_size() > 1:
-        empty = {name: torch.zeros(1, val.features[name].shape[1], device=device) for name in INPUTS}
-        parallel(empty).sum().backward()
-        learning.optimizer.zero_grad(set_to_none=True)
+    """Settle the order of summation (`distributed.settle`) by empty features."""
+    empty = {name: torch.zeros(1, val.features[name].shape[1], device=device) for name in INPUTS}
+    settle(lambda: parallel(empty).sum(), learning.optimizer)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dino_sparo.checks import split_batch
 from dino_sparo.data.decode import size_of
@@ -20,6 +21,7 @@ from dino_sparo.distributed import (
     gather_objects,
     local_world_size,
     rank,
+    settle,
     world_size,
 )
 from dino_sparo.errors import UserError
@@ -88,7 +90,7 @@ def prepare(options: PretrainOptions, device: torch.device) -> Run:
         activation_checkpointing=machine.activation_checkpointing,
         compiled=machine.compile,
     )
-    settle(state, options, device)
+    settle_order(state, options, device)
     first_step = 0
     checkpoint = load_latest(run_dir)
     if checkpoint is not None:
@@ -208,22 +210,17 @@ def training_batches(run: Run) -> WatchedLoader:
     )
 
 
-def settle(state: TrainState, options: PretrainOptions, device: torch.device) -> None:
-    """Two backward passes on empty images, whose gradients are dropped.
-
-    DistributedDataParallel orders its buckets anew after the first backward pass, and with a static graph
-    waits for its end in it; the order in which many processes sum depends on both: without this a resumed
-    run would differ in its first step.
-    """
-    if world_size() == 1:
-        return
+def settle_order(state: TrainState, options: PretrainOptions, device: torch.device) -> None:
+    """Settle the order of summation (`distributed.settle`) by empty images."""
     views = options.views
     sizes = [(NUM_GLOBAL_CROPS, views.global_size), (views.num_local_crops, views.local_size)]
     groups = [torch.zeros(crops, 1, 3, side, side, device=device) for crops, side in sizes if crops]
-    for _ in range(2):
-        with torch.compiler.set_stance("force_eager"):  # it would compile for a batch that never comes again
-            state.parallel_student(groups)[0].sum().backward()
-        state.optimizer.zero_grad(set_to_none=True)
+
+    def loss() -> Tensor:
+        return state.parallel_student(groups)[0].sum()
+
+    with torch.compiler.set_stance("force_eager"):  # it would compile for a batch that never comes again
+        settle(loss, state.optimizer)
 
 
 def check_all_agree(run_dir: Path, first_step: int, images: dict[str, Any]) -> None:
