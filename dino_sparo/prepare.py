@@ -1,14 +1,11 @@
 """`dino-sparo prepare`: train/<class> and val/<class> of ImageNet as people have it, linked or unpacked."""
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shlex
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +17,7 @@ from dino_sparo.data.val_labels import image_classes
 from dino_sparo.data.walk import walk
 from dino_sparo.errors import UserError
 from dino_sparo.options import PrepareOptions
+from dino_sparo.processes import only_writer
 
 log = logging.getLogger("dino_sparo")
 
@@ -70,7 +68,7 @@ def prepare(source: str, out: str, labels: str | None = None) -> None:
         _check_out(folder, layout)
         jobs = _plan(layout, folder, labels)
         folder.mkdir(parents=True, exist_ok=True)
-        with _only_one(folder):
+        with only_writer(folder):
             made = {job.split: _make(job, folder) for job in jobs}
         others = [split for split in SPLITS if split not in made and (folder / split).is_dir()]
         print(_summary(folder, made | {split: _count(folder / split) for split in others}))
@@ -96,22 +94,6 @@ def _check_out(out: Path, layout: Layout) -> None:
         raise UserError(
             f"--out {str(out)!r} holds other things ({foreign[0]}); choose another or a new folder"
         )
-
-
-@contextmanager
-def _only_one(out: Path) -> Iterator[None]:
-    """Refuse to work in a folder that another process is preparing."""
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"--out {str(out)!r} is being prepared by another process; wait for it") from error
-    except OSError:
-        log.info("%s: the file system has no locks; do not prepare this folder twice at once", out)
-    try:
-        yield
-    finally:
-        os.close(descriptor)
 
 
 # --- What is to be made

@@ -1,7 +1,9 @@
 """What the system knows about our processes: which ones are gone, and that none outlives its parent."""
 
 import ctypes
+import fcntl
 import json
+import logging
 import multiprocessing
 import os
 import select
@@ -13,6 +15,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
+
+from dino_sparo.errors import UserError
+
+log = logging.getLogger("dino_sparo")
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # ask a run to stop
 PR_SET_PDEATHSIG = 1  # of Linux
@@ -119,3 +125,24 @@ def read_note(folder: Path, name: str) -> str:
     """A note left there, or an empty text."""
     path = folder / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else ""
+
+
+@contextmanager
+def only_writer(out: Path) -> Iterator[None]:
+    """Refuse to work in a folder that another process is writing to.
+
+    Raises:
+        UserError: another one holds its lock; where the file system has no locks, the log says so.
+    """
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise UserError(f"--out {str(out)!r} is being written by another process; wait for it") from error
+    except OSError:
+        log.info("%s: the file system has no locks; do not write to this folder twice at once", out)
+    try:
+        yield
+    finally:
+        os.close(descriptor)

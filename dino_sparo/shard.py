@@ -1,14 +1,11 @@
 """`dino-sparo shard`: tar shards of webdataset's layout from a folder of images, as they are or reduced."""
 
-import fcntl
 import hashlib
 import json
 import os
 import shlex
 import shutil
 import tarfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 
@@ -23,6 +20,7 @@ from dino_sparo.data.shards import INDEX_FILE, RECORD, ShardIndex, is_finished
 from dino_sparo.data.sources import open_images, open_val
 from dino_sparo.errors import UserError
 from dino_sparo.options import ShardOptions
+from dino_sparo.processes import only_writer
 
 IMAGES_PER_SHARD = 2000  # of ImageNet 220 MB, so that it has 641 shards
 UNFINISHED_RECORD = f"{RECORD}.part"
@@ -61,7 +59,7 @@ def shard(
     try:
         _check_out(Path(out), jobs)
         Path(out).mkdir(parents=True, exist_ok=True)
-        with _only_one(Path(out)):
+        with only_writer(Path(out)):
             sizes = [_begin(job) for job in jobs]
             _check_space(Path(out), jobs, sizes)
             written = write_shards(jobs, workers)
@@ -126,19 +124,6 @@ def _check_out(out: Path, jobs: list[Job]) -> None:
                 f"--out {str(out)!r} holds other things ({folder / foreign[0]}); choose another or a new "
                 f"folder"
             )
-
-
-@contextmanager
-def _only_one(out: Path) -> Iterator[None]:
-    """Refuse to work in a folder that another process is writing to."""
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise UserError(f"--out {str(out)!r} is being written by another process; wait for it") from error
-    finally:
-        os.close(descriptor)
 
 
 def _begin(job: Job) -> NDArray[np.int64]:

@@ -17,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from dino_sparo import launch
 from dino_sparo.errors import EXIT_USER_ERROR, UserError
+from dino_sparo.processes import only_writer
 from dino_sparo.training import checkpoint
 from dino_sparo.training import pretrain as program
 from dino_sparo.training.checkpoint import load_latest
@@ -224,6 +225,15 @@ def test_file_systems_without_locks(tmp_path, monkeypatch, caplog):
 
 def no_files_above(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_a_folder_without_locks_can_be_written(tmp_path, monkeypatch, caplog):
+    def no_locks(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with caplog.at_level("INFO"), only_writer(tmp_path):
+        assert "has no locks; do not write to this folder twice" in caplog.text
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_the_old_one_whole(pictures, tmp_path):
