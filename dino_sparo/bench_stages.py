@@ -29,13 +29,12 @@ from dino_sparo.training.state import TrainState
 from dino_sparo.training.teacher import update_teacher
 
 
-def _by_pil(image: Image.Image, views: list[View], _blur_taps: int) -> list[Tensor]:
+def _by_pil(image: Image.Image, views: list[View]) -> list[Tensor]:
     return [to_tensor(pil_views.execute(image, view)) for view in views]
 
 
-def _by_tensors(image: Image.Image, views: list[View], blur_taps: int) -> list[Tensor]:
-    pixels = tensor_views.to_pixels(image)
-    return [tensor_views.execute(pixels, view, blur_taps) for view in views]
+def _by_tensors(image: Image.Image, views: list[View]) -> list[Tensor]:
+    return tensor_views.execute(tensor_views.to_pixels(image), views)
 
 
 # How all views of a decoded image are made on a CPU: uint8 (3, size, size) each.
@@ -113,7 +112,6 @@ def image_stages(
     laps = Laps(torch.device("cpu"))
     times: dict[str, list[float]] = {}
     executors = {"PIL": _by_pil} if tensor_views.warm_up(crop_recipes) else VIEW_EXECUTORS
-    blur_taps = tensor_views.blur_taps(crop_recipes)
     with one_core():
         keep_memory()  # as a worker does
         for number in range(num_images + 1):
@@ -128,7 +126,7 @@ def image_stages(
             views = [draw_view(r, **numbers, **size, crop=crop) for crop, r in enumerate(crop_recipes)]
             laps.lap("draw views")
             for name, execute in executors.items():
-                execute(image, views, blur_taps)
+                execute(image, views)
                 laps.lap(f"views by {name}")
             for name, seconds in laps.seconds.items():
                 times.setdefault(name, []).extend([seconds] if number else [])

@@ -1,5 +1,6 @@
 """PIL's colours and blur on tensors, against PIL's own."""
 
+from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
@@ -10,7 +11,7 @@ from torchvision.transforms import functional as TF
 
 from dino_sparo.data import colour
 from dino_sparo.data.loader import to_tensor
-from dino_sparo.data.tensor_views import jitter_steps
+from dino_sparo.data.tensor_views import jitter_numbers, jitter_steps
 from dino_sparo.data.views import View
 from tests.pictures import photo
 
@@ -23,9 +24,12 @@ PLAIN = View(
 )  # fmt: skip
 
 
-def steps(*, order=(), factors=(1.0, 1.0, 1.0, 0.0), grayscale=False) -> torch.Tensor:
-    fields = {"jitter_order": order, "jitter_factors": factors, "grayscale": grayscale}
-    return torch.tensor([jitter_steps(View(**(vars(PLAIN) | fields)))])
+def view(*, order=(), factors=(1.0, 1.0, 1.0, 0.0), grayscale=False) -> View:
+    return replace(PLAIN, jitter_order=order, jitter_factors=factors, grayscale=grayscale)
+
+
+def steps(**fields) -> torch.Tensor:
+    return torch.tensor([jitter_steps(view(**fields))])
 
 
 def difference(ours: torch.Tensor, images: list[Image.Image]) -> np.ndarray:
@@ -96,11 +100,10 @@ def test_every_order_of_the_jitter(order):
     expected = IMAGES[:2]
     for adjustment in order:
         expected = [ADJUST[adjustment](image, factors[adjustment]) for image in expected]
-    given = steps(order=order, factors=factors)
-    hue_last = order.index(HUE) > order.index(CONTRAST)
-    shorter = colour.jitter_hue_last if hue_last else colour.jitter_hue_first
-    ours = colour.jitter(batch(IMAGES[:2]), given.expand(2, -1))
-    assert torch.equal(ours, shorter(batch(IMAGES[:2]), given.expand(2, -1)))
+    ours = colour.jitter(batch(IMAGES[:2]), steps(order=order, factors=factors).expand(2, -1))
+    letters, numbers = jitter_numbers(view(order=order, factors=factors))
+    one_order = colour.jitter_by(letters)(batch(IMAGES[:2]), torch.tensor([numbers] * 2))
+    assert torch.equal(ours, one_order)
     apart = difference(ours, expected)
     assert apart.max() <= 8 and (apart > 0).mean() < 0.02
 

@@ -7,7 +7,9 @@ Source: what Pillow's Blend.c, Convert.c and BoxBlur.c compute, and torchvision'
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from types import FunctionType
 
 import torch
 from torch import Tensor
@@ -29,17 +31,37 @@ def jitter(images: Tensor, steps: Tensor) -> Tensor:
     two blends. Of a blend the first column says towards what (0: black, 1: the pixel's own luma), the second
     is the factor (1: nothing changes). A shift of -1 leaves the hue alone.
     """
-    return _jitter(images, steps, hue_before=True, hue_after=True)
+    columns = steps[:, :, None, None].unbind(1)
+    rgb = [x.float() for x in images.unbind(1)]  # apart, or the compiler would not make one kernel
+    rgb = _contrast(_adjusted(rgb, columns[BEFORE]), columns[CONTRAST_FACTOR])
+    return _finished(_adjusted(rgb, columns[AFTER]), columns[GRAYSCALE])
 
 
-def jitter_hue_first(images: Tensor, steps: Tensor) -> Tensor:
-    """The same where no hue is shifted after the contrast."""
-    return _jitter(images, steps, hue_before=True, hue_after=False)
+@cache
+def jitter_by(order: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function for images that all have one order: letters of B (blend), C (contrast) and H (hue).
 
+    It takes the numbers of the letters one after the other, (n, ...): kind and factor of a blend, the
+    factor of the contrast, the shift of the hue; then whether the luma goes into all channels.
+    """
 
-def jitter_hue_last(images: Tensor, steps: Tensor) -> Tensor:
-    """The same where no hue is shifted before the contrast."""
-    return _jitter(images, steps, hue_before=False, hue_after=True)
+    def jitter_in_order(images: Tensor, numbers: Tensor) -> Tensor:
+        columns = iter(numbers[:, :, None, None].unbind(1))
+        rgb = [x.float() for x in images.unbind(1)]
+        for letter in order:
+            if letter == "B":
+                towards, factor = next(columns) * _luma(*rgb), next(columns)
+                rgb = [_blend(x, towards, factor) for x in rgb]
+            elif letter == "C":
+                rgb = _contrast(rgb, next(columns))
+            else:
+                red, green, blue = rgb
+                rgb = _shift_hue(red, green, blue, next(columns))
+        return _finished(rgb, next(columns))
+
+    # A code object of its own: torch.compile looks up by it what it has compiled.
+    code = jitter_in_order.__code__.replace(co_name=f"jitter_{order}")
+    return FunctionType(code, globals(), code.co_name, None, jitter_in_order.__closure__)
 
 
 def solarize(images: Tensor, chosen: Tensor) -> Tensor:
@@ -68,9 +90,9 @@ def blur_weights(radius: float, taps: int) -> list[float]:
     return [*inner, edge / 2**24, *[0.0] * taps][:taps]
 
 
-def blur_taps(largest_radius: float) -> int:
-    """How many weights the blur of this radius needs."""
-    return int(_box_radius(largest_radius)) + 2 if largest_radius > 0 else 1
+def blur_taps(radius: float) -> int:
+    """How many weights suffice for the blur of this radius: 1, 2, 3, 5, 9, ..., so that few kernels do."""
+    return 1 + 2 ** int(_box_radius(radius)).bit_length() if radius > 0 else 1
 
 
 def _box_radius(radius: float) -> float:
@@ -85,39 +107,40 @@ def _box_radius(radius: float) -> float:
 def _box_blur(x: Tensor, rows: Sequence[Tensor], dim: int) -> Tensor:
     """One pass along a dimension; beyond the edge lies the edge's pixel."""
     reach, size = len(rows) - 1, x.shape[dim]
-    first, last = x.narrow(dim, 0, 1), x.narrow(dim, size - 1, 1)
-    padded = torch.cat([first] * reach + [x] + [last] * reach, dim)  # F.pad would not be vectorised
+    at = torch.arange(size, device=x.device)
+    if dim == 3:  # neighbours by their numbers, or F.pad, would not be vectorised; whole lines are
+        first, last = x[..., :1], x[..., -1:]
+        padded = torch.cat([first] * reach + [x] + [last] * reach, dim)
     blurred = rows[0] * x
     for distance in range(1, reach + 1):
-        before, after = (padded.narrow(dim, reach + at, size) for at in (-distance, distance))
+        if dim == 3:
+            before, after = (padded.narrow(dim, reach + way, size) for way in (-distance, distance))
+        else:
+            before, after = (x[:, :, (at + way).clamp(0, size - 1)] for way in (-distance, distance))
         blurred = blurred + rows[distance] * (before + after)
     return (blurred + 0.5).floor()
 
 
-def _jitter(images: Tensor, steps: Tensor, *, hue_before: bool, hue_after: bool) -> Tensor:
-    columns = steps[:, :, None, None].unbind(1)
-    rgb = [x.float() for x in images.unbind(1)]  # apart, or the compiler would not make one kernel
-    rgb = _adjusted(rgb, columns[BEFORE], hue_before)
-    luma = _luma(*rgb)
-    total = luma.to(torch.int32).sum(dim=(1, 2), keepdim=True)  # float32 would not hold it
-    mean = (total.double() / luma[0].numel() + 0.5).floor().float()
-    rgb = [_blend(x, mean, columns[CONTRAST_FACTOR]) for x in rgb]
-    rgb = _adjusted(rgb, columns[AFTER], hue_after)
-    luma = _luma(*rgb)
-    rgb = [torch.where(columns[GRAYSCALE] == 1, luma, x) for x in rgb]
-    return torch.stack([x.to(torch.uint8) for x in rgb], dim=1)
-
-
-def _adjusted(rgb: list[Tensor], columns: Sequence[Tensor], with_hue: bool) -> list[Tensor]:
-    """Two blends, a shift of the hue, two blends; only two blends without hue."""
+def _adjusted(rgb: list[Tensor], columns: Sequence[Tensor]) -> list[Tensor]:
+    """Two blends, a shift of the hue, two blends."""
     rgb = _blends(rgb, columns, BLENDS_BEFORE)
-    if not with_hue:
-        return rgb
-    shift = columns[SHIFT]
     red, green, blue = rgb
+    shift = columns[SHIFT]
     shifted = _shift_hue(red, green, blue, shift)
     rgb = [torch.where(shift == NO_SHIFT, x, y) for x, y in zip(rgb, shifted, strict=True)]
     return _blends(rgb, columns, BLENDS_AFTER)
+
+
+def _contrast(rgb: list[Tensor], factor: Tensor) -> list[Tensor]:
+    luma = _luma(*rgb)
+    total = luma.to(torch.int32).sum(dim=(1, 2), keepdim=True)  # float32 would not hold it
+    mean = (total.double() / luma[0].numel() + 0.5).floor().float()
+    return [_blend(x, mean, factor) for x in rgb]
+
+
+def _finished(rgb: list[Tensor], grayscale: Tensor) -> Tensor:
+    luma = _luma(*rgb)
+    return torch.stack([torch.where(grayscale == 1, luma, x).to(torch.uint8) for x in rgb], dim=1)
 
 
 def _luma(red: Tensor, green: Tensor, blue: Tensor) -> Tensor:

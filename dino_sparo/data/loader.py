@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchvision.utils import make_grid
 
-from dino_sparo.data import pil_views, tensor_views
+from dino_sparo.data import colour, pil_views, tensor_views
 from dino_sparo.data.device_views import Photos, collate_photos, make_crops, numbers_of
 from dino_sparo.data.scan import problem_of
 from dino_sparo.data.sources import ImageSource
@@ -101,7 +101,7 @@ class CropsDataset(Dataset):
         self.substitute = substitute
         self.executor = executor
         self.max_side = max_side
-        self.blur_taps = tensor_views.blur_taps(crop_recipes)
+        self.blur_taps = max(colour.blur_taps(recipe.blur_radius[1]) for recipe in crop_recipes)
 
     def __getitem__(self, item: tuple[int, int]) -> LoadedImage | UnreadableImage:
         epoch, sample = item
@@ -134,9 +134,7 @@ class CropsDataset(Dataset):
         if not isinstance(image, Tensor):
             return LoadedImage([to_tensor(pil_views.execute(image, view)) for view in views], replaced)
         if self.executor == "tensor":
-            return LoadedImage(
-                [tensor_views.execute(image, view, self.blur_taps) for view in views], replaced
-            )
+            return LoadedImage(tensor_views.execute(image, views), replaced)
         return LoadedImage((image, [numbers_of(view, self.blur_taps) for view in views]), replaced)
 
     def _load(self, sample: int) -> Image.Image | Tensor | UnreadableImage:
