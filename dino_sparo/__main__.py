@@ -6,100 +6,18 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, is_dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from dino_sparo import options as opt
+from dino_sparo.commands import COMMANDS, DISTRIBUTED, POSITIONAL, POSITIONALS
 from dino_sparo.config import parse_options, recipes
 from dino_sparo.errors import EXIT_STOPPED, EXIT_USER_ERROR, StoppedError, StuckError, UserError
 from dino_sparo.processes import end_at_once, end_with_launcher, leave_note
 
-DISTRIBUTED = ("pretrain", "knn", "linear")  # these run in several processes; check tells what such would do
-# What the first argument without a name stands for.
-POSITIONAL = {
-    **dict.fromkeys(("knn", "linear", "export"), "--run"),
-    **dict.fromkeys(("prepare", "shard"), "--source"),
-}
-POSITIONALS = {"compare": "--runs"}  # what all arguments without a name stand for
 EXIT_INTERRUPTED = 130
 RANK = int(os.environ.get("RANK", "0"))  # as torchrun sets it
-
-
-@dataclass(frozen=True)
-class Command:
-    """One program: its options, where its function lives, and how it is called."""
-
-    options: type
-    function: str
-    usage: str
-    summary: str
-
-
-COMMANDS = {
-    "pretrain": Command(
-        opt.PretrainOptions,
-        "dino_sparo.training.pretrain:pretrain",
-        "dino-sparo pretrain --config RECIPE --data.path DIR --run_dir DIR [--nproc N] [--key VALUE ...]",
-        "pretrain an encoder, or go on with an existing run",
-    ),
-    "check": Command(
-        opt.CheckOptions,
-        "dino_sparo.check:check",
-        "dino-sparo check --config RECIPE --data.path DIR [--nproc N] [--json] [--key VALUE ...]",
-        "before a run: scan the data, measure speed and memory, tell hours and disk",
-    ),
-    "prepare": Command(
-        opt.PrepareOptions,
-        "dino_sparo.prepare:run",
-        "dino-sparo prepare DIR --out OUT [--labels FILE]",
-        "class folders of ImageNet as you have it: tars, a flat validation folder, Kaggle's layout",
-    ),
-    "shard": Command(
-        opt.ShardOptions,
-        "dino_sparo.shard:run",
-        "dino-sparo shard DIR --out OUT [--short-side 512] [--num-workers N]",
-        "tar shards of a folder of images, to be read like the folder, for network file systems",
-    ),
-    "knn": Command(
-        opt.KnnOptions,
-        "dino_sparo.evaluation.knn:run",
-        "dino-sparo knn RUN --data.path DIR [--test NAME=DIR ...] [--nproc N] [--key VALUE ...]",
-        "k-NN accuracy of a trained encoder",
-    ),
-    "export": Command(
-        opt.ExportOptions,
-        "dino_sparo.interop.export:run",
-        "dino-sparo export RUN --out DIR [--which student] [--arch NAME]",
-        "an encoder as model.safetensors and config.json",
-    ),
-    "compare": Command(
-        opt.CompareOptions,
-        "dino_sparo.evaluation.compare:run",
-        "dino-sparo compare RUN ... [--control RUN] [--markdown]",
-        "k-NN and linear accuracy of several runs in one table",
-    ),
-    "linear": Command(
-        opt.LinearOptions,
-        "dino_sparo.evaluation.linear:run",
-        "dino-sparo linear RUN --data.path DIR [--sweep] [--cached] [--test NAME=DIR ...] [--nproc N] "
-        "[--key VALUE ...]",
-        "linear-probe accuracy of a trained encoder",
-    ),
-    "demo": Command(
-        opt.PretrainOptions,
-        "dino_sparo.demo:demo",
-        "dino-sparo demo [--data.path DIR] [--section.key VALUE ...]",
-        "five minutes on a laptop: train, watch k-NN rise, look at slots",
-    ),
-    "bench": Command(
-        opt.BenchOptions,
-        "dino_sparo.bench:bench",
-        "dino-sparo bench [--recipe NAME] [--data DIR] [--compare] [--json] [--profile FILE] [--key VALUE]",
-        "where the time of training goes, also against plain code; and of read-out, k-NN, probes, ...",
-    ),
-}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -115,7 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     if "RANK" in os.environ:
         end_with_launcher()
     try:
-        status = run_command(arguments[0], arguments[1:])
+        name, rest = command_and_rest(arguments)
+        status = run_command(name, rest)
         if RANK == 0:
             leave_note("done", status == 0)
         return status
@@ -128,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
             leave_note("stopped", str(stopped))
         return leave(EXIT_STOPPED, at_once=True)
     except KeyboardInterrupt:
-        goes_on = arguments[0] in ("pretrain", "demo", "prepare", "shard", "knn", "linear")
+        goes_on = arguments[0] in ("pretrain", "sweep", "demo", "prepare", "shard", "knn", "linear")
         hint = "; the same command goes on where it stopped" if goes_on else ""
         if RANK == 0:
             print(f"dino-sparo: interrupted{hint}", file=sys.stderr)
@@ -139,9 +58,10 @@ def main(arguments: list[str] | None = None) -> int:
         return leave(EXIT_USER_ERROR)  # what this process saw was only the end of another one
 
 
-def overview() -> str:
-    """The help text of the program as a whole."""
-    commands = "\n".join(f"  {name:<10}{command.summary}" for name, command in COMMANDS.items())
+def overview(names: Sequence[str] = tuple(COMMANDS)) -> str:
+    """The help text of the program as a whole, or of some of its commands."""
+    width = max(map(len, names)) + 2
+    commands = "\n".join(f"  {name:<{width}}{COMMANDS[name].summary}" for name in names)
     return (
         f"usage: dino-sparo COMMAND [--config RECIPE] [--section.key VALUE ...]\n\n"
         f"commands (each with --help):\n{commands}\n\nshipped recipes: {', '.join(recipes())}"
@@ -179,10 +99,21 @@ def leave(status: int, *, at_once: bool = False) -> int:
     return status
 
 
+def command_and_rest(arguments: list[str]) -> tuple[str, list[str]]:
+    """The command, one word or two of them (`slots maps`), and what follows it."""
+    words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
+    return " ".join(arguments[:words]), arguments[words:]
+
+
 def run_command(name: str, arguments: list[str]) -> int:
     """Parse the command's options, then import it (and torch with it) and run it; returns the exit status."""
     if name not in COMMANDS:
-        raise UserError(f"unknown command {name!r}; expected one of {', '.join(COMMANDS)}")
+        group = [other for other in COMMANDS if other.startswith(f"{name} ")]
+        if group and (not arguments or arguments[0] in ("-h", "--help")):
+            print(overview(group))
+            return 0
+        name = " ".join([name, *arguments[:1]]) if group else name
+        raise UserError(f"unknown command {name!r}; expected one of {', '.join(group or COMMANDS)}")
     command = COMMANDS[name]
     arguments = written_out(command.options, arguments)
     options = parse_options(command.options, complete(name, arguments), usage=command.usage)
@@ -247,7 +178,8 @@ def written_out(options: type, arguments: list[str]) -> list[str]:
         if is_flag and not equals and (not rest or rest[0].lower() not in ("true", "false", "yes", "no")):
             equals, value = "=", "true"
         elif kinds.get(option) == list[str] and not value.startswith("["):
-            values = lists.setdefault(option, [value] if equals else [])
+            values = lists.setdefault(option, [])
+            values += [value] if equals else []
             while rest and not rest[0].startswith("-"):
                 values.append(rest.pop(0))
             continue

@@ -25,11 +25,11 @@ from dino_sparo.measure import (
     Loading,
     Stepping,
     count_flops,
-    count_parameters,
     measure_loading,
     measure_steps,
     private_bytes,
 )
+from dino_sparo.models.cost import count_parameters, encoder_cost
 from dino_sparo.options import CheckOptions
 from dino_sparo.training.checkpoint import KEEP_LAST
 from dino_sparo.training.precision import choose_precision, set_numerics
@@ -143,6 +143,7 @@ def cost(
     sizes = [(NUM_GLOBAL_CROPS, views.global_size), (views.num_local_crops, views.local_size)]
     on_cpu = build_state(config, torch.device("cpu"))
     flops = count_flops(on_cpu.student, sizes)
+    of_encoder = encoder_cost(on_cpu.student.encoder, views.global_size)
     del on_cpu
     state = build_state(
         config,
@@ -175,10 +176,11 @@ def cost(
             tried = smaller_batch(share, tried)
     return {
         "parameters": {
-            "encoder": count_parameters(state.student.encoder),
+            "encoder": of_encoder["parameters"],
+            "readout": of_encoder["readout_parameters"],
             "head": count_parameters(state.student.head),
         },
-        "flops_per_image": flops,
+        "flops_per_image": flops | {"readout": float(of_encoder["readout_flops"])},
         "step": asdict(stepping) | {"precision": precision},
         "checkpoint_bytes": checkpoint_bytes(state),
     }

@@ -98,6 +98,7 @@ def summary(options: CheckOptions, report: dict[str, Any], device: str) -> list[
     return [
         "",
         f"encoder   {encoder} of {options.views.global_size} pixels",
+        f"read-out  {parameters['readout'] / 1e6:.2f} M and {flops['readout'] / 1e9:.2g} GFLOPs of these",
         f"head      {parameters['head'] / 1e6:.1f} M parameters",
         f"training  {flops['training'] / 1e9:.0f} GFLOPs an image (a multiply-add is two)",
         f"loss      {step['loss']:.2f} at the start, ln K is {expected:.2f}",

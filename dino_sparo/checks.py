@@ -5,14 +5,23 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from dino_sparo.errors import UserError
-from dino_sparo.options import ArchOptions, PretrainOptions
+from dino_sparo.options import ArchOptions, PretrainOptions, ReadoutOptions
 
-SPARO_FIELDS = ("num_slots", "slot_dim", "key_dim", "group_size")
+READOUT_FIELDS = {  # those that each read-out needs; the sizes of SPARO are those of its separate heads
+    "sparo": ("num_slots", "slot_dim", "key_dim", "group_size"),
+    "sparo with multi heads": ("num_slots", "slot_dim", "key_dim", "num_heads"),
+    "pooler": ("num_slots", "slot_dim", "num_heads"),
+    "bottleneck": ("bottleneck_dim", "encoding_dim"),
+    "cls": (),
+    "gap": (),
+}
+CHOICES = {"sparo": ("heads", "after_last_block", "output"), "pooler": ("after_last_block", "output")}
 ZERO_ALLOWED = (
     "num_local_crops", "warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer_epochs",
     "clip_norm", "max_bad_steps", "knn_every_epochs", "num_workers", "checkpoint_every_epochs",
     "checkpoint_every_minutes",
     "keep_every_epochs", "final_lr", "weight_decay", "final_weight_decay", "drop_path_rate",
+    "slots", "images",
 )  # fmt: skip
 MAX_DATA_TIMEOUT = 1500
 HALF_OPEN = ("drop_path_rate", "center_momentum")
@@ -135,27 +144,39 @@ def _check_model(options: PretrainOptions) -> None:
                 f"model.arch.width is {model.arch.width}, not divisible by model.arch.num_heads "
                 f"{model.arch.num_heads}; use a multiple of the heads"
             )
-        if readout.name == "sparo" and model.arch.depth < 2:
+        if readout.name in CHOICES and not readout.after_last_block and model.arch.depth < 2:
             raise UserError(
-                f"model.arch.depth is {model.arch.depth}; expected at least 2 with sparo, "
+                f"model.arch.depth is {model.arch.depth}; expected at least 2 with {readout.name}, "
                 f"which replaces the last block"
             )
-    values = {name: getattr(readout, name) for name in SPARO_FIELDS}
-    if readout.name != "sparo":
-        given = [name for name, value in values.items() if value is not None]
-        if given:
+    _check_readout(readout)
+
+
+def _check_readout(readout: ReadoutOptions) -> None:
+    """Each read-out has all of its fields and none of another's, and they fit together."""
+    heads = f" with {readout.heads} heads" if readout.name == "sparo" and readout.heads else ""
+    kind = "sparo with multi heads" if heads and readout.heads == "multi" else readout.name
+    needed, allowed = READOUT_FIELDS[kind], CHOICES.get(readout.name, ())
+    values = {field.name: getattr(readout, field.name) for field in fields(readout) if field.name != "name"}
+    for name, value in values.items():
+        if value is not None and name not in (*needed, *allowed):
+            has = ", ".join(needed) or "no slots"
             raise UserError(
-                f"model.readout.{given[0]} is {values[given[0]]}, but model.readout.name is "
-                f"{readout.name!r}, which has no slots; set it to null or leave it out"
+                f"model.readout.{name} is {value}, but model.readout.name is {readout.name!r}{heads}, which "
+                f"has {has}; set it to null or leave it out"
             )
-        return
-    missing = [name for name, value in values.items() if value is None]
+    missing = [name for name in needed if values[name] is None]
     if missing:
-        raise UserError(f"model.readout.{missing[0]} is missing; sparo needs {', '.join(SPARO_FIELDS)}")
-    if values["num_slots"] % values["group_size"]:
+        raise UserError(f"model.readout.{missing[0]} is missing; {kind} needs {', '.join(needed)}")
+    if kind == "sparo" and values["num_slots"] % values["group_size"]:
         raise UserError(
             f"model.readout.group_size is {values['group_size']}, which does not divide "
             f"model.readout.num_slots {values['num_slots']}; use a divisor"
+        )
+    if kind == "pooler" and values["slot_dim"] % values["num_heads"]:
+        raise UserError(
+            f"model.readout.num_heads is {values['num_heads']}, which does not divide "
+            f"model.readout.slot_dim {values['slot_dim']}; use a divisor"
         )
 
 

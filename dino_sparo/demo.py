@@ -1,6 +1,7 @@
 """`dino-sparo demo`: pretrain a small encoder, then a table, a curve and slot maps."""
 
 import logging
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,14 @@ from matplotlib.figure import Figure
 
 from dino_sparo.checks import check_options
 from dino_sparo.config import parse_options
-from dino_sparo.data.loader import normalize, to_tensor
+from dino_sparo.data.images import normalize, to_tensor
 from dino_sparo.data.pil_views import center_crop
 from dino_sparo.data.sources import SHAPES, SHAPES_SIZES, open_images
 from dino_sparo.evaluation.knn import HEADLINE_K
 from dino_sparo.interop.load import load_encoder
 from dino_sparo.options import PretrainOptions
-from dino_sparo.slots.attention import distinct_slots, draw_slot_maps, slot_maps
+from dino_sparo.slots.attention import distinct_slots, slot_attention
+from dino_sparo.slots.drawing import draw_slot_maps
 from dino_sparo.training.pretrain import pretrain
 from dino_sparo.training.runlog import read_metrics
 
@@ -42,6 +44,8 @@ def demo(options: PretrainOptions) -> None:
     if options.model.readout.name == "sparo":
         draw_maps(options, run_dir / "slots.png")
         print(f"where slots look: {run_dir / 'slots.png'}")
+        arguments = ["slots", "report", str(run_dir), "--data.path", options.data.path]
+        print(f"all about slots, as a page: dino-sparo {shlex.join(arguments)}")
     print(f"more: tensorboard --logdir {run_dir}")
 
 
@@ -108,5 +112,5 @@ def draw_maps(options: PretrainOptions, path: Path) -> None:
     chosen = np.linspace(0, len(source) - 1, NUM_PICTURES).round().astype(int)
     crops = [to_tensor(center_crop(source.load(int(i)), options.views.global_size)) for i in chosen]
     pixels = torch.stack(crops)
-    maps = slot_maps(encoder, normalize(pixels))
-    draw_slot_maps(pixels, maps, distinct_slots(maps, NUM_SLOTS), path)
+    maps, _ = slot_attention(encoder, normalize(pixels))
+    draw_slot_maps(crops, list(maps), distinct_slots(list(maps), NUM_SLOTS), path)

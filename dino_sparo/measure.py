@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dino_sparo.data.device_views import ahead, repeated
-from dino_sparo.data.loader import Crops, PhotoBatch, UnreadableImage, crops_of, normalize
+from dino_sparo.data.images import UnreadableImage, normalize
+from dino_sparo.data.loader import Crops, PhotoBatch, crops_of
 from dino_sparo.data.views import CropRecipe
 from dino_sparo.data.workers import WatchedLoader
 from dino_sparo.device import wait_for
@@ -114,11 +114,6 @@ def measure_steps(
     total = torch.cuda.get_device_properties(device).total_memory
     peak = torch.cuda.max_memory_allocated(device)
     return replace(measured, memory_gib=peak / 2**30, gpu_memory_gib=total / 2**30)
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Numbers in all parameters."""
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def count_flops(student: DinoModel, sizes: list[tuple[int, int]]) -> dict[str, float]:

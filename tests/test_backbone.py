@@ -5,7 +5,7 @@ import pytest
 import torch
 from timm.layers import Mlp
 
-from dino_sparo.bench_stages import bytes_saved_for_backward
+from dino_sparo.bench.stages import bytes_saved_for_backward
 from dino_sparo.models import DINOHead, DinoModel, build_encoder
 from dino_sparo.models.backbone import FrugalMlp, VisionTransformer
 

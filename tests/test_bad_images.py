@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from dino_sparo.data import pil_views
-from dino_sparo.data.loader import CenterCrops, to_tensor
+from dino_sparo.data.images import CenterCrops, to_tensor
 from dino_sparo.data.scan import PROBLEMS, scan_images
 from dino_sparo.data.scan_report import copies_inside
 from dino_sparo.data.sources import open_images

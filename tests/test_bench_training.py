@@ -12,20 +12,21 @@ import torch
 import yaml
 from PIL import Image
 
-from dino_sparo import bench_stages
 from dino_sparo.__main__ import main
-from dino_sparo.bench_files import HEIGHT, WIDTH, generated_photo, jpeg_files
-from dino_sparo.bench_plain import PlainViews, crop_groups, plain_batches, plain_state, plain_step
-from dino_sparo.bench_stages import (
+from dino_sparo.bench import stages
+from dino_sparo.bench.clocks import spread, spread_of_ratios
+from dino_sparo.bench.files import HEIGHT, WIDTH, generated_photo, jpeg_files
+from dino_sparo.bench.plain import PlainViews, crop_groups, plain_batches, plain_state, plain_step
+from dino_sparo.bench.stages import (
     HOST_WAITS,
     end_to_end,
     host_waits,
     published_peak,
-    spread,
-    spread_of_ratios,
     step_in_stages,
+    warm_up,
 )
-from dino_sparo.data.loader import CropsDataset, normalize
+from dino_sparo.data.images import normalize
+from dino_sparo.data.loader import CropsDataset
 from dino_sparo.data.sources import open_images
 from dino_sparo.data.views import crop_recipes
 from dino_sparo.models import DINOHead, DinoModel, build_encoder
@@ -147,7 +148,7 @@ def test_spreads():
 
 def test_time_end_to_end_is_shared_between_data_and_steps(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(bench_stages, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(stages, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     taken = []
 
     def batches():
@@ -159,7 +160,9 @@ def test_time_end_to_end_is_shared_between_data_and_steps(monkeypatch):
     def step(_groups):
         now[0] += 3.0
 
-    found = end_to_end(batches(), step, batch_size=8, prefetched=5, seconds=10, device=CPU)
+    endless = batches()
+    warm_up(endless, step, prefetched=5, device=CPU)
+    found = end_to_end(endless, step, batch_size=8, seconds=10, device=CPU)
     assert found == {"images_per_second": 2.0, "data_wait_share": 0.25, "seconds": 12.0, "steps": 3}
     assert len(taken) == 5 + 2 + 3
 
@@ -209,13 +212,13 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture
 def few_products(monkeypatch):
-    monkeypatch.setattr(bench_stages, "MATRIX_SIDE", {"cpu": 32})
+    monkeypatch.setattr(stages, "MATRIX_SIDE", {"cpu": 32})
 
 
 ARGUMENTS = ("--batch_size=2", "--rounds=2", "--num_images=2", "--seconds=0.01", "--device=cpu")
 STAGES = [
-    *("read", "decode", "draw views", "views by PIL", "teacher forward", "student forward, loss", "backward"),
-    *("clip, optimiser, EMA", "whole step"),
+    *("read", "decode", "draw views", "views by PIL", "views on the device"),
+    *("teacher forward", "student forward, loss", "backward", "clip, optimiser, EMA", "whole step"),
 ]
 
 
@@ -251,7 +254,10 @@ def test_json_has_all_that_was_measured(recipe, tmp_path, capfd):
     saved = [result["memory"][who]["saved_bytes"] for who in ("plain", "ours")]
     assert compared["memory"] == {"saved_bytes": pytest.approx(saved[0] / saved[1])}
     assert set(compared["step"]) == {"median", "p10", "p90"}
-    assert result["profile"]["trace"] == str(trace) and json.loads(trace.read_text())["traceEvents"]
+    assert result["profile"]["trace"] == str(trace)
+    traced = [event["name"] for event in json.loads(trace.read_text())["traceEvents"]]
+    loading = [name for name in traced if name.startswith("enumerate(DataLoader)")]
+    assert len(loading) == traced.count("training step") == result["profile"]["steps"]
     for part in ("whole step", "plain / ours, whole step", "waiting for data", "saved for backward"):
         assert part in table
 

@@ -69,8 +69,9 @@ def test_parameters_flops_and_checkpoint_are_those_of_the_run(data, tmp_path, ca
     state = load_latest(tmp_path / "run")
     sizes = {
         part: sum(v.numel() for k, v in state["student"].items() if k.startswith(part))
-        for part in ("encoder", "head")
+        for part in ("encoder", "encoder.readout", "head")
     }
+    sizes["readout"] = sizes.pop("encoder.readout")
     assert report["parameters"] == sizes
     written = (tmp_path / "run" / "checkpoints" / "step_000000018.pt").stat().st_size
     # A file of so small a model is mostly names and headers; the tensors are counted to the byte.

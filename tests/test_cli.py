@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dino_sparo.__main__ import COMMANDS, main, written_out
+from dino_sparo.__main__ import main, written_out
+from dino_sparo.commands import COMMANDS
 from dino_sparo.config import parse_options, recipes
 from dino_sparo.options import KnnOptions
 from tests.tiny import tiny_arguments, write_pictures
@@ -296,6 +297,7 @@ def test_demo_script_hands_its_options_on(tmp_path):
         (["--untrained", "false"], {"untrained": False}),
         (["--test", "a=x", "b=y", "--k=7"], {"test": ["a=x", "b=y"], "k": 7}),
         (["--test=a=x", "--test", "b=y"], {"test": ["a=x", "b=y"]}),
+        (["--test=a=x", "--test=b=y"], {"test": ["a=x", "b=y"]}),
         (['--test=["a=x"]'], {"test": ["a=x"]}),
         ([], {"test": [], "untrained": False}),
     ],

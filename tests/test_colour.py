@@ -10,7 +10,7 @@ from PIL import Image, ImageFilter
 from torchvision.transforms import functional as TF
 
 from dino_sparo.data import colour
-from dino_sparo.data.loader import to_tensor
+from dino_sparo.data.images import to_tensor
 from dino_sparo.data.tensor_views import jitter_numbers, jitter_steps
 from dino_sparo.data.views import View
 from tests.pictures import photo

@@ -26,9 +26,7 @@ from tests.recipes import (
 )
 
 SPARO, DINO, LONG = "imagenet_vits16_sparo", "imagenet_vits16_dino", "imagenet_vits16_sparo_300ep"
-OPTIONS_CLASSES = [
-    member for _, member in inspect.getmembers(opt, inspect.isclass) if member.__module__ == opt.__name__
-]
+OPTIONS_CLASSES = [getattr(opt, name) for name in opt.__all__]
 
 
 # --- Shipped recipes
@@ -65,7 +63,16 @@ def test_recipe_has_the_published_numbers():
         "arch": "vit_small",
         "patch_size": 16,
         "drop_path_rate": 0.1,
-        "readout": {"name": "sparo", "num_slots": 64, "slot_dim": 64, "key_dim": 64, "group_size": 1},
+        "readout": {
+            "name": "sparo",
+            "num_slots": 64,
+            "slot_dim": 64,
+            "key_dim": 64,
+            "group_size": 1,
+            **dict.fromkeys(
+                ("heads", "num_heads", "after_last_block", "output", "bottleneck_dim", "encoding_dim")
+            ),
+        },
     }
     assert config["head"] == {
         "num_prototypes": 65536,

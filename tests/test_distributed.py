@@ -15,7 +15,7 @@ import yaml
 
 from dino_sparo import distributed
 from dino_sparo.checks import smaller_batch, split_batch
-from dino_sparo.data.loader import UnreadableImage
+from dino_sparo.data.images import UnreadableImage
 from dino_sparo.errors import UserError
 from dino_sparo.training import pretrain as program
 from dino_sparo.training.bad_images import BadImages

@@ -1,13 +1,17 @@
 """What needs a GPU: runs in every precision, runs that are bit-equal, and the evaluations."""
 
+from itertools import repeat
+
 import numpy as np
 import pytest
 import torch
 
 from dino_sparo.config import parse_options
 from dino_sparo.data import pil_views
-from dino_sparo.data.device_views import ahead, collate_photos, make_crops, numbers_of
-from dino_sparo.data.loader import to_tensor
+from dino_sparo.data.colour import blur_taps
+from dino_sparo.data.device_views import Photos, ahead, collate_photos, make_crops, numbers_of
+from dino_sparo.data.images import normalize, to_tensor
+from dino_sparo.data.loader import PhotoBatch, crops_of
 from dino_sparo.data.tensor_views import to_pixels
 from dino_sparo.evaluation import knn, linear
 from dino_sparo.evaluation.results import read_results
@@ -82,18 +86,60 @@ def test_views_of_whole_batches_are_pils():
             assert difference.mean() < 1, (number, view)
 
 
-def test_a_step_never_lets_the_host_wait(tmp_path):
+def whole_images(crop_recipes, count):
+    """A batch of images whose crops are still to be made, where the loader would put it."""
+    images = [photo(*((64, 48), (40, 72))[number % 2], seed=number) for number in range(count)]
+    taps = max(blur_taps(recipe.blur_radius[1]) for recipe in crop_recipes)
+    photos = collate_photos(
+        [
+            (to_pixels(image), [numbers_of(view, taps) for view in views_of(image, crop_recipes, sample)])
+            for sample, image in enumerate(images)
+        ]
+    )
+    return PhotoBatch(Photos(*(values.pin_memory() for values in photos)))
+
+
+def test_views_beside_the_training_come_in_order_and_whole():
+    """What is made, slowly, in a stream of its own is used, slowly, in the one of the training."""
+    device = torch.device("cuda", 0)
+    training, streams = torch.cuda.current_stream(device), []
+
+    def make(number):
+        streams.append(torch.cuda.current_stream(device))
+        values = torch.zeros(1 << 20, device=device)
+        torch.cuda._sleep(5_000_000)  # cycles of the GPU, some milliseconds
+        return values.fill_(number + 1), number
+
+    copies, numbers, at_once = [], [], []
+    for values, number in ahead(range(8), make, device):
+        assert torch.cuda.current_stream(device) == training
+        assert len(streams) == min(8, len(copies) + 2)  # one is made ahead
+        at_once.append(values.clone())
+        torch.cuda._sleep(20_000_000)  # meanwhile memory that is still needed could be given away
+        copies.append(values.clone())
+        numbers.append(number)
+        del values
+    assert numbers == list(range(8))
+    for found in (at_once, copies):
+        assert [(copy.min().item(), copy.max().item()) for copy in found] == [(n, n) for n in range(1, 9)]
+    assert len(set(streams)) == 1 and streams[0] != training
+    assert list(ahead([], make, device)) == []
+
+
+def test_a_step_with_its_views_never_lets_the_host_wait(tmp_path):
     """With the host forbidden to."""
     options = tiny_options(
         tmp_path / "data", tmp_path / "run", machine__device="cuda", machine__precision="bf16", **HEAD
     )
     device = torch.device("cuda", 0)
     state = build_state(config_of(options), device)
-    crops = [torch.randn(2, 8, 3, 16, 16, device=device), torch.randn(2, 8, 3, 8, 8, device=device)]
-    hyper = build_schedules(options, 10).at(15)
+    crop_recipes = recipes(16, 8)
+    batch, hyper = whole_images(crop_recipes, 8), build_schedules(options, 10).at(15)
+    made = ahead(repeat(batch), lambda one: crops_of(one, crop_recipes, device), device)
+    groups = ([normalize(crops.global_crops), normalize(crops.local_crops)] for crops in made)
 
     def step():
-        train_step(state, iter([crops]), 1, hyper, clip_norm=3.0, autocast=autocast("bf16", device))
+        train_step(state, groups, 1, hyper, clip_norm=3.0, autocast=autocast("bf16", device))
 
     for _ in range(3):  # which set things up
         step()

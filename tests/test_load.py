@@ -6,11 +6,14 @@ import sys
 
 import pytest
 import torch
+import yaml
 
 from dino_sparo import load_encoder
 from dino_sparo.errors import UserError
 from dino_sparo.training.checkpoint import load_latest
+from dino_sparo.training.pretrain import pretrain
 from dino_sparo.training.state import build_state
+from tests.tiny import tiny_options
 
 
 @torch.no_grad()
@@ -71,6 +74,25 @@ def test_a_checkpoint_with_other_content(run_dir, tmp_path, key, value, message)
     with pytest.raises(UserError) as caught:
         load_encoder(tmp_path / "changed.pt")
     assert message in str(caught.value) and "changed.pt" in str(caught.value)
+
+
+@torch.no_grad()
+def test_a_run_from_before_there_were_other_readouts(run_dir, tmp_path, caplog):
+    images = torch.randn(2, 3, 16, 16)
+    shutil.copytree(run_dir, tmp_path / "run")
+    state = load_latest(run_dir)
+    first = ("name", "num_slots", "slot_dim", "key_dim", "group_size")
+    readout = state["config"]["model"]["readout"]
+    assert len(readout) > len(first)
+    state["config"]["model"]["readout"] = {key: readout[key] for key in first}
+    for file in (tmp_path / "run" / "checkpoints").iterdir():
+        file.unlink()
+    torch.save(state, tmp_path / "run" / "checkpoints" / "step_000000003.pt")
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(state["config"]))
+    assert torch.equal(load_encoder(tmp_path / "run")(images), load_encoder(run_dir)(images))
+    with caplog.at_level("INFO", "dino_sparo"):
+        pretrain(tiny_options(run_dir.parent / "data", tmp_path / "run"))
+    assert any("is complete" in message for message in caplog.messages)
 
 
 def test_arch_must_be_that_of_the_run(run_dir):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dino_sparo.data.loader import BatchOrder, Crops, CropsDataset, UnreadableImage, crop_batches
+from dino_sparo.data.images import UnreadableImage
+from dino_sparo.data.loader import BatchOrder, Crops, CropsDataset, crop_batches
 from dino_sparo.data.sources import ImageSource, open_images
 from dino_sparo.data.views import crop_recipes
 from dino_sparo.errors import UserError

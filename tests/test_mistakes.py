@@ -9,6 +9,8 @@ from dino_sparo.options import KnnOptions
 from tests.recipes import (
     REQUIRED,
     changed,
+    content,
+    parse,
     refusal,
     refused,
 )
@@ -16,6 +18,8 @@ from tests.recipes import (
 # --- Mistakes: (key, value, what the message says besides the key)
 
 ARCH = {"width": 64, "depth": 2, "num_heads": 2}
+NO_KEYS = {"key_dim": None, "group_size": None}
+NO_SLOTS = {"num_slots": None, "slot_dim": None, **NO_KEYS}
 WRONG_TYPE = [
     ("optim.epochs", "many", "is many; expected a whole number"),
     ("optim.epochs", 3.5, "is 3.5; expected a whole number"),
@@ -100,6 +104,69 @@ def test_slots_without_sparo(tmp_path, name):
     message = refused(tmp_path, changed("model.readout.name", name))
     assert f"model.readout.num_slots is 16, but model.readout.name is {name!r}" in message
     assert "set it to null" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"heads": "multi"},
+            "group_size is 1, but model.readout.name is 'sparo' with multi heads, which has ",
+        ),
+        (
+            {"heads": "multi", "group_size": None},
+            "num_heads is missing; sparo with multi heads needs num_slots",
+        ),
+        (
+            {"heads": "separate", "num_heads": 2},
+            "num_heads is 2, but model.readout.name is 'sparo' with separate",
+        ),
+        (
+            {"num_heads": 2},
+            "num_heads is 2, but model.readout.name is 'sparo', which has num_slots, slot_dim",
+        ),
+        ({"heads": "many"}, "heads is many; expected one of separate, multi or null"),
+        ({"output": "all"}, "output is all; expected one of slots, whole or null"),
+        ({"after_last_block": 3}, "after_last_block is 3; expected true or false or null"),
+        (
+            {"name": "pooler"},
+            "key_dim is 32, but model.readout.name is 'pooler', which has num_slots, slot_dim",
+        ),
+        (
+            {"name": "pooler", **NO_KEYS, "num_heads": 5},
+            "num_heads is 5, which does not divide model.readout.sl",
+        ),
+        ({"name": "pooler", **NO_KEYS}, "num_heads is missing; pooler needs num_slots, slot_dim, num_heads"),
+        (
+            {"name": "bottleneck"},
+            "num_slots is 16, but model.readout.name is 'bottleneck', which has bottleneck",
+        ),
+        (
+            {"name": "bottleneck", **NO_SLOTS},
+            "bottleneck_dim is missing; bottleneck needs bottleneck_dim, enc",
+        ),
+        (
+            {"name": "cls", **NO_SLOTS, "after_last_block": True},
+            "after_last_block is True, but model.readout.",
+        ),
+        (
+            {"bottleneck_dim": 8},
+            "bottleneck_dim is 8, but model.readout.name is 'sparo', which has num_slots",
+        ),
+    ],
+)
+def test_readouts_and_fields_that_are_not_theirs(tmp_path, changes, message):
+    readout = content()["model"]["readout"] | changes
+    assert f"model.readout.{message}" in refused(tmp_path, changed("model.readout", readout))
+
+
+@pytest.mark.parametrize("name", ["sparo", "pooler"])
+def test_one_block_is_enough_for_what_follows_it(tmp_path, name):
+    own = {"name": "pooler", **NO_KEYS, "num_heads": 4} if name == "pooler" else {}
+    given = ("--config", "photos_sparo", *REQUIRED, "--model.arch.depth=1")
+    given += tuple(f"--model.readout.{k}={'null' if v is None else v}" for k, v in own.items())
+    assert f"model.arch.depth is 1; expected at least 2 with {name}" in refusal(*given)
+    assert parse(*given, "--model.readout.after_last_block=true").model.arch.depth == 1
 
 
 @pytest.mark.parametrize("missing", ARCH)

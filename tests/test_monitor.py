@@ -17,7 +17,6 @@ from dino_sparo.training.monitor import (
     CollapseAlarm,
     TeacherStatistics,
     open_knn_monitor,
-    slot_health,
 )
 from tests.tiny import tiny_options, write_pictures
 
@@ -105,30 +104,6 @@ def test_monitor_takes_so_many_a_class(tmp_path):
     monitor = open_monitor(str(tmp_path), images_per_class=15)
     assert (len(monitor.train), len(monitor.test)) == (30, 30)
     assert (len(open_monitor(str(tmp_path)).train), len(open_monitor(str(tmp_path)).test)) == (160, 40)
-
-
-# --- Slots
-
-
-def test_slot_health_is_that_of_the_attention():
-    arch = {"width": 16, "depth": 2, "num_heads": 2}
-    encoder = build_encoder(arch, 8, 16, num_slots=3, slot_dim=4, key_dim=4)
-    images = torch.randn(5, 3, 16, 16)
-    health = slot_health(encoder, images)
-    attention = encoder.readout.attention(encoder.tokens(images))
-    entropy = -(attention * attention.log()).sum(-1).mean()
-    assert health["slot_entropy"].item() == pytest.approx(entropy.item(), rel=1e-5)
-    assert health["slot_cls_share"].item() == pytest.approx(attention[..., 0].mean().item(), rel=1e-5)
-    with torch.no_grad():
-        encoder.readout.query.zero_()  # attention is the same everywhere
-    health = slot_health(encoder, images)
-    assert health["slot_entropy"].item() == pytest.approx(math.log(5))
-    assert health["slot_cls_share"].item() == pytest.approx(1 / 5)
-
-
-def test_encoder_without_slots_has_no_slot_health():
-    encoder = build_encoder({"width": 16, "depth": 2, "num_heads": 2}, 8, 16, readout="cls")
-    assert slot_health(encoder, torch.randn(2, 3, 16, 16)) == {}
 
 
 # --- Collapse

@@ -32,6 +32,7 @@ SCALARS = {
     *("loss", "lr", "weight_decay", "momentum", "teacher_temp", "student_temp", "gradient_norm"),
     *("gradient_norm_max", "entropy_teacher", "entropy_mean", "kl", "center_norm", "feature_std"),
     *("images_per_second", "data_wait_share", "log_share", "memory_gib", "slot_entropy", "slot_cls_share"),
+    *("slot_effective_patches", "slots_dead", "slots_duplicate", "slot_agreement"),
     *("loss_scale", "overflows", "bad_steps", "bad_images"),
 }
 

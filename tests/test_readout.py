@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dino_sparo.bench import direct_sparo
+from dino_sparo.bench.plain import direct_sparo
 from dino_sparo.models import Sparo
 
 # Golden and direct values are float64; sums over 21 tokens and 48 dimensions round at about 1e-15.

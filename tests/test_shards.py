@@ -1,22 +1,15 @@
-"""Tar shards: written from folders, read like folders, also those of other people."""
+"""Tar shards read like folders, also those of other people."""
 
 import gzip
-import io
 import json
 import os
 import pickle
-import shutil
-import signal
-import subprocess
-import sys
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from dino_sparo import check
 from dino_sparo.__main__ import main
@@ -24,7 +17,6 @@ from dino_sparo.data import shard_headers as headers
 from dino_sparo.data import shards
 from dino_sparo.data.loader import BatchOrder, CropsDataset, crop_batches
 from dino_sparo.data.scan import scan_images
-from dino_sparo.data.shard_headers import pack_shards
 from dino_sparo.data.shards import INDEX_FILE, RECORD, ShardSource
 from dino_sparo.data.sources import open_images, open_labelled, open_val
 from dino_sparo.data.views import crop_recipes
@@ -34,14 +26,11 @@ from dino_sparo.evaluation.knn import knn_classify
 from dino_sparo.shard import shard
 from dino_sparo.training.checkpoint import load_latest
 from dino_sparo.training.pretrain import pretrain
-from tests.running import family, is_gone
+from tests.shard_files import picture, shards_of, write, write_folder, write_tar
 from tests.test_features import small_encoder
 from tests.test_loader import VIEWS
 from tests.test_resume import pretrain_until
 from tests.tiny import TINY, state_hash, tiny_options
-
-LONG = "b b/" + "long" * 40 + ".bmp"
-NAMES = ("a/1.jpg", "a/10.PNG", "a/2.Jpeg", "b b/ü.png", LONG, "b b/in/12.30.jpg", "c/x.webp")
 
 
 @pytest.fixture(autouse=True)
@@ -50,45 +39,14 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache"
 
 
-def picture(number: int, size: tuple[int, int] = (26, 22), kind: str = "PNG") -> bytes:
-    pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def write(root: Path, *names: str, **how) -> Path:
-    """A picture of its own in each file."""
-    for number, name in enumerate(names):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(picture(number, **how))
-    return root
-
-
-def write_tar(path: Path, **members: bytes) -> Path:
-    """A tar as other people make them; `a__jpg` for a.jpg."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for name, data in members.items():
-            member = tarfile.TarInfo(name.replace("__", "."))
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    return path.parent
-
-
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Train and val in class folders."""
-    write(tmp_path / "data" / "train", *NAMES)
-    write(tmp_path / "data" / "val", "c/y.png", "a/z.jpg")
-    return tmp_path / "data"
+    return write_folder(tmp_path / "data")
 
 
 @pytest.fixture
 def out(folder, tmp_path) -> Path:
-    """Its shards, several of them."""
-    shard(str(folder), str(tmp_path / "out"), num_workers=0, images_per_shard=3)
-    return tmp_path / "out"
+    return shards_of(folder, tmp_path / "out")
 
 
 def crops_of(source) -> CropsDataset:
@@ -355,160 +313,3 @@ def test_class_tars_and_folders_with_a_tar_beside_are_no_shards(tmp_path):
     write(tmp_path / "d", "a/1.png", "b/2.png")
     write_tar(tmp_path / "d" / "0.tar", a__jpg=picture(0))
     assert len(open_images(str(tmp_path / "d"))) == 2
-
-
-# --- Writing
-
-
-def test_only_long_images_are_reduced(tmp_path):
-    root = tmp_path / "data"
-    for name, size in {"a/1": (90, 60), "a/2": (30, 40), "b/3": (61, 300), "b/4": (60, 30)}.items():
-        write(root, f"{name}.JPEG", size=size, kind="JPEG")
-    write(root, "b/5.png", size=(64, 64))
-    shard(str(root), str(tmp_path / "out"), short_side=30, num_workers=0)
-    ours, theirs = open_images(str(tmp_path / "out")), open_images(str(root))
-    assert [ours.load(i).size for i in range(5)] == [(45, 30), (30, 40), (30, 148), (60, 30), (30, 30)]
-    assert [ours.read(i) == theirs.read(i) for i in range(5)] == [False, True, False, True, False]
-    names = [ours.name(i).split(": ")[1] for i in range(5)]
-    assert names == ["a/1.JPEG", "a/2.JPEG", "b/3.JPEG", "b/4.JPEG", "b/5.jpg"]
-    assert ours.labels.tolist() == theirs.labels.tolist() and ours.classes == theirs.classes
-    reduced = theirs.load(0).resize((45, 30), Image.Resampling.BICUBIC)
-    assert np.abs(np.asarray(ours.load(0), float) - np.asarray(reduced, float)).mean() < 12  # noise, JPEG
-
-
-def test_unreadable_image_ends_a_reduction_by_its_name_and_copies_pass(folder, tmp_path):
-    (folder / "train" / "c" / "x.webp").write_bytes(b"no image")
-    for num_workers in (0, 1):
-        with pytest.raises(UserError, match=r"train/c/x\.webp: the image cannot be read .*; repair"):
-            shard(str(folder), str(tmp_path / f"o{num_workers}"), short_side=9, num_workers=num_workers)
-    shard(str(folder), str(tmp_path / "out"), num_workers=1)
-    assert open_images(str(tmp_path / "out")).read(6) == b"no image"
-
-
-def test_any_number_of_processes_writes_the_same(folder, out, tmp_path):
-    shard(str(folder), str(tmp_path / "two"), num_workers=2, images_per_shard=3)
-    for path in sorted((out / "train").glob("*.tar")):
-        assert path.read_bytes() == (tmp_path / "two" / "train" / path.name).read_bytes()
-
-
-class KilledError(BaseException):
-    pass
-
-
-def killed_before(rename: int, folder: Path, target: Path, monkeypatch) -> bool:
-    """Write shards and die before a rename, by its number; False if there are not so many."""
-    done, original = [], os.replace
-
-    def replace(before, after):
-        if len(done) == rename:
-            raise KilledError
-        done.append(after)
-        original(before, after)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", replace)
-        try:
-            shard(str(folder), str(target), num_workers=0, images_per_shard=3)
-        except KilledError:
-            return True
-    return False
-
-
-def test_goes_on_after_a_kill_and_half_is_never_taken_for_whole(folder, out, tmp_path, monkeypatch):
-    moments = 0
-    while killed_before(moments, folder, again := tmp_path / f"again{moments}", monkeypatch):
-        with pytest.raises(UserError):
-            open_images(str(again))
-        before = {path: path.stat().st_mtime_ns for path in again.rglob("0*.tar")}
-        shard(str(folder), str(again), num_workers=0, images_per_shard=3)
-        assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in before.items())
-        for path in sorted(out.rglob("*.tar")):
-            assert path.read_bytes() == (again / path.relative_to(out)).read_bytes()
-        assert open_images(str(again)).fingerprint() == open_images(str(folder)).fingerprint()
-        assert not [*again.rglob("*.part")]
-        moments += 1
-    assert moments >= 8  # two records, four shards, two indexes
-
-
-def test_the_index_is_what_the_headers_say_and_only_those_of_an_earlier_start_are_read(
-    folder, out, tmp_path, monkeypatch
-):
-    read, original = [], headers._read_shard
-    monkeypatch.setattr(headers, "_read_shard", lambda root, name: read.append(name) or original(root, name))
-    for number, options in enumerate(({}, {"short_side": 9}, {"num_workers": 2})):
-        again = tmp_path / f"again{number}"
-        shard(str(folder), str(again), images_per_shard=3, **{"num_workers": 0} | options)
-        assert read == []
-        for split in ("train", "val"):
-            written = again / split / INDEX_FILE
-            assert written.read_bytes() == b"".join(pack_shards(again / split))
-        read.clear()
-    (out / "train" / "000001.tar").unlink()
-    (out / "train" / INDEX_FILE).unlink()
-    shard(str(folder), str(out), num_workers=0, images_per_shard=3)
-    assert sorted(read) == ["000000.tar", "000002.tar"]
-
-
-def test_a_killed_command_leaves_no_process_and_goes_on(folder, tmp_path):
-    write(folder / "train", *(f"a/more{i}.png" for i in range(40)), size=(400, 400))
-    arguments = ["shard", str(folder), f"--out={tmp_path / 'out'}", "--short-side=20", "--num-workers=1"]
-    code = (
-        "import dino_sparo.shard as s, sys; s.shard.__defaults__ = (None, None, 1)\n"
-        "from dino_sparo.__main__ import main; sys.exit(main())"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, *arguments])
-    while not (tmp_path / "out" / "train" / "000003.tar").exists():
-        assert process.poll() is None
-        time.sleep(0.005)
-    family_of = family(process.pid)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert all(map(is_gone, family_of)) and not (tmp_path / "out" / "train" / INDEX_FILE).exists()
-    shard(str(folder), str(tmp_path / "out"), short_side=20, num_workers=0, images_per_shard=1)
-    assert len(open_images(str(tmp_path / "out"))) == 47
-
-
-def test_command_writes_once_and_says_what_is_there(folder, tmp_path, capsys):
-    index, written = tmp_path / "out" / "train" / INDEX_FILE, []
-    for _ in range(2):
-        assert main(["shard", str(folder), "--out", str(tmp_path / "out"), "--num-workers", "0"]) == 0
-        said = capsys.readouterr().out
-        assert f"{tmp_path}/out/train: 7 images in 1 shards" in said and "3 classes" in said
-        written.append(index.stat().st_ino)
-    assert written[0] == written[1]
-
-
-def shard_and_change(data: Path, out: Path) -> None:
-    shard(str(data), str(out), num_workers=0)
-    os.utime(data / "val" / "c" / "y.png", ns=(1, 1))
-
-
-@pytest.mark.parametrize(
-    ("change", "options", "said"),
-    [
-        (lambda data, out: write(out, "notes.txt"), {}, r"holds other things \(.*notes\.txt\); choose"),
-        (lambda data, out: write(out, "train/0.tar"), {}, r"holds other things \(.*train/0\.tar\)"),
-        (lambda data, out: out.touch(), {}, r"is a file; give a folder"),
-        (lambda data, out: shard(str(data), str(out), 9, 0), {}, r"was made with --short-side 9"),
-        (shard_and_change, {}, r"with other images, or .*/data/val has changed"),
-        (lambda data, out: write(data, "train/a/1.seg.png"), {}, r"a/1\.jpg and 'a/1\.seg\.png' would"),
-        (lambda data, out: write(data, "train/a/1.png"), {"short_side": 9}, r"would be one sample"),
-        (lambda data, out: None, {"short_side": 0}, r"--short-side is 0; expected"),
-        (lambda data, out: shutil.rmtree(data), {}, r"DIR '.*data' does not exist"),
-    ],
-)
-def test_mistakes(folder, tmp_path, change, options, said):
-    change(folder, tmp_path / "out")
-    with pytest.raises(UserError, match=said):
-        shard(str(folder), str(tmp_path / "out"), num_workers=0, **options)
-
-
-def test_other_mistakes(folder, out, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="is no folder of images, but shards or generated pictures"):
-        shard(str(out), str(tmp_path / "x"))
-    with pytest.raises(UserError, match="lies among the images of"):
-        shard(str(folder), str(folder / "train" / "shards"))
-    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
-    with pytest.raises(UserError, match=r"shards need about 0\.0 GB more, and 0\.0 GB are free; make"):
-        shard(str(folder), str(tmp_path / "x"))
-    shard(str(folder), str(out), num_workers=0, images_per_shard=3)  # nothing is left to write

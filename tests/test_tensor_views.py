@@ -11,17 +11,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.profiler import ProfilerActivity, profile
 
+from dino_sparo.bench.stages import HOST_WAITS
 from dino_sparo.data import device_views, pil_views, tensor_views
 from dino_sparo.data.decode import decode, size_of
 from dino_sparo.data.device_views import collate_photos, make_crops, numbers_of, repeated, resize_weights
+from dino_sparo.data.images import normalize, to_tensor
 from dino_sparo.data.loader import (
     BatchOrder,
     CropsDataset,
+    PhotoBatch,
     choose_executor,
     crop_batches,
     crops_of,
-    to_tensor,
 )
 from dino_sparo.data.sources import open_images
 from dino_sparo.data.tensor_views import execute, resized_crop, to_pixels
@@ -177,6 +180,22 @@ def test_weights_of_resizing_sum_to_one_within_the_box():
     assert (weights[1, :, :7] == 0).all() and (weights[1, :, 20:] == 0).all()
     flipped = resize_weights(boxes, 20, 50, "bicubic", flip=torch.tensor([1.0, 0.0, 1.0]))
     torch.testing.assert_close(flipped, torch.stack([weights[0].flip(0), weights[1], weights[2].flip(0)]))
+
+
+def test_no_number_is_read_back_while_views_are_made():
+    """On a GPU the host would wait for it."""
+    crop_recipes = recipes()
+    images = [photo(*size) for size in SIZES]
+    views = [views_of(image, crop_recipes, sample) for sample, image in enumerate(images)]
+    photos, _ = on_device(images, crop_recipes, views)
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        batches = [PhotoBatch(photos)] * 2
+        for crops in device_views.ahead(batches, lambda one: crops_of(one, crop_recipes, CPU), CPU):
+            for group in crops[:2]:
+                normalize(group)
+    events = {event.name for event in profiler.events()}
+    assert {"aten::bmm", "aten::div"} <= events and not events & set(HOST_WAITS)
 
 
 def test_ahead_makes_everything_in_order():

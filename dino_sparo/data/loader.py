@@ -1,29 +1,24 @@
 """Deterministic, resumable batches of crops.
 
 Workers hand over uint8 pixels: crops, or whole images where the training device makes the crops.
-`normalize` makes floats of them, there.
 Axis letters: B images, C crops.
 """
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from functools import lru_cache
 from operator import itemgetter
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchvision.utils import make_grid
 
 from dino_sparo.data import colour, pil_views, tensor_views
 from dino_sparo.data.device_views import Photos, collate_photos, make_crops, numbers_of
-from dino_sparo.data.scan import problem_of
+from dino_sparo.data.images import UnreadableImage, load_image, to_tensor
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.views import NUM_GLOBAL_CROPS, CropRecipe, draw_view, sample_order, substitute_sample
 from dino_sparo.data.workers import WatchedLoader
@@ -31,27 +26,12 @@ from dino_sparo.errors import UserError
 
 log = logging.getLogger("dino_sparo")
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 SUBSTITUTE_TRIES = 10
-MAX_ASPECT = 32
 MIN_SIDE_OF_TENSOR_VIEWS = 96  # of global crops; PIL is about as fast on smaller ones, and needs no compiling
 
 Executor = Literal[
     "pil", "tensor", "device"
 ]  # of views: workers by PIL or by tensors, or the training device
-
-
-@dataclass(frozen=True)
-class UnreadableImage:
-    """What a worker returns instead of crops, so that the training process can name the file."""
-
-    name: str
-    reason: str
-
-    def raise_error(self, remedy: str = "repair or remove the file") -> NoReturn:
-        """End the run with one sentence that names the file."""
-        raise UserError(f"{self.name}: the image cannot be read ({self.reason}); {remedy}, then start again")
 
 
 class Crops(NamedTuple):
@@ -139,7 +119,7 @@ class CropsDataset(Dataset):
 
     def _load(self, sample: int) -> Image.Image | Tensor | UnreadableImage:
         """An image as the executor takes it."""
-        image = _load(self.source, sample, self.max_side)
+        image = load_image(self.source, sample, self.max_side)
         if self.executor == "pil" or isinstance(image, UnreadableImage):
             return image
         return tensor_views.to_pixels(image)
@@ -294,57 +274,6 @@ def _as_crops(groups: Sequence[Tensor], replaced: tuple[UnreadableImage, ...]) -
     return Crops(groups[0], groups[1] if len(groups) > 1 else no_crops, replaced)
 
 
-class CenterCrops(Dataset):
-    """Item -> the evaluation crop of an image, uint8 (3, size, size)."""
-
-    def __init__(self, source: ImageSource, size: int) -> None:
-        self.source, self.size = source, size
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Tensor | UnreadableImage:
-        image = _load(self.source, index)
-        if isinstance(image, UnreadableImage):
-            return image
-        return to_tensor(pil_views.center_crop(_middle(image), self.size))
-
-
-def collate_images(images: list[Tensor | UnreadableImage]) -> Tensor | UnreadableImage:
-    """Images (3, size, size) -> (B, 3, size, size); the first unreadable one instead, if there is one."""
-    for image in images:
-        if isinstance(image, UnreadableImage):
-            return image
-    return torch.stack(images)  # type: ignore[arg-type]
-
-
-def _middle(image: Image.Image) -> Image.Image:
-    """An image without the far ends of a very long one, which no central square reaches.
-
-    Resized whole, 20,000 x 10 pixels would take half a gigabyte. Even multiples of the short side are cut,
-    so that the crop falls on the same pixels as without; images up to 32 times as long as wide stay.
-    """
-    short = min(image.size)
-    left, top = (max(0, side - MAX_ASPECT * short) // (4 * short) * 2 * short for side in image.size)
-    return image.crop((left, top, image.width - left, image.height - top)) if left or top else image
-
-
-def _load(source: ImageSource, index: int, max_side: int | None = None) -> Image.Image | UnreadableImage:
-    try:
-        return source.load(index, max_side)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what PIL raises
-        name, data = source.name(index), b""
-        if isinstance(error, UnidentifiedImageError):  # which only the content explains
-            with suppress(OSError):
-                data = source.read(index)
-        return UnreadableImage(name, problem_of(data, error)[1])
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """PIL RGB -> uint8 (3, height, width)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-
-
 def crops_picture(crops: Crops, num_images: int = 4) -> Tensor:
     """The crops of the first images, one row an image: float (3, height, width) in 0..1."""
     side = crops.global_crops.shape[-1]
@@ -355,16 +284,3 @@ def crops_picture(crops: Crops, num_images: int = 4) -> Tensor:
             tiles.append(F.pad(crop, (0, margin, 0, margin), value=255))
     per_row = crops.global_crops.shape[0] + crops.local_crops.shape[0]
     return make_grid(torch.stack(tiles).float() / 255, nrow=per_row, pad_value=1.0)
-
-
-def normalize(pixels: Tensor) -> Tensor:
-    """uint8 (..., 3, height, width) -> float32 by ImageNet's mean and standard deviation."""
-    mean, std = _mean_and_std(pixels.device)
-    return (pixels.float() / 255 - mean) / std
-
-
-@lru_cache
-def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Made once a device: a copy to a GPU in every step would make the host wait."""
-    mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
-    return mean, std

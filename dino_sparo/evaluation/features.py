@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from dino_sparo.data.loader import CenterCrops, UnreadableImage, collate_images, normalize
+from dino_sparo.data.images import CenterCrops, UnreadableImage, collate_images, normalize
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.workers import WatchedLoader
 from dino_sparo.distributed import gather_objects, rank, world_size
@@ -261,8 +261,10 @@ def hash_of_images(source: ImageSource, files: NDArray[np.int64] | None = None) 
 
 def hash_of(encoder: Encoder) -> str:
     """A hash of all that makes an encoder: kind, sizes and weights."""
-    heads = encoder.backbone.num_heads  # which the weights do not tell
-    digest = hashlib.sha256(f"{encoder.readout_name} {encoder.backbone.patch_size} {heads}".encode())
+    # The weights do not tell the numbers of heads.
+    heads = [part.num_heads for part in encoder.modules() if hasattr(part, "num_heads")]
+    kind = f"{encoder.readout_name} {encoder.backbone.patch_size} {heads}"
+    digest = hashlib.sha256(kind.encode())
     for name, value in encoder.state_dict().items():
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

@@ -14,16 +14,15 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from dino_sparo.data.device_views import ahead
+from dino_sparo.data.images import UnreadableImage, normalize
 from dino_sparo.data.loader import (
     BatchOrder,
     Crops,
     CropsDataset,
     Executor,
     PhotoBatch,
-    UnreadableImage,
     crop_batches,
     crops_of,
-    normalize,
 )
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.views import CropRecipe

@@ -4,20 +4,22 @@ Axis letters: B images, N tokens, D width, C crops, K prototypes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dino_sparo.models.backbone import VisionTransformer
 from dino_sparo.models.head import DINOHead
-from dino_sparo.models.readout import Sparo
+from dino_sparo.models.readouts import LinearBottleneck, SlotReadout, build_slots
 
 ARCHITECTURES: dict[str, dict[str, int]] = {
     "vit_tiny": {"width": 192, "depth": 12, "num_heads": 3},
     "vit_small": {"width": 384, "depth": 12, "num_heads": 6},
     "vit_base": {"width": 768, "depth": 12, "num_heads": 12},
 }
-READOUTS = ("sparo", "cls", "gap")
+READOUTS = ("sparo", "cls", "gap", "pooler", "bottleneck")
+WITH_SLOTS = ("sparo", "pooler")
 FEATURES = ("encoding", "cls", "patch_mean", "blocks", "probe")
 
 
@@ -26,17 +28,33 @@ class Encoder(nn.Module):
 
     Attributes:
         backbone: VisionTransformer with the official parameter names.
-        readout: the Sparo module; None for `cls` (normalised CLS) and `gap` (mean of normalised patches).
+        readout: the Sparo module, or another with slots; None without slots: for `cls` (normalised CLS),
+            `gap` (mean of normalised patches) and `bottleneck` (two linear layers on the normalised CLS).
         embed_dim: length of the encoding.
     """
 
-    def __init__(self, backbone: VisionTransformer, readout_name: str, readout: Sparo | None) -> None:
+    def __init__(
+        self,
+        backbone: VisionTransformer,
+        readout_name: str,
+        readout: SlotReadout | None = None,
+        bottleneck: LinearBottleneck | None = None,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.readout_name = readout_name
         self.readout = readout
-        width = backbone.cls_token.shape[-1]
-        self.embed_dim: int = readout.num_slots * readout.slot_dim if readout is not None else width
+        self.bottleneck = bottleneck
+        self.embed_dim: int = backbone.cls_token.shape[-1]
+        if readout is not None:
+            self.embed_dim = readout.num_slots * readout.slot_dim
+        elif bottleneck is not None:
+            self.embed_dim = bottleneck.encoding_dim
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of the encoding, each of embed_dim / num_slots numbers; 0 if it has none."""
+        return 0 if self.readout is None else self.readout.num_slots
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, height, width) -> encodings (B, embed_dim), not normalised."""
@@ -52,14 +70,15 @@ class Encoder(nn.Module):
             return self.readout(tokens_BND).flatten(1)
         if self.readout_name == "gap":
             return tokens_BND[:, 1:].mean(dim=1)
-        return tokens_BND[:, 0]
+        return tokens_BND[:, 0] if self.bottleneck is None else self.bottleneck(tokens_BND[:, 0])
 
     def probe_features(self, images: Tensor, num_blocks: int = 4) -> Tensor:
         """Features (B, F) for a linear probe. Source: official `eval_linear.py`, SPARO appendix C.2.
 
-        `cls`: normalised CLS of the last `num_blocks` blocks, concatenated. `sparo`: that of the last
-        `num_blocks - 1` remaining blocks, then the unnormalised encoding, which stands for the block it
-        replaces. `gap`: the mean normalised patch token of the last `num_blocks` blocks.
+        `cls`: normalised CLS of the last `num_blocks` blocks, concatenated; also of `bottleneck`, whose
+        encoding is linear in it. With slots: that of the last `num_blocks - 1` blocks there are, then the
+        unnormalised encoding, which stands for the block it replaces or follows. `gap`: the mean normalised
+        patch token of the last `num_blocks` blocks.
         """
         available = len(self.backbone.blocks) + (self.readout is not None)
         if not 1 <= num_blocks <= available:
@@ -127,19 +146,23 @@ def build_encoder(
     image_size: int = 224,
     readout: str = "sparo",
     drop_path_rate: float = 0.0,
-    **readout_options: int,
+    **readout_options: Any,
 ) -> Encoder:
     """Build a freshly initialised encoder.
 
     Args:
         arch: vit_tiny | vit_small | vit_base, or a mapping with width, depth, num_heads. Depth counts the
-            blocks of the plain ViT: with `sparo` the last one is replaced by the read-out.
+            blocks of the plain ViT: with slots the last one is replaced by the read-out.
         image_size: side in pixels at which the position embedding is native.
-        readout: sparo | cls | gap.
-        readout_options: num_slots, slot_dim, key_dim, group_size for `sparo`; none for the others.
+        readout: sparo | cls | gap | pooler | bottleneck.
+        readout_options: for `sparo` num_slots, slot_dim, key_dim, group_size (heads="separate", the default)
+            or num_heads (heads="multi"), and output, as in `build_slots`; for `pooler` num_slots, slot_dim,
+            num_heads, output; for both after_last_block=True to keep the last block, and follow it; for
+            `bottleneck` bottleneck_dim and encoding_dim; none for the others.
 
     Raises:
         ValueError: for an unknown name or sizes that do not divide.
+        TypeError: for an option that is missing or not of this read-out.
     """
     if isinstance(arch, str):
         if arch not in ARCHITECTURES:
@@ -147,15 +170,18 @@ def build_encoder(
         arch = ARCHITECTURES[arch]
     if readout not in READOUTS:
         raise ValueError(f"readout is {readout!r}, expected one of {', '.join(READOUTS)}")
-    if readout != "sparo" and readout_options:
+    if readout in ("cls", "gap") and readout_options:
         raise ValueError(f"readout {readout!r} takes no options, got {', '.join(readout_options)}")
+    has_slots, width = readout in WITH_SLOTS, arch["width"]
+    replaces_block = has_slots and not readout_options.pop("after_last_block", False)
     backbone = VisionTransformer(
         image_size=image_size,
         patch_size=patch_size,
-        width=arch["width"],
-        depth=arch["depth"] - (readout == "sparo"),
+        width=width,
+        depth=arch["depth"] - replaces_block,
         num_heads=arch["num_heads"],
         drop_path_rate=drop_path_rate,
     )
-    sparo = Sparo(arch["width"], **readout_options) if readout == "sparo" else None
-    return Encoder(backbone, readout, sparo)
+    slots = build_slots(readout, width, **readout_options) if has_slots else None
+    bottleneck = LinearBottleneck(width, **readout_options) if readout == "bottleneck" else None
+    return Encoder(backbone, readout, slots, bottleneck)

@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from dino_sparo.data.loader import UnreadableImage
+from dino_sparo.data.images import UnreadableImage
 from dino_sparo.distributed import gather_objects, rank
 from dino_sparo.errors import UserError
 

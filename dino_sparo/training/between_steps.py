@@ -13,7 +13,7 @@ from dino_sparo.distributed import (
     world_size,
 )
 from dino_sparo.errors import StoppedError, UserError
-from dino_sparo.training.monitor import TeacherStatistics, peak_memory_gib, slot_health
+from dino_sparo.training.monitor import TeacherStatistics, peak_memory_gib
 from dino_sparo.training.optim import set_hyperparameters
 from dino_sparo.training.precision import autocast
 from dino_sparo.training.rundir import mark_stopped
@@ -21,6 +21,7 @@ from dino_sparo.training.runlog import RunLog, read_metrics
 from dino_sparo.training.saver import Saver
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.setup import Run
+from dino_sparo.training.slot_health import slot_health
 from dino_sparo.training.state import StepOutput, capture_state
 from dino_sparo.training.stopping import BAD_STEPS_FILE, BadSteps, note_bad_step
 
@@ -72,7 +73,8 @@ def log_step(
     on_device |= {"gradient_norm": torch.linalg.vector_norm(output.gradient_norms)}
     on_device |= {"gradient_norm_max": output.gradient_norms.max()}
     with autocast(run.precision, run.device):
-        on_device |= slot_health(run.state.teacher.encoder, output.images[:HEALTH_IMAGES])
+        encoders = run.state.teacher.encoder, run.state.student.encoder
+        on_device |= slot_health(*encoders, output.images[:HEALTH_IMAGES])
     on_device |= {"loss_scale": run.state.loss_scale.scale}
     counts = [*run.state.overflows, run.state.bad_steps[0]]
     on_device |= zip(("overflows", "in_a_row", "bad_steps"), (count.float() for count in counts), strict=True)

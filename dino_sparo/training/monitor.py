@@ -1,6 +1,6 @@
-"""What to watch: the teacher's answers in one step, computed on the device; the slots; an alarm; k-NN.
+"""What to watch: the teacher's answers in one step, computed on the device; an alarm; k-NN.
 
-Axis letters: B images, K prototypes, E encoding, L slots, N tokens.
+Axis letters: B images, K prototypes, E encoding.
 """
 
 import logging
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino_sparo.data.sources import ImageSource, open_labelled, per_class
-from dino_sparo.distributed import mean_over_ranks, sum_over_ranks, world_size
+from dino_sparo.distributed import sum_over_ranks, world_size
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.knn import HEADLINE_K, evaluate_knn
 from dino_sparo.evaluation.search import NoDirectionError
@@ -81,20 +81,6 @@ class TeacherStatistics:
             "entropy_mean": _entropy(rows / number),
             "feature_std": (variance.sqrt().mean() * math.sqrt(len(encodings))).float(),
         }
-
-
-@torch.no_grad()
-def slot_health(encoder: Encoder, images: Tensor) -> dict[str, Tensor]:
-    """How the slots attend to some normalised images (B, 3, height, width); nothing without slots.
-
-    - slot_entropy: mean entropy of a slot's attention over the tokens, in nats; ln N is everywhere alike.
-    - slot_cls_share: mean share of its attention that lies on the CLS token.
-    """
-    if encoder.readout is None:
-        return {}
-    attn_BLN = encoder.readout.attention(encoder.tokens(images)).float()
-    health = mean_over_ranks(torch.stack([_entropy(attn_BLN).mean(), attn_BLN[..., 0].mean()]))
-    return {"slot_entropy": health[0], "slot_cls_share": health[1]}
 
 
 class CollapseAlarm:

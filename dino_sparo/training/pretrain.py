@@ -17,7 +17,8 @@ from torch import Tensor
 
 from dino_sparo.checks import smaller_batch
 from dino_sparo.data.device_views import ahead
-from dino_sparo.data.loader import Crops, PhotoBatch, UnreadableImage, crops_of, crops_picture, normalize
+from dino_sparo.data.images import UnreadableImage, normalize
+from dino_sparo.data.loader import Crops, PhotoBatch, crops_of, crops_picture
 from dino_sparo.device import choose_device, wait_for
 from dino_sparo.distributed import (
     Agreement,

@@ -25,6 +25,7 @@ from dino_sparo.distributed import (
     world_size,
 )
 from dino_sparo.errors import UserError
+from dino_sparo.models.cost import describe_cost, encoder_cost
 from dino_sparo.options import PretrainOptions
 from dino_sparo.training.bad_images import BadImages
 from dino_sparo.training.checkpoint import load_latest
@@ -91,6 +92,8 @@ def prepare(options: PretrainOptions, device: torch.device) -> Run:
         compiled=machine.compile,
     )
     settle_order(state, options, device)
+    cost = encoder_cost(state.teacher.encoder, options.views.global_size)
+    log.info("encoder with read-out %s: %s", options.model.readout.name, describe_cost(cost))
     first_step = 0
     checkpoint = load_latest(run_dir)
     if checkpoint is not None:

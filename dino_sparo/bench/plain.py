@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision.transforms import functional as TF
 
 from dino_sparo.data import pil_views
-from dino_sparo.data.loader import IMAGENET_MEAN, IMAGENET_STD
+from dino_sparo.data.images import IMAGENET_MEAN, IMAGENET_STD
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.views import NUM_GLOBAL_CROPS, CropRecipe, draw_view
 from dino_sparo.models import DINOHead, DinoModel, Encoder, Sparo
@@ -149,9 +149,9 @@ def direct_sparo(sparo: Sparo, tokens_BND: Tensor, token_mask: Tensor | None = N
 def _encode(encoder: Encoder, images: Tensor) -> Tensor:
     """Images (B, 3, height, width) -> encodings (B, embed_dim)."""
     tokens_BND = _tokens(encoder.backbone, images)
-    if encoder.readout is not None:
+    if isinstance(encoder.readout, Sparo):
         return direct_sparo(encoder.readout, tokens_BND).flatten(1)
-    return tokens_BND[:, 1:].mean(dim=1) if encoder.readout_name == "gap" else tokens_BND[:, 0]
+    return encoder.read(tokens_BND)  # the others are in their obvious form
 
 
 def _tokens(backbone: VisionTransformer, images: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from typing import Any
 
 
 def report(result: dict[str, Any]) -> str:
-    """Several lines about what `bench_training.measure` found."""
+    """Several lines about what `training.measure` found."""
     return "\n".join(
         [*_head(result), *_stages(result), *_sums(result), *_compared(result), *_profile(result)]
     )
@@ -88,5 +88,6 @@ def _profile(result: dict[str, Any]) -> list[str]:
     listed = ", ".join(f"{name} {count:g}" for name, count in waits.items()) or "none"
     return [
         "",
-        f"trace of {profile['steps']} steps: {profile['trace']}; host waits for the device a step: {listed}",
+        f"trace of {profile['steps']} steps with their loading: {profile['trace']}",
+        f"host waits for the device a step: {listed}",
     ]

@@ -10,13 +10,13 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from dino_sparo.bench_index import bench_index
-from dino_sparo.bench_knn import bench_knn
-from dino_sparo.bench_plain import direct_sparo
-from dino_sparo.bench_probes import bench_probes
-from dino_sparo.bench_safety import bench_safety
-from dino_sparo.bench_stages import bytes_saved_for_backward
-from dino_sparo.bench_training import bench_training
+from dino_sparo.bench.index import bench_index
+from dino_sparo.bench.knn import bench_knn
+from dino_sparo.bench.plain import direct_sparo
+from dino_sparo.bench.probes import bench_probes
+from dino_sparo.bench.safety import bench_safety
+from dino_sparo.bench.stages import bytes_saved_for_backward
+from dino_sparo.bench.training import bench_training
 from dino_sparo.device import choose_device, wait_for
 from dino_sparo.models import Sparo
 from dino_sparo.models.encoder import ARCHITECTURES

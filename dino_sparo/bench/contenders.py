@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dino_sparo.bench_plain import (
+from dino_sparo.bench.plain import (
     PlainState,
     PlainViews,
     crop_groups,
@@ -21,17 +21,10 @@ from dino_sparo.bench_plain import (
     plain_loss,
     plain_step,
 )
-from dino_sparo.bench_stages import bytes_saved_for_backward
-from dino_sparo.data.device_views import ahead
-from dino_sparo.data.loader import (
-    BatchOrder,
-    Crops,
-    PhotoBatch,
-    UnreadableImage,
-    crop_batches,
-    crops_of,
-    normalize,
-)
+from dino_sparo.bench.stages import bytes_saved_for_backward
+from dino_sparo.data.device_views import Photos, ahead
+from dino_sparo.data.images import UnreadableImage, normalize
+from dino_sparo.data.loader import BatchOrder, Crops, PhotoBatch, collate_crops, crop_batches, crops_of
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.views import NUM_GLOBAL_CROPS, CropRecipe, crop_recipes
 from dino_sparo.device import wait_for
@@ -71,6 +64,11 @@ class Bench:
         """(crops, side) of the global and the local crops."""
         views = self.options.views
         return [(NUM_GLOBAL_CROPS, views.global_size), (views.num_local_crops, views.local_size)]
+
+    @property
+    def prefetched(self) -> int:
+        """Batches that workers make ahead."""
+        return self.num_workers * self.options.machine.prefetch_batches
 
     @property
     def hyper(self) -> Hyperparameters:
@@ -148,6 +146,16 @@ def batches_of_plain(bench: Bench) -> Iterator[list[Tensor]]:
         prefetch_batches=bench.options.machine.prefetch_batches,
         device=bench.device,
     )
+
+
+def batch_of_photos(bench: Bench) -> PhotoBatch:
+    """The first images, decoded, and the numbers of their views, as workers hand them over."""
+    dataset = dataset_of(bench.options, bench.source, "device")
+    (batch,) = _readable([collate_crops([dataset[0, number] for number in range(bench.batch_size)])])
+    assert isinstance(batch, PhotoBatch)
+    if bench.device.type == "cpu":
+        return batch
+    return PhotoBatch(Photos(*(values.pin_memory() for values in batch.photos)))
 
 
 def batch_of_crops(bench: Bench) -> list[Tensor]:

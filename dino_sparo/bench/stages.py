@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from dino_sparo.bench.clocks import Laps
 from dino_sparo.data import pil_views, tensor_views
 from dino_sparo.data.decode import decode
-from dino_sparo.data.loader import to_tensor
+from dino_sparo.data.images import to_tensor
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.views import CropRecipe, View, draw_view
 from dino_sparo.data.workers import keep_memory
@@ -52,43 +53,6 @@ HOST_WAITS = (
     "aten::_local_scalar_dense",
 )
 STEP = "training step"
-
-
-class Laps:
-    """Seconds between laps, at the end of which the device is waited for."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds: dict[str, float] = {}
-        self.start()
-
-    def start(self) -> None:
-        """Begin the first lap now."""
-        wait_for(self.device)
-        self.last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        """End a lap and begin the next one."""
-        wait_for(self.device)
-        now = time.perf_counter()
-        self.seconds[name], self.last = now - self.last, now
-
-
-def spread(seconds: list[float], images: int) -> dict[str, float]:
-    """Median, 10th and 90th percentile in ms of what took so long for so many images, and images/s."""
-    low, median, high = np.percentile(seconds, (10, 50, 90))
-    return {
-        "median_ms": 1000 * float(median),
-        "p10_ms": 1000 * float(low),
-        "p90_ms": 1000 * float(high),
-        "images_per_second": images / float(median),
-    }
-
-
-def spread_of_ratios(numerators: list[float], denominators: list[float]) -> dict[str, float]:
-    """Median, 10th and 90th percentile of the ratios pair by pair."""
-    low, median, high = np.percentile(np.divide(numerators, denominators), (10, 50, 90))
-    return {"median": float(median), "p10": float(low), "p90": float(high)}
 
 
 @contextmanager
@@ -204,25 +168,34 @@ def measured_peak(device: torch.device, precision: str, rounds: int = 5) -> floa
     return 2 * side**3 / float(np.median(seconds))
 
 
-def end_to_end(
+def warm_up(
     batches: Iterator[list[Tensor]],
     step: Callable[[list[Tensor]], object],
     *,
-    batch_size: int,
     prefetched: int,
-    seconds: float,
     device: torch.device,
-) -> dict[str, float]:
-    """Steps on the batches for about so many seconds, after those batches that were prepared ahead.
-
-    The share of time waiting for data is that in which the device has nothing else to do; on a GPU copies
-    and whatever else stands between two steps in its stream belong to it.
-    """
+) -> None:
+    """Take the batches that were prepared ahead, and make two steps."""
     for _ in range(prefetched):  # made while nothing was taken: no measure of the workers' speed
         next(batches)
     for _ in range(2):
         step(next(batches))
     wait_for(device)
+
+
+def end_to_end(
+    batches: Iterator[list[Tensor]],
+    step: Callable[[list[Tensor]], object],
+    *,
+    batch_size: int,
+    seconds: float,
+    device: torch.device,
+) -> dict[str, float]:
+    """Steps on the batches for about so many seconds.
+
+    The share of time waiting for data is that in which the device has nothing else to do; on a GPU copies
+    and whatever else stands between two steps in its stream belong to it.
+    """
     waits: list[tuple[Any, Any]] = []
     started = time.perf_counter()
     while (elapsed := time.perf_counter() - started) < seconds or not waits:

@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dino_sparo.bench_contenders import (
+from dino_sparo.bench.clocks import interleaved, spread, spread_of_ratios
+from dino_sparo.bench.contenders import (
     VIEWED_IMAGES,
     Bench,
     batch_of_crops,
+    batch_of_photos,
     batches_of_plain,
     our_batches,
     our_step,
@@ -30,22 +32,21 @@ from dino_sparo.bench_contenders import (
     saved_by_plain,
     with_peak_memory,
 )
-from dino_sparo.bench_files import HEIGHT, QUALITY, WIDTH, jpeg_files
-from dino_sparo.bench_plain import PlainState, plain_state
-from dino_sparo.bench_report import report
-from dino_sparo.bench_stages import (
+from dino_sparo.bench.files import HEIGHT, QUALITY, WIDTH, jpeg_files
+from dino_sparo.bench.plain import PlainState, plain_state
+from dino_sparo.bench.report import report
+from dino_sparo.bench.stages import (
     VIEW_EXECUTORS,
-    Laps,
     end_to_end,
     host_waits,
     image_stages,
     measured_peak,
     published_peak,
-    spread,
-    spread_of_ratios,
     step_in_stages,
+    warm_up,
 )
 from dino_sparo.config import parse_options
+from dino_sparo.data.loader import crops_of
 from dino_sparo.data.sources import ImageSource, open_images
 from dino_sparo.data.workers import default_workers
 from dino_sparo.device import choose_device
@@ -53,11 +54,10 @@ from dino_sparo.errors import UserError
 from dino_sparo.measure import count_flops
 from dino_sparo.options import BenchOptions, PretrainOptions
 from dino_sparo.training.precision import choose_precision, set_numerics
+from dino_sparo.training.state import TrainState
 
 log = logging.getLogger("dino_sparo")
 
-WARM_UP_ROUNDS = 2
-STEPS_A_ROUND = {"cuda": 5, "cpu": 1}  # in a row, so that the host can run ahead of a GPU as in training
 PROFILED_STEPS = 3
 
 
@@ -133,6 +133,10 @@ def measure(bench: Bench, *, compare: bool, profile: str | None) -> dict[str, An
     of_images = image_stages(
         bench.source, bench.crop_recipes, bench.options.seed, max(bench.rounds, VIEWED_IMAGES)
     )
+    log.info("views of a batch on the device")
+    photos = batch_of_photos(bench)
+    make = partial(crops_of, photos, bench.crop_recipes, device)
+    views = interleaved({"views": make}, bench.rounds, device)["views"]
     groups = batch_of_crops(bench)
     counted = bench.new_state(torch.device("cpu")).student
     counted.encoder.backbone.activation_checkpointing = False  # it would count twice
@@ -157,6 +161,7 @@ def measure(bench: Bench, *, compare: bool, profile: str | None) -> dict[str, An
 
     result: dict[str, Any] = _describe_machine(bench)
     result["stages"] = {name: spread(seconds, 1) for name, seconds in of_images.items()}
+    result["stages"]["views on the device"] = spread(views, batch_size)
     result["stages"] |= {name: spread(seconds, batch_size) for name, seconds in pieces.items()}
     result["stages"]["whole step"] = spread(steps["ours"], batch_size)
     result["end_to_end"] = result["compare"] = result["profile"] = None
@@ -176,7 +181,7 @@ def measure(bench: Bench, *, compare: bool, profile: str | None) -> dict[str, An
         result["compare"] = _compared(bench, plain, steps, of_images, memory, result["end_to_end"])
     if profile is not None:
         log.info("profile")
-        waits = host_waits(contenders["ours"], steps=PROFILED_STEPS, device=device, trace=profile)
+        waits = profile_training(bench, ours, profile)
         result["profile"] = {"trace": profile, "steps": PROFILED_STEPS, "host_waits_a_step": waits}
     return result
 
@@ -186,31 +191,16 @@ def train_end_to_end(
 ) -> dict[str, float]:
     """Real batches into real steps; the workers end with it."""
     with closing(batches):  # type: ignore[type-var]  # both are generators
-        return end_to_end(
-            batches,
-            step,
-            batch_size=bench.batch_size,
-            prefetched=bench.num_workers * bench.options.machine.prefetch_batches,
-            seconds=seconds,
-            device=bench.device,
-        )
+        warm_up(batches, step, prefetched=bench.prefetched, device=bench.device)
+        return end_to_end(batches, step, batch_size=bench.batch_size, seconds=seconds, device=bench.device)
 
 
-def interleaved(
-    contenders: dict[str, Callable[[], object]], rounds: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Seconds of a call of each, round by round; every other round begins with the other end."""
-    laps, calls = Laps(device), STEPS_A_ROUND[device.type]
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(rounds + WARM_UP_ROUNDS):
-        for name in list(contenders)[:: 1 if number % 2 else -1]:
-            laps.start()
-            for _ in range(calls):
-                contenders[name]()
-            laps.lap(name)
-            if number >= WARM_UP_ROUNDS:
-                times[name].append(laps.seconds[name] / calls)
-    return times
+def profile_training(bench: Bench, state: TrainState, trace: str) -> dict[str, float]:
+    """Trace steps with the loading of their images; how often a step lets the host wait, by the call."""
+    batches, step = our_batches(bench), partial(our_step, bench, state)
+    with closing(batches):  # type: ignore[type-var]  # it is a generator
+        warm_up(batches, step, prefetched=bench.prefetched, device=bench.device)
+        return host_waits(lambda: step(next(batches)), steps=PROFILED_STEPS, device=bench.device, trace=trace)
 
 
 def _compared(

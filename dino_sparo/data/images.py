@@ -1,0 +1,102 @@
+"""Single images: read, cut out for evaluation, made numbers.
+
+Workers hand over uint8 pixels; `normalize` makes floats of them, where the network is.
+Axis letters: B images.
+"""
+
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NoReturn
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dino_sparo.data import pil_views
+from dino_sparo.data.scan import problem_of
+from dino_sparo.data.sources import ImageSource
+from dino_sparo.errors import UserError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+MAX_ASPECT = 32
+
+
+@dataclass(frozen=True)
+class UnreadableImage:
+    """What a worker returns instead of crops, so that the training process can name the file."""
+
+    name: str
+    reason: str
+
+    def raise_error(self, remedy: str = "repair or remove the file") -> NoReturn:
+        """End the run with one sentence that names the file."""
+        raise UserError(f"{self.name}: the image cannot be read ({self.reason}); {remedy}, then start again")
+
+
+def load_image(source: ImageSource, index: int, max_side: int | None = None) -> Image.Image | UnreadableImage:
+    """An image of a source, or why it cannot be read; a longer side than `max_side` is reduced to it."""
+    try:
+        return source.load(index, max_side)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what PIL raises
+        name, data = source.name(index), b""
+        if isinstance(error, UnidentifiedImageError):  # which only the content explains
+            with suppress(OSError):
+                data = source.read(index)
+        return UnreadableImage(name, problem_of(data, error)[1])
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """PIL RGB -> uint8 (3, height, width)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def normalize(pixels: Tensor) -> Tensor:
+    """uint8 (..., 3, height, width) -> float32 by ImageNet's mean and standard deviation."""
+    mean, std = _mean_and_std(pixels.device)
+    return (pixels.float() / 255 - mean) / std
+
+
+@lru_cache
+def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Made once a device: a copy to a GPU in every step would make the host wait."""
+    mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
+    return mean, std
+
+
+class CenterCrops(Dataset):
+    """Item -> the evaluation crop of an image, uint8 (3, size, size)."""
+
+    def __init__(self, source: ImageSource, size: int) -> None:
+        self.source, self.size = source, size
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Tensor | UnreadableImage:
+        image = load_image(self.source, index)
+        if isinstance(image, UnreadableImage):
+            return image
+        return to_tensor(pil_views.center_crop(_middle(image), self.size))
+
+
+def collate_images(images: list[Tensor | UnreadableImage]) -> Tensor | UnreadableImage:
+    """Images (3, size, size) -> (B, 3, size, size); the first unreadable one instead, if there is one."""
+    for image in images:
+        if isinstance(image, UnreadableImage):
+            return image
+    return torch.stack(images)  # type: ignore[arg-type]
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """An image without the far ends of a very long one, which no central square reaches.
+
+    Resized whole, 20,000 x 10 pixels would take half a gigabyte. Even multiples of the short side are cut,
+    so that the crop falls on the same pixels as without; images up to 32 times as long as wide stay.
+    """
+    short = min(image.size)
+    left, top = (max(0, side - MAX_ASPECT * short) // (4 * short) * 2 * short for side in image.size)
+    return image.crop((left, top, image.width - left, image.height - top)) if left or top else image

@@ -1,0 +1,51 @@
+"""What an encoder costs: parameters, and floating point operations an image."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dino_sparo.models.encoder import Encoder
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Numbers in all parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def encoder_cost(encoder: Encoder, image_size: int) -> dict[str, int]:
+    """Parameters and operations of an encoder and of its read-out alone; nothing about it changes.
+
+    Args:
+        image_size: side in pixels of the one image that is counted.
+
+    Returns:
+        parameters, readout_parameters: numbers in all parameters; 0 for a read-out without any.
+        flops, readout_flops: of a forward pass on one image; a multiply-add is two.
+    """
+    training = encoder.training
+    image = torch.zeros(1, 3, image_size, image_size, device=encoder.backbone.cls_token.device)
+    try:
+        encoder.eval()  # stochastic depth would draw random numbers
+        with torch.no_grad():
+            with FlopCounterMode(display=False) as of_backbone:
+                tokens_1ND: Tensor = encoder.tokens(image)
+            with FlopCounterMode(display=False) as of_readout:
+                encoder.read(tokens_1ND)
+    finally:
+        encoder.train(training)
+    parameters, in_backbone = count_parameters(encoder), count_parameters(encoder.backbone)
+    return {
+        "parameters": parameters,
+        "readout_parameters": parameters - in_backbone,
+        "flops": int(of_backbone.get_total_flops() + of_readout.get_total_flops()),
+        "readout_flops": int(of_readout.get_total_flops()),
+    }
+
+
+def describe_cost(cost: dict[str, int]) -> str:
+    """The numbers of `encoder_cost` in words."""
+    return (
+        f"{cost['parameters'] / 1e6:.2f} M parameters ({cost['readout_parameters'] / 1e6:.2f} M in the "
+        f"read-out), {cost['flops'] / 1e9:.3g} GFLOPs an image "
+        f"({cost['readout_flops'] / 1e9:.2g} in the read-out)"
+    )

@@ -1,0 +1,218 @@
+"""Read-outs that SPARO is compared with. Source: arXiv 2404.15721, Table 6 and appendix B.2.
+
+The authors' public code is that for CLIP; it has neither DINO nor all of Table 6. What a docstring here
+calls our inference is read from the paper's words, and for the rest as near to SPARO as can be, so that one
+thing changes at a time.
+
+Axis letters: B images, N tokens, D width, L slots, V slot width, H key width of a head, A heads, M encoding.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from dino_sparo.models.readout import Sparo
+
+
+class MultiHeadSlots(nn.Module):
+    """L learned queries, each of which uses all heads of one multi-head cross-attention (Table 6).
+
+    Our inference: as in SPARO's equation 1 the keys are the values, and one projection W gives the slots;
+    only the heads are no longer a slot's own. So all slots share the key projection of A heads, a slot has a
+    query for each head, and W sees all heads of a slot. With A = L it has as many keys as SPARO.
+
+    Args:
+        dim: width D of the tokens.
+        num_slots: L.
+        slot_dim: V.
+        key_dim: H, of one head.
+        num_heads: A.
+
+    State dict: query (L, A*H); key_proj.weight (A*H, D), key_proj.bias; value_proj.weight (V, A*H),
+    value_proj.bias.
+    """
+
+    def __init__(
+        self, dim: int, num_slots: int = 64, slot_dim: int = 64, key_dim: int = 64, *, num_heads: int
+    ) -> None:
+        super().__init__()
+        self.num_slots, self.slot_dim, self.num_heads = num_slots, slot_dim, num_heads
+        self.query = nn.Parameter(torch.randn(num_slots, num_heads * key_dim))
+        self.key_proj = nn.Linear(dim, num_heads * key_dim)
+        self.value_proj = nn.Linear(num_heads * key_dim, slot_dim)  # initial values as those of SPARO
+        nn.init.xavier_uniform_(self.key_proj.weight)
+        nn.init.zeros_(self.key_proj.bias)
+        nn.init.zeros_(self.value_proj.bias)
+
+    def forward(self, tokens_BND: Tensor) -> Tensor:
+        """Tokens (B, N, D) -> slots (B, L, V)."""
+        keys_BANH = _heads(self.key_proj(tokens_BND), self.num_heads)
+        return self.value_proj(_joined(self._attention(keys_BANH) @ keys_BANH))
+
+    def attention(self, tokens_BND: Tensor) -> Tensor:
+        """Attention weights (B, L, N), the mean over a slot's heads; each row sums to one."""
+        return self._attention(_heads(self.key_proj(tokens_BND), self.num_heads)).mean(dim=1)
+
+    def _attention(self, keys_BANH: Tensor) -> Tensor:
+        return _weights(_heads(self.query, self.num_heads), keys_BANH)
+
+
+class AttentionalPooler(nn.Module):
+    """Learned queries, LayerNorm, multi-head attention. Source: CoCa (arXiv 2205.01917); Table 6.
+
+    LayerNorms are on queries and tokens, as in the authors' public code for CLIP; the LayerNorm and the
+    projection behind it are `output: slots`. Our inference: all its L outputs are the encoding, and it stands
+    in place of the last block unless `after_last_block` is set.
+
+    Args:
+        dim: width D of the tokens.
+        num_slots: L.
+        slot_dim: V, also the width of queries, keys and values, all heads together.
+        num_heads: A; must divide `slot_dim`.
+
+    State dict: query (L, V); query_norm, token_norm; query_proj (V, V), key_proj and value_proj (V, D),
+    out_proj (V, V), each with weight and bias.
+    """
+
+    def __init__(self, dim: int, num_slots: int = 64, slot_dim: int = 64, *, num_heads: int) -> None:
+        super().__init__()
+        if slot_dim % num_heads:
+            raise ValueError(
+                f"slot_dim {slot_dim} is not divisible by num_heads {num_heads}: choose a divisor of it"
+            )
+        self.num_slots, self.slot_dim, self.num_heads = num_slots, slot_dim, num_heads
+        self.query = nn.Parameter(torch.randn(num_slots, slot_dim))
+        self.query_norm = nn.LayerNorm(slot_dim, eps=1e-6)
+        self.token_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.query_proj = nn.Linear(slot_dim, slot_dim)
+        self.key_proj = nn.Linear(dim, slot_dim)
+        self.value_proj = nn.Linear(dim, slot_dim)
+        self.out_proj = nn.Linear(slot_dim, slot_dim)  # initial values as those of torch's own attention
+        for projection in (self.query_proj, self.key_proj, self.value_proj):
+            nn.init.xavier_uniform_(projection.weight)
+        for projection in (self.query_proj, self.key_proj, self.value_proj, self.out_proj):
+            nn.init.zeros_(projection.bias)
+
+    def forward(self, tokens_BND: Tensor) -> Tensor:
+        """Tokens (B, N, D) -> slots (B, L, V)."""
+        tokens_BND = self.token_norm(tokens_BND)
+        values_BANH = _heads(self.value_proj(tokens_BND), self.num_heads)
+        return self.out_proj(_joined(self._attention(tokens_BND) @ values_BANH))
+
+    def attention(self, tokens_BND: Tensor) -> Tensor:
+        """Attention weights (B, L, N), the mean over a slot's heads; each row sums to one."""
+        return self._attention(self.token_norm(tokens_BND)).mean(dim=1)
+
+    def _attention(self, normed_BND: Tensor) -> Tensor:
+        query_ALH = _heads(self.query_proj(self.query_norm(self.query)), self.num_heads)
+        return _weights(query_ALH, _heads(self.key_proj(normed_BND), self.num_heads))
+
+
+class ProjectedSlots(nn.Module):
+    """LayerNorm and a linear layer on the slots of another read-out, slot-wise or whole (Table 6).
+
+    Our inference: both keep the size of what they take, and slot-wise they are shared by all slots, as W is.
+
+    Args:
+        slots: the read-out.
+        whole: one LayerNorm and one layer over all L*V numbers. Then a slot of the output takes from all
+            slots, and its row of the attention is only where the slot of the same number has looked.
+
+    State dict: slots.*; norm and proj of width V, or L*V if whole, each with weight and bias.
+    """
+
+    def __init__(self, slots: "Sparo | MultiHeadSlots | AttentionalPooler", *, whole: bool) -> None:
+        super().__init__()
+        self.num_slots, self.slot_dim, self.whole = slots.num_slots, slots.slot_dim, whole
+        width = slots.num_slots * slots.slot_dim if whole else slots.slot_dim
+        self.slots = slots
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.proj = nn.Linear(width, width)
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, tokens_BND: Tensor) -> Tensor:
+        """Tokens (B, N, D) -> slots (B, L, V)."""
+        slots_BLV = self.slots(tokens_BND)
+        if not self.whole:
+            return self.proj(self.norm(slots_BLV))
+        return self.proj(self.norm(slots_BLV.flatten(1))).view_as(slots_BLV)
+
+    def attention(self, tokens_BND: Tensor) -> Tensor:
+        """Attention weights (B, L, N) of the slots below; each row sums to one."""
+        return self.slots.attention(tokens_BND)
+
+
+class LinearBottleneck(nn.Module):
+    """Two linear layers, D -> m -> M: a wide encoding of the CLS token with few degrees of freedom (B.2).
+
+    The paper speaks of m -> M; that the token's own projection to m is learned too is read from the authors'
+    public code for CLIP (there without a bias). PyTorch's default initial values.
+
+    Args:
+        dim: width D of the token.
+        bottleneck_dim: m.
+        encoding_dim: M.
+
+    State dict: narrow (m, D) and wide (M, m), each with weight and bias.
+    """
+
+    def __init__(self, dim: int, *, bottleneck_dim: int, encoding_dim: int) -> None:
+        super().__init__()
+        self.encoding_dim = encoding_dim
+        self.narrow = nn.Linear(dim, bottleneck_dim)
+        self.wide = nn.Linear(bottleneck_dim, encoding_dim)
+
+    def forward(self, cls_BD: Tensor) -> Tensor:
+        """CLS tokens (B, D) -> encodings (B, M)."""
+        return self.wide(self.narrow(cls_BD))
+
+
+SlotReadout = Sparo | MultiHeadSlots | AttentionalPooler | ProjectedSlots
+
+
+def build_slots(
+    name: str,
+    dim: int,
+    *,
+    heads: Literal["separate", "multi"] = "separate",
+    output: Literal["slots", "whole"] | None = None,
+    **sizes: int,
+) -> SlotReadout:
+    """Build a read-out with slots on tokens of width `dim`.
+
+    Args:
+        name: sparo | pooler.
+        heads: of sparo, its own for each slot, or all for all.
+        output: LayerNorm and projection on each slot, on all together, or none.
+        sizes: num_slots, slot_dim; key_dim of sparo, and group_size of its separate heads; num_heads of
+            multi heads and of the pooler.
+
+    Raises:
+        ValueError: for an unknown choice or sizes that do not divide.
+        TypeError: for a size that is missing or not this read-out's.
+    """
+    if heads not in ("separate", "multi") or (name == "pooler" and heads != "separate"):
+        raise ValueError(f"heads is {heads!r}, expected separate or multi, of sparo only")
+    if output not in (None, "slots", "whole"):
+        raise ValueError(f"output is {output!r}, expected slots, whole or None")
+    kind = AttentionalPooler if name == "pooler" else Sparo if heads == "separate" else MultiHeadSlots
+    slots = kind(dim, **sizes)
+    return slots if output is None else ProjectedSlots(slots, whole=output == "whole")
+
+
+def _heads(rows: Tensor, num_heads: int) -> Tensor:
+    """(..., n, A*H) -> (..., A, n, H)."""
+    return rows.unflatten(-1, (num_heads, -1)).transpose(-3, -2)
+
+
+def _joined(heads_BALH: Tensor) -> Tensor:
+    """(B, A, L, H) -> (B, L, A*H)."""
+    return heads_BALH.transpose(1, 2).flatten(2)
+
+
+def _weights(query_ALH: Tensor, keys_BANH: Tensor) -> Tensor:
+    """Attention weights (B, A, L, N); the scale is that of a head's width."""
+    scale = math.sqrt(query_ALH.shape[-1])
+    return (query_ALH / scale @ keys_BANH.transpose(-1, -2)).softmax(dim=-1)

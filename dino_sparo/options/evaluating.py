@@ -1,0 +1,125 @@
+"""Options of the evaluators."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class LabelledDataOptions:
+    """A labelled image folder."""
+
+    path: str
+    """Folder with train/<class>/... and val/<class>/..., or `shapes`; without val/ every fifth image is
+    held out."""
+
+
+@dataclass
+class KnnOptions:
+    """k-NN accuracy of a trained encoder."""
+
+    run: str
+    """Run folder or weights file."""
+    data: LabelledDataOptions
+    """The labelled images."""
+    k: int | list[int] | None = None
+    """Numbers of neighbours; 20 is the headline. null takes those of 10, 20, 100, 200 that the gallery
+    has images for."""
+    which: Literal["teacher", "student"] = "teacher"
+    """Whose weights to evaluate."""
+    untrained: bool = False
+    """Evaluate the same encoder with fresh random weights instead, as a baseline."""
+    arch: Literal["vit_tiny", "vit_small", "vit_base"] | None = None
+    """Architecture that the weights must have; null tells it from the file."""
+    feature: Literal["encoding", "cls", "patch_mean", "probe"] = "encoding"
+    """What to compare: the encoding (all slots, or the CLS token without slots), the CLS token, the mean
+    patch token, or the linear probe's feature."""
+    test: list[str] = field(default_factory=list)
+    """Further labelled folders to classify, each NAME=DIR; classes are matched by the names of folders."""
+    out: str | None = None
+    """Folder for results.json; null takes the run folder, or one beside a weights file."""
+    cache: str | None = None
+    """Folder for features on disk, shared by all machines; null takes `features` beside the results."""
+    cache_precision: Literal["float16", "float32"] = "float16"
+    """Of the features on disk."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto takes CUDA where there is a GPU, else the CPU."""
+    num_workers: int | None = None
+    """Processes that load images, for each process; null takes one a core, at most 16 in all."""
+    batch_size: int = 64
+    """Images a forward pass."""
+    nproc: int = 1
+    """Processes to start on this machine, one a GPU; under torchrun leave it out."""
+
+
+@dataclass
+class LinearOptions:
+    """Linear probes on a frozen encoder: by default exactly the official one."""
+
+    run: str
+    """Run folder or weights file."""
+    data: LabelledDataOptions
+    """The labelled images."""
+    epochs: int = 100
+    """Passes over the train images; the learning rate falls to 0 over them, along a cosine."""
+    batch_size: int = 1024
+    """Images a step, of all processes together; a learning rate is for 256 and grows with it."""
+    learning_rates: list[float] | None = None
+    """A probe for each, for a batch of 256; null takes the official 0.001."""
+    num_blocks: list[int] | None = None
+    """A probe for each number of last blocks, 1 to 4, the encoding counting as one; null takes the official
+    4, or all of a shallower encoder."""
+    features: list[Literal["encoding", "cls", "both"]] | None = None
+    """A probe for each: the encoding only, the class token of the last blocks only, or both; null takes the
+    official one, both with slots and cls without."""
+    sweep: bool = False
+    """Where these three are null take all features, 1 and 4 blocks, learning rates 0.001, 0.01 and 0.1: with
+    slots 12 probes, for about the time of one."""
+    cached: bool = False
+    """Learn from features of centre crops, computed once: seconds instead of hours, but not the official
+    protocol."""
+    train_fraction: float = 1.0
+    """Share of the train images to learn from, the same number of each class."""
+    test: list[str] = field(default_factory=list)
+    """Further labelled folders to score, each NAME=DIR; classes are matched by the names of folders."""
+    evaluate: str | None = None
+    """A saved classifier to score instead of training any."""
+    which: Literal["teacher", "student"] = "teacher"
+    """Whose weights to evaluate."""
+    untrained: bool = False
+    """Evaluate the same encoder with fresh random weights instead, as a baseline."""
+    arch: Literal["vit_tiny", "vit_small", "vit_base"] | None = None
+    """Architecture that the weights must have; null tells it from the file."""
+    seed: int = 0
+    """Of initial weights, order, crops and the chosen fraction."""
+    out: str | None = None
+    """Folder for results.json, and for log, checkpoints and classifiers in `linear` below it; null takes the
+    run folder, or one beside a weights file."""
+    cache: str | None = None
+    """Folder for features on disk, shared by all machines; null takes `features` beside the results."""
+    cache_precision: Literal["float16", "float32"] = "float16"
+    """Of the train features on disk with `cached`; those of test images are float32."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto takes CUDA where there is a GPU, else the CPU."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the encoder on training crops; auto takes bf16 or fp16 on a GPU, fp32 on the CPU. Probes are
+    float32."""
+    views: Literal["auto", "pil", "tensor", "device"] = "auto"
+    """Who makes the training crops: workers by PIL, workers by tensors, or the device, for which workers only
+    decode. auto takes the device on a GPU, tensors on a CPU with a C++ compiler, else PIL."""
+    num_workers: int | None = None
+    """Processes that load images, for each process; null takes one a core, at most 16 in all."""
+    nproc: int = 1
+    """Processes to start on this machine, one a GPU; under torchrun leave it out."""
+
+
+@dataclass
+class CompareOptions:
+    """One table of the evaluations of several runs."""
+
+    runs: list[str] | None = None
+    """Run folders or weights files with results of `knn` or `linear`; seeds of one recipe are averaged."""
+    control: str | None = None
+    """One of the runs: differences are to its recipe. null takes the one recipe whose read-out is not
+    sparo."""
+    markdown: bool = False
+    """Print a Markdown table instead of one aligned for a terminal."""

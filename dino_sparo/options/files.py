@@ -1,0 +1,47 @@
+"""Options of the commands that make files of files."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class PrepareOptions:
+    """Class folders of ImageNet as people have it."""
+
+    source: str
+    """Folder of the images or tars: Kaggle's layout, the official tars, or what was in them."""
+    out: str
+    """Folder that gets train/<class> and val/<class>, by links where images lie in folders, else unpacked."""
+    labels: str | None = None
+    """Classes of a flat folder: LOC_val_solution.csv, the devkit (folder or tar.gz), or a text file with a
+    line `file_name class` for every image; null takes those that lie near ImageNet's validation images."""
+
+
+@dataclass
+class ShardOptions:
+    """Tar shards of a folder of images, for network file systems."""
+
+    source: str
+    """Folder of images (train/<class>/... and val/<class>/..., <class>/... or flat)."""
+    out: str
+    """Folder that gets the shards, in train/ and val/ if the source has both; `data.path` can be it."""
+    short_side: int | None = None
+    """Reduce images to this short side in pixels if theirs is longer, as JPEG files of quality 95; null
+    copies all files as they are."""
+    num_workers: int | None = None
+    """Processes that read and write, each one shard at a time; null takes one a core."""
+
+
+@dataclass
+class ExportOptions:
+    """An encoder as a folder of plain files: model.safetensors and config.json."""
+
+    run: str
+    """Run folder, checkpoint file, or official DINO weights of a ViT."""
+    out: str
+    """New folder for the two files."""
+    which: Literal["teacher", "student"] = "teacher"
+    """Whose weights to export."""
+    arch: Literal["vit_tiny", "vit_small", "vit_base"] | None = None
+    """Architecture of official weights, which do not tell their number of heads; null takes one for 64
+    numbers of width."""

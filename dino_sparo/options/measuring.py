@@ -1,0 +1,59 @@
+"""Options of the benchmark."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class BenchOptions:
+    """Where the time of training by a recipe goes, and against plain code; or time and memory of the SPARO
+    read-out against its direct form and the block it replaces, of starting on a folder of many images, of the
+    search of nearest neighbours, of many linear probes against one, or of what lets a run be stopped, watched
+    and saved."""
+
+    what: Literal["training", "readout", "index", "knn", "probes", "safety"] = "training"
+    """What to measure. training takes the fields from recipe to device; readout takes batch_size, rounds,
+    device and num_tokens; index those with `index_`; knn those with `knn_`, rounds and device; probes
+    batch_size, rounds and device; safety recipe and rounds."""
+    recipe: str = "photos_sparo"
+    """Recipe, by name or path, whose training is measured."""
+    data: str | None = None
+    """Folder of images or `shapes`; null takes generated pictures."""
+    keep_files: bool = False
+    """Read the files of data as they are; else its images are first written as JPEG of ImageNet's usual
+    size, 500 x 375 pixels, in the folder for temporary files: small files decode too cheaply."""
+    num_images: int = 256
+    """Images to read, at least a batch."""
+    batch_size: int = 16
+    """Images a step, or a pass."""
+    rounds: int = 15
+    """Interleaved rounds; the medians are reported."""
+    seconds: float | None = 10.0
+    """Of training end to end, from files; null leaves it out."""
+    compare: bool = False
+    """Measure a plain implementation beside ours, round by round, and print the ratios."""
+    json: bool = False
+    """Print one JSON object; the table goes to standard error."""
+    profile: str | None = None
+    """File for a trace of some steps and of the loading of their images, for chrome://tracing; tells too how
+    often the host waits."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """As machine.precision; auto takes the recipe's."""
+    num_workers: int | None = None
+    """As machine.num_workers; null takes the recipe's."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto takes CUDA where there is a GPU, else the CPU."""
+    num_tokens: int = 197
+    """Tokens an image."""
+    index_files: int = 1_300_000
+    """Empty files to make, in the folder for temporary files; they are removed at the end."""
+    index_processes: int = 2
+    """Training processes that start together."""
+    index_workers: int = 2
+    """Worker processes of each."""
+    knn_train: int = 200_000
+    """Generated features to search, in a folder for temporary files."""
+    knn_test: int = 10_000
+    """Features to search for."""
+    knn_width: int = 4096
+    """Numbers of a feature."""

@@ -1,0 +1,269 @@
+"""`dino-sparo slots factors`: which slot tells which known factor of generated pictures.
+
+A factor is told by a linear discriminant on a slot's numbers alone, in closed form. It is not the regression
+of one-hot classes that ranks slots: that never answers with a class that lies between others, such as the
+medium of three sizes or the centre of nine positions.
+
+Axis letters: n pictures, F factors, L slots, E numbers of an encoding, V numbers of a slot, S values.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dino_sparo.data.shapes import FACTORS, MAX_OBJECTS, draw_factors
+from dino_sparo.data.sources import ShapesSource
+from dino_sparo.data.workers import default_workers
+from dino_sparo.errors import UserError
+from dino_sparo.evaluation.features import Wanted, cached_features
+from dino_sparo.evaluation.results import results_folder
+from dino_sparo.interop.load import load_encoder
+from dino_sparo.models import Encoder
+from dino_sparo.slots.parts import LinearProbe, Moments, moments, parts_of, probe_accuracies, single
+from dino_sparo.slots.program import open_slots, output_folder, write_json
+
+if TYPE_CHECKING:
+    from dino_sparo.options.slots import SlotFactorsOptions
+
+# Number of values of each factor; the pictures' objects can be counted too.
+NUM_VALUES = {name: len(values) for name, values in FACTORS.items()} | {"count": MAX_OBJECTS}
+PICTURES_SEED = 1  # training and its k-NN see pictures of seed 0 only
+MIN_PICTURES = 200
+RIDGES = (0.001, 0.01, 0.1, 1.0)  # in units of the variance within a value of a standardised number
+HELD_OUT_EVERY = 5  # learning pictures on which the ridge is chosen
+
+
+@dataclass(frozen=True)
+class FactorScores:
+    """Accuracies in per cent of one encoder on the test pictures.
+
+    Attributes:
+        name, run: what it is called, and where it is from.
+        alone: of each slot by itself, a row of all factors; empty for an encoder without slots.
+        whole: of the whole encoding, by factor.
+    """
+
+    name: str
+    run: str
+    alone: list[list[float]]
+    whole: dict[str, float]
+
+
+def factor_pictures(first: int, count: int) -> tuple[ShapesSource, dict[str, NDArray[np.int64]]]:
+    """Pictures `first`, `first + 1`, ... that no training sees, and the value numbers (n,) of each factor."""
+    indices = np.arange(first, first + count)
+    drawn = [asdict(draw_factors(PICTURES_SEED, int(index))) for index in indices]
+    values = {name: np.array([factors[name] for factors in drawn], np.int64) for name in FACTORS}
+    values["count"] = np.array([factors["num_objects"] - 1 for factors in drawn], np.int64)
+    return ShapesSource(PICTURES_SEED, indices, values["colour"]), values
+
+
+def score_factors(
+    train: NDArray[Any],
+    train_values: Mapping[str, NDArray[np.int64]],
+    test: NDArray[Any],
+    test_values: Mapping[str, NDArray[np.int64]],
+    *,
+    num_values: Mapping[str, int],
+    num_parts: int,
+    device: torch.device,
+) -> tuple[list[list[float]], dict[str, float]]:
+    """How well each part of an encoding alone, and the whole, tells each factor, in per cent.
+
+    Args:
+        train, test: encodings (n, E) of pictures to learn from and to score on, any precision.
+        train_values, test_values: value numbers (n,) by factor.
+        num_values: S by factor.
+        num_parts: slots, or 1 where only the whole encoding is wanted.
+
+    Returns:
+        Rows of the parts, with one accuracy a factor; and of the whole encoding, by factor.
+    """
+    subsets = [*single(num_parts), list(range(num_parts))]
+    held_out = np.arange(len(train)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    shares = [np.asarray(train[rows]) for rows in (~held_out, held_out)]
+    plain = [moments(rows, np.zeros(len(rows), np.int64), num_classes=1, device=device) for rows in shares]
+    accuracies = []
+    for name, number in num_values.items():
+        values = [train_values[name][rows] for rows in (~held_out, held_out)]
+        fitted_on, chosen_on = (
+            _by_value(sums, rows, of_rows, number)
+            for sums, rows, of_rows in zip(plain, shares, values, strict=True)
+        )
+        scores = [
+            probe_accuracies(
+                [fit_discriminant(fitted_on, num_parts, subset, ridge) for subset in subsets],
+                *(shares[1], values[1]),
+                num_parts=num_parts,
+                device=device,
+            )
+            for ridge in RIDGES
+        ]
+        ridges = [RIDGES[int(best)] for best in np.argmax(scores, axis=0)]
+        together = fitted_on + chosen_on
+        probes = [
+            fit_discriminant(together, num_parts, subset, ridge)
+            for subset, ridge in zip(subsets, ridges, strict=True)
+        ]
+        accuracies.append(
+            probe_accuracies(probes, test, test_values[name], num_parts=num_parts, device=device)
+        )
+    *alone, whole = zip(*accuracies, strict=True)
+    return [list(row) for row in alone], dict(zip(num_values, whole, strict=True))
+
+
+def _by_value(sums: Moments, rows: NDArray[Any], values: NDArray[np.int64], num_values: int) -> Moments:
+    """The same sums, but by the values of a factor: pairs of numbers need not be summed again for each."""
+    device = sums.sums.device
+    exact = torch.from_numpy(rows).to(device).double()
+    numbers = torch.from_numpy(values).to(device)
+    by_class = exact.new_zeros(exact.shape[1], num_values).index_add_(1, numbers, exact.T.contiguous())
+    return replace(sums, by_class=by_class, counts=numbers.bincount(minlength=num_values).double())
+
+
+def fit_discriminant(sums: Moments, num_parts: int, subset: Sequence[int], ridge: float) -> LinearProbe:
+    """Linear discriminant of classes from some parts: their means, and one covariance within all classes.
+
+    Numbers are standardised within classes and `ridge` is added to their variance, 1. A number that is
+    constant within classes gets no weight, nor does a class without images ever win.
+    """
+    columns = parts_of(torch.arange(len(sums.sums))[None], num_parts)[0, list(subset)].flatten()
+    columns = columns.to(sums.sums.device)
+    total = sums.counts.sum()
+    mean_E, share_S = sums.sums[columns] / total, sums.counts / total
+    apart_ES = sums.by_class[columns] / sums.counts.clamp(min=1) - mean_E[:, None]
+    covariance = sums.products[columns][:, columns] / total - mean_E[:, None] * mean_E
+    within = covariance - (apart_ES * share_S) @ apart_ES.T
+    variance_E = within.diagonal()
+    # Below this the variance is what rounding leaves of equal numbers.
+    constant = variance_E <= 1e-12 * (mean_E.square() + covariance.diagonal())
+    scale_E = variance_E.clamp(min=0).sqrt().masked_fill(constant, torch.inf)
+    correlation = within / (scale_E[:, None] * scale_E)
+    correlation.diagonal().add_(ridge)
+    solved = torch.cholesky_solve(apart_ES / scale_E[:, None], torch.linalg.cholesky(correlation))
+    weight: Tensor = solved / scale_E[:, None]
+    bias = share_S.log() - (apart_ES * weight).sum(dim=0) / 2 - mean_E @ weight
+    return LinearProbe(tuple(subset), weight.float(), bias.float())
+
+
+def chance() -> dict[str, float]:
+    """Accuracy of guessing in per cent: all values are equally likely."""
+    return {name: 100 / number for name, number in NUM_VALUES.items()}
+
+
+def draw_factors_matrix(encoders: Sequence[FactorScores], path: Path) -> None:
+    """Write a PNG: accuracy of each slot (row) on each factor (column), whole encodings below.
+
+    The colour is the share of the way from chance to 100 %, so that factors of few values compare.
+    """
+    slots = np.array(encoders[0].alone)
+    whole = np.array([list(one.whole.values()) for one in encoders])
+    names = ["all slots", *(one.name for one in encoders[1:])]
+    heights = [len(slots), len(whole)]
+    figure = Figure(figsize=(7, 1.4 + 0.26 * sum(heights)), layout="constrained")
+    axes = figure.subplots(2, 1, height_ratios=heights)
+    guess = np.array(list(chance().values()))
+    for axis, accuracies, labels in (
+        (axes[0], slots, [f"slot {number}" for number in range(len(slots))]),
+        (axes[1], whole, names),
+    ):
+        above = np.clip((accuracies - guess) / (100 - guess), 0, 1)
+        shown = axis.imshow(above, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+        for (row, column), value in np.ndenumerate(accuracies):
+            colour = "black" if above[row, column] > 0.6 else "white"
+            axis.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=8)
+        axis.set_yticks(range(len(labels)), labels, fontsize=8)
+        axis.set_xticks([])
+        axis.tick_params(length=0)
+    axes[0].xaxis.tick_top()
+    headings = [f"{name}\n({value:.0f})" for name, value in chance().items()]
+    axes[0].set_xticks(range(len(headings)), headings, fontsize=8)
+    figure.suptitle("accuracy in per cent of each slot alone (in brackets: chance)", fontsize=9)
+    bar = figure.colorbar(shown, ax=axes, shrink=0.6)
+    bar.set_label("from chance (0) to 100 % (1)", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def table(encoders: Sequence[FactorScores]) -> str:
+    """For each factor chance, the slot that tells it best, and the whole encodings, as lines of text."""
+    slots = np.array(encoders[0].alone)
+    names = ["all slots", *(one.name for one in encoders[1:])]
+    width = max(map(len, names))
+    lines = [f"{'factor':<12}{'chance':>8}{'best slot':>18}  " + "  ".join(f"{n:>{width}}" for n in names)]
+    for column, (name, guess) in enumerate(chance().items()):
+        best = int(slots[:, column].argmax())
+        shown = f"{slots[best, column]:.1f} (slot {best})"
+        whole = "  ".join(f"{one.whole[name]:>{width}.1f}" for one in encoders)
+        lines.append(f"{name:<12}{guess:>8.1f}{shown:>18}  {whole}")
+    return "\n".join(lines)
+
+
+def run(options: "SlotFactorsOptions") -> None:
+    """`dino-sparo slots factors`: factors.json, factors.png and a short table.
+
+    Raises:
+        UserError: the encoder has no slots, or there are too few pictures.
+    """
+    if options.num_images < MIN_PICTURES:
+        raise UserError(
+            f"num_images is {options.num_images}, expected at least {MIN_PICTURES}, a score or more for each "
+            f"value of a factor; give more, such as 2000"
+        )
+    encoder, device = open_slots(options)
+    assert encoder.readout is not None
+    compared = [(encoder.readout_name, options.run, encoder, encoder.readout.num_slots)]
+    if options.control:
+        control = load_encoder(options.control, options.which).to(device)
+        compared.append((f"control ({control.readout_name})", options.control, control, 1))
+    train, train_values = factor_pictures(0, options.num_images)
+    test, test_values = factor_pictures(options.num_images, options.num_images // 2)
+    scores = []
+    for name, run_path, network, num_parts in compared:
+        of_train, of_test = _encodings(network, run_path, [train, test], options)
+        alone, whole = score_factors(
+            *(of_train, train_values, of_test, test_values),
+            num_values=NUM_VALUES,
+            num_parts=num_parts,
+            device=device,
+        )
+        scores.append(FactorScores(name, run_path, alone if network is encoder else [], whole))
+    folder = output_folder(options, "factors")
+    draw_factors_matrix(scores, folder / "factors.png")
+    content = {
+        "run": options.run,
+        "factors": NUM_VALUES,
+        "chance": chance(),
+        "encoders": [asdict(one) for one in scores],
+        "num_train": len(train),
+        "num_test": len(test),
+    }
+    write_json(folder / "factors.json", content)
+    print(
+        f"{options.run} ({options.which}), learnt from {len(train)} pictures, per cent of {len(test)} others:"
+    )
+    print(table(scores))
+    print(f"{folder / 'factors.json'}, {folder / 'factors.png'}")
+
+
+def _encodings(
+    encoder: Encoder, run_path: str, sources: Sequence[ShapesSource], options: "SlotFactorsOptions"
+) -> list[NDArray[Any]]:
+    """Encodings (n, E) of the pictures of each source, at the size that the encoder was trained at."""
+    found = cached_features(
+        encoder,
+        [Wanted(source, "features of pictures", options.cache_precision) for source in sources],
+        ["encoding"],
+        image_size=encoder.backbone.native_grid * encoder.backbone.patch_size,
+        cache=Path(options.cache or results_folder(run_path) / "features"),
+        batch_size=options.batch_size,
+        num_workers=default_workers(1) if options.num_workers is None else options.num_workers,
+    )
+    return [features["encoding"] for features in found]

@@ -1,0 +1,243 @@
+"""An encoding cut into equal parts: what each part, and each set of parts, tells about labels.
+
+A part is a slot, or as many neighbouring numbers of an encoding without slots. All functions read their
+images once for all sets of parts, in chunks, so that memory does not grow with the number of images.
+
+The linear probe is a ridge regression of classes as one-hot vectors on standardised numbers, in closed form:
+its sums over images (`Moments`) hold the sums of every set of parts, so that one pass serves all probes, and
+there is no learning rate or length of training that would suit some widths better than others. It is not the
+protocol of `dino-sparo linear`.
+
+Axis letters: n images, T train images, B test images, P parts, V numbers of a part, E = P V numbers of an
+encoding, S classes.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dino_sparo.evaluation.knn import TEMPERATURE
+from dino_sparo.evaluation.search import CHUNK_BYTES, QUERY_BYTES, NoDirectionError, Rows, nearest
+
+RIDGE = 0.01  # in units of the variance of a standardised number, which is 1
+
+
+@dataclass(frozen=True)
+class Picked:
+    """Some rows of features, read when they are asked for.
+
+    Attributes:
+        features: (n, E), in memory or mapped from a file.
+        numbers: of the rows, sorted.
+    """
+
+    features: NDArray[Any]
+    numbers: NDArray[np.int64]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.numbers), self.features.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, rows: slice) -> NDArray[Any]:
+        return self.features[self.numbers[rows]]
+
+
+def parts_of(features: Tensor, num_parts: int) -> Tensor:
+    """Features (n, E) cut into parts (n, P, E / P).
+
+    Raises:
+        ValueError: num_parts does not divide E.
+    """
+    if num_parts < 1 or features.shape[1] % num_parts:
+        raise ValueError(
+            f"num_parts is {num_parts}, expected a divisor of the {features.shape[1]} numbers of an encoding"
+        )
+    return features.unflatten(1, (num_parts, -1))
+
+
+def single(num_parts: int) -> list[list[int]]:
+    """The sets that hold one part each."""
+    return [[part] for part in range(num_parts)]
+
+
+@torch.no_grad()
+def knn_accuracies(
+    train: Rows,
+    train_labels: NDArray[np.int64],
+    test: Rows,
+    test_labels: NDArray[np.int64],
+    *,
+    num_parts: int,
+    subsets: Sequence[Sequence[int]],
+    k: int,
+    num_classes: int,
+    device: torch.device,
+    train_chunk: int | None = None,
+    test_chunk: int | None = None,
+) -> list[float]:
+    """Weighted k-NN by the cosine over some parts only: top-1 in per cent for each set of parts.
+
+    Equal to `knn_classify` of these columns.
+
+    Args:
+        train: (T, E), any scale and precision.
+        train_labels: (T,) from 0.
+        test: (B, E).
+        test_labels: (B,).
+        subsets: numbers of parts, below num_parts.
+        k: 1 to T neighbours.
+        train_chunk: train images at a time; memory, not the result, depends on it, as on test_chunk.
+
+    Raises:
+        NoDirectionError: the numbers of an image in one of the sets are all zero, or one is not finite.
+    """
+    train_chunk = train_chunk or max(1, CHUNK_BYTES // (4 * train.shape[1]))
+    test_chunk = test_chunk or max(1, QUERY_BYTES // (4 * train.shape[1]))
+    labels, right = torch.from_numpy(train_labels), [0] * len(subsets)
+    for first, queries in _chunks(test, test_chunk, device):
+        truth = torch.from_numpy(test_labels[first : first + len(queries)])
+        best = [
+            (torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)) for _ in right
+        ]
+        for start, gallery in _chunks(train, train_chunk, device):
+            for number, subset in enumerate(subsets):
+                some, many = (parts_of(x, num_parts)[:, list(subset)].flatten(1) for x in (queries, gallery))
+                try:
+                    cosine_Bk, number_Bk = nearest(many, some, min(k, len(many)), device=device)
+                except NoDirectionError as error:
+                    offset = start if error.side == "train" else first
+                    raise NoDirectionError(error.side, offset + error.number, error.kind) from error
+                best[number] = _better(best[number], (cosine_Bk, number_Bk + start), k)
+        for number, (cosine_Bk, number_Bk) in enumerate(best):
+            voted = vote(cosine_Bk, labels[number_Bk], num_classes)
+            right[number] += int((voted == truth).sum())
+    return [100 * count / len(test) for count in right]
+
+
+def vote(cosine_Bk: Tensor, labels_Bk: Tensor, num_classes: int) -> Tensor:
+    """The class (B,) with most votes of exp(cosine / 0.07); of equal ones the lower number, as in k-NN."""
+    votes_BS = cosine_Bk.new_zeros(len(cosine_Bk), num_classes)
+    return votes_BS.scatter_add_(1, labels_Bk, (cosine_Bk / TEMPERATURE).exp()).argmax(dim=1)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over images in float64, from which the probe of every set of parts follows.
+
+    Attributes:
+        sums: of the numbers, (E,).
+        products: of all pairs of numbers, (E, E).
+        by_class: sums of the numbers by class, (E, S).
+        counts: images by class, (S,).
+    """
+
+    sums: Tensor
+    products: Tensor
+    by_class: Tensor
+    counts: Tensor
+
+    def __add__(self, other: "Moments") -> "Moments":
+        """Of the images of both."""
+        return Moments(
+            self.sums + other.sums,
+            self.products + other.products,
+            self.by_class + other.by_class,
+            self.counts + other.counts,
+        )
+
+
+@torch.no_grad()
+def moments(
+    features: Rows,
+    labels: NDArray[np.int64],
+    *,
+    num_classes: int,
+    device: torch.device,
+    chunk: int | None = None,
+) -> Moments:
+    """The sums that linear probes need, in one pass over features (n, E) with labels (n,)."""
+    width = features.shape[1]
+    sums = torch.zeros(width, dtype=torch.float64, device=device)
+    products = sums.new_zeros(width, width)
+    by_class, counts = sums.new_zeros(width, num_classes), sums.new_zeros(num_classes)
+    for start, rows in _chunks(features, chunk or max(1, CHUNK_BYTES // (8 * width)), device):
+        exact, classes = rows.double(), torch.from_numpy(labels[start : start + len(rows)]).to(device)
+        one_hot = F.one_hot(classes, num_classes).double()
+        sums += exact.sum(dim=0)
+        products.addmm_(exact.T, exact)
+        by_class.addmm_(exact.T, one_hot)
+        counts += one_hot.sum(dim=0)
+    return Moments(sums, products, by_class, counts)
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """Scores of classes from some parts: their numbers, weight (V times their count, S), bias (S,)."""
+
+    subset: tuple[int, ...]
+    weight: Tensor
+    bias: Tensor
+
+
+def fit_probe(sums: Moments, num_parts: int, subset: Sequence[int]) -> LinearProbe:
+    """The ridge regression of one-hot classes on the standardised numbers of some parts, with a bias.
+
+    A number that is constant over the images gets no weight; the bias is not shrunk.
+    """
+    columns = parts_of(torch.arange(len(sums.sums))[None], num_parts)[0, list(subset)].flatten()
+    columns = columns.to(sums.sums.device)
+    total = sums.counts.sum()
+    mean_E, share_S = sums.sums[columns] / total, sums.counts / total
+    covariance = sums.products[columns][:, columns] / total - mean_E[:, None] * mean_E
+    with_class = sums.by_class[columns] / total - mean_E[:, None] * share_S
+    variance_E = covariance.diagonal()
+    # Below this the variance is what rounding leaves of two equal numbers.
+    constant = variance_E <= 1e-12 * (mean_E.square() + variance_E)
+    scale_E = variance_E.clamp(min=0).sqrt().masked_fill(constant, torch.inf)
+    correlation = covariance / (scale_E[:, None] * scale_E)
+    correlation.diagonal().add_(RIDGE)
+    factor = torch.linalg.cholesky(correlation)
+    weight = torch.cholesky_solve(with_class / scale_E[:, None], factor) / scale_E[:, None]
+    return LinearProbe(tuple(subset), weight.float(), (share_S - mean_E @ weight).float())
+
+
+@torch.no_grad()
+def probe_accuracies(
+    probes: Sequence[LinearProbe],
+    features: Rows,
+    labels: NDArray[np.int64],
+    *,
+    num_parts: int,
+    device: torch.device,
+    chunk: int | None = None,
+) -> list[float]:
+    """Top-1 of each probe in per cent, in one pass over features (n, E) with labels (n,)."""
+    right = [0] * len(probes)
+    for start, rows in _chunks(features, chunk or max(1, CHUNK_BYTES // (4 * features.shape[1])), device):
+        truth = torch.from_numpy(labels[start : start + len(rows)]).to(device)
+        for number, probe in enumerate(probes):
+            seen = parts_of(rows, num_parts)[:, list(probe.subset)].flatten(1)
+            right[number] += int(((seen @ probe.weight + probe.bias).argmax(dim=1) == truth).sum())
+    return [100 * count / len(features) for count in right]
+
+
+def _chunks(rows: Rows, size: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+    """Rows in float32 on the device, and the number of the first of them."""
+    for start in range(0, len(rows), size):
+        yield start, torch.as_tensor(rows[start : start + size]).to(device).float()
+
+
+def _better(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
+    """The k best of both, the most similar first, of equally similar ones those of `one` first."""
+    cosines, numbers = (torch.cat(pair, dim=1) for pair in zip(one, other, strict=True))
+    order = cosines.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return cosines.gather(1, order), numbers.gather(1, order)

@@ -1,0 +1,283 @@
+"""`dino-sparo sweep`: variants of one recipe as runs below one folder, and one table of them."""
+
+import json
+import logging
+import os
+import re
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dino_sparo.config import parse_options, recipes
+from dino_sparo.errors import StuckError, UserError, UserFileNotFoundError
+from dino_sparo.models.cost import encoder_cost
+from dino_sparo.options import PretrainOptions, SweepOptions
+from dino_sparo.training.checkpoint import encoder_of
+from dino_sparo.training.pretrain import pretrain
+from dino_sparo.training.rundir import check_same_experiment, config_of
+from dino_sparo.training.runlog import read_metrics
+from dino_sparo.training.setup import open_data
+
+log = logging.getLogger("dino_sparo")
+
+KNN = "knn20_top1"  # as the monitor logs it
+RECIPE_FILE, JSON_FILE, TABLE_FILE = "recipe.yaml", "sweep.json", "sweep.md"
+VARIANTS_FOLDER = "variants"
+Changes = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One run of the sweep.
+
+    Attributes:
+        row: what its row of the table is called, the same for all seeds.
+        folder: its run folder below that of the sweep.
+        changes: what it has instead of the recipe, by dotted key.
+        options: what it is trained with.
+    """
+
+    row: str
+    folder: str
+    changes: Changes
+    options: PretrainOptions
+
+
+def run(options: SweepOptions) -> int:
+    """`dino-sparo sweep`: train what is not trained yet, and print and write the table; 1 if a run failed.
+
+    A run that ends by a mistake (a read-out that does not fit, a collapse) fills its row with that, and the
+    next one starts. After each run the table is written anew.
+
+    Raises:
+        UserError: for a mistake in options or data, before anything is trained.
+        StoppedError: a signal has told a run to stop; it is saved, and the sweep goes on there.
+    """
+    variants = plan(options)
+    for variant in variants:
+        check_same_experiment(Path(variant.options.run_dir), config_of(variant.options))
+    check_knn(variants[0].options)
+    errors: dict[str, str] = {}
+    for number, variant in enumerate(variants, start=1):
+        log.info("\n%d of %d: %s", number, len(variants), variant.folder)
+        try:
+            pretrain(variant.options)
+        except UserError as error:
+            if isinstance(error, StuckError):  # this process must end
+                raise
+            errors[variant.folder] = str(error)
+            log.warning("WARNING: %s failed: %s", variant.folder, error)
+        rows = table(variants, errors)  # also of what is still to come
+        write(Path(options.run_dir), options, rows)
+    print("\n".join(as_markdown(rows)))
+    return 1 if errors else 0
+
+
+def plan(options: SweepOptions) -> list[Variant]:
+    """All runs of the sweep, checked: variants x values of each `vary`, in their order.
+
+    Raises:
+        UserError: a key or value is wrong, naming the variant; or two variants are the same.
+    """
+    named = read_variants(options.variants, options.only)
+    varied = [parse_vary(text) for text in options.vary]
+    if len({key for key, _ in varied}) < len(varied):
+        raise UserError("vary names a key twice; give all its values at once, as KEY=VALUE,VALUE")
+    planned: dict[str, Variant] = {}
+    with tempfile.TemporaryDirectory(prefix="dino_sparo_") as temporary:
+        recipe = Path(temporary) / RECIPE_FILE
+        recipe.write_text(yaml.safe_dump(recipe_of(options), sort_keys=False))
+        for (name, changes), values in product(named.items(), product(*(values for _, values in varied))):
+            chosen = dict(zip((key for key, _ in varied), values, strict=True))
+            variant = _variant(name, changes, chosen, recipe, Path(options.run_dir))
+            if variant.folder in planned:
+                raise UserError(f"run {variant.folder!r} is planned twice; give each variant and value once")
+            planned[variant.folder] = variant
+    return list(planned.values())
+
+
+def recipe_of(options: SweepOptions) -> dict[str, Any]:
+    """The resolved recipe that the variants change."""
+    return {
+        key: value for key, value in config_of(options).items() if key not in ("variants", "only", "vary")
+    }
+
+
+def _variant(name: str, changes: Changes, chosen: Changes, recipe: Path, folder: Path) -> Variant:
+    """The run with these changes of the recipe; `chosen` are those by `vary`."""
+    title = _title(name, chosen)
+    row = _title(name, {key: value for key, value in chosen.items() if key != "seed"})
+    place = re.sub(r"[^\w.=+-]+", "_", title) or "recipe"
+    every = changes | chosen
+    arguments = [f"--{key}={_written(value)}" for key, value in every.items()]
+    base = ["--config", str(recipe), "--run_dir", str(folder / place)]
+    try:
+        parsed = parse_options(PretrainOptions, [*base, *arguments], usage="dino-sparo sweep")
+    except UserError as error:
+        raise UserError(f"variant {title!r}: {error}") from error
+    return Variant(row or "recipe", place, every, parsed)
+
+
+def read_variants(name: str | None, only: Sequence[str]) -> dict[str, Changes]:
+    """Named sets of changes from a YAML file, by its path or among the shipped ones; those in `only` if any.
+
+    Raises:
+        UserFileNotFoundError: there is no such file.
+        UserError: it is none, or lacks a name.
+    """
+    if name is None:
+        if only:
+            raise UserError(f"only is {list(only)}, but variants is not given; give a file of variants")
+        return {"": {}}
+    shipped = {path.stem: path for path in (recipes_folder() / VARIANTS_FOLDER).glob("*.yaml")}
+    path = Path(name) if Path(name).is_file() else shipped.get(name)
+    if path is None:
+        raise UserFileNotFoundError(
+            f"variants {name!r} does not exist; give a YAML file or one of the shipped ones: "
+            f"{', '.join(sorted(shipped))}"
+        )
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict) or not all(isinstance(value, dict) for value in content.values()):
+        raise UserError(f"{path}: expected names of variants, each with a section of section.key: value")
+    variants = {str(key): value for key, value in content.items()}
+    unknown = [one for one in only if one not in variants]
+    if unknown:
+        raise UserError(f"only has {unknown[0]!r}, which is not in {path}; it has {', '.join(variants)}")
+    return {key: value for key, value in variants.items() if not only or key in only}
+
+
+def recipes_folder() -> Path:
+    """Where the shipped recipes lie."""
+    return next(iter(recipes().values())).parent
+
+
+def parse_vary(text: str) -> tuple[str, list[str]]:
+    """`key=value,value` as the key and its values; commas in brackets separate none.
+
+    Raises:
+        UserError: it has no key or a value is empty.
+    """
+    key, _, listed = text.partition("=")
+    values = [value.strip() for value in re.split(r",(?![^\[]*\])", listed)]
+    if not key or "" in values:
+        raise UserError(f"vary has {text!r}; expected section.key=VALUE,VALUE,...")
+    return key.strip(), values
+
+
+def check_knn(options: PretrainOptions) -> None:
+    """Refuse a sweep whose table would stay empty.
+
+    Raises:
+        UserError: nothing is measured on labelled images.
+    """
+    if not options.monitor.knn_every_epochs:
+        raise UserError(
+            "monitor.knn_every_epochs is 0, but a sweep fills its table with the k-NN at the end of runs; "
+            "set it to optim.epochs or less"
+        )
+    _, monitor = open_data(options, num_workers=0)
+    if monitor is None:
+        raise UserError(
+            f"data.path {options.data.path!r} has no labels, but a sweep fills its table with k-NN; name a "
+            f"labelled folder by monitor.knn_path"
+        )
+
+
+def table(variants: Sequence[Variant], errors: dict[str, str]) -> list[dict[str, Any]]:
+    """One row for all runs that differ in seed alone: cost, and 20-NN of those that are complete."""
+    rows: dict[str, dict[str, Any]] = {}
+    for variant in variants:
+        options = variant.options
+        if variant.row not in rows:
+            encoder = encoder_of(config_of(options))
+            rows[variant.row] = {
+                "variant": variant.row,
+                "changes": {key: value for key, value in variant.changes.items() if key != "seed"},
+                **encoder_cost(encoder, options.views.global_size),
+                "runs": [],
+            }
+        entry: dict[str, Any] = {"run": variant.folder, "seed": options.seed}
+        if variant.folder in errors:
+            entry |= {KNN: None, "error": errors[variant.folder]}
+        else:
+            entry[KNN] = _final_knn(Path(options.run_dir), options.optim.epochs)
+        rows[variant.row]["runs"].append(entry)
+    for row in rows.values():
+        known = [entry[KNN] for entry in row["runs"] if entry[KNN] is not None]
+        row[KNN] = statistics.fmean(known) if known else None
+        row["sd"] = statistics.stdev(known) if len(known) > 1 else None
+    return list(rows.values())
+
+
+def as_markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The table, a line each."""
+    lines = [
+        "| variant | read-out, M parameters | encoder, M parameters | GFLOPs an image | 20-NN, % | runs |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        knn = "-" if row[KNN] is None else f"{row[KNN]:.2f}"
+        knn += "" if row["sd"] is None else f" ± {row['sd']:.2f}"
+        done = sum(entry[KNN] is not None for entry in row["runs"])
+        failed = sum("error" in entry for entry in row["runs"])
+        runs = f"{done} of {len(row['runs'])}{f', {failed} failed' if failed else ''}"
+        parameters = f"{row['readout_parameters'] / 1e6:.3f} | {row['parameters'] / 1e6:.3f}"
+        lines.append(f"| {row['variant']} | {parameters} | {row['flops'] / 1e9:.4g} | {knn} | {runs} |")
+    return lines
+
+
+def write(folder: Path, options: SweepOptions, rows: Sequence[dict[str, Any]]) -> None:
+    """Write the recipe, `sweep.json` and `sweep.md`, each whole or not at all.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    content = {"data": options.data.path, "variants": options.variants, "vary": options.vary, "rows": rows}
+    legend = (
+        "20-NN top-1 of the teacher at the end, as the monitor measured it; ± is the standard deviation over "
+        "runs that differ in seed alone; a multiply-add is two FLOPs."
+    )
+    texts = {
+        RECIPE_FILE: yaml.safe_dump(recipe_of(options), sort_keys=False),
+        JSON_FILE: json.dumps(content, indent=1) + "\n",
+        TABLE_FILE: "\n".join([*as_markdown(rows), "", legend]) + "\n",
+    }
+    for name, text in texts.items():
+        try:
+            temporary = folder / f"{name}.tmp"
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, folder / name)
+        except OSError as error:
+            raise UserError(
+                f"{folder / name} cannot be written ({error.strerror}); make room, then the same command "
+                f"goes on"
+            ) from error
+
+
+def _final_knn(run_dir: Path, epochs: int) -> float | None:
+    """The monitor's 20-NN after the last epoch; None before there is one."""
+    found = [entry[KNN] for entry in read_metrics(run_dir) if KNN in entry and entry["epoch"] >= epochs]
+    return found[-1] if found else None
+
+
+def _title(name: str, chosen: Changes) -> str:
+    """`name key=value key=value`, each key by its last part if that is enough."""
+    last = [key.rpartition(".")[2] for key in chosen]
+    short = last if len(set(last)) == len(last) else list(chosen)
+    return " ".join(
+        filter(None, [name, *(f"{key}={value}" for key, value in zip(short, chosen.values(), strict=True))])
+    )
+
+
+def _written(value: Any) -> str:
+    """A value as an argument."""
+    return value if isinstance(value, str) else json.dumps(value)

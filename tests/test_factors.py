@@ -1,0 +1,160 @@
+"""`slots factors` finds the slot that was given a factor, and scores on pictures that nothing has seen."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dino_sparo.__main__ import main
+from dino_sparo.data.shapes import FACTORS, draw_factors
+from dino_sparo.data.sources import ShapesSource, shapes_source
+from dino_sparo.slots import factors
+from dino_sparo.slots.factors import NUM_VALUES, chance, factor_pictures, fit_discriminant, score_factors
+from dino_sparo.slots.parts import moments
+from dino_sparo.training import pretrain as program
+from tests.tiny import tiny_options, write_pictures
+
+CPU = torch.device("cpu")
+SLOTS, WIDTH = 4, 6
+NUM_PLANTED = {"colour": 8, "size": 3}
+NO_SLOTS = {f"model__readout__{name}": "null" for name in ("num_slots", "slot_dim", "key_dim", "group_size")}
+NO_SLOTS |= {"model__readout__name": "cls"}
+
+
+def planted(count, seed):
+    """Slot 2 tells colour only; one number of slot 1 grows with size; all else is noise."""
+    rng = np.random.default_rng(seed)
+    values = {name: rng.integers(number, size=count) for name, number in NUM_PLANTED.items()}
+    features = rng.normal(size=(count, SLOTS, WIDTH))
+    colours = np.random.default_rng(0).normal(size=(8, WIDTH))
+    features[:, 2] = colours[values["colour"]] + 0.1 * features[:, 2]
+    features[:, 1, 3] = values["size"] + 0.1 * features[:, 1, 3]
+    return features.reshape(count, -1).astype(np.float32), values
+
+
+def scores(num_parts=SLOTS, **changes):
+    train, train_values = planted(600, seed=1)
+    test, test_values = planted(300, seed=2)
+    given = {"train": train, "train_values": train_values, "test": test, "test_values": test_values}
+    given |= {"num_values": NUM_PLANTED, "num_parts": num_parts, "device": CPU}
+    return score_factors(**given | changes)
+
+
+def test_planted_factors_are_found_in_their_slots():
+    alone, whole = scores()
+    colour, size = np.array(alone).T
+    assert colour[2] > 97 and (np.delete(colour, 2) < 100 / 8 + 8).all()
+    assert size[1] > 97 and (np.delete(size, 1) < 100 / 3 + 9).all()  # also the size between the others
+    assert whole["colour"] > 97 and whole["size"] > 97
+    assert scores() == (alone, whole)
+
+
+def test_one_part_is_the_whole():
+    (alone,), whole = scores(num_parts=1)
+    assert alone == list(whole.values())
+    assert whole == pytest.approx(scores()[1])
+
+
+def test_the_ridge_is_the_one_that_fits_pictures_held_out(monkeypatch):
+    rng = np.random.default_rng(0)
+    values = {"colour": rng.integers(2, size=600)}
+    features = (rng.normal(size=(600, 90)) + 0.25 * values["colour"][:, None]).astype(np.float32)
+    train, test = np.arange(600) < 120, np.arange(600) >= 120  # little more pictures than numbers
+    given = {"train": features[train], "train_values": {"colour": values["colour"][train]}}
+    given |= {"test": features[test], "test_values": {"colour": values["colour"][test]}}
+    given |= {"num_values": {"colour": 2}, "num_parts": 1}
+    _, chosen = scores(**given)
+    found = {}
+    for ridge in factors.RIDGES:
+        monkeypatch.setattr(factors, "RIDGES", (ridge,))
+        found[ridge] = scores(**given)[1]["colour"]
+    assert chosen["colour"] == max(found.values()) > min(found.values()) + 5
+
+
+def test_test_values_change_nothing_that_is_learnt():
+    test, values = planted(300, seed=2)
+    changed = {name: (number - 1) - values[name] for name, number in NUM_PLANTED.items()}
+    alone, _ = scores(test=test, test_values=changed)
+    assert alone[2][0] < 3  # 8 colours, none of which is its own opposite
+
+
+@pytest.mark.parametrize("subset", [[1], [2], [0, 3]])
+def test_the_discriminant_is_that_of_the_formula(subset):
+    features, values = planted(600, seed=1)
+    probe = fit_discriminant(
+        moments(features, values["colour"], num_classes=8, device=CPU), SLOTS, subset, ridge=0
+    )
+    rows = features.reshape(-1, SLOTS, WIDTH)[:, subset].reshape(len(features), -1).astype(np.float64)
+    labels = values["colour"]
+    means = np.stack([rows[labels == colour].mean(axis=0) for colour in range(8)])
+    apart = rows - means[labels]
+    precision = np.linalg.inv(apart.T @ apart / len(rows))
+    shares = np.bincount(labels) / len(rows)
+    expected = rows @ precision @ means.T - (means @ precision * means).sum(1) / 2 + np.log(shares)
+    found = (torch.from_numpy(rows).float() @ probe.weight + probe.bias).numpy()
+    difference = found - expected  # one constant for each picture is left
+    assert np.abs(difference - difference.mean(axis=1, keepdims=True)).max() < 2e-3 * np.abs(expected).max()
+    assert (found.argmax(1) == expected.argmax(1)).all()
+
+
+def test_numbers_that_never_vary_and_values_that_never_occur_do_no_harm():
+    features, values = planted(400, seed=1)
+    features[:, 2 * WIDTH] = 5
+    features[:, 2 * WIDTH + 1] = 0
+    sums = moments(features, values["colour"], num_classes=9, device=CPU)
+    probe = fit_discriminant(sums, SLOTS, [2], ridge=0.01)
+    scored = torch.from_numpy(features[:, 2 * WIDTH : 3 * WIDTH]) @ probe.weight + probe.bias
+    assert (scored.argmax(1).numpy() == values["colour"]).mean() > 0.9
+    assert probe.weight.isfinite().all() and (scored[:, 8] == -torch.inf).all()
+
+
+def test_pictures_are_those_that_no_training_sees():
+    source, values = factor_pictures(3, 40)
+    assert isinstance(source, ShapesSource)
+    of_training = shapes_source("train").seed, shapes_source("val").seed
+    assert source.seed not in of_training
+    assert source.indices.tolist() == list(range(3, 43))
+    assert values.keys() == NUM_VALUES.keys() and [*FACTORS] == [*NUM_VALUES][:-1]
+    for number, index in ((0, 3), (39, 42)):
+        drawn = draw_factors(source.seed, index)
+        assert {name: int(of[number]) for name, of in values.items()} == {
+            **{name: getattr(drawn, name) for name in FACTORS},
+            "count": drawn.num_objects - 1,
+        }
+    assert all(of.max() < NUM_VALUES[name] for name, of in values.items())
+
+
+def run(*arguments):
+    return main(["slots", "factors", *map(str, arguments), "--num_workers=0"])
+
+
+def test_the_program_end_to_end_beside_a_control(run_dir, tmp_path, capsys):
+    write_pictures(tmp_path / "data", 4)
+    program.pretrain(tiny_options(tmp_path / "data", tmp_path / "cls", optim__epochs=2, **NO_SLOTS))
+    assert run(run_dir, f"--control={tmp_path / 'cls'}", "--num_images=200") == 0
+    found = json.loads((run_dir / "slots" / "factors" / "factors.json").read_text())
+    assert (found["num_train"], found["num_test"]) == (200, 100)
+    assert found["factors"]["count"] == 3 and found["chance"] == pytest.approx(chance())
+    assert found["chance"]["colour"] == 12.5
+    ours, control = found["encoders"]
+    assert (ours["name"], control["name"]) == ("sparo", "control (cls)")
+    assert np.array(ours["alone"]).shape == (2, 7) and control["alone"] == []
+    for one in (ours, control):
+        assert one["whole"].keys() == found["factors"].keys()
+        assert all(0 <= accuracy <= 100 for accuracy in one["whole"].values())
+    assert control["whole"] != ours["whole"]
+    picture = np.asarray(Image.open(run_dir / "slots" / "factors" / "factors.png").convert("RGB"))
+    assert min(picture.shape[:2]) > 150 and picture.std() > 10
+    shown = capsys.readouterr().out
+    assert "control (cls)" in shown and all(f"\n{name} " in shown for name in NUM_VALUES)
+    capsys.readouterr()
+
+    assert run(tmp_path / "cls") != 0
+    assert "no slots (read-out cls)" in capsys.readouterr().err
+
+
+def test_too_few_pictures(run_dir, capsys):
+    assert run(run_dir, "--num_images=199") != 0
+    assert "num_images is 199, expected at least 200" in capsys.readouterr().err

@@ -1,0 +1,168 @@
+"""The gallery finds planted images and neighbours, the same whatever the chunks."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dino_sparo.__main__ import main
+from dino_sparo.data.images import CenterCrops, normalize
+from dino_sparo.data.sources import open_images
+from dino_sparo.interop.load import load_encoder
+from dino_sparo.models import build_encoder
+from dino_sparo.slots.attention import slot_attention
+from dino_sparo.slots.drawing import overlay
+from dino_sparo.slots.gallery import neighbours, strongest
+from tests.tiny import write_pictures
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("chunk", [3, 7, 1000])
+def test_planted_images_and_neighbours(chunk):
+    features = torch.randn(40, 3 * 4) * 0.1 + 50  # a mean far from zero
+    slot = features.view(40, 3, 4)[:, 1]
+    slot[9] += torch.tensor([8.0, 0, 0, 0])
+    slot[23] += torch.tensor([4.0, 0, 0, 0])
+    slot[31] -= torch.tensor([6.0, 0, 0, 0])
+    found = strongest(features.numpy(), 3, 3, device=CPU, chunk=chunk)
+    assert found.images[1].tolist() == [9, 31, 23]
+    lengths = (slot - slot.mean(0)).norm(dim=1)
+    expected = lengths[[9, 31, 23]] / lengths.square().mean().sqrt()
+    torch.testing.assert_close(found.responses[1].float(), expected, rtol=1e-4, atol=0)
+    cosines, near = neighbours(features.numpy(), found, 2, device=CPU, chunk=chunk)
+    assert near[1, 0, 0] == 23 and cosines[1, 0, 0] > 0.99
+    assert near[1, 2, 0] == 9
+    assert 31 not in near[1, 0]
+    assert all(int(image) not in near[1, i] for i, image in enumerate(found.images[1]))
+
+
+def test_slot_that_is_the_same_for_all_images_does_not_respond():
+    features = torch.full((10, 8), 0.1)
+    features[:, :4] = torch.randn(10, 4)
+    found = strongest(features.numpy(), 2, 4, device=CPU)
+    assert (found.responses[0] > 0).all()
+    assert found.responses[1].tolist() == [0.0] * 4
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    write_pictures(tmp_path / "pictures", 6, classes=2)
+    return tmp_path / "pictures"
+
+
+def run(run_dir: Path, pictures: Path, out: Path, *options: str) -> int:
+    machine = ("--num_workers=0", "--device=cpu", "--cache_precision=float32", f"--cache={out / 'cache'}")
+    arguments = [str(run_dir), f"--data.path={pictures}", f"--out={out}", *machine]
+    return main(["slots", "gallery", *arguments, *options])
+
+
+def read(out: Path) -> dict:
+    return json.loads((out / "gallery" / "gallery.json").read_text())
+
+
+def test_the_program_end_to_end(run_dir, pictures, tmp_path, capsys):
+    assert run(run_dir, pictures, tmp_path, "--num_images=3", "--num_neighbours=2") == 0
+    content = read(tmp_path)
+    assert (content["run"], content["data"]) == (str(run_dir), str(pictures))
+    source = open_images(str(pictures))
+    pixels = torch.stack([CenterCrops(source, 16)[number] for number in range(len(source))])
+    with torch.no_grad():
+        slots = load_encoder(run_dir)(normalize(pixels)).view(6, 2, 4).double()
+    slots -= slots.mean(dim=0)
+    responses = slots.norm(dim=2) / slots.square().sum(dim=2).mean(dim=0).sqrt()
+    names = [source.name(number) for number in range(len(source))]
+    assert [entry["slot"] for entry in content["slots"]] == [0, 1]
+    for slot, entry in enumerate(content["slots"]):
+        strongest_three = responses[:, slot].argsort(descending=True)[:3].tolist()
+        assert [top["image"] for top in entry["top"]] == [names[number] for number in strongest_three]
+        for number, top in zip(strongest_three, entry["top"], strict=True):
+            assert top["response"] == pytest.approx(float(responses[number, slot]), rel=1e-3)
+            cosines = torch.cosine_similarity(slots[:, slot], slots[number, slot][None])
+            cosines[number] = -2
+            nearest = cosines.argsort(descending=True)[:2].tolist()
+            assert [near["image"] for near in top["neighbours"]] == [names[other] for other in nearest]
+            found = [near["cosine"] for near in top["neighbours"]]
+            assert found == pytest.approx(cosines[nearest].tolist(), abs=1e-3)
+        picture = np.asarray(Image.open(tmp_path / "gallery" / entry["picture"]).convert("RGB"))
+        assert min(picture.shape[:2]) > 3 * 100 and picture.std() > 10  # three columns of three
+    assert f"2 slots over 6 images: {tmp_path / 'gallery'}" in capsys.readouterr().out
+
+
+def test_chosen_slots_and_pictures_of_an_earlier_run(run_dir, pictures, tmp_path):
+    assert run(run_dir, pictures, tmp_path) == 0
+    folder = tmp_path / "gallery"
+    assert {path.name for path in folder.iterdir()} == {"gallery.json", "slot00.png", "slot01.png"}
+    whole = read(tmp_path)["slots"]
+    assert len(whole[0]["top"]) == 6 and len(whole[0]["top"][0]["neighbours"]) == 4
+    assert run(run_dir, pictures, tmp_path, "--slots=[1]") == 0
+    assert {path.name for path in folder.iterdir()} == {"gallery.json", "slot01.png"}
+    assert read(tmp_path)["slots"] == [whole[1]]
+
+
+def test_one_image_has_no_neighbours(run_dir, tmp_path):
+    write_pictures(tmp_path / "pictures", 1)
+    assert run(run_dir, tmp_path / "pictures" / "train" / "class0", tmp_path) == 0
+    for entry in read(tmp_path)["slots"]:
+        assert [(top["response"], top["neighbours"]) for top in entry["top"]] == [(0.0, [])]
+        assert (tmp_path / "gallery" / entry["picture"]).exists()
+
+
+def test_the_map_of_the_slot_itself_is_drawn(run_dir, pictures, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        "dino_sparo.slots.gallery.draw_grid",
+        lambda rows, titles, path, heading: drawn.update({path.name: (rows, titles, heading)}),
+    )
+    assert run(run_dir, pictures, tmp_path, "--num_images=3", "--num_neighbours=2") == 0
+    source = open_images(str(pictures))
+    numbers = {source.name(number): number for number in range(len(source))}
+    pixels = torch.stack([CenterCrops(source, 16)[number] for number in range(len(source))])
+    maps, _ = slot_attention(load_encoder(run_dir), normalize(pixels))
+    for slot, entry in enumerate(read(tmp_path)["slots"]):
+        rows, titles, heading = drawn[entry["picture"]]
+        columns = [[top["image"], *(near["image"] for near in top["neighbours"])] for top in entry["top"]]
+        shown = [[numbers[name] for name in column] for column in columns]
+        peak = float(maps[[number for column in shown for number in column], slot].max())
+        for place, column in enumerate(shown):
+            for row, number in enumerate(column):
+                expected = overlay(pixels[number], maps[number, slot], peak).astype(int)
+                assert abs(rows[row][place] - expected).max() <= 1  # batches round differently
+                assert titles[row][place].endswith(f"class{number // 3}")
+        assert titles[0][0].startswith(f"response {entry['top'][0]['response']:.2f}")
+        assert titles[1][0].startswith(f"cosine {entry['top'][0]['neighbours'][0]['cosine']:.3f}")
+        assert heading.startswith(f"slot {slot}\n")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--slots=[0,2]", "slots has 2, expected numbers from 0 to 1, the encoder's slots; leave 2 out"),
+        ("--slots=[1,1]", "slots has 1 more than once, expected different numbers; give it once"),
+        ("--num_images=0", "num_images is 0; expected a finite number above 0"),
+        ("--num_neighbours=0", "num_neighbours is 0; expected a finite number above 0"),
+    ],
+)
+def test_mistakes_in_options(run_dir, pictures, tmp_path, capsys, option, message):
+    assert run(run_dir, pictures, tmp_path / "out", option) == 2
+    shown = capsys.readouterr().err
+    assert message in shown and "Traceback" not in shown
+    assert len(shown.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_empty_folder(run_dir, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert run(run_dir, tmp_path / "empty", tmp_path / "out") == 2
+    shown = capsys.readouterr().err
+    assert str(tmp_path / "empty") in shown and "Traceback" not in shown
+
+
+def test_encoder_without_slots(pictures, tmp_path, capsys, monkeypatch):
+    encoder = build_encoder({"width": 16, "depth": 2, "num_heads": 2}, 8, 16, readout="cls")
+    monkeypatch.setattr("dino_sparo.slots.program.load_encoder", lambda run, which: encoder)
+    assert run(tmp_path / "run", pictures, tmp_path / "out") == 2
+    assert f"{tmp_path / 'run'} has no slots (read-out cls)" in capsys.readouterr().err

@@ -1,0 +1,219 @@
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+
+from dino_sparo.__main__ import main
+from dino_sparo.errors import UserError
+from dino_sparo.slots.page import FILES, RunFiles, render, slots_to_show
+from dino_sparo.slots.page_figures import picture_uri
+from dino_sparo.slots.page_sections import all_sections, mask
+from tests.report_samples import write_run
+from tests.tiny import tiny_options, write_pictures
+
+LIMIT = 15_000_000
+VOID = ("meta", "img", "link", "br", "hr")
+WEBSITE = re.compile(
+    r"""(?:src|href|url|srcset|action|data)\s*[=(]\s*["']?\s*(?:https?:)?//""", re.IGNORECASE
+)
+
+
+class Page(HTMLParser):
+    """Checks that elements are balanced; collects cells of tables, captions' files and text of commands."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.rows, self.files, self.commands = [], [], [], [], []
+        self.uncaptioned = 0
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag == "figure":
+            self.uncaptioned += 1
+        if tag not in VOID:
+            self.open.append((tag, dict(attrs).get("class")))
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()[0] == tag
+
+    def handle_data(self, data):
+        if not self.open:
+            return
+        tag, kind = self.open[-1]
+        if tag in ("td", "th"):
+            self.rows[-1][-1] += data
+        if (tag, kind) == ("code", "file"):
+            self.files.append(data)
+            self.uncaptioned -= any(tag == "figcaption" for tag, _ in self.open)
+        if (tag, kind) == ("code", "command"):
+            self.commands.append(data)
+
+
+def page_of(folder, num_slots=16):
+    commands = {name: f"dino-sparo slots {name} RUN" for name in (*FILES, "knn", "linear")}
+    files = RunFiles(folder, folder / "slots", commands)
+    return render(folder.name, {}, all_sections(files, slots_to_show(files, num_slots)), "seed: 0\n")
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report") / "run"
+    write_run(folder, num_slots=8)
+    return folder
+
+
+def read(folder, part):
+    return json.loads((folder / "slots" / FILES[part]).read_text())
+
+
+def test_page_is_balanced_loads_nothing_and_names_existing_files(sample):
+    text = page_of(sample, 8)
+    page = Page(text)
+    assert "script" not in page.tags
+    assert not WEBSITE.search(text) and "@import" not in text
+    assert page.uncaptioned == 0, "a figure without the name of its file"
+    for name in page.files:
+        assert (sample / name).is_file() or name == "config.yaml"
+    assert {f"slots/{file}" for part, file in FILES.items()} | {"results.json"} <= {*page.files} | {
+        f"slots/{part}/{part}.json" for part in ("maps", "gallery")
+    }
+    assert {"slots/maps/grid.png", "slots/mask/mask.png", "slots/gallery/slot03.png"} <= {*page.files}
+    assert page.commands == []
+
+
+def test_tables_hold_the_numbers_of_the_files(sample):
+    rows = Page(page_of(sample, 8)).rows
+    ranked, of_mask, known = read(sample, "rank"), read(sample, "mask"), read(sample, "factors")
+    for encoder in ranked["encoders"]:
+        for part, (knn, linear) in enumerate(zip(*encoder["alone"].values(), strict=True)):
+            place = encoder["orders"]["knn"].index(part) + 1
+            assert [str(part), str(place), f"{knn:.2f}", f"{linear:.2f}"] in rows
+    for row in of_mask["rows"]:
+        numbers = [f"{row[key]:.2f}" for key in ("initial", "masked", "relative_change", "kept")]
+        assert [row["encoder"], row["over"], row["test_set"], *numbers] in rows
+    for slot, scores in enumerate(known["encoders"][0]["alone"]):
+        assert [f"slot {slot}", *(f"{score:.2f}" for score in scores)] in rows
+    for slot in read(sample, "health")["slots"]:
+        assert any(row[0] == str(slot["slot"]) and f"{slot['overlap']:.4f}" in row for row in rows)
+        assert any(row[0] == str(slot["slot"]) and row[6:] == ["–", *row[7:]] for row in rows if len(row) > 6)
+    assert ["knn", "20-NN", "run", "teacher", "100 %", "44.56", "91.03", "8"] in rows
+
+
+def test_each_missing_part_tells_its_command(sample, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(sample, folder)
+    shutil.rmtree(folder / "slots")
+    assert Page(page_of(folder, 8)).commands == [f"dino-sparo slots {part} RUN" for part in FILES]
+    for path in folder.iterdir():
+        if path.is_file():
+            path.unlink()
+    assert len(Page(page_of(folder, 8)).commands) == len(FILES) + 2  # k-NN and linear
+
+
+def test_a_missing_picture_leaves_a_line(sample, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(sample, folder)
+    (folder / "slots" / "maps" / "grid.png").unlink()
+    assert "slots/maps/grid.png is missing" in page_of(folder, 8)
+
+
+def test_a_damaged_file_is_named(sample, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(sample, folder)
+    for content in ("{", "[]", '{"rows": [{}], "data": ""}'):
+        (folder / "slots" / "mask" / "mask.json").write_text(content)
+        with pytest.raises(UserError, match=r"mask\.json is damaged .* remove it"):
+            mask(RunFiles(folder, folder / "slots", {"mask": "dino-sparo slots mask RUN"}))
+
+
+def test_names_are_escaped(tmp_path):
+    folder = tmp_path / "a&b"
+    write_run(folder, num_slots=2, name="<script>alert(1)<_script>&$x$")
+    page = Page(page_of(folder, 2))
+    assert "script" not in page.tags and "alert(1)" not in page.tags
+    assert any("<script>" in cell for row in page.rows for cell in row)
+
+
+def test_many_slots_with_big_pictures_stay_under_the_limit(tmp_path, monkeypatch):
+    write_run(tmp_path / "run", num_slots=64, picture_side=24)
+    big = "dino_sparo.slots.page_sections.picture_uri"
+    sizes = []
+    monkeypatch.setattr(big, lambda path, most: sizes.append(most) or f"data:,{'x' * (most * 4 // 3 + 30)}")
+    assert len(page_of(tmp_path / "run", 64)) < LIMIT
+    assert len(sizes) > 50
+
+
+def test_a_big_picture_gets_smaller(tmp_path):
+    write_run(tmp_path / "run", num_slots=2, picture_side=700)
+    path = tmp_path / "run" / "slots" / "maps" / "grid.png"
+    assert path.stat().st_size > 1_000_000
+    assert len(picture_uri(path, 60_000)) < 80_050
+    assert picture_uri(path, 10_000_000).startswith("data:image/png;base64,")
+
+
+def test_report_of_a_run_without_analyses(run_dir, capsys):
+    assert main(["slots", "report", str(run_dir), "--device", "cpu"]) == 0
+    assert f"dino-sparo slots rank {run_dir} --data.path DIR" in capsys.readouterr().out
+    text = (run_dir / "slots" / "report.html").read_text()
+    assert "2 of 4 numbers" in text and "Training curves" in text
+    assert len(Page(text).commands) == len(FILES) + 2
+
+
+@pytest.mark.long
+def test_report_makes_what_is_missing(tmp_path):
+    from dino_sparo.training.pretrain import pretrain
+
+    write_pictures(tmp_path / "data", 60, classes=2)
+    pretrain(tiny_options(tmp_path / "data", tmp_path / "run", optim__epochs=2))
+    arguments = ["slots", "report", str(tmp_path / "run"), "--data.path", str(tmp_path / "data")]
+    assert main([*arguments, "--device", "cpu", "--num_workers", "0"]) == 0
+    page = Page((tmp_path / "run" / "slots" / "report.html").read_text())
+    assert {f"slots/{FILES[part]}" for part in ("rank", "health", "mask")} <= {*page.files}
+    for name in page.files:
+        assert (tmp_path / "run" / name).is_file()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_is_wider_than_the_window(sample, tmp_path, width):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium here")
+    text = page_of(sample, 8)
+    (tmp_path / "page.html").write_text(text)
+    measure = (
+        "f.onload=()=>{let d=f.contentDocument.documentElement;"
+        "document.title=d.scrollWidth+'/'+d.clientWidth}"
+    )
+    frame = (
+        f'<title>none</title><iframe id="f" src="page.html" style="width:{width}px;height:900px"></iframe>'
+    )
+    (tmp_path / "frame.html").write_text(
+        f"{frame}<script>let f=document.getElementById('f');{measure}</script>"
+    )
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--dump-dom"]
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    address = (tmp_path / "frame.html").as_uri()
+    found = subprocess.run(
+        [browser, *options, profile, "--virtual-time-budget=5000", address],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    ).stdout
+    sizes = re.search(r"<title>(\d+)/(\d+)</title>", found)
+    assert sizes is not None, found[:300]
+    assert int(sizes[1]) <= int(sizes[2]) <= width

@@ -1,0 +1,212 @@
+"""The health of slots finds what is planted, by batches as at once, and training logs it unharmed."""
+
+import math
+
+import pytest
+import torch
+
+from dino_sparo.models import build_encoder
+from dino_sparo.training import between_steps
+from dino_sparo.training import pretrain as program
+from dino_sparo.training import slot_health as module
+from dino_sparo.training.checkpoint import load_latest
+from dino_sparo.training.runlog import read_metrics
+from dino_sparo.training.slot_health import (
+    SlotStatistics,
+    attention_agreement,
+    attention_entropy,
+    attention_overlap,
+    effective_patches,
+    slot_health,
+)
+from tests.tiny import state_hash, tiny_options, write_pictures
+
+NAMES = {
+    *("slot_entropy", "slot_effective_patches", "slot_cls_share"),
+    *("slots_dead", "slots_duplicate", "slot_agreement"),
+}
+ARCH = {"width": 16, "depth": 2, "num_heads": 2}
+NO_SLOTS = {f"model__readout__{name}": "null" for name in ("num_slots", "slot_dim", "key_dim", "group_size")}
+NO_SLOTS |= {"model__readout__name": "cls"}
+
+
+def attention(batch=12, slots=5, tokens=10):
+    return (2 * torch.randn(batch, slots, tokens)).softmax(-1)
+
+
+def outputs(batch=12, slots=5, width=3):
+    return torch.randn(batch, slots, width) + 1
+
+
+def health_of(*batches):
+    statistics = SlotStatistics()
+    for batch in batches:
+        statistics.add(*batch)
+    return statistics.health()
+
+
+def assert_same(one, other):
+    for name, value in vars(one).items():
+        torch.testing.assert_close(value, getattr(other, name), msg=name)
+
+
+# --- Single images
+
+
+def test_one_patch_and_all_patches():
+    attn = torch.zeros(1, 3, 10)
+    attn[0, 0, 4] = 1
+    attn[0, 1] = 1 / 10
+    attn[0, 2, 1:] = 0.4 / 9
+    attn[0, 2, 0] = 0.6  # on CLS, which does not change how many patches the rest is spread over
+    assert effective_patches(attn)[0].tolist() == pytest.approx([1, 9, 9], rel=1e-5)
+    on_cls = -0.6 * math.log(0.6) - 0.4 * math.log(0.4 / 9)
+    assert attention_entropy(attn)[0].tolist() == pytest.approx([0, math.log(10), on_cls], rel=1e-5)
+
+
+def test_attention_that_is_all_on_cls_is_a_number():
+    attn = torch.zeros(1, 1, 10)
+    attn[..., 0] = 1
+    assert effective_patches(attn).item() == 1
+
+
+def test_overlap_is_the_sum_of_the_lesser_shares():
+    attn, other = attention(), attention()
+    direct = torch.minimum(attn[:, :, None], attn[:, None]).sum(-1)
+    torch.testing.assert_close(attention_overlap(attn), direct)
+    torch.testing.assert_close(attention_agreement(attn, attn), torch.ones(12, 5))
+    expected = torch.stack([attention_overlap(torch.stack(pair, 1))[:, 0, 1] for pair in _slots(attn, other)])
+    torch.testing.assert_close(attention_agreement(attn, other), expected.T)
+    apart = torch.eye(10)[None, :2]
+    assert attention_overlap(apart)[0].tolist() == [[1, 0], [0, 1]]
+
+
+def _slots(attn, other):
+    return zip(attn.unbind(1), other.unbind(1), strict=True)
+
+
+# --- Many images
+
+
+def test_means_over_images():
+    attn, other, slots = attention(), attention(), outputs()
+    health = health_of((attn, slots, other))
+    torch.testing.assert_close(health.cls_share.float(), attn[..., 0].mean(0))
+    torch.testing.assert_close(health.entropy.float(), attention_entropy(attn).mean(0))
+    torch.testing.assert_close(health.effective_patches.float(), effective_patches(attn).mean(0))
+    torch.testing.assert_close(health.agreement.float(), attention_agreement(attn, other).mean(0))
+    std = slots.var(dim=0, correction=0).sum(-1).sqrt()
+    torch.testing.assert_close(health.response_std.float(), std)
+    assert not health.dead.any() and not health.duplicate.any()
+
+
+def test_planted_dead_and_duplicate_slots():
+    attn, slots = attention(), outputs()
+    slots[:, 3] = 7 + 0.02 * torch.randn(12, 3)  # it does vary, but not as the others do
+    attn[:, 4] = 0.97 * attn[:, 1] + 0.03 * attn[:, 2]
+    health = health_of((attn, slots))
+    assert health.dead.tolist() == [False, False, False, True, False]
+    assert health.duplicate.tolist() == [False, True, False, False, True]
+    assert health.nearest[1] == 4 and health.nearest[4] == 1
+    expected = attention_overlap(attn)[:, 1, 4].mean().item()
+    assert health.overlap[1].item() == health.overlap[4].item() == pytest.approx(expected)
+    assert health.agreement is None
+
+
+def test_a_slot_that_varies_little_beside_the_others_is_dead_only_below_the_bound():
+    directions = torch.nn.functional.normalize(torch.randn(400, 5, 3), dim=-1)
+    for scale, dead in ((0.06, False), (0.04, True)):
+        factors = torch.tensor([1, 1, scale, 1, 1])[:, None]
+        health = health_of((attention(400), directions * factors))
+        assert health.dead.tolist() == [False, False, dead, False, False]
+
+
+def test_where_all_are_constant_all_are_dead():
+    slots = torch.randn(1, 5, 3) + 0.001 * torch.randn(12, 5, 3)
+    assert health_of((attention(), slots)).dead.all()
+    assert health_of((attention(), torch.zeros(12, 5, 3))).dead.all()
+
+
+def test_one_slot_alone_has_no_duplicate():
+    health = health_of((attention(slots=1), outputs(slots=1)))
+    assert health.overlap.tolist() == [0] and not health.duplicate.any() and not health.dead.any()
+
+
+def test_batches_and_processes_make_the_numbers_of_all_images(monkeypatch):
+    attn, slots, other = attention(), outputs(), attention()
+    whole = health_of((attn, slots, other))
+    parts = list(zip(attn.split([5, 4, 3]), slots.split([5, 4, 3]), other.split([5, 4, 3]), strict=True))
+    assert_same(health_of(*parts), whole)
+    theirs = []
+    monkeypatch.setattr(module, "sum_over_ranks", lambda values: theirs.append(values) or values)
+    health_of(*parts[1:])
+    monkeypatch.setattr(module, "sum_over_ranks", lambda values: values + theirs[0])
+    assert_same(health_of(parts[0]), whole)
+
+
+# --- In training
+
+
+def test_the_numbers_of_a_teacher_are_those_of_its_attention():
+    teacher, student = (build_encoder(ARCH, 8, 16, num_slots=3, slot_dim=4, key_dim=4) for _ in range(2))
+    teacher.eval()
+    images = torch.randn(5, 3, 16, 16)
+    with torch.no_grad():
+        attn, of_student = (net.readout.attention(net.tokens(images)) for net in (teacher, student))
+    health = slot_health(teacher, student, images)
+    assert health.keys() == NAMES
+    assert health["slot_entropy"].item() == pytest.approx(attention_entropy(attn).mean().item(), rel=1e-5)
+    assert health["slot_cls_share"].item() == pytest.approx(attn[..., 0].mean().item(), rel=1e-5)
+    agreement = attention_agreement(attn, of_student).mean().item()
+    assert health["slot_agreement"].item() == pytest.approx(agreement, rel=1e-5)
+    with torch.no_grad():
+        teacher.readout.query.zero_()  # attention is the same everywhere
+    health = slot_health(teacher, teacher, images)
+    assert health["slot_entropy"].item() == pytest.approx(math.log(5))
+    assert health["slot_cls_share"].item() == pytest.approx(1 / 5)
+    assert health["slot_effective_patches"].item() == pytest.approx(4)
+    assert health["slots_duplicate"].item() == 3
+    assert health["slot_agreement"].item() == 1
+    with torch.no_grad():
+        teacher.readout.value_proj.weight.zero_()
+    assert slot_health(teacher, teacher, images)["slots_dead"].item() == 3
+
+
+def test_the_student_goes_on_as_it_was_and_no_random_number_is_drawn():
+    encoders = [
+        build_encoder(ARCH | {"depth": 4}, 8, 16, num_slots=3, slot_dim=4, key_dim=4, drop_path_rate=0.9)
+        for _ in range(2)
+    ]
+    teacher, student = encoders[0].eval(), encoders[1].train()
+    images, before = torch.randn(5, 3, 16, 16), torch.get_rng_state()
+    first = slot_health(teacher, student, images)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(module.training for module in student.modules())
+    assert not teacher.training
+    assert first == slot_health(teacher, student, images)
+    assert all(parameter.grad is None for parameter in student.parameters())
+
+
+def test_encoder_without_slots_has_no_slot_health():
+    encoder = build_encoder(ARCH, 8, 16, readout="cls")
+    assert slot_health(encoder, encoder, torch.randn(2, 3, 16, 16)) == {}
+
+
+def test_runs_log_it_and_come_to_the_same_state(tmp_path, monkeypatch):
+    write_pictures(tmp_path / "data", 8)
+    program.pretrain(tiny_options(tmp_path / "data", tmp_path / "logged"))
+    monkeypatch.setattr(between_steps, "slot_health", lambda *_: {})
+    program.pretrain(tiny_options(tmp_path / "data", tmp_path / "silent"))
+    logged, silent = (read_metrics(tmp_path / name) for name in ("logged", "silent"))
+    assert len(logged) == 6 and all(entry.keys() >= NAMES for entry in logged)
+    assert not any(NAMES & entry.keys() for entry in silent)
+    assert [entry["loss"] for entry in logged] == [entry["loss"] for entry in silent]
+    hashes = {state_hash(load_latest(tmp_path / name)) for name in ("logged", "silent")}
+    assert len(hashes) == 1
+
+
+def test_runs_without_slots_log_none_of_it(tmp_path):
+    write_pictures(tmp_path / "data", 8)
+    program.pretrain(tiny_options(tmp_path / "data", tmp_path / "run", optim__epochs=2, **NO_SLOTS))
+    entries = read_metrics(tmp_path / "run")
+    assert len(entries) == 4 and not any(name.startswith("slot") for entry in entries for name in entry)

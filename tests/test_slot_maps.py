@@ -1,0 +1,166 @@
+"""`slots maps` end to end: overlays, grid and maps.json, and its errors in one sentence."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dino_sparo.__main__ import main
+from dino_sparo.data.images import normalize, to_tensor
+from dino_sparo.data.pil_views import center_crop
+from dino_sparo.interop.load import load_encoder
+from dino_sparo.slots.attention import cls_attention, slot_attention
+from dino_sparo.slots.drawing import overlay
+from tests.tiny import tiny_arguments, write_pictures
+
+SIDES = (24, 16, 40)  # of the pictures, whose widths are these and whose heights are 24
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A flat folder of three pictures: square, high, wide."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number, width in enumerate(SIDES):
+        pixels = rng.integers(0, 256, (24, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+def run(run_dir: Path, pictures: Path, out: Path, *options: str, num_workers: int = 0) -> int:
+    machine = (f"--num_workers={num_workers}", "--device=cpu")
+    arguments = [str(run_dir), f"--data.path={pictures}", f"--out={out}", *machine]
+    return main(["slots", "maps", *arguments, *options])
+
+
+def read(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def test_centre_crops(run_dir, pictures, tmp_path, capsys):
+    assert run(run_dir, pictures, tmp_path, "--slots=[1,0]", "--images=[2,0]") == 0
+    folder = tmp_path / "maps"
+    content = json.loads((folder / "maps.json").read_text())
+    assert (content["run"], content["which"], content["data"]) == (str(run_dir), "teacher", str(pictures))
+    assert [Path(name).name for name in content["images"]] == ["2.png", "0.png"]
+    assert (content["slots"], content["grid"]) == ([1, 0], "grid.png")
+    overlays = content["overlays"]
+    assert list(overlays) == ["2", "0"]
+    assert overlays["2"] == {"cls": "image2_cls.png", "1": "image2_slot01.png", "0": "image2_slot00.png"}
+    listed = {name for of_image in overlays.values() for name in of_image.values()}
+    assert {path.name for path in folder.iterdir()} == listed | {"maps.json", "grid.png"}
+    assert {read(folder / name).shape for name in listed} == {(16, 16, 3)}  # what the encoder was trained at
+    grid = read(folder / "grid.png")
+    assert grid.shape[1] > 4 * 100 and grid.std() > 10  # image, CLS and two slots
+    assert str(folder / "grid.png") in capsys.readouterr().out
+
+
+def test_overlays_are_those_of_their_image_and_slot(run_dir, pictures, tmp_path):
+    assert run(run_dir, pictures, tmp_path, "--slots=[1,0]", "--images=[2,0]") == 0
+    opened = [Image.open(pictures / f"{number}.png") for number in (2, 0)]
+    pixels = torch.stack([to_tensor(center_crop(image, 16)) for image in opened])
+    encoder = load_encoder(run_dir)
+    of_slots, _ = slot_attention(encoder, normalize(pixels))
+    of_cls = cls_attention(encoder, normalize(pixels)).mean(dim=1)
+    maps = {"cls": of_cls, "slot00": of_slots[:, 0], "slot01": of_slots[:, 1]}
+    for row, number in enumerate((2, 0)):
+        for name, of_images in maps.items():
+            expected = overlay(pixels[row], of_images[row], float(of_images.max())).astype(int)
+            found = read(tmp_path / "maps" / f"image{number}_{name}.png").astype(int)
+            assert abs(found - expected).max() <= 1  # batches round differently
+
+
+def test_whole_images_that_are_not_square(run_dir, pictures, tmp_path):
+    assert run(run_dir, pictures, tmp_path, "--short_side=32", "--batch_size=2") == 0
+    content = json.loads((tmp_path / "maps" / "maps.json").read_text())
+    assert sorted(content["slots"]) == [0, 1]  # all there are
+    # 24x24 -> 32x32; 16 wide, 24 high -> 32, 48; 40 wide, 24 high -> 53, 32, of which 48 are whole patches
+    shapes = {"0": (32, 32), "1": (48, 32), "2": (32, 48)}
+    for number, names in content["overlays"].items():
+        assert {read(tmp_path / "maps" / name).shape[:2] for name in names.values()} == {shapes[number]}
+
+
+def test_pictures_of_an_earlier_run_go_and_others_stay(run_dir, pictures, tmp_path):
+    assert run(run_dir, pictures, tmp_path, "--images=[0,1]") == 0
+    folder = tmp_path / "maps"
+    (folder / "mine.png").write_bytes(b"mine")
+    assert run(run_dir, pictures, tmp_path, "--images=[1]", "--slots=[0]") == 0
+    expected = {"maps.json", "grid.png", "mine.png", "image1_cls.png", "image1_slot00.png"}
+    assert {path.name for path in folder.iterdir()} == expected
+
+
+def test_images_are_spread_evenly_and_student_is_not_the_teacher(run_dir, pictures, tmp_path):
+    found = {}
+    for name in ("3.png", "4.png"):
+        Image.new("RGB", (24, 24)).save(pictures / name)
+    for which in ("teacher", "student"):
+        assert run(run_dir, pictures, tmp_path / which, "--num_images=3", f"--which={which}") == 0
+        content = json.loads((tmp_path / which / "maps" / "maps.json").read_text())
+        assert content["which"] == which
+        assert list(content["overlays"]) == ["0", "2", "4"]
+        found[which] = read(tmp_path / which / "maps" / "image0_slot00.png")
+    assert (found["teacher"] != found["student"]).any()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--slots=[0,2]", "slots has 2, expected numbers from 0 to 1, the encoder's slots; leave 2 out"),
+        ("--slots=[-1]", "slots is [-1]; expected a finite number of at least 0"),
+        ("--slots=[1,1]", "slots has 1 more than once, expected different numbers; give it once"),
+        ("--slots=[]", "slots is empty; give at least one value or leave the option out"),
+        ("--images=[1,1]", "images has 1 more than once"),
+        ("--images=[3]", "images has 3, expected numbers from 0 to 2, the images of "),
+        ("--num_images=0", "num_images is 0; expected a finite number above 0"),
+        ("--short_side=7", "short_side is 7, expected at least the 8 pixels of a patch; give more"),
+    ],
+)
+def test_mistakes_in_options(run_dir, pictures, tmp_path, capsys, option, message):
+    assert run(run_dir, pictures, tmp_path / "out", option) == 2
+    shown = capsys.readouterr().err
+    assert message in shown and "Traceback" not in shown
+    assert len(shown.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [((100, 7), "has 100x7 pixels, expected at least a patch of 8"), ((200, 8), "at most 16 times as long")],
+)
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_mistakes_in_whole_images(run_dir, pictures, tmp_path, capsys, size, message, num_workers):
+    Image.new("RGB", size).save(pictures / "9.png")
+    options = ("--short_side=32", "--images=[0,3]")
+    assert run(run_dir, pictures, tmp_path / "out", *options, num_workers=num_workers) == 2
+    shown = capsys.readouterr().err
+    assert message in shown and "9.png" in shown and "Traceback" not in shown
+
+
+def test_image_that_cannot_be_read(run_dir, pictures, tmp_path, capsys):
+    (pictures / "1.png").write_bytes(b"not a picture")
+    assert run(run_dir, pictures, tmp_path / "out") == 2
+    shown = capsys.readouterr().err
+    assert "1.png" in shown and "cannot be read" in shown and "Traceback" not in shown
+
+
+def test_empty_folder(run_dir, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert run(run_dir, tmp_path / "empty", tmp_path / "out") == 2
+    shown = capsys.readouterr().err
+    assert str(tmp_path / "empty") in shown and "Traceback" not in shown
+
+
+def test_encoder_without_slots(pictures, tmp_path, capsys):
+    write_pictures(tmp_path / "data", 4)
+    fields = ("num_slots", "slot_dim", "key_dim", "group_size")
+    no_slots = {f"model__readout__{name}": "null" for name in fields} | {"model__readout__name": "cls"}
+    assert main(["pretrain", *tiny_arguments(tmp_path / "data", tmp_path / "run", **no_slots)]) == 0
+    capsys.readouterr()
+    assert run(tmp_path / "run", pictures, tmp_path / "out") == 2
+    shown = capsys.readouterr().err
+    assert f"{tmp_path / 'run'} has no slots (read-out cls), expected one with slots" in shown
+    assert "Traceback" not in shown and not (tmp_path / "out").exists()

@@ -1,0 +1,241 @@
+"""`dino-sparo sweep`: what is planned, what the table says, and going on after a stop."""
+
+import json
+import os
+import shutil
+import signal
+import statistics
+
+import pytest
+import yaml
+
+from dino_sparo import load_encoder, sweep
+from dino_sparo.__main__ import main
+from dino_sparo.checks import check_options
+from dino_sparo.config import parse_options, recipes
+from dino_sparo.errors import StoppedError, UserError
+from dino_sparo.models.cost import count_parameters, encoder_cost
+from dino_sparo.options import SweepOptions
+from dino_sparo.processes import STOP_SIGNALS
+from dino_sparo.training.checkpoint import encoder_of
+from dino_sparo.training.rundir import config_of
+from dino_sparo.training.runlog import RunLog, read_metrics
+from tests.tiny import tiny_arguments, write_pictures
+
+CHANGES = {"monitor__knn_every_epochs": 2, "optim__epochs": 2, "model__readout__slot_dim": 8}
+
+
+@pytest.fixture
+def data(tmp_path):
+    write_pictures(tmp_path / "data", 24, classes=2)
+    shutil.copytree(tmp_path / "data" / "train", tmp_path / "data" / "val")
+    return tmp_path / "data"
+
+
+def arguments(data, *more: str, **changes) -> list[str]:
+    folder = data.parent / "sweep"
+    return [*tiny_arguments(data, folder, **(CHANGES | changes)), *more]
+
+
+def options(data, *more: str, vary=(), **changes) -> SweepOptions:
+    given = [*arguments(data, *more, **changes), f"--vary={json.dumps(list(vary))}"]
+    return parse_options(SweepOptions, given, usage="")
+
+
+def starts(folder) -> int:
+    return sum(len(path.read_text().splitlines()) for path in folder.glob("*/starts.jsonl"))
+
+
+# --- What is planned
+
+
+def test_all_combinations_in_their_order(data):
+    planned = sweep.plan(options(data, vary=["model.readout.num_slots=2,4", "seed=0,1"]))
+    assert [(v.folder, v.row) for v in planned] == [
+        ("num_slots=2_seed=0", "num_slots=2"),
+        ("num_slots=2_seed=1", "num_slots=2"),
+        ("num_slots=4_seed=0", "num_slots=4"),
+        ("num_slots=4_seed=1", "num_slots=4"),
+    ]
+    last = planned[-1].options
+    assert (last.model.readout.num_slots, last.seed) == (4, 1)
+    assert last.run_dir == str(data.parent / "sweep" / "num_slots=4_seed=1")
+    assert (last.optim.epochs, last.data.path) == (2, str(data))  # of the recipe
+    assert not (data.parent / "sweep").exists()
+
+
+def test_the_recipe_alone_and_keys_with_one_last_part(data):
+    (alone,) = sweep.plan(options(data))
+    assert (alone.folder, alone.row, alone.changes) == ("recipe", "recipe", {})
+    keys = ["data.path=a", "monitor.knn_path=b,null"]
+    assert [v.folder for v in sweep.plan(options(data, vary=keys))] == [
+        "path=a_knn_path=b",
+        "path=a_knn_path=null",
+    ]
+    both = ["views.local_size=8", "model.readout.name=sparo", "optim.warmup_epochs=0,1"]
+    assert sweep.plan(options(data, vary=both))[1].folder == "local_size=8_name=sparo_warmup_epochs=1"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("seed=0, 1", ("seed", ["0", "1"])),
+        ("views.local_scale=[0.1, 0.4],[0.2,0.5]", ("views.local_scale", ["[0.1, 0.4]", "[0.2,0.5]"])),
+        ("model.readout.output=null,slots", ("model.readout.output", ["null", "slots"])),
+    ],
+)
+def test_values(text, expected):
+    assert sweep.parse_vary(text) == expected
+
+
+@pytest.mark.parametrize("text", ["seed", "seed=", "=3", "seed=1,,2", "seed=1,"])
+def test_no_values(text):
+    with pytest.raises(UserError, match=r"vary has '.*'; expected section.key=VALUE,VALUE"):
+        sweep.parse_vary(text)
+
+
+@pytest.mark.parametrize("recipe", [name for name in recipes() if "dino" not in name])
+def test_shipped_variants_fit_every_sparo_recipe(tmp_path, recipe):
+    given = ["--config", recipe, "--data.path=x", f"--run_dir={tmp_path}", "--variants=readouts"]
+    planned = sweep.plan(parse_options(SweepOptions, given, usage=""))
+    shipped = yaml.safe_load((sweep.recipes_folder() / "variants" / "readouts.yaml").read_text())
+    assert [variant.row for variant in planned] == list(shipped)
+    names = {variant.options.model.readout.name for variant in planned}
+    assert names == {"sparo", "pooler", "bottleneck", "gap", "cls"}
+    for variant in planned:
+        check_options(variant.options)
+        if "imagenet" not in recipe:
+            assert encoder_of(config_of(variant.options)).embed_dim > 0
+    assert len({json.dumps(config_of(variant.options)["model"]) for variant in planned}) == len(planned)
+
+
+def test_variants_of_a_file_and_some_of_them(data, tmp_path):
+    (tmp_path / "mine.yaml").write_text("few: {model.readout.num_slots: 2}\nlong: {optim.epochs: 5}\n")
+    given = f"--variants={tmp_path / 'mine.yaml'}"
+    assert [v.folder for v in sweep.plan(options(data, given, vary=["seed=3"]))] == [
+        "few_seed=3",
+        "long_seed=3",
+    ]
+    (only,) = sweep.plan(options(data, given, '--only=["long"]'))
+    assert (only.row, only.options.optim.epochs, only.changes) == ("long", 5, {"optim.epochs": 5})
+
+
+@pytest.mark.parametrize(
+    ("more", "vary", "message"),
+    [
+        (
+            [],
+            ["model.readout.slots=2"],
+            "variant 'slots=2': option --model.readout.slots is unknown; did you",
+        ),
+        ([], ["seed=0,x"], "variant 'seed=x': seed is x; expected a whole number"),
+        (
+            [],
+            ["model.readout.group_size=3"],
+            "variant 'group_size=3': model.readout.group_size is 3, which does",
+        ),
+        ([], ["seed=0", "seed=1"], "vary names a key twice"),
+        ([], ["seed=0,0"], "run 'seed=0' is planned twice"),
+        (["--variants=nope"], [], "variants 'nope' does not exist; give a YAML file or one of .*: readouts"),
+        (['--only=["cls"]'], [], "only is .'cls'., but variants is not given"),
+        (["--variants=readouts", '--only=["clz"]'], [], "only has 'clz', which is not in .*; it has sparo, "),
+        (["--monitor.knn_every_epochs=0"], [], "monitor.knn_every_epochs is 0, but a sweep fills its table"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_trained(data, more, vary, message):
+    changed = {} if not any("knn_every" in one for one in more) else {"monitor__knn_every_epochs": 0}
+    more = [one for one in more if "knn_every" not in one]
+    with pytest.raises(UserError, match=message):
+        sweep.run(options(data, *more, vary=vary, **changed))
+    assert not (data.parent / "sweep").exists()
+
+
+@pytest.mark.parametrize("content", ["- a\n", "a: 3\n", "a: [", ""])
+def test_a_file_that_holds_no_variants(data, tmp_path, content):
+    (tmp_path / "mine.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"mine.yaml(: expected names of variants| is no valid YAML)"):
+        sweep.plan(options(data, f"--variants={tmp_path / 'mine.yaml'}"))
+
+
+def test_images_without_labels(data):
+    shutil.rmtree(data / "val")
+    (data / "train" / "class1").rename(data / "train" / "class0" / "inner")
+    with pytest.raises(UserError, match=r"has no labels, but a sweep fills .* monitor.knn_path"):
+        sweep.run(options(data))
+
+
+# --- What the table says
+
+
+def test_one_command_fills_the_table_and_the_same_command_trains_nothing_more(data, capsys):
+    command = ["sweep", *arguments(data), "--vary", "model.readout.num_slots=2,4", "--vary", "seed=0,1"]
+    assert main(command) == 0
+    folder = data.parent / "sweep"
+    content = json.loads((folder / "sweep.json").read_text())
+    assert [row["variant"] for row in content["rows"]] == ["num_slots=2", "num_slots=4"]
+    for row in content["rows"]:
+        encoder = load_encoder(folder / row["runs"][0]["run"])
+        assert row["parameters"] == count_parameters(encoder)
+        assert row["readout_parameters"] == count_parameters(encoder.readout)
+        assert row["flops"] == encoder_cost(encoder, 16)["flops"]
+        final = [read_metrics(folder / run["run"])[-1] for run in row["runs"]]
+        assert [entry["epoch"] for entry in final] == [2, 2]
+        assert [run["knn20_top1"] for run in row["runs"]] == [entry["knn20_top1"] for entry in final]
+        assert row["knn20_top1"] == pytest.approx(sum(entry["knn20_top1"] for entry in final) / 2)
+        assert row["sd"] == pytest.approx(statistics.stdev(entry["knn20_top1"] for entry in final))
+    few, many = content["rows"]
+    assert many["readout_parameters"] - few["readout_parameters"] == 2 * (4 + 4 * 17)  # two queries and keys
+    printed = capsys.readouterr().out
+    assert printed.strip() in (folder / "sweep.md").read_text()
+    assert f"| {few['knn20_top1']:.2f} ± {few['sd']:.2f} | 2 of 2 |" in printed
+    before = starts(folder)
+    assert main(command) == 0
+    assert starts(folder) == before == 4 and capsys.readouterr().out == printed
+
+
+def test_a_run_that_fails_fills_its_row_and_the_next_one_starts(data, capsys):
+    assert main(["sweep", *arguments(data), "--vary", "optim.global_batch_size=4,4096,8"]) == 1
+    rows = json.loads((data.parent / "sweep" / "sweep.json").read_text())["rows"]
+    assert [row["knn20_top1"] is None for row in rows] == [False, True, False]
+    assert "fewer than one batch" in rows[1]["runs"][0]["error"]
+    assert "| - | 0 of 1, 1 failed |" in capsys.readouterr().out
+
+
+def test_another_experiment_in_the_same_folder_is_refused(data):
+    sweep.run(options(data))
+    before = (data.parent / "sweep" / "sweep.json").read_text()
+    with pytest.raises(UserError, match=r"holds another experiment \(optim.final_lr was"):
+        sweep.run(options(data, optim__final_lr=0.5))
+    assert (data.parent / "sweep" / "sweep.json").read_text() == before
+
+
+def test_a_signal_stops_all_and_the_same_command_goes_on(data, monkeypatch):
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    scalars, logged = RunLog.scalars, []
+
+    def stop_in_the_second_run(self, step, values, *, batch_size):
+        scalars(self, step, values, batch_size=batch_size)
+        logged.append(step)
+        if len(logged) == 12 + 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    folder, given = data.parent / "sweep", options(data, vary=["seed=0,1,2"])
+    with monkeypatch.context() as patched:
+        patched.setattr(RunLog, "scalars", stop_in_the_second_run)
+        try:
+            with pytest.raises(StoppedError, match="stopped by SIGTERM after step 3 of 12"):
+                sweep.run(given)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    (row,) = json.loads((folder / "sweep.json").read_text())["rows"]
+    assert [run["knn20_top1"] is None for run in row["runs"]] == [False, True, True]
+    assert not (folder / "seed=2").exists()
+    assert sweep.run(given) == 0
+    (row,) = json.loads((folder / "sweep.json").read_text())["rows"]
+    assert None not in [run["knn20_top1"] for run in row["runs"]]
+    assert [len((folder / f"seed={n}" / "starts.jsonl").read_text().splitlines()) for n in range(3)] == [
+        1,
+        2,
+        1,
+    ]
