@@ -37,12 +37,14 @@ class Variant:
     """One run of the sweep.
 
     Attributes:
+        name: of the set of changes that it comes from; empty for the recipe alone.
         row: what its row of the table is called, the same for all seeds.
         folder: its run folder below that of the sweep.
         changes: what it has instead of the recipe, by dotted key.
         options: what it is trained with.
     """
 
+    name: str
     row: str
     folder: str
     changes: Changes
@@ -64,8 +66,9 @@ def run(options: SweepOptions) -> int:
         check_same_experiment(Path(variant.options.run_dir), config_of(variant.options))
     check_knn(variants[0].options)
     errors: dict[str, str] = {}
-    for number, variant in enumerate(variants, start=1):
-        log.info("\n%d of %d: %s", number, len(variants), variant.folder)
+    chosen = [variant for variant in variants if not options.only or variant.name in options.only]
+    for number, variant in enumerate(chosen, start=1):
+        log.info("\n%d of %d: %s", number, len(chosen), variant.folder)
         try:
             pretrain(variant.options)
         except UserError as error:
@@ -80,7 +83,7 @@ def run(options: SweepOptions) -> int:
 
 
 def plan(options: SweepOptions) -> list[Variant]:
-    """All runs of the sweep, checked: variants x values of each `vary`, in their order.
+    """All runs of the sweep, also those that `only` leaves out: variants x values of each `vary`, checked.
 
     Raises:
         UserError: a key or value is wrong, naming the variant; or two variants are the same.
@@ -121,15 +124,15 @@ def _variant(name: str, changes: Changes, chosen: Changes, recipe: Path, folder:
         parsed = parse_options(PretrainOptions, [*base, *arguments], usage="dino-sparo sweep")
     except UserError as error:
         raise UserError(f"variant {title!r}: {error}") from error
-    return Variant(row or "recipe", place, every, parsed)
+    return Variant(name, row or "recipe", place, every, parsed)
 
 
 def read_variants(name: str | None, only: Sequence[str]) -> dict[str, Changes]:
-    """Named sets of changes from a YAML file, by its path or among the shipped ones; those in `only` if any.
+    """Named sets of changes from a YAML file, by its path or among the shipped ones.
 
     Raises:
         UserFileNotFoundError: there is no such file.
-        UserError: it is none, or lacks a name.
+        UserError: it is none, or lacks a name that is in `only`.
     """
     if name is None:
         if only:
@@ -152,7 +155,7 @@ def read_variants(name: str | None, only: Sequence[str]) -> dict[str, Changes]:
     unknown = [one for one in only if one not in variants]
     if unknown:
         raise UserError(f"only has {unknown[0]!r}, which is not in {path}; it has {', '.join(variants)}")
-    return {key: value for key, value in variants.items() if not only or key in only}
+    return variants
 
 
 def recipes_folder() -> Path:

@@ -158,11 +158,7 @@ def test_the_program_with_a_control(runs, tmp_path, capsys):
     assert "16 numbers cannot be cut into 3" in found["remarks"][0]
     assert f"| 3 | {own['all']['knn']:.2f} |" in said
     assert (tmp_path / "rank" / "curve.png").stat().st_size > 10_000
-    assert (
-        rank_program(runs, tmp_path, "--k=3", "--control", str(runs["sparo"])) == 0
-    )  # slots are no hindrance
-    again = json.loads((tmp_path / "rank" / "rank.json").read_text())["encoders"]
-    assert again[0]["curve"] == again[1]["curve"] == own["curve"]
+    assert (found["which"], found["control"]) == ("teacher", str(runs["cls"]))
 
 
 @pytest.mark.parametrize(
@@ -176,6 +172,11 @@ def test_mistakes(runs, tmp_path, capsys, more, said):
     assert rank_program(runs, tmp_path, *more) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "rank").exists()
+
+
+def test_a_control_has_no_slots(runs, tmp_path, capsys):
+    assert rank_program(runs, tmp_path, "--k=3", "--control", str(runs["sparo"])) == 2
+    assert "has slots (read-out sparo), expected a run without" in capsys.readouterr().err
 
 
 def test_no_slots_and_no_classes(runs, tmp_path, capsys):

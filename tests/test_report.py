@@ -1,7 +1,9 @@
 import json
+import os
 import re
 import shutil
 import subprocess
+import time
 from html.parser import HTMLParser
 
 import pytest
@@ -62,9 +64,9 @@ class Page(HTMLParser):
             self.commands.append(data)
 
 
-def page_of(folder, num_slots=16):
+def page_of(folder, num_slots=16, **asked):
     commands = {name: f"dino-sparo slots {name} RUN" for name in (*FILES, "knn", "linear")}
-    files = RunFiles(folder, folder / "slots", commands)
+    files = RunFiles(folder, folder / "slots", commands, asked)
     return render(folder.name, {}, all_sections(files, slots_to_show(files, num_slots)), "seed: 0\n")
 
 
@@ -121,6 +123,26 @@ def test_each_missing_part_tells_its_command(sample, tmp_path):
         if path.is_file():
             path.unlink()
     assert len(Page(page_of(folder, 8)).commands) == len(FILES) + 2  # k-NN and linear
+
+
+def test_an_analysis_of_others_is_not_shown(sample):
+    assert Page(page_of(sample, 8, which="teacher")).commands == []
+    page = Page(page_of(sample, 8, which="student"))
+    assert "dino-sparo slots maps RUN" in page.commands and "slots/maps/grid.png" not in page.files
+    page = Page(page_of(sample, 8, data="elsewhere"))
+    assert [f"dino-sparo slots {part} RUN" for part in ("rank", "health")] == page.commands[:2]
+    assert not any(name.startswith(("slots/rank", "slots/gallery")) for name in page.files)
+
+
+def test_what_is_older_than_a_checkpoint_says_so(sample, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(sample, folder)
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    newer = folder / "checkpoints" / "epoch0009.pt"
+    newer.touch()
+    os.utime(newer, (time.time() + 3600,) * 2)
+    commands = [f"dino-sparo slots {part} RUN" for part in ("knn", "linear", *FILES)]
+    assert Page(page_of(folder, 8)).commands == commands
 
 
 def test_a_missing_picture_leaves_a_line(sample, tmp_path):

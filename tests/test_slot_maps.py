@@ -140,6 +140,12 @@ def test_mistakes_in_whole_images(run_dir, pictures, tmp_path, capsys, size, mes
     assert message in shown and "9.png" in shown and "Traceback" not in shown
 
 
+def test_an_image_smaller_than_a_patch(run_dir, pictures, tmp_path, capsys):
+    Image.new("RGB", (100, 7)).save(pictures / "9.png")
+    assert run(run_dir, pictures, tmp_path / "out", "--images=[0,3]") == 2
+    assert "9.png has 100x7 pixels, expected at least a patch of 8" in capsys.readouterr().err
+
+
 def test_image_that_cannot_be_read(run_dir, pictures, tmp_path, capsys):
     (pictures / "1.png").write_bytes(b"not a picture")
     assert run(run_dir, pictures, tmp_path / "out") == 2

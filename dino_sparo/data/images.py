@@ -80,7 +80,12 @@ class CenterCrops(Dataset):
         image = load_image(self.source, index)
         if isinstance(image, UnreadableImage):
             return image
-        return to_tensor(pil_views.center_crop(_middle(image), self.size))
+        return evaluation_crop(image, self.size)
+
+
+def evaluation_crop(image: Image.Image, size: int) -> Tensor:
+    """The middle of an image as the official evaluation cuts it, uint8 (3, size, size)."""
+    return to_tensor(pil_views.center_crop(_middle(image), size))
 
 
 def collate_images(images: list[Tensor | UnreadableImage]) -> Tensor | UnreadableImage:

@@ -15,7 +15,7 @@ class SweepOptions(PretrainOptions):
     """Named sets of changes: a YAML file of `name: {section.key: value}`, or a shipped one (`readouts`: those
     of the paper's Table 6); null takes the recipe alone."""
     only: list[str] = field(default_factory=list)
-    """Names of the variants to run; all if none are given."""
+    """Names of the variants to train now; all if none are given. The table has all."""
     vary: list[str] = field(default_factory=list)
     """section.key=VALUE,VALUE,...: each variant with each value, and several such in all combinations. Runs
     that differ in seed alone share a row of the table."""

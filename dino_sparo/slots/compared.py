@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.workers import default_workers
+from dino_sparo.errors import UserError
 from dino_sparo.evaluation.features import Wanted, cached_features
 from dino_sparo.evaluation.results import results_folder
 from dino_sparo.interop.load import load_encoder
@@ -51,10 +52,25 @@ def open_compared(options: "SlotRankOptions | SlotMaskOptions") -> tuple[list[Co
     num_slots = encoder.readout.num_slots
     compared = [Compared(encoder.readout_name, options.run, encoder, num_slots)]
     if options.control:
-        control = load_encoder(options.control, options.which).to(device)
+        control = open_control(options.control, options.which).to(device)
         num_parts = most_parts(control.embed_dim, num_slots)
         compared.append(Compared(f"{CONTROL} ({control.readout_name})", options.control, control, num_parts))
     return compared, device
+
+
+def open_control(run: str, which: str) -> Encoder:
+    """The encoder of a run without slots, in evaluation mode, on the CPU.
+
+    Raises:
+        UserError: it has slots, or the weights cannot be had.
+    """
+    control = load_encoder(run, which)
+    if control.num_slots:
+        raise UserError(
+            f"control {run!r} has slots (read-out {control.readout_name}), expected a run without; give one "
+            f"whose model.readout.name is cls or gap"
+        )
+    return control
 
 
 def most_parts(width: int, num_slots: int) -> int:

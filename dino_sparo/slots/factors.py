@@ -24,8 +24,8 @@ from dino_sparo.data.workers import default_workers
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.features import Wanted, cached_features
 from dino_sparo.evaluation.results import results_folder
-from dino_sparo.interop.load import load_encoder
 from dino_sparo.models import Encoder
+from dino_sparo.slots.compared import open_control
 from dino_sparo.slots.parts import LinearProbe, Moments, moments, parts_of, probe_accuracies, single
 from dino_sparo.slots.program import open_slots, output_folder, write_json
 
@@ -193,11 +193,11 @@ def draw_factors_matrix(encoders: Sequence[FactorScores], path: Path) -> None:
 
 
 def table(encoders: Sequence[FactorScores]) -> str:
-    """For each factor chance, the slot that tells it best, and the whole encodings, as lines of text."""
+    """For each factor chance, the largest accuracy of a slot on these pictures, and the whole encodings."""
     slots = np.array(encoders[0].alone)
     names = ["all slots", *(one.name for one in encoders[1:])]
     width = max(map(len, names))
-    lines = [f"{'factor':<12}{'chance':>8}{'best slot':>18}  " + "  ".join(f"{n:>{width}}" for n in names)]
+    lines = [f"{'factor':<12}{'chance':>8}{'largest slot':>18}  " + "  ".join(f"{n:>{width}}" for n in names)]
     for column, (name, guess) in enumerate(chance().items()):
         best = int(slots[:, column].argmax())
         shown = f"{slots[best, column]:.1f} (slot {best})"
@@ -221,7 +221,7 @@ def run(options: "SlotFactorsOptions") -> None:
     assert encoder.readout is not None
     compared = [(encoder.readout_name, options.run, encoder, encoder.readout.num_slots)]
     if options.control:
-        control = load_encoder(options.control, options.which).to(device)
+        control = open_control(options.control, options.which).to(device)
         compared.append((f"control ({control.readout_name})", options.control, control, 1))
     train, train_values = factor_pictures(0, options.num_images)
     test, test_values = factor_pictures(options.num_images, options.num_images // 2)
@@ -239,6 +239,8 @@ def run(options: "SlotFactorsOptions") -> None:
     draw_factors_matrix(scores, folder / "factors.png")
     content = {
         "run": options.run,
+        "which": options.which,
+        "control": options.control,
         "factors": NUM_VALUES,
         "chance": chance(),
         "encoders": [asdict(one) for one in scores],

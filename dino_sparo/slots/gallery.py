@@ -161,7 +161,8 @@ def run(options: "SlotGalleryOptions") -> None:
         numbers = shown[slot].tolist()
         _draw(folder / picture, slot, images, maps, source, numbers, strength, cosine)
         entries.append({"slot": slot, "picture": picture, "top": _top(source, numbers, strength, cosine)})
-    write_json(folder / "gallery.json", {"run": options.run, "data": options.data.path, "slots": entries})
+    content = {"run": options.run, "which": options.which, "data": options.data.path, "slots": entries}
+    write_json(folder / "gallery.json", content)
     remove_other_pictures(folder, "slot*.png", {entry["picture"] for entry in entries})
     print(f"{len(slots)} slots over {len(source)} images: {folder}")
 

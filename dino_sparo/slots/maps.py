@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dino_sparo.data.images import CenterCrops, UnreadableImage, load_image, to_tensor
+from dino_sparo.data.images import UnreadableImage, evaluation_crop, load_image, to_tensor
 from dino_sparo.data.sources import ImageSource, open_images
 from dino_sparo.errors import UserError
 from dino_sparo.slots.attention import cls_attention, distinct_slots, slot_attention
@@ -51,7 +51,7 @@ def run(options: "SlotMapsOptions") -> None:
     backbone = encoder.backbone
     dataset: Dataset
     if options.short_side is None:
-        dataset = CenterCrops(source, backbone.native_grid * backbone.patch_size)
+        dataset = MiddleCrops(source, backbone.native_grid * backbone.patch_size, backbone.patch_size)
     else:
         dataset = WholeImages(source, options.short_side, backbone.patch_size)
     pixels = list(load_images(dataset, source, numbers, options.num_workers))
@@ -77,6 +77,21 @@ def run(options: "SlotMapsOptions") -> None:
     print(f"slots {', '.join(map(str, slots))} on {len(numbers)} images: {folder / 'grid.png'}")
 
 
+class MiddleCrops(Dataset):
+    """Item -> the evaluation crop of an image, uint8 (3, size, size); a UserError for one below a patch."""
+
+    def __init__(self, source: ImageSource, size: int, patch_size: int) -> None:
+        self.source, self.size, self.patch_size = source, size, patch_size
+
+    def __getitem__(self, index: int) -> Tensor | UnreadableImage | UserError:
+        image = load_image(self.source, index)
+        if isinstance(image, UnreadableImage):
+            return image
+        if min(image.size) < self.patch_size:
+            return _too_small(self.source.name(index), image, self.patch_size)
+        return evaluation_crop(image, self.size)
+
+
 class WholeImages(Dataset):
     """Item -> a whole image, uint8 (3, height, width), its short side resized to `short_side` (bicubic).
 
@@ -99,12 +114,12 @@ class WholeImages(Dataset):
         image = load_image(self.source, index)
         if isinstance(image, UnreadableImage):
             return image
-        what = f"{name} has {image.width}x{image.height} pixels"
         if min(image.size) < self.patch_size:
-            return UserError(f"{what}, expected at least a patch of {self.patch_size}; choose other images")
+            return _too_small(name, image, self.patch_size)
         if max(image.size) > MAX_ASPECT * min(image.size):
             return UserError(
-                f"{what}, expected at most {MAX_ASPECT} times as long as wide; choose other images"
+                f"{name} has {image.width}x{image.height} pixels, expected at most {MAX_ASPECT} times as "
+                f"long as wide; choose other images"
             )
         scale = self.short_side / min(image.size)
         width, height = (round(side * scale) for side in image.size)
@@ -112,6 +127,13 @@ class WholeImages(Dataset):
         left, top = (width - wide) // 2, (height - high) // 2
         resized = image.resize((width, height), Image.Resampling.BICUBIC)
         return to_tensor(resized.crop((left, top, left + wide, top + high)))
+
+
+def _too_small(name: str, image: Image.Image, patch_size: int) -> UserError:
+    return UserError(
+        f"{name} has {image.width}x{image.height} pixels, expected at least a patch of {patch_size}; choose "
+        f"other images"
+    )
 
 
 def _choose_images(options: "SlotMapsOptions", count: int) -> list[int]:

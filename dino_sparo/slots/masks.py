@@ -6,6 +6,10 @@ s cos(m * y, m * class mean), y the encoding and the class means those of the tr
 silent: theta begins at 0, where the mask is even and so changes no cosine, and e^alpha at 100; both are
 learned, at a constant rate; the last batch of an epoch may be smaller.
 
+A scale of 100 and more is made for cosines that lie close together, as those of encodings with a large
+common mean do. Where they are spread (a mean of zero, say) the loss begins far above ln S, and the mask may
+drop parts that tell the class: look at the learning in mask.json.
+
 Axis letters: B images, S classes, E numbers of an encoding, M numbers of a mask.
 """
 
@@ -68,8 +72,10 @@ def run(options: "SlotMaskOptions") -> None:
     compared, device = open_compared(options)
     folder = output_folder(options, "mask")
     result: dict[str, Any] = {
+        "which": options.which,
         "data": options.data.path,
         "transfer": options.transfer,
+        "control": options.control,
         "epochs": options.epochs,
         "lr": options.lr,
         "batch_size": options.learning_batch_size,

@@ -63,12 +63,14 @@ class RunFiles:
     """Where the files of a run lie, and which command makes which part.
 
     folder: what `results.json` and, of a run folder, `metrics.jsonl` lie in. slots: what the commands about
-    slots wrote. commands: name of a part -> the command line that makes it.
+    slots wrote. commands: name of a part -> the command line that makes it. asked: whose weights, and if they
+    are given images and control, the page is about; an analysis of others is not shown.
     """
 
     folder: Path
     slots: Path
     commands: Mapping[str, str]
+    asked: Mapping[str, str] = field(default_factory=dict)
 
     def name(self, path: Path) -> str:
         """As captions call a file: within the run folder if it lies there."""
@@ -92,6 +94,11 @@ class RunFiles:
             raise damaged(path, TypeError("no object of names and values"), self.commands[part])
         return content
 
+    def of_others(self, content: Mapping[str, Any]) -> str:
+        """By what an analysis is not about what is asked for; empty if it is."""
+        differing = [key for key, value in self.asked.items() if key in content and content[key] != value]
+        return ", ".join(f"{key} {content[key]}" for key in differing)
+
     def made(self, path: Path) -> tuple[str, bool]:
         """When a file was written, and whether the run has a newer checkpoint."""
         seconds = path.stat().st_mtime
@@ -112,6 +119,8 @@ def slots_to_show(files: RunFiles, num_slots: int) -> tuple[list[int], list[int]
     Few slots are all shown, each once.
     """
     ranked = files.read("rank")
+    if ranked and files.of_others(ranked):
+        ranked = None
     try:
         order = [int(slot) for slot in ranked["encoders"][0]["orders"]["knn"]] if ranked else []
     except (KeyError, IndexError, TypeError, ValueError) as error:
@@ -133,6 +142,10 @@ def analysed(
     path = files.slots / FILES[part]
     if content is None:
         section.notes.append(("Not made yet:", files.commands[part]))
+        return section
+    others = files.of_others(content)
+    if others:
+        section.notes.append((f"Not shown, since made with {others}; make it anew:", files.commands[part]))
         return section
     section.made, old = files.made(path)
     if old:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -60,10 +61,10 @@ def lines(
     def draw(axes: Axes) -> None:
         handles = []
         for number, (_, x, y) in enumerate(drawn):
-            every = max(1, -(-len(x) // MAX_POINTS))
+            shown = np.linspace(0, len(x) - 1, min(len(x), MAX_POINTS)).round().astype(int)
             handles += axes.plot(
-                x[::every],
-                y[::every],
+                np.asarray(x)[shown],
+                np.asarray(y)[shown],
                 styles[number] if styles else "-",
                 color=COLOURS[number % len(COLOURS)],
                 marker="o" if len(x) <= 40 else None,

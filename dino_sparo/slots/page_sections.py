@@ -62,7 +62,10 @@ def accuracy(files: RunFiles) -> Section:
             section.notes.append((f"No {part} result yet:", files.commands[part]))
     if not results:
         return section
-    section.made = files.made(path)[0]
+    section.made, old = files.made(path)
+    if old:
+        for part in ("knn", "linear"):
+            section.notes.append(("Older than the newest checkpoint; make it anew:", files.commands[part]))
     header = ("protocol", "setting", "test set", "weights", "labels used", "top-1 %", "top-5 %", "images")
     for headline, caption in ((True, "Official settings"), (False, "All other settings")):
         rows = [_result_row(result) for result in results if result.headline == headline]

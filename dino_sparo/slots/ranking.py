@@ -60,7 +60,9 @@ def run(options: "SlotRankOptions") -> None:
     folder = output_folder(options, "rank")
     looked_at = greedy_images(train.labels, split, options.seed)
     result: dict[str, Any] = {
+        "which": options.which,
         "data": options.data.path,
+        "control": options.control,
         "k": options.k,
         "num_select": len(split.select),
         "num_fit": len(split.fit),

@@ -12,6 +12,7 @@ from dino_sparo.data.sources import SHAPES
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.results import results_folder
 from dino_sparo.models import Encoder
+from dino_sparo.slots.compared import open_control
 from dino_sparo.slots.page import FILES, RunFiles, damaged, render, slots_to_show
 from dino_sparo.slots.page_sections import all_sections
 from dino_sparo.slots.program import open_slots, output_folder, slots_folder
@@ -25,11 +26,15 @@ PAGE_FILE = "report.html"
 
 
 def run(options: "SlotReportOptions") -> None:
-    """Make what is missing if there is data for it, then write `report.html` beside the analyses."""
+    """Make what is missing or about others if there is data for it, then write `report.html` beside it."""
     encoder, _ = open_slots(options)
     assert encoder.readout is not None
     folder = results_folder(options.run)
-    files = RunFiles(folder=folder, slots=slots_folder(options), commands=commands(options))
+    asked = {"which": options.which} | ({"data": options.data.path} if options.data is not None else {})
+    if options.control:
+        open_control(options.control, options.which)
+        asked["control"] = options.control
+    files = RunFiles(folder, slots_folder(options), commands(options), asked)
     config = read_config(folder)
     if options.data is not None:
         trained_on = config.get("data", {}).get("path")
@@ -87,7 +92,8 @@ def make_missing(options: "SlotReportOptions", files: RunFiles, num_slots: int, 
     compared = common | {"control": options.control}
 
     def lacks(name: str) -> bool:
-        return not (files.slots / FILES[name]).is_file()
+        content = files.read(name)
+        return content is None or bool(files.of_others(content))
 
     if lacks("rank"):
         ranking.run(SlotRankOptions(**compared, data=labelled))
