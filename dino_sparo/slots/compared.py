@@ -18,7 +18,9 @@ from dino_sparo.models import Encoder
 from dino_sparo.slots.program import open_slots
 
 if TYPE_CHECKING:
-    from dino_sparo.options.slots import SlotMaskOptions, SlotRankOptions
+    from dino_sparo.options.slots import SlotFactorsOptions, SlotMaskOptions, SlotRankOptions
+
+    ComparingOptions = SlotFactorsOptions | SlotMaskOptions | SlotRankOptions
 
 CONTROL = "control"
 
@@ -41,7 +43,7 @@ class Compared:
         return self.encoder.embed_dim // self.num_parts
 
 
-def open_compared(options: "SlotRankOptions | SlotMaskOptions") -> tuple[list[Compared], torch.device]:
+def open_compared(options: "ComparingOptions") -> tuple[list[Compared], torch.device]:
     """The run, then the control if one is given, and the device.
 
     Raises:
@@ -89,7 +91,7 @@ def remark_on_parts(one: Compared, num_slots: int) -> str:
 
 
 def encodings(
-    one: Compared, sources: Sequence[ImageSource], options: "SlotRankOptions | SlotMaskOptions"
+    one: Compared, sources: Sequence[ImageSource], options: "ComparingOptions"
 ) -> list[NDArray[Any]]:
     """Encodings of images (n, E) by source, from the cache or by one pass, mapped from files.
 

@@ -20,14 +20,10 @@ from torch import Tensor
 
 from dino_sparo.data.shapes import FACTORS, MAX_OBJECTS, draw_factors
 from dino_sparo.data.sources import ShapesSource
-from dino_sparo.data.workers import default_workers
 from dino_sparo.errors import UserError
-from dino_sparo.evaluation.features import Wanted, cached_features
-from dino_sparo.evaluation.results import results_folder
-from dino_sparo.models import Encoder
-from dino_sparo.slots.compared import open_control
+from dino_sparo.slots.compared import encodings, open_compared
 from dino_sparo.slots.parts import LinearProbe, Moments, moments, parts_of, probe_accuracies, single
-from dino_sparo.slots.program import open_slots, output_folder, write_json
+from dino_sparo.slots.program import output_folder, write_json
 
 if TYPE_CHECKING:
     from dino_sparo.options.slots import SlotFactorsOptions
@@ -217,24 +213,19 @@ def run(options: "SlotFactorsOptions") -> None:
             f"num_images is {options.num_images}, expected at least {MIN_PICTURES}, a score or more for each "
             f"value of a factor; give more, such as 2000"
         )
-    encoder, device = open_slots(options)
-    assert encoder.readout is not None
-    compared = [(encoder.readout_name, options.run, encoder, encoder.readout.num_slots)]
-    if options.control:
-        control = open_control(options.control, options.which).to(device)
-        compared.append((f"control ({control.readout_name})", options.control, control, 1))
+    compared, device = open_compared(options)
     train, train_values = factor_pictures(0, options.num_images)
     test, test_values = factor_pictures(options.num_images, options.num_images // 2)
     scores = []
-    for name, run_path, network, num_parts in compared:
-        of_train, of_test = _encodings(network, run_path, [train, test], options)
+    for one in compared:
+        of_train, of_test = encodings(one, [train, test], options)
         alone, whole = score_factors(
             *(of_train, train_values, of_test, test_values),
             num_values=NUM_VALUES,
-            num_parts=num_parts,
+            num_parts=one.num_parts if one is compared[0] else 1,
             device=device,
         )
-        scores.append(FactorScores(name, run_path, alone if network is encoder else [], whole))
+        scores.append(FactorScores(one.name, one.run, alone if one is compared[0] else [], whole))
     folder = output_folder(options, "factors")
     draw_factors_matrix(scores, folder / "factors.png")
     content = {
@@ -253,19 +244,3 @@ def run(options: "SlotFactorsOptions") -> None:
     )
     print(table(scores))
     print(f"{folder / 'factors.json'}, {folder / 'factors.png'}")
-
-
-def _encodings(
-    encoder: Encoder, run_path: str, sources: Sequence[ShapesSource], options: "SlotFactorsOptions"
-) -> list[NDArray[Any]]:
-    """Encodings (n, E) of the pictures of each source, at the size that the encoder was trained at."""
-    found = cached_features(
-        encoder,
-        [Wanted(source, "features of pictures", options.cache_precision) for source in sources],
-        ["encoding"],
-        image_size=encoder.backbone.native_grid * encoder.backbone.patch_size,
-        cache=Path(options.cache or results_folder(run_path) / "features"),
-        batch_size=options.batch_size,
-        num_workers=default_workers(1) if options.num_workers is None else options.num_workers,
-    )
-    return [features["encoding"] for features in found]

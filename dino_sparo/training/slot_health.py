@@ -151,7 +151,8 @@ def slot_health(teacher: Encoder, student: Encoder, images: Tensor) -> dict[str,
     was_training = student.training
     student.eval()
     try:
-        other_BLN, _ = look_at_slots(student, images)
+        assert student.readout is not None
+        other_BLN = student.readout.attention(student.tokens(images))
     finally:
         student.train(was_training)
     statistics = SlotStatistics()
