@@ -48,9 +48,9 @@ COMMANDS = {
     ),
     "export": Command(
         opt.ExportOptions,
-        "dino_sparo.interop.export:run",
-        "dino-sparo export RUN --out DIR [--which student] [--arch NAME]",
-        "an encoder as model.safetensors and config.json",
+        "dino_sparo.export:run",
+        "dino-sparo export RUN --out DIR [--format onnx | official] [--which student] [--arch NAME]",
+        "an encoder for timm and the Hugging Face hub, as ONNX, or in the official style",
     ),
     "compare": Command(
         opt.CompareOptions,

@@ -1,48 +1,59 @@
-"""`dino-sparo export`: an encoder as a folder of two files that need no pickle, and such a folder read back.
+"""An encoder as a folder in timm's layout of the Hugging Face hub, ready to be pushed, and read back.
 
-`model.safetensors` holds the state dict of the Encoder, `config.json` how to build it and whose weights
-they are.
+`model.safetensors` holds the one set of weights, by the names of timm's model; `config.json` tells timm how
+to build that, and under a key of ours how to build the Encoder and whose weights they are; `README.md` is
+the model card. No file needs pickle.
 """
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from dino_sparo.errors import UserError, UserFileNotFoundError
+from dino_sparo.interop.model_card import model_card
 from dino_sparo.interop.stored import StoredEncoder
-
-if TYPE_CHECKING:
-    from dino_sparo.options import ExportOptions
+from dino_sparo.interop.timm_config import from_timm_names, timm_config, to_timm_names
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-FORMAT = 1
+CARD_FILE = "README.md"
+OUR_KEY = "dino_sparo"  # of config.json, beside those of timm
+FORMAT = 2
+READABLE = (1, FORMAT)  # format 1 was what is now under our key, alone
 
 
-def write_exported(stored: StoredEncoder, folder: Path) -> None:
-    """Write the two files into a new or empty folder.
+def write_exported(stored: StoredEncoder, folder: Path, *, name: str, measured: Sequence[str] = ()) -> None:
+    """Write the files into a new or empty folder.
+
+    Args:
+        name: of the model, for its card.
+        measured: lines for the card, one a result.
 
     Raises:
         UserError: the folder holds something already, cannot be written, or the weights do not fit.
     """
-    weights = stored.build().state_dict()
+    encoder = stored.build()
+    weights = to_timm_names(encoder.state_dict(), stored.arguments)
+    config = timm_config(stored.arguments, num_features=encoder.backbone.cls_token.shape[-1])
+    config[OUR_KEY] = {
+        "format": FORMAT,
+        "weights": stored.which,
+        "seed": stored.seed,
+        "encoder": stored.arguments,
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise UserError(f"out: {folder} is not empty; choose another folder or empty it")
-        _write(folder / WEIGHTS_FILE, save(weights, metadata={"format": "pt"}))
-        config = {
-            "format": FORMAT,
-            "weights": stored.which,
-            "seed": stored.seed,
-            "encoder": stored.arguments,
-        }
+        write_whole(folder / WEIGHTS_FILE, save(weights, metadata={"format": "pt"}))
+        write_whole(folder / CARD_FILE, model_card(stored, encoder, name, measured).encode())
         # Last, so that a folder with it is whole.
-        _write(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+        write_whole(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
     except OSError as error:
         raise UserError(
             f"out: {folder} cannot be written ({error.strerror}); choose another folder"
@@ -75,42 +86,40 @@ def read_exported(weights_path: Path, which: str) -> StoredEncoder:
         raise UserError(
             f"{weights_path} is no readable safetensors file, or only a part of one ({error}); get it again"
         ) from error
+    weights = from_timm_names(weights, config["encoder"])
     return StoredEncoder(weights_path, config["encoder"], config["seed"], which, weights)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    """What is under our key."""
     kinds = {"format": int, "weights": str, "seed": int, "encoder": dict}
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is no readable JSON file ({error}); get it again") from error
-    wrong = [
-        key
-        for key, kind in kinds.items()
-        if not isinstance(config, dict) or not isinstance(config.get(key), kind)
-    ]
-    if wrong or config["format"] != FORMAT or not {"arch", "readout"} <= config["encoder"].keys():
+    config = config.get(OUR_KEY, config) if isinstance(config, dict) else {}
+    wrong = not isinstance(config, dict) or any(
+        not isinstance(config.get(key), kind) for key, kind in kinds.items()
+    )
+    if wrong or config["format"] not in READABLE or not {"arch", "readout"} <= config["encoder"].keys():
         raise UserError(
             f"{path} describes no exported encoder of format {FORMAT}; expected what dino-sparo export writes"
         )
     return config
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Write to a temporary name, flush to disk and rename: the file is whole or not there."""
+def write_whole(path: Path, content: bytes) -> None:
+    """Write to a temporary name, flush to disk and rename: the file is whole or not there.
+
+    Raises:
+        OSError: it cannot be written; nothing stays behind.
+    """
     temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def run(options: "ExportOptions") -> None:
-    """`dino-sparo export`: write the encoder of a run, or of official weights, as plain files."""
-    from dino_sparo.interop.load import read_stored
-
-    stored = read_stored(options.run, options.which, arch=options.arch)
-    write_exported(stored, Path(options.out))
-    count = sum(value.numel() for value in stored.weights.values())
-    print(f"{options.out}: {stored.which} of {options.run}, {count / 1e6:.2f} million parameters")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

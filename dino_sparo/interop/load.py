@@ -45,24 +45,46 @@ def read_stored(
     if which not in MODELS:
         raise UserError(f"which is {which!r}, expected 'teacher' or 'student'")
     path = Path(path)
-    if path.suffix == ".safetensors" or (path / CONFIG_FILE).is_file():
+    if is_exported(path):
         stored = read_exported(path if path.suffix == ".safetensors" else path / WEIGHTS_FILE, which)
-    elif path.is_file():
-        check_hash(path)
-        content = read_plain(path, allow_namespace=True)
-        if not (isinstance(content, dict) and "format" in content):
-            return read_official(content, path, which, arch)
-        check_format(content, path)
-        stored = _of_checkpoint(content, path, which)
     else:
-        state = load_latest(path)
-        if state is None:
-            raise UserFileNotFoundError(
-                f"{path}: no checkpoint found; expected a run folder, an exported folder, or a weights file"
-            )
-        stored = _of_checkpoint(state, path, which)
+        content = read_content(path)
+        if not is_checkpoint(content):
+            return read_official(content, path, which, arch)
+        stored = _of_checkpoint(content, path, which)
     stored.check_arch(arch)
     return stored
+
+
+def is_exported(path: Path) -> bool:
+    """Whether a path is an exported folder or its weights."""
+    return path.suffix == ".safetensors" or (path / CONFIG_FILE).is_file()
+
+
+def read_content(path: Path) -> Any:
+    """What a file of torch.save holds, or the newest whole checkpoint of a run folder.
+
+    Raises:
+        UserFileNotFoundError: there is no such file, or no checkpoint in the folder.
+        UserError: it is damaged, refused, or a checkpoint of another format.
+    """
+    if path.is_file():
+        check_hash(path)
+        content = read_plain(path, allow_namespace=True)
+        if is_checkpoint(content):
+            check_format(content, path)
+        return content
+    state = load_latest(path)
+    if state is None:
+        raise UserFileNotFoundError(
+            f"{path}: no checkpoint found; expected a run folder, an exported folder, or a weights file"
+        )
+    return state
+
+
+def is_checkpoint(content: Any) -> bool:
+    """Whether what a file holds is a checkpoint of ours, not weights of the official code."""
+    return isinstance(content, dict) and "format" in content
 
 
 def _of_checkpoint(state: dict[str, Any], path: Path, which: str) -> StoredEncoder:

@@ -104,7 +104,7 @@ class VisionTransformer(nn.Module):
                 f"resize it to multiples of the patch size"
             )
         patches_BND = self.patch_embed(images)
-        cls_B1D = self.cls_token.expand(len(images), -1, -1)
+        cls_B1D = self.cls_token.expand(images.shape[0], -1, -1)  # len() would fix B in an export
         tokens_BND = torch.cat((cls_B1D, patches_BND), dim=1)
         return tokens_BND + self.position_embedding(height // self.patch_size, width // self.patch_size)
 

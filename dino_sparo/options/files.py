@@ -34,12 +34,15 @@ class ShardOptions:
 
 @dataclass
 class ExportOptions:
-    """An encoder as a folder of plain files: model.safetensors and config.json."""
+    """An encoder for other programs: a folder that timm reads, ONNX, or a file in the official style."""
 
     run: str
-    """Run folder, checkpoint file, or official DINO weights of a ViT."""
+    """Run folder, checkpoint file, exported folder, or official DINO weights of a ViT."""
     out: str
-    """New folder for the two files."""
+    """`timm`: new folder; `onnx`: folder that gets model.onnx; `official`: new file, NAME.pth."""
+    format: Literal["timm", "onnx", "official"] = "timm"
+    """`timm`: model.safetensors, config.json and README.md as on the Hugging Face hub; `onnx`: model.onnx for
+    any batch size; `official`: .pth by the official names, of a run student and teacher with heads."""
     which: Literal["teacher", "student"] = "teacher"
     """Whose weights to export."""
     arch: Literal["vit_tiny", "vit_small", "vit_base"] | None = None

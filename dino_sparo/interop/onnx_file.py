@@ -1,0 +1,109 @@
+"""An encoder as `model.onnx`, compared with torch by onnxruntime before it gets its name.
+
+Input `images` (B, 3, side, side), float32, normalised, of the encoder's native size and any B. Outputs
+`encoding` (B, embed_dim) and, with slots, `attention` (B, L, N).
+"""
+
+import logging
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dino_sparo.errors import UserError
+from dino_sparo.interop.export import write_whole
+from dino_sparo.interop.stored import StoredEncoder
+from dino_sparo.models import Encoder
+
+ONNX_FILE = "model.onnx"
+OPSET = 18
+NEEDED = ("onnx", "onnxscript", "onnxruntime")
+BATCH_SIZES = (1, 3)  # of the check; the graph is traced with 2
+TOLERANCE = 1e-4
+
+
+def write_onnx(stored: StoredEncoder, folder: Path) -> tuple[Path, float]:
+    """Write `folder/model.onnx`; give its path and the largest difference to torch.
+
+    Raises:
+        UserError: a package is missing, the file is there already or cannot be written, or onnxruntime
+            computes something else than torch; then no file is written.
+    """
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f'format onnx needs {", ".join(missing)}, not installed here; pip install "dino-sparo[onnx]"'
+        )
+    path = folder / ONNX_FILE
+    if path.exists():
+        raise UserError(f"out: {path} exists already; choose another folder or remove it")
+    model, side = _Outputs(stored.build()).eval(), stored.arguments["image_size"]
+    content = _to_onnx(model, side)
+    difference = largest_difference(content, model, side)
+    if not difference <= TOLERANCE:
+        raise UserError(
+            f"{stored.path} as ONNX gives other numbers than torch (they differ by {difference:.1e}, allowed "
+            f"is {TOLERANCE:g}), so {path} was not written; try other versions of {', '.join(NEEDED)}"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path, content)
+    except OSError as error:
+        raise UserError(f"out: {path} cannot be written ({error.strerror}); choose another folder") from error
+    return path, difference
+
+
+@torch.no_grad()
+def largest_difference(content: bytes, model: nn.Module, side: int) -> float:
+    """Between onnxruntime on the CPU and torch, over all outputs and two batch sizes.
+
+    It is that of the numbers, divided by the largest of an output if that is above one.
+    """
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    generator = torch.Generator().manual_seed(0)
+    differences = []
+    for batch_size in BATCH_SIZES:
+        images = torch.randn(batch_size, 3, side, side, generator=generator)
+        for got, expected in zip(session.run(None, {"images": images.numpy()}), model(images), strict=True):
+            scale = expected.abs().max().clamp(min=1)
+            differences.append(float((torch.from_numpy(got) - expected).abs().max() / scale))
+    return float(torch.tensor(differences).max())  # NaN if one is
+
+
+def _to_onnx(model: "_Outputs", side: int) -> bytes:
+    for name in ("onnxscript", "onnx_ir"):  # which tell every step of theirs
+        logging.getLogger(name).setLevel(logging.WARNING)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # about torch's own deprecations
+        program = torch.onnx.export(
+            model,
+            (torch.zeros(2, 3, side, side),),
+            dynamo=True,
+            input_names=["images"],
+            output_names=model.names,
+            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+            opset_version=OPSET,
+            verbose=False,
+        )
+    assert program is not None
+    return program.model_proto.SerializeToString()
+
+
+class _Outputs(nn.Module):
+    """The encoder's encoding, and what its slots look at."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.names = ["encoding", "attention"] if encoder.readout is not None else ["encoding"]
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        tokens_BND = self.encoder.tokens(images)
+        encoding = self.encoder.read(tokens_BND)
+        if self.encoder.readout is None:
+            return (encoding,)
+        return encoding, self.encoder.readout.attention(tokens_BND)

@@ -1,0 +1,108 @@
+"""Weights out as the official DINO code writes them: student and teacher with heads, or a bare backbone.
+
+Of a run: `student` (names after `module.`, as its data-parallel wrapper has it), `teacher` and `epoch`, with
+`backbone.*`, `head.*` and, which the official code does not know, `readout.*` of SPARO. The weight norm of
+the last layer has its older names, the only ones that the official code reads.
+"""
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dino_sparo.errors import UserError
+from dino_sparo.interop.export import write_whole
+from dino_sparo.interop.load import is_checkpoint, is_exported, read_content, read_stored
+from dino_sparo.interop.timm_config import is_plain_sparo
+from dino_sparo.training.checkpoint import encoder_arguments
+
+SUFFIX = ".pth"
+OLDER_NAMES = {
+    "head.last_layer.parametrizations.weight.original0": "head.last_layer.weight_g",
+    "head.last_layer.parametrizations.weight.original1": "head.last_layer.weight_v",
+}
+
+
+def write_official(
+    source: Path, out: Path, which: str, *, arch: str | Mapping[str, int] | None = None
+) -> str:
+    """Write a run's student and teacher with heads, or the bare backbone of weights that have no heads.
+
+    Args:
+        source: run folder or checkpoint; or an exported folder or official weights, for the bare backbone.
+        out: new file, NAME.pth.
+        which: whose backbone; a run's file holds both models.
+        arch: as for `load_encoder`.
+
+    Returns:
+        What was written, in words.
+
+    Raises:
+        UserError: the read-out has no official form, `out` is there already, has another ending or cannot be
+            written, or the source does not fit.
+    """
+    if out.suffix != SUFFIX:
+        raise UserError(f"out is {out}, expected a file of the official style, so give NAME{SUFFIX}")
+    if out.exists():
+        raise UserError(f"out: {out} exists already; choose another name or remove it")
+    content: Any = None if is_exported(source) else read_content(source)
+    if is_checkpoint(content):
+        if which != "teacher":
+            raise UserError(f"which is {which!r}, but {out} is to hold student and teacher; leave it out")
+        read_stored(source, which, arch=arch).build()  # says what does not fit
+        written, what = full_content(content, source), "student and teacher with heads"
+    else:
+        written, what = bare_content(source, which, arch=arch), f"the {which}'s backbone"
+    buffer = io.BytesIO()
+    torch.save(written, buffer)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(out, buffer.getvalue())
+    except OSError as error:
+        raise UserError(f"out: {out} cannot be written ({error.strerror}); choose another name") from error
+    return what
+
+
+def full_content(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The official form of one of our checkpoints; `epoch` is the number of whole epochs trained.
+
+    Raises:
+        UserError: the official style has no place for the read-out.
+    """
+    arguments = encoder_arguments(state["config"])
+    if arguments["readout"] != "cls" and not is_plain_sparo(arguments):
+        raise UserError(
+            f"{path} is of {arguments}, but the official style holds the read-outs cls and plain sparo only; "
+            f"export it with format timm"
+        )
+    steps_per_epoch = state["images"]["num_images"] // state["config"]["optim"]["global_batch_size"]
+    return {
+        "student": {f"module.{name}": value for name, value in _official_names(state["student"]).items()},
+        "teacher": _official_names(state["teacher"]),
+        "epoch": state["step"] // steps_per_epoch,
+    }
+
+
+def bare_content(
+    source: Path, which: str, *, arch: str | Mapping[str, int] | None = None
+) -> dict[str, Tensor]:
+    """The backbone by its bare names, as in `dino_deitsmall16_pretrain.pth`.
+
+    Raises:
+        UserError: the encoding is not the CLS token of this backbone.
+    """
+    stored = read_stored(source, which, arch=arch)
+    if stored.arguments["readout"] != "cls":
+        raise UserError(
+            f"{source} has the read-out {stored.arguments['readout']!r}, which a bare official backbone has "
+            f"no place for; export from its run"
+        )
+    return dict(stored.build().backbone.state_dict())
+
+
+def _official_names(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """State dict of a DinoModel: `encoder.backbone.*` -> `backbone.*`, and so on."""
+    return {OLDER_NAMES.get(name, name.removeprefix("encoder.")): value for name, value in model.items()}
