@@ -1,16 +1,21 @@
-"""Encoders out as safetensors and JSON, and back in."""
+"""Encoders out as a folder of timm's layout, and back in; what the command refuses."""
 
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dino_sparo import load_encoder
 from dino_sparo.__main__ import main
+from dino_sparo.data.images import evaluation_crop, normalize
 from dino_sparo.errors import UserError
+from dino_sparo.evaluation.results import Result, save_results
 from tests.test_official import small_encoder
+from tests.tiny import write_pictures
 
 
 @pytest.fixture
@@ -26,7 +31,11 @@ def same(first, second, size=16):
 
 
 def test_exported_folder_and_its_file_load_as_the_run_does(run_dir, exported):
-    assert sorted(path.name for path in exported.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in exported.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
     for path in (exported, str(exported / "model.safetensors")):
         same(load_encoder(path), load_encoder(run_dir))
         same(load_encoder(path, untrained=True), load_encoder(run_dir, untrained=True))
@@ -59,6 +68,18 @@ def test_official_weights_are_exported_too(tmp_path):
     same(load_encoder(tmp_path / "out"), source, size=32)
     with pytest.raises(UserError, match=r"arch is 'vit_tiny' .* holds width 128, depth 3 and 2 heads"):
         load_encoder(tmp_path / "out", arch="vit_tiny")
+
+
+def test_folders_of_format_1_are_read(run_dir, exported, tmp_path):
+    """They held what is now under our key, alone, and every name began with `backbone.`."""
+    source = small_encoder()
+    torch.save(source.backbone.state_dict(), tmp_path / "dino.pth")
+    assert main(["export", str(tmp_path / "dino.pth"), "--out", str(tmp_path / "cls")]) == 0
+    for folder, encoder, size in ((exported, load_encoder(run_dir), 16), (tmp_path / "cls", source, 32)):
+        config = json.loads((folder / "config.json").read_text())["dino_sparo"]
+        (folder / "config.json").write_text(json.dumps(config | {"format": 1}))
+        save_file(encoder.state_dict(), folder / "model.safetensors")
+        same(load_encoder(folder), encoder, size)
 
 
 def test_weights_that_do_not_fit_are_not_exported(tmp_path, capsys):
@@ -98,7 +119,7 @@ def test_damaged_or_missing_files(exported, tmp_path):
         with pytest.raises(UserError, match=r"model.safetensors is no readable safetensors file"):
             load_encoder(exported)
     weights.write_bytes(good[0])
-    for text in ("", good[1][:-10], "[]", "{}", good[1].replace('"format": 1', '"format": 9')):
+    for text in ("", good[1][:-10], "[]", "{}", good[1].replace('"format": 2', '"format": 9')):
         config.write_text(text)
         with pytest.raises(UserError, match=r"config.json (is no readable JSON|describes no exported)"):
             load_encoder(exported)
@@ -125,7 +146,7 @@ def test_damaged_or_missing_files(exported, tmp_path):
 )
 def test_a_description_that_the_weights_do_not_fit(exported, key, value, message):
     config = json.loads((exported / "config.json").read_text())
-    config["encoder"][key] = value
+    config["dino_sparo"]["encoder"][key] = value
     (exported / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError) as caught:
         load_encoder(exported)
@@ -137,3 +158,46 @@ def test_a_run_without_checkpoints(tmp_path, run_dir, capsys):
     assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 2
     assert "no checkpoint found" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@torch.no_grad()
+def test_the_card_tells_how_to_use_it_and_what_was_measured(run_dir, tmp_path):
+    run = tmp_path / "my_run"
+    shutil.copytree(run_dir, run)
+    common = {
+        "test_set": "val",
+        "top5": 90.0,
+        "num_images": 4,
+        "num_classes": 2,
+        "details": {},
+        "images": "x",
+    }
+    common |= {"protocol": "knn", "correct": np.ones(4, bool)}
+    results = [
+        Result(name="20-NN", headline=True, weights="teacher", top1=83.64, **common),
+        Result(name="10-NN", headline=False, weights="teacher", top1=11.0, **common),
+        Result(name="20-NN", headline=True, weights="student", top1=22.0, **common),
+    ]
+    save_results(run, results)
+    out = tmp_path / "out"
+    assert main(["export", str(run), "--out", str(out)]) == 0
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: timm\n") and "\n# my_run\n" in card
+    assert card.endswith("## Measured\n\n- 20-NN (knn) on val: 83.6 % top-1, 4 images of 2 classes\n")
+    assert "encoding: 8 numbers, 2 slots of 4 one after the other" in card
+    for file in ("README.md", "config.json"):
+        assert str(tmp_path) not in (out / file).read_text()
+
+    write_pictures(tmp_path / "data", 1)
+    picture = str(tmp_path / "data" / "train" / "class0" / "000.png")
+    code = card.split("```python\n")[1].split("```")[0].replace("FOLDER", str(out)).replace("IMAGE", picture)
+    names: dict = {}
+    exec(code, names)
+    with Image.open(picture) as image:
+        expected = load_encoder(run)(normalize(evaluation_crop(image, 16))[None])
+    torch.testing.assert_close(names["encoding"], expected, atol=1e-5, rtol=0)
+
+
+def test_the_card_of_weights_without_results(exported):
+    card = (exported / "README.md").read_text()
+    assert "Measured" not in card and "- sparo\n" in card

@@ -196,9 +196,9 @@ class SparoVisionTransformer(Encoder):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layers by number, for a learning rate by depth: stem, blocks (the norm with the last), read-out."""
         return {
-            "stem": r"^backbone\.(cls_token|pos_embed|patch_embed)",
+            "stem": r"^backbone\.(?:cls_token|pos_embed|patch_embed)",
             "blocks": [(r"^backbone\.blocks\.(\d+)", None), (r"^backbone\.norm", (99999,))],
-            "readout": r"^(readout|bottleneck)\.",
+            "readout": r"^(?:readout|bottleneck)\.",
         }
 
 

@@ -1,0 +1,116 @@
+"""Encoders as ONNX: the numbers of torch for any batch size, and nothing left when they are not."""
+
+import numpy as np
+import pytest
+import torch
+
+from dino_sparo import load_encoder
+from dino_sparo.__main__ import main
+from dino_sparo.interop import onnx_file
+from dino_sparo.interop.stored import StoredEncoder
+from dino_sparo.models import build_encoder
+from tests.test_timm_models import ARCH, OTHERS, SPARO
+
+
+def session_of(path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+@pytest.fixture
+def needs_onnx():
+    for name in onnx_file.NEEDED:
+        pytest.importorskip(name)
+
+
+@torch.no_grad()
+def test_a_run_as_onnx(needs_onnx, run_dir, tmp_path, capsys):
+    onnx = pytest.importorskip("onnx")
+    out = tmp_path / "out"
+    assert main(["export", str(run_dir), "--out", str(out), "--format", "onnx"]) == 0
+    assert "differs from torch by" in capsys.readouterr().out
+    assert [path.name for path in out.iterdir()] == ["model.onnx"]
+    model = onnx.load(out / "model.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    assert [(x.domain, x.version) for x in model.opset_import] == [("", onnx_file.OPSET)]
+    session, encoder = session_of(out / "model.onnx"), load_encoder(run_dir)
+    assert [x.name for x in session.get_inputs()] == ["images"]
+    assert [x.name for x in session.get_outputs()] == ["encoding", "attention"]
+    for batch_size in (1, 2, 5):
+        images = torch.randn(batch_size, 3, 16, 16)
+        encoding, attention = session.run(None, {"images": images.numpy()})
+        np.testing.assert_allclose(encoding, encoder(images), atol=1e-4)
+        np.testing.assert_allclose(attention, encoder.readout.attention(encoder.tokens(images)), atol=1e-4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "readout", [SPARO, *OTHERS.values(), {"readout": "cls"}, {"readout": "gap"}], ids=[*"s", *OTHERS, *"cg"]
+)
+def test_every_read_out(needs_onnx, tmp_path, readout):
+    arguments = {"arch": ARCH, "patch_size": 4, "image_size": 16} | readout
+    weights = dict(build_encoder(**arguments).state_dict())
+    path, difference = onnx_file.write_onnx(
+        StoredEncoder(tmp_path, arguments, 0, "teacher", weights), tmp_path
+    )
+    assert 0 <= difference <= onnx_file.TOLERANCE
+    names = [x.name for x in session_of(path).get_outputs()]
+    assert names == [
+        "encoding",
+        *(["attention"] if "num_slots" in readout or readout == {"readout": "sparo"} else []),
+    ]
+
+
+def test_a_failed_check_leaves_nothing(needs_onnx, run_dir, tmp_path, monkeypatch, capsys):
+    right = onnx_file._to_onnx
+
+    def other_weights(model, side):
+        model.encoder.backbone.norm.bias.data += 0.01
+        content = right(model, side)
+        model.encoder.backbone.norm.bias.data -= 0.01
+        return content
+
+    monkeypatch.setattr(onnx_file, "_to_onnx", other_weights)
+    assert main(["export", str(run_dir), "--out", str(tmp_path / "out"), "--format", "onnx"]) == 2
+    message = capsys.readouterr().err
+    assert (
+        "as ONNX gives other numbers than torch (they differ by" in message and "allowed is 0.0001" in message
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbers_that_are_not_finite_fail_the_check(monkeypatch, tmp_path):
+    class Session:
+        def __init__(self, *_, **__):
+            self.calls = 0
+
+        def run(self, _, feed):
+            self.calls += 1
+            value = float("nan") if self.calls == 2 else 0.0
+            return [np.full((len(feed["images"]), 1), value, np.float32)]
+
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr("onnxruntime.InferenceSession", Session)
+    model = lambda images: (torch.zeros(len(images), 1),)  # noqa: E731
+    assert np.isnan(onnx_file.largest_difference(b"", model, 4))
+
+
+def test_nothing_is_overwritten(needs_onnx, run_dir, tmp_path, monkeypatch, capsys):
+    (tmp_path / "model.onnx").write_text("mine")
+    assert main(["export", str(run_dir), "--out", str(tmp_path), "--format", "onnx"]) == 2
+    assert "model.onnx exists already; choose another folder" in capsys.readouterr().err
+    assert (tmp_path / "model.onnx").read_text() == "mine"
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(onnx_file, "_to_onnx", lambda *_: b"")
+    monkeypatch.setattr(onnx_file, "largest_difference", lambda *_: 0.0)
+    assert main(["export", str(run_dir), "--out", str(tmp_path / "file" / "x"), "--format", "onnx"]) == 2
+    assert "cannot be written (Not a directory)" in capsys.readouterr().err
+
+
+def test_without_the_extra(run_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(onnx_file, "NEEDED", ("onnx", "no_such_package"))
+    monkeypatch.setattr(onnx_file, "find_spec", lambda name: None if name == "no_such_package" else name)
+    assert main(["export", str(run_dir), "--out", str(tmp_path / "out"), "--format", "onnx"]) == 2
+    message = capsys.readouterr().err
+    assert 'needs no_such_package, not installed here; pip install "dino-sparo[onnx]"' in message
+    assert not (tmp_path / "out").exists()

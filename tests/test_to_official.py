@@ -1,0 +1,130 @@
+"""Files in the official style: names and shapes of the official code, and the same encoder read back."""
+
+import pytest
+import torch
+
+from dino_sparo import load_encoder
+from dino_sparo.__main__ import main
+from dino_sparo.errors import UserError
+from dino_sparo.interop.to_official import full_content
+from dino_sparo.models import DINOHead
+from dino_sparo.training import pretrain as program
+from dino_sparo.training.checkpoint import load_latest
+from tests.test_official import small_encoder
+from tests.tiny import tiny_options, write_pictures
+
+ARCH = {"width": 16, "depth": 3, "num_heads": 2}
+NO_SLOTS = {f"model__readout__{name}": "null" for name in ("num_slots", "slot_dim", "key_dim", "group_size")}
+
+
+@pytest.fixture(scope="module")
+def cls_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cls")
+    write_pictures(folder / "data", 4)
+    program.pretrain(tiny_options(folder / "data", folder / "run", model__readout__name="cls", **NO_SLOTS))
+    return folder / "run"
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "official.pth"
+
+
+def export(source, out, *more):
+    return main(["export", str(source), "--out", str(out), "--format", "official", *more])
+
+
+@torch.no_grad()
+def same(first, second, size=16):
+    images = torch.randn(2, 3, size, size)
+    assert torch.equal(first(images), second(images))
+
+
+def test_a_run_of_cls_is_read_as_official_weights(cls_run, out, golden):
+    assert export(cls_run, out) == 0
+    for which in ("teacher", "student"):
+        same(load_encoder(out, which, arch=ARCH), load_encoder(cls_run, which))
+    content = torch.load(out, weights_only=True)
+    assert content.keys() == {"student", "teacher", "epoch"} and content["epoch"] == 3
+    assert {f"module.{name}" for name in content["teacher"]} == content["student"].keys()
+
+    # The golden arrays are named by the official code: four blocks there, three here.
+    backbone = {k.removeprefix("weight.") for k in golden("backbone") if k.startswith("weight.")}
+    backbone = {f"backbone.{name}" for name in backbone if not name.startswith("blocks.3.")}
+    head = {
+        *(f"head.mlp.{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias")),
+        *("head.last_layer.weight_g", "head.last_layer.weight_v"),
+    }
+    assert content["teacher"].keys() == backbone | head
+
+
+def test_heads_are_those_of_the_run(cls_run, out):
+    """torch's own hook reads the older names, whose shapes are those of the official weight norm."""
+    assert export(cls_run, out) == 0
+    content, state = torch.load(out, weights_only=True), load_latest(cls_run)
+    for which, prefix in (("teacher", "head."), ("student", "module.head.")):
+        given = {k.removeprefix(prefix): v for k, v in content[which].items() if k.startswith(prefix)}
+        assert given["last_layer.weight_g"].shape == (16, 1) and given["last_layer.weight_v"].shape == (16, 4)
+        head, original = (DINOHead(16, 16, 8, 4) for _ in range(2))
+        head.load_state_dict(given)
+        old = {k.removeprefix("head."): v for k, v in state[which].items() if k.startswith("head.")}
+        original.load_state_dict(old)
+        features = torch.randn(5, 16)
+        assert torch.equal(head(features), original(features))
+
+
+def test_a_run_of_sparo_keeps_its_read_out(run_dir, out):
+    assert export(run_dir, out) == 0
+    content = torch.load(out, weights_only=True)
+    for which, prefix in (("teacher", ""), ("student", "module.")):
+        given = {k.removeprefix(prefix): v for k, v in content[which].items() if "head." not in k}
+        expected = load_encoder(run_dir, which).state_dict()
+        assert given.keys() == expected.keys() and "readout.query" in given
+        assert all(torch.equal(given[name], value) for name, value in expected.items())
+
+
+def test_what_has_no_heads_gives_the_bare_backbone(tmp_path, out, golden):
+    source = small_encoder()
+    torch.save({"teacher": source.backbone.state_dict()}, tmp_path / "dino.pth")
+    assert main(["export", str(tmp_path / "dino.pth"), "--out", str(tmp_path / "folder")]) == 0
+    for number, path in enumerate((tmp_path / "dino.pth", tmp_path / "folder")):
+        bare = tmp_path / f"bare{number}.pth"
+        assert export(path, bare) == 0
+        same(load_encoder(bare), source, size=32)
+        names = torch.load(bare, weights_only=True).keys()
+        official = {k.removeprefix("weight.") for k in golden("backbone") if k.startswith("weight.")}
+        assert names == {name for name in official if not name.startswith("blocks.3.")}
+
+
+def test_other_read_outs_are_refused(run_dir, tmp_path, out, capsys):
+    state = load_latest(run_dir)
+    for change in (
+        {"output": "slots"},
+        {"name": "pooler", "num_heads": 2, "key_dim": None, "group_size": None},
+    ):
+        config = state["config"] | {"model": state["config"]["model"] | {}}
+        config["model"]["readout"] = config["model"]["readout"] | change
+        with pytest.raises(
+            UserError, match="the official style holds the read-outs cls and plain sparo only"
+        ):
+            full_content(state | {"config": config}, run_dir)
+    assert main(["export", str(run_dir), "--out", str(tmp_path / "folder")]) == 0
+    capsys.readouterr()
+    assert export(tmp_path / "folder", out) == 2
+    assert "has the read-out 'sparo', which a bare official backbone" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_mistakes_write_nothing(run_dir, tmp_path, out, capsys):
+    assert export(run_dir, tmp_path / "folder") == 2
+    assert "expected a file of the official style, so give NAME.pth" in capsys.readouterr().err
+    assert export(run_dir, out, "--which", "student") == 2
+    assert "is to hold student and teacher; leave it out" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    out.write_text("mine")
+    assert export(run_dir, out) == 2
+    assert "official.pth exists already" in capsys.readouterr().err and out.read_text() == "mine"
+    assert export(run_dir, out / "below.pth") == 2
+    assert "cannot be written (File exists)" in capsys.readouterr().err
+    assert export(tmp_path / "nothing", tmp_path / "x.pth") == 2
+    assert "no checkpoint found" in capsys.readouterr().err
