@@ -21,16 +21,16 @@ def run(options: "ExportOptions") -> None:
         print(f"{out}: {what} of {options.run}")
         return
     stored = read_stored(options.run, options.which, arch=options.arch)
-    count = sum(value.numel() for value in stored.build().parameters())
-    written = f"{stored.which} of {options.run}, {count / 1e6:.2f} million parameters"
     if options.format == "onnx":
         path, difference = write_onnx(stored, out)
-        print(f"{path}: {written}; differs from torch by {difference:.1e} at most")
+        where, check = str(path), f"; differs from torch by {difference:.1e} at most"
     else:
-        path = Path(options.run).resolve()
-        name = path.stem if path.is_file() else path.name
+        source = Path(options.run).resolve()
+        name = source.stem if source.is_file() else source.name
         write_exported(stored, out, name=name, measured=measured_lines(options.run, options.which))
-        print(f"{out}: {written}")
+        where, check = options.out, ""
+    count = sum(value.numel() for value in stored.weights.values())
+    print(f"{where}: {stored.which} of {options.run}, {count / 1e6:.2f} million parameters{check}")
 
 
 def measured_lines(run: str, which: str) -> list[str]:

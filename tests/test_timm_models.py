@@ -160,6 +160,9 @@ def test_stages_classifier_and_slots(folder, images):
     torch.testing.assert_close(model(images), encoder(images))
     model.reset_classifier(0, "")
     torch.testing.assert_close(model(images), tokens)
+    model.reset_classifier(3)  # the pooling stays
+    torch.testing.assert_close(model(images), model.head(tokens))
+    assert model(images).shape == (2, 17, 3)
     with pytest.raises(ValueError, match="global_pool is 'avg', expected 'readout'"):
         model.reset_classifier(0, "avg")
 
@@ -174,6 +177,8 @@ def test_created_with_classes_or_another_size(folder, images):
     assert larger.backbone.native_grid == 8
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(larger(x), encoder(x), atol=1e-5, rtol=0)
+    dropping = created(folder, num_classes=5, drop_rate=0.5, drop_path_rate=0.2)
+    assert dropping.head_drop.p == 0.5 and dropping.backbone.blocks[-1].drop_path1.drop_prob == 0.2
     for arguments, part in (({"in_chans": 1}, "RGB images only"), ({"img_size": (16, 32)}, "a square")):
         with pytest.raises(ValueError, match=part):
             timm.create_model("vit_tiny_patch16_sparo_224", **arguments)

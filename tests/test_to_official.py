@@ -20,7 +20,7 @@ NO_SLOTS = {f"model__readout__{name}": "null" for name in ("num_slots", "slot_di
 @pytest.fixture(scope="module")
 def cls_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cls")
-    write_pictures(folder / "data", 4)
+    write_pictures(folder / "data", 8)  # two steps an epoch
     program.pretrain(tiny_options(folder / "data", folder / "run", model__readout__name="cls", **NO_SLOTS))
     return folder / "run"
 
