@@ -14,6 +14,7 @@ from dino_sparo.__main__ import main
 from dino_sparo.data.images import evaluation_crop, normalize
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.results import Result, save_results
+from dino_sparo.interop.export import write_whole
 from tests.test_official import small_encoder
 from tests.tiny import write_pictures
 
@@ -111,6 +112,13 @@ def test_nothing_is_overwritten(run_dir, exported, tmp_path, capsys):
     assert "cannot be written (Not a directory)" in capsys.readouterr().err
 
 
+def test_what_cannot_be_written_leaves_nothing(tmp_path):
+    (tmp_path / "name" / "below").mkdir(parents=True)
+    with pytest.raises(OSError, match="directory"):
+        write_whole(tmp_path / "name", b"content")
+    assert [path.name for path in tmp_path.iterdir()] == ["name"]
+
+
 def test_damaged_or_missing_files(exported, tmp_path):
     weights, config = exported / "model.safetensors", exported / "config.json"
     good = weights.read_bytes(), config.read_text()
@@ -169,14 +177,16 @@ def test_the_card_tells_how_to_use_it_and_what_was_measured(run_dir, tmp_path):
         "top5": 90.0,
         "num_images": 4,
         "num_classes": 2,
-        "details": {},
         "images": "x",
     }
     common |= {"protocol": "knn", "correct": np.ones(4, bool)}
     results = [
-        Result(name="20-NN", headline=True, weights="teacher", top1=83.64, **common),
-        Result(name="10-NN", headline=False, weights="teacher", top1=11.0, **common),
-        Result(name="20-NN", headline=True, weights="student", top1=22.0, **common),
+        Result(name="20-NN", headline=True, weights="teacher", top1=83.64, details={}, **common),
+        Result(name="10-NN", headline=False, weights="teacher", top1=11.0, details={}, **common),
+        Result(name="20-NN", headline=True, weights="student", top1=22.0, details={}, **common),
+        Result(
+            name="few", headline=True, weights="teacher", top1=3.0, details={"train_fraction": 0.1}, **common
+        ),
     ]
     save_results(run, results)
     out = tmp_path / "out"
