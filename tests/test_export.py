@@ -147,6 +147,7 @@ def test_damaged_or_missing_files(exported, tmp_path):
         ("arch", {"width": 16}, "describes no encoder of dino-sparo: "),
         ("arch", {"width": 10**9, "depth": 3, "num_heads": 2}, "describes no encoder of dino-sparo: "),
         ("readout", "cls", "describes no encoder of dino-sparo: readout 'cls' takes no options"),
+        ("readout", ["cls"], "describes no encoder of dino-sparo: readout is ['cls'], expected one of"),
         ("num_slots", 4, "misshapen (readout.query (2, 4) instead of (4, 4)"),
         ("patch_size", "8", "describes no encoder of dino-sparo: "),
         ("colour", 1, "describes no encoder of dino-sparo: "),

@@ -45,13 +45,9 @@ def read_stored(
     if which not in MODELS:
         raise UserError(f"which is {which!r}, expected 'teacher' or 'student'")
     path = Path(path)
-    if is_exported(path):
-        stored = read_exported(path if path.suffix == ".safetensors" else path / WEIGHTS_FILE, which)
-    else:
-        content = read_content(path)
-        if not is_checkpoint(content):
-            return read_official(content, path, which, arch)
-        stored = _of_checkpoint(content, path, which)
+    if not is_exported(path):
+        return stored_in(read_content(path), path, which, arch)
+    stored = read_exported(path if path.suffix == ".safetensors" else path / WEIGHTS_FILE, which)
     stored.check_arch(arch)
     return stored
 
@@ -80,6 +76,21 @@ def read_content(path: Path) -> Any:
             f"{path}: no checkpoint found; expected a run folder, an exported folder, or a weights file"
         )
     return state
+
+
+def stored_in(
+    content: Any, path: Path, which: str, arch: str | Mapping[str, int] | None = None
+) -> StoredEncoder:
+    """The encoder in what `read_content` gives; path is for messages.
+
+    Raises:
+        UserError: it does not hold what is asked for.
+    """
+    if not is_checkpoint(content):
+        return read_official(content, path, which, arch)
+    stored = _of_checkpoint(content, path, which)
+    stored.check_arch(arch)
+    return stored
 
 
 def is_checkpoint(content: Any) -> bool:

@@ -24,7 +24,7 @@ PREFIX = "backbone."  # of all parameters of an encoder without slots; timm's ow
 
 def is_plain(arguments: Mapping[str, Any]) -> bool:
     """Whether timm's own ViT gives the encoding of the encoder that these `build_encoder` arguments build."""
-    return arguments["readout"] in PLAIN_POOLING
+    return arguments["readout"] in list(PLAIN_POOLING)  # not hashed: a file may say anything
 
 
 def is_plain_sparo(arguments: Mapping[str, Any]) -> bool:

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from dino_sparo.errors import UserError
 from dino_sparo.interop.export import write_whole
-from dino_sparo.interop.load import is_checkpoint, is_exported, read_content, read_stored
+from dino_sparo.interop.load import is_checkpoint, is_exported, read_content, read_stored, stored_in
+from dino_sparo.interop.official import MODELS
+from dino_sparo.interop.stored import StoredEncoder
 from dino_sparo.interop.timm_config import is_plain_sparo
 from dino_sparo.training.checkpoint import encoder_arguments
 
@@ -48,14 +50,18 @@ def write_official(
         raise UserError(f"out is {out}, expected a file of the official style, so give NAME{SUFFIX}")
     if out.exists():
         raise UserError(f"out: {out} exists already; choose another name or remove it")
-    content: Any = None if is_exported(source) else read_content(source)
-    if is_checkpoint(content):
-        if which != "teacher":
-            raise UserError(f"which is {which!r}, but {out} is to hold student and teacher; leave it out")
-        read_stored(source, which, arch=arch).build()  # says what does not fit
-        written, what = full_content(content, source), "student and teacher with heads"
+    if is_exported(source):
+        written: dict[str, Any] = bare_content(read_stored(source, which, arch=arch))
     else:
-        written, what = bare_content(source, which, arch=arch), f"the {which}'s backbone"
+        content = read_content(source)
+        if is_checkpoint(content):
+            if which != "teacher":
+                raise UserError(f"which is {which!r}, but {out} is to hold student and teacher; leave it out")
+            for model in MODELS:
+                stored_in(content, source, model, arch).build()  # says what does not fit
+            written = full_content(content, source)
+        else:
+            written = bare_content(stored_in(content, source, which, arch))
     buffer = io.BytesIO()
     torch.save(written, buffer)
     try:
@@ -63,7 +69,7 @@ def write_official(
         write_whole(out, buffer.getvalue())
     except OSError as error:
         raise UserError(f"out: {out} cannot be written ({error.strerror}); choose another name") from error
-    return what
+    return "student and teacher with heads" if "teacher" in written else f"the {which}'s backbone"
 
 
 def full_content(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -86,19 +92,16 @@ def full_content(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
     }
 
 
-def bare_content(
-    source: Path, which: str, *, arch: str | Mapping[str, int] | None = None
-) -> dict[str, Tensor]:
+def bare_content(stored: StoredEncoder) -> dict[str, Tensor]:
     """The backbone by its bare names, as in `dino_deitsmall16_pretrain.pth`.
 
     Raises:
-        UserError: the encoding is not the CLS token of this backbone.
+        UserError: the encoding is not the CLS token of this backbone, or the weights do not fit.
     """
-    stored = read_stored(source, which, arch=arch)
     if stored.arguments["readout"] != "cls":
         raise UserError(
-            f"{source} has the read-out {stored.arguments['readout']!r}, which a bare official backbone has "
-            f"no place for; export from its run"
+            f"{stored.path} has the read-out {stored.arguments['readout']!r}, which a bare official backbone "
+            f"has no place for; export from its run"
         )
     return dict(stored.build().backbone.state_dict())
 
