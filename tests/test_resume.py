@@ -171,6 +171,7 @@ def test_another_seed_is_another_run(pictures, uninterrupted, tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)  # twenty-one starts, each of which imports torch
 def test_killed_twenty_times(pictures, tmp_path):
     """SIGKILL at random moments, also while a checkpoint is written, which each step is."""
     changes = {"optim__epochs": 100, "log__checkpoint_every_minutes": 1e-9}
