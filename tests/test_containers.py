@@ -7,11 +7,12 @@ import torch
 from dino_sparo.data.loader import BatchOrder, CropsDataset, crop_batches
 from dino_sparo.data.sources import ImageSource, open_images, open_labelled, open_val
 from dino_sparo.shard import shard
-from dino_sparo.training.pretrain import pretrain
-from tests.containers import parquet_of
+from dino_sparo.training import pretrain as program
+from dino_sparo.training.checkpoint import load_latest
+from tests.containers import parquet_of, write_parquet
 from tests.pictures import recipes
-from tests.shard_files import shards_of, write
-from tests.tiny import tiny_options
+from tests.shard_files import picture, shards_of, write
+from tests.tiny import state_hash, tiny_options
 
 NAMES = ("a/1.jpg", "a/10.PNG", "a/2.Jpeg", "b b/ü.png", "b b/x.bmp", "c/1.webp", "c/2.png")
 
@@ -55,7 +56,9 @@ def test_equal_batches_of_crops_for_the_same_seed(containers, kind, num_workers)
 
 @OTHERS
 def test_equal_order_labels_classes_bytes_and_fingerprint(containers, kind):
-    for ours, theirs in zip(open_labelled(containers[kind]), open_labelled(containers["folder"]), strict=True):
+    for ours, theirs in zip(
+        open_labelled(containers[kind]), open_labelled(containers["folder"]), strict=True
+    ):
         assert ours.labels.tolist() == theirs.labels.tolist() and ours.classes == theirs.classes
         assert [ours.read(i) for i in range(len(ours))] == [theirs.read(i) for i in range(len(theirs))]
         assert ours.fingerprint() == theirs.fingerprint()
@@ -64,19 +67,18 @@ def test_equal_order_labels_classes_bytes_and_fingerprint(containers, kind):
     assert open_val(containers[kind]).fingerprint() == open_val(containers["folder"]).fingerprint()
 
 
-def test_a_run_on_a_folder_goes_on_from_parquet(containers, tmp_path):
-    pretrain(tiny_options(containers["folder"], tmp_path / "whole", optim__epochs=2))
-    pretrain(tiny_options(containers["folder"], tmp_path / "run", optim__epochs=2))
-    newest = sorted((tmp_path / "run" / "checkpoints").glob("*"))
-    for file in newest[-(len(newest) // 2) :]:
+def test_a_run_on_a_folder_goes_on_from_parquet_as_if_nothing_had_happened(containers, tmp_path):
+    changes = {"optim__global_batch_size": 3, "optim__epochs": 2}
+    program.pretrain(tiny_options(containers["folder"], tmp_path / "whole", **changes))
+    program.pretrain(tiny_options(containers["folder"], tmp_path / "run", **changes))
+    for file in (tmp_path / "run" / "checkpoints").glob("*4*"):  # the last step
         file.unlink()
-    pretrain(tiny_options(containers["parquet"], tmp_path / "run", optim__epochs=2))
+    assert load_latest(tmp_path / "run")["step"] == 2
+    program.pretrain(tiny_options(containers["parquet"], tmp_path / "run", **changes))
+    assert state_hash(load_latest(tmp_path / "run")) == state_hash(load_latest(tmp_path / "whole"))
 
 
 def test_shards_keep_the_order_of_the_classes_of_parquet(tmp_path):
-    from tests.containers import write_parquet
-    from tests.shard_files import picture
-
     classes = ["zebra", "ant", "crane", "mole", "crane"]
     images = [{"bytes": picture(i), "path": f"{i}.png"} for i in range(5)]
     write_parquet(tmp_path / "data" / "train.parquet", images, [0, 1, 2, 3, 4], classes)

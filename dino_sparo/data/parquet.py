@@ -61,9 +61,10 @@ class _RowGroups:
         if key in self.kept:
             self.kept.move_to_end(key)
             return self.kept[key]
+        file = _opened(path, state)
         try:
-            table = _opened(path, state).read_row_group(group, columns=[f"{column}.bytes"], use_threads=False)
-        except pa.ArrowException as error:
+            table = file.read_row_group(group, columns=[f"{column}.bytes"], use_threads=False)
+        except (pa.ArrowException, OSError) as error:  # its messages have several lines
             raise OSError(f"the parquet file is damaged: {str(error).partition(chr(10))[0]}") from error
         images = self.kept[key] = table.column(column)
         self.num_bytes += images.nbytes

@@ -162,7 +162,11 @@ def _fill(name: str, folder: Path) -> None:
     try:
         (part / "kept").mkdir()
         MAKERS[name](part / "unpacked", part / "kept")
-        os.rename(part / "kept", folder)
+        try:
+            os.rename(part / "kept", folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first, where there are no locks
+                raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
