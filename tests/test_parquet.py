@@ -187,6 +187,16 @@ def test_shards_of_rows_without_paths(root, tmp_path, short_side):
     assert short_side or [source.read(i) for i in range(5)] == [row["bytes"] for row in rows]
 
 
+def test_odd_paths_stay_names_of_files_in_shards(root, tmp_path):
+    paths = ["/abs/x.jpg", "../up.png", "dir/", ".hidden.png", "no_ending"]
+    write_parquet(root / FILE, [image | {"path": path} for image, path in zip(images(5), paths, strict=True)])
+    source = open_images(str(root))
+    names = [source.index.name(i) for i in range(5)]
+    assert names == ["x.jpg", "up.png", "train-00000-of-00001-000002.png", "hidden.png", "no_ending.png"]
+    shard(str(root), str(tmp_path / "out"), num_workers=0)
+    assert open_images(str(tmp_path / "out")).fingerprint() == source.fingerprint()
+
+
 def test_random_order_from_large_row_groups_is_told_once_with_the_remedy(root, monkeypatch, caplog):
     monkeypatch.setattr(reading, "KEPT_BYTES", 0)
     write_parquet(root / FILE, [{"bytes": bytes([i]) * 2**19, "path": None} for i in range(5)], group=5)
@@ -197,6 +207,14 @@ def test_random_order_from_large_row_groups_is_told_once_with_the_remedy(root, m
     assert f"row group (2.6 MB); dino-sparo shard {root} --out OUT makes shards" in caplog.text
     write_parquet(root / FILE, [{"bytes": bytes([i]) * 2**19, "path": None} for i in range(5)], group=1)
     assert open_images(str(root)).index.bytes_in_random_order() < 2**20
+
+
+def test_pretraining_in_a_random_order_warns(root, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(reading, "KEPT_BYTES", 0)
+    monkeypatch.setattr(reading, "SLOW_BYTES", 0)
+    write_parquet(root / FILE, images(4))
+    pretrain(tiny_options(root, tmp_path / "run", optim__epochs=1, optim__warmup_epochs=0))
+    assert f"dino-sparo shard {root} --out OUT" in caplog.text
 
 
 # --- Mistakes

@@ -6,6 +6,7 @@ that is as quick as a folder; in a random order each image costs the reading of 
 
 import logging
 import os
+import shlex
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
@@ -187,5 +188,5 @@ def _warn(root: Path, num_bytes: int) -> None:
         "row group (%.1f MB); dino-sparo shard %s --out OUT makes shards that are as quick as a folder",
         root,
         num_bytes / 1e6,
-        root,
+        shlex.quote(str(root)),
     )

@@ -207,11 +207,9 @@ def _names(
     for parquet, file in zip(files, found, strict=True):
         stem = Path(parquet).stem
         for row, path in enumerate(file.paths):
-            name = (path or f"{stem}-{row:06d}").strip("/").replace("\0", "")
-            name = name if is_image(name.rpartition("/")[2]) else f"{name}.png"
-            if labels is not None:
-                folder = folders[next(labels)]
-                name = name if name.startswith(f"{folder}/") else f"{folder}/{name.rpartition('/')[2]}"
+            name = (path or "").rpartition("/")[2].lstrip(".").replace("\0", "") or f"{stem}-{row:06d}"
+            name = name if is_image(name) else f"{name}.png"
+            name = name if labels is None else f"{folders[next(labels)]}/{name}"
             yield name.encode("utf-8", "surrogateescape")
 
 

@@ -257,7 +257,10 @@ def per_class(source: ImageSource, images_per_class: int) -> ImageSource:
 def _train_folder(path: str, key: str) -> Path:
     root = Path(path)
     if not root.exists():
-        raise UserFileNotFoundError(f"{key} {path!r} does not exist; give an existing folder of images")
+        raise UserFileNotFoundError(
+            f"{key} {path!r} does not exist; give an existing folder of images, or a name: "
+            f"{', '.join((SHAPES, *NAMES))}"
+        )
     if not root.is_dir():
         raise UserFileNotFoundError(f"{key} {path!r} is a file; give the folder that holds the images")
     return root / "train" if (root / "train").is_dir() else training_folder(root) or root

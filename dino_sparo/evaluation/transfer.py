@@ -25,7 +25,9 @@ from dino_sparo.errors import UserError, UserFileNotFoundError
 
 VAL = "val"
 SHOWN_NAMES = 3
-EXPECTED = "expected NAME=DIR, DIR holding one folder of images for each class, or shards of such"
+EXPECTED = (
+    "expected NAME=DIR, DIR holding one folder of images for each class, or shards or parquet files of such"
+)
 
 
 @dataclass(frozen=True)
