@@ -54,6 +54,7 @@ def images(count: int, first: int = 0) -> list[dict]:
         (["train-0", "train_extra"], 2, None),
         (["0000", "0001"], 2, None),
         (["train/0000", "train/0001", "val/0000"], 2, 1),
+        (["train/0000", "validation/0000", "test/0000"], 1, 1),
         (["train-0", "others"], 1, None),
     ],
 )

@@ -171,7 +171,8 @@ def failing(server, monkeypatch, how: str) -> None:
 def test_a_failed_download_is_one_sentence_and_leaves_nothing(server, cache, monkeypatch, how, said):
     with monkeypatch.context() as patch:
         failing(server, patch, how)
-        with pytest.raises(UserError, match=rf"cifar10 .* from 127\.0\.0\.1 \(.*{said}.*\); run .* network"):
+        told = rf"^cifar10 could not be downloaded from 127\.0\.0\.1 \(.*{said}.*\); run .* network"
+        with pytest.raises(UserError, match=told):
             open_images("cifar10")
         assert [path.name for path in cache.iterdir()] == ["cifar10.lock"]
     (cache / "cifar10.abc.part").mkdir()  # of a start that was killed

@@ -46,7 +46,8 @@ def holds_parquet(root: Path) -> bool:
 
 
 def list_parquet(root: Path, split: Split) -> list[str]:
-    """Parquet files of a split, relative to the folder and in order; files without a split are train's."""
+    """Parquet files of a split, relative to the folder and in order; files without a split in
+    their names or that of their folder are train's."""
     for folder in FOLDERS:
         names = [name for name in _entries(root / folder, None)[0] if _is_parquet(name)]
         named = {name: match[1] for name in names if (match := NAMED.fullmatch(name))}
@@ -55,6 +56,9 @@ def list_parquet(root: Path, split: Split) -> list[str]:
                 return [folder + name for name in found]
         if names:
             return sorted(folder + name for name in names) if split == "train" and not named else []
+    for word in WORDS[split]:  # as the hub converts sets itself: train/0000.parquet
+        if names := [name for name in _entries(root / word, None)[0] if _is_parquet(name)]:
+            return sorted(f"{word}/{name}" for name in names)
     return []
 
 

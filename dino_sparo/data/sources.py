@@ -135,9 +135,9 @@ def open_val(path: str) -> ImageSource | None:
     if is_set(path):
         return open_set(path, "test")
     root = Path(path)
-    if holds_shards(root / "val") or holds_parquet(root / "val"):
+    if holds_shards(root / "val"):
         return open_folder(root / "val")
-    if holds_parquet(root):
+    if holds_parquet(root) or holds_parquet(root / "train"):
         return open_parquet(root, "val")
     try:
         val = recognise(root).val
@@ -201,7 +201,7 @@ def _labelled_val(root: Path, train: OnDisk) -> OnDisk | None:
     Raises:
         UserError: they have no classes, or those of training are not in a folder of their own.
     """
-    if isinstance(train, ParquetSource) and train.root == root:
+    if isinstance(train, ParquetSource):
         of_split = open_parquet(root, "val")
         return of_split if of_split is not None and of_split.labels is not None else None
     if not (root / "val").is_dir():
