@@ -10,9 +10,10 @@ from matplotlib.figure import Figure
 
 from dino_sparo.checks import check_options
 from dino_sparo.config import parse_options
+from dino_sparo.data.generated import SHAPES, SHAPES_SIZES
 from dino_sparo.data.images import normalize, to_tensor
 from dino_sparo.data.pil_views import center_crop
-from dino_sparo.data.sources import SHAPES, SHAPES_SIZES, open_images
+from dino_sparo.data.sources import open_images
 from dino_sparo.evaluation.knn import HEADLINE_K
 from dino_sparo.interop.load import load_encoder
 from dino_sparo.options import PretrainOptions

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from dino_sparo.data.index import keep_index
 from dino_sparo.data.indexed import FolderSource
+from dino_sparo.data.parquet import ParquetSource
 from dino_sparo.data.shard_headers import Shard, is_plain, is_shard, key_of, pack_shards
 from dino_sparo.data.shard_writer import Job, write_shards
 from dino_sparo.data.shards import INDEX_FILE, RECORD, ShardIndex, is_finished
@@ -82,8 +83,10 @@ def _plan(source: str, out: Path, short_side: int | None, images_per_shard: int)
         images = found[split]
         if images is None:
             continue
-        if not isinstance(images, FolderSource):
-            raise UserError(f"DIR {source!r} is no folder of images, but shards or generated pictures")
+        if not isinstance(images, FolderSource | ParquetSource):
+            raise UserError(
+                f"DIR {source!r} is no folder of images, but shards, generated pictures or a set by name"
+            )
         if out.resolve().is_relative_to(images.root.resolve()):
             raise UserError(
                 f"--out {str(out)!r} lies among the images of {images.root}; choose a folder outside"
@@ -94,7 +97,7 @@ def _plan(source: str, out: Path, short_side: int | None, images_per_shard: int)
     return jobs
 
 
-def _check_names(source: FolderSource, short_side: int | None) -> None:
+def _check_names(source: FolderSource | ParquetSource, short_side: int | None) -> None:
     """Refuse images that could not be told apart in a shard, where the first dot ends a sample's key."""
     names = map(source.index.name, range(len(source)))
     for _, group in groupby(names, key=key_of):

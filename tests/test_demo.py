@@ -6,7 +6,7 @@ import yaml
 from PIL import Image
 
 from dino_sparo.__main__ import main
-from dino_sparo.data.sources import SHAPES_SIZES
+from dino_sparo.data.generated import SHAPES_SIZES
 from tests.tiny import tiny_arguments, write_pictures
 
 

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from dino_sparo.__main__ import main
+from dino_sparo.data.generated import ShapesSource, shapes_source
 from dino_sparo.data.shapes import FACTORS, draw_factors
-from dino_sparo.data.sources import ShapesSource, shapes_source
 from dino_sparo.slots import factors
 from dino_sparo.slots.factors import NUM_VALUES, chance, factor_pictures, fit_discriminant, score_factors
 from dino_sparo.slots.parts import moments

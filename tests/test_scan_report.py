@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dino_sparo.data import scan
+from dino_sparo.data.generated import shapes_source
 from dino_sparo.data.scan_report import (
     Copies,
     compare_splits,
@@ -16,7 +17,6 @@ from dino_sparo.data.scan_report import (
     data_report,
     describe,
 )
-from dino_sparo.data.sources import shapes_source
 from tests.test_scan import PIXELS, Files, encoded, scanned, write
 
 # --- Copies and classes

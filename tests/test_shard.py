@@ -183,7 +183,7 @@ def test_mistakes(folder, tmp_path, change, options, said):
 
 
 def test_other_mistakes(folder, out, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="is no folder of images, but shards or generated pictures"):
+    with pytest.raises(UserError, match="is no folder of images, but shards, generated pictures or a set"):
         shard(str(out), str(tmp_path / "x"))
     with pytest.raises(UserError, match="lies among the images of"):
         shard(str(folder), str(folder / "train" / "shards"))

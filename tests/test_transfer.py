@@ -63,9 +63,9 @@ def test_whole_numbers_are_numbers_of_training(tmp_path):
             only(touch(tmp_path / name, "10/a.jpg", "2/a.jpg", f"{name}/a.jpg"), classes)
 
 
-def test_numbers_count_in_sorted_order_of_training(tmp_path):
+def test_numbers_count_in_the_order_of_training_which_files_of_the_hub_give_themselves(tmp_path):
     test = only(touch(tmp_path, "0/1.jpg", "2/1.jpg"), ("c", "a", "b"))
-    assert by_file(test) == {"0/1.jpg": 1, "2/1.jpg": 0}
+    assert by_file(test) == {"0/1.jpg": 0, "2/1.jpg": 2}
 
 
 def test_numbers_are_names_where_training_has_numbers(tmp_path):

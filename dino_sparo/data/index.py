@@ -125,7 +125,7 @@ def cached_index(kind: type[Index], root: Path, ending: str, make: Callable[[], 
         UserError: the index cannot be kept, or what `make` raises.
     """
     name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:32] + ending
-    chosen, spare = _cache_folder(), _temporary_folder()
+    chosen, spare = cache_folder(), _temporary_folder()
     for path in (chosen / name, spare / name):
         index = current_index(kind, path, root)
         if index is not None:
@@ -152,7 +152,8 @@ def current_index(kind: type[Index], path: Path, root: Path) -> Index | None:
     return index if index is not None and index.is_current(root) else None
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Where indexes and downloaded sets are kept; it need not exist."""
     of_user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if of_user.startswith("~"):  # a user without a home
         of_user = str(_temporary_folder())

@@ -27,8 +27,11 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from dino_sparo.data.decode import to_rgb
+from dino_sparo.data.generated import ShapesSource
+from dino_sparo.data.parquet import ParquetSource, RowPlace
 from dino_sparo.data.shards import Place, ShardSource
-from dino_sparo.data.sources import ImageSource, ShapesSource
+from dino_sparo.data.sources import ImageSource
+from dino_sparo.data.torchvision_sets import ArraySource
 from dino_sparo.errors import UserError
 
 log = logging.getLogger("dino_sparo")
@@ -103,10 +106,10 @@ class _Chunk(NamedTuple):
 def scan_images(
     source: ImageSource, *, num_workers: int, description: str, timeout_seconds: float = 600.0
 ) -> ScanResult:
-    """Read, hash and decode every file of a source as training will; generated pictures are skipped.
+    """Read, hash and decode every file of a source as training will.
 
     Args:
-        source: images; unless they are generated, `source.name(i)` is the path of a file.
+        source: images; those in no files are skipped.
         num_workers: processes to start, from the main thread; 0 scans in this one, where nothing ends a hang.
         description: what the progress bar, or without a terminal the log, calls it.
         timeout_seconds: how long a worker may be at one file.
@@ -114,7 +117,7 @@ def scan_images(
     Raises:
         UserError: a worker has died or hangs; the message names the file that it was at.
     """
-    skipped = "generated pictures are no files" if isinstance(source, ShapesSource) else ""
+    skipped = _why_skipped(source)
     num_files = 0 if skipped else len(source)
     sides = np.zeros((len(source), 2), dtype=np.int32)
     hashes = np.zeros((len(source), HASH_BYTES), dtype=np.uint8)
@@ -147,6 +150,13 @@ def scan_images(
     return ScanResult(report, source, readable, hashes)
 
 
+def _why_skipped(source: ImageSource) -> str:
+    """Why images have no files to read; empty if they have."""
+    if isinstance(source, ShapesSource):
+        return "generated pictures are no files"
+    return "torchvision has compared their checksum" if isinstance(source, ArraySource) else ""
+
+
 def spread(numbers: NDArray[np.integer]) -> Spread | None:
     """Of numbers (n,); None without any."""
     if len(numbers) == 0:
@@ -177,7 +187,7 @@ def _progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
 # --- Reading files
 
 
-def _examine(places: Sequence[str | Place], start: int, at: c_longlong) -> _Chunk:
+def _examine(places: Sequence[str | Place | RowPlace], start: int, at: c_longlong) -> _Chunk:
     """Read, hash and decode files number `start` onwards; `at` holds the number of the present one."""
     sides = np.zeros((len(places), 2), dtype=np.int32)
     num_bytes = np.zeros(len(places), dtype=np.int64)
@@ -196,14 +206,14 @@ def _examine(places: Sequence[str | Place], start: int, at: c_longlong) -> _Chun
                     sides[position] = sorted(to_rgb(image).size)
             except Exception as error:  # a damaged file makes PIL raise anything, and must not end the scan
                 kind, reason = problem_of(data, error)
-                name = printable(place.name if isinstance(place, Place) else place)
+                name = printable(place if isinstance(place, str) else place.name)
                 problems.append((kind, start + position, f"{name}: {reason}"))
             num_bytes[position] = len(data)
     return _Chunk(sides, num_bytes, hashes, problems)
 
 
-def _read(place: str | Place) -> bytes:
-    if isinstance(place, Place):
+def _read(place: str | Place | RowPlace) -> bytes:
+    if not isinstance(place, str):
         return place.read()
     with open(place, "rb") as file:
         return file.read()
@@ -281,7 +291,7 @@ def _examined(
     source: ImageSource, num_files: int, num_workers: int, timeout_seconds: float
 ) -> Generator[tuple[int, _Chunk]]:
     """The number of the first file and the findings of each chunk, in any order."""
-    place = source.place if isinstance(source, ShardSource) else source.name
+    place = source.place if isinstance(source, ShardSource | ParquetSource) else source.name
     chunks = (
         (start, [place(i) for i in range(start, min(start + CHUNK_FILES, num_files))])
         for start in range(0, num_files, CHUNK_FILES)

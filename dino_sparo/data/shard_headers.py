@@ -165,8 +165,9 @@ def _classes(folders: list[str], texts: list[str | None]) -> tuple[list[str], ND
         by_folder = len(set(zip(folders, texts, strict=True))) == len(set(texts)) == of_folders
     known = folders if by_folder else [text or "" for text in texts] if by_text else []
     names = sorted(set(known))
-    if not by_folder and all(name.isascii() and name.isdecimal() for name in names):
-        names.sort(key=int)
+    said = dict(zip(known, texts, strict=True)) if by_text and known else {}
+    if said and all(text and text.isascii() and text.isdecimal() for text in said.values()):
+        names.sort(key=lambda name: int(said[name] or 0))  # sets with an order of their own keep it
     numbers = {name: number for number, name in enumerate(names)}
     return names, np.array([numbers[name] for name in known], np.int32)
 

@@ -1,4 +1,4 @@
-"""Writes images of folders into tar shards, each as a whole or not at all, in several processes."""
+"""Writes images into tar shards, each as a whole or not at all, in several processes."""
 
 import multiprocessing
 import os
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from dino_sparo.data.decode import decode
 from dino_sparo.data.indexed import FolderSource
+from dino_sparo.data.parquet import ParquetSource
 from dino_sparo.data.shard_headers import ImageOfShard, Shard
 from dino_sparo.data.tars import BLOCK
 from dino_sparo.errors import UserError
@@ -33,7 +34,7 @@ JPEG_ENDINGS = (".jpg", ".jpeg")
 class Job:
     """The shards of one split, and what they are made of."""
 
-    source: FolderSource
+    source: FolderSource | ParquetSource
     folder: Path
     short_side: int | None
     images_per_shard: int

@@ -1,9 +1,9 @@
-"""Where images come from: folders (labelled by class folder or flat), shards and generated pictures."""
+"""Where images come from: folders (labelled by class folder or flat), shards, parquet files, sets by name and
+generated pictures."""
 
-import hashlib
 import logging
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Protocol
@@ -12,17 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dino_sparo.data.generated import SHAPES, shapes_source
 from dino_sparo.data.imagenet import explain, recognise, training_folder
 from dino_sparo.data.index import open_index
 from dino_sparo.data.indexed import FolderSource
-from dino_sparo.data.shapes import FACTORS, draw_factors, draw_picture
+from dino_sparo.data.parquet import ParquetSource, open_parquet
+from dino_sparo.data.parquet_files import Split, holds_parquet
 from dino_sparo.data.shards import ShardSource, holds_shards, open_shards
+from dino_sparo.data.torchvision_sets import NAMES, open_set
 from dino_sparo.errors import UserError, UserFileNotFoundError
 
 log = logging.getLogger("dino_sparo")
 
-SHAPES = "shapes"
-SHAPES_SIZES = {"train": 4000, "val": 1000}
+OnDisk = FolderSource | ShardSource | ParquetSource
 HELD_OUT_EVERY = 5  # without a val folder every fifth image is held out
 
 
@@ -73,46 +75,24 @@ class ImageSource(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class ShapesSource:
-    """Pictures drawn on demand; the label is one factor of the main object."""
+def open_folder(root: Path, split: Split = "train") -> OnDisk:
+    """The images in the shards or parquet files of a folder if it holds such, else those in files below it.
 
-    seed: int
-    indices: NDArray[np.int64]
-    labels: NDArray[np.int64]
-    classes: tuple[str, ...] = FACTORS["colour"]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def name(self, index: int) -> str:
-        return f"generated picture {self.indices[index]}"
-
-    def load(self, index: int, max_side: int | None = None) -> Image.Image:
-        return draw_picture(self.seed, int(self.indices[index]))
-
-    def read(self, index: int) -> bytes:
-        return b""
-
-    def subset(self, indices: NDArray[np.int64]) -> "ShapesSource":
-        return ShapesSource(self.seed, self.indices[indices], self.labels[indices], self.classes)
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256(f"shapes {self.seed}".encode() + self.indices.tobytes()).hexdigest()
-
-    def stats(self) -> NDArray[np.int64]:
-        return np.zeros((len(self), 3), np.int64)
-
-
-def open_folder(root: Path) -> FolderSource | ShardSource:
-    """The images in the shards of a folder if it holds shards, else those in files below it.
+    `split` tells which of parquet files, where one folder holds those of all; without val it is train.
 
     Raises:
         UserFileNotFoundError: there is no image.
-        UserError: a folder or shard cannot be read, or the index cannot be kept.
+        UserError: a folder or file cannot be read, or the index cannot be kept.
     """
     if holds_shards(root):
         return open_shards(root)
+    if holds_parquet(root):
+        images = open_parquet(root, split) or (open_parquet(root, "train") if split == "val" else None)
+        if images is None:
+            raise UserFileNotFoundError(
+                f"{root} holds parquet files, but none of train; expected train-*.parquet; download these too"
+            )
+        return images
     index = open_index(root)
     if 0 < index.num_loose < len(index):
         _warn_of_loose_images(root, index.name(0))
@@ -130,6 +110,8 @@ def open_images(path: str, max_images: int | None = None, key: str = "data.path"
     source: ImageSource
     if path == SHAPES:
         source = shapes_source("train")
+    elif is_set(path):
+        source = open_set(path, "pretrain")
     else:
         folder = _train_folder(path, key)
         if folder == Path(path) and (folder / "val").is_dir():  # its images would be learnt from too
@@ -150,13 +132,18 @@ def open_val(path: str) -> ImageSource | None:
     """The validation images of a folder, labelled by their own class folders or not at all; None without."""
     if path == SHAPES:
         return shapes_source("val")
-    if holds_shards(Path(path) / "val"):
-        return open_folder(Path(path) / "val")
+    if is_set(path):
+        return open_set(path, "test")
+    root = Path(path)
+    if holds_shards(root / "val"):
+        return open_folder(root / "val")
+    if holds_parquet(root) or holds_parquet(root / "train"):
+        return open_parquet(root, "val")
     try:
-        val = recognise(Path(path)).val
+        val = recognise(root).val
     except UserFileNotFoundError:
         return None
-    return open_folder(val.path) if val and val.is_readable and val.path != Path(path) else None
+    return open_folder(val.path) if val and val.is_readable and val.path != root else None
 
 
 def open_labelled(path: str, key: str = "data.path") -> tuple[ImageSource, ImageSource]:
@@ -171,6 +158,8 @@ def open_labelled(path: str, key: str = "data.path") -> tuple[ImageSource, Image
     """
     if path == SHAPES:
         return shapes_source("train"), shapes_source("val")
+    if is_set(path):
+        return open_set(path, "train"), open_set(path, "test")
     train_folder = _train_folder(path, key)
     explained = _explained(path)
     if explained:
@@ -182,15 +171,10 @@ def open_labelled(path: str, key: str = "data.path") -> tuple[ImageSource, Image
             f". With a list of their classes `dino-sparo prepare {path} --out OUT --labels FILE` makes them",
         )
     _warn_of_empty_classes(train)
-    val_folder = Path(path) / "val"
-    if not val_folder.is_dir():
+    val = _labelled_val(Path(path), train)
+    if val is None:
         held_out = np.arange(len(train)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
         return train.subset(np.flatnonzero(~held_out)), train.subset(np.flatnonzero(held_out))
-    if train.root == Path(path):  # its images would be in the gallery too, as a class named val
-        raise UserError(f"{path}: there is a val folder, but no train folder; expected train/<class>/<image>")
-    val = open_folder(val_folder)
-    if val.labels is None:
-        raise unlabelled(val)
     unknown = sorted(set(val.classes) - set(train.classes))
     if unknown:
         problem = "has no image" if (train.root / unknown[0]).is_dir() else "does not exist"
@@ -203,8 +187,40 @@ def open_labelled(path: str, key: str = "data.path") -> tuple[ImageSource, Image
     return train, replace(val, classes=train.classes, class_numbers=to_train)
 
 
-def unlabelled(source: FolderSource | ShardSource, remedy: str = "") -> UserError:
-    """The error about images of a folder or of shards whose classes are needed and unknown."""
+def is_set(path: str) -> bool:
+    """Whether a path is the name of a set that torchvision downloads; a folder of that name goes first."""
+    if path in NAMES and os.path.lexists(path):
+        _warn_of_name(path)
+    return path in NAMES and not os.path.lexists(path)
+
+
+def _labelled_val(root: Path, train: OnDisk) -> OnDisk | None:
+    """The labelled validation images beside those of training; None without. Parquet files of a test split
+    whose classes are unknown are none.
+
+    Raises:
+        UserError: they have no classes, or those of training are not in a folder of their own.
+    """
+    if isinstance(train, ParquetSource):
+        of_split = open_parquet(root, "val")
+        return of_split if of_split is not None and of_split.labels is not None else None
+    if not (root / "val").is_dir():
+        return None
+    if train.root == root:  # its images would be in the gallery too, as a class named val
+        raise UserError(f"{root}: there is a val folder, but no train folder; expected train/<class>/<image>")
+    val = open_folder(root / "val")
+    if val.labels is None:
+        raise unlabelled(val)
+    return val
+
+
+def unlabelled(source: OnDisk, remedy: str = "") -> UserError:
+    """The error about images whose classes are needed and unknown."""
+    if isinstance(source, ParquetSource):
+        return UserError(
+            f"{source.root}: the parquet files do not tell the class of every image; expected a column label "
+            f"or labels of integers from 0, or one column of the hub's type ClassLabel"
+        )
     if isinstance(source, ShardSource):
         return UserError(
             f"{source.root}: not every image of these shards has a class; expected KEY.cls beside "
@@ -215,8 +231,10 @@ def unlabelled(source: FolderSource | ShardSource, remedy: str = "") -> UserErro
     )
 
 
-def _warn_of_empty_classes(source: FolderSource | ShardSource) -> None:
+def _warn_of_empty_classes(source: OnDisk) -> None:
     """A class folder without an image is no class; it may have been meant to be one."""
+    if isinstance(source, ParquetSource):
+        return
     folders = sorted(entry.name for entry in os.scandir(source.root) if entry.is_dir())
     empty = [name for name in folders if name not in source.classes and not name.startswith(".")]
     if empty:
@@ -236,18 +254,13 @@ def per_class(source: ImageSource, images_per_class: int) -> ImageSource:
     return source.subset(np.sort(np.concatenate(chosen)))
 
 
-def shapes_source(split: str) -> ShapesSource:
-    """The generated pictures of a split, labelled by the main object's colour."""
-    first = 0 if split == "train" else SHAPES_SIZES["train"]
-    indices = np.arange(first, first + SHAPES_SIZES[split])
-    labels = np.array([draw_factors(0, int(i)).colour for i in indices], dtype=np.int64)
-    return ShapesSource(0, indices, labels)
-
-
 def _train_folder(path: str, key: str) -> Path:
     root = Path(path)
     if not root.exists():
-        raise UserFileNotFoundError(f"{key} {path!r} does not exist; give an existing folder of images")
+        raise UserFileNotFoundError(
+            f"{key} {path!r} does not exist; give an existing folder of images, or a name: "
+            f"{', '.join((SHAPES, *NAMES))}"
+        )
     if not root.is_dir():
         raise UserFileNotFoundError(f"{key} {path!r} is a file; give the folder that holds the images")
     return root / "train" if (root / "train").is_dir() else training_folder(root) or root
@@ -259,6 +272,11 @@ def _explained(path: str) -> str:
         return explain(recognise(Path(path)))
     except UserFileNotFoundError:
         return ""
+
+
+@cache
+def _warn_of_name(path: str) -> None:
+    log.warning("the folder %s here is taken, not the set of this name that torchvision downloads", path)
 
 
 @cache  # said once a process and folder, however often that is opened

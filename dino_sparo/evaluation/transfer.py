@@ -2,7 +2,7 @@
 
 Classes are matched by the name of their folder, in whatever order and however few: ImageNet-A and -R have
 200 of ImageNet's, ImageNet-Sketch all. Folders named by whole numbers, as in ImageNet-V2, are numbers of the
-classes of training in sorted order, unless training's own are numbers too.
+classes of training in its order, unless training's own are numbers too.
 
 A further test set is scored over its own classes: a prediction can be one of them only, as in the
 evaluations of ImageNet-A and -R by their authors. The val folder is not: there every class of training
@@ -25,7 +25,9 @@ from dino_sparo.errors import UserError, UserFileNotFoundError
 
 VAL = "val"
 SHOWN_NAMES = 3
-EXPECTED = "expected NAME=DIR, DIR holding one folder of images for each class, or shards of such"
+EXPECTED = (
+    "expected NAME=DIR, DIR holding one folder of images for each class, or shards or parquet files of such"
+)
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def _open_test_set(name: str, text: str, root: Path, train_classes: tuple[str, .
     if not root.is_dir():
         problem = "is a file" if root.exists() else "does not exist"
         raise UserFileNotFoundError(f"test {text!r}: {str(root)!r} {problem}; {EXPECTED}")
-    source = open_folder(root)
+    source = open_folder(root, "val")
     labels, folders = source.labels, source.classes
     if labels is None:
         raise UserError(f"test {text!r}: {unlabelled(source)}")
@@ -146,8 +148,7 @@ def _numbers_of_training(folders: Sequence[str], train_classes: Sequence[str]) -
                 f"class folders are numbered up to {max(by_number)}, but training has {len(train_classes)} "
                 f"classes, so that numbers do not tell which is which; name the folders as in training"
             )
-        ordered = sorted(train_classes)
-        return np.array([numbers[ordered[number]] for number in by_number], dtype=np.int64)
+        return np.array(by_number, dtype=np.int64)
     return np.array([numbers.get(name, -1) for name in folders], dtype=np.int64)
 
 

@@ -9,8 +9,8 @@ class LabelledDataOptions:
     """A labelled image folder."""
 
     path: str
-    """Folder with train/<class>/... and val/<class>/..., or `shapes`; without val/ every fifth image is
-    held out."""
+    """Folder with train/<class>/... and val/<class>/..., shards or parquet files of such, `cifar10`, `stl10`
+    or `shapes`; without val every fifth image is held out."""
 
 
 @dataclass

@@ -19,10 +19,10 @@ class PrepareOptions:
 
 @dataclass
 class ShardOptions:
-    """Tar shards of a folder of images, for network file systems."""
+    """Tar shards of a folder of images or parquet files, for network file systems and a random order."""
 
     source: str
-    """Folder of images (train/<class>/... and val/<class>/..., <class>/... or flat)."""
+    """Folder of images (train/<class>/... and val/<class>/..., <class>/... or flat) or of parquet files."""
     out: str
     """Folder that gets the shards, in train/ and val/ if the source has both; `data.path` can be it."""
     short_side: int | None = None

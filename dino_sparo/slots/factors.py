@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dino_sparo.data.generated import ShapesSource
 from dino_sparo.data.shapes import FACTORS, MAX_OBJECTS, draw_factors
-from dino_sparo.data.sources import ShapesSource
 from dino_sparo.errors import UserError
 from dino_sparo.slots.compared import encodings, open_compared
 from dino_sparo.slots.parts import LinearProbe, Moments, moments, parts_of, probe_accuracies, single

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from dino_sparo.data.sources import SHAPES
+from dino_sparo.data.generated import SHAPES
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.results import results_folder
 from dino_sparo.models import Encoder
