@@ -11,19 +11,10 @@ import pytest
 from dino_sparo.training.checkpoint import load_latest
 from dino_sparo.training.runlog import read_metrics
 from tests.running import environment_of, family, is_gone, wait_for_step
+from tests.slurm import ROOT, slurm_environment
 from tests.tiny import TINY, state_hash, write_pictures
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.long
-# As srun does: the command once on each machine, here all on this one, without its own two options.
-SRUN = """#!/usr/bin/env bash
-[[ $1 == --kill-on-bad-exit=1 && $2 == --cpus-per-task && $3 == "$SLURM_CPUS_PER_TASK" ]] || exit 1
-shift 3
-for machine in $(seq "$SLURM_NNODES"); do "$@" & done
-status=0
-for step in $(jobs -p); do wait "$step" || status=$?; done
-exit "$status"
-"""
 
 
 @pytest.fixture
@@ -48,22 +39,7 @@ def start(script: str, data: Path, folder: Path, **environment: str) -> None:
 
 @pytest.fixture
 def slurm(tmp_path) -> dict[str, str]:
-    """The environment of a job on two machines; `scontrol` notes what it is told in `told`."""
-    (tmp_path / "bin").mkdir()
-    scontrol = f"#!/bin/sh\necho localhost\necho $* >> {tmp_path / 'told'}\n"
-    for name, text in (("srun", SRUN), ("scontrol", scontrol)):
-        (tmp_path / "bin" / name).write_text(text)
-        (tmp_path / "bin" / name).chmod(0o755)
-    return {
-        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
-        "RUN_DIR": str(tmp_path / "slurm"),
-        "SLURM_SUBMIT_DIR": str(ROOT),
-        "SLURM_JOB_NODELIST": "machine[1-2]",
-        "SLURM_JOB_ID": str(os.getpid()),
-        "SLURM_NNODES": "2",
-        "SLURM_GPUS_ON_NODE": "1",
-        "SLURM_CPUS_PER_TASK": "1",
-    }
+    return slurm_environment(tmp_path) | {"RUN_DIR": str(tmp_path / "slurm")}
 
 
 def test_one_machine_and_two_machines_are_the_same_run(data, slurm, tmp_path):

@@ -1,0 +1,114 @@
+"""Every command of README.md and eval/README.md, run in its order on a folder of tiny pictures."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dino_sparo.__main__ import command_and_rest
+from dino_sparo.models import build_encoder
+from tests.slurm import ROOT, slurm_environment
+from tests.tiny import TINY, write_pictures
+
+pytestmark = pytest.mark.long
+PAGES = ("README.md", "eval/README.md")
+PROGRAMS = ("dino-sparo ", "slots ", "scripts/", "torchrun ", "sbatch ", "tensorboard ", "python ")
+NOT_HERE = {
+    "scripts/test.sh": "this test is a part of it",
+    "source .venv/bin/activate": "done by who runs the tests",
+}
+ARCH = '{"width": 16, "depth": 3, "num_heads": 2}'
+SMALL = {key: value for key, value in TINY.items() if not key.startswith("model.arch")} | {
+    "model.arch": ARCH,
+    "optim.epochs": "1",
+    "optim.warmup_epochs": "0",
+}
+# What makes each command small enough; it is not added where the command says otherwise.
+LESS = {
+    **dict.fromkeys(("pretrain", "check", "demo", "sweep"), SMALL),
+    "linear": {"epochs": "1", "batch_size": "4", "num_workers": "0"},
+    "knn": {"num_workers": "0"},
+    "bench": {
+        **{"rounds": "1", "batch_size": "2", "num_images": "2", "seconds": "0.1", "num_workers": "0"},
+        **{"num_tokens": "5", "index_files": "100", "knn_train": "100", "knn_test": "10", "knn_width": "8"},
+    },
+    "slots mask": {"epochs": "1"},
+}
+PLACES = {"/data/imagenet": "data", "DIR2": "data", "DIR": "data", "RUN": "runs/sparo", "NAME": "other"}
+FEWER = {"--nproc 8": "--nproc 2", "--nproc-per-node 8": "--nproc-per-node 2"}
+
+
+def commands(page: str) -> list[str]:
+    """What a page tells to type: the lines of its bash blocks, and commands within its text."""
+    text = (ROOT / page).read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    lines = [line.partition("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    spans = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    spans = [" ".join(span.split()) for span in spans]
+    whole = [span for span in spans if span.startswith(PROGRAMS) and re.search(r" (--|[A-Z]{3}|runs/)", span)]
+    return [f"dino-sparo {line}" if line.startswith("slots ") else line for line in [*lines, *whole] if line]
+
+
+def as_run_here(command: str) -> list[str]:
+    """The command on tiny pictures, small enough for two cores."""
+    for large, small in FEWER.items():
+        command = command.replace(large, small)
+    words = [re.sub("|".join(PLACES), lambda found: PLACES[found[0]], word) for word in shlex.split(command)]
+    program, *rest = words
+    if program == "tensorboard":
+        return [*words, "--inspect"]  # reads what it would show, and ends
+    if program == "dino-sparo":
+        name, given = command_and_rest(rest)
+        return [sys.executable, "-m", "dino_sparo", *name.split(), *given, *less(name, given)]
+    words = [str(ROOT / word) if word.startswith(("scripts/", "eval/")) else word for word in words]
+    if program == "python":
+        return [sys.executable, *words[1:], *less(Path(words[1]).stem, words)]
+    return [*words, *less("pretrain", words)]  # a launcher
+
+
+def less(name: str, given: list[str]) -> list[str]:
+    keys = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in given}
+    return [f"--{key}={value}" for key, value in LESS.get(name, {}).items() if key not in keys]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where a reader of the pages may be: a folder with images and an official file."""
+    folder = tmp_path_factory.mktemp("reader")
+    write_pictures(folder / "data", 20, classes=2)
+    encoder = build_encoder({"width": 64, "depth": 5, "num_heads": 1}, 8, 16, "cls")
+    torch.save(encoder.backbone.state_dict(), folder / "dino_deitsmall16_pretrain.pth")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> dict[str, str]:
+    slurm = slurm_environment(tmp_path_factory.mktemp("slurm"))
+    return {**slurm, "PATH": f"{Path(sys.executable).parent}:{slurm['PATH']}"} | {
+        "NPROC": "2",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+@pytest.mark.parametrize(("number", "command"), enumerate(c for page in PAGES for c in commands(page)))
+def test_command(number, command, folder, environment):
+    if command in NOT_HERE:
+        pytest.skip(NOT_HERE[command])
+    words = [word.replace("OUT", f"out{number}") for word in as_run_here(command)]
+    finished = subprocess.run(
+        words, cwd=folder, env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, f"{shlex.join(words)}\n{finished.stderr[-3000:]}"
+
+
+def test_python_example(folder):
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    finished = subprocess.run(
+        [sys.executable, "-c", example], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
