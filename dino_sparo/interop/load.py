@@ -1,8 +1,12 @@
-"""Encoders from files: our runs and checkpoints, exported folders, and official DINO weights."""
+"""Encoders from files: our runs and checkpoints, exported folders, official DINO weights, timm's ViTs."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.interop.export import CONFIG_FILE, WEIGHTS_FILE, read_exported
@@ -11,6 +15,8 @@ from dino_sparo.interop.stored import StoredEncoder
 from dino_sparo.models import Encoder
 from dino_sparo.training.checkpoint import check_format, check_hash, encoder_arguments, load_latest
 from dino_sparo.training.plain_file import read_plain
+
+SAFETENSORS = ".safetensors"
 
 
 def load_encoder(
@@ -24,11 +30,12 @@ def load_encoder(
 
     Args:
         path: run folder (its newest whole checkpoint), checkpoint file, exported folder or its
-            `.safetensors` file, or ViT weights of the official DINO code (`.pth`).
+            `.safetensors` file, or a ViT's weights as the official DINO code or timm keep them (`.pth`,
+            `.bin`, `.safetensors`).
         which: teacher or student.
-        untrained: give the weights that the run began with instead, as a baseline (of an official file: the
-            initial weights of seed 0).
-        arch: named size (or width, depth, num_heads) that the file must hold; official weights do not tell
+        untrained: give random weights instead, as a baseline: those that a run of this seed begins with if
+            no file starts it (of an official file: seed 0).
+        arch: named size (or width, depth, num_heads) that the file must hold; such weights do not tell
             their number of heads, which without it is one for 64 numbers of width.
 
     Raises:
@@ -45,22 +52,74 @@ def read_stored(
     if which not in MODELS:
         raise UserError(f"which is {which!r}, expected 'teacher' or 'student'")
     path = Path(path)
-    if path.suffix == ".safetensors" or (path / CONFIG_FILE).is_file():
-        stored = read_exported(path if path.suffix == ".safetensors" else path / WEIGHTS_FILE, which)
-    elif path.is_file():
+    if is_exported(path):
+        stored = read_exported(path if path.suffix == SAFETENSORS else path / WEIGHTS_FILE, which)
+        stored.check_arch(arch)
+        return stored
+    return stored_in(read_content(path), path, which, arch=arch)
+
+
+def is_exported(path: Path) -> bool:
+    """Whether it is what `dino-sparo export` wrote; a `.safetensors` file may also be timm's, as it is."""
+    if path.suffix != SAFETENSORS:
+        return (path / CONFIG_FILE).is_file()
+    if not path.is_file() or _is_ours(path.with_name(CONFIG_FILE)):
+        return True
+    try:
+        with safe_open(path, "pt") as file:
+            return "cls_token" not in file.keys()  # noqa: SIM118 it is no mapping
+    except (SafetensorError, OSError):
+        return True
+
+
+def _is_ours(config_path: Path) -> bool:
+    """Whether a config.json is not that of one of timm's own models."""
+    try:
+        config = json.loads(config_path.read_text())
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        return True
+    return not isinstance(config, dict) or "architecture" not in config or "sparo" in config["architecture"]
+
+
+def read_content(path: Path) -> Any:
+    """What a run's newest checkpoint or a weights file holds, tensors and plain values only.
+
+    Raises:
+        UserFileNotFoundError: there is no such file, or no checkpoint in the folder.
+        UserError: the file is damaged or refused.
+    """
+    if path.suffix == SAFETENSORS:
+        return load_file(path)  # whole: `is_exported` has looked
+    if path.is_file():
         check_hash(path)
-        content = read_plain(path, allow_namespace=True)
-        if not (isinstance(content, dict) and "format" in content):
-            return read_official(content, path, which, arch)
-        check_format(content, path)
-        stored = _of_checkpoint(content, path, which)
-    else:
-        state = load_latest(path)
-        if state is None:
-            raise UserFileNotFoundError(
-                f"{path}: no checkpoint found; expected a run folder, an exported folder, or a weights file"
-            )
-        stored = _of_checkpoint(state, path, which)
+        return read_plain(path, allow_namespace=True)
+    state = load_latest(path)
+    if state is None:
+        raise UserFileNotFoundError(
+            f"{path}: no checkpoint found; expected a run folder, an exported folder, or a weights file"
+        )
+    return state
+
+
+def stored_in(
+    content: Any,
+    path: Path,
+    which: str,
+    *,
+    arch: str | Mapping[str, int] | None = None,
+    num_heads: int | None = None,
+) -> StoredEncoder:
+    """One network of such a content; `num_heads` is for weights that do not tell it.
+
+    Raises:
+        UserError: it is not there, or not as it should be.
+    """
+    if not (isinstance(content, dict) and "format" in content):
+        return read_official(content, path, which, arch, num_heads=num_heads)
+    check_format(content, path)
+    stored = _of_checkpoint(content, path, which)
     stored.check_arch(arch)
     return stored
 
@@ -74,6 +133,7 @@ def _of_checkpoint(state: dict[str, Any], path: Path, which: str) -> StoredEncod
             seed=state["config"]["seed"],
             which=which,
             weights={k.removeprefix(prefix): v for k, v in state[which].items() if k.startswith(prefix)},
+            beside={k: v for k, v in state[which].items() if not k.startswith(prefix)},
         )
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no whole checkpoint of dino-sparo ({error!r}); give another") from error
