@@ -181,7 +181,7 @@ def test_a_readout_after_the_last_block_takes_all_blocks(tmp_path):
     assert all(torch.equal(v, given[k]) for k, v in state.teacher.encoder.backbone.state_dict().items())
 
 
-def test_timms_own_model_by_file_and_by_name(tmp_path, monkeypatch):
+def test_timms_own_model_by_file_and_by_name(tmp_path, monkeypatch, caplog):
     sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 5}
     model = timm.models.VisionTransformer(**sizes).eval()
     weights = model.state_dict()
@@ -194,6 +194,11 @@ def test_timms_own_model_by_file_and_by_name(tmp_path, monkeypatch):
         tokens = state.teacher.encoder.tokens(images)
         torch.testing.assert_close(tokens, model.forward_features(images), atol=1e-5, rtol=1e-5)
         assert "unused of the file: head (2 tensors)" in said
+    model.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.229, 0.224, 0.225)}
+    started_from(tmp_path, "timm:vit", **CLS)
+    assert (
+        "WARNING: init timm:vit was trained on images normalised by mean (0.5, 0.5, 0.5), here" in caplog.text
+    )
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224"}))
     started_from(tmp_path, tmp_path / "model.safetensors", **CLS)
     with pytest.raises(UserError, match=r"init timm:vit holds attention heads 2 \(the recipe has 4\)"):

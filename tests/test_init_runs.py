@@ -112,7 +112,7 @@ def test_the_optimiser_and_the_graph_leave_a_frozen_backbone_out(frozen_state):
     assert held == {id(p) for p in learning if p.requires_grad}
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        tokens = student._learning_tokens(torch.randn(2, 3, 3, 16, 16))
+        tokens = student.encoder.tokens(torch.randn(6, 3, 16, 16))
     assert not saved and not tokens.requires_grad
     logits = [student.train()([torch.ones(2, 3, 3, 16, 16)])[0] for _ in range(2)]
     assert torch.equal(*logits) and logits[0].requires_grad  # no stochastic depth, though the recipe has it

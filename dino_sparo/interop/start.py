@@ -13,6 +13,7 @@ The rules, for student and teacher alike:
 Optimiser, centre and schedules begin anew.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ from dino_sparo.interop.load import SAFETENSORS, is_exported, read_content, stor
 from dino_sparo.interop.stored import StoredEncoder, architecture, misfits
 from dino_sparo.models import DinoModel, Encoder
 from dino_sparo.models.encoder import WITH_SLOTS
+
+log = logging.getLogger("dino_sparo")
 
 TIMM = "timm:"
 NOT_READOUT = ("arch", "patch_size", "image_size", "after_last_block")
@@ -87,6 +90,14 @@ def _from_timm(name: str) -> tuple[dict[str, Tensor], int]:
     if not isinstance(model, timm.models.VisionTransformer):
         raise UserError(
             f"init {TIMM + name!r} is a {type(model).__name__}; expected a plain VisionTransformer of timm"
+        )
+    expected = {"mean": timm.data.IMAGENET_DEFAULT_MEAN, "std": timm.data.IMAGENET_DEFAULT_STD}
+    told: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    other = [f"{key} {told[key]}" for key, value in expected.items() if tuple(told.get(key, value)) != value]
+    if other:
+        log.warning(
+            "WARNING: init %s%s was trained on images normalised by %s, here they are by ImageNet's",
+            *(TIMM, name, " and ".join(other)),
         )
     attention: Any = model.get_submodule("blocks.0.attn")
     return model.state_dict(), attention.num_heads

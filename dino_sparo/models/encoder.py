@@ -126,12 +126,6 @@ class DinoModel(nn.Module):
         self.encoder = encoder
         self.head = head
         self._tokens: Callable[[Tensor], Tensor] = encoder.tokens
-        self._backbone_learns = True
-
-    def freeze_backbone(self) -> None:
-        """Let the backbone stay as it is: it gets no gradients, and no graph of it is kept."""
-        self.encoder.backbone.requires_grad_(False)
-        self._backbone_learns = False
 
     def compile_backbone(self) -> None:
         """Compile the backbone for what this model does with it; evaluations use the encoder as it is."""
@@ -142,13 +136,8 @@ class DinoModel(nn.Module):
 
         Each group goes through the encoder as one batch, the head runs once on all. Rows are crop-major.
         """
-        encodings = torch.cat([self.encoder.read(self._learning_tokens(crops)) for crops in crop_groups])
+        encodings = torch.cat([self.encoder.read(self._tokens(crops.flatten(0, 1))) for crops in crop_groups])
         return self.head(encodings), encodings
-
-    def _learning_tokens(self, crops: Tensor) -> Tensor:
-        """Crops (C, B, 3, side, side) -> normalised tokens (C*B, N, D)."""
-        with torch.set_grad_enabled(self._backbone_learns and torch.is_grad_enabled()):
-            return self._tokens(crops.flatten(0, 1))
 
 
 def build_encoder(

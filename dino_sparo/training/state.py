@@ -79,8 +79,7 @@ def build_state(
     torch.manual_seed(config["seed"])
     frozen = config["optim"].get("freeze_backbone", False)  # older checkpoints do not have it
     student = _build_model(config, 0.0 if frozen else config["model"]["drop_path_rate"])
-    if frozen:
-        student.freeze_backbone()
+    student.encoder.backbone.requires_grad_(not frozen)  # then no graph of it is kept either
     teacher = _build_model(config, drop_path_rate=0.0)
     teacher.load_state_dict(student.state_dict())
     student.encoder.backbone.activation_checkpointing = activation_checkpointing
