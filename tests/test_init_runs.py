@@ -9,7 +9,10 @@ import torch
 
 from dino_sparo import load_encoder
 from dino_sparo.__main__ import main
+from dino_sparo.config import parse_options
 from dino_sparo.errors import UserError
+from dino_sparo.options import SweepOptions
+from dino_sparo.sweep import plan
 from dino_sparo.training import setup, state
 from dino_sparo.training.checkpoint import load_latest, num_bytes
 from dino_sparo.training.pretrain import pretrain
@@ -74,6 +77,29 @@ def test_a_run_goes_on_without_the_file_bit_for_bit(finished, pictures, step, tm
     pretrain(options)
     assert state_hash(load_latest(tmp_path / "run")) == state_hash(load_latest(run_dir))
     assert load_latest(tmp_path / "run")["config"]["init"] == str(file)
+
+
+def test_a_run_and_an_exported_encoder_start_another_run(run_dir, pictures, tmp_path):
+    assert main(["export", str(run_dir), "--out", str(tmp_path / "exported")]) == 0
+    before = load_latest(run_dir)
+    for init, parts in ((run_dir, ("student", "teacher")), (tmp_path / "exported", ("teacher", "teacher"))):
+        options = tiny_options(pictures, tmp_path / "run", init=init)
+        prepared = setup.prepare(options, torch.device("cpu"))
+        assert prepared.first_step == 0 and not prepared.state.optimizer.state
+        for model, part in zip((prepared.state.student, prepared.state.teacher), parts, strict=True):
+            same = {n: torch.equal(value, before[part][n]) for n, value in model.state_dict().items()}
+            assert all(same[name] for name in same if init == run_dir or name.startswith("encoder."))
+            assert same["head.mlp.0.weight"] == (init == run_dir)
+    with pytest.raises(FileNotFoundError, match=r"none: no checkpoint found; expected a run folder"):
+        setup.prepare(tiny_options(pictures, tmp_path / "run", init=tmp_path / "none"), torch.device("cpu"))
+
+
+def test_a_sweep_varies_starts_and_freezing(pictures, tmp_path):
+    arguments = tiny_arguments(pictures, tmp_path / "runs", init=pictures / "vit.pth")
+    arguments += ['--vary=["optim.freeze_backbone=true,false"]']
+    variants = plan(parse_options(SweepOptions, arguments, usage=""))
+    assert [one.options.optim.freeze_backbone for one in variants] == [True, False]
+    assert {one.options.init for one in variants} == {str(pictures / "vit.pth")}
 
 
 def test_another_start_is_another_experiment(finished, pictures):

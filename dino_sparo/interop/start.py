@@ -82,7 +82,7 @@ def _from_timm(name: str) -> tuple[dict[str, Tensor], int]:
     try:
         model = timm.create_model(name, pretrained=True)
     except Exception as error:  # of the network, the hub or timm: there are many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(
             f"init {TIMM + name!r} cannot be had from timm ({reason}); check the name "
             f"(timm.list_pretrained('vit*')) and the network, or give a weights file"
