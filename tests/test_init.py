@@ -200,7 +200,8 @@ def test_timms_own_model_by_file_and_by_name(tmp_path, monkeypatch, caplog):
         "WARNING: init timm:vit was trained on images normalised by mean (0.5, 0.5, 0.5), here" in caplog.text
     )
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224"}))
-    started_from(tmp_path, tmp_path / "model.safetensors", **CLS)
+    for init in (tmp_path / "model.safetensors", tmp_path):  # a folder as the hub has it
+        started_from(tmp_path, init, **CLS)
     with pytest.raises(UserError, match=r"init timm:vit holds attention heads 2 \(the recipe has 4\)"):
         started_from(tmp_path, "timm:vit", **CLS, model__arch__num_heads=4)
 

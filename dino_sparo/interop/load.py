@@ -51,18 +51,24 @@ def read_stored(
     """As `load_encoder`, before the encoder is built and the weights are compared with it."""
     if which not in MODELS:
         raise UserError(f"which is {which!r}, expected 'teacher' or 'student'")
-    path = Path(path)
+    path = weights_path(path)
     if is_exported(path):
-        stored = read_exported(path if path.suffix == SAFETENSORS else path / WEIGHTS_FILE, which)
+        stored = read_exported(path, which)
         stored.check_arch(arch)
         return stored
     return stored_in(read_content(path), path, which, arch=arch)
 
 
+def weights_path(path: str | Path) -> Path:
+    """The weights in an exported folder, of ours or timm's; any other path as it is."""
+    path = Path(path)
+    return path / WEIGHTS_FILE if (path / CONFIG_FILE).is_file() else path
+
+
 def is_exported(path: Path) -> bool:
-    """Whether it is what `dino-sparo export` wrote; a `.safetensors` file may also be timm's, as it is."""
+    """Whether it is weights of `dino-sparo export`; a `.safetensors` file may also be timm's, as it is."""
     if path.suffix != SAFETENSORS:
-        return (path / CONFIG_FILE).is_file()
+        return False
     if not path.is_file() or _is_ours(path.with_name(CONFIG_FILE)):
         return True
     try:
@@ -80,7 +86,7 @@ def _is_ours(config_path: Path) -> bool:
         return False
     except (OSError, ValueError):
         return True
-    return not isinstance(config, dict) or "architecture" not in config or "sparo" in config["architecture"]
+    return not isinstance(config, dict) or "sparo" in str(config.get("architecture", "sparo"))
 
 
 def read_content(path: Path) -> Any:

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from dino_sparo.errors import UserError
-from dino_sparo.interop.export import WEIGHTS_FILE, read_exported
-from dino_sparo.interop.load import SAFETENSORS, is_exported, read_content, stored_in
+from dino_sparo.interop.export import read_exported
+from dino_sparo.interop.load import is_exported, read_content, stored_in, weights_path
 from dino_sparo.interop.stored import StoredEncoder, architecture, misfits
 from dino_sparo.models import DinoModel, Encoder
 from dino_sparo.models.encoder import WITH_SLOTS
@@ -63,11 +63,11 @@ def read_networks(init: str, arguments: Mapping[str, Any]) -> list[StoredEncoder
         UserError: there is no such file or model, or it is damaged or refused.
     """
     num_heads = architecture(arguments["arch"])["num_heads"]
-    path = Path(init)
+    path = weights_path(init)
     if init.startswith(TIMM):
         content, num_heads = _from_timm(init.removeprefix(TIMM))
     elif is_exported(path):
-        return [read_exported(path if path.suffix == SAFETENSORS else path / WEIGHTS_FILE, "teacher")]
+        return [read_exported(path, "teacher")]
     else:
         content = read_content(path)
     both = isinstance(content, Mapping) and "teacher" in content and "student" in content

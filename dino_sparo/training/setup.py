@@ -95,8 +95,11 @@ def prepare(options: PretrainOptions, device: torch.device) -> Run:
     settle_order(state, options, device)
     cost = encoder_cost(state.teacher.encoder, options.views.global_size)
     log.info("encoder with read-out %s: %s", options.model.readout.name, describe_cost(cost))
-    first_step = restore_or_start(run_dir, state, options, images)
+    restored = restore(run_dir, state, images)
+    first_step = restored or 0
     check_all_agree(run_dir, first_step, images)
+    if restored is None and options.init is not None:
+        log.info(start_state(state, options))
 
     order = BatchOrder(
         num_samples=len(source),
@@ -131,22 +134,18 @@ def prepare(options: PretrainOptions, device: torch.device) -> Run:
     )
 
 
-def restore_or_start(
-    run_dir: Path, state: TrainState, options: PretrainOptions, images: dict[str, Any]
-) -> int:
-    """Put back the newest checkpoint, or else the starting weights if there are any; steps that are done.
+def restore(run_dir: Path, state: TrainState, images: dict[str, Any]) -> int | None:
+    """Put the newest checkpoint back; the steps that it has done, None without one.
 
     Raises:
-        UserError: the checkpoint is of other images, or the starting weights do not fit.
+        UserError: it is of other images, or all there are are damaged.
     """
     checkpoint = load_latest(run_dir)
-    if checkpoint is not None:
-        check_same_images(run_dir, checkpoint["images"], images)
-        restore_state(state, checkpoint)
-        return int(checkpoint["step"])
-    if options.init is not None:
-        log.info(start_state(state, options))
-    return 0
+    if checkpoint is None:
+        return None
+    check_same_images(run_dir, checkpoint["images"], images)
+    restore_state(state, checkpoint)
+    return int(checkpoint["step"])
 
 
 def start_state(state: TrainState, options: PretrainOptions) -> str:
