@@ -33,7 +33,7 @@ from dino_sparo.models.cost import count_parameters, encoder_cost
 from dino_sparo.options import CheckOptions
 from dino_sparo.training.checkpoint import KEEP_LAST
 from dino_sparo.training.precision import choose_precision, set_numerics
-from dino_sparo.training.rundir import check_same_experiment, config_of
+from dino_sparo.training.rundir import CONFIG_FILE, check_same_experiment, config_of
 from dino_sparo.training.setup import (
     build_schedules,
     bytes_of_image,
@@ -41,6 +41,7 @@ from dino_sparo.training.setup import (
     executor_of,
     open_data,
     prefetched_bytes,
+    start_state,
 )
 from dino_sparo.training.state import build_state, checkpoint_bytes
 
@@ -152,6 +153,8 @@ def cost(
         activation_checkpointing=options.machine.activation_checkpointing,
         compiled=options.machine.compile,
     )
+    if options.init is not None and not (Path(options.run_dir) / CONFIG_FILE).exists():
+        say(start_state(state, options))
     hyper = replace(build_schedules(options, steps_per_epoch=1).at(0), freeze_last_layer=False)
     share = options.optim.global_batch_size // options.nproc
     tried = batch_size if device.type == "cuda" else min(batch_size, CPU_BATCH)

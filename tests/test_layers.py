@@ -60,6 +60,8 @@ def test_imports_go_down_the_flow(path):
     )
     barred += [] if sees_options else ["dino_sparo.options"]
     barred += [] if path.name in ("distributed.py", "launch.py") else ["torch.distributed"]
+    if path.parent.name == "training" and path.name == "setup.py":  # starting weights of a run
+        barred.remove("dino_sparo.interop")
     wrong = [name for name in imports(path) for bar in barred if f"{name}.".startswith(f"{bar}.")]
     assert not wrong
 

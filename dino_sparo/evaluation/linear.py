@@ -37,6 +37,7 @@ from dino_sparo.evaluation.classifiers import SavedClassifier, load_classifier, 
 from dino_sparo.evaluation.features import Wanted, cached_features
 from dino_sparo.evaluation.linear_report import results_of, table
 from dino_sparo.evaluation.linear_setup import Opened, open_all
+from dino_sparo.evaluation.official_weights import load_official
 from dino_sparo.evaluation.probe_data import MAX_SIDE, CachedFeed, ImageFeed, check_batch_size, training_crop
 from dino_sparo.evaluation.probe_training import Exam, Learning, restore, score, train
 from dino_sparo.evaluation.probes import INPUTS, Probes, choose_probes, official_probe
@@ -60,7 +61,8 @@ def run(options: "LinearOptions") -> None:
     device = choose_device(options.device, local_rank())
     with process_group(device):
         opened = open_all(options, device)
-        results = score_saved(options, opened) if options.evaluate else train_all(options, opened)
+        scores = options.evaluate or options.weights
+        results = score_saved(options, opened) if scores else train_all(options, opened)
         if rank() == 0:
             save_results(opened.folder, results)
             print(table(options.run, results))
@@ -129,14 +131,16 @@ def train_all(options: "LinearOptions", opened: Opened) -> list[Result]:
 
 
 def score_saved(options: "LinearOptions", opened: Opened) -> list[Result]:
-    """Score a saved classifier on every test set.
+    """Score a saved classifier, or that of an official file, on every test set.
 
     Raises:
         UserError: it was trained on another encoder or other classes.
     """
-    path = str(options.evaluate)
-    saved = load_classifier(Path(path))
-    classes = opened.train.classes
+    path, classes = str(options.weights or options.evaluate), opened.train.classes
+    if options.weights is None:
+        saved = load_classifier(Path(path))
+    else:
+        saved = load_official(Path(path), opened.encoder, classes=classes, encoder_hash=opened.encoder_hash)
     width, embed_dim = opened.encoder.backbone.cls_token.shape[-1], opened.encoder.embed_dim
     weights = saved.fitted(
         path,

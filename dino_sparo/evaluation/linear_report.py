@@ -38,9 +38,12 @@ def results_of(
             classes[c]: 100 * float(right[test_set.labels == c, number, 0].mean())
             for c in np.unique(test_set.labels).tolist()
         }
+        name = classifier.probe.name
+        if "weights_file" in classifier.details:  # which do not tell how fast they were learnt
+            name = name.partition(" lr ")[0]
         result = Result(
             protocol=classifier.details["protocol"],
-            name=classifier.probe.name,
+            name=name,
             headline=classifier.probe == official,
             test_set=test_set.name,
             weights=weights,
@@ -63,18 +66,22 @@ def table(run: str, results: Sequence[Result]) -> str:
     for before, result in zip([None, *results], results, strict=False):
         details = result.details
         if before is None or result.test_set != before.test_set:
-            what = "linear probe"
+            what, trained = "linear probe", ""
+            counts = f"{result.num_images} test images, {result.num_classes} classes"
             if details["protocol"] == "linear-cached":
                 what += " on cached centre crops (not the official protocol)"
-            lines.append(
-                f"{run} ({result.weights}), {what}, {result.test_set}: {details['num_train']} train and "
-                f"{result.num_images} test images, {result.num_classes} classes, {details['epochs']} epochs, "
-                f"batch {details['batch_size']}"
-            )
+            if "weights_file" in details:
+                what += f" of {details['weights_file']}"
+            else:
+                counts = f"{details['num_train']} train and {counts}"
+                trained = f", {details['epochs']} epochs, batch {details['batch_size']}"
+            lines.append(f"{run} ({result.weights}), {what}, {result.test_set}: {counts}{trained}")
             lines += [details["remark"]] if details["remark"] else []
-        best = f"   best {details['best_val_top1']:6.2f} % (epoch {details['best_val_epoch']})"
+        best = ""
+        if result.test_set == VAL and "best_val_top1" in details:
+            best = f"   best {details['best_val_top1']:6.2f} % (epoch {details['best_val_epoch']})"
         lines.append(
             f"{result.name:<{width}}   top-1 {result.top1:6.2f} %   top-5 {result.top5:6.2f} %"
-            f"{best if result.test_set == VAL else ''}{'   <- headline' if result.headline else ''}"
+            f"{best}{'   <- headline' if result.headline else ''}"
         )
     return "\n".join(lines)

@@ -41,15 +41,7 @@ class Opened:
 
 def open_all(options: "LinearOptions", device: torch.device) -> Opened:
     """Images, encoder and folder."""
-    given = ["sweep"] * options.sweep + ["cached"] * options.cached
-    given += [
-        key for key in ("learning_rates", "num_blocks", "features") if getattr(options, key) is not None
-    ]
-    if options.evaluate and given:
-        raise UserError(
-            f"evaluate {options.evaluate} scores the saved classifier, and {', '.join(given)} would train "
-            f"others; leave {'this' if len(given) == 1 else 'these'} out"
-        )
+    _check_nothing_is_trained(options)
     if options.train_fraction > 1:
         raise UserError(
             f"train_fraction is {options.train_fraction}; expected above 0 and at most 1, such as 0.1"
@@ -72,3 +64,20 @@ def open_all(options: "LinearOptions", device: torch.device) -> Opened:
         test_sets=[as_test_set(VAL, val, train_images.classes), *test_sets],
         folder=Path(options.out or results_folder(options.run)),
     )
+
+
+def _check_nothing_is_trained(options: "LinearOptions") -> None:
+    """Refuse options of training beside a classifier that is only to be scored."""
+    given = ["sweep"] * options.sweep + ["cached"] * options.cached
+    given += [
+        key for key in ("learning_rates", "num_blocks", "features") if getattr(options, key) is not None
+    ]
+    if options.weights is not None:
+        given += ["train_fraction"] * (options.train_fraction != 1) + ["untrained"] * options.untrained
+        given += ["evaluate"] * (options.evaluate is not None)
+    for key in ("evaluate", "weights"):
+        if getattr(options, key) is not None and given:
+            raise UserError(
+                f"{key} {getattr(options, key)} scores the saved classifier, and {', '.join(given)} would "
+                f"train others; leave {'this' if len(given) == 1 else 'these'} out"
+            )

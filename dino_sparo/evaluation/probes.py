@@ -110,6 +110,13 @@ def choose_probes(
     return list(chosen)
 
 
+def possible_probes(encoder: Encoder, learning_rate: float) -> list[Probe]:
+    """Every probe of an encoder at one learning rate."""
+    blocks = range(1, 1 + min(MAX_BLOCKS, _available(encoder, official_probe(encoder).feature)))
+    features = get_args(Feature) if encoder.readout is not None else None
+    return choose_probes(encoder, learning_rates=[learning_rate], num_blocks=blocks, features=features)
+
+
 def _available(encoder: Encoder, feature: Feature) -> int:
     return len(encoder.backbone.blocks) + (feature == "both")
 

@@ -1,16 +1,22 @@
-"""Encoders from files: our runs and checkpoints, exported folders, and official DINO weights."""
+"""Encoders from files: our runs and checkpoints, exported folders, official DINO weights, timm's ViTs."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
 from dino_sparo.errors import UserError, UserFileNotFoundError
-from dino_sparo.interop.export import CONFIG_FILE, WEIGHTS_FILE, read_exported
+from dino_sparo.interop.export import CONFIG_FILE, OUR_KEY, WEIGHTS_FILE, read_exported
 from dino_sparo.interop.official import MODELS, read_official
 from dino_sparo.interop.stored import StoredEncoder
 from dino_sparo.models import Encoder
 from dino_sparo.training.checkpoint import check_format, check_hash, encoder_arguments, load_latest
 from dino_sparo.training.plain_file import read_plain
+
+SAFETENSORS = ".safetensors"
 
 
 def load_encoder(
@@ -24,11 +30,12 @@ def load_encoder(
 
     Args:
         path: run folder (its newest whole checkpoint), checkpoint file, exported folder or its
-            `.safetensors` file, or ViT weights of the official DINO code (`.pth`).
+            `.safetensors` file, or a ViT's weights as the official DINO code or timm keep them (`.pth`,
+            `.bin`, `.safetensors`).
         which: teacher or student.
-        untrained: give the weights that the run began with instead, as a baseline (of an official file: the
-            initial weights of seed 0).
-        arch: named size (or width, depth, num_heads) that the file must hold; official weights do not tell
+        untrained: give random weights instead, as a baseline: those that a run of this seed begins with if
+            no file starts it (of an official file: seed 0).
+        arch: named size (or width, depth, num_heads) that the file must hold; such weights do not tell
             their number of heads, which without it is one for 64 numbers of width.
 
     Raises:
@@ -44,26 +51,58 @@ def read_stored(
     """As `load_encoder`, before the encoder is built and the weights are compared with it."""
     if which not in MODELS:
         raise UserError(f"which is {which!r}, expected 'teacher' or 'student'")
+    path = weights_path(path)
+    if is_exported(path):
+        stored = read_exported(path, which)
+        stored.check_arch(arch)
+        return stored
+    return stored_in(read_content(path), path, which, arch=arch)
+
+
+def weights_path(path: str | Path) -> Path:
+    """The weights in an exported folder, of ours or timm's; any other path as it is."""
     path = Path(path)
-    if not is_exported(path):
-        return stored_in(read_content(path), path, which, arch)
-    stored = read_exported(path if path.suffix == ".safetensors" else path / WEIGHTS_FILE, which)
-    stored.check_arch(arch)
-    return stored
+    return path / WEIGHTS_FILE if (path / CONFIG_FILE).is_file() else path
 
 
 def is_exported(path: Path) -> bool:
-    """Whether a path is an exported folder or its weights."""
-    return path.suffix == ".safetensors" or (path / CONFIG_FILE).is_file()
+    """Whether it is weights of `dino-sparo export`; a `.safetensors` file may also be timm's.
+
+    `path` is as `weights_path` gives it.
+    """
+    if path.suffix != SAFETENSORS:
+        return False
+    if not path.is_file() or _is_ours(path.with_name(CONFIG_FILE)):
+        return True
+    try:
+        with safe_open(path, "pt") as file:
+            return "cls_token" not in file.keys()  # noqa: SIM118 it is no mapping
+    except (SafetensorError, OSError):
+        return True
+
+
+def _is_ours(config_path: Path) -> bool:
+    """Whether a config.json is not that of a model which timm alone has written."""
+    try:
+        config = json.loads(config_path.read_text())
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        return True
+    if not isinstance(config, dict) or OUR_KEY in config:
+        return True
+    return "sparo" in str(config.get("architecture", "sparo"))
 
 
 def read_content(path: Path) -> Any:
-    """What a file of torch.save holds, or the newest whole checkpoint of a run folder.
+    """What a run's newest checkpoint or a weights file holds, tensors and plain values only.
 
     Raises:
         UserFileNotFoundError: there is no such file, or no checkpoint in the folder.
-        UserError: it is damaged, refused, or a checkpoint of another format.
+        UserError: the file is damaged, refused, or a checkpoint of another format.
     """
+    if path.suffix == SAFETENSORS:
+        return load_file(path)  # whole: `is_exported` has looked
     if path.is_file():
         check_hash(path)
         content = read_plain(path, allow_namespace=True)
@@ -79,15 +118,20 @@ def read_content(path: Path) -> Any:
 
 
 def stored_in(
-    content: Any, path: Path, which: str, arch: str | Mapping[str, int] | None = None
+    content: Any,
+    path: Path,
+    which: str,
+    *,
+    arch: str | Mapping[str, int] | None = None,
+    num_heads: int | None = None,
 ) -> StoredEncoder:
-    """The encoder in what `read_content` gives; path is for messages.
+    """One network of such a content; `num_heads` is for weights that do not tell it.
 
     Raises:
-        UserError: it does not hold what is asked for.
+        UserError: it is not there, or not as it should be.
     """
     if not is_checkpoint(content):
-        return read_official(content, path, which, arch)
+        return read_official(content, path, which, arch, num_heads=num_heads)
     stored = _of_checkpoint(content, path, which)
     stored.check_arch(arch)
     return stored
@@ -107,6 +151,7 @@ def _of_checkpoint(state: dict[str, Any], path: Path, which: str) -> StoredEncod
             seed=state["config"]["seed"],
             which=which,
             weights={k.removeprefix(prefix): v for k, v in state[which].items() if k.startswith(prefix)},
+            beside={k: v for k, v in state[which].items() if not k.startswith(prefix)},
         )
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no whole checkpoint of dino-sparo ({error!r}); give another") from error

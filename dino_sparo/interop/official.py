@@ -1,4 +1,7 @@
-"""ViT weights of the official DINO code: a bare backbone, or a full checkpoint with student and teacher."""
+"""ViT weights by the names of the official DINO code: a backbone, or a full checkpoint of both networks.
+
+A plain VisionTransformer of timm has the same names. Beside the backbone there may be a SPARO read-out.
+"""
 
 import math
 from collections.abc import Mapping
@@ -14,29 +17,39 @@ HEAD_DIM = 64  # numbers an attention head, in every ViT of the official code
 MODELS = ("teacher", "student")
 WRAPPERS = ("state_dict", "model")  # keys under which other programs keep a single state dict
 PREFIXES = ("module.", "backbone.")  # of data-parallel training, and of the wrapper around backbone and head
+HEADS = ("head.", "fc_norm.")  # of DINO, and of a classifier
 BACKBONE = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
+READOUT = "readout."
 NEEDED = ("cls_token", "pos_embed", "patch_embed.proj.weight")
+READOUT_NEEDED = ("readout.query", "readout.key_proj.weight", "readout.value_proj.weight")
 SHOWN_KEYS = 5
 
 
 def read_official(
-    content: Any, path: Path, which: str, arch: str | Mapping[str, int] | None = None
+    content: Any,
+    path: Path,
+    which: str,
+    arch: str | Mapping[str, int] | None = None,
+    *,
+    num_heads: int | None = None,
 ) -> StoredEncoder:
-    """The backbone in an official file, with the normalised CLS token as its encoding; heads are left out.
+    """The encoder in an official file: with its SPARO read-out, else with the normalised CLS token.
 
-    Patch size, width, depth and image size are read from the weights. The number of heads is not in them:
-    it is that of `arch`, else one head for 64 numbers of width.
+    All sizes are read from the weights, but for the number of attention heads, which is not in them: it is
+    that of `arch`, else `num_heads`, else one head for 64 numbers of width. With a read-out the depth is that
+    of the plain ViT, one block more than there are.
 
     Args:
         content: what the file holds.
         path: for messages.
         which: teacher or student; a bare backbone counts as the teacher.
         arch: named size, or width, depth and num_heads; it must fit the weights.
+        num_heads: attention heads if they are known from elsewhere.
 
     Raises:
         UserError: there is no such backbone in the file.
     """
-    weights = _backbone_weights(_state_dict(content, path, which), path)
+    weights, beside = _split(_state_dict(content, path, which), path)
     missing = [name for name in NEEDED if name not in weights]
     if missing:
         raise UserError(
@@ -46,17 +59,21 @@ def read_official(
     width, patch_size, image_size = _sizes(weights, path)
     blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
     depth = 1 + max((int(block) for block in blocks if block.isdecimal()), default=-1)
+    readout = _readout(weights, path)
     return StoredEncoder(
         path=path,
         arguments={
-            "arch": _arch(width, depth, arch, path),
+            "arch": _arch(width, depth + bool(readout), arch, num_heads, path),
             "patch_size": patch_size,
             "image_size": image_size,
-            "readout": "cls",
+            **(readout or {"readout": "cls"}),
         },
         seed=0,
         which=which,
-        weights={f"backbone.{name}": value for name, value in weights.items()},
+        weights={
+            name if name.startswith(READOUT) else f"backbone.{name}": value for name, value in weights.items()
+        },
+        beside=beside,
     )
 
 
@@ -80,18 +97,18 @@ def _state_dict(content: Any, path: Path, which: str) -> Mapping[str, Any]:
     return content
 
 
-def _backbone_weights(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The parameters of the backbone by their bare names, and whatever else is no head."""
+def _split(state: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """By bare names: the parameters of backbone and read-out and whatever else is no head, then heads."""
     weights: dict[str, Any] = {}
+    beside: dict[str, Any] = {}
     for key, value in state.items():
         name = str(key)
         while name.startswith(PREFIXES):
             name = name.partition(".")[2]
-        if name.startswith("head."):
-            continue
-        if name in weights:
+        place = beside if name.startswith(HEADS) else weights
+        if name in place:
             raise UserError(f"{path} holds {name!r} twice, once as {str(key)!r}; give one state dict")
-        weights[name] = value
+        place[name] = value
     if not any(name.startswith(BACKBONE) for name in weights):
         held = ", ".join(repr(str(key)) for key in list(state)[:SHOWN_KEYS])
         more = ", ..." if len(state) > SHOWN_KEYS else ""
@@ -99,7 +116,25 @@ def _backbone_weights(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
             f"{path} holds no parameter of a ViT backbone, but {len(state)} entries: {held or 'none'}{more}; "
             f"expected names such as 'cls_token' and 'blocks.0.norm1.weight', maybe after 'backbone.'"
         )
-    return weights
+    return weights, beside
+
+
+def _readout(weights: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The arguments of `build_encoder` for the SPARO read-out beside the backbone; none without one."""
+    if not any(name.startswith(READOUT) for name in weights):
+        return {}
+    shapes = {name: _shape(weights.get(name)) for name in READOUT_NEEDED}
+    wrong = [f"{name} is {shape}" for name, shape in shapes.items() if len(shape) != 2 or 0 in shape]
+    if wrong:
+        raise UserError(f"{path} holds a part of a read-out: {', '.join(wrong)}; expected SPARO's matrices")
+    (slots, key_dim), (rows, _), (slot_dim, _) = shapes.values()
+    if rows > slots * key_dim or slots * key_dim % rows or rows % key_dim:
+        raise UserError(
+            f"{path}: readout.key_proj.weight has {rows} rows; expected {slots} slots x {key_dim} (that is "
+            f"readout.query), or as many divided by the slots that share a key projection"
+        )
+    sizes = {"num_slots": slots, "slot_dim": slot_dim, "key_dim": key_dim}
+    return {"readout": "sparo", **sizes, "group_size": slots * key_dim // rows}
 
 
 def _sizes(weights: Mapping[str, Any], path: Path) -> tuple[int, int, int]:
@@ -122,8 +157,12 @@ def _shape(value: Any) -> tuple[int, ...]:
     return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
-def _arch(width: int, depth: int, arch: str | Mapping[str, int] | None, path: Path) -> dict[str, int]:
+def _arch(
+    width: int, depth: int, arch: str | Mapping[str, int] | None, num_heads: int | None, path: Path
+) -> dict[str, int]:
     """Width, depth and number of heads of the weights."""
+    if arch is None and num_heads is not None:
+        return {"width": width, "depth": depth, "num_heads": num_heads}
     if arch is None:
         if width < HEAD_DIM or width % HEAD_DIM:
             raise UserError(
@@ -134,7 +173,7 @@ def _arch(width: int, depth: int, arch: str | Mapping[str, int] | None, path: Pa
     named = architecture(arch)
     if (named["width"], named["depth"]) != (width, depth):
         raise UserError(
-            f"arch is {arch!r} ({in_words(named)}), but {path} holds width {width} and {depth} blocks; leave "
+            f"arch is {arch!r} ({in_words(named)}), but {path} holds width {width} and depth {depth}; leave "
             f"arch out, or give the weights of that architecture"
         )
     return dict(named)

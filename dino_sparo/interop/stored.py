@@ -1,7 +1,7 @@
 """An encoder as a file holds it: how to build it, and weights that must fit it exactly."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ class StoredEncoder:
         seed: of the initial weights, for the untrained encoder.
         which: whose weights they are, teacher or student.
         weights: state dict of the Encoder, not yet looked at: anything may be among its values.
+        beside: what else the network has in the file, by name, not looked at either: the DINO head
+            (`head.mlp.0.weight`, ...), or the classifier of a plain ViT.
     """
 
     path: Path
@@ -32,6 +34,7 @@ class StoredEncoder:
     seed: int
     which: str
     weights: dict[str, Any]
+    beside: dict[str, Any] = field(default_factory=dict)
 
     def build(self, *, untrained: bool = False) -> Encoder:
         """The encoder in evaluation mode, on the CPU, with these weights or its initial ones.
@@ -69,25 +72,30 @@ class StoredEncoder:
             )
 
     def _check_fit(self, encoder: Encoder) -> None:
-        expected, given = encoder.state_dict(), self.weights
-        misshapen = [
-            f"{name} {_kind(given[name])} instead of {_kind(value)}"
-            for name, value in expected.items()
-            if name in given and not _fits(given[name], value)
-        ]
-        wrong = {
-            "missing": [name for name in expected if name not in given],
-            "unexpected": [name for name in given if name not in expected],
-            "misshapen": misshapen,
-        }
-        listed = [f"{len(names)} {what} ({_first(names)})" for what, names in wrong.items() if names]
+        expected = encoder.state_dict()
+        listed = misfits(self.weights, expected)
         if listed:
             size = in_words(architecture(self.arguments["arch"]))
             raise UserError(
                 f"{self.path} does not fit an encoder with {size} and read-out "
-                f"{self.arguments['readout']!r}: {', '.join(listed)} of {len(expected)} parameters; give the "
-                f"whole weights of such an encoder"
+                f"{self.arguments['readout']!r}: {listed} of {len(expected)} parameters; give the whole "
+                f"weights of such an encoder"
             )
+
+
+def misfits(given: Mapping[str, Any], expected: Mapping[str, Tensor]) -> str:
+    """All that is missing, unexpected or misshapen in a state dict, in words; empty if it fits exactly."""
+    misshapen = [
+        f"{name} {_kind(given[name])} instead of {_kind(value)}"
+        for name, value in expected.items()
+        if name in given and not _fits(given[name], value)
+    ]
+    wrong = {
+        "missing": [name for name in expected if name not in given],
+        "unexpected": [name for name in given if name not in expected],
+        "misshapen": misshapen,
+    }
+    return ", ".join(f"{len(names)} {what} ({_first(names)})" for what, names in wrong.items() if names)
 
 
 def architecture(arch: str | Mapping[str, int]) -> dict[str, int]:

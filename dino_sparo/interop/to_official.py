@@ -1,4 +1,4 @@
-"""Weights out as the official DINO code writes them: student and teacher with heads, or a bare backbone.
+"""Weights out as the official DINO code writes them: student and teacher with heads, or a bare encoder.
 
 Of a run: `student` (names after `module.`, as its data-parallel wrapper has it), `teacher` and `epoch`, with
 `backbone.*`, `head.*` and, which the official code does not know, `readout.*` of SPARO. The weight norm of
@@ -15,7 +15,14 @@ from torch import Tensor
 
 from dino_sparo.errors import UserError
 from dino_sparo.interop.export import write_whole
-from dino_sparo.interop.load import is_checkpoint, is_exported, read_content, read_stored, stored_in
+from dino_sparo.interop.load import (
+    is_checkpoint,
+    is_exported,
+    read_content,
+    read_stored,
+    stored_in,
+    weights_path,
+)
 from dino_sparo.interop.official import MODELS
 from dino_sparo.interop.stored import StoredEncoder
 from dino_sparo.interop.timm_config import is_plain_sparo
@@ -31,10 +38,10 @@ OLDER_NAMES = {
 def write_official(
     source: Path, out: Path, which: str, *, arch: str | Mapping[str, int] | None = None
 ) -> str:
-    """Write a run's student and teacher with heads, or the bare backbone of weights that have no heads.
+    """Write a run's student and teacher with heads, or the bare encoder of weights that have no heads.
 
     Args:
-        source: run folder or checkpoint; or an exported folder or official weights, for the bare backbone.
+        source: run folder or checkpoint; or an exported folder or official weights, for the bare encoder.
         out: new file, NAME.pth.
         which: whose backbone; a run's file holds both models.
         arch: as for `load_encoder`.
@@ -50,6 +57,7 @@ def write_official(
         raise UserError(f"out is {out}, expected a file of the official style, so give NAME{SUFFIX}")
     if out.exists():
         raise UserError(f"out: {out} exists already; choose another name or remove it")
+    source = weights_path(source)
     if is_exported(source):
         written: dict[str, Any] = bare_content(read_stored(source, which, arch=arch))
     else:
@@ -58,10 +66,10 @@ def write_official(
             if which != "teacher":
                 raise UserError(f"which is {which!r}, but {out} is to hold student and teacher; leave it out")
             for model in MODELS:
-                stored_in(content, source, model, arch).build()  # says what does not fit
+                stored_in(content, source, model, arch=arch).build()  # says what does not fit
             written = full_content(content, source)
         else:
-            written = bare_content(stored_in(content, source, which, arch))
+            written = bare_content(stored_in(content, source, which, arch=arch))
     buffer = io.BytesIO()
     torch.save(written, buffer)
     try:
@@ -69,7 +77,7 @@ def write_official(
         write_whole(out, buffer.getvalue())
     except OSError as error:
         raise UserError(f"out: {out} cannot be written ({error.strerror}); choose another name") from error
-    return "student and teacher with heads" if "teacher" in written else f"the {which}'s backbone"
+    return "student and teacher with heads" if "teacher" in written else f"the {which}'s encoder"
 
 
 def full_content(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -78,12 +86,7 @@ def full_content(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
     Raises:
         UserError: the official style has no place for the read-out.
     """
-    arguments = encoder_arguments(state["config"])
-    if arguments["readout"] != "cls" and not is_plain_sparo(arguments):
-        raise UserError(
-            f"{path} is of {arguments}, but the official style holds the read-outs cls and plain sparo only; "
-            f"export it with format timm"
-        )
+    check_has_form(encoder_arguments(state["config"]), path)
     steps_per_epoch = state["images"]["num_images"] // state["config"]["optim"]["global_batch_size"]
     return {
         "student": {f"module.{name}": value for name, value in _official_names(state["student"]).items()},
@@ -93,17 +96,26 @@ def full_content(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def bare_content(stored: StoredEncoder) -> dict[str, Tensor]:
-    """The backbone by its bare names, as in `dino_deitsmall16_pretrain.pth`.
+    """The backbone by its bare names, as in `dino_deitsmall16_pretrain.pth`, and `readout.*` of SPARO.
 
     Raises:
-        UserError: the encoding is not the CLS token of this backbone, or the weights do not fit.
+        UserError: the official style has no place for the read-out, or the weights do not fit.
     """
-    if stored.arguments["readout"] != "cls":
+    check_has_form(stored.arguments, stored.path)
+    return {name.removeprefix("backbone."): value for name, value in stored.build().state_dict().items()}
+
+
+def check_has_form(arguments: Mapping[str, Any], path: Path) -> None:
+    """Refuse a read-out, by the arguments of `build_encoder`, that official names cannot tell.
+
+    Raises:
+        UserError: it is such a one.
+    """
+    if arguments["readout"] != "cls" and not is_plain_sparo(arguments):
         raise UserError(
-            f"{stored.path} has the read-out {stored.arguments['readout']!r}, which a bare official backbone "
-            f"has no place for; export from its run"
+            f"{path} has the read-out {arguments['readout']!r} with options of its own, but the official "
+            f"style holds cls and plain sparo only; export it with format timm"
         )
-    return dict(stored.build().backbone.state_dict())
 
 
 def _official_names(model: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -87,7 +87,7 @@ class VisionTransformer(nn.Module):
         x_BND = self.embed(images)
         outputs = []
         for block in self.blocks:
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if self.activation_checkpointing and x_BND.requires_grad:
                 x_BND = checkpoint(block, x_BND, use_reentrant=False)
             else:
                 x_BND = block(x_BND)
@@ -133,7 +133,7 @@ class FrugalMlp(Mlp):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.fc1(x)
-        if not torch.is_grad_enabled():
+        if not hidden.requires_grad:
             return self._project(hidden)
         return checkpoint(self._project, hidden, use_reentrant=False, preserve_rng_state=False)
 

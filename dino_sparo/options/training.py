@@ -166,6 +166,9 @@ class OptimOptions:
     max_bad_steps: int
     """Steps whose loss or gradients are not finite that a start skips before it ends; overflows of fp16,
     which only lower the loss scale, are no such steps."""
+    freeze_backbone: bool = False
+    """With `init`: the backbones of student and teacher stay as they are, without stochastic depth; only
+    read-out and head learn."""
 
 
 @dataclass
@@ -249,6 +252,11 @@ class PretrainOptions:
     """Temperatures and centre."""
     optim: OptimOptions
     """Optimisation."""
+    init: str | None = None
+    """Starting weights: a run folder, a checkpoint or exported encoder, or a ViT of the official DINO code
+    or of timm (a file, or `timm:NAME`, which timm downloads). Blocks that the recipe builds, and whatever
+    else fits, are taken; what is not there begins fresh, and the log says so. A run that goes on does not
+    need the file again. null begins with random weights."""
     monitor: MonitorOptions = field(default_factory=MonitorOptions)
     """k-NN while training."""
     machine: MachineOptions = field(default_factory=MachineOptions)

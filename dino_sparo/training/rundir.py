@@ -37,6 +37,7 @@ NOT_EXPERIMENT = (
     "data.on_bad_image",
     "optim.max_bad_steps",
 )
+ADDED = {"optim.freeze_backbone": False}  # what older runs without these fields did
 PACKAGES = ("dino-sparo", "torch", "torchvision", "timm", "numpy", "pillow")
 
 
@@ -71,7 +72,7 @@ def check_same_experiment(run_dir: Path, config: dict[str, Any]) -> None:
         raise UserError(
             f"{path} is damaged; start the same recipe in another run_dir and copy its {CONFIG_FILE} here"
         )
-    before, now = (flattened(c, without=NOT_EXPERIMENT) for c in (stored, config))
+    before, now = (ADDED | flattened(c, without=NOT_EXPERIMENT) for c in (stored, config))
     changed = [
         f"{key} was {before.get(key, 'not set')}, is now {now.get(key, 'not set')}"
         for key in sorted(before.keys() | now.keys())

@@ -26,10 +26,11 @@ from dino_sparo.distributed import (
     world_size,
 )
 from dino_sparo.errors import UserError
+from dino_sparo.interop.start import read_networks, start_networks
 from dino_sparo.models.cost import describe_cost, encoder_cost
 from dino_sparo.options import PretrainOptions
 from dino_sparo.training.bad_images import BadImages
-from dino_sparo.training.checkpoint import load_latest
+from dino_sparo.training.checkpoint import encoder_arguments, load_latest
 from dino_sparo.training.monitor import CollapseAlarm, KnnMonitor, open_knn_monitor
 from dino_sparo.training.precision import choose_precision, set_numerics
 from dino_sparo.training.rundir import check_same_experiment, check_same_images, config_of
@@ -95,14 +96,11 @@ def prepare(options: PretrainOptions, device: torch.device) -> Run:
     settle_order(state, options, device)
     cost = encoder_cost(state.teacher.encoder, options.views.global_size)
     log.info("encoder with read-out %s: %s", options.model.readout.name, describe_cost(cost))
-    first_step = 0
-    checkpoint = load_latest(run_dir)
-    if checkpoint is not None:
-        check_same_images(run_dir, checkpoint["images"], images)
-        restore_state(state, checkpoint)
-        first_step = checkpoint["step"]
-        del checkpoint
+    restored = restore(run_dir, state, images)
+    first_step = restored or 0
     check_all_agree(run_dir, first_step, images)
+    if restored is None and options.init is not None:
+        log.info(start_state(state, options))
 
     order = BatchOrder(
         num_samples=len(source),
@@ -134,6 +132,36 @@ def prepare(options: PretrainOptions, device: torch.device) -> Run:
         knn_monitor=knn_monitor,
         alarm=CollapseAlarm(options.head.num_prototypes, quiet_epochs * order.steps_per_epoch),
         bad_images=BadImages(run_dir, len(source)),
+    )
+
+
+def restore(run_dir: Path, state: TrainState, images: dict[str, Any]) -> int | None:
+    """Put the newest checkpoint back; the steps that it has done, None without one.
+
+    Raises:
+        UserError: it is of other images, or all there are are damaged.
+    """
+    checkpoint = load_latest(run_dir)
+    if checkpoint is None:
+        return None
+    check_same_images(run_dir, checkpoint["images"], images)
+    restore_state(state, checkpoint)
+    return int(checkpoint["step"])
+
+
+def start_state(state: TrainState, options: PretrainOptions) -> str:
+    """Put the starting weights into a fresh state; what was taken, in words.
+
+    Raises:
+        UserError: they cannot be read or do not fit.
+    """
+    init, arguments = options.init, encoder_arguments(config_of(options))
+    assert init is not None
+    stored = first_rank_first(lambda: read_networks(init, arguments))  # timm may download them
+    return start_networks(
+        *(state.student, state.teacher, stored, arguments),
+        norm_last_layer=options.head.norm_last_layer,
+        frozen=options.optim.freeze_backbone,
     )
 
 

@@ -77,7 +77,9 @@ def build_state(
 ) -> TrainState:
     """Freshly initialised by the recipe's seed; the teacher starts as a copy of the student."""
     torch.manual_seed(config["seed"])
-    student = _build_model(config, config["model"]["drop_path_rate"])
+    frozen = config["optim"].get("freeze_backbone", False)  # older checkpoints do not have it
+    student = _build_model(config, 0.0 if frozen else config["model"]["drop_path_rate"])
+    student.encoder.backbone.requires_grad_(not frozen)  # then no graph of it is kept either
     teacher = _build_model(config, drop_path_rate=0.0)
     teacher.load_state_dict(student.state_dict())
     student.encoder.backbone.activation_checkpointing = activation_checkpointing

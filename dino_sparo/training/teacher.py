@@ -6,11 +6,14 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float, finite: Tensor) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student, all parameters, in place.
+    """teacher <- momentum * teacher + (1 - momentum) * student, all that the student learns, in place.
 
-    If the step was not `finite` (a scalar on the device) the teacher stays; the host need not know.
+    What it does not learn (a frozen backbone, fixed lengths of the prototypes) is the same in both. If the
+    step was not `finite` (a scalar on the device) the teacher stays; the host need not know.
     """
-    averaged: list[Tensor] = list(teacher.parameters())
-    current: list[Tensor] = list(student.parameters())
+    both = zip(teacher.parameters(), student.parameters(), strict=True)
+    pairs = [(of_teacher, of_student) for of_teacher, of_student in both if of_student.requires_grad]
+    averaged: list[Tensor] = [of_teacher for of_teacher, _ in pairs]
+    current: list[Tensor] = [of_student for _, of_student in pairs]
     torch._foreach_mul_(averaged, torch.where(finite, momentum, 1.0))
     torch._foreach_add_(averaged, torch._foreach_mul(current, torch.where(finite, 1 - momentum, 0.0)))

@@ -1,0 +1,310 @@
+"""Starting weights: what a run takes of a file, what it says about it, and what it refuses."""
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from dino_sparo import load_encoder
+from dino_sparo.config import parse_options
+from dino_sparo.errors import UserError
+from dino_sparo.models import DINOHead, DinoModel, build_encoder
+from dino_sparo.options import PretrainOptions
+from dino_sparo.training.rundir import config_of
+from dino_sparo.training.setup import start_state
+from dino_sparo.training.state import TrainState, build_state
+from tests.test_official import prefixed
+from tests.tiny import tiny_arguments, tiny_options
+
+ARCH = {"width": 16, "depth": 3, "num_heads": 2}
+HEAD = {"num_prototypes": 16, "hidden_dim": 8, "bottleneck_dim": 4}
+SPARO = {"readout": "sparo", "num_slots": 2, "slot_dim": 4, "key_dim": 4}
+CLS = {"model__readout__name": "cls"} | {
+    f"model__readout__{key}": "null" for key in ("num_slots", "slot_dim", "key_dim", "group_size")
+}
+
+
+def network(seed: int, head: dict | None = None, **changes) -> DinoModel:
+    """A network whose every parameter is random, so that no bias is zero nor any norm one."""
+    torch.manual_seed(seed)
+    readout = {} if "readout" in changes else SPARO
+    encoder = build_encoder(**({"arch": ARCH, "patch_size": 8, "image_size": 16} | readout | changes))
+    model = DinoModel(encoder, DINOHead(encoder.embed_dim, **(HEAD | (head or {}))))
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # the fixed lengths of the prototypes stay 1
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def plain(seed: int, **changes) -> DinoModel:
+    return network(seed, readout="cls", **changes)
+
+
+def named(model: DinoModel, *, old_names: bool = False) -> dict[str, torch.Tensor]:
+    """One network by official names: `backbone.X`, `readout.Y`, `head.Z`."""
+    state = {name.removeprefix("encoder."): value for name, value in model.state_dict().items()}
+    if old_names:
+        for old, new in (("weight_g", "original0"), ("weight_v", "original1")):
+            state[f"head.last_layer.{old}"] = state.pop(f"head.last_layer.parametrizations.weight.{new}")
+    return state
+
+
+def bare(model: DinoModel) -> dict[str, torch.Tensor]:
+    """A plain ViT's state dict."""
+    return dict(model.encoder.backbone.state_dict())
+
+
+def full(student: DinoModel, teacher: DinoModel, *, old_names: bool = False) -> dict:
+    """A full checkpoint by official names."""
+    of_student = prefixed(named(student, old_names=old_names), "module.")
+    return {"student": of_student, "teacher": named(teacher, old_names=old_names), "epoch": 7}
+
+
+def options_of(tmp_path, init, **changes) -> PretrainOptions:
+    given = tiny_arguments(tmp_path / "data", tmp_path / "run", init=init, **changes)
+    return parse_options(PretrainOptions, given, usage="")
+
+
+def started(tmp_path, content, **changes) -> tuple[TrainState, str]:
+    """A state that has begun with a file of this content, and what is said about it."""
+    torch.save(content, tmp_path / "start.pth")
+    return started_from(tmp_path, tmp_path / "start.pth", **changes)
+
+
+def started_from(tmp_path, init, **changes) -> tuple[TrainState, str]:
+    options = options_of(tmp_path, init, **changes)
+    state = build_state(config_of(options), torch.device("cpu"))
+    return state, start_state(state, options)
+
+
+def refusal(tmp_path, content, **changes) -> str:
+    with pytest.raises(UserError) as caught:
+        started(tmp_path, content, **changes)
+    assert "start.pth" in str(caught.value) and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def close(one: torch.Tensor, other: torch.Tensor) -> None:
+    """Outputs of equal weights: products of small matrices round by where these lie in memory."""
+    torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
+
+
+@torch.no_grad()
+def equal(one: DinoModel, other: DinoModel) -> bool:
+    """Whether they hold the same numbers under the same names; then they compute the same."""
+    ours, theirs = one.state_dict(), other.state_dict()
+    if ours.keys() != theirs.keys() or not all(torch.equal(ours[name], theirs[name]) for name in ours):
+        return False
+    crops = [torch.randn(2, 3, 3, 16, 16), torch.randn(2, 3, 3, 8, 8)]
+    for a, b in zip(one.eval()(crops), other.eval()(crops), strict=True):
+        close(a, b)
+    return True
+
+
+@pytest.mark.parametrize("old_names", [True, False], ids=["weight_g", "parametrised"])
+@pytest.mark.parametrize("make", [plain, network], ids=["cls", "sparo"])
+def test_a_full_checkpoint_comes_out_as_it_went_in(tmp_path, make, old_names):
+    student, teacher = make(1), make(2)
+    changes = CLS if make is plain else {}
+    state, said = started(tmp_path, full(student, teacher, old_names=old_names), **changes)
+    assert equal(state.student, student) and equal(state.teacher, teacher)
+    assert not equal(student, teacher)
+    number = sum(parameter.numel() for parameter in teacher.parameters())
+    assert f": {number / 1e6:.2f} million parameters taken, by student and teacher each its own" in said
+    assert said.endswith("fresh: nothing; unused of the file: nothing")
+
+
+def test_a_bare_file_with_a_readout_is_a_sparo_encoder(tmp_path):
+    source = network(1)
+    weights = {name.removeprefix("backbone."): value for name, value in named(source).items()}
+    torch.save(weights, tmp_path / "sparo.pth")
+    encoder = load_encoder(tmp_path / "sparo.pth", arch=ARCH)
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        close(encoder(images), source.encoder.eval()(images))
+    state, _ = started(tmp_path, weights)
+    assert equal(state.student, source) and equal(state.teacher, source)
+    shared = network(1, readout="sparo", num_slots=4, slot_dim=3, key_dim=4, group_size=2)
+    torch.save(named(shared), tmp_path / "sparo.pth")
+    readout = load_encoder(tmp_path / "sparo.pth", arch=ARCH).readout
+    assert (readout.num_slots, readout.slot_dim, readout.key_dim, readout.group_size) == (4, 3, 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("readout.query", lambda x: x[0], "a part of a read-out: readout.query is (4,); expected SPARO's"),
+        ("readout.query", lambda x: x[:, :3], "readout.key_proj.weight has 8 rows; expected 2 slots x 3"),
+        (
+            "readout.key_proj.bias",
+            lambda x: x[1:],
+            "1 misshapen (readout.key_proj.bias (7,) instead of (8,))",
+        ),
+        ("readout.value_proj.bias", None, "1 missing (readout.value_proj.bias) of"),
+        ("readout.value_proj.weight", None, "a part of a read-out: readout.value_proj.weight is ()"),
+    ],
+)
+def test_a_readout_that_is_not_whole(tmp_path, name, change, message):
+    content = named(network(1))
+    value = content.pop(name)
+    assert message in refusal(tmp_path, content | ({name: change(value)} if change else {}))
+
+
+@pytest.mark.parametrize("extra", [{}, {"head.weight": torch.zeros(10, 16), "fc_norm.bias": torch.zeros(16)}])
+def test_a_plain_vit_starts_a_sparo_encoder(tmp_path, extra):
+    source = plain(1)
+    state, said = started(tmp_path, bare(source) | extra)
+    fresh = build_state(config_of(options_of(tmp_path, "x")), torch.device("cpu")).student.state_dict()
+    given = source.encoder.backbone.state_dict()
+    for model in (state.student, state.teacher):
+        for name, value in model.state_dict().items():
+            short = name.removeprefix("encoder.backbone.")
+            assert torch.equal(value, given[short] if short != name else fresh[name]), name
+    assert len(state.student.encoder.backbone.blocks) == 2
+    for part in (
+        "parameters taken, by student and teacher alike;",
+        "fresh: read-out sparo (the file has cls), head (the file has none);",
+        "unused of the file: blocks.2 (the read-out replaces it)",
+        "the final norm has normalised the output of block 2 there",
+    ):
+        assert part in said
+    assert ("head (1 tensors), fc_norm (1 tensors)" in said) == bool(extra)
+
+
+def test_a_readout_after_the_last_block_takes_all_blocks(tmp_path):
+    source = plain(1)
+    state, said = started(tmp_path, bare(source), model__readout__after_last_block="true")
+    assert "unused of the file: nothing" in said and "final norm" not in said
+    given = source.encoder.backbone.state_dict()
+    assert all(torch.equal(v, given[k]) for k, v in state.teacher.encoder.backbone.state_dict().items())
+
+
+def test_timms_own_model_by_file_and_by_name(tmp_path, monkeypatch, caplog):
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 5}
+    model = timm.models.VisionTransformer(**sizes).eval()
+    weights = model.state_dict()
+    save_file(weights, tmp_path / "model.safetensors")
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: {"vit": model}[name])
+    images = torch.randn(2, 3, 16, 16)
+    for init in (tmp_path / "model.safetensors", tmp_path / "pytorch_model.bin", "timm:vit"):
+        state, said = started_from(tmp_path, init, **CLS)
+        tokens = state.teacher.encoder.tokens(images)
+        torch.testing.assert_close(tokens, model.forward_features(images), atol=1e-5, rtol=1e-5)
+        assert "unused of the file: head (2 tensors)" in said
+    model.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.229, 0.224, 0.225)}
+    started_from(tmp_path, "timm:vit", **CLS)
+    assert (
+        "WARNING: init timm:vit was trained on images normalised by mean (0.5, 0.5, 0.5), here" in caplog.text
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224"}))
+    for init in (tmp_path / "model.safetensors", tmp_path):  # a folder as the hub has it
+        started_from(tmp_path, init, **CLS)
+    with pytest.raises(UserError, match=r"init timm:vit holds attention heads 2 \(the recipe has 4\)"):
+        started_from(tmp_path, "timm:vit", **CLS, model__arch__num_heads=4)
+
+
+@pytest.mark.parametrize("error", [OSError("no route to host\nmore"), RuntimeError("Unknown model (vit)")])
+def test_what_timm_cannot_give_is_one_sentence(tmp_path, monkeypatch, error):
+    def create_model(name, pretrained):
+        raise error
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    with pytest.raises(UserError, match="init 'timm:vit' cannot be had from timm") as caught:
+        started_from(tmp_path, "timm:vit")
+    assert "\n" not in str(caught.value) and str(error).splitlines()[0] in str(caught.value)
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: torch.nn.Linear(2, 2))
+    with pytest.raises(UserError, match="is a Linear; expected a plain VisionTransformer"):
+        started_from(tmp_path, "timm:vit")
+
+
+@torch.no_grad()
+def test_the_position_embedding_is_resized_once(tmp_path):
+    source = plain(1, image_size=40)
+    state, said = started(tmp_path, bare(source), **CLS)
+    assert "position embedding resized from 5 x 5 to 2 x 2 patches" in said
+    images = torch.randn(2, 3, 16, 16)
+    close(state.teacher.encoder(images), source.encoder.eval()(images))
+    assert state.student.encoder.backbone.pos_embed.shape == (1, 5, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"num_prototypes": 8}, "the file's does not fit: 2 misshapen (last_layer.parametrizations.weight"),
+        ({"hidden_dim": 4}, "the file's does not fit: 5 misshapen (mlp.0.weight (4, 16) instead of (8, 16)"),
+        ({"norm_last_layer": False}, "the prototypes of the file's are not of length 1"),
+    ],
+)
+def test_a_head_that_does_not_fit_is_fresh(tmp_path, change, reason):
+    source = plain(1, head=change)
+    state, said = started(tmp_path, named(source), **CLS)
+    assert f"fresh: head ({reason}" in said and "unused of the file: head (8 tensors)" in said
+    assert state.student.head.mlp[0].bias.eq(0).all()
+    assert torch.equal(state.student.encoder.backbone.norm.bias, source.encoder.backbone.norm.bias)
+
+
+def test_a_head_of_another_encoding_is_fresh_even_if_its_shapes_fit(tmp_path):
+    state, said = started(tmp_path, named(plain(1)), model__readout__num_slots=4)
+    assert state.student.encoder.embed_dim == 16
+    assert "head (the file's reads another encoding)" in said and state.student.head.mlp[0].bias.eq(0).all()
+
+
+def test_a_frozen_backbone_is_the_teachers_in_both(tmp_path):
+    student, teacher = network(1), network(2)
+    state, said = started(tmp_path, full(student, teacher), optim__freeze_backbone="true")
+    assert equal(state.student, teacher) and equal(state.teacher, teacher)
+    assert "by student and teacher alike" in said
+
+
+@pytest.mark.parametrize(
+    ("content", "changes", "parts"),
+    [
+        (
+            lambda: bare(plain(1, arch=ARCH | {"width": 32})),
+            {},
+            ["holds width 32 (the recipe has 16); set model.arch and"],
+        ),
+        (lambda: bare(plain(1, patch_size=4)), {}, ["holds patch size 4 (the recipe has 8)"]),
+        (
+            lambda: bare(plain(1, arch=ARCH | {"depth": 5})),
+            {},
+            ["holds 5 blocks, but this recipe builds 2", "expected 2, or 3 of a plain ViT"],
+        ),
+        (lambda: named(network(1)), CLS, ["holds 2 blocks, but this recipe builds 3 with read-out cls"]),
+        (
+            lambda: named(network(1, arch=ARCH | {"depth": 4})),
+            {},
+            ["holds 3 blocks, but this recipe builds 2 with read-out sparo"],
+        ),
+        (
+            lambda: named(network(1)),
+            {"model__readout__num_slots": 4, "model__readout__key_dim": 8},
+            ["a read-out sparo with key_dim 4 (the recipe has 8), num_slots 2 (the recipe has 4)"],
+        ),
+        (
+            lambda: (
+                {k: v for k, v in bare(plain(1)).items() if k != "norm.bias"}
+                | {"dist_token": torch.zeros(1, 1, 16), "cls_token": torch.zeros(1, 1, 8)}
+            ),
+            {},
+            ["1 missing (backbone.norm.bias)", "1 unexpected (backbone.dist_token)", "1 misshapen (backbone"],
+        ),
+        (lambda: bare(plain(1)) | {"blocks.2.ls1.gamma": torch.zeros(16)}, {}, ["1 unexpected (backbone.b"]),
+        (
+            lambda: full(network(1, head={"num_prototypes": 8}), network(2)),
+            {},
+            ["student and teacher differ"],
+        ),
+    ],
+)
+def test_what_the_rules_do_not_explain_is_refused(tmp_path, content, changes, parts):
+    message = refusal(tmp_path, content(), **changes)
+    assert all(part in message for part in parts), message
+
+
+def test_a_frozen_backbone_needs_weights(tmp_path):
+    with pytest.raises(UserError, match="freeze_backbone is true, but init is null: a backbone that has lea"):
+        tiny_options(tmp_path / "data", tmp_path / "run", optim__freeze_backbone="true")

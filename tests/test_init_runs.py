@@ -1,0 +1,169 @@
+"""Runs that begin with weights from a file, and runs whose backbone is frozen: saved, killed, resumed."""
+
+import logging
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from dino_sparo import load_encoder
+from dino_sparo.__main__ import main
+from dino_sparo.config import parse_options
+from dino_sparo.errors import UserError
+from dino_sparo.options import SweepOptions
+from dino_sparo.sweep import plan
+from dino_sparo.training import setup, state
+from dino_sparo.training.checkpoint import load_latest, num_bytes
+from dino_sparo.training.pretrain import pretrain
+from tests.running import command
+from tests.test_init import bare, plain
+from tests.test_resume import pretrain_until
+from tests.tiny import state_hash, tiny_arguments, tiny_options, write_pictures
+
+BACKBONE = "encoder.backbone."
+FROZEN = {"optim__freeze_backbone": "true"}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    write_pictures(folder, 10)
+    torch.save(bare(plain(1)), folder / "vit.pth")
+    return folder
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["learning", "frozen"])
+def finished(request, pictures, tmp_path_factory):
+    """A run that has ended, and what makes it another than the others."""
+    changes = {"init": pictures / "vit.pth"} | (FROZEN if request.param else {})
+    run_dir = tmp_path_factory.mktemp("runs") / "run"
+    pretrain(tiny_options(pictures, run_dir, **changes))
+    return run_dir, changes
+
+
+def backbones(run_dir) -> list[dict[str, torch.Tensor]]:
+    """Of student and teacher in the last checkpoint."""
+    found = load_latest(run_dir)
+    return [
+        {name.removeprefix(BACKBONE): v for name, v in found[which].items() if name.startswith(BACKBONE)}
+        for which in ("student", "teacher")
+    ]
+
+
+def test_a_frozen_backbone_stays_and_all_else_learns(finished, pictures):
+    run_dir, changes = finished
+    given = torch.load(pictures / "vit.pth")
+    for backbone in backbones(run_dir):
+        assert len(backbone) == len(given) - 12  # the last block
+        same = [name for name, value in backbone.items() if torch.equal(value, given[name])]
+        assert len(same) == (len(backbone) if changes.keys() >= FROZEN.keys() else 0)
+    fresh = load_encoder(run_dir, untrained=True).readout.state_dict()
+    for which in ("student", "teacher"):
+        readout = load_encoder(run_dir, which).readout.state_dict()
+        assert not any(torch.equal(readout[name], fresh[name]) for name in fresh)
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_run_goes_on_without_the_file_bit_for_bit(finished, pictures, step, tmp_path, monkeypatch):
+    run_dir, changes = finished
+    file = tmp_path / "vit.pth"
+    shutil.copy(pictures / "vit.pth", file)
+    options = tiny_options(
+        pictures, tmp_path / "run", **(changes | {"init": file}), log__checkpoint_every_minutes=1e-9
+    )
+    pretrain_until(step, options, monkeypatch)
+    file.unlink()
+    pretrain(options)
+    assert state_hash(load_latest(tmp_path / "run")) == state_hash(load_latest(run_dir))
+    assert load_latest(tmp_path / "run")["config"]["init"] == str(file)
+
+
+def test_a_run_and_an_exported_encoder_start_another_run(run_dir, pictures, tmp_path):
+    assert main(["export", str(run_dir), "--out", str(tmp_path / "exported")]) == 0
+    before = load_latest(run_dir)
+    for init, parts in ((run_dir, ("student", "teacher")), (tmp_path / "exported", ("teacher", "teacher"))):
+        options = tiny_options(pictures, tmp_path / "run", init=init)
+        prepared = setup.prepare(options, torch.device("cpu"))
+        assert prepared.first_step == 0 and not prepared.state.optimizer.state
+        for model, part in zip((prepared.state.student, prepared.state.teacher), parts, strict=True):
+            same = {n: torch.equal(value, before[part][n]) for n, value in model.state_dict().items()}
+            assert all(same[name] for name in same if init == run_dir or name.startswith("encoder."))
+            assert same["head.mlp.0.weight"] == (init == run_dir)
+    with pytest.raises(FileNotFoundError, match=r"none: no checkpoint found; expected a run folder"):
+        setup.prepare(tiny_options(pictures, tmp_path / "run", init=tmp_path / "none"), torch.device("cpu"))
+
+
+def test_a_sweep_varies_starts_and_freezing(pictures, tmp_path):
+    arguments = tiny_arguments(pictures, tmp_path / "runs", init=pictures / "vit.pth")
+    arguments += ['--vary=["optim.freeze_backbone=true,false"]']
+    variants = plan(parse_options(SweepOptions, arguments, usage=""))
+    assert [one.options.optim.freeze_backbone for one in variants] == [True, False]
+    assert {one.options.init for one in variants} == {str(pictures / "vit.pth")}
+
+
+def test_another_start_is_another_experiment(finished, pictures):
+    run_dir, changes = finished
+    frozen = changes.keys() >= FROZEN.keys()
+    for other, message in (
+        ({"init": "other.pth"}, "init was .*vit.pth, is now other.pth"),
+        ({"optim__freeze_backbone": not frozen}, f"freeze_backbone was {frozen}, is now {not frozen}"),
+    ):
+        with pytest.raises(UserError, match=f"holds another experiment .*{message}"):
+            pretrain(tiny_options(pictures, run_dir, **(changes | other)))
+
+
+def test_a_run_from_before_there_was_freezing_goes_on(pictures, tmp_path, caplog):
+    pretrain(tiny_options(pictures, tmp_path / "run"))
+    path = tmp_path / "run" / "config.yaml"
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if "freeze_backbone" not in line and not line.startswith("init:")]
+    assert len(kept) == len(lines) - 2
+    path.write_text("".join(kept))
+    with caplog.at_level(logging.INFO, "dino_sparo"):
+        pretrain(tiny_options(pictures, tmp_path / "run"))
+    assert "is complete" in caplog.text
+
+
+@pytest.fixture
+def frozen_state(pictures, tmp_path):
+    options = tiny_options(pictures, tmp_path / "run", init=pictures / "vit.pth", **FROZEN)
+    return setup.prepare(options, torch.device("cpu")).state
+
+
+def test_the_optimiser_and_the_graph_leave_a_frozen_backbone_out(frozen_state):
+    student = frozen_state.student
+    held = {id(p) for group in frozen_state.optimizer.param_groups for p in group["params"]}
+    learning = [*student.encoder.readout.parameters(), *student.head.parameters()]
+    assert held == {id(p) for p in learning if p.requires_grad}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        tokens = student.encoder.tokens(torch.randn(6, 3, 16, 16))
+    assert not saved and not tokens.requires_grad
+    logits = [student.train()([torch.ones(2, 3, 3, 16, 16)])[0] for _ in range(2)]
+    assert torch.equal(*logits) and logits[0].requires_grad  # no stochastic depth, though the recipe has it
+    before = state.checkpoint_bytes(frozen_state)
+    moments = 2 * sum(p.nbytes for p in learning if p.requires_grad)
+    assert before == num_bytes(state.capture_state(frozen_state)) + moments
+
+
+@pytest.mark.long
+def test_two_processes_with_a_frozen_backbone(pictures, tmp_path):
+    changes = {"init": pictures / "vit.pth", "optim__epochs": 2} | FROZEN
+    arguments = command(pictures, tmp_path / "run", processes=2, **changes)
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr and done.stderr.count("parameters taken") == 1
+    given = torch.load(pictures / "vit.pth")
+    for backbone in backbones(tmp_path / "run"):
+        assert all(torch.equal(value, given[name]) for name, value in backbone.items())
+
+
+@pytest.mark.long
+def test_check_tries_the_starting_weights(pictures, tmp_path, capsys):
+    arguments = tiny_arguments(pictures, tmp_path / "run", init=pictures / "vit.pth", **FROZEN)
+    assert main(["check", *arguments]) == 0
+    assert "vit.pth: 0.01 million parameters taken" in capsys.readouterr().out
+    torch.save(bare(plain(1, patch_size=4)), tmp_path / "other.pth")
+    assert main(["check", *tiny_arguments(pictures, tmp_path / "run", init=tmp_path / "other.pth")]) == 1
+    assert "other.pth holds patch size 4" in capsys.readouterr().out

@@ -1,0 +1,111 @@
+"""Official linear weights: scored as the official code would, and refused where they do not fit."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dino_sparo.data.images import normalize, to_tensor
+from dino_sparo.data.pil_views import center_crop
+from dino_sparo.data.sources import open_labelled
+from dino_sparo.errors import UserError
+from dino_sparo.interop.load import load_encoder
+from tests.probing import linear, write_data
+from tests.test_official import small_encoder
+
+NUM_BLOCKS, WIDTH, NUM_CLASSES = 3, 128, 3
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("encoder") / "dino_pretrain.pth"
+    torch.save(small_encoder().backbone.state_dict(), path)
+    return path
+
+
+def official(num_inputs: int = NUM_BLOCKS * WIDTH, num_classes: int = NUM_CLASSES) -> dict:
+    """As the official `eval_linear.py` writes it."""
+    torch.manual_seed(0)
+    state = {"weight": torch.randn(num_classes, num_inputs), "bias": torch.randn(num_classes)}
+    return {
+        "epoch": 100,
+        "state_dict": {f"module.linear.{name}": value for name, value in state.items()},
+        "optimizer": {"state": {}, "param_groups": [{"lr": 0.0, "params": [0, 1]}]},
+        "best_acc": 77.0,
+        "args": argparse.Namespace(arch="vit_small"),
+    }
+
+
+def written(tmp_path, content) -> Path:
+    torch.save(content, tmp_path / "linearweights.pth")
+    return tmp_path / "linearweights.pth"
+
+
+@torch.no_grad()
+def test_weights_are_scored_and_nothing_is_trained(encoder, data, tmp_path, capsys):
+    content = official()
+    out = tmp_path / "out"
+    results = linear(encoder, data, out, weights=written(tmp_path, content))
+    _, val = open_labelled(str(data))
+    pictures = [center_crop(val.load(number), 32) for number in range(len(val))]
+    images = normalize(torch.stack([to_tensor(picture) for picture in pictures]))
+    state = content["state_dict"]
+    features = load_encoder(encoder).probe_features(images, NUM_BLOCKS)
+    logits = features @ state["module.linear.weight"].T + state["module.linear.bias"]
+    expected = logits.argmax(dim=1).numpy() == val.labels
+    assert 0 < expected.sum() < len(expected)
+    np.testing.assert_array_equal(results[0].correct, expected)
+    assert len(results) == 1 and results[0].protocol == "linear-weights" and results[0].headline
+    assert results[0].name == "3 blocks cls" and results[0].details["epochs"] == 100
+    assert sorted(path.name for path in out.iterdir()) == ["results.json"]
+    assert "linear probe of linearweights.pth, val: 7 test images, 3 classes" in capsys.readouterr().out
+    linear(encoder, data, out, weights=written(tmp_path, content["state_dict"]))  # the state dict alone
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (official(num_classes=4), "are for 4 classes, data.path has 3; give the images"),
+        (official(num_inputs=100), "take 100 numbers, but this encoder gives 128, 256, 384; give"),
+        (official(num_inputs=2 * WIDTH), "which do not tell what they see .* as the official ViT-B does"),
+        (
+            {"state_dict": {"module.linear.weight": torch.zeros(3, 4)}},
+            "hold no linear classifier, but weight;",
+        ),
+        ({"weight": torch.zeros(3, 4), "bias": torch.zeros(3, 1)}, "hold no linear classifier"),
+        ({"weight": torch.zeros(3, 4), "bias": torch.zeros(2)}, "3 rows and 2 biases"),
+        ([torch.zeros(1)], "hold no linear classifier, but list"),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence(encoder, data, tmp_path, content, message):
+    with pytest.raises(UserError, match=message) as caught:
+        linear(encoder, data, tmp_path / "out", weights=written(tmp_path, content))
+    assert "linearweights.pth" in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"sweep": "true", "cached": "true"}, "sweep, cached would train others; leave these out"),
+        ({"train_fraction": 0.5}, "train_fraction would train others; leave this out"),
+        ({"num_blocks": [3]}, "num_blocks would"),
+        ({"untrained": "true"}, "untrained would"),
+        ({"evaluate": "classifier.safetensors"}, "and evaluate would"),
+    ],
+)
+def test_options_of_training_are_refused(encoder, data, tmp_path, changes, names):
+    with pytest.raises(UserError, match=names):
+        linear(encoder, data, tmp_path / "out", weights=written(tmp_path, official()), **changes)
+
+
+def test_a_missing_file(encoder, data, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"weights .*none.pth' does not exist"):
+        linear(encoder, data, tmp_path / "out", weights=tmp_path / "none.pth")
