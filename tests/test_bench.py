@@ -32,7 +32,7 @@ def test_counting_sees_what_a_product_keeps():
 
 @pytest.mark.long
 def test_safety_is_measured():
-    arguments = [sys.executable, "-m", "dino_sparo", "bench", "--what=safety", "--recipe=demo", "--rounds=1"]
+    arguments = [sys.executable, "-m", "dino_sparo", "bench", "--what=safety", "--config=demo", "--rounds=1"]
     said = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
     pattern = r"demo, 2 processes .*: a step (\d+) ms, being .* watched ([\d.]+) ms, ([\d.]+) % .*\n"
     step, added, share = map(float, re.fullmatch(pattern, said).groups())

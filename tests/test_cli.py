@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dino_sparo.__main__ import main, written_out
+from dino_sparo.__main__ import main
+from dino_sparo.arguments import written_out
 from dino_sparo.commands import COMMANDS
 from dino_sparo.config import parse_options, recipes
 from dino_sparo.options import KnnOptions
@@ -70,7 +71,7 @@ sys.exit(status)
 @pytest.mark.parametrize(
     ("arguments", "status", "expected"),
     [
-        (["--help"], 0, "shipped recipes: demo"),
+        (["--help"], 0, "shipped recipes:\n  demo "),
         (["pretrain", "--help"], 0, "--optim.global_batch_size"),
         (["pretrain", "--config", "demo", "--optim.epoch", "3"], 2, "did you mean 'optim.epochs'?"),
     ],

@@ -25,6 +25,7 @@ from dino_sparo.data.index import open_index
 from dino_sparo.data.sources import ImageSource, open_images
 from dino_sparo.data.walk import CLOCK_TICK_NS
 from dino_sparo.errors import UserError
+from dino_sparo.terminal import shows_bars
 
 SHARES = (0.1, 0.5, 1.0)
 NUM_CLASSES = 1000
@@ -97,7 +98,7 @@ def bench_index(num_files: int, ranks: int, workers: int) -> None:
 
 def _make_files(root: Path, have: int, size: int) -> None:
     """Make a folder of `have` images one of `size`, evenly over the classes."""
-    with tqdm(total=size - have, desc="making files", leave=False, disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=size - have, desc="making files", leave=False, disable=not shows_bars()) as bar:
         for label in range(NUM_CLASSES):
             folder = root / f"n{label:08d}"
             folder.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ def bench(options: BenchOptions) -> None:
     elif options.what == "probes":
         bench_probes(options.batch_size, options.rounds, options.device)
     elif options.what == "safety":
-        bench_safety(options.recipe, options.rounds)
+        bench_safety(options.config, options.rounds)
     elif options.what == "knn":
         bench_knn(options.knn_train, options.knn_test, options.knn_width, options.rounds, options.device)
     else:
