@@ -130,7 +130,7 @@ def run_command(name: str, arguments: list[str], flags: set[str]) -> int:
         only_one_process("--dry-run")
         if command.plan is None:
             raise UserError(f"--dry-run is for pretrain and sweep, not for {name}; leave it out")
-        return imported(command.plan)(options, value_of(arguments, "--config"))
+        return imported(command.plan)(options, value_of(arguments, "--config")) or 0
     if name not in DISTRIBUTED:
         only_one_process(name)
     num_processes = getattr(options, "nproc", 1)

@@ -25,13 +25,14 @@ from dino_sparo.measure import (
     Loading,
     Stepping,
     count_flops,
+    existing_folder,
     measure_loading,
     measure_steps,
     private_bytes,
 )
 from dino_sparo.models.cost import count_parameters, encoder_cost
 from dino_sparo.options import CheckOptions
-from dino_sparo.training.checkpoint import KEEP_LAST
+from dino_sparo.training.checkpoint import most_kept
 from dino_sparo.training.precision import choose_precision, set_numerics
 from dino_sparo.training.rundir import check_same_experiment, config_of
 from dino_sparo.training.setup import (
@@ -205,7 +206,7 @@ def projection(
     speed = min(networks, loader) if workers else 1 / (1 / networks + 1 / loader)
     steps_per_epoch = num_images // optim.global_batch_size
     seen = optim.epochs * steps_per_epoch * optim.global_batch_size
-    kept = KEEP_LAST + 1 + (optim.epochs // log.keep_every_epochs if log.keep_every_epochs else 0)
+    kept = most_kept(optim.epochs, log.keep_every_epochs)
     process = private_bytes(os.getpid())
     return {
         "images": num_images,
@@ -219,19 +220,13 @@ def projection(
         "limited_by": "network" if networks <= loader else "loader",
         "hours": seen / speed / 3600,
         "disk_bytes": kept * report["checkpoint_bytes"],
-        "disk_free_bytes": shutil.disk_usage(_existing(Path(options.run_dir))).free,
+        "disk_free_bytes": shutil.disk_usage(existing_folder(Path(options.run_dir))).free,
         "process_bytes": process,
         "memory_bytes": options.nproc * (process + workers * loader_bytes) + prefetched,
         "memory_free_bytes": _memory_free(),
         "prefetched_bytes": prefetched,
         "shared_memory_free_bytes": shared_memory_free(),
     }
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that exists."""
-    folder = folder.absolute()
-    return next(place for place in (folder, *folder.parents) if place.exists())
 
 
 def _memory_free() -> int:

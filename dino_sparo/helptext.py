@@ -110,7 +110,7 @@ class PageFormatter(DefaultHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=34 if _width() > 100 else 26, width=_width())
 
-    def _format_usage(self, usage: str, *args: object, **kwargs: object) -> str:
+    def _format_usage(self, usage: str | None, *args: object, **kwargs: object) -> str:  # type: ignore[override]
         filled = textwrap.fill(
             re.sub(r"\[[^\]]*\]", lambda part: part[0].replace(" ", "\0"), f"usage: {usage}"),
             self._width,

@@ -11,9 +11,9 @@ from timm.models.vision_transformer import Block
 
 from dino_sparo.bench.index import bench_index
 from dino_sparo.bench.plain import direct_sparo
-from dino_sparo.bench.stages import bytes_saved_for_backward
 from dino_sparo.errors import UserError
 from dino_sparo.models import Sparo
+from dino_sparo.models.cost import bytes_saved_for_backward
 
 
 def test_bytes_saved_are_below_those_of_the_block_and_of_the_direct_form():

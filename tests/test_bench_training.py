@@ -12,6 +12,7 @@ import torch
 import yaml
 from PIL import Image
 
+from dino_sparo import measure
 from dino_sparo.__main__ import main
 from dino_sparo.bench import stages
 from dino_sparo.bench.clocks import spread, spread_of_ratios
@@ -212,7 +213,7 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture
 def few_products(monkeypatch):
-    monkeypatch.setattr(stages, "MATRIX_SIDE", {"cpu": 32})
+    monkeypatch.setattr(measure, "MATRIX_SIDE", {"cpu": 32})
 
 
 ARGUMENTS = ("--batch_size=2", "--rounds=2", "--num_images=2", "--seconds=0.01", "--device=cpu")

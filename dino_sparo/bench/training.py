@@ -40,7 +40,6 @@ from dino_sparo.bench.stages import (
     end_to_end,
     host_waits,
     image_stages,
-    measured_peak,
     published_peak,
     step_in_stages,
     warm_up,
@@ -51,7 +50,7 @@ from dino_sparo.data.sources import ImageSource, open_images
 from dino_sparo.data.workers import default_workers
 from dino_sparo.device import choose_device
 from dino_sparo.errors import UserError
-from dino_sparo.measure import count_flops
+from dino_sparo.measure import count_flops, measured_peak
 from dino_sparo.options import BenchOptions, PretrainOptions
 from dino_sparo.training.precision import choose_precision, set_numerics
 from dino_sparo.training.state import TrainState
