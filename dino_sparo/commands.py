@@ -130,7 +130,7 @@ COMMANDS = {
             "sweep --config photos_sparo --vary model.readout.num_slots=4,8,16 --data.path photos "
             "--run_dir runs/slots",
         ),
-        plan="dino_sparo.sweep:dry_run",
+        plan="dino_sparo.plan:plan_sweep",
     ),
     "slots maps": Command(
         opt.SlotMapsOptions,

@@ -42,17 +42,17 @@ LAST_COLUMN = 120  # longer lines are hard to read
 
 def overview() -> str:
     """The help text of the program as a whole."""
-    width = _width()
+    width = width_of_terminal()
     parts = ["usage: dino-sparo COMMAND [--config RECIPE] [--section.key VALUE ...]"]
     name_width = max(map(len, COMMANDS)) + 2
     parts += [f"{title}:\n{_commands(names, name_width)}" for title, names in GROUPS.items()]
-    parts.append("for every command:\n" + _table(PROGRAM_OPTIONS, name_width))
+    parts.append("for every command:\n" + table(PROGRAM_OPTIONS, name_width))
     shown = "\n".join(f"  # {what}\n{copyable(line, width)}" for what, line in EXAMPLES.items())
     parts.append(f"examples:\n{shown}")
     summaries = {name: summary_of_recipe(path) for name, path in recipes().items()}
-    parts.append("shipped recipes:\n" + _table(summaries, max(map(len, summaries)) + 2))
+    parts.append("shipped recipes:\n" + table(summaries, max(map(len, summaries)) + 2))
     statuses = {str(status): meaning for status, meaning in EXIT_STATUSES.items()}
-    parts.append("exit status:\n" + _table(statuses, 5))
+    parts.append("exit status:\n" + table(statuses, 5))
     parts.append(textwrap.fill(READ_ON, width, break_on_hyphens=False))
     return "\n\n".join(parts)
 
@@ -68,7 +68,7 @@ def overview_of(group: Sequence[str]) -> str:
 
 def description(name: str) -> str:
     """What the page of a command says before its options: what it is for, and examples."""
-    command, width = COMMANDS[name], _width()
+    command, width = COMMANDS[name], width_of_terminal()
     text = (
         command.summary
         if command.summary.startswith("k-NN")
@@ -108,9 +108,11 @@ class PageFormatter(DefaultHelpFormatter):
     """Keys that a recipe gives."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34 if _width() > 100 else 26, width=_width())
+        super().__init__(
+            prog, max_help_position=34 if width_of_terminal() > 100 else 26, width=width_of_terminal()
+        )
 
-    def _format_usage(self, usage: str | None, *args: object, **kwargs: object) -> str:  # type: ignore[override]
+    def _format_usage(self, usage: str | None, *args: object, **kwargs: object) -> str:
         filled = textwrap.fill(
             re.sub(r"\[[^\]]*\]", lambda part: part[0].replace(" ", "\0"), f"usage: {usage}"),
             self._width,
@@ -197,22 +199,23 @@ def values_in_a_word(kind: typing.Any) -> str:
 
 
 def _commands(names: Sequence[str], width: int) -> str:
-    return _table({name: COMMANDS[name].summary for name in names}, width)
+    return table({name: COMMANDS[name].summary for name in names}, width)
 
 
-def _table(rows: dict[str, str], name_width: int) -> str:
+def table(rows: Mapping[str, str], name_width: int, indent: str = "  ") -> str:
     """Two columns, the second over several lines if it must be."""
     return "\n".join(
         textwrap.fill(
             text,
-            _width(),
-            initial_indent=f"  {name:<{name_width}}",
-            subsequent_indent=" " * (name_width + 2),
+            width_of_terminal(),
+            initial_indent=f"{indent}{name:<{name_width}}",
+            subsequent_indent=" " * (name_width + len(indent)),
+            break_long_words=False,
             break_on_hyphens=False,
         )
         for name, text in rows.items()
     )
 
 
-def _width() -> int:
+def width_of_terminal() -> int:
     return min(LAST_COLUMN, shutil.get_terminal_size().columns) - 1

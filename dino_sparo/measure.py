@@ -148,7 +148,7 @@ def count_flops(student: DinoModel, sizes: list[tuple[int, int]]) -> dict[str, f
 def bytes_of_training(
     state: TrainState, sizes: list[tuple[int, int]], batch_size: int, *, mixed: bool
 ) -> int:
-    """What one process needs for its networks in a step, estimated from a pass of one image on the CPU.
+    """What one process needs for its networks in a step, estimated from one and two images on the CPU.
 
     Weights of student and teacher, gradients, AdamW's moments, and what is kept for the backward pass, of
     which mixed precision halves all but what the loss keeps, the logits.
@@ -158,16 +158,22 @@ def bytes_of_training(
         batch_size: images at once.
     """
     prototypes = state.loss_fn.center.shape[1]
-    groups = [torch.zeros(crops, 1, 3, side, side) for crops, side in sizes if crops]
     teacher_logits = torch.zeros(sizes[0][0], prototypes)
     student_logits = torch.zeros(sum(crops for crops, _ in sizes), prototypes)
-    in_networks = bytes_saved_for_backward(lambda images: state.student(images)[0], groups)
     in_loss = bytes_saved_for_backward(
         lambda logits: state.loss_fn(logits, teacher_logits, 1.0), student_logits.requires_grad_()
     )
+    of_one, of_two = (
+        bytes_saved_for_backward(
+            lambda images: state.student(images)[0],
+            [torch.zeros(crops, images, 3, side, side) for crops, side in sizes if crops],
+        )
+        for images in (1, 2)
+    )
+    in_networks = 2 * of_one - of_two + batch_size * (of_two - of_one)  # some is kept once for all images
     student = sum(parameter.nbytes for parameter in state.student.parameters())
-    kept = batch_size * (in_networks // (2 if mixed else 1) + in_loss)
-    return 5 * student + kept  # weights, gradients, two moments, and the teacher's weights
+    # Weights, gradients, two moments, and the teacher's weights; then what is kept.
+    return 5 * student + in_networks // (2 if mixed else 1) + batch_size * in_loss
 
 
 def measured_peak(device: torch.device, precision: str, rounds: int = 5) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from dino_sparo import sweep
 from dino_sparo.check_report import duration, size
 from dino_sparo.checks import split_batch
 from dino_sparo.config import flattened, parse_options
@@ -20,9 +21,10 @@ from dino_sparo.data.views import NUM_GLOBAL_CROPS, crop_recipes
 from dino_sparo.data.workers import check_shared_memory, default_workers
 from dino_sparo.device import choose_device
 from dino_sparo.errors import EXIT_PROBLEM, UserError
+from dino_sparo.helptext import table
 from dino_sparo.measure import bytes_of_training, count_flops, existing_folder, measured_peak
 from dino_sparo.models.cost import count_parameters, describe_cost, encoder_cost
-from dino_sparo.options import PretrainOptions
+from dino_sparo.options import PretrainOptions, SweepOptions
 from dino_sparo.training.checkpoint import latest_step, most_kept
 from dino_sparo.training.monitor import KnnMonitor
 from dino_sparo.training.precision import choose_precision, set_numerics
@@ -31,8 +33,9 @@ from dino_sparo.training.schedules import Schedules
 from dino_sparo.training.setup import build_schedules, bytes_of_image, open_data, prefetched_bytes
 from dino_sparo.training.state import TrainState, build_state, checkpoint_bytes
 
-# Share of the speed of one large matrix product that whole training reached where it was measured.
-SHARE_OF_PEAK = {"cpu": 0.7, "cuda": 0.3}
+# Of the speed of one large matrix product whole training reaches a share between these. On a CPU it did,
+# from the demo to ViT-S/16; for a GPU it is a guess.
+SHARES_OF_PEAK = {"cpu": (0.3, 0.9), "cuda": (0.2, 0.5)}
 
 
 def plan(options: PretrainOptions, recipe: str) -> int:
@@ -57,7 +60,7 @@ def plan(options: PretrainOptions, recipe: str) -> int:
     problems = refused(options, config, device, source, workers, batch_size, checkpoint_bytes(state))
     per_step = f"{options.nproc} x {batch_size}"
     per_step += f" x {accumulation} micro-batches" if accumulation > 1 else ""
-    rows = [
+    rows: list[tuple[str, str]] = [
         ("run", describe_start(options, steps_per_epoch, problems)),
         ("recipe", describe_recipe(options, config, recipe)),
         ("images", describe_images(options, source, monitor)),
@@ -70,10 +73,34 @@ def plan(options: PretrainOptions, recipe: str) -> int:
         ),
         *cost_rows(options, state, device, batch_size, steps_per_epoch),
     ]
-    print("\n".join(f"{name:<12}{text}" for name, text in rows))
+    print(table(dict(rows), 12, indent=""))
     print("\n" + "\n".join(schedule_table(build_schedules(options, steps_per_epoch), options)))
     told = [f"PROBLEM: {problem}" for problem in problems] or ["nothing is in the way"]
     print("\n" + "\n".join(told))
+    return EXIT_PROBLEM if problems else 0
+
+
+def plan_sweep(options: SweepOptions, recipe: str) -> int:
+    """`--dry-run`: print all runs of the sweep with their cost, and how far each is; 1 if one is refused."""
+    variants = sweep.plan(options)
+    problems = []
+    for variant in variants:
+        try:
+            check_same_experiment(Path(variant.options.run_dir), config_of(variant.options))
+        except UserError as error:
+            problems.append(str(error))
+    try:
+        sweep.check_knn(variants[0].options)
+    except UserError as error:
+        problems.append(str(error))
+    print("\n".join(sweep.as_markdown(sweep.table(variants, {}))))
+    print(f"\n{len(variants)} runs of {recipe}; dino-sparo pretrain --dry-run tells more of one")
+    for variant in variants:
+        done = latest_step(Path(variant.options.run_dir))
+        state = f"{done:,} steps are done" if done else "would start"
+        left_out = options.only and variant.name not in options.only
+        print(f"  {variant.folder}: {'left out by --only' if left_out else state}")
+    print("\n".join(f"PROBLEM: {problem}" for problem in problems) or "nothing is in the way")
     return EXIT_PROBLEM if problems else 0
 
 
@@ -183,9 +210,8 @@ def cost_rows(
     devices = options.nproc if device.type == "cuda" else 1  # processes on a CPU share its cores
     peak = measured_peak(device, precision, rounds=3)
     left = steps_per_epoch * optim.epochs - latest_step(Path(options.run_dir))
-    share = SHARE_OF_PEAK[device.type]
-    speed = devices * share * peak / flops
-    hours = max(0, left) * optim.global_batch_size / speed / 3600
+    hours = max(0, left) * optim.global_batch_size * flops / (devices * peak) / 3600
+    low, high = SHARES_OF_PEAK[device.type]
     return [
         ("encoder", f"read-out {options.model.readout.name}, {describe_cost(cost)}"),
         (
@@ -198,9 +224,9 @@ def cost_rows(
         ("checkpoint", f"{size(one)} each, {size(kept * one)} at most, {size(free)} free"),
         (
             "time",
-            f"about {duration(hours)} at {speed:,.3g} images/s (estimate: {share:.0%} of the "
-            f"{peak / 1e9:,.0f} GFLOP/s of a matrix product on one {device.type} here, if loading keeps up; "
-            f"`check` measures)",
+            f"{duration(hours / high)} to {duration(hours / low)} (estimate: {high:.0%} to {low:.0%} of the "
+            f"{peak / 1e9:,.0f} GFLOP/s of a matrix product on one {device.type} here, if loading keeps up "
+            f"and without k-NN; `check` measures)",
         ),
     ]
 
