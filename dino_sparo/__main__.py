@@ -30,14 +30,13 @@ GOING_ON = ("pretrain", "sweep", "demo", "prepare", "shard", "knn", "linear")  #
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status, one of EXIT_STATUSES."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments, flags = without_flags(list(sys.argv[1:] if arguments is None else arguments))
     if not arguments or arguments[0] in ("-h", "--help", "help", "--version"):
         print(version() if arguments[:1] == ["--version"] else _overview())
         return 0
     if "RANK" in os.environ:
         end_with_launcher()
     try:
-        arguments, flags = without_flags(arguments)
         name, rest = command_and_rest(arguments)
         status = run_command(name, rest, flags)
         if RANK == 0:
@@ -125,8 +124,8 @@ def run_command(name: str, arguments: list[str], flags: set[str]) -> int:
 
         page = description(name)
     options = parse_options(command.options, arguments, usage=command.usage, description=page)
-    set_up_log(logging.ERROR if RANK > 0 else logging.WARNING if "--quiet" in flags else logging.INFO)
-    if "--dry-run" in flags:
+    set_up_log(logging.ERROR if RANK > 0 else logging.WARNING if "quiet" in flags else logging.INFO)
+    if "dry_run" in flags:
         only_one_process("--dry-run")
         if command.plan is None:
             raise UserError(f"--dry-run is for pretrain and sweep, not for {name}; leave it out")
@@ -143,7 +142,8 @@ def run_command(name: str, arguments: list[str], flags: set[str]) -> int:
             )
         from dino_sparo.launch import launch
 
-        return launch(num_processes, [name, *without(arguments, "--nproc"), "--nproc=1", *sorted(flags)])
+        quiet = ["--quiet"] if "quiet" in flags else []
+        return launch(num_processes, [name, *without(arguments, "--nproc"), "--nproc=1", *quiet])
     return imported(command.function)(options) or 0
 
 

@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from dino_sparo.commands import POSITIONAL, POSITIONALS
-
-FLAGS = ("--quiet", "--dry-run")  # of the program, for every command: they are no part of an experiment
+from dino_sparo.config import FLAGS
 
 
 def without_flags(arguments: list[str]) -> tuple[list[str], set[str]]:
-    """The arguments without those of FLAGS, and those."""
-    given = {argument.replace("_", "-") for argument in arguments} & set(FLAGS)
-    return [argument for argument in arguments if argument.replace("_", "-") not in FLAGS], given
+    """The arguments without the flags of the program, and those: `quiet`, `dry_run`.
+
+    They hold for every command and are no part of an experiment.
+    """
+    flags = {argument: argument.removeprefix("--").replace("-", "_") for argument in arguments}
+    given = {argument: flag for argument, flag in flags.items() if argument[:2] == "--" and flag in FLAGS}
+    return [argument for argument in arguments if argument not in given], set(given.values())
 
 
 def complete(name: str, arguments: list[str]) -> list[str]:

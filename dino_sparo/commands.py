@@ -115,7 +115,7 @@ COMMANDS = {
         "dino_sparo.bench.program:bench",
         "dino-sparo bench [--config RECIPE] [--data.path DIR] [--compare] [--json] [--profile FILE] "
         "[--key VALUE ...]",
-        "where the time of training goes, also against plain code; and of read-out, k-NN, probes, ...",
+        "where the time of training goes, also against plain code; and of read-out, k-NN and probes",
         ("bench --config imagenet_vits16_sparo --data.path /data/imagenet --compare", "bench --what readout"),
     ),
     "sweep": Command(

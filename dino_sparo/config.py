@@ -16,7 +16,7 @@ from dino_sparo.errors import UserError, UserFileNotFoundError
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
-OF_THE_PROGRAM = ("quiet", "dry-run", "config", "help")  # options of every command, or of many
+FLAGS = ("quiet", "dry_run")  # of the program, not of a command; taken off before unless they have a value
 NOT_IN_RECIPES = {"run_dir", "run", "data.path", "out", "source"}
 
 
@@ -107,6 +107,8 @@ def _check_arguments(arguments: list[str], keys: dict[str, Any], usage: str) -> 
         if not argument.startswith("--"):
             raise UserError(f"unexpected argument {argument!r}; expected: {usage}")
         key, equals, value = argument[2:].partition("=")
+        if key in FLAGS:
+            raise UserError(f"option --{key} takes no value; give --{key} alone, or leave it out")
         if key not in keys and key != "config":
             raise UserError(_unknown(f"option --{key}", key, keys))
         if key in seen:
@@ -168,7 +170,7 @@ def _check_recipe(path: Path, keys: dict[str, Any]) -> None:
 def _unknown(what: str, key: str, keys: dict[str, Any]) -> str:
     """`what` is unknown, and the nearest valid key to it: by its whole name or by its last part."""
     inside = [known for known in keys if known.startswith(f"{key}.")]
-    near = difflib.get_close_matches(key, [*keys, *OF_THE_PROGRAM], n=1, cutoff=0.6) or inside[:1]
+    near = difflib.get_close_matches(key, [*keys, *FLAGS], n=1, cutoff=0.6) or inside[:1]
     if not near:
         last = {known.rpartition(".")[2]: known for known in keys}
         near = [last[match] for match in difflib.get_close_matches(key.rpartition(".")[2], last, n=1)]

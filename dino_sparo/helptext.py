@@ -163,7 +163,8 @@ def prepare_page(parser: ArgumentParser, keys: Mapping[str, object], *, required
             of_all += group._group_actions
             group._group_actions = []
         else:
-            group.title = f"{min(sections, key=len)}, {str(group.title)[0].lower()}{str(group.title)[1:]}"
+            title = f"{min(sections, key=len)}, {str(group.title)[0].lower()}{str(group.title)[1:]}"
+            group.title = textwrap.fill(title, width_of_terminal() - 1)
     parser._optionals._group_actions = of_all
 
 

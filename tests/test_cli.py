@@ -113,7 +113,7 @@ def test_overview_names_the_groups_the_statuses_and_where_to_read_on(capsys):
     assert "the control of imagenet_vits16_sparo" in " ".join(shown.split())
 
 
-@pytest.mark.parametrize("columns", [60, 80, 120])
+@pytest.mark.parametrize("columns", [72, 80, 120])
 def test_help_fits_the_terminal_and_examples_can_be_copied(columns, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
     for arguments in ([], *(name.split() for name in COMMANDS)):
@@ -151,7 +151,9 @@ def test_version(capsys):
 
 def test_misspelt_flag_of_the_program(capsys):
     assert "option --quite is unknown; did you mean 'quiet'?" in mistake(["pretrain", "--quite"], capsys)
-    assert "did you mean 'dry-run'?" in mistake(["pretrain", "--dryrun"], capsys)
+    assert "did you mean 'dry_run'?" in mistake(["pretrain", "--dryrun"], capsys)
+    for given in ("--quiet=true", "--dry-run=no", "--dry_run=no"):
+        assert "takes no value; give --" in mistake(["pretrain", given], capsys)
 
 
 def test_unknown_command(capsys):
