@@ -1,6 +1,7 @@
 """`dino-sparo check`: what a run would do, before it does it: data, cost, hours, disk, and what limits it."""
 
 import json
+import logging
 import os
 import shutil
 import sys
@@ -45,6 +46,8 @@ from dino_sparo.training.setup import (
 )
 from dino_sparo.training.state import build_state, checkpoint_bytes
 
+log = logging.getLogger("dino_sparo")
+
 LOADING_SECONDS = 10.0
 LOADING_BATCH = 8  # images; the speed is that of any batch, and it comes sooner
 STEPS = 3
@@ -79,10 +82,10 @@ def check(options: CheckOptions) -> int:
         image_bytes = bytes_of_image(options, source, dataset.executor)
         prefetched = prefetched_bytes(options, workers, batch_size, options.nproc, image_bytes)
         check_shared_memory(prefetched)
-        loading = load(options, dataset, workers * options.nproc, say)
+        loading = load(options, dataset, workers * options.nproc)
         report["loader"] = {key: value for key, value in vars(loading).items() if key != "batch"}
         report["loader"]["views"] = dataset.executor
-        report |= cost(options, loading, batch_size, device, say)
+        report |= cost(options, loading, batch_size, device)
         report["run"] = projection(
             options, report, device, len(source), batch_size, accumulation, workers, prefetched
         )
@@ -113,9 +116,9 @@ def replace_bad_ones(options: CheckOptions) -> CheckOptions:
     return replace(options, data=replace(options.data, on_bad_image="substitute"))
 
 
-def load(options: CheckOptions, dataset: CropsDataset, num_workers: int, say: Any) -> Loading:
+def load(options: CheckOptions, dataset: CropsDataset, num_workers: int) -> Loading:
     """The speed of all workers of this machine together."""
-    say(f"\nmeasuring the loader for {LOADING_SECONDS:.0f} seconds, and {STEPS} steps ...")
+    log.info("measuring the loader for %.0f seconds, and %d steps ...", LOADING_SECONDS, STEPS)
     order = BatchOrder(
         num_samples=len(dataset.source),
         global_batch_size=min(LOADING_BATCH, len(dataset.source)),
@@ -134,9 +137,7 @@ def load(options: CheckOptions, dataset: CropsDataset, num_workers: int, say: An
     return measure_loading(batches, seconds=LOADING_SECONDS)
 
 
-def cost(
-    options: CheckOptions, loading: Loading, batch_size: int, device: torch.device, say: Any
-) -> dict[str, Any]:
+def cost(options: CheckOptions, loading: Loading, batch_size: int, device: torch.device) -> dict[str, Any]:
     """Parameters, FLOPs, speed of a step on one device, and the size of a checkpoint."""
     views = options.views
     config = config_of(options)
@@ -173,7 +174,7 @@ def cost(
         except torch.OutOfMemoryError:
             if tried == 1:
                 raise UserError("the GPU's memory does not hold a step on one image") from None
-            say(f"{tried} images at once do not fit into the GPU's memory; trying fewer")
+            log.info("%d images at once do not fit into the GPU's memory; trying fewer", tried)
             tried = smaller_batch(share, tried)
     return {
         "parameters": {
