@@ -3,17 +3,46 @@
 Importing the package is quick: torch is imported when a name that needs it is used.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dino_sparo.evaluation.knn import knn_classify
     from dino_sparo.interop.load import load_encoder
+    from dino_sparo.models import DINOHead, Encoder, Sparo, build_encoder
+    from dino_sparo.slots.attention import slot_attention
+    from dino_sparo.training.loss import DINOLoss
 
-__all__ = ["load_encoder"]
+__version__ = "0.1.0"
+__all__ = [
+    "DINOHead",
+    "DINOLoss",
+    "Encoder",
+    "Sparo",
+    "__version__",
+    "build_encoder",
+    "knn_classify",
+    "load_encoder",
+    "slot_attention",
+]
+
+_HOMES = {
+    "DINOHead": "dino_sparo.models",
+    "DINOLoss": "dino_sparo.training.loss",
+    "Encoder": "dino_sparo.models",
+    "Sparo": "dino_sparo.models",
+    "build_encoder": "dino_sparo.models",
+    "knn_classify": "dino_sparo.evaluation.knn",
+    "load_encoder": "dino_sparo.interop.load",
+    "slot_attention": "dino_sparo.slots.attention",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from dino_sparo.interop.load import load_encoder
-
-        return load_encoder
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'dino_sparo' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,6 +1,7 @@
 """`dino-sparo check`: what a run would do, before it does it: data, cost, hours, disk, and what limits it."""
 
 import json
+import logging
 import os
 import shutil
 import sys
@@ -25,13 +26,14 @@ from dino_sparo.measure import (
     Loading,
     Stepping,
     count_flops,
+    existing_folder,
     measure_loading,
     measure_steps,
     private_bytes,
 )
 from dino_sparo.models.cost import count_parameters, encoder_cost
 from dino_sparo.options import CheckOptions
-from dino_sparo.training.checkpoint import KEEP_LAST
+from dino_sparo.training.checkpoint import most_kept
 from dino_sparo.training.precision import choose_precision, set_numerics
 from dino_sparo.training.rundir import CONFIG_FILE, check_same_experiment, config_of
 from dino_sparo.training.setup import (
@@ -44,6 +46,8 @@ from dino_sparo.training.setup import (
     start_state,
 )
 from dino_sparo.training.state import build_state, checkpoint_bytes
+
+log = logging.getLogger("dino_sparo")
 
 LOADING_SECONDS = 10.0
 LOADING_BATCH = 8  # images; the speed is that of any batch, and it comes sooner
@@ -79,10 +83,10 @@ def check(options: CheckOptions) -> int:
         image_bytes = bytes_of_image(options, source, dataset.executor)
         prefetched = prefetched_bytes(options, workers, batch_size, options.nproc, image_bytes)
         check_shared_memory(prefetched)
-        loading = load(options, dataset, workers * options.nproc, say)
+        loading = load(options, dataset, workers * options.nproc)
         report["loader"] = {key: value for key, value in vars(loading).items() if key != "batch"}
         report["loader"]["views"] = dataset.executor
-        report |= cost(options, loading, batch_size, device, say)
+        report |= cost(options, loading, batch_size, device)
         report["run"] = projection(
             options, report, device, len(source), batch_size, accumulation, workers, prefetched
         )
@@ -113,9 +117,9 @@ def replace_bad_ones(options: CheckOptions) -> CheckOptions:
     return replace(options, data=replace(options.data, on_bad_image="substitute"))
 
 
-def load(options: CheckOptions, dataset: CropsDataset, num_workers: int, say: Any) -> Loading:
+def load(options: CheckOptions, dataset: CropsDataset, num_workers: int) -> Loading:
     """The speed of all workers of this machine together."""
-    say(f"\nmeasuring the loader for {LOADING_SECONDS:.0f} seconds, and {STEPS} steps ...")
+    log.info("measuring the loader for %.0f seconds, and %d steps ...", LOADING_SECONDS, STEPS)
     order = BatchOrder(
         num_samples=len(dataset.source),
         global_batch_size=min(LOADING_BATCH, len(dataset.source)),
@@ -134,9 +138,7 @@ def load(options: CheckOptions, dataset: CropsDataset, num_workers: int, say: An
     return measure_loading(batches, seconds=LOADING_SECONDS)
 
 
-def cost(
-    options: CheckOptions, loading: Loading, batch_size: int, device: torch.device, say: Any
-) -> dict[str, Any]:
+def cost(options: CheckOptions, loading: Loading, batch_size: int, device: torch.device) -> dict[str, Any]:
     """Parameters, FLOPs, speed of a step on one device, and the size of a checkpoint."""
     views = options.views
     config = config_of(options)
@@ -175,7 +177,7 @@ def cost(
         except torch.OutOfMemoryError:
             if tried == 1:
                 raise UserError("the GPU's memory does not hold a step on one image") from None
-            say(f"{tried} images at once do not fit into the GPU's memory; trying fewer")
+            log.info("%d images at once do not fit into the GPU's memory; trying fewer", tried)
             tried = smaller_batch(share, tried)
     return {
         "parameters": {
@@ -208,7 +210,7 @@ def projection(
     speed = min(networks, loader) if workers else 1 / (1 / networks + 1 / loader)
     steps_per_epoch = num_images // optim.global_batch_size
     seen = optim.epochs * steps_per_epoch * optim.global_batch_size
-    kept = KEEP_LAST + 1 + (optim.epochs // log.keep_every_epochs if log.keep_every_epochs else 0)
+    kept = most_kept(optim.epochs, log.keep_every_epochs)
     process = private_bytes(os.getpid())
     return {
         "images": num_images,
@@ -222,19 +224,13 @@ def projection(
         "limited_by": "network" if networks <= loader else "loader",
         "hours": seen / speed / 3600,
         "disk_bytes": kept * report["checkpoint_bytes"],
-        "disk_free_bytes": shutil.disk_usage(_existing(Path(options.run_dir))).free,
+        "disk_free_bytes": shutil.disk_usage(existing_folder(Path(options.run_dir))).free,
         "process_bytes": process,
         "memory_bytes": options.nproc * (process + workers * loader_bytes) + prefetched,
         "memory_free_bytes": _memory_free(),
         "prefetched_bytes": prefetched,
         "shared_memory_free_bytes": shared_memory_free(),
     }
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that exists."""
-    folder = folder.absolute()
-    return next(place for place in (folder, *folder.parents) if place.exists())
 
 
 def _memory_free() -> int:

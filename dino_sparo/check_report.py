@@ -58,12 +58,12 @@ def machine_problems(options: CheckOptions, report: dict[str, Any]) -> list[str]
     run, step, problems = report["run"], report["step"], []
     if run["disk_bytes"] > run["disk_free_bytes"]:
         problems.append(
-            f"run_dir {options.run_dir!r}: checkpoints need {_size(run['disk_bytes'])}, "
-            f"{_size(run['disk_free_bytes'])} are free: use another disk or a larger log.keep_every_epochs"
+            f"run_dir {options.run_dir!r}: checkpoints need {size(run['disk_bytes'])}, "
+            f"{size(run['disk_free_bytes'])} are free: use another disk or a larger log.keep_every_epochs"
         )
     if run["memory_bytes"] > run["memory_free_bytes"]:
         problems.append(
-            f"loading needs {_size(run['memory_bytes'])} of memory, {_size(run['memory_free_bytes'])} are "
+            f"loading needs {size(run['memory_bytes'])} of memory, {size(run['memory_free_bytes'])} are "
             f"free: give fewer machine.num_workers"
         )
     if step["memory_gib"] is not None and step["batch_size"] < run["batch_size_per_gpu"]:
@@ -92,7 +92,7 @@ def summary(options: CheckOptions, report: dict[str, Any], device: str) -> list[
     }
     faster = max(networks, loader["images_per_second"]) / run["images_per_second"]
     free = run["shared_memory_free_bytes"]
-    shared = f" of {_size(free)} free in /dev/shm" if free is not None else ""
+    shared = f" of {size(free)} free in /dev/shm" if free is not None else ""
     expected = math.log(options.head.num_prototypes)
     encoder = f"{parameters['encoder'] / 1e6:.1f} M parameters, {flops['encoder'] / 1e9:.1f} GFLOPs a crop"
     return [
@@ -110,14 +110,14 @@ def summary(options: CheckOptions, report: dict[str, Any], device: str) -> list[
         f"{run['steps']:,} in all",
         f"speed     {run['images_per_second']:,.1f} images/s: the smaller of loader and networks "
         f"({networks:,.1f})",
-        f"time      {_duration(run['hours'])} for {options.optim.epochs} epochs, without k-NN and "
+        f"time      {duration(run['hours'])} for {options.optim.epochs} epochs, without k-NN and "
         f"what GPUs say to each other",
-        f"disk      {_size(report['checkpoint_bytes'])} a checkpoint, {_size(run['disk_bytes'])} at most, "
-        f"{_size(run['disk_free_bytes'])} free",
-        f"memory    {_size(run['memory_bytes'])} of {_size(run['memory_free_bytes'])} free: "
-        f"{run['processes']} x {_size(run['process_bytes'])}, {loader['workers']} workers of "
-        f"{_size(loader['worker_bytes'])}, "
-        f"{_size(run['prefetched_bytes'])} of prefetched views{shared}",
+        f"disk      {size(report['checkpoint_bytes'])} a checkpoint, {size(run['disk_bytes'])} at most, "
+        f"{size(run['disk_free_bytes'])} free",
+        f"memory    {size(run['memory_bytes'])} of {size(run['memory_free_bytes'])} free: "
+        f"{run['processes']} x {size(run['process_bytes'])}, {loader['workers']} workers of "
+        f"{size(loader['worker_bytes'])}, "
+        f"{size(run['prefetched_bytes'])} of prefetched views{shared}",
         f"limit     {limits[run['limited_by']].format(faster)}",
     ]
 
@@ -129,12 +129,12 @@ def verdict(report: dict[str, Any]) -> list[str]:
     return ["", *remarks, *(problems or ["nothing is in the way"])]
 
 
-def _size(num_bytes: float) -> str:
+def size(num_bytes: float) -> str:
     """In MiB or GiB, as fits."""
     return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.1f} MiB"
 
 
-def _duration(hours: float) -> str:
+def duration(hours: float) -> str:
     if hours < 1:
         return f"{60 * hours:.1f} minutes"
     return f"{hours:,.1f} hours" if hours < 48 else f"{hours:,.0f} hours ({hours / 24:.1f} days)"

@@ -1,4 +1,4 @@
-"""The table of all commands: their options, where they live, and how they are called."""
+"""The table of all commands: their options, where they live, and how they are called. Needs no torch."""
 
 from dataclasses import dataclass
 
@@ -7,56 +7,94 @@ from dino_sparo import options as opt
 
 @dataclass(frozen=True)
 class Command:
-    """One program: its options, where its function lives, and how it is called."""
+    """One program.
+
+    Attributes:
+        options: what it takes.
+        function: `module:name` of what runs with them; it returns the exit status, or None for 0.
+        usage, summary: how it is called, and one line about it.
+        examples: lines to copy, without the name of the program; what they are for stands behind a `#`.
+        plan: `module:name` of what `--dry-run` runs instead, in one process: it takes the options and the
+            name of the recipe, and returns the exit status.
+    """
 
     options: type
     function: str
     usage: str
     summary: str
+    examples: tuple[str, ...]
+    plan: str | None = None
 
 
 COMMANDS = {
     "pretrain": Command(
         opt.PretrainOptions,
         "dino_sparo.training.pretrain:pretrain",
-        "dino-sparo pretrain --config RECIPE --data.path DIR --run_dir DIR [--nproc N] [--key VALUE ...]",
+        "dino-sparo pretrain --config RECIPE --data.path DIR --run_dir DIR [--nproc N] [--dry-run] "
+        "[--key VALUE ...]",
         "pretrain an encoder, or go on with an existing run",
+        (
+            "pretrain --config imagenet_vits16_sparo --data.path /data/imagenet --run_dir runs/sparo "
+            "--nproc 8",
+            "pretrain --config photos_sparo --data.path photos --run_dir runs/photos --dry-run  # the "
+            "plan only",
+            "pretrain --run_dir runs/photos  # go on with it",
+        ),
+        plan="dino_sparo.plan:plan",
     ),
     "check": Command(
         opt.CheckOptions,
         "dino_sparo.check:check",
         "dino-sparo check --config RECIPE --data.path DIR [--nproc N] [--json] [--key VALUE ...]",
         "before a run: scan the data, measure speed and memory, tell hours and disk",
+        (
+            "check --config imagenet_vits16_sparo --data.path /data/imagenet --nproc 8",
+            "check --config photos_sparo --data.path photos --scan false  # speed and memory, without "
+            "reading every file",
+        ),
     ),
     "prepare": Command(
         opt.PrepareOptions,
         "dino_sparo.prepare:run",
         "dino-sparo prepare DIR --out OUT [--labels FILE]",
         "class folders of ImageNet as you have it: tars, a flat validation folder, Kaggle's layout",
+        ("prepare /data/kaggle --out /data/imagenet",),
     ),
     "shard": Command(
         opt.ShardOptions,
         "dino_sparo.shard:run",
         "dino-sparo shard DIR --out OUT [--short-side 512] [--num-workers N]",
         "tar shards of a folder of images, to be read like the folder, for network file systems",
+        ("shard /data/imagenet --out /data/shards --short-side 512",),
     ),
     "knn": Command(
         opt.KnnOptions,
         "dino_sparo.evaluation.knn:run",
         "dino-sparo knn RUN --data.path DIR [--test NAME=DIR ...] [--nproc N] [--key VALUE ...]",
         "k-NN accuracy of a trained encoder",
+        (
+            "knn runs/sparo --data.path /data/imagenet --nproc 8",
+            "knn dino_deitsmall16_pretrain.pth --data.path photos  # official weights",
+            "knn runs/sparo --data.path photos --untrained  # the baseline",
+        ),
     ),
     "export": Command(
         opt.ExportOptions,
         "dino_sparo.export:run",
-        "dino-sparo export RUN --out DIR [--format onnx | official] [--which student] [--arch NAME]",
+        "dino-sparo export RUN --out OUT [--format onnx | official] [--which student] [--arch NAME]",
         "an encoder for timm and the Hugging Face hub, as ONNX, or in the official style",
+        (
+            "export runs/sparo --out sparo",
+            "export runs/sparo --out sparo_onnx --format onnx",
+            "export runs/sparo --out sparo.pth --format official",
+        ),
     ),
     "compare": Command(
         opt.CompareOptions,
         "dino_sparo.evaluation.compare:run",
         "dino-sparo compare RUN ... [--control RUN] [--markdown]",
         "k-NN and linear accuracy of several runs in one table",
+        ("compare runs/sparo runs/dino --control runs/dino --markdown",),
     ),
     "linear": Command(
         opt.LinearOptions,
@@ -64,70 +102,100 @@ COMMANDS = {
         "dino-sparo linear RUN --data.path DIR [--sweep] [--cached] [--test NAME=DIR ...] [--nproc N] "
         "[--key VALUE ...]",
         "linear-probe accuracy of a trained encoder",
+        (
+            "linear runs/sparo --data.path /data/imagenet --nproc 8  # the official protocol",
+            "linear runs/sparo --data.path photos --cached --sweep  # a look in seconds",
+        ),
     ),
     "demo": Command(
         opt.PretrainOptions,
         "dino_sparo.demo:demo",
-        "dino-sparo demo [--data.path DIR] [--section.key VALUE ...]",
+        "dino-sparo demo [--data.path DIR] [--key VALUE ...]",
         "five minutes on a laptop: train, watch k-NN rise, look at slots",
+        ("demo", "demo --data.path photos"),
     ),
     "bench": Command(
         opt.BenchOptions,
         "dino_sparo.bench.program:bench",
-        "dino-sparo bench [--recipe NAME] [--data DIR] [--compare] [--json] [--profile FILE] [--key VALUE]",
-        "where the time of training goes, also against plain code; and of read-out, k-NN, probes, ...",
+        "dino-sparo bench [--config RECIPE] [--data.path DIR] [--compare] [--json] [--profile FILE] "
+        "[--key VALUE ...]",
+        "where the time of training goes, also against plain code; and of read-out, k-NN and probes",
+        ("bench --config imagenet_vits16_sparo --data.path /data/imagenet --compare", "bench --what readout"),
     ),
     "sweep": Command(
         opt.SweepOptions,
         "dino_sparo.sweep:run",
         "dino-sparo sweep --config RECIPE --data.path DIR --run_dir DIR [--variants readouts] "
-        "[--vary KEY=VALUE,VALUE ...] [--key VALUE ...]",
+        "[--vary KEY=VALUE,VALUE ...] [--dry-run] [--key VALUE ...]",
         "pretrain variants of a recipe and fill one table, such as the paper's Table 6",
+        (
+            "sweep --config photos_sparo --variants readouts --vary seed=0,1 --data.path photos "
+            "--run_dir runs/readouts",
+            "sweep --config photos_sparo --vary model.readout.num_slots=4,8,16 --data.path photos "
+            "--run_dir runs/slots",
+        ),
+        plan="dino_sparo.plan:plan_sweep",
     ),
     "slots maps": Command(
         opt.SlotMapsOptions,
         "dino_sparo.slots.maps:run",
         "dino-sparo slots maps RUN --data.path DIR [--slots '[0,5]'] [--short-side 448] [--key VALUE ...]",
         "where slots look: attention drawn over images",
+        ("slots maps runs/sparo --data.path photos --short-side 448",),
     ),
     "slots gallery": Command(
         opt.SlotGalleryOptions,
         "dino_sparo.slots.gallery:run",
         "dino-sparo slots gallery RUN --data.path DIR [--key VALUE ...]",
         "the images that each slot responds to most, and their neighbours within it",
+        ("slots gallery runs/sparo --data.path photos --slots '[0,5]'",),
     ),
     "slots rank": Command(
         opt.SlotRankOptions,
         "dino_sparo.slots.ranking:run",
         "dino-sparo slots rank RUN --data.path DIR [--control RUN] [--key VALUE ...]",
         "each slot alone, and accuracy against the number of slots kept",
+        ("slots rank runs/sparo --data.path photos --control runs/dino",),
     ),
     "slots mask": Command(
         opt.SlotMaskOptions,
         "dino_sparo.slots.masks:run",
         "dino-sparo slots mask RUN --data.path DIR [--transfer NAME=DIR] [--control RUN] [--key VALUE ...]",
         "a learned mask over slots, and its transfer to other images",
+        ("slots mask runs/sparo --data.path photos --transfer drawings=/data/drawings",),
     ),
     "slots health": Command(
         opt.SlotHealthOptions,
         "dino_sparo.slots.health:run",
         "dino-sparo slots health RUN --data.path DIR [--key VALUE ...]",
         "entropy of attention, dead and duplicate slots",
+        ("slots health runs/sparo --data.path photos",),
     ),
     "slots factors": Command(
         opt.SlotFactorsOptions,
         "dino_sparo.slots.factors:run",
         "dino-sparo slots factors RUN [--control RUN] [--key VALUE ...]",
         "which slot tells which known factor of generated pictures",
+        ("slots factors runs/demo",),
     ),
     "slots report": Command(
         opt.SlotReportOptions,
         "dino_sparo.slots.report:run",
         "dino-sparo slots report RUN [--data.path DIR] [--control RUN] [--key VALUE ...]",
         "one HTML page of a run: curves, scores, maps, galleries",
+        ("slots report runs/sparo --data.path photos",),
     ),
 }
 
+# How the overview groups them, in the order in which one uses them.
+GROUPS = {
+    "train": ("demo", "pretrain", "sweep"),
+    "evaluate": ("knn", "linear", "compare"),
+    "slots": tuple(name for name in COMMANDS if name.startswith("slots ")),
+    "data": ("prepare", "shard"),
+    "weights": ("export",),
+    "measure": ("check", "bench"),
+}
 DISTRIBUTED = ("pretrain", "knn", "linear")  # these run in several processes; check tells what such would do
 # What the first argument without a name stands for.
 POSITIONAL = {

@@ -3,7 +3,6 @@
 import difflib
 import re
 import typing
-from argparse import SUPPRESS
 from collections.abc import Collection, Hashable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -17,10 +16,13 @@ from dino_sparo.errors import UserError, UserFileNotFoundError
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
+FLAGS = ("quiet", "dry_run")  # of the program, not of a command; taken off before unless they have a value
 NOT_IN_RECIPES = {"run_dir", "run", "data.path", "out", "source"}
 
 
-def parse_options(options_class: type, arguments: list[str], *, usage: str) -> Any:
+def parse_options(
+    options_class: type, arguments: list[str], *, usage: str, description: str | None = None
+) -> Any:
     """Options of a command from its arguments: `--config RECIPE`, then `--section.key VALUE` over it.
 
     Raises:
@@ -29,20 +31,29 @@ def parse_options(options_class: type, arguments: list[str], *, usage: str) -> A
     """
     keys = leaf_keys(options_class)
     arguments = _resolve_config(_check_arguments(arguments, keys, usage), keys)
-    parser = ArgumentParser(prog="dino-sparo", usage=usage, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="Recipe: a YAML file or the name of a shipped one.")
-    parser.add_class_arguments(options_class, None)
-    for action in parser._actions:  # a section cannot be given as a whole, so --help does not list it
-        if any(key.startswith(f"{action.dest}.") for key in keys) and action.dest not in keys:
-            action.help = SUPPRESS
+    parser = _parser(options_class, keys, usage, description)
     try:
         options = parser.instantiate(parser.parse_args(arguments))
     except ArgumentError as error:
         raise UserError(_one_sentence(str(error), keys)) from error
-    del options.config
-    options = options_class(**vars(options))
+    options = options_class(**{field.name: getattr(options, field.name) for field in fields(options_class)})
     check_options(options)
     return options
+
+
+def _parser(options_class: type, keys: dict[str, Any], usage: str, description: str | None) -> ArgumentParser:
+    """The parser of a command; with a description it is for the page of `--help`."""
+    of_run = any(key.startswith("optim.") for key in keys)
+    parser = ArgumentParser(prog="dino-sparo", usage=usage, description=description, exit_on_error=False)
+    what = "Recipe: a YAML file or the name of a shipped one." if of_run else "YAML file of these options."
+    if "config" not in keys:  # it is an option of a command that only looks at a recipe
+        parser.add_argument("--config", action="config", help=what)
+    parser.add_class_arguments(options_class, None)
+    if description is not None:
+        from dino_sparo.helptext import prepare_page  # which needs the recipes
+
+        prepare_page(parser, keys, required=NOT_IN_RECIPES if of_run else keys)
+    return parser
 
 
 def recipes() -> dict[str, Path]:
@@ -96,6 +107,8 @@ def _check_arguments(arguments: list[str], keys: dict[str, Any], usage: str) -> 
         if not argument.startswith("--"):
             raise UserError(f"unexpected argument {argument!r}; expected: {usage}")
         key, equals, value = argument[2:].partition("=")
+        if key in FLAGS:
+            raise UserError(f"option --{key} takes no value; give --{key} alone, or leave it out")
         if key not in keys and key != "config":
             raise UserError(_unknown(f"option --{key}", key, keys))
         if key in seen:
@@ -115,7 +128,7 @@ def _resolve_config(arguments: list[str], keys: dict[str, Any]) -> list[str]:
     """Replace the recipe's name by its path after checking its keys; the recipe comes first."""
     recipe, others = [], []
     for argument in arguments:
-        if argument.startswith("--config="):
+        if argument.startswith("--config=") and "config" not in keys:
             path = find_recipe(argument.removeprefix("--config="))
             _check_recipe(path, keys)
             recipe.append(f"--config={path}")
@@ -157,7 +170,7 @@ def _check_recipe(path: Path, keys: dict[str, Any]) -> None:
 def _unknown(what: str, key: str, keys: dict[str, Any]) -> str:
     """`what` is unknown, and the nearest valid key to it: by its whole name or by its last part."""
     inside = [known for known in keys if known.startswith(f"{key}.")]
-    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6) or inside[:1]
+    near = difflib.get_close_matches(key, [*keys, *FLAGS], n=1, cutoff=0.6) or inside[:1]
     if not near:
         last = {known.rpartition(".")[2]: known for known in keys}
         near = [last[match] for match in difflib.get_close_matches(key.rpartition(".")[2], last, n=1)]

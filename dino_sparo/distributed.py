@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dino_sparo.errors import EXIT_USER_ERROR, PeerLostError, StoppedError, UserError
 from dino_sparo.processes import PeerWatch, end_at_once, leave_note
+from dino_sparo.terminal import coloured
 
 Result = TypeVar("Result")
 
@@ -122,7 +123,7 @@ def _end_without(error: PeerLostError) -> None:
 def report(error: UserError) -> None:
     """Show what ends the run, if this process speaks for all; our launcher knows more of a lost one."""
     if speaks_for_all() and not (isinstance(error, PeerLostError) and leave_note("lost", error.at)):
-        print(f"dino-sparo: error: {error}", file=sys.stderr)
+        print(coloured(f"dino-sparo: error: {error}", "red"), file=sys.stderr)
 
 
 def _peers() -> dict[int, int]:

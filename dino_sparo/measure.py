@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import repeat
 from multiprocessing import active_children
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -17,11 +18,14 @@ from dino_sparo.data.loader import Crops, PhotoBatch, crops_of
 from dino_sparo.data.views import CropRecipe
 from dino_sparo.data.workers import WatchedLoader
 from dino_sparo.device import wait_for
+from dino_sparo.models.cost import bytes_saved_for_backward
 from dino_sparo.models.encoder import DinoModel
-from dino_sparo.training.precision import autocast
+from dino_sparo.training.precision import DTYPES, autocast
 from dino_sparo.training.pretrain import train_step
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.state import TrainState
+
+MATRIX_SIDE = {"cuda": 8192, "cpu": 2048}  # of the product that measures the peak
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,58 @@ def count_flops(student: DinoModel, sizes: list[tuple[int, int]]) -> dict[str, f
     }
     student.zero_grad(set_to_none=True)
     return counted
+
+
+def bytes_of_training(
+    state: TrainState, sizes: list[tuple[int, int]], batch_size: int, *, mixed: bool
+) -> int:
+    """What one process needs for its networks in a step, estimated from one and two images on the CPU.
+
+    Weights of student and teacher, gradients, AdamW's moments, and what is kept for the backward pass, of
+    which mixed precision halves all but what the loss keeps, the logits.
+
+    Args:
+        sizes: (crops, side) of the global and of the local crops.
+        batch_size: images at once.
+    """
+    prototypes = state.loss_fn.center.shape[1]
+    teacher_logits = torch.zeros(sizes[0][0], prototypes)
+    student_logits = torch.zeros(sum(crops for crops, _ in sizes), prototypes)
+    in_loss = bytes_saved_for_backward(
+        lambda logits: state.loss_fn(logits, teacher_logits, 1.0), student_logits.requires_grad_()
+    )
+    of_one, of_two = (
+        bytes_saved_for_backward(
+            lambda images: state.student(images)[0],
+            [torch.zeros(crops, images, 3, side, side) for crops, side in sizes if crops],
+        )
+        for images in (1, 2)
+    )
+    in_networks = 2 * of_one - of_two + batch_size * (of_two - of_one)  # some is kept once for all images
+    student = sum(parameter.nbytes for parameter in state.student.parameters())
+    # Weights, gradients, two moments, and the teacher's weights; then what is kept.
+    return 5 * student + in_networks // (2 if mixed else 1) + batch_size * in_loss
+
+
+def measured_peak(device: torch.device, precision: str, rounds: int = 5) -> float:
+    """FLOP/s of one large square product in this precision, the median of some rounds after two."""
+    side = MATRIX_SIDE[device.type]
+    dtype = DTYPES.get(precision, torch.float32)
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(rounds + 2):
+        wait_for(device)
+        started = time.perf_counter()
+        left @ right
+        wait_for(device)
+        seconds.append(time.perf_counter() - started)
+    return 2 * side**3 / median(seconds[2:])
+
+
+def existing_folder(folder: Path) -> Path:
+    """The folder, or the nearest above it that exists."""
+    folder = folder.absolute()
+    return next(place for place in (folder, *folder.parents) if place.exists())
 
 
 def private_bytes(pid: int | None) -> int:

@@ -18,6 +18,7 @@ from dino_sparo.data.walk import walk
 from dino_sparo.errors import UserError
 from dino_sparo.options import PrepareOptions
 from dino_sparo.processes import only_writer
+from dino_sparo.terminal import shows_bars
 
 log = logging.getLogger("dino_sparo")
 
@@ -209,7 +210,8 @@ def _fill(job: Job, partial: Path, out: Path) -> int:
         (partial / name).mkdir(exist_ok=True)
     if job.images.form == "flat" and job.classes:
         target = _link_target(path, out, below=2)
-        for image, name in tqdm(job.classes.items(), desc=f"link {job.split}", unit="img", disable=None):
+        images = tqdm(job.classes.items(), f"link {job.split}", unit="img", disable=not shows_bars())
+        for image, name in images:
             if not os.path.lexists(partial / name / image):
                 os.symlink(f"{target}/{image}", partial / name / image)
         return len(job.classes)
@@ -224,7 +226,7 @@ def _fill(job: Job, partial: Path, out: Path) -> int:
 
 
 def _bytes_bar(job: Job, total: int) -> tqdm:
-    return tqdm(total=total, desc=f"unpack {job.split}", unit="B", unit_scale=True, disable=None)
+    return tqdm(total=total, desc=f"unpack {job.split}", unit="B", unit_scale=True, disable=not shows_bars())
 
 
 # --- What is there

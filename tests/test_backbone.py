@@ -5,9 +5,9 @@ import pytest
 import torch
 from timm.layers import Mlp
 
-from dino_sparo.bench.stages import bytes_saved_for_backward
 from dino_sparo.models import DINOHead, DinoModel, build_encoder
 from dino_sparo.models.backbone import FrugalMlp, VisionTransformer
+from dino_sparo.models.cost import bytes_saved_for_backward
 
 SIZES = ["224x224", "96x96", "160x224"]
 

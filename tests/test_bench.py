@@ -11,9 +11,9 @@ from timm.models.vision_transformer import Block
 
 from dino_sparo.bench.index import bench_index
 from dino_sparo.bench.plain import direct_sparo
-from dino_sparo.bench.stages import bytes_saved_for_backward
 from dino_sparo.errors import UserError
 from dino_sparo.models import Sparo
+from dino_sparo.models.cost import bytes_saved_for_backward
 
 
 def test_bytes_saved_are_below_those_of_the_block_and_of_the_direct_form():
@@ -32,7 +32,7 @@ def test_counting_sees_what_a_product_keeps():
 
 @pytest.mark.long
 def test_safety_is_measured():
-    arguments = [sys.executable, "-m", "dino_sparo", "bench", "--what=safety", "--recipe=demo", "--rounds=1"]
+    arguments = [sys.executable, "-m", "dino_sparo", "bench", "--what=safety", "--config=demo", "--rounds=1"]
     said = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
     pattern = r"demo, 2 processes .*: a step (\d+) ms, being .* watched ([\d.]+) ms, ([\d.]+) % .*\n"
     step, added, share = map(float, re.fullmatch(pattern, said).groups())

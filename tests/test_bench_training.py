@@ -12,6 +12,7 @@ import torch
 import yaml
 from PIL import Image
 
+from dino_sparo import measure
 from dino_sparo.__main__ import main
 from dino_sparo.bench import stages
 from dino_sparo.bench.clocks import spread, spread_of_ratios
@@ -212,7 +213,7 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture
 def few_products(monkeypatch):
-    monkeypatch.setattr(stages, "MATRIX_SIDE", {"cpu": 32})
+    monkeypatch.setattr(measure, "MATRIX_SIDE", {"cpu": 32})
 
 
 ARGUMENTS = ("--batch_size=2", "--rounds=2", "--num_images=2", "--seconds=0.01", "--device=cpu")
@@ -231,7 +232,7 @@ def numbers_in(value) -> list[float]:
 @pytest.mark.usefixtures("few_products")
 def test_json_has_all_that_was_measured(recipe, tmp_path, capfd):
     trace = tmp_path / "trace.json"
-    arguments = [f"--recipe={recipe}", *ARGUMENTS, "--compare", "--json", f"--profile={trace}"]
+    arguments = [f"--config={recipe}", *ARGUMENTS, "--compare", "--json", f"--profile={trace}"]
     assert main(["bench", *arguments, "--num_workers=1"]) == 0
     said, table = capfd.readouterr()
     result = json.loads(said)
@@ -265,9 +266,9 @@ def test_json_has_all_that_was_measured(recipe, tmp_path, capfd):
 @pytest.mark.usefixtures("few_products")
 def test_table_of_own_files_as_they_are(recipe, tmp_path, capfd):
     write_pictures(tmp_path, 3)
-    files = [f"--data={tmp_path}", "--keep_files", "--num_images=3", "--seconds=null"]
+    files = [f"--data.path={tmp_path}", "--keep_files", "--num_images=3", "--seconds=null"]
     rest = [argument for argument in ARGUMENTS if not argument.startswith(("--num_images", "--seconds"))]
-    assert main(["bench", f"--recipe={recipe}", *rest, *files]) == 0
+    assert main(["bench", f"--config={recipe}", *rest, *files]) == 0
     said = capfd.readouterr().out
     assert f"3 images of {tmp_path} as they are" in said
     assert "end to end" not in said and "plain" not in said
@@ -279,8 +280,8 @@ def test_table_of_own_files_as_they_are(recipe, tmp_path, capfd):
     ("wrong", "message"),
     [
         (["--rounds=0"], "rounds"),
-        (["--recipe=no_such"], "no_such"),
-        (["--data=/nowhere"], "data '/nowhere'"),
+        (["--config=no_such"], "no_such"),
+        (["--data.path=/nowhere"], "data.path '/nowhere'"),
         (["--keep_files"], "keep_files"),
         (["--profile=/nowhere/trace.json"], "/nowhere/trace.json"),
     ],
@@ -294,7 +295,7 @@ def test_mistakes_are_told_in_one_sentence(wrong, message, capfd):
 @pytest.mark.usefixtures("few_products")
 def test_too_few_files_for_a_batch(recipe, tmp_path, capfd):
     write_pictures(tmp_path, 1)
-    assert main(["bench", f"--recipe={recipe}", f"--data={tmp_path}", "--keep_files", *ARGUMENTS]) == 2
+    assert main(["bench", f"--config={recipe}", f"--data.path={tmp_path}", "--keep_files", *ARGUMENTS]) == 2
     assert "gives 1 images, fewer than batch_size 2" in capfd.readouterr().err
 
 

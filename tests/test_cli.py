@@ -1,19 +1,26 @@
 """The command line as a user meets it: exit status, one line on a mistake, what lies in the run folder."""
 
 import json
+import shlex
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import yaml
 
-from dino_sparo.__main__ import main, written_out
-from dino_sparo.commands import COMMANDS
+import dino_sparo
+from dino_sparo.__main__ import command_and_rest, main
+from dino_sparo.arguments import complete, without_flags, written_out
+from dino_sparo.commands import COMMANDS, GROUPS
 from dino_sparo.config import parse_options, recipes
+from dino_sparo.errors import EXIT_STATUSES
+from dino_sparo.helptext import EXAMPLES
 from dino_sparo.options import KnnOptions
-from tests.tiny import tiny_arguments, write_pictures
+from dino_sparo.training.rundir import config_of, start_run_dir
+from tests.tiny import tiny_arguments, tiny_options, write_pictures
 
 
 @pytest.fixture
@@ -70,7 +77,7 @@ sys.exit(status)
 @pytest.mark.parametrize(
     ("arguments", "status", "expected"),
     [
-        (["--help"], 0, "shipped recipes: demo"),
+        (["--help"], 0, "shipped recipes:\n  demo "),
         (["pretrain", "--help"], 0, "--optim.global_batch_size"),
         (["pretrain", "--config", "demo", "--optim.epoch", "3"], 2, "did you mean 'optim.epochs'?"),
     ],
@@ -94,6 +101,59 @@ def test_overview_lists_commands_and_recipes(capsys):
         shown = capsys.readouterr().out
         assert all(f"  {name} " in shown for name in COMMANDS)
         assert all(name in shown for name in recipes())
+
+
+def test_overview_names_the_groups_the_statuses_and_where_to_read_on(capsys):
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert sorted(name for names in GROUPS.values() for name in names) == sorted(COMMANDS)
+    assert all(f"\n{title}:\n" in shown for title in GROUPS)
+    assert all(f"\n  {status:<5}{meaning[:30]}" in shown for status, meaning in EXIT_STATUSES.items())
+    assert "--dry-run" in shown and "--quiet" in shown and "README.md" in shown
+    assert "the control of imagenet_vits16_sparo" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("columns", [72, 80, 120])
+def test_help_fits_the_terminal_and_examples_can_be_copied(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for arguments in ([], *(name.split() for name in COMMANDS)):
+        with suppress(SystemExit):
+            main([*arguments, "--help"])
+        shown = capsys.readouterr().out
+        assert max(map(len, shown.splitlines())) < columns
+        examples = shown.partition("examples:\n")[2].partition("\n\n")[0]
+        lines = [shlex.split(line, comments=True) for line in examples.replace("\\\n", "").splitlines()]
+        assert any(lines) and all(words[0] == "dino-sparo" for words in lines if words)
+
+
+def example_lines() -> list[list[str]]:
+    lines = [f"dino-sparo {example}" for command in COMMANDS.values() for example in command.examples]
+    return [shlex.split(line, comments=True)[1:] for line in [*lines, *EXAMPLES.values()]]
+
+
+@pytest.mark.parametrize("arguments", example_lines(), ids=" ".join)
+def test_examples_of_help_parse(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "photos"
+    run.mkdir(parents=True)
+    start_run_dir(run, config_of(tiny_options(tmp_path, run)), {})
+    name, rest = command_and_rest(without_flags(arguments)[0])
+    command = COMMANDS[name]
+    assert parse_options(
+        command.options, complete(name, written_out(command.options, rest)), usage=command.usage
+    )
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith(f"dino-sparo {dino_sparo.__version__} (torch ")
+
+
+def test_misspelt_flag_of_the_program(capsys):
+    assert "option --quite is unknown; did you mean 'quiet'?" in mistake(["pretrain", "--quite"], capsys)
+    assert "did you mean 'dry_run'?" in mistake(["pretrain", "--dryrun"], capsys)
+    for given in ("--quiet=true", "--dry-run=no", "--dry_run=no"):
+        assert "takes no value; give --" in mistake(["pretrain", given], capsys)
 
 
 def test_unknown_command(capsys):

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from dino_sparo import options as opt
+from dino_sparo.__main__ import main
+from dino_sparo.commands import COMMANDS
 from dino_sparo.config import find_recipe, recipes
-from dino_sparo.options import KnnOptions, PretrainOptions
+from dino_sparo.options import PretrainOptions
 from dino_sparo.training.checkpoint import encoder_of
 from dino_sparo.training.rundir import config_of, start_run_dir
 from tests.recipes import (
@@ -147,28 +149,35 @@ def test_every_field_has_a_docstring(options_class):
     assert options_class.__doc__ and not undocumented
 
 
-@pytest.mark.parametrize("options_class", [PretrainOptions, KnnOptions, opt.BenchOptions])
-def test_help_shows_every_key_and_docstring(options_class, capsys, monkeypatch):
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_every_key_and_docstring(name, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    shown = ""
-    for argument in ["--help", *(["--model.arch.help"] if options_class is PretrainOptions else [])]:
-        with pytest.raises(SystemExit) as caught:
-            parse(argument, options_class=options_class)
-        assert caught.value.code == 0
-        shown += " ".join(capsys.readouterr().out.split())
+    with pytest.raises(SystemExit) as caught:
+        main([*name.split(), "--help"])
+    assert caught.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
 
     def check(prefix: str, section: type) -> None:
-        body = ast.parse(inspect.getsource(section)).body[0].body
-        texts = [s.value.value for s in body if isinstance(s, ast.Expr)][1:]  # the first is the class's own
-        for field, text in zip(fields(section), texts, strict=True):
+        texts = docstrings(section)
+        for field in fields(section):
             kinds = [kind for kind in (field.type, *typing.get_args(field.type)) if is_dataclass(kind)]
             if field.type not in kinds:
                 assert f"--{prefix}{field.name} " in shown
-                assert " ".join(text.split()) in shown
+                assert " ".join(texts[field.name].split()) in shown
             for kind in kinds:
                 check(f"{prefix}{field.name}.", kind)
 
-    check("", options_class)
+    check("", COMMANDS[name].options)
+
+
+def docstrings(section: type) -> dict[str, str]:
+    """The text under every field of a dataclass, and of those that it extends."""
+    texts: dict[str, str] = {}
+    for each in filter(is_dataclass, reversed(section.mro())):
+        body = ast.parse(inspect.getsource(each)).body[0].body
+        named = [s.target.id for s in body if isinstance(s, ast.AnnAssign)]
+        texts |= zip(named, [s.value.value for s in body if isinstance(s, ast.Expr)][1:], strict=True)
+    return texts
 
 
 @pytest.mark.parametrize("section", EXPERIMENT)

@@ -20,6 +20,7 @@ PROGRAMS = (
         "commands",
         "config",
         "checks",
+        "plan",
     ),
 )
 FORBIDDEN = {

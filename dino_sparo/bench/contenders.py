@@ -21,13 +21,13 @@ from dino_sparo.bench.plain import (
     plain_loss,
     plain_step,
 )
-from dino_sparo.bench.stages import bytes_saved_for_backward
 from dino_sparo.data.device_views import Photos, ahead
 from dino_sparo.data.images import UnreadableImage, normalize
 from dino_sparo.data.loader import BatchOrder, Crops, PhotoBatch, collate_crops, crop_batches, crops_of
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.views import NUM_GLOBAL_CROPS, CropRecipe, crop_recipes
 from dino_sparo.device import wait_for
+from dino_sparo.models.cost import bytes_saved_for_backward
 from dino_sparo.options import PretrainOptions
 from dino_sparo.training.precision import autocast
 from dino_sparo.training.pretrain import train_step

@@ -23,7 +23,7 @@ def jpeg_files(data: str | None, num_images: int, folder: Path) -> ImageSource:
     Raises:
         UserError: no such images, or one that cannot be read.
     """
-    source = None if data is None else open_images(data, num_images, key="data")
+    source = None if data is None else open_images(data, num_images)
     for number in range(num_images):
         image = generated_photo(number) if source is None else source.load(number % len(source))
         scale = math.sqrt(WIDTH * HEIGHT / (image.width * image.height))

@@ -3,6 +3,7 @@
 The images are empty files in the folder for temporary files (TMPDIR): nothing here reads one.
 """
 
+import logging
 import multiprocessing
 import os
 import random
@@ -25,6 +26,9 @@ from dino_sparo.data.index import open_index
 from dino_sparo.data.sources import ImageSource, open_images
 from dino_sparo.data.walk import CLOCK_TICK_NS
 from dino_sparo.errors import UserError
+from dino_sparo.terminal import shows_bars
+
+log = logging.getLogger("dino_sparo")
 
 SHARES = (0.1, 0.5, 1.0)
 NUM_CLASSES = 1000
@@ -92,12 +96,12 @@ def bench_index(num_files: int, ranks: int, workers: int) -> None:
             time.sleep(1.1 * CLOCK_TICK_NS / 1e9)  # an index of folders that have just changed is not trusted
             results.append(_measure(root, Path(temporary, "cache"), ranks, workers))
         print(_table(sizes, results, ranks, workers), flush=True)
-        print(f"removing {num_files} files", file=sys.stderr)
+        log.info("removing %d files", num_files)
 
 
 def _make_files(root: Path, have: int, size: int) -> None:
     """Make a folder of `have` images one of `size`, evenly over the classes."""
-    with tqdm(total=size - have, desc="making files", leave=False, disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=size - have, desc="making files", leave=False, disable=not shows_bars()) as bar:
         for label in range(NUM_CLASSES):
             folder = root / f"n{label:08d}"
             folder.mkdir(parents=True, exist_ok=True)

@@ -15,10 +15,10 @@ from dino_sparo.bench.knn import bench_knn
 from dino_sparo.bench.plain import direct_sparo
 from dino_sparo.bench.probes import bench_probes
 from dino_sparo.bench.safety import bench_safety
-from dino_sparo.bench.stages import bytes_saved_for_backward
 from dino_sparo.bench.training import bench_training
 from dino_sparo.device import choose_device, wait_for
 from dino_sparo.models import Sparo
+from dino_sparo.models.cost import bytes_saved_for_backward
 from dino_sparo.models.encoder import ARCHITECTURES
 from dino_sparo.options import BenchOptions
 
@@ -32,7 +32,7 @@ def bench(options: BenchOptions) -> None:
     elif options.what == "probes":
         bench_probes(options.batch_size, options.rounds, options.device)
     elif options.what == "safety":
-        bench_safety(options.recipe, options.rounds)
+        bench_safety(options.config, options.rounds)
     elif options.what == "knn":
         bench_knn(options.knn_train, options.knn_test, options.knn_width, options.rounds, options.device)
     else:

@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -45,8 +44,6 @@ PUBLISHED_PEAKS = (
     *(("B200", 2250e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H200", 989e12), ("H100", 989e12)),
     *(("A100", 312e12), ("L40S", 362e12), ("V100", 125e12)),
 )
-MATRIX_SIDE = {"cuda": 8192, "cpu": 2048}  # of the product that measures the peak
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What the host waits for a GPU in, and what reads a number from any device.
 HOST_WAITS = (
     *("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy"),
@@ -130,42 +127,12 @@ def step_in_stages(
     return laps.seconds
 
 
-def bytes_saved_for_backward(form: Callable[[Any], Tensor], inputs: Any) -> int:
-    """Bytes of the distinct storages that autograd keeps for the backward pass, parameters left out."""
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = form(inputs)
-    del output
-    return sum(storages.values())
-
-
 def published_peak(device: torch.device, precision: str) -> float | None:
     """FLOP/s of half-precision products as published for this GPU; None where we know none."""
     if device.type != "cuda" or precision == "fp32":
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in PUBLISHED_PEAKS if part in name), None)
-
-
-def measured_peak(device: torch.device, precision: str, rounds: int = 5) -> float:
-    """FLOP/s of one large square product in this precision, the median of some rounds."""
-    side = MATRIX_SIDE[device.type]
-    left, right = (torch.randn(side, side, device=device, dtype=DTYPES[precision]) for _ in range(2))
-    laps, seconds = Laps(device), []
-    for number in range(rounds + 2):
-        laps.start()
-        left @ right
-        laps.lap("product")
-        if number >= 2:  # the first two warm up
-            seconds.append(laps.seconds["product"])
-    return 2 * side**3 / float(np.median(seconds))
 
 
 def warm_up(

@@ -40,7 +40,6 @@ from dino_sparo.bench.stages import (
     end_to_end,
     host_waits,
     image_stages,
-    measured_peak,
     published_peak,
     step_in_stages,
     warm_up,
@@ -51,7 +50,7 @@ from dino_sparo.data.sources import ImageSource, open_images
 from dino_sparo.data.workers import default_workers
 from dino_sparo.device import choose_device
 from dino_sparo.errors import UserError
-from dino_sparo.measure import count_flops
+from dino_sparo.measure import count_flops, measured_peak
 from dino_sparo.options import BenchOptions, PretrainOptions
 from dino_sparo.training.precision import choose_precision, set_numerics
 from dino_sparo.training.state import TrainState
@@ -74,12 +73,12 @@ def bench_training(options: BenchOptions) -> None:
     if options.profile is not None and not Path(options.profile).absolute().parent.is_dir():
         raise UserError(f"profile {options.profile!r} is in no existing folder; give a file in one")
     if options.keep_files and options.data is None:
-        raise UserError("keep_files needs images of yours; give --data DIR, or leave keep_files out")
+        raise UserError("keep_files needs images of yours; give --data.path DIR, or leave keep_files out")
     recipe = read_recipe(options)
     with tempfile.TemporaryDirectory(prefix="dino_sparo_") as folder:
         bench = prepare_bench(options, recipe, image_files(options, Path(folder)))
         result = measure(bench, compare=options.compare, profile=options.profile)
-    result = {"recipe": options.recipe, "data": _describe_data(options, len(bench.source)), **result}
+    result = {"recipe": options.config, "data": _describe_data(options, len(bench.source)), **result}
     print(report(result), file=sys.stderr if options.json else sys.stdout)
     if options.json:
         print(json.dumps(result))
@@ -88,7 +87,7 @@ def bench_training(options: BenchOptions) -> None:
 def read_recipe(options: BenchOptions) -> PretrainOptions:
     """The recipe, with what the benchmark's options say of the machine."""
     given = {"device": options.device, "precision": options.precision, "num_workers": options.num_workers}
-    arguments = ["--config", options.recipe, "--data.path", "x", "--run_dir", "x"]
+    arguments = ["--config", options.config, "--data.path", "x", "--run_dir", "x"]
     arguments += [f"--machine.{key}={value}" for key, value in given.items() if value not in (None, "auto")]
     recipe: PretrainOptions = parse_options(PretrainOptions, arguments, usage="")
     return recipe
@@ -97,13 +96,14 @@ def read_recipe(options: BenchOptions) -> PretrainOptions:
 def image_files(options: BenchOptions, folder: Path) -> ImageSource:
     """At least a batch of images: in new files in the folder, or as they are."""
     num_images = max(options.num_images, options.batch_size)
-    if not options.keep_files:
+    path = options.data.path if options.data else None
+    if path is None or not options.keep_files:
         log.info("writing %d JPEG files", num_images)
-        return jpeg_files(options.data, num_images, folder)
-    source = open_images(str(options.data), num_images, key="data")
+        return jpeg_files(path, num_images, folder)
+    source = open_images(path, num_images)
     if len(source) < options.batch_size:
         raise UserError(
-            f"data {options.data!r} gives {len(source)} images, fewer than batch_size {options.batch_size}; "
+            f"data.path {path!r} gives {len(source)} images, fewer than batch_size {options.batch_size}; "
             f"use more images or a smaller batch"
         )
     return source
@@ -269,7 +269,7 @@ def _describe_machine(bench: Bench) -> dict[str, Any]:
 
 
 def _describe_data(options: BenchOptions, num_images: int) -> str:
-    what = "generated pictures" if options.data is None else options.data
+    what = "generated pictures" if options.data is None else options.data.path
     if options.keep_files:
         return f"{num_images} images of {what} as they are"
     return f"{num_images} images, {what} as JPEG of {WIDTH}x{HEIGHT} pixels, quality {QUALITY}"

@@ -172,7 +172,7 @@ class BatchOrder(Sampler):
         return order[number * self.global_batch_size : (number + 1) * self.global_batch_size].tolist()
 
 
-def choose_executor(
+def preferred_executor(
     name: Literal["auto", "pil", "tensor", "device"],
     device: torch.device,
     recipes: Sequence[CropRecipe],
@@ -181,10 +181,8 @@ def choose_executor(
 ) -> Executor:
     """`auto` is the GPU where there is one, tensors on a CPU where they are faster, and PIL elsewhere.
 
-    Tensor views are compiled here, before anything else depends on whether they can be.
-
     Raises:
-        UserError: crops are to be made on the device of images of any size, or by tensors without a compiler.
+        UserError: crops are to be made on the device of images of any size.
     """
     if name == "device" and max_side is None:
         raise UserError(
@@ -193,12 +191,28 @@ def choose_executor(
         )
     if name == "auto" and device.type == "cuda" and max_side is not None:
         return "device"
-    if name == "auto" and recipes[0].size < MIN_SIDE_OF_TENSOR_VIEWS:
-        return "pil"
-    if name == "pil":
-        return "pil"
-    if name == "device":
-        return "device"
+    if name == "auto":
+        return "pil" if recipes[0].size < MIN_SIDE_OF_TENSOR_VIEWS else "tensor"
+    return name
+
+
+def choose_executor(
+    name: Literal["auto", "pil", "tensor", "device"],
+    device: torch.device,
+    recipes: Sequence[CropRecipe],
+    *,
+    max_side: int | None,
+) -> Executor:
+    """The preferred one, or PIL if `auto` prefers tensors and there is no compiler.
+
+    Tensor views are compiled here, before anything else depends on whether they can be.
+
+    Raises:
+        UserError: crops are to be made on the device of images of any size, or by tensors without a compiler.
+    """
+    preferred = preferred_executor(name, device, recipes, max_side=max_side)
+    if preferred != "tensor":
+        return preferred
     problem = tensor_views.warm_up(recipes)
     if problem and name == "tensor":
         raise UserError(

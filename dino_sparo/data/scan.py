@@ -8,7 +8,6 @@ import hashlib
 import logging
 import multiprocessing
 import signal
-import sys
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -33,6 +32,7 @@ from dino_sparo.data.shards import Place, ShardSource
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.torchvision_sets import ArraySource
 from dino_sparo.errors import UserError
+from dino_sparo.terminal import shows_bars
 
 log = logging.getLogger("dino_sparo")
 
@@ -180,7 +180,7 @@ def _progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
             left = timedelta(seconds=round((total - done) / speed))
             log.info(f"{description}: {done:,} of {total:,} images, {speed:.0f} images/s, left {left}")
 
-    with tqdm(total=total, desc=description, unit="img", leave=False, disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=total, desc=description, unit="img", leave=False, disable=not shows_bars()) as bar:
         yield advance
 
 

@@ -24,6 +24,7 @@ from dino_sparo.data.index import index_parts
 from dino_sparo.data.tar_members import tar_members
 from dino_sparo.data.walk import EXTENSIONS, THREADS
 from dino_sparo.errors import UserError, UserFileNotFoundError
+from dino_sparo.terminal import shows_bars
 
 PACKED_STARTS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 LONGEST_CLASS = 256  # bytes
@@ -121,7 +122,8 @@ def pack_shards(root: Path, known: Mapping[str, Shard] | None = None) -> list[by
     states = states_of(root, names)  # before they are read: a change after that is seen the next time
     with ThreadPoolExecutor(THREADS) as pool:
         read = pool.map(lambda name: (known or {}).get(name) or _read_shard(root, name), names)
-        shards = list(tqdm(read, f"indexing {root}", len(names), unit="shard", leave=False, disable=None))
+        bar = tqdm(read, f"indexing {root}", len(names), unit="shard", leave=False, disable=not shows_bars())
+        shards = list(bar)
     counts = [len(shard.offsets) for shard in shards]
     if not sum(counts):
         raise UserFileNotFoundError(

@@ -25,6 +25,7 @@ from dino_sparo.data.shard_headers import ImageOfShard, Shard
 from dino_sparo.data.tars import BLOCK
 from dino_sparo.errors import UserError
 from dino_sparo.processes import end_with_parent
+from dino_sparo.terminal import shows_bars
 
 JPEG_QUALITY = 95
 JPEG_ENDINGS = (".jpg", ".jpeg")
@@ -74,7 +75,7 @@ def write_shards(jobs: list[Job], num_workers: int) -> dict[Path, Shard]:
     total = sum(len(job.source) for job in jobs)
     done = total - sum(len(jobs[position].images(number)) for position, number in todo)
     written: dict[Path, Shard] = {}
-    with tqdm(desc="shards", total=total, initial=done, unit="img", disable=None) as bar:
+    with tqdm(desc="shards", total=total, initial=done, unit="img", disable=not shows_bars()) as bar:
         for path, shard in _written(jobs, todo, num_workers):
             written[path] = shard
             bar.update(len(shard.sizes))

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dino_sparo.errors import UserError
+from dino_sparo.terminal import shows_bars
 
 log = logging.getLogger("dino_sparo")
 
@@ -61,7 +61,7 @@ class _Progress:
             unit=" images",
             bar_format="{desc}: {n_fmt}{unit} [{elapsed}, {rate_fmt}]",
             leave=False,
-            disable=not sys.stderr.isatty(),
+            disable=not shows_bars(),
         )
 
     def add(self, num_images: int) -> None:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from dino_sparo.errors import UserError
 from dino_sparo.evaluation.feature_files import FeatureFile, cannot_write, check_space, write_at
 from dino_sparo.evaluation.results import alone_in
 from dino_sparo.models import Encoder
+from dino_sparo.terminal import shows_bars
 
 TRANSFORM = "short side to round(S * 256 / 224) bicubic, centre crop S, ImageNet mean and std"
 FLUSH_SECONDS = 5.0  # work that a power cut may cost
@@ -147,7 +147,7 @@ def _encoded(
         collate_fn=collate_images,
         pin_memory=device.type == "cuda",
     )
-    silent = rank() > 0 or not sys.stderr.isatty()
+    silent = rank() > 0 or not shows_bars()
     total = sum(map(len, blocks))
     with (
         tqdm(total=total, desc=description, unit="img", leave=False, disable=silent) as bar,

@@ -1,4 +1,7 @@
-"""What an encoder costs: parameters, and floating point operations an image."""
+"""What networks cost: parameters, floating point operations an image, and memory for the backward pass."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +43,22 @@ def encoder_cost(encoder: Encoder, image_size: int) -> dict[str, int]:
         "flops": int(of_backbone.get_total_flops() + of_readout.get_total_flops()),
         "readout_flops": int(of_readout.get_total_flops()),
     }
+
+
+def bytes_saved_for_backward(form: Callable[[Any], Tensor], inputs: Any) -> int:
+    """Bytes of the distinct storages that autograd keeps for the backward pass, parameters left out."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = form(inputs)
+    del output
+    return sum(storages.values())
 
 
 def describe_cost(cost: dict[str, int]) -> str:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from dino_sparo.options.slots import ImagesOptions
+
 
 @dataclass
 class BenchOptions:
@@ -12,13 +14,13 @@ class BenchOptions:
     and saved."""
 
     what: Literal["training", "readout", "index", "knn", "probes", "safety"] = "training"
-    """What to measure. training takes the fields from recipe to device; readout takes batch_size, rounds,
+    """What to measure. training takes the fields from config to device; readout takes batch_size, rounds,
     device and num_tokens; index those with `index_`; knn those with `knn_`, rounds and device; probes
-    batch_size, rounds and device; safety recipe and rounds."""
-    recipe: str = "photos_sparo"
+    batch_size, rounds and device; safety config and rounds."""
+    config: str = "photos_sparo"
     """Recipe, by name or path, whose training is measured."""
-    data: str | None = None
-    """Folder of images or `shapes`; null takes generated pictures."""
+    data: ImagesOptions | None = None
+    """Images to train on; null takes generated pictures."""
     keep_files: bool = False
     """Read the files of data as they are; else its images are first written as JPEG of ImageNet's usual
     size, 500 x 375 pixels, in the folder for temporary files: small files decode too cheaply."""

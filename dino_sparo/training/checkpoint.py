@@ -163,6 +163,16 @@ def encoder_of(config: dict[str, Any], drop_path_rate: float = 0.0) -> Encoder:
     return build_encoder(drop_path_rate=drop_path_rate, **encoder_arguments(config))
 
 
+def latest_step(run_dir: Path) -> int:
+    """Step of the newest checkpoint, by its name alone; 0 without one."""
+    return max(map(_step, _list(run_dir)), default=0)
+
+
+def most_kept(epochs: int, keep_every_epochs: int) -> int:
+    """Checkpoints that a run has on disk at most: the last ones, one being written, those kept for good."""
+    return KEEP_LAST + 1 + (epochs // keep_every_epochs if keep_every_epochs else 0)
+
+
 def _list(run_dir: Path) -> list[Path]:
     """Checkpoints of a run, oldest first."""
     paths = (run_dir / FOLDER).glob("step_*.pt")

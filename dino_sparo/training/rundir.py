@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from dino_sparo import __version__
 from dino_sparo.config import flattened
 from dino_sparo.errors import UserError
 from dino_sparo.options import PretrainOptions
@@ -38,7 +39,7 @@ NOT_EXPERIMENT = (
     "optim.max_bad_steps",
 )
 ADDED = {"optim.freeze_backbone": False}  # what older runs without these fields did
-PACKAGES = ("dino-sparo", "torch", "torchvision", "timm", "numpy", "pillow")
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
 
 
 def config_of(options: PretrainOptions) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def start_run_dir(run_dir: Path, config: dict[str, Any], machine: dict[str, Any]
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
         "python": platform.python_version(),
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": {"dino-sparo": __version__} | {package: version(package) for package in PACKAGES},
         "git": _git_state(),
         **machine,
     }

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from dino_sparo.terminal import coloured, shows_bars
+
 log = logging.getLogger("dino_sparo")
 
 METRICS_FILE = "metrics.jsonl"
@@ -86,7 +88,7 @@ class RunLog:
 
     def step_done(self, step: int) -> None:
         """Advance the bar; `step` counts the steps done so far."""
-        if self.silent or not sys.stderr.isatty():
+        if self.silent or not shows_bars():
             return
         done = self._step_in_epoch(step)
         if self._bar is None:
@@ -126,7 +128,7 @@ class RunLog:
             "img/s": f"{speed['images_per_second']:.0f}",
             "run left": run_left,
         }
-        if not sys.stderr.isatty():
+        if not shows_bars():
             in_epoch = self._step_in_epoch(step)
             epoch_left = _duration(seconds_per_step * (self.steps_per_epoch - in_epoch))
             log.info(
@@ -140,12 +142,13 @@ class RunLog:
             return
         self._write("evaluation", step, values)
         shown = shown or "  ".join(f"{name} {value:.2f} %" for name, value in values.items())
-        tqdm.write(f"after epoch {step // self.steps_per_epoch}: {shown}", file=sys.stderr)
+        if log.isEnabledFor(logging.INFO):
+            tqdm.write(f"after epoch {step // self.steps_per_epoch}: {shown}", file=sys.stderr)
 
     def alarm(self, step: int, text: str) -> None:
         """Show a warning, and keep it among the texts of TensorBoard."""
         if not self.silent:
-            tqdm.write(f"WARNING: step {step}: {text}", file=sys.stderr)
+            tqdm.write(coloured(f"WARNING: step {step}: {text}", "yellow"), file=sys.stderr)
             self._events.add_text("alarm", text, step)
 
     def flush(self) -> None:

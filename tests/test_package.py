@@ -1,0 +1,79 @@
+"""The package as one imports it: quickly, with its public names, and typed."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dino_sparo
+
+IMPORT = """
+import sys, time
+started = time.perf_counter()
+import dino_sparo
+names = dir(dino_sparo)
+print(time.perf_counter() - started)
+assert not {"torch", "numpy", "jsonargparse"} & set(sys.modules)
+assert "load_encoder" in names and "__version__" in names
+"""
+
+USER_SCRIPT = """
+from torch import Tensor
+from dino_sparo import DINOHead, DINOLoss, Encoder, Sparo, build_encoder, knn_classify, load_encoder
+from dino_sparo import slot_attention
+from dino_sparo.training.schedules import cosine_schedule
+
+encoder: Encoder = load_encoder("run")
+reveal_type(build_encoder(arch="vit_tiny"))
+reveal_type(load_encoder)
+encoder.no_such_name()
+load_encoder(3)
+"""
+
+
+def test_import_is_quick_and_brings_no_torch():
+    seconds = []
+    for _ in range(5):  # the best of five, for the machine may be busy
+        done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True)
+        seconds.append(float(done.stdout))
+        if seconds[-1] < 0.2:
+            break
+    assert min(seconds) < 0.2
+
+
+@pytest.mark.parametrize("name", [name for name in dino_sparo.__all__ if name != "__version__"])
+def test_public_names_are_those_of_their_homes(name):
+    public = getattr(dino_sparo, name)
+    assert public is getattr(importlib.import_module(public.__module__), name)
+    assert public.__doc__ and name in dir(dino_sparo)
+
+
+def test_unknown_name():
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        dino_sparo.nothing  # noqa: B018
+
+
+def test_every_public_name_has_a_home():
+    assert set(dino_sparo._HOMES) | {"__version__"} == set(dino_sparo.__all__)
+
+
+@pytest.mark.long
+def test_types_reach_the_user(tmp_path):
+    """mypy takes types from an installed package only if it says that it has them (py.typed)."""
+    script = tmp_path / "script.py"
+    script.write_text(USER_SCRIPT)
+    place = str(Path(dino_sparo.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file=", f"--cache-dir={tmp_path}", str(script)],
+        cwd=tmp_path,
+        env={"PYTHONPATH": place, "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "py.typed" not in done.stdout, done.stdout
+    assert 'Revealed type is "dino_sparo.models.encoder.Encoder"' in done.stdout
+    assert '"Encoder" has no attribute "no_such_name"' in done.stdout or "not callable" in done.stdout
+    assert 'Argument 1 to "load_encoder" has incompatible type "int"' in done.stdout

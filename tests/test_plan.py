@@ -1,0 +1,138 @@
+"""`--dry-run`: the plan agrees with the run, says what would be refused, and writes nothing."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from dino_sparo import helptext, measure
+from dino_sparo.__main__ import main
+from dino_sparo.config import parse_options
+from dino_sparo.measure import bytes_of_training
+from dino_sparo.options import PretrainOptions
+from dino_sparo.training.rundir import config_of
+from dino_sparo.training.schedules import Schedules
+from dino_sparo.training.setup import build_schedules
+from dino_sparo.training.state import build_state
+from tests.tiny import tiny_arguments, tiny_options, write_pictures
+
+
+@pytest.fixture(autouse=True)
+def small_product(monkeypatch):
+    monkeypatch.setattr(measure, "MATRIX_SIDE", {"cpu": 32})
+    monkeypatch.setattr(helptext, "LAST_COLUMN", 10**6)
+    monkeypatch.setenv("COLUMNS", "100000")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, Path]:
+    """A finished run of one epoch, for tests that leave it as it is: data and run folder."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_pictures(folder / "data", count=8, side=32, classes=2)
+    assert main(["pretrain", *tiny_arguments(folder / "data", folder / "run", optim__epochs=1)]) == 0
+    return folder / "data", folder / "run"
+
+
+def plan(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, str], str]:
+    """Exit status, the rows by name, and all that was printed."""
+    capsys.readouterr()
+    status = main(["pretrain", *arguments, "--dry-run"])
+    out = capsys.readouterr().out
+    return status, dict(re.findall(r"^(\w+) +(.+)$", out, re.MULTILINE)), out
+
+
+def listing(folder: Path) -> list[tuple[str, int]]:
+    return sorted((str(path), path.stat().st_mtime_ns) for path in folder.rglob("*"))
+
+
+def test_plan_tells_what_the_run_would_be_and_writes_nothing(tmp_path, capsys):
+    write_pictures(tmp_path / "data", count=20, side=32, classes=2)
+    before = listing(tmp_path)
+    given = tiny_arguments(tmp_path / "data", tmp_path / "runs" / "new", machine__batch_size_per_gpu=1)
+    status, rows, out = plan([*given, "--nproc", "2"], capsys)  # one process tells it all
+    assert status == 0 and "nothing is in the way" in out
+    assert rows["run"].endswith("would start")
+    assert rows["images"].startswith("20 of ") and "2 classes" in rows["images"]
+    assert rows["batch"] == "4 images: 2 x 1 x 2 micro-batches"
+    assert rows["steps"] == "5 an epoch, 15 in all (3 epochs)"
+    assert rows["recipe"].startswith("demo, changed: ") and "optim.epochs 8 -> 3" in rows["recipe"]
+    assert "seed" not in rows["recipe"]
+    assert listing(tmp_path) == before
+
+
+def test_schedules_at_a_few_points(tmp_path, capsys):
+    write_pictures(tmp_path / "data", count=20, side=32, classes=2)
+    options = tiny_options(tmp_path / "data", tmp_path / "run")
+    schedules: Schedules = build_schedules(options, 5)
+    _, _, out = plan(tiny_arguments(tmp_path / "data", tmp_path / "run"), capsys)
+    for name, step in {"start": 0, "1/4": 3, "warm-up's end": 5, "1/2": 7, "3/4": 11, "end": 14}.items():
+        line = next(line for line in out.splitlines() if line.startswith(f"{name} "))
+        at = schedules.at(step)
+        told = line.removeprefix(name).split()
+        assert int(told[0]) == step
+        assert [float(x) for x in told[1:5]] == pytest.approx(
+            [at.lr, at.weight_decay, at.momentum, at.teacher_temp], rel=1e-3
+        )
+        assert told[5] == ("fixed" if at.freeze_last_layer else "learns")
+
+
+def test_existing_run_is_complete_goes_on_or_is_another(trained, tmp_path, capsys):
+    data, run = trained
+    before = listing(run)
+    assert "is complete" in plan(["--run_dir", str(run)], capsys)[1]["run"]
+    status, _, out = plan(["--run_dir", str(run), "--optim.epochs=2"], capsys)
+    assert status == 1 and "PROBLEM: run_dir" in out and "optim.epochs was 1, is now 2" in out
+    assert listing(run) == before
+    assert main(["pretrain", *tiny_arguments(data, tmp_path / "run")]) == 0
+    (tmp_path / "run" / "checkpoints" / "step_000000006.pt").unlink()  # as if it had been stopped
+    assert "would go on after step 4 of 6" in plan(["--run_dir", str(tmp_path / "run")], capsys)[1]["run"]
+
+
+def test_full_disk_is_told(tmp_path, capsys, monkeypatch):
+    write_pictures(tmp_path / "data", count=8, side=32, classes=2)
+    usage = type("Usage", (), {"free": 1000})()
+    monkeypatch.setattr("dino_sparo.plan.shutil.disk_usage", lambda folder: usage)
+    status, _, out = plan(tiny_arguments(tmp_path / "data", tmp_path / "run"), capsys)
+    assert status == 1 and re.search(r"PROBLEM: run_dir .* checkpoints need .* are free", out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["knn", "RUN", "--data.path", "x", "--dry-run"], "--dry-run is for pretrain and sweep, not for knn"),
+        (
+            ["pretrain", "--config", "demo", "--run_dir", "x", "--nproc", "7", "--dry-run"],
+            "not divisible",
+        ),
+    ],
+)
+def test_mistakes(capsys, arguments, expected):
+    assert main(arguments) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_several_processes_are_refused(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["pretrain", "--config", "demo", "--run_dir", "x", "--dry-run"]) == 2
+    assert "torchrun has started several" in capsys.readouterr().err
+
+
+def test_sweep_lists_its_runs(tmp_path, capsys):
+    arguments = tiny_arguments(Path("shapes"), tmp_path / "sweep", monitor__knn_every_epochs=1)
+    assert main(["sweep", *arguments, "--vary", "model.readout.num_slots=2,4", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("would start") == 2 and "num_slots=4: would start" in out and "2 runs of demo" in out
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_memory_grows_with_the_batch_alone_and_mixed_precision_needs_less(tmp_path):
+    import torch
+
+    options = parse_options(PretrainOptions, tiny_arguments(tmp_path / "data", tmp_path / "run"), usage="")
+    state = build_state(config_of(options), torch.device("cpu"))
+    sizes = [(2, 16), (2, 8)]
+    of = {size: bytes_of_training(state, sizes, size, mixed=False) for size in (1, 2, 3)}
+    assert of[3] - of[2] == of[2] - of[1] > 0
+    assert bytes_of_training(state, sizes, 3, mixed=True) < of[3]
+    student = sum(parameter.nbytes for parameter in state.student.parameters())
+    assert of[1] > 5 * student
