@@ -156,7 +156,7 @@ def cost(options: CheckOptions, loading: Loading, batch_size: int, device: torch
         compiled=options.machine.compile,
     )
     if options.init is not None and not (Path(options.run_dir) / CONFIG_FILE).exists():
-        say(start_state(state, options))
+        log.info(start_state(state, options))
     hyper = replace(build_schedules(options, steps_per_epoch=1).at(0), freeze_last_layer=False)
     share = options.optim.global_batch_size // options.nproc
     tried = batch_size if device.type == "cuda" else min(batch_size, CPU_BATCH)

@@ -25,7 +25,8 @@ EXAMPLES = {
     "pretrain, here on a few thousand photographs": (
         "dino-sparo pretrain --config photos_sparo --data.path photos --run_dir runs/photos"
     ),
-    "evaluate": "dino-sparo knn runs/photos --data.path photos",
+    "k-NN evaluation": "dino-sparo knn runs/photos --data.path photos",
+    "the linear probe": "dino-sparo linear runs/photos --data.path photos",
     "see and use the slots": "dino-sparo slots report runs/photos --data.path photos",
     "what a run would be, before it starts": (
         "dino-sparo pretrain --config photos_sparo --data.path photos --run_dir runs/photos --dry-run"

@@ -52,7 +52,7 @@ def written(tmp_path, content) -> Path:
 def test_weights_are_scored_and_nothing_is_trained(encoder, data, tmp_path, capsys):
     content = official()
     out = tmp_path / "out"
-    results = linear(encoder, data, out, weights=written(tmp_path, content))
+    results = linear(encoder, data, out, evaluate=written(tmp_path, content))
     _, val = open_labelled(str(data))
     pictures = [center_crop(val.load(number), 32) for number in range(len(val))]
     images = normalize(torch.stack([to_tensor(picture) for picture in pictures]))
@@ -66,27 +66,27 @@ def test_weights_are_scored_and_nothing_is_trained(encoder, data, tmp_path, caps
     assert results[0].name == "3 blocks cls" and results[0].details["epochs"] == 100
     assert sorted(path.name for path in out.iterdir()) == ["results.json"]
     assert "linear probe of linearweights.pth, val: 7 test images, 3 classes" in capsys.readouterr().out
-    linear(encoder, data, out, weights=written(tmp_path, content["state_dict"]))  # the state dict alone
+    linear(encoder, data, out, evaluate=written(tmp_path, content["state_dict"]))  # the state dict alone
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (official(num_classes=4), "are for 4 classes, data.path has 3; give the images"),
-        (official(num_inputs=100), "take 100 numbers, but this encoder gives 128, 256, 384; give"),
-        (official(num_inputs=2 * WIDTH), "which do not tell what they see .* as the official ViT-B does"),
+        (official(num_classes=4), "is for 4 classes, data.path has 3; give the images"),
+        (official(num_inputs=100), "takes 100 numbers, but this encoder gives 128, 256, 384; give"),
+        (official(num_inputs=2 * WIDTH), "which does not tell what it sees .* as the official ViT-B does"),
         (
             {"state_dict": {"module.linear.weight": torch.zeros(3, 4)}},
-            "hold no linear classifier, but weight;",
+            "holds no linear classifier, but weight;",
         ),
-        ({"weight": torch.zeros(3, 4), "bias": torch.zeros(3, 1)}, "hold no linear classifier"),
+        ({"weight": torch.zeros(3, 4), "bias": torch.zeros(3, 1)}, "holds no linear classifier"),
         ({"weight": torch.zeros(3, 4), "bias": torch.zeros(2)}, "3 rows and 2 biases"),
-        ([torch.zeros(1)], "hold no linear classifier, but list"),
+        ([torch.zeros(1)], "holds no linear classifier, but list"),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(encoder, data, tmp_path, content, message):
     with pytest.raises(UserError, match=message) as caught:
-        linear(encoder, data, tmp_path / "out", weights=written(tmp_path, content))
+        linear(encoder, data, tmp_path / "out", evaluate=written(tmp_path, content))
     assert "linearweights.pth" in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -98,14 +98,13 @@ def test_what_does_not_fit_is_one_sentence(encoder, data, tmp_path, content, mes
         ({"train_fraction": 0.5}, "train_fraction would train others; leave this out"),
         ({"num_blocks": [3]}, "num_blocks would"),
         ({"untrained": "true"}, "untrained would"),
-        ({"evaluate": "classifier.safetensors"}, "and evaluate would"),
     ],
 )
 def test_options_of_training_are_refused(encoder, data, tmp_path, changes, names):
     with pytest.raises(UserError, match=names):
-        linear(encoder, data, tmp_path / "out", weights=written(tmp_path, official()), **changes)
+        linear(encoder, data, tmp_path / "out", evaluate=written(tmp_path, official()), **changes)
 
 
 def test_a_missing_file(encoder, data, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"weights .*none.pth' does not exist"):
-        linear(encoder, data, tmp_path / "out", weights=tmp_path / "none.pth")
+    with pytest.raises(FileNotFoundError, match=r"evaluate .*none.pth' does not exist"):
+        linear(encoder, data, tmp_path / "out", evaluate=tmp_path / "none.pth")

@@ -84,6 +84,11 @@ def save_classifier(path: Path, saved: SavedClassifier) -> None:
         raise UserError(f"{path} cannot be written ({error}); make room or give another --out") from error
 
 
+def is_saved(path: str) -> bool:
+    """Whether a file is what `save_classifier` writes, by its ending; else it is of the official code."""
+    return path.endswith(".safetensors")
+
+
 def load_classifier(path: Path) -> SavedClassifier:
     """Read what `save_classifier` wrote.
 

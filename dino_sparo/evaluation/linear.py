@@ -33,7 +33,7 @@ from dino_sparo.distributed import (
     world_size,
 )
 from dino_sparo.errors import UserError
-from dino_sparo.evaluation.classifiers import SavedClassifier, load_classifier, save_classifier
+from dino_sparo.evaluation.classifiers import SavedClassifier, is_saved, load_classifier, save_classifier
 from dino_sparo.evaluation.features import Wanted, cached_features
 from dino_sparo.evaluation.linear_report import results_of, table
 from dino_sparo.evaluation.linear_setup import Opened, open_all
@@ -61,8 +61,7 @@ def run(options: "LinearOptions") -> None:
     device = choose_device(options.device, local_rank())
     with process_group(device):
         opened = open_all(options, device)
-        scores = options.evaluate or options.weights
-        results = score_saved(options, opened) if scores else train_all(options, opened)
+        results = score_saved(options, opened) if options.evaluate else train_all(options, opened)
         if rank() == 0:
             save_results(opened.folder, results)
             print(table(options.run, results))
@@ -136,8 +135,8 @@ def score_saved(options: "LinearOptions", opened: Opened) -> list[Result]:
     Raises:
         UserError: it was trained on another encoder or other classes.
     """
-    path, classes = str(options.weights or options.evaluate), opened.train.classes
-    if options.weights is None:
+    path, classes = str(options.evaluate), opened.train.classes
+    if is_saved(path):
         saved = load_classifier(Path(path))
     else:
         saved = load_official(Path(path), opened.encoder, classes=classes, encoder_hash=opened.encoder_hash)

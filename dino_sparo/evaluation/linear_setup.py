@@ -11,6 +11,7 @@ from dino_sparo.data.sources import ImageSource, open_labelled
 from dino_sparo.data.workers import default_workers
 from dino_sparo.distributed import first_rank_first, local_world_size
 from dino_sparo.errors import UserError
+from dino_sparo.evaluation.classifiers import is_saved
 from dino_sparo.evaluation.features import hash_of
 from dino_sparo.evaluation.probe_data import balanced_fraction
 from dino_sparo.evaluation.results import results_folder
@@ -72,12 +73,10 @@ def _check_nothing_is_trained(options: "LinearOptions") -> None:
     given += [
         key for key in ("learning_rates", "num_blocks", "features") if getattr(options, key) is not None
     ]
-    if options.weights is not None:
+    if options.evaluate is not None and not is_saved(options.evaluate):  # which cannot tell of these
         given += ["train_fraction"] * (options.train_fraction != 1) + ["untrained"] * options.untrained
-        given += ["evaluate"] * (options.evaluate is not None)
-    for key in ("evaluate", "weights"):
-        if getattr(options, key) is not None and given:
-            raise UserError(
-                f"{key} {getattr(options, key)} scores the saved classifier, and {', '.join(given)} would "
-                f"train others; leave {'this' if len(given) == 1 else 'these'} out"
-            )
+    if options.evaluate is not None and given:
+        raise UserError(
+            f"evaluate {options.evaluate} scores the saved classifier, and {', '.join(given)} would train "
+            f"others; leave {'this' if len(given) == 1 else 'these'} out"
+        )

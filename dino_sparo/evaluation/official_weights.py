@@ -33,13 +33,15 @@ def load_official(
         UserError: it holds no such classifier, or one that does not fit encoder or classes.
     """
     if not path.is_file():
-        raise UserFileNotFoundError(f"weights {str(path)!r} does not exist; give official linear weights")
+        raise UserFileNotFoundError(
+            f"evaluate {str(path)!r} does not exist; give a saved classifier or official linear weights"
+        )
     content = read_plain(path, allow_namespace=True)
     weight, bias = _tensors(content, path)
     if len(weight) != len(classes):
         raise UserError(
-            f"weights {str(path)!r} are for {len(weight)} classes, data.path has {len(classes)}; give the "
-            f"images whose classes they were trained on"
+            f"evaluate {str(path)!r} is for {len(weight)} classes, data.path has {len(classes)}; give the "
+            f"images whose classes it was trained on"
         )
     epochs = content.get("epoch")
     probe = _probe(path, encoder, weight.shape[1])
@@ -66,13 +68,13 @@ def _tensors(content: Any, path: Path) -> tuple[Tensor, Tensor]:
     if found.keys() != {"weight", "bias"} or [tensor.ndim for tensor in tensors] != [2, 1]:
         held = ", ".join(found) or type(content).__name__
         raise UserError(
-            f"weights {str(path)!r} hold no linear classifier, but {held}; expected a state_dict of "
+            f"evaluate {str(path)!r} holds no linear classifier, but {held}; expected a state_dict of "
             f"module.linear.weight and module.linear.bias, as the official eval_linear.py writes it"
         )
     weight, bias = (tensor.to(torch.float32) for tensor in tensors)
     if len(weight) != len(bias):
         raise UserError(
-            f"weights {str(path)!r}: {len(weight)} rows and {len(bias)} biases; get the file again"
+            f"evaluate {str(path)!r}: {len(weight)} rows and {len(bias)} biases; get the file again"
         )
     return weight, bias
 
@@ -86,13 +88,13 @@ def _probe(path: Path, encoder: Encoder, num_inputs: int) -> Probe:
     fitting = [probe for probe, number in every.items() if number == num_inputs]
     if not fitting:
         raise UserError(
-            f"weights {str(path)!r} take {num_inputs} numbers, but this encoder gives "
+            f"evaluate {str(path)!r} takes {num_inputs} numbers, but this encoder gives "
             f"{', '.join(map(str, sorted(set(every.values()))))}; give the weights of a probe on it"
         )
     if len(fitting) > 1 or (fitting[0].feature, fitting[0].num_blocks) == ("cls", 2):
         several = " or ".join(f"{probe.num_blocks} of {probe.feature}" for probe in fitting)
         raise UserError(
-            f"weights {str(path)!r} take {num_inputs} numbers, which do not tell what they see (blocks: "
+            f"evaluate {str(path)!r} takes {num_inputs} numbers, which does not tell what it sees (blocks: "
             f"{several}, or the last one with its mean patch token, as the official ViT-B does); train a "
             f"probe instead, without weights"
         )

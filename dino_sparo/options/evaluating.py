@@ -82,10 +82,8 @@ class LinearOptions:
     test: list[str] = field(default_factory=list)
     """Further labelled folders to score, each NAME=DIR; classes are matched by the names of folders."""
     evaluate: str | None = None
-    """A saved classifier to score instead of training any."""
-    weights: str | None = None
-    """Linear weights of the official DINO code (`.pth`) to score instead of training any; for the official
-    encoder that they were trained on, on the class tokens of its last blocks."""
+    """A classifier to score instead of training any: a saved one (`.safetensors`), or linear weights of the
+    official DINO code (`.pth`), for the encoder that they were trained on."""
     which: Literal["teacher", "student"] = "teacher"
     """Whose weights to evaluate."""
     untrained: bool = False
