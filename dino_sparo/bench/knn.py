@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from dino_sparo.device import choose_device, wait_for
+from dino_sparo.errors import UserError
 from dino_sparo.evaluation.search import nearest
 
 K = 200  # the largest of the protocol
@@ -28,7 +29,15 @@ SAMPLE_SECONDS = 0.02
 
 
 def bench_knn(num_train: int, num_test: int, width: int, rounds: int, device_name: str) -> None:
-    """Print memory and time of a search among generated features, and the ratio to a plain product."""
+    """Print memory and time of a search among generated features, and the ratio to a plain product.
+
+    Raises:
+        UserError: there are fewer features than neighbours to find.
+    """
+    if num_train < K:
+        raise UserError(
+            f"knn_train is {num_train}; expected {K} or more, as many neighbours are searched for"
+        )
     with tempfile.TemporaryDirectory(prefix="dino_sparo_") as folder:
         for name, number in (("train", num_train), ("test", num_test)):
             _generate(Path(folder) / name, number, width)
