@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dino_sparo.data import pil_views
-from dino_sparo.data.scan import problem_of
+from dino_sparo.data.scan_files import problem_of
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.errors import UserError
 

@@ -8,7 +8,6 @@ import logging
 import os
 import shlex
 from collections import OrderedDict
-from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -16,8 +15,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dino_sparo.data.index import FolderIndex, cached_index
-from dino_sparo.data.indexed import IndexedSource
+from dino_sparo.data.index import cached_index
+from dino_sparo.data.packed import PackedIndex, PackedSource
 from dino_sparo.data.parquet_files import Split, import_parquet, list_parquet, pack_parquet
 from dino_sparo.data.shard_headers import State, state_of, states_of
 
@@ -85,26 +84,15 @@ def _opened(path: str, state: State) -> Any:
     return import_parquet().ParquetFile(path, pre_buffer=False)
 
 
-class ParquetIndex(FolderIndex):
+class ParquetIndex(PackedIndex):
     """Names, classes and places of the images of a split, read from a mapped file as a folder's are."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         """Map `file`, an intact index of parquet files that lies at `path`."""
         super().__init__(path, file)
-        self._class_names = tuple(self.header["classes"])
         self.files: list[str] = self.header["files"]
         self.split: Split = self.header["split"]
-        self._numbers, self._firsts = self.arrays["labels"], self.arrays["firsts"]
         self._group_firsts, self._group_bytes = self.arrays["group_firsts"], self.arrays["group_bytes"]
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes by number; none if they are unknown."""
-        return self._class_names
-
-    def labels(self) -> NDArray[np.int64] | None:
-        """Class numbers (len(self),), made at each call; None if they are unknown."""
-        return self._numbers.astype(np.int64) if self._class_names else None
 
     def place(self, root: Path, position: int) -> RowPlace:
         """Where an image lies. Raises IndexError for a position that is none."""
@@ -143,22 +131,8 @@ class ParquetIndex(FolderIndex):
         return 0 if fits else int((rows * self._group_bytes).sum() // len(self))
 
 
-@dataclass(frozen=True, eq=False)
-class ParquetSource(IndexedSource[ParquetIndex]):
+class ParquetSource(PackedSource[ParquetIndex]):
     """Images in the parquet files of a split, in their order."""
-
-    def place(self, index: int) -> RowPlace:
-        """Where an image lies."""
-        return self.index.place(self.root, self.position(index))
-
-    def name(self, index: int) -> str:
-        return self.place(index).name
-
-    def read(self, index: int) -> bytes:
-        return self.place(index).read()
-
-    def stats(self) -> NDArray[np.int64]:
-        return self.index.stats(np.arange(len(self.index)) if self.chosen is None else self.chosen)
 
 
 def open_parquet(root: Path, split: Split) -> ParquetSource | None:

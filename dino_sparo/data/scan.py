@@ -4,31 +4,27 @@ Worker processes know neither torch nor the source: they get names of files, or 
 back numbers, of which 25 bytes an image are kept. N: images.
 """
 
-import hashlib
 import logging
 import multiprocessing
 import signal
 import time
-import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, suppress
 from ctypes import c_longlong
 from dataclasses import dataclass
 from datetime import timedelta
-from io import BytesIO
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
-from dino_sparo.data.decode import to_rgb
 from dino_sparo.data.generated import ShapesSource
-from dino_sparo.data.parquet import ParquetSource, RowPlace
-from dino_sparo.data.shards import Place, ShardSource
+from dino_sparo.data.packed import PackedSource
+from dino_sparo.data.scan_files import HASH_BYTES, PROBLEMS, Chunk, examine, printable
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.torchvision_sets import ArraySource
 from dino_sparo.errors import UserError
@@ -36,15 +32,11 @@ from dino_sparo.terminal import shows_bars
 
 log = logging.getLogger("dino_sparo")
 
-PROBLEMS = ("zero_byte", "not_an_image", "truncated", "unreadable")
 MAX_LISTED = 20
-HASH_BYTES = 16
 CHUNK_FILES = 32
 LOG_EVERY_SECONDS = 30.0
 LOOK_EVERY_SECONDS = 1.0
 NO_FILE = -1
-# How the kinds of files in `walk.EXTENSIONS` begin.
-SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"RIFF", b"II*\0", b"MM\0*", b"BM", b"P5", b"P6")
 
 
 @dataclass(frozen=True)
@@ -92,15 +84,6 @@ class ScanResult:
     """(N,)"""
     hashes: NDArray[np.uint8]
     """BLAKE2b of each file: (N, 16); zeros where the file could not be read."""
-
-
-class _Chunk(NamedTuple):
-    """What was found in n consecutive files."""
-
-    sides: NDArray[np.int32]  # (n, 2) short and long side in pixels, 0 if the image cannot be decoded
-    num_bytes: NDArray[np.int64]  # (n,)
-    hashes: NDArray[np.uint8]  # (n, 16)
-    problems: list[tuple[str, int, str]]  # kind, number in the source, name and reason
 
 
 def scan_images(
@@ -184,64 +167,6 @@ def _progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
         yield advance
 
 
-# --- Reading files
-
-
-def _examine(places: Sequence[str | Place | RowPlace], start: int, at: c_longlong) -> _Chunk:
-    """Read, hash and decode files number `start` onwards; `at` holds the number of the present one."""
-    sides = np.zeros((len(places), 2), dtype=np.int32)
-    num_bytes = np.zeros(len(places), dtype=np.int64)
-    hashes = np.zeros((len(places), HASH_BYTES), dtype=np.uint8)
-    problems = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # large images, odd metadata: training takes them
-        for position, place in enumerate(places):
-            at.value = start + position
-            data = b""
-            try:
-                data = _read(place)
-                digest = hashlib.blake2b(data, digest_size=HASH_BYTES).digest()
-                hashes[position] = np.frombuffer(digest, dtype=np.uint8)
-                with Image.open(BytesIO(data)) as image:
-                    sides[position] = sorted(to_rgb(image).size)
-            except Exception as error:  # a damaged file makes PIL raise anything, and must not end the scan
-                kind, reason = problem_of(data, error)
-                name = printable(place if isinstance(place, str) else place.name)
-                problems.append((kind, start + position, f"{name}: {reason}"))
-            num_bytes[position] = len(data)
-    return _Chunk(sides, num_bytes, hashes, problems)
-
-
-def _read(place: str | Place | RowPlace) -> bytes:
-    if not isinstance(place, str):
-        return place.read()
-    with open(place, "rb") as file:
-        return file.read()
-
-
-def problem_of(data: bytes, error: Exception) -> tuple[str, str]:
-    """Kind, one of PROBLEMS, and reason of the error that a file of this content has led to."""
-    reason = getattr(error, "strerror", None) or str(error).rstrip(".") or type(error).__name__
-    if isinstance(error, UnidentifiedImageError):
-        if not data:
-            return "zero_byte", "the file is empty"
-        if not data.startswith(SIGNATURES):
-            return "not_an_image", "no known kind of image"
-        return "truncated", "begins as an image, but its header is cut or damaged"
-    webp_bytes = 8 + int.from_bytes(data[4:8], "little")  # PIL does not say that a WebP is cut
-    if "truncated" in reason.lower() or (data.startswith(b"RIFF") and webp_bytes > len(data)):
-        return "truncated", reason
-    return "unreadable", reason
-
-
-def printable(name: str) -> str:
-    """A file name as text, also one that is not valid in the file system's encoding."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-# --- Worker processes
-
-
 class _Worker:
     """A process that examines one chunk of files at a time."""
 
@@ -284,20 +209,20 @@ def _work(connection: Connection, at: c_longlong) -> None:
     with suppress(EOFError, BrokenPipeError):  # the scanning process has gone
         while True:
             start, places = connection.recv()
-            connection.send((start, _examine(places, start, at)))
+            connection.send((start, examine(places, start, at)))
 
 
 def _examined(
     source: ImageSource, num_files: int, num_workers: int, timeout_seconds: float
-) -> Generator[tuple[int, _Chunk]]:
+) -> Generator[tuple[int, Chunk]]:
     """The number of the first file and the findings of each chunk, in any order."""
-    place = source.place if isinstance(source, ShardSource | ParquetSource) else source.name
+    place = source.place if isinstance(source, PackedSource) else source.name
     chunks = (
         (start, [place(i) for i in range(start, min(start + CHUNK_FILES, num_files))])
         for start in range(0, num_files, CHUNK_FILES)
     )
     if num_workers == 0:
-        yield from ((start, _examine(places, start, c_longlong())) for start, places in chunks)
+        yield from ((start, examine(places, start, c_longlong())) for start, places in chunks)
         return
     busy: dict[Any, _Worker] = {}  # by connection
     with _workers(min(num_workers, -(-num_files // CHUNK_FILES))) as workers:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dino_sparo.data.scan import MAX_LISTED, Listing, ScanReport, ScanResult, Spread, printable, spread
+from dino_sparo.data.scan import MAX_LISTED, Listing, ScanReport, ScanResult, Spread, spread
+from dino_sparo.data.scan_files import printable
 from dino_sparo.data.sources import ImageSource
 
 MAX_SHOWN = 5

@@ -4,7 +4,6 @@ What counts as an image of theirs, and of which class, is decided in `shard_head
 """
 
 import os
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
@@ -14,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dino_sparo.data.imagenet import is_image
-from dino_sparo.data.index import FolderIndex, cached_index, current_index
-from dino_sparo.data.indexed import IndexedSource
+from dino_sparo.data.index import cached_index, current_index
+from dino_sparo.data.packed import PackedIndex, PackedSource
 from dino_sparo.data.shard_headers import (
     State,
     compressed,
@@ -68,25 +67,14 @@ class _OpenShard:
 _opened = lru_cache(OPEN_SHARDS)(_OpenShard)
 
 
-class ShardIndex(FolderIndex):
+class ShardIndex(PackedIndex):
     """Names, classes and places of the images in shards, read from a mapped file as those of a folder are."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         """Map `file`, an intact index of shards that lies at `path`."""
         super().__init__(path, file)
-        self._class_names = tuple(self.header["classes"])
         self._shards: list[str] = self.header["shards"]
         self._offsets, self._sizes = self.arrays["offsets"], self.arrays["sizes"]
-        self._numbers, self._firsts = self.arrays["labels"], self.arrays["firsts"]
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes by number; none if they are unknown."""
-        return self._class_names
-
-    def labels(self) -> NDArray[np.int64] | None:
-        """Class numbers (len(self),), made at each call; None if they are unknown."""
-        return self._numbers.astype(np.int64) if self._class_names else None
 
     def place(self, root: Path, position: int) -> Place:
         """Where an image lies. Raises IndexError for a position that is none."""
@@ -113,22 +101,8 @@ class ShardIndex(FolderIndex):
         return list_shards(root) == self._shards and list(map(list, states_of(root, self._shards))) == states
 
 
-@dataclass(frozen=True, eq=False)
-class ShardSource(IndexedSource[ShardIndex]):
+class ShardSource(PackedSource[ShardIndex]):
     """Images in the shards of a folder, in their order."""
-
-    def place(self, index: int) -> Place:
-        """Where an image lies."""
-        return self.index.place(self.root, self.position(index))
-
-    def name(self, index: int) -> str:
-        return self.place(index).name
-
-    def read(self, index: int) -> bytes:
-        return self.place(index).read()
-
-    def stats(self) -> NDArray[np.int64]:
-        return self.index.stats(np.arange(len(self.index)) if self.chosen is None else self.chosen)
 
 
 def open_shards(root: Path) -> ShardSource:
