@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dino_sparo.data import scan
+from dino_sparo.data import scan, scan_files
 from dino_sparo.data.scan import scan_images
 from dino_sparo.data.sources import open_images
 from dino_sparo.errors import UserError
@@ -130,7 +130,7 @@ def test_empty_foreign_and_unreadable_files(tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied")
         return open(name, mode)
 
-    monkeypatch.setattr(scan, "open", open_unlocked, raising=False)
+    monkeypatch.setattr(scan_files, "open", open_unlocked, raising=False)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
     report = scanned(source).report
     assert report.readable == 0
