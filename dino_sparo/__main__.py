@@ -30,6 +30,21 @@ GOING_ON = ("pretrain", "sweep", "demo", "prepare", "shard", "knn", "linear")  #
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status, one of EXIT_STATUSES."""
+    try:
+        status = answer(arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # who read has had enough, as `head`; Python would flush at its end again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        raise
+
+
+def answer(arguments: list[str] | None) -> int:
+    """What `main` does, for a standard output that is read to its end."""
     arguments, flags = without_flags(list(sys.argv[1:] if arguments is None else arguments))
     if not arguments or arguments[0] in ("-h", "--help", "help", "--version"):
         print(version() if arguments[:1] == ["--version"] else _overview())

@@ -30,7 +30,13 @@ from dino_sparo.training.monitor import KnnMonitor
 from dino_sparo.training.precision import choose_precision, set_numerics
 from dino_sparo.training.rundir import check_same_experiment, config_of
 from dino_sparo.training.schedules import Schedules
-from dino_sparo.training.setup import build_schedules, bytes_of_image, open_data, prefetched_bytes
+from dino_sparo.training.setup import (
+    build_schedules,
+    bytes_of_image,
+    open_data,
+    prefetched_bytes,
+    start_state,
+)
 from dino_sparo.training.state import TrainState, build_state, checkpoint_bytes
 
 # Of the speed of one large matrix product whole training reaches a share between these. On a CPU it did,
@@ -58,11 +64,13 @@ def plan(options: PretrainOptions, recipe: str) -> int:
         config, torch.device("cpu"), activation_checkpointing=options.machine.activation_checkpointing
     )
     problems = refused(options, config, device, source, workers, batch_size, checkpoint_bytes(state))
+    weights = describe_weights(options, state, problems)
     per_step = f"{options.nproc} x {batch_size}"
     per_step += f" x {accumulation} micro-batches" if accumulation > 1 else ""
     rows: list[tuple[str, str]] = [
         ("run", describe_start(options, steps_per_epoch, problems)),
         ("recipe", describe_recipe(options, config, recipe)),
+        ("weights", weights),
         ("images", describe_images(options, source, monitor)),
         ("views", describe_views(options, device, workers)),
         ("batch", f"{options.optim.global_batch_size} images: {per_step}"),
@@ -153,6 +161,19 @@ def describe_start(options: PretrainOptions, steps_per_epoch: int, problems: lis
     return f"{options.run_dir}: would go on after step {done:,} of {total:,}, if that checkpoint is whole"
 
 
+def describe_weights(options: PretrainOptions, state: TrainState, problems: list[str]) -> str:
+    """What the run begins with; adds to the problems what is wrong with a file of starting weights."""
+    if options.init is None:
+        return "random at the start"
+    if latest_step(Path(options.run_dir)):
+        return f"of {options.init} at the start"
+    try:
+        return start_state(state, options)
+    except UserError as error:
+        problems.append(str(error))
+        return f"{options.init}: refused"
+
+
 def describe_recipe(options: PretrainOptions, config: dict[str, Any], recipe: str) -> str:
     """The recipe, and what the command line changes in it."""
     places = ["--data.path", options.data.path, "--run_dir", options.run_dir]
@@ -239,15 +260,14 @@ def schedule_table(schedules: Schedules, options: PretrainOptions) -> list[str]:
     points |= {name: total * part // 4 for part, name in enumerate(("1/4", "1/2", "3/4"), start=1)}
     points["end"] = total - 1
     lines = [
-        f"{'':<15}{'step':>10}{'lr':>12}{'weight decay':>14}{'momentum':>11}{'teacher temp.':>15}"
-        f"{'last layer':>12}"
+        f"{'':<14}{'step':>8}{'lr':>11}{'decay':>9}{'momentum':>10}{'teacher temp.':>15}{'last layer':>12}"
     ]
     for name, step in sorted(points.items(), key=lambda point: point[1]):
         if name == "warm-up's end" and not 0 < step < total:
             continue
         at = schedules.at(step)
         lines.append(
-            f"{name:<15}{step:>10,}{at.lr:>12.4g}{at.weight_decay:>14.4g}{at.momentum:>11.6g}"
+            f"{name:<14}{step:>8,}{at.lr:>11.4g}{at.weight_decay:>9.4g}{at.momentum:>10.6g}"
             f"{at.teacher_temp:>15.4g}{'fixed' if at.freeze_last_layer else 'learns':>12}"
         )
     return lines

@@ -305,6 +305,12 @@ def test_what_the_rules_do_not_explain_is_refused(tmp_path, content, changes, pa
     assert all(part in message for part in parts), message
 
 
+def test_numbers_that_are_not_finite_are_refused(tmp_path):
+    content = bare(plain(1))
+    content["norm.weight"][0] = float("nan")
+    assert "not finite in 1 parameters, such as backbone.norm.weight" in refusal(tmp_path, content)
+
+
 def test_a_frozen_backbone_needs_weights(tmp_path):
     with pytest.raises(UserError, match="freeze_backbone is true, but init is null: a backbone that has lea"):
         tiny_options(tmp_path / "data", tmp_path / "run", optim__freeze_backbone="true")

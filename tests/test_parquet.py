@@ -70,6 +70,16 @@ def test_splits_are_in_the_names_of_files(root, files, train, val):
     assert (len(gallery), len(test)) == expected
 
 
+@pytest.mark.parametrize(
+    "present", [["train-00001-of-00002"], ["train-00000-of-00002", "train-00000-of-00001"]]
+)
+def test_files_that_are_not_all_there(root, present):
+    for name in present:
+        write_parquet(root / f"{name}.parquet", images(3), [0, 1, 0], ["a", "b"])
+    with pytest.raises(UserError, match=rf"holds {len(present)} of .*2 parquet files, .*download the others"):
+        open_images(str(root))
+
+
 def test_a_test_split_without_labels_is_no_val(root):
     write_parquet(root / "train-0.parquet", images(5), [0, 1, 0, 1, 0], ["a", "b"])
     write_parquet(root / "test-0.parquet", images(5, 5), [-1] * 5, ["a", "b"])
@@ -279,7 +289,7 @@ def test_without_pyarrow_the_extra_is_named(root, monkeypatch):
     write_parquet(root / FILE, images(1))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.delitem(sys.modules, "pyarrow.parquet")
-    with pytest.raises(UserError, match=r"need pyarrow, .* pip install 'dino-sparo\[parquet\]'"):
+    with pytest.raises(UserError, match=r"need a package .* pip install pyarrow"):
         open_images(str(root))
 
 

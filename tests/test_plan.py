@@ -136,3 +136,15 @@ def test_memory_grows_with_the_batch_alone_and_mixed_precision_needs_less(tmp_pa
     assert bytes_of_training(state, sizes, 3, mixed=True) < of[3]
     student = sum(parameter.nbytes for parameter in state.student.parameters())
     assert of[1] > 5 * student
+
+
+def test_starting_weights_are_looked_at(trained, tmp_path, capsys):
+    data, run = trained
+    given = tiny_arguments(data, tmp_path / "new", init=run)
+    status, rows, _ = plan(given, capsys)
+    assert status == 0 and "million parameters taken" in rows["weights"]
+    given = tiny_arguments(data, tmp_path / "new", init=run, model__arch__width=32)
+    status, rows, out = plan(given, capsys)
+    assert status == 1 and rows["weights"].endswith("refused")
+    assert "PROBLEM: init " in out and "holds width 16 (the recipe has 32)" in out
+    assert not (tmp_path / "new").exists()

@@ -28,6 +28,7 @@ from dino_sparo.errors import UserError, UserFileNotFoundError
 Split = Literal["train", "val"]
 WORDS: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("validation", "valid", "val", "test")}
 NAMED = re.compile(r"(train|validation|valid|val|test)([-_.].*)?\.parquet")
+OF_TOTAL = re.compile(r"-of-(\d+)\b")  # how many files of a split there are
 FOLDERS = ("", "data/")  # where the hub keeps them
 PROBED_ENTRIES = 64  # a folder of a million images is not listed to see that it has no parquet files
 HUB_KEY = b"huggingface"
@@ -107,7 +108,7 @@ def import_parquet() -> Any:
         from pyarrow import parquet
     except ImportError as error:
         raise UserError(
-            "parquet files need pyarrow, which is not installed; pip install 'dino-sparo[parquet]'"
+            "parquet files need a package that is not installed here; pip install pyarrow"
         ) from error
     return parquet
 
@@ -120,6 +121,7 @@ def pack_parquet(root: Path, split: Split) -> list[bytes]:
         UserError: a file is damaged, has no images, or other columns or classes than the first.
     """
     files = list_parquet(root, split)
+    _check_complete(root, files)
     states = states_of(root, files)  # before they are read: a change after that is seen the next time
     import_parquet()
     with ThreadPoolExecutor(THREADS) as pool:
@@ -168,6 +170,16 @@ def pack_parquet(root: Path, split: Split) -> list[bytes]:
             "group_bytes": np.array([num_bytes for _, _, (_, num_bytes) in groups], np.int64),
         },
     )
+
+
+def _check_complete(root: Path, files: Sequence[str]) -> None:
+    """Raises UserError: names say that there are more files (`-of-00294`) than there are."""
+    totals = {int(match[1]) for name in files if (match := OF_TOTAL.search(name))}
+    if len(totals) > 1 or len(files) < max(totals, default=0):
+        raise UserError(
+            f"{root} holds {len(files)} of {' or '.join(map(str, sorted(totals)))} parquet files, such as "
+            f"{files[0]}; download the others, or remove -of- and what follows from the names to take these"
+        )
 
 
 def _differences(columns: Columns, first: Columns) -> str:

@@ -78,7 +78,7 @@ def is_exported(path: Path) -> bool:
         with safe_open(path, "pt") as file:
             return "cls_token" not in file.keys()  # noqa: SIM118 it is no mapping
     except (SafetensorError, OSError):
-        return True
+        return False  # and who reads it says why
 
 
 def _is_ours(config_path: Path) -> bool:
@@ -102,7 +102,12 @@ def read_content(path: Path) -> Any:
         UserError: the file is damaged, refused, or a checkpoint of another format.
     """
     if path.suffix == SAFETENSORS:
-        return load_file(path)  # whole: `is_exported` has looked
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{path} is no readable safetensors file, or only a part of one ({error}); get it again"
+            ) from error
     if path.is_file():
         check_hash(path)
         content = read_plain(path, allow_namespace=True)

@@ -22,6 +22,7 @@ BACKBONE = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
 READOUT = "readout."
 NEEDED = ("cls_token", "pos_embed", "patch_embed.proj.weight")
 READOUT_NEEDED = ("readout.query", "readout.key_proj.weight", "readout.value_proj.weight")
+NUM_HEADS = "num_heads"  # beside student and teacher, where `interop.to_official` has written the file
 SHOWN_KEYS = 5
 
 
@@ -36,8 +37,8 @@ def read_official(
     """The encoder in an official file: with its SPARO read-out, else with the normalised CLS token.
 
     All sizes are read from the weights, but for the number of attention heads, which is not in them: it is
-    that of `arch`, else `num_heads`, else one head for 64 numbers of width. With a read-out the depth is that
-    of the plain ViT, one block more than there are.
+    that of `arch`, else NUM_HEADS of the file, else `num_heads`, else one head for 64 numbers of width. With
+    a read-out the depth is that of the plain ViT, one block more than there are.
 
     Args:
         content: what the file holds.
@@ -57,6 +58,8 @@ def read_official(
             f"parameters; give a whole state dict"
         )
     width, patch_size, image_size = _sizes(weights, path)
+    if isinstance(content.get(NUM_HEADS), int):
+        num_heads = content[NUM_HEADS]
     blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
     depth = 1 + max((int(block) for block in blocks if block.isdecimal()), default=-1)
     readout = _readout(weights, path)

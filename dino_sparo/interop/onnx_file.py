@@ -34,7 +34,7 @@ def write_onnx(stored: StoredEncoder, folder: Path) -> tuple[Path, float]:
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise UserError(
-            f'format onnx needs {", ".join(missing)}, not installed here; pip install "dino-sparo[onnx]"'
+            f"format onnx needs packages that are not installed here; pip install {' '.join(missing)}"
         )
     path = folder / ONNX_FILE
     if path.exists():

@@ -150,6 +150,12 @@ def _take(
     """What a network takes; nothing about it changes."""
     _check_sizes(stored, arguments)
     source = stored.build()  # which is strict about every name
+    wrong = [name for name, value in source.state_dict().items() if not value.isfinite().all()]
+    if wrong:
+        raise UserError(
+            f"init {stored.path} holds numbers that are not finite in {len(wrong)} parameters, such as "
+            f"{wrong[0]}; give weights of a run that has not diverged"
+        )
     dropped = _blocks_dropped(stored.path, source, model.encoder, arguments)
     remarks, fresh = [], []
     unused = [f"blocks.{number} (the read-out replaces it)" for number in dropped]

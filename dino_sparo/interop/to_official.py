@@ -1,7 +1,8 @@
 """Weights out as the official DINO code writes them: student and teacher with heads, or a bare encoder.
 
 Of a run: `student` (names after `module.`, as its data-parallel wrapper has it), `teacher` and `epoch`, with
-`backbone.*`, `head.*` and, which the official code does not know, `readout.*` of SPARO. The weight norm of
+`backbone.*`, `head.*` and, which the official code does not know, `readout.*` of SPARO and beside the models
+the number of attention heads, which weights do not tell. The weight norm of
 the last layer has its older names, the only ones that the official code reads.
 """
 
@@ -23,8 +24,8 @@ from dino_sparo.interop.load import (
     stored_in,
     weights_path,
 )
-from dino_sparo.interop.official import MODELS
-from dino_sparo.interop.stored import StoredEncoder
+from dino_sparo.interop.official import HEAD_DIM, MODELS, NUM_HEADS
+from dino_sparo.interop.stored import StoredEncoder, architecture
 from dino_sparo.interop.timm_config import is_plain_sparo
 from dino_sparo.training.checkpoint import encoder_arguments
 
@@ -92,6 +93,7 @@ def full_content(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
         "student": {f"module.{name}": value for name, value in _official_names(state["student"]).items()},
         "teacher": _official_names(state["teacher"]),
         "epoch": state["step"] // steps_per_epoch,
+        NUM_HEADS: architecture(encoder_arguments(state["config"])["arch"])["num_heads"],
     }
 
 
@@ -102,6 +104,13 @@ def bare_content(stored: StoredEncoder) -> dict[str, Tensor]:
         UserError: the official style has no place for the read-out, or the weights do not fit.
     """
     check_has_form(stored.arguments, stored.path)
+    arch = architecture(stored.arguments["arch"])
+    if arch["width"] != HEAD_DIM * arch["num_heads"]:
+        raise UserError(
+            f"{stored.path} has {arch['num_heads']} attention heads at width {arch['width']}, which a bare "
+            f"official file cannot tell: whoever reads it takes one for {HEAD_DIM} numbers; export with "
+            f"format timm"
+        )
     return {name.removeprefix("backbone."): value for name, value in stored.build().state_dict().items()}
 
 
