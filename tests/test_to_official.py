@@ -13,7 +13,6 @@ from dino_sparo.training.checkpoint import load_latest
 from tests.test_official import small_encoder
 from tests.tiny import tiny_options, write_pictures
 
-ARCH = {"width": 16, "depth": 3, "num_heads": 2}
 NO_SLOTS = {f"model__readout__{name}": "null" for name in ("num_slots", "slot_dim", "key_dim", "group_size")}
 
 
