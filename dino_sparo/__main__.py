@@ -5,6 +5,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import select
 import sys
 import time
 from collections.abc import Callable
@@ -35,19 +36,22 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except BrokenPipeError:
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:  # who read has had enough, as `head`; Python would flush at its end again
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-        raise
+        readers = select.poll()
+        readers.register(sys.stdout.fileno(), 0)
+        if not readers.poll(0):
+            raise
+        # Who read has had enough, as `head`; Python would flush at its end again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def answer(arguments: list[str] | None) -> int:
     """What `main` does, for a standard output that is read to its end."""
     arguments, flags = without_flags(list(sys.argv[1:] if arguments is None else arguments))
-    if not arguments or arguments[0] in ("-h", "--help", "help", "--version"):
-        print(version() if arguments[:1] == ["--version"] else _overview())
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:], "--help"]
+    if not arguments or "--version" in arguments or arguments[0] in ("-h", "--help"):
+        print(version() if "--version" in arguments else _overview())
         return 0
     if "RANK" in os.environ:
         end_with_launcher()

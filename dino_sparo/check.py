@@ -29,6 +29,7 @@ from dino_sparo.measure import (
     existing_folder,
     measure_loading,
     measure_steps,
+    memory_free,
     private_bytes,
 )
 from dino_sparo.models.cost import count_parameters, encoder_cost
@@ -227,16 +228,7 @@ def projection(
         "disk_free_bytes": shutil.disk_usage(existing_folder(Path(options.run_dir))).free,
         "process_bytes": process,
         "memory_bytes": options.nproc * (process + workers * loader_bytes) + prefetched,
-        "memory_free_bytes": _memory_free(),
+        "memory_free_bytes": memory_free(),
         "prefetched_bytes": prefetched,
         "shared_memory_free_bytes": shared_memory_free(),
     }
-
-
-def _memory_free() -> int:
-    """Bytes of memory that processes can still take, this one's own counted as free."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
-        if line.startswith("MemAvailable:"):  # also what the file cache would give back
-            free = 1024 * int(line.split()[1])
-    return free + private_bytes(os.getpid())

@@ -94,13 +94,13 @@ def summary(options: CheckOptions, report: dict[str, Any], device: str) -> list[
     free = run["shared_memory_free_bytes"]
     shared = f" of {size(free)} free in /dev/shm" if free is not None else ""
     expected = math.log(options.head.num_prototypes)
-    encoder = f"{parameters['encoder'] / 1e6:.1f} M parameters, {flops['encoder'] / 1e9:.1f} GFLOPs a crop"
+    encoder = f"{parameters['encoder'] / 1e6:.1f} M parameters, {flops['encoder'] / 1e9:.3g} GFLOPs a crop"
     return [
         "",
         f"encoder   {encoder} of {options.views.global_size} pixels",
         f"read-out  {parameters['readout'] / 1e6:.2f} M and {flops['readout'] / 1e9:.2g} GFLOPs of these",
         f"head      {parameters['head'] / 1e6:.1f} M parameters",
-        f"training  {flops['training'] / 1e9:.0f} GFLOPs an image (a multiply-add is two)",
+        f"training  {flops['training'] / 1e9:.3g} GFLOPs an image (a multiply-add is two)",
         f"loss      {step['loss']:.2f} at the start, ln K is {expected:.2f}",
         f"loader    {loader['images_per_second']:,.0f} images/s with {loader['workers']} workers (measured)",
         f"step      {step['images_per_second']:,.1f} images/s on one {device}, {step['precision']}: "

@@ -1,5 +1,6 @@
 """What a run will cost on this machine, measured: loader, step, parameters, FLOPs and checkpoint."""
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -218,3 +219,12 @@ def _enlarged(batch: Crops | PhotoBatch, batch_size: int) -> Crops | PhotoBatch:
         return PhotoBatch(repeated(batch.photos, batch_size))
     chosen = torch.arange(batch_size) % num_images(batch)
     return Crops(batch.global_crops[:, chosen], batch.local_crops[:, chosen])
+
+
+def memory_free() -> int:
+    """Bytes of memory that processes can still take, this one's own counted as free."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
+        if line.startswith("MemAvailable:"):  # also what the file cache would give back
+            free = 1024 * int(line.split()[1])
+    return free + private_bytes(os.getpid())

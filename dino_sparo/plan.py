@@ -22,7 +22,7 @@ from dino_sparo.data.workers import check_shared_memory, default_workers
 from dino_sparo.device import choose_device
 from dino_sparo.errors import EXIT_PROBLEM, UserError
 from dino_sparo.helptext import table
-from dino_sparo.measure import bytes_of_training, count_flops, existing_folder, measured_peak
+from dino_sparo.measure import bytes_of_training, count_flops, existing_folder, measured_peak, memory_free
 from dino_sparo.models.cost import count_parameters, describe_cost, encoder_cost
 from dino_sparo.options import PretrainOptions, SweepOptions
 from dino_sparo.training.checkpoint import latest_step, most_kept
@@ -241,7 +241,11 @@ def cost_rows(
             f"{options.head.num_prototypes:,} prototypes",
         ),
         ("training", f"{flops / 1e9:.3g} GFLOPs an image (a multiply-add is two)"),
-        ("memory", f"about {size(memory)} for the networks of each process, {precision} (estimate)"),
+        (
+            "memory",
+            f"about {size(memory)} for the networks of each process, {precision} (estimate, without workers; "
+            f"{size(memory_free())} of this machine's are free)",
+        ),
         ("checkpoint", f"{size(one)} each, {size(kept * one)} at most, {size(free)} free"),
         (
             "time",

@@ -174,7 +174,7 @@ def test_full_disk_and_memory_are_problems(data, capsys, monkeypatch):
     monkeypatch.setattr(program.shutil, "disk_usage", lambda _: usage(1, 1, 100))
     monkeypatch.setattr(program, "shared_memory_free", lambda: 10**9)
     monkeypatch.setattr(program, "check_shared_memory", lambda _: None)
-    monkeypatch.setattr(program, "_memory_free", lambda: 100)
+    monkeypatch.setattr(program, "memory_free", lambda: 100)
     problems = checked(data, "--machine.num_workers=1", status=1, capsys=capsys)["problems"]
     assert len(problems) == 2
     assert "checkpoints need" in problems[0] and problems[1].startswith("loading needs")

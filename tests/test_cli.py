@@ -366,3 +366,26 @@ def test_dashes_flags_and_several_values(given, taken):
     arguments = written_out(KnnOptions, ["--run", "r", "--data.path", "d", *given])
     options = parse_options(KnnOptions, arguments, usage="")
     assert {key: getattr(options, key) for key in taken} == taken
+
+
+def test_who_has_read_enough_sees_no_traceback():
+    program = subprocess.Popen(
+        [sys.executable, "-m", "dino_sparo", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert program.stdout is not None and program.stderr is not None
+    program.stdout.close()
+    assert program.stderr.read() == b"" and program.wait() == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "beginning"),
+    [
+        (["knn", "--version"], "dino-sparo 0"),
+        (["help", "knn"], "usage: dino-sparo knn"),
+        (["help"], "usage: dino-sparo COMMAND"),
+    ],
+)
+def test_help_and_version_wherever_they_stand(arguments, beginning, capsys):
+    with suppress(SystemExit):
+        assert main(arguments) == 0
+    assert capsys.readouterr().out.startswith(beginning)

@@ -308,7 +308,7 @@ def test_what_the_rules_do_not_explain_is_refused(tmp_path, content, changes, pa
 def test_numbers_that_are_not_finite_are_refused(tmp_path):
     content = bare(plain(1))
     content["norm.weight"][0] = float("nan")
-    assert "not finite in 1 parameters, such as backbone.norm.weight" in refusal(tmp_path, content)
+    assert "not finite, in 1 parameters (backbone.norm.weight)" in refusal(tmp_path, content)
 
 
 def test_a_frozen_backbone_needs_weights(tmp_path):

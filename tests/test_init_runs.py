@@ -90,7 +90,7 @@ def test_a_run_and_an_exported_encoder_start_another_run(run_dir, pictures, tmp_
             same = {n: torch.equal(value, before[part][n]) for n, value in model.state_dict().items()}
             assert all(same[name] for name in same if init == run_dir or name.startswith("encoder."))
             assert same["head.mlp.0.weight"] == (init == run_dir)
-    with pytest.raises(FileNotFoundError, match=r"none: no checkpoint found; expected a run folder"):
+    with pytest.raises(FileNotFoundError, match=r"none does not exist; expected a run folder"):
         setup.prepare(tiny_options(pictures, tmp_path / "run", init=tmp_path / "none"), torch.device("cpu"))
 
 

@@ -1,6 +1,9 @@
 """Imports go down the flow only: pictures, networks, learning, measuring, looking inside."""
 
 import ast
+import re
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,3 +73,14 @@ def test_imports_go_down_the_flow(path):
 def test_the_scan_sees_imports():
     assert "torch.distributed" in imports(PACKAGE / "distributed.py")
     assert "dino_sparo.interop.load.load_encoder" in imports(PACKAGE / "evaluation" / "knn.py")
+
+
+def test_what_is_imported_is_a_dependency():
+    """An environment that has everything installed would not show a missing line."""
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    extras = [line for lines in project["optional-dependencies"].values() for line in lines]
+    declared = {re.split(r"[\[><=]", line)[0] for line in [*project["dependencies"], *extras]}
+    named = {"PIL": "pillow", "faiss": "faiss-cpu", "yaml": "pyyaml"}
+    imported = {name.partition(".")[0] for path in MODULES for name in imports(path)}
+    foreign = imported - set(sys.stdlib_module_names) - {"dino_sparo"}
+    assert foreign and {named.get(name, name) for name in foreign} <= declared

@@ -148,3 +148,11 @@ def test_starting_weights_are_looked_at(trained, tmp_path, capsys):
     assert status == 1 and rows["weights"].endswith("refused")
     assert "PROBLEM: init " in out and "holds width 16 (the recipe has 32)" in out
     assert not (tmp_path / "new").exists()
+
+
+def test_the_plan_fits_a_narrow_terminal(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    data, _ = trained
+    _, _, out = plan(tiny_arguments(data, tmp_path / "new"), capsys)
+    long = [line for line in out.splitlines() if len(line) > 79 and str(tmp_path) not in line]
+    assert not long

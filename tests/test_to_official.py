@@ -140,4 +140,4 @@ def test_mistakes_write_nothing(run_dir, tmp_path, out, capsys):
     assert export(run_dir, out / "below.pth") == 2
     assert "cannot be written (File exists)" in capsys.readouterr().err
     assert export(tmp_path / "nothing", tmp_path / "x.pth") == 2
-    assert "no checkpoint found" in capsys.readouterr().err
+    assert "nothing does not exist; expected a run folder" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from dino_sparo.training.plain_file import read_plain
 
 PROTOCOL = "linear-weights"
 PREFIXES = ("module.", "linear.")
+SHOWN_KEYS = 5
 
 
 def load_official(
@@ -66,7 +67,8 @@ def _tensors(content: Any, path: Path) -> tuple[Tensor, Tensor]:
         found[name] = value
     tensors = [found[name] for name in ("weight", "bias") if isinstance(found.get(name), Tensor)]
     if found.keys() != {"weight", "bias"} or [tensor.ndim for tensor in tensors] != [2, 1]:
-        held = ", ".join(found) or type(content).__name__
+        held = ", ".join([*found][:SHOWN_KEYS]) or type(content).__name__
+        held += ", ..." if len(found) > SHOWN_KEYS else ""
         raise UserError(
             f"evaluate {str(path)!r} holds no linear classifier, but {held}; expected a state_dict of "
             f"module.linear.weight and module.linear.bias, as the official eval_linear.py writes it"

@@ -114,6 +114,10 @@ def read_content(path: Path) -> Any:
         if is_checkpoint(content):
             check_format(content, path)
         return content
+    if not path.exists():
+        raise UserFileNotFoundError(
+            f"{path} does not exist; expected a run folder, an exported folder, or a weights file"
+        )
     state = load_latest(path)
     if state is None:
         raise UserFileNotFoundError(

@@ -28,16 +28,13 @@ from dino_sparo.interop.load import is_exported, read_content, stored_in, weight
 from dino_sparo.interop.stored import StoredEncoder, architecture, misfits
 from dino_sparo.models import DinoModel, Encoder
 from dino_sparo.models.encoder import WITH_SLOTS
+from dino_sparo.models.head import OLD_NAMES
 
 log = logging.getLogger("dino_sparo")
 
 TIMM = "timm:"
 NOT_READOUT = ("arch", "patch_size", "image_size", "after_last_block")
 SAME_AS_LEFT_OUT = {"heads": "separate", "group_size": 1}
-OLD_NAMES = {  # of weight norm, before torch's parametrisations
-    "last_layer.weight_g": "last_layer.parametrizations.weight.original0",
-    "last_layer.weight_v": "last_layer.parametrizations.weight.original1",
-}
 LENGTHS = OLD_NAMES["last_layer.weight_g"]
 LENGTH_TOLERANCE = 0.01  # an average of ones over a long training is not exactly one
 
@@ -150,12 +147,6 @@ def _take(
     """What a network takes; nothing about it changes."""
     _check_sizes(stored, arguments)
     source = stored.build()  # which is strict about every name
-    wrong = [name for name, value in source.state_dict().items() if not value.isfinite().all()]
-    if wrong:
-        raise UserError(
-            f"init {stored.path} holds numbers that are not finite in {len(wrong)} parameters, such as "
-            f"{wrong[0]}; give weights of a run that has not diverged"
-        )
     dropped = _blocks_dropped(stored.path, source, model.encoder, arguments)
     remarks, fresh = [], []
     unused = [f"blocks.{number} (the read-out replaces it)" for number in dropped]

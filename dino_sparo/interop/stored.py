@@ -42,8 +42,8 @@ class StoredEncoder:
         The weights must fit in either case.
 
         Raises:
-            UserError: it cannot be built so, or the weights do not fit: all that is missing, unexpected or
-                misshapen in one message.
+            UserError: it cannot be built so, or the weights do not fit (all that is missing, unexpected or
+                misshapen in one message) or are not finite.
         """
         with torch.random.fork_rng(devices=[]):
             try:
@@ -53,6 +53,7 @@ class StoredEncoder:
                 raise UserError(f"{self.path} describes no encoder of dino-sparo: {error}") from error
         self._check_fit(encoder)
         if not untrained:
+            self._check_finite()
             encoder.load_state_dict(self.weights)
         return encoder.eval()
 
@@ -69,6 +70,14 @@ class StoredEncoder:
             raise UserError(
                 f"arch is {arch!r} ({in_words(asked)}), but {self.path} holds {in_words(stored)}; leave arch "
                 f"out, or give the weights of that architecture"
+            )
+
+    def _check_finite(self) -> None:
+        wrong = [name for name, value in self.weights.items() if not value.isfinite().all()]
+        if wrong:
+            raise UserError(
+                f"{self.path} holds numbers that are not finite, in {len(wrong)} parameters "
+                f"({_first(wrong)}); give weights of a training that has not diverged"
             )
 
     def _check_fit(self, encoder: Encoder) -> None:

@@ -27,13 +27,11 @@ from dino_sparo.interop.load import (
 from dino_sparo.interop.official import HEAD_DIM, MODELS, NUM_HEADS
 from dino_sparo.interop.stored import StoredEncoder, architecture
 from dino_sparo.interop.timm_config import is_plain_sparo
+from dino_sparo.models.head import OLD_NAMES
 from dino_sparo.training.checkpoint import encoder_arguments
 
 SUFFIX = ".pth"
-OLDER_NAMES = {
-    "head.last_layer.parametrizations.weight.original0": "head.last_layer.weight_g",
-    "head.last_layer.parametrizations.weight.original1": "head.last_layer.weight_v",
-}
+OFFICIAL_NAMES = {f"head.{new}": f"head.{old}" for old, new in OLD_NAMES.items()}
 
 
 def write_official(
@@ -121,12 +119,13 @@ def check_has_form(arguments: Mapping[str, Any], path: Path) -> None:
         UserError: it is such a one.
     """
     if arguments["readout"] != "cls" and not is_plain_sparo(arguments):
+        options = " with options of its own" if arguments["readout"] == "sparo" else ""
         raise UserError(
-            f"{path} has the read-out {arguments['readout']!r} with options of its own, but the official "
-            f"style holds cls and plain sparo only; export it with format timm"
+            f"{path} has the read-out {arguments['readout']!r}{options}, but the official style holds cls "
+            f"and plain sparo only; export it with format timm"
         )
 
 
 def _official_names(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """State dict of a DinoModel: `encoder.backbone.*` -> `backbone.*`, and so on."""
-    return {OLDER_NAMES.get(name, name.removeprefix("encoder.")): value for name, value in model.items()}
+    return {OFFICIAL_NAMES.get(name, name.removeprefix("encoder.")): value for name, value in model.items()}
