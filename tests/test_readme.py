@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from dino_sparo.__main__ import command_and_rest
 from dino_sparo.models import build_encoder
@@ -89,6 +90,8 @@ def folder(tmp_path_factory) -> Path:
     """Where a reader of the pages may be: a folder with images and an official file."""
     folder = tmp_path_factory.mktemp("reader")
     write_pictures(folder / "data", 60, classes=2)
+    for number, name in enumerate(("one.jpg", "another.jpg")):
+        Image.new("RGB", (64, 48), (99 * number, 50, 200)).save(folder / name)
     encoder = build_encoder(ARCH, 8, 16, "cls")
     torch.save(encoder.backbone.state_dict(), folder / "dino_deitsmall16_pretrain.pth")
     linear = {"module.linear.weight": torch.randn(2, 3 * 64), "module.linear.bias": torch.zeros(2)}
