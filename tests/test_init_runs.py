@@ -160,10 +160,10 @@ def test_two_processes_with_a_frozen_backbone(pictures, tmp_path):
 
 
 @pytest.mark.long
-def test_check_tries_the_starting_weights(pictures, tmp_path, capsys):
+def test_check_tries_the_starting_weights(pictures, tmp_path, capsys, caplog):
     arguments = tiny_arguments(pictures, tmp_path / "run", init=pictures / "vit.pth", **FROZEN)
     assert main(["check", *arguments]) == 0
-    assert "vit.pth: 0.01 million parameters taken" in capsys.readouterr().out
+    assert "vit.pth: 0.01 million parameters taken" in caplog.text
     torch.save(bare(plain(1, patch_size=4)), tmp_path / "other.pth")
     assert main(["check", *tiny_arguments(pictures, tmp_path / "run", init=tmp_path / "other.pth")]) == 1
     assert "other.pth holds patch size 4" in capsys.readouterr().out
