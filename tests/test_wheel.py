@@ -62,15 +62,15 @@ def test_the_three_uses_run_from_an_empty_folder(elsewhere, tmp_path):
     assert Path(where.strip()).is_relative_to(elsewhere.parent)
 
     data = tmp_path / "data"
-    write_pictures(data, 20, classes=2)
+    write_pictures(data, 60, classes=2)
     tiny = [f"--{key}={value}" for key, value in (TINY | {"optim.epochs": "1"}).items()]
     run(
         *(elsewhere, tmp_path, "dino-sparo", "pretrain"),
         *("--config", "demo", "--data.path", str(data), "--run_dir", "run", *tiny),
     )
     here = ("run", "--data.path", str(data), "--device", "cpu")
-    assert "10-NN" in run(elsewhere, tmp_path, "dino-sparo", "knn", *here)
-    assert "top-1" in run(elsewhere, tmp_path, "dino-sparo", "linear", *here, "--cached")
+    assert "20-NN" in run(elsewhere, tmp_path, "dino-sparo", "knn", *here)
+    assert "top-1" in run(elsewhere, tmp_path, "dino-sparo", "linear", *here, "--cached", "--batch_size", "4")
     run(elsewhere, tmp_path, "dino-sparo", "slots", "report", *here)
     assert (tmp_path / "run" / "slots" / "report.html").is_file()
 
