@@ -229,6 +229,7 @@ def numbers_in(value) -> list[float]:
     return [value] if isinstance(value, int | float) else []
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("few_products")
 def test_json_has_all_that_was_measured(recipe, tmp_path, capfd):
     trace = tmp_path / "trace.json"

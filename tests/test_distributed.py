@@ -151,6 +151,7 @@ def test_one_process_speaks(two_processes):
     assert "Traceback" not in shown and "OMP_NUM" not in shown
 
 
+@pytest.mark.long
 def test_a_run_of_several_processes_goes_on_bit_for_bit(pictures, two_processes, tmp_path):
     run_until(7, PROCESSES, pictures, tmp_path / "run", log__checkpoint_every_minutes=1e-9)
     assert 5 < load_latest(tmp_path / "run")["step"] < TOTAL_STEPS
@@ -255,6 +256,7 @@ def test_repaired_images_do_not_end_a_run(tmp_path):
     assert len(again) == 3
 
 
+@pytest.mark.long
 def test_a_data_worker_that_stops_ends_all_processes_in_time(tmp_path):
     write_pictures(tmp_path / "data", 64)
     changes = {
