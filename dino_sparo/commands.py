@@ -136,6 +136,18 @@ COMMANDS = {
         ),
         plan="dino_sparo.plan:plan_sweep",
     ),
+    "study": Command(
+        opt.StudyOptions,
+        "dino_sparo.study.program:run",
+        "dino-sparo study --config RECIPE --data.path DIR --run_dir DIR --variants readouts "
+        "--vary seed=0,1,2 [--transfer NAME=DIR ...] [--dry-run] [--key VALUE ...]",
+        "pretrain variants over seeds, evaluate all of them alike, write one page of tables and curves",
+        (
+            "study --config photos_sparo --variants readouts --only cls sparo --vary seed=0,1,2 "
+            "--data.path photos --run_dir runs/study",
+        ),
+        plan="dino_sparo.plan:plan_sweep",
+    ),
     "slots maps": Command(
         opt.SlotMapsOptions,
         "dino_sparo.slots.maps:run",
@@ -189,7 +201,7 @@ COMMANDS = {
 
 # How the overview groups them, in the order in which one uses them.
 GROUPS = {
-    "train": ("demo", "pretrain", "sweep"),
+    "train": ("demo", "pretrain", "sweep", "study"),
     "evaluate": ("knn", "linear", "compare"),
     "slots": tuple(name for name in COMMANDS if name.startswith("slots ")),
     "data": ("prepare", "shard"),

@@ -24,7 +24,8 @@ from dino_sparo.errors import EXIT_PROBLEM, UserError
 from dino_sparo.helptext import table
 from dino_sparo.measure import bytes_of_training, count_flops, existing_folder, measured_peak, memory_free
 from dino_sparo.models.cost import count_parameters, describe_cost, encoder_cost
-from dino_sparo.options import PretrainOptions, SweepOptions
+from dino_sparo.options import PretrainOptions, StudyOptions, SweepOptions
+from dino_sparo.study.program import check as check_study
 from dino_sparo.training.checkpoint import latest_step, most_kept
 from dino_sparo.training.monitor import KnnMonitor
 from dino_sparo.training.precision import choose_precision, set_numerics
@@ -91,6 +92,8 @@ def plan(options: PretrainOptions, recipe: str) -> int:
 def plan_sweep(options: SweepOptions, recipe: str) -> int:
     """`--dry-run`: print all runs of the sweep with their cost, and how far each is; 1 if one is refused."""
     variants = sweep.plan(options)
+    if isinstance(options, StudyOptions):
+        check_study(options, variants)
     problems = []
     for variant in variants:
         try:

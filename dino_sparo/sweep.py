@@ -7,7 +7,7 @@ import re
 import statistics
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -55,13 +55,27 @@ def run(options: SweepOptions) -> int:
     """`dino-sparo sweep`: train what is not trained yet, and print and write the table; 1 if a run failed.
 
     A run that ends by a mistake (a read-out that does not fit, a collapse) fills its row with that, and the
-    next one starts. After each run the table is written anew.
+    next one starts.
 
     Raises:
         UserError: for a mistake in options or data, before anything is trained.
         StoppedError: a signal has told a run to stop; it is saved, and the sweep goes on there.
     """
     variants = plan(options)
+    errors = train(options, variants)
+    rows = table(variants, errors)
+    print("\n".join(as_markdown(rows)))
+    return 1 if errors else 0
+
+
+def train(options: SweepOptions, variants: Sequence[Variant]) -> dict[str, str]:
+    """Train those of the planned runs that `only` names, each from where it is; what failed, by folder.
+
+    After each run the table is written anew, with all runs.
+
+    Raises:
+        UserError, StoppedError: as `run`.
+    """
     for variant in variants:
         check_same_experiment(Path(variant.options.run_dir), config_of(variant.options))
     check_knn(variants[0].options)
@@ -76,10 +90,8 @@ def run(options: SweepOptions) -> int:
                 raise
             errors[variant.folder] = str(error)
             log.warning("WARNING: %s failed: %s", variant.folder, error)
-        rows = table(variants, errors)  # also of what is still to come
-        write(Path(options.run_dir), options, rows)
-    print("\n".join(as_markdown(rows)))
-    return 1 if errors else 0
+        write(Path(options.run_dir), options, table(variants, errors))
+    return errors
 
 
 def plan(options: SweepOptions) -> list[Variant]:
@@ -107,9 +119,8 @@ def plan(options: SweepOptions) -> list[Variant]:
 
 def recipe_of(options: SweepOptions) -> dict[str, Any]:
     """The resolved recipe that the variants change."""
-    return {
-        key: value for key, value in config_of(options).items() if key not in ("variants", "only", "vary")
-    }
+    of_runs = {field.name for field in fields(PretrainOptions)}
+    return {key: value for key, value in config_of(options).items() if key in of_runs}
 
 
 def _variant(name: str, changes: Changes, chosen: Changes, recipe: Path, folder: Path) -> Variant:
@@ -212,7 +223,7 @@ def table(variants: Sequence[Variant], errors: dict[str, str]) -> list[dict[str,
         if variant.folder in errors:
             entry |= {KNN: None, "error": errors[variant.folder]}
         else:
-            entry[KNN] = _final_knn(Path(options.run_dir), options.optim.epochs)
+            entry[KNN] = final_knn(Path(options.run_dir), options.optim.epochs)
         rows[variant.row]["runs"].append(entry)
     for row in rows.values():
         known = [entry[KNN] for entry in row["runs"] if entry[KNN] is not None]
@@ -254,9 +265,18 @@ def write(folder: Path, options: SweepOptions, rows: Sequence[dict[str, Any]]) -
         JSON_FILE: json.dumps(content, indent=1) + "\n",
         TABLE_FILE: "\n".join([*as_markdown(rows), "", legend]) + "\n",
     }
+    write_texts(folder, texts)
+
+
+def write_texts(folder: Path, texts: dict[str, str]) -> None:
+    """Write files, each whole or not at all, while others may write them too.
+
+    Raises:
+        UserError: they cannot be written.
+    """
     for name, text in texts.items():
         try:
-            temporary = folder / f"{name}.tmp"
+            temporary = folder / f"{name}.{os.getpid()}.tmp"
             temporary.write_text(text, encoding="utf-8")
             os.replace(temporary, folder / name)
         except OSError as error:
@@ -266,7 +286,7 @@ def write(folder: Path, options: SweepOptions, rows: Sequence[dict[str, Any]]) -
             ) from error
 
 
-def _final_knn(run_dir: Path, epochs: int) -> float | None:
+def final_knn(run_dir: Path, epochs: int) -> float | None:
     """The monitor's 20-NN after the last epoch; None before there is one."""
     found = [entry[KNN] for entry in read_metrics(run_dir) if KNN in entry and entry["epoch"] >= epochs]
     return found[-1] if found else None

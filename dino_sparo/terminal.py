@@ -3,6 +3,8 @@
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 ESCAPES = {"red": "31", "yellow": "33"}
@@ -34,3 +36,15 @@ def set_up_log(level: int) -> None:
     handler.setFormatter(Lines("%(message)s"))
     logging.basicConfig(level=level, handlers=[handler])
     logging.getLogger("dino_sparo").setLevel(level)
+
+
+@contextmanager
+def only_warnings() -> Iterator[None]:
+    """Within it, what is below a warning is not shown, nor are bars: for work that has a line of its own."""
+    logger = logging.getLogger("dino_sparo")
+    level = logger.level
+    logger.setLevel(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -14,6 +14,7 @@ PROGRAMS = (
     *("check_report", "sweep"),
     *("pretrain", "setup", "rundir", "check", "prepare", "shard", "knn", "demo", "export"),
     "slots/report",
+    *("study/program", "study/measuring"),
     *(
         "bench/program",
         "bench/safety",

@@ -179,6 +179,26 @@ def run_until(step: int, options: LinearOptions, monkeypatch) -> None:
             program.run(options)
 
 
+def test_cached_probes_go_on_bit_for_bit_from_every_tenth_epoch(pretrained, data, tmp_path, monkeypatch):
+    outs = tmp_path / "whole", tmp_path / "out"
+    whole, broken = (
+        parse_options(
+            LinearOptions, arguments(pretrained, data, out, cached="true", epochs=23, batch_size=11), usage=""
+        )
+        for out in outs
+    )
+    program.run(whole)
+    run_until(12 * (NUM_TRAIN // 11) + 1, broken, monkeypatch)
+    assert load_latest(outs[1] / "linear-cached")["epochs_done"] == 10
+    program.run(broken)
+    theirs, ours = (load_latest(out / "linear-cached") for out in outs)
+    assert ours["epochs_done"] == theirs["epochs_done"] == 23 and ours["best"] == theirs["best"]
+    for name, value in theirs["probes"].items():
+        assert torch.equal(ours["probes"][name], value)
+    whole_log, our_log = ([e for e in read_metrics(o / "linear-cached") if "loss" not in e] for o in outs)
+    assert our_log == whole_log and len(our_log) == 23
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("step", [1, 3, 5])
 def test_interrupted_in_any_epoch(step, workers, pretrained, data, uninterrupted, tmp_path, monkeypatch):

@@ -148,7 +148,7 @@ def test_the_program_with_transfer_and_control(runs, tmp_path, capsys):
     ("more", "said"),
     [
         (["--transfer", "/somewhere"], "transfer '/somewhere' has no name or no folder; expected NAME=DIR"),
-        (["--transfer", "val=/somewhere"], "'val' is the name of data.path's test images"),
+        (["--transfer", "val=/somewhere"], "'val' is the name of data.path's own test images"),
         (["--transfer", "second=/nowhere/at/all"], "transfer"),
     ],
 )

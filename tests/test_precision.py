@@ -206,6 +206,25 @@ def test_auto_is_fp32_on_a_cpu():
     assert choose_precision("fp16", CPU) == "fp16"
 
 
+def test_mixed_precision_on_a_cpu_takes_plain_attention_and_sets_all_back():
+    def settings():
+        allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+        return torch.is_autocast_enabled("cpu"), torch.backends.cuda.flash_sdp_enabled(), allowed
+
+    before = settings()
+    assert before[0] is False and before[1] is True
+    mixed = autocast("bf16", CPU)
+    for _ in range(2):  # a step enters it twice
+        with mixed:
+            assert settings() == (True, False, True)
+            query = torch.randn(2, 3, 10, 8, requires_grad=True)
+            attended = torch.nn.functional.scaled_dot_product_attention(query, query, query)
+            assert attended.dtype == torch.bfloat16 and "Flash" not in str(attended.grad_fn)
+        assert settings() == before
+    exact = torch.nn.functional.scaled_dot_product_attention(query, query, query)
+    torch.testing.assert_close(attended.float(), exact, rtol=0.02, atol=0.02)
+
+
 def test_numerics_follow_the_options():
     try:
         set_numerics(tf32=True, deterministic=True)

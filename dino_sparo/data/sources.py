@@ -173,8 +173,7 @@ def open_labelled(path: str, key: str = "data.path") -> tuple[ImageSource, Image
     _warn_of_empty_classes(train)
     val = _labelled_val(Path(path), train)
     if val is None:
-        held_out = np.arange(len(train)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-        return train.subset(np.flatnonzero(~held_out)), train.subset(np.flatnonzero(held_out))
+        return hold_out(train)
     unknown = sorted(set(val.classes) - set(train.classes))
     if unknown:
         problem = "has no image" if (train.root / unknown[0]).is_dir() else "does not exist"
@@ -185,6 +184,12 @@ def open_labelled(path: str, key: str = "data.path") -> tuple[ImageSource, Image
     _warn_of_empty_classes(val)
     to_train = np.array([train.classes.index(name) for name in val.classes], dtype=np.int64)
     return train, replace(val, classes=train.classes, class_numbers=to_train)
+
+
+def hold_out(source: ImageSource) -> tuple[ImageSource, ImageSource]:
+    """The images to learn from, and every fifth, to test on."""
+    held_out = np.arange(len(source)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    return source.subset(np.flatnonzero(~held_out)), source.subset(np.flatnonzero(held_out))
 
 
 def is_set(path: str) -> bool:

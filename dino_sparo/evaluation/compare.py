@@ -73,12 +73,20 @@ def compare_runs(runs: Sequence[str], control: str | None = None) -> Comparison:
         raise UserError("compare has no runs; give their folders, as in `dino-sparo compare RUN RUN`")
     read = [read_run(given) for given in runs]
     groups = group_runs(read)
-    chosen, remark = _choose_control(groups, control)
+    return compare_groups(groups, *_choose_control(groups, control))
+
+
+def compare_groups(groups: Sequence[Group], control: Group | None, remark: str = DIFFERENCES) -> Comparison:
+    """Headline accuracies of some recipes, with differences to that of `control`, about which is the remark.
+
+    Raises:
+        UserError: they have no result in common.
+    """
     remarks = [remark] if len(groups) > 1 else []  # of one recipe there are no differences
-    measures = sorted({m: None for one in read for m in one.headline}, key=Measure.order)
+    measures = sorted({m: None for g in groups for r in g.runs for m in r.headline}, key=Measure.order)
     if len(groups) > 1 and not any(sum(bool(g.results(m)) for g in groups) > 1 for m in measures):
         held = (
-            f"{g.label} has {', '.join(_title(m, groups) for m in measures if g.results(m))}" for g in groups
+            f"{g.label} has {', '.join(title(m, groups) for m in measures if g.results(m))}" for g in groups
         )
         raise UserError(
             f"the recipes have no result in common ({'; '.join(held)}); evaluate them by the same protocol "
@@ -86,14 +94,14 @@ def compare_runs(runs: Sequence[str], control: str | None = None) -> Comparison:
         )
     rows, notes = [], []
     for measure in measures:
-        title = _title(measure, groups)
-        rows.append([title, *(_accuracy(group.results(measure)) for group in groups)])
-        notes += _unequal_settings(title, measure, groups)
-        if chosen is not None and len(groups) > 1:
-            cells, reasons = _differences(measure, groups, chosen)
-            rows += [[f"  difference to {chosen.label}", *cells]] if set(cells) - {"", NOTHING} else []
-            notes += [f"{title}: {reason}" for reason in reasons]
-    header = ["top-1 in %", *(f"{g.label} (control)" if g is chosen else g.label for g in groups)]
+        name = title(measure, groups)
+        rows.append([name, *(_accuracy(group.results(measure)) for group in groups)])
+        notes += _unequal_settings(name, measure, groups)
+        if control is not None and len(groups) > 1:
+            cells, reasons = _differences(measure, groups, control)
+            rows += [[f"  difference to {control.label}", *cells]] if set(cells) - {"", NOTHING} else []
+            notes += [f"{name}: {reason}" for reason in reasons]
+    header = ["top-1 in %", *(f"{g.label} (control)" if g is control else g.label for g in groups)]
     return Comparison(header, rows, [*_legend(groups), *remarks, *notes])
 
 
@@ -135,7 +143,7 @@ def _choose_control(groups: Sequence[Group], control: str | None) -> tuple[Group
     return None, f"no differences: {found} a read-out other than sparo; --control RUN names the control"
 
 
-def _title(measure: Measure, groups: Sequence[Group]) -> str:
+def title(measure: Measure, groups: Sequence[Group]) -> str:
     """A measure in words; k-NN by its k."""
     names = {result.name for group in groups for result in group.results(measure)}
     what = "/".join(sorted(names)) if measure.protocol == "knn" else measure.protocol

@@ -41,6 +41,9 @@ Waiting = Callable[[], AbstractContextManager[None]]
 class Feed(Protocol):
     """What probes learn from: a batch for each step from the first one to the end of the run."""
 
+    checkpoint_every_epochs: int
+    """So often, as many epochs as can well be done again after a stop."""
+
     def batches(self, waiting: Waiting) -> Iterator[Batch]:
         """This process's share of each global batch; `waiting` is entered while it waits for images."""
         ...
@@ -52,6 +55,8 @@ class Feed(Protocol):
 
 class ImageFeed:
     """The official training crops through the frozen encoder: random resized crop (bilinear), flip."""
+
+    checkpoint_every_epochs = 1
 
     def __init__(
         self,
@@ -108,6 +113,8 @@ class ImageFeed:
 
 class CachedFeed:
     """Features of centre crops that have been computed before: the same in every epoch."""
+
+    checkpoint_every_epochs = 10  # an epoch takes less time than a checkpoint
 
     def __init__(
         self,

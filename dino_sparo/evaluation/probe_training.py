@@ -134,7 +134,7 @@ def train(
     global_batch_size: int,
     device: torch.device,
 ) -> None:
-    """All epochs that are left: train, score on val, log, and write a checkpoint with the settings.
+    """All epochs that are left: train, score on val, log, and write checkpoints with the settings.
 
     Raises:
         UserError: features are not finite, an image cannot be read, or the workers that load images failed.
@@ -169,6 +169,8 @@ def train(
             for number, accuracy in enumerate(top1.tolist()):
                 if accuracy > learning.best[number][0]:
                     learning.best[number] = (accuracy, learning.epochs_done)
+            if learning.epochs_done % feed.checkpoint_every_epochs and learning.epochs_done < learning.epochs:
+                continue
             run_log.flush()
             if rank() == 0:
                 save_checkpoint({"step": done, "config": settings, **learning.state()}, folder, step=done)

@@ -79,17 +79,27 @@ def open_test_sets(given: Sequence[str], train_classes: Sequence[str]) -> list[T
     """
     test_sets: list[TestSet] = []
     for text in given:
-        name, equals, folder = text.partition("=")
-        if not (name and equals and folder) or "/" in name:
-            raise UserError(f"test {text!r} has no name or no folder; {EXPECTED}")
-        if name == VAL:
-            raise UserError(
-                f"test {text!r}: {VAL!r} is the name of data.path's own test images; give another name"
-            )
+        name, folder = named_folder(text, "test", EXPECTED)
         if name in (other.name for other in test_sets):
             raise UserError(f"test {text!r}: the name {name!r} is given twice; give each test set its own")
         test_sets.append(_open_test_set(name, text, Path(folder), tuple(train_classes)))
     return test_sets
+
+
+def named_folder(text: str, key: str, expected: str) -> tuple[str, str]:
+    """Name and folder of `NAME=DIR`, which was given as the option `key`.
+
+    Raises:
+        UserError: no name, no folder, or the name `val`.
+    """
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder) or "/" in name:
+        raise UserError(f"{key} {text!r} has no name or no folder; {expected}")
+    if name == VAL:
+        raise UserError(
+            f"{key} {text!r}: {VAL!r} is the name of data.path's own test images; give another name"
+        )
+    return name, folder
 
 
 def as_test_set(name: str, source: ImageSource, train_classes: Sequence[str]) -> TestSet:

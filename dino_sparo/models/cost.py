@@ -22,6 +22,7 @@ def encoder_cost(encoder: Encoder, image_size: int) -> dict[str, int]:
         image_size: side in pixels of the one image that is counted.
 
     Returns:
+        embed_dim: numbers of an encoding.
         parameters, readout_parameters: numbers in all parameters; 0 for a read-out without any.
         flops, readout_flops: of a forward pass on one image; a multiply-add is two.
     """
@@ -38,6 +39,7 @@ def encoder_cost(encoder: Encoder, image_size: int) -> dict[str, int]:
         encoder.train(training)
     parameters, in_backbone = count_parameters(encoder), count_parameters(encoder.backbone)
     return {
+        "embed_dim": encoder.embed_dim,
         "parameters": parameters,
         "readout_parameters": parameters - in_backbone,
         "flops": int(of_backbone.get_total_flops() + of_readout.get_total_flops()),

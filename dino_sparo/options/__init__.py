@@ -13,7 +13,7 @@ from dino_sparo.options.slots import (
     SlotRankOptions,
     SlotReportOptions,
 )
-from dino_sparo.options.sweeping import SweepOptions
+from dino_sparo.options.sweeping import StudyOptions, SweepOptions
 from dino_sparo.options.training import (
     ArchOptions,
     CheckOptions,
@@ -59,6 +59,7 @@ __all__ = [
     "SlotMaskOptions",
     "SlotRankOptions",
     "SlotReportOptions",
+    "StudyOptions",
     "SweepOptions",
     "ViewOptions",
 ]

@@ -1,11 +1,12 @@
 """In which numbers the networks compute: autocast, loss scaling, TF32, and bit-equal runs on a GPU."""
 
 import os
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 INITIAL_SCALE = 2.0**16
 GROWTH_STEPS = 2000
@@ -25,7 +26,27 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
     """Mixed precision for forward passes; nothing for fp32."""
     if precision == "fp32":
         return nullcontext()
+    if device.type == "cpu":
+        return _MixedOnCpu(DTYPES[precision])
     return torch.autocast(device.type, DTYPES[precision])
+
+
+class _MixedOnCpu(ExitStack):
+    """Mixed precision, with attention by plain products: torch's fused one is slow for them on a CPU."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __enter__(self) -> Self:
+        self.callback(
+            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp,  # not of CUDA alone
+            torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed(),
+        )
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+        self.enter_context(sdpa_kernel(SDPBackend.MATH))
+        self.enter_context(torch.autocast("cpu", self.dtype))
+        return self
 
 
 def set_numerics(*, tf32: bool, deterministic: bool) -> None:

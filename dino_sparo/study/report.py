@@ -1,0 +1,191 @@
+"""The page of a study: differences to the control, every seed, curves, cost; Markdown, JSON and a picture."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from dino_sparo.evaluation.compare import Comparison, title
+from dino_sparo.evaluation.groups import Group, Measure, Run
+from dino_sparo.sweep import KNN
+from dino_sparo.training.runlog import read_metrics
+
+PAGE, JSON_FILE, CURVES = "study.md", "study.json", "curves.png"
+NOT_THERE = "–"
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a run has logged while it learned."""
+
+    curve: dict[float, float]
+    """The monitor's 20-NN top-1 in per cent by epoch."""
+    seconds: float
+    """Of all steps together, with loading; without k-NN and checkpoints."""
+    images_per_second: float
+    """The mean over these."""
+
+
+def training_of(run: Run) -> Training:
+    """Read a run's log. Steps that were done again after a stop count once."""
+    assert run.recipe is not None
+    batch_size = run.recipe["optim.global_batch_size"]
+    curve, seconds, steps = {}, 0.0, 0
+    for entry in read_metrics(run.folder):
+        if KNN in entry:
+            curve[float(entry["epoch"])] = entry[KNN]
+        if "images_per_second" in entry:
+            seconds += batch_size * (entry["step"] - steps) / entry["images_per_second"]
+            steps = entry["step"]
+    return Training(curve, seconds, batch_size * steps / seconds if seconds else 0.0)
+
+
+def page(
+    groups: Sequence[Group],
+    trainings: dict[Path, Training],
+    comparison: Comparison,
+    costs: Sequence[dict[str, Any]],
+    about: Sequence[str],
+) -> str:
+    """The page as Markdown.
+
+    Args:
+        groups: the rows of the study, with their runs.
+        trainings: by run folder.
+        comparison: the table of means and differences.
+        costs: parameters and FLOPs by row, as in the table of `sweep`.
+        about: lines on how all this was made.
+    """
+    measures = sorted({m: None for g in groups for run in g.runs for m in run.headline}, key=Measure.order)
+    parts = ["# Study", *about, "## Means and differences", comparison.markdown()]
+    parts += ["## Every seed", _table(*seeds_table(groups, measures))]
+    parts += [
+        "## 20-NN while training",
+        f"![20-NN over epochs]({CURVES})",
+        _table(*curve_table(groups, trainings)),
+    ]
+    parts += ["## Cost", _table(*cost_table(groups, trainings, costs))]
+    parts += ["## Probes that were chosen", _table(*probes_table(groups, measures))]
+    return "\n\n".join(parts) + "\n"
+
+
+def seeds_table(groups: Sequence[Group], measures: Sequence[Measure]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: each run's accuracies."""
+    rows = []
+    for group in groups:
+        for run in group.runs:
+            found = (run.headline.get(measure) for measure in measures)
+            cells = [f"{result.top1:.2f}" if result else NOT_THERE for result in found]
+            rows.append([group.label, str(run.seed), *cells])
+    return ["top-1 in %", "seed", *(title(measure, groups) for measure in measures)], rows
+
+
+def curve_table(
+    groups: Sequence[Group], trainings: dict[Path, Training]
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: 20-NN by epoch, the mean over seeds and their standard deviation."""
+    epochs = sorted({epoch for training in trainings.values() for epoch in training.curve})
+    rows = []
+    for group in groups:
+        of_runs = [trainings[run.folder].curve for run in group.runs]
+        known = [[curve[epoch] for curve in of_runs if epoch in curve] for epoch in epochs]
+        rows.append([group.label, *(mean_and_deviation(values, 1) for values in known)])
+    return ["20-NN in %, after epoch", *(f"{epoch:g}" for epoch in epochs)], rows
+
+
+def cost_table(
+    groups: Sequence[Group], trainings: dict[Path, Training], costs: Sequence[dict[str, Any]]
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: size, operations, and how long the runs took."""
+    by_row = {cost["variant"]: cost for cost in costs}
+    rows = []
+    for group in groups:
+        cost, of_runs = by_row[group.label], [trainings[run.folder] for run in group.runs]
+        rows.append(
+            [
+                group.label,
+                str(cost["embed_dim"]),
+                f"{cost['readout_parameters'] / 1e6:.3f}",
+                f"{cost['parameters'] / 1e6:.3f}",
+                f"{cost['flops'] / 1e9:.4g}",
+                mean_and_deviation([training.seconds / 60 for training in of_runs], 1),
+                mean_and_deviation([training.images_per_second for training in of_runs], 1),
+            ]
+        )
+    header = ["", "numbers of an encoding", "read-out, M parameters", "encoder, M parameters"]
+    return [*header, "GFLOPs an image", "minutes of training", "images/s"], rows
+
+
+def probes_table(groups: Sequence[Group], measures: Sequence[Measure]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: which probe was the best on train images held out, by row of the study."""
+    linear = [measure for measure in measures if measure.protocol != "knn"]
+    rows = []
+    for group in groups:
+        found = [group.results(measure) for measure in linear]
+        rows.append([group.label, *(results[0].name if results else NOT_THERE for results in found)])
+    return ["", *(title(measure, groups) for measure in linear)], rows
+
+
+def draw_curves(groups: Sequence[Group], trainings: dict[Path, Training], path: Path) -> None:
+    """Write a PNG: 20-NN over epochs, thick the mean over seeds of each row, thin each seed."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for number, group in enumerate(groups):
+        colour = f"C{number % 10}"
+        curves = [trainings[run.folder].curve for run in group.runs]
+        shared = sorted(set.intersection(*(set(curve) for curve in curves)))
+        means = [statistics.fmean(curve[epoch] for curve in curves) for epoch in shared]
+        axis.plot(shared, means, "o-", color=colour, linewidth=2, markersize=4, label=_with_count(group))
+        for curve in curves if len(curves) > 1 else ():
+            axis.plot(list(curve), list(curve.values()), color=colour, linewidth=0.7, alpha=0.5)
+    axis.set(xlabel="epoch", ylabel="20-NN top-1, per cent", title="20-NN of the teacher while training")
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def as_json(groups: Sequence[Group], trainings: dict[Path, Training]) -> dict[str, Any]:
+    """Every number of the page as plain values, by row and run."""
+    return {group.label: [_run_as_json(run, trainings[run.folder]) for run in group.runs] for group in groups}
+
+
+def _run_as_json(run: Run, training: Training) -> dict[str, Any]:
+    return {
+        "run": str(run.folder),
+        "seed": run.seed,
+        "seconds": training.seconds,
+        "images_per_second": training.images_per_second,
+        "curve": training.curve,
+        "results": [
+            {
+                "data": measure.test_set,
+                "protocol": measure.protocol,
+                "train_fraction": measure.train_fraction,
+                "setting": result.name,
+                "num_train": result.details["num_train"],
+                "num_images": result.num_images,
+                "top1": result.top1,
+                "top5": result.top5,
+            }
+            for measure, result in run.headline.items()
+        ],
+    }
+
+
+def mean_and_deviation(values: Sequence[float], digits: int) -> str:
+    """`mean ± sample standard deviation`, the latter of two or more."""
+    if not values:
+        return NOT_THERE
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
+
+
+def _with_count(group: Group) -> str:
+    return f"{group.label} ({len(group.runs)} seed{'s' if len(group.runs) > 1 else ''})"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))

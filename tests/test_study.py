@@ -1,0 +1,175 @@
+"""`dino-sparo study`: training, evaluating and the page, end to end and in its parts."""
+
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from dino_sparo import sweep
+from dino_sparo.__main__ import main
+from dino_sparo.config import parse_options
+from dino_sparo.errors import UserError
+from dino_sparo.evaluation.results import Result, read_results
+from dino_sparo.options import StudyOptions
+from dino_sparo.study import measuring, program
+from dino_sparo.training.runlog import read_metrics
+from tests.tiny import tiny_arguments, write_pictures
+
+VARIANTS = {
+    "cls": {f"model.readout.{key}": None for key in ("num_slots", "slot_dim", "key_dim", "group_size")}
+    | {"model.readout.name": "cls"},
+    "sparo": {},
+    "gap": {f"model.readout.{key}": None for key in ("num_slots", "slot_dim", "key_dim", "group_size")}
+    | {"model.readout.name": "gap"},
+}
+
+
+def write_labelled(folder: Path, seed: int) -> None:
+    """Two classes that an untrained encoder tells apart: dark and light pictures."""
+    rng = np.random.default_rng(seed)
+    for split, count in (("train", 40), ("val", 10)):
+        for number in range(count):
+            path = folder / split / ("dark", "light")[number % 2] / f"{number:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            low = 0 if number % 2 == 0 else 120
+            pixels = rng.integers(low, low + 120, (24, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(path)
+
+
+def arguments(folder: Path, *more: str, **changes) -> list[str]:
+    given = {"optim__epochs": 2, "optim__warmup_epochs": 0, "monitor__knn_every_epochs": 1} | changes
+    return [
+        *tiny_arguments(folder / "data", folder / "study", **given),
+        f"--variants={folder / 'variants.yaml'}",
+        '--vary=["seed=0,1"]',
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory):
+    """A study of two read-outs and two seeds, and the folder it lies in."""
+    folder = tmp_path_factory.mktemp("study")
+    write_labelled(folder / "data", 0)
+    write_labelled(folder / "other", 1)
+    (folder / "variants.yaml").write_text(yaml.safe_dump(VARIANTS, sort_keys=False))
+    only = '--only=["cls", "sparo"]'
+    transfer = f'--transfer=["other={folder / "other"}"]'
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measuring, "EPOCHS", 3)
+        assert main(["study", *arguments(folder, only, transfer, "--train_fractions=[1.0, 0.2]")]) == 0
+    return folder
+
+
+def test_the_page_has_every_seed_and_each_mean_is_theirs(studied):
+    content = json.loads((studied / "study" / "study.json").read_text())
+    assert list(content) == ["cls", "sparo"]  # gap was left out
+    page = (studied / "study" / "study.md").read_text()
+    for row, runs in content.items():
+        assert [run["seed"] for run in runs] == [0, 1]
+        of_knn = []
+        for run in runs:
+            assert [(r["data"], r["protocol"], r["train_fraction"]) for r in run["results"]] == [
+                ("val", "knn", 1.0),
+                ("val", "linear-cached", 1.0),
+                ("val", "linear-cached", 0.2),
+                ("other", "knn", 1.0),
+                ("other", "linear-cached", 1.0),
+                ("other", "linear-cached", 0.2),
+            ]
+            stored = read_results(Path(run["run"]) / "study" / "val")
+            (knn,) = [r for r in stored if r.protocol == "knn"]
+            assert knn.top1 == run["results"][0]["top1"]
+            of_knn.append(knn.top1)
+            cells = " | ".join(f"{run['results'][i]['top1']:.2f}" for i in (0, 3))
+            assert f"| {row} | {run['seed']} | {cells}" in page
+        assert f"{statistics.fmean(of_knn):.2f} ± {statistics.stdev(of_knn):.2f} (2 seeds)" in page
+    assert "difference to cls" in page and "sparo" in page and "20-NN, other" in page
+    assert (studied / "study" / "curves.png").stat().st_size > 5000
+
+
+def test_curves_and_speed_are_those_of_the_log(studied):
+    content = json.loads((studied / "study" / "study.json").read_text())
+    for run in (run for runs in content.values() for run in runs):
+        entries = read_metrics(Path(run["run"]))
+        assert list(run["curve"]) == ["0.0", "1.0", "2.0"]
+        assert run["curve"]["2.0"] == entries[-1][sweep.KNN]
+        logged = [entry for entry in entries if "images_per_second" in entry]
+        assert len(logged) == logged[-1]["step"] == 20  # one an entry, of 4 images
+        assert run["seconds"] == pytest.approx(sum(4 / entry["images_per_second"] for entry in logged))
+        assert run["images_per_second"] == pytest.approx(80 / run["seconds"])
+
+
+def test_probes_are_chosen_on_train_images_that_they_have_not_seen(studied):
+    folder = studied / "study" / "sparo_seed=0" / "study" / "val"
+    held_out = [r for r in read_results(folder / measuring.HELD_OUT) if r.train_fraction == 1]
+    assert {r.test_set for r in held_out} == {"held-out"}
+    assert {(r.details["num_train"], r.num_images) for r in held_out} == {(32, 8)}
+    reported = [r for r in read_results(folder) if r.protocol == "linear-cached" and r.train_fraction == 1]
+    assert {(r.details["num_train"], r.num_images) for r in reported} == {(40, 10)}
+    few = [r for r in read_results(folder) if r.train_fraction == 0.2]
+    assert {r.details["num_train"] for r in few} == {8}
+    assert [r.name for r in held_out] == [r.name for r in reported] and len(reported) == 16
+
+
+def test_again_trains_nothing_and_says_the_same(studied, capsys, monkeypatch):
+    monkeypatch.setattr(measuring, "EPOCHS", 3)
+    only = '--only=["cls", "sparo"]'
+    before = (studied / "study" / "study.json").read_text()
+    starts = [path.read_text() for path in sorted((studied / "study").glob("*/starts.jsonl"))]
+    transfer = f'--transfer=["other={studied / "other"}"]'
+    assert main(["study", *arguments(studied, only, transfer, "--train_fractions=[1.0, 0.2]")]) == 0
+    assert (studied / "study" / "study.json").read_text() == before
+    assert [path.read_text() for path in sorted((studied / "study").glob("*/starts.jsonl"))] == starts
+    assert "difference to cls" in capsys.readouterr().out
+
+
+def result(name: str, top1: float) -> Result:
+    return Result(
+        protocol="linear-cached",
+        name=name,
+        headline=False,
+        test_set="val",
+        weights="teacher",
+        top1=top1,
+        top5=100.0,
+        num_images=1,
+        num_classes=2,
+        details={},
+        correct=np.array([True]),
+        images="",
+    )
+
+
+def test_the_chosen_probe_is_best_in_the_mean_on_held_out_images_whatever_the_test_images_say():
+    first = measuring.Probed([result("a", 50), result("b", 60)], [result("a", 99), result("b", 10)])
+    second = measuring.Probed([result("a", 55), result("b", 50)], [result("a", 98), result("b", 11)])
+    chosen = measuring.choose([first, second])
+    assert [(one.name, one.top1, one.headline) for one in chosen] == [("b", 10, True), ("b", 11, True)]
+    third = replace(second, held_out=[result("a", 70), result("b", 50)])
+    assert [one.name for one in measuring.choose([first, third])] == ["a", "a"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--control=mean"], "control 'mean' is no row of the table; it has cls, sparo, gap"),
+        (["--train_fractions=[1.5]"], "train_fractions has 1.5; expected above 0 and at most 1"),
+        (['--transfer=["nothing"]'], "transfer 'nothing' has no name or no folder; expected NAME=DIR"),
+        (['--transfer=["val=x"]'], "'val' is the name of data.path's own test images"),
+        (['--transfer=["a=x", "a=y"]'], "the name 'a' is given twice"),
+        (['--transfer=["a=/no/such"]'], "transfer '/no/such' does not exist"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_trained(tmp_path, more, message):
+    write_pictures(tmp_path / "data", 24, classes=2)
+    (tmp_path / "variants.yaml").write_text(yaml.safe_dump(VARIANTS, sort_keys=False))
+    options = parse_options(StudyOptions, arguments(tmp_path, *more), usage="")
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        program.run(options)
+    assert not list((tmp_path / "study").glob("*/checkpoints"))
