@@ -26,7 +26,16 @@ from dino_sparo.processes import end_at_once, end_with_launcher, leave_note
 from dino_sparo.terminal import coloured, set_up_log
 
 RANK = int(os.environ.get("RANK", "0"))  # as torchrun sets it
-GOING_ON = ("pretrain", "sweep", "demo", "prepare", "shard", "knn", "linear")  # after an interruption
+GOING_ON = (
+    "pretrain",
+    "sweep",
+    "study",
+    "demo",
+    "prepare",
+    "shard",
+    "knn",
+    "linear",
+)  # after an interruption
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -147,7 +156,7 @@ def run_command(name: str, arguments: list[str], flags: set[str]) -> int:
     if "dry_run" in flags:
         only_one_process("--dry-run")
         if command.plan is None:
-            raise UserError(f"--dry-run is for pretrain and sweep, not for {name}; leave it out")
+            raise UserError(f"--dry-run is for pretrain, sweep and study, not for {name}; leave it out")
         return imported(command.plan)(options, value_of(arguments, "--config")) or 0
     if name not in DISTRIBUTED:
         only_one_process(name)

@@ -21,7 +21,7 @@ from dino_sparo.data.workers import WatchedLoader
 from dino_sparo.device import wait_for
 from dino_sparo.models.cost import bytes_saved_for_backward
 from dino_sparo.models.encoder import DinoModel
-from dino_sparo.training.precision import DTYPES, autocast
+from dino_sparo.training.precision import DTYPES, autocast, plain_attention
 from dino_sparo.training.pretrain import train_step
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.state import TrainState
@@ -110,7 +110,8 @@ def measure_steps(
         if number == 2:
             wait_for(device)
             started = time.monotonic()
-        output = train_step(state, batches, 1, hyper, clip_norm=clip_norm, autocast=mixed)
+        with plain_attention(precision, device):
+            output = train_step(state, batches, 1, hyper, clip_norm=clip_norm, autocast=mixed)
     wait_for(device)
     elapsed = time.monotonic() - started
     measured = Stepping(steps * batch_size / elapsed, batch_size, output.loss.item())

@@ -101,7 +101,7 @@ def plan_sweep(options: SweepOptions, recipe: str) -> int:
         except UserError as error:
             problems.append(str(error))
     try:
-        sweep.check_knn(variants[0].options)
+        sweep.check_data(variants)
     except UserError as error:
         problems.append(str(error))
     print("\n".join(sweep.as_markdown(sweep.table(variants, {}))))

@@ -6,8 +6,8 @@ import os
 import re
 import statistics
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from dino_sparo.config import parse_options, recipes
 from dino_sparo.errors import StuckError, UserError, UserFileNotFoundError
 from dino_sparo.models.cost import encoder_cost
 from dino_sparo.options import PretrainOptions, SweepOptions
-from dino_sparo.training.checkpoint import encoder_of
+from dino_sparo.training.checkpoint import encoder_of, latest_step
 from dino_sparo.training.pretrain import pretrain
 from dino_sparo.training.rundir import check_same_experiment, config_of
 from dino_sparo.training.runlog import read_metrics
@@ -78,7 +78,7 @@ def train(options: SweepOptions, variants: Sequence[Variant]) -> dict[str, str]:
     """
     for variant in variants:
         check_same_experiment(Path(variant.options.run_dir), config_of(variant.options))
-    check_knn(variants[0].options)
+    check_data(variants)
     errors: dict[str, str] = {}
     chosen = [variant for variant in variants if not options.only or variant.name in options.only]
     for number, variant in enumerate(chosen, start=1):
@@ -113,6 +113,13 @@ def plan(options: SweepOptions) -> list[Variant]:
             variant = _variant(name, changes, chosen, recipe, Path(options.run_dir))
             if variant.folder in planned:
                 raise UserError(f"run {variant.folder!r} is planned twice; give each variant and value once")
+            if any(
+                (other.row, other.options.seed) == (variant.row, variant.options.seed)
+                for other in planned.values()
+            ):
+                raise UserError(
+                    f"seed {variant.options.seed} of {variant.row!r} is planned twice; give it once"
+                )
             planned[variant.folder] = variant
     return list(planned.values())
 
@@ -185,6 +192,19 @@ def parse_vary(text: str) -> tuple[str, list[str]]:
     if not key or "" in values:
         raise UserError(f"vary has {text!r}; expected section.key=VALUE,VALUE,...")
     return key.strip(), values
+
+
+def check_data(variants: Sequence[Variant]) -> None:
+    """Refuse variants without k-NN, before others are trained.
+
+    Raises:
+        UserError: naming what is missing.
+    """
+    different: dict[str, PretrainOptions] = {}
+    for options in (variant.options for variant in variants):
+        different.setdefault(json.dumps([asdict(options.data), asdict(options.monitor)]), options)
+    for options in different.values():
+        check_knn(options)
 
 
 def check_knn(options: PretrainOptions) -> None:
@@ -265,19 +285,19 @@ def write(folder: Path, options: SweepOptions, rows: Sequence[dict[str, Any]]) -
         JSON_FILE: json.dumps(content, indent=1) + "\n",
         TABLE_FILE: "\n".join([*as_markdown(rows), "", legend]) + "\n",
     }
-    write_texts(folder, texts)
+    write_files(folder, texts)
 
 
-def write_texts(folder: Path, texts: dict[str, str]) -> None:
+def write_files(folder: Path, contents: Mapping[str, str | bytes]) -> None:
     """Write files, each whole or not at all, while others may write them too.
 
     Raises:
         UserError: they cannot be written.
     """
-    for name, text in texts.items():
+    for name, content in contents.items():
         try:
             temporary = folder / f"{name}.{os.getpid()}.tmp"
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
             os.replace(temporary, folder / name)
         except OSError as error:
             raise UserError(
@@ -287,9 +307,9 @@ def write_texts(folder: Path, texts: dict[str, str]) -> None:
 
 
 def final_knn(run_dir: Path, epochs: int) -> float | None:
-    """The monitor's 20-NN after the last epoch; None before there is one."""
-    found = [entry[KNN] for entry in read_metrics(run_dir) if KNN in entry and entry["epoch"] >= epochs]
-    return found[-1] if found else None
+    """The monitor's 20-NN after the last epoch; None before there is one, and the last checkpoint."""
+    found = [entry for entry in read_metrics(run_dir) if KNN in entry and entry["epoch"] >= epochs]
+    return found[-1][KNN] if found and latest_step(run_dir) >= found[-1]["step"] else None
 
 
 def _title(name: str, chosen: Changes) -> str:

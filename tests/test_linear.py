@@ -222,7 +222,7 @@ def test_interrupted_in_any_epoch(step, workers, pretrained, data, uninterrupted
 
 
 def logged_values(out: Path) -> list[dict]:
-    clock = ("images_per_second", "data_wait_share", "log_share")
+    clock = ("seconds", "images_per_second", "data_wait_share", "log_share")
     return [{k: v for k, v in entry.items() if k not in clock} for entry in read_metrics(out / "linear")]
 
 

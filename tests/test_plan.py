@@ -99,7 +99,10 @@ def test_full_disk_is_told(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["knn", "RUN", "--data.path", "x", "--dry-run"], "--dry-run is for pretrain and sweep, not for knn"),
+        (
+            ["knn", "RUN", "--data.path", "x", "--dry-run"],
+            "--dry-run is for pretrain, sweep and study, not for knn",
+        ),
         (
             ["pretrain", "--config", "demo", "--run_dir", "x", "--nproc", "7", "--dry-run"],
             "not divisible",

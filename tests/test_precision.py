@@ -10,7 +10,14 @@ from dino_sparo.distributed import Group
 from dino_sparo.training import precision, setup
 from dino_sparo.training import pretrain as program
 from dino_sparo.training.checkpoint import load_latest
-from dino_sparo.training.precision import INITIAL_SCALE, LossScale, autocast, choose_precision, set_numerics
+from dino_sparo.training.precision import (
+    INITIAL_SCALE,
+    LossScale,
+    autocast,
+    choose_precision,
+    plain_attention,
+    set_numerics,
+)
 from dino_sparo.training.pretrain import train_step
 from dino_sparo.training.rundir import config_of
 from dino_sparo.training.runlog import read_metrics
@@ -209,20 +216,29 @@ def test_auto_is_fp32_on_a_cpu():
 def test_mixed_precision_on_a_cpu_takes_plain_attention_and_sets_all_back():
     def settings():
         allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
-        return torch.is_autocast_enabled("cpu"), torch.backends.cuda.flash_sdp_enabled(), allowed
+        return torch.backends.cuda.flash_sdp_enabled(), allowed
 
     before = settings()
-    assert before[0] is False and before[1] is True
-    mixed = autocast("bf16", CPU)
-    for _ in range(2):  # a step enters it twice
-        with mixed:
-            assert settings() == (True, False, True)
+    assert before[0] is True
+    with plain_attention("fp32", CPU):
+        assert settings() == before
+    with plain_attention("bf16", CPU):
+        assert settings() == (False, True)
+        with autocast("bf16", CPU):
             query = torch.randn(2, 3, 10, 8, requires_grad=True)
             attended = torch.nn.functional.scaled_dot_product_attention(query, query, query)
             assert attended.dtype == torch.bfloat16 and "Flash" not in str(attended.grad_fn)
-        assert settings() == before
+    assert settings() == before
     exact = torch.nn.functional.scaled_dot_product_attention(query, query, query)
     torch.testing.assert_close(attended.float(), exact, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_activation_checkpointing_goes_with_mixed_precision_on_a_cpu(tmp_path, precision):
+    write_pictures(tmp_path / "data", 8)
+    changes = {"machine__precision": precision, "optim__epochs": 1, "optim__warmup_epochs": 0}
+    changes |= {"machine__activation_checkpointing": "true"}
+    program.pretrain(tiny_options(tmp_path / "data", tmp_path / "run", **changes))
 
 
 def test_numerics_follow_the_options():

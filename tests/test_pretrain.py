@@ -29,6 +29,7 @@ from dino_sparo.training.state import build_state
 from tests.tiny import state_hash, tiny_options, write_pictures
 
 SCALARS = {
+    "seconds",
     *("loss", "lr", "weight_decay", "momentum", "teacher_temp", "student_temp", "gradient_norm"),
     *("gradient_norm_max", "entropy_teacher", "entropy_mean", "kl", "center_norm", "feature_std"),
     *("images_per_second", "data_wait_share", "log_share", "memory_gib", "slot_entropy", "slot_cls_share"),

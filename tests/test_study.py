@@ -14,9 +14,10 @@ from dino_sparo import sweep
 from dino_sparo.__main__ import main
 from dino_sparo.config import parse_options
 from dino_sparo.errors import UserError
+from dino_sparo.evaluation.groups import Run
 from dino_sparo.evaluation.results import Result, read_results
 from dino_sparo.options import StudyOptions
-from dino_sparo.study import measuring, program
+from dino_sparo.study import measuring, program, report
 from dino_sparo.training.runlog import read_metrics
 from tests.tiny import tiny_arguments, write_pictures
 
@@ -164,6 +165,8 @@ def test_the_chosen_probe_is_best_in_the_mean_on_held_out_images_whatever_the_te
     [
         (["--control=mean"], "control 'mean' is no row of the table; it has cls, sparo, gap"),
         (["--train_fractions=[1.5]"], "train_fractions has 1.5; expected above 0 and at most 1"),
+        (["--train_fractions=[0.2, 0.20000001]"], "give each share once"),
+        (['--transfer=["..=x"]'], "has no name or no folder"),
         (['--transfer=["nothing"]'], "transfer 'nothing' has no name or no folder; expected NAME=DIR"),
         (['--transfer=["val=x"]'], "'val' is the name of data.path's own test images"),
         (['--transfer=["a=x", "a=y"]'], "the name 'a' is given twice"),
@@ -177,3 +180,55 @@ def test_mistakes_are_told_before_anything_is_trained(tmp_path, more, message):
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         program.run(options)
     assert not list((tmp_path / "study").glob("*/checkpoints"))
+
+
+@pytest.mark.long
+def test_a_run_without_its_last_checkpoint_is_not_complete(studied):
+    run_dir = studied / "study" / "cls_seed=0"
+    assert sweep.final_knn(run_dir, 2) is not None
+    last = run_dir / "checkpoints" / "step_000000020.pt"
+    last.rename(run_dir / "aside")
+    try:
+        assert sweep.final_knn(run_dir, 2) is None
+    finally:
+        (run_dir / "aside").rename(last)
+
+
+@pytest.mark.long
+def test_other_images_are_refused_before_anything_is_trained(studied):
+    given = arguments(studied, f'--transfer=["other={studied / "data"}"]')
+    with pytest.raises(UserError, match="holds other images than 'other' had when the study in"):
+        program.run(parse_options(StudyOptions, given, usage=""))
+    assert not (studied / "study" / "gap_seed=0").exists()
+
+
+@pytest.mark.long
+def test_a_failed_run_is_on_the_page_with_its_reason(studied, monkeypatch, capsys):
+    monkeypatch.setattr(measuring, "EPOCHS", 3)
+    original = program.measure
+
+    def breaking(run_dir, *args, **options):
+        if run_dir.name == "sparo_seed=1":
+            raise UserError("this picture is no picture")
+        return original(run_dir, *args, **options)
+
+    monkeypatch.setattr(program, "measure", breaking)
+    given = arguments(studied, '--only=["cls", "sparo"]', "--train_fractions=[1.0]")
+    before = (studied / "study" / "study.json").read_text()
+    assert program.run(parse_options(StudyOptions, given, usage="")) == 1
+    page = (studied / "study" / "study.md").read_text()
+    assert "- sparo_seed=1: failed, this picture is no picture" in page
+    assert "- gap_seed=0: not complete" in page
+    (studied / "study" / "study.json").write_text(before)
+
+
+def test_seconds_of_a_resumed_run_are_those_of_its_steps(tmp_path):
+    """Stopped after 3 of 6 steps, where the log had 2: the entry after it is about one step."""
+    entries = [
+        {"step": 2, "epoch": 1.0, "seconds": 2.0, "images_per_second": 4.0},
+        {"step": 4, "epoch": 2.0, "seconds": 1.0, "images_per_second": 4.0},
+        {"step": 6, "epoch": 3.0, "seconds": 2.0, "images_per_second": 4.0, sweep.KNN: 50.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    found = report.training_of(Run(tmp_path, {"optim.global_batch_size": 4}, 0, {}))
+    assert (found.curve, found.seconds, found.images_per_second) == ({3.0: 50.0}, 6.0, 4.0)

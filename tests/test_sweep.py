@@ -88,6 +88,18 @@ def test_values(text, expected):
     assert sweep.parse_vary(text) == expected
 
 
+def test_two_spellings_of_a_seed_are_one(data):
+    with pytest.raises(UserError, match="seed 1 of 'recipe' is planned twice; give it once"):
+        sweep.plan(options(data, vary=["seed=1,01"]))
+
+
+def test_every_variant_is_looked_at_before_one_is_trained(data, tmp_path):
+    (tmp_path / "mine.yaml").write_text("good: {}\nlate: {monitor.knn_every_epochs: 0}\n")
+    with pytest.raises(UserError, match=r"monitor\.knn_every_epochs is 0"):
+        sweep.run(options(data, f"--variants={tmp_path / 'mine.yaml'}"))
+    assert not list((data.parent / "sweep").glob("*/checkpoints"))
+
+
 @pytest.mark.parametrize("text", ["seed", "seed=", "=3", "seed=1,,2", "seed=1,"])
 def test_no_values(text):
     with pytest.raises(UserError, match=r"vary has '.*'; expected section.key=VALUE,VALUE"):

@@ -29,7 +29,7 @@ from dino_sparo.data.views import NUM_GLOBAL_CROPS, CropRecipe, crop_recipes
 from dino_sparo.device import wait_for
 from dino_sparo.models.cost import bytes_saved_for_backward
 from dino_sparo.options import PretrainOptions
-from dino_sparo.training.precision import autocast
+from dino_sparo.training.precision import autocast, plain_attention
 from dino_sparo.training.pretrain import train_step
 from dino_sparo.training.rundir import config_of
 from dino_sparo.training.schedules import Hyperparameters
@@ -97,7 +97,8 @@ class Bench:
 
 def our_step(bench: Bench, state: TrainState, groups: list[Tensor]) -> None:
     """One step of training on groups of normalised crops."""
-    train_step(state, repeat(groups), 1, **bench.step_arguments)
+    with plain_attention(bench.precision, bench.device):
+        train_step(state, repeat(groups), 1, **bench.step_arguments)
 
 
 def plain_step_of(bench: Bench, state: PlainState, groups: list[Tensor]) -> None:

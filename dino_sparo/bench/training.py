@@ -52,7 +52,7 @@ from dino_sparo.device import choose_device
 from dino_sparo.errors import UserError
 from dino_sparo.measure import count_flops, measured_peak
 from dino_sparo.options import BenchOptions, PretrainOptions
-from dino_sparo.training.precision import choose_precision, set_numerics
+from dino_sparo.training.precision import choose_precision, plain_attention, set_numerics
 from dino_sparo.training.state import TrainState
 
 log = logging.getLogger("dino_sparo")
@@ -156,7 +156,9 @@ def measure(bench: Bench, *, compare: bool, profile: str | None) -> dict[str, An
     steps = interleaved(contenders, bench.rounds, device)
     pieces: dict[str, list[float]] = {}
     for number in range(bench.rounds + 1):
-        for name, seconds in step_in_stages(ours, groups, **bench.step_arguments).items():
+        with plain_attention(bench.precision, bench.device):
+            stages = step_in_stages(ours, groups, **bench.step_arguments)
+        for name, seconds in stages.items():
             pieces.setdefault(name, []).extend([seconds] if number else [])  # the first one warms up
 
     result: dict[str, Any] = _describe_machine(bench)

@@ -93,7 +93,7 @@ def named_folder(text: str, key: str, expected: str) -> tuple[str, str]:
         UserError: no name, no folder, or the name `val`.
     """
     name, equals, folder = text.partition("=")
-    if not (name and equals and folder) or "/" in name:
+    if not (name and equals and folder) or "/" in name or name in (".", ".."):
         raise UserError(f"{key} {text!r} has no name or no folder; {expected}")
     if name == VAL:
         raise UserError(

@@ -107,10 +107,10 @@ def _probe(options: LinearOptions, opened: Opened, fraction: float) -> Probed:
     to_report = opened
     if fraction < 1:
         to_report = replace(opened, train=balanced_fraction(opened.train, fraction, options.seed))
+    batch = min(MOST_A_BATCH, 2 ** (len(to_choose.train).bit_length() - 1))
+    given = replace(options, train_fraction=fraction, batch_size=batch)
     results = []
     for part in (to_choose, to_report):
-        batch = min(MOST_A_BATCH, 2 ** (len(part.train).bit_length() - 1))
-        given = replace(options, train_fraction=fraction, batch_size=batch)
         results.append(linear.train_all(given, part))
         save_results(part.folder, results[-1])
     return Probed(*results)
@@ -119,6 +119,6 @@ def _probe(options: LinearOptions, opened: Opened, fraction: float) -> Probed:
 def choose(of_seeds: Sequence[Probed]) -> list[Result]:
     """The result on test images of that probe which is best in the mean on images held out, for each seed."""
     names = [result.name for result in of_seeds[0].held_out]
-    means = [sum(one.held_out[i].top1 for one in of_seeds) for i in range(len(names))]
-    best = means.index(max(means))
+    sums = [sum(one.held_out[i].top1 for one in of_seeds) for i in range(len(names))]
+    best = sums.index(max(sums))
     return [replace(one.test[best], headline=True) for one in of_seeds]

@@ -3,6 +3,8 @@
 import json
 import logging
 import shlex
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +12,23 @@ from dino_sparo import sweep
 from dino_sparo.config import flattened
 from dino_sparo.data.sources import open_labelled
 from dino_sparo.device import choose_device
-from dino_sparo.errors import UserError
+from dino_sparo.errors import StuckError, UserError
 from dino_sparo.evaluation.compare import Comparison, compare_groups
+from dino_sparo.evaluation.features import hash_of_images
 from dino_sparo.evaluation.groups import Group, Measure, Run
 from dino_sparo.evaluation.knn import HEADLINE_K
-from dino_sparo.evaluation.results import Result
+from dino_sparo.evaluation.results import Result, alone_in
 from dino_sparo.evaluation.transfer import VAL, named_folder
 from dino_sparo.options import StudyOptions
 from dino_sparo.study.measuring import EPOCHS, Measured, choose, measure
-from dino_sparo.study.report import CURVES, JSON_FILE, PAGE, as_json, draw_curves, page, training_of
+from dino_sparo.study.report import CURVES, JSON_FILE, PAGE, as_json, curves_picture, page, training_of
 from dino_sparo.sweep import Variant
-from dino_sparo.training.rundir import STARTS_FILE, config_of
+from dino_sparo.training.rundir import config_of, read_starts
 
 log = logging.getLogger("dino_sparo")
 
 PROGRAM = "dino-sparo"
+IMAGES_FILE = "images.json"  # which images the study is about, by hash
 EXPECTED = "expected NAME=DIR, DIR holding train/<class>/... and val/<class>/..."
 
 
@@ -38,28 +42,24 @@ def run(options: StudyOptions) -> int:
         StoppedError: a signal has told a run to stop; it is saved, and the study goes on there.
     """
     variants = sweep.plan(options)
-    data_sets = check(options, variants)
+    data_sets, hashes = check(options, variants)
+    Path(options.run_dir).mkdir(parents=True, exist_ok=True)
+    sweep.write_files(Path(options.run_dir), {IMAGES_FILE: json.dumps(hashes, indent=1) + "\n"})
     errors = sweep.train(options, variants)
-    device = choose_device(options.machine.device)
     measured: dict[str, dict[str, Measured]] = {}
     for variant in variants:
         place = Path(variant.options.run_dir)
         if variant.folder in errors or sweep.final_knn(place, variant.options.optim.epochs) is None:
             continue
-        measured[variant.folder] = {
-            name: measure(
-                place,
-                data,
-                name,
-                fractions=options.train_fractions,
-                seed=variant.options.seed,
-                device=device,
-                num_workers=options.machine.num_workers,
-            )
-            for name, data in data_sets.items()
-        }
-        told = [f"{name} {one.knn.top1:.2f} %" for name, one in measured[variant.folder].items()]
-        log.info("evaluated %s: 20-NN on %s", variant.folder, ", ".join(told))
+        log.info("evaluating %s", variant.folder)
+        try:
+            with alone_in(place):  # others may evaluate it too
+                measured[variant.folder] = _measured(options, variant, data_sets)
+        except UserError as error:
+            if isinstance(error, StuckError):  # this process must end
+                raise
+            errors[variant.folder] = str(error)
+            log.warning("WARNING: %s failed: %s", variant.folder, error)
     found = groups(variants, measured)
     if not found:
         log.warning("WARNING: no run is complete, so there is nothing to report")
@@ -70,39 +70,12 @@ def run(options: StudyOptions) -> int:
     return 1 if errors else 0
 
 
-def write_report(options: StudyOptions, found: list[Group], costs: list[dict[str, Any]]) -> Comparison:
-    """Write `study.md`, `study.json` and `curves.png`; returns the table of means and differences."""
-    control = next((group for group in found if group.label == options.control), None)
-    remark = f"no differences: no run of the control {options.control!r} is complete"
-    comparison = compare_groups(found, control) if control else compare_groups(found, None, remark)
-    folder = Path(options.run_dir)
-    trainings = {run.folder: training_of(run) for group in found for run in group.runs}
-    text = page(found, trainings, comparison, costs, about(found[0].runs[0].folder))
-    content = json.dumps(as_json(found, trainings), indent=1) + "\n"
-    draw_curves(found, trainings, folder / CURVES)
-    sweep.write_texts(folder, {PAGE: text, JSON_FILE: content})
-    return comparison
-
-
-def about(run_dir: Path) -> list[str]:
-    """How a run was made, by its last start, in lines of Markdown."""
-    start = json.loads((run_dir / STARTS_FILE).read_text().splitlines()[-1])
-    versions = start["versions"]
-    return [
-        f"`{PROGRAM} {shlex.join(start['command'][1:])}`",
-        f"Commit {start['git'] or 'unknown'}, torch {versions['torch']}, timm {versions['timm']}, "
-        f"{start['processes']} x {start['device']}, {start['precision']}. Teachers are evaluated. Probes "
-        f"learn from cached centre crops for {EPOCHS} epochs, which is not the official protocol; the one "
-        f"that is shown was the best on train images held out.",
-    ]
-
-
-def check(options: StudyOptions, variants: list[Variant]) -> dict[str, str]:
-    """The data sets to evaluate on, by name, the one that is learnt from first.
+def check(options: StudyOptions, variants: Sequence[Variant]) -> tuple[dict[str, str], dict[str, str]]:
+    """The data sets to evaluate on, by name, the one that is learnt from first; and a hash of their images.
 
     Raises:
-        UserError: the control is no row, a share is none, a folder has no name or one that is taken, or has
-            no labelled images, or too few.
+        UserError: the control is no row, a share is wrong, a folder has no name or one that is taken, or has
+            no labelled images, too few, or others than when the study began.
     """
     rows = list(dict.fromkeys(variant.row for variant in variants))
     if len(rows) > 1 and options.control not in rows:
@@ -110,20 +83,47 @@ def check(options: StudyOptions, variants: list[Variant]) -> dict[str, str]:
     for fraction in options.train_fractions:
         if fraction > 1:
             raise UserError(f"train_fractions has {fraction}; expected above 0 and at most 1, such as 0.1")
+    if len({f"{fraction:g}" for fraction in options.train_fractions}) < len(options.train_fractions):
+        raise UserError(f"train_fractions is {options.train_fractions}; give each share once")
     data_sets = {VAL: options.data.path}
     for text in options.transfer:
         name, folder = named_folder(text, "transfer", EXPECTED)
         if name in data_sets:
             raise UserError(f"transfer {text!r}: the name {name!r} is given twice; give each folder its own")
         data_sets[name] = folder
+    known = Path(options.run_dir) / IMAGES_FILE
+    hashes: dict[str, str] = json.loads(known.read_text()) if known.exists() else {}
     for name, folder in data_sets.items():
-        train, _ = open_labelled(folder, key="data.path" if name == VAL else "transfer")
+        train, test = open_labelled(folder, key="data.path" if name == VAL else "transfer")
         if len(train) < HEADLINE_K:
             raise UserError(f"{folder} has {len(train)} train images; {HEADLINE_K}-NN needs {HEADLINE_K}")
-    return data_sets
+        now = f"{hash_of_images(train)} {hash_of_images(test)}"
+        if hashes.setdefault(name, now) != now:
+            raise UserError(
+                f"{folder} holds other images than {name!r} had when the study in {options.run_dir} began; "
+                f"give the same, or another {'run_dir' if name == VAL else 'name'}"
+            )
+    return data_sets, hashes
 
 
-def groups(variants: list[Variant], measured: dict[str, dict[str, Measured]]) -> list[Group]:
+def _measured(options: StudyOptions, variant: Variant, data_sets: dict[str, str]) -> dict[str, Measured]:
+    """One run on each data set."""
+    device = choose_device(options.machine.device)
+    return {
+        name: measure(
+            Path(variant.options.run_dir),
+            data,
+            name,
+            fractions=options.train_fractions,
+            seed=variant.options.seed,
+            device=device,
+            num_workers=options.machine.num_workers,
+        )
+        for name, data in data_sets.items()
+    }
+
+
+def groups(variants: Sequence[Variant], measured: dict[str, dict[str, Measured]]) -> list[Group]:
     """The runs of each row that are evaluated, with 20-NN and the chosen probes; no row without a run."""
     rows: dict[str, list[Variant]] = {}
     for variant in variants:
@@ -132,7 +132,7 @@ def groups(variants: list[Variant], measured: dict[str, dict[str, Measured]]) ->
     return [Group(row, _runs(of_row, measured)) for row, of_row in rows.items()]
 
 
-def _runs(of_row: list[Variant], measured: dict[str, dict[str, Measured]]) -> list[Run]:
+def _runs(of_row: Sequence[Variant], measured: dict[str, dict[str, Measured]]) -> list[Run]:
     """The seeds of one recipe: a probe is chosen for all of them together."""
     headlines: list[dict[Measure, Result]] = [{} for _ in of_row]
     for name in measured[of_row[0].folder]:
@@ -144,15 +144,41 @@ def _runs(of_row: list[Variant], measured: dict[str, dict[str, Measured]]) -> li
             for headline, result in zip(headlines, chosen, strict=True):
                 headline[_measure(name, result)] = result
     return [
-        Run(
-            Path(variant.options.run_dir),
-            flattened(config_of(variant.options)),
-            variant.options.seed,
-            headline,
-        )
-        for variant, headline in zip(of_row, headlines, strict=True)
+        Run(Path(v.options.run_dir), flattened(config_of(v.options)), v.options.seed, headline)
+        for v, headline in zip(of_row, headlines, strict=True)
     ]
 
 
 def _measure(name: str, result: Result) -> Measure:
     return Measure(result.protocol, result.weights, result.train_fraction, name)
+
+
+def write_report(options: StudyOptions, found: list[Group], costs: list[dict[str, Any]]) -> Comparison:
+    """Write `study.md`, `study.json` and `curves.png`; returns the table of means and differences."""
+    control = next((group for group in found if group.label == options.control), None)
+    remark = f"no differences: no run of the control {options.control!r} is complete"
+    comparison = compare_groups(found, control) if control else compare_groups(found, None, remark)
+    trainings = {run.folder: training_of(run) for group in found for run in group.runs}
+    contents: dict[str, str | bytes] = {
+        PAGE: page(found, trainings, comparison, costs, about(list(trainings))),
+        JSON_FILE: json.dumps(as_json(found, trainings), indent=1) + "\n",
+        CURVES: curves_picture(found, trainings),
+    }
+    sweep.write_files(Path(options.run_dir), contents)
+    return comparison
+
+
+def about(run_dirs: Sequence[Path]) -> list[str]:
+    """How the runs and this page were made, in lines of Markdown."""
+    made = {
+        f"commit {start['git'] or 'unknown'}, torch {start['versions']['torch']}, timm "
+        f"{start['versions']['timm']}, {start['processes']} x {start['device']}, {start['precision']}"
+        for run_dir in run_dirs
+        for start in read_starts(run_dir)
+    }
+    return [
+        f"`{PROGRAM} {shlex.join(sys.argv[1:])}`",
+        "\n".join(f"- {one}" for one in sorted(made)),
+        f"Teachers are evaluated. Probes learn from cached centre crops for {EPOCHS} epochs, which is not "
+        f"the official protocol; the one that is shown was the best on train images held out.",
+    ]

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,19 @@ class Training:
 
 
 def training_of(run: Run) -> Training:
-    """Read a run's log. Steps that were done again after a stop count once."""
+    """Read a run's log. Steps done again after a stop count once; those no entry is about, as the mean."""
     assert run.recipe is not None
     batch_size = run.recipe["optim.global_batch_size"]
-    curve, seconds, steps = {}, 0.0, 0
+    curve, seconds, images, steps = {}, 0.0, 0.0, 0
     for entry in read_metrics(run.folder):
         if KNN in entry:
             curve[float(entry["epoch"])] = entry[KNN]
-        if "images_per_second" in entry:
-            seconds += batch_size * (entry["step"] - steps) / entry["images_per_second"]
+        if "seconds" in entry:
+            seconds += entry["seconds"]
+            images += entry["seconds"] * entry["images_per_second"]
             steps = entry["step"]
-    return Training(curve, seconds, batch_size * steps / seconds if seconds else 0.0)
+    speed = images / seconds if seconds else 0.0
+    return Training(curve, batch_size * steps / speed if speed else 0.0, speed)
 
 
 def page(
@@ -56,11 +59,13 @@ def page(
         groups: the rows of the study, with their runs.
         trainings: by run folder.
         comparison: the table of means and differences.
-        costs: parameters and FLOPs by row, as in the table of `sweep`.
+        costs: by row parameters, FLOPs, and runs with what failed, as in the table of `sweep`.
         about: lines on how all this was made.
     """
     measures = sorted({m: None for g in groups for run in g.runs for m in run.headline}, key=Measure.order)
     parts = ["# Study", *about, "## Means and differences", comparison.markdown()]
+    missing = missing_runs(costs)
+    parts += ["## Runs that are not here", "\n".join(f"- {line}" for line in missing)] if missing else []
     parts += ["## Every seed", _table(*seeds_table(groups, measures))]
     parts += [
         "## 20-NN while training",
@@ -70,6 +75,16 @@ def page(
     parts += ["## Cost", _table(*cost_table(groups, trainings, costs))]
     parts += ["## Probes that were chosen", _table(*probes_table(groups, measures))]
     return "\n\n".join(parts) + "\n"
+
+
+def missing_runs(costs: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each run that has failed or is not complete."""
+    return [
+        f"{entry['run']}: {'failed, ' + entry['error'] if 'error' in entry else 'not complete'}"
+        for row in costs
+        for entry in row["runs"]
+        if entry[KNN] is None
+    ]
 
 
 def seeds_table(groups: Sequence[Group], measures: Sequence[Measure]) -> tuple[list[str], list[list[str]]]:
@@ -129,8 +144,8 @@ def probes_table(groups: Sequence[Group], measures: Sequence[Measure]) -> tuple[
     return ["", *(title(measure, groups) for measure in linear)], rows
 
 
-def draw_curves(groups: Sequence[Group], trainings: dict[Path, Training], path: Path) -> None:
-    """Write a PNG: 20-NN over epochs, thick the mean over seeds of each row, thin each seed."""
+def curves_picture(groups: Sequence[Group], trainings: dict[Path, Training]) -> bytes:
+    """A PNG: 20-NN over epochs, thick the mean over seeds of each row, thin each seed."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axis = figure.subplots()
     for number, group in enumerate(groups):
@@ -144,11 +159,13 @@ def draw_curves(groups: Sequence[Group], trainings: dict[Path, Training], path: 
     axis.set(xlabel="epoch", ylabel="20-NN top-1, per cent", title="20-NN of the teacher while training")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    picture = BytesIO()
+    figure.savefig(picture, dpi=110, format="png")
+    return picture.getvalue()
 
 
 def as_json(groups: Sequence[Group], trainings: dict[Path, Training]) -> dict[str, Any]:
-    """Every number of the page as plain values, by row and run."""
+    """What the tables are made of as plain values, by row and run."""
     return {group.label: [_run_as_json(run, trainings[run.folder]) for run in group.runs] for group in groups}
 
 
@@ -188,4 +205,5 @@ def _with_count(group: Group) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
+    lines = ([cell.replace("|", "\\|") for cell in line] for line in (header, ["---"] * len(header), *rows))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,8 +1,9 @@
 """In which numbers the networks compute: autocast, loss scaling, TF32, and bit-equal runs on a GPU."""
 
 import os
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any, Self
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,27 +27,25 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
     """Mixed precision for forward passes; nothing for fp32."""
     if precision == "fp32":
         return nullcontext()
-    if device.type == "cpu":
-        return _MixedOnCpu(DTYPES[precision])
     return torch.autocast(device.type, DTYPES[precision])
 
 
-class _MixedOnCpu(ExitStack):
-    """Mixed precision, with attention by plain products: torch's fused one is slow for them on a CPU."""
+@contextmanager
+def plain_attention(precision: str, device: torch.device) -> Iterator[None]:
+    """Attention by plain products in mixed precision on a CPU, where torch's fused one is slow backward.
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-
-    def __enter__(self) -> Self:
-        self.callback(
-            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp,  # not of CUDA alone
-            torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed(),
-        )
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-        self.enter_context(sdpa_kernel(SDPBackend.MATH))
-        self.enter_context(torch.autocast("cpu", self.dtype))
-        return self
+    To be held around a whole step: what backward computes again must be computed in the same way.
+    """
+    if device.type != "cpu" or precision == "fp32":
+        yield
+        return
+    allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()  # not of CUDA alone
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(allowed)
 
 
 def set_numerics(*, tf32: bool, deterministic: bool) -> None:

@@ -48,7 +48,7 @@ from dino_sparo.training.checkpoint import check_room, set_damaged_aside
 from dino_sparo.training.loss import teacher_probabilities
 from dino_sparo.training.monitor import TeacherStatistics
 from dino_sparo.training.optim import clip_gradients_per_parameter, set_hyperparameters, step_if_finite
-from dino_sparo.training.precision import autocast
+from dino_sparo.training.precision import autocast, plain_attention
 from dino_sparo.training.rundir import CONFIG_FILE, check_untouched, hold, start_run_dir
 from dino_sparo.training.runlog import RunLog
 from dino_sparo.training.saver import Saver
@@ -204,15 +204,16 @@ def train(run: Run, batches: Iterator[Batch], signals: StopSignals, group: Group
             at_end = done == run.total_steps
             log_now = at_end or done % options.log.log_every_steps == 0
             statistics = TeacherStatistics() if log_now else None
-            output = train_step(
-                state,
-                micro_batches,
-                run.order.accumulation,
-                hyper,
-                clip_norm=options.optim.clip_norm,
-                autocast=autocast(run.precision, run.device),
-                statistics=statistics,
-            )
+            with plain_attention(run.precision, run.device):
+                output = train_step(
+                    state,
+                    micro_batches,
+                    run.order.accumulation,
+                    hyper,
+                    clip_norm=options.optim.clip_norm,
+                    autocast=autocast(run.precision, run.device),
+                    statistics=statistics,
+                )
 
             run_log.step_done(done)
             epoch, rest = divmod(done, steps_per_epoch)
@@ -234,7 +235,8 @@ def train(run: Run, batches: Iterator[Batch], signals: StopSignals, group: Group
                 save_now |= first_rank_decides(0 < options.log.checkpoint_every_minutes <= minutes)
             if save_now:
                 run_log.flush()
-                save(run, saver, done)
+                with run_log.not_training():
+                    save(run, saver, done)
                 last_save = time.monotonic()
             if rest == 0 and (at_end or is_due(epoch, options.monitor.knn_every_epochs)):
                 evaluate(run, run_log, done)

@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -129,6 +129,15 @@ def start_run_dir(run_dir: Path, config: dict[str, Any], machine: dict[str, Any]
             f"another folder"
         ) from error
     (run_dir / MARKER_FILE).unlink(missing_ok=True)
+
+
+def read_starts(run_dir: Path) -> list[dict[str, Any]]:
+    """All starts of a run, oldest first; lines that are not whole are left out."""
+    starts, path = [], run_dir / STARTS_FILE
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with suppress(ValueError):
+            starts.append(json.loads(line))
+    return starts
 
 
 def check_untouched(run_dir: Path) -> None:

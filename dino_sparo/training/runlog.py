@@ -113,6 +113,7 @@ class RunLog:
         now = time.monotonic()
         seconds = max(1e-9, now - self.last_time)
         speed = {
+            "seconds": seconds,  # less than since the entry before, after a resume between two entries
             "images_per_second": batch_size * (step - self.last_step) / seconds,
             "data_wait_share": self.seconds_waited / seconds,
             "log_share": self.seconds_logging / seconds,
