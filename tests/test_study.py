@@ -1,6 +1,8 @@
 """`dino-sparo study`: training, evaluating and the page, end to end and in its parts."""
 
+import fcntl
 import json
+import os
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -200,6 +202,29 @@ def test_other_images_are_refused_before_anything_is_trained(studied):
     with pytest.raises(UserError, match="holds other images than 'other' had when the study in"):
         program.run(parse_options(StudyOptions, given, usage=""))
     assert not (studied / "study" / "gap_seed=0").exists()
+
+
+@pytest.mark.long
+def test_a_run_is_evaluated_by_one_process_at_a_time(studied, monkeypatch):
+    monkeypatch.setattr(measuring, "EPOCHS", 3)
+    original, refused = program.measure, []
+
+    def measure(run_dir, *args, **options):
+        descriptor = os.open(run_dir, os.O_RDONLY)  # as another process would
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            refused.append(run_dir.name)
+        finally:
+            os.close(descriptor)
+        return original(run_dir, *args, **options)
+
+    monkeypatch.setattr(program, "measure", measure)
+    given = arguments(studied, '--only=["cls", "sparo"]', "--train_fractions=[1.0]")
+    before = (studied / "study" / "study.json").read_text()
+    assert program.run(parse_options(StudyOptions, given, usage="")) == 0
+    assert refused == ["cls_seed=0", "cls_seed=1", "sparo_seed=0", "sparo_seed=1"]
+    (studied / "study" / "study.json").write_text(before)
 
 
 @pytest.mark.long

@@ -42,7 +42,7 @@ class Feed(Protocol):
     """What probes learn from: a batch for each step from the first one to the end of the run."""
 
     checkpoint_every_epochs: int
-    """So often, as many epochs as can well be done again after a stop."""
+    """Epochs from one checkpoint to the next: what a stop costs at most."""
 
     def batches(self, waiting: Waiting) -> Iterator[Batch]:
         """This process's share of each global batch; `waiting` is entered while it waits for images."""

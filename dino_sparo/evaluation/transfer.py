@@ -28,6 +28,7 @@ SHOWN_NAMES = 3
 EXPECTED = (
     "expected NAME=DIR, DIR holding one folder of images for each class, or shards or parquet files of such"
 )
+EXPECTED_BOTH = "expected NAME=DIR, DIR holding train/<class>/... and val/<class>/..."
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dino_sparo.data.sources import ImageSource, open_labelled
-from dino_sparo.evaluation.transfer import VAL, named_folder
+from dino_sparo.evaluation.transfer import EXPECTED_BOTH, VAL, named_folder
 from dino_sparo.slots.compared import Compared, encodings, open_compared, remark_on_parts
 from dino_sparo.slots.mask_report import draw_masks, table
 from dino_sparo.slots.program import output_folder, write_json
@@ -38,7 +38,6 @@ LEAST_SCALE = 100.0
 MOMENTUM = 0.9
 KEPT = 0.5  # a number of the mask above this counts as kept
 CHUNK = 1024  # images at a time where order does not matter
-EXPECTED = "expected NAME=DIR, DIR holding train/<class>/... and val/<class>/..."
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def open_transfer(text: str) -> Exam:
     Raises:
         UserError: no name, no folder, the name `val`, or images without class folders.
     """
-    name, folder = named_folder(text, "transfer", EXPECTED)
+    name, folder = named_folder(text, "transfer", EXPECTED_BOTH)
     return Exam(name, *open_labelled(folder, key="transfer"))
 
 

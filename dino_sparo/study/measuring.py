@@ -2,7 +2,7 @@
 
 Probes learn from cached centre crops. Each is trained twice: on four fifths of the train images and scored on
 the others, which chooses a probe; and on all of them and scored on the test images, which is reported. So no
-test image chooses anything. A share of the train images is taken before the first of the two.
+test image chooses anything. A share is drawn from those four fifths, and from all, alike.
 """
 
 from collections.abc import Sequence

@@ -18,7 +18,7 @@ from dino_sparo.evaluation.features import hash_of_images
 from dino_sparo.evaluation.groups import Group, Measure, Run
 from dino_sparo.evaluation.knn import HEADLINE_K
 from dino_sparo.evaluation.results import Result, alone_in
-from dino_sparo.evaluation.transfer import VAL, named_folder
+from dino_sparo.evaluation.transfer import EXPECTED_BOTH, VAL, named_folder
 from dino_sparo.options import StudyOptions
 from dino_sparo.study.measuring import EPOCHS, Measured, choose, measure
 from dino_sparo.study.report import CURVES, JSON_FILE, PAGE, as_json, curves_picture, page, training_of
@@ -29,7 +29,6 @@ log = logging.getLogger("dino_sparo")
 
 PROGRAM = "dino-sparo"
 IMAGES_FILE = "images.json"  # which images the study is about, by hash
-EXPECTED = "expected NAME=DIR, DIR holding train/<class>/... and val/<class>/..."
 
 
 def run(options: StudyOptions) -> int:
@@ -87,7 +86,7 @@ def check(options: StudyOptions, variants: Sequence[Variant]) -> tuple[dict[str,
         raise UserError(f"train_fractions is {options.train_fractions}; give each share once")
     data_sets = {VAL: options.data.path}
     for text in options.transfer:
-        name, folder = named_folder(text, "transfer", EXPECTED)
+        name, folder = named_folder(text, "transfer", EXPECTED_BOTH)
         if name in data_sets:
             raise UserError(f"transfer {text!r}: the name {name!r} is given twice; give each folder its own")
         data_sets[name] = folder
