@@ -64,9 +64,11 @@ def run_until(step: int, processes: int, pictures: Path, run_dir: Path, **change
         while process.poll() is None and not any(entry["step"] >= step for entry in logged(run_dir)):
             time.sleep(0.002)
         assert process.poll() is None, "the run ended before it could be killed"
-        for group in (process.pid, *children(process.pid)):  # each process leads a group of its own
-            os.killpg(os.getpgid(group), signal.SIGKILL)
+        killed = [process.pid, *children(process.pid)]  # each leads a group of its own
+        for leader in killed:
+            os.killpg(os.getpgid(leader), signal.SIGKILL)
         process.wait()
+    assert all(map(is_gone, killed)), "a killed process is still there, and holds the run folder"
 
 
 def curve(run_dir: Path) -> list[float]:
