@@ -289,20 +289,21 @@ def write(folder: Path, options: SweepOptions, rows: Sequence[dict[str, Any]]) -
 
 
 def write_files(folder: Path, contents: Mapping[str, str | bytes]) -> None:
-    """Write files, each whole or not at all, while others may write them too.
+    """Write files into a folder, made if need be, each whole or not at all, while others may write them too.
 
     Raises:
         UserError: they cannot be written.
     """
     for name, content in contents.items():
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             temporary = folder / f"{name}.{os.getpid()}.tmp"
             temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
             os.replace(temporary, folder / name)
         except OSError as error:
             raise UserError(
                 f"{folder / name} cannot be written ({error.strerror}); make room, then the same command "
-                f"goes on"
+                f"goes on, or choose another run_dir"
             ) from error
 
 

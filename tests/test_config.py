@@ -105,8 +105,9 @@ def test_recipe_has_the_published_numbers():
     }
 
 
-def test_control_differs_in_the_readout_alone():
-    assert differences(parsed(SPARO), parsed(DINO)) == {
+@pytest.mark.parametrize(("sparo", "dino"), [(SPARO, DINO), ("photos_sparo", "photos_dino")])
+def test_control_differs_in_the_readout_alone(sparo, dino):
+    assert differences(parsed(sparo), parsed(dino)) == {
         "model.readout.name": "cls",
         "model.readout.num_slots": None,
         "model.readout.slot_dim": None,

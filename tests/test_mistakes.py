@@ -68,11 +68,11 @@ OUT_OF_RANGE = [
     ("data.path", "", "is empty"),
 ]
 DO_NOT_FIT = [
-    ("optim.warmup_epochs", 31, "is 31, longer than the run: optim.epochs is 30; use at most 30"),
-    ("loss.warmup_teacher_temp_epochs", 31, "is 31, longer than the run: optim.epochs is 30; use at most 30"),
-    ("optim.freeze_last_layer_epochs", 31, "is 31, longer than the run: optim.epochs is 30; use at most 30"),
-    ("views.global_size", 50, "is 50, not divisible by model.patch_size 8; use a multiple, such as 48"),
-    ("views.local_size", 23, "is 23, not divisible by model.patch_size 8; use a multiple, such as 24"),
+    ("optim.warmup_epochs", 31, "is 31, longer than the run: optim.epochs is 10; use at most 10"),
+    ("loss.warmup_teacher_temp_epochs", 31, "is 31, longer than the run: optim.epochs is 10; use at most 10"),
+    ("optim.freeze_last_layer_epochs", 31, "is 31, longer than the run: optim.epochs is 10; use at most 10"),
+    ("views.global_size", 50, "is 50, not divisible by model.patch_size 12; use a multiple, such as 48"),
+    ("views.local_size", 23, "is 23, not divisible by model.patch_size 12; use a multiple, such as 24"),
     ("model.arch.width", 130, "is 130, not divisible by model.arch.num_heads 4"),
     ("model.arch.depth", 1, "is 1; expected at least 2 with sparo"),
     ("model.readout.group_size", 3, "is 3, which does not divide model.readout.num_slots 16; use a divisor"),
@@ -199,7 +199,7 @@ PHOTOS = recipes()["photos_sparo"].read_text()
     ("recipe", "expected"),
     [
         (PHOTOS + "seed: 1\n", "key 'seed' is given twice; give it once"),
-        (PHOTOS.replace("  epochs: 30\n", "  epochs: 30\n  epochs: 9\n"), "key 'epochs' is given twice"),
+        (PHOTOS.replace("  epochs: 10\n", "  epochs: 10\n  epochs: 9\n"), "key 'epochs' is given twice"),
         ("optim.epochs: 9\n" + PHOTOS, "key 'optim.epochs' is given twice"),
         ("seed: [1", "is no valid YAML"),
         ("seed: 0\n\tdata: x", "is no valid YAML"),

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import statistics
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,12 +45,12 @@ def write_labelled(folder: Path, seed: int) -> None:
             Image.fromarray(pixels).save(path)
 
 
-def arguments(folder: Path, *more: str, **changes) -> list[str]:
+def arguments(folder: Path, *more: str, seeds: str = "0,1", **changes) -> list[str]:
     given = {"optim__epochs": 2, "optim__warmup_epochs": 0, "monitor__knn_every_epochs": 1} | changes
     return [
         *tiny_arguments(folder / "data", folder / "study", **given),
         f"--variants={folder / 'variants.yaml'}",
-        '--vary=["seed=0,1"]',
+        f'--vary=["seed={seeds}"]',
         *more,
     ]
 
@@ -244,7 +245,46 @@ def test_a_failed_run_is_on_the_page_with_its_reason(studied, monkeypatch, capsy
     page = (studied / "study" / "study.md").read_text()
     assert "- sparo_seed=1: failed, this picture is no picture" in page
     assert "- gap_seed=0: not complete" in page
+    given = arguments(studied, '--only=["cls", "sparo"]', "--train_fractions=[1.0]", seeds="0")
+    assert program.run(parse_options(StudyOptions, given, usage="")) == 0
+    page = (studied / "study" / "study.md").read_text()
+    assert "- sparo_seed=1: not in this command" in page and "- cls_seed=1: not in" in page
     (studied / "study" / "study.json").write_text(before)
+
+
+def test_a_study_in_a_place_that_cannot_be_is_answered_in_a_sentence(tmp_path):
+    write_labelled(tmp_path / "data", 0)
+    (tmp_path / "variants.yaml").write_text(yaml.safe_dump(VARIANTS, sort_keys=False))
+    options = parse_options(StudyOptions, arguments(tmp_path), usage="")
+    (tmp_path / "study").write_text("a file")
+    with pytest.raises(UserError, match="study"):
+        program.run(options)
+    (tmp_path / "study").unlink()
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / program.IMAGES_FILE).write_text("{")
+    with pytest.raises(UserError, match=r"images\.json cannot be read .* restore it"):
+        program.run(options)
+
+
+def test_what_another_process_has_trained_has_not_failed(tmp_path, monkeypatch):
+    """Its folder was in use when this one came to it; it is complete now."""
+    write_labelled(tmp_path / "data", 0)
+    (tmp_path / "variants.yaml").write_text(yaml.safe_dump(VARIANTS, sort_keys=False))
+    options = parse_options(StudyOptions, arguments(tmp_path), usage="")
+    busy = {"cls_seed=0": "in use", "cls_seed=1": "in use"}
+    evaluated: list[str] = []
+
+    def stop(variant: sweep.Variant) -> None:
+        evaluated.append(variant.folder)
+        (tmp_path / "study" / variant.folder).mkdir()
+        raise UserError("seen")
+
+    monkeypatch.setattr(sweep, "train", lambda *_: dict(busy))
+    monkeypatch.setattr(sweep, "final_knn", lambda place, _: 50.0 if place.name == "cls_seed=0" else None)
+    monkeypatch.setattr(program, "_measured", lambda _, variant, __: stop(variant))
+    monkeypatch.setattr(program, "alone_in", lambda _: nullcontext())
+    assert program.run(options) == 1
+    assert evaluated == ["cls_seed=0"]
 
 
 def test_seconds_of_a_resumed_run_are_those_of_its_steps(tmp_path):

@@ -25,7 +25,7 @@ SETTINGS = ("epochs", "batch_size", "num_train")  # details that two accuracies 
 NOTHING = "–"
 DIFFERENCES = (
     "differences in points, with a 95 % interval by a paired bootstrap over the test images "
-    f"({NUM_RESAMPLES:,} resamples)"
+    f"({NUM_RESAMPLES:,} resamples), which says nothing of other seeds"
 )
 
 
@@ -161,7 +161,7 @@ def _accuracy(results: Sequence[Result]) -> str:
 
 
 def _differences(measure: Measure, groups: Sequence[Group], control: Group) -> tuple[list[str], list[str]]:
-    """A cell for each group, and why those without an interval have none."""
+    """A cell for each group, why those without an interval have none, and whose seeds are others."""
     cells, reasons = [], []
     theirs = control.results(measure)
     for group in groups:
@@ -169,6 +169,11 @@ def _differences(measure: Measure, groups: Sequence[Group], control: Group) -> t
         if group is control or not ours or not theirs:
             cells.append("" if group is control else NOTHING)
             continue
+        seeds = (group.seeds(measure), control.seeds(measure))
+        if seeds[0] != seeds[1] and None not in (*seeds[0], *seeds[1]):
+            reasons.append(
+                f"{group.label} has seeds {_listed(seeds[0])}, {control.label} {_listed(seeds[1])}"
+            )
         difference = np.mean([r.top1 for r in ours]) - np.mean([r.top1 for r in theirs])
         if len({(r.images, r.num_images) for r in [*ours, *theirs]}) == 1:
             low, high = paired_bootstrap([r.correct for r in ours], [r.correct for r in theirs])
@@ -180,6 +185,10 @@ def _differences(measure: Measure, groups: Sequence[Group], control: Group) -> t
                 f"scored on the same test images (their lists differ)"
             )
     return cells, reasons
+
+
+def _listed(seeds: Sequence[int | None]) -> str:
+    return ", ".join(map(str, seeds))
 
 
 def _unequal_settings(title: str, measure: Measure, groups: Sequence[Group]) -> list[str]:

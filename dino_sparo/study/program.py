@@ -15,7 +15,7 @@ from dino_sparo.device import choose_device
 from dino_sparo.errors import StuckError, UserError
 from dino_sparo.evaluation.compare import Comparison, compare_groups
 from dino_sparo.evaluation.features import hash_of_images
-from dino_sparo.evaluation.groups import Group, Measure, Run
+from dino_sparo.evaluation.groups import CONFIG_FILE, Group, Measure, Run
 from dino_sparo.evaluation.knn import HEADLINE_K
 from dino_sparo.evaluation.results import Result, alone_in
 from dino_sparo.evaluation.transfer import EXPECTED_BOTH, VAL, named_folder
@@ -42,14 +42,14 @@ def run(options: StudyOptions) -> int:
     """
     variants = sweep.plan(options)
     data_sets, hashes = check(options, variants)
-    Path(options.run_dir).mkdir(parents=True, exist_ok=True)
     sweep.write_files(Path(options.run_dir), {IMAGES_FILE: json.dumps(hashes, indent=1) + "\n"})
     errors = sweep.train(options, variants)
     measured: dict[str, dict[str, Measured]] = {}
     for variant in variants:
         place = Path(variant.options.run_dir)
-        if variant.folder in errors or sweep.final_knn(place, variant.options.optim.epochs) is None:
+        if sweep.final_knn(place, variant.options.optim.epochs) is None:
             continue
+        errors.pop(variant.folder, None)  # another process has trained it
         log.info("evaluating %s", variant.folder)
         try:
             with alone_in(place):  # others may evaluate it too
@@ -63,7 +63,8 @@ def run(options: StudyOptions) -> int:
     if not found:
         log.warning("WARNING: no run is complete, so there is nothing to report")
         return 1 if errors else 0
-    comparison = write_report(options, found, sweep.table(variants, errors))
+    missing = missing_runs(Path(options.run_dir), variants, set(measured), errors)
+    comparison = write_report(options, found, sweep.table(variants, errors), missing)
     print(comparison.text())
     log.info("the page is %s", Path(options.run_dir) / PAGE)
     return 1 if errors else 0
@@ -90,8 +91,7 @@ def check(options: StudyOptions, variants: Sequence[Variant]) -> tuple[dict[str,
         if name in data_sets:
             raise UserError(f"transfer {text!r}: the name {name!r} is given twice; give each folder its own")
         data_sets[name] = folder
-    known = Path(options.run_dir) / IMAGES_FILE
-    hashes: dict[str, str] = json.loads(known.read_text()) if known.exists() else {}
+    hashes = _known_images(Path(options.run_dir) / IMAGES_FILE)
     for name, folder in data_sets.items():
         train, test = open_labelled(folder, key="data.path" if name == VAL else "transfer")
         if len(train) < HEADLINE_K:
@@ -103,6 +103,19 @@ def check(options: StudyOptions, variants: Sequence[Variant]) -> tuple[dict[str,
                 f"give the same, or another {'run_dir' if name == VAL else 'name'}"
             )
     return data_sets, hashes
+
+
+def _known_images(path: Path) -> dict[str, str]:
+    """Hash of images by name of the data set, as the study began; nothing before that."""
+    try:
+        hashes = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}); restore it, or remove it if the images are the same"
+        ) from error
+    return {str(name): str(one) for name, one in hashes.items()} if isinstance(hashes, dict) else {}
 
 
 def _measured(options: StudyOptions, variant: Variant, data_sets: dict[str, str]) -> dict[str, Measured]:
@@ -152,14 +165,30 @@ def _measure(name: str, result: Result) -> Measure:
     return Measure(result.protocol, result.weights, result.train_fraction, name)
 
 
-def write_report(options: StudyOptions, found: list[Group], costs: list[dict[str, Any]]) -> Comparison:
+def missing_runs(
+    run_dir: Path, variants: Sequence[Variant], measured: set[str], errors: dict[str, str]
+) -> list[str]:
+    """A line for each run that does not stand on the page, planned or in the folder from another command."""
+    lines = [
+        f"{one.folder}: {f'failed, {errors[one.folder]}' if one.folder in errors else 'not complete'}"
+        for one in variants
+        if one.folder not in measured
+    ]
+    planned = {one.folder for one in variants}
+    there = sorted(path.parent.name for path in run_dir.glob(f"*/{CONFIG_FILE}"))
+    return [*lines, *(f"{name}: not in this command" for name in there if name not in planned)]
+
+
+def write_report(
+    options: StudyOptions, found: list[Group], costs: list[dict[str, Any]], missing: Sequence[str]
+) -> Comparison:
     """Write `study.md`, `study.json` and `curves.png`; returns the table of means and differences."""
     control = next((group for group in found if group.label == options.control), None)
     remark = f"no differences: no run of the control {options.control!r} is complete"
     comparison = compare_groups(found, control) if control else compare_groups(found, None, remark)
     trainings = {run.folder: training_of(run) for group in found for run in group.runs}
     contents: dict[str, str | bytes] = {
-        PAGE: page(found, trainings, comparison, costs, about(list(trainings))),
+        PAGE: page(found, trainings, comparison, costs, missing, about(list(trainings))),
         JSON_FILE: json.dumps(as_json(found, trainings), indent=1) + "\n",
         CURVES: curves_picture(found, trainings),
     }
@@ -179,5 +208,7 @@ def about(run_dirs: Sequence[Path]) -> list[str]:
         f"`{PROGRAM} {shlex.join(sys.argv[1:])}`",
         "\n".join(f"- {one}" for one in sorted(made)),
         f"Teachers are evaluated. Probes learn from cached centre crops for {EPOCHS} epochs, which is not "
-        f"the official protocol; the one that is shown was the best on train images held out.",
+        f"the official protocol. The one that is shown was the best, in the mean over seeds, on a fifth of "
+        f"the train images held out, with all of their labels also where it learns from a share. An encoder "
+        f"with slots has more probes to choose from than one without: encoding, tokens of blocks, or both.",
     ]

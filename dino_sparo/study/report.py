@@ -16,6 +16,10 @@ from dino_sparo.training.runlog import read_metrics
 
 PAGE, JSON_FILE, CURVES = "study.md", "study.json", "curves.png"
 NOT_THERE = "–"
+COST_REMARK = (
+    "Minutes and images/s are those of the steps, with loading, without k-NN, checkpoints and start. Runs "
+    "that were trained side by side shared the machine."
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ def page(
     trainings: dict[Path, Training],
     comparison: Comparison,
     costs: Sequence[dict[str, Any]],
+    missing: Sequence[str],
     about: Sequence[str],
 ) -> str:
     """The page as Markdown.
@@ -59,12 +64,12 @@ def page(
         groups: the rows of the study, with their runs.
         trainings: by run folder.
         comparison: the table of means and differences.
-        costs: by row parameters, FLOPs, and runs with what failed, as in the table of `sweep`.
+        costs: by row parameters and FLOPs, as in the table of `sweep`.
+        missing: a line for each run that is not here.
         about: lines on how all this was made.
     """
     measures = sorted({m: None for g in groups for run in g.runs for m in run.headline}, key=Measure.order)
     parts = ["# Study", *about, "## Means and differences", comparison.markdown()]
-    missing = missing_runs(costs)
     parts += ["## Runs that are not here", "\n".join(f"- {line}" for line in missing)] if missing else []
     parts += ["## Every seed", _table(*seeds_table(groups, measures))]
     parts += [
@@ -72,19 +77,9 @@ def page(
         f"![20-NN over epochs]({CURVES})",
         _table(*curve_table(groups, trainings)),
     ]
-    parts += ["## Cost", _table(*cost_table(groups, trainings, costs))]
+    parts += ["## Cost", _table(*cost_table(groups, trainings, costs)), COST_REMARK]
     parts += ["## Probes that were chosen", _table(*probes_table(groups, measures))]
     return "\n\n".join(parts) + "\n"
-
-
-def missing_runs(costs: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for each run that has failed or is not complete."""
-    return [
-        f"{entry['run']}: {'failed, ' + entry['error'] if 'error' in entry else 'not complete'}"
-        for row in costs
-        for entry in row["runs"]
-        if entry[KNN] is None
-    ]
 
 
 def seeds_table(groups: Sequence[Group], measures: Sequence[Measure]) -> tuple[list[str], list[list[str]]]:
