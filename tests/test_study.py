@@ -244,11 +244,11 @@ def test_a_failed_run_is_on_the_page_with_its_reason(studied, monkeypatch, capsy
     assert program.run(parse_options(StudyOptions, given, usage="")) == 1
     page = (studied / "study" / "study.md").read_text()
     assert "- sparo_seed=1: failed, this picture is no picture" in page
-    assert "- gap_seed=0: not complete" in page
+    assert "- not complete: gap_seed=0, gap_seed=1\n" in page
     given = arguments(studied, '--only=["cls", "sparo"]', "--train_fractions=[1.0]", seeds="0")
     assert program.run(parse_options(StudyOptions, given, usage="")) == 0
     page = (studied / "study" / "study.md").read_text()
-    assert "- sparo_seed=1: not in this command" in page and "- cls_seed=1: not in" in page
+    assert "- not in this command: cls_seed=1, sparo_seed=1\n" in page
     (studied / "study" / "study.json").write_text(before)
 
 

@@ -168,15 +168,17 @@ def _measure(name: str, result: Result) -> Measure:
 def missing_runs(
     run_dir: Path, variants: Sequence[Variant], measured: set[str], errors: dict[str, str]
 ) -> list[str]:
-    """A line for each run that does not stand on the page, planned or in the folder from another command."""
-    lines = [
-        f"{one.folder}: {f'failed, {errors[one.folder]}' if one.folder in errors else 'not complete'}"
-        for one in variants
-        if one.folder not in measured
-    ]
+    """Which runs, planned or in the folder from another command, do not stand on the page, and why."""
+    absent = [one.folder for one in variants if one.folder not in measured]
+    lines = [f"{one}: failed, {errors[one]}" for one in absent if one in errors]
     planned = {one.folder for one in variants}
-    there = sorted(path.parent.name for path in run_dir.glob(f"*/{CONFIG_FILE}"))
-    return [*lines, *(f"{name}: not in this command" for name in there if name not in planned)]
+    folders = sorted(path.parent.name for path in run_dir.glob(f"*/{CONFIG_FILE}"))
+    for reason, names in {
+        "not complete": [one for one in absent if one not in errors],
+        "not in this command": [one for one in folders if one not in planned],
+    }.items():
+        lines += [f"{reason}: {', '.join(names)}"] if names else []
+    return lines
 
 
 def write_report(

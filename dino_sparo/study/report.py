@@ -65,7 +65,7 @@ def page(
         trainings: by run folder.
         comparison: the table of means and differences.
         costs: by row parameters and FLOPs, as in the table of `sweep`.
-        missing: a line for each run that is not here.
+        missing: lines on runs that are not here.
         about: lines on how all this was made.
     """
     measures = sorted({m: None for g in groups for run in g.runs for m in run.headline}, key=Measure.order)
