@@ -86,6 +86,13 @@ def test_notes_are_of_what_is_shown(three_and_one):
     assert of_both[0] == of_one and len(of_both) == 3 and "95 % interval by a paired bootstrap" in of_both[2]
 
 
+def test_a_difference_of_other_seeds_is_noted(three_and_one, tmp_path):
+    told = "not the same seeds: sparo has 0, 1, 2, cls 0"
+    assert told in compare_runs(three_and_one).notes
+    others = [make_run(tmp_path / f"d{seed}", result(130), readout="cls", seed=seed) for seed in (1, 2)]
+    assert not any("seeds: " in note for note in compare_runs([*three_and_one, *others]).notes)
+
+
 def test_the_interval_is_that_of_the_seeds_together(three_and_one):
     ours = [np.arange(NUM_IMAGES) < right for right in (140, 142, 150)]
     low, high = paired_bootstrap(ours, [np.arange(NUM_IMAGES) < 136])

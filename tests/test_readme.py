@@ -78,8 +78,7 @@ def as_run_here(command: str) -> list[str]:
 
 def less(name: str, given: list[str]) -> list[str]:
     keys = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in given}
-    dino = any(word.endswith("_dino") for word in given)
-    without = "model.readout." if dino else None  # cls takes none of these
+    without = "model.readout." if "imagenet_vits16_dino" in given else None  # cls takes none of these
     return [
         f"--{key}={value}"
         for key, value in LESS.get(name, {}).items()

@@ -101,6 +101,8 @@ def compare_groups(groups: Sequence[Group], control: Group | None, remark: str =
             cells, reasons = _differences(measure, groups, control)
             rows += [[f"  difference to {control.label}", *cells]] if set(cells) - {"", NOTHING} else []
             notes += [f"{name}: {reason}" for reason in reasons]
+    if control is not None:
+        remarks += _other_seeds(groups, control)
     header = ["top-1 in %", *(f"{g.label} (control)" if g is control else g.label for g in groups)]
     return Comparison(header, rows, [*_legend(groups), *remarks, *notes])
 
@@ -161,7 +163,7 @@ def _accuracy(results: Sequence[Result]) -> str:
 
 
 def _differences(measure: Measure, groups: Sequence[Group], control: Group) -> tuple[list[str], list[str]]:
-    """A cell for each group, why those without an interval have none, and whose seeds are others."""
+    """A cell for each group, and why those without an interval have none."""
     cells, reasons = [], []
     theirs = control.results(measure)
     for group in groups:
@@ -169,11 +171,6 @@ def _differences(measure: Measure, groups: Sequence[Group], control: Group) -> t
         if group is control or not ours or not theirs:
             cells.append("" if group is control else NOTHING)
             continue
-        seeds = (group.seeds(measure), control.seeds(measure))
-        if seeds[0] != seeds[1] and None not in (*seeds[0], *seeds[1]):
-            reasons.append(
-                f"{group.label} has seeds {_listed(seeds[0])}, {control.label} {_listed(seeds[1])}"
-            )
         difference = np.mean([r.top1 for r in ours]) - np.mean([r.top1 for r in theirs])
         if len({(r.images, r.num_images) for r in [*ours, *theirs]}) == 1:
             low, high = paired_bootstrap([r.correct for r in ours], [r.correct for r in theirs])
@@ -187,8 +184,15 @@ def _differences(measure: Measure, groups: Sequence[Group], control: Group) -> t
     return cells, reasons
 
 
-def _listed(seeds: Sequence[int | None]) -> str:
-    return ", ".join(map(str, seeds))
+def _other_seeds(groups: Sequence[Group], control: Group) -> list[str]:
+    """A note for each group whose difference to the control is one of seeds too."""
+    ours = ", ".join(sorted(str(run.seed) for run in control.runs))
+    notes = []
+    for group in groups:
+        theirs = ", ".join(sorted(str(run.seed) for run in group.runs))
+        if theirs != ours and "None" not in f"{ours} {theirs}":
+            notes.append(f"not the same seeds: {group.label} has {theirs}, {control.label} {ours}")
+    return notes
 
 
 def _unequal_settings(title: str, measure: Measure, groups: Sequence[Group]) -> list[str]:

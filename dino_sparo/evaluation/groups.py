@@ -57,11 +57,6 @@ class Group:
         """One result of each run that has it."""
         return [run.headline[measure] for run in self.runs if measure in run.headline]
 
-    def seeds(self, measure: Measure) -> list[int | None]:
-        """Of those runs, sorted; None of a run without one."""
-        found = [run.seed for run in self.runs if measure in run.headline]
-        return sorted(found, key=lambda seed: (seed is None, seed or 0))
-
 
 def read_run(given: str) -> Run:
     """A run as it was given: its recipe, seed, and the newest headline result of each measure."""
