@@ -11,7 +11,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from dino_sparo.data.device_views import ahead, repeated
 from dino_sparo.data.images import UnreadableImage, normalize
@@ -19,7 +18,7 @@ from dino_sparo.data.loader import Crops, PhotoBatch, crops_of
 from dino_sparo.data.views import CropRecipe
 from dino_sparo.data.workers import WatchedLoader
 from dino_sparo.device import wait_for
-from dino_sparo.models.cost import bytes_saved_for_backward
+from dino_sparo.models.cost import bytes_saved_for_backward, counting_flops
 from dino_sparo.models.encoder import DinoModel
 from dino_sparo.training.precision import DTYPES, autocast, plain_attention
 from dino_sparo.training.pretrain import train_step
@@ -132,7 +131,7 @@ def count_flops(student: DinoModel, sizes: list[tuple[int, int]]) -> dict[str, f
     groups = [torch.zeros(crops, 1, 3, side, side) for crops, side in sizes if crops]
 
     def flops(*, forward: Any, backward: bool) -> float:
-        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+        with counting_flops() as counter, torch.set_grad_enabled(backward):
             output = forward()
             if backward:
                 output.sum().backward()
