@@ -13,6 +13,7 @@ from dino_sparo.__main__ import main
 from dino_sparo.commands import COMMANDS
 from dino_sparo.config import find_recipe, recipes
 from dino_sparo.options import PretrainOptions
+from dino_sparo.sweep import read_variants
 from dino_sparo.training.checkpoint import encoder_of
 from dino_sparo.training.rundir import config_of, start_run_dir
 from tests.recipes import (
@@ -114,6 +115,10 @@ def test_control_differs_in_the_readout_alone(sparo, dino):
         "model.readout.key_dim": None,
         "model.readout.group_size": None,
     }
+
+
+def test_the_variant_that_studies_take_is_the_photo_control():
+    assert read_variants("readouts", [])["cls"] == differences(parsed("photos_sparo"), parsed("photos_dino"))
 
 
 def test_long_recipe_differs_in_the_boosted_setting_alone():

@@ -21,7 +21,7 @@ from dino_sparo.training import pretrain as program
 from dino_sparo.training.bad_images import BadImages
 from dino_sparo.training.checkpoint import load_latest
 from dino_sparo.training.runlog import read_metrics
-from tests.running import children, is_gone, logged
+from tests.running import children, is_gone, logged, wait_for_step
 from tests.tiny import state_hash, tiny_arguments, tiny_options, write_pictures
 
 NUM_IMAGES, TOTAL_STEPS = 44, 15  # batch 8: five steps an epoch, three epochs
@@ -61,9 +61,7 @@ def run_until(step: int, processes: int, pictures: Path, run_dir: Path, **change
     with subprocess.Popen(
         command(processes, pictures, run_dir, **changes), stderr=subprocess.DEVNULL, start_new_session=True
     ) as process:
-        while process.poll() is None and not any(entry["step"] >= step for entry in logged(run_dir)):
-            time.sleep(0.002)
-        assert process.poll() is None, "the run ended before it could be killed"
+        wait_for_step(step, run_dir, process)
         killed = [process.pid, *children(process.pid)]  # each leads a group of its own
         for leader in killed:
             os.killpg(os.getpgid(leader), signal.SIGKILL)

@@ -261,9 +261,10 @@ def test_a_study_in_a_place_that_cannot_be_is_answered_in_a_sentence(tmp_path):
         program.run(options)
     (tmp_path / "study").unlink()
     (tmp_path / "study").mkdir()
-    (tmp_path / "study" / program.IMAGES_FILE).write_text("{")
-    with pytest.raises(UserError, match=r"images\.json cannot be read .* restore it"):
-        program.run(options)
+    for damaged in ("{", "[]"):
+        (tmp_path / "study" / program.IMAGES_FILE).write_text(damaged)
+        with pytest.raises(UserError, match=r"images\.json cannot be read .* restore it"):
+            program.run(options)
 
 
 def test_what_another_process_has_trained_has_not_failed(tmp_path, monkeypatch):

@@ -186,13 +186,17 @@ def _differences(measure: Measure, groups: Sequence[Group], control: Group) -> t
 
 def _other_seeds(groups: Sequence[Group], control: Group) -> list[str]:
     """A note for each group whose difference to the control is one of seeds too."""
-    ours = ", ".join(sorted(str(run.seed) for run in control.runs))
-    notes = []
-    for group in groups:
-        theirs = ", ".join(sorted(str(run.seed) for run in group.runs))
-        if theirs != ours and "None" not in f"{ours} {theirs}":
-            notes.append(f"not the same seeds: {group.label} has {theirs}, {control.label} {ours}")
-    return notes
+    theirs = _seeds(control)
+    return [
+        f"not the same seeds: {group.label} has {_seeds(group)}, {control.label} {theirs}"
+        for group in groups
+        if theirs and _seeds(group) and _seeds(group) != theirs
+    ]
+
+
+def _seeds(group: Group) -> str:
+    """Those that are known."""
+    return ", ".join(map(str, sorted(run.seed for run in group.runs if run.seed is not None)))
 
 
 def _unequal_settings(title: str, measure: Measure, groups: Sequence[Group]) -> list[str]:

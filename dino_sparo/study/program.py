@@ -109,13 +109,13 @@ def _known_images(path: Path) -> dict[str, str]:
     """Hash of images by name of the data set, as the study began; nothing before that."""
     try:
         hashes = json.loads(path.read_text())
+        return {str(name): str(one) for name, one in hashes.items()}
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(
             f"{path} cannot be read ({error}); restore it, or remove it if the images are the same"
         ) from error
-    return {str(name): str(one) for name, one in hashes.items()} if isinstance(hashes, dict) else {}
 
 
 def _measured(options: StudyOptions, variant: Variant, data_sets: dict[str, str]) -> dict[str, Measured]:
