@@ -288,15 +288,27 @@ def write(folder: Path, options: SweepOptions, rows: Sequence[dict[str, Any]]) -
     write_files(folder, texts)
 
 
+def make_folder(folder: Path) -> None:
+    """Make it, if need be.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made ({error.strerror}); choose another run_dir") from error
+
+
 def write_files(folder: Path, contents: Mapping[str, str | bytes]) -> None:
     """Write files into a folder, made if need be, each whole or not at all, while others may write them too.
 
     Raises:
         UserError: they cannot be written.
     """
+    make_folder(folder)
     for name, content in contents.items():
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             temporary = folder / f"{name}.{os.getpid()}.tmp"
             temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
             os.replace(temporary, folder / name)

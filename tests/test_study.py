@@ -4,7 +4,10 @@ import fcntl
 import json
 import os
 import statistics
-from contextlib import nullcontext
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,6 +69,7 @@ def studied(tmp_path_factory):
     transfer = f'--transfer=["other={folder / "other"}"]'
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measuring, "EPOCHS", 3)
+        patch.setattr(sys, "argv", ["dino-sparo", "study", "of", "a b"])
         assert main(["study", *arguments(folder, only, transfer, "--train_fractions=[1.0, 0.2]")]) == 0
     return folder
 
@@ -94,6 +98,7 @@ def test_the_page_has_every_seed_and_each_mean_is_theirs(studied):
             cells = " | ".join(f"{run['results'][i]['top1']:.2f}" for i in (0, 3))
             assert f"| {row} | {run['seed']} | {cells}" in page
         assert f"{statistics.fmean(of_knn):.2f} ± {statistics.stdev(of_knn):.2f} (2 seeds)" in page
+    assert "its runs by\n\n- `dino-sparo study of 'a b'`\n\n- commit" in page
     assert "difference to cls" in page and "sparo" in page and "20-NN, other" in page
     assert (studied / "study" / "curves.png").stat().st_size > 5000
 
@@ -205,6 +210,17 @@ def test_other_images_are_refused_before_anything_is_trained(studied):
     assert not (studied / "study" / "gap_seed=0").exists()
 
 
+@contextmanager
+def as_before(folder: Path) -> Iterator[None]:
+    """Put back what lies directly in the folder, which other tests read."""
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    try:
+        yield
+    finally:
+        for path, content in before.items():
+            path.write_bytes(content)
+
+
 @pytest.mark.long
 def test_a_run_is_evaluated_by_one_process_at_a_time(studied, monkeypatch):
     monkeypatch.setattr(measuring, "EPOCHS", 3)
@@ -222,10 +238,9 @@ def test_a_run_is_evaluated_by_one_process_at_a_time(studied, monkeypatch):
 
     monkeypatch.setattr(program, "measure", measure)
     given = arguments(studied, '--only=["cls", "sparo"]', "--train_fractions=[1.0]")
-    before = (studied / "study" / "study.json").read_text()
-    assert program.run(parse_options(StudyOptions, given, usage="")) == 0
+    with as_before(studied / "study"):
+        assert program.run(parse_options(StudyOptions, given, usage="")) == 0
     assert refused == ["cls_seed=0", "cls_seed=1", "sparo_seed=0", "sparo_seed=1"]
-    (studied / "study" / "study.json").write_text(before)
 
 
 @pytest.mark.long
@@ -240,16 +255,15 @@ def test_a_failed_run_is_on_the_page_with_its_reason(studied, monkeypatch, capsy
 
     monkeypatch.setattr(program, "measure", breaking)
     given = arguments(studied, '--only=["cls", "sparo"]', "--train_fractions=[1.0]")
-    before = (studied / "study" / "study.json").read_text()
-    assert program.run(parse_options(StudyOptions, given, usage="")) == 1
-    page = (studied / "study" / "study.md").read_text()
-    assert "- sparo_seed=1: failed, this picture is no picture" in page
-    assert "- not complete: gap_seed=0, gap_seed=1\n" in page
-    given = arguments(studied, '--only=["cls", "sparo"]', "--train_fractions=[1.0]", seeds="0")
-    assert program.run(parse_options(StudyOptions, given, usage="")) == 0
-    page = (studied / "study" / "study.md").read_text()
-    assert "- not in this command: cls_seed=1, sparo_seed=1\n" in page
-    (studied / "study" / "study.json").write_text(before)
+    with as_before(studied / "study"):
+        assert program.run(parse_options(StudyOptions, given, usage="")) == 1
+        page = (studied / "study" / "study.md").read_text()
+        assert "- sparo_seed=1: failed, this picture is no picture" in page
+        assert "- not complete: gap_seed=0, gap_seed=1\n" in page
+        given = arguments(studied, '--only=["cls", "sparo"]', "--train_fractions=[1.0]", seeds="0")
+        assert program.run(parse_options(StudyOptions, given, usage="")) == 0
+        page = (studied / "study" / "study.md").read_text()
+        assert "- not in this command: cls_seed=1, sparo_seed=1\n" in page
 
 
 def test_a_study_in_a_place_that_cannot_be_is_answered_in_a_sentence(tmp_path):
@@ -265,6 +279,21 @@ def test_a_study_in_a_place_that_cannot_be_is_answered_in_a_sentence(tmp_path):
         (tmp_path / "study" / program.IMAGES_FILE).write_text(damaged)
         with pytest.raises(UserError, match=r"images\.json cannot be read .* restore it"):
             program.run(options)
+
+
+def test_data_sets_of_two_commands_at_once_are_both_remembered(tmp_path):
+    """The other one holds the folder and has not written yet."""
+    write_labelled(tmp_path / "data", 0)
+    run_dir = tmp_path / "study"
+    run_dir.mkdir()
+    with ThreadPoolExecutor() as pool:
+        with program.alone_in(run_dir):
+            ours = pool.submit(program.check_images, run_dir, {"val": str(tmp_path / "data")})
+            with pytest.raises(TimeoutError):
+                ours.result(timeout=1)
+            (run_dir / program.IMAGES_FILE).write_text('{"theirs": "a b"}')
+        ours.result(timeout=30)
+    assert list(json.loads((run_dir / program.IMAGES_FILE).read_text())) == ["theirs", "val"]
 
 
 def test_what_another_process_has_trained_has_not_failed(tmp_path, monkeypatch):

@@ -41,8 +41,8 @@ def run(options: StudyOptions) -> int:
         StoppedError: a signal has told a run to stop; it is saved, and the study goes on there.
     """
     variants = sweep.plan(options)
-    data_sets, hashes = check(options, variants)
-    sweep.write_files(Path(options.run_dir), {IMAGES_FILE: json.dumps(hashes, indent=1) + "\n"})
+    data_sets = check(options, variants)
+    check_images(Path(options.run_dir), data_sets)
     errors = sweep.train(options, variants)
     measured: dict[str, dict[str, Measured]] = {}
     for variant in variants:
@@ -70,12 +70,11 @@ def run(options: StudyOptions) -> int:
     return 1 if errors else 0
 
 
-def check(options: StudyOptions, variants: Sequence[Variant]) -> tuple[dict[str, str], dict[str, str]]:
-    """The data sets to evaluate on, by name, the one that is learnt from first; and a hash of their images.
+def check(options: StudyOptions, variants: Sequence[Variant]) -> dict[str, str]:
+    """The data sets to evaluate on, by name, the one that is learnt from first.
 
     Raises:
-        UserError: the control is no row, a share is wrong, a folder has no name or one that is taken, or has
-            no labelled images, too few, or others than when the study began.
+        UserError: the control is no row, a share is wrong, or a folder has no name or one that is taken.
     """
     rows = list(dict.fromkeys(variant.row for variant in variants))
     if len(rows) > 1 and options.control not in rows:
@@ -91,18 +90,34 @@ def check(options: StudyOptions, variants: Sequence[Variant]) -> tuple[dict[str,
         if name in data_sets:
             raise UserError(f"transfer {text!r}: the name {name!r} is given twice; give each folder its own")
         data_sets[name] = folder
-    hashes = _known_images(Path(options.run_dir) / IMAGES_FILE)
-    for name, folder in data_sets.items():
-        train, test = open_labelled(folder, key="data.path" if name == VAL else "transfer")
-        if len(train) < HEADLINE_K:
-            raise UserError(f"{folder} has {len(train)} train images; {HEADLINE_K}-NN needs {HEADLINE_K}")
-        now = f"{hash_of_images(train)} {hash_of_images(test)}"
-        if hashes.setdefault(name, now) != now:
-            raise UserError(
-                f"{folder} holds other images than {name!r} had when the study in {options.run_dir} began; "
-                f"give the same, or another {'run_dir' if name == VAL else 'name'}"
-            )
-    return data_sets, hashes
+    return data_sets
+
+
+def check_images(run_dir: Path, data_sets: dict[str, str]) -> None:
+    """Refuse other images than the study began with; its folder remembers them, by hash.
+
+    Raises:
+        UserError: a folder has no labelled images, too few, or others than before.
+    """
+    now = {name: _hash_of(name, folder) for name, folder in data_sets.items()}
+    sweep.make_folder(run_dir)
+    with alone_in(run_dir):  # others may add data sets of theirs
+        known = _known_images(run_dir / IMAGES_FILE)
+        for name, folder in data_sets.items():
+            if known.setdefault(name, now[name]) != now[name]:
+                raise UserError(
+                    f"{folder} holds other images than {name!r} had when the study in {run_dir} began; "
+                    f"give the same, or another {'run_dir' if name == VAL else 'name'}"
+                )
+        sweep.write_files(run_dir, {IMAGES_FILE: json.dumps(known, indent=1) + "\n"})
+
+
+def _hash_of(name: str, folder: str) -> str:
+    """Of the train and the test images of a data set, which must have enough."""
+    train, test = open_labelled(folder, key="data.path" if name == VAL else "transfer")
+    if len(train) < HEADLINE_K:
+        raise UserError(f"{folder} has {len(train)} train images; {HEADLINE_K}-NN needs {HEADLINE_K}")
+    return f"{hash_of_images(train)} {hash_of_images(test)}"
 
 
 def _known_images(path: Path) -> dict[str, str]:
@@ -110,7 +125,7 @@ def _known_images(path: Path) -> dict[str, str]:
     try:
         hashes = json.loads(path.read_text())
         return {str(name): str(one) for name, one in hashes.items()}
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return {}
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(
@@ -200,14 +215,16 @@ def write_report(
 
 def about(run_dirs: Sequence[Path]) -> list[str]:
     """How the runs and this page were made, in lines of Markdown."""
+    starts = [start for run_dir in run_dirs for start in read_starts(run_dir)]
     made = {
         f"commit {start['git'] or 'unknown'}, torch {start['versions']['torch']}, timm "
         f"{start['versions']['timm']}, {start['processes']} x {start['device']}, {start['precision']}"
-        for run_dir in run_dirs
-        for start in read_starts(run_dir)
+        for start in starts
     }
+    commands = dict.fromkeys(shlex.join(start["command"][1:]) for start in starts)
     return [
-        f"`{PROGRAM} {shlex.join(sys.argv[1:])}`",
+        f"This page is by `{PROGRAM} {shlex.join(sys.argv[1:])}`, its runs by",
+        "\n".join(f"- `{PROGRAM} {command}`" for command in commands),
         "\n".join(f"- {one}" for one in sorted(made)),
         f"Teachers are evaluated. Probes learn from cached centre crops for {EPOCHS} epochs, which is not "
         f"the official protocol. The one that is shown was the best, in the mean over seeds, on a fifth of "
