@@ -17,6 +17,7 @@ from dino_sparo.errors import UserError, UserFileNotFoundError
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 FLAGS = ("quiet", "dry_run")  # of the program, not of a command; taken off before unless they have a value
+SHOWN_KEYS = 6  # of many that are missing
 NOT_IN_RECIPES = {"run_dir", "run", "data.path", "out", "source"}
 
 
@@ -189,10 +190,12 @@ def _one_sentence(message: str, keys: dict[str, Any]) -> str:
         ]
         if NOT_IN_RECIPES.issuperset(names):
             return f"missing: {', '.join(names)}; give {' '.join(f'--{name} VALUE' for name in names)}"
+        names.sort(key=lambda name: name not in NOT_IN_RECIPES)
+        more = f" and {len(names) - SHOWN_KEYS} more" if len(names) > SHOWN_KEYS else ""
         return (
-            f"missing: {', '.join(names)}; an experiment has no defaults, so start from a recipe "
-            f"(--config NAME, one of {', '.join(recipes())}) and give what it leaves "
-            f"open as --section.key VALUE"
+            f"missing: {', '.join(names[:SHOWN_KEYS])}{more}; an experiment has no defaults, so start from a "
+            f"recipe (--config NAME, one of {', '.join(recipes())}) and give what it leaves open as "
+            f"--section.key VALUE"
         )
     wrong = re.search(r'[Kk]ey "([^"]+)"', message)
     value = re.search(r"(?:Got|Given) value: (.*)", message)

@@ -242,6 +242,8 @@ def test_missing_options():
     assert message.startswith("missing: seed, data.on_bad_image, views.global_size") and all(
         name in message for name in recipes()
     )
+    message = refusal()
+    assert message.startswith("missing: run_dir, data.path, seed, ") and " more; an experiment has" in message
     assert refusal("--data.path", "x", options_class=KnnOptions) == "missing: run; give --run VALUE"
 
 
