@@ -39,6 +39,7 @@ from dino_sparo.training.setup import (
     start_state,
 )
 from dino_sparo.training.state import TrainState, build_state, checkpoint_bytes
+from dino_sparo.variants import plan_runs
 
 # Of the speed of one large matrix product whole training reaches a share between these. On a CPU it did,
 # from the demo to ViT-S/16; for a GPU it is a guess.
@@ -91,7 +92,7 @@ def plan(options: PretrainOptions, recipe: str) -> int:
 
 def plan_sweep(options: SweepOptions, recipe: str) -> int:
     """`--dry-run`: print all runs of the sweep with their cost, and how far each is; 1 if one is refused."""
-    variants = sweep.plan(options)
+    variants = plan_runs(options)
     if isinstance(options, StudyOptions):
         check_study(options, variants)
     problems = []

@@ -3,19 +3,15 @@
 import json
 import logging
 import os
-import re
 import statistics
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from itertools import product
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from dino_sparo.config import parse_options, recipes
-from dino_sparo.errors import StuckError, UserError, UserFileNotFoundError
+from dino_sparo.errors import StuckError, UserError
 from dino_sparo.models.cost import encoder_cost
 from dino_sparo.options import PretrainOptions, SweepOptions
 from dino_sparo.training.checkpoint import encoder_of, latest_step
@@ -23,32 +19,12 @@ from dino_sparo.training.pretrain import pretrain
 from dino_sparo.training.rundir import check_same_experiment, config_of
 from dino_sparo.training.runlog import read_metrics
 from dino_sparo.training.setup import open_data
+from dino_sparo.variants import Variant, plan_runs, recipe_of
 
 log = logging.getLogger("dino_sparo")
 
 KNN = "knn20_top1"  # as the monitor logs it
 RECIPE_FILE, JSON_FILE, TABLE_FILE = "recipe.yaml", "sweep.json", "sweep.md"
-VARIANTS_FOLDER = "variants"
-Changes = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One run of the sweep.
-
-    Attributes:
-        name: of the set of changes that it comes from; empty for the recipe alone.
-        row: what its row of the table is called, the same for all seeds.
-        folder: its run folder below that of the sweep.
-        changes: what it has instead of the recipe, by dotted key.
-        options: what it is trained with.
-    """
-
-    name: str
-    row: str
-    folder: str
-    changes: Changes
-    options: PretrainOptions
 
 
 def run(options: SweepOptions) -> int:
@@ -61,7 +37,7 @@ def run(options: SweepOptions) -> int:
         UserError: for a mistake in options or data, before anything is trained.
         StoppedError: a signal has told a run to stop; it is saved, and the sweep goes on there.
     """
-    variants = plan(options)
+    variants = plan_runs(options)
     errors = train(options, variants)
     rows = table(variants, errors)
     print("\n".join(as_markdown(rows)))
@@ -92,106 +68,6 @@ def train(options: SweepOptions, variants: Sequence[Variant]) -> dict[str, str]:
             log.warning("WARNING: %s failed: %s", variant.folder, error)
         write(Path(options.run_dir), options, table(variants, errors))
     return errors
-
-
-def plan(options: SweepOptions) -> list[Variant]:
-    """All runs of the sweep, also those that `only` leaves out: variants x values of each `vary`, checked.
-
-    Raises:
-        UserError: a key or value is wrong, naming the variant; or two variants are the same.
-    """
-    named = read_variants(options.variants, options.only)
-    varied = [parse_vary(text) for text in options.vary]
-    if len({key for key, _ in varied}) < len(varied):
-        raise UserError("vary names a key twice; give all its values at once, as KEY=VALUE,VALUE")
-    planned: dict[str, Variant] = {}
-    with tempfile.TemporaryDirectory(prefix="dino_sparo_") as temporary:
-        recipe = Path(temporary) / RECIPE_FILE
-        recipe.write_text(yaml.safe_dump(recipe_of(options), sort_keys=False))
-        for (name, changes), values in product(named.items(), product(*(values for _, values in varied))):
-            chosen = dict(zip((key for key, _ in varied), values, strict=True))
-            variant = _variant(name, changes, chosen, recipe, Path(options.run_dir))
-            if variant.folder in planned:
-                raise UserError(f"run {variant.folder!r} is planned twice; give each variant and value once")
-            if any(
-                (other.row, other.options.seed) == (variant.row, variant.options.seed)
-                for other in planned.values()
-            ):
-                raise UserError(
-                    f"seed {variant.options.seed} of {variant.row!r} is planned twice; give it once"
-                )
-            planned[variant.folder] = variant
-    return list(planned.values())
-
-
-def recipe_of(options: SweepOptions) -> dict[str, Any]:
-    """The resolved recipe that the variants change."""
-    of_runs = {field.name for field in fields(PretrainOptions)}
-    return {key: value for key, value in config_of(options).items() if key in of_runs}
-
-
-def _variant(name: str, changes: Changes, chosen: Changes, recipe: Path, folder: Path) -> Variant:
-    """The run with these changes of the recipe; `chosen` are those by `vary`."""
-    title = _title(name, chosen)
-    row = _title(name, {key: value for key, value in chosen.items() if key != "seed"})
-    place = re.sub(r"[^\w.=+-]+", "_", title) or "recipe"
-    every = changes | chosen
-    arguments = [f"--{key}={_written(value)}" for key, value in every.items()]
-    base = ["--config", str(recipe), "--run_dir", str(folder / place)]
-    try:
-        parsed = parse_options(PretrainOptions, [*base, *arguments], usage="dino-sparo sweep")
-    except UserError as error:
-        raise UserError(f"variant {title!r}: {error}") from error
-    return Variant(name, row or "recipe", place, every, parsed)
-
-
-def read_variants(name: str | None, only: Sequence[str]) -> dict[str, Changes]:
-    """Named sets of changes from a YAML file, by its path or among the shipped ones.
-
-    Raises:
-        UserFileNotFoundError: there is no such file.
-        UserError: it is none, or lacks a name that is in `only`.
-    """
-    if name is None:
-        if only:
-            raise UserError(f"only is {list(only)}, but variants is not given; give a file of variants")
-        return {"": {}}
-    shipped = {path.stem: path for path in (recipes_folder() / VARIANTS_FOLDER).glob("*.yaml")}
-    path = Path(name) if Path(name).is_file() else shipped.get(name)
-    if path is None:
-        raise UserFileNotFoundError(
-            f"variants {name!r} does not exist; give a YAML file or one of the shipped ones: "
-            f"{', '.join(sorted(shipped))}"
-        )
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no valid YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(content, dict) or not all(isinstance(value, dict) for value in content.values()):
-        raise UserError(f"{path}: expected names of variants, each with a section of section.key: value")
-    variants = {str(key): value for key, value in content.items()}
-    unknown = [one for one in only if one not in variants]
-    if unknown:
-        raise UserError(f"only has {unknown[0]!r}, which is not in {path}; it has {', '.join(variants)}")
-    return variants
-
-
-def recipes_folder() -> Path:
-    """Where the shipped recipes lie."""
-    return next(iter(recipes().values())).parent
-
-
-def parse_vary(text: str) -> tuple[str, list[str]]:
-    """`key=value,value` as the key and its values; commas in brackets separate none.
-
-    Raises:
-        UserError: it has no key or a value is empty.
-    """
-    key, _, listed = text.partition("=")
-    values = [value.strip() for value in re.split(r",(?![^\[]*\])", listed)]
-    if not key or "" in values:
-        raise UserError(f"vary has {text!r}; expected section.key=VALUE,VALUE,...")
-    return key.strip(), values
 
 
 def check_data(variants: Sequence[Variant]) -> None:
@@ -323,17 +199,3 @@ def final_knn(run_dir: Path, epochs: int) -> float | None:
     """The monitor's 20-NN after the last epoch; None before there is one, and the last checkpoint."""
     found = [entry for entry in read_metrics(run_dir) if KNN in entry and entry["epoch"] >= epochs]
     return found[-1][KNN] if found and latest_step(run_dir) >= found[-1]["step"] else None
-
-
-def _title(name: str, chosen: Changes) -> str:
-    """`name key=value key=value`, each key by its last part if that is enough."""
-    last = [key.rpartition(".")[2] for key in chosen]
-    short = last if len(set(last)) == len(last) else list(chosen)
-    return " ".join(
-        filter(None, [name, *(f"{key}={value}" for key, value in zip(short, chosen.values(), strict=True))])
-    )
-
-
-def _written(value: Any) -> str:
-    """A value as an argument."""
-    return value if isinstance(value, str) else json.dumps(value)

@@ -12,10 +12,10 @@ from dino_sparo.__main__ import main
 from dino_sparo.config import parse_options
 from dino_sparo.errors import UserError
 from dino_sparo.options import SweepOptions
-from dino_sparo.sweep import plan
 from dino_sparo.training import setup, state
 from dino_sparo.training.checkpoint import load_latest, num_bytes
 from dino_sparo.training.pretrain import pretrain
+from dino_sparo.variants import plan_runs
 from tests.running import command
 from tests.test_init import bare, plain
 from tests.test_resume import pretrain_until
@@ -97,7 +97,7 @@ def test_a_run_and_an_exported_encoder_start_another_run(run_dir, pictures, tmp_
 def test_a_sweep_varies_starts_and_freezing(pictures, tmp_path):
     arguments = tiny_arguments(pictures, tmp_path / "runs", init=pictures / "vit.pth")
     arguments += ['--vary=["optim.freeze_backbone=true,false"]']
-    variants = plan(parse_options(SweepOptions, arguments, usage=""))
+    variants = plan_runs(parse_options(SweepOptions, arguments, usage=""))
     assert [one.options.optim.freeze_backbone for one in variants] == [True, False]
     assert {one.options.init for one in variants} == {str(pictures / "vit.pth")}
 

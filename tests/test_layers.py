@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "dino_sparo"
 PROGRAMS = (
-    *("check_report", "sweep"),
+    *("check_report", "sweep", "variants"),
     *("pretrain", "setup", "rundir", "check", "prepare", "shard", "knn", "demo", "export"),
     "slots/report",
     *("study/program", "study/measuring"),

@@ -25,6 +25,7 @@ from dino_sparo.evaluation.results import Result, read_results
 from dino_sparo.options import StudyOptions
 from dino_sparo.study import measuring, program, report
 from dino_sparo.training.runlog import read_metrics
+from dino_sparo.variants import Variant
 from tests.tiny import tiny_arguments, write_pictures
 
 VARIANTS = {
@@ -203,10 +204,12 @@ def test_a_run_without_its_last_checkpoint_is_not_complete(studied):
 
 
 @pytest.mark.long
-def test_other_images_are_refused_before_anything_is_trained(studied):
+def test_other_images_are_refused_before_anything_is_trained(studied, capsys):
     given = arguments(studied, f'--transfer=["other={studied / "data"}"]')
     with pytest.raises(UserError, match="holds other images than 'other' had when the study in"):
         program.run(parse_options(StudyOptions, given, usage=""))
+    assert main(["study", *given, "--dry-run"]) == 2
+    assert "holds other images than 'other' had" in capsys.readouterr().err
     assert not (studied / "study" / "gap_seed=0").exists()
 
 
@@ -283,12 +286,11 @@ def test_a_study_in_a_place_that_cannot_be_is_answered_in_a_sentence(tmp_path):
 
 def test_data_sets_of_two_commands_at_once_are_both_remembered(tmp_path):
     """The other one holds the folder and has not written yet."""
-    write_labelled(tmp_path / "data", 0)
     run_dir = tmp_path / "study"
     run_dir.mkdir()
     with ThreadPoolExecutor() as pool:
         with program.alone_in(run_dir):
-            ours = pool.submit(program.check_images, run_dir, {"val": str(tmp_path / "data")})
+            ours = pool.submit(program.remember_images, run_dir, {"val": "a folder"}, {"val": "c d"})
             with pytest.raises(TimeoutError):
                 ours.result(timeout=1)
             (run_dir / program.IMAGES_FILE).write_text('{"theirs": "a b"}')
@@ -304,7 +306,7 @@ def test_what_another_process_has_trained_has_not_failed(tmp_path, monkeypatch):
     busy = {"cls_seed=0": "in use", "cls_seed=1": "in use"}
     evaluated: list[str] = []
 
-    def stop(variant: sweep.Variant) -> None:
+    def stop(variant: Variant) -> None:
         evaluated.append(variant.folder)
         (tmp_path / "study" / variant.folder).mkdir()
         raise UserError("seen")

@@ -20,6 +20,7 @@ from dino_sparo.processes import STOP_SIGNALS
 from dino_sparo.training.checkpoint import encoder_of
 from dino_sparo.training.rundir import config_of
 from dino_sparo.training.runlog import RunLog, read_metrics
+from dino_sparo.variants import parse_vary, plan_runs, recipes_folder
 from tests.tiny import tiny_arguments, write_pictures
 
 CHANGES = {"monitor__knn_every_epochs": 2, "optim__epochs": 2, "model__readout__slot_dim": 8}
@@ -50,7 +51,7 @@ def starts(folder) -> int:
 
 
 def test_all_combinations_in_their_order(data):
-    planned = sweep.plan(options(data, vary=["model.readout.num_slots=2,4", "seed=0,1"]))
+    planned = plan_runs(options(data, vary=["model.readout.num_slots=2,4", "seed=0,1"]))
     assert [(v.folder, v.row) for v in planned] == [
         ("num_slots=2_seed=0", "num_slots=2"),
         ("num_slots=2_seed=1", "num_slots=2"),
@@ -65,15 +66,15 @@ def test_all_combinations_in_their_order(data):
 
 
 def test_the_recipe_alone_and_keys_with_one_last_part(data):
-    (alone,) = sweep.plan(options(data))
+    (alone,) = plan_runs(options(data))
     assert (alone.folder, alone.row, alone.changes) == ("recipe", "recipe", {})
     keys = ["data.path=a", "monitor.knn_path=b,null"]
-    assert [v.folder for v in sweep.plan(options(data, vary=keys))] == [
+    assert [v.folder for v in plan_runs(options(data, vary=keys))] == [
         "path=a_knn_path=b",
         "path=a_knn_path=null",
     ]
     both = ["views.local_size=8", "model.readout.name=sparo", "optim.warmup_epochs=0,1"]
-    assert sweep.plan(options(data, vary=both))[1].folder == "local_size=8_name=sparo_warmup_epochs=1"
+    assert plan_runs(options(data, vary=both))[1].folder == "local_size=8_name=sparo_warmup_epochs=1"
 
 
 @pytest.mark.parametrize(
@@ -85,12 +86,12 @@ def test_the_recipe_alone_and_keys_with_one_last_part(data):
     ],
 )
 def test_values(text, expected):
-    assert sweep.parse_vary(text) == expected
+    assert parse_vary(text) == expected
 
 
 def test_two_spellings_of_a_seed_are_one(data):
     with pytest.raises(UserError, match="seed 1 of 'recipe' is planned twice; give it once"):
-        sweep.plan(options(data, vary=["seed=1,01"]))
+        plan_runs(options(data, vary=["seed=1,01"]))
 
 
 def test_every_variant_is_looked_at_before_one_is_trained(data, tmp_path):
@@ -103,14 +104,14 @@ def test_every_variant_is_looked_at_before_one_is_trained(data, tmp_path):
 @pytest.mark.parametrize("text", ["seed", "seed=", "=3", "seed=1,,2", "seed=1,"])
 def test_no_values(text):
     with pytest.raises(UserError, match=r"vary has '.*'; expected section.key=VALUE,VALUE"):
-        sweep.parse_vary(text)
+        parse_vary(text)
 
 
 @pytest.mark.parametrize("recipe", [name for name in recipes() if "dino" not in name])
 def test_shipped_variants_fit_every_sparo_recipe(tmp_path, recipe):
     given = ["--config", recipe, "--data.path=x", f"--run_dir={tmp_path}", "--variants=readouts"]
-    planned = sweep.plan(parse_options(SweepOptions, given, usage=""))
-    shipped = yaml.safe_load((sweep.recipes_folder() / "variants" / "readouts.yaml").read_text())
+    planned = plan_runs(parse_options(SweepOptions, given, usage=""))
+    shipped = yaml.safe_load((recipes_folder() / "variants" / "readouts.yaml").read_text())
     assert [variant.row for variant in planned] == list(shipped)
     names = {variant.options.model.readout.name for variant in planned}
     assert names == {"sparo", "pooler", "bottleneck", "gap", "cls"}
@@ -124,11 +125,11 @@ def test_shipped_variants_fit_every_sparo_recipe(tmp_path, recipe):
 def test_variants_of_a_file_and_some_of_them(data, tmp_path):
     (tmp_path / "mine.yaml").write_text("few: {model.readout.num_slots: 2}\nlong: {optim.epochs: 5}\n")
     given = f"--variants={tmp_path / 'mine.yaml'}"
-    assert [v.folder for v in sweep.plan(options(data, given, vary=["seed=3"]))] == [
+    assert [v.folder for v in plan_runs(options(data, given, vary=["seed=3"]))] == [
         "few_seed=3",
         "long_seed=3",
     ]
-    planned = sweep.plan(options(data, given, '--only=["long"]'))  # the table has all
+    planned = plan_runs(options(data, given, '--only=["long"]'))  # the table has all
     (long,) = (variant for variant in planned if variant.name == "long")
     assert len(planned) > 1
     assert (long.row, long.options.optim.epochs, long.changes) == ("long", 5, {"optim.epochs": 5})
@@ -168,7 +169,7 @@ def test_mistakes_are_told_before_anything_is_trained(data, more, vary, message)
 def test_a_file_that_holds_no_variants(data, tmp_path, content):
     (tmp_path / "mine.yaml").write_text(content)
     with pytest.raises(UserError, match=r"mine.yaml(: expected names of variants| is no valid YAML)"):
-        sweep.plan(options(data, f"--variants={tmp_path / 'mine.yaml'}"))
+        plan_runs(options(data, f"--variants={tmp_path / 'mine.yaml'}"))
 
 
 def test_images_without_labels(data):

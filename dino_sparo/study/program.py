@@ -22,8 +22,8 @@ from dino_sparo.evaluation.transfer import EXPECTED_BOTH, VAL, named_folder
 from dino_sparo.options import StudyOptions
 from dino_sparo.study.measuring import EPOCHS, Measured, choose, measure
 from dino_sparo.study.report import CURVES, JSON_FILE, PAGE, as_json, curves_picture, page, training_of
-from dino_sparo.sweep import Variant
 from dino_sparo.training.rundir import config_of, read_starts
+from dino_sparo.variants import Variant, plan_runs
 
 log = logging.getLogger("dino_sparo")
 
@@ -40,9 +40,9 @@ def run(options: StudyOptions) -> int:
         UserError: for a mistake in options or data, before anything is trained.
         StoppedError: a signal has told a run to stop; it is saved, and the study goes on there.
     """
-    variants = sweep.plan(options)
-    data_sets = check(options, variants)
-    check_images(Path(options.run_dir), data_sets)
+    variants = plan_runs(options)
+    data_sets, hashes = check(options, variants)
+    remember_images(Path(options.run_dir), data_sets, hashes)
     errors = sweep.train(options, variants)
     measured: dict[str, dict[str, Measured]] = {}
     for variant in variants:
@@ -70,11 +70,12 @@ def run(options: StudyOptions) -> int:
     return 1 if errors else 0
 
 
-def check(options: StudyOptions, variants: Sequence[Variant]) -> dict[str, str]:
-    """The data sets to evaluate on, by name, the one that is learnt from first.
+def check(options: StudyOptions, variants: Sequence[Variant]) -> tuple[dict[str, str], dict[str, str]]:
+    """The data sets to evaluate on, by name, the one that is learnt from first; and a hash of their images.
 
     Raises:
-        UserError: the control is no row, a share is wrong, or a folder has no name or one that is taken.
+        UserError: the control is no row, a share is wrong, a folder has no name or one that is taken, or has
+            no labelled images, too few, or others than when the study began.
     """
     rows = list(dict.fromkeys(variant.row for variant in variants))
     if len(rows) > 1 and options.control not in rows:
@@ -90,26 +91,33 @@ def check(options: StudyOptions, variants: Sequence[Variant]) -> dict[str, str]:
         if name in data_sets:
             raise UserError(f"transfer {text!r}: the name {name!r} is given twice; give each folder its own")
         data_sets[name] = folder
-    return data_sets
+    hashes = {name: _hash_of(name, folder) for name, folder in data_sets.items()}
+    _with_known(Path(options.run_dir), data_sets, hashes)
+    return data_sets, hashes
 
 
-def check_images(run_dir: Path, data_sets: dict[str, str]) -> None:
-    """Refuse other images than the study began with; its folder remembers them, by hash.
+def remember_images(run_dir: Path, data_sets: dict[str, str], hashes: dict[str, str]) -> None:
+    """Write down which images the study is about, beside those of other commands that work in its folder.
 
     Raises:
-        UserError: a folder has no labelled images, too few, or others than before.
+        UserError: another command has just begun with other images, or the folder cannot be written.
     """
-    now = {name: _hash_of(name, folder) for name, folder in data_sets.items()}
     sweep.make_folder(run_dir)
-    with alone_in(run_dir):  # others may add data sets of theirs
-        known = _known_images(run_dir / IMAGES_FILE)
-        for name, folder in data_sets.items():
-            if known.setdefault(name, now[name]) != now[name]:
-                raise UserError(
-                    f"{folder} holds other images than {name!r} had when the study in {run_dir} began; "
-                    f"give the same, or another {'run_dir' if name == VAL else 'name'}"
-                )
+    with alone_in(run_dir):
+        known = _with_known(run_dir, data_sets, hashes)
         sweep.write_files(run_dir, {IMAGES_FILE: json.dumps(known, indent=1) + "\n"})
+
+
+def _with_known(run_dir: Path, data_sets: dict[str, str], hashes: dict[str, str]) -> dict[str, str]:
+    """These hashes and those of the study's other data sets; refuses others than when it began."""
+    known = _known_images(run_dir / IMAGES_FILE)
+    for name, now in hashes.items():
+        if known.setdefault(name, now) != now:
+            raise UserError(
+                f"{data_sets[name]} holds other images than {name!r} had when the study in {run_dir} began; "
+                f"give the same, or another {'run_dir' if name == VAL else 'name'}"
+            )
+    return known
 
 
 def _hash_of(name: str, folder: str) -> str:
@@ -125,7 +133,7 @@ def _known_images(path: Path) -> dict[str, str]:
     try:
         hashes = json.loads(path.read_text())
         return {str(name): str(one) for name, one in hashes.items()}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(
