@@ -52,8 +52,7 @@ def train(options: SweepOptions, variants: Sequence[Variant]) -> dict[str, str]:
     Raises:
         UserError, StoppedError: as `run`.
     """
-    for variant in variants:
-        check_same_experiment(Path(variant.options.run_dir), config_of(variant.options))
+    check_experiments(variants)
     check_data(variants)
     errors: dict[str, str] = {}
     chosen = [variant for variant in variants if not options.only or variant.name in options.only]
@@ -68,6 +67,16 @@ def train(options: SweepOptions, variants: Sequence[Variant]) -> dict[str, str]:
             log.warning("WARNING: %s failed: %s", variant.folder, error)
         write(Path(options.run_dir), options, table(variants, errors))
     return errors
+
+
+def check_experiments(variants: Sequence[Variant]) -> None:
+    """Refuse run folders that hold other experiments.
+
+    Raises:
+        UserError: naming the fields.
+    """
+    for variant in variants:
+        check_same_experiment(Path(variant.options.run_dir), config_of(variant.options))
 
 
 def check_data(variants: Sequence[Variant]) -> None:

@@ -213,6 +213,14 @@ def test_other_images_are_refused_before_anything_is_trained(studied, capsys):
     assert not (studied / "study" / "gap_seed=0").exists()
 
 
+@pytest.mark.long
+def test_a_refused_recipe_leaves_no_data_set_behind(studied):
+    given = arguments(studied, f'--transfer=["late={studied / "other"}"]', optim__epochs=3)
+    with pytest.raises(UserError, match=r"optim\.epochs was 2, is now 3"):
+        program.run(parse_options(StudyOptions, given, usage=""))
+    assert list(json.loads((studied / "study" / program.IMAGES_FILE).read_text())) == ["val", "other"]
+
+
 @contextmanager
 def as_before(folder: Path) -> Iterator[None]:
     """Put back what lies directly in the folder, which other tests read."""

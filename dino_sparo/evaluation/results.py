@@ -159,8 +159,15 @@ def _write(path: Path, results: Sequence[Result]) -> None:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Hold a lock on the folder, which leaves no file behind."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Hold a lock on the folder, which leaves no file behind.
+
+    Raises:
+        UserError: the folder cannot be opened.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be opened ({error.strerror}); make it readable") from error
     try:
         with suppress(OSError):  # some network file systems have no locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)

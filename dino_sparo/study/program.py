@@ -42,6 +42,7 @@ def run(options: StudyOptions) -> int:
     """
     variants = plan_runs(options)
     data_sets, hashes = check(options, variants)
+    sweep.check_experiments(variants)
     remember_images(Path(options.run_dir), data_sets, hashes)
     errors = sweep.train(options, variants)
     measured: dict[str, dict[str, Measured]] = {}
