@@ -56,6 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def answer(arguments: list[str] | None) -> int:
     """What `main` does, for a standard output that is read to its end."""
+    os.environ["PYTHONSAFEPATH"] = "1"  # what this starts imports nothing from the working directory
     arguments, flags = without_flags(list(sys.argv[1:] if arguments is None else arguments))
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:], "--help"]

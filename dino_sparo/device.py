@@ -1,8 +1,12 @@
-"""Which device to compute on, and waiting for it."""
+"""Which device to compute on, waiting for it, and compiling for it."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from dino_sparo.errors import UserError
+from dino_sparo.files import keep_compiled_code
 
 
 def choose_device(name: str, number: int = 0) -> torch.device:
@@ -24,6 +28,16 @@ def choose_device(name: str, number: int = 0) -> torch.device:
         )
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`torch.compile` of a function with these options; the code is kept where nobody else can write."""
+    keep_compiled_code()
+    import torch._inductor.config as inductor_config  # which makes the folder
+
+    if hasattr(inductor_config, "cpp_cache_precompile_headers"):  # they would stay in torch's own folder
+        inductor_config.cpp_cache_precompile_headers = False
+    return torch.compile(function, **options)
 
 
 def wait_for(device: torch.device) -> None:

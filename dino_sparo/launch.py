@@ -22,8 +22,8 @@ SHUTDOWN_SECONDS = 300  # a process that was told to stop may finish its step an
 def launch(num_processes: int, arguments: list[str]) -> int:
     """Run `python -m dino_sparo ARGUMENTS` in so many processes on this machine; returns the exit status.
 
-    The same as `torchrun --standalone --nproc-per-node N -m dino_sparo ARGUMENTS`, without its own report
-    beside that of the process that failed.
+    The same as `torchrun --standalone --nproc-per-node N --no-python dino-sparo ARGUMENTS`, without its own
+    report beside that of the process that failed. Nothing is imported from the working directory.
 
     Raises:
         UserError: one of them was ended by a signal.

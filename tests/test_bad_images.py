@@ -1,4 +1,4 @@
-"""Fourteen kinds of odd files in a folder of images: what training, evaluation and the scan make of each."""
+"""Sixteen kinds of odd files in a folder of images: what training, evaluation and the scan make of each."""
 
 import builtins
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from dino_sparo.data import pil_views
 from dino_sparo.data.images import CenterCrops, to_tensor
@@ -72,11 +72,14 @@ DOT = PICTURE.crop((0, 0, 1, 1))
 PALETTE, CMYK = PICTURE.quantize(16), PICTURE.convert("CMYK")
 ALPHA = Image.fromarray(np.dstack([PIXELS, PIXELS[..., 0]]))
 PNG, JPEG = encoded(PICTURE, "PNG"), encoded(PICTURE, "JPEG")
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n%%EndComments\nshowpage\n"
 UNKNOWN = ("no known kind of image", "not_an_image")
 KINDS = {
     "truncated": Odd("cut.jpg", JPEG[: len(JPEG) // 2], None, "image file is truncated", "truncated"),
     "zero-byte": Odd("empty.jpg", b"", None, "the file is empty", "zero_byte"),
     "html": Odd("page.jpg", b"<!DOCTYPE html><p>404", None, *UNKNOWN),
+    "postscript": Odd("drawing.jpg", EPS, None, *UNKNOWN),
+    "gif": Odd("moving.jpg", encoded(PALETTE, "GIF"), PALETTE.convert("RGB")),
     "bomb": Odd("bomb.png", bomb(), None, "exceeds limit of 178956970 pixels", "unreadable"),
     "permission": Odd("locked.png", PNG, None, "Permission denied", "unreadable"),
     "16-bit": Odd("deep.png", encoded(DEEP, "PNG"), Image.fromarray(PIXELS[..., 0]).convert("RGB")),
@@ -122,6 +125,18 @@ def permissions_bind_the_superuser_too(monkeypatch):
 
     if os.geteuid() == 0:
         monkeypatch.setattr(builtins, "open", open_with_permission)
+
+
+@pytest.fixture(autouse=True)
+def nothing_starts_ghostscript(monkeypatch, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bin")
+    program = folder / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {folder}/started\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # Pillow looks for it once a process
+    yield
+    assert not (folder / "started").exists(), "a file has started a program"
 
 
 def pretrain(data: Path, run_dir: Path, on_bad_image: str) -> list[dict[str, str]]:

@@ -10,10 +10,11 @@ import subprocess
 import pytest
 import torch
 
+from dino_sparo.__main__ import main
 from dino_sparo.errors import UserError
 from dino_sparo.training import pretrain as program
 from dino_sparo.training.checkpoint import load_checkpoint, load_latest, save_checkpoint, set_damaged_aside
-from tests.tiny import tiny_options, write_pictures
+from tests.tiny import tiny_arguments, tiny_options, write_pictures
 
 
 def save_steps(run_dir, *steps, keep_every_steps=0):
@@ -61,6 +62,29 @@ def test_one_of_every_so_many_epochs_is_written_for_keeping(tmp_path):
     program.pretrain(tiny_options(tmp_path / "data", tmp_path / "run", **changes))
     steps = [int(name[5:14]) for name in names(tmp_path / "run") if name.endswith(".pt")]
     assert steps == [3, 6, 8, 9]
+
+
+def test_a_checkpoint_without_its_hash_is_refused_by_name_unless_trusted(tmp_path, caplog):
+    save_steps(tmp_path, 5, 9)
+    (tmp_path / "checkpoints" / "step_000000009.pt.sha256").unlink()
+    with pytest.raises(
+        UserError, match=r"step_000000009\.pt: step_0\S+\.sha256 is missing.*--resume_unverified"
+    ):
+        load_latest(tmp_path)
+    assert load_latest(tmp_path, unverified=True)["step"] == 9
+    assert "step_000000009.pt is not verified" in caplog.text
+
+
+def test_resume_refuses_a_checkpoint_without_its_hash(tmp_path, capsys):
+    write_pictures(tmp_path / "data", 4)
+    arguments = ["pretrain", *tiny_arguments(tmp_path / "data", tmp_path / "run", optim__epochs=2)]
+    assert main(arguments) == 0
+    for file in (tmp_path / "run" / "checkpoints").glob("*.sha256"):
+        file.unlink()
+    capsys.readouterr()
+    assert main(arguments) == 2 and "step_000000002.pt.sha256 is missing" in capsys.readouterr().err
+    assert main([*arguments, "--resume_unverified"]) == 0
+    assert main(arguments) == 2, "what was trusted once is trusted for good"
 
 
 def test_hash_file_is_what_sha256sum_reads(tmp_path):

@@ -21,7 +21,7 @@ from dino_sparo.training import pretrain as program
 from dino_sparo.training.bad_images import BadImages
 from dino_sparo.training.checkpoint import load_latest
 from dino_sparo.training.runlog import read_metrics
-from tests.running import children, is_gone, logged, wait_for_step
+from tests.running import children, is_gone, logged, plant_modules, wait_for_step
 from tests.tiny import state_hash, tiny_arguments, tiny_options, write_pictures
 
 NUM_IMAGES, TOTAL_STEPS = 44, 15  # batch 8: five steps an epoch, three epochs
@@ -295,6 +295,18 @@ def test_nproc_may_stand_in_a_recipe(pictures, tmp_path):
     ]
     finished = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert finished.returncode == 0 and f"{PROCESSES} x cpu" in finished.stderr
+
+
+def test_nothing_is_imported_from_where_the_user_stands(pictures, tmp_path):
+    plant_modules(tmp_path / "here")
+    script = Path(sys.executable).with_name("dino-sparo")
+    trained = [*command(2, pictures, tmp_path / "run", **(COMMON | {"optim__epochs": 1}))[3:]]
+    sharded = ["shard", str(pictures), "--out", str(tmp_path / "shards"), "--num-workers", "2"]
+    for arguments in (trained, sharded):
+        finished = subprocess.run(
+            [script, *arguments], cwd=tmp_path / "here", capture_output=True, text=True, check=False
+        )
+        assert finished.returncode == 0, finished.stderr
 
 
 def test_nproc_under_torchrun_is_refused(pictures, tmp_path):

@@ -71,6 +71,17 @@ def test_imports_go_down_the_flow(path):
     assert not wrong
 
 
+def test_images_are_opened_in_one_place():
+    """Pillow's own list of formats holds one that starts a program."""
+    opening = {
+        path.name
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "Image.open"
+    }
+    assert opening == {"decode.py"}
+
+
 def test_the_scan_sees_imports():
     assert "torch.distributed" in imports(PACKAGE / "distributed.py")
     assert "dino_sparo.interop.load.load_encoder" in imports(PACKAGE / "evaluation" / "knn.py")

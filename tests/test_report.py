@@ -209,6 +209,19 @@ def test_report_makes_what_is_missing(tmp_path):
 
 
 @pytest.mark.long
+def test_without_classes_the_report_leaves_out_what_needs_them(run_dir, tmp_path, capsys):
+    write_pictures(tmp_path / "data", 12)
+    flat = tmp_path / "data" / "train" / "class0"
+    arguments = ["slots", "report", str(run_dir), "--data.path", str(flat), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--device", "cpu", "--num_workers", "0"]) == 0
+    assert capsys.readouterr().out.count(f"rank and mask are left out: {flat} has no classes; ") == 1
+    made = {part for part, file in FILES.items() if (tmp_path / "out" / file).is_file()}
+    assert made == {"health", "maps", "gallery"}
+    page = Page((tmp_path / "out" / "report.html").read_text())
+    assert not [command for command in page.commands if str(flat) in command]
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("width", [390, 1280])
 def test_nothing_is_wider_than_the_window(sample, tmp_path, width):
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

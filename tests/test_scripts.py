@@ -10,7 +10,7 @@ import pytest
 
 from dino_sparo.training.checkpoint import load_latest
 from dino_sparo.training.runlog import read_metrics
-from tests.running import environment_of, family, is_gone, wait_for_step
+from tests.running import environment_of, family, is_gone, plant_modules, wait_for_step
 from tests.slurm import ROOT, slurm_environment
 from tests.tiny import TINY, state_hash, write_pictures
 
@@ -43,6 +43,7 @@ def slurm(tmp_path) -> dict[str, str]:
 
 
 def test_one_machine_and_two_machines_are_the_same_run(data, slurm, tmp_path):
+    plant_modules(tmp_path)
     start("pretrain_8gpu.sh", data, tmp_path, NPROC="2")
     start("pretrain_slurm.sbatch", data, tmp_path, **slurm)
     one, two = load_latest(tmp_path / "runs" / "demo"), load_latest(tmp_path / "slurm")

@@ -1,12 +1,26 @@
 """From the bytes of an image file to RGB pixels."""
 
+from importlib.util import find_spec
 from io import BytesIO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+# What is read, whatever a file is called; Pillow knows others, and starts Ghostscript for one of them.
+FORMATS = ["JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF"]
+FORMATS += ["AVIF"] if find_spec("PIL.AvifImagePlugin") else []  # since Pillow 11.3
 GAP = 2.0  # a JPEG file is decoded at this multiple of the wanted size at least
+
+
+def open_image(data: bytes) -> Image.Image:
+    """The image in a file of one of FORMATS, not decoded yet; every image of this project is opened here.
+
+    Raises:
+        UnidentifiedImageError: it is of none of them.
+        OSError, ValueError, SyntaxError, Image.DecompressionBombError: its header is damaged.
+    """
+    return Image.open(BytesIO(data), formats=FORMATS)
 
 
 def decode(data: bytes, max_side: int | None = None) -> Image.Image:
@@ -17,7 +31,7 @@ def decode(data: bytes, max_side: int | None = None) -> Image.Image:
     Raises:
         OSError, ValueError: it cannot be decoded; PIL raises SyntaxError and DecompressionBombError too.
     """
-    with Image.open(BytesIO(data)) as image:
+    with open_image(data) as image:
         if max_side is None or max(image.size) <= max_side:
             return to_rgb(image)
         size = bounded(image.size, max_side)
@@ -29,7 +43,7 @@ def decode(data: bytes, max_side: int | None = None) -> Image.Image:
 def size_of(data: bytes, max_side: int | None = None) -> tuple[int, int] | None:
     """Width and height that `decode` gives, told by the beginning of the file; None if it does not tell."""
     try:
-        with Image.open(BytesIO(data)) as image:
+        with open_image(data) as image:
             return bounded(image.size, max_side)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None

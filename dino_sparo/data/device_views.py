@@ -19,6 +19,7 @@ from torch import Tensor
 from dino_sparo.data import colour
 from dino_sparo.data.tensor_views import jitter_steps
 from dino_sparo.data.views import CropRecipe, View
+from dino_sparo.device import compiled
 
 log = logging.getLogger("dino_sparo")
 
@@ -196,18 +197,18 @@ def _fast(function: Callable[..., Tensor], device: torch.device) -> Callable[...
     """A few compiled kernels on a GPU, one for all sizes; without a compiler it is only slower."""
     if device.type != "cuda":
         return function
-    compiled = torch.compile(function, fullgraph=True, dynamic=True)
+    fast = compiled(function, fullgraph=True, dynamic=True)
     numbers = torch.ones(2, 26, device=device)
     try:
         if function is _colours:
             images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8, device=device)
-            compiled(images, numbers[:, JITTER], numbers[:, :3], numbers[:, SOLARIZE])
+            fast(images, numbers[:, JITTER], numbers[:, :3], numbers[:, SOLARIZE])
         else:
-            compiled(torch.zeros(2, 3, 64, 96, device=device), numbers.view(2, 2, 13)[..., :5], 48, "bicubic")
+            fast(torch.zeros(2, 3, 64, 96, device=device), numbers.view(2, 2, 13)[..., :5], 48, "bicubic")
     except Exception as error:  # whatever is wrong with the compiler, training can go on
         log.warning("WARNING: the views cannot be compiled and are slower (%s)", str(error).split("\n")[0])
         return function
-    return compiled
+    return fast
 
 
 @contextmanager

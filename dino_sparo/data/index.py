@@ -10,7 +10,6 @@ import json
 import logging
 import mmap
 import os
-import tempfile
 import time
 import uuid
 import zlib
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 
 from dino_sparo.data.walk import EXTENSIONS, THREADS, Folder, state_now, walk
 from dino_sparo.errors import UserError, UserFileNotFoundError
+from dino_sparo.files import cache_folder, temporary_folder
 
 log = logging.getLogger("dino_sparo")
 
@@ -125,7 +125,7 @@ def cached_index(kind: type[Index], root: Path, ending: str, make: Callable[[], 
         UserError: the index cannot be kept, or what `make` raises.
     """
     name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:32] + ending
-    chosen, spare = cache_folder(), _temporary_folder()
+    chosen, spare = cache_folder(), temporary_folder()
     for path in (chosen / name, spare / name):
         index = current_index(kind, path, root)
         if index is not None:
@@ -152,22 +152,10 @@ def current_index(kind: type[Index], path: Path, root: Path) -> Index | None:
     return index if index is not None and index.is_current(root) else None
 
 
-def cache_folder() -> Path:
-    """Where indexes and downloaded sets are kept; it need not exist."""
-    of_user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if of_user.startswith("~"):  # a user without a home
-        of_user = str(_temporary_folder())
-    return Path(os.environ.get("DINO_SPARO_CACHE") or os.path.join(of_user, "dino_sparo"))
-
-
-def _temporary_folder() -> Path:
-    return Path(tempfile.gettempdir()) / f"dino_sparo-{os.getuid()}"
-
-
 def _open_intact(kind: type[Index], path: Path) -> Index | None:
     """The index in a file; None if there is none, or one that is damaged or of another format."""
     try:
-        if path.parent == _temporary_folder() and path.parent.lstat().st_uid != os.getuid():
+        if path.parent == temporary_folder() and path.parent.lstat().st_uid != os.getuid():
             return None  # anybody can make a folder of this name
         with open(path, "rb") as file:
             if file.read(len(MAGIC)) != MAGIC:

@@ -7,20 +7,19 @@ import hashlib
 import warnings
 from collections.abc import Sequence
 from ctypes import c_longlong
-from io import BytesIO
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
-from dino_sparo.data.decode import to_rgb
+from dino_sparo.data.decode import open_image, to_rgb
 from dino_sparo.data.packed import Place
 
 PROBLEMS = ("zero_byte", "not_an_image", "truncated", "unreadable")
 HASH_BYTES = 16
-# How the kinds of files in `walk.EXTENSIONS` begin.
-SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"RIFF", b"II*\0", b"MM\0*", b"BM", b"P5", b"P6")
+# How files of the formats that are read begin.
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"RIFF", b"II*\0", b"MM\0*", b"BM", b"P5", b"P6", b"GIF8")
 
 
 class Chunk(NamedTuple):
@@ -47,7 +46,7 @@ def examine(places: Sequence[str | Place], start: int, at: c_longlong) -> Chunk:
                 data = _read(place)
                 digest = hashlib.blake2b(data, digest_size=HASH_BYTES).digest()
                 hashes[position] = np.frombuffer(digest, dtype=np.uint8)
-                with Image.open(BytesIO(data)) as image:
+                with open_image(data) as image:
                     sides[position] = sorted(to_rgb(image).size)
             except Exception as error:  # a damaged file makes PIL raise anything, and must not end the scan
                 kind, reason = problem_of(data, error)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from dino_sparo.data.decode import decode
+from dino_sparo.data.decode import decode, open_image
 from dino_sparo.data.indexed import FolderSource
 from dino_sparo.data.parquet import ParquetSource
 from dino_sparo.data.shard_headers import ImageOfShard, Shard
@@ -176,7 +176,7 @@ def _sample(job: Job, image: int) -> tuple[str, bytes]:
 
 def _reduced(name: str, data: bytes, short_side: int) -> tuple[str, bytes]:
     """The image itself unless its short side is longer; else a JPEG file of it at that short side."""
-    with Image.open(BytesIO(data)) as image:
+    with open_image(data) as image:
         short, long = sorted(image.size)
     if short <= short_side:
         return name, data

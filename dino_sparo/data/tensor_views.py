@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dino_sparo.data import colour
 from dino_sparo.data.views import CropRecipe, View
+from dino_sparo.device import compiled
 
 log = logging.getLogger("dino_sparo")
 
@@ -146,4 +147,4 @@ def _views_of_all_kinds(recipes: Sequence[CropRecipe]) -> list[View]:
 @cache
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """One kernel for all sizes, without threads of its own: each worker process has one core."""
-    return torch.compile(function, fullgraph=True, dynamic=True, options={"cpp.threads": 1})
+    return compiled(function, fullgraph=True, dynamic=True, options={"cpp.threads": 1})

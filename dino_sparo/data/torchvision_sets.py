@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dino_sparo.data.decode import bounded
-from dino_sparo.data.index import cache_folder
 from dino_sparo.errors import UserError
+from dino_sparo.files import cache_folder
 
 log = logging.getLogger("dino_sparo")
 

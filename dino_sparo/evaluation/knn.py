@@ -166,12 +166,13 @@ def _vote(
     num_classes: int,
     device: torch.device,
     among: NDArray[np.int64] | None = None,
+    by_faiss: bool = False,
 ) -> dict[int, Tensor]:
     """The classes ranked first for each k, of all `total` test images, of which this process has a share.
 
     Process r of R has the features of test images r, r + R, r + 2R, ...
     """
-    cosine_Bk, number_Bk = nearest(gallery, share, max(ks), device=device)
+    cosine_Bk, number_Bk = nearest(gallery, share, max(ks), device=device, by_faiss=by_faiss)
     ranked = _rank_classes(cosine_Bk, labels[number_Bk], ks, TEMPERATURE, num_classes, among)
     return {number: gather_rows(ranked_B5, total) for number, ranked_B5 in ranked.items()}
 
@@ -238,6 +239,7 @@ def evaluate(options: "KnnOptions", device: torch.device) -> list[Result]:
                 num_classes=len(train.classes),
                 device=device,
                 among=None if test_set.name == VAL else test_set.classes,
+                by_faiss=options.search == "faiss",
             )
         except NoDirectionError as error:
             of_train = error.side == "train"

@@ -91,7 +91,7 @@ def train_all(options: "LinearOptions", opened: Opened) -> list[Result]:
     folder = opened.folder / folder_name(options)
     settings = settings_of(options, opened, [probe.name for probe in probes])
     steps_per_epoch = len(opened.train) // options.batch_size
-    restore(learning, folder, settings, steps_per_epoch)
+    restore(learning, folder, settings, steps_per_epoch, unverified=options.resume_unverified)
     train_features, exams = _features(options, opened)
     if learning.epochs_done < learning.epochs:
         log.info(

@@ -93,13 +93,21 @@ class Learning:
         self.best = [tuple(pair) for pair in state["best"]]
 
 
-def restore(learning: Learning, folder: Path, settings: dict[str, Any], steps_per_epoch: int) -> None:
+def restore(
+    learning: Learning,
+    folder: Path,
+    settings: dict[str, Any],
+    steps_per_epoch: int,
+    *,
+    unverified: bool = False,
+) -> None:
     """Go on from the folder's newest checkpoint, if there is one.
 
     Raises:
-        UserError: it is of other settings, or processes find different ones.
+        UserError: it is of other settings, or processes find different ones; or it is not `unverified`, but
+            its SHA-256 is missing.
     """
-    checkpoint = load_latest(folder)
+    checkpoint = load_latest(folder, unverified=unverified)
     step = 0
     if checkpoint is not None:
         before, step = checkpoint["config"], checkpoint["step"]

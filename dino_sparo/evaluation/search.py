@@ -5,7 +5,6 @@ images, D numbers of a feature.
 """
 
 import logging
-import sys
 from typing import Any, Protocol
 
 import torch
@@ -47,7 +46,7 @@ def nearest(
     k: int,
     *,
     device: torch.device | None = None,
-    by_faiss: bool | None = None,
+    by_faiss: bool = False,
     train_chunk: int | None = None,
     test_chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -58,7 +57,7 @@ def nearest(
         test: (B, D).
         k: 1 to T.
         device: where to compute; None is the CPU.
-        by_faiss: None uses faiss on a CPU, products of matrices on a GPU.
+        by_faiss: search by faiss, on the CPU, instead of by products of matrices: an independent check.
         train_chunk: train images at a time.
         test_chunk: test images at a time.
 
@@ -69,9 +68,7 @@ def nearest(
     Raises:
         NoDirectionError: a feature is zero or not finite.
     """
-    device = torch.device("cpu") if device is None else device
-    if by_faiss is None:  # on macOS the OpenMP libraries of faiss and torch end the process together
-        by_faiss = device.type == "cpu" and sys.platform != "darwin"
+    device = torch.device("cpu") if device is None or by_faiss else device
     width = train.shape[1]
     train_chunk = train_chunk or max(1, CHUNK_BYTES // (4 * width))
     test_chunk = test_chunk or max(1, QUERY_BYTES // (4 * width))

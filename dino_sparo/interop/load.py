@@ -13,7 +13,13 @@ from dino_sparo.interop.export import CONFIG_FILE, OUR_KEY, WEIGHTS_FILE, read_e
 from dino_sparo.interop.official import MODELS, read_official
 from dino_sparo.interop.stored import StoredEncoder
 from dino_sparo.models import Encoder
-from dino_sparo.training.checkpoint import check_format, check_hash, encoder_arguments, load_latest
+from dino_sparo.training.checkpoint import (
+    check_format,
+    check_hash,
+    encoder_arguments,
+    load_latest,
+    warn_of_missing_hash,
+)
 from dino_sparo.training.plain_file import read_plain
 
 SAFETENSORS = ".safetensors"
@@ -113,12 +119,13 @@ def read_content(path: Path) -> Any:
         content = read_plain(path, allow_namespace=True)
         if is_checkpoint(content):
             check_format(content, path)
+            warn_of_missing_hash(path)
         return content
     if not path.exists():
         raise UserFileNotFoundError(
             f"{path} does not exist; expected a run folder, an exported folder, or a weights file"
         )
-    state = load_latest(path)
+    state = load_latest(path, unverified=True)
     if state is None:
         raise UserFileNotFoundError(
             f"{path}: no checkpoint found; expected a run folder, an exported folder, or a weights file"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dino_sparo.device import compiled
 from dino_sparo.models.backbone import VisionTransformer
 from dino_sparo.models.head import DINOHead
 from dino_sparo.models.readouts import LinearBottleneck, SlotReadout, build_slots
@@ -129,7 +130,7 @@ class DinoModel(nn.Module):
 
     def compile_backbone(self) -> None:
         """Compile the backbone for what this model does with it; evaluations use the encoder as it is."""
-        self._tokens = torch.compile(self.encoder.tokens, dynamic=False)
+        self._tokens = compiled(self.encoder.tokens, dynamic=False)
 
     def forward(self, crop_groups: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Groups of equally sized crops, each (C_i, B, 3, side, side) -> logits (C*B, K), encodings.

@@ -33,6 +33,9 @@ class KnnOptions:
     feature: Literal["encoding", "cls", "patch_mean", "probe"] = "encoding"
     """What to compare: the encoding (all slots, or the CLS token without slots), the CLS token, the mean
     patch token, or the linear probe's feature."""
+    search: Literal["products", "faiss"] = "products"
+    """How to find the neighbours, exactly in both: by products of matrices, or on the CPU by faiss, which is
+    slower on most processors and gives an independent check."""
     test: list[str] = field(default_factory=list)
     """Further labelled folders to classify, each NAME=DIR; classes are matched by the names of folders."""
     out: str | None = None
@@ -111,6 +114,8 @@ class LinearOptions:
     """Processes that load images, for each process; null takes one a core, at most 16 in all."""
     nproc: int = 1
     """Processes to start on this machine, one a GPU; under torchrun leave it out."""
+    resume_unverified: bool = False
+    """Resume from a checkpoint whose .sha256 file is missing, although it may be damaged."""
 
 
 @dataclass

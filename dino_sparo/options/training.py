@@ -265,6 +265,8 @@ class PretrainOptions:
     """Log and checkpoints."""
     nproc: int = 1
     """Processes to start on this machine, one a GPU; torchrun starts them too, also on several machines."""
+    resume_unverified: bool = False
+    """Resume from a checkpoint whose .sha256 file is missing, although it may be damaged."""
 
 
 @dataclass(kw_only=True)

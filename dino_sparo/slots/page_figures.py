@@ -18,6 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from dino_sparo.data.decode import open_image
+
 INK = "#010203"  # stands for the page's text colour
 COLOURS = ("#3b82c4", "#e07b39", "#4a9d5b", "#9466c2", "#cf4f5a", "#2a9d9d")  # read on white and on black
 MAX_POINTS = 600  # of a line
@@ -98,7 +100,7 @@ def picture_uri(path: Path, max_bytes: int) -> str:
         OSError: it cannot be read.
     """
     content = path.read_bytes()
-    with Image.open(io.BytesIO(content)) as image:
+    with open_image(content) as image:
         image.load()
         kind = image.format
         if kind not in ("PNG", "JPEG") or len(content) > max_bytes:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from dino_sparo.data.generated import SHAPES
+from dino_sparo.data.sources import open_images, open_val
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.results import results_folder
 from dino_sparo.models import Encoder
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from dino_sparo.options.slots import SlotReportOptions
 
 PAGE_FILE = "report.html"
+OF_CLASSES = ("rank", "mask")  # analyses that need labelled images
 
 
 def run(options: "SlotReportOptions") -> None:
@@ -34,11 +36,13 @@ def run(options: "SlotReportOptions") -> None:
     if options.control:
         open_control(options.control, options.which)
         asked["control"] = options.control
-    files = RunFiles(folder, slots_folder(options), commands(options), asked)
+    has_classes = options.data is None or is_labelled(options.data.path)
+    files = RunFiles(folder, slots_folder(options), commands(options, has_classes), asked)
     config = read_config(folder)
     if options.data is not None:
         trained_on = config.get("data", {}).get("path")
-        make_missing(options, files, encoder.readout.num_slots, SHAPES in (trained_on, options.data.path))
+        has_factors = SHAPES in (trained_on, options.data.path)
+        make_missing(options, files, encoder.readout.num_slots, has_classes, has_factors)
     shown = slots_to_show(files, encoder.readout.num_slots)
     text = render(
         Path(options.run).resolve().name,
@@ -51,26 +55,42 @@ def run(options: "SlotReportOptions") -> None:
     missing = [name for name, file in FILES.items() if not (files.slots / file).is_file()]
     for name in missing:
         print(f"not on the page: {name}; made by  {files.commands[name]}")
+    if not has_classes:
+        assert options.data is not None
+        print(
+            f"rank and mask are left out: {options.data.path} has no classes; give a labelled folder for them"
+        )
     print(f"report ({path.stat().st_size / 1e6:.1f} MB): {path}")
 
 
-def commands(options: "SlotReportOptions") -> dict[str, str]:
-    """For each part of the page the command line that makes it."""
+def is_labelled(path: str) -> bool:
+    """Whether the images to learn from, and those to test on if there are any, are in class folders."""
+    return all(source.labels is not None for source in (open_images(path), open_val(path)) if source)
+
+
+def commands(options: "SlotReportOptions", has_classes: bool) -> dict[str, str]:
+    """For each part of the page the command line that makes it, on the given images if they will do."""
     data = shlex.quote(options.data.path) if options.data is not None else "DIR"
+    labelled = data if has_classes else "DIR"
     which = "" if options.which == "teacher" else f" --which {options.which}"
     out = f" --out {shlex.quote(options.out)}" if options.out else ""
     control = f" --control {shlex.quote(options.control)}" if options.control else ""
     run = shlex.quote(options.run)
-    found = {name: f"dino-sparo {name} {run} --data.path {data}{which}" for name in ("knn", "linear")}
+    found = {name: f"dino-sparo {name} {run} --data.path {labelled}{which}" for name in ("knn", "linear")}
     for name in FILES:
-        needs = "" if name == "factors" else f" --data.path {data}"
+        needs = "" if name == "factors" else f" --data.path {labelled if name in OF_CLASSES else data}"
         compared = control if name in ("rank", "mask", "factors") else ""
         found[name] = f"dino-sparo slots {name} {run}{needs}{compared}{which}{out}"
     return found
 
 
-def make_missing(options: "SlotReportOptions", files: RunFiles, num_slots: int, has_factors: bool) -> None:
-    """Run the commands whose results are not there; the ranking first, as it chooses what is drawn."""
+def make_missing(
+    options: "SlotReportOptions", files: RunFiles, num_slots: int, has_classes: bool, has_factors: bool
+) -> None:
+    """Run the commands whose results are not there; the ranking first, as it chooses what is drawn.
+
+    What needs classes is left out for images without, and factors for pictures whose factors are unknown.
+    """
     from dino_sparo.options.evaluating import LabelledDataOptions
     from dino_sparo.options.slots import (
         ImagesOptions,
@@ -95,10 +115,10 @@ def make_missing(options: "SlotReportOptions", files: RunFiles, num_slots: int, 
         content = files.read(name)
         return content is None or bool(files.of_others(content))
 
-    if lacks("rank"):
+    if has_classes and lacks("rank"):
         ranking.run(SlotRankOptions(**compared, data=labelled))
     best, worst = slots_to_show(files, num_slots)
-    if lacks("mask"):
+    if has_classes and lacks("mask"):
         masks.run(SlotMaskOptions(**compared, data=labelled))
     if lacks("health"):
         health.run(SlotHealthOptions(**common, data=images))

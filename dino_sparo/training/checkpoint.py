@@ -81,16 +81,24 @@ def num_bytes(state: Any) -> int:
     return sum(map(num_bytes, state)) if isinstance(state, list) else 0
 
 
-def load_latest(run_dir: Path) -> dict[str, Any] | None:
+def load_latest(run_dir: Path, *, unverified: bool = False) -> dict[str, Any] | None:
     """The newest checkpoint of a run that is whole; None if there is none at all.
 
     Damaged ones are named loudly and the one before is taken.
 
+    Args:
+        unverified: take one without its SHA-256 too, with a warning.
+
     Raises:
-        UserError: there are checkpoints, but all are damaged.
+        UserError: there are checkpoints, but all are damaged; or one has no SHA-256 beside it.
     """
     paths = _list(run_dir)
     for path in reversed(paths):
+        if not unverified and not _hash_file(path).exists():
+            raise UserError(
+                f"{path}: {_hash_file(path).name} is missing, without which a damaged checkpoint cannot be "
+                f"told from a whole one; restore that file, or trust the checkpoint by --resume_unverified"
+            )
         try:
             return load_checkpoint(path)
         except UserError as error:
@@ -121,6 +129,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     check_hash(path)
     state = read_plain(path)
     check_format(state, path)
+    warn_of_missing_hash(path)
     return state
 
 
@@ -133,6 +142,12 @@ def check_hash(path: Path) -> None:
     hash_file = _hash_file(path)
     if hash_file.exists() and hash_file.read_bytes().split()[:1] != [_sha256(path).encode()]:
         raise UserError(f"{path} is damaged: its SHA-256 differs from {hash_file.name}")
+
+
+def warn_of_missing_hash(path: Path) -> None:
+    """Say that nothing tells whether this checkpoint is damaged, if it has no SHA-256 beside it."""
+    if not _hash_file(path).exists():
+        log.warning("WARNING: %s is not verified, since %s is missing", path, _hash_file(path).name)
 
 
 def check_format(content: Any, path: Path) -> None:

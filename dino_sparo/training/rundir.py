@@ -38,14 +38,15 @@ NOT_EXPERIMENT = (
     "data.on_bad_image",
     "optim.max_bad_steps",
 )
+OF_ONE_START = ("run_dir", "nproc", "resume_unverified")
 ADDED = {"optim.freeze_backbone": False}  # what older runs without these fields did
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
 
 
 def config_of(options: PretrainOptions) -> dict[str, Any]:
-    """The resolved recipe as plain values, without `run_dir` and `nproc`: it reproduces the run."""
+    """The resolved recipe as plain values, without what is of one start only: it reproduces the run."""
     config = json.loads(json.dumps(asdict(options)))  # tuples become lists, as in YAML
-    return {key: value for key, value in config.items() if key not in ("run_dir", "nproc")}
+    return {key: value for key, value in config.items() if key not in OF_ONE_START}
 
 
 def check_same_experiment(run_dir: Path, config: dict[str, Any]) -> None:

@@ -96,7 +96,7 @@ def prepare(options: PretrainOptions, device: torch.device) -> Run:
     settle_order(state, options, device)
     cost = encoder_cost(state.teacher.encoder, options.views.global_size)
     log.info("encoder with read-out %s: %s", options.model.readout.name, describe_cost(cost))
-    restored = restore(run_dir, state, images)
+    restored = restore(run_dir, state, images, unverified=options.resume_unverified)
     first_step = restored or 0
     check_all_agree(run_dir, first_step, images)
     if restored is None and options.init is not None:
@@ -135,13 +135,16 @@ def prepare(options: PretrainOptions, device: torch.device) -> Run:
     )
 
 
-def restore(run_dir: Path, state: TrainState, images: dict[str, Any]) -> int | None:
+def restore(
+    run_dir: Path, state: TrainState, images: dict[str, Any], *, unverified: bool = False
+) -> int | None:
     """Put the newest checkpoint back; the steps that it has done, None without one.
 
     Raises:
-        UserError: it is of other images, or all there are are damaged.
+        UserError: it is of other images, or all there are are damaged; or one is not `unverified`, but its
+            SHA-256 is missing.
     """
-    checkpoint = load_latest(run_dir)
+    checkpoint = load_latest(run_dir, unverified=unverified)
     if checkpoint is None:
         return None
     check_same_images(run_dir, checkpoint["images"], images)

@@ -1,0 +1,72 @@
+"""Folders of the user's own: what is kept between runs, and what nobody else may have written."""
+
+import atexit
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import stat
+import tempfile
+from pathlib import Path
+
+log = logging.getLogger("dino_sparo")
+
+COMPILED = "TORCHINDUCTOR_CACHE_DIR"  # environment variable; torch sets it too, when its compiler is imported
+OF_TORCH = "torchinductor_"  # followed by the user's name, the folder that torch chooses
+
+
+def cache_folder() -> Path:
+    """Where indexes, compiled code and downloaded sets are kept; it need not exist."""
+    of_user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if of_user.startswith("~"):  # a user without a home
+        of_user = str(temporary_folder())
+    return Path(os.environ.get("DINO_SPARO_CACHE") or os.path.join(of_user, "dino_sparo"))
+
+
+def temporary_folder() -> Path:
+    """The user's own folder among the temporary files; it need not exist, and anybody can have made it."""
+    return Path(tempfile.gettempdir()) / f"dino_sparo-{os.getuid()}"
+
+
+def keep_compiled_code() -> None:
+    """Let `torch.compile` keep its code below the cache, in a folder that only this user can write.
+
+    Torch itself would take a folder of a predictable name among the temporary files, and unpickle what
+    somebody else has put there. Processors have folders of their own, since the code is made for one. Where
+    there can be no such folder, this process and those that it starts use one that is removed at the end.
+    """
+    given = Path(os.environ.get(COMPILED, ""))
+    if given.name and not (given.parent == Path(tempfile.gettempdir()) and given.name.startswith(OF_TORCH)):
+        return
+    folder = cache_folder() / f"compiled-{os.getuid()}-{_processor()}"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state = folder.lstat()
+        reason = None if is_private(state) else "somebody else can write it"
+    except OSError as error:
+        reason = str(error.strerror)
+    if reason is not None:
+        log.warning(
+            "%s: compiled code cannot be kept there (%s) and is compiled at each start; %s can name a folder",
+            *(folder, reason, COMPILED),
+        )
+        folder = Path(tempfile.mkdtemp(prefix="dino_sparo-compiled-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ[COMPILED] = str(folder)
+
+
+def is_private(state: os.stat_result) -> bool:
+    """Whether only this user can write the folder of this `lstat`, which is no link."""
+    return stat.S_ISDIR(state.st_mode) and state.st_uid == os.getuid() and not state.st_mode & 0o022
+
+
+def _processor() -> str:
+    """Eight hexadecimal digits that differ between processors of different instructions."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = [platform.processor()]
+    kinds = ("model name", "flags", "Features", "CPU ")
+    told = {line for line in lines if line.startswith(kinds)} or set(lines)
+    return hashlib.sha256("\n".join([platform.machine(), *sorted(told)]).encode()).hexdigest()[:8]
