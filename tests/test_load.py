@@ -10,7 +10,7 @@ import yaml
 
 from dino_sparo import load_encoder
 from dino_sparo.errors import UserError
-from dino_sparo.training.checkpoint import load_latest
+from dino_sparo.training.checkpoint import load_latest, save_checkpoint
 from dino_sparo.training.pretrain import pretrain
 from dino_sparo.training.state import build_state
 from tests.tiny import tiny_options
@@ -87,7 +87,7 @@ def test_a_run_from_before_there_were_other_readouts(run_dir, tmp_path, caplog):
     state["config"]["model"]["readout"] = {key: readout[key] for key in first}
     for file in (tmp_path / "run" / "checkpoints").iterdir():
         file.unlink()
-    torch.save(state, tmp_path / "run" / "checkpoints" / "step_000000003.pt")
+    save_checkpoint(state, tmp_path / "run", step=3)
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(state["config"]))
     assert torch.equal(load_encoder(tmp_path / "run")(images), load_encoder(run_dir)(images))
     with caplog.at_level("INFO", "dino_sparo"):
