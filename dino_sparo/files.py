@@ -1,6 +1,7 @@
-"""Folders of the user's own: what is kept between runs, and what nobody else may have written."""
+"""Files that are whole or not there, and folders of the user's own: caches that nobody else may write."""
 
 import atexit
+import glob
 import hashlib
 import logging
 import os
@@ -8,12 +9,57 @@ import platform
 import shutil
 import stat
 import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 log = logging.getLogger("dino_sparo")
 
 COMPILED = "TORCHINDUCTOR_CACHE_DIR"  # environment variable; torch sets it too, when its compiler is imported
+ABANDONED_SECONDS = 3600.0  # after which a temporary file belongs to a process that was killed
 OF_TORCH = "torchinductor_"  # followed by the user's name, the folder that torch chooses
+
+
+@contextmanager
+def atomic_write(path: Path, temporary: Path | None = None) -> Iterator[BinaryIO]:
+    """A binary file that becomes `path` when the block ends well: a reader sees the old file or the new one.
+
+    It is flushed to disk before it is renamed. After an error nothing stays behind; after a kill the
+    temporary file does, and a later write of the same path removes it.
+
+    Args:
+        path: in a folder that exists.
+        temporary: name until then, where only one process writes; None takes one that no other process has.
+
+    Raises:
+        OSError: it cannot be written; `filename` is set.
+    """
+    if temporary is None:
+        for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+            with suppress(OSError):  # another process has removed it
+                if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+                    left.unlink()
+        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk names none
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a whole file by `atomic_write`, text as UTF-8. Raises OSError."""
+    with atomic_write(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def cache_folder() -> Path:

@@ -16,6 +16,7 @@ from dino_sparo.data.tars import class_tars, tar_files, unpack
 from dino_sparo.data.val_labels import image_classes
 from dino_sparo.data.walk import walk
 from dino_sparo.errors import UserError
+from dino_sparo.files import atomic_write
 from dino_sparo.options import PrepareOptions
 from dino_sparo.processes import only_writer
 from dino_sparo.terminal import shows_bars
@@ -234,8 +235,8 @@ def _bytes_bar(job: Job, total: int) -> tqdm:
 
 def _write_record(job: Job, folder: Path, count: int | None) -> None:
     record = {"source": str(job.images.path.resolve()), "contents": job.digest, "images": count}
-    (folder / UNFINISHED_FILE).write_text(json.dumps(record))
-    os.replace(folder / UNFINISHED_FILE, folder / RECORD)
+    with atomic_write(folder / RECORD, folder / UNFINISHED_FILE) as file:
+        file.write(json.dumps(record).encode())
 
 
 def _check_record(job: Job, folder: Path) -> int | None:

@@ -20,6 +20,7 @@ from dino_sparo.data.shard_writer import Job, write_shards
 from dino_sparo.data.shards import INDEX_FILE, RECORD, ShardIndex, is_finished
 from dino_sparo.data.sources import open_images, open_val
 from dino_sparo.errors import UserError
+from dino_sparo.files import atomic_write
 from dino_sparo.options import ShardOptions
 from dino_sparo.processes import only_writer
 
@@ -154,9 +155,8 @@ def _begin(job: Job) -> NDArray[np.int64]:
             )
     else:
         job.folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(UNFINISHED_RECORD)
-        part.write_text(json.dumps(record))
-        os.replace(part, path)
+        with atomic_write(path, path.with_name(UNFINISHED_RECORD)) as file:
+            file.write(json.dumps(record).encode())
     return stats[:, 0]
 
 

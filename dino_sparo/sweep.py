@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -12,6 +11,7 @@ from typing import Any
 import yaml
 
 from dino_sparo.errors import StuckError, UserError
+from dino_sparo.files import write_file
 from dino_sparo.models.cost import encoder_cost
 from dino_sparo.options import PretrainOptions, SweepOptions
 from dino_sparo.training.checkpoint import encoder_of, latest_step
@@ -194,9 +194,7 @@ def write_files(folder: Path, contents: Mapping[str, str | bytes]) -> None:
     make_folder(folder)
     for name, content in contents.items():
         try:
-            temporary = folder / f"{name}.{os.getpid()}.tmp"
-            temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
-            os.replace(temporary, folder / name)
+            write_file(folder / name, content)
         except OSError as error:
             raise UserError(
                 f"{folder / name} cannot be written ({error.strerror}); make room, then the same command "

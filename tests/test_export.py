@@ -14,7 +14,7 @@ from dino_sparo.__main__ import main
 from dino_sparo.data.images import evaluation_crop, normalize
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.results import Result, save_results
-from dino_sparo.interop.export import write_whole
+from dino_sparo.files import write_file
 from tests.test_official import small_encoder
 from tests.tiny import write_pictures
 
@@ -115,7 +115,7 @@ def test_nothing_is_overwritten(run_dir, exported, tmp_path, capsys):
 def test_what_cannot_be_written_leaves_nothing(tmp_path):
     (tmp_path / "name" / "below").mkdir(parents=True)
     with pytest.raises(OSError, match="directory"):
-        write_whole(tmp_path / "name", b"content")
+        write_file(tmp_path / "name", b"content")
     assert [path.name for path in tmp_path.iterdir()] == ["name"]
 
 

@@ -1,4 +1,4 @@
-"""Folders of the user's own: compiled code, which torch unpickles, comes from nowhere else."""
+"""Files are whole or not there; compiled code, which torch unpickles, comes from the user's own folder."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dino_sparo.files import COMPILED, keep_compiled_code
+from dino_sparo.files import COMPILED, atomic_write, keep_compiled_code, write_file
 
 COMPILING = """
 import torch
@@ -22,6 +22,28 @@ def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("DINO_SPARO_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv(COMPILED, raising=False)
     return tmp_path / "cache"
+
+
+def test_after_an_error_the_old_file_is_there_and_nothing_else(tmp_path):
+    write_file(tmp_path / "x", "old")
+    with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "x") as file:
+        file.write(b"new" * (1 // 0))
+    assert (tmp_path / "x").read_text() == "old" and len([*tmp_path.iterdir()]) == 1
+
+
+def test_an_error_of_the_disk_names_the_file(tmp_path):
+    with pytest.raises(OSError, match="No space") as raised, atomic_write(tmp_path / "x"):
+        raise OSError(28, "No space left on device")  # as `write` does, without a name
+    assert raised.value.filename == str(tmp_path / "x") and not [*tmp_path.iterdir()]
+
+
+def test_what_a_killed_process_left_is_removed_once_it_is_old(tmp_path):
+    left, busy = (tmp_path / f"x[1].{name}.tmp" for name in ("left", "busy"))
+    left.touch()
+    os.utime(left, (1, 1))
+    busy.touch()
+    write_file(tmp_path / "x[1]", "new")
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "x[1]", busy]
 
 
 def test_compiled_code_is_kept_in_a_private_folder_below_the_cache(cache):

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from dino_sparo.errors import UserError, UserFileNotFoundError
-from dino_sparo.evaluation import results as module
 from dino_sparo.evaluation.results import Result, read_results, results_folder, save_results
 
 
@@ -81,13 +80,13 @@ def test_the_whole_train_set_is_one_kind_however_it_is_said(tmp_path):
 
 def test_two_programs_that_finish_together_both_get_in(tmp_path, monkeypatch):
     """The first is held between reading and writing until the second has had the time to do both."""
-    write, both = module._write, threading.Event()
+    replace, both = os.replace, threading.Event()
 
-    def slow(path: Path, results: list[Result]) -> None:
+    def slow(old: Path, new: Path) -> None:
         both.wait(0.3)
-        write(path, results)
+        replace(old, new)
 
-    monkeypatch.setattr(module, "_write", slow)
+    monkeypatch.setattr(os, "replace", slow)
     names = ["10-NN", "20-NN", "100-NN"]
     threads = [threading.Thread(target=save_results, args=(tmp_path, [result(name=name)])) for name in names]
     for thread in threads:

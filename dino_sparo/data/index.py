@@ -10,8 +10,6 @@ import json
 import logging
 import mmap
 import os
-import time
-import uuid
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,11 +22,10 @@ from numpy.typing import NDArray
 
 from dino_sparo.data.walk import EXTENSIONS, THREADS, Folder, state_now, walk
 from dino_sparo.errors import UserError, UserFileNotFoundError
-from dino_sparo.files import cache_folder, temporary_folder
+from dino_sparo.files import atomic_write, cache_folder, temporary_folder
 
 log = logging.getLogger("dino_sparo")
 
-ABANDONED_SECONDS = 3600.0
 MAGIC = b"dino_sparo index 1\n"  # with the number of the format
 ALIGNMENT = 64
 NAMES_AT_ONCE = 10_000
@@ -187,20 +184,10 @@ def keep_index(kind: type[Index], path: Path, parts: list[bytes]) -> Index:
         OSError: it cannot be written.
     """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for left in path.parent.glob(f"{path.name}.*.tmp"):  # by writers that were killed
-        if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
-            left.unlink(missing_ok=True)
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "x+b") as file:
-            file.writelines(parts)
-            file.flush()
-            os.fsync(file.fileno())
-            index = kind(path, file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return index
+    with atomic_write(path) as file:
+        file.writelines(parts)
+        file.flush()
+        return kind(path, file)
 
 
 # --- The file: MAGIC, checksum of what follows, length of the header, header in JSON, arrays

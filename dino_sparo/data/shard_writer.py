@@ -1,7 +1,6 @@
 """Writes images into tar shards, each as a whole or not at all, in several processes."""
 
 import multiprocessing
-import os
 import signal
 import tarfile
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from dino_sparo.data.parquet import ParquetSource
 from dino_sparo.data.shard_headers import ImageOfShard, Shard
 from dino_sparo.data.tars import BLOCK
 from dino_sparo.errors import UserError
+from dino_sparo.files import atomic_write
 from dino_sparo.processes import end_with_parent
 from dino_sparo.terminal import shows_bars
 
@@ -131,23 +131,21 @@ def _write_one(position: int, number: int) -> tuple[Path, Shard]:
 def _write_shard(job: Job, number: int) -> tuple[Path, Shard]:
     """Write a shard under another name, then rename it; its file and what a reader will find in it."""
     path = job.shard(number)
-    part = path.with_name(f".{path.name}.part")
     images = []
-    with open(part, "wb") as file:
+    with (
+        atomic_write(path, path.with_name(f".{path.name}.part")) as file,
         # As GNU tar writes: names of any length in any encoding. Equal images make equal shards.
-        with tarfile.open(
+        tarfile.open(
             fileobj=file, mode="w", format=tarfile.GNU_FORMAT, encoding="utf-8", errors="surrogateescape"
-        ) as archive:
-            for image in job.images(number):
-                name, data = _sample(job, image)
-                offset = _add(archive, name, data)
-                label = None if job.labels is None else str(job.labels[image])
-                if label is not None:
-                    _add(archive, f"{name.rpartition('.')[0]}.cls", label.encode())
-                images.append(ImageOfShard(name, offset, len(data), label))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+        ) as archive,
+    ):
+        for image in job.images(number):
+            name, data = _sample(job, image)
+            offset = _add(archive, name, data)
+            label = None if job.labels is None else str(job.labels[image])
+            if label is not None:
+                _add(archive, f"{name.rpartition('.')[0]}.cls", label.encode())
+            images.append(ImageOfShard(name, offset, len(data), label))
     return path, Shard.of(images)
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.evaluation.probes import Probe
+from dino_sparo.files import write_file
 
 METADATA_KEY = "dino_sparo_linear"
 FORMAT = 1
@@ -75,12 +76,10 @@ def save_classifier(path: Path, saved: SavedClassifier) -> None:
         "details": saved.details,
     }
     metadata = {METADATA_KEY: json.dumps(content)}  # the order of several keys would differ between files
-    temporary = path.with_name(f"{path.name}.tmp")
     tensors = {"weight": saved.weight, "bias": saved.bias}
     try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata)
-        temporary.replace(path)
-    except (SafetensorError, OSError) as error:
+        write_file(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata))
+    except OSError as error:
         raise UserError(f"{path} cannot be written ({error}); make room or give another --out") from error
 
 

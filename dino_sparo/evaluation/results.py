@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dino_sparo.errors import UserError, UserFileNotFoundError
+from dino_sparo.files import write_file
 
 log = logging.getLogger("dino_sparo")
 
@@ -146,15 +147,7 @@ def _key(result: Result) -> tuple[str, str, str, str, float, str]:
 
 def _write(path: Path, results: Sequence[Result]) -> None:
     lines = ",\n".join(json.dumps(_to_json(result)) for result in results)
-    temporary = path.with_name(f"{RESULTS_FILE}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(f'{{"format": {FORMAT}, "results": [\n{lines}\n]}}\n')
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(path, f'{{"format": {FORMAT}, "results": [\n{lines}\n]}}\n')
 
 
 @contextmanager

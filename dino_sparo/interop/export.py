@@ -6,7 +6,6 @@ the model card. No file needs pickle.
 """
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from dino_sparo.errors import UserError, UserFileNotFoundError
+from dino_sparo.files import write_file
 from dino_sparo.interop.model_card import model_card
 from dino_sparo.interop.stored import StoredEncoder
 from dino_sparo.interop.timm_config import from_timm_names, timm_config, to_timm_names
@@ -50,10 +50,10 @@ def write_exported(stored: StoredEncoder, folder: Path, *, name: str, measured: 
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise UserError(f"out: {folder} is not empty; choose another folder or empty it")
-        write_whole(folder / WEIGHTS_FILE, save(weights, metadata={"format": "pt"}))
-        write_whole(folder / CARD_FILE, model_card(stored, encoder, name, measured).encode())
+        write_file(folder / WEIGHTS_FILE, save(weights, metadata={"format": "pt"}))
+        write_file(folder / CARD_FILE, model_card(stored, encoder, name, measured))
         # Last, so that a folder with it is whole.
-        write_whole(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+        write_file(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
     except OSError as error:
         raise UserError(
             f"out: {folder} cannot be written ({error.strerror}); choose another folder"
@@ -106,20 +106,3 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{path} describes no exported encoder of format {FORMAT}; expected what dino-sparo export writes"
         )
     return config
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write to a temporary name, flush to disk and rename: the file is whole or not there.
-
-    Raises:
-        OSError: it cannot be written; nothing stays behind.
-    """
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dino_sparo.errors import UserError
-from dino_sparo.interop.export import write_whole
+from dino_sparo.files import write_file
 from dino_sparo.interop.stored import StoredEncoder
 from dino_sparo.models import Encoder
 
@@ -49,7 +49,7 @@ def write_onnx(stored: StoredEncoder, folder: Path) -> tuple[Path, float]:
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(path, content)
+        write_file(path, content)
     except OSError as error:
         raise UserError(f"out: {path} cannot be written ({error.strerror}); choose another folder") from error
     return path, difference

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dino_sparo.errors import UserError
-from dino_sparo.interop.export import write_whole
+from dino_sparo.files import write_file
 from dino_sparo.interop.load import (
     is_checkpoint,
     is_exported,
@@ -73,7 +73,7 @@ def write_official(
     torch.save(written, buffer)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(out, buffer.getvalue())
+        write_file(out, buffer.getvalue())
     except OSError as error:
         raise UserError(f"out: {out} cannot be written ({error.strerror}); choose another name") from error
     return "student and teacher with heads" if "teacher" in written else f"the {which}'s encoder"

@@ -1,7 +1,6 @@
 """What programs about slots share: the encoder, chosen images, the folder for results, the JSON."""
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -18,6 +17,7 @@ from dino_sparo.device import choose_device
 from dino_sparo.distributed import local_rank
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.results import results_folder
+from dino_sparo.files import write_file
 from dino_sparo.interop.load import load_encoder
 from dino_sparo.models import Encoder
 
@@ -128,13 +128,9 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
     try:
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_file(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
     except OSError as error:
         raise UserError(
             f"{path} cannot be written ({error.strerror}); make room or give rights there, then start again"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,7 +1,6 @@
 """`dino-sparo slots report`: one HTML page of a run, and the analyses that it lacks."""
 
 import json
-import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from dino_sparo.data.generated import SHAPES
 from dino_sparo.data.sources import open_images, open_val
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.results import results_folder
+from dino_sparo.files import write_file
 from dino_sparo.models import Encoder
 from dino_sparo.slots.compared import open_control
 from dino_sparo.slots.page import FILES, RunFiles, damaged, render, slots_to_show
@@ -190,13 +190,9 @@ def write_page(path: Path, text: str) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        write_file(path, text)
     except OSError as error:
         raise UserError(
             f"{path} cannot be written ({error.strerror}); make room or give rights there, and report again"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,12 +1,12 @@
 """Images that could not be read and were replaced: listed in the run folder, bounded in number."""
 
 import json
-import os
 from pathlib import Path
 
 from dino_sparo.data.images import UnreadableImage
 from dino_sparo.distributed import gather_objects, rank
 from dino_sparo.errors import UserError
+from dino_sparo.files import write_file
 
 FILE = "bad_images.jsonl"
 MAX_SHARE = 0.01
@@ -53,9 +53,7 @@ class BadImages:
         if new.keys() - self._reasons.keys():
             self._reasons = dict(sorted((new | self._reasons).items()))
             if rank() == 0:
-                temporary = self.path.with_name(f"{FILE}.tmp")
-                temporary.write_text("".join(f"{json.dumps(entry)}\n" for entry in self._entries()))
-                os.replace(temporary, self.path)
+                write_file(self.path, "".join(f"{json.dumps(entry)}\n" for entry in self._entries()))
         if too_many(len(self._met), self.num_images):
             raise UserError(
                 f"{len(self._met)} of {self.num_images} images cannot be read, more than one in a hundred; "

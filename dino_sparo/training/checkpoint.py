@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dino_sparo.errors import UserError
+from dino_sparo.files import atomic_write, write_file
 from dino_sparo.models import Encoder, build_encoder
 from dino_sparo.training.plain_file import read_plain
 
@@ -33,16 +34,14 @@ def save_checkpoint(state: dict[str, Any], run_dir: Path, *, step: int, keep_eve
     """
     folder = run_dir / FOLDER
     path = folder / f"step_{step:09d}.pt"
-    temporary = folder / TEMPORARY
     try:
         folder.mkdir(parents=True, exist_ok=True)
         check_room(run_dir, num_bytes(state))
-        with open(temporary, "wb") as file:
+        with atomic_write(path, folder / TEMPORARY) as file:
             torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        _write_flushed(_hash_file(path), f"{_sha256(temporary)}  {path.name}\n")
-        os.replace(temporary, path)
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+            write_file(_hash_file(path), f"{digest}  {path.name}\n")
         _flush_folder(folder)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
@@ -205,13 +204,6 @@ def _hash_file(path: Path) -> Path:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_flushed(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _flush_folder(folder: Path) -> None:

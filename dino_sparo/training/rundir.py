@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ import yaml
 from dino_sparo import __version__
 from dino_sparo.config import flattened
 from dino_sparo.errors import UserError
+from dino_sparo.files import write_file
 from dino_sparo.options import PretrainOptions
 
 CONFIG_FILE = "config.yaml"
@@ -110,7 +112,6 @@ def start_run_dir(run_dir: Path, config: dict[str, Any], machine: dict[str, Any]
     Raises:
         UserError: the folder cannot be written.
     """
-    temporary = run_dir / f"{CONFIG_FILE}.tmp"
     start = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -120,8 +121,7 @@ def start_run_dir(run_dir: Path, config: dict[str, Any], machine: dict[str, Any]
         **machine,
     }
     try:
-        temporary.write_text(yaml.safe_dump(config, sort_keys=False))
-        os.replace(temporary, run_dir / CONFIG_FILE)
+        write_file(run_dir / CONFIG_FILE, yaml.safe_dump(config, sort_keys=False))
         with open(run_dir / STARTS_FILE, "a") as file:
             file.write(json.dumps(start) + "\n")
     except OSError as error:
@@ -194,7 +194,8 @@ def mark_stopped(run_dir: Path, step: int, reason: str) -> None:
 
 def _has_no_run(run_dir: Path) -> bool:
     """Empty, or left by a start that was killed before it wrote the recipe."""
-    return all(entry.name in (f"{CONFIG_FILE}.tmp", LOCK_FILE) for entry in run_dir.iterdir())
+    left = re.compile(rf"{re.escape(CONFIG_FILE)}\..*tmp|{re.escape(LOCK_FILE)}")
+    return all(left.fullmatch(entry.name) for entry in run_dir.iterdir())
 
 
 def _git_state() -> str | None:

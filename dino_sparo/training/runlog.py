@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from dino_sparo.files import atomic_write, write_file
 from dino_sparo.terminal import coloured, shows_bars
 
 log = logging.getLogger("dino_sparo")
@@ -191,9 +192,7 @@ def cut_metrics(path: Path, step: int) -> None:
             break
         if entry_step <= step and step > 0:
             kept.append(line)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(b"".join(kept))
-    os.replace(temporary, path)
+    write_file(path, b"".join(kept))
 
 
 def cut_events(folder: Path, step: int) -> None:
@@ -204,16 +203,13 @@ def cut_events(folder: Path, step: int) -> None:
             event = Event.FromString(record)
             if event.step <= step and step > 0:
                 kept.append(record)
-        temporary = folder / "cut.tmp"
-        with open(temporary, "wb") as file:
+        if not kept:
+            path.unlink()
+            continue
+        with atomic_write(path) as file:
             writer = RecordWriter(file)
             for record in kept:
                 writer.write(record)
-        if kept:
-            os.replace(temporary, path)
-        else:
-            temporary.unlink()
-            path.unlink()
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
