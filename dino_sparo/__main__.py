@@ -21,6 +21,7 @@ from dino_sparo.errors import (
     StoppedError,
     StuckError,
     UserError,
+    files_told,
 )
 from dino_sparo.processes import end_at_once, end_with_launcher, leave_note
 from dino_sparo.terminal import coloured, set_up_log
@@ -67,7 +68,8 @@ def answer(arguments: list[str] | None) -> int:
         end_with_launcher()
     try:
         name, rest = command_and_rest(arguments)
-        status = run_command(name, rest, flags)
+        with files_told():
+            status = run_command(name, rest, flags)
         if RANK == 0:
             leave_note("done", status == 0)
         return status

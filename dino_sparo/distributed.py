@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dino_sparo.errors import EXIT_USER_ERROR, PeerLostError, StoppedError, UserError
+from dino_sparo.errors import EXIT_USER_ERROR, PeerLostError, StoppedError, UserError, files_told
 from dino_sparo.processes import PeerWatch, end_at_once, leave_note
 from dino_sparo.terminal import coloured
 
@@ -83,7 +83,8 @@ def process_group(device: torch.device) -> Iterator[Group]:
     """
     group = Group()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield group
+        with files_told():
+            yield group
         return
     store, number, size = next(dist.rendezvous("env://", timeout=PATIENCE))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -93,7 +94,8 @@ def process_group(device: torch.device) -> Iterator[Group]:
     _store.append(store)
     watch = PeerWatch(_peers(), lambda gone: _end_without(group.lost(gone)))
     try:
-        yield group
+        with files_told():
+            yield group
         dist.barrier()
     except StoppedError:
         watch.close()

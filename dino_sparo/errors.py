@@ -1,5 +1,10 @@
 """How a program ends otherwise than well: errors that are the user's to mend, and being told to stop."""
 
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 EXIT_PROBLEM = 1
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: not done yet, try again
@@ -18,6 +23,36 @@ class UserError(ValueError):
 
     It is shown as one sentence, without a traceback.
     """
+
+
+REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room there"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give permission there, or name another place"),
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST), "name another place"),
+}
+
+
+def of_file(error: OSError) -> UserError | None:
+    """What the system says of a file or folder, as one sentence with a remedy; None if it names no file."""
+    if error.filename is None:
+        return None
+    remedy = REMEDIES.get(error.errno or 0, "repair it")
+    reason = error.strerror or type(error).__name__
+    return UserError(
+        f"{os.fsdecode(error.filename)} cannot be read or written ({reason}); {remedy}, then start the same "
+        f"command again"
+    )
+
+
+@contextmanager
+def files_told() -> Iterator[None]:
+    """Make a UserError of an error that names a file; others pass."""
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        raise of_file(error) or error from error
 
 
 class UserFileNotFoundError(UserError, FileNotFoundError):

@@ -3,6 +3,7 @@
 import atexit
 import glob
 import hashlib
+import json
 import logging
 import os
 import platform
@@ -11,7 +12,7 @@ import stat
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -24,15 +25,26 @@ OF_TORCH = "torchinductor_"  # followed by the user's name, the folder that torc
 
 
 @contextmanager
-def atomic_write(path: Path, temporary: Path | None = None) -> Iterator[BinaryIO]:
+def named(path: Path) -> Iterator[None]:
+    """Name the file in an error of the system that names none, as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextmanager
+def atomic_write(path: Path, temporary: Path | None = None, *, durable: bool = True) -> Iterator[BinaryIO]:
     """A binary file that becomes `path` when the block ends well: a reader sees the old file or the new one.
 
-    It is flushed to disk before it is renamed. After an error nothing stays behind; after a kill the
-    temporary file does, and a later write of the same path removes it.
+    After an error nothing stays behind; after a kill the temporary file does, and a later write of the same
+    path removes it.
 
     Args:
         path: in a folder that exists.
         temporary: name until then, where only one process writes; None takes one that no other process has.
+        durable: flush the content to disk before the file gets its name.
 
     Raises:
         OSError: it cannot be written; `filename` is set.
@@ -44,14 +56,13 @@ def atomic_write(path: Path, temporary: Path | None = None) -> Iterator[BinaryIO
                     left.unlink()
         temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(temporary, "w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk names none
-        raise
+        with named(path):
+            with open(temporary, "w+b") as file:
+                yield file
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -60,6 +71,12 @@ def write_file(path: Path, content: str | bytes) -> None:
     """Write a whole file by `atomic_write`, text as UTF-8. Raises OSError."""
     with atomic_write(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def append_line(path: Path, entry: Mapping[str, object]) -> None:
+    """Add an object to a file of JSON lines. Raises OSError."""
+    with named(path), open(path, "a") as file:
+        file.write(json.dumps(entry) + "\n")
 
 
 def cache_folder() -> Path:

@@ -61,25 +61,19 @@ def prepare(source: str, out: str, labels: str | None = None) -> None:
 
     Raises:
         UserError: nothing is recognised, labels and images do not fit, `out` holds something else, a tar is
-            damaged, or the file system refuses.
+            damaged.
+        OSError: the file system refuses.
     """
     folder = Path(out)
-    try:
-        layout = recognise(Path(source))
-        log.info("%s: %s%s", source, layout.name, "" if explain(layout) else "; usable as it is")
-        _check_out(folder, layout)
-        jobs = _plan(layout, folder, labels)
-        folder.mkdir(parents=True, exist_ok=True)
-        with only_writer(folder):
-            made = {job.split: _make(job, folder) for job in jobs}
-        others = [split for split in SPLITS if split not in made and (folder / split).is_dir()]
-        print(_summary(folder, made | {split: _count(folder / split) for split in others}))
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or out}: {error.strerror or error}; mend it, then the same command goes on"
-        ) from error
+    layout = recognise(Path(source))
+    log.info("%s: %s%s", source, layout.name, "" if explain(layout) else "; usable as it is")
+    _check_out(folder, layout)
+    jobs = _plan(layout, folder, labels)
+    folder.mkdir(parents=True, exist_ok=True)
+    with only_writer(folder):
+        made = {job.split: _make(job, folder) for job in jobs}
+    others = [split for split in SPLITS if split not in made and (folder / split).is_dir()]
+    print(_summary(folder, made | {split: _count(folder / split) for split in others}))
 
 
 def _check_out(out: Path, layout: Layout) -> None:

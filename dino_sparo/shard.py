@@ -52,27 +52,21 @@ def shard(
 
     Raises:
         UserError: there are no images, two of them have one key, an image cannot be read, `out` holds
-            something else or has no room, or the file system refuses.
+            something else or has no room.
+        OSError: the file system refuses.
     """
     if short_side is not None and short_side < 1:
         raise UserError(f"--short-side is {short_side}; expected a number of pixels above 0, or null")
     jobs = _plan(source, Path(out), short_side, images_per_shard)
     workers = len(os.sched_getaffinity(0)) if num_workers is None else num_workers
-    try:
-        _check_out(Path(out), jobs)
-        Path(out).mkdir(parents=True, exist_ok=True)
-        with only_writer(Path(out)):
-            sizes = [_begin(job) for job in jobs]
-            _check_space(Path(out), jobs, sizes)
-            written = write_shards(jobs, workers)
-            for job in jobs:
-                _finish(job, written)
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or out}: {error.strerror or error}; mend it, then the same command goes on"
-        ) from error
+    _check_out(Path(out), jobs)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    with only_writer(Path(out)):
+        sizes = [_begin(job) for job in jobs]
+        _check_space(Path(out), jobs, sizes)
+        written = write_shards(jobs, workers)
+        for job in jobs:
+            _finish(job, written)
     print(_summary(out, jobs))
 
 

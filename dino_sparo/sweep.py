@@ -173,33 +173,15 @@ def write(folder: Path, options: SweepOptions, rows: Sequence[dict[str, Any]]) -
     write_files(folder, texts)
 
 
-def make_folder(folder: Path) -> None:
-    """Make it, if need be.
-
-    Raises:
-        UserError: it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror}); choose another run_dir") from error
-
-
 def write_files(folder: Path, contents: Mapping[str, str | bytes]) -> None:
     """Write files into a folder, made if need be, each whole or not at all, while others may write them too.
 
     Raises:
         UserError: they cannot be written.
     """
-    make_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
-        try:
-            write_file(folder / name, content)
-        except OSError as error:
-            raise UserError(
-                f"{folder / name} cannot be written ({error.strerror}); make room, then the same command "
-                f"goes on, or choose another run_dir"
-            ) from error
+        write_file(folder / name, content)
 
 
 def final_knn(run_dir: Path, epochs: int) -> float | None:

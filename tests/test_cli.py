@@ -64,6 +64,18 @@ def test_unknown_command(capsys):
     assert f"unknown command 'train'; expected one of {', '.join(COMMANDS)}" in mistake(["train"], capsys)
 
 
+def test_a_file_that_the_system_refuses_is_one_sentence(trained, capsys):
+    data, run_dir = trained
+    (data / "file").touch()
+    message = mistake(
+        ["slots", "health", str(run_dir), "--data.path", str(data), "--out", str(data / "file")], capsys
+    )
+    assert (
+        f"{data / 'file' / 'health'} cannot be read or written (Not a directory); name another place"
+        in message
+    )
+
+
 # --- Mistakes in pretrain
 
 

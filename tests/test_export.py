@@ -109,7 +109,7 @@ def test_nothing_is_overwritten(run_dir, exported, tmp_path, capsys):
     assert (exported / "model.safetensors").read_bytes() == before
     (tmp_path / "file").touch()
     assert main(["export", str(run_dir), "--out", str(tmp_path / "file" / "out")]) == 2
-    assert "cannot be written (Not a directory)" in capsys.readouterr().err
+    assert "cannot be read or written (Not a directory)" in capsys.readouterr().err
 
 
 def test_what_cannot_be_written_leaves_nothing(tmp_path):

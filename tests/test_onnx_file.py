@@ -104,7 +104,7 @@ def test_nothing_is_overwritten(needs_onnx, run_dir, tmp_path, monkeypatch, caps
     monkeypatch.setattr(onnx_file, "_to_onnx", lambda *_: b"")
     monkeypatch.setattr(onnx_file, "largest_difference", lambda *_: 0.0)
     assert main(["export", str(run_dir), "--out", str(tmp_path / "file" / "x"), "--format", "onnx"]) == 2
-    assert "cannot be written (Not a directory)" in capsys.readouterr().err
+    assert "cannot be read or written (Not a directory)" in capsys.readouterr().err
 
 
 def test_without_the_extra(run_dir, tmp_path, monkeypatch, capsys):

@@ -138,6 +138,6 @@ def test_mistakes_write_nothing(run_dir, tmp_path, out, capsys):
     assert export(run_dir, out) == 2
     assert "official.pth exists already" in capsys.readouterr().err and out.read_text() == "mine"
     assert export(run_dir, out / "below.pth") == 2
-    assert "cannot be written (File exists)" in capsys.readouterr().err
+    assert "cannot be read or written (File exists)" in capsys.readouterr().err
     assert export(tmp_path / "nothing", tmp_path / "x.pth") == 2
     assert "nothing does not exist; expected a run folder" in capsys.readouterr().err

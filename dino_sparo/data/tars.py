@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from dino_sparo.data.imagenet import WNID_TAR, Images, is_image
 from dino_sparo.errors import UserError
+from dino_sparo.files import atomic_write
 
 BLOCK = 512  # a tar's unit; it ends with blocks of zeros
 LARGEST_PADDING = 2**20  # of those blocks; more are a hole in an incomplete download
@@ -84,9 +85,8 @@ def unpack(
                 continue
             target = folder / (classes[name] if classes else "") / name
             if not (target.is_file() and target.stat().st_size == size):
-                with open(unfinished, "wb") as file:
+                with atomic_write(target, unfinished, durable=False) as file:
                     shutil.copyfileobj(stream, file)
-                os.replace(unfinished, target)
             bar.update(size)
             count += 1
     return count

@@ -64,7 +64,7 @@ def save_classifier(path: Path, saved: SavedClassifier) -> None:
     """Write it as safetensors `weight` and `bias`, with all else as JSON in the metadata.
 
     Raises:
-        UserError: the file cannot be written.
+        OSError: the file cannot be written.
     """
     content = {
         "format": FORMAT,
@@ -77,10 +77,7 @@ def save_classifier(path: Path, saved: SavedClassifier) -> None:
     }
     metadata = {METADATA_KEY: json.dumps(content)}  # the order of several keys would differ between files
     tensors = {"weight": saved.weight, "bias": saved.bias}
-    try:
-        write_file(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata))
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error}); make room or give another --out") from error
+    write_file(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata))
 
 
 def is_saved(path: str) -> bool:

@@ -32,7 +32,6 @@ from dino_sparo.distributed import (
     rank,
     world_size,
 )
-from dino_sparo.errors import UserError
 from dino_sparo.evaluation.classifiers import SavedClassifier, is_saved, load_classifier, save_classifier
 from dino_sparo.evaluation.features import Wanted, cached_features
 from dino_sparo.evaluation.linear_report import results_of, table
@@ -108,7 +107,7 @@ def train_all(options: "LinearOptions", opened: Opened) -> list[Result]:
             world_size=world_size(),
         )
         if rank() == 0:
-            _make(folder)
+            folder.mkdir(parents=True, exist_ok=True)
         train(
             learning,
             _feed(options, opened, order, train_features),
@@ -121,7 +120,7 @@ def train_all(options: "LinearOptions", opened: Opened) -> list[Result]:
         )
     saved = classifiers(options, opened, learning)
     if rank() == 0:
-        _make(folder / CLASSIFIERS)
+        (folder / CLASSIFIERS).mkdir(parents=True, exist_ok=True)
         for classifier in saved:
             name = classifier.probe.name.replace(" ", "_")
             save_classifier(folder / CLASSIFIERS / f"{name}.safetensors", classifier)
@@ -270,10 +269,3 @@ def _results(
             weights="untrained" if options.untrained else options.which,
         )
     return results
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror}); give another --out") from error

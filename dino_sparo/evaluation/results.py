@@ -80,20 +80,15 @@ def save_results(folder: Path, results: Sequence[Result]) -> None:
     are never lost.
 
     Raises:
-        UserError: the folder cannot be made or written.
+        OSError: the folder cannot be made or written.
     """
     for result in results:
         assert result.correct.shape == (result.num_images,), f"{result.name}: one bit an image"
     path = folder / RESULTS_FILE
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with alone_in(folder):
-            new = {_key(result): result for result in results}
-            _write(path, [old for old in _kept(path) if _key(old) not in new] + list(new.values()))
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}); make room or give rights there, and evaluate again"
-        ) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(folder):
+        new = {_key(result): result for result in results}
+        _write(path, [old for old in _kept(path) if _key(old) not in new] + list(new.values()))
 
 
 def read_results(folder: Path) -> list[Result]:

@@ -46,18 +46,13 @@ def write_exported(stored: StoredEncoder, folder: Path, *, name: str, measured: 
         "seed": stored.seed,
         "encoder": stored.arguments,
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise UserError(f"out: {folder} is not empty; choose another folder or empty it")
-        write_file(folder / WEIGHTS_FILE, save(weights, metadata={"format": "pt"}))
-        write_file(folder / CARD_FILE, model_card(stored, encoder, name, measured))
-        # Last, so that a folder with it is whole.
-        write_file(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(
-            f"out: {folder} cannot be written ({error.strerror}); choose another folder"
-        ) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise UserError(f"out: {folder} is not empty; choose another folder or empty it")
+    write_file(folder / WEIGHTS_FILE, save(weights, metadata={"format": "pt"}))
+    write_file(folder / CARD_FILE, model_card(stored, encoder, name, measured))
+    # Last, so that a folder with it is whole.
+    write_file(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 
 
 def read_exported(weights_path: Path, which: str) -> StoredEncoder:

@@ -47,11 +47,8 @@ def write_onnx(stored: StoredEncoder, folder: Path) -> tuple[Path, float]:
             f"{stored.path} as ONNX gives other numbers than torch (they differ by {difference:.1e}, allowed "
             f"is {TOLERANCE:g}), so {path} was not written; try other versions of {', '.join(NEEDED)}"
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_file(path, content)
-    except OSError as error:
-        raise UserError(f"out: {path} cannot be written ({error.strerror}); choose another folder") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(path, content)
     return path, difference
 
 

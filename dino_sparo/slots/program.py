@@ -49,18 +49,9 @@ def slots_folder(options: "SlotsOptions") -> Path:
 
 
 def output_folder(options: "SlotsOptions", name: str) -> Path:
-    """The folder for what the command `name` writes, made if need be.
-
-    Raises:
-        UserError: it cannot be made.
-    """
+    """The folder for what the command `name` writes, made if need be. Raises OSError."""
     folder = slots_folder(options) / name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{folder} cannot be made ({error.strerror}); give rights there, or another folder as --out"
-        ) from error
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -123,14 +114,5 @@ def attention_of_each(
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file of JSON under a temporary name, then rename it: a reader sees the old or the new one.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    try:
-        write_file(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}); make room or give rights there, then start again"
-        ) from error
+    """Write a whole file of JSON. Raises OSError."""
+    write_file(path, json.dumps(content, indent=1, allow_nan=False) + "\n")

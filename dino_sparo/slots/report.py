@@ -51,7 +51,7 @@ def run(options: "SlotReportOptions") -> None:
         (folder / CONFIG_FILE).read_text(encoding="utf-8") if config else None,
     )
     path = output_folder(options, ".") / PAGE_FILE
-    write_page(path, text)
+    write_file(path, text)
     missing = [name for name, file in FILES.items() if not (files.slots / file).is_file()]
     for name in missing:
         print(f"not on the page: {name}; made by  {files.commands[name]}")
@@ -182,17 +182,3 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError) as error:
         raise damaged(path, error, "dino-sparo pretrain") from error
     return config if isinstance(config, dict) else {}
-
-
-def write_page(path: Path, text: str) -> None:
-    """Write the page under a temporary name, then rename it.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    try:
-        write_file(path, text)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}); make room or give rights there, and report again"
-        ) from error

@@ -103,7 +103,7 @@ def remember_images(run_dir: Path, data_sets: dict[str, str], hashes: dict[str, 
     Raises:
         UserError: another command has just begun with other images, or the folder cannot be written.
     """
-    sweep.make_folder(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
     with alone_in(run_dir):
         known = _with_known(run_dir, data_sets, hashes)
         sweep.write_files(run_dir, {IMAGES_FILE: json.dumps(known, indent=1) + "\n"})

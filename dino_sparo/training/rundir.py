@@ -21,7 +21,7 @@ import yaml
 from dino_sparo import __version__
 from dino_sparo.config import flattened
 from dino_sparo.errors import UserError
-from dino_sparo.files import write_file
+from dino_sparo.files import append_line, write_file
 from dino_sparo.options import PretrainOptions
 
 CONFIG_FILE = "config.yaml"
@@ -110,7 +110,7 @@ def start_run_dir(run_dir: Path, config: dict[str, Any], machine: dict[str, Any]
     """Write the resolved recipe, add this start, on this machine, to the list of starts, remove the marker.
 
     Raises:
-        UserError: the folder cannot be written.
+        OSError: the folder cannot be written.
     """
     start = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -120,15 +120,8 @@ def start_run_dir(run_dir: Path, config: dict[str, Any], machine: dict[str, Any]
         "git": _git_state(),
         **machine,
     }
-    try:
-        write_file(run_dir / CONFIG_FILE, yaml.safe_dump(config, sort_keys=False))
-        with open(run_dir / STARTS_FILE, "a") as file:
-            file.write(json.dumps(start) + "\n")
-    except OSError as error:
-        raise UserError(
-            f"run_dir {str(run_dir)!r} cannot be written ({error.strerror}); make room or choose "
-            f"another folder"
-        ) from error
+    write_file(run_dir / CONFIG_FILE, yaml.safe_dump(config, sort_keys=False))
+    append_line(run_dir / STARTS_FILE, start)
     (run_dir / MARKER_FILE).unlink(missing_ok=True)
 
 

@@ -1,6 +1,5 @@
 """Ends of a run before its time: signals from outside, and numbers that went wrong."""
 
-import json
 import signal
 import threading
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dino_sparo.errors import StoppedError, StuckError
+from dino_sparo.files import append_line
 from dino_sparo.processes import on_stop_signals
 
 BAD_STEPS_FILE = "bad_steps.jsonl"
@@ -100,5 +100,4 @@ class BadSteps:
 
 def note_bad_step(run_dir: Path, step: int, cause: str, samples: list[int], names: list[str]) -> None:
     """Add a line to `bad_steps.jsonl`: what was not finite, and the images of the step by number and name."""
-    with open(run_dir / BAD_STEPS_FILE, "a") as file:
-        file.write(json.dumps({"step": step, "cause": cause, "samples": samples, "images": names}) + "\n")
+    append_line(run_dir / BAD_STEPS_FILE, {"step": step, "cause": cause, "samples": samples, "images": names})
