@@ -4,7 +4,6 @@
 """
 
 import shutil
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,8 @@ from dino_sparo import sweep
 from dino_sparo.check_report import duration, size
 from dino_sparo.checks import split_batch
 from dino_sparo.config import flattened, parse_options
-from dino_sparo.data.loader import preferred_executor
 from dino_sparo.data.sources import ImageSource
-from dino_sparo.data.views import NUM_GLOBAL_CROPS, crop_recipes
+from dino_sparo.data.views import NUM_GLOBAL_CROPS
 from dino_sparo.data.workers import check_shared_memory, default_workers
 from dino_sparo.device import choose_device
 from dino_sparo.errors import EXIT_PROBLEM, UserError
@@ -34,6 +32,7 @@ from dino_sparo.training.schedules import Schedules
 from dino_sparo.training.setup import (
     build_schedules,
     bytes_of_image,
+    executor_of,
     open_data,
     prefetched_bytes,
     start_state,
@@ -127,9 +126,7 @@ def refused(
 ) -> list[str]:
     """What of folder and machine would end the run at its start, or before its end."""
     problems, run_dir = [], Path(options.run_dir)
-    executor = preferred_executor(
-        options.machine.views, device, crop_recipes(**asdict(options.views)), max_side=options.data.max_side
-    )
+    executor = executor_of(options, device)
     prefetched = prefetched_bytes(
         options, workers, batch_size, options.nproc, bytes_of_image(options, source, executor)
     )
@@ -209,13 +206,10 @@ def describe_images(options: PretrainOptions, source: ImageSource, monitor: KnnM
 def describe_views(options: PretrainOptions, device: torch.device, workers: int) -> str:
     """Who makes which crops."""
     views = options.views
-    executor = preferred_executor(
-        options.machine.views, device, crop_recipes(**asdict(views)), max_side=options.data.max_side
-    )
-    who = {"device": "the training device", "tensor": "tensors, if there is a C++ compiler", "pil": "PIL"}
+    who = {"device": "the training device", "pil": "PIL"}
     return (
         f"{NUM_GLOBAL_CROPS} of {views.global_size} and {views.num_local_crops} of {views.local_size} pixels "
-        f"by {who[executor]}; {workers} workers a process"
+        f"by {who[executor_of(options, device)]}; {workers} workers a process"
     )
 
 

@@ -9,10 +9,9 @@ import torch
 from dino_sparo.config import parse_options
 from dino_sparo.data import pil_views
 from dino_sparo.data.colour import blur_taps
-from dino_sparo.data.device_views import Photos, ahead, collate_photos, make_crops, numbers_of
+from dino_sparo.data.device_views import Photos, ahead, collate_photos, make_crops, numbers_of, to_pixels
 from dino_sparo.data.images import normalize, to_tensor
 from dino_sparo.data.loader import PhotoBatch, crops_of
-from dino_sparo.data.tensor_views import to_pixels
 from dino_sparo.evaluation import knn, linear
 from dino_sparo.evaluation.results import read_results
 from dino_sparo.evaluation.search import nearest

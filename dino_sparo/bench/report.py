@@ -65,8 +65,6 @@ def _compared(result: dict[str, Any]) -> list[str]:
     lines.append(
         f"plain / ours, whole step: {_ratio(compared['step'])}, {result['rounds']} interleaved rounds"
     )
-    for name, ratio in compared["views_by_PIL_to"].items():
-        lines.append(f"PIL / {name}, views of an image on one core: {_ratio(ratio)}")
     for name, ratio in compared["memory"].items():
         what = {"peak_bytes": "peak GPU memory", "saved_bytes": "bytes saved for backward"}[name]
         lines.append(f"plain / ours, {what}: {ratio:.2f}")

@@ -10,17 +10,16 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from dino_sparo.bench.clocks import Laps
-from dino_sparo.data import pil_views, tensor_views
+from dino_sparo.data import pil_views
 from dino_sparo.data.decode import decode
 from dino_sparo.data.images import to_tensor
 from dino_sparo.data.sources import ImageSource
-from dino_sparo.data.views import CropRecipe, View, draw_view
+from dino_sparo.data.views import CropRecipe, draw_view
 from dino_sparo.data.workers import keep_memory
 from dino_sparo.device import wait_for
 from dino_sparo.training.optim import clip_gradients_per_parameter, set_hyperparameters, step_if_finite
@@ -28,17 +27,6 @@ from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.state import TrainState
 from dino_sparo.training.teacher import update_teacher
 
-
-def _by_pil(image: Image.Image, views: list[View]) -> list[Tensor]:
-    return [to_tensor(pil_views.execute(image, view)) for view in views]
-
-
-def _by_tensors(image: Image.Image, views: list[View]) -> list[Tensor]:
-    return tensor_views.execute(tensor_views.to_pixels(image), views)
-
-
-# How all views of a decoded image are made on a CPU: uint8 (3, size, size) each.
-VIEW_EXECUTORS = {"PIL": _by_pil, "tensors": _by_tensors}
 # Dense bfloat16 products in FLOP/s (float16 on a V100), *published* by the maker; the first name that fits.
 PUBLISHED_PEAKS = (
     *(("B200", 2250e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H200", 989e12), ("H100", 989e12)),
@@ -66,13 +54,12 @@ def one_core() -> Iterator[None]:
 def image_stages(
     source: ImageSource, crop_recipes: list[CropRecipe], seed: int, num_images: int
 ) -> dict[str, list[float]]:
-    """Seconds an image on one core: read, decode, and all its views by every executor, in turn.
+    """Seconds an image on one core: read, decode, and all its views by PIL, in turn.
 
     The first image warms up. The files have been written or read before: reading is from the system's cache.
     """
     laps = Laps(torch.device("cpu"))
     times: dict[str, list[float]] = {}
-    executors = {"PIL": _by_pil} if tensor_views.warm_up(crop_recipes) else VIEW_EXECUTORS
     with one_core():
         keep_memory()  # as a worker does
         for number in range(num_images + 1):
@@ -86,9 +73,9 @@ def image_stages(
             size = {"image_width": image.width, "image_height": image.height}
             views = [draw_view(r, **numbers, **size, crop=crop) for crop, r in enumerate(crop_recipes)]
             laps.lap("draw views")
-            for name, execute in executors.items():
-                execute(image, views)
-                laps.lap(f"views by {name}")
+            for view in views:
+                to_tensor(pil_views.execute(image, view))
+            laps.lap("views by PIL")
             for name, seconds in laps.seconds.items():
                 times.setdefault(name, []).extend([seconds] if number else [])
     return times

@@ -36,7 +36,6 @@ from dino_sparo.bench.files import HEIGHT, QUALITY, WIDTH, jpeg_files
 from dino_sparo.bench.plain import PlainState, plain_state
 from dino_sparo.bench.report import report
 from dino_sparo.bench.stages import (
-    VIEW_EXECUTORS,
     end_to_end,
     host_waits,
     image_stages,
@@ -180,7 +179,7 @@ def measure(bench: Bench, *, compare: bool, profile: str | None) -> dict[str, An
     result["utilisation"] = _utilisation(result)
     result["memory"] = memory
     if plain is not None:
-        result["compare"] = _compared(bench, plain, steps, of_images, memory, result["end_to_end"])
+        result["compare"] = _compared(bench, plain, steps, memory, result["end_to_end"])
     if profile is not None:
         log.info("profile")
         waits = profile_training(bench, ours, profile)
@@ -209,20 +208,13 @@ def _compared(
     bench: Bench,
     plain: PlainState,
     steps: dict[str, list[float]],
-    of_images: dict[str, list[float]],
     memory: dict[str, dict[str, Any]],
     ours_end_to_end: dict[str, float] | None,
 ) -> dict[str, Any]:
     """Ratios plain / ours, above 1 where ours is better."""
-    by_pil = of_images["views by PIL"]
     compared: dict[str, Any] = {
         "plain_step": spread(steps["plain"], bench.batch_size),
         "step": spread_of_ratios(steps["plain"], steps["ours"]),
-        "views_by_PIL_to": {
-            name: spread_of_ratios(by_pil, of_images[f"views by {name}"])
-            for name in VIEW_EXECUTORS
-            if name != "PIL" and f"views by {name}" in of_images
-        },
         "memory": {
             name: plain_bytes / memory["ours"][name]
             for name, plain_bytes in memory["plain"].items()

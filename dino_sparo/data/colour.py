@@ -7,9 +7,7 @@ Source: what Pillow's Blend.c, Convert.c and BoxBlur.c compute, and torchvision'
 """
 
 import math
-from collections.abc import Callable, Sequence
-from functools import cache
-from types import FunctionType
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -35,33 +33,6 @@ def jitter(images: Tensor, steps: Tensor) -> Tensor:
     rgb = [x.float() for x in images.unbind(1)]  # apart, or the compiler would not make one kernel
     rgb = _contrast(_adjusted(rgb, columns[BEFORE]), columns[CONTRAST_FACTOR])
     return _finished(_adjusted(rgb, columns[AFTER]), columns[GRAYSCALE])
-
-
-@cache
-def jitter_by(order: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function for images that all have one order: letters of B (blend), C (contrast) and H (hue).
-
-    It takes the numbers of the letters one after the other, (n, ...): kind and factor of a blend, the
-    factor of the contrast, the shift of the hue; then whether the luma goes into all channels.
-    """
-
-    def jitter_in_order(images: Tensor, numbers: Tensor) -> Tensor:
-        columns = iter(numbers[:, :, None, None].unbind(1))
-        rgb = [x.float() for x in images.unbind(1)]
-        for letter in order:
-            if letter == "B":
-                towards, factor = next(columns) * _luma(*rgb), next(columns)
-                rgb = [_blend(x, towards, factor) for x in rgb]
-            elif letter == "C":
-                rgb = _contrast(rgb, next(columns))
-            else:
-                red, green, blue = rgb
-                rgb = _shift_hue(red, green, blue, next(columns))
-        return _finished(rgb, next(columns))
-
-    # A code object of its own: torch.compile looks up by it what it has compiled.
-    code = jitter_in_order.__code__.replace(co_name=f"jitter_{order}")
-    return FunctionType(code, globals(), code.co_name, None, jitter_in_order.__closure__)
 
 
 def solarize(images: Tensor, chosen: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Views of whole batches on the training device: workers only decode. The third executor of the same numbers.
+"""Views of whole batches on the training device: workers only decode. Executes the same numbers as PIL.
 
 Crop and resize are two batched matrix products by PIL's kernel, rounded to 8 bits after each as PIL does; the
 flip is part of the matrix. The colours are those of `colour`. Source of the kernel: Pillow's Resample.c.
@@ -13,11 +13,12 @@ from functools import cache
 from itertools import accumulate
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dino_sparo.data import colour
-from dino_sparo.data.tensor_views import jitter_steps
 from dino_sparo.data.views import CropRecipe, View
 from dino_sparo.device import compiled
 
@@ -31,6 +32,7 @@ CANVAS_STEP = 32  # pixels; sides are multiples, so that matrix products are fas
 TOP, LEFT, HEIGHT, WIDTH, FLIP, SOLARIZE = range(6)
 JITTER = slice(6, 26)
 BLUR = slice(26, None)
+CONTRAST, SATURATION, HUE = 1, 2, 3  # of the adjustments; the first is the brightness
 
 
 class Photos(NamedTuple):
@@ -49,6 +51,30 @@ def numbers_of(view: View, taps: int) -> list[float]:
     """A view as numbers: box, flip, solarise, steps of the jitter, weights of the blur."""
     box = [view.top, view.left, view.height, view.width, view.flip, view.solarize]
     return [*map(float, box), *jitter_steps(view), *colour.blur_weights(view.blur_radius, taps)]
+
+
+def jitter_steps(view: View) -> list[float]:
+    """The steps of `colour.jitter` for a view; such that change nothing for one without."""
+    steps = [[*colour.NOTHING], [*colour.NOTHING]]
+    part, places = 0, [*colour.BLENDS_BEFORE]
+    contrast = 1.0
+    for adjustment in view.jitter_order:
+        factor = view.jitter_factors[adjustment]
+        if adjustment == CONTRAST:
+            contrast, part, places = factor, 1, [*colour.BLENDS_BEFORE]
+        elif adjustment == HUE:
+            steps[part][colour.SHIFT] = float(np.int32(factor * 255) % 256)
+            places = [*colour.BLENDS_AFTER]
+        else:
+            kind_at, factor_at = places.pop(0)
+            steps[part][kind_at] = float(adjustment == SATURATION)
+            steps[part][factor_at] = factor
+    return [*steps[0], contrast, *steps[1], float(view.grayscale)]
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """PIL RGB -> uint8 (height, width, 3)."""
+    return torch.from_numpy(np.array(image))
 
 
 def collate_photos(images: Sequence[tuple[Tensor, Sequence[Sequence[float]]]]) -> Photos:

@@ -4,7 +4,6 @@ Workers hand over uint8 pixels: crops, or whole images where the training device
 Axis letters: B images, C crops.
 """
 
-import logging
 from collections.abc import Iterator, Sequence
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple
@@ -16,22 +15,17 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchvision.utils import make_grid
 
-from dino_sparo.data import colour, pil_views, tensor_views
-from dino_sparo.data.device_views import Photos, collate_photos, make_crops, numbers_of
+from dino_sparo.data import colour, pil_views
+from dino_sparo.data.device_views import Photos, collate_photos, make_crops, numbers_of, to_pixels
 from dino_sparo.data.images import UnreadableImage, load_image, to_tensor
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.views import NUM_GLOBAL_CROPS, CropRecipe, draw_view, sample_order, substitute_sample
 from dino_sparo.data.workers import WatchedLoader
 from dino_sparo.errors import UserError
 
-log = logging.getLogger("dino_sparo")
-
 SUBSTITUTE_TRIES = 10
-MIN_SIDE_OF_TENSOR_VIEWS = 96  # of global crops; PIL is about as fast on smaller ones, and needs no compiling
 
-Executor = Literal[
-    "pil", "tensor", "device"
-]  # of views: workers by PIL or by tensors, or the training device
+Executor = Literal["pil", "device"]  # of views: workers by PIL, or the training device
 
 
 class Crops(NamedTuple):
@@ -113,8 +107,6 @@ class CropsDataset(Dataset):
         ]
         if not isinstance(image, Tensor):
             return LoadedImage([to_tensor(pil_views.execute(image, view)) for view in views], replaced)
-        if self.executor == "tensor":
-            return LoadedImage(tensor_views.execute(image, views), replaced)
         return LoadedImage((image, [numbers_of(view, self.blur_taps) for view in views]), replaced)
 
     def _load(self, sample: int) -> Image.Image | Tensor | UnreadableImage:
@@ -122,7 +114,7 @@ class CropsDataset(Dataset):
         image = load_image(self.source, sample, self.max_side)
         if self.executor == "pil" or isinstance(image, UnreadableImage):
             return image
-        return tensor_views.to_pixels(image)
+        return to_pixels(image)
 
 
 class BatchOrder(Sampler):
@@ -172,14 +164,10 @@ class BatchOrder(Sampler):
         return order[number * self.global_batch_size : (number + 1) * self.global_batch_size].tolist()
 
 
-def preferred_executor(
-    name: Literal["auto", "pil", "tensor", "device"],
-    device: torch.device,
-    recipes: Sequence[CropRecipe],
-    *,
-    max_side: int | None,
+def choose_executor(
+    name: Literal["auto", "pil", "tensor", "device"], device: torch.device, *, max_side: int | None
 ) -> Executor:
-    """`auto` is the GPU where there is one, tensors on a CPU where they are faster, and PIL elsewhere.
+    """`auto` is the GPU where there is one and the size of images is bounded, else PIL, and so is `tensor`.
 
     Raises:
         UserError: crops are to be made on the device of images of any size.
@@ -187,41 +175,9 @@ def preferred_executor(
     if name == "device" and max_side is None:
         raise UserError(
             "machine.views device makes crops of a batch of whole images, which data.max_side null does not "
-            "bound; give data.max_side 1024, or machine.views tensor"
+            "bound; give data.max_side 1024, or machine.views pil"
         )
-    if name == "auto" and device.type == "cuda" and max_side is not None:
-        return "device"
-    if name == "auto":
-        return "pil" if recipes[0].size < MIN_SIDE_OF_TENSOR_VIEWS else "tensor"
-    return name
-
-
-def choose_executor(
-    name: Literal["auto", "pil", "tensor", "device"],
-    device: torch.device,
-    recipes: Sequence[CropRecipe],
-    *,
-    max_side: int | None,
-) -> Executor:
-    """The preferred one, or PIL if `auto` prefers tensors and there is no compiler.
-
-    Tensor views are compiled here, before anything else depends on whether they can be.
-
-    Raises:
-        UserError: crops are to be made on the device of images of any size, or by tensors without a compiler.
-    """
-    preferred = preferred_executor(name, device, recipes, max_side=max_side)
-    if preferred != "tensor":
-        return preferred
-    problem = tensor_views.warm_up(recipes)
-    if problem and name == "tensor":
-        raise UserError(
-            f"machine.views tensor needs a C++ compiler that works ({problem}); install g++, or give "
-            f"machine.views pil"
-        )
-    if problem:
-        log.warning("WARNING: views are made by PIL, for want of a C++ compiler that works (%s)", problem)
-    return "pil" if problem else "tensor"
+    return "device" if name == "device" or ((name, device.type) == ("auto", "cuda") and max_side) else "pil"
 
 
 def crop_batches(

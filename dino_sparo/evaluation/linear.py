@@ -37,7 +37,7 @@ from dino_sparo.evaluation.features import Wanted, cached_features
 from dino_sparo.evaluation.linear_report import results_of, table
 from dino_sparo.evaluation.linear_setup import Opened, open_all
 from dino_sparo.evaluation.official_weights import load_official
-from dino_sparo.evaluation.probe_data import MAX_SIDE, CachedFeed, ImageFeed, check_batch_size, training_crop
+from dino_sparo.evaluation.probe_data import MAX_SIDE, CachedFeed, ImageFeed, check_batch_size
 from dino_sparo.evaluation.probe_training import Exam, Learning, restore, score, train
 from dino_sparo.evaluation.probes import INPUTS, Probes, choose_probes, official_probe
 from dino_sparo.evaluation.results import Result, results_folder, save_results
@@ -225,9 +225,7 @@ def _feed(
             image_size=opened.image_size,
             precision=choose_precision(options.precision, opened.device),
             num_workers=opened.num_workers,
-            executor=choose_executor(
-                options.views, opened.device, [training_crop(opened.image_size)], max_side=MAX_SIDE
-            ),
+            executor=choose_executor(options.views, opened.device, max_side=MAX_SIDE),
         )
     assert opened.train.labels is not None
     return CachedFeed(train_features, opened.train.labels, order, opened.device)

@@ -108,8 +108,8 @@ class LinearOptions:
     """Of the encoder on training crops; auto takes bf16 or fp16 on a GPU, fp32 on the CPU. Probes are
     float32."""
     views: Literal["auto", "pil", "tensor", "device"] = "auto"
-    """Who makes the training crops: workers by PIL, workers by tensors, or the device, for which workers only
-    decode. auto takes the device on a GPU, tensors on a CPU with a C++ compiler, else PIL."""
+    """Who makes the training crops: workers by PIL, or the device, for which workers only decode. auto takes
+    the device on a GPU, else PIL; tensor is read as pil."""
     num_workers: int | None = None
     """Processes that load images, for each process; null takes one a core, at most 16 in all."""
     nproc: int = 1

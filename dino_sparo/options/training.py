@@ -203,9 +203,9 @@ class MachineOptions:
     """Compute each block's activations again in the backward pass instead of keeping them: about a third
     more work for much less memory."""
     views: Literal["auto", "pil", "tensor", "device"] = "auto"
-    """Who makes the views, of the same random numbers: workers by PIL, workers by tensors, or the training
-    device, for which workers only decode. auto takes the device on a GPU; on a CPU tensors for crops of 96
-    pixels or more if there is a C++ compiler, else PIL."""
+    """Who makes the views, of the same random numbers: workers by PIL, or the training device, for which
+    workers only decode. auto takes the device on a GPU if data.max_side bounds the images, else PIL; tensor,
+    which older recipes may have, is read as pil."""
     compile: bool = False
     """Compile the backbones of student and teacher: minutes at every start, for 3 per cent of speed on two
     CPU cores; not measured on a GPU."""

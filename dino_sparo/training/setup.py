@@ -33,7 +33,7 @@ from dino_sparo.training.bad_images import BadImages
 from dino_sparo.training.checkpoint import encoder_arguments, load_latest
 from dino_sparo.training.monitor import CollapseAlarm, KnnMonitor, open_knn_monitor
 from dino_sparo.training.precision import choose_precision, set_numerics
-from dino_sparo.training.rundir import check_same_experiment, check_same_images, config_of
+from dino_sparo.training.rundir import check_same_experiment, check_same_images, config_of, read_starts
 from dino_sparo.training.schedules import Schedules, cosine_schedule, teacher_temp_schedule
 from dino_sparo.training.state import TrainState, build_state, restore_state
 
@@ -98,6 +98,8 @@ def prepare(options: PretrainOptions, device: torch.device) -> Run:
     log.info("encoder with read-out %s: %s", options.model.readout.name, describe_cost(cost))
     restored = restore(run_dir, state, images, unverified=options.resume_unverified)
     first_step = restored or 0
+    if restored is not None:
+        warn_of_other_views(run_dir, executor)
     check_all_agree(run_dir, first_step, images)
     if restored is None and options.init is not None:
         log.info(start_state(state, options))
@@ -152,6 +154,17 @@ def restore(
     return int(checkpoint["step"])
 
 
+def warn_of_other_views(run_dir: Path, executor: Executor) -> None:
+    """Say that a run resumes with views of another executor, whose pixels differ in rounding."""
+    before = [start["views"] for start in read_starts(run_dir) if "views" in start][-1:]
+    if before and before != [executor]:
+        log.warning(
+            "WARNING: %s: views were made by %s before and are made by %s now, whose pixels differ in "
+            "rounding: from here on the run is not bit for bit what it would have been",
+            *(run_dir, before[0], executor),
+        )
+
+
 def start_state(state: TrainState, options: PretrainOptions) -> str:
     """Put the starting weights into a fresh state; what was taken, in words.
 
@@ -192,12 +205,7 @@ def open_data(options: PretrainOptions, num_workers: int) -> tuple[ImageSource, 
 
 def executor_of(options: PretrainOptions, device: torch.device) -> Executor:
     """Who makes the views."""
-    return choose_executor(
-        options.machine.views,
-        device,
-        crop_recipes(**asdict(options.views)),
-        max_side=options.data.max_side,
-    )
+    return choose_executor(options.machine.views, device, max_side=options.data.max_side)
 
 
 def dataset_of(options: PretrainOptions, source: ImageSource, executor: Executor) -> CropsDataset:

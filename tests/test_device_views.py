@@ -1,4 +1,4 @@
-"""Views by tensors against views by PIL, on the same numbers; and decoding to tensors."""
+"""Views of whole batches, as a GPU makes them, against views by PIL on the same numbers; and decoding."""
 
 import copy
 import functools
@@ -14,9 +14,16 @@ from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
 from dino_sparo.bench.stages import HOST_WAITS
-from dino_sparo.data import device_views, pil_views, tensor_views
+from dino_sparo.data import device_views, pil_views
 from dino_sparo.data.decode import decode, size_of
-from dino_sparo.data.device_views import collate_photos, make_crops, numbers_of, repeated, resize_weights
+from dino_sparo.data.device_views import (
+    collate_photos,
+    make_crops,
+    numbers_of,
+    repeated,
+    resize_weights,
+    to_pixels,
+)
 from dino_sparo.data.images import normalize, to_tensor
 from dino_sparo.data.loader import (
     BatchOrder,
@@ -27,7 +34,6 @@ from dino_sparo.data.loader import (
     crops_of,
 )
 from dino_sparo.data.sources import open_images
-from dino_sparo.data.tensor_views import execute, resized_crop, to_pixels
 from dino_sparo.errors import UserError
 from dino_sparo.training.checkpoint import load_latest
 from dino_sparo.training.pretrain import pretrain
@@ -38,73 +44,12 @@ CPU = torch.device("cpu")
 SIZES = [(120, 90), (60, 130), (300, 41), (33, 33)]
 
 
-@pytest.fixture
-def uncompiled(monkeypatch):
-    monkeypatch.setattr(tensor_views, "_compiled", lambda function: function)
-
-
 def apart(ours: torch.Tensor, theirs: Image.Image) -> torch.Tensor:
     return (ours.int() - to_tensor(theirs).int()).abs()
 
 
 def plain(view):
     return replace(view, flip=False, jitter_order=(), grayscale=False, blur_radius=0.0, solarize=False)
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_crop_and_resize_are_pils(size, interpolation):
-    image = photo(*size)
-    for sample in range(8):
-        for drawn in views_of(image, recipes(interpolation=interpolation), sample):
-            view = replace(plain(drawn), flip=drawn.flip)
-            difference = apart(resized_crop(to_pixels(image), view)[0], pil_views.execute(image, view))
-            assert difference.max() <= 2 and difference.float().mean() < 0.05
-
-
-def test_every_view_is_pils(uncompiled):
-    kinds = set()
-    for sample in range(60):
-        image = photo(*SIZES[sample % 4], seed=sample)
-        views = views_of(image, recipes(), sample)
-        for crop, view in zip(execute(to_pixels(image), views), views, strict=True):
-            assert apart(crop, pil_views.execute(image, view)).float().mean() < 1
-            kinds.add(
-                (view.flip, bool(view.jitter_order), view.grayscale, view.blur_radius > 0, view.solarize)
-            )
-    assert len(kinds) > 16
-
-
-@pytest.mark.parametrize("size", [(1, 1), (2, 500), (700, 3)])
-def test_odd_shapes(size, uncompiled):
-    image = photo(200, 200).resize(size)
-    views = views_of(image, recipes(), 3)
-    for crop, view in zip(execute(to_pixels(image), views), views, strict=True):
-        assert apart(crop, pil_views.execute(image, view)).float().mean() < 1
-
-
-@pytest.mark.long  # compiles
-def test_compiled_views_are_the_uncompiled_ones(monkeypatch):
-    image = photo(200, 150)
-    pixels = to_pixels(image)
-    sizes = [(48, 24), (96, 33), (224, 96)]
-    views = [v for size in sizes for sample in range(12) for v in views_of(image, recipes(*size), sample)]
-    assert not tensor_views.warm_up(recipes())
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in a worker
-    try:
-        compiled = execute(pixels, views)
-    finally:
-        torch.set_num_threads(threads)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs  # no size compiles again
-    monkeypatch.setattr(tensor_views, "_compiled", lambda function: function)
-    for crop, other in zip(compiled, execute(pixels, views), strict=True):
-        difference = (crop.int() - other.int()).abs().float()
-        assert difference.mean() < 0.02  # the compiler may sum in another order
-
-
-# --- On the device
 
 
 def on_device(images, crop_recipes, views):
@@ -237,12 +182,6 @@ def test_device_views_of_loaded_batches(pictures, num_workers):
     check_near(loaded(pictures, "device", num_workers=num_workers), loaded(pictures, "pil"))
 
 
-@pytest.mark.long  # compiles
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_tensor_views_of_loaded_batches(pictures, num_workers):
-    check_near(loaded(pictures, "tensor", num_workers=num_workers), loaded(pictures, "pil"))
-
-
 def test_large_images_are_reduced_before_any_crop(pictures):
     bounded = loaded(pictures, "device", max_side=100)
     check_near(bounded, loaded(pictures, "pil", max_side=100))
@@ -256,10 +195,9 @@ def test_an_unreadable_image_is_replaced_by_the_same_one(pictures, tmp_path):
     check_near(loaded(data, "device", substitute=True), loaded(data, "pil", substitute=True))
 
 
-@pytest.mark.parametrize("views", ["device", pytest.param("tensor", marks=pytest.mark.long)])
-def test_a_run_goes_on_bit_for_bit(views, tmp_path, monkeypatch):
+def test_a_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
     write_pictures(tmp_path / "data", 12)
-    changes = {"machine__views": views, "machine__num_workers": 2, "data__max_side": 20}
+    changes = {"machine__views": "device", "machine__num_workers": 2, "data__max_side": 20}
     options = {name: tiny_options(tmp_path / "data", tmp_path / name, **changes) for name in ("one", "run")}
     pretrain(options["one"])
     first = copy.deepcopy(options["run"])
@@ -273,7 +211,7 @@ def test_a_run_goes_on_bit_for_bit(views, tmp_path, monkeypatch):
     assert hashes[0] == hashes[1]
     starts = (tmp_path / "run" / "starts.jsonl").read_text().splitlines()
     assert load_latest(tmp_path / "run")["step"] > 4
-    assert len(starts) == 2 and all(json.loads(line)["views"] == views for line in starts)
+    assert len(starts) == 2 and all(json.loads(line)["views"] == "device" for line in starts)
 
 
 def interrupt_at(step):
@@ -284,32 +222,33 @@ def interrupt_at(step):
     return log_step
 
 
-def test_who_makes_the_views(monkeypatch, caplog):
+def test_who_makes_the_views():
     gpu = torch.device("cuda", 0)
 
-    def chosen(name, device=CPU, size=224, max_side=1024):
-        return choose_executor(name, device, recipes(size), max_side=max_side)
+    def chosen(name, device=CPU, max_side=1024):
+        return choose_executor(name, device, max_side=max_side)
 
-    monkeypatch.setattr(tensor_views, "warm_up", lambda recipes: "")
-    assert [chosen(name) for name in ("pil", "tensor", "device")] == ["pil", "tensor", "device"]
-    assert chosen("auto", gpu) == "device" and chosen("auto") == "tensor"
-    assert chosen("auto", gpu, max_side=None) == "tensor"
-    assert chosen("auto", size=48) == "pil" and not caplog.records
+    assert [chosen(name) for name in ("pil", "tensor", "device", "auto")] == ["pil", "pil", "device", "pil"]
+    assert chosen("auto", gpu) == "device" and chosen("auto", gpu, max_side=None) == "pil"
+    assert chosen("tensor", gpu) == "pil"
     with pytest.raises(UserError, match=r"machine.views device .* give data.max_side 1024"):
         chosen("device", max_side=None)
 
 
-def test_a_compiler_that_does_not_work_is_told(monkeypatch, caplog):
-    def broken(function):
-        raise RuntimeError("Python.h: No such file\nand more")
-
-    monkeypatch.setattr(tensor_views, "_compiled", broken)
-    threads = torch.get_num_threads()
-    assert choose_executor("auto", CPU, recipes(224), max_side=None) == "pil"
-    assert "made by PIL, for want of a C++ compiler that works (Python.h: No such file)" in caplog.text
-    with pytest.raises(UserError, match=r"tensor needs a C\+\+ compiler .* give machine.views pil"):
-        choose_executor("tensor", CPU, recipes(24), max_side=None)
-    assert torch.get_num_threads() == threads
+def test_a_run_that_resumes_with_other_views_says_so_once(tmp_path, monkeypatch, caplog):
+    """Older runs had views by tensors, by the recipe or by `auto`."""
+    write_pictures(tmp_path / "data", 8)
+    options = [tiny_options(tmp_path / "data", tmp_path / "run", machine__views="pil") for _ in range(3)]
+    options[0].log.checkpoint_every_minutes = 1e-9
+    with monkeypatch.context() as patched:
+        patched.setattr("dino_sparo.training.pretrain.log_step", interrupt_at(4))
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(options[0])
+    starts = tmp_path / "run" / "starts.jsonl"
+    starts.write_text(starts.read_text().replace('"views": "pil"', '"views": "tensor"'))
+    for again in options[1:]:
+        pretrain(again)
+        assert caplog.text.count("views were made by tensor before and are made by pil now") == 1
 
 
 @pytest.mark.parametrize("views", ["device", "pil"])
