@@ -1,9 +1,14 @@
 """Runs as a user starts them, in processes of their own, looked at from outside."""
 
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
+import torch.multiprocessing as mp
 
 from dino_sparo.training.runlog import read_metrics
 from tests.tiny import tiny_arguments
@@ -64,3 +69,14 @@ def plant_modules(folder: Path) -> None:
     (folder / "dino_sparo").mkdir(parents=True)
     for name in ("dino_sparo/__init__.py", "yaml.py", "queue.py", "socket.py"):
         (folder / name).write_text("raise SystemExit('imported from the working directory')\n")
+
+
+def spawn(function: Callable, *arguments: object, processes: int) -> None:
+    """Call `function(number, *arguments)` in so many processes, which can meet at a free port."""
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        port = server.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MASTER_ADDR", "localhost")
+        patch.setenv("MASTER_PORT", str(port))
+        mp.spawn(function, arguments, nprocs=processes)

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 import yaml
 
 from dino_sparo import distributed
@@ -21,7 +20,7 @@ from dino_sparo.training import pretrain as program
 from dino_sparo.training.bad_images import BadImages
 from dino_sparo.training.checkpoint import load_latest
 from dino_sparo.training.runlog import read_metrics
-from tests.running import children, is_gone, logged, plant_modules, wait_for_step
+from tests.running import children, is_gone, logged, plant_modules, spawn, wait_for_step
 from tests.tiny import state_hash, tiny_arguments, tiny_options, write_pictures
 
 NUM_IMAGES, TOTAL_STEPS = 44, 15  # batch 8: five steps an epoch, three epochs
@@ -350,10 +349,8 @@ def in_processes(number: int, folder: str) -> None:
             distributed.first_rank_first(fail)
 
 
-def test_collectives(tmp_path, monkeypatch):
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
-    monkeypatch.setenv("MASTER_PORT", "29571")
-    mp.spawn(in_processes, args=(str(tmp_path),), nprocs=3)
+def test_collectives(tmp_path):
+    spawn(in_processes, str(tmp_path), processes=3)
 
 
 @pytest.mark.parametrize(("share", "tried", "smaller"), [(64, 64, 32), (100, 25, 10), (7, 7, 1), (12, 12, 6)])

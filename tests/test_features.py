@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from dino_sparo import distributed
 from dino_sparo.data.sources import open_images
@@ -19,6 +18,7 @@ from dino_sparo.evaluation import feature_files
 from dino_sparo.evaluation import features as module
 from dino_sparo.evaluation.features import Wanted, cached_features, extract_features
 from dino_sparo.models import build_encoder
+from tests.running import spawn
 from tests.tiny import write_pictures
 
 NAMES = ["encoding", "cls", "patch_mean", "probe"]
@@ -159,11 +159,9 @@ def in_processes(number: int, processes: int, folder: str, pictures: str) -> Non
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.long)])
-def test_processes_share_the_images(source, tmp_path, processes, monkeypatch, one_thread):
+def test_processes_share_the_images(source, tmp_path, processes, one_thread):
     alone = features_of(small_encoder(), source, NAMES, cache=tmp_path / "1", **SIZE)
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
-    monkeypatch.setenv("MASTER_PORT", str(29600 + processes))
-    mp.spawn(in_processes, (processes, str(tmp_path / "n"), str(source.root)), nprocs=processes)
+    spawn(in_processes, processes, str(tmp_path / "n"), str(source.root), processes=processes)
     later = Counted(small_encoder())
     shared = features_of(later, source, NAMES, cache=tmp_path / "n", **SIZE)
     assert later.seen == 0
@@ -193,10 +191,8 @@ def meddled_with(number: int, folder: str, pictures: str) -> None:
         features_of(encoder, open_images(pictures), ["encoding"], cache=Path(folder), **SIZE)
 
 
-def test_two_programs_may_fill_one_cache(source, tmp_path, monkeypatch):
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
-    monkeypatch.setenv("MASTER_PORT", "29605")
-    mp.spawn(meddled_with, (str(tmp_path / "n"), str(source.root)), nprocs=2)
+def test_two_programs_may_fill_one_cache(source, tmp_path):
+    spawn(meddled_with, str(tmp_path / "n"), str(source.root), processes=2)
     alone = features_of(small_encoder(), source, ["encoding"], cache=tmp_path / "1", **SIZE)
     shared = features_of(small_encoder(), source, ["encoding"], cache=tmp_path / "n", **SIZE)
     np.testing.assert_allclose(shared["encoding"], alone["encoding"], atol=1e-3)

@@ -62,7 +62,7 @@ def test_every_read_out(needs_onnx, tmp_path, readout):
 
 
 def test_a_failed_check_leaves_nothing(needs_onnx, run_dir, tmp_path, monkeypatch, capsys):
-    right = onnx_file._to_onnx
+    right = onnx_file.to_onnx
 
     def other_weights(model, side):
         model.encoder.backbone.norm.bias.data += 0.01
@@ -70,7 +70,7 @@ def test_a_failed_check_leaves_nothing(needs_onnx, run_dir, tmp_path, monkeypatc
         model.encoder.backbone.norm.bias.data -= 0.01
         return content
 
-    monkeypatch.setattr(onnx_file, "_to_onnx", other_weights)
+    monkeypatch.setattr(onnx_file, "to_onnx", other_weights)
     assert main(["export", str(run_dir), "--out", str(tmp_path / "out"), "--format", "onnx"]) == 2
     message = capsys.readouterr().err
     assert (
@@ -101,7 +101,7 @@ def test_nothing_is_overwritten(needs_onnx, run_dir, tmp_path, monkeypatch, caps
     assert "model.onnx exists already; choose another folder" in capsys.readouterr().err
     assert (tmp_path / "model.onnx").read_text() == "mine"
     (tmp_path / "file").touch()
-    monkeypatch.setattr(onnx_file, "_to_onnx", lambda *_: b"")
+    monkeypatch.setattr(onnx_file, "to_onnx", lambda *_: b"")
     monkeypatch.setattr(onnx_file, "largest_difference", lambda *_: 0.0)
     assert main(["export", str(run_dir), "--out", str(tmp_path / "file" / "x"), "--format", "onnx"]) == 2
     assert "cannot be read or written (Not a directory)" in capsys.readouterr().err

@@ -29,13 +29,13 @@ HUES = {
 
 
 def _forced_scene(factors: Factors, seed: int = 0) -> shapes._Scene:
-    return shapes._sample_scene(np.random.default_rng(seed), factors)
+    return shapes.sample_scene(np.random.default_rng(seed), factors)
 
 
 def _main_pixels(scene: shapes._Scene, size: int, threshold: int = 12) -> np.ndarray:
     """Return which pixels the main object changes by more than ``threshold`` levels, (size, size) bool."""
     bare = dataclasses.replace(scene, objects=scene.objects[:-1])
-    pictures = [np.asarray(shapes._paint(s, size), dtype=int) for s in (scene, bare)]
+    pictures = [np.asarray(shapes.paint(s, size), dtype=int) for s in (scene, bare)]
     return np.abs(pictures[0] - pictures[1]).max(axis=2) > threshold
 
 
@@ -67,7 +67,7 @@ def test_order_of_calls_and_global_state_do_not_matter() -> None:
 
 
 def test_neighbouring_indices_do_not_share_random_numbers() -> None:
-    streams = [shapes._generator(0, index).random(2000) for index in (0, 1, 2)]
+    streams = [shapes.generator(0, index).random(2000) for index in (0, 1, 2)]
     assert len(np.unique(np.concatenate(streams))) == 6000
 
 
@@ -100,10 +100,10 @@ def test_factors_are_independent_in_pairs(table: dict[str, np.ndarray], one: str
 @pytest.mark.parametrize("index", range(40))
 def test_picture_shows_its_factors(index: int) -> None:
     size, factors = 96, draw_factors(2, index)
-    rng = shapes._generator(2, index)
-    scene = shapes._sample_scene(rng, shapes._sample_factors(rng))
+    rng = shapes.generator(2, index)
+    scene = shapes.sample_scene(rng, shapes.sample_factors(rng))
     picture = draw_picture(2, index, size)
-    assert picture.tobytes() == shapes._paint(scene, size).tobytes()
+    assert picture.tobytes() == shapes.paint(scene, size).tobytes()
     assert len(scene.objects) == factors.num_objects
     assert scene.background == factors.background
     main = scene.objects[-1]
@@ -122,8 +122,8 @@ def test_picture_shows_its_factors(index: int) -> None:
 
 @pytest.mark.parametrize("index", range(60))
 def test_main_object_is_distinctly_the_largest(index: int) -> None:
-    rng = shapes._generator(4, index)
-    *others, main = shapes._sample_scene(rng, shapes._sample_factors(rng)).objects
+    rng = shapes.generator(4, index)
+    *others, main = shapes.sample_scene(rng, shapes.sample_factors(rng)).objects
     for other in others:
         assert other.radius < 0.6 * main.radius
         assert math.dist(other.centre, main.centre) > 0.8 * (main.radius + other.radius)
@@ -149,7 +149,7 @@ def test_main_object_has_the_stated_size(size: int) -> None:
 def test_shapes_differ_in_outline() -> None:
     # Turned and placed alike, any two masks differ on a sizeable part of what either covers.
     made = [shapes._Object(shape, (1, 0, 0), 0, (0.5, 0.5), 0.26, 0.0, (0, 0)) for shape in range(8)]
-    masks = [shapes._mask(item, 48) for item in made]
+    masks = [shapes.mask(item, 48) for item in made]
     for one, two in itertools.combinations(masks, 2):
         assert np.abs(one - two).sum() / np.maximum(one, two).sum() > 0.15
 
@@ -157,7 +157,7 @@ def test_shapes_differ_in_outline() -> None:
 @pytest.mark.parametrize("texture", range(4))
 def test_textures_darken_their_share(texture: int) -> None:
     item = shapes._Object(0, (1, 0, 0), texture, (0.5, 0.5), 0.3, 0.2, (0.1, 0.4))
-    share = float(shapes._texture(item, 96).mean())
+    share = float(shapes.texture(item, 96).mean())
     assert share == pytest.approx((0.0, 0.5, 0.25, 0.5)[texture], abs=0.06)
 
 

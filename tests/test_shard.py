@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -112,8 +113,8 @@ def test_goes_on_after_a_kill_and_half_is_never_taken_for_whole(folder, out, tmp
 def test_the_index_is_what_the_headers_say_and_only_those_of_an_earlier_start_are_read(
     folder, out, tmp_path, monkeypatch
 ):
-    read, original = [], headers._read_shard
-    monkeypatch.setattr(headers, "_read_shard", lambda root, name: read.append(name) or original(root, name))
+    read, original = [], headers.read_shard
+    monkeypatch.setattr(headers, "read_shard", lambda root, name: read.append(name) or original(root, name))
     for number, options in enumerate(({}, {"short_side": 9}, {"num_workers": 2})):
         again = tmp_path / f"again{number}"
         shard(str(folder), str(again), images_per_shard=3, **{"num_workers": 0} | options)
@@ -187,7 +188,7 @@ def test_other_mistakes(folder, out, tmp_path, monkeypatch):
         shard(str(out), str(tmp_path / "x"))
     with pytest.raises(UserError, match="lies among the images of"):
         shard(str(folder), str(folder / "train" / "shards"))
-    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
     with pytest.raises(UserError, match=r"shards need about 0\.0 GB more, and 0\.0 GB are free; make"):
         shard(str(folder), str(tmp_path / "x"))
     shard(str(folder), str(out), num_workers=0, images_per_shard=3)  # nothing is left to write

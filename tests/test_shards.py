@@ -243,13 +243,13 @@ def test_labelled_folders_of_other_peoples_shards(tmp_path):
 
 def test_index_is_kept_and_made_anew_when_a_shard_changes(tmp_path, monkeypatch):
     read = []
-    original = headers._read_shard
+    original = headers.read_shard
 
     def noted(root, name):
         read.append(name)
         return original(root, name)
 
-    monkeypatch.setattr(headers, "_read_shard", noted)
+    monkeypatch.setattr(headers, "read_shard", noted)
     root = write_tar(tmp_path / "w" / "0.tar", a__jpg=picture(0))
     old = open_images(str(root))
     assert len(old) == len(open_images(str(root))) == 1 and read == ["0.tar"]

@@ -92,7 +92,7 @@ def draw_factors(seed: int, index: int) -> Factors:
 
     Raises ValueError if ``seed`` or ``index`` is outside [0, 2**64).
     """
-    return _sample_factors(_generator(seed, index))
+    return sample_factors(generator(seed, index))
 
 
 def draw_picture(seed: int, index: int, size: int = 96) -> Image.Image:
@@ -106,11 +106,11 @@ def draw_picture(seed: int, index: int, size: int = 96) -> Image.Image:
             f"picture size is {size}, expected at least {MIN_PICTURE_SIZE} pixels; "
             "draw at 16 or more and scale the picture down afterwards"
         )
-    rng = _generator(seed, index)
-    return _paint(_sample_scene(rng, _sample_factors(rng)), size)
+    rng = generator(seed, index)
+    return paint(sample_scene(rng, sample_factors(rng)), size)
 
 
-def _generator(seed: int, index: int) -> np.random.Generator:
+def generator(seed: int, index: int) -> np.random.Generator:
     for name, value in (("seed", seed), ("index", index)):
         if not 0 <= value < 2**64:
             raise ValueError(f"{name} is {value}, expected 0 <= {name} < 2**64; pass a non-negative integer")
@@ -120,11 +120,11 @@ def _generator(seed: int, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
-def _sample_factors(rng: np.random.Generator) -> Factors:
+def sample_factors(rng: np.random.Generator) -> Factors:
     return Factors(*rng.integers([0] * len(FACTORS) + [1], [*_COUNTS.values(), MAX_OBJECTS + 1]).tolist())
 
 
-def _sample_scene(rng: np.random.Generator, factors: Factors) -> _Scene:
+def sample_scene(rng: np.random.Generator, factors: Factors) -> _Scene:
     """Return a scene that shows ``factors``, with all that they leave open drawn from ``rng``."""
     radius = 0.5 * _DIAMETERS[factors.size] * rng.uniform(0.96, 1.04)
     # Large objects may reach a little over the border, else their nine cells would nearly coincide.
@@ -165,14 +165,14 @@ def _free_spot(rng: np.random.Generator, placed: list[_Object], radius: float) -
     return spots[best][0], spots[best][1]
 
 
-def _paint(scene: _Scene, size: int) -> Image.Image:
+def paint(scene: _Scene, size: int) -> Image.Image:
     """Return the scene as an RGB image of ``size`` x ``size`` pixels."""
     lightness = 1.0 + 0.16 * _background(scene, size)
     picture = lightness[..., None] * np.array(scene.tint, dtype=np.float32)
     for item in scene.objects:
-        shade = 1.0 - 0.55 * _texture(item, size)
+        shade = 1.0 - 0.55 * texture(item, size)
         fill = shade[..., None] * np.array(item.rgb, dtype=np.float32)
-        picture += _mask(item, size)[..., None] * (fill - picture)
+        picture += mask(item, size)[..., None] * (fill - picture)
     picture *= np.float32(scene.light)
     return Image.fromarray((picture.clip(0.0, 1.0) * 255.0 + 0.5).astype(np.uint8))
 
@@ -217,7 +217,7 @@ def _background(scene: _Scene, size: int) -> Array:
     return 0.3 - 1.3 * np.maximum(lines_x, lines_y)
 
 
-def _texture(item: _Object, size: int) -> Array:
+def texture(item: _Object, size: int) -> Array:
     """Return the weight of the object's darker tone in its own turned frame, 0..1, shape (size, size)."""
     name = FACTORS["texture"][item.texture]
     if name == "plain":
@@ -248,7 +248,7 @@ def _outlines() -> tuple[tuple[npt.NDArray[Any], ...], ...]:
     return (circle,), (square,), (triangle,), (star,), (cross,), ring, (heart,), crescent
 
 
-def _mask(item: _Object, size: int) -> Array:
+def mask(item: _Object, size: int) -> Array:
     """Return how much of each pixel the object covers, in 0..1, shape (size, size)."""
     side = size * _SUPERSAMPLE
     canvas = Image.new("L", (side, side))

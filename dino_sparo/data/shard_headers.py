@@ -121,7 +121,7 @@ def pack_shards(root: Path, known: Mapping[str, Shard] | None = None) -> list[by
     names = list_shards(root)
     states = states_of(root, names)  # before they are read: a change after that is seen the next time
     with ThreadPoolExecutor(THREADS) as pool:
-        read = pool.map(lambda name: (known or {}).get(name) or _read_shard(root, name), names)
+        read = pool.map(lambda name: (known or {}).get(name) or read_shard(root, name), names)
         bar = tqdm(read, f"indexing {root}", len(names), unit="shard", leave=False, disable=not shows_bars())
         shards = list(bar)
     counts = [len(shard.offsets) for shard in shards]
@@ -174,7 +174,7 @@ def _classes(folders: list[str], texts: list[str | None]) -> tuple[list[str], ND
     return names, np.array([numbers[name] for name in known], np.int32)
 
 
-def _read_shard(root: Path, name: str) -> Shard:
+def read_shard(root: Path, name: str) -> Shard:
     """The images of a shard. Raises UserError: it is damaged, compressed or cannot be read."""
     path = root / name
     try:

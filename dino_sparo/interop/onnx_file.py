@@ -40,7 +40,7 @@ def write_onnx(stored: StoredEncoder, folder: Path) -> tuple[Path, float]:
     if path.exists():
         raise UserError(f"out: {path} exists already; choose another folder or remove it")
     model, side = _Outputs(stored.build()).eval(), stored.arguments["image_size"]
-    content = _to_onnx(model, side)
+    content = to_onnx(model, side)
     difference = largest_difference(content, model, side)
     if not difference <= TOLERANCE:
         raise UserError(
@@ -71,7 +71,7 @@ def largest_difference(content: bytes, model: nn.Module, side: int) -> float:
     return float(torch.tensor(differences).max())  # NaN if one is
 
 
-def _to_onnx(model: "_Outputs", side: int) -> bytes:
+def to_onnx(model: "_Outputs", side: int) -> bytes:
     for name in ("onnxscript", "onnx_ir"):  # which tell every step of theirs
         logging.getLogger(name).setLevel(logging.WARNING)
     with warnings.catch_warnings(), torch.no_grad():
