@@ -10,11 +10,8 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from dino_sparo.bench.index import bench_index
 from dino_sparo.bench.knn import bench_knn
 from dino_sparo.bench.plain import direct_sparo
-from dino_sparo.bench.probes import bench_probes
-from dino_sparo.bench.safety import bench_safety
 from dino_sparo.bench.training import bench_training
 from dino_sparo.device import choose_device, wait_for
 from dino_sparo.models import Sparo
@@ -27,12 +24,6 @@ def bench(options: BenchOptions) -> None:
     """`dino-sparo bench`: print what the options ask for."""
     if options.what == "training":
         bench_training(options)
-    elif options.what == "index":
-        bench_index(options.index_files, options.index_processes, options.index_workers)
-    elif options.what == "probes":
-        bench_probes(options.batch_size, options.rounds, options.device)
-    elif options.what == "safety":
-        bench_safety(options.config, options.rounds)
     elif options.what == "knn":
         bench_knn(options.knn_train, options.knn_test, options.knn_width, options.rounds, options.device)
     else:

@@ -9,14 +9,11 @@ from dino_sparo.options.slots import ImagesOptions
 @dataclass
 class BenchOptions:
     """Where the time of training by a recipe goes, and against plain code; or time and memory of the SPARO
-    read-out against its direct form and the block it replaces, of starting on a folder of many images, of the
-    search of nearest neighbours, of many linear probes against one, or of what lets a run be stopped, watched
-    and saved."""
+    read-out against its direct form and the block it replaces, or of the search of nearest neighbors."""
 
-    what: Literal["training", "readout", "index", "knn", "probes", "safety"] = "training"
+    what: Literal["training", "readout", "knn"] = "training"
     """What to measure. training takes the fields from config to device; readout takes batch_size, rounds,
-    device and num_tokens; index those with `index_`; knn those with `knn_`, rounds and device; probes
-    batch_size, rounds and device; safety config and rounds."""
+    device and num_tokens; knn those with `knn_`, rounds and device."""
     config: str = "photos_sparo"
     """Recipe, by name or path, whose training is measured."""
     data: ImagesOptions | None = None
@@ -47,12 +44,6 @@ class BenchOptions:
     """auto takes CUDA where there is a GPU, else the CPU."""
     num_tokens: int = 197
     """Tokens an image."""
-    index_files: int = 1_300_000
-    """Empty files to make, in the folder for temporary files; they are removed at the end."""
-    index_processes: int = 2
-    """Training processes that start together."""
-    index_workers: int = 2
-    """Worker processes of each."""
     knn_train: int = 200_000
     """Generated features to search, in a folder for temporary files."""
     knn_test: int = 10_000
