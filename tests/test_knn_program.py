@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 import torch
@@ -120,6 +121,20 @@ def test_processes_give_the_same(trained, alone, tmp_path, processes):
     rows = [next((folder / "features").glob("*/encoding.float16")).name for folder in (tmp_path, alone[0])]
     assert rows[0] == rows[1]
     assert finished.stdout.count("20-NN") == 1  # one process speaks
+
+
+def test_faiss_searches_if_it_is_asked_to_and_finds_the_same(trained, tmp_path, monkeypatch):
+    data, run = trained
+    searches, search = [], faiss.knn
+    monkeypatch.setattr(faiss, "knn", lambda *args, **more: searches.append(args) or search(*args, **more))
+    found = []
+    for number, more in enumerate(([], ["--search", "faiss"])):
+        out = str(tmp_path / str(number))
+        arguments = [str(run), "--data.path", str(data), "--out", out, "--k", str(KS), "--num-workers=0"]
+        assert main(["knn", *arguments, *more]) == 0
+        assert bool(searches) == bool(more)
+        found.append([(r.name, r.top1, r.top5, r.correct.tolist()) for r in read_results(Path(out))])
+    assert found[0] == found[1]
 
 
 def test_other_features_and_weights_stand_beside(trained, tmp_path, capsys):
