@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 
 from dino_sparo import __version__
-from dino_sparo.arguments import complete, value_of, without, without_flags, written_out
-from dino_sparo.commands import COMMANDS, DISTRIBUTED, Command
+from dino_sparo.cli.arguments import complete, value_of, without, without_flags, written_out
+from dino_sparo.cli.commands import COMMANDS, DISTRIBUTED, Command
 from dino_sparo.config import parse_options
 from dino_sparo.errors import (
     EXIT_INTERRUPTED,
@@ -23,7 +23,7 @@ from dino_sparo.errors import (
     UserError,
     files_told,
 )
-from dino_sparo.processes import end_at_once, end_with_launcher, leave_note
+from dino_sparo.parallel.processes import end_at_once, end_with_launcher, leave_note
 from dino_sparo.terminal import coloured, set_up_log
 
 RANK = int(os.environ.get("RANK", "0"))  # as torchrun sets it
@@ -93,7 +93,7 @@ def answer(arguments: list[str] | None) -> int:
 
 
 def _overview() -> str:
-    from dino_sparo.helptext import overview  # needs what only pages of help need
+    from dino_sparo.cli.helptext import overview  # needs what only pages of help need
 
     return overview()
 
@@ -109,7 +109,7 @@ def version() -> str:
 def report(error: UserError) -> None:
     """Show what ends the run; of torchrun's processes one does."""
     if "torch" in sys.modules:
-        from dino_sparo import distributed
+        from dino_sparo.parallel import distributed
 
         distributed.report(error)
     elif speaks_for_all():
@@ -119,7 +119,7 @@ def report(error: UserError) -> None:
 def speaks_for_all() -> bool:
     """Whether this process shows the traceback of what ends the run."""
     if "torch" in sys.modules:
-        from dino_sparo import distributed
+        from dino_sparo.parallel import distributed
 
         return distributed.speaks_for_all()
     if RANK > 0:
@@ -151,10 +151,10 @@ def run_command(name: str, arguments: list[str], flags: set[str]) -> int:
     arguments = complete(name, written_out(command.options, arguments))
     page = None
     if arguments == ["--help"]:
-        from dino_sparo.helptext import description
+        from dino_sparo.cli.helptext import page_of
 
-        page = description(name)
-    options = parse_options(command.options, arguments, usage=command.usage, description=page)
+        page = page_of(name)
+    options = parse_options(command.options, arguments, usage=command.usage, page=page)
     set_up_log(logging.ERROR if RANK > 0 else logging.WARNING if "quiet" in flags else logging.INFO)
     if "dry_run" in flags:
         only_one_process("--dry-run")
@@ -171,7 +171,7 @@ def run_command(name: str, arguments: list[str], flags: set[str]) -> int:
             raise UserError(
                 f"--nproc {num_processes} under torchrun would start processes twice; leave it out"
             )
-        from dino_sparo.launch import launch
+        from dino_sparo.parallel.launch import launch
 
         quiet = ["--quiet"] if "quiet" in flags else []
         return launch(num_processes, [name, *without(arguments, "--nproc"), "--nproc=1", *quiet])
@@ -188,7 +188,7 @@ def find_command(name: str, arguments: list[str]) -> Command | None:
         return COMMANDS[name]
     group = [other for other in COMMANDS if other.startswith(f"{name} ")]
     if group and (not arguments or arguments[0] in ("-h", "--help")):
-        from dino_sparo.helptext import overview_of
+        from dino_sparo.cli.helptext import overview_of
 
         print(overview_of(group))
         return None

@@ -3,7 +3,7 @@
 import difflib
 import re
 import typing
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,18 @@ from dino_sparo.errors import UserError, UserFileNotFoundError
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
+Page = Callable[[ArgumentParser, Mapping[str, Any], Collection[str]], None]
+
 FLAGS = ("quiet", "dry_run")  # of the program, not of a command; taken off before unless they have a value
 SHOWN_KEYS = 6  # of many that are missing
 NOT_IN_RECIPES = {"run_dir", "run", "data.path", "out", "source"}
 
 
-def parse_options(
-    options_class: type, arguments: list[str], *, usage: str, description: str | None = None
-) -> Any:
+def parse_options(options_class: type, arguments: list[str], *, usage: str, page: Page | None = None) -> Any:
     """Options of a command from its arguments: `--config RECIPE`, then `--section.key VALUE` over it.
+
+    Args:
+        page: makes the page of `--help` of the parser, the keys, and those that a recipe does not give.
 
     Raises:
         UserError: one sentence naming the key, the value, what was expected and the remedy.
@@ -32,7 +35,7 @@ def parse_options(
     """
     keys = leaf_keys(options_class)
     arguments = _resolve_config(_check_arguments(arguments, keys, usage), keys)
-    parser = _parser(options_class, keys, usage, description)
+    parser = _parser(options_class, keys, usage, page)
     try:
         options = parser.instantiate(parser.parse_args(arguments))
     except ArgumentError as error:
@@ -42,18 +45,15 @@ def parse_options(
     return options
 
 
-def _parser(options_class: type, keys: dict[str, Any], usage: str, description: str | None) -> ArgumentParser:
-    """The parser of a command; with a description it is for the page of `--help`."""
+def _parser(options_class: type, keys: dict[str, Any], usage: str, page: Page | None) -> ArgumentParser:
     of_run = any(key.startswith("optim.") for key in keys)
-    parser = ArgumentParser(prog="dino-sparo", usage=usage, description=description, exit_on_error=False)
+    parser = ArgumentParser(prog="dino-sparo", usage=usage, exit_on_error=False)
     what = "Recipe: a YAML file or the name of a shipped one." if of_run else "YAML file of these options."
     if "config" not in keys:  # it is an option of a command that only looks at a recipe
         parser.add_argument("--config", action="config", help=what)
     parser.add_class_arguments(options_class, None)
-    if description is not None:
-        from dino_sparo.helptext import prepare_page  # which needs the recipes
-
-        prepare_page(parser, keys, required=NOT_IN_RECIPES if of_run else keys)
+    if page is not None:
+        page(parser, keys, NOT_IN_RECIPES if of_run else keys)
     return parser
 
 

@@ -17,10 +17,10 @@ from dino_sparo.data.sources import open_images
 from dino_sparo.evaluation.knn import HEADLINE_K
 from dino_sparo.interop.load import load_encoder
 from dino_sparo.options import PretrainOptions
+from dino_sparo.runs.runlog import read_metrics
 from dino_sparo.slots.attention import distinct_slots, slot_attention
 from dino_sparo.slots.drawing import draw_slot_maps
 from dino_sparo.training.pretrain import pretrain
-from dino_sparo.training.runlog import read_metrics
 
 log = logging.getLogger("dino_sparo")
 

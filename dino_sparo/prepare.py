@@ -18,7 +18,7 @@ from dino_sparo.data.walk import walk
 from dino_sparo.errors import UserError
 from dino_sparo.files import atomic_write
 from dino_sparo.options import PrepareOptions
-from dino_sparo.processes import only_writer
+from dino_sparo.parallel.processes import only_writer
 from dino_sparo.terminal import shows_bars
 
 log = logging.getLogger("dino_sparo")

@@ -22,7 +22,7 @@ from dino_sparo.data.sources import open_images, open_val
 from dino_sparo.errors import UserError
 from dino_sparo.files import atomic_write
 from dino_sparo.options import ShardOptions
-from dino_sparo.processes import only_writer
+from dino_sparo.parallel.processes import only_writer
 
 IMAGES_PER_SHARD = 2000  # of ImageNet 220 MB, so that it has 641 shards
 UNFINISHED_RECORD = f"{RECORD}.part"

@@ -1,12 +1,15 @@
-"""What only a terminal gets: progress bars and colours; a file that gets standard error has plain lines."""
+"""What a person reads in a terminal: progress bars and colours, which a file does not get, and tables."""
 
 import logging
 import os
+import shutil
 import sys
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
 
+LAST_COLUMN = 120  # longer lines are hard to read
 ESCAPES = {"red": "31", "yellow": "33"}
 
 
@@ -48,3 +51,23 @@ def only_warnings() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+def table(rows: Mapping[str, str], name_width: int, indent: str = "  ") -> str:
+    """Two columns, the second over several lines if it must be."""
+    return "\n".join(
+        textwrap.fill(
+            text,
+            width_of_terminal(),
+            initial_indent=f"{indent}{name:<{name_width}}",
+            subsequent_indent=" " * (name_width + len(indent)),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for name, text in rows.items()
+    )
+
+
+def width_of_terminal() -> int:
+    """Characters that a line may have."""
+    return min(LAST_COLUMN, shutil.get_terminal_size().columns) - 1

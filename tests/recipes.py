@@ -10,7 +10,7 @@ import yaml
 from dino_sparo.config import leaf_keys, parse_options, recipes
 from dino_sparo.errors import UserError
 from dino_sparo.options import PretrainOptions
-from dino_sparo.training.rundir import config_of
+from dino_sparo.runs.rundir import config_of
 
 REQUIRED = ("--data.path", "x", "--run_dir", "y")
 KEYS = leaf_keys(PretrainOptions)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch.multiprocessing as mp
 
-from dino_sparo.training.runlog import read_metrics
+from dino_sparo.runs.runlog import read_metrics
 from tests.tiny import tiny_arguments
 
 

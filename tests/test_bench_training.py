@@ -12,7 +12,6 @@ import torch
 import yaml
 from PIL import Image
 
-from dino_sparo import measure
 from dino_sparo.__main__ import main
 from dino_sparo.bench import stages
 from dino_sparo.bench.clocks import spread, spread_of_ratios
@@ -26,6 +25,7 @@ from dino_sparo.bench.stages import (
     step_in_stages,
     warm_up,
 )
+from dino_sparo.check import measure
 from dino_sparo.data.images import normalize
 from dino_sparo.data.loader import CropsDataset
 from dino_sparo.data.sources import open_images

@@ -9,15 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dino_sparo import check as program
-from dino_sparo import measure
 from dino_sparo.__main__ import main
+from dino_sparo.check import measure, program
 from dino_sparo.data import workers
 from dino_sparo.data.loader import Crops
 from dino_sparo.models import DINOHead, DinoModel, build_encoder
-from dino_sparo.training.checkpoint import load_latest
+from dino_sparo.runs.checkpoint import load_latest
+from dino_sparo.runs.rundir import config_of
 from dino_sparo.training.pretrain import pretrain
-from dino_sparo.training.rundir import config_of
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.state import build_state
 from tests.tiny import TINY, tiny_options, write_pictures

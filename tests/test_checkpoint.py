@@ -12,8 +12,8 @@ import torch
 
 from dino_sparo.__main__ import main
 from dino_sparo.errors import UserError
+from dino_sparo.runs.checkpoint import load_checkpoint, load_latest, save_checkpoint, set_damaged_aside
 from dino_sparo.training import pretrain as program
-from dino_sparo.training.checkpoint import load_checkpoint, load_latest, save_checkpoint, set_damaged_aside
 from tests.tiny import tiny_arguments, tiny_options, write_pictures
 
 

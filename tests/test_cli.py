@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from dino_sparo.__main__ import main
-from dino_sparo.arguments import written_out
-from dino_sparo.commands import COMMANDS
+from dino_sparo.cli.arguments import written_out
+from dino_sparo.cli.commands import COMMANDS
 from dino_sparo.config import parse_options
 from dino_sparo.options import KnnOptions
 from tests.tiny import tiny_arguments, write_pictures

@@ -10,12 +10,12 @@ import pytest
 
 from dino_sparo import options as opt
 from dino_sparo.__main__ import main
-from dino_sparo.commands import COMMANDS
+from dino_sparo.cli.commands import COMMANDS
 from dino_sparo.config import find_recipe, recipes
 from dino_sparo.options import PretrainOptions
-from dino_sparo.training.checkpoint import encoder_of
-from dino_sparo.training.rundir import config_of, start_run_dir
-from dino_sparo.variants import read_variants
+from dino_sparo.runs.checkpoint import encoder_of
+from dino_sparo.runs.rundir import config_of, start_run_dir
+from dino_sparo.study.variants import read_variants
 from tests.recipes import (
     EXPERIMENT,
     REQUIRED,

@@ -6,9 +6,9 @@ import torch
 
 from dino_sparo.data.loader import BatchOrder, CropsDataset, crop_batches
 from dino_sparo.data.sources import ImageSource, open_images, open_labelled, open_val
+from dino_sparo.runs.checkpoint import load_latest
 from dino_sparo.shard import shard
 from dino_sparo.training import pretrain as program
-from dino_sparo.training.checkpoint import load_latest
 from tests.containers import parquet_of, write_parquet
 from tests.pictures import recipes
 from tests.shard_files import picture, shards_of, write

@@ -35,7 +35,7 @@ from dino_sparo.data.loader import (
 )
 from dino_sparo.data.sources import open_images
 from dino_sparo.errors import UserError
-from dino_sparo.training.checkpoint import load_latest
+from dino_sparo.runs.checkpoint import load_latest
 from dino_sparo.training.pretrain import pretrain
 from tests.pictures import photo, recipes, views_of
 from tests.tiny import state_hash, tiny_options, write_pictures

@@ -12,14 +12,14 @@ import pytest
 import torch
 import yaml
 
-from dino_sparo import distributed
 from dino_sparo.checks import smaller_batch, split_batch
 from dino_sparo.data.images import UnreadableImage
 from dino_sparo.errors import UserError
+from dino_sparo.parallel import distributed
+from dino_sparo.runs.checkpoint import load_latest
+from dino_sparo.runs.runlog import read_metrics
 from dino_sparo.training import pretrain as program
 from dino_sparo.training.bad_images import BadImages
-from dino_sparo.training.checkpoint import load_latest
-from dino_sparo.training.runlog import read_metrics
 from tests.running import children, is_gone, logged, plant_modules, spawn, wait_for_step
 from tests.tiny import state_hash, tiny_arguments, tiny_options, write_pictures
 
@@ -137,7 +137,7 @@ def test_processes_and_accumulation_are_the_same_experiment(
 
 
 def program_start(options) -> dict:
-    from dino_sparo.training.rundir import config_of
+    from dino_sparo.runs.rundir import config_of
     from dino_sparo.training.state import build_state
 
     return build_state(config_of(options), torch.device("cpu")).student.state_dict()

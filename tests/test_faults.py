@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from dino_sparo import launch
 from dino_sparo.errors import EXIT_USER_ERROR, UserError
-from dino_sparo.processes import only_writer
-from dino_sparo.training import checkpoint
+from dino_sparo.parallel import launch
+from dino_sparo.parallel.processes import only_writer
+from dino_sparo.runs import checkpoint
+from dino_sparo.runs.checkpoint import load_latest
+from dino_sparo.runs.rundir import hold
 from dino_sparo.training import pretrain as program
-from dino_sparo.training.checkpoint import load_latest
 from dino_sparo.training.loss import DINOLoss
-from dino_sparo.training.rundir import hold
 from dino_sparo.training.state import capture_state
 from tests.running import children, command, environment_of, family, is_gone, spawn, wait_for_step
 from tests.tiny import state_hash, tiny_options, write_pictures

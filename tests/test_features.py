@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from dino_sparo import distributed
 from dino_sparo.data.sources import open_images
-from dino_sparo.distributed import process_group
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation import feature_files
 from dino_sparo.evaluation import features as module
 from dino_sparo.evaluation.features import Wanted, cached_features, extract_features
 from dino_sparo.models import build_encoder
+from dino_sparo.parallel import distributed
+from dino_sparo.parallel.distributed import process_group
 from tests.running import spawn
 from tests.tiny import write_pictures
 

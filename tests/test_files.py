@@ -12,7 +12,7 @@ from dino_sparo.files import COMPILED, atomic_write, keep_compiled_code, write_f
 COMPILING = """
 import torch
 import torch._inductor.config  # as other libraries do
-from dino_sparo.device import compiled
+from dino_sparo.parallel.device import compiled
 assert compiled(lambda x: x + 1)(torch.zeros(3)).tolist() == [1, 1, 1]
 """
 

@@ -16,12 +16,12 @@ from dino_sparo.evaluation import knn, linear
 from dino_sparo.evaluation.results import read_results
 from dino_sparo.evaluation.search import nearest
 from dino_sparo.options import KnnOptions, LinearOptions
+from dino_sparo.parallel.precision import autocast
+from dino_sparo.runs.checkpoint import load_latest
+from dino_sparo.runs.rundir import config_of
+from dino_sparo.runs.runlog import read_metrics
 from dino_sparo.training import pretrain as program
-from dino_sparo.training.checkpoint import load_latest
-from dino_sparo.training.precision import autocast
 from dino_sparo.training.pretrain import train_step
-from dino_sparo.training.rundir import config_of
-from dino_sparo.training.runlog import read_metrics
 from dino_sparo.training.setup import build_schedules
 from dino_sparo.training.state import build_state
 from tests.pictures import photo, recipes, views_of

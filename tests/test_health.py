@@ -12,7 +12,7 @@ from dino_sparo.data.sources import open_images
 from dino_sparo.interop.load import load_encoder
 from dino_sparo.models import build_encoder
 from dino_sparo.slots.health import as_entries, measure_health, summarise, table
-from dino_sparo.training.slot_health import SlotStatistics
+from dino_sparo.slots.statistics import SlotStatistics
 from tests.tiny import write_pictures
 
 KEYS = {"slot", "entropy", "effective_patches", "cls_share", "response_std", "dead", "nearest", "overlap"}

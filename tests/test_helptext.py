@@ -10,12 +10,12 @@ import pytest
 
 import dino_sparo
 from dino_sparo.__main__ import command_and_rest, main
-from dino_sparo.arguments import complete, without_flags, written_out
-from dino_sparo.commands import COMMANDS, GROUPS
+from dino_sparo.cli.arguments import complete, without_flags, written_out
+from dino_sparo.cli.commands import COMMANDS, GROUPS
+from dino_sparo.cli.helptext import EXAMPLES
 from dino_sparo.config import parse_options, recipes
 from dino_sparo.errors import EXIT_STATUSES
-from dino_sparo.helptext import EXAMPLES
-from dino_sparo.training.rundir import config_of, start_run_dir
+from dino_sparo.runs.rundir import config_of, start_run_dir
 from tests.tiny import tiny_options
 
 WITHOUT_TORCH = """

@@ -12,7 +12,7 @@ from dino_sparo.config import parse_options
 from dino_sparo.errors import UserError
 from dino_sparo.models import DINOHead, DinoModel, build_encoder
 from dino_sparo.options import PretrainOptions
-from dino_sparo.training.rundir import config_of
+from dino_sparo.runs.rundir import config_of
 from dino_sparo.training.setup import start_state
 from dino_sparo.training.state import TrainState, build_state
 from tests.test_official import prefixed

@@ -12,10 +12,10 @@ from dino_sparo.__main__ import main
 from dino_sparo.config import parse_options
 from dino_sparo.errors import UserError
 from dino_sparo.options import SweepOptions
+from dino_sparo.runs.checkpoint import load_latest, num_bytes
+from dino_sparo.study.variants import plan_runs
 from dino_sparo.training import setup, state
-from dino_sparo.training.checkpoint import load_latest, num_bytes
 from dino_sparo.training.pretrain import pretrain
-from dino_sparo.variants import plan_runs
 from tests.running import command
 from tests.test_init import bare, plain
 from tests.test_resume import pretrain_until

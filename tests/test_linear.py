@@ -26,8 +26,8 @@ from dino_sparo.evaluation.results import read_results
 from dino_sparo.evaluation.transfer import TestSet
 from dino_sparo.interop.load import load_encoder
 from dino_sparo.options import LinearOptions
-from dino_sparo.training.checkpoint import load_latest
-from dino_sparo.training.runlog import read_metrics
+from dino_sparo.runs.checkpoint import load_latest
+from dino_sparo.runs.runlog import read_metrics
 from tests.probing import (
     BATCH_SIZE,
     NUM_TRAIN,

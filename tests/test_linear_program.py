@@ -13,7 +13,7 @@ from dino_sparo.evaluation import linear_setup, probe_training
 from dino_sparo.evaluation.probe_data import balanced_fraction, check_batch_size
 from dino_sparo.evaluation.results import read_results
 from dino_sparo.interop.load import load_encoder
-from dino_sparo.training.checkpoint import load_latest
+from dino_sparo.runs.checkpoint import load_latest
 from tests.probing import (
     NUM_TRAIN,
     NUM_VAL,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dino_sparo.errors import UserError
-from dino_sparo.training.plain_file import read_plain
+from dino_sparo.runs.plain_file import read_plain
 
 FORMATS = {
     "zip": {},

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from dino_sparo import helptext, measure
+from dino_sparo import terminal
 from dino_sparo.__main__ import main
+from dino_sparo.check import measure
+from dino_sparo.check.measure import bytes_of_training
 from dino_sparo.config import parse_options
-from dino_sparo.measure import bytes_of_training
 from dino_sparo.options import PretrainOptions
-from dino_sparo.training.rundir import config_of
+from dino_sparo.runs.rundir import config_of
 from dino_sparo.training.schedules import Schedules
 from dino_sparo.training.setup import build_schedules
 from dino_sparo.training.state import build_state
@@ -20,7 +21,7 @@ from tests.tiny import tiny_arguments, tiny_options, write_pictures
 @pytest.fixture(autouse=True)
 def small_product(monkeypatch):
     monkeypatch.setattr(measure, "MATRIX_SIDE", {"cpu": 32})
-    monkeypatch.setattr(helptext, "LAST_COLUMN", 10**6)
+    monkeypatch.setattr(terminal, "LAST_COLUMN", 10**6)
     monkeypatch.setenv("COLUMNS", "100000")
 
 
@@ -91,7 +92,7 @@ def test_existing_run_is_complete_goes_on_or_is_another(trained, tmp_path, capsy
 def test_full_disk_is_told(tmp_path, capsys, monkeypatch):
     write_pictures(tmp_path / "data", count=8, side=32, classes=2)
     usage = type("Usage", (), {"free": 1000})()
-    monkeypatch.setattr("dino_sparo.plan.shutil.disk_usage", lambda folder: usage)
+    monkeypatch.setattr("dino_sparo.check.plan.shutil.disk_usage", lambda folder: usage)
     status, _, out = plan(tiny_arguments(tmp_path / "data", tmp_path / "run"), capsys)
     assert status == 1 and re.search(r"PROBLEM: run_dir .* checkpoints need .* are free", out)
 

@@ -6,11 +6,9 @@ import math
 import pytest
 import torch
 
-from dino_sparo.distributed import Group
-from dino_sparo.training import precision, setup
-from dino_sparo.training import pretrain as program
-from dino_sparo.training.checkpoint import load_latest
-from dino_sparo.training.precision import (
+from dino_sparo.parallel import precision
+from dino_sparo.parallel.distributed import Group
+from dino_sparo.parallel.precision import (
     INITIAL_SCALE,
     LossScale,
     autocast,
@@ -18,9 +16,12 @@ from dino_sparo.training.precision import (
     plain_attention,
     set_numerics,
 )
+from dino_sparo.runs.checkpoint import load_latest
+from dino_sparo.runs.rundir import config_of
+from dino_sparo.runs.runlog import read_metrics
+from dino_sparo.training import pretrain as program
+from dino_sparo.training import setup
 from dino_sparo.training.pretrain import train_step
-from dino_sparo.training.rundir import config_of
-from dino_sparo.training.runlog import read_metrics
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.state import TrainState, build_state, capture_state
 from dino_sparo.training.stopping import StopSignals

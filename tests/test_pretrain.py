@@ -16,13 +16,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dino_sparo.data.loader import BatchOrder
 from dino_sparo.errors import UserError
-from dino_sparo.training import checkpoint
+from dino_sparo.runs import checkpoint
+from dino_sparo.runs.checkpoint import load_latest
+from dino_sparo.runs.rundir import config_of
+from dino_sparo.runs.runlog import RunLog, read_metrics
 from dino_sparo.training import pretrain as program
-from dino_sparo.training.checkpoint import load_latest
 from dino_sparo.training.loss import DINOLoss
 from dino_sparo.training.monitor import KnnMonitor
-from dino_sparo.training.rundir import config_of
-from dino_sparo.training.runlog import RunLog, read_metrics
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.setup import build_schedules
 from dino_sparo.training.state import build_state

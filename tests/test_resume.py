@@ -11,9 +11,9 @@ import pytest
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 
+from dino_sparo.runs.checkpoint import load_latest
+from dino_sparo.runs.runlog import read_metrics
 from dino_sparo.training import pretrain as program
-from dino_sparo.training.checkpoint import load_latest
-from dino_sparo.training.runlog import read_metrics
 from tests.running import command, logged
 from tests.tiny import state_hash, tiny_options, write_pictures
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dino_sparo.training.checkpoint import load_latest
-from dino_sparo.training.runlog import read_metrics
+from dino_sparo.runs.checkpoint import load_latest
+from dino_sparo.runs.runlog import read_metrics
 from tests.running import environment_of, family, is_gone, plant_modules, wait_for_step
 from tests.slurm import ROOT, slurm_environment
 from tests.tiny import TINY, state_hash, write_pictures

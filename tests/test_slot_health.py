@@ -6,12 +6,10 @@ import pytest
 import torch
 
 from dino_sparo.models import build_encoder
-from dino_sparo.training import between_steps
-from dino_sparo.training import pretrain as program
-from dino_sparo.training import slot_health as module
-from dino_sparo.training.checkpoint import load_latest
-from dino_sparo.training.runlog import read_metrics
-from dino_sparo.training.slot_health import (
+from dino_sparo.runs.checkpoint import load_latest
+from dino_sparo.runs.runlog import read_metrics
+from dino_sparo.slots import statistics as module
+from dino_sparo.slots.statistics import (
     SlotStatistics,
     attention_agreement,
     attention_entropy,
@@ -19,6 +17,8 @@ from dino_sparo.training.slot_health import (
     effective_patches,
     slot_health,
 )
+from dino_sparo.training import between_steps
+from dino_sparo.training import pretrain as program
 from tests.tiny import state_hash, tiny_options, write_pictures
 
 NAMES = {

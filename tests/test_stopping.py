@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dino_sparo.training.checkpoint import load_latest
-from dino_sparo.training.runlog import read_metrics
+from dino_sparo.runs.checkpoint import load_latest
+from dino_sparo.runs.runlog import read_metrics
 from tests.running import command, family, is_gone, wait_for_step
 from tests.tiny import state_hash, write_pictures
 

@@ -16,16 +16,15 @@ import pytest
 import yaml
 from PIL import Image
 
-from dino_sparo import sweep
 from dino_sparo.__main__ import main
 from dino_sparo.config import parse_options
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.groups import Run
 from dino_sparo.evaluation.results import Result, read_results
 from dino_sparo.options import StudyOptions
-from dino_sparo.study import measuring, program, report
-from dino_sparo.training.runlog import read_metrics
-from dino_sparo.variants import Variant
+from dino_sparo.runs.runlog import read_metrics
+from dino_sparo.study import measuring, program, report, sweep
+from dino_sparo.study.variants import Variant
 from tests.tiny import tiny_arguments, write_pictures
 
 VARIANTS = {
@@ -277,13 +276,13 @@ def test_a_failed_run_is_on_the_page_with_its_reason(studied, monkeypatch, capsy
         assert "- not in this command: cls_seed=1, sparo_seed=1\n" in page
 
 
-def test_a_study_in_a_place_that_cannot_be_is_answered_in_a_sentence(tmp_path):
+def test_a_study_in_a_place_that_cannot_be_is_answered_in_a_sentence(tmp_path, capsys):
     write_labelled(tmp_path / "data", 0)
     (tmp_path / "variants.yaml").write_text(yaml.safe_dump(VARIANTS, sort_keys=False))
     options = parse_options(StudyOptions, arguments(tmp_path), usage="")
     (tmp_path / "study").write_text("a file")
-    with pytest.raises(UserError, match="study"):
-        program.run(options)
+    assert main(["study", *arguments(tmp_path)]) == 2
+    assert f"error: {tmp_path / 'study'} cannot be read or written (File exists)" in capsys.readouterr().err
     (tmp_path / "study").unlink()
     (tmp_path / "study").mkdir()
     for damaged in ("{", "[]"):

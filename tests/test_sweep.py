@@ -9,18 +9,19 @@ import statistics
 import pytest
 import yaml
 
-from dino_sparo import load_encoder, sweep
+from dino_sparo import load_encoder
 from dino_sparo.__main__ import main
 from dino_sparo.checks import check_options
 from dino_sparo.config import parse_options, recipes
 from dino_sparo.errors import StoppedError, UserError
 from dino_sparo.models.cost import count_parameters, encoder_cost
 from dino_sparo.options import SweepOptions
-from dino_sparo.processes import STOP_SIGNALS
-from dino_sparo.training.checkpoint import encoder_of
-from dino_sparo.training.rundir import config_of
-from dino_sparo.training.runlog import RunLog, read_metrics
-from dino_sparo.variants import parse_vary, plan_runs, recipes_folder
+from dino_sparo.parallel.processes import STOP_SIGNALS
+from dino_sparo.runs.checkpoint import encoder_of
+from dino_sparo.runs.rundir import config_of
+from dino_sparo.runs.runlog import RunLog, read_metrics
+from dino_sparo.study import sweep
+from dino_sparo.study.variants import parse_vary, plan_runs, recipes_folder
 from tests.tiny import tiny_arguments, write_pictures
 
 CHANGES = {"monitor__knn_every_epochs": 2, "optim__epochs": 2, "model__readout__slot_dim": 8}

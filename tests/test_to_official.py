@@ -8,8 +8,8 @@ from dino_sparo.__main__ import main
 from dino_sparo.errors import UserError
 from dino_sparo.interop.to_official import full_content
 from dino_sparo.models import DINOHead, build_encoder
+from dino_sparo.runs.checkpoint import load_latest
 from dino_sparo.training import pretrain as program
-from dino_sparo.training.checkpoint import load_latest
 from tests.test_official import small_encoder
 from tests.tiny import tiny_options, write_pictures
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from dino_sparo.device import wait_for
+from dino_sparo.parallel.device import wait_for
 
 WARM_UP_ROUNDS = 2
 STEPS_A_ROUND = {"cuda": 5, "cpu": 1}  # in a row, so that the host can run ahead of a GPU as in training

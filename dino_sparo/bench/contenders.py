@@ -26,12 +26,12 @@ from dino_sparo.data.images import UnreadableImage, normalize
 from dino_sparo.data.loader import BatchOrder, Crops, PhotoBatch, collate_crops, crop_batches, crops_of
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.views import NUM_GLOBAL_CROPS, CropRecipe, crop_recipes
-from dino_sparo.device import wait_for
 from dino_sparo.models.cost import bytes_saved_for_backward
 from dino_sparo.options import PretrainOptions
-from dino_sparo.training.precision import autocast, plain_attention
+from dino_sparo.parallel.device import wait_for
+from dino_sparo.parallel.precision import autocast, plain_attention
+from dino_sparo.runs.rundir import config_of
 from dino_sparo.training.pretrain import train_step
-from dino_sparo.training.rundir import config_of
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.setup import build_schedules, dataset_of, executor_of
 from dino_sparo.training.state import TrainState, build_state

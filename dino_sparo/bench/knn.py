@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dino_sparo.device import choose_device, wait_for
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.search import nearest
+from dino_sparo.parallel.device import choose_device, wait_for
 
 K = 200  # the largest of the protocol
 IMAGENET = 1_281_167, 50_000  # train, val

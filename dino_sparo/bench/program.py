@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from dino_sparo.bench.knn import bench_knn
 from dino_sparo.bench.plain import direct_sparo
 from dino_sparo.bench.training import bench_training
-from dino_sparo.device import choose_device, wait_for
 from dino_sparo.models import Sparo
 from dino_sparo.models.cost import bytes_saved_for_backward
 from dino_sparo.models.encoder import ARCHITECTURES
 from dino_sparo.options import BenchOptions
+from dino_sparo.parallel.device import choose_device, wait_for
 
 
 def bench(options: BenchOptions) -> None:

@@ -21,7 +21,7 @@ from dino_sparo.data.images import to_tensor
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.views import CropRecipe, draw_view
 from dino_sparo.data.workers import keep_memory
-from dino_sparo.device import wait_for
+from dino_sparo.parallel.device import wait_for
 from dino_sparo.training.optim import clip_gradients_per_parameter, set_hyperparameters, step_if_finite
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.state import TrainState

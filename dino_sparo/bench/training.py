@@ -43,15 +43,15 @@ from dino_sparo.bench.stages import (
     step_in_stages,
     warm_up,
 )
+from dino_sparo.check.measure import count_flops, measured_peak
 from dino_sparo.config import parse_options
 from dino_sparo.data.loader import crops_of
 from dino_sparo.data.sources import ImageSource, open_images
 from dino_sparo.data.workers import default_workers
-from dino_sparo.device import choose_device
 from dino_sparo.errors import UserError
-from dino_sparo.measure import count_flops, measured_peak
 from dino_sparo.options import BenchOptions, PretrainOptions
-from dino_sparo.training.precision import choose_precision, plain_attention, set_numerics
+from dino_sparo.parallel.device import choose_device
+from dino_sparo.parallel.precision import choose_precision, plain_attention, set_numerics
 from dino_sparo.training.state import TrainState
 
 log = logging.getLogger("dino_sparo")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dino_sparo.data import colour
 from dino_sparo.data.views import CropRecipe, View
-from dino_sparo.device import compiled
+from dino_sparo.parallel.device import compiled
 
 log = logging.getLogger("dino_sparo")
 

@@ -24,7 +24,7 @@ from dino_sparo.data.shard_headers import ImageOfShard, Shard
 from dino_sparo.data.tars import BLOCK
 from dino_sparo.errors import UserError
 from dino_sparo.files import atomic_write
-from dino_sparo.processes import end_with_parent
+from dino_sparo.parallel.processes import end_with_parent
 from dino_sparo.terminal import shows_bars
 
 JPEG_QUALITY = 95

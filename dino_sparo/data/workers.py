@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from dino_sparo.errors import StuckError, UserError
-from dino_sparo.processes import STOP_SIGNALS, end_with_parent
+from dino_sparo.parallel.processes import STOP_SIGNALS, end_with_parent
 
 IDLE = -1
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, KEPT_BYTES = -1, -3, 2**26  # of glibc's mallopt

@@ -18,11 +18,11 @@ from tqdm import tqdm
 from dino_sparo.data.images import CenterCrops, UnreadableImage, collate_images, normalize
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.workers import WatchedLoader
-from dino_sparo.distributed import gather_objects, rank, world_size
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.feature_files import FeatureFile, cannot_write, check_space, write_at
 from dino_sparo.evaluation.results import alone_in
 from dino_sparo.models import Encoder
+from dino_sparo.parallel.distributed import gather_objects, rank, world_size
 from dino_sparo.terminal import shows_bars
 
 TRANSFORM = "short side to round(S * 256 / 224) bicubic, centre crop S, ImageNet mean and std"

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dino_sparo.data.sources import ImageSource
-from dino_sparo.distributed import gather_rows, local_rank, process_group, rank, world_size
 from dino_sparo.evaluation.features import Wanted, cached_features, extract_features, hash_of_images
 from dino_sparo.evaluation.results import Result, results_folder, save_results
 from dino_sparo.evaluation.search import NoDirectionError, Rows, nearest
 from dino_sparo.evaluation.transfer import VAL, TestSet, as_test_set, open_test_sets, restrict
 from dino_sparo.models import Encoder
+from dino_sparo.parallel.distributed import gather_rows, local_rank, process_group, rank, world_size
 
 if TYPE_CHECKING:
     from dino_sparo.options import KnnOptions
@@ -179,7 +179,7 @@ def _vote(
 
 def run(options: "KnnOptions") -> None:
     """`dino-sparo knn`: accuracy of a trained encoder on labelled folders, into results.json and printed."""
-    from dino_sparo.device import choose_device
+    from dino_sparo.parallel.device import choose_device
 
     device = choose_device(options.device, local_rank())
     with process_group(device):
@@ -193,9 +193,9 @@ def evaluate(options: "KnnOptions", device: torch.device) -> list[Result]:
     """Features of the gallery and of every test set, by the cache, and the votes."""
     from dino_sparo.data.sources import open_labelled
     from dino_sparo.data.workers import default_workers
-    from dino_sparo.distributed import first_rank_first, local_world_size
     from dino_sparo.errors import UserError
     from dino_sparo.interop.load import load_encoder
+    from dino_sparo.parallel.distributed import first_rank_first, local_world_size
 
     train, val = first_rank_first(lambda: open_labelled(options.data.path))
     further = first_rank_first(lambda: open_test_sets(options.test, train.classes))

@@ -25,13 +25,6 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from dino_sparo.data.loader import BatchOrder, choose_executor
-from dino_sparo.device import choose_device
-from dino_sparo.distributed import (
-    local_rank,
-    process_group,
-    rank,
-    world_size,
-)
 from dino_sparo.evaluation.classifiers import SavedClassifier, is_saved, load_classifier, save_classifier
 from dino_sparo.evaluation.features import Wanted, cached_features
 from dino_sparo.evaluation.linear_report import results_of, table
@@ -41,7 +34,14 @@ from dino_sparo.evaluation.probe_data import MAX_SIDE, CachedFeed, ImageFeed, ch
 from dino_sparo.evaluation.probe_training import Exam, Learning, restore, score, train
 from dino_sparo.evaluation.probes import INPUTS, Probes, choose_probes, official_probe
 from dino_sparo.evaluation.results import Result, results_folder, save_results
-from dino_sparo.training.precision import choose_precision
+from dino_sparo.parallel.device import choose_device
+from dino_sparo.parallel.distributed import (
+    local_rank,
+    process_group,
+    rank,
+    world_size,
+)
+from dino_sparo.parallel.precision import choose_precision
 
 if TYPE_CHECKING:
     from dino_sparo.options import LinearOptions

@@ -9,7 +9,6 @@ import torch
 from dino_sparo.data.parquet import warn_of_random_order
 from dino_sparo.data.sources import ImageSource, open_labelled
 from dino_sparo.data.workers import default_workers
-from dino_sparo.distributed import first_rank_first, local_world_size
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.classifiers import is_saved
 from dino_sparo.evaluation.features import hash_of
@@ -18,6 +17,7 @@ from dino_sparo.evaluation.results import results_folder
 from dino_sparo.evaluation.transfer import VAL, TestSet, as_test_set, open_test_sets
 from dino_sparo.interop.load import load_encoder
 from dino_sparo.models import Encoder
+from dino_sparo.parallel.distributed import first_rank_first, local_world_size
 
 if TYPE_CHECKING:
     from dino_sparo.options import LinearOptions

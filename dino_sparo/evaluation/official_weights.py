@@ -14,7 +14,7 @@ from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.evaluation.classifiers import SavedClassifier
 from dino_sparo.evaluation.probes import OFFICIAL_LR, Probe, possible_probes
 from dino_sparo.models import Encoder
-from dino_sparo.training.plain_file import read_plain
+from dino_sparo.runs.plain_file import read_plain
 
 PROTOCOL = "linear-weights"
 PREFIXES = ("module.", "linear.")

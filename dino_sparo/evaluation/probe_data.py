@@ -29,7 +29,7 @@ from dino_sparo.data.views import CropRecipe
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.probes import INPUTS, MAX_BLOCKS
 from dino_sparo.models import Encoder
-from dino_sparo.training.precision import autocast
+from dino_sparo.parallel.precision import autocast
 
 MAX_SIDE = 1024  # longer images are reduced to it first: no crop of a usual photograph gets larger by it
 IMAGES_AT_ONCE = 64  # of a forward pass of the encoder; it changes memory, not the experiment

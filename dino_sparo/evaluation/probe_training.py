@@ -13,7 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dino_sparo.distributed import (
+from dino_sparo.errors import UserError
+from dino_sparo.evaluation.probe_data import Batch, Feed, feature_rows
+from dino_sparo.evaluation.probes import INPUTS, Probes, hits, losses
+from dino_sparo.evaluation.transfer import TestSet, restrict
+from dino_sparo.parallel.distributed import (
     data_parallel,
     gather_objects,
     gather_rows,
@@ -23,12 +27,8 @@ from dino_sparo.distributed import (
     sum_over_ranks,
     world_size,
 )
-from dino_sparo.errors import UserError
-from dino_sparo.evaluation.probe_data import Batch, Feed, feature_rows
-from dino_sparo.evaluation.probes import INPUTS, Probes, hits, losses
-from dino_sparo.evaluation.transfer import TestSet, restrict
-from dino_sparo.training.checkpoint import load_latest, save_checkpoint, set_damaged_aside
-from dino_sparo.training.runlog import RunLog
+from dino_sparo.runs.checkpoint import load_latest, save_checkpoint, set_damaged_aside
+from dino_sparo.runs.runlog import RunLog
 
 ROWS_AT_ONCE = 1024  # features scored at a time
 LOG_EVERY_STEPS = 20

@@ -13,14 +13,14 @@ from dino_sparo.interop.export import CONFIG_FILE, OUR_KEY, WEIGHTS_FILE, read_e
 from dino_sparo.interop.official import MODELS, read_official
 from dino_sparo.interop.stored import StoredEncoder
 from dino_sparo.models import Encoder
-from dino_sparo.training.checkpoint import (
+from dino_sparo.runs.checkpoint import (
     check_format,
     check_hash,
     encoder_arguments,
     load_latest,
     warn_of_missing_hash,
 )
-from dino_sparo.training.plain_file import read_plain
+from dino_sparo.runs.plain_file import read_plain
 
 SAFETENSORS = ".safetensors"
 

@@ -28,7 +28,7 @@ from dino_sparo.interop.official import HEAD_DIM, MODELS, NUM_HEADS
 from dino_sparo.interop.stored import StoredEncoder, architecture
 from dino_sparo.interop.timm_config import is_plain_sparo
 from dino_sparo.models.head import OLD_NAMES
-from dino_sparo.training.checkpoint import encoder_arguments
+from dino_sparo.runs.checkpoint import encoder_arguments
 
 SUFFIX = ".pth"
 OFFICIAL_NAMES = {f"head.{new}": f"head.{old}" for old, new in OLD_NAMES.items()}

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dino_sparo.device import compiled
 from dino_sparo.models.backbone import VisionTransformer
 from dino_sparo.models.head import DINOHead
 from dino_sparo.models.readouts import LinearBottleneck, SlotReadout, build_slots
+from dino_sparo.parallel.device import compiled
 
 ARCHITECTURES: dict[str, dict[str, int]] = {
     "vit_tiny": {"width": 192, "depth": 12, "num_heads": 3},

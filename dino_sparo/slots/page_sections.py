@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from dino_sparo.evaluation.results import RESULTS_FILE, Result, read_results
+from dino_sparo.runs.runlog import METRICS_FILE, read_metrics
 from dino_sparo.slots.page import FILES, Picture, Pictures, RunFiles, Section, Table, analysed
 from dino_sparo.slots.page_figures import Line, histogram, lines, number, picture_uri, series
-from dino_sparo.training.runlog import METRICS_FILE, read_metrics
 
 MAP_IMAGES = 6
 OVERLAY_BYTES, GALLERY_BYTES, PICTURE_BYTES = 60_000, 400_000, 1_200_000  # so that the page is under 15 MB

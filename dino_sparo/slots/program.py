@@ -13,13 +13,13 @@ from torch.utils.data import Dataset
 from dino_sparo.data.images import UnreadableImage, normalize
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.workers import WatchedLoader, default_workers
-from dino_sparo.device import choose_device
-from dino_sparo.distributed import local_rank
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.results import results_folder
 from dino_sparo.files import write_file
 from dino_sparo.interop.load import load_encoder
 from dino_sparo.models import Encoder
+from dino_sparo.parallel.device import choose_device
+from dino_sparo.parallel.distributed import local_rank
 
 if TYPE_CHECKING:
     from dino_sparo.options.slots import SlotsOptions

@@ -13,12 +13,12 @@ from dino_sparo.errors import UserError
 from dino_sparo.evaluation.results import results_folder
 from dino_sparo.files import write_file
 from dino_sparo.models import Encoder
+from dino_sparo.runs.rundir import CONFIG_FILE, STARTS_FILE
+from dino_sparo.runs.runlog import read_metrics
 from dino_sparo.slots.compared import open_control
 from dino_sparo.slots.page import FILES, RunFiles, damaged, render, slots_to_show
 from dino_sparo.slots.page_sections import all_sections
 from dino_sparo.slots.program import open_slots, output_folder, slots_folder
-from dino_sparo.training.rundir import CONFIG_FILE, STARTS_FILE
-from dino_sparo.training.runlog import read_metrics
 
 if TYPE_CHECKING:
     from dino_sparo.options.slots import SlotReportOptions

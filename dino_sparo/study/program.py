@@ -8,22 +8,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dino_sparo import sweep
 from dino_sparo.config import flattened
 from dino_sparo.data.sources import open_labelled
-from dino_sparo.device import choose_device
-from dino_sparo.errors import StuckError, UserError
+from dino_sparo.errors import EXIT_PROBLEM, StuckError, UserError
 from dino_sparo.evaluation.compare import Comparison, compare_groups
 from dino_sparo.evaluation.features import hash_of_images
 from dino_sparo.evaluation.groups import CONFIG_FILE, Group, Measure, Run
 from dino_sparo.evaluation.knn import HEADLINE_K
 from dino_sparo.evaluation.results import Result, alone_in
 from dino_sparo.evaluation.transfer import EXPECTED_BOTH, VAL, named_folder
-from dino_sparo.options import StudyOptions
+from dino_sparo.options import StudyOptions, SweepOptions
+from dino_sparo.parallel.device import choose_device
+from dino_sparo.runs.checkpoint import latest_step
+from dino_sparo.runs.rundir import check_same_experiment, config_of, read_starts
+from dino_sparo.study import sweep
 from dino_sparo.study.measuring import EPOCHS, Measured, choose, measure
 from dino_sparo.study.report import CURVES, JSON_FILE, PAGE, as_json, curves_picture, page, training_of
-from dino_sparo.training.rundir import config_of, read_starts
-from dino_sparo.variants import Variant, plan_runs
+from dino_sparo.study.variants import Variant, plan_runs
 
 log = logging.getLogger("dino_sparo")
 
@@ -69,6 +70,32 @@ def run(options: StudyOptions) -> int:
     print(comparison.text())
     log.info("the page is %s", Path(options.run_dir) / PAGE)
     return 1 if errors else 0
+
+
+def plan_sweep(options: SweepOptions, recipe: str) -> int:
+    """`--dry-run`: print all runs of the sweep with their cost, and how far each is; 1 if one is refused."""
+    variants = plan_runs(options)
+    if isinstance(options, StudyOptions):
+        check(options, variants)
+    problems = []
+    for variant in variants:
+        try:
+            check_same_experiment(Path(variant.options.run_dir), config_of(variant.options))
+        except UserError as error:
+            problems.append(str(error))
+    try:
+        sweep.check_data(variants)
+    except UserError as error:
+        problems.append(str(error))
+    print("\n".join(sweep.as_markdown(sweep.table(variants, {}))))
+    print(f"\n{len(variants)} runs of {recipe}; dino-sparo pretrain --dry-run tells more of one")
+    for variant in variants:
+        done = latest_step(Path(variant.options.run_dir))
+        state = f"{done:,} steps are done" if done else "would start"
+        left_out = options.only and variant.name not in options.only
+        print(f"  {variant.folder}: {'left out by --only' if left_out else state}")
+    print("\n".join(f"PROBLEM: {problem}" for problem in problems) or "nothing is in the way")
+    return EXIT_PROBLEM if problems else 0
 
 
 def check(options: StudyOptions, variants: Sequence[Variant]) -> tuple[dict[str, str], dict[str, str]]:

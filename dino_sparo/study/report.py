@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 
 from dino_sparo.evaluation.compare import Comparison, title
 from dino_sparo.evaluation.groups import Group, Measure, Run
-from dino_sparo.sweep import KNN
-from dino_sparo.training.runlog import read_metrics
+from dino_sparo.runs.runlog import read_metrics
+from dino_sparo.study.sweep import KNN
 
 PAGE, JSON_FILE, CURVES = "study.md", "study.json", "curves.png"
 NOT_THERE = "–"

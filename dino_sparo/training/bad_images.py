@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 from dino_sparo.data.images import UnreadableImage
-from dino_sparo.distributed import gather_objects, rank
 from dino_sparo.errors import UserError
 from dino_sparo.files import write_file
+from dino_sparo.parallel.distributed import gather_objects, rank
 
 FILE = "bad_images.jsonl"
 MAX_SHARE = 0.01

@@ -5,23 +5,23 @@ from typing import Any, NoReturn
 
 import torch
 
-from dino_sparo.distributed import (
+from dino_sparo.errors import StoppedError, UserError
+from dino_sparo.parallel.distributed import (
     first_rank_decides,
     gather_objects,
     mean_over_ranks,
     rank,
     world_size,
 )
-from dino_sparo.errors import StoppedError, UserError
+from dino_sparo.parallel.precision import autocast
+from dino_sparo.runs.rundir import mark_stopped
+from dino_sparo.runs.runlog import RunLog, read_metrics
+from dino_sparo.runs.saver import Saver
+from dino_sparo.slots.statistics import slot_health
 from dino_sparo.training.monitor import TeacherStatistics, peak_memory_gib
 from dino_sparo.training.optim import set_hyperparameters
-from dino_sparo.training.precision import autocast
-from dino_sparo.training.rundir import mark_stopped
-from dino_sparo.training.runlog import RunLog, read_metrics
-from dino_sparo.training.saver import Saver
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.setup import Run
-from dino_sparo.training.slot_health import slot_health
 from dino_sparo.training.state import StepOutput, capture_state
 from dino_sparo.training.stopping import BAD_STEPS_FILE, BadSteps, note_bad_step
 

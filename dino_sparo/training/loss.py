@@ -6,7 +6,7 @@ Axis letters: B images, C crops, K prototypes.
 import torch
 from torch import Tensor, nn
 
-from dino_sparo.distributed import sum_over_ranks, world_size
+from dino_sparo.parallel.distributed import sum_over_ranks, world_size
 
 
 class DINOLoss(nn.Module):

@@ -19,8 +19,10 @@ from dino_sparo.checks import smaller_batch
 from dino_sparo.data.device_views import ahead
 from dino_sparo.data.images import UnreadableImage, normalize
 from dino_sparo.data.loader import Crops, PhotoBatch, crops_of, crops_picture
-from dino_sparo.device import choose_device, wait_for
-from dino_sparo.distributed import (
+from dino_sparo.errors import UserError
+from dino_sparo.options import PretrainOptions
+from dino_sparo.parallel.device import choose_device, wait_for
+from dino_sparo.parallel.distributed import (
     Agreement,
     Group,
     any_rank,
@@ -31,8 +33,11 @@ from dino_sparo.distributed import (
     unsynchronized,
     world_size,
 )
-from dino_sparo.errors import UserError
-from dino_sparo.options import PretrainOptions
+from dino_sparo.parallel.precision import autocast, plain_attention
+from dino_sparo.runs.checkpoint import check_room, set_damaged_aside
+from dino_sparo.runs.rundir import CONFIG_FILE, check_untouched, hold, start_run_dir
+from dino_sparo.runs.runlog import RunLog
+from dino_sparo.runs.saver import Saver
 from dino_sparo.training.between_steps import (
     describe,
     evaluate,
@@ -44,14 +49,9 @@ from dino_sparo.training.between_steps import (
     save,
     stop,
 )
-from dino_sparo.training.checkpoint import check_room, set_damaged_aside
 from dino_sparo.training.loss import teacher_probabilities
 from dino_sparo.training.monitor import TeacherStatistics
 from dino_sparo.training.optim import clip_gradients_per_parameter, set_hyperparameters, step_if_finite
-from dino_sparo.training.precision import autocast, plain_attention
-from dino_sparo.training.rundir import CONFIG_FILE, check_untouched, hold, start_run_dir
-from dino_sparo.training.runlog import RunLog
-from dino_sparo.training.saver import Saver
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.setup import Run, prepare, training_batches
 from dino_sparo.training.state import StepOutput, TrainState, checkpoint_bytes

@@ -17,7 +17,11 @@ from dino_sparo.data.parquet import warn_of_random_order
 from dino_sparo.data.sources import ImageSource, open_images
 from dino_sparo.data.views import NUM_GLOBAL_CROPS, crop_recipes
 from dino_sparo.data.workers import WatchedLoader, check_shared_memory, default_workers
-from dino_sparo.distributed import (
+from dino_sparo.errors import UserError
+from dino_sparo.interop.start import read_networks, start_networks
+from dino_sparo.models.cost import describe_cost, encoder_cost
+from dino_sparo.options import PretrainOptions
+from dino_sparo.parallel.distributed import (
     first_rank_first,
     gather_objects,
     local_world_size,
@@ -25,15 +29,11 @@ from dino_sparo.distributed import (
     settle,
     world_size,
 )
-from dino_sparo.errors import UserError
-from dino_sparo.interop.start import read_networks, start_networks
-from dino_sparo.models.cost import describe_cost, encoder_cost
-from dino_sparo.options import PretrainOptions
+from dino_sparo.parallel.precision import choose_precision, set_numerics
+from dino_sparo.runs.checkpoint import encoder_arguments, load_latest
+from dino_sparo.runs.rundir import check_same_experiment, check_same_images, config_of, read_starts
 from dino_sparo.training.bad_images import BadImages
-from dino_sparo.training.checkpoint import encoder_arguments, load_latest
 from dino_sparo.training.monitor import CollapseAlarm, KnnMonitor, open_knn_monitor
-from dino_sparo.training.precision import choose_precision, set_numerics
-from dino_sparo.training.rundir import check_same_experiment, check_same_images, config_of, read_starts
 from dino_sparo.training.schedules import Schedules, cosine_schedule, teacher_temp_schedule
 from dino_sparo.training.state import TrainState, build_state, restore_state
 

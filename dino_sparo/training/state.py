@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dino_sparo.distributed import data_parallel
 from dino_sparo.models import DINOHead, DinoModel
-from dino_sparo.training.checkpoint import encoder_of, num_bytes
+from dino_sparo.parallel.distributed import data_parallel
+from dino_sparo.parallel.precision import LossScale
+from dino_sparo.runs.checkpoint import encoder_of, num_bytes
 from dino_sparo.training.loss import DINOLoss
 from dino_sparo.training.optim import build_optimizer
-from dino_sparo.training.precision import LossScale
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dino_sparo.errors import StoppedError, StuckError
 from dino_sparo.files import append_line
-from dino_sparo.processes import on_stop_signals
+from dino_sparo.parallel.processes import on_stop_signals
 
 BAD_STEPS_FILE = "bad_steps.jsonl"
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dino_sparo.distributed import sum_over_ranks
 from dino_sparo.models import Encoder
+from dino_sparo.parallel.distributed import sum_over_ranks
 
 # Distances between encodings are sums over slots: of a slot that varies a twentieth as much as the middle one
 # 0.25 % of a middle slot's part is left, which changes no neighbour.

@@ -40,11 +40,11 @@ COMMANDS = {
             "plan only",
             "pretrain --run_dir runs/photos  # go on with it",
         ),
-        plan="dino_sparo.plan:plan",
+        plan="dino_sparo.check.plan:plan",
     ),
     "check": Command(
         opt.CheckOptions,
-        "dino_sparo.check:check",
+        "dino_sparo.check.program:check",
         "dino-sparo check --config RECIPE --data.path DIR [--nproc N] [--json] [--key VALUE ...]",
         "before a run: scan the data, measure speed and memory, tell hours and disk",
         (
@@ -124,7 +124,7 @@ COMMANDS = {
     ),
     "sweep": Command(
         opt.SweepOptions,
-        "dino_sparo.sweep:run",
+        "dino_sparo.study.sweep:run",
         "dino-sparo sweep --config RECIPE --data.path DIR --run_dir DIR [--variants readouts] "
         "[--vary KEY=VALUE,VALUE ...] [--dry-run] [--key VALUE ...]",
         "pretrain variants of a recipe and fill one table, such as the paper's Table 6",
@@ -134,7 +134,7 @@ COMMANDS = {
             "sweep --config photos_sparo --vary model.readout.num_slots=4,8,16 --data.path photos "
             "--run_dir runs/slots",
         ),
-        plan="dino_sparo.plan:plan_sweep",
+        plan="dino_sparo.study.program:plan_sweep",
     ),
     "study": Command(
         opt.StudyOptions,
@@ -146,7 +146,7 @@ COMMANDS = {
             "study --config photos_sparo --variants readouts --only cls sparo --vary seed=0,1,2 "
             "--data.path photos --run_dir runs/study",
         ),
-        plan="dino_sparo.plan:plan_sweep",
+        plan="dino_sparo.study.program:plan_sweep",
     ),
     "slots maps": Command(
         opt.SlotMapsOptions,

@@ -14,12 +14,12 @@ from dino_sparo.errors import StuckError, UserError
 from dino_sparo.files import write_file
 from dino_sparo.models.cost import encoder_cost
 from dino_sparo.options import PretrainOptions, SweepOptions
-from dino_sparo.training.checkpoint import encoder_of, latest_step
+from dino_sparo.runs.checkpoint import encoder_of, latest_step
+from dino_sparo.runs.rundir import check_same_experiment, config_of
+from dino_sparo.runs.runlog import read_metrics
+from dino_sparo.study.variants import Variant, plan_runs, recipe_of
 from dino_sparo.training.pretrain import pretrain
-from dino_sparo.training.rundir import check_same_experiment, config_of
-from dino_sparo.training.runlog import read_metrics
 from dino_sparo.training.setup import open_data
-from dino_sparo.variants import Variant, plan_runs, recipe_of
 
 log = logging.getLogger("dino_sparo")
 

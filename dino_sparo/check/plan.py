@@ -10,24 +10,28 @@ from typing import Any
 
 import torch
 
-from dino_sparo import sweep
-from dino_sparo.check_report import duration, size
+from dino_sparo.check.measure import (
+    bytes_of_training,
+    count_flops,
+    existing_folder,
+    measured_peak,
+    memory_free,
+)
+from dino_sparo.check.report import duration, size
 from dino_sparo.checks import split_batch
 from dino_sparo.config import flattened, parse_options
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.views import NUM_GLOBAL_CROPS
 from dino_sparo.data.workers import check_shared_memory, default_workers
-from dino_sparo.device import choose_device
 from dino_sparo.errors import EXIT_PROBLEM, UserError
-from dino_sparo.helptext import table
-from dino_sparo.measure import bytes_of_training, count_flops, existing_folder, measured_peak, memory_free
 from dino_sparo.models.cost import count_parameters, describe_cost, encoder_cost
-from dino_sparo.options import PretrainOptions, StudyOptions, SweepOptions
-from dino_sparo.study.program import check as check_study
-from dino_sparo.training.checkpoint import latest_step, most_kept
+from dino_sparo.options import PretrainOptions
+from dino_sparo.parallel.device import choose_device
+from dino_sparo.parallel.precision import choose_precision, set_numerics
+from dino_sparo.runs.checkpoint import latest_step, most_kept
+from dino_sparo.runs.rundir import check_same_experiment, config_of
+from dino_sparo.terminal import table
 from dino_sparo.training.monitor import KnnMonitor
-from dino_sparo.training.precision import choose_precision, set_numerics
-from dino_sparo.training.rundir import check_same_experiment, config_of
 from dino_sparo.training.schedules import Schedules
 from dino_sparo.training.setup import (
     build_schedules,
@@ -38,7 +42,6 @@ from dino_sparo.training.setup import (
     start_state,
 )
 from dino_sparo.training.state import TrainState, build_state, checkpoint_bytes
-from dino_sparo.variants import plan_runs
 
 # Of the speed of one large matrix product whole training reaches a share between these. On a CPU it did,
 # from the demo to ViT-S/16; for a GPU it is a guess.
@@ -86,32 +89,6 @@ def plan(options: PretrainOptions, recipe: str) -> int:
     print("\n" + "\n".join(schedule_table(build_schedules(options, steps_per_epoch), options)))
     told = [f"PROBLEM: {problem}" for problem in problems] or ["nothing is in the way"]
     print("\n" + "\n".join(told))
-    return EXIT_PROBLEM if problems else 0
-
-
-def plan_sweep(options: SweepOptions, recipe: str) -> int:
-    """`--dry-run`: print all runs of the sweep with their cost, and how far each is; 1 if one is refused."""
-    variants = plan_runs(options)
-    if isinstance(options, StudyOptions):
-        check_study(options, variants)
-    problems = []
-    for variant in variants:
-        try:
-            check_same_experiment(Path(variant.options.run_dir), config_of(variant.options))
-        except UserError as error:
-            problems.append(str(error))
-    try:
-        sweep.check_data(variants)
-    except UserError as error:
-        problems.append(str(error))
-    print("\n".join(sweep.as_markdown(sweep.table(variants, {}))))
-    print(f"\n{len(variants)} runs of {recipe}; dino-sparo pretrain --dry-run tells more of one")
-    for variant in variants:
-        done = latest_step(Path(variant.options.run_dir))
-        state = f"{done:,} steps are done" if done else "would start"
-        left_out = options.only and variant.name not in options.only
-        print(f"  {variant.folder}: {'left out by --only' if left_out else state}")
-    print("\n".join(f"PROBLEM: {problem}" for problem in problems) or "nothing is in the way")
     return EXIT_PROBLEM if problems else 0
 
 

@@ -6,7 +6,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from dino_sparo.commands import POSITIONAL, POSITIONALS
+from dino_sparo.cli.commands import POSITIONAL, POSITIONALS
 from dino_sparo.config import FLAGS
 
 

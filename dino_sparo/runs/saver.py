@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dino_sparo.processes import finished_first
-from dino_sparo.training.checkpoint import save_checkpoint
+from dino_sparo.parallel.processes import finished_first
+from dino_sparo.runs.checkpoint import save_checkpoint
 
 
 class Saver:

@@ -17,10 +17,10 @@ from dino_sparo.data.images import UnreadableImage, normalize
 from dino_sparo.data.loader import Crops, PhotoBatch, crops_of
 from dino_sparo.data.views import CropRecipe
 from dino_sparo.data.workers import WatchedLoader
-from dino_sparo.device import wait_for
 from dino_sparo.models.cost import bytes_saved_for_backward, counting_flops
 from dino_sparo.models.encoder import DinoModel
-from dino_sparo.training.precision import DTYPES, autocast, plain_attention
+from dino_sparo.parallel.device import wait_for
+from dino_sparo.parallel.precision import DTYPES, autocast, plain_attention
 from dino_sparo.training.pretrain import train_step
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.state import TrainState

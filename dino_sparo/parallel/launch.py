@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from dino_sparo.errors import EXIT_STOPPED, UserError
-from dino_sparo.processes import LAUNCHER, NOTES, STOP_SIGNALS, on_stop_signals, read_note
+from dino_sparo.parallel.processes import LAUNCHER, NOTES, STOP_SIGNALS, on_stop_signals, read_note
 
 SHUTDOWN_SECONDS = 300  # a process that was told to stop may finish its step and save
 

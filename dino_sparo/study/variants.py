@@ -14,7 +14,7 @@ import yaml
 from dino_sparo.config import parse_options, recipes
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.options import PretrainOptions, SweepOptions
-from dino_sparo.training.rundir import config_of
+from dino_sparo.runs.rundir import config_of
 
 VARIANTS_FOLDER = "variants"
 Changes = dict[str, Any]

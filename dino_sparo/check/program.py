@@ -12,17 +12,7 @@ from typing import Any
 
 import torch
 
-from dino_sparo.check_report import data_findings, machine_problems, summary, verdict
-from dino_sparo.checks import smaller_batch, split_batch
-from dino_sparo.data.loader import BatchOrder, CropsDataset, crop_batches
-from dino_sparo.data.scan import scan_images
-from dino_sparo.data.scan_report import DataReport, data_report, describe
-from dino_sparo.data.sources import ImageSource, open_val
-from dino_sparo.data.views import NUM_GLOBAL_CROPS, crop_recipes
-from dino_sparo.data.workers import check_shared_memory, default_workers, shared_memory_free
-from dino_sparo.device import choose_device
-from dino_sparo.errors import UserError
-from dino_sparo.measure import (
+from dino_sparo.check.measure import (
     Loading,
     Stepping,
     count_flops,
@@ -32,11 +22,21 @@ from dino_sparo.measure import (
     memory_free,
     private_bytes,
 )
+from dino_sparo.check.report import data_findings, machine_problems, summary, verdict
+from dino_sparo.checks import smaller_batch, split_batch
+from dino_sparo.data.loader import BatchOrder, CropsDataset, crop_batches
+from dino_sparo.data.scan import scan_images
+from dino_sparo.data.scan_report import DataReport, data_report, describe
+from dino_sparo.data.sources import ImageSource, open_val
+from dino_sparo.data.views import NUM_GLOBAL_CROPS, crop_recipes
+from dino_sparo.data.workers import check_shared_memory, default_workers, shared_memory_free
+from dino_sparo.errors import UserError
 from dino_sparo.models.cost import count_parameters, encoder_cost
 from dino_sparo.options import CheckOptions
-from dino_sparo.training.checkpoint import most_kept
-from dino_sparo.training.precision import choose_precision, set_numerics
-from dino_sparo.training.rundir import CONFIG_FILE, check_same_experiment, config_of
+from dino_sparo.parallel.device import choose_device
+from dino_sparo.parallel.precision import choose_precision, set_numerics
+from dino_sparo.runs.checkpoint import most_kept
+from dino_sparo.runs.rundir import CONFIG_FILE, check_same_experiment, config_of
 from dino_sparo.training.setup import (
     build_schedules,
     bytes_of_image,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dino_sparo.errors import EXIT_USER_ERROR, PeerLostError, StoppedError, UserError, files_told
-from dino_sparo.processes import PeerWatch, end_at_once, leave_note
+from dino_sparo.parallel.processes import PeerWatch, end_at_once, leave_note
 from dino_sparo.terminal import coloured
 
 Result = TypeVar("Result")

@@ -13,7 +13,7 @@ import torch
 from dino_sparo.errors import UserError
 from dino_sparo.files import atomic_write, write_file
 from dino_sparo.models import Encoder, build_encoder
-from dino_sparo.training.plain_file import read_plain
+from dino_sparo.runs.plain_file import read_plain
 
 log = logging.getLogger("dino_sparo")
 

@@ -1,7 +1,6 @@
 """What `--help` shows: the overview of all commands, and the page of one. Needs no torch."""
 
 import re
-import shutil
 import textwrap
 import typing
 from argparse import SUPPRESS, Action
@@ -11,9 +10,10 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
-from dino_sparo.commands import COMMANDS, GROUPS
-from dino_sparo.config import recipes
+from dino_sparo.cli.commands import COMMANDS, GROUPS
+from dino_sparo.config import Page, recipes
 from dino_sparo.errors import EXIT_STATUSES
+from dino_sparo.terminal import table, width_of_terminal
 
 PROGRAM_OPTIONS = {  # of every command; they are no part of an experiment
     "--quiet": "Show warnings, errors and results only: no progress.",
@@ -38,7 +38,6 @@ READ_ON = (
     "mean the same. All options of a command: dino-sparo COMMAND --help. A guide is README.md; protocols and "
     "measured numbers are in eval/, both in the source of the project."
 )
-LAST_COLUMN = 120  # longer lines are hard to read
 
 
 def overview() -> str:
@@ -142,13 +141,23 @@ class PageFormatter(DefaultHelpFormatter):
         return text if default == [] else f"{text} (default: {str(default).replace('%', '%%')})"
 
 
-def prepare_page(parser: ArgumentParser, keys: Mapping[str, object], *, required: Collection[str]) -> None:
+def page_of(name: str) -> Page:
+    """What makes the page of `--help` of a command from its parser."""
+
+    def prepare(parser: ArgumentParser, keys: Mapping[str, object], required: Collection[str]) -> None:
+        parser.description = description(name)
+        prepare_page(parser, keys, required)
+
+    return prepare
+
+
+def prepare_page(parser: ArgumentParser, keys: Mapping[str, object], required: Collection[str]) -> None:
     """Headings by section, and options that can be given alone; what is not required a recipe gives."""
 
-    class Page(PageFormatter):
+    class OfCommand(PageFormatter):
         from_recipe = keys.keys() - required
 
-    parser.formatter_class = Page
+    parser.formatter_class = OfCommand
     for action in parser._actions:  # a section cannot be given as a whole, so --help does not list it
         if any(key.startswith(f"{action.dest}.") for key in keys) and action.dest not in keys:
             action.help = SUPPRESS
@@ -202,22 +211,3 @@ def values_in_a_word(kind: typing.Any) -> str:
 
 def _commands(names: Sequence[str], width: int) -> str:
     return table({name: COMMANDS[name].summary for name in names}, width)
-
-
-def table(rows: Mapping[str, str], name_width: int, indent: str = "  ") -> str:
-    """Two columns, the second over several lines if it must be."""
-    return "\n".join(
-        textwrap.fill(
-            text,
-            width_of_terminal(),
-            initial_indent=f"{indent}{name:<{name_width}}",
-            subsequent_indent=" " * (name_width + len(indent)),
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-        for name, text in rows.items()
-    )
-
-
-def width_of_terminal() -> int:
-    return min(LAST_COLUMN, shutil.get_terminal_size().columns) - 1

@@ -1,0 +1,1 @@
+"""What a run would be, and what is in its way."""

@@ -1,0 +1,1 @@
+"""The command line: every command, its arguments and its help."""

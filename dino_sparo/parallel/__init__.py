@@ -1,0 +1,1 @@
+"""Processes that are one run: group, collectives, device, precision, launcher."""
