@@ -8,7 +8,8 @@ import platform
 import select
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from dino_sparo import __version__
 from dino_sparo.cli.arguments import complete, value_of, without, without_flags, written_out
@@ -42,7 +43,8 @@ GOING_ON = (
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status, one of EXIT_STATUSES."""
     try:
-        status = answer(arguments)
+        with safe_path():
+            status = answer(arguments)
         sys.stdout.flush()
         return status
     except BrokenPipeError:
@@ -55,9 +57,22 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
 
 
+@contextmanager
+def safe_path() -> Iterator[None]:
+    """Within it, processes that are started import nothing from the working directory."""
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
+
+
 def answer(arguments: list[str] | None) -> int:
     """What `main` does, for a standard output that is read to its end."""
-    os.environ["PYTHONSAFEPATH"] = "1"  # what this starts imports nothing from the working directory
     arguments, flags = without_flags(list(sys.argv[1:] if arguments is None else arguments))
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:], "--help"]

@@ -59,6 +59,10 @@ class UserFileNotFoundError(UserError, FileNotFoundError):
     """A file or folder that the user named does not exist or holds nothing usable."""
 
 
+class UnlabelledError(UserError):
+    """Images whose classes are needed are in no class folders, or their files do not tell all classes."""
+
+
 class StuckError(UserError):
     """A process of ours has failed so that one must not wait for it: after the message the program ends."""
 

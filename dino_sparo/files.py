@@ -97,7 +97,8 @@ def keep_compiled_code() -> None:
 
     Torch itself would take a folder of a predictable name among the temporary files, and unpickle what
     somebody else has put there. Processors have folders of their own, since the code is made for one. Where
-    there can be no such folder, this process and those that it starts use one that is removed at the end.
+    there can be no such folder, this process and those that it starts use one that is removed at the end. A
+    folder of the user's choice in $TORCHINDUCTOR_CACHE_DIR stays.
     """
     given = Path(os.environ.get(COMPILED, ""))
     if given.name and not (given.parent == Path(tempfile.gettempdir()) and given.name.startswith(OF_TORCH)):
@@ -105,8 +106,9 @@ def keep_compiled_code() -> None:
     folder = cache_folder() / f"compiled-{os.getuid()}-{_processor()}"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        state = folder.lstat()
-        reason = None if is_private(state) else "somebody else can write it"
+        reason = None if is_private(folder) else "somebody else can write it"
+        if not os.access(folder, os.W_OK | os.X_OK):
+            reason = "it cannot be written"
     except OSError as error:
         reason = str(error.strerror)
     if reason is not None:
@@ -119,9 +121,20 @@ def keep_compiled_code() -> None:
     os.environ[COMPILED] = str(folder)
 
 
-def is_private(state: os.stat_result) -> bool:
-    """Whether only this user can write the folder of this `lstat`, which is no link."""
-    return stat.S_ISDIR(state.st_mode) and state.st_uid == os.getuid() and not state.st_mode & 0o022
+def is_private(folder: Path) -> bool:
+    """Whether a folder, no link, is this user's alone, and nobody else can put another one in its place.
+
+    Folders above it may belong to root, and be writable by all if they are sticky as /tmp is.
+    """
+    own, state = os.getuid(), folder.lstat()
+    above = [parent.stat() for parent in folder.absolute().parents]
+    return (
+        stat.S_ISDIR(state.st_mode)
+        and state.st_uid == own
+        and not state.st_mode & 0o022
+        and all(one.st_uid in (0, own) for one in above)
+        and all(one.st_mode & stat.S_ISVTX or not one.st_mode & stat.S_IWOTH for one in above)
+    )
 
 
 def _processor() -> str:

@@ -1,6 +1,7 @@
 """The command line as a user meets it: exit status, one line on a mistake, what lies in the run folder."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,12 @@ def mistake(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     assert out == "" and err.startswith("dino-sparo: error: ")
     assert err.count("\n") == 1 and err.endswith("\n")
     return err
+
+
+def test_the_environment_of_the_caller_stays(monkeypatch, capsys):
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    before = dict(os.environ)
+    assert main(["--version"]) == 0 and dict(os.environ) == before
 
 
 def test_misspelt_flag_of_the_program(capsys):

@@ -58,6 +58,13 @@ def test_a_folder_of_the_users_choice_stays(cache, monkeypatch):
     assert os.environ[COMPILED] == "mine" and not cache.exists()
 
 
+def test_a_folder_that_others_could_replace_is_not_used(cache, caplog):
+    cache.mkdir()
+    cache.chmod(0o777)
+    keep_compiled_code()
+    assert "somebody else can write it" in caplog.text and not os.environ[COMPILED].startswith(str(cache))
+
+
 @pytest.mark.parametrize("trap", ["writable by all", "of another user", "a link"])
 def test_what_others_can_have_written_is_not_used(trap, cache, tmp_path, monkeypatch, caplog):
     if trap == "of another user":

@@ -89,6 +89,15 @@ def test_evaluations_give_the_same_numbers(resumed, here):
     assert results_of(here / "run") == results_of(here / "expected")
 
 
+def test_a_probe_without_its_hash_is_refused_unless_trusted(here, capsys):
+    run = str(shutil.copytree(OLDER / "stopped" / "folder", here / "run"))
+    shutil.copytree(OLDER / "probe" / "linear", here / "run" / "linear")
+    (here / "run" / "linear" / "checkpoints" / "step_000000006.pt.sha256").unlink()
+    command = ["linear", run, "--data.path", "folder", "--epochs=3", "--batch_size=8", "--num_workers=0"]
+    assert main(command) == 2 and "step_000000006.pt.sha256 is missing" in capsys.readouterr().err
+    assert main([*command, "--resume_unverified"]) == 0
+
+
 @pytest.mark.long
 def test_a_study_that_has_ended_gives_the_same_table(here):
     shutil.copytree(OLDER / "study", here / "study")
@@ -97,6 +106,10 @@ def test_a_study_that_has_ended_gives_the_same_table(here):
     assert main(EXPECTED["study_command"]) == 0
     assert trained == {path: path.read_bytes() for path in (here / "study").glob("*/checkpoints/*")}
     assert json.loads((here / "study" / "study.json").read_text()) == EXPECTED["study"]
+    for file in (here / "study").rglob("*.sha256"):
+        file.unlink()
+    assert main(EXPECTED["study_command"]) == 1, "checkpoints without their hashes were believed"
+    assert main([*EXPECTED["study_command"], "--resume_unverified"]) == 0
 
 
 @pytest.mark.parametrize("recipe", sorted((OLDER / "recipes").iterdir()), ids=lambda path: path.stem)

@@ -13,6 +13,7 @@ from dino_sparo.errors import UserError
 from dino_sparo.slots.page import FILES, RunFiles, render, slots_to_show
 from dino_sparo.slots.page_figures import picture_uri
 from dino_sparo.slots.page_sections import all_sections, mask
+from dino_sparo.slots.report import without_classes
 from tests.report_samples import write_run
 from tests.tiny import tiny_options, write_pictures
 
@@ -208,13 +209,25 @@ def test_report_makes_what_is_missing(tmp_path):
         assert (tmp_path / "run" / name).is_file()
 
 
+def test_only_images_without_classes_are_said_to_have_none(tmp_path):
+    write_pictures(tmp_path / "data", 12, classes=2)
+    assert without_classes(str(tmp_path / "data")) == "" == without_classes("shapes")
+    (tmp_path / "data" / "val").mkdir()
+    shutil.copy(next((tmp_path / "data" / "train").rglob("*.png")), tmp_path / "data" / "val")
+    assert "validation images in a flat folder; `dino-sparo prepare" in without_classes(
+        str(tmp_path / "data")
+    )
+    with pytest.raises(UserError, match="nowhere"):
+        without_classes("nowhere")
+
+
 @pytest.mark.long
 def test_without_classes_the_report_leaves_out_what_needs_them(run_dir, tmp_path, capsys):
     write_pictures(tmp_path / "data", 12)
     flat = tmp_path / "data" / "train" / "class0"
     arguments = ["slots", "report", str(run_dir), "--data.path", str(flat), "--out", str(tmp_path / "out")]
     assert main([*arguments, "--device", "cpu", "--num_workers", "0"]) == 0
-    assert capsys.readouterr().out.count(f"rank and mask are left out: {flat} has no classes; ") == 1
+    assert capsys.readouterr().out.count(f"rank and mask are left out, since they need classes: {flat}") == 1
     made = {part for part, file in FILES.items() if (tmp_path / "out" / file).is_file()}
     assert made == {"health", "maps", "gallery"}
     page = Page((tmp_path / "out" / "report.html").read_text())

@@ -27,7 +27,7 @@ def start(script: str, data: Path, folder: Path, **environment: str) -> None:
     options = [f"--{key}={value}" for key, value in TINY.items()]
     finished = subprocess.run(
         ["bash", str(ROOT / "scripts" / script), str(data), *options],
-        env=os.environ | {"RECIPE": "demo", "OMP_NUM_THREADS": "1"} | environment,
+        env=os.environ | {"RECIPE": "demo", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": ""} | environment,
         cwd=folder,
         capture_output=True,
         text=True,

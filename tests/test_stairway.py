@@ -62,15 +62,19 @@ def test_the_scan_sees_imports_of_all_kinds(tmp_path):
     assert sorted(imports(tmp_path / "x.py")) == ["a.b", "c.d", "e.f", "g.h"]
 
 
-def test_images_are_opened_in_one_place():
-    """Pillow's own list of formats holds one that starts a program."""
-    opening = {
+@pytest.mark.parametrize(("function", "file"), [("Image.open", "decode.py"), ("torch.compile", "device.py")])
+def test_what_strangers_could_misuse_is_called_in_one_place(function, file):
+    """One starts Ghostscript without a list of formats, one unpickles what lies in a shared folder."""
+    calling = {
         path.name
         for path in MODULES
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "Image.open"
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(function)
     }
-    assert opening == {"decode.py"}
+    assert calling == {file}
+    assert not [
+        name for path in MODULES for name in imports(path) if name in ("PIL.Image.open", "torch.compile")
+    ]
 
 
 def test_what_is_imported_is_a_dependency():

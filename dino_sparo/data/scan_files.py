@@ -19,7 +19,18 @@ from dino_sparo.data.packed import Place
 PROBLEMS = ("zero_byte", "not_an_image", "truncated", "unreadable")
 HASH_BYTES = 16
 # How files of the formats that are read begin.
-SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"RIFF", b"II*\0", b"MM\0*", b"BM", b"P5", b"P6", b"GIF8")
+SIGNATURES = (
+    b"\xff\xd8\xff",
+    b"\x89PNG\r\n",
+    b"RIFF",
+    b"II*\0",
+    b"MM\0*",
+    b"BM",
+    b"P4",
+    b"P5",
+    b"P6",
+    b"GIF8",
+)
 
 
 class Chunk(NamedTuple):
@@ -69,7 +80,7 @@ def problem_of(data: bytes, error: Exception) -> tuple[str, str]:
     if isinstance(error, UnidentifiedImageError):
         if not data:
             return "zero_byte", "the file is empty"
-        if not data.startswith(SIGNATURES):
+        if not data.startswith(SIGNATURES) and data[4:8] != b"ftyp":  # as AVIF begins
             return "not_an_image", "no known kind of image"
         return "truncated", "begins as an image, but its header is cut or damaged"
     webp_bytes = 8 + int.from_bytes(data[4:8], "little")  # PIL does not say that a WebP is cut

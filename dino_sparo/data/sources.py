@@ -20,7 +20,7 @@ from dino_sparo.data.parquet import ParquetSource, open_parquet
 from dino_sparo.data.parquet_files import Split, holds_parquet
 from dino_sparo.data.shards import ShardSource, holds_shards, open_shards
 from dino_sparo.data.torchvision_sets import NAMES, open_set
-from dino_sparo.errors import UserError, UserFileNotFoundError
+from dino_sparo.errors import UnlabelledError, UserError, UserFileNotFoundError
 
 log = logging.getLogger("dino_sparo")
 
@@ -163,7 +163,7 @@ def open_labelled(path: str, key: str = "data.path") -> tuple[ImageSource, Image
     train_folder = _train_folder(path, key)
     explained = _explained(path)
     if explained:
-        raise UserError(explained)
+        raise UnlabelledError(explained)
     train = open_folder(train_folder)
     if train.labels is None:
         raise unlabelled(
@@ -219,19 +219,19 @@ def _labelled_val(root: Path, train: OnDisk) -> OnDisk | None:
     return val
 
 
-def unlabelled(source: OnDisk, remedy: str = "") -> UserError:
+def unlabelled(source: OnDisk, remedy: str = "") -> UnlabelledError:
     """The error about images whose classes are needed and unknown."""
     if isinstance(source, ParquetSource):
-        return UserError(
+        return UnlabelledError(
             f"{source.root}: the parquet files do not tell the class of every image; expected a column label "
             f"or labels of integers from 0, or one column of the hub's type ClassLabel"
         )
     if isinstance(source, ShardSource):
-        return UserError(
+        return UnlabelledError(
             f"{source.root}: not every image of these shards has a class; expected KEY.cls beside "
             f"each image, as `dino-sparo shard` writes it for images in class folders"
         )
-    return UserError(
+    return UnlabelledError(
         f"{source.root}: the images are not in class folders; expected {source.root}/<class>/<image>{remedy}"
     )
 

@@ -34,8 +34,8 @@ class KnnOptions:
     """What to compare: the encoding (all slots, or the CLS token without slots), the CLS token, the mean
     patch token, or the linear probe's feature."""
     search: Literal["products", "faiss"] = "products"
-    """How to find the neighbours, exactly in both: by products of matrices, or on the CPU by faiss, which is
-    slower on most processors and gives an independent check."""
+    """How to find the neighbors: by matrix products, or on the CPU by faiss, as an independent check; both
+    are exact. On macOS faiss may crash beside torch."""
     test: list[str] = field(default_factory=list)
     """Further labelled folders to classify, each NAME=DIR; classes are matched by the names of folders."""
     out: str | None = None

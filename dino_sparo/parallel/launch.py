@@ -20,10 +20,10 @@ SHUTDOWN_SECONDS = 300  # a process that was told to stop may finish its step an
 
 
 def launch(num_processes: int, arguments: list[str]) -> int:
-    """Run `python -m dino_sparo ARGUMENTS` in so many processes on this machine; returns the exit status.
+    """Run `dino-sparo ARGUMENTS` in so many processes on this machine; returns the exit status.
 
     The same as `torchrun --standalone --nproc-per-node N --no-python dino-sparo ARGUMENTS`, without its own
-    report beside that of the process that failed. Nothing is imported from the working directory.
+    report beside that of the process that failed.
 
     Raises:
         UserError: one of them was ended by a signal.
@@ -31,6 +31,9 @@ def launch(num_processes: int, arguments: list[str]) -> int:
     logging.disable(logging.ERROR)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
+    checkout = Path(__file__).parents[2]
+    if sys.path[0] == str(checkout) == os.getcwd():  # by `python -m dino_sparo` in it: the same code for all
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(checkout), *filter(None, [os.getenv("PYTHONPATH")])])
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
     with tempfile.TemporaryDirectory(prefix="dino_sparo_") as folder:
         os.environ |= {NOTES: folder, LAUNCHER: str(os.getpid())}

@@ -96,7 +96,8 @@ def load_latest(run_dir: Path, *, unverified: bool = False) -> dict[str, Any] | 
         if not unverified and not _hash_file(path).exists():
             raise UserError(
                 f"{path}: {_hash_file(path).name} is missing, without which a damaged checkpoint cannot be "
-                f"told from a whole one; restore that file, or trust the checkpoint by --resume_unverified"
+                f"told from a whole one; restore that file, or pass --resume_unverified to use the checkpoint "
+                f"anyway"
             )
         try:
             return load_checkpoint(path)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from dino_sparo.data.generated import SHAPES
-from dino_sparo.data.sources import open_images, open_val
-from dino_sparo.errors import UserError
+from dino_sparo.data.sources import open_labelled
+from dino_sparo.errors import UnlabelledError, UserError
 from dino_sparo.evaluation.results import results_folder
 from dino_sparo.files import write_file
 from dino_sparo.models import Encoder
@@ -36,13 +36,13 @@ def run(options: "SlotReportOptions") -> None:
     if options.control:
         open_control(options.control, options.which)
         asked["control"] = options.control
-    has_classes = options.data is None or is_labelled(options.data.path)
-    files = RunFiles(folder, slots_folder(options), commands(options, has_classes), asked)
+    no_classes = without_classes(options.data.path) if options.data is not None else ""
+    files = RunFiles(folder, slots_folder(options), commands(options, not no_classes), asked)
     config = read_config(folder)
     if options.data is not None:
         trained_on = config.get("data", {}).get("path")
         has_factors = SHAPES in (trained_on, options.data.path)
-        make_missing(options, files, encoder.readout.num_slots, has_classes, has_factors)
+        make_missing(options, files, encoder.readout.num_slots, not no_classes, has_factors)
     shown = slots_to_show(files, encoder.readout.num_slots)
     text = render(
         Path(options.run).resolve().name,
@@ -55,17 +55,22 @@ def run(options: "SlotReportOptions") -> None:
     missing = [name for name, file in FILES.items() if not (files.slots / file).is_file()]
     for name in missing:
         print(f"not on the page: {name}; made by  {files.commands[name]}")
-    if not has_classes:
-        assert options.data is not None
-        print(
-            f"rank and mask are left out: {options.data.path} has no classes; give a labelled folder for them"
-        )
+    if no_classes:
+        print(f"rank and mask are left out, since they need classes: {no_classes}")
     print(f"report ({path.stat().st_size / 1e6:.1f} MB): {path}")
 
 
-def is_labelled(path: str) -> bool:
-    """Whether the images to learn from, and those to test on if there are any, are in class folders."""
-    return all(source.labels is not None for source in (open_images(path), open_val(path)) if source)
+def without_classes(path: str) -> str:
+    """Why rank and mask cannot be made of these images; empty if they can.
+
+    Raises:
+        UserError: there is another mistake in the images.
+    """
+    try:
+        open_labelled(path)
+    except UnlabelledError as error:
+        return str(error)
+    return ""
 
 
 def commands(options: "SlotReportOptions", has_classes: bool) -> dict[str, str]:

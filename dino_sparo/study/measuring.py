@@ -52,6 +52,7 @@ def measure(
     seed: int,
     device: torch.device,
     num_workers: int | None,
+    unverified: bool = False,
 ) -> Measured:
     """Evaluate the teacher of a run; results and classifiers go to `run_dir/study/name`.
 
@@ -65,6 +66,7 @@ def measure(
         seed: of the probes, and of which images a share has.
         device: where to compute.
         num_workers: that load images; None takes one a core.
+        unverified: resume probes from checkpoints whose SHA-256 is missing.
 
     Raises:
         UserError: for images that cannot be read, or features that are not finite.
@@ -88,6 +90,7 @@ def measure(
             out=str(folder),
             cache=cache,
             num_workers=num_workers,
+            resume_unverified=unverified,
         )
         opened = open_all(options, device)
         probes = {fraction: _probe(options, opened, fraction) for fraction in fractions}

@@ -10,7 +10,7 @@ from typing import Any
 
 from dino_sparo.config import flattened
 from dino_sparo.data.sources import open_labelled
-from dino_sparo.errors import EXIT_PROBLEM, StuckError, UserError
+from dino_sparo.errors import EXIT_PROBLEM, StuckError, UserError, files_told
 from dino_sparo.evaluation.compare import Comparison, compare_groups
 from dino_sparo.evaluation.features import hash_of_images
 from dino_sparo.evaluation.groups import CONFIG_FILE, Group, Measure, Run
@@ -54,7 +54,7 @@ def run(options: StudyOptions) -> int:
         errors.pop(variant.folder, None)  # another process has trained it
         log.info("evaluating %s", variant.folder)
         try:
-            with alone_in(place):  # others may evaluate it too
+            with files_told(), alone_in(place):  # others may evaluate it too
                 measured[variant.folder] = _measured(options, variant, data_sets)
         except UserError as error:
             if isinstance(error, StuckError):  # this process must end
@@ -181,6 +181,7 @@ def _measured(options: StudyOptions, variant: Variant, data_sets: dict[str, str]
             seed=variant.options.seed,
             device=device,
             num_workers=options.machine.num_workers,
+            unverified=options.resume_unverified,
         )
         for name, data in data_sets.items()
     }

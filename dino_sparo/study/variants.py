@@ -65,6 +65,7 @@ def plan_runs(options: SweepOptions) -> list[Variant]:
                 raise UserError(
                     f"seed {variant.options.seed} of {variant.row!r} is planned twice; give it once"
                 )
+            variant.options.resume_unverified = options.resume_unverified
             planned[variant.folder] = variant
     return list(planned.values())
 
