@@ -27,7 +27,7 @@ class UserError(ValueError):
 
 REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room there"),
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give permission there, or name another place"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give permission there or name another place"),
     **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST), "name another place"),
 }
 
@@ -39,8 +39,7 @@ def of_file(error: OSError) -> UserError | None:
     remedy = REMEDIES.get(error.errno or 0, "repair it")
     reason = error.strerror or type(error).__name__
     return UserError(
-        f"{os.fsdecode(error.filename)} cannot be read or written ({reason}); {remedy}, then start the same "
-        f"command again"
+        f"{os.fsdecode(error.filename)} cannot be read or written ({reason}); {remedy}, then start again"
     )
 
 
@@ -52,7 +51,10 @@ def files_told() -> Iterator[None]:
     except UserError:
         raise
     except OSError as error:
-        raise of_file(error) or error from error
+        told = of_file(error)
+        if told is None:
+            raise
+        raise told from error
 
 
 class UserFileNotFoundError(UserError, FileNotFoundError):

@@ -25,12 +25,13 @@ OF_TORCH = "torchinductor_"  # followed by the user's name, the folder that torc
 
 
 @contextmanager
-def named(path: Path) -> Iterator[None]:
-    """Name the file in an error of the system that names none, as that of a full disk."""
+def named(path: Path, instead_of: Path | None = None) -> Iterator[None]:
+    """Name a file in an error of the system that names none, as that of a full disk, or names another one."""
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.filename in (None, str(instead_of)):
+            error.filename = str(path)
         raise
 
 
@@ -56,7 +57,7 @@ def atomic_write(path: Path, temporary: Path | None = None, *, durable: bool = T
                     left.unlink()
         temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with named(path):
+        with named(path, instead_of=temporary):
             with open(temporary, "w+b") as file:
                 yield file
                 if durable:
@@ -127,7 +128,8 @@ def is_private(folder: Path) -> bool:
     Folders above it may belong to root, and be writable by all if they are sticky as /tmp is.
     """
     own, state = os.getuid(), folder.lstat()
-    above = [parent.stat() for parent in folder.absolute().parents]
+    parent = folder.parent.resolve()
+    above = [one.stat() for one in (parent, *parent.parents)]
     return (
         stat.S_ISDIR(state.st_mode)
         and state.st_uid == own

@@ -98,3 +98,6 @@ def _damage_named(where: Path) -> Iterator[None]:
         yield
     except tarfile.TarError as error:
         raise UserError(f"{where}: the tar is damaged or incomplete ({error}); download it again") from error
+    except OSError as error:
+        error.filename = error.filename or str(where)
+        raise

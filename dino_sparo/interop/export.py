@@ -35,7 +35,8 @@ def write_exported(stored: StoredEncoder, folder: Path, *, name: str, measured: 
         measured: lines for the card, one a result.
 
     Raises:
-        UserError: the folder holds something already, cannot be written, or the weights do not fit.
+        UserError: the folder holds something already, or the weights do not fit.
+        OSError: it cannot be written.
     """
     encoder = stored.build()
     weights = to_timm_names(encoder.state_dict(), stored.arguments)

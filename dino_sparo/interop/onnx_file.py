@@ -28,8 +28,9 @@ def write_onnx(stored: StoredEncoder, folder: Path) -> tuple[Path, float]:
     """Write `folder/model.onnx`; give its path and the largest difference to torch.
 
     Raises:
-        UserError: a package is missing, the file is there already or cannot be written, or onnxruntime
-            computes something else than torch; then no file is written.
+        UserError: a package is missing, the file is there already, or onnxruntime computes something else
+            than torch; then no file is written.
+        OSError: it cannot be written.
     """
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:

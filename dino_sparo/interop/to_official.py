@@ -49,8 +49,9 @@ def write_official(
         What was written, in words.
 
     Raises:
-        UserError: the read-out has no official form, `out` is there already, has another ending or cannot be
-            written, or the source does not fit.
+        UserError: the read-out has no official form, `out` is there already or has another ending, or the
+            source does not fit.
+        OSError: it cannot be written.
     """
     if out.suffix != SUFFIX:
         raise UserError(f"out is {out}, expected a file of the official style, so give NAME{SUFFIX}")

@@ -250,7 +250,8 @@ def first_rank_first(work: Callable[[], Result]) -> Result:
 def _keep(work: Callable[[], Result], results: list[Result], errors: list[BaseException]) -> None:
     """Work in a thread, whose result or error is kept for the one that waits."""
     try:
-        results.append(work())
+        with files_told():
+            results.append(work())
     except BaseException as error:
         errors.append(error)
 

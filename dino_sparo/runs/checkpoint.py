@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dino_sparo.errors import UserError
-from dino_sparo.files import atomic_write, write_file
+from dino_sparo.files import atomic_write
 from dino_sparo.models import Encoder, build_encoder
 from dino_sparo.runs.plain_file import read_plain
 
@@ -37,11 +37,14 @@ def save_checkpoint(state: dict[str, Any], run_dir: Path, *, step: int, keep_eve
     try:
         folder.mkdir(parents=True, exist_ok=True)
         check_room(run_dir, num_bytes(state))
-        with atomic_write(path, folder / TEMPORARY) as file:
+        with atomic_write(path, folder / TEMPORARY, durable=False) as file:
             torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())  # before its hash is there
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
-            write_file(_hash_file(path), f"{digest}  {path.name}\n")
+            with atomic_write(_hash_file(path), folder / f"{TEMPORARY}.sha256") as hash_file:
+                hash_file.write(f"{digest}  {path.name}\n".encode())
         _flush_folder(folder)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]

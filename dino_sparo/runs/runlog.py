@@ -206,7 +206,7 @@ def cut_events(folder: Path, step: int) -> None:
         if not kept:
             path.unlink()
             continue
-        with atomic_write(path) as file:
+        with atomic_write(path, folder / "cut.tmp") as file:  # no name that TensorBoard reads
             writer = RecordWriter(file)
             for record in kept:
                 writer.write(record)

@@ -128,7 +128,8 @@ def remember_images(run_dir: Path, data_sets: dict[str, str], hashes: dict[str, 
     """Write down which images the study is about, beside those of other commands that work in its folder.
 
     Raises:
-        UserError: another command has just begun with other images, or the folder cannot be written.
+        UserError: another command has just begun with other images.
+        OSError: the folder cannot be written.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     with alone_in(run_dir):

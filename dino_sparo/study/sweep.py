@@ -158,7 +158,7 @@ def write(folder: Path, options: SweepOptions, rows: Sequence[dict[str, Any]]) -
     """Write the recipe, `sweep.json` and `sweep.md`, each whole or not at all.
 
     Raises:
-        UserError: they cannot be written.
+        OSError: they cannot be written.
     """
     content = {"data": options.data.path, "variants": options.variants, "vary": options.vary, "rows": rows}
     legend = (
@@ -177,7 +177,7 @@ def write_files(folder: Path, contents: Mapping[str, str | bytes]) -> None:
     """Write files into a folder, made if need be, each whole or not at all, while others may write them too.
 
     Raises:
-        UserError: they cannot be written.
+        OSError: they cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
