@@ -6,13 +6,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dino_sparo.config import parse_options
+from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.evaluation import linear as program
 from dino_sparo.evaluation.classifiers import load_classifier
 from dino_sparo.evaluation.results import read_results
 from dino_sparo.options import LinearOptions
-from dino_sparo.training.pretrain import pretrain
-from tests.tiny import tiny_options, write_pictures
+from tests.tiny import parse_options, tiny_options, write_pictures
 
 CLASSES = ("blue", "green", "red")
 NUM_TRAIN, NUM_VAL, BATCH_SIZE = 22, 7, 8  # two steps an epoch, six images dropped

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.errors import EXIT_USER_ERROR, UserError
 from dino_sparo.parallel import launch
 from dino_sparo.parallel.processes import only_writer
@@ -160,13 +161,13 @@ def test_two_first_starts_in_one_folder(pictures, tmp_path, monkeypatch):
         run = prepare(*given)
         monkeypatch.setattr(program, "prepare", prepare)
         if not (tmp_path / "run").exists():
-            program.pretrain(options)
+            pretrain(options)
         return run
 
     options = tiny_options(pictures, tmp_path / "run")
     monkeypatch.setattr(program, "prepare", while_another_one_trains)
     with pytest.raises(UserError, match="another start has trained there meanwhile; start again"):
-        program.pretrain(options)
+        pretrain(options)
     assert load_latest(tmp_path / "run")["step"] == 9
 
 
@@ -177,7 +178,7 @@ def test_a_disk_that_gets_full_is_told(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(program.RunLog, "scalars", full)
     message = r"metrics.jsonl cannot be written \(No space left on device; \d+ bytes are free\); make room"
     with pytest.raises(UserError, match=message):
-        program.pretrain(tiny_options(pictures, tmp_path / "run"))
+        pretrain(tiny_options(pictures, tmp_path / "run"))
 
 
 def test_data_workers_do_not_outlive_a_killed_process(pictures, tmp_path):
@@ -237,7 +238,7 @@ def test_a_folder_without_locks_can_be_written(tmp_path, monkeypatch, caplog):
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_the_old_one_whole(pictures, tmp_path):
     changes = {"optim__epochs": 2, "log__checkpoint_every_epochs": 1}
-    program.pretrain(tiny_options(pictures, tmp_path, **changes))
+    pretrain(tiny_options(pictures, tmp_path, **changes))
     before = load_latest(tmp_path)
     (tmp_path / "config.yaml").write_text(
         (tmp_path / "config.yaml").read_text().replace("epochs: 2", "epochs: 9")
@@ -257,7 +258,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_the_old_one_whole
 def test_a_small_disk_is_told_before_the_first_step(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(UserError, match=r"run/checkpoints: a checkpoint needs \d+ bytes .* but only 1000"):
-        program.pretrain(tiny_options(pictures, tmp_path / "run"))
+        pretrain(tiny_options(pictures, tmp_path / "run"))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -304,7 +305,7 @@ def in_processes(number: int, folder: str, pictures: str, wrong_step: int, log_e
 
     program.prepare = kept
     try:
-        program.pretrain(tiny_options(Path(pictures), Path(folder, "run"), **changes))
+        pretrain(tiny_options(Path(pictures), Path(folder, "run"), **changes))
         said = ""
     except UserError as error:
         said = str(error)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from dino_sparo.config import parse_options
 from dino_sparo.data import pil_views
 from dino_sparo.data.colour import blur_taps
 from dino_sparo.data.device_views import Photos, ahead, collate_photos, make_crops, numbers_of, to_pixels
@@ -18,14 +17,13 @@ from dino_sparo.evaluation.search import nearest
 from dino_sparo.options import KnnOptions, LinearOptions
 from dino_sparo.parallel.precision import autocast
 from dino_sparo.runs.checkpoint import load_latest
-from dino_sparo.runs.rundir import config_of
 from dino_sparo.runs.runlog import read_metrics
 from dino_sparo.training import pretrain as program
 from dino_sparo.training.pretrain import train_step
 from dino_sparo.training.setup import build_schedules
 from dino_sparo.training.state import build_state
 from tests.pictures import photo, recipes, views_of
-from tests.tiny import state_hash, tiny_options, write_pictures
+from tests.tiny import parse_options, state_hash, tiny_options, write_pictures
 
 pytestmark = [
     pytest.mark.gpu,
@@ -131,7 +129,7 @@ def test_a_step_with_its_views_never_lets_the_host_wait(tmp_path):
         tmp_path / "data", tmp_path / "run", machine__device="cuda", machine__precision="bf16", **HEAD
     )
     device = torch.device("cuda", 0)
-    state = build_state(config_of(options), device)
+    state = build_state(options, device)
     crop_recipes = recipes(16, 8)
     batch, hyper = whole_images(crop_recipes, 8), build_schedules(options, 10).at(15)
     made = ahead(repeat(batch), lambda one: crops_of(one, crop_recipes, device), device)

@@ -8,15 +8,13 @@ import torch
 from safetensors.torch import save_file
 
 from dino_sparo import load_encoder
-from dino_sparo.config import parse_options
+from dino_sparo.cli.pretraining import PretrainOptions
 from dino_sparo.errors import UserError
 from dino_sparo.models import DINOHead, DinoModel, build_encoder
-from dino_sparo.options import PretrainOptions
-from dino_sparo.runs.rundir import config_of
 from dino_sparo.training.setup import start_state
 from dino_sparo.training.state import TrainState, build_state
 from tests.test_official import prefixed
-from tests.tiny import tiny_arguments, tiny_options
+from tests.tiny import parse_options, tiny_arguments, tiny_options
 
 ARCH = {"width": 16, "depth": 3, "num_heads": 2}
 HEAD = {"num_prototypes": 16, "hidden_dim": 8, "bottleneck_dim": 4}
@@ -75,7 +73,7 @@ def started(tmp_path, content, **changes) -> tuple[TrainState, str]:
 
 def started_from(tmp_path, init, **changes) -> tuple[TrainState, str]:
     options = options_of(tmp_path, init, **changes)
-    state = build_state(config_of(options), torch.device("cpu"))
+    state = build_state(options, torch.device("cpu"))
     return state, start_state(state, options)
 
 
@@ -156,7 +154,7 @@ def test_a_readout_that_is_not_whole(tmp_path, name, change, message):
 def test_a_plain_vit_starts_a_sparo_encoder(tmp_path, extra):
     source = plain(1)
     state, said = started(tmp_path, bare(source) | extra)
-    fresh = build_state(config_of(options_of(tmp_path, "x")), torch.device("cpu")).student.state_dict()
+    fresh = build_state(options_of(tmp_path, "x"), torch.device("cpu")).student.state_dict()
     given = source.encoder.backbone.state_dict()
     for model in (state.student, state.teacher):
         for name, value in model.state_dict().items():

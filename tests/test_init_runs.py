@@ -9,17 +9,14 @@ import torch
 
 from dino_sparo import load_encoder
 from dino_sparo.__main__ import main
-from dino_sparo.config import parse_options
+from dino_sparo.cli.pretraining import StudyOptions, planned, pretrain
 from dino_sparo.errors import UserError
-from dino_sparo.options import SweepOptions
 from dino_sparo.runs.checkpoint import load_latest, num_bytes
-from dino_sparo.study.variants import plan_runs
 from dino_sparo.training import setup, state
-from dino_sparo.training.pretrain import pretrain
 from tests.running import command
 from tests.test_init import bare, plain
 from tests.test_resume import pretrain_until
-from tests.tiny import state_hash, tiny_arguments, tiny_options, write_pictures
+from tests.tiny import parse_options, state_hash, tiny_arguments, tiny_options, write_pictures
 
 BACKBONE = "encoder.backbone."
 FROZEN = {"optim__freeze_backbone": "true"}
@@ -97,9 +94,9 @@ def test_a_run_and_an_exported_encoder_start_another_run(run_dir, pictures, tmp_
 def test_a_sweep_varies_starts_and_freezing(pictures, tmp_path):
     arguments = tiny_arguments(pictures, tmp_path / "runs", init=pictures / "vit.pth")
     arguments += ['--vary=["optim.freeze_backbone=true,false"]']
-    variants = plan_runs(parse_options(SweepOptions, arguments, usage=""))
-    assert [one.options.optim.freeze_backbone for one in variants] == [True, False]
-    assert {one.options.init for one in variants} == {str(pictures / "vit.pth")}
+    variants = planned(parse_options(StudyOptions, arguments, usage=""))
+    assert [one.recipe.optim.freeze_backbone for one in variants] == [True, False]
+    assert {one.recipe.init for one in variants} == {str(pictures / "vit.pth")}
 
 
 def test_another_start_is_another_experiment(finished, pictures):

@@ -13,7 +13,6 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
-from dino_sparo.config import parse_options
 from dino_sparo.data import pil_views
 from dino_sparo.data.images import normalize, to_tensor
 from dino_sparo.data.sources import open_labelled
@@ -40,6 +39,7 @@ from tests.probing import (
     write_colours,
     write_data,
 )
+from tests.tiny import parse_options
 
 
 @pytest.fixture(scope="module")

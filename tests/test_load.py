@@ -9,9 +9,9 @@ import torch
 import yaml
 
 from dino_sparo import load_encoder
+from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.errors import UserError
 from dino_sparo.runs.checkpoint import load_latest, save_checkpoint
-from dino_sparo.training.pretrain import pretrain
 from dino_sparo.training.state import build_state
 from tests.tiny import tiny_options
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.data import parquet as reading
 from dino_sparo.data.images import UnreadableImage, load_image
 from dino_sparo.data.parquet import warn_of_random_order
@@ -19,7 +20,6 @@ from dino_sparo.data.sources import open_images, open_labelled, open_val
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.evaluation.transfer import open_test_sets
 from dino_sparo.shard import shard
-from dino_sparo.training.pretrain import pretrain
 from tests.containers import IMAGE, write_parquet
 from tests.shard_files import picture, write
 from tests.tiny import tiny_options

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.parallel import precision
 from dino_sparo.parallel.distributed import Group
 from dino_sparo.parallel.precision import (
@@ -17,7 +18,6 @@ from dino_sparo.parallel.precision import (
     set_numerics,
 )
 from dino_sparo.runs.checkpoint import load_latest
-from dino_sparo.runs.rundir import config_of
 from dino_sparo.runs.runlog import read_metrics
 from dino_sparo.training import pretrain as program
 from dino_sparo.training import setup
@@ -42,7 +42,7 @@ def low_scale(monkeypatch) -> None:
 
 @pytest.fixture
 def state(tmp_path, low_scale) -> TrainState:
-    return build_state(config_of(tiny_options(tmp_path, tmp_path / "run", **HEAD)), CPU, loss_scaling=True)
+    return build_state(tiny_options(tmp_path, tmp_path / "run", **HEAD), CPU, loss_scaling=True)
 
 
 def step(state: TrainState, crops: torch.Tensor | None = None) -> program.StepOutput:
@@ -161,7 +161,7 @@ def test_fp16_run_is_near_fp32_and_goes_on_bit_for_bit(tmp_path, monkeypatch, lo
     write_pictures(tmp_path / "data", 8)
     losses = {}
     for name in ("fp32", "fp16"):
-        program.pretrain(tiny_options(tmp_path / "data", tmp_path / name, machine__precision=name, **HEAD))
+        pretrain(tiny_options(tmp_path / "data", tmp_path / name, machine__precision=name, **HEAD))
         losses[name] = [entry["loss"] for entry in read_metrics(tmp_path / name)]
     assert losses["fp16"] != losses["fp32"]
     assert losses["fp16"] == pytest.approx(losses["fp32"], rel=0.02)
@@ -177,7 +177,7 @@ def test_fp16_run_is_near_fp32_and_goes_on_bit_for_bit(tmp_path, monkeypatch, lo
         )
         for name in ("whole", "broken")
     }
-    program.pretrain(options["whole"])
+    pretrain(options["whole"])
     original, calls = program.train_step, []
 
     def breaking(*args, **kwargs):
@@ -189,8 +189,8 @@ def test_fp16_run_is_near_fp32_and_goes_on_bit_for_bit(tmp_path, monkeypatch, lo
     with monkeypatch.context() as patch:
         patch.setattr(program, "train_step", breaking)
         with pytest.raises(KeyboardInterrupt):
-            program.pretrain(options["broken"])
-    program.pretrain(options["broken"])
+            pretrain(options["broken"])
+    pretrain(options["broken"])
     whole, broken = (load_latest(tmp_path / name) for name in ("whole", "broken"))
     assert whole["loss_scale"]["scale"].item() == 2 * LOW_SCALE
     assert state_hash(whole) == state_hash(broken)
@@ -239,7 +239,7 @@ def test_activation_checkpointing_goes_with_mixed_precision_on_a_cpu(tmp_path, p
     write_pictures(tmp_path / "data", 8)
     changes = {"machine__precision": precision, "optim__epochs": 1, "optim__warmup_epochs": 0}
     changes |= {"machine__activation_checkpointing": "true"}
-    program.pretrain(tiny_options(tmp_path / "data", tmp_path / "run", **changes))
+    pretrain(tiny_options(tmp_path / "data", tmp_path / "run", **changes))
 
 
 def test_numerics_follow_the_options():
@@ -258,13 +258,13 @@ def test_activation_checkpointing_changes_memory_and_nothing_else(tmp_path):
     hashes = []
     for name in ("false", "true"):
         options = tiny_options(tmp_path / "data", tmp_path / name, machine__activation_checkpointing=name)
-        program.pretrain(options)
+        pretrain(options)
         hashes.append(state_hash(load_latest(tmp_path / name)))
     assert hashes[0] == hashes[1]
 
 
 def test_activation_checkpointing_keeps_less_for_backward(tmp_path):
-    config = config_of(tiny_options(tmp_path, tmp_path / "run", model__arch__depth=9))
+    config = tiny_options(tmp_path, tmp_path / "run", model__arch__depth=9)
     saved = []
     for checkpointing in (False, True):
         student = build_state(config, CPU, activation_checkpointing=checkpointing).student

@@ -7,10 +7,10 @@ from torch import nn
 
 from dino_sparo import load_encoder
 from dino_sparo.__main__ import main
+from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.models import Sparo, build_encoder
 from dino_sparo.models.cost import count_parameters, encoder_cost
 from dino_sparo.models.readouts import AttentionalPooler, MultiHeadSlots, ProjectedSlots
-from dino_sparo.training.pretrain import pretrain
 from tests.tiny import tiny_options, write_pictures
 
 D, L, V, H, A = 24, 6, 8, 5, 4

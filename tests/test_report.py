@@ -197,7 +197,7 @@ def test_report_of_a_run_without_analyses(run_dir, capsys):
 
 @pytest.mark.long
 def test_report_makes_what_is_missing(tmp_path):
-    from dino_sparo.training.pretrain import pretrain
+    from dino_sparo.cli.pretraining import pretrain
 
     write_pictures(tmp_path / "data", 60, classes=2)
     pretrain(tiny_options(tmp_path / "data", tmp_path / "run", optim__epochs=2))

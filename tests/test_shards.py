@@ -13,6 +13,7 @@ import torch
 
 from dino_sparo.__main__ import main
 from dino_sparo.check import program as check
+from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.data import shard_headers as headers
 from dino_sparo.data import shards
 from dino_sparo.data.loader import BatchOrder, CropsDataset, crop_batches
@@ -25,7 +26,6 @@ from dino_sparo.evaluation.features import extract_features
 from dino_sparo.evaluation.knn import knn_classify
 from dino_sparo.runs.checkpoint import load_latest
 from dino_sparo.shard import shard
-from dino_sparo.training.pretrain import pretrain
 from tests.shard_files import picture, shards_of, write, write_folder, write_tar
 from tests.test_features import small_encoder
 from tests.test_loader import VIEWS

@@ -15,7 +15,7 @@ ROOMS = (
     *("errors", "files", "terminal", "parallel", "recipe", "models", "data", "runs", "interop", "evaluation"),
     *("slots", "training", "export", "prepare", "shard", "check", "bench", "study", "demo", "cli"),
 )
-ROOM_OF = {**dict.fromkeys(("options", "config", "checks"), "recipe"), "__main__": "cli"}
+ROOM_OF = {"options": "recipe", "__main__": "cli"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 NAMES = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in MODULES}
 
@@ -82,7 +82,7 @@ def test_what_is_imported_is_a_dependency():
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
     extras = [line for lines in project["optional-dependencies"].values() for line in lines]
     declared = {re.split(r"[\[><=]", line)[0] for line in [*project["dependencies"], *extras]}
-    named = {"PIL": "pillow", "faiss": "faiss-cpu", "yaml": "pyyaml"}
+    named = {"PIL": "pillow", "docstring_parser": "docstring-parser", "faiss": "faiss-cpu", "yaml": "pyyaml"}
     imported = {name.partition(".")[0] for path in MODULES for name in imports(path)}
     foreign = imported - set(sys.stdlib_module_names) - {"dino_sparo"}
     assert foreign and {named.get(name, name) for name in foreign} <= declared

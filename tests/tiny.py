@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dino_sparo.config import parse_options
-from dino_sparo.options import PretrainOptions
+from dino_sparo.cli.parsing import given_values, options_of
+from dino_sparo.cli.pretraining import PretrainOptions
 
 TINY = {
     "views.global_size": "16",
@@ -50,6 +50,11 @@ def tiny_arguments(data: Path, run_dir: Path, **changes: Any) -> list[str]:
     given = {key.replace("__", "."): str(value) for key, value in changes.items()}
     options = TINY | {"data.path": str(data), "run_dir": str(run_dir)} | given
     return ["--config", "demo", *(f"--{key}={value}" for key, value in options.items())]
+
+
+def parse_options(options_class: type, arguments: list[str], *, usage: str = "") -> Any:
+    """The options of a command, as its program parses them."""
+    return options_of(options_class, given_values(arguments, options_class, usage=usage))
 
 
 def tiny_options(data: Path, run_dir: Path, **changes: Any) -> PretrainOptions:

@@ -23,17 +23,24 @@ from dino_sparo.bench.plain import (
 )
 from dino_sparo.data.device_views import Photos, ahead
 from dino_sparo.data.images import UnreadableImage, normalize
-from dino_sparo.data.loader import BatchOrder, Crops, PhotoBatch, collate_crops, crop_batches, crops_of
+from dino_sparo.data.loader import (
+    BatchOrder,
+    Crops,
+    PhotoBatch,
+    choose_executor,
+    collate_crops,
+    crop_batches,
+    crops_of,
+)
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.views import NUM_GLOBAL_CROPS, CropRecipe, crop_recipes
 from dino_sparo.models.cost import bytes_saved_for_backward
-from dino_sparo.options import PretrainOptions
 from dino_sparo.parallel.device import wait_for
 from dino_sparo.parallel.precision import autocast, plain_attention
-from dino_sparo.runs.rundir import config_of
+from dino_sparo.recipe.sections import Recipe
 from dino_sparo.training.pretrain import train_step
 from dino_sparo.training.schedules import Hyperparameters
-from dino_sparo.training.setup import build_schedules, dataset_of, executor_of
+from dino_sparo.training.setup import build_schedules, dataset_of
 from dino_sparo.training.state import TrainState, build_state
 
 VIEWED_IMAGES = 16  # whose views fill the batch of a step, repeated
@@ -45,7 +52,7 @@ STEPS_PER_EPOCH = 100
 class Bench:
     """A recipe's training as it is measured here."""
 
-    options: PretrainOptions
+    options: Recipe
     source: ImageSource
     device: torch.device
     precision: str
@@ -73,7 +80,7 @@ class Bench:
     @property
     def hyper(self) -> Hyperparameters:
         """Of the middle of the run, when nothing is frozen."""
-        return build_schedules(self.options, STEPS_PER_EPOCH).at(
+        return build_schedules(self.options.optim, self.options.loss, STEPS_PER_EPOCH).at(
             STEPS_PER_EPOCH * self.options.optim.epochs // 2
         )
 
@@ -87,7 +94,7 @@ class Bench:
         """A run that has not begun."""
         checkpointing = self.options.machine.activation_checkpointing
         return build_state(
-            config_of(self.options),
+            self.options,
             device,
             loss_scaling=self.precision == "fp16",
             activation_checkpointing=checkpointing,
@@ -109,7 +116,11 @@ def plain_step_of(bench: Bench, state: PlainState, groups: list[Tensor]) -> None
 def our_batches(bench: Bench) -> Iterator[list[Tensor]]:
     """Groups of normalised crops on the device, as training makes them."""
     options = bench.options
-    dataset = dataset_of(options, bench.source, executor_of(options, bench.device))
+    dataset = dataset_of(
+        options,
+        bench.source,
+        choose_executor(options.machine.views, bench.device, max_side=options.data.max_side),
+    )
     loader = crop_batches(
         dataset,
         BatchOrder(

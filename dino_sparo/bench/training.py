@@ -44,14 +44,15 @@ from dino_sparo.bench.stages import (
     warm_up,
 )
 from dino_sparo.check.measure import count_flops, measured_peak
-from dino_sparo.config import parse_options
 from dino_sparo.data.loader import crops_of
 from dino_sparo.data.sources import ImageSource, open_images
 from dino_sparo.data.workers import default_workers
 from dino_sparo.errors import UserError
-from dino_sparo.options import BenchOptions, PretrainOptions
+from dino_sparo.options import BenchOptions
 from dino_sparo.parallel.device import choose_device
 from dino_sparo.parallel.precision import choose_precision, plain_attention, set_numerics
+from dino_sparo.recipe.files import named_recipe
+from dino_sparo.recipe.sections import Recipe
 from dino_sparo.training.state import TrainState
 
 log = logging.getLogger("dino_sparo")
@@ -83,13 +84,11 @@ def bench_training(options: BenchOptions) -> None:
         print(json.dumps(result))
 
 
-def read_recipe(options: BenchOptions) -> PretrainOptions:
+def read_recipe(options: BenchOptions) -> Recipe:
     """The recipe, with what the benchmark's options say of the machine."""
     given = {"device": options.device, "precision": options.precision, "num_workers": options.num_workers}
-    arguments = ["--config", options.config, "--data.path", "x", "--run_dir", "x"]
-    arguments += [f"--machine.{key}={value}" for key, value in given.items() if value not in (None, "auto")]
-    recipe: PretrainOptions = parse_options(PretrainOptions, arguments, usage="")
-    return recipe
+    over = {f"machine.{key}": value for key, value in given.items() if value not in (None, "auto")}
+    return named_recipe(options.config, {"data.path": "x"} | over)
 
 
 def image_files(options: BenchOptions, folder: Path) -> ImageSource:
@@ -108,7 +107,7 @@ def image_files(options: BenchOptions, folder: Path) -> ImageSource:
     return source
 
 
-def prepare_bench(options: BenchOptions, recipe: PretrainOptions, source: ImageSource) -> Bench:
+def prepare_bench(options: BenchOptions, recipe: Recipe, source: ImageSource) -> Bench:
     """What is measured, on the device and in the numbers that the recipe asks for."""
     machine = recipe.machine
     device = choose_device(machine.device)

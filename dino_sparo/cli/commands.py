@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from dino_sparo import options as opt
+from dino_sparo.cli import pretraining
 
 
 @dataclass(frozen=True)
@@ -28,30 +29,32 @@ class Command:
 
 COMMANDS = {
     "pretrain": Command(
-        opt.PretrainOptions,
-        "dino_sparo.training.pretrain:pretrain",
+        pretraining.PretrainOptions,
+        "dino_sparo.cli.pretraining:pretrain",
         "dino-sparo pretrain --config RECIPE --data.path DIR --run_dir DIR [--nproc N] [--dry-run] "
         "[--key VALUE ...]",
-        "pretrain an encoder, or go on with an existing run",
+        "pretrain an encoder, or resume a run",
         (
             "pretrain --config imagenet_vits16_sparo --data.path /data/imagenet --run_dir runs/sparo "
             "--nproc 8",
             "pretrain --config photos_sparo --data.path photos --run_dir runs/photos --dry-run  # the "
             "plan only",
-            "pretrain --run_dir runs/photos  # go on with it",
+            "pretrain --run_dir runs/photos  # resume it",
         ),
-        plan="dino_sparo.check.plan:plan",
+        plan="dino_sparo.cli.pretraining:plan",
     ),
     "check": Command(
-        opt.CheckOptions,
-        "dino_sparo.check.program:check",
-        "dino-sparo check --config RECIPE --data.path DIR [--nproc N] [--json] [--key VALUE ...]",
-        "before a run: scan the data, measure speed and memory, tell hours and disk",
+        pretraining.CheckOptions,
+        "dino_sparo.cli.pretraining:check",
+        "dino-sparo check --config RECIPE --data.path DIR [--nproc N] [--measure] [--scan] [--json] "
+        "[--key VALUE ...]",
+        "before a run: the plan, and if asked for its speed and memory, and a look at every file",
         (
             "check --config imagenet_vits16_sparo --data.path /data/imagenet --nproc 8",
-            "check --config photos_sparo --data.path photos --scan false  # speed and memory, without "
-            "reading every file",
+            "check --config photos_sparo --data.path photos --measure --scan  # speed and memory, and "
+            "every file",
         ),
+        plan="dino_sparo.cli.pretraining:check",
     ),
     "prepare": Command(
         opt.PrepareOptions,
@@ -108,8 +111,8 @@ COMMANDS = {
         ),
     ),
     "demo": Command(
-        opt.PretrainOptions,
-        "dino_sparo.demo:demo",
+        pretraining.PretrainOptions,
+        "dino_sparo.cli.pretraining:demo",
         "dino-sparo demo [--data.path DIR] [--key VALUE ...]",
         "five minutes on a laptop: train, watch k-NN rise, look at slots",
         ("demo", "demo --data.path photos"),
@@ -123,22 +126,22 @@ COMMANDS = {
         ("bench --config imagenet_vits16_sparo --data.path /data/imagenet --compare", "bench --what readout"),
     ),
     "sweep": Command(
-        opt.SweepOptions,
-        "dino_sparo.study.sweep:run",
+        pretraining.StudyOptions,
+        "dino_sparo.cli.pretraining:sweep",
         "dino-sparo sweep --config RECIPE --data.path DIR --run_dir DIR [--variants readouts] "
         "[--vary KEY=VALUE,VALUE ...] [--dry-run] [--key VALUE ...]",
-        "pretrain variants of a recipe and fill one table, such as the paper's Table 6",
+        "the former name of study --evaluate false: variants of a recipe in one table of sizes and k-NN",
         (
             "sweep --config photos_sparo --variants readouts --vary seed=0,1 --data.path photos "
             "--run_dir runs/readouts",
             "sweep --config photos_sparo --vary model.readout.num_slots=4,8,16 --data.path photos "
             "--run_dir runs/slots",
         ),
-        plan="dino_sparo.study.program:plan_sweep",
+        plan="dino_sparo.cli.pretraining:plan_sweep",
     ),
     "study": Command(
-        opt.StudyOptions,
-        "dino_sparo.study.program:run",
+        pretraining.StudyOptions,
+        "dino_sparo.cli.pretraining:study",
         "dino-sparo study --config RECIPE --data.path DIR --run_dir DIR --variants readouts "
         "--vary seed=0,1,2 [--transfer NAME=DIR ...] [--dry-run] [--key VALUE ...]",
         "pretrain variants over seeds, evaluate all of them alike, write one page of tables and curves",
@@ -146,7 +149,7 @@ COMMANDS = {
             "study --config photos_sparo --variants readouts --only cls sparo --vary seed=0,1,2 "
             "--data.path photos --run_dir runs/study",
         ),
-        plan="dino_sparo.study.program:plan_sweep",
+        plan="dino_sparo.cli.pretraining:plan_study",
     ),
     "slots maps": Command(
         opt.SlotMapsOptions,
@@ -209,10 +212,10 @@ GROUPS = {
     "measure": ("check", "bench"),
 }
 DISTRIBUTED = ("pretrain", "knn", "linear")  # these run in several processes; check tells what such would do
-# What the first argument without a name stands for.
+# The option that arguments without a name stand for.
 POSITIONAL = {
-    **dict.fromkeys(("knn", "linear", "export"), "--run"),
-    **dict.fromkeys(("prepare", "shard"), "--source"),
-    **dict.fromkeys([name for name in COMMANDS if name.startswith("slots ")], "--run"),
+    **dict.fromkeys(("knn", "linear", "export"), "run"),
+    **dict.fromkeys(("prepare", "shard"), "source"),
+    **dict.fromkeys([name for name in COMMANDS if name.startswith("slots ")], "run"),
+    "compare": "runs",
 }
-POSITIONALS = {"compare": "--runs"}  # what all arguments without a name stand for

@@ -8,9 +8,10 @@ from typing import Any
 
 import yaml
 
-from dino_sparo.config import flattened
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.evaluation.results import Result, read_results, results_folder
+from dino_sparo.recipe.files import stored_recipe
+from dino_sparo.recipe.typed import flattened
 
 CONFIG_FILE = "config.yaml"
 NOT_RECIPE = ("seed", "run_dir", "nproc", "machine", "log", "monitor", "data.path", "data.on_bad_image")
@@ -85,7 +86,8 @@ def read_run(given: str) -> Run:
         config = None
     if not isinstance(config, dict):
         raise UserError(f"{path} is damaged; restore the recipe of this run, or remove it to compare without")
-    return Run(folder, flattened(config, without=NOT_RECIPE), config.get("seed"), headline)
+    recipe = stored_recipe(config, str(path))
+    return Run(folder, flattened(recipe.as_dict(), without=NOT_RECIPE), recipe.seed, headline)
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:

@@ -13,10 +13,10 @@ from dino_sparo.interop.export import CONFIG_FILE, OUR_KEY, WEIGHTS_FILE, read_e
 from dino_sparo.interop.official import MODELS, read_official
 from dino_sparo.interop.stored import StoredEncoder
 from dino_sparo.models import Encoder
+from dino_sparo.recipe.files import stored_recipe
 from dino_sparo.runs.checkpoint import (
     check_format,
     check_hash,
-    encoder_arguments,
     load_latest,
     warn_of_missing_hash,
 )
@@ -161,10 +161,11 @@ def is_checkpoint(content: Any) -> bool:
 def _of_checkpoint(state: dict[str, Any], path: Path, which: str) -> StoredEncoder:
     prefix = "encoder."
     try:
+        recipe = stored_recipe(state["config"], f"{path}: recipe")
         return StoredEncoder(
             path=path,
-            arguments=encoder_arguments(state["config"]),
-            seed=state["config"]["seed"],
+            arguments=recipe.encoder_arguments(),
+            seed=recipe.seed,
             which=which,
             weights={k.removeprefix(prefix): v for k, v in state[which].items() if k.startswith(prefix)},
             beside={k: v for k, v in state[which].items() if not k.startswith(prefix)},

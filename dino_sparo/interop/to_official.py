@@ -28,7 +28,7 @@ from dino_sparo.interop.official import HEAD_DIM, MODELS, NUM_HEADS
 from dino_sparo.interop.stored import StoredEncoder, architecture
 from dino_sparo.interop.timm_config import is_plain_sparo
 from dino_sparo.models.head import OLD_NAMES
-from dino_sparo.runs.checkpoint import encoder_arguments
+from dino_sparo.recipe.files import stored_recipe
 
 SUFFIX = ".pth"
 OFFICIAL_NAMES = {f"head.{new}": f"head.{old}" for old, new in OLD_NAMES.items()}
@@ -83,13 +83,15 @@ def full_content(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
     Raises:
         UserError: the official style has no place for the read-out.
     """
-    check_has_form(encoder_arguments(state["config"]), path)
-    steps_per_epoch = state["images"]["num_images"] // state["config"]["optim"]["global_batch_size"]
+    recipe = stored_recipe(state["config"], str(path))
+    arguments = recipe.encoder_arguments()
+    check_has_form(arguments, path)
+    steps_per_epoch = state["images"]["num_images"] // recipe.optim.global_batch_size
     return {
         "student": {f"module.{name}": value for name, value in _official_names(state["student"]).items()},
         "teacher": _official_names(state["teacher"]),
         "epoch": state["step"] // steps_per_epoch,
-        NUM_HEADS: architecture(encoder_arguments(state["config"])["arch"])["num_heads"],
+        NUM_HEADS: architecture(arguments["arch"])["num_heads"],
     }
 
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dino_sparo.recipe.typed import Count, Seed
+
 
 @dataclass
 class LabelledDataOptions:
@@ -46,7 +48,7 @@ class KnnOptions:
     """Of the features on disk."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto takes CUDA where there is a GPU, else the CPU."""
-    num_workers: int | None = None
+    num_workers: Count | None = None
     """Processes that load images, for each process; null takes one a core, at most 16 in all."""
     batch_size: int = 64
     """Images a forward pass."""
@@ -93,7 +95,7 @@ class LinearOptions:
     """Evaluate the same encoder with fresh random weights instead, as a baseline."""
     arch: Literal["vit_tiny", "vit_small", "vit_base"] | None = None
     """Architecture that the weights must have; null tells it from the file."""
-    seed: int = 0
+    seed: Seed = 0
     """Of initial weights, order, crops and the chosen fraction."""
     out: str | None = None
     """Folder for results.json, and for log, checkpoints and classifiers in `linear` below it; null takes the
@@ -110,7 +112,7 @@ class LinearOptions:
     views: Literal["auto", "pil", "tensor", "device"] = "auto"
     """Who makes the training crops: workers by PIL, or the device, for which workers only decode. auto takes
     the device on a GPU, else PIL; tensor is read as pil."""
-    num_workers: int | None = None
+    num_workers: Count | None = None
     """Processes that load images, for each process; null takes one a core, at most 16 in all."""
     nproc: int = 1
     """Processes to start on this machine, one a GPU; under torchrun leave it out."""

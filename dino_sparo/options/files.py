@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from dino_sparo.recipe.typed import Count
+
 
 @dataclass
 class PrepareOptions:
@@ -28,7 +30,7 @@ class ShardOptions:
     short_side: int | None = None
     """Reduce images to this short side in pixels if theirs is longer, as JPEG files of quality 95; null
     copies all files as they are."""
-    num_workers: int | None = None
+    num_workers: Count | None = None
     """Processes that read and write, each one shard at a time; null takes one a core."""
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dino_sparo.options.slots import ImagesOptions
+from dino_sparo.recipe.typed import Count
 
 
 @dataclass
@@ -38,7 +39,7 @@ class BenchOptions:
     often the host waits."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """As machine.precision; auto takes the recipe's."""
-    num_workers: int | None = None
+    num_workers: Count | None = None
     """As machine.num_workers; null takes the recipe's."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto takes CUDA where there is a GPU, else the CPU."""

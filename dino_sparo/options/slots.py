@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dino_sparo.options.evaluating import LabelledDataOptions
+from dino_sparo.recipe.typed import Count, Seed
 
 
 @dataclass
@@ -26,7 +27,7 @@ class SlotsOptions:
     """Folder for what is written; null takes `slots` in the run folder, or beside a weights file."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto takes CUDA where there is a GPU, else the CPU."""
-    num_workers: int | None = None
+    num_workers: Count | None = None
     """Processes that load images; null takes one a core, at most 16."""
     batch_size: int = 64
     """Images a forward pass."""
@@ -48,9 +49,9 @@ class SlotMapsOptions(SlotsOptions):
 
     data: ImagesOptions
     """The images."""
-    slots: list[int] | None = None
+    slots: list[Count] | None = None
     """Numbers of slots, from 0; null takes eight that look at different places."""
-    images: list[int] | None = None
+    images: list[Count] | None = None
     """Numbers of images, from 0; null takes `num_images` spread evenly."""
     num_images: int = 6
     """Images to draw if none are named."""
@@ -65,7 +66,7 @@ class SlotGalleryOptions(CachedSlotsOptions):
 
     data: ImagesOptions
     """The images."""
-    slots: list[int] | None = None
+    slots: list[Count] | None = None
     """Numbers of slots, from 0; null takes all."""
     num_images: int = 6
     """Images that respond most, for each slot."""
@@ -85,7 +86,7 @@ class SlotRankOptions(CachedSlotsOptions):
     """Neighbours of the k-NN."""
     select_fraction: float = 0.2
     """Share of the train images on which slots are scored and chosen."""
-    seed: int = 0
+    seed: Seed = 0
     """Of that share and of the linear probes."""
 
 
@@ -105,7 +106,7 @@ class SlotMaskOptions(CachedSlotsOptions):
     """Learning rate of the mask."""
     learning_batch_size: int = 1024
     """Images a step of learning."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the order of images."""
 
 

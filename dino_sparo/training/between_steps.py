@@ -42,7 +42,7 @@ def evaluation_is_missing(run: Run) -> bool:
     """Whether an evaluation belongs to the step that the run goes on from, but is not in the log."""
     epoch, rest = divmod(run.first_step, run.order.steps_per_epoch)
     at_end = run.first_step == run.total_steps
-    if run.knn_monitor is None or rest or not (at_end or is_due(epoch, run.options.monitor.knn_every_epochs)):
+    if run.knn_monitor is None or rest or not (at_end or is_due(epoch, run.recipe.monitor.knn_every_epochs)):
         return False
     logged = read_metrics(run.run_dir) if run.first_step and rank() == 0 else []
     found = any(entry["step"] == run.first_step and "knn20_top1" in entry for entry in logged)
@@ -85,12 +85,12 @@ def log_step(
         "weight_decay": hyper.weight_decay,
         "momentum": hyper.momentum,
         "teacher_temp": hyper.teacher_temp,
-        "student_temp": run.options.loss.student_temp,
+        "student_temp": run.recipe.loss.student_temp,
         "memory_gib": peak_memory_gib(run.device),
     }
     run.bad_images.share()
     metrics |= {**schedules, "bad_images": len(run.bad_images)}
-    run_log.scalars(done, metrics, batch_size=run.options.optim.global_batch_size)
+    run_log.scalars(done, metrics, batch_size=run.recipe.optim.global_batch_size)
     alarm = run.alarm.check(done, metrics["entropy_teacher"], metrics["entropy_mean"])
     if alarm:
         run_log.alarm(done, alarm)
@@ -141,7 +141,9 @@ def save(run: Run, saver: Saver, done: int) -> None:
         hyper = run.schedules.at(done - 1)
         set_hyperparameters(state.optimizer, lr=hyper.lr, weight_decay=hyper.weight_decay)
     if rank() == 0:
-        saver.save({"step": done, "config": run.config, "images": run.images, **capture_state(state)}, done)
+        saver.save(
+            {"step": done, "config": run.recipe.as_dict(), "images": run.images, **capture_state(state)}, done
+        )
 
 
 def finish_saving(saver: Saver) -> None:

@@ -15,12 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dino_sparo.checks import smaller_batch
 from dino_sparo.data.device_views import ahead
 from dino_sparo.data.images import UnreadableImage, normalize
 from dino_sparo.data.loader import Crops, PhotoBatch, crops_of, crops_picture
 from dino_sparo.errors import UserError
-from dino_sparo.options import PretrainOptions
 from dino_sparo.parallel.device import choose_device, wait_for
 from dino_sparo.parallel.distributed import (
     Agreement,
@@ -34,6 +32,7 @@ from dino_sparo.parallel.distributed import (
     world_size,
 )
 from dino_sparo.parallel.precision import autocast, plain_attention
+from dino_sparo.recipe.sections import Recipe, smaller_batch
 from dino_sparo.runs.checkpoint import check_room, set_damaged_aside
 from dino_sparo.runs.rundir import CONFIG_FILE, check_untouched, hold, start_run_dir
 from dino_sparo.runs.runlog import RunLog
@@ -116,30 +115,29 @@ def train_step(
     return StepOutput(loss_of_step, crop_groups[0][0], center, gradient_norms)
 
 
-def pretrain(options: PretrainOptions) -> None:
+def pretrain(recipe: Recipe, run_dir: Path, *, resume_unverified: bool = False) -> None:
     """`dino-sparo pretrain`: start a run, or go on where it stopped; in every process that torchrun started.
 
     Raises:
         UserError: for a mistake in options or data; nothing has been written then.
         StoppedError: a signal has told the run to stop; it is saved.
     """
-    device = choose_device(options.machine.device, local_rank())
+    device = choose_device(recipe.machine.device, local_rank())
     with StopSignals() as signals, process_group(device) as group, ExitStack() as held:
         signals.listen()  # not before: a process that waits for the others to join could not act on it
-        run_dir = Path(options.run_dir)
         is_run = (run_dir / CONFIG_FILE).exists()
         if rank() == 0 and is_run:  # before another start could change what is read
             held.enter_context(hold(run_dir))
-        run = prepare(options, device)
+        run = prepare(recipe, run_dir, device, unverified=resume_unverified)
         if run.first_step == run.total_steps and not evaluation_is_missing(run):
-            log.info("%s is complete: all %d epochs are done", run.run_dir, options.optim.epochs)
+            log.info("%s is complete: all %d epochs are done", run.run_dir, recipe.optim.epochs)
             return
         if rank() == 0:
             if not is_run:
                 held.enter_context(hold(run_dir))
                 check_untouched(run_dir)
             check_room(run.run_dir, checkpoint_bytes(run.state))
-            start_run_dir(run.run_dir, run.config, machine_of(run))
+            start_run_dir(run.run_dir, recipe, machine_of(run))
             set_damaged_aside(run.run_dir, run.first_step)
         batches = training_batches(run)
         try:
@@ -169,14 +167,14 @@ def train(run: Run, batches: Iterator[Batch], signals: StopSignals, group: Group
     Raises:
         StoppedError: at a step before the end, on a signal to any process.
     """
-    options, state, done = run.options, run.state, run.first_step
+    recipe, state, done = run.recipe, run.state, run.first_step
     signals.interruptible = False
     steps_per_epoch = run.order.steps_per_epoch
     log.info(describe(run))
     if run.device.type == "cuda" and world_size() == 1 < torch.cuda.device_count():
         log.info("this machine has %d GPUs; --nproc uses more than one", torch.cuda.device_count())
     last_save = time.monotonic()
-    keep_every_steps = options.log.keep_every_epochs * steps_per_epoch
+    keep_every_steps = recipe.log.keep_every_epochs * steps_per_epoch
     to_stop, bad_steps = Agreement(), BadSteps()
     with (
         Saver(run.run_dir, keep_every_steps, saved=done) as saver,
@@ -198,11 +196,11 @@ def train(run: Run, batches: Iterator[Batch], signals: StopSignals, group: Group
                 save(run, saver, done)
                 stop(run, saver, done, signals.received)
             hyper = run.schedules.at(done)
-            torch.manual_seed(step_seed(options.seed, done, rank()))  # for stochastic depth
+            torch.manual_seed(step_seed(recipe.seed, done, rank()))  # for stochastic depth
             done += 1
             group.at = f"step {done}"
             at_end = done == run.total_steps
-            log_now = at_end or done % options.log.log_every_steps == 0
+            log_now = at_end or done % recipe.log.log_every_steps == 0
             statistics = TeacherStatistics() if log_now else None
             with plain_attention(run.precision, run.device):
                 output = train_step(
@@ -210,7 +208,7 @@ def train(run: Run, batches: Iterator[Batch], signals: StopSignals, group: Group
                     micro_batches,
                     run.order.accumulation,
                     hyper,
-                    clip_norm=options.optim.clip_norm,
+                    clip_norm=recipe.optim.clip_norm,
                     autocast=autocast(run.precision, run.device),
                     statistics=statistics,
                 )
@@ -220,8 +218,8 @@ def train(run: Run, batches: Iterator[Batch], signals: StopSignals, group: Group
             save_now = at_end or (
                 rest == 0
                 and (
-                    is_due(epoch, options.log.checkpoint_every_epochs)
-                    or is_due(epoch, options.log.keep_every_epochs)
+                    is_due(epoch, recipe.log.checkpoint_every_epochs)
+                    or is_due(epoch, recipe.log.keep_every_epochs)
                 )
             )
             bad_steps.add(done, state.bad_steps)
@@ -232,13 +230,13 @@ def train(run: Run, batches: Iterator[Batch], signals: StopSignals, group: Group
                 with run_log.logging():
                     log_step(run, run_log, done, hyper, output, statistics)
                 minutes = (time.monotonic() - last_save) / 60
-                save_now |= first_rank_decides(0 < options.log.checkpoint_every_minutes <= minutes)
+                save_now |= first_rank_decides(0 < recipe.log.checkpoint_every_minutes <= minutes)
             if save_now:
                 run_log.flush()
                 with run_log.not_training():
                     save(run, saver, done)
                 last_save = time.monotonic()
-            if rest == 0 and (at_end or is_due(epoch, options.monitor.knn_every_epochs)):
+            if rest == 0 and (at_end or is_due(epoch, recipe.monitor.knn_every_epochs)):
                 evaluate(run, run_log, done)
 
 

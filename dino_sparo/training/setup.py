@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dino_sparo.checks import split_batch
 from dino_sparo.data.decode import size_of
 from dino_sparo.data.loader import BatchOrder, CropsDataset, Executor, choose_executor, crop_batches
 from dino_sparo.data.parquet import warn_of_random_order
@@ -20,7 +19,6 @@ from dino_sparo.data.workers import WatchedLoader, check_shared_memory, default_
 from dino_sparo.errors import UserError
 from dino_sparo.interop.start import read_networks, start_networks
 from dino_sparo.models.cost import describe_cost, encoder_cost
-from dino_sparo.options import PretrainOptions
 from dino_sparo.parallel.distributed import (
     first_rank_first,
     gather_objects,
@@ -30,8 +28,15 @@ from dino_sparo.parallel.distributed import (
     world_size,
 )
 from dino_sparo.parallel.precision import choose_precision, set_numerics
-from dino_sparo.runs.checkpoint import encoder_arguments, load_latest
-from dino_sparo.runs.rundir import check_same_experiment, check_same_images, config_of, read_starts
+from dino_sparo.recipe.sections import (
+    LossOptions,
+    OptimOptions,
+    Recipe,
+    ViewOptions,
+    split_batch,
+)
+from dino_sparo.runs.checkpoint import load_latest
+from dino_sparo.runs.rundir import check_same_experiment, check_same_images, read_starts
 from dino_sparo.training.bad_images import BadImages
 from dino_sparo.training.monitor import CollapseAlarm, KnnMonitor, open_knn_monitor
 from dino_sparo.training.schedules import Schedules, cosine_schedule, teacher_temp_schedule
@@ -46,8 +51,7 @@ SIZED_IMAGES = 32  # whose sizes stand for all
 class Run:
     """A prepared run: everything that stays the same while it trains, and the state that learns."""
 
-    options: PretrainOptions
-    config: dict[str, Any]
+    recipe: Recipe
     run_dir: Path
     source: ImageSource
     images: dict[str, Any]
@@ -67,48 +71,49 @@ class Run:
     bad_images: BadImages
 
 
-def prepare(options: PretrainOptions, device: torch.device) -> Run:
+def prepare(recipe: Recipe, run_dir: Path, device: torch.device, *, unverified: bool = False) -> Run:
     """Check, open and build everything, and restore the newest checkpoint; nothing is written.
 
     Raises:
         UserError: for a mistake in options or data.
     """
-    machine, optim, run_dir = options.machine, options.optim, Path(options.run_dir)
+    machine, optim = recipe.machine, recipe.optim
     set_numerics(tf32=machine.tf32, deterministic=machine.deterministic)
     num_workers = default_workers(local_world_size()) if machine.num_workers is None else machine.num_workers
     batch_size, accumulation = split_batch(optim.global_batch_size, machine.batch_size_per_gpu, world_size())
-    config = config_of(options)
-    check_same_experiment(run_dir, config)
-    source, knn_monitor = first_rank_first(lambda: open_data(options, num_workers))
-    executor = executor_of(options, device)
-    image_bytes = bytes_of_image(options, source, executor)
-    check_shared_memory(prefetched_bytes(options, num_workers, batch_size, local_world_size(), image_bytes))
+    check_same_experiment(run_dir, recipe)
+    source, knn_monitor = first_rank_first(lambda: open_data(recipe, num_workers))
+    executor = choose_executor(machine.views, device, max_side=recipe.data.max_side)
+    image_bytes = bytes_of_image(recipe.views, recipe.data.max_side, source, executor)
+    check_shared_memory(
+        local_world_size() * num_workers * machine.prefetch_batches * batch_size * image_bytes
+    )
     images = {"num_images": len(source), "fingerprint": source.fingerprint()}
 
     precision = choose_precision(machine.precision, device)
     state = build_state(
-        config,
+        recipe,
         device,
         loss_scaling=precision == "fp16",
         activation_checkpointing=machine.activation_checkpointing,
         compiled=machine.compile,
     )
-    settle_order(state, options, device)
-    cost = encoder_cost(state.teacher.encoder, options.views.global_size)
-    log.info("encoder with read-out %s: %s", options.model.readout.name, describe_cost(cost))
-    restored = restore(run_dir, state, images, unverified=options.resume_unverified)
+    settle_order(state, recipe.views, device)
+    cost = encoder_cost(state.teacher.encoder, recipe.views.global_size)
+    log.info("encoder with read-out %s: %s", recipe.model.readout.name, describe_cost(cost))
+    restored = restore(run_dir, state, images, unverified=unverified)
     first_step = restored or 0
     if restored is not None:
         warn_of_other_views(run_dir, executor)
     check_all_agree(run_dir, first_step, images)
-    if restored is None and options.init is not None:
-        log.info(start_state(state, options))
+    if restored is None and recipe.init is not None:
+        log.info(start_state(state, recipe))
 
     order = BatchOrder(
         num_samples=len(source),
         global_batch_size=optim.global_batch_size,
         epochs=optim.epochs,
-        seed=options.seed,
+        seed=recipe.seed,
         first_step=first_step,
         rank=rank(),
         world_size=world_size(),
@@ -117,22 +122,21 @@ def prepare(options: PretrainOptions, device: torch.device) -> Run:
     assert order.micro_batch_size == batch_size
     quiet_epochs = max(optim.warmup_epochs, optim.freeze_last_layer_epochs)
     return Run(
-        options=options,
-        config=config,
+        recipe=recipe,
         run_dir=run_dir,
         source=source,
         images=images,
         device=device,
         precision=precision,
         num_workers=num_workers,
-        dataset=dataset_of(options, source, executor),
+        dataset=dataset_of(recipe, source, executor),
         state=state,
         first_step=first_step,
         order=order,
-        schedules=build_schedules(options, order.steps_per_epoch),
+        schedules=build_schedules(optim, recipe.loss, order.steps_per_epoch),
         total_steps=order.steps_per_epoch * optim.epochs,
         knn_monitor=knn_monitor,
-        alarm=CollapseAlarm(options.head.num_prototypes, quiet_epochs * order.steps_per_epoch),
+        alarm=CollapseAlarm(recipe.head.num_prototypes, quiet_epochs * order.steps_per_epoch),
         bad_images=BadImages(run_dir, len(source)),
     )
 
@@ -165,85 +169,72 @@ def warn_of_other_views(run_dir: Path, executor: Executor) -> None:
         )
 
 
-def start_state(state: TrainState, options: PretrainOptions) -> str:
+def start_state(state: TrainState, recipe: Recipe) -> str:
     """Put the starting weights into a fresh state; what was taken, in words.
 
     Raises:
         UserError: they cannot be read or do not fit.
     """
-    init, arguments = options.init, encoder_arguments(config_of(options))
+    init, arguments = recipe.init, recipe.encoder_arguments()
     assert init is not None
     stored = first_rank_first(lambda: read_networks(init, arguments))  # timm may download them
     return start_networks(
         *(state.student, state.teacher, stored, arguments),
-        norm_last_layer=options.head.norm_last_layer,
-        frozen=options.optim.freeze_backbone,
+        norm_last_layer=recipe.head.norm_last_layer,
+        frozen=recipe.optim.freeze_backbone,
     )
 
 
-def open_data(options: PretrainOptions, num_workers: int) -> tuple[ImageSource, KnnMonitor | None]:
+def open_data(recipe: Recipe, num_workers: int) -> tuple[ImageSource, KnnMonitor | None]:
     """The images to learn from, at least one batch of them, and those of the k-NN monitor."""
-    source = open_images(options.data.path, options.data.max_images)
-    if len(source) < options.optim.global_batch_size:
+    source = open_images(recipe.data.path, recipe.data.max_images)
+    if len(source) < recipe.optim.global_batch_size:
         raise UserError(
-            f"data.path {options.data.path!r} gives {len(source)} images, fewer than one batch: "
-            f"optim.global_batch_size is {options.optim.global_batch_size}; use more images or "
+            f"data.path {recipe.data.path!r} gives {len(source)} images, fewer than one batch: "
+            f"optim.global_batch_size is {recipe.optim.global_batch_size}; use more images or "
             f"a smaller batch"
         )
     warn_of_random_order(source)
-    if not options.monitor.knn_every_epochs:
+    if not recipe.monitor.knn_every_epochs:
         return source, None
     return source, open_knn_monitor(
-        path=options.monitor.knn_path,
-        data_path=options.data.path,
-        images_per_class=options.monitor.knn_images_per_class,
-        image_size=options.views.global_size,
+        path=recipe.monitor.knn_path,
+        data_path=recipe.data.path,
+        images_per_class=recipe.monitor.knn_images_per_class,
+        image_size=recipe.views.global_size,
         num_workers=num_workers,
-        timeout_seconds=options.machine.data_timeout_seconds,
+        timeout_seconds=recipe.machine.data_timeout_seconds,
     )
 
 
-def executor_of(options: PretrainOptions, device: torch.device) -> Executor:
-    """Who makes the views."""
-    return choose_executor(options.machine.views, device, max_side=options.data.max_side)
-
-
-def dataset_of(options: PretrainOptions, source: ImageSource, executor: Executor) -> CropsDataset:
+def dataset_of(recipe: Recipe, source: ImageSource, executor: Executor) -> CropsDataset:
     """The images with their views."""
     return CropsDataset(
         source,
-        crop_recipes(**asdict(options.views)),
-        options.seed,
-        substitute=options.data.on_bad_image == "substitute",
+        crop_recipes(**asdict(recipe.views)),
+        recipe.seed,
+        substitute=recipe.data.on_bad_image == "substitute",
         executor=executor,
-        max_side=options.data.max_side,
+        max_side=recipe.data.max_side,
     )
 
 
-def bytes_of_image(options: PretrainOptions, source: ImageSource, executor: Executor) -> int:
+def bytes_of_image(views: ViewOptions, max_side: int | None, source: ImageSource, executor: Executor) -> int:
     """What a worker hands over for one image: its crops, or it itself, by the mean of some."""
-    views = options.views
     if executor != "device":
         return 3 * (NUM_GLOBAL_CROPS * views.global_size**2 + views.num_local_crops * views.local_size**2)
     chosen = np.linspace(0, len(source) - 1, min(SIZED_IMAGES, len(source))).round().astype(int)
     known = []
     for number in chosen:
         with suppress(OSError):  # an image that cannot be read is the loader's business
-            size = size_of(source.read(int(number)), options.data.max_side)
+            size = size_of(source.read(int(number)), max_side)
             known += [3 * size[0] * size[1]] if size else []
     return sum(known) // len(known) if known else 3 * views.global_size**2
 
 
-def prefetched_bytes(
-    options: PretrainOptions, num_workers: int, batch_size: int, processes: int, image_bytes: int
-) -> int:
-    """What the images that all workers of so many processes prepare ahead take, at most."""
-    return processes * num_workers * options.machine.prefetch_batches * batch_size * image_bytes
-
-
 def training_batches(run: Run) -> WatchedLoader:
     """The micro-batches of crops that this process takes, from first step to end."""
-    machine = run.options.machine
+    machine = run.recipe.machine
     return crop_batches(
         run.dataset,
         run.order,
@@ -254,9 +245,8 @@ def training_batches(run: Run) -> WatchedLoader:
     )
 
 
-def settle_order(state: TrainState, options: PretrainOptions, device: torch.device) -> None:
+def settle_order(state: TrainState, views: ViewOptions, device: torch.device) -> None:
     """Settle the order of summation (`distributed.settle`) by empty images."""
-    views = options.views
     sizes = [(NUM_GLOBAL_CROPS, views.global_size), (views.num_local_crops, views.local_size)]
     groups = [torch.zeros(crops, 1, 3, side, side, device=device) for crops, side in sizes if crops]
 
@@ -287,9 +277,8 @@ def check_all_agree(run_dir: Path, first_step: int, images: dict[str, Any]) -> N
         )
 
 
-def build_schedules(options: PretrainOptions, steps_per_epoch: int) -> Schedules:
+def build_schedules(optim: OptimOptions, loss: LossOptions, steps_per_epoch: int) -> Schedules:
     """All schedules of the run."""
-    optim, loss = options.optim, options.loss
     total = optim.epochs * steps_per_epoch
     peak_lr = optim.lr_per_256 * optim.global_batch_size / 256
     return Schedules(

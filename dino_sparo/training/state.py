@@ -1,6 +1,6 @@
 """All that learning changes, built by a recipe, taken into a checkpoint and restored from it."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dino_sparo.models import DINOHead, DinoModel
 from dino_sparo.parallel.distributed import data_parallel
 from dino_sparo.parallel.precision import LossScale
+from dino_sparo.recipe.sections import Recipe
 from dino_sparo.runs.checkpoint import encoder_of, num_bytes
 from dino_sparo.training.loss import DINOLoss
 from dino_sparo.training.optim import build_optimizer
@@ -68,7 +69,7 @@ class StepOutput:
 
 
 def build_state(
-    config: dict[str, Any],
+    recipe: Recipe,
     device: torch.device,
     *,
     loss_scaling: bool = False,
@@ -76,22 +77,21 @@ def build_state(
     compiled: bool = False,
 ) -> TrainState:
     """Freshly initialised by the recipe's seed; the teacher starts as a copy of the student."""
-    torch.manual_seed(config["seed"])
-    frozen = config["optim"].get("freeze_backbone", False)  # older checkpoints do not have it
-    student = _build_model(config, 0.0 if frozen else config["model"]["drop_path_rate"])
+    torch.manual_seed(recipe.seed)
+    frozen = recipe.optim.freeze_backbone
+    student = _build_model(recipe, 0.0 if frozen else recipe.model.drop_path_rate)
     student.encoder.backbone.requires_grad_(not frozen)  # then no graph of it is kept either
-    teacher = _build_model(config, drop_path_rate=0.0)
+    teacher = _build_model(recipe, drop_path_rate=0.0)
     teacher.load_state_dict(student.state_dict())
     student.encoder.backbone.activation_checkpointing = activation_checkpointing
     if compiled:
         student.compile_backbone()
         teacher.compile_backbone()
-    loss = config["loss"]
-    loss_fn = DINOLoss(config["head"]["num_prototypes"], loss["student_temp"], loss["center_momentum"])
+    loss_fn = DINOLoss(recipe.head.num_prototypes, recipe.loss.student_temp, recipe.loss.center_momentum)
     return state_of(
         *(student, teacher, loss_fn, device),
         loss_scaling=loss_scaling,
-        max_bad_steps=config["optim"]["max_bad_steps"],
+        max_bad_steps=recipe.optim.max_bad_steps,
     )
 
 
@@ -136,7 +136,8 @@ def checkpoint_bytes(state: TrainState) -> int:
     """Size of one checkpoint; of one before the first step, what it will be after it."""
     size = num_bytes(capture_state(state))
     if not state.optimizer.state:
-        size += 2 * sum(p.nbytes for p in state.student.parameters() if p.requires_grad)  # AdamW's moments
+        learning = [p for p in state.student.parameters() if p.requires_grad]
+        size += sum(2 * p.nbytes + 4 for p in learning)  # AdamW's moments, and its count of steps
     return size
 
 
@@ -150,6 +151,6 @@ def restore_state(state: TrainState, captured: dict[str, Any]) -> None:
     state.overflows.copy_(captured["skipped"])
 
 
-def _build_model(config: dict[str, Any], drop_path_rate: float) -> DinoModel:
-    encoder = encoder_of(config, drop_path_rate)
-    return DinoModel(encoder, DINOHead(encoder.embed_dim, **config["head"]))
+def _build_model(recipe: Recipe, drop_path_rate: float) -> DinoModel:
+    encoder = encoder_of(recipe, drop_path_rate)
+    return DinoModel(encoder, DINOHead(encoder.embed_dim, **asdict(recipe.head)))

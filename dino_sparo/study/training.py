@@ -1,4 +1,4 @@
-"""`dino-sparo sweep`: variants of one recipe as runs below one folder, and one table of them."""
+"""Training the runs of a study, one after the other, and the table of their sizes and k-NN."""
 
 import json
 import logging
@@ -13,11 +13,11 @@ import yaml
 from dino_sparo.errors import StuckError, UserError
 from dino_sparo.files import write_file
 from dino_sparo.models.cost import encoder_cost
-from dino_sparo.options import PretrainOptions, SweepOptions
+from dino_sparo.recipe.sections import Recipe
 from dino_sparo.runs.checkpoint import encoder_of, latest_step
-from dino_sparo.runs.rundir import check_same_experiment, config_of
+from dino_sparo.runs.rundir import check_same_experiment
 from dino_sparo.runs.runlog import read_metrics
-from dino_sparo.study.variants import Variant, plan_runs, recipe_of
+from dino_sparo.study.variants import Variant
 from dino_sparo.training.pretrain import pretrain
 from dino_sparo.training.setup import open_data
 
@@ -27,45 +27,30 @@ KNN = "knn20_top1"  # as the monitor logs it
 RECIPE_FILE, JSON_FILE, TABLE_FILE = "recipe.yaml", "sweep.json", "sweep.md"
 
 
-def run(options: SweepOptions) -> int:
-    """`dino-sparo sweep`: train what is not trained yet, and print and write the table; 1 if a run failed.
+def train(variants: Sequence[Variant], folder: Path, *, unverified: bool = False) -> dict[str, str]:
+    """Train the chosen runs, each from where it is; what failed, by folder.
 
-    A run that ends by a mistake (a read-out that does not fit, a collapse) fills its row with that, and the
-    next one starts.
-
-    Raises:
-        UserError: for a mistake in options or data, before anything is trained.
-        StoppedError: a signal has told a run to stop; it is saved, and the sweep goes on there.
-    """
-    variants = plan_runs(options)
-    errors = train(options, variants)
-    rows = table(variants, errors)
-    print("\n".join(as_markdown(rows)))
-    return 1 if errors else 0
-
-
-def train(options: SweepOptions, variants: Sequence[Variant]) -> dict[str, str]:
-    """Train those of the planned runs that `only` names, each from where it is; what failed, by folder.
-
+    A run that ends by a mistake (a read-out that does not fit, a collapse) is noted, and the next one starts.
     After each run the table is written anew, with all runs.
 
     Raises:
-        UserError, StoppedError: as `run`.
+        UserError: for a mistake in recipe or data, before anything is trained.
+        StoppedError: a signal has told a run to stop; it is saved, and the study resumes there.
     """
     check_experiments(variants)
     check_data(variants)
     errors: dict[str, str] = {}
-    chosen = [variant for variant in variants if not options.only or variant.name in options.only]
+    chosen = [variant for variant in variants if variant.chosen]
     for number, variant in enumerate(chosen, start=1):
         log.info("\n%d of %d: %s", number, len(chosen), variant.folder)
         try:
-            pretrain(variant.options)
+            pretrain(variant.recipe, variant.run_dir, resume_unverified=unverified)
         except UserError as error:
             if isinstance(error, StuckError):  # this process must end
                 raise
             errors[variant.folder] = str(error)
             log.warning("WARNING: %s failed: %s", variant.folder, error)
-        write(Path(options.run_dir), options, table(variants, errors))
+        write_table(folder, variants, table(variants, errors))
     return errors
 
 
@@ -76,7 +61,7 @@ def check_experiments(variants: Sequence[Variant]) -> None:
         UserError: naming the fields.
     """
     for variant in variants:
-        check_same_experiment(Path(variant.options.run_dir), config_of(variant.options))
+        check_same_experiment(variant.run_dir, variant.recipe)
 
 
 def check_data(variants: Sequence[Variant]) -> None:
@@ -85,29 +70,29 @@ def check_data(variants: Sequence[Variant]) -> None:
     Raises:
         UserError: naming what is missing.
     """
-    different: dict[str, PretrainOptions] = {}
-    for options in (variant.options for variant in variants):
-        different.setdefault(json.dumps([asdict(options.data), asdict(options.monitor)]), options)
-    for options in different.values():
-        check_knn(options)
+    different: dict[str, Recipe] = {}
+    for recipe in (variant.recipe for variant in variants):
+        different.setdefault(json.dumps([asdict(recipe.data), asdict(recipe.monitor)]), recipe)
+    for recipe in different.values():
+        check_knn(recipe)
 
 
-def check_knn(options: PretrainOptions) -> None:
-    """Refuse a sweep whose table would stay empty.
+def check_knn(recipe: Recipe) -> None:
+    """Refuse a study whose table would stay empty.
 
     Raises:
         UserError: nothing is measured on labelled images.
     """
-    if not options.monitor.knn_every_epochs:
+    if not recipe.monitor.knn_every_epochs:
         raise UserError(
-            "monitor.knn_every_epochs is 0, but a sweep fills its table with the k-NN at the end of runs; "
+            "monitor.knn_every_epochs is 0, but a study fills its table with the k-NN at the end of runs; "
             "set it to optim.epochs or less"
         )
-    _, monitor = open_data(options, num_workers=0)
+    _, monitor = open_data(recipe, num_workers=0)
     if monitor is None:
         raise UserError(
-            f"data.path {options.data.path!r} has no labels, but a sweep fills its table with k-NN; name a "
-            f"labelled folder by monitor.knn_path"
+            f"data.path {recipe.data.path!r} has no labels, but a study fills its table with k-NN; name a "
+            f"labeled folder by monitor.knn_path"
         )
 
 
@@ -115,20 +100,20 @@ def table(variants: Sequence[Variant], errors: dict[str, str]) -> list[dict[str,
     """One row for all runs that differ in seed alone: cost, and 20-NN of those that are complete."""
     rows: dict[str, dict[str, Any]] = {}
     for variant in variants:
-        options = variant.options
+        recipe = variant.recipe
         if variant.row not in rows:
-            encoder = encoder_of(config_of(options))
+            encoder = encoder_of(recipe)
             rows[variant.row] = {
                 "variant": variant.row,
                 "changes": {key: value for key, value in variant.changes.items() if key != "seed"},
-                **encoder_cost(encoder, options.views.global_size),
+                **encoder_cost(encoder, recipe.views.global_size),
                 "runs": [],
             }
-        entry: dict[str, Any] = {"run": variant.folder, "seed": options.seed}
+        entry: dict[str, Any] = {"run": variant.folder, "seed": recipe.seed}
         if variant.folder in errors:
             entry |= {KNN: None, "error": errors[variant.folder]}
         else:
-            entry[KNN] = final_knn(Path(options.run_dir), options.optim.epochs)
+            entry[KNN] = final_knn(variant.run_dir, recipe.optim.epochs)
         rows[variant.row]["runs"].append(entry)
     for row in rows.values():
         known = [entry[KNN] for entry in row["runs"] if entry[KNN] is not None]
@@ -154,19 +139,20 @@ def as_markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def write(folder: Path, options: SweepOptions, rows: Sequence[dict[str, Any]]) -> None:
+def write_table(folder: Path, variants: Sequence[Variant], rows: Sequence[dict[str, Any]]) -> None:
     """Write the recipe, `sweep.json` and `sweep.md`, each whole or not at all.
 
     Raises:
         OSError: they cannot be written.
     """
-    content = {"data": options.data.path, "variants": options.variants, "vary": options.vary, "rows": rows}
+    base = variants[0].base
+    content = {"data": base.data.path, "rows": rows}
     legend = (
         "20-NN top-1 of the teacher at the end, as the monitor measured it; ± is the standard deviation over "
         "runs that differ in seed alone; a multiply-add is two FLOPs."
     )
     texts = {
-        RECIPE_FILE: yaml.safe_dump(recipe_of(options), sort_keys=False),
+        RECIPE_FILE: yaml.safe_dump(base.as_dict(), sort_keys=False),
         JSON_FILE: json.dumps(content, indent=1) + "\n",
         TABLE_FILE: "\n".join([*as_markdown(rows), "", legend]) + "\n",
     }
