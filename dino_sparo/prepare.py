@@ -17,7 +17,6 @@ from dino_sparo.data.val_labels import image_classes
 from dino_sparo.data.walk import walk
 from dino_sparo.errors import UserError
 from dino_sparo.files import atomic_write
-from dino_sparo.options import PrepareOptions
 from dino_sparo.parallel.processes import only_writer
 from dino_sparo.terminal import shows_bars
 
@@ -47,7 +46,7 @@ class Job:
         return hashlib.sha256("\n".join(self.contents).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def prepare(source: str, out: str, labels: str | None = None) -> None:
+def prepare(source: str, out: str, labels: str | None = None) -> str:
     """Make out/train/<class> and out/val/<class> of any recognised layout, and print what there is.
 
     Files that lie in folders are linked, tars are unpacked. A split gets its name when it is whole; the same
@@ -73,7 +72,7 @@ def prepare(source: str, out: str, labels: str | None = None) -> None:
     with only_writer(folder):
         made = {job.split: _make(job, folder) for job in jobs}
     others = [split for split in SPLITS if split not in made and (folder / split).is_dir()]
-    print(_summary(folder, made | {split: _count(folder / split) for split in others}))
+    return _summary(folder, made | {split: _count(folder / split) for split in others})
 
 
 def _check_out(out: Path, layout: Layout) -> None:
@@ -287,8 +286,3 @@ def _summary(out: Path, counts: dict[str, Counter[str]]) -> str:
         return "\n".join([*lines, f"next: {command}"])
     command = f"dino-sparo prepare DIR --out {path}"
     return "\n".join([*lines, f"no training images yet; next: {command}, DIR being where they are"])
-
-
-def run(options: PrepareOptions) -> None:
-    """`dino-sparo prepare`."""
-    prepare(options.source, options.out, options.labels)

@@ -15,7 +15,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from dino_sparo.interop.timm_config import SPARO_SIZES, pretrained_config
+from dino_sparo.interop.timm_folder import SPARO_SIZES, pretrained_config
 from dino_sparo.models import Encoder, build_encoder
 from dino_sparo.models.backbone import resize_matrix
 from dino_sparo.models.encoder import ARCHITECTURES

@@ -1,7 +1,7 @@
 """Every knob, documented. Imported before torch: `--help` and a mistake in a recipe answer at once."""
 
 from dino_sparo.options.evaluating import CompareOptions, KnnOptions, LabelledDataOptions, LinearOptions
-from dino_sparo.options.files import ExportOptions, PrepareOptions, ShardOptions
+from dino_sparo.options.files import ShardOptions
 from dino_sparo.options.measuring import BenchOptions
 from dino_sparo.options.slots import (
     ImagesOptions,
@@ -36,7 +36,6 @@ __all__ = [
     "CheckOptions",
     "CompareOptions",
     "DataOptions",
-    "ExportOptions",
     "HeadOptions",
     "ImagesOptions",
     "KnnOptions",
@@ -48,7 +47,6 @@ __all__ = [
     "ModelOptions",
     "MonitorOptions",
     "OptimOptions",
-    "PrepareOptions",
     "PretrainOptions",
     "ReadoutOptions",
     "ShardOptions",
