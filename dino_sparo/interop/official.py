@@ -43,7 +43,7 @@ def read_official(
 ) -> dict[str, StoredEncoder]:
     """The encoders in an official file by teacher and student; a single state dict counts as the teacher.
 
-    The encoding is that of the SPARO read-out beside the backbone, else the normalised CLS token. All sizes
+    The encoding is that of the SPARO read-out beside the backbone, else the normalized CLS token. All sizes
     are read from the weights, but for the number of attention heads: it is NUM_HEADS of the file, else that
     of `arch`, else `num_heads`, else one head per 64 numbers of width. With a read-out the depth is that of
     the plain ViT, one block more than there are.

@@ -35,7 +35,7 @@ KINDS = {"format": int, "weights": str, "seed": int, "encoder": dict}  # of what
 
 TIMM_POOLING: dict[str, dict[str, Any]] = {  # by the read-outs that timm's own ViT has
     "cls": {},
-    "gap": {"global_pool": "avg", "fc_norm": False},  # the mean of tokens that are normalised already
+    "gap": {"global_pool": "avg", "fc_norm": False},  # the mean of tokens that are normalized already
 }
 SPARO_SIZES = {"num_slots": 64, "slot_dim": 64, "key_dim": 64, "group_size": 1}
 NOT_READOUT = ("arch", "patch_size", "image_size", "readout")
