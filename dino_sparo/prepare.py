@@ -44,6 +44,11 @@ class Split:
     """Bytes in a tar by `class/file_name`, or by class of class tars; empty if one link does."""
 
     @property
+    def by_label(self) -> bool:
+        """Whether labels say the class of every image."""
+        return any("/" in entry for entry in self.entries)
+
+    @property
     def class_names(self) -> set[str]:
         return {entry.partition("/")[0] for entry in self.entries}
 
@@ -136,10 +141,9 @@ def _plan(layout: Layout, out: Path, labels: str | None) -> list[Split]:
         for name, images in (("val", layout.val), ("train", layout.train))
         if images
     ]
-    by_label = {split.name for split in splits if any("/" in entry for entry in split.entries)}
-    if labels is not None and not by_label:
+    if labels is not None and not any(split.by_label for split in splits):
         raise UserError(f"--labels {labels!r} is of no use: {layout.root} has {layout.name}; leave it out")
-    if layout.train and "val" in by_label:
+    if layout.train and layout.val and splits[0].by_label:
         named = splits[0].class_names
         form, path = layout.train.form, layout.train.path
         known = set(os.listdir(path)) if form == "class folders" else splits[1].class_names
@@ -173,6 +177,8 @@ def _plan_split(name: str, images: Images, out: Path, labels: Path | None) -> Sp
     else:
         sizes = dict.fromkeys(sorted(filter(is_image, os.listdir(path))), 0)
         made_of = _link_target(path, out, below=2)
+    if not sizes:
+        raise UserError(f"{path} holds no images; get it again")
     classes = image_classes(sizes, path, labels)
     entries = {f"{classes[image]}/{image}": size for image, size in sizes.items()}
     return Split(name, images, made_of, entries)
@@ -242,7 +248,7 @@ def _fill(split: Split, partial: Path, out: Path) -> int:
         return len(split.entries)
     size = sum(split.entries.values())
     with tqdm(total=size, desc=f"unpack {split.name}", unit="B", unit_scale=True, disable=hidden) as bar:
-        if any("/" in entry for entry in split.entries):
+        if split.by_label:
             targets = {entry.partition("/")[2]: partial / entry for entry in split.entries}
             with open(path, "rb") as file:
                 return unpack(file, path, targets, unfinished, bar)

@@ -39,10 +39,13 @@ def out(tmp_path):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_all_layouts_become_the_same_class_folders(source, out, name):
+def test_all_layouts_become_the_same_class_folders(source, out, name, caplog):
     LAYOUTS[name](source)
     before = state(source)
-    said = prepare(str(source), str(out))
+    with caplog.at_level("INFO"):
+        said = prepare(str(source), str(out))
+    usable = "; usable as it is" if name == "class folders" else ""
+    assert caplog.messages[0] == f"{source}: {recognise(source).name}{usable}"
     assert images(out / "train") == mini.TRAIN
     assert images(out / "val") == mini.SORTED_VAL
     assert sorted(os.listdir(out)) == ["train", "val"]
@@ -176,15 +179,6 @@ def test_labels_are_not_for_flat_train_beside_val(source, out):
     prepare(str(source), str(out))
     assert os.readlink(out / "train") == "../source/train"
     assert images(out / "val") == mini.SORTED_VAL
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_what_was_found_is_said_first(source, out, name, caplog):
-    LAYOUTS[name](source)
-    with caplog.at_level("INFO"):
-        prepare(str(source), str(out))
-    usable = "; usable as it is" if name == "class folders" else ""
-    assert caplog.messages[0] == f"{source}: {recognise(source).name}{usable}"
 
 
 def test_flat_images_without_labels_are_only_linked(source, out):
