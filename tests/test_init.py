@@ -165,7 +165,7 @@ def test_a_plain_vit_starts_a_sparo_encoder(tmp_path, extra):
         "parameters taken, by student and teacher alike;",
         "fresh: read-out sparo (the file has cls), head (the file has none);",
         "unused of the file: blocks.2 (the read-out replaces it)",
-        "the final norm has normalised the output of block 2 there",
+        "the final norm has normalized the output of block 2 there",
     ):
         assert part in said
     assert ("head (1 tensors), fc_norm (1 tensors)" in said) == bool(extra)
@@ -195,7 +195,7 @@ def test_timms_own_model_by_file_and_by_name(tmp_path, monkeypatch, caplog):
     model.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.229, 0.224, 0.225)}
     started_from(tmp_path, "timm:vit", **CLS)
     assert (
-        "WARNING: init timm:vit was trained on images normalised by mean (0.5, 0.5, 0.5), here" in caplog.text
+        "WARNING: init timm:vit was trained on images normalized by mean (0.5, 0.5, 0.5), here" in caplog.text
     )
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224"}))
     for init in (tmp_path / "model.safetensors", tmp_path):  # a folder as the hub has it

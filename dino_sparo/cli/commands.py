@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from dino_sparo import options as opt
-from dino_sparo.cli import pretraining
+from dino_sparo.cli import exporting, pretraining
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ COMMANDS = {
         plan="dino_sparo.cli.pretraining:check",
     ),
     "prepare": Command(
-        opt.PrepareOptions,
-        "dino_sparo.prepare:run",
+        exporting.PrepareOptions,
+        "dino_sparo.cli.exporting:prepare",
         "dino-sparo prepare DIR --out OUT [--labels FILE]",
         "class folders of ImageNet as you have it: tars, a flat validation folder, Kaggle's layout",
         ("prepare /data/kaggle --out /data/imagenet",),
@@ -82,8 +82,8 @@ COMMANDS = {
         ),
     ),
     "export": Command(
-        opt.ExportOptions,
-        "dino_sparo.export:run",
+        exporting.ExportOptions,
+        "dino_sparo.cli.exporting:export",
         "dino-sparo export RUN --out OUT [--format onnx | official] [--which student] [--arch NAME]",
         "an encoder for timm and the Hugging Face hub, as ONNX, or in the official style",
         (

@@ -1,7 +1,7 @@
 """Every knob, documented. Imported before torch: `--help` and a mistake in a recipe answer at once."""
 
 from dino_sparo.options.evaluating import CompareOptions, KnnOptions, LabelledDataOptions, LinearOptions
-from dino_sparo.options.files import ExportOptions, PrepareOptions, ShardOptions
+from dino_sparo.options.files import ShardOptions
 from dino_sparo.options.measuring import BenchOptions
 from dino_sparo.options.slots import (
     ImagesOptions,
@@ -17,12 +17,10 @@ from dino_sparo.options.slots import (
 __all__ = [
     "BenchOptions",
     "CompareOptions",
-    "ExportOptions",
     "ImagesOptions",
     "KnnOptions",
     "LabelledDataOptions",
     "LinearOptions",
-    "PrepareOptions",
     "ShardOptions",
     "SlotFactorsOptions",
     "SlotGalleryOptions",

@@ -14,8 +14,8 @@ from dino_sparo.data.images import CenterCrops, UnreadableImage, collate_images,
 from dino_sparo.data.sources import ImageSource, open_images
 from dino_sparo.data.workers import WatchedLoader, default_workers
 from dino_sparo.errors import UserError
-from dino_sparo.interop.export import CONFIG_FILE
 from dino_sparo.interop.load import load_encoder
+from dino_sparo.interop.timm_folder import CONFIG_FILE
 from dino_sparo.models import Encoder
 from dino_sparo.parallel.distributed import local_world_size
 from dino_sparo.slots.program import open_slots, output_folder, write_json
