@@ -3,16 +3,7 @@
 from dino_sparo.options.evaluating import CompareOptions, KnnOptions, LabelledDataOptions, LinearOptions
 from dino_sparo.options.files import ExportOptions, PrepareOptions, ShardOptions
 from dino_sparo.options.measuring import BenchOptions
-from dino_sparo.options.slots import (
-    ImagesOptions,
-    SlotFactorsOptions,
-    SlotGalleryOptions,
-    SlotHealthOptions,
-    SlotMapsOptions,
-    SlotMaskOptions,
-    SlotRankOptions,
-    SlotReportOptions,
-)
+from dino_sparo.options.slots import ImagesOptions
 from dino_sparo.options.sweeping import StudyOptions, SweepOptions
 from dino_sparo.options.training import (
     ArchOptions,
@@ -52,13 +43,6 @@ __all__ = [
     "PretrainOptions",
     "ReadoutOptions",
     "ShardOptions",
-    "SlotFactorsOptions",
-    "SlotGalleryOptions",
-    "SlotHealthOptions",
-    "SlotMapsOptions",
-    "SlotMaskOptions",
-    "SlotRankOptions",
-    "SlotReportOptions",
     "StudyOptions",
     "SweepOptions",
     "ViewOptions",
