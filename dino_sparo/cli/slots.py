@@ -176,7 +176,7 @@ def gallery(options: SlotGalleryOptions) -> None:
     folder = _folder(options) / "gallery"
     source = open_images(options.data.path)
     entries = slot_gallery(
-        _cut(options),
+        _cut(options)[0],
         source,
         folder,
         slots=options.slots,
@@ -195,7 +195,7 @@ def rank(options: SlotRankOptions) -> None:
     folder = _folder(options) / "rank"
     train, val = open_labelled(options.data.path)
     result = rank_slots(
-        *(_cut_both(options), train, val, folder),
+        *(_cut(options), train, val, folder),
         k=options.k,
         select_fraction=options.select_fraction,
         seed=options.seed,
@@ -217,7 +217,7 @@ def mask(options: SlotMaskOptions) -> None:
         name, other = named_folder(options.transfer, "transfer", EXPECTED_BOTH)
         data[name] = open_labelled(other, key="transfer")
     result = mask_slots(
-        *(_cut_both(options), data, folder),
+        *(_cut(options), data, folder),
         epochs=options.epochs,
         lr=options.lr,
         batch_size=options.learning_batch_size,
@@ -255,7 +255,7 @@ def factors(options: SlotFactorsOptions) -> None:
     from dino_sparo.slots.factors import slot_factors, table
 
     folder = _folder(options) / "factors"
-    content = slot_factors(_cut_both(options), folder, num_images=options.num_images)
+    content = slot_factors(_cut(options), folder, num_images=options.num_images)
     _write_json(folder / "factors.json", _about(options) | content)
     print(
         f"{options.run} ({options.which}), learned from {content['num_train']} pictures, per cent of "
@@ -272,7 +272,7 @@ def report(options: SlotReportOptions) -> None:
 
     encoder = _open(options)
     if options.control:
-        _open_control(options)
+        _open_control(options.control, options.which)
     asked = {"which": options.which, "control": options.control, "data": options.data and options.data.path}
     no_classes = _without_classes(options.data.path) if options.data is not None else ""
     files = RunFiles(
@@ -377,9 +377,7 @@ def _open(options: SlotsOptions) -> "Encoder":
     return encoder.to(device)
 
 
-def _open_control(
-    options: SlotRankOptions | SlotMaskOptions | SlotFactorsOptions | SlotReportOptions,
-) -> "Encoder":
+def _open_control(run: str, which: str) -> "Encoder":
     """The encoder of a run without slots, in evaluation mode, on the CPU.
 
     Raises:
@@ -387,12 +385,11 @@ def _open_control(
     """
     from dino_sparo.interop.load import load_encoder
 
-    assert options.control is not None
-    control = load_encoder(options.control, options.which)
+    control = load_encoder(run, which)
     if control.num_slots:
         raise UserError(
-            f"control {options.control!r} has slots (read-out {control.readout_name}), expected a run "
-            f"without; give one whose model.readout.name is cls or gap"
+            f"control {run!r} has slots (read-out {control.readout_name}), expected a run without; give one "
+            f"whose model.readout.name is cls or gap"
         )
     return control
 
@@ -409,40 +406,27 @@ def _other_weights(options: SlotHealthOptions, encoder: "Encoder") -> "Encoder |
     return other.to(encoder.backbone.cls_token.device)
 
 
-def _cut(options: CachedSlotsOptions) -> "CutEncoder":
-    """The encoder of `options.run`, cut into its slots. Raises UserError as `_open`."""
-    encoder = _open(options)
-    return _cut_as(options, encoder.readout_name, options.run, encoder, encoder.num_slots)
-
-
-def _cut_both(options: SlotRankOptions | SlotMaskOptions | SlotFactorsOptions) -> "list[CutEncoder]":
-    """The run, then the control if one is given. Raises UserError as `_open` and `_open_control`."""
-    from dino_sparo.slots.parts import most_parts
-
-    cut = [_cut(options)]
-    if options.control:
-        control = _open_control(options).to(cut[0].device)
-        name, num_parts = f"control ({control.readout_name})", most_parts(control.embed_dim, cut[0].num_parts)
-        cut.append(_cut_as(options, name, options.control, control, num_parts))
-    return cut
-
-
-def _cut_as(
-    options: CachedSlotsOptions, name: str, run: str, encoder: "Encoder", num_parts: int
-) -> "CutEncoder":
+def _cut(options: CachedSlotsOptions) -> "list[CutEncoder]":
+    """The run, cut into its slots, then the control if one is given. Raises UserError as `_open` and
+    `_open_control`."""
     from dino_sparo.evaluation.results import results_folder
-    from dino_sparo.slots.parts import CutEncoder
+    from dino_sparo.slots.parts import CutEncoder, most_parts
 
-    return CutEncoder(
-        name=name,
-        run=run,
-        encoder=encoder,
-        num_parts=num_parts,
-        cache=Path(options.cache or results_folder(run) / "features"),
-        cache_precision=options.cache_precision,
-        batch_size=options.batch_size,
-        num_workers=_workers(options),
-    )
+    encoder = _open(options)
+    opened = [(encoder.readout_name, options.run, encoder, encoder.num_slots)]
+    if run := getattr(options, "control", None):
+        control = _open_control(run, options.which).to(encoder.backbone.cls_token.device)
+        num_parts = most_parts(control.embed_dim, encoder.num_slots)
+        opened.append((f"control ({control.readout_name})", run, control, num_parts))
+    return [
+        CutEncoder(
+            *(name, run, one, num_parts, Path(options.cache or results_folder(run) / "features")),
+            cache_precision=options.cache_precision,
+            batch_size=options.batch_size,
+            num_workers=_workers(options),
+        )
+        for name, run, one, num_parts in opened
+    ]
 
 
 def _workers(options: SlotsOptions) -> int:

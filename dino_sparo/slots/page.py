@@ -72,10 +72,10 @@ class RunFiles:
             return None
         try:
             content = json.loads(path.read_bytes())
+            if not isinstance(content, dict):
+                raise ValueError("no object of names and values")
         except ValueError as error:
             raise self.damaged(part, error) from error
-        if not isinstance(content, dict):
-            raise self.damaged(part, TypeError("no object of names and values"))
         return content
 
     def damaged(self, part: str, error: Exception) -> UserError:
@@ -91,13 +91,6 @@ class RunFiles:
         """Whether an analysis is not there, or about others."""
         content = self.read(part)
         return content is None or bool(self.of_others(content))
-
-    def made(self, path: Path) -> tuple[str, bool]:
-        """When a file was written, and whether the run has a newer checkpoint."""
-        seconds = path.stat().st_mtime
-        checkpoints = [file.stat().st_mtime for file in (self.folder / "checkpoints").glob("*.pt")]
-        when = f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
-        return when, any(newer > seconds for newer in checkpoints)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -120,15 +113,32 @@ def _damaged(path: Path, error: Exception, command: str) -> UserError:
 @dataclass
 class Section:
     """One part of the page: `notes` are a line of text and, if it helps, a command; blocks are tables and
-    rows of pictures, as the template takes them. `source`: name of the file that the numbers come from."""
+    rows of pictures, as the template takes them. `path`: the file that the numbers come from."""
 
     title: str
     anchor: str
-    source: str = ""
+    files: RunFiles
+    path: Path
     intro: str = ""
     made: str = ""
     notes: list[tuple[str, str]] = field(default_factory=list)
     blocks: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def source(self) -> str:
+        return self.files.name(self.path)
+
+    def note_commands(self, text: str, *parts: str) -> None:
+        """A line of text with the command that makes it, for each of these parts."""
+        self.notes += [(text, self.files.commands[part]) for part in parts]
+
+    def tell_age(self, *parts: str) -> None:
+        """Say when the file was written, and where the run has a newer checkpoint, what makes it again."""
+        seconds = self.path.stat().st_mtime
+        self.made = f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
+        checkpoints = (self.files.folder / "checkpoints").glob("*.pt")
+        if any(checkpoint.stat().st_mtime > seconds for checkpoint in checkpoints):
+            self.note_commands("Older than the newest checkpoint; make it again:", *parts)
 
     def add_table(
         self,
@@ -148,18 +158,18 @@ class Section:
         pictures = [{"caption": caption, "source": self.source, "svg": svg} for caption, svg in plots]
         self.blocks.append({"kind": "plots", "pictures": pictures})
 
-    def add_pictures(
-        self, kind: str, files: RunFiles, entries: Sequence[tuple[Path, str]], max_bytes: int
-    ) -> None:
-        """Pictures from files, with captions, `small` or `wide`; one that cannot be read leaves a note."""
+    def add_pictures(self, kind: str, entries: Sequence[tuple[str, str]], max_bytes: int) -> None:
+        """Picture files beside the section's, with captions, `small` or `wide`; one that cannot be read
+        leaves a note."""
         pictures = []
-        for path, caption in entries:
+        for file, caption in entries:
+            path = self.path.with_name(file)
             try:
                 uri = picture_uri(path, max_bytes)
             except OSError:
-                self.notes.append((f"{files.name(path)} is missing or no picture.", ""))
+                self.notes.append((f"{self.files.name(path)} is missing or no picture.", ""))
             else:
-                pictures.append({"caption": caption, "source": files.name(path), "uri": uri})
+                pictures.append({"caption": caption, "source": self.files.name(path), "uri": uri})
         if pictures:
             self.blocks.append({"kind": kind, "pictures": pictures})
 
@@ -269,45 +279,35 @@ def all_sections(files: RunFiles, num_slots: int) -> list[Section]:
     roles = {slot: f"slot {slot} (best, place {place})" for place, slot in enumerate(best, 1)} | {
         slot: f"slot {slot} (worst, {len(worst) - place} from the end)" for place, slot in enumerate(worst)
     }
-    fills: dict[str, tuple[str, Callable[[Section, dict[str, Any]], None]]] = {
+    fills: dict[str, tuple[str, Callable[[Section, dict[str, Any], dict[int, str]], None]]] = {
         "rank": ("Ranking of slots", _fill_rank),
         "health": ("Health of slots", _fill_health),
-        "maps": ("Where slots look", lambda section, found: _fill_maps(section, found, files, roles)),
-        "gallery": (
-            "Galleries of the best and worst slots",
-            lambda section, found: _fill_gallery(section, found, files, roles),
-        ),
-        "mask": ("Learned masks", lambda section, found: _fill_mask(section, found, files)),
+        "maps": ("Where slots look", _fill_maps),
+        "gallery": ("Galleries of the best and worst slots", _fill_gallery),
+        "mask": ("Learned masks", _fill_mask),
         "factors": ("Known factors", _fill_factors),
     }
     sections = [_curves(files), _accuracy(files)]
     for part, (title, fill) in fills.items():
-        path = files.slots / FILES[part]
-        section = Section(title, part, files.name(path))
+        section = Section(title, part, files, files.slots / FILES[part])
         sections.append(section)
-        content = files.read(part)
-        if content is None:
-            section.notes.append(("Not made yet:", files.commands[part]))
-            continue
-        if others := files.of_others(content):
-            section.notes.append(
-                (f"Not shown, since made with {others}; make it again:", files.commands[part])
-            )
-            continue
-        section.made, old = files.made(path)
-        if old:
-            section.notes.append(("Older than the newest checkpoint; make it again:", files.commands[part]))
-        try:
-            fill(section, content)
-        except WRONG_CONTENT as error:
-            raise files.damaged(part, error) from error
+        found = files.read(part)
+        if found is None:
+            section.note_commands("Not made yet:", part)
+        elif others := files.of_others(found):
+            section.note_commands(f"Not shown, since made with {others}; make it again:", part)
+        else:
+            section.tell_age(part)
+            try:
+                fill(section, found, roles)
+            except WRONG_CONTENT as error:
+                raise files.damaged(part, error) from error
     return sections
 
 
 def _curves(files: RunFiles) -> Section:
     """Loss, 20-NN and a few numbers of health over epochs, from metrics.jsonl."""
-    path = files.folder / METRICS_FILE
-    section = Section("Training curves", "curves", files.name(path))
+    section = Section("Training curves", "curves", files, files.folder / METRICS_FILE)
     entries = [entry for entry in read_metrics(files.folder) if "epoch" in entry]
     of_slots = sorted({key for entry in entries for key in entry if key.startswith(("slot_", "slots_"))})
     plots = []
@@ -322,7 +322,7 @@ def _curves(files: RunFiles) -> Section:
             plot = lines(f"{title} over epochs", drawn, x_label="epoch", y_label=label)
             plots.append((f"{label}: {last}", plot))
     if plots:
-        section.made = files.made(path)[0]
+        section.tell_age()
         section.add_plots(plots)
     else:
         section.notes.append((f"No {METRICS_FILE} here: only the folder of a training run holds curves.", ""))
@@ -331,17 +331,14 @@ def _curves(files: RunFiles) -> Section:
 
 def _accuracy(files: RunFiles) -> Section:
     """k-NN and linear accuracies from results.json: the official settings, then all others."""
-    path = files.folder / RESULTS_FILE
-    section = Section("Accuracy", "accuracy", files.name(path))
-    results = read_results(files.folder) if path.is_file() else []
+    section = Section("Accuracy", "accuracy", files, files.folder / RESULTS_FILE)
+    results = read_results(files.folder) if section.path.is_file() else []
     for part in ("knn", "linear"):
         if not any(result.protocol.startswith(part) for result in results):
-            section.notes.append((f"No {part} result yet:", files.commands[part]))
+            section.note_commands(f"No {part} result yet:", part)
     if not results:
         return section
-    section.made, old = files.made(path)
-    for part in ("knn", "linear") if old else ():
-        section.notes.append(("Older than the newest checkpoint; make it again:", files.commands[part]))
+    section.tell_age("knn", "linear")
     header = ("protocol", "setting", "test set", "weights", "labels used", "top-1 %", "top-5 %", "images")
     for headline, caption in ((True, "Official settings"), (False, "All other settings")):
         rows = [
@@ -358,7 +355,7 @@ def _accuracy(files: RunFiles) -> Section:
     return section
 
 
-def _fill_rank(section: Section, found: dict[str, Any]) -> None:
+def _fill_rank(section: Section, found: dict[str, Any], _roles: dict[int, str]) -> None:
     """Every slot alone, and accuracy against the number of slots kept."""
     section.intro = (
         f"Slots are scored and chosen on {found['num_select']} images of the train part of {found['data']}; "
@@ -403,7 +400,7 @@ def _fill_rank(section: Section, found: dict[str, Any]) -> None:
         section.add_table(caption, header, rows, folded=one is not encoders[0])
 
 
-def _fill_health(section: Section, found: dict[str, Any]) -> None:
+def _fill_health(section: Section, found: dict[str, Any], _roles: dict[int, str]) -> None:
     """Summary, histograms and the table of all slots."""
     slots = found["slots"]
     section.intro = f"Over {found['num_images']} images of {found['data']}."
@@ -421,48 +418,41 @@ def _fill_health(section: Section, found: dict[str, Any]) -> None:
     )
 
 
-def _fill_maps(section: Section, found: dict[str, Any], files: RunFiles, roles: Mapping[int, str]) -> None:
+def _fill_maps(section: Section, found: dict[str, Any], roles: dict[int, str]) -> None:
     """The grid of attention maps, and overlays of the best and worst slots."""
-    folder, drawn = files.slots / "maps", found["slots"]
     section.intro = f"Attention ({found['which']}) over images of {found['data']}."
-    grid = [(folder / found["grid"], "Images, CLS token, slots")]
-    section.add_pictures("wide", files, grid, PICTURE_BYTES)
-    absent = [slot for slot in roles if slot not in drawn]
+    section.add_pictures("wide", [(found["grid"], "Images, CLS token, slots")], PICTURE_BYTES)
+    drawn = found["slots"]
+    absent = ", ".join(str(slot) for slot in roles if slot not in drawn)
     if absent:
-        command = f"{files.commands['maps']} --slots '[{','.join(map(str, roles))}]'"
-        section.notes.append((f"No maps of slots {', '.join(map(str, absent))}; they are drawn by", command))
-    chosen = [slot for slot in roles if slot in drawn] or drawn[: len(roles)]
+        command = f"{section.files.commands['maps']} --slots '[{','.join(map(str, roles))}]'"
+        section.notes.append((f"No maps of slots {absent}; they are drawn by", command))
+    shown = {slot: role for slot, role in roles.items() if slot in drawn}
+    shown = shown or {slot: f"slot {slot}" for slot in drawn[: len(roles)]}
     overlays = zip(found["overlays"].values(), found["images"], strict=True)
     for pictures, name in list(overlays)[:MAP_IMAGES]:
-        entries = [(folder / pictures["cls"], f"CLS token, {name}")]
-        entries += [
-            (folder / pictures[str(slot)], f"{roles.get(slot, f'slot {slot}')}, {name}") for slot in chosen
-        ]
-        section.add_pictures("small", files, entries, OVERLAY_BYTES)
+        of_slots = [(pictures[str(slot)], f"{role}, {name}") for slot, role in shown.items()]
+        section.add_pictures("small", [(pictures["cls"], f"CLS token, {name}"), *of_slots], OVERLAY_BYTES)
 
 
-def _fill_gallery(section: Section, found: dict[str, Any], files: RunFiles, roles: Mapping[int, str]) -> None:
+def _fill_gallery(section: Section, found: dict[str, Any], roles: dict[int, str]) -> None:
     """The pictures of the best and worst slots' galleries."""
     section.intro = (
         f"The images of {found['data']} that a slot responds to most, and their nearest neighbors within the "
         f"slot's own numbers."
     )
-    of_slot = {entry["slot"]: entry for entry in found["slots"]}
-    absent = ", ".join(str(slot) for slot in roles if slot not in of_slot)
+    galleries = {entry["slot"]: entry for entry in found["slots"]}
+    absent = ", ".join(str(slot) for slot in roles if slot not in galleries)
     if absent:
-        section.notes.append((f"No gallery of slots {absent}; made by", files.commands["gallery"]))
-    entries = [
-        (
-            files.slots / "gallery" / of_slot[slot]["picture"],
-            "; most: ".join([role, *(top["image"] for top in of_slot[slot]["top"][:1])]),
-        )
-        for slot, role in roles.items()
-        if slot in of_slot
-    ]
-    section.add_pictures("wide", files, entries, GALLERY_BYTES)
+        section.note_commands(f"No gallery of slots {absent}; made by", "gallery")
+    entries = []
+    for slot in filter(galleries.get, roles):
+        most = [top["image"] for top in galleries[slot]["top"][:1]]
+        entries.append((galleries[slot]["picture"], "; most: ".join([roles[slot], *most])))
+    section.add_pictures("wide", entries, GALLERY_BYTES)
 
 
-def _fill_mask(section: Section, found: dict[str, Any], files: RunFiles) -> None:
+def _fill_mask(section: Section, found: dict[str, Any], _roles: dict[int, str]) -> None:
     """Initial, masked and relative change."""
     transfer = f", and tried on {found['transfer']}" if found.get("transfer") else ""
     section.intro = f"A mask learned on {found['data']} with a frozen encoder{transfer}."
@@ -470,11 +460,10 @@ def _fill_mask(section: Section, found: dict[str, Any], files: RunFiles) -> None
     keys = ("encoder", "over", "test_set", "initial", "masked", "relative_change", "kept")
     rows = [[number(row[key]) for key in keys] for row in found["rows"]]
     section.add_table("Learned masks", header, rows)
-    picture = [(files.slots / "mask" / "mask.png", "The learned masks")]
-    section.add_pictures("wide", files, picture, PICTURE_BYTES)
+    section.add_pictures("wide", [("mask.png", "The learned masks")], PICTURE_BYTES)
 
 
-def _fill_factors(section: Section, found: dict[str, Any]) -> None:
+def _fill_factors(section: Section, found: dict[str, Any], _roles: dict[int, str]) -> None:
     """How well each slot tells each factor."""
     names, chance = list(found["factors"]), [found["chance"][name] for name in found["factors"]]
     section.intro = (

@@ -32,7 +32,7 @@ from dino_sparo.models import Encoder
 RIDGE = 0.01  # in units of the variance of a standardized number, which is 1
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class CutEncoder:
     """An encoder in evaluation mode on its device, how its encoding is cut, and where features are kept."""
 
