@@ -11,8 +11,8 @@ from dino_sparo.__main__ import main
 from dino_sparo.data.generated import ShapesSource, shapes_source
 from dino_sparo.data.shapes import FACTORS, draw_factors
 from dino_sparo.slots import factors
-from dino_sparo.slots.factors import NUM_VALUES, chance, factor_pictures, fit_discriminant, score_factors
-from dino_sparo.slots.parts import moments
+from dino_sparo.slots.factors import NUM_VALUES, chance, factor_pictures, score_factors
+from dino_sparo.slots.parts import fit_discriminant, moments
 from dino_sparo.training import pretrain as program
 from tests.tiny import tiny_options, write_pictures
 
@@ -148,7 +148,7 @@ def test_the_program_end_to_end_beside_a_control(run_dir, tmp_path, capsys):
     picture = np.asarray(Image.open(run_dir / "slots" / "factors" / "factors.png").convert("RGB"))
     assert min(picture.shape[:2]) > 150 and picture.std() > 10
     shown = capsys.readouterr().out
-    assert "control (cls)" in shown and all(f"\n{name} " in shown for name in NUM_VALUES)
+    assert "control (cls)" in shown and all(f"\n| {name} " in shown for name in NUM_VALUES)
     capsys.readouterr()
 
     assert run(tmp_path / "cls") != 0

@@ -14,11 +14,11 @@ from dino_sparo.slots.parts import (
     moments,
     parts_of,
     probe_accuracies,
-    single,
 )
 
 CPU = torch.device("cpu")
 PARTS, CLASSES = 4, 3
+EACH = [[part] for part in range(PARTS)]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def columns(subset):
     return np.concatenate([np.arange(3 * part, 3 * part + 3) for part in subset])
 
 
-def test_parts_are_neighbouring_numbers():
+def test_parts_are_neighboring_numbers():
     assert parts_of(torch.arange(12)[None], 4)[0].tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
     with pytest.raises(ValueError, match="num_parts is 5, expected a divisor of the 12 numbers"):
         parts_of(torch.zeros(1, 12), 5)
@@ -48,7 +48,7 @@ def test_parts_are_neighbouring_numbers():
 @pytest.mark.parametrize("chunks", [{}, {"train_chunk": 7, "test_chunk": 11}])
 def test_knn_of_parts_is_that_of_their_columns(images, chunks):
     train, train_labels, test, test_labels = images
-    subsets = [*single(PARTS), [0, 2], [1, 2, 3], list(range(PARTS))]
+    subsets = [*EACH, [0, 2], [1, 2, 3], list(range(PARTS))]
     found = knn_accuracies(
         *images, num_parts=PARTS, subsets=subsets, k=10, num_classes=CLASSES, device=CPU, **chunks
     )
@@ -69,7 +69,7 @@ def test_knn_names_the_image_that_is_zero_in_a_part(images):
         knn_accuracies(
             *(train, train_labels, test, test_labels),
             num_parts=PARTS,
-            subsets=single(PARTS),
+            subsets=EACH,
             k=3,
             num_classes=CLASSES,
             device=CPU,

@@ -10,10 +10,8 @@ import pytest
 
 from dino_sparo.__main__ import main
 from dino_sparo.errors import UserError
-from dino_sparo.slots.page import FILES, RunFiles, render, slots_to_show
+from dino_sparo.slots.page import FILES, RunFiles, all_sections, render
 from dino_sparo.slots.page_figures import picture_uri
-from dino_sparo.slots.page_sections import all_sections, mask
-from dino_sparo.slots.report import without_classes
 from tests.report_samples import write_run
 from tests.tiny import tiny_options, write_pictures
 
@@ -68,7 +66,7 @@ class Page(HTMLParser):
 def page_of(folder, num_slots=16, **asked):
     commands = {name: f"dino-sparo slots {name} RUN" for name in (*FILES, "knn", "linear")}
     files = RunFiles(folder, folder / "slots", commands, asked)
-    return render(folder.name, {}, all_sections(files, slots_to_show(files, num_slots)), "seed: 0\n")
+    return render(folder.name, {}, all_sections(files, num_slots), "seed: 0\n")
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +157,7 @@ def test_a_damaged_file_is_named(sample, tmp_path):
     for content in ("{", "[]", '{"rows": [{}], "data": ""}'):
         (folder / "slots" / "mask" / "mask.json").write_text(content)
         with pytest.raises(UserError, match=r"mask\.json is damaged .* remove it"):
-            mask(RunFiles(folder, folder / "slots", {"mask": "dino-sparo slots mask RUN"}))
+            page_of(folder, 8)
 
 
 def test_names_are_escaped(tmp_path):
@@ -172,7 +170,7 @@ def test_names_are_escaped(tmp_path):
 
 def test_many_slots_with_big_pictures_stay_under_the_limit(tmp_path, monkeypatch):
     write_run(tmp_path / "run", num_slots=64, picture_side=24)
-    big = "dino_sparo.slots.page_sections.picture_uri"
+    big = "dino_sparo.slots.page.picture_uri"
     sizes = []
     monkeypatch.setattr(big, lambda path, most: sizes.append(most) or f"data:,{'x' * (most * 4 // 3 + 30)}")
     assert len(page_of(tmp_path / "run", 64)) < LIMIT
@@ -209,29 +207,32 @@ def test_report_makes_what_is_missing(tmp_path):
         assert (tmp_path / "run" / name).is_file()
 
 
-def test_only_images_without_classes_are_said_to_have_none(tmp_path):
-    write_pictures(tmp_path / "data", 12, classes=2)
-    assert without_classes(str(tmp_path / "data")) == "" == without_classes("shapes")
-    (tmp_path / "data" / "val").mkdir()
-    shutil.copy(next((tmp_path / "data" / "train").rglob("*.png")), tmp_path / "data" / "val")
-    assert "validation images in a flat folder; `dino-sparo prepare" in without_classes(
-        str(tmp_path / "data")
-    )
-    with pytest.raises(UserError, match="nowhere"):
-        without_classes("nowhere")
+def test_images_that_are_not_there(run_dir, capsys):
+    assert main(["slots", "report", str(run_dir), "--data.path", "/nowhere", "--device", "cpu"]) == 2
+    assert "/nowhere" in capsys.readouterr().err
 
 
 @pytest.mark.long
-def test_without_classes_the_report_leaves_out_what_needs_them(run_dir, tmp_path, capsys):
-    write_pictures(tmp_path / "data", 12)
-    flat = tmp_path / "data" / "train" / "class0"
-    arguments = ["slots", "report", str(run_dir), "--data.path", str(flat), "--out", str(tmp_path / "out")]
+@pytest.mark.parametrize(
+    ("folder", "reason"),
+    [("data/train/class0", "not in class folders"), ("data", "validation images in a flat folder")],
+)
+def test_without_classes_the_report_leaves_out_what_needs_them(run_dir, tmp_path, capsys, folder, reason):
+    write_pictures(tmp_path / "data", 12, classes=2)
+    if folder == "data":
+        (tmp_path / "data" / "val").mkdir()
+        shutil.copy(next((tmp_path / "data" / "train").rglob("*.png")), tmp_path / "data" / "val")
+    data, out = tmp_path / folder, tmp_path / "out"
+    arguments = ["slots", "report", str(run_dir), "--data.path", str(data), "--out", str(out)]
     assert main([*arguments, "--device", "cpu", "--num_workers", "0"]) == 0
-    assert capsys.readouterr().out.count(f"rank and mask are left out, since they need classes: {flat}") == 1
-    made = {part for part, file in FILES.items() if (tmp_path / "out" / file).is_file()}
+    said = capsys.readouterr().out
+    left_out = [line for line in said.splitlines() if "rank" in line]
+    assert len(left_out) == 1 and reason in left_out[0]
+    assert left_out[0].startswith("rank and mask are left out, since they need classes: ")
+    made = {part for part, file in FILES.items() if (out / file).is_file()}
     assert made == {"health", "maps", "gallery"}
-    page = Page((tmp_path / "out" / "report.html").read_text())
-    assert not [command for command in page.commands if str(flat) in command]
+    page = Page((out / "report.html").read_text())
+    assert not [command for command in page.commands if f"{data} " in command and "rank" in command]
 
 
 @pytest.mark.long

@@ -41,7 +41,7 @@ def read(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path).convert("RGB"))
 
 
-def test_centre_crops(run_dir, pictures, tmp_path, capsys):
+def test_center_crops(run_dir, pictures, tmp_path, capsys):
     assert run(run_dir, pictures, tmp_path, "--slots=[1,0]", "--images=[2,0]") == 0
     folder = tmp_path / "maps"
     content = json.loads((folder / "maps.json").read_text())
@@ -109,12 +109,12 @@ def test_images_are_spread_evenly_and_student_is_not_the_teacher(run_dir, pictur
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--slots=[0,2]", "slots has 2, expected numbers from 0 to 1, the encoder's slots; leave 2 out"),
+        ("--slots=[0,2]", "slots has 2, expected numbers from 0 to 1, since there are 2 slots; leave 2 out"),
         ("--slots=[-1]", "slots is [-1]; expected a finite number of at least 0"),
         ("--slots=[1,1]", "slots has 1 more than once, expected different numbers; give it once"),
         ("--slots=[]", "slots is empty; give at least one value or leave the option out"),
         ("--images=[1,1]", "images has 1 more than once"),
-        ("--images=[3]", "images has 3, expected numbers from 0 to 2, the images of "),
+        ("--images=[3]", "images has 3, expected numbers from 0 to 2, since there are 3 images; leave 3 out"),
         ("--num_images=0", "num_images is 0; expected a finite number above 0"),
         ("--short_side=7", "short_side is 7, expected at least the 8 pixels of a patch; give more"),
     ],

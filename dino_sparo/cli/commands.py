@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from dino_sparo import options as opt
-from dino_sparo.cli import exporting, pretraining
+from dino_sparo.cli import exporting, pretraining, slots
 
 
 @dataclass(frozen=True)
@@ -152,50 +152,50 @@ COMMANDS = {
         plan="dino_sparo.cli.pretraining:plan_study",
     ),
     "slots maps": Command(
-        opt.SlotMapsOptions,
-        "dino_sparo.slots.maps:run",
+        slots.SlotMapsOptions,
+        "dino_sparo.cli.slots:maps",
         "dino-sparo slots maps RUN --data.path DIR [--slots '[0,5]'] [--short-side 448] [--key VALUE ...]",
         "where slots look: attention drawn over images",
         ("slots maps runs/sparo --data.path photos --short-side 448",),
     ),
     "slots gallery": Command(
-        opt.SlotGalleryOptions,
-        "dino_sparo.slots.gallery:run",
+        slots.SlotGalleryOptions,
+        "dino_sparo.cli.slots:gallery",
         "dino-sparo slots gallery RUN --data.path DIR [--key VALUE ...]",
         "the images that each slot responds to most, and their neighbours within it",
         ("slots gallery runs/sparo --data.path photos --slots '[0,5]'",),
     ),
     "slots rank": Command(
-        opt.SlotRankOptions,
-        "dino_sparo.slots.ranking:run",
+        slots.SlotRankOptions,
+        "dino_sparo.cli.slots:rank",
         "dino-sparo slots rank RUN --data.path DIR [--control RUN] [--key VALUE ...]",
         "each slot alone, and accuracy against the number of slots kept",
         ("slots rank runs/sparo --data.path photos --control runs/dino",),
     ),
     "slots mask": Command(
-        opt.SlotMaskOptions,
-        "dino_sparo.slots.masks:run",
+        slots.SlotMaskOptions,
+        "dino_sparo.cli.slots:mask",
         "dino-sparo slots mask RUN --data.path DIR [--transfer NAME=DIR] [--control RUN] [--key VALUE ...]",
         "a learned mask over slots, and its transfer to other images",
         ("slots mask runs/sparo --data.path photos --transfer drawings=/data/drawings",),
     ),
     "slots health": Command(
-        opt.SlotHealthOptions,
-        "dino_sparo.slots.health:run",
+        slots.SlotHealthOptions,
+        "dino_sparo.cli.slots:health",
         "dino-sparo slots health RUN --data.path DIR [--key VALUE ...]",
         "entropy of attention, dead and duplicate slots",
         ("slots health runs/sparo --data.path photos",),
     ),
     "slots factors": Command(
-        opt.SlotFactorsOptions,
-        "dino_sparo.slots.factors:run",
+        slots.SlotFactorsOptions,
+        "dino_sparo.cli.slots:factors",
         "dino-sparo slots factors RUN [--control RUN] [--key VALUE ...]",
         "which slot tells which known factor of generated pictures",
         ("slots factors runs/demo",),
     ),
     "slots report": Command(
-        opt.SlotReportOptions,
-        "dino_sparo.slots.report:run",
+        slots.SlotReportOptions,
+        "dino_sparo.cli.slots:report",
         "dino-sparo slots report RUN [--data.path DIR] [--control RUN] [--key VALUE ...]",
         "one HTML page of a run: curves, scores, maps, galleries",
         ("slots report runs/sparo --data.path photos",),

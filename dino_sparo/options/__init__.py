@@ -3,16 +3,7 @@
 from dino_sparo.options.evaluating import CompareOptions, KnnOptions, LabelledDataOptions, LinearOptions
 from dino_sparo.options.files import ShardOptions
 from dino_sparo.options.measuring import BenchOptions
-from dino_sparo.options.slots import (
-    ImagesOptions,
-    SlotFactorsOptions,
-    SlotGalleryOptions,
-    SlotHealthOptions,
-    SlotMapsOptions,
-    SlotMaskOptions,
-    SlotRankOptions,
-    SlotReportOptions,
-)
+from dino_sparo.options.slots import ImagesOptions
 
 __all__ = [
     "BenchOptions",
@@ -22,11 +13,4 @@ __all__ = [
     "LabelledDataOptions",
     "LinearOptions",
     "ShardOptions",
-    "SlotFactorsOptions",
-    "SlotGalleryOptions",
-    "SlotHealthOptions",
-    "SlotMapsOptions",
-    "SlotMaskOptions",
-    "SlotRankOptions",
-    "SlotReportOptions",
 ]
