@@ -6,11 +6,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dino_sparo.cli import evaluating
 from dino_sparo.config import parse_options
-from dino_sparo.evaluation import linear as program
 from dino_sparo.evaluation.classifiers import load_classifier
 from dino_sparo.evaluation.results import read_results
-from dino_sparo.options import LinearOptions
 from dino_sparo.training.pretrain import pretrain
 from tests.tiny import tiny_options, write_pictures
 
@@ -51,9 +50,13 @@ def arguments(run: Path, data: Path, out: Path, **changes) -> list[str]:
     return [f"--{key}={value}" for key, value in given.items()]
 
 
+def options(run: Path, data: Path, out: Path, **changes) -> evaluating.LinearOptions:
+    return parse_options(evaluating.LinearOptions, arguments(run, data, out, **changes), usage="")
+
+
 def linear(run: Path, data: Path, out: Path, **changes) -> list:
     """Run the program; its results."""
-    program.run(parse_options(LinearOptions, arguments(run, data, out, **changes), usage=""))
+    evaluating.linear(options(run, data, out, **changes))
     return read_results(out)
 
 

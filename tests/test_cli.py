@@ -12,8 +12,8 @@ import yaml
 from dino_sparo.__main__ import main
 from dino_sparo.cli.arguments import written_out
 from dino_sparo.cli.commands import COMMANDS
+from dino_sparo.cli.evaluating import KnnOptions
 from dino_sparo.config import parse_options
-from dino_sparo.options import KnnOptions
 from tests.tiny import tiny_arguments, write_pictures
 
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from dino_sparo.evaluation import knn
-from dino_sparo.evaluation.knn import knn_classify
-from dino_sparo.evaluation.search import nearest
+from dino_sparo.evaluation.knn import knn_classify, nearest
 
 KS = [1, 10, 20, 100, 200]
 
@@ -22,7 +21,7 @@ def test_golden_accuracies(golden, chunk_size, by_faiss, monkeypatch):
     tensors = [
         torch.from_numpy(arrays[f"{s}_{k}"]) for s in ("train", "test") for k in ("features", "labels")
     ]
-    monkeypatch.setattr(knn, "CHUNK_SIZE", chunk_size)
+    monkeypatch.setattr(knn, "VOTE_CHUNK", chunk_size)
     results = knn_classify(*tensors, k=KS, temperature=float(arrays["temperature"]))
     for k in KS:
         np.testing.assert_array_equal([results[k].top1, results[k].top5], arrays[f"top1_top5.k{k}"])

@@ -13,19 +13,17 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
-from dino_sparo.config import parse_options
+from dino_sparo.cli import evaluating
 from dino_sparo.data import pil_views
 from dino_sparo.data.images import normalize, to_tensor
 from dino_sparo.data.sources import open_labelled
 from dino_sparo.data.views import draw_view, sample_order
-from dino_sparo.evaluation import linear as program
 from dino_sparo.evaluation import probe_training
-from dino_sparo.evaluation.probe_data import training_crop
+from dino_sparo.evaluation.linear import training_crop
 from dino_sparo.evaluation.probes import Probe, Probes
 from dino_sparo.evaluation.results import read_results
 from dino_sparo.evaluation.transfer import TestSet
 from dino_sparo.interop.load import load_encoder
-from dino_sparo.options import LinearOptions
 from dino_sparo.runs.checkpoint import load_latest
 from dino_sparo.runs.runlog import read_metrics
 from tests.probing import (
@@ -35,6 +33,7 @@ from tests.probing import (
     OFFICIAL,
     arguments,
     linear,
+    options,
     pretrained_run,
     weights,
     write_colours,
@@ -155,7 +154,7 @@ def test_a_prediction_is_a_class_of_the_test_set(data, monkeypatch):
     labels = np.array([1, 2, 1, 1, 2])
     for classes, right in (([0, 1, 2], [False] * 5), ([1, 2], labels == 1)):
         test_set = TestSet("x", val, labels, np.array(classes), (), ())
-        found = probe_training.score(probes, probe_training.Exam(test_set, features), torch.device("cpu"))
+        found = probe_training.score(probes, test_set, features)
         assert found[:, 0].tolist() == [[top1, True] for top1 in right]
 
 
@@ -163,7 +162,7 @@ class PowerCutError(Exception):
     pass
 
 
-def run_until(step: int, options: LinearOptions, monkeypatch) -> None:
+def run_until(step: int, options: evaluating.LinearOptions, monkeypatch) -> None:
     """Run, and break off in the step after `step` steps of this start."""
     original, calls = probe_training.losses, []
 
@@ -176,21 +175,16 @@ def run_until(step: int, options: LinearOptions, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(probe_training, "losses", breaking)
         with pytest.raises(PowerCutError):
-            program.run(options)
+            evaluating.linear(options)
 
 
 def test_cached_probes_go_on_bit_for_bit_from_every_tenth_epoch(pretrained, data, tmp_path, monkeypatch):
     outs = tmp_path / "whole", tmp_path / "out"
-    whole, broken = (
-        parse_options(
-            LinearOptions, arguments(pretrained, data, out, cached="true", epochs=23, batch_size=11), usage=""
-        )
-        for out in outs
-    )
-    program.run(whole)
+    whole, broken = (options(pretrained, data, out, cached="true", epochs=23, batch_size=11) for out in outs)
+    evaluating.linear(whole)
     run_until(12 * (NUM_TRAIN // 11) + 1, broken, monkeypatch)
     assert load_latest(outs[1] / "linear-cached")["epochs_done"] == 10
-    program.run(broken)
+    evaluating.linear(broken)
     theirs, ours = (load_latest(out / "linear-cached") for out in outs)
     assert ours["epochs_done"] == theirs["epochs_done"] == 23 and ours["best"] == theirs["best"]
     for name, value in theirs["probes"].items():
@@ -203,12 +197,11 @@ def test_cached_probes_go_on_bit_for_bit_from_every_tenth_epoch(pretrained, data
 @pytest.mark.parametrize("step", [1, 3, 5])
 def test_interrupted_in_any_epoch(step, workers, pretrained, data, uninterrupted, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    given = arguments(pretrained, data, out, num_workers=workers, learning_rates=[0.001, 1.0])
-    options = parse_options(LinearOptions, given, usage="")
-    run_until(step, options, monkeypatch)
+    given = options(pretrained, data, out, num_workers=workers, learning_rates=[0.001, 1.0])
+    run_until(step, given, monkeypatch)
     interrupted = load_latest(out / "linear")
     assert (0 if interrupted is None else interrupted["epochs_done"]) == step // 2
-    program.run(options)
+    evaluating.linear(given)
     ours, theirs = load_latest(out / "linear"), load_latest(uninterrupted / "linear")
     for name, value in theirs["probes"].items():
         assert torch.equal(ours["probes"][name], value)

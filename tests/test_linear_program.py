@@ -9,9 +9,10 @@ import torch
 from dino_sparo.data.sources import open_labelled
 from dino_sparo.data.views import sample_order
 from dino_sparo.errors import UserError
-from dino_sparo.evaluation import linear_setup, probe_training
-from dino_sparo.evaluation.probe_data import balanced_fraction, check_batch_size
+from dino_sparo.evaluation.probe_training import ProbeTraining, check_batch_size
 from dino_sparo.evaluation.results import read_results
+from dino_sparo.evaluation.transfer import balanced_fraction
+from dino_sparo.interop import load
 from dino_sparo.interop.load import load_encoder
 from dino_sparo.runs.checkpoint import load_latest
 from tests.probing import (
@@ -116,7 +117,7 @@ def test_a_saved_classifier_is_scored_as_it_was(pretrained, data, uninterrupted,
 def test_damaged_weights_are_told_before_training(pretrained, data, tmp_path, monkeypatch):
     encoder = load_encoder(pretrained)
     encoder.backbone.norm.weight.data[3] = torch.nan
-    monkeypatch.setattr(linear_setup, "load_encoder", lambda *_, **__: encoder)
+    monkeypatch.setattr(load, "load_encoder", lambda *_, **__: encoder)
     with pytest.raises(UserError, match="not finite"):
         linear(pretrained, data, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -125,7 +126,7 @@ def test_damaged_weights_are_told_before_training(pretrained, data, tmp_path, mo
 def test_features_that_are_not_finite_end_the_run_before_a_checkpoint(
     pretrained, data, tmp_path, monkeypatch
 ):
-    original = probe_training.Learning.state
+    original = ProbeTraining.state
 
     def damage(self):
         state = original(self)
@@ -133,8 +134,8 @@ def test_features_that_are_not_finite_end_the_run_before_a_checkpoint(
         return state
 
     encoders = [load_encoder(pretrained)]
-    monkeypatch.setattr(linear_setup, "load_encoder", lambda *_, **__: encoders[0])
-    monkeypatch.setattr(probe_training.Learning, "state", damage)
+    monkeypatch.setattr(load, "load_encoder", lambda *_, **__: encoders[0])
+    monkeypatch.setattr(ProbeTraining, "state", damage)
     with pytest.raises(UserError, match="features of training images are not finite in epoch 2"):
         linear(pretrained, data, tmp_path / "out")
     assert load_latest(tmp_path / "out" / "linear")["epochs_done"] == 1

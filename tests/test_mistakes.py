@@ -4,8 +4,8 @@ from dataclasses import MISSING
 
 import pytest
 
+from dino_sparo.cli.evaluating import KnnOptions
 from dino_sparo.config import recipes
-from dino_sparo.options import KnnOptions
 from tests.recipes import (
     REQUIRED,
     changed,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dino_sparo.evaluation.search import nearest
+from dino_sparo.evaluation.knn import nearest
 
 TRAIN, TEST, WIDTH, K = 57, 23, 16, 9
 

@@ -1,6 +1,6 @@
 """Every knob, documented. Imported before torch: `--help` and a mistake in a recipe answer at once."""
 
-from dino_sparo.options.evaluating import CompareOptions, KnnOptions, LabelledDataOptions, LinearOptions
+from dino_sparo.options.evaluating import LabelledDataOptions
 from dino_sparo.options.files import ExportOptions, PrepareOptions, ShardOptions
 from dino_sparo.options.measuring import BenchOptions
 from dino_sparo.options.slots import (
@@ -34,14 +34,11 @@ __all__ = [
     "ArchOptions",
     "BenchOptions",
     "CheckOptions",
-    "CompareOptions",
     "DataOptions",
     "ExportOptions",
     "HeadOptions",
     "ImagesOptions",
-    "KnnOptions",
     "LabelledDataOptions",
-    "LinearOptions",
     "LogOptions",
     "LossOptions",
     "MachineOptions",

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dino_sparo.evaluation.transfer import draw_by_class
 from dino_sparo.slots.parts import (
     Moments,
     Picked,
@@ -52,22 +53,19 @@ class Chosen:
     orders: dict[str, list[int]]
 
 
-def draw_by_class(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.int64]:
+def draw_share(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.int64]:
     """Numbers of images, sorted: this share of every class, at least one, but one less than there are.
 
     A class with a single image gives none.
     """
-    drawn = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(len(labels))
-    by_class = drawn[np.argsort(labels[drawn], kind="stable")]
     count = np.bincount(labels)
     wanted = np.minimum(np.maximum(1, np.rint(fraction * count)), count - 1)
-    position = np.arange(len(labels)) - np.searchsorted(labels[by_class], labels[by_class])
-    return np.sort(by_class[position < wanted[labels[by_class]]])
+    return draw_by_class(labels, wanted, seed)
 
 
 def split_by_class(labels: NDArray[np.int64], select_fraction: float, seed: int) -> Split:
     """Train images with labels (n,) as fit and selection part, the share of every class drawn by the seed."""
-    select = draw_by_class(labels, select_fraction, seed)
+    select = draw_share(labels, select_fraction, seed)
     return Split(np.setdiff1d(np.arange(len(labels)), select), select)
 
 
@@ -132,7 +130,7 @@ def greedy_images(labels: NDArray[np.int64], split: Split, seed: int) -> Split:
     """The fit and selection images that greedy selection looks at: all, or a share of every class."""
 
     def at_most(most: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        return rows if len(rows) <= most else rows[draw_by_class(labels[rows], most / len(rows), seed)]
+        return rows if len(rows) <= most else rows[draw_share(labels[rows], most / len(rows), seed)]
 
     return Split(at_most(GREEDY_FIT, split.fit), at_most(GREEDY_SELECT, split.select))
 

@@ -16,8 +16,8 @@ from dino_sparo.data.images import CenterCrops
 from dino_sparo.data.sources import ImageSource, open_images
 from dino_sparo.data.workers import default_workers
 from dino_sparo.evaluation.features import Wanted, cached_features
+from dino_sparo.evaluation.knn import Rows
 from dino_sparo.evaluation.results import results_folder
-from dino_sparo.evaluation.search import Rows
 from dino_sparo.slots.attention import slot_attention
 from dino_sparo.slots.drawing import draw_grid, overlay, peaks_of, remove_other_pictures, share
 from dino_sparo.slots.program import (

@@ -22,8 +22,15 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dino_sparo.evaluation.knn import TEMPERATURE
-from dino_sparo.evaluation.search import CHUNK_BYTES, QUERY_BYTES, NoDirectionError, Rows, nearest
+from dino_sparo.evaluation.knn import (
+    CHUNK_BYTES,
+    QUERY_BYTES,
+    TEMPERATURE,
+    NoDirectionError,
+    Rows,
+    k_best,
+    nearest,
+)
 
 RIDGE = 0.01  # in units of the variance of a standardised number, which is 1
 
@@ -116,7 +123,7 @@ def knn_accuracies(
                 except NoDirectionError as error:
                     offset = start if error.side == "train" else first
                     raise NoDirectionError(error.side, offset + error.number, error.kind) from error
-                best[number] = _better(best[number], (cosine_Bk, number_Bk + start), k)
+                best[number] = k_best(best[number], (cosine_Bk, number_Bk + start), k)
         for number, (cosine_Bk, number_Bk) in enumerate(best):
             voted = vote(cosine_Bk, labels[number_Bk], num_classes)
             right[number] += int((voted == truth).sum())
@@ -234,10 +241,3 @@ def _chunks(rows: Rows, size: int, device: torch.device) -> Iterator[tuple[int, 
     """Rows in float32 on the device, and the number of the first of them."""
     for start in range(0, len(rows), size):
         yield start, torch.as_tensor(rows[start : start + size]).to(device).float()
-
-
-def _better(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """The k best of both, the most similar first, of equally similar ones those of `one` first."""
-    cosines, numbers = (torch.cat(pair, dim=1) for pair in zip(one, other, strict=True))
-    order = cosines.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return cosines.gather(1, order), numbers.gather(1, order)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dino_sparo.data.sources import open_labelled
 from dino_sparo.errors import UserError
-from dino_sparo.evaluation.search import NoDirectionError
+from dino_sparo.evaluation.knn import NoDirectionError
 from dino_sparo.slots.choosing import Chosen, Split, choose, greedy_images, sizes, split_by_class
 from dino_sparo.slots.compared import Compared, encodings, open_compared, remark_on_parts
 from dino_sparo.slots.parts import Moments, Picked, fit_probe, knn_accuracies, moments, probe_accuracies
