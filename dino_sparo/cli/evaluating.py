@@ -195,7 +195,7 @@ def linear(options: LinearOptions) -> None:
                 sweep=options.sweep,
             )
             place = folder / room.probe_folder(
-                "linear-cached" if options.cached else "linear",
+                room.CACHED if options.cached else room.OFFICIAL,
                 weights=common["weights"],
                 train_fraction=options.train_fraction,
                 sweep=options.sweep,

@@ -61,7 +61,7 @@ def knn_classify(
     official code does; classes with equal votes, also those with none, rank by lower index.
 
     Args:
-        train_features: (T, D) floating point, any scale: l2-normalised inside. Also memory-mapped.
+        train_features: (T, D) floating point, any scale: l2-normalized inside. Also memory-mapped.
         train_labels: (T,) integers from 0.
         test_features: (number of test images, D).
         test_labels: likewise.
@@ -309,7 +309,7 @@ def nearest(
     """The k most similar train images of every test image.
 
     Args:
-        train: (T, D) floating point of any scale, l2-normalised inside; float16 stays float16 where it lies.
+        train: (T, D) floating point of any scale, l2-normalized inside; float16 stays float16 where it lies.
         test: (B, D).
         k: 1 to T.
         device: where to compute; None is the CPU.

@@ -22,7 +22,7 @@ Axis letters: B images, F numbers of a feature.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ from dino_sparo.evaluation.probe_training import (
     feature_rows,
     results_of,
 )
-from dino_sparo.evaluation.probes import INPUTS, MAX_BLOCKS, Probe, Probes
+from dino_sparo.evaluation.probes import INPUTS, MAX_BLOCKS, Probes
 from dino_sparo.evaluation.results import Result, accuracies
 from dino_sparo.evaluation.transfer import VAL, TestSet, as_test_sets
 from dino_sparo.models import Encoder
@@ -63,9 +63,7 @@ from dino_sparo.parallel.precision import autocast, choose_precision
 
 MAX_SIDE = 1024  # longer images are reduced to it first: no crop of a usual photograph gets larger by it
 IMAGES_AT_ONCE = 64  # per forward pass of the encoder; it changes memory, not the experiment
-EPOCHS, BATCH_SIZE = 100, 1024
-CROPS_CHECKPOINT_EPOCHS = 1
-CACHED_CHECKPOINT_EPOCHS = 10  # an epoch takes less time than a checkpoint
+OFFICIAL, CACHED = "linear", "linear-cached"  # protocols
 
 
 def linear_probe(
@@ -74,45 +72,29 @@ def linear_probe(
     test: ImageSource | Sequence[TestSet],
     folder: Path,
     *,
-    probes: Sequence[Probe] | None = None,
-    epochs: int = EPOCHS,
-    batch_size: int = BATCH_SIZE,
-    train_fraction: float = 1.0,
-    seed: int = 0,
-    weights: str = "teacher",
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     views: Literal["auto", "pil", "tensor", "device"] = "auto",
     cache: Path | None = None,
     num_workers: int | None = 0,
     resume_unverified: bool = False,
+    **settings: Any,
 ) -> list[Result]:
     """Train linear probes by the official protocol, or resume, and score them; all processes share the work.
 
-    Log, checkpoints and classifiers are written into `folder`.
-
     Args:
-        encoder: in evaluation mode.
-        train, test, probes, epochs, batch_size, train_fraction, seed, weights: as of `ProbeTraining`.
+        encoder, train, test, folder: as of `ProbeTraining`.
         precision: of the encoder on training crops.
         views: who makes the training crops, as in `choose_executor`.
         cache: for features of test images, as in `cached_features`.
         num_workers: processes that load images; None takes one per core, at most 16 in all.
         resume_unverified: resume from a checkpoint whose SHA-256 is missing, although it may be damaged.
+        settings: probes, epochs, batch_size, train_fraction, seed, weights, as of `ProbeTraining`.
 
     Raises:
         UserError: for a setting that does not fit, or for images; what earlier epochs have done is kept.
     """
     warn_of_random_order(train)
-    training = ProbeTraining(
-        *(encoder, train, test, folder),
-        protocol="linear",
-        probes=probes,
-        epochs=epochs,
-        batch_size=batch_size,
-        train_fraction=train_fraction,
-        seed=seed,
-        weights=weights,
-    )
+    training = ProbeTraining(encoder, train, test, folder, protocol=OFFICIAL, **settings)
     training.resume(cached=False, cache_precision=None, unverified=resume_unverified)
     features = cached_features(encoder, training.wanted(), INPUTS, cache=cache, num_workers=num_workers)
     training.fit(
@@ -123,7 +105,7 @@ def linear_probe(
             num_workers=default_workers(local_world_size()) if num_workers is None else num_workers,
         ),
         features[0],
-        checkpoint_every_epochs=CROPS_CHECKPOINT_EPOCHS,
+        checkpoint_every_epochs=1,
     )
     return training.finish(features)
 
@@ -134,32 +116,18 @@ def cached_linear_probe(
     test: ImageSource | Sequence[TestSet],
     folder: Path,
     *,
-    probes: Sequence[Probe] | None = None,
-    epochs: int = EPOCHS,
-    batch_size: int = BATCH_SIZE,
-    train_fraction: float = 1.0,
-    seed: int = 0,
-    weights: str = "teacher",
     cache: Path | None = None,
     cache_precision: Literal["float16", "float32"] = "float16",
     num_workers: int | None = 0,
     resume_unverified: bool = False,
+    **settings: Any,
 ) -> list[Result]:
     """As `linear_probe`, but the probes learn from features of center crops: seconds instead of hours.
 
     Args:
         cache_precision: of the train features on disk; those of test images are float32.
     """
-    training = ProbeTraining(
-        *(encoder, train, test, folder),
-        protocol="linear-cached",
-        probes=probes,
-        epochs=epochs,
-        batch_size=batch_size,
-        train_fraction=train_fraction,
-        seed=seed,
-        weights=weights,
-    )
+    training = ProbeTraining(encoder, train, test, folder, protocol=CACHED, **settings)
     training.resume(cached=True, cache_precision=cache_precision, unverified=resume_unverified)
     wanted = [*training.wanted(), Wanted(training.train, "train features", cache_precision)]
     *features, of_train = cached_features(encoder, wanted, INPUTS, cache=cache, num_workers=num_workers)
@@ -168,7 +136,7 @@ def cached_linear_probe(
             features_of_rows(of_train, training.train, order, waiting, encoder.device)
         ),
         features[0],
-        checkpoint_every_epochs=CACHED_CHECKPOINT_EPOCHS,
+        checkpoint_every_epochs=10,  # an epoch takes less time than a checkpoint
     )
     return training.finish(features)
 
@@ -229,7 +197,7 @@ def table(run: str, results: Sequence[Result]) -> str:
         details = result.details
         what, trained = "linear probe", ""
         counts = f"{result.num_images} test images, {result.num_classes} classes"
-        if details["protocol"] == "linear-cached":
+        if details["protocol"] == CACHED:
             what += " on cached center crops (not the official protocol)"
         if "weights_file" in details:
             what += f" of {details['weights_file']}"

@@ -78,12 +78,12 @@ class ProbeTraining:
         folder: Path,
         *,
         protocol: str,
-        probes: Sequence[Probe] | None,
-        epochs: int,
-        batch_size: int,
-        train_fraction: float,
-        seed: int,
-        weights: str,
+        probes: Sequence[Probe] | None = None,
+        epochs: int = 100,
+        batch_size: int = 1024,
+        train_fraction: float = 1.0,
+        seed: int = 0,
+        weights: str = "teacher",
     ) -> None:
         if not 0 < train_fraction <= 1:
             raise UserError(

@@ -74,7 +74,7 @@ class TestSet:
 
 
 def open_train_and_tests(path: str, further: Sequence[str] = ()) -> tuple[ImageSource, list[TestSet]]:
-    """The train images of a labelled folder, and its test images with the `further` test sets, each NAME=DIR.
+    """The train images of a labeled folder, and its test images with the `further` test sets, each NAME=DIR.
 
     Every process calls it. Raises UserError as `open_labelled` and `open_test_sets` do.
     """
@@ -121,7 +121,7 @@ def named_folder(text: str, key: str, expected: str) -> tuple[str, str]:
 
 
 def as_test_set(name: str, source: ImageSource, train_classes: Sequence[str]) -> TestSet:
-    """Images that are labelled by numbers of training already: the val folder. All classes stay possible."""
+    """Images that are labeled by numbers of training already: the val folder. All classes stay possible."""
     labels = source.labels
     assert labels is not None and tuple(source.classes) == tuple(train_classes)
     here = np.bincount(labels, minlength=len(train_classes)) > 0

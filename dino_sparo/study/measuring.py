@@ -13,7 +13,7 @@ import torch
 
 from dino_sparo.data.sources import ImageSource, hold_out
 from dino_sparo.evaluation.knn import HEADLINE_K, knn_results
-from dino_sparo.evaluation.linear import cached_linear_probe, probe_folder
+from dino_sparo.evaluation.linear import CACHED, cached_linear_probe, probe_folder
 from dino_sparo.evaluation.probes import choose_probes
 from dino_sparo.evaluation.results import Result, save_results
 from dino_sparo.evaluation.transfer import TestSet, as_test_set, balanced_fraction, open_train_and_tests
@@ -113,7 +113,7 @@ def _probe(
     ):
         found = cached_linear_probe(
             *(encoder, learned, scored),
-            place / probe_folder("linear-cached", train_fraction=fraction, sweep=True),
+            place / probe_folder(CACHED, train_fraction=fraction, sweep=True),
             probes=choose_probes(encoder, learning_rates=LEARNING_RATES, sweep=True),
             epochs=EPOCHS,
             batch_size=min(MOST_A_BATCH, 2 ** (num_rest.bit_length() - 1)),
