@@ -6,11 +6,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dino_sparo.cli import evaluating
 from dino_sparo.cli.pretraining import pretrain
-from dino_sparo.evaluation import linear as program
 from dino_sparo.evaluation.classifiers import load_classifier
 from dino_sparo.evaluation.results import read_results
-from dino_sparo.options import LinearOptions
 from tests.tiny import parse_options, tiny_options, write_pictures
 
 CLASSES = ("blue", "green", "red")
@@ -50,9 +49,13 @@ def arguments(run: Path, data: Path, out: Path, **changes) -> list[str]:
     return [f"--{key}={value}" for key, value in given.items()]
 
 
+def options(run: Path, data: Path, out: Path, **changes) -> evaluating.LinearOptions:
+    return parse_options(evaluating.LinearOptions, arguments(run, data, out, **changes), usage="")
+
+
 def linear(run: Path, data: Path, out: Path, **changes) -> list:
     """Run the program; its results."""
-    program.run(parse_options(LinearOptions, arguments(run, data, out, **changes), usage=""))
+    evaluating.linear(options(run, data, out, **changes))
     return read_results(out)
 
 

@@ -11,7 +11,7 @@ import yaml
 
 from dino_sparo.__main__ import main
 from dino_sparo.cli.commands import COMMANDS
-from dino_sparo.options import KnnOptions
+from dino_sparo.cli.evaluating import KnnOptions
 from tests.tiny import parse_options, tiny_arguments, write_pictures
 
 

@@ -265,11 +265,6 @@ def test_run_that_does_not_exist(tmp_path):
         compare_runs([str(tmp_path / "nowhere")])
 
 
-def test_folder_without_results(tmp_path):
-    with pytest.raises(UserFileNotFoundError, match=r"results\.json does not exist; .*so evaluate it first"):
-        compare_runs([str(tmp_path)])
-
-
 def test_damaged_results_are_one_line(tmp_path, capsys):
     run = make_run(tmp_path / "a", result(100))
     (tmp_path / "a" / "results.json").write_text("{")

@@ -6,15 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from dino_sparo.cli import evaluating
 from dino_sparo.data import pil_views
 from dino_sparo.data.colour import blur_taps
 from dino_sparo.data.device_views import Photos, ahead, collate_photos, make_crops, numbers_of, to_pixels
 from dino_sparo.data.images import normalize, to_tensor
 from dino_sparo.data.loader import PhotoBatch, crops_of
-from dino_sparo.evaluation import knn, linear
+from dino_sparo.evaluation.knn import nearest
 from dino_sparo.evaluation.results import read_results
-from dino_sparo.evaluation.search import nearest
-from dino_sparo.options import KnnOptions, LinearOptions
 from dino_sparo.parallel.precision import autocast
 from dino_sparo.runs.checkpoint import load_latest
 from dino_sparo.runs.runlog import read_metrics
@@ -173,9 +172,9 @@ def test_evaluations_on_a_gpu(tmp_path, precision):
     common = [f"--run={run}", f"--data.path={tmp_path / 'data'}", "--num_workers=0"]
     for device in ("cuda", "cpu"):
         out = [f"--out={tmp_path / device}", f"--cache={tmp_path / device / 'cache'}", f"--device={device}"]
-        knn.run(parse_options(KnnOptions, [*common, *out, "--k=5"], usage=""))
+        evaluating.knn(parse_options(evaluating.KnnOptions, [*common, *out, "--k=5"], usage=""))
         more = ["--epochs=2", "--batch_size=16", f"--precision={precision if device == 'cuda' else 'fp32'}"]
-        linear.run(parse_options(LinearOptions, [*common, *out, *more], usage=""))
+        evaluating.linear(parse_options(evaluating.LinearOptions, [*common, *out, *more], usage=""))
     on_gpu, on_cpu = (read_results(tmp_path / device) for device in ("cuda", "cpu"))
     assert [result.name for result in on_gpu] == [result.name for result in on_cpu]
     for one, other in zip(on_gpu, on_cpu, strict=True):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dino_sparo.options import KnnOptions
+from dino_sparo.cli.evaluating import KnnOptions
 from dino_sparo.recipe.files import recipes
 from tests.recipes import (
     REQUIRED,

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dino_sparo.evaluation.knn import knn_classify
-from dino_sparo.evaluation.search import NoDirectionError
+from dino_sparo.evaluation.knn import NoDirectionError, knn_classify
 from dino_sparo.slots.parts import (
     RIDGE,
     Picked,

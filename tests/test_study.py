@@ -19,7 +19,7 @@ from PIL import Image
 from dino_sparo.__main__ import main
 from dino_sparo.cli.pretraining import StudyOptions, study
 from dino_sparo.errors import UserError
-from dino_sparo.evaluation.groups import Run
+from dino_sparo.evaluation.compare import Run
 from dino_sparo.evaluation.results import Result, read_results
 from dino_sparo.runs.runlog import read_metrics
 from dino_sparo.study import measuring, program, report, training

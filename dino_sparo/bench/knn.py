@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from dino_sparo.errors import UserError
-from dino_sparo.evaluation.search import nearest
+from dino_sparo.evaluation.knn import nearest
 from dino_sparo.parallel.device import choose_device, wait_for
 
 K = 200  # the largest of the protocol

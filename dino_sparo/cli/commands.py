@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from dino_sparo import options as opt
-from dino_sparo.cli import exporting, pretraining, slots
+from dino_sparo.cli import evaluating, exporting, pretraining, slots
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ COMMANDS = {
         ("shard /data/imagenet --out /data/shards --short-side 512",),
     ),
     "knn": Command(
-        opt.KnnOptions,
-        "dino_sparo.evaluation.knn:run",
+        evaluating.KnnOptions,
+        "dino_sparo.cli.evaluating:knn",
         "dino-sparo knn RUN --data.path DIR [--test NAME=DIR ...] [--nproc N] [--key VALUE ...]",
         "k-NN accuracy of a trained encoder",
         (
@@ -93,15 +93,15 @@ COMMANDS = {
         ),
     ),
     "compare": Command(
-        opt.CompareOptions,
-        "dino_sparo.evaluation.compare:run",
+        evaluating.CompareOptions,
+        "dino_sparo.cli.evaluating:compare",
         "dino-sparo compare RUN ... [--control RUN] [--markdown]",
         "k-NN and linear accuracy of several runs in one table",
         ("compare runs/sparo runs/dino --control runs/dino --markdown",),
     ),
     "linear": Command(
-        opt.LinearOptions,
-        "dino_sparo.evaluation.linear:run",
+        evaluating.LinearOptions,
+        "dino_sparo.cli.evaluating:linear",
         "dino-sparo linear RUN --data.path DIR [--sweep] [--cached] [--test NAME=DIR ...] [--nproc N] "
         "[--key VALUE ...]",
         "linear-probe accuracy of a trained encoder",

@@ -397,8 +397,8 @@ def _open_control(run: str, which: str) -> "Encoder":
 
 def _other_weights(options: SlotHealthOptions, encoder: "Encoder") -> "Encoder | None":
     """The student for the teacher and the other way round; None where only one set of weights is stored."""
-    from dino_sparo.interop.export import CONFIG_FILE
     from dino_sparo.interop.load import load_encoder
+    from dino_sparo.interop.timm_folder import CONFIG_FILE
 
     path = Path(options.run)
     if path.suffix == ".safetensors" or (path / CONFIG_FILE).is_file():

@@ -58,6 +58,21 @@ class Encoder(nn.Module):
         """Slots of the encoding, each of embed_dim / num_slots numbers; 0 if it has none."""
         return 0 if self.readout is None else self.readout.num_slots
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.backbone.cls_token.device
+
+    @property
+    def width(self) -> int:
+        """Numbers of a token, D."""
+        return self.backbone.cls_token.shape[-1]
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the square images that the position embedding is for."""
+        return self.backbone.native_grid * self.backbone.patch_size
+
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, height, width) -> encodings (B, embed_dim), not normalised."""
         return self.read(self.tokens(images))

@@ -1,16 +1,8 @@
-"""Every knob, documented. Imported before torch: `--help` and a mistake in a recipe answer at once."""
+"""Options of commands that are not in cli/ yet."""
 
-from dino_sparo.options.evaluating import CompareOptions, KnnOptions, LabelledDataOptions, LinearOptions
+from dino_sparo.options.evaluating import LabelledDataOptions
 from dino_sparo.options.files import ShardOptions
 from dino_sparo.options.measuring import BenchOptions
 from dino_sparo.options.slots import ImagesOptions
 
-__all__ = [
-    "BenchOptions",
-    "CompareOptions",
-    "ImagesOptions",
-    "KnnOptions",
-    "LabelledDataOptions",
-    "LinearOptions",
-    "ShardOptions",
-]
+__all__ = ["BenchOptions", "ImagesOptions", "LabelledDataOptions", "ShardOptions"]

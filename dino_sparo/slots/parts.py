@@ -25,8 +25,15 @@ from torch import Tensor
 
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.evaluation.features import Wanted, cached_features
-from dino_sparo.evaluation.knn import TEMPERATURE
-from dino_sparo.evaluation.search import CHUNK_BYTES, QUERY_BYTES, NoDirectionError, Rows, nearest
+from dino_sparo.evaluation.knn import (
+    CHUNK_BYTES,
+    QUERY_BYTES,
+    TEMPERATURE,
+    NoDirectionError,
+    Rows,
+    k_best,
+    nearest,
+)
 from dino_sparo.models import Encoder
 
 RIDGE = 0.01  # in units of the variance of a standardized number, which is 1
@@ -185,7 +192,7 @@ def knn_accuracies(
                 except NoDirectionError as error:
                     offset = start if error.side == "train" else first
                     raise NoDirectionError(error.side, offset + error.number, error.kind) from error
-                best[number] = best_of(best[number], (cosine_Bk, number_Bk + start), k)
+                best[number] = k_best(best[number], (cosine_Bk, number_Bk + start), k)
         for number, (cosine_Bk, number_Bk) in enumerate(best):
             voted = vote(cosine_Bk, labels[number_Bk], num_classes)
             right[number] += int((voted == truth).sum())
@@ -337,10 +344,3 @@ def chunks(rows: Rows, device: torch.device, size: int | None = None) -> Iterato
     size = size or max(1, CHUNK_BYTES // (4 * rows.shape[1]))
     for start in range(0, len(rows), size):
         yield start, torch.as_tensor(rows[start : start + size]).to(device).float()
-
-
-def best_of(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """The k largest values, (x, k), and their numbers, of two such; of equal ones those of `one` first."""
-    values, numbers = (torch.cat(pair, dim=1) for pair in zip(one, other, strict=True))
-    order = values.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return values.gather(1, order), numbers.gather(1, order)

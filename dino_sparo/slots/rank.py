@@ -21,7 +21,8 @@ from torch import Tensor
 
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.errors import UserError
-from dino_sparo.evaluation.search import NoDirectionError
+from dino_sparo.evaluation.knn import NoDirectionError
+from dino_sparo.evaluation.transfer import draw_by_class
 from dino_sparo.slots.parts import (
     CutEncoder,
     Picked,
@@ -143,14 +144,6 @@ def _share_by_class(labels: NDArray[np.int64], fraction: float, seed: int) -> ND
     """Numbers of images, sorted: this share of every class, at least one, but one less than there are."""
     counts = np.bincount(labels)
     return draw_by_class(labels, np.minimum(np.maximum(1, np.rint(fraction * counts)), counts - 1), seed)
-
-
-def draw_by_class(labels: NDArray[np.int64], counts: NDArray[Any], seed: int) -> NDArray[np.int64]:
-    """Numbers of images, sorted: of every class as many as `counts` (S,) has, or all, drawn by the seed."""
-    drawn = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(len(labels))
-    by_class = drawn[np.argsort(labels[drawn], kind="stable")]
-    position = np.arange(len(labels)) - np.searchsorted(labels[by_class], labels[by_class])
-    return np.sort(by_class[position < counts[labels[by_class]]])
 
 
 def rank_parts(

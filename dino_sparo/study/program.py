@@ -10,9 +10,8 @@ from typing import Any
 
 from dino_sparo.data.sources import open_labelled
 from dino_sparo.errors import EXIT_PROBLEM, StuckError, UserError, files_told
-from dino_sparo.evaluation.compare import Comparison, compare_groups
+from dino_sparo.evaluation.compare import CONFIG_FILE, Comparison, Group, Measure, Run, compare_groups
 from dino_sparo.evaluation.features import hash_of_images
-from dino_sparo.evaluation.groups import CONFIG_FILE, Group, Measure, Run
 from dino_sparo.evaluation.knn import HEADLINE_K
 from dino_sparo.evaluation.results import Result, alone_in
 from dino_sparo.evaluation.transfer import EXPECTED_BOTH, VAL, named_folder

@@ -9,8 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from dino_sparo.evaluation.compare import Comparison, title
-from dino_sparo.evaluation.groups import Group, Measure, Run
+from dino_sparo.evaluation.compare import Comparison, Group, Measure, Run, title
 from dino_sparo.runs.runlog import read_metrics
 from dino_sparo.study.training import KNN
 
