@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from dino_sparo import options as opt
+from dino_sparo.cli.bench import BenchOptions
 
 
 @dataclass(frozen=True)
@@ -115,11 +116,11 @@ COMMANDS = {
         ("demo", "demo --data.path photos"),
     ),
     "bench": Command(
-        opt.BenchOptions,
-        "dino_sparo.bench.program:bench",
+        BenchOptions,
+        "dino_sparo.cli.bench:bench",
         "dino-sparo bench [--config RECIPE] [--data.path DIR] [--compare] [--json] [--profile FILE] "
         "[--key VALUE ...]",
-        "where the time of training goes, also against plain code; and of read-out, k-NN and probes",
+        "where the time of training goes, also against plain code; and of read-out and k-NN",
         ("bench --config imagenet_vits16_sparo --data.path /data/imagenet --compare", "bench --what readout"),
     ),
     "sweep": Command(

@@ -2,7 +2,6 @@
 
 from dino_sparo.options.evaluating import CompareOptions, KnnOptions, LabelledDataOptions, LinearOptions
 from dino_sparo.options.files import ExportOptions, PrepareOptions, ShardOptions
-from dino_sparo.options.measuring import BenchOptions
 from dino_sparo.options.slots import (
     ImagesOptions,
     SlotFactorsOptions,
@@ -32,7 +31,6 @@ from dino_sparo.options.training import (
 
 __all__ = [
     "ArchOptions",
-    "BenchOptions",
     "CheckOptions",
     "CompareOptions",
     "DataOptions",
