@@ -110,7 +110,7 @@ COMMANDS = {
     ),
     "demo": Command(
         opt.PretrainOptions,
-        "dino_sparo.demo:demo",
+        "dino_sparo.cli.demo:demo",
         "dino-sparo demo [--data.path DIR] [--key VALUE ...]",
         "five minutes on a laptop: train, watch k-NN rise, look at slots",
         ("demo", "demo --data.path photos"),

@@ -1,0 +1,66 @@
+"""`dino-sparo demo`: the recipe, fitted to a folder of the user's, trained and shown."""
+
+import logging
+from pathlib import Path
+
+from dino_sparo.options import PretrainOptions
+
+NUM_KNN_IMAGES = 2000
+MIN_EPOCHS = 4  # on a folder of any size; the prototypes are frozen in the first
+
+log = logging.getLogger("dino_sparo")
+
+
+def demo(options: PretrainOptions) -> None:
+    """Train by the recipe, then write `curve.png` and `slots.png` into the run folder and print a table.
+
+    With the user's own folder the number of steps stays the recipe's, so that the demo stays as short.
+    """
+    from dino_sparo.data.generated import SHAPES
+    from dino_sparo.demo import show_run
+    from dino_sparo.training.pretrain import pretrain
+
+    if options.data.path != SHAPES:
+        fit_to_folder(options)
+    pretrain(options)
+    show_run(
+        *(Path(options.run_dir), options.data.path),
+        max_images=options.data.max_images,
+        image_size=options.views.global_size,
+        with_slots=options.model.readout.name == "sparo",
+    )
+
+
+def fit_to_folder(options: PretrainOptions) -> None:
+    """Change epochs and images so that training sees as many images as the recipe's epochs of pictures are.
+
+    Of a large folder some images are taken, evenly spread, so that each is seen a few times. What the user
+    has changed in the recipe stays.
+    """
+    from dino_sparo.checks import check_options
+    from dino_sparo.config import parse_options
+    from dino_sparo.data.generated import SHAPES_SIZES
+    from dino_sparo.data.sources import open_images
+    from dino_sparo.evaluation.knn import HEADLINE_K
+
+    recipe = parse_options(PretrainOptions, ["--config", "demo", "--run_dir", options.run_dir], usage="")
+    optim, monitor = options.optim, options.monitor
+    source = open_images(options.data.path, options.data.max_images)
+    if monitor.knn_images_per_class == recipe.monitor.knn_images_per_class:
+        monitor.knn_images_per_class = max(HEADLINE_K, NUM_KNN_IMAGES // max(1, len(source.classes)))
+    if optim.epochs == recipe.optim.epochs:
+        budget = optim.epochs * SHAPES_SIZES["train"]
+        options.data.max_images = min(len(source), max(1, budget // MIN_EPOCHS))
+        optim.epochs = round(budget / options.data.max_images)
+        stretch = optim.epochs / recipe.optim.epochs
+        if optim.warmup_epochs == recipe.optim.warmup_epochs:
+            optim.warmup_epochs = round(stretch * optim.warmup_epochs)
+        if monitor.knn_every_epochs == recipe.monitor.knn_every_epochs:
+            monitor.knn_every_epochs = max(1, round(stretch * monitor.knn_every_epochs))
+    check_options(options)
+    log.info(
+        "%s: %d of its images, %d epochs",
+        options.data.path,
+        options.data.max_images or len(source),
+        optim.epochs,
+    )
