@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from dino_sparo import options as opt
 from dino_sparo.cli.bench import BenchOptions
+from dino_sparo.cli.making import ShardOptions
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ COMMANDS = {
         ("prepare /data/kaggle --out /data/imagenet",),
     ),
     "shard": Command(
-        opt.ShardOptions,
-        "dino_sparo.shard:run",
+        ShardOptions,
+        "dino_sparo.cli.making:shard",
         "dino-sparo shard DIR --out OUT [--short-side 512] [--num-workers N]",
         "tar shards of a folder of images, to be read like the folder, for network file systems",
         ("shard /data/imagenet --out /data/shards --short-side 512",),

@@ -1,7 +1,7 @@
 """Every knob, documented. Imported before torch: `--help` and a mistake in a recipe answer at once."""
 
 from dino_sparo.options.evaluating import CompareOptions, KnnOptions, LabelledDataOptions, LinearOptions
-from dino_sparo.options.files import ExportOptions, PrepareOptions, ShardOptions
+from dino_sparo.options.files import ExportOptions, PrepareOptions
 from dino_sparo.options.slots import (
     ImagesOptions,
     SlotFactorsOptions,
@@ -49,7 +49,6 @@ __all__ = [
     "PrepareOptions",
     "PretrainOptions",
     "ReadoutOptions",
-    "ShardOptions",
     "SlotFactorsOptions",
     "SlotGalleryOptions",
     "SlotHealthOptions",

@@ -18,21 +18,6 @@ class PrepareOptions:
 
 
 @dataclass
-class ShardOptions:
-    """Tar shards of a folder of images or parquet files, for network file systems and a random order."""
-
-    source: str
-    """Folder of images (train/<class>/... and val/<class>/..., <class>/... or flat) or of parquet files."""
-    out: str
-    """Folder that gets the shards, in train/ and val/ if the source has both; `data.path` can be it."""
-    short_side: int | None = None
-    """Reduce images to this short side in pixels if theirs is longer, as JPEG files of quality 95; null
-    copies all files as they are."""
-    num_workers: int | None = None
-    """Processes that read and write, each one shard at a time; null takes one a core."""
-
-
-@dataclass
 class ExportOptions:
     """An encoder for other programs: a folder that timm reads, ONNX, or a file in the official style."""
 
