@@ -58,7 +58,7 @@ def new_state(readout: str):
     for _ in range(2):
         options = SLOTS if readout == "sparo" else {}
         arch = {"width": 48, "depth": 4, "num_heads": 3}
-        encoder = build_encoder(arch, 16, 224, readout, **options)
+        encoder = build_encoder(arch, 16, 96, readout, **options)
         networks.append(DinoModel(encoder, DINOHead(encoder.embed_dim, 256, 64, 16)))
     return state_of(*networks, DINOLoss(256), CPU, loss_scaling=False)
 
@@ -71,7 +71,7 @@ def hyperparameters(step: int) -> Hyperparameters:
 
 def crops(step: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(step)
-    return [torch.randn(n, 2, 3, side, side, generator=generator) for n, side in ((2, 224), (3, 96))]
+    return [torch.randn(n, 2, 3, side, side, generator=generator) for n, side in ((2, 96), (3, 48))]
 
 
 def plain_of(state):
