@@ -5,7 +5,8 @@ Small files decode too cheaply and hide what real ones cost, so that others are 
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,14 @@ from torch import Tensor
 from dino_sparo.data import pil_views
 from dino_sparo.data.decode import decode
 from dino_sparo.data.images import UnreadableImage, to_tensor
-from dino_sparo.data.loader import BatchOrder, Crops, CropsDataset, PhotoBatch, crop_batches
+from dino_sparo.data.loader import Crops, CropsDataset, PhotoBatch
 from dino_sparo.data.sources import ImageSource, open_images
 from dino_sparo.data.views import draw_view
 from dino_sparo.data.workers import keep_memory
 from dino_sparo.parallel.device import wait_for
-from dino_sparo.training.pretrain import crops_on_device, normalized
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 90
 FINEST_CELLS = 256  # across a generated picture
-EPOCHS = 1_000_000  # more than any benchmark sees
 
 
 def jpeg_files(data: str | None, num_images: int, folder: Path) -> ImageSource:
@@ -94,32 +93,6 @@ def _stage_seconds(dataset: CropsDataset, sample: int) -> list[float]:
     return np.diff(marks).tolist()
 
 
-def training_batches(
-    dataset: CropsDataset,
-    device: torch.device,
-    *,
-    batch_size: int,
-    num_workers: int,
-    prefetch_batches: int,
-    timeout_seconds: float,
-) -> Iterator[list[Tensor]]:
-    """Endless groups of normalized crops (C_i, B, 3, side, side) on the device, as training makes them."""
-    order = BatchOrder(
-        num_samples=len(dataset.source), global_batch_size=batch_size, epochs=EPOCHS, seed=dataset.seed
-    )
-    loader = crop_batches(
-        dataset,
-        order,
-        num_workers=num_workers,
-        prefetch_batches=prefetch_batches,
-        pin_memory=device.type == "cuda",
-        timeout_seconds=timeout_seconds,
-    )
-    with loader.failures_explained():
-        for crops in crops_on_device(readable(loader), dataset.crop_recipes, device):
-            yield normalized(crops)
-
-
 def readable(batches: Iterable[Crops | PhotoBatch | UnreadableImage]) -> Iterator[Crops | PhotoBatch]:
     """The batches as they are.
 
@@ -132,19 +105,22 @@ def readable(batches: Iterable[Crops | PhotoBatch | UnreadableImage]) -> Iterato
         yield batch
 
 
-def warm_up(
-    batches: Iterator[list[Tensor]],
+@contextmanager
+def warmed_up(
+    batches: Generator[list[Tensor]],
     step: Callable[[list[Tensor]], object],
     *,
     prefetched: int,
     device: torch.device,
-) -> None:
-    """Take the batches that were prepared ahead, and make two steps."""
-    for _ in range(prefetched):  # made while nothing was taken: no measure of the workers' speed
-        next(batches)
-    for _ in range(2):
-        step(next(batches))
-    wait_for(device)
+) -> Iterator[Iterator[list[Tensor]]]:
+    """Within it, the batches after those that were prepared ahead and two steps; the workers end with it."""
+    with closing(batches):
+        for _ in range(prefetched):  # made while nothing was taken: no measure of the workers' speed
+            next(batches)
+        for _ in range(2):
+            step(next(batches))
+        wait_for(device)
+        yield batches
 
 
 def end_to_end(

@@ -13,7 +13,7 @@ Axis letters: B images, C crops, N tokens, D width, L slots, H key width, K prot
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -249,7 +249,7 @@ def _blur(image: Image.Image, radius: tuple[float, float]) -> Image.Image:
 
 def plain_batches(
     dataset: PlainViews, *, batch_size: int, num_workers: int, prefetch_batches: int, device: torch.device
-) -> Iterator[list[Tensor]]:
+) -> Generator[list[Tensor]]:
     """Groups of crops (C_i, B, 3, side, side) on the device, without end."""
     loader: DataLoader = DataLoader(
         dataset,

@@ -6,8 +6,8 @@ Axis letters: B images, C crops.
 import logging
 import os
 import platform
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dino_sparo.bench.loading import end_to_end, image_stages, readable, training_batches, warm_up
+from dino_sparo.bench.loading import end_to_end, image_stages, readable, warmed_up
 from dino_sparo.bench.plain import PlainState, PlainViews, plain_batches, plain_state, plain_step
 from dino_sparo.bench.timing import (
     host_waits,
@@ -29,18 +29,26 @@ from dino_sparo.bench.timing import (
 )
 from dino_sparo.check.measure import count_flops, measured_peak
 from dino_sparo.data.device_views import Photos
-from dino_sparo.data.loader import CropsDataset, PhotoBatch, collate_crops, crops_of
+from dino_sparo.data.loader import (
+    BatchOrder,
+    CropsDataset,
+    PhotoBatch,
+    collate_crops,
+    crop_batches,
+    crops_of,
+)
 from dino_sparo.data.views import NUM_GLOBAL_CROPS
 from dino_sparo.models.cost import bytes_saved_for_backward
 from dino_sparo.parallel.device import wait_for
 from dino_sparo.parallel.precision import autocast, plain_attention
-from dino_sparo.training.pretrain import normalized, train_step
+from dino_sparo.training.pretrain import crops_on_device, normalized, train_step
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.state import TrainState
 
 log = logging.getLogger("dino_sparo")
 
 VIEWED_IMAGES = 16  # at least so many, for times per image
+EPOCHS = 1_000_000  # more than any benchmark sees
 PROFILED_STEPS = 3  # in a trace
 # Dense bfloat16 products in FLOP/s (float16 on a V100), *published* by the maker; the first name that fits.
 PUBLISHED_PEAKS = (
@@ -88,17 +96,26 @@ class Bench:
             loss_scaling=state.loss_scale.enabled,
         )
 
-    def our_batches(self) -> Iterator[list[Tensor]]:
-        """Groups of normalized crops on the device, as training makes them."""
-        return training_batches(
-            *(self.dataset, self.device),
-            batch_size=self.batch_size,
+    def our_batches(self) -> Generator[list[Tensor]]:
+        """Endless groups of normalized crops (C_i, B, 3, side, side) on the device, as in training."""
+        order = BatchOrder(
+            num_samples=len(self.dataset.source),
+            global_batch_size=self.batch_size,
+            epochs=EPOCHS,
+            seed=self.dataset.seed,
+        )
+        loader = crop_batches(
+            *(self.dataset, order),
             num_workers=self.num_workers,
             prefetch_batches=self.prefetch_batches,
+            pin_memory=self.device.type == "cuda",
             timeout_seconds=self.timeout_seconds,
         )
+        with loader.failures_explained():
+            for crops in crops_on_device(readable(loader), self.dataset.crop_recipes, self.device):
+                yield normalized(crops)
 
-    def plain_batches(self) -> Iterator[list[Tensor]]:
+    def plain_batches(self) -> Generator[list[Tensor]]:
         """The same by plain code, with as many workers."""
         return plain_batches(
             PlainViews(self.dataset.source, self.dataset.crop_recipes),
@@ -108,14 +125,12 @@ class Bench:
             device=self.device,
         )
 
-    @contextmanager
-    def warm(
-        self, batches: Iterator[list[Tensor]], step: Callable[[list[Tensor]], object]
-    ) -> Iterator[Iterator[list[Tensor]]]:
-        """Within it, batches after those that were prepared ahead and two steps; the workers end with it."""
-        with closing(batches):  # type: ignore[type-var]  # it is a generator
-            warm_up(batches, step, prefetched=self.num_workers * self.prefetch_batches, device=self.device)
-            yield batches
+    def warmed_up(
+        self, batches: Generator[list[Tensor]], step: Callable[[list[Tensor]], object]
+    ) -> AbstractContextManager[Iterator[list[Tensor]]]:
+        """Within it, batches at the speed that workers keep up."""
+        prefetched = self.num_workers * self.prefetch_batches
+        return warmed_up(batches, step, prefetched=prefetched, device=self.device)
 
     def photos(self) -> PhotoBatch:
         """The first images, decoded, and the numbers of their views, as workers hand them over."""
@@ -173,7 +188,7 @@ def measure(
     result["end_to_end"] = None
     if seconds is not None:
         log.info("end to end")
-        with bench.warm(bench.our_batches(), step := partial(bench.our_step, ours)) as batches:
+        with bench.warmed_up(bench.our_batches(), step := partial(bench.our_step, ours)) as batches:
             result["end_to_end"] = end_to_end(
                 batches, step, batch_size=batch_size, seconds=seconds, device=device
             )
@@ -182,7 +197,7 @@ def measure(
     result["profile"] = None
     if profile is not None:
         log.info("profile")
-        with bench.warm(bench.our_batches(), step := partial(bench.our_step, ours)) as batches:
+        with bench.warmed_up(bench.our_batches(), step := partial(bench.our_step, ours)) as batches:
             events = profiled(lambda: step(next(batches)), PROFILED_STEPS, device, trace=profile)
         waits = host_waits(events)
         result["profile"] = {"trace": profile, "steps": PROFILED_STEPS, "host_waits_per_step": waits}
@@ -222,7 +237,7 @@ def _compared(
     }
     if result["end_to_end"] is not None:
         log.info("end to end, plain")
-        with bench.warm(bench.plain_batches(), step := partial(bench.plain_step, plain)) as batches:
+        with bench.warmed_up(bench.plain_batches(), step := partial(bench.plain_step, plain)) as batches:
             found = end_to_end(
                 *(batches, step),
                 batch_size=bench.batch_size,
