@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
-from dino_sparo.bench.stages import HOST_WAITS
+from dino_sparo.bench.timing import HOST_WAITS
 from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.data import device_views, pil_views
 from dino_sparo.data.decode import decode, size_of

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from dino_sparo import options as opt
 from dino_sparo.cli import evaluating, exporting, pretraining, slots
+from dino_sparo.cli.bench import BenchOptions
+from dino_sparo.cli.making import ShardOptions
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ COMMANDS = {
         ("prepare /data/kaggle --out /data/imagenet",),
     ),
     "shard": Command(
-        opt.ShardOptions,
-        "dino_sparo.shard:run",
+        ShardOptions,
+        "dino_sparo.cli.making:shard",
         "dino-sparo shard DIR --out OUT [--short-side 512] [--num-workers N]",
         "tar shards of a folder of images, to be read like the folder, for network file systems",
         ("shard /data/imagenet --out /data/shards --short-side 512",),
@@ -112,17 +113,17 @@ COMMANDS = {
     ),
     "demo": Command(
         pretraining.PretrainOptions,
-        "dino_sparo.cli.pretraining:demo",
+        "dino_sparo.cli.demo:demo",
         "dino-sparo demo [--data.path DIR] [--key VALUE ...]",
         "five minutes on a laptop: train, watch k-NN rise, look at slots",
         ("demo", "demo --data.path photos"),
     ),
     "bench": Command(
-        opt.BenchOptions,
-        "dino_sparo.bench.program:bench",
+        BenchOptions,
+        "dino_sparo.cli.bench:bench",
         "dino-sparo bench [--config RECIPE] [--data.path DIR] [--compare] [--json] [--profile FILE] "
         "[--key VALUE ...]",
-        "where the time of training goes, also against plain code; and of read-out, k-NN and probes",
+        "where the time of training goes, also against plain code; and of read-out and k-NN",
         ("bench --config imagenet_vits16_sparo --data.path /data/imagenet --compare", "bench --what readout"),
     ),
     "sweep": Command(

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from dino_sparo.cli.images import LabelledDataOptions
 from dino_sparo.errors import UserError
-from dino_sparo.options.evaluating import LabelledDataOptions
 from dino_sparo.recipe.typed import Count, Seed
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""`dino-sparo pretrain`, `check`, `study`, `sweep` and `demo`: their options, and what they call."""
+"""`dino-sparo pretrain`, `check`, `study` and `sweep`: their options, and what they call."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,10 +156,3 @@ def planned(options: StudyOptions) -> "list[Variant]":
     return plan_runs(
         options, Path(options.run_dir), variants=options.variants, vary=options.vary, only=options.only
     )
-
-
-def demo(options: PretrainOptions) -> None:
-    """Pretrain a small encoder, then show a table, a curve and slot maps."""
-    from dino_sparo.demo import demo
-
-    demo(options, Path(options.run_dir), resume_unverified=options.resume_unverified)

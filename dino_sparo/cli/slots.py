@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from dino_sparo.cli.images import ImagesOptions, LabelledDataOptions
 from dino_sparo.errors import UnlabelledError, UserError
-from dino_sparo.options.evaluating import LabelledDataOptions
-from dino_sparo.options.slots import ImagesOptions
 from dino_sparo.recipe.typed import Count, Seed
 
 if TYPE_CHECKING:

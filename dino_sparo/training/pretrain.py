@@ -7,17 +7,19 @@ import errno
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from dino_sparo.data.device_views import ahead
 from dino_sparo.data.images import UnreadableImage, normalize
 from dino_sparo.data.loader import Crops, PhotoBatch, crops_of, crops_picture
+from dino_sparo.data.views import CropRecipe
 from dino_sparo.errors import UserError
 from dino_sparo.parallel.device import choose_device, wait_for
 from dino_sparo.parallel.distributed import (
@@ -77,7 +79,8 @@ def train_step(
 
     A micro-batch is groups of crops (C_i, B, 3, side, side), the two global crops first. A step whose loss
     or gradients are not finite in any process changes neither student nor teacher nor centre; only the
-    device knows. The statistics, if they are wanted of this step, are added to.
+    device knows. The statistics, if they are wanted of this step, are added to. Its parts are named ranges
+    for `torch.profiler`, as `dino-sparo bench` reads them.
     """
     set_hyperparameters(state.optimizer, lr=hyper.lr, weight_decay=hyper.weight_decay)
     state.optimizer.zero_grad(set_to_none=True)
@@ -85,21 +88,24 @@ def train_step(
 
     for number in range(accumulation):
         crop_groups = next(micro_batches)
-        with torch.inference_mode(), autocast:
+        with record_function("teacher forward"), torch.inference_mode(), autocast:
             teacher_logits, teacher_encodings = state.teacher(crop_groups[:1])  # (2*B, K)
         with unsynchronized(state.parallel_student, unless=number == accumulation - 1):
-            with autocast:
+            with record_function("student forward"), autocast:
                 student_logits, _ = state.parallel_student(crop_groups)  # (C*B, K)
-            loss = state.loss_fn(student_logits, teacher_logits, hyper.teacher_temp) / accumulation
-            state.loss_scale.scaled(loss).backward()
+            with record_function("loss"):
+                loss = state.loss_fn(student_logits, teacher_logits, hyper.teacher_temp) / accumulation
+            with record_function("backward"):
+                state.loss_scale.scaled(loss).backward()
         if statistics is not None:
             answers = teacher_probabilities(teacher_logits, state.loss_fn.center, hyper.teacher_temp)
             statistics.add(answers, teacher_encodings)
         state.loss_fn.add_to_center(teacher_logits)
         loss_of_step += loss.detach()
 
-    state.loss_scale.unscale([p.grad for p in state.student.parameters() if p.grad is not None])
-    gradient_norms = clip_gradients_per_parameter(state.student.parameters(), clip_norm)
+    with record_function("gradient clipping"):
+        state.loss_scale.unscale([p.grad for p in state.student.parameters() if p.grad is not None])
+        gradient_norms = clip_gradients_per_parameter(state.student.parameters(), clip_norm)
     finite = state.judge(
         ~any_rank(~loss_of_step.isfinite()),
         gradient_norms.isfinite().all(),  # in all processes alike: they share the gradients
@@ -108,8 +114,10 @@ def train_step(
         for parameter in state.student.head.last_layer.parameters():
             parameter.grad = None  # AdamW then neither decays it nor counts a step
 
-    step_if_finite(state.optimizer, finite)
-    update_teacher(state.teacher, state.student, hyper.momentum, finite)
+    with record_function("optimizer"):
+        step_if_finite(state.optimizer, finite)
+    with record_function("teacher update"):
+        update_teacher(state.teacher, state.student, hyper.momentum, finite)
     center = state.loss_fn.center.clone()
     state.loss_fn.commit_center(finite)
     return StepOutput(loss_of_step, crop_groups[0][0], center, gradient_norms)
@@ -241,16 +249,25 @@ def train(run: Run, batches: Iterator[Batch], signals: StopSignals, group: Group
 
 
 def on_device(run: Run, batches: Iterator[Batch], run_log: RunLog) -> Iterator[list[Tensor]]:
-    """Micro-batches as groups of normalised crops on the training device."""
-
-    def crops_on_device(batch: Crops | PhotoBatch) -> Crops:
-        return crops_of(batch, run.dataset.crop_recipes, run.device)
-
-    for number, crops in enumerate(ahead(readable(run, batches, run_log), crops_on_device, run.device)):
+    """Micro-batches as groups of normalized crops on the training device."""
+    all_crops = crops_on_device(readable(run, batches, run_log), run.dataset.crop_recipes, run.device)
+    for number, crops in enumerate(all_crops):
         run.bad_images.add(crops.replaced)
         if number == 0 and run.first_step == 0:
             run_log.picture(0, "first_crops", crops_picture(crops))
-        yield [normalize(x) for x in (crops.global_crops, crops.local_crops) if x.numel()]
+        yield normalized(crops)
+
+
+def crops_on_device(
+    batches: Iterable[Crops | PhotoBatch], recipes: Sequence[CropRecipe], device: torch.device
+) -> Iterator[Crops]:
+    """Batches from workers -> their crops on the device, made or copied one batch ahead of their use."""
+    return ahead(batches, lambda batch: crops_of(batch, recipes, device), device)
+
+
+def normalized(crops: Crops) -> list[Tensor]:
+    """uint8 crops -> groups (C_i, B, 3, side, side) as networks take them, the two global crops first."""
+    return [normalize(x) for x in (crops.global_crops, crops.local_crops) if x.numel()]
 
 
 def readable(run: Run, batches: Iterator[Batch], run_log: RunLog) -> Iterator[Crops | PhotoBatch]:

@@ -1,6 +1,14 @@
-"""Labelled images, as several commands take them."""
+"""Options that name the images of a command."""
 
 from dataclasses import dataclass
+
+
+@dataclass
+class ImagesOptions:
+    """A folder of images."""
+
+    path: str
+    """Folder of images (train/<class>/..., <class>/... or flat), or `shapes` for generated pictures."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Options of the commands that make files of files."""
+"""`dino-sparo shard`."""
 
 from dataclasses import dataclass
 
@@ -17,4 +17,11 @@ class ShardOptions:
     """Reduce images to this short side in pixels if theirs is longer, as JPEG files of quality 95; null
     copies all files as they are."""
     num_workers: Count | None = None
-    """Processes that read and write, each one shard at a time; null takes one a core."""
+    """Processes that read and write, each one shard at a time; null takes one per core."""
+
+
+def shard(options: ShardOptions) -> None:
+    """Write the shards."""
+    from dino_sparo import shard as room
+
+    room.shard(options.source, options.out, options.short_side, options.num_workers)
