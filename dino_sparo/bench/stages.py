@@ -106,7 +106,7 @@ def step_in_stages(
     state.loss_fn.add_to_center(teacher_logits)
     state.loss_scale.unscale([p.grad for p in state.student.parameters() if p.grad is not None])
     norms = clip_gradients_per_parameter(state.student.parameters(), clip_norm)
-    finite = state.judge(loss.detach().isfinite(), norms.isfinite().all())
+    finite = state.check_finite(loss.detach().isfinite(), norms.isfinite().all())
     step_if_finite(state.optimizer, finite)
     update_teacher(state.teacher, state.student, hyper.momentum, finite)
     state.loss_fn.commit_center(finite)

@@ -12,6 +12,7 @@ from dino_sparo.parallel.precision import LossScale
 from dino_sparo.runs.checkpoint import encoder_of, num_bytes
 from dino_sparo.training.loss import DINOLoss
 from dino_sparo.training.optim import build_optimizer
+from dino_sparo.training.stopping import BadSteps
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,7 @@ class TrainState:
     Attributes:
         parallel_student: the student, whose backward averages gradients over all processes.
         overflows: int64 (2,), steps skipped since fp16 overflowed: in all, and the latest in a row.
-        bad_steps: int64 (2,), since this start, steps whose numbers went wrong otherwise: in all, and those
-            whose loss was not finite.
-        max_bad_steps: so many may be skipped; after one more nothing changes any more.
+        bad_steps: steps whose numbers went wrong otherwise, since this start.
     """
 
     student: DinoModel
@@ -33,19 +32,17 @@ class TrainState:
     parallel_student: nn.Module
     loss_scale: LossScale
     overflows: Tensor
-    bad_steps: Tensor
-    max_bad_steps: int
+    bad_steps: BadSteps
 
-    def judge(self, finite_loss: Tensor, finite_gradients: Tensor) -> Tensor:
+    def check_finite(self, finite_loss: Tensor, finite_gradients: Tensor) -> Tensor:
         """Whether a step may change anything; counts it if not. All are scalars, alike in all processes.
 
         With loss scaling, gradients that are not finite are an overflow, which only lowers the scale.
         """
-        going_on = self.bad_steps[0] <= self.max_bad_steps
+        going_on = self.bad_steps.going_on()
         overflow = finite_loss & ~finite_gradients & self.loss_scale.enabled & going_on
         finite = finite_loss & finite_gradients & going_on
-        bad = ~finite & ~overflow & going_on
-        self.bad_steps.add_(torch.stack([bad, bad & ~finite_loss]))
+        self.bad_steps.add(~finite & ~overflow & going_on, finite_loss)
         total, in_a_row = self.overflows
         total += overflow
         in_a_row.copy_(torch.where(overflow, in_a_row + 1, torch.where(finite, 0, in_a_row)))
@@ -115,8 +112,7 @@ def state_of(
         parallel_student=data_parallel(student, device),
         loss_scale=LossScale(device, enabled=loss_scaling),
         overflows=torch.zeros(2, dtype=torch.int64, device=device),
-        bad_steps=torch.zeros(2, dtype=torch.int64, device=device),
-        max_bad_steps=max_bad_steps,
+        bad_steps=BadSteps(device, max_bad_steps),
     )
 
 
