@@ -193,7 +193,7 @@ def saved_by_ours(bench: Bench, state: TrainState, groups: list[Tensor]) -> int:
         with torch.no_grad(), autocast(bench.precision, bench.device):
             teacher_logits, _ = state.teacher(crops[:1])
         with autocast(bench.precision, bench.device):
-            student_logits, _ = state.parallel_student(crops)
+            student_logits, _ = state.student(crops)
         return state.loss_fn(student_logits, teacher_logits, bench.hyper.teacher_temp)
 
     return bytes_saved_for_backward(loss, groups)

@@ -98,7 +98,7 @@ def step_in_stages(
         teacher_logits, _ = state.teacher(crop_groups[:1])  # (2*B, K)
     laps.lap("teacher forward")
     with autocast:
-        student_logits, _ = state.parallel_student(crop_groups)  # (C*B, K)
+        student_logits, _ = state.student(crop_groups)  # (C*B, K)
     loss = state.loss_fn(student_logits, teacher_logits, hyper.teacher_temp)
     laps.lap("student forward, loss")
     state.loss_scale.scaled(loss).backward()

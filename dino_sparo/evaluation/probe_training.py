@@ -11,19 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.probe_data import Batch, Feed, feature_rows
-from dino_sparo.evaluation.probes import INPUTS, Probes, hits, losses
+from dino_sparo.evaluation.probes import Probes, hits, losses
 from dino_sparo.evaluation.transfer import TestSet, restrict
 from dino_sparo.parallel.distributed import (
-    data_parallel,
+    average_gradients,
     gather_objects,
     gather_rows,
     mean_over_ranks,
     rank,
-    settle,
     sum_over_ranks,
     world_size,
 )
@@ -147,8 +146,6 @@ def train(
     Raises:
         UserError: features are not finite, an image cannot be read, or the workers that load images failed.
     """
-    parallel = data_parallel(learning.probes, device)
-    _settle(parallel, learning, val, device)
     with (
         RunLog(
             folder,
@@ -161,7 +158,7 @@ def train(
     ):
         batches = feed.batches(run_log.waiting_for_data)
         while learning.epochs_done < learning.epochs:
-            _train_epoch(parallel, learning, batches, run_log, steps_per_epoch, global_batch_size)
+            _train_epoch(learning, batches, run_log, steps_per_epoch, global_batch_size)
             learning.schedule.step()
             learning.epochs_done += 1
             done = learning.epochs_done * steps_per_epoch
@@ -185,7 +182,6 @@ def train(
 
 
 def _train_epoch(
-    parallel: nn.Module,
     learning: Learning,
     batches: Iterator[Batch],
     run_log: RunLog,
@@ -198,8 +194,9 @@ def _train_epoch(
     for step in range(1, steps + 1):
         features, labels = next(batches)
         learning.optimizer.zero_grad(set_to_none=True)
-        loss_P = losses(parallel(features), labels)
+        loss_P = losses(learning.probes(features), labels)
         loss_P.sum().backward()
+        average_gradients(learning.probes.parameters())
         learning.optimizer.step()
         bad_now = torch.stack([(~feature.isfinite()).any() for feature in features.values()]).any().float()
         total_P = loss_P.detach() if total_P is None else total_P + loss_P.detach()
@@ -221,9 +218,3 @@ def _train_epoch(
 def _named(what: str, learning: Learning, values: Any) -> dict[str, float]:
     """A number of each probe under its name."""
     return {f"{probe.name} {what}": float(v) for probe, v in zip(learning.probes.probes, values, strict=True)}
-
-
-def _settle(parallel: nn.Module, learning: Learning, val: Exam, device: torch.device) -> None:
-    """Settle the order of summation (`distributed.settle`) by empty features."""
-    empty = {name: torch.zeros(1, val.features[name].shape[1], device=device) for name in INPUTS}
-    settle(lambda: parallel(empty).sum(), learning.optimizer)

@@ -26,11 +26,11 @@ from dino_sparo.parallel.distributed import (
     Agreement,
     Group,
     any_rank,
+    average_gradients,
     first_rank_decides,
     local_rank,
     process_group,
     rank,
-    unsynchronized,
     world_size,
 )
 from dino_sparo.parallel.precision import autocast, plain_attention
@@ -84,21 +84,21 @@ def train_step(
     state.optimizer.zero_grad(set_to_none=True)
     loss_of_step = torch.zeros((), device=state.loss_fn.center.device)
 
-    for number in range(accumulation):
+    for _ in range(accumulation):
         crop_groups = next(micro_batches)
         with torch.inference_mode(), autocast:
             teacher_logits, teacher_encodings = state.teacher(crop_groups[:1])  # (2*B, K)
-        with unsynchronized(state.parallel_student, unless=number == accumulation - 1):
-            with autocast:
-                student_logits, _ = state.parallel_student(crop_groups)  # (C*B, K)
-            loss = state.loss_fn(student_logits, teacher_logits, hyper.teacher_temp) / accumulation
-            state.loss_scale.scaled(loss).backward()
+        with autocast:
+            student_logits, _ = state.student(crop_groups)  # (C*B, K)
+        loss = state.loss_fn(student_logits, teacher_logits, hyper.teacher_temp) / accumulation
+        state.loss_scale.scaled(loss).backward()
         if statistics is not None:
             answers = teacher_probabilities(teacher_logits, state.loss_fn.center, hyper.teacher_temp)
             statistics.add(answers, teacher_encodings)
         state.loss_fn.add_to_center(teacher_logits)
         loss_of_step += loss.detach()
 
+    average_gradients(state.student.parameters())
     state.loss_scale.unscale([p.grad for p in state.student.parameters() if p.grad is not None])
     gradient_norms = clip_gradients_per_parameter(state.student.parameters(), clip_norm)
     finite = state.check_finite(

@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dino_sparo.models import DINOHead, DinoModel
-from dino_sparo.parallel.distributed import data_parallel
 from dino_sparo.parallel.precision import LossScale
 from dino_sparo.runs.checkpoint import encoder_of, num_bytes
 from dino_sparo.training.loss import DINOLoss
@@ -20,7 +19,6 @@ class TrainState:
     """Student, teacher, centre (in the loss), optimiser and loss scale.
 
     Attributes:
-        parallel_student: the student, whose backward averages gradients over all processes.
         overflows: int64 (2,), steps skipped since fp16 overflowed: in all, and the latest in a row.
         bad_steps: steps whose numbers went wrong otherwise, since this start.
     """
@@ -29,7 +27,6 @@ class TrainState:
     teacher: DinoModel
     loss_fn: DINOLoss
     optimizer: torch.optim.Optimizer
-    parallel_student: nn.Module
     loss_scale: LossScale
     overflows: Tensor
     bad_steps: BadSteps
@@ -109,7 +106,6 @@ def state_of(
         teacher=teacher,
         loss_fn=loss_fn.to(device),
         optimizer=build_optimizer(student),
-        parallel_student=data_parallel(student, device),
         loss_scale=LossScale(device, enabled=loss_scaling),
         overflows=torch.zeros(2, dtype=torch.int64, device=device),
         bad_steps=BadSteps(device, max_bad_steps),
