@@ -112,6 +112,45 @@ def test_a_checkpoint_that_is_being_written_survives_the_loss_of_a_process(pictu
     assert load_latest(run_dir)["step"] >= 3
 
 
+BLOCKED_SAVE = """
+import ctypes, os, threading
+flush, saved = os.fsync, []
+def blocked(descriptor):
+    if threading.current_thread() is not threading.main_thread():
+        if len(saved) == 3:  # of the first checkpoint, for file, hash and folder
+            open(os.environ["BLOCKED"], "w").close()
+            ctypes.PyDLL(None).sleep(600)  # no thread of Python and no handler of a signal runs meanwhile
+        saved.append(descriptor)
+    flush(descriptor)
+os.fsync = blocked
+"""
+
+
+def test_a_process_that_is_blocked_outside_of_python_is_ended_too(pictures, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(BLOCKED_SAVE)
+    path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '.')}"
+    run_dir, blocked = tmp_path / "run", tmp_path / "blocked"
+    with subprocess.Popen(
+        command(pictures, run_dir, 2, log__checkpoint_every_epochs=1, optim__epochs=1000),
+        env=os.environ | {"PYTHONPATH": path, "BLOCKED": str(blocked)},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        while not blocked.exists():
+            time.sleep(0.01)
+            assert process.poll() is None
+        everyone = family(process.pid)
+        os.kill(
+            next(pid for pid in children(process.pid) if environment_of(pid)["RANK"] == "1"), signal.SIGKILL
+        )
+        killed = time.monotonic()
+        said = process.communicate(timeout=60)[1]
+    assert time.monotonic() - killed < 30 and process.returncode == 2
+    assert said.count("error: ") == 1 and "process 1 of 2 was ended by SIGKILL" in said
+    assert all(is_gone(pid) for pid in everyone)
+    assert load_latest(run_dir)["step"] == 3
+
+
 @pytest.mark.long
 def test_many_signals_to_the_launcher_are_one(pictures, slow_saves, tmp_path):
     run_dir = tmp_path / "run"

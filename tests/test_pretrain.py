@@ -26,6 +26,7 @@ from dino_sparo.training.monitor import KnnMonitor
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.setup import build_schedules
 from dino_sparo.training.state import build_state
+from dino_sparo.training.stopping import BadSteps
 from tests.tiny import state_hash, tiny_options, write_pictures
 
 SCALARS = {
@@ -268,6 +269,40 @@ def test_some_bad_steps_may_be_skipped(eight, wrong, tmp_path, caplog):
     entries = read_metrics(tmp_path / "run")
     assert [entry["bad_steps"] for entry in entries] == [0, 0, 1, 2, 2, 0, 0, 0]
     assert math.isnan(entries[2]["loss"]) and math.isfinite(entries[4]["loss"])
+
+
+def test_a_bad_step_that_comes_again_at_each_start_can_be_skipped(eight, tmp_path, monkeypatch):
+    """A resume is bit for bit, and so is the step that ended the run."""
+    original = DINOLoss.forward
+
+    def forward(self, *given):
+        fourth = torch.initial_seed() == program.step_seed(eight("run").seed, 3, rank=0)
+        return original(self, *given) * (math.nan if fourth else 1)
+
+    monkeypatch.setattr(DINOLoss, "forward", forward)
+    program.pretrain(eight("uninterrupted", optim__max_bad_steps=1))
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"step 4: loss not finite.*max_bad_steps 1 to skip such"):
+            program.pretrain(eight("run", log__log_every_steps=2))
+        assert load_latest(tmp_path / "run")["step"] == 3
+    program.pretrain(eight("run", optim__max_bad_steps=1))
+    assert state_hash(load_latest(tmp_path / "run")) == state_hash(load_latest(tmp_path / "uninterrupted"))
+    lines = (tmp_path / "run" / "bad_steps.jsonl").read_text().splitlines()
+    assert [(json.loads(line)["step"], json.loads(line)["cause"]) for line in lines] == [(4, "loss")] * 3
+
+
+def test_bad_steps_are_read_in_order_and_once():
+    bad_steps = BadSteps(torch.device("cpu"), allowed=10_000)
+    yes, no = torch.tensor(True), torch.tensor(False)
+    assert bad_steps.new(0) == []
+    for bad, finite_loss in ((no, yes), (yes, no), (yes, yes)):
+        bad_steps.add(bad, finite_loss)
+    assert bad_steps.new(40) == [(1, 42, "loss"), (2, 43, "gradients")]
+    assert bad_steps.new(40) == []
+    for _ in range(1001):
+        bad_steps.add(yes, no)
+    found = bad_steps.new(40)
+    assert len(found) == 1000 and found[0] == (4, 45, "loss") and found[-1] == (1003, 1044, "loss")
 
 
 def test_state_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from dino_sparo.slots.statistics import (
     effective_patches,
     slot_health,
 )
-from dino_sparo.training import between_steps
+from dino_sparo.training import periodic
 from dino_sparo.training import pretrain as program
 from tests.tiny import state_hash, tiny_options, write_pictures
 
@@ -195,7 +195,7 @@ def test_encoder_without_slots_has_no_slot_health():
 def test_runs_log_it_and_come_to_the_same_state(tmp_path, monkeypatch):
     write_pictures(tmp_path / "data", 8)
     program.pretrain(tiny_options(tmp_path / "data", tmp_path / "logged"))
-    monkeypatch.setattr(between_steps, "slot_health", lambda *_: {})
+    monkeypatch.setattr(periodic, "slot_health", lambda *_: {})
     program.pretrain(tiny_options(tmp_path / "data", tmp_path / "silent"))
     logged, silent = (read_metrics(tmp_path / name) for name in ("logged", "silent"))
     assert len(logged) == 6 and all(entry.keys() >= NAMES for entry in logged)

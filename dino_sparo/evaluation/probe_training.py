@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from dino_sparo.data.loader import BatchOrder
 from dino_sparo.data.sources import ImageSource
@@ -24,12 +24,11 @@ from dino_sparo.evaluation.results import Result, result_on
 from dino_sparo.evaluation.transfer import TestSet, as_test_sets, balanced_fraction, restrict
 from dino_sparo.models import Encoder
 from dino_sparo.parallel.distributed import (
-    data_parallel,
+    average_gradients,
     gather_objects,
     gather_rows,
     mean_over_ranks,
     rank,
-    settle,
     sum_over_ranks,
     world_size,
 )
@@ -210,9 +209,6 @@ class ProbeTraining:
             rank=rank(),
             world_size=world_size(),
         )
-        parallel = data_parallel(self.probes, self.encoder.device)
-        empty = {name: torch.zeros(1, val[name].shape[1], device=self.encoder.device) for name in INPUTS}
-        settle(lambda: parallel(empty).sum(), self.optimizer)
         run_log = RunLog(
             self.folder,
             first_step=self.steps_done,
@@ -222,7 +218,7 @@ class ProbeTraining:
         )
         with run_log, open_batches(order, run_log.waiting_for_data) as batches:
             while self.epochs_done < self.epochs:
-                self._train_epoch(parallel, batches, run_log)
+                self._train_epoch(batches, run_log)
                 self.schedule.step()
                 self.epochs_done += 1
                 with run_log.not_training():
@@ -234,15 +230,16 @@ class ProbeTraining:
                         state = {"step": self.steps_done, "config": self.settings, **self.state()}
                         save_checkpoint(state, self.folder, step=self.steps_done)
 
-    def _train_epoch(self, parallel: nn.Module, batches: Iterator[Batch], run_log: RunLog) -> None:
+    def _train_epoch(self, batches: Iterator[Batch], run_log: RunLog) -> None:
         """One epoch; the losses that it logs are means since its begin."""
         total_P = torch.zeros(len(self.probes.probes), device=self.encoder.device)
         bad = torch.zeros((), device=self.encoder.device)  # features not finite; the host looks with the log
         for step in range(1, self.steps_per_epoch + 1):
             features, labels = next(batches)
             self.optimizer.zero_grad(set_to_none=True)
-            loss_P = losses(parallel(features), labels)
+            loss_P = losses(self.probes(features), labels)
             loss_P.sum().backward()
+            average_gradients(self.probes.parameters())
             self.optimizer.step()
             total_P += loss_P.detach()
             bad += torch.stack([(~feature.isfinite()).any() for feature in features.values()]).any()

@@ -23,7 +23,7 @@ log = logging.getLogger("dino_sparo")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # ask a run to stop
 PR_SET_PDEATHSIG = 1  # of Linux
 GRACE_SECONDS = 5.0  # for the main thread to see by itself that another process is gone
-FINISH_SECONDS = 20.0  # for a checkpoint that is being written when another process is lost
+FINISH_SECONDS = 16.0  # for a checkpoint that is being written when another process is lost
 NOTES = "DINO_SPARO_NOTES"  # environment variable: where processes leave notes for `launch`
 LAUNCHER = "DINO_SPARO_LAUNCHER"  # environment variable: the process of `launch`
 

@@ -26,11 +26,11 @@ from dino_sparo.parallel.distributed import (
     Agreement,
     Group,
     any_rank,
+    average_gradients,
     first_rank_decides,
     local_rank,
     process_group,
     rank,
-    unsynchronized,
     world_size,
 )
 from dino_sparo.parallel.precision import autocast, plain_attention
@@ -39,24 +39,24 @@ from dino_sparo.runs.checkpoint import check_room, set_damaged_aside
 from dino_sparo.runs.rundir import CONFIG_FILE, check_untouched, hold, start_run_dir
 from dino_sparo.runs.runlog import RunLog
 from dino_sparo.runs.saver import Saver
-from dino_sparo.training.between_steps import (
-    describe,
-    evaluate,
-    evaluation_is_missing,
-    is_due,
-    log_step,
-    look_at_numbers,
-    machine_of,
-    save,
-    stop,
-)
 from dino_sparo.training.loss import teacher_probabilities
 from dino_sparo.training.monitor import TeacherStatistics
 from dino_sparo.training.optim import clip_gradients_per_parameter, set_hyperparameters, step_if_finite
+from dino_sparo.training.periodic import (
+    describe,
+    due,
+    evaluate,
+    evaluation_is_missing,
+    log_step,
+    machine_of,
+    report_bad_steps,
+    save,
+    stop,
+)
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.setup import Run, prepare, training_batches
 from dino_sparo.training.state import StepOutput, TrainState, checkpoint_bytes
-from dino_sparo.training.stopping import BadSteps, StopSignals
+from dino_sparo.training.stopping import StopSignals
 from dino_sparo.training.teacher import update_teacher
 
 log = logging.getLogger("dino_sparo")
@@ -86,27 +86,28 @@ def train_step(
     state.optimizer.zero_grad(set_to_none=True)
     loss_of_step = torch.zeros((), device=state.loss_fn.center.device)
 
-    for number in range(accumulation):
+    for _ in range(accumulation):
         crop_groups = next(micro_batches)
         with record_function("teacher forward"), torch.inference_mode(), autocast:
             teacher_logits, teacher_encodings = state.teacher(crop_groups[:1])  # (2*B, K)
-        with unsynchronized(state.parallel_student, unless=number == accumulation - 1):
-            with record_function("student forward"), autocast:
-                student_logits, _ = state.parallel_student(crop_groups)  # (C*B, K)
-            with record_function("loss"):
-                loss = state.loss_fn(student_logits, teacher_logits, hyper.teacher_temp) / accumulation
-            with record_function("backward"):
-                state.loss_scale.scaled(loss).backward()
+        with record_function("student forward"), autocast:
+            student_logits, _ = state.student(crop_groups)  # (C*B, K)
+        with record_function("loss"):
+            loss = state.loss_fn(student_logits, teacher_logits, hyper.teacher_temp) / accumulation
+        with record_function("backward"):
+            state.loss_scale.scaled(loss).backward()
         if statistics is not None:
             answers = teacher_probabilities(teacher_logits, state.loss_fn.center, hyper.teacher_temp)
             statistics.add(answers, teacher_encodings)
         state.loss_fn.add_to_center(teacher_logits)
         loss_of_step += loss.detach()
 
+    with record_function("gradient averaging"):
+        average_gradients(state.student.parameters())
     with record_function("gradient clipping"):
         state.loss_scale.unscale([p.grad for p in state.student.parameters() if p.grad is not None])
         gradient_norms = clip_gradients_per_parameter(state.student.parameters(), clip_norm)
-    finite = state.judge(
+    finite = state.check_finite(
         ~any_rank(~loss_of_step.isfinite()),
         gradient_norms.isfinite().all(),  # in all processes alike: they share the gradients
     )
@@ -175,41 +176,38 @@ def train(run: Run, batches: Iterator[Batch], signals: StopSignals, group: Group
     Raises:
         StoppedError: at a step before the end, on a signal to any process.
     """
-    recipe, state, done = run.recipe, run.state, run.first_step
+    recipe, state, last_step = run.recipe, run.state, run.total_steps
     signals.interruptible = False
-    steps_per_epoch = run.order.steps_per_epoch
     log.info(describe(run))
     if run.device.type == "cuda" and world_size() == 1 < torch.cuda.device_count():
         log.info("this machine has %d GPUs; --nproc uses more than one", torch.cuda.device_count())
-    last_save = time.monotonic()
+    steps_per_epoch = run.order.steps_per_epoch
+    checkpoint_every_steps = recipe.log.checkpoint_every_epochs * steps_per_epoch
     keep_every_steps = recipe.log.keep_every_epochs * steps_per_epoch
-    to_stop, bad_steps = Agreement(), BadSteps()
+    knn_every_steps = recipe.monitor.knn_every_epochs * steps_per_epoch
+    last_save = time.monotonic()
+    to_stop = Agreement()
     with (
-        Saver(run.run_dir, keep_every_steps, saved=done) as saver,
+        Saver(run.run_dir, keep_every_steps, saved=run.first_step) as saver,
         RunLog(
             run.run_dir,
-            first_step=done,
+            first_step=run.first_step,
             steps_per_epoch=steps_per_epoch,
-            total_steps=run.total_steps,
+            total_steps=last_step,
             silent=rank() > 0,
         ) as run_log,
     ):
         if evaluation_is_missing(run):
-            evaluate(run, run_log, done)
+            evaluate(run, run_log, run.first_step)
         micro_batches = on_device(run, batches, run_log)
-        while done < run.total_steps:
+        for step in range(run.first_step + 1, last_step + 1):
             if to_stop.ask(bool(signals.received)):
-                look_at_numbers(run, saver, bad_steps, now=True)
-                run_log.flush()
-                save(run, saver, done)
-                stop(run, saver, done, signals.received)
-            hyper = run.schedules.at(done)
-            torch.manual_seed(step_seed(recipe.seed, done, rank()))  # for stochastic depth
-            done += 1
-            group.at = f"step {done}"
-            at_end = done == run.total_steps
-            log_now = at_end or done % recipe.log.log_every_steps == 0
+                stop(run, saver, run_log, step - 1, signals.received)
+            group.at = f"step {step}"
+            hyper = run.schedules.at(step - 1)
+            log_now = due(step, recipe.log.log_every_steps, last_step)
             statistics = TeacherStatistics() if log_now else None
+            torch.manual_seed(step_seed(recipe.seed, step - 1, rank()))  # for stochastic depth
             with plain_attention(run.precision, run.device):
                 output = train_step(
                     state,
@@ -220,32 +218,22 @@ def train(run: Run, batches: Iterator[Batch], signals: StopSignals, group: Group
                     autocast=autocast(run.precision, run.device),
                     statistics=statistics,
                 )
-
-            run_log.step_done(done)
-            epoch, rest = divmod(done, steps_per_epoch)
-            save_now = at_end or (
-                rest == 0
-                and (
-                    is_due(epoch, recipe.log.checkpoint_every_epochs)
-                    or is_due(epoch, recipe.log.keep_every_epochs)
-                )
-            )
-            bad_steps.add(done, state.bad_steps)
-            look_at_numbers(run, saver, bad_steps, now=save_now or statistics is not None)
+            run_log.step_done(step)
             saver.check()
+
+            save_now = due(step, checkpoint_every_steps, last_step) or due(step, keep_every_steps, last_step)
             if statistics is not None:
+                report_bad_steps(run, saver, run_log)
                 wait_for(run.device)  # for the steps themselves: what follows is the cost of logging
                 with run_log.logging():
-                    log_step(run, run_log, done, hyper, output, statistics)
+                    log_step(run, run_log, step, hyper, output, statistics)
                 minutes = (time.monotonic() - last_save) / 60
                 save_now |= first_rank_decides(0 < recipe.log.checkpoint_every_minutes <= minutes)
             if save_now:
-                run_log.flush()
-                with run_log.not_training():
-                    save(run, saver, done)
+                save(run, saver, run_log, step)
                 last_save = time.monotonic()
-            if rest == 0 and (at_end or is_due(epoch, recipe.monitor.knn_every_epochs)):
-                evaluate(run, run_log, done)
+            if due(step, knn_every_steps, last_step):
+                evaluate(run, run_log, step)
 
 
 def on_device(run: Run, batches: Iterator[Batch], run_log: RunLog) -> Iterator[list[Tensor]]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dino_sparo.data.decode import size_of
 from dino_sparo.data.loader import BatchOrder, CropsDataset, Executor, choose_executor, crop_batches
@@ -24,7 +23,6 @@ from dino_sparo.parallel.distributed import (
     gather_objects,
     local_world_size,
     rank,
-    settle,
     world_size,
 )
 from dino_sparo.parallel.precision import choose_precision, set_numerics
@@ -98,7 +96,6 @@ def prepare(recipe: Recipe, run_dir: Path, device: torch.device, *, unverified: 
         activation_checkpointing=machine.activation_checkpointing,
         compiled=machine.compile,
     )
-    settle_order(state, recipe.views, device)
     cost = encoder_cost(state.teacher.encoder, recipe.views.global_size)
     log.info("encoder with read-out %s: %s", recipe.model.readout.name, describe_cost(cost))
     restored = restore(run_dir, state, images, unverified=unverified)
@@ -243,18 +240,6 @@ def training_batches(run: Run) -> WatchedLoader:
         pin_memory=run.device.type == "cuda",
         timeout_seconds=machine.data_timeout_seconds,
     )
-
-
-def settle_order(state: TrainState, views: ViewOptions, device: torch.device) -> None:
-    """Settle the order of summation (`distributed.settle`) by empty images."""
-    sizes = [(NUM_GLOBAL_CROPS, views.global_size), (views.num_local_crops, views.local_size)]
-    groups = [torch.zeros(crops, 1, 3, side, side, device=device) for crops, side in sizes if crops]
-
-    def loss() -> Tensor:
-        return state.parallel_student(groups)[0].sum()
-
-    with torch.compiler.set_stance("force_eager"):  # it would compile for a batch that never comes again
-        settle(loss, state.optimizer)
 
 
 def check_all_agree(run_dir: Path, first_step: int, images: dict[str, Any]) -> None:

@@ -4,15 +4,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dino_sparo.models import DINOHead, DinoModel
-from dino_sparo.parallel.distributed import data_parallel
 from dino_sparo.parallel.precision import LossScale
 from dino_sparo.recipe.sections import Recipe
 from dino_sparo.runs.checkpoint import encoder_of, num_bytes
 from dino_sparo.training.loss import DINOLoss
 from dino_sparo.training.optim import build_optimizer
+from dino_sparo.training.stopping import BadSteps
 
 
 @dataclass(frozen=True)
@@ -20,33 +20,27 @@ class TrainState:
     """Student, teacher, centre (in the loss), optimiser and loss scale.
 
     Attributes:
-        parallel_student: the student, whose backward averages gradients over all processes.
         overflows: int64 (2,), steps skipped since fp16 overflowed: in all, and the latest in a row.
-        bad_steps: int64 (2,), since this start, steps whose numbers went wrong otherwise: in all, and those
-            whose loss was not finite.
-        max_bad_steps: so many may be skipped; after one more nothing changes any more.
+        bad_steps: steps whose numbers went wrong otherwise, since this start.
     """
 
     student: DinoModel
     teacher: DinoModel
     loss_fn: DINOLoss
     optimizer: torch.optim.Optimizer
-    parallel_student: nn.Module
     loss_scale: LossScale
     overflows: Tensor
-    bad_steps: Tensor
-    max_bad_steps: int
+    bad_steps: BadSteps
 
-    def judge(self, finite_loss: Tensor, finite_gradients: Tensor) -> Tensor:
+    def check_finite(self, finite_loss: Tensor, finite_gradients: Tensor) -> Tensor:
         """Whether a step may change anything; counts it if not. All are scalars, alike in all processes.
 
         With loss scaling, gradients that are not finite are an overflow, which only lowers the scale.
         """
-        going_on = self.bad_steps[0] <= self.max_bad_steps
+        going_on = self.bad_steps.going_on()
         overflow = finite_loss & ~finite_gradients & self.loss_scale.enabled & going_on
         finite = finite_loss & finite_gradients & going_on
-        bad = ~finite & ~overflow & going_on
-        self.bad_steps.add_(torch.stack([bad, bad & ~finite_loss]))
+        self.bad_steps.add(~finite & ~overflow & going_on, finite_loss)
         total, in_a_row = self.overflows
         total += overflow
         in_a_row.copy_(torch.where(overflow, in_a_row + 1, torch.where(finite, 0, in_a_row)))
@@ -112,11 +106,9 @@ def state_of(
         teacher=teacher,
         loss_fn=loss_fn.to(device),
         optimizer=build_optimizer(student),
-        parallel_student=data_parallel(student, device),
         loss_scale=LossScale(device, enabled=loss_scaling),
         overflows=torch.zeros(2, dtype=torch.int64, device=device),
-        bad_steps=torch.zeros(2, dtype=torch.int64, device=device),
-        max_bad_steps=max_bad_steps,
+        bad_steps=BadSteps(device, max_bad_steps),
     )
 
 
