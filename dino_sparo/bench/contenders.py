@@ -3,7 +3,7 @@
 Axis letters: B images, C crops, K prototypes.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from itertools import repeat
@@ -22,8 +22,8 @@ from dino_sparo.bench.plain import (
     plain_step,
 )
 from dino_sparo.data.device_views import Photos, ahead
-from dino_sparo.data.images import UnreadableImage, normalize
-from dino_sparo.data.loader import BatchOrder, Crops, PhotoBatch, collate_crops, crop_batches, crops_of
+from dino_sparo.data.images import normalize
+from dino_sparo.data.loader import BatchOrder, PhotoBatch, collate_crops, crop_batches, crops_of
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.views import NUM_GLOBAL_CROPS, CropRecipe, crop_recipes
 from dino_sparo.models.cost import bytes_saved_for_backward
@@ -124,18 +124,9 @@ def our_batches(bench: Bench) -> Iterator[list[Tensor]]:
         timeout_seconds=options.machine.data_timeout_seconds,
     )
     with loader.failures_explained():
-        made = ahead(
-            _readable(loader), lambda one: crops_of(one, dataset.crop_recipes, bench.device), bench.device
-        )
+        made = ahead(loader, lambda one: crops_of(one, dataset.crop_recipes, bench.device), bench.device)
         for crops in made:
             yield [normalize(x) for x in (crops.global_crops, crops.local_crops) if x.numel()]
-
-
-def _readable(batches: Iterable[Crops | PhotoBatch | UnreadableImage]) -> Iterator[Crops | PhotoBatch]:
-    for batch in batches:
-        if isinstance(batch, UnreadableImage):
-            batch.raise_error()
-        yield batch
 
 
 def batches_of_plain(bench: Bench) -> Iterator[list[Tensor]]:
@@ -152,7 +143,7 @@ def batches_of_plain(bench: Bench) -> Iterator[list[Tensor]]:
 def batch_of_photos(bench: Bench) -> PhotoBatch:
     """The first images, decoded, and the numbers of their views, as workers hand them over."""
     dataset = dataset_of(bench.options, bench.source, "device")
-    (batch,) = _readable([collate_crops([dataset[0, number] for number in range(bench.batch_size)])])
+    batch = collate_crops([dataset[0, number] for number in range(bench.batch_size)])
     assert isinstance(batch, PhotoBatch)
     if bench.device.type == "cpu":
         return batch

@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from dino_sparo.data.decode import PROBLEMS
 from dino_sparo.data.generated import ShapesSource
 from dino_sparo.data.packed import PackedSource
-from dino_sparo.data.scan_files import HASH_BYTES, PROBLEMS, Chunk, examine, printable
+from dino_sparo.data.scan_files import HASH_BYTES, Chunk, examine, printable
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.torchvision_sets import ArraySource
 from dino_sparo.errors import UserError

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from tqdm import tqdm
 
-from dino_sparo.data.decode import decode, open_image
+from dino_sparo.data.decode import UNREADABLE, UnreadableImageError, decode, open_image, problem_of
 from dino_sparo.data.indexed import FolderSource
 from dino_sparo.data.parquet import ParquetSource
 from dino_sparo.data.shard_headers import ImageOfShard, Shard
@@ -160,15 +159,15 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> int:
 
 def _sample(job: Job, image: int) -> tuple[str, bytes]:
     """Name and bytes of an image in a shard."""
-    name = job.source.index.name(image)
+    name, data = job.source.index.name(image), b""
     try:
         data = job.source.read(image)
         return (name, data) if job.short_side is None else _reduced(name, data, job.short_side)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what PIL raises
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"{job.source.name(image)}: the image cannot be read ({reason}); repair or remove the file, then "
-            f"start again with a new --out if that changes the images"
+    except UNREADABLE as error:
+        raise UnreadableImageError(
+            job.source.name(image),
+            problem_of(data, error)[1],
+            "repair or remove the file, then start again with a new --out if that changes the images",
         ) from error
 
 

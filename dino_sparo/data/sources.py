@@ -51,7 +51,7 @@ class ImageSource(Protocol):
         """The image in RGB, reduced if a side is longer than `max_side`.
 
         Raises:
-            OSError, ValueError: it cannot be read.
+            UnreadableImageError: it cannot be read; the error says which and why.
         """
         ...
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from dino_sparo.data.images import CenterCrops, UnreadableImage, collate_images, normalize
+from dino_sparo.data.images import CenterCrops, normalize
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.workers import WatchedLoader
 from dino_sparo.errors import UserError
@@ -144,7 +144,6 @@ def _encoded(
         num_workers=num_workers,
         timeout_seconds=timeout_seconds,
         batch_sampler=blocks,
-        collate_fn=collate_images,
         pin_memory=device.type == "cuda",
     )
     silent = rank() > 0 or not shows_bars()
@@ -154,8 +153,6 @@ def _encoded(
         batches.failures_explained(),
     ):
         for block, batch in zip(blocks, batches, strict=True):
-            if isinstance(batch, UnreadableImage):
-                batch.raise_error()
             yield block, encoder.features(normalize(batch.to(device, non_blocking=True)), names)
             bar.update(len(block))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from dino_sparo.data.device_views import ahead
-from dino_sparo.data.images import UnreadableImage, normalize
+from dino_sparo.data.images import normalize
 from dino_sparo.data.loader import (
     BatchOrder,
     Crops,
@@ -91,7 +91,7 @@ class ImageFeed:
 
     def batches(self, waiting: Waiting) -> Iterator[Batch]:
         device = self.encoder.backbone.cls_token.device
-        crops = ahead(self._readable(waiting), lambda piece: crops_of(piece, self.recipes, device), device)
+        crops = ahead(self._pieces(waiting), lambda piece: crops_of(piece, self.recipes, device), device)
         for batch in self.order:
             parts = []
             for _ in range(0, len(batch), IMAGES_AT_ONCE):
@@ -101,13 +101,11 @@ class ImageFeed:
             features = {name: torch.cat([part[name].float() for part in parts]) for name in INPUTS}
             yield features, self.labels[[sample for _, sample in batch]].to(device)
 
-    def _readable(self, waiting: Waiting) -> Iterator[Crops | PhotoBatch]:
+    def _pieces(self, waiting: Waiting) -> Iterator[Crops | PhotoBatch]:
         pieces = iter(self.loader)
         for _ in range(len(_Pieces(self.order))):
             with waiting():
                 piece = next(pieces)
-            if isinstance(piece, UnreadableImage):
-                piece.raise_error()
             yield piece
 
 

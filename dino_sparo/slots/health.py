@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dino_sparo.data.images import CenterCrops, UnreadableImage, collate_images, normalize
+from dino_sparo.data.images import CenterCrops, normalize
 from dino_sparo.data.sources import ImageSource, open_images
 from dino_sparo.data.workers import WatchedLoader, default_workers
 from dino_sparo.errors import UserError
@@ -62,14 +62,11 @@ def measure_health(
         num_workers=num_workers,
         timeout_seconds=timeout_seconds,
         batch_sampler=[range(i, min(i + batch_size, len(source))) for i in range(0, len(source), batch_size)],
-        collate_fn=collate_images,
         pin_memory=device.type == "cuda",
     )
     statistics = SlotStatistics()
     with batches.failures_explained():
         for batch in batches:
-            if isinstance(batch, UnreadableImage):
-                batch.raise_error()
             images = normalize(batch.to(device, non_blocking=True))
             other_BLN = None if other is None else look_at_slots(other, images)[0]
             statistics.add(*look_at_slots(encoder, images), other_BLN)

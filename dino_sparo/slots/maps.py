@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dino_sparo.data.images import UnreadableImage, evaluation_crop, load_image, to_tensor
+from dino_sparo.data.images import evaluation_crop, to_tensor
 from dino_sparo.data.sources import ImageSource, open_images
 from dino_sparo.errors import UserError
 from dino_sparo.slots.attention import cls_attention, distinct_slots, slot_attention
@@ -83,12 +83,10 @@ class MiddleCrops(Dataset):
     def __init__(self, source: ImageSource, size: int, patch_size: int) -> None:
         self.source, self.size, self.patch_size = source, size, patch_size
 
-    def __getitem__(self, index: int) -> Tensor | UnreadableImage | UserError:
-        image = load_image(self.source, index)
-        if isinstance(image, UnreadableImage):
-            return image
+    def __getitem__(self, index: int) -> Tensor:
+        image = self.source.load(index)
         if min(image.size) < self.patch_size:
-            return _too_small(self.source.name(index), image, self.patch_size)
+            raise _too_small(self.source.name(index), image, self.patch_size)
         return evaluation_crop(image, self.size)
 
 
@@ -109,15 +107,13 @@ class WholeImages(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> Tensor | UnreadableImage | UserError:
+    def __getitem__(self, index: int) -> Tensor:
         name = self.source.name(index)
-        image = load_image(self.source, index)
-        if isinstance(image, UnreadableImage):
-            return image
+        image = self.source.load(index)
         if min(image.size) < self.patch_size:
-            return _too_small(name, image, self.patch_size)
+            raise _too_small(name, image, self.patch_size)
         if max(image.size) > MAX_ASPECT * min(image.size):
-            return UserError(
+            raise UserError(
                 f"{name} has {image.width}x{image.height} pixels, expected at most {MAX_ASPECT} times as "
                 f"long as wide; choose other images"
             )
