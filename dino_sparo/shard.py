@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from dino_sparo.data.index import keep_index
 from dino_sparo.data.indexed import FolderSource
-from dino_sparo.data.parquet import ParquetSource
 from dino_sparo.data.shard_headers import Shard, is_plain, is_shard, key_of, pack_shards
 from dino_sparo.data.shard_writer import Job, write_shards
 from dino_sparo.data.shards import INDEX_FILE, RECORD, ShardIndex, is_finished
 from dino_sparo.data.sources import open_images, open_val
+from dino_sparo.data.tables import TableSource
 from dino_sparo.errors import UserError
 from dino_sparo.files import atomic_write
 from dino_sparo.options import ShardOptions
@@ -78,7 +78,7 @@ def _plan(source: str, out: Path, short_side: int | None, images_per_shard: int)
         images = found[split]
         if images is None:
             continue
-        if not isinstance(images, FolderSource | ParquetSource):
+        if not isinstance(images, FolderSource | TableSource):
             raise UserError(
                 f"DIR {source!r} is no folder of images, but shards, generated pictures or a set by name"
             )
@@ -92,7 +92,7 @@ def _plan(source: str, out: Path, short_side: int | None, images_per_shard: int)
     return jobs
 
 
-def _check_names(source: FolderSource | ParquetSource, short_side: int | None) -> None:
+def _check_names(source: FolderSource | TableSource, short_side: int | None) -> None:
     """Refuse images that could not be told apart in a shard, where the first dot ends a sample's key."""
     names = map(source.index.name, range(len(source)))
     for _, group in groupby(names, key=key_of):

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dino_sparo.data.decode import open_image, problem_of, to_rgb
-from dino_sparo.data.packed import Place
+from dino_sparo.data.shards import Place
 
 HASH_BYTES = 16
 

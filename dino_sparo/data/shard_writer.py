@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from dino_sparo.data.decode import UNREADABLE, UnreadableImageError, decode, open_image, problem_of
 from dino_sparo.data.indexed import FolderSource
-from dino_sparo.data.parquet import ParquetSource
 from dino_sparo.data.shard_headers import ImageOfShard, Shard
+from dino_sparo.data.tables import TableSource
 from dino_sparo.data.tars import BLOCK
 from dino_sparo.errors import UserError
 from dino_sparo.files import atomic_write
@@ -34,7 +34,7 @@ JPEG_ENDINGS = (".jpg", ".jpeg")
 class Job:
     """The shards of one split, and what they are made of."""
 
-    source: FolderSource | ParquetSource
+    source: FolderSource | TableSource
     folder: Path
     short_side: int | None
     images_per_shard: int

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dino_sparo.data.parquet import warn_of_random_order
 from dino_sparo.data.sources import ImageSource, open_labelled
 from dino_sparo.data.workers import default_workers
 from dino_sparo.errors import UserError
@@ -48,8 +47,6 @@ def open_all(options: "LinearOptions", device: torch.device) -> Opened:
             f"train_fraction is {options.train_fraction}; expected above 0 and at most 1, such as 0.1"
         )
     train_images, val = first_rank_first(lambda: open_labelled(options.data.path))
-    if not options.cached:
-        warn_of_random_order(train_images)
     test_sets = first_rank_first(lambda: open_test_sets(options.test, train_images.classes))
     encoder = load_encoder(options.run, options.which, untrained=options.untrained, arch=options.arch)
     if options.train_fraction < 1:
