@@ -22,16 +22,15 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from tqdm import tqdm
 
-from dino_sparo.data.decode import decode, open_image
+from dino_sparo.data.decode import UNREADABLE, UnreadableImageError, decode, open_image, problem_of
 from dino_sparo.data.index import keep_index
 from dino_sparo.data.indexed import FolderSource
-from dino_sparo.data.parquet import ParquetSource
 from dino_sparo.data.shard_headers import ImageOfShard, Shard, is_plain, is_shard, key_of, pack_shards
 from dino_sparo.data.shards import INDEX_FILE, RECORD, ShardIndex, is_finished
 from dino_sparo.data.sources import open_images, open_val
+from dino_sparo.data.tables import TableSource
 from dino_sparo.errors import UserError
 from dino_sparo.files import atomic_write
 from dino_sparo.parallel.processes import end_with_parent, only_writer
@@ -46,7 +45,7 @@ JPEG_QUALITY = 95
 class Split:
     """The shards of one split, and what they are made of."""
 
-    source: FolderSource | ParquetSource
+    source: FolderSource | TableSource
     folder: Path
     short_side: int | None
     images_per_shard: int
@@ -118,7 +117,7 @@ def _plan(source: str, out: Path, short_side: int | None, images_per_shard: int)
     for name, images in found.items():
         if images is None:
             continue
-        if not isinstance(images, FolderSource | ParquetSource):
+        if not isinstance(images, FolderSource | TableSource):
             raise UserError(
                 f"DIR {source!r} is no folder of images, but shards, generated pictures or a set by name"
             )
@@ -132,7 +131,7 @@ def _plan(source: str, out: Path, short_side: int | None, images_per_shard: int)
     return splits
 
 
-def _check_names(source: FolderSource | ParquetSource, short_side: int | None) -> None:
+def _check_names(source: FolderSource | TableSource, short_side: int | None) -> None:
     """Refuse images that could not be told apart in a shard, where the first dot ends a sample's key."""
     names = map(source.index.name, range(len(source)))
     for _, group in groupby(names, key=key_of):
@@ -331,15 +330,15 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> int:
 
 def _sample(split: Split, image: int) -> tuple[str, bytes]:
     """Name and bytes of an image in a shard."""
-    name = split.source.index.name(image)
+    name, data = split.source.index.name(image), b""
     try:
         data = split.source.read(image)
         return (name, data) if split.short_side is None else _reduced(name, data, split.short_side)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what PIL raises
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"{split.source.name(image)}: the image cannot be read ({reason}); repair or remove the file, "
-            f"then start again with a new --out if that changes the images"
+    except UNREADABLE as error:
+        raise UnreadableImageError(
+            split.source.name(image),
+            problem_of(data, error)[1],
+            "repair or remove the file, then start again with a new --out if that changes the images",
         ) from error
 
 

@@ -29,6 +29,7 @@ def golden() -> Callable[[str], dict[str, np.ndarray]]:
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory) -> None:
     os.environ["DINO_SPARO_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ import torch
 from PIL import EpsImagePlugin, Image
 
 from dino_sparo.data import pil_views
+from dino_sparo.data.decode import PROBLEMS
 from dino_sparo.data.images import CenterCrops, to_tensor
 from dino_sparo.data.scan import scan_images
-from dino_sparo.data.scan_files import PROBLEMS
 from dino_sparo.data.scan_report import copies_inside
 from dino_sparo.data.sources import open_images
 from dino_sparo.errors import UserError

@@ -13,7 +13,6 @@ import torch
 import yaml
 
 from dino_sparo.cli.pretraining import pretrain
-from dino_sparo.data.images import UnreadableImage
 from dino_sparo.errors import UserError
 from dino_sparo.parallel import distributed
 from dino_sparo.recipe.sections import smaller_batch, split_batch
@@ -242,7 +241,7 @@ def test_too_many_bad_images_end_the_run(tmp_path):
 
 def test_repaired_images_do_not_end_a_run(tmp_path):
     bad_images = BadImages(tmp_path, num_images=40)
-    reasons = [UnreadableImage(f"{number}.png", "no picture") for number in range(3)]
+    reasons = [(f"{number}.png", "no picture") for number in range(3)]
     bad_images.add(tuple(reasons[:1]))
     bad_images.share()
     bad_images.add(tuple(reasons[1:]))

@@ -12,11 +12,11 @@ from dino_sparo.__main__ import main
 from dino_sparo.cli.pretraining import StudyOptions, planned, pretrain
 from dino_sparo.errors import UserError
 from dino_sparo.runs.checkpoint import load_latest, num_bytes
-from dino_sparo.training import setup, state
+from dino_sparo.training import state
 from tests.running import command
 from tests.test_init import bare, plain
 from tests.test_resume import pretrain_until
-from tests.tiny import parse_options, state_hash, tiny_arguments, tiny_options, write_pictures
+from tests.tiny import parse_options, prepared, state_hash, tiny_arguments, tiny_options, write_pictures
 
 BACKBONE = "encoder.backbone."
 FROZEN = {"optim__freeze_backbone": "true"}
@@ -81,14 +81,14 @@ def test_a_run_and_an_exported_encoder_start_another_run(run_dir, pictures, tmp_
     before = load_latest(run_dir)
     for init, parts in ((run_dir, ("student", "teacher")), (tmp_path / "exported", ("teacher", "teacher"))):
         options = tiny_options(pictures, tmp_path / "run", init=init)
-        prepared = setup.prepare(options, torch.device("cpu"))
+        prepared = prepared(options)
         assert prepared.first_step == 0 and not prepared.state.optimizer.state
         for model, part in zip((prepared.state.student, prepared.state.teacher), parts, strict=True):
             same = {n: torch.equal(value, before[part][n]) for n, value in model.state_dict().items()}
             assert all(same[name] for name in same if init == run_dir or name.startswith("encoder."))
             assert same["head.mlp.0.weight"] == (init == run_dir)
     with pytest.raises(FileNotFoundError, match=r"none does not exist; expected a run folder"):
-        setup.prepare(tiny_options(pictures, tmp_path / "run", init=tmp_path / "none"), torch.device("cpu"))
+        prepared(tiny_options(pictures, tmp_path / "run", init=tmp_path / "none"))
 
 
 def test_a_sweep_varies_starts_and_freezing(pictures, tmp_path):
@@ -125,7 +125,7 @@ def test_a_run_from_before_there_was_freezing_goes_on(pictures, tmp_path, caplog
 @pytest.fixture
 def frozen_state(pictures, tmp_path):
     options = tiny_options(pictures, tmp_path / "run", init=pictures / "vit.pth", **FROZEN)
-    return setup.prepare(options, torch.device("cpu")).state
+    return prepared(options).state
 
 
 def test_the_optimiser_and_the_graph_leave_a_frozen_backbone_out(frozen_state):

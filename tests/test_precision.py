@@ -25,7 +25,7 @@ from dino_sparo.training.pretrain import train_step
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.state import TrainState, build_state, capture_state
 from dino_sparo.training.stopping import StopSignals
-from tests.tiny import state_hash, tiny_options, write_pictures
+from tests.tiny import prepared, state_hash, tiny_options, write_pictures
 
 CPU = torch.device("cpu")
 PARTS = ("student", "teacher", "center", "optimizer")
@@ -200,12 +200,12 @@ def test_a_run_may_change_its_precision(tmp_path):
     write_pictures(tmp_path / "data", 8)
     for name, epochs in (("fp32", 1), ("fp16", 2), ("bf16", 3)):
         options = tiny_options(tmp_path / "data", tmp_path / "run", machine__precision=name)
-        run = setup.prepare(options, CPU)
+        run = prepared(options)
         assert run.first_step == 2 * (epochs - 1) and run.precision == name
         assert run.state.loss_scale.scale.item() == (INITIAL_SCALE if name == "fp16" else 1)
         object.__setattr__(run, "total_steps", 2 * epochs)
         run.run_dir.mkdir(exist_ok=True)
-        program.start_run_dir(run.run_dir, run.config, {})
+        program.start_run_dir(run.run_dir, run.recipe, {})
         program.train(run, iter(setup.training_batches(run)), StopSignals(), Group())
 
 

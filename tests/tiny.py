@@ -10,6 +10,7 @@ from PIL import Image
 
 from dino_sparo.cli.parsing import given_values, options_of
 from dino_sparo.cli.pretraining import PretrainOptions
+from dino_sparo.training.setup import Run, prepare
 
 TINY = {
     "views.global_size": "16",
@@ -59,6 +60,11 @@ def parse_options(options_class: type, arguments: list[str], *, usage: str = "")
 
 def tiny_options(data: Path, run_dir: Path, **changes: Any) -> PretrainOptions:
     return parse_options(PretrainOptions, tiny_arguments(data, run_dir, **changes), usage="")
+
+
+def prepared(options: PretrainOptions, device: str = "cpu") -> Run:
+    """A run as `pretrain` prepares it; nothing has been written."""
+    return prepare(options, Path(options.run_dir), torch.device(device))
 
 
 def state_hash(checkpoint: dict[str, Any]) -> str:

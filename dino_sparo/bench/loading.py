@@ -5,7 +5,7 @@ Small files decode too cheaply and hide what real ones cost, so that others are 
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from dino_sparo.data import pil_views
 from dino_sparo.data.decode import decode
-from dino_sparo.data.images import UnreadableImage, to_tensor
-from dino_sparo.data.loader import Crops, CropsDataset, PhotoBatch
+from dino_sparo.data.images import to_tensor
+from dino_sparo.data.loader import CropsDataset
 from dino_sparo.data.sources import ImageSource, open_images
 from dino_sparo.data.views import draw_view
 from dino_sparo.data.workers import keep_memory
@@ -91,18 +91,6 @@ def _stage_seconds(dataset: CropsDataset, sample: int) -> list[float]:
         to_tensor(pil_views.execute(image, view))
     marks.append(time.perf_counter())
     return np.diff(marks).tolist()
-
-
-def readable(batches: Iterable[Crops | PhotoBatch | UnreadableImage]) -> Iterator[Crops | PhotoBatch]:
-    """The batches as they are.
-
-    Raises:
-        UserError: one has an image that cannot be read.
-    """
-    for batch in batches:
-        if isinstance(batch, UnreadableImage):
-            batch.raise_error()
-        yield batch
 
 
 @contextmanager

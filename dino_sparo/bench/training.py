@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dino_sparo.bench.loading import end_to_end, image_stages, readable, warmed_up
+from dino_sparo.bench.loading import end_to_end, image_stages, warmed_up
 from dino_sparo.bench.plain import PlainState, PlainViews, plain_batches, plain_state, plain_step
 from dino_sparo.bench.timing import (
     host_waits,
@@ -112,7 +112,7 @@ class Bench:
             timeout_seconds=self.timeout_seconds,
         )
         with loader.failures_explained():
-            for crops in crops_on_device(readable(loader), self.dataset.crop_recipes, self.device):
+            for crops in crops_on_device(iter(loader), self.dataset.crop_recipes, self.device):
                 yield normalized(crops)
 
     def plain_batches(self) -> Generator[list[Tensor]]:
@@ -137,7 +137,7 @@ class Bench:
         of, size = self.dataset, len(self.dataset.source)
         dataset = CropsDataset(of.source, of.crop_recipes, of.seed, executor="device", max_side=of.max_side)
         images = [dataset[0, number % size] for number in range(self.batch_size)]
-        (batch,) = readable([collate_crops(images)])
+        batch = collate_crops(images)
         assert isinstance(batch, PhotoBatch)
         if self.device.type == "cpu":
             return batch

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dino_sparo.data.decode import decode
+from dino_sparo.data.decode import UNREADABLE, UnreadableImageError, decode, problem_of
 from dino_sparo.data.index import FolderIndex, Index
 
 STAT_THREADS, STAT_FILES = 16, 4096
@@ -52,7 +52,15 @@ class IndexedSource(Generic[Index]):
         return index if self.chosen is None else int(self.chosen[index])
 
     def load(self, index: int, max_side: int | None = None) -> Image.Image:
-        return decode(self.read(index), max_side)
+        data = b""
+        try:
+            data = self.read(index)
+            return decode(data, max_side)
+        except UNREADABLE as error:
+            raise UnreadableImageError(self.name(index), problem_of(data, error)[1]) from error
+
+    def name(self, index: int) -> str:
+        raise NotImplementedError
 
     def read(self, index: int) -> bytes:
         raise NotImplementedError

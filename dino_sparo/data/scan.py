@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from dino_sparo.data.decode import PROBLEMS
 from dino_sparo.data.generated import ShapesSource
-from dino_sparo.data.packed import PackedSource
-from dino_sparo.data.scan_files import HASH_BYTES, PROBLEMS, Chunk, examine, printable
+from dino_sparo.data.scan_files import HASH_BYTES, Chunk, examine, printable
+from dino_sparo.data.shards import ShardSource
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.torchvision_sets import ArraySource
 from dino_sparo.errors import UserError
@@ -216,7 +217,7 @@ def _examined(
     source: ImageSource, num_files: int, num_workers: int, timeout_seconds: float
 ) -> Generator[tuple[int, Chunk]]:
     """The number of the first file and the findings of each chunk, in any order."""
-    place = source.place if isinstance(source, PackedSource) else source.name
+    place = source.place if isinstance(source, ShardSource) else source.name
     chunks = (
         (start, [place(i) for i in range(start, min(start + CHUNK_FILES, num_files))])
         for start in range(0, num_files, CHUNK_FILES)

@@ -11,26 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import UnidentifiedImageError
 
-from dino_sparo.data.decode import open_image, to_rgb
-from dino_sparo.data.packed import Place
+from dino_sparo.data.decode import open_image, problem_of, to_rgb
+from dino_sparo.data.shards import Place
 
-PROBLEMS = ("zero_byte", "not_an_image", "truncated", "unreadable")
 HASH_BYTES = 16
-# How files of the formats that are read begin.
-SIGNATURES = (
-    b"\xff\xd8\xff",
-    b"\x89PNG\r\n",
-    b"RIFF",
-    b"II*\0",
-    b"MM\0*",
-    b"BM",
-    b"P4",
-    b"P5",
-    b"P6",
-    b"GIF8",
-)
 
 
 class Chunk(NamedTuple):
@@ -72,21 +57,6 @@ def _read(place: str | Place) -> bytes:
         return place.read()
     with open(place, "rb") as file:
         return file.read()
-
-
-def problem_of(data: bytes, error: Exception) -> tuple[str, str]:
-    """Kind, one of PROBLEMS, and reason of the error that a file of this content has led to."""
-    reason = getattr(error, "strerror", None) or str(error).rstrip(".") or type(error).__name__
-    if isinstance(error, UnidentifiedImageError):
-        if not data:
-            return "zero_byte", "the file is empty"
-        if not data.startswith(SIGNATURES) and data[4:8] != b"ftyp":  # as AVIF begins
-            return "not_an_image", "no known kind of image"
-        return "truncated", "begins as an image, but its header is cut or damaged"
-    webp_bytes = 8 + int.from_bytes(data[4:8], "little")  # PIL does not say that a WebP is cut
-    if "truncated" in reason.lower() or (data.startswith(b"RIFF") and webp_bytes > len(data)):
-        return "truncated", reason
-    return "unreadable", reason
 
 
 def printable(name: str) -> str:

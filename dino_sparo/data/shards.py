@@ -4,6 +4,7 @@ What counts as an image of theirs, and of which class, is decided in `shard_head
 """
 
 import os
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
@@ -13,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dino_sparo.data.imagenet import is_image
-from dino_sparo.data.index import cached_index, current_index
-from dino_sparo.data.packed import PackedIndex, PackedSource
+from dino_sparo.data.index import FolderIndex, cached_index, current_index
+from dino_sparo.data.indexed import IndexedSource
 from dino_sparo.data.shard_headers import (
     State,
     compressed,
@@ -44,6 +45,8 @@ class Place(NamedTuple):
 
     def read(self) -> bytes:
         """The image's file. Raises OSError: the shard is gone, has changed or cannot be read."""
+        if self.size < 0:
+            raise OSError("the row holds no image, or only its path")
         data = os.pread(_opened(self.path, self.state).descriptor, self.size, self.offset)
         if len(data) < self.size:
             raise OSError("the shard ends before the image does")
@@ -67,27 +70,43 @@ class _OpenShard:
 _opened = lru_cache(OPEN_SHARDS)(_OpenShard)
 
 
-class ShardIndex(PackedIndex):
+class ShardIndex(FolderIndex):
     """Names, classes and places of the images in shards, read from a mapped file as those of a folder are."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         """Map `file`, an intact index of shards that lies at `path`."""
         super().__init__(path, file)
-        self._shards: list[str] = self.header["shards"]
+        self.shards: list[str] = self.header["shards"]
+        self._class_names = tuple(self.header["classes"])
+        self._numbers, self._firsts = self.arrays["labels"], self.arrays["firsts"]
         self._offsets, self._sizes = self.arrays["offsets"], self.arrays["sizes"]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes by number; none if they are unknown."""
+        return self._class_names
+
+    def labels(self) -> NDArray[np.int64] | None:
+        """Class numbers (len(self),), made at each call; None if they are unknown."""
+        return self._numbers.astype(np.int64) if self._class_names else None
 
     def place(self, root: Path, position: int) -> Place:
         """Where an image lies. Raises IndexError for a position that is none."""
-        name = self.name(position)
+        position = range(len(self))[position]
         number = int(np.searchsorted(self._firsts, position, side="right")) - 1
-        path, (size, changed, _) = f"{root}/{self._shards[number]}", self.states[number].tolist()
+        size, changed, _ = self.states[number].tolist()
         return Place(
-            f"{path}: {name}",
-            path,
+            self.place_name(root, position),
+            os.path.join(root, self.shards[number]),
             (size, changed),
             int(self._offsets[position]),
             int(self._sizes[position]),
         )
+
+    def place_name(self, root: Path, position: int) -> str:
+        """What to call an image in a message."""
+        number = int(np.searchsorted(self._firsts, position, side="right")) - 1
+        return f"{root}/{self.shards[number]}: {self.name(position)}"
 
     def stats(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Size in bytes, time of the last change in ns of its shard, and offset there (len(positions), 3)."""
@@ -98,11 +117,25 @@ class ShardIndex(PackedIndex):
     def is_current(self, root: Path) -> bool:
         """Whether the shards are those that were indexed, by name, size and time."""
         states = self.states[:, :2].tolist()
-        return list_shards(root) == self._shards and list(map(list, states_of(root, self._shards))) == states
+        return list_shards(root) == self.shards and list(map(list, states_of(root, self.shards))) == states
 
 
-class ShardSource(PackedSource[ShardIndex]):
+@dataclass(frozen=True, eq=False)
+class ShardSource(IndexedSource[ShardIndex]):
     """Images in the shards of a folder, in their order."""
+
+    def place(self, index: int) -> Place:
+        """Where an image lies."""
+        return self.index.place(self.root, self.position(index))
+
+    def name(self, index: int) -> str:
+        return self.place(index).name
+
+    def read(self, index: int) -> bytes:
+        return self.place(index).read()
+
+    def stats(self) -> NDArray[np.int64]:
+        return self.index.stats(np.arange(len(self.index)) if self.chosen is None else self.chosen)
 
 
 def open_shards(root: Path) -> ShardSource:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from dino_sparo.data.images import CenterCrops, UnreadableImage, collate_images, normalize
+from dino_sparo.data.images import CenterCrops, normalize
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.workers import WatchedLoader, default_workers
 from dino_sparo.errors import UserError
@@ -141,7 +141,6 @@ def _encoded(
         num_workers=num_workers,
         timeout_seconds=timeout_seconds,
         batch_sampler=blocks,
-        collate_fn=collate_images,
         pin_memory=encoder.device.type == "cuda",
     )
     silent = rank() > 0 or not shows_bars()
@@ -151,8 +150,6 @@ def _encoded(
         batches.failures_explained(),
     ):
         for block, batch in zip(blocks, batches, strict=True):
-            if isinstance(batch, UnreadableImage):
-                batch.raise_error()
             images = normalize(batch.to(encoder.device, non_blocking=True))
             yield block, encoder.features(images, names)
             bar.update(len(block))

@@ -29,7 +29,7 @@ import torch
 from torch.utils.data import Sampler
 
 from dino_sparo.data.device_views import ahead
-from dino_sparo.data.images import UnreadableImage, normalize
+from dino_sparo.data.images import normalize
 from dino_sparo.data.loader import (
     BatchOrder,
     Crops,
@@ -267,8 +267,6 @@ def features_of_crops(
         for _ in range(len(pieces)):
             with waiting():
                 piece = next(loaded)
-            if isinstance(piece, UnreadableImage):
-                piece.raise_error()
             yield piece
 
     def batches() -> Iterator[Batch]:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dino_sparo.data.images import UnreadableImage, normalize
+from dino_sparo.data.images import normalize
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.workers import WatchedLoader
 from dino_sparo.errors import UserError
@@ -50,7 +50,7 @@ def load_images(
     """The pixels, uint8 (3, height, width), that a dataset over `source` gives for these images, in order.
 
     Raises:
-        UserError: an image cannot be read, or the dataset gives an error in place of pixels.
+        UserError: an image cannot be read, or is none that the dataset takes.
     """
     loader = WatchedLoader(
         dataset,
@@ -62,12 +62,7 @@ def load_images(
         sampler=numbers,
     )
     with loader.failures_explained():
-        for image in loader:
-            if isinstance(image, UnreadableImage):
-                image.raise_error()
-            if isinstance(image, UserError):  # which a worker cannot raise as one sentence
-                raise image
-            yield image
+        yield from loader
 
 
 def attention_of_each(

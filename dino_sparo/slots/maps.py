@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dino_sparo.data.images import UnreadableImage, evaluation_crop, load_image, to_tensor
+from dino_sparo.data.images import evaluation_crop, to_tensor
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.errors import UserError
 from dino_sparo.models import Encoder
@@ -91,7 +91,7 @@ class MapImages(Dataset):
     width), its short side resized to `short_side` (bicubic).
 
     What both sides of a whole image have beyond multiples of the patch is cut off, the same on either side.
-    An image that is smaller than a patch or too long to look at gives a UserError instead.
+    An image that is smaller than a patch or too long to look at raises a UserError.
     """
 
     def __init__(self, source: ImageSource, patch_size: int, size: int, short_side: int | None) -> None:
@@ -101,17 +101,15 @@ class MapImages(Dataset):
             )
         self.source, self.patch_size, self.size, self.short_side = source, patch_size, size, short_side
 
-    def __getitem__(self, index: int) -> Tensor | UnreadableImage | UserError:
-        image = load_image(self.source, index)
-        if isinstance(image, UnreadableImage):
-            return image
+    def __getitem__(self, index: int) -> Tensor:
+        image = self.source.load(index)
         expected = ""
         if min(image.size) < self.patch_size:
             expected = f"at least a patch of {self.patch_size}"
         elif self.short_side is not None and max(image.size) > MAX_ASPECT * min(image.size):
             expected = f"at most {MAX_ASPECT} times as long as wide"
         if expected:
-            return UserError(
+            raise UserError(
                 f"{self.source.name(index)} has {image.width}x{image.height} pixels, expected {expected}; "
                 f"choose other images"
             )

@@ -5,6 +5,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from dino_sparo.data.tables import commit_of
 from dino_sparo.errors import StoppedError, UserError
 from dino_sparo.files import append_line
 from dino_sparo.parallel.distributed import (
@@ -182,7 +183,7 @@ def machine_of(run: Run) -> dict[str, Any]:
         "batch_size_per_gpu": run.order.micro_batch_size,
         "accumulation": run.order.accumulation,
         "views": run.dataset.executor,
-    }
+    } | commit_of(run.dataset.source)
 
 
 def describe(run: Run) -> str:

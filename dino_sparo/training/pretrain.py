@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from dino_sparo.data.decode import UnreadableImageError
 from dino_sparo.data.device_views import ahead
-from dino_sparo.data.images import UnreadableImage, normalize
+from dino_sparo.data.images import normalize
 from dino_sparo.data.loader import Crops, PhotoBatch, crops_of, crops_picture
 from dino_sparo.data.views import CropRecipe
 from dino_sparo.errors import UserError
@@ -61,7 +62,7 @@ from dino_sparo.training.teacher import update_teacher
 
 log = logging.getLogger("dino_sparo")
 
-Batch = Crops | PhotoBatch | UnreadableImage
+Batch = Crops | PhotoBatch
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
@@ -262,15 +263,15 @@ def readable(run: Run, batches: Iterator[Batch], run_log: RunLog) -> Iterator[Cr
     """Micro-batches as workers hand them over.
 
     Raises:
-        UserError: one has an image that cannot be read.
+        UnreadableImageError: one has an image that cannot be read.
     """
     for _ in range(len(run.order)):
-        with run_log.waiting_for_data():
-            batch = next(batches)
-        if isinstance(batch, UnreadableImage):
-            batch.raise_error(
-                "repair the file, or let another image stand in by data.on_bad_image substitute"
-            )
+        try:
+            with run_log.waiting_for_data():
+                batch = next(batches)
+        except UnreadableImageError as error:
+            remedy = "repair the file, or let another image stand in by data.on_bad_image substitute"
+            raise UnreadableImageError(error.name, error.reason, f"{remedy}, then start again") from error
         yield batch
 
 

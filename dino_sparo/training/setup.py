@@ -11,7 +11,6 @@ import torch
 
 from dino_sparo.data.decode import size_of
 from dino_sparo.data.loader import BatchOrder, CropsDataset, Executor, choose_executor, crop_batches
-from dino_sparo.data.parquet import warn_of_random_order
 from dino_sparo.data.sources import ImageSource, open_images
 from dino_sparo.data.views import NUM_GLOBAL_CROPS, crop_recipes
 from dino_sparo.data.workers import WatchedLoader, check_shared_memory, default_workers
@@ -191,7 +190,6 @@ def open_data(recipe: Recipe, num_workers: int) -> tuple[ImageSource, KnnMonitor
             f"optim.global_batch_size is {recipe.optim.global_batch_size}; use more images or "
             f"a smaller batch"
         )
-    warn_of_random_order(source)
     if not recipe.monitor.knn_every_epochs:
         return source, None
     return source, open_knn_monitor(
