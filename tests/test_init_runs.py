@@ -81,9 +81,9 @@ def test_a_run_and_an_exported_encoder_start_another_run(run_dir, pictures, tmp_
     before = load_latest(run_dir)
     for init, parts in ((run_dir, ("student", "teacher")), (tmp_path / "exported", ("teacher", "teacher"))):
         options = tiny_options(pictures, tmp_path / "run", init=init)
-        prepared = prepared(options)
-        assert prepared.first_step == 0 and not prepared.state.optimizer.state
-        for model, part in zip((prepared.state.student, prepared.state.teacher), parts, strict=True):
+        run = prepared(options)
+        assert run.first_step == 0 and not run.state.optimizer.state
+        for model, part in zip((run.state.student, run.state.teacher), parts, strict=True):
             same = {n: torch.equal(value, before[part][n]) for n, value in model.state_dict().items()}
             assert all(same[name] for name in same if init == run_dir or name.startswith("encoder."))
             assert same["head.mlp.0.weight"] == (init == run_dir)

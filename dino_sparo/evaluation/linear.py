@@ -40,7 +40,6 @@ from dino_sparo.data.loader import (
     crop_batches,
     crops_of,
 )
-from dino_sparo.data.parquet import warn_of_random_order
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.views import CropRecipe
 from dino_sparo.data.workers import default_workers
@@ -93,7 +92,6 @@ def linear_probe(
     Raises:
         UserError: for a setting that does not fit, or for images; what earlier epochs have done is kept.
     """
-    warn_of_random_order(train)
     training = ProbeTraining(encoder, train, test, folder, protocol=OFFICIAL, **settings)
     training.resume(cached=False, cache_precision=None, unverified=resume_unverified)
     features = cached_features(encoder, training.wanted(), INPUTS, cache=cache, num_workers=num_workers)
