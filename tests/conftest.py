@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dino_sparo.training import pretrain as program
+from dino_sparo.cli.pretraining import pretrain
 from tests.tiny import tiny_options, write_pictures
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -37,7 +37,7 @@ def run_dir(tmp_path_factory) -> Path:
     """A tiny run that has ended, beside its images in `data`."""
     folder = tmp_path_factory.mktemp("run")
     write_pictures(folder / "data", 4)
-    program.pretrain(tiny_options(folder / "data", folder / "run"))
+    pretrain(tiny_options(folder / "data", folder / "run"))
     return folder / "run"
 
 

@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 
 from dino_sparo.__main__ import main
+from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.data.generated import ShapesSource, shapes_source
 from dino_sparo.data.shapes import FACTORS, draw_factors
 from dino_sparo.slots import factors
 from dino_sparo.slots.factors import NUM_VALUES, chance, factor_pictures, score_factors
 from dino_sparo.slots.parts import fit_discriminant, moments
-from dino_sparo.training import pretrain as program
 from tests.tiny import tiny_options, write_pictures
 
 CPU = torch.device("cpu")
@@ -132,7 +132,7 @@ def run(*arguments):
 
 def test_the_program_end_to_end_beside_a_control(run_dir, tmp_path, capsys):
     write_pictures(tmp_path / "data", 4)
-    program.pretrain(tiny_options(tmp_path / "data", tmp_path / "cls", optim__epochs=2, **NO_SLOTS))
+    pretrain(tiny_options(tmp_path / "data", tmp_path / "cls", optim__epochs=2, **NO_SLOTS))
     assert run(run_dir, f"--control={tmp_path / 'cls'}", "--num_images=200") == 0
     found = json.loads((run_dir / "slots" / "factors" / "factors.json").read_text())
     assert (found["num_train"], found["num_test"]) == (200, 100)

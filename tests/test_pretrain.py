@@ -280,12 +280,12 @@ def test_a_bad_step_that_comes_again_at_each_start_can_be_skipped(eight, tmp_pat
         return original(self, *given) * (math.nan if fourth else 1)
 
     monkeypatch.setattr(DINOLoss, "forward", forward)
-    program.pretrain(eight("uninterrupted", optim__max_bad_steps=1))
+    pretrain(eight("uninterrupted", optim__max_bad_steps=1))
     for _ in range(2):
         with pytest.raises(UserError, match=r"step 4: loss not finite.*max_bad_steps 1 to skip such"):
-            program.pretrain(eight("run", log__log_every_steps=2))
+            pretrain(eight("run", log__log_every_steps=2))
         assert load_latest(tmp_path / "run")["step"] == 3
-    program.pretrain(eight("run", optim__max_bad_steps=1))
+    pretrain(eight("run", optim__max_bad_steps=1))
     assert state_hash(load_latest(tmp_path / "run")) == state_hash(load_latest(tmp_path / "uninterrupted"))
     lines = (tmp_path / "run" / "bad_steps.jsonl").read_text().splitlines()
     assert [(json.loads(line)["step"], json.loads(line)["cause"]) for line in lines] == [(4, "loss")] * 3

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.models import build_encoder
 from dino_sparo.runs.checkpoint import load_latest
 from dino_sparo.runs.runlog import read_metrics
@@ -18,7 +19,6 @@ from dino_sparo.slots.statistics import (
     slot_health,
 )
 from dino_sparo.training import periodic
-from dino_sparo.training import pretrain as program
 from tests.tiny import state_hash, tiny_options, write_pictures
 
 NAMES = {
@@ -194,9 +194,9 @@ def test_encoder_without_slots_has_no_slot_health():
 
 def test_runs_log_it_and_come_to_the_same_state(tmp_path, monkeypatch):
     write_pictures(tmp_path / "data", 8)
-    program.pretrain(tiny_options(tmp_path / "data", tmp_path / "logged"))
+    pretrain(tiny_options(tmp_path / "data", tmp_path / "logged"))
     monkeypatch.setattr(periodic, "slot_health", lambda *_: {})
-    program.pretrain(tiny_options(tmp_path / "data", tmp_path / "silent"))
+    pretrain(tiny_options(tmp_path / "data", tmp_path / "silent"))
     logged, silent = (read_metrics(tmp_path / name) for name in ("logged", "silent"))
     assert len(logged) == 6 and all(entry.keys() >= NAMES for entry in logged)
     assert not any(NAMES & entry.keys() for entry in silent)
@@ -207,6 +207,6 @@ def test_runs_log_it_and_come_to_the_same_state(tmp_path, monkeypatch):
 
 def test_runs_without_slots_log_none_of_it(tmp_path):
     write_pictures(tmp_path / "data", 8)
-    program.pretrain(tiny_options(tmp_path / "data", tmp_path / "run", optim__epochs=2, **NO_SLOTS))
+    pretrain(tiny_options(tmp_path / "data", tmp_path / "run", optim__epochs=2, **NO_SLOTS))
     entries = read_metrics(tmp_path / "run")
     assert len(entries) == 4 and not any(name.startswith("slot") for entry in entries for name in entry)

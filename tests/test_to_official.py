@@ -5,10 +5,10 @@ import torch
 
 from dino_sparo import load_encoder
 from dino_sparo.__main__ import main
+from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.errors import UserError
 from dino_sparo.models import DINOHead, build_encoder
 from dino_sparo.runs.checkpoint import load_latest
-from dino_sparo.training import pretrain as program
 from tests.test_export import same
 from tests.test_official import small_encoder
 from tests.tiny import tiny_options, write_pictures
@@ -20,7 +20,7 @@ NO_SLOTS = {f"model__readout__{name}": "null" for name in ("num_slots", "slot_di
 def cls_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cls")
     write_pictures(folder / "data", 8)  # two steps an epoch
-    program.pretrain(tiny_options(folder / "data", folder / "run", model__readout__name="cls", **NO_SLOTS))
+    pretrain(tiny_options(folder / "data", folder / "run", model__readout__name="cls", **NO_SLOTS))
     return folder / "run"
 
 
