@@ -72,7 +72,7 @@ def test_links_and_no_copies(source, out):
     assert os.readlink(link) == "../../../source/val/ILSVRC2012_val_00000001.JPEG"
 
 
-def test_neighbours_can_move_together(tmp_path, source, out):
+def test_neighbors_can_move_together(tmp_path, source, out):
     unpacked_with_solution(source)
     prepare(str(source), str(out))
     (tmp_path / "elsewhere").mkdir()

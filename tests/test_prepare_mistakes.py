@@ -205,6 +205,11 @@ def test_no_class_tars_in_the_train_tar(source, out):
     refused("img_train.tar holds no class tars", source, out)
 
 
+def test_no_images_in_the_val_tar(source, out):
+    mini.write(source, {"ILSVRC2012_img_val.tar": mini.tar_of({"notes.txt": b""}), "none.txt": b""})
+    refused("img_val.tar holds no images", source, out, source / "none.txt")
+
+
 @pytest.mark.parametrize(
     ("name", "tar", "split"),
     [
