@@ -177,7 +177,7 @@ def test_half_unpacked_class_tars(tmp_path):
 
 
 @pytest.mark.parametrize("files", [{}, {"notes.txt": b""}, {"train.zip": b""}, {"n01440764": b""}])
-def test_nothing_recognised(tmp_path, files):
+def test_nothing_recognized(tmp_path, files):
     mini.write(tmp_path, files)
     (tmp_path / "train").mkdir()
     mini.write_classes(tmp_path, {".hidden": {"1.jpg": b""}})

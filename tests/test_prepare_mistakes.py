@@ -39,7 +39,7 @@ def refused(message: str, source: Path, out: Path, labels: Path | None = None) -
     assert (state(out) if out.exists() else None) == before
 
 
-def test_nothing_recognised(source, out):
+def test_nothing_recognized(source, out):
     source.mkdir()
     refused("no images recognized; expected one of: class folders", source, out)
     with pytest.raises(UserFileNotFoundError):
