@@ -101,7 +101,7 @@ def equal(one: DinoModel, other: DinoModel) -> bool:
     return True
 
 
-@pytest.mark.parametrize("old_names", [True, False], ids=["weight_g", "parametrised"])
+@pytest.mark.parametrize("old_names", [True, False], ids=["weight_g", "parametrized"])
 @pytest.mark.parametrize("make", [plain, network], ids=["cls", "sparo"])
 def test_a_full_checkpoint_comes_out_as_it_went_in(tmp_path, make, old_names):
     student, teacher = make(1), make(2)

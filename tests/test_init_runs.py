@@ -62,7 +62,7 @@ def test_a_frozen_backbone_stays_and_all_else_learns(finished, pictures):
 
 
 @pytest.mark.parametrize("step", [1, 4])
-def test_a_run_goes_on_without_the_file_bit_for_bit(finished, pictures, step, tmp_path, monkeypatch):
+def test_a_run_resumes_without_the_file_bit_for_bit(finished, pictures, step, tmp_path, monkeypatch):
     run_dir, changes = finished
     file = tmp_path / "vit.pth"
     shutil.copy(pictures / "vit.pth", file)
@@ -110,7 +110,7 @@ def test_another_start_is_another_experiment(finished, pictures):
             pretrain(tiny_options(pictures, run_dir, **(changes | other)))
 
 
-def test_a_run_from_before_there_was_freezing_goes_on(pictures, tmp_path, caplog):
+def test_a_run_from_before_there_was_freezing_resumes(pictures, tmp_path, caplog):
     pretrain(tiny_options(pictures, tmp_path / "run"))
     path = tmp_path / "run" / "config.yaml"
     lines = path.read_text().splitlines(keepends=True)
@@ -128,7 +128,7 @@ def frozen_state(pictures, tmp_path):
     return prepared(options).state
 
 
-def test_the_optimiser_and_the_graph_leave_a_frozen_backbone_out(frozen_state):
+def test_the_optimizer_and_the_graph_leave_a_frozen_backbone_out(frozen_state):
     student = frozen_state.student
     held = {id(p) for group in frozen_state.optimizer.param_groups for p in group["params"]}
     learning = [*student.encoder.readout.parameters(), *student.head.parameters()]

@@ -64,13 +64,6 @@ def test_all_layouts_become_the_same_class_folders(source, out, name, caplog):
     assert state(source) == before
 
 
-@pytest.mark.parametrize("given", ["ILSVRC", "ILSVRC/Data", "ILSVRC/Data/CLS-LOC"])
-def test_any_level_of_kaggles_layout(source, out, given):
-    mini.kaggle(source)
-    prepare(str(source / given), str(out))
-    assert (images(out / "train"), images(out / "val")) == (mini.TRAIN, mini.SORTED_VAL)
-
-
 def test_links_and_no_copies(source, out):
     unpacked_with_solution(source)
     prepare(str(source), str(out))
@@ -79,7 +72,7 @@ def test_links_and_no_copies(source, out):
     assert os.readlink(link) == "../../../source/val/ILSVRC2012_val_00000001.JPEG"
 
 
-def test_neighbours_can_move_together(tmp_path, source, out):
+def test_neighbors_can_move_together(tmp_path, source, out):
     unpacked_with_solution(source)
     prepare(str(source), str(out))
     (tmp_path / "elsewhere").mkdir()

@@ -39,7 +39,7 @@ def refused(message: str, source: Path, out: Path, labels: Path | None = None) -
     assert (state(out) if out.exists() else None) == before
 
 
-def test_nothing_recognised(source, out):
+def test_nothing_recognized(source, out):
     source.mkdir()
     refused("no images recognized; expected one of: class folders", source, out)
     with pytest.raises(UserFileNotFoundError):
@@ -203,6 +203,11 @@ def test_two_at_once(source, out):
 def test_no_class_tars_in_the_train_tar(source, out):
     mini.write(source, {"ILSVRC2012_img_train.tar": mini.tar_of(mini.VAL)})
     refused("img_train.tar holds no class tars", source, out)
+
+
+def test_no_images_in_the_val_tar(source, out):
+    mini.write(source, {"ILSVRC2012_img_val.tar": mini.tar_of({"notes.txt": b""}), "none.txt": b""})
+    refused("img_val.tar holds no images", source, out, source / "none.txt")
 
 
 @pytest.mark.parametrize(

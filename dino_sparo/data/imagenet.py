@@ -96,7 +96,7 @@ def training_folder(root: Path) -> Path | None:
 
 
 def explain(layout: Layout) -> str:
-    """One sentence: what was recognised and the command that makes it usable; empty if it is as it is."""
+    """One sentence: what was recognized and the command that makes it usable; empty if it is as it is."""
     root, train, val = layout.root, layout.train, layout.val
     train_is_usable = train is None or (train.is_readable and train.path in (root, root / "train"))
     if train_is_usable and val in (None, Images(root / "val", "class folders")):

@@ -96,7 +96,7 @@ class SparoVisionTransformer(Encoder):
         return self.tokens(images)
 
     def forward_head(self, tokens_BND: Tensor, pre_logits: bool = False) -> Tensor:
-        """Normalised tokens (B, N, D) -> logits, or the encodings (B, L * V) before the classifier."""
+        """Normalized tokens (B, N, D) -> logits, or the encodings (B, L * V) before the classifier."""
         pooled = self.head_drop(self.read(tokens_BND) if self.global_pool else tokens_BND)
         return pooled if pre_logits else self.head(pooled)
 
