@@ -134,27 +134,3 @@ def test_the_map_of_the_slot_itself_is_drawn(run_dir, pictures, tmp_path, monkey
         assert titles[0][0].startswith(f"response {entry['top'][0]['response']:.2f}")
         assert titles[1][0].startswith(f"cosine {entry['top'][0]['neighbours'][0]['cosine']:.3f}")
         assert heading.startswith(f"slot {slot}\n")
-
-
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("--slots=[0,2]", "slots has 2, expected numbers from 0 to 1, since there are 2 slots; leave 2 out"),
-        ("--slots=[1,1]", "slots has 1 more than once, expected different numbers; give it once"),
-        ("--num_images=0", "num_images is 0; expected a finite number above 0"),
-        ("--num_neighbours=0", "num_neighbours is 0; expected a finite number above 0"),
-    ],
-)
-def test_mistakes_in_options(run_dir, pictures, tmp_path, capsys, option, message):
-    assert run(run_dir, pictures, tmp_path / "out", option) == 2
-    shown = capsys.readouterr().err
-    assert message in shown and "Traceback" not in shown
-    assert len(shown.strip().splitlines()) == 1
-    assert not (tmp_path / "out").exists()
-
-
-def test_empty_folder(run_dir, tmp_path, capsys):
-    (tmp_path / "empty").mkdir()
-    assert run(run_dir, tmp_path / "empty", tmp_path / "out") == 2
-    shown = capsys.readouterr().err
-    assert str(tmp_path / "empty") in shown and "Traceback" not in shown

@@ -55,17 +55,6 @@ def test_planted_slots_are_found(pictures):
     assert "2 (0, 1)" in next(line for line in lines if line.startswith("| duplicate"))
 
 
-def test_batches_do_not_matter_and_the_other_encoder_is_compared(pictures):
-    encoder, other = with_planted_slots(), with_planted_slots()
-    source = open_images(str(pictures))
-    several, whole = (measure_health(encoder, source, other=other, batch_size=size) for size in (3, 7))
-    for name, value in vars(whole).items():
-        torch.testing.assert_close(vars(several)[name], value, msg=name)
-    assert (whole.agreement < 0.99).any()
-    itself = measure_health(encoder, source, other=encoder).agreement
-    torch.testing.assert_close(itself, torch.ones(5, dtype=torch.float64))
-
-
 def health_json(out):
     return json.loads((out / "health" / "health.json").read_text())
 
@@ -114,16 +103,6 @@ def test_an_exported_folder_has_no_agreement(run_dir, pictures, tmp_path, capsys
 def test_some_images_spread_evenly(run_dir, pictures, tmp_path):
     assert run(run_dir, "--data.path", pictures, "--num_images=3", f"--out={tmp_path}") == 0
     assert health_json(tmp_path)["num_images"] == 3
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [({"data.path": "/nowhere"}, "'/nowhere' does not exist"), ({"num_images": 1}, "num_images is 1")],
-)
-def test_mistakes(run_dir, pictures, capsys, changes, message):
-    options = {"data.path": pictures} | changes
-    assert run(run_dir, *(f"--{key}={value}" for key, value in options.items())) != 0
-    assert message in capsys.readouterr().err
 
 
 def test_numbers_of_one_image_would_call_all_slots_dead():

@@ -75,7 +75,7 @@ def test_schedules_of_a_run_follow_the_recipe(tmp_path):
     options = tiny_options(
         tmp_path, tmp_path / "run", loss__warmup_teacher_temp_epochs=2, loss__teacher_temp=0.07
     )
-    schedules = build_schedules(options, steps_per_epoch=10)
+    schedules = build_schedules(options.optim, options.loss, steps_per_epoch=10)
     peak = options.optim.lr_per_256 * options.optim.global_batch_size / 256
     assert schedules.at(0).lr == 0
     assert schedules.at(9).lr == schedules.at(10).lr == pytest.approx(peak)
@@ -150,7 +150,7 @@ def test_logged_schedules_are_those_of_the_step(finished):
     config = yaml.safe_load((finished / "config.yaml").read_text())
     options = tiny_options("x", "y", **{"optim.global_batch_size".replace(".", "__"): 30})
     assert config["optim"] == vars(options.optim)
-    schedules = build_schedules(options, steps_per_epoch=2)
+    schedules = build_schedules(options.optim, options.loss, steps_per_epoch=2)
     for entry in read_metrics(finished):
         if "loss" in entry:
             expected = schedules.at(entry["step"] - 1)

@@ -67,7 +67,7 @@ class SlotMapsOptions(SlotsOptions):
 
 @dataclass(kw_only=True)
 class SlotGalleryOptions(CachedSlotsOptions):
-    """For each slot the images that it responds to most, and their nearest neighbours within the slot."""
+    """For each slot the images that it responds to most, and their nearest neighbors within the slot."""
 
     data: ImagesOptions
     """The images."""
@@ -76,7 +76,7 @@ class SlotGalleryOptions(CachedSlotsOptions):
     num_images: int = 6
     """Images that respond most, for each slot."""
     num_neighbours: int = 4
-    """Nearest neighbours of each of them."""
+    """Nearest neighbors of each of them."""
 
 
 @dataclass(kw_only=True)

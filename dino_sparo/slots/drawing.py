@@ -70,7 +70,7 @@ def attention_of_each(
 ) -> list[Tensor]:
     """Attention over each of some images, (x, rows, columns) on the CPU; neighbors of one size share a pass.
 
-    attention: normalised images (B, 3, height, width) on the device -> (B, x, rows, columns).
+    attention: normalized images (B, 3, height, width) on the device -> (B, x, rows, columns).
     images: uint8 (3, height, width).
     """
     maps: list[Tensor] = []

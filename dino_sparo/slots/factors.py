@@ -33,7 +33,7 @@ from dino_sparo.slots.parts import (
 NUM_VALUES = {name: len(values) for name, values in FACTORS.items()} | {"count": MAX_OBJECTS}
 PICTURES_SEED = 1  # training and its k-NN see pictures of seed 0 only
 MIN_PICTURES = 200
-RIDGES = (0.001, 0.01, 0.1, 1.0)  # in units of the variance within a value of a standardised number
+RIDGES = (0.001, 0.01, 0.1, 1.0)  # in units of the variance within a value of a standardized number
 HELD_OUT_EVERY = 5  # learning pictures on which the ridge is chosen
 
 

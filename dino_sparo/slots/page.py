@@ -16,7 +16,7 @@ from dino_sparo.errors import UserError
 from dino_sparo.evaluation.results import RESULTS_FILE, read_results
 from dino_sparo.files import write_file
 from dino_sparo.models import Encoder
-from dino_sparo.runs.rundir import CONFIG_FILE, STARTS_FILE
+from dino_sparo.runs.rundir import CONFIG_FILE, read_starts
 from dino_sparo.runs.runlog import METRICS_FILE, read_metrics
 from dino_sparo.slots.page_figures import histogram, lines, number, picture_uri
 
@@ -230,23 +230,17 @@ def describe(encoder: Encoder, run: str, which: str) -> dict[str, str]:
 def describe_training(folder: Path) -> dict[str, str]:
     """What a run folder tells of its training; nothing beside a weights file."""
     facts: dict[str, str] = {}
-    path = folder / STARTS_FILE
-    if path.is_file():
-        try:
-            starts = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            first, last = starts[0], starts[-1]
-            command = last["command"]
-            if "--config" in command[:-1]:
-                facts["Recipe"] = command[command.index("--config") + 1]
-            facts["Started"] = first["time"] + (f", {len(starts)} starts" if len(starts) > 1 else "")
-            facts["Trained on"] = f"{last['device']}, {last['precision']}, processes: {last['processes']}"
-            facts["Versions"] = ", ".join(f"{name} {number}" for name, number in last["versions"].items())
-            if last.get("git"):
-                facts["Source"] = last["git"]
-        except WRONG_CONTENT as error:
-            raise UserError(
-                f"{path} is damaged ({error}), expected one JSON object a line; restore or remove it"
-            ) from error
+    starts = read_starts(folder)
+    if starts:
+        first, last = starts[0], starts[-1]
+        command = last["command"]
+        if "--config" in command[:-1]:
+            facts["Recipe"] = command[command.index("--config") + 1]
+        facts["Started"] = first["time"] + (f", {len(starts)} starts" if len(starts) > 1 else "")
+        facts["Trained on"] = f"{last['device']}, {last['precision']}, processes: {last['processes']}"
+        facts["Versions"] = ", ".join(f"{name} {number}" for name, number in last["versions"].items())
+        if last.get("git"):
+            facts["Source"] = last["git"]
     entries = [entry for entry in read_metrics(folder) if "epoch" in entry]
     if entries:
         facts["Trained for"] = f"{entries[-1]['epoch']:g} epochs, {entries[-1]['step']} steps"

@@ -230,14 +230,11 @@ class Moments:
             self.counts + other.counts,
         )
 
-    @property
-    def total(self) -> Tensor:
-        return self.counts.sum()
-
-    @property
-    def covariance(self) -> Tensor:
-        mean_E = self.sums / self.total
-        return self.products / self.total - mean_E[:, None] * mean_E
+    def center(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The number of images, and mean (E,) and covariance (E, E) of the numbers."""
+        total = self.counts.sum()
+        mean_E = self.sums / total
+        return total, mean_E, self.products / total - mean_E[:, None] * mean_E
 
     def of_parts(self, num_parts: int, subset: Sequence[int]) -> "Moments":
         """Of the numbers of some parts only."""
@@ -286,9 +283,10 @@ def fit_probe(sums: Moments, num_parts: int, subset: Sequence[int]) -> LinearPro
     A number that is constant over the images gets no weight; the bias is not shrunk.
     """
     seen = sums.of_parts(num_parts, subset)
-    mean_E, share_S = seen.sums / seen.total, seen.counts / seen.total
-    with_class = seen.by_class / seen.total - mean_E[:, None] * share_S
-    weight = _regress(seen.covariance, with_class, mean_E, seen.covariance, RIDGE)
+    total, mean_E, covariance_EE = seen.center()
+    share_S = seen.counts / total
+    with_class = seen.by_class / total - mean_E[:, None] * share_S
+    weight = _regress(covariance_EE, with_class, mean_E, covariance_EE, RIDGE)
     return LinearProbe(tuple(subset), weight.float(), (share_S - mean_E @ weight).float())
 
 
@@ -299,10 +297,11 @@ def fit_discriminant(sums: Moments, num_parts: int, subset: Sequence[int], ridge
     constant within classes gets no weight, nor does a class without images ever win.
     """
     seen = sums.of_parts(num_parts, subset)
-    mean_E, share_S = seen.sums / seen.total, seen.counts / seen.total
+    total, mean_E, covariance_EE = seen.center()
+    share_S = seen.counts / total
     apart_ES = seen.by_class / seen.counts.clamp(min=1) - mean_E[:, None]
-    within = seen.covariance - (apart_ES * share_S) @ apart_ES.T
-    weight = _regress(within, apart_ES, mean_E, seen.covariance, ridge)
+    within_EE = covariance_EE - (apart_ES * share_S) @ apart_ES.T
+    weight = _regress(within_EE, apart_ES, mean_E, covariance_EE, ridge)
     bias = share_S.log() - (apart_ES * weight).sum(dim=0) / 2 - mean_E @ weight
     return LinearProbe(tuple(subset), weight.float(), bias.float())
 

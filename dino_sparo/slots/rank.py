@@ -200,7 +200,8 @@ def rank_parts(
     )
     kept = {way: [tuple(sorted(o[:size])) for size in sizes(num_parts)] for way, o in orders.items()}
     subsets = sorted({subset for several in kept.values() for subset in several})
-    probes = [fit_probe(of_fit + of_select, num_parts, subset) for subset in subsets]
+    of_train = of_fit + of_select
+    probes = [fit_probe(of_train, num_parts, subset) for subset in subsets]
     knn = by_knn(train, train_labels, test, test_labels, subsets=subsets)
     linear = by_probe(probes, test, test_labels)
     found = {subset: pair for subset, *pair in zip(subsets, knn, linear, strict=True)}

@@ -1,7 +1,6 @@
 """A learned mask keeps the slots that carry the label, and is tried on other images."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,12 +8,8 @@ import torch
 
 from dino_sparo.__main__ import main
 from dino_sparo.slots.mask import accuracy, class_means, learn_mask, masked_cosines, spread
-from tests.tiny import tiny_arguments, write_pictures
 
 CPU = torch.device("cpu")
-WITHOUT_SLOTS = {"model__readout__name": "cls"} | {
-    f"model__readout__{key}": "null" for key in ("num_slots", "slot_dim", "key_dim", "group_size")
-}
 
 
 def planted(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -97,28 +92,11 @@ def test_the_seed_decides_the_order():
     assert torch.equal(one, same) and not torch.equal(one, other)
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> dict[str, Path]:
-    """Pictures of three classes, others of two, a run with three slots, and one without slots."""
-    folder = tmp_path_factory.mktemp("runs")
-    write_pictures(folder / "data", 60, classes=3)
-    write_pictures(folder / "other", 40, classes=2)
-    common = {"optim__epochs": 1, "optim__global_batch_size": 24}
-    slots = tiny_arguments(folder / "data", folder / "sparo", model__readout__num_slots=3, **common)
-    assert main(["pretrain", *slots]) == 0
-    plain = tiny_arguments(folder / "data", folder / "cls", **WITHOUT_SLOTS, **common)
-    assert main(["pretrain", *plain]) == 0
-    return {name: folder / name for name in ("data", "other", "sparo", "cls")}
-
-
-def mask_program(runs: dict[str, Path], out: Path, *more: str, run: str = "sparo") -> int:
-    command = ["slots", "mask", str(runs[run]), "--data.path", str(runs["data"]), "--out", str(out)]
-    return main([*command, "--num-workers=0", "--device=cpu", *more])
-
-
-def test_the_program_with_transfer_and_control(runs, tmp_path, capsys):
-    more = ["--epochs=5", "--transfer", f"second={runs['other']}", "--control", str(runs["cls"])]
-    assert mask_program(runs, tmp_path, *more) == 0
+def test_the_command_with_transfer_and_control(slot_runs, tmp_path, capsys):
+    run, control, data = (str(slot_runs[name]) for name in ("sparo", "cls", "data"))
+    more = ["--epochs=5", "--transfer", f"second={slot_runs['other']}", "--control", control]
+    machine = [f"--out={tmp_path}", "--num-workers=0", "--device=cpu"]
+    assert main(["slots", "mask", run, "--data.path", data, *more, *machine]) == 0
     found = json.loads((tmp_path / "mask" / "mask.json").read_text())
     assert [(row["encoder"], row["over"], row["test_set"]) for row in found["rows"]] == [
         (encoder, over, test_set)
@@ -143,22 +121,3 @@ def test_the_program_with_transfer_and_control(runs, tmp_path, capsys):
     assert any(line.replace("|", " ").split()[:5] == row for line in said.splitlines())
     assert "16 numbers cannot be cut into 3 equal parts, so it has 2" in said
     assert (tmp_path / "mask" / "mask.png").stat().st_size > 10_000
-
-
-@pytest.mark.parametrize(
-    ("more", "said"),
-    [
-        (["--transfer", "/somewhere"], "transfer '/somewhere' has no name or no folder; expected NAME=DIR"),
-        (["--transfer", "val=/somewhere"], "'val' is the name of data.path's own test images"),
-        (["--transfer", "second=/nowhere/at/all"], "transfer"),
-    ],
-)
-def test_mistakes(runs, tmp_path, capsys, more, said):
-    assert mask_program(runs, tmp_path, *more) == 2
-    assert said in capsys.readouterr().err
-    assert not (tmp_path / "mask").exists()
-
-
-def test_no_slots(runs, tmp_path, capsys):
-    assert mask_program(runs, tmp_path, run="cls") == 2
-    assert "has no slots (read-out cls)" in capsys.readouterr().err

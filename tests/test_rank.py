@@ -1,24 +1,31 @@
-"""Ranking finds planted slots, and never looks at the images that it reports on."""
+"""Ranking finds planted slots and never looks at the images that it reports on; parts of an encoding against
+k-NN and ridge regression of the same columns alone."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from dino_sparo.__main__ import main
-from dino_sparo.evaluation.knn import knn_classify
+from dino_sparo.evaluation.knn import NoDirectionError, knn_classify
 from dino_sparo.slots import rank as module
-from dino_sparo.slots.parts import fit_probe, moments, most_parts, probe_accuracies
+from dino_sparo.slots.parts import (
+    RIDGE,
+    Picked,
+    fit_probe,
+    knn_accuracies,
+    moments,
+    most_parts,
+    parts_of,
+    probe_accuracies,
+)
 from dino_sparo.slots.rank import greedy_images, greedy_order, rank_parts, sizes, split_by_class
-from tests.tiny import tiny_arguments, write_pictures
 
 CPU = torch.device("cpu")
-WITHOUT_SLOTS = {"model__readout__name": "cls"} | {
-    f"model__readout__{key}": "null" for key in ("num_slots", "slot_dim", "key_dim", "group_size")
-}
 PLANTED = {3, 7}
+PARTS, CLASSES = 4, 3
+EACH = [[part] for part in range(PARTS)]
 
 
 def planted(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -123,31 +130,15 @@ def test_sizes_and_parts():
     assert (most_parts(384, 64), most_parts(16, 3), most_parts(7, 3)) == (64, 2, 1)
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> dict[str, Path]:
-    """Pictures of three classes, a run with three slots, and one without slots, 16 numbers wide."""
-    folder = tmp_path_factory.mktemp("runs")
-    write_pictures(folder / "data", 60, classes=3)
-    common = {"optim__epochs": 1, "optim__global_batch_size": 24}
-    slots = tiny_arguments(folder / "data", folder / "sparo", model__readout__num_slots=3, **common)
-    assert main(["pretrain", *slots]) == 0
-    plain = tiny_arguments(folder / "data", folder / "cls", **WITHOUT_SLOTS, **common)
-    assert main(["pretrain", *plain]) == 0
-    return {"data": folder / "data", "sparo": folder / "sparo", "cls": folder / "cls"}
-
-
-def rank_program(runs: dict[str, Path], out: Path, *more: str, run: str = "sparo") -> int:
-    command = ["slots", "rank", str(runs[run]), "--data.path", str(runs["data"]), "--out", str(out)]
-    return main([*command, "--num-workers=0", "--device=cpu", *more])
-
-
-def test_the_program_with_a_control(runs, tmp_path, capsys):
-    assert rank_program(runs, tmp_path, "--k=3", "--control", str(runs["cls"])) == 0
+def test_the_command_with_a_control(slot_runs, tmp_path, capsys):
+    run, control, data = (str(slot_runs[name]) for name in ("sparo", "cls", "data"))
+    machine = [f"--out={tmp_path}", "--num-workers=0", "--device=cpu"]
+    assert main(["slots", "rank", run, "--data.path", data, "--k=3", "--control", control, *machine]) == 0
     found = json.loads((tmp_path / "rank" / "rank.json").read_text())
     assert (found["num_fit"], found["num_select"], found["num_test"]) == (39, 9, 12)
-    own, control = found["encoders"]
+    own, other = found["encoders"]
     assert (own["name"], own["num_parts"], own["part_dim"]) == ("sparo", 3, 4)
-    assert (control["name"], control["num_parts"], control["part_dim"]) == ("control (cls)", 2, 8)
+    assert (other["name"], other["num_parts"], other["part_dim"]) == ("control (cls)", 2, 8)
     assert [at["kept"] for at in own["curve"]["greedy"]] == [1, 2, 3]
     assert all(sorted(order) == [0, 1, 2] for order in own["orders"].values())
     said = capsys.readouterr().out
@@ -155,30 +146,103 @@ def test_the_program_with_a_control(runs, tmp_path, capsys):
     assert "16 numbers cannot be cut into 3" in found["remarks"][0]
     assert any(line.split()[:4] == ["|", "3", "|", f"{own['all']['knn']:.2f}"] for line in said.splitlines())
     assert (tmp_path / "rank" / "curve.png").stat().st_size > 10_000
-    assert (found["which"], found["control"]) == ("teacher", str(runs["cls"]))
+    assert (found["which"], found["control"]) == ("teacher", str(slot_runs["cls"]))
 
 
-@pytest.mark.parametrize(
-    ("more", "said"),
-    [
-        (["--k=40"], "k is 40, expected 1 to the 39 train images that are left to fit on"),
-        (["--k=3", "--select-fraction=1"], "select_fraction is 1.0, expected above 0 and below 1"),
-    ],
-)
-def test_mistakes(runs, tmp_path, capsys, more, said):
-    assert rank_program(runs, tmp_path, *more) == 2
-    assert said in capsys.readouterr().err
-    assert not (tmp_path / "rank").exists()
+# --- Parts of an encoding
 
 
-def test_a_control_has_no_slots(runs, tmp_path, capsys):
-    assert rank_program(runs, tmp_path, "--k=3", "--control", str(runs["sparo"])) == 2
-    assert "has slots (read-out sparo), expected a run without" in capsys.readouterr().err
+@pytest.fixture(scope="module")
+def images():
+    """Train and test features (n, 12) of very different scales, off zero, and labels that they hint at."""
+    rng = np.random.default_rng(0)
+    scale = rng.uniform(0.1, 5, 12)
+    centers = rng.normal(size=(CLASSES, 12))
+    made = []
+    for count in (150, 70):
+        labels = rng.integers(0, CLASSES, count)
+        features = (rng.normal(size=(count, 12)) + 0.7 * centers[labels]) * scale + 1
+        made += [features.astype(np.float32), labels]
+    return made
 
 
-def test_no_slots_and_no_classes(runs, tmp_path, capsys):
-    assert rank_program(runs, tmp_path, "--k=3", run="cls") == 2
-    assert "has no slots (read-out cls)" in capsys.readouterr().err
-    flat = runs | {"data": runs["data"] / "train" / "class0"}
-    assert rank_program(flat, tmp_path, "--k=3") == 2
-    assert "not in class folders" in capsys.readouterr().err
+def columns(subset):
+    return np.concatenate([np.arange(3 * part, 3 * part + 3) for part in subset])
+
+
+def test_parts_are_neighboring_numbers():
+    assert parts_of(torch.arange(12)[None], 4)[0].tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
+    with pytest.raises(ValueError, match="num_parts is 5, expected a divisor of the 12 numbers"):
+        parts_of(torch.zeros(1, 12), 5)
+
+
+@pytest.mark.parametrize("chunks", [{}, {"train_chunk": 7, "test_chunk": 11}])
+def test_knn_of_parts_is_that_of_their_columns(images, chunks):
+    train, train_labels, test, test_labels = images
+    subsets = [*EACH, [0, 2], [1, 2, 3], list(range(PARTS))]
+    found = knn_accuracies(
+        *images, num_parts=PARTS, subsets=subsets, k=10, num_classes=CLASSES, device=CPU, **chunks
+    )
+    alone = [
+        knn_classify(train[:, c], train_labels, test[:, c], test_labels, k=10)[10].top1
+        for c in map(columns, subsets)
+    ]
+    assert found == pytest.approx(alone, abs=1e-9)
+    assert found[-1] == knn_classify(*images, k=10)[10].top1
+    assert len(set(found)) > 3  # parts differ, so that a mix-up would show
+
+
+def test_knn_names_the_image_that_is_zero_in_a_part(images):
+    train, train_labels, test, test_labels = images
+    train = train.copy()
+    train[101, columns([2])] = 0
+    with pytest.raises(NoDirectionError) as told:
+        knn_accuracies(
+            *(train, train_labels, test, test_labels),
+            num_parts=PARTS,
+            subsets=EACH,
+            k=3,
+            num_classes=CLASSES,
+            device=CPU,
+            train_chunk=20,
+        )
+    assert (told.value.side, told.value.number, told.value.kind) == ("train", 101, "zero")
+
+
+@pytest.mark.parametrize("subset", [[1], [0, 3], [0, 1, 2, 3]])
+def test_probe_of_parts_is_that_trained_alone(images, subset):
+    train, train_labels, test, test_labels = images
+    sums = moments(train, train_labels, num_classes=CLASSES, device=CPU, chunk=13)
+    probe = fit_probe(sums, PARTS, subset)
+    # Ridge regression as least squares with further rows, on these columns only.
+    seen = train[:, columns(subset)].astype(np.float64)
+    mean, std = seen.mean(axis=0), seen.std(axis=0)
+    targets = np.eye(CLASSES)[train_labels]
+    rows = np.concatenate([(seen - mean) / std, np.sqrt(RIDGE * len(seen)) * np.eye(len(mean))])
+    wanted = np.concatenate([targets - targets.mean(axis=0), np.zeros((len(mean), CLASSES))])
+    weight = np.linalg.lstsq(rows, wanted, rcond=None)[0] / std[:, None]
+    bias = targets.mean(axis=0) - mean @ weight
+    torch.testing.assert_close(probe.weight, torch.from_numpy(weight).float(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(probe.bias, torch.from_numpy(bias).float(), rtol=1e-4, atol=1e-6)
+    right = (test[:, columns(subset)] @ weight + bias).argmax(axis=1) == test_labels
+    found = probe_accuracies([probe], test, test_labels, num_parts=PARTS, device=CPU, chunk=9)
+    assert found == [pytest.approx(100 * right.mean())]
+
+
+def test_sums_of_two_sets_of_images_are_those_of_all(images):
+    train, labels, *_ = images
+    rows = np.arange(len(train))
+    pieces = [
+        moments(Picked(train, some), labels[some], num_classes=CLASSES, device=CPU)
+        for some in (rows[::3], np.setdiff1d(rows, rows[::3]))
+    ]
+    whole = fit_probe(moments(train, labels, num_classes=CLASSES, device=CPU), PARTS, [0, 1])
+    torch.testing.assert_close(fit_probe(pieces[0] + pieces[1], PARTS, [0, 1]).weight, whole.weight)
+
+
+def test_a_constant_number_gets_no_weight(images):
+    train, labels, *_ = images
+    train = train.copy()
+    train[:, 4] = 0.1
+    probe = fit_probe(moments(train, labels, num_classes=CLASSES, device=CPU), PARTS, [1])
+    assert (probe.weight[1] == 0).all() and (probe.weight[[0, 2]] != 0).all()
