@@ -1,4 +1,4 @@
-"""Coloured noise to classify, a tiny encoder, and the linear probe run on them."""
+"""Colored noise to classify, a tiny encoder, and the linear probe run on them."""
 
 from pathlib import Path
 
@@ -17,8 +17,8 @@ NUM_TRAIN, NUM_VAL, BATCH_SIZE = 22, 7, 8  # two steps an epoch, six images drop
 OFFICIAL = "3 blocks both lr 0.001"
 
 
-def write_colours(folder: Path, count: int, classes: tuple[str, ...] = CLASSES) -> None:
-    """Noise of one colour in class folders, so that there is something to learn."""
+def write_colors(folder: Path, count: int, classes: tuple[str, ...] = CLASSES) -> None:
+    """Noise of one color in class folders, so that there is something to learn."""
     rng = np.random.default_rng(count)
     for number in range(count):
         name = classes[number % len(classes)]
@@ -30,8 +30,8 @@ def write_colours(folder: Path, count: int, classes: tuple[str, ...] = CLASSES) 
 
 
 def write_data(folder: Path) -> Path:
-    write_colours(folder / "train", NUM_TRAIN)
-    write_colours(folder / "val", NUM_VAL)
+    write_colors(folder / "train", NUM_TRAIN)
+    write_colors(folder / "val", NUM_VAL)
     return folder
 
 

@@ -9,6 +9,7 @@ from dino_sparo.__main__ import main
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.evaluation.compare import compare_runs, paired_bootstrap
 from dino_sparo.evaluation.results import Result, save_results
+from tests.test_results import result as made_result
 
 CONFIG = """
 seed: {seed}
@@ -25,21 +26,7 @@ NUM_IMAGES = 200
 def result(num_right: int, **changes: object) -> Result:
     """So many of 200 images right, the first ones."""
     total = int(changes.get("num_images", NUM_IMAGES))
-    given = {
-        "protocol": "knn",
-        "name": "20-NN",
-        "headline": True,
-        "test_set": "val",
-        "weights": "teacher",
-        "top1": 100 * num_right / total,
-        "top5": 100.0,
-        "num_images": total,
-        "num_classes": 10,
-        "details": {},
-        "correct": np.arange(total) < num_right,
-        "images": "abc",
-    }
-    return Result(**(given | changes))
+    return made_result((np.arange(total) < num_right).tolist(), **({"details": {}} | changes))
 
 
 def make_run(folder: Path, *results: Result, recipe: bool = True, **changes: object) -> str:

@@ -39,7 +39,7 @@ from tests.probing import (
     options,
     pretrained_run,
     weights,
-    write_colours,
+    write_colors,
     write_data,
 )
 
@@ -226,8 +226,8 @@ def test_a_complete_run_is_only_scored(pretrained, data, uninterrupted, tmp_path
     monkeypatch.setattr(probe_training, "losses", None)
     before = (uninterrupted / "results.json").read_text()
     half = tmp_path / "half"
-    write_colours(half, 4, ("red", "blue"))
-    write_colours(half, 5, ("green",))
+    write_colors(half, 4, ("red", "blue"))
+    write_colors(half, 5, ("green",))
     (half / "green").rename(half / "violet")
     results = linear(
         pretrained, data, uninterrupted, learning_rates=[0.001, 1.0], test=json.dumps([f"half={half}"])
@@ -311,7 +311,7 @@ def test_cached_probes_are_not_called_official(pretrained, data, tmp_path, capsy
     out = tmp_path / "out"
     results = linear(pretrained, data, out, cached="true", learning_rates=[30.0], epochs=40)
     assert [(result.protocol, result.headline) for result in results] == [("linear-cached", False)]
-    assert results[0].top1 == 100  # the colours are easy, if anything is learned
+    assert results[0].top1 == 100  # the colors are easy, if anything is learned
     assert "not the official protocol" in capsys.readouterr().out
     results = linear(pretrained, data, out)
     assert {result.protocol for result in results} == {"linear", "linear-cached"}
@@ -335,8 +335,8 @@ def test_a_fraction_is_balanced_seeded_and_nested(data, tmp_path):
     assert {least.name(i) for i in range(3)} < set(names)
     other = balanced_fraction(train, 0.5, seed=1)
     assert names != [other.name(i) for i in range(len(other))]
-    write_colours(tmp_path / "train", 2, ("red", "blue"))
-    write_colours(tmp_path / "train", 9, ("green",))
+    write_colors(tmp_path / "train", 2, ("red", "blue"))
+    write_colors(tmp_path / "train", 9, ("green",))
     few, _ = open_labelled(str(tmp_path))  # no val folder: some are held out
     assert np.bincount(balanced_fraction(few, 1.0, seed=0).labels, minlength=3).min() == 1
 
@@ -361,7 +361,7 @@ def test_a_saved_classifier_is_scored_as_it_was(pretrained, data, uninterrupted,
         linear(pretrained, data, tmp_path / "out", evaluate=file, untrained="true")
     with pytest.raises(UserError, match="and sweep, num_blocks would train others; leave these out"):
         linear(pretrained, data, tmp_path / "out", evaluate=file, sweep="true", num_blocks=[1])
-    write_colours(tmp_path / "two" / "train", 6, ("red", "blue"))
+    write_colors(tmp_path / "two" / "train", 6, ("red", "blue"))
     with pytest.raises(UserError, match="'green' is in one of them only"):
         linear(pretrained, tmp_path / "two", tmp_path / "out", evaluate=file)
 
@@ -394,8 +394,8 @@ def test_features_that_are_not_finite_end_the_run_before_a_checkpoint(
 
 
 def test_an_unreadable_image_is_named_and_costs_nothing(pretrained, tmp_path):
-    write_colours(tmp_path / "data" / "train", NUM_TRAIN)
-    write_colours(tmp_path / "data" / "val", NUM_VAL)
+    write_colors(tmp_path / "data" / "train", NUM_TRAIN)
+    write_colors(tmp_path / "data" / "val", NUM_VAL)
     first, second = (sample_order(seed=0, epoch=epoch, num_samples=NUM_TRAIN) for epoch in (0, 1))
     bad = next(sample for sample in second[:16] if sample in first[16:])  # epoch 1 drops it
     train, _ = open_labelled(str(tmp_path / "data"))
@@ -410,8 +410,8 @@ def test_an_unreadable_image_is_named_and_costs_nothing(pretrained, tmp_path):
 
 
 def test_a_class_of_val_that_train_lacks_is_named(pretrained, tmp_path):
-    write_colours(tmp_path / "data" / "train", 8, ("red", "green"))
-    write_colours(tmp_path / "data" / "val", 3)
+    write_colors(tmp_path / "data" / "train", 8, ("red", "green"))
+    write_colors(tmp_path / "data" / "val", 3)
     with pytest.raises(UserError, match="class folder 'blue' does not exist in"):
         linear(pretrained, tmp_path / "data", tmp_path / "out")
 
