@@ -7,7 +7,6 @@ import os
 import platform
 import select
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +24,7 @@ from dino_sparo.errors import (
     UserError,
     files_told,
 )
-from dino_sparo.parallel.processes import end_at_once, end_with_launcher, leave_note
+from dino_sparo.parallel.processes import end_at_once, end_with_launcher, first_to_fail, leave_note
 from dino_sparo.terminal import coloured, set_up_log
 
 RANK = int(os.environ.get("RANK", "0"))  # as torchrun sets it
@@ -138,9 +137,7 @@ def speaks_for_all() -> bool:
         from dino_sparo.parallel import distributed
 
         return distributed.speaks_for_all()
-    if RANK > 0:
-        time.sleep(3)  # the launcher ends all as soon as one ends, and the first must have spoken
-    return RANK == 0
+    return first_to_fail()
 
 
 def leave(status: int, *, at_once: bool = False) -> int:

@@ -6,7 +6,6 @@ Processes are torchrun's: one a GPU, numbered by the environment it sets.
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dino_sparo.errors import EXIT_USER_ERROR, PeerLostError, StoppedError, UserError, files_told
-from dino_sparo.parallel.processes import PeerWatch, end_at_once, leave_note
+from dino_sparo.parallel.processes import PeerWatch, end_at_once, first_to_fail, leave_note
 from dino_sparo.terminal import coloured
 
 Result = TypeVar("Result")
@@ -134,24 +133,20 @@ def _peers() -> dict[int, int]:
     return {n: pid for n, (where, pid) in enumerate(everyone) if where == machine and n != rank()}
 
 
-def speaks_for_all(patience_seconds: float = 3.0) -> bool:
-    """Whether this process is the one to report the failure that ends it: the first one if it fails too.
+def speaks_for_all() -> bool:
+    """Whether this process is the one to report the failure that ends it: the first one of all that fail.
 
-    Of processes that make the same mistake the first one reports; the others wait for it, since the
-    launcher ends all of them as soon as one has ended. A process that fails because another has ended
-    finds that one's claim.
+    A process that fails because another has ended finds that one's claim, on any machine.
     """
-    number = int(os.environ.get("RANK", "0"))
+    if not first_to_fail():
+        return False
     if not _store:
-        time.sleep(patience_seconds if number else 0)
-        return number == 0
+        return True
+    number = str(rank())
     try:
-        waited_until = time.monotonic() + (patience_seconds if number else 0)
-        while time.monotonic() < waited_until and not _store[0].check([FAILED]):
-            time.sleep(0.05)
-        return _store[0].compare_set(FAILED, "", str(number)) == str(number).encode()
+        return _store[0].compare_set(FAILED, "", number) == number.encode()
     except dist.DistError:  # the launcher, which keeps the store, is gone
-        return number == 0
+        return number == "0"
 
 
 class Agreement:

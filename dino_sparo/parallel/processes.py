@@ -111,6 +111,25 @@ def end_at_once(status: int) -> NoReturn:
     os._exit(status)
 
 
+def first_to_fail() -> bool:
+    """Whether no other process of this launcher has asked before: the one to report why they all end.
+
+    It then holds back the signal by which the launcher ends those that are left, till its own end.
+    """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # one a process, in folders of one folder
+    if not error_file:
+        return os.environ.get("RANK", "0") == "0"
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        Path(error_file).parents[1].joinpath("failed").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # the launcher, which keeps the folder, is gone
+        return os.environ.get("RANK") == "0"
+    return True
+
+
 def leave_note(name: str, value: object) -> bool:
     """Tell something to the launcher that started this process; False if it is not ours."""
     folder = os.environ.get(NOTES)
