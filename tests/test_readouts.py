@@ -199,7 +199,6 @@ def test_counting_leaves_the_encoder_as_it_is():
     ("options", "message"),
     [
         ({"readout": "sparo", "heads": "many"}, "heads is 'many', expected separate or multi"),
-        ({"readout": "pooler", "num_heads": 4, "heads": "multi"}, "heads is 'multi', .* of sparo only"),
         ({"readout": "pooler", "slot_dim": 6, "num_heads": 4}, "slot_dim 6 is not divisible by num_heads 4"),
         ({"readout": "sparo", "output": "all"}, "output is 'all', expected slots, whole or None"),
     ],
@@ -207,6 +206,8 @@ def test_counting_leaves_the_encoder_as_it_is():
 def test_wrong_choices(options, message):
     with pytest.raises(ValueError, match=message):
         build_encoder(ARCH, patch_size=8, image_size=32, **options)
+    with pytest.raises(TypeError, match="heads"):
+        build_encoder(ARCH, patch_size=8, image_size=32, readout="pooler", num_heads=4, heads="multi")
 
 
 CHANGES = {

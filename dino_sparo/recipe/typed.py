@@ -124,7 +124,7 @@ def value_of(key: str, value: Any, kind: Any) -> Any:
         converted = _converter(kind).parse_object({"value": value}).value
     except ArgumentError:
         converted = MISSING
-    if converted == []:
+    if converted == [] and kind != list[str]:
         raise UserError(f"{key} is empty; give at least one value or leave the option out")
     wrong = converted is MISSING or (converted is None and type(None) not in _alternatives(kind))
     if wrong or not all(allowed.has(number) for number, allowed in _numbers(converted, kind)):
