@@ -26,7 +26,7 @@ from dino_sparo.slots.drawing import (
     remove_other_pictures,
     share,
 )
-from dino_sparo.slots.parts import CutEncoder, best_of, chunks, parts_of
+from dino_sparo.slots.parts import CutEncoder, chunks, k_best, parts_of
 
 TITLE_LETTERS = 18  # of a class name above a picture
 
@@ -120,7 +120,7 @@ def strongest(
         lengths_Ln = (parts_of(rows, num_slots) - means_LV).norm(dim=2).T
         squares_L += lengths_Ln.square().sum(dim=1)
         numbers_n = torch.arange(start, start + len(rows), device=device)
-        best = best_of(best, (lengths_Ln, numbers_n.expand_as(lengths_Ln)), count)
+        best = k_best(best, (lengths_Ln, numbers_n.expand_as(lengths_Ln)), count)
     rms_L1 = (squares_L / len(features)).sqrt()[:, None]
     # Below the rounding of a mean of equal vectors there is no response.
     alive_L1 = rms_L1 > 1e-9 * means_LV.norm(dim=1, keepdim=True)
@@ -153,7 +153,7 @@ def neighbors(
         cosine_Xn = torch.einsum("ltv,nlv->ltn", queries_LTV, gallery_nLV).flatten(0, 1)
         numbers_n = torch.arange(start, start + len(rows), device=device)
         cosine_Xn = cosine_Xn.masked_fill(numbers_n == own_X1, -torch.inf)
-        best = best_of(best, (cosine_Xn, numbers_n.expand_as(cosine_Xn)), count)
+        best = k_best(best, (cosine_Xn, numbers_n.expand_as(cosine_Xn)), count)
     return best[0].unflatten(0, (num_slots, shown)), best[1].unflatten(0, (num_slots, shown))
 
 

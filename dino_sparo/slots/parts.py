@@ -91,13 +91,6 @@ def labels_of(source: ImageSource) -> NDArray[np.int64]:
     return source.labels
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns are aligned, so that it also reads well in a terminal."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
-
-
 @dataclass(frozen=True)
 class Picked:
     """Some rows of features, read when they are asked for.
@@ -185,7 +178,7 @@ def knn_accuracies(
                 except NoDirectionError as error:
                     offset = start if error.side == "train" else first
                     raise NoDirectionError(error.side, offset + error.number, error.kind) from error
-                best[number] = best_of(best[number], (cosine_Bk, number_Bk + start), k)
+                best[number] = k_best(best[number], (cosine_Bk, number_Bk + start), k)
         for number, (cosine_Bk, number_Bk) in enumerate(best):
             voted = vote(cosine_Bk, labels[number_Bk], num_classes)
             right[number] += int((voted == truth).sum())
@@ -338,7 +331,7 @@ def chunks(rows: Rows, device: torch.device, size: int | None = None) -> Iterato
         yield start, torch.as_tensor(rows[start : start + size]).to(device).float()
 
 
-def best_of(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
+def k_best(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
     """The k largest values, (x, k), and their numbers, of two such; of equal ones those of `one` first."""
     values, numbers = (torch.cat(pair, dim=1) for pair in zip(one, other, strict=True))
     order = values.sort(dim=1, descending=True, stable=True).indices[:, :k]
