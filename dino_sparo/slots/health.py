@@ -16,7 +16,6 @@ from dino_sparo.data.sources import ImageSource
 from dino_sparo.errors import UserError
 from dino_sparo.models import Encoder
 from dino_sparo.slots.drawing import load_images
-from dino_sparo.slots.parts import markdown
 from dino_sparo.slots.statistics import (
     DEAD_RELATIVE_STD,
     DUPLICATE_OVERLAP,
@@ -24,6 +23,7 @@ from dino_sparo.slots.statistics import (
     SlotStatistics,
     look_at_slots,
 )
+from dino_sparo.terminal import markdown_table
 
 SHOWN_SLOTS = 12  # numbers of dead or duplicate slots in the printed table
 NUM_BINS = 20
@@ -141,7 +141,7 @@ def table(slots: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> str
     ]
     if summary["mean_agreement"] is not None:
         rows.append(("student and teacher", f"{summary['mean_agreement']:.2f} overlap", "near 1 at the end"))
-    return markdown(("measure", "value", "healthy"), rows)
+    return markdown_table(("measure", "value", "healthy"), rows)
 
 
 def draw_health(slots: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], path: Path) -> None:

@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dino_sparo.data.sources import ImageSource
-from dino_sparo.slots.parts import CutEncoder, chunks, labels_of, markdown, remarks_on_parts
+from dino_sparo.slots.parts import CutEncoder, chunks, labels_of, remarks_on_parts
+from dino_sparo.terminal import markdown_table
 
 LEAST_SCALE = 100.0
 MOMENTUM = 0.9
@@ -221,7 +222,7 @@ def table(result: dict[str, Any]) -> str:
         f"a mask learned in {result['epochs']} epochs; nearest class mean by the masked cosine, top-1 in per "
         f"cent"
     )
-    return "\n".join([about, *result["remarks"], "", markdown(header, rows)])
+    return "\n".join([about, *result["remarks"], "", markdown_table(header, rows)])
 
 
 def draw_masks(result: dict[str, Any], path: Path) -> None:

@@ -98,13 +98,6 @@ def labels_of(source: ImageSource) -> NDArray[np.int64]:
     return source.labels
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns are aligned, so that it also reads well in a terminal."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
-
-
 @dataclass(frozen=True)
 class Picked:
     """Some rows of features, read when they are asked for.

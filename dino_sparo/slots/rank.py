@@ -29,13 +29,13 @@ from dino_sparo.slots.parts import (
     fit_probe,
     knn_accuracies,
     labels_of,
-    markdown,
     moments,
     parts_of,
     probe_accuracies,
     remarks_on_parts,
     vote,
 )
+from dino_sparo.terminal import markdown_table
 
 WAYS = {"knn": "best alone by k-NN", "linear": "best alone by probe", "greedy": "greedy by k-NN"}
 MEASURES = {"knn": "k-NN", "linear": "linear probe"}
@@ -296,7 +296,7 @@ def table(result: dict[str, Any]) -> str:
             ]
             for number, at in enumerate(one["curve"]["knn"])
         ]
-        lines += ["", markdown(header, rows)]
+        lines += ["", markdown_table(header, rows)]
     return "\n".join(lines)
 
 
