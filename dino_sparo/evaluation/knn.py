@@ -329,19 +329,22 @@ def nearest(
     train_chunk = train_chunk or max(1, CHUNK_BYTES // (4 * width))
     test_chunk = test_chunk or max(1, QUERY_BYTES // (4 * width))
     search = _by_faiss if by_faiss else _by_products
-    if not len(test):
-        return torch.empty(0, min(k, len(train))), torch.empty(0, min(k, len(train)), dtype=torch.int64)
-    found = []
+    k = min(k, len(train))
+    cosines, numbers = torch.empty(len(test), k), torch.empty(len(test), k, dtype=torch.int64)
     for start in range(0, len(test), test_chunk):
         queries = _directions(test, start, start + test_chunk, device, "test")
-        best = queries.new_empty(len(queries), 0), queries.new_empty(len(queries), 0, dtype=torch.int64)
+        best_cosines = queries.new_full((len(queries), k), -torch.inf)
+        best_numbers = torch.full((len(queries), k), len(train), device=device)
         for first in range(0, len(train), train_chunk):
             gallery = _directions(train, first, first + train_chunk, device, "train")
-            cosine_Bk, number_Bk = search(queries, gallery, min(k, len(gallery)))
-            best = k_best(best, (cosine_Bk, number_Bk + first), k)
-        found.append((best[0].cpu(), best[1].cpu()))
-    cosines, numbers = zip(*found, strict=True)
-    return torch.cat(cosines), torch.cat(numbers)
+            at_once = len(queries) if by_faiss else max(1, SCORES // len(gallery))
+            for query in range(0, len(queries), at_once):
+                some = slice(query, query + at_once)
+                cosine_Bk, number_Bk = search(queries[some], gallery, min(k, len(gallery)))
+                best = best_cosines[some], best_numbers[some]
+                best_cosines[some], best_numbers[some] = k_best(best, (cosine_Bk, number_Bk + first), k)
+        cosines[start : start + test_chunk], numbers[start : start + test_chunk] = best_cosines, best_numbers
+    return cosines, numbers
 
 
 def k_best(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
@@ -365,9 +368,8 @@ def _directions(rows: Rows, start: int, stop: int, device: torch.device, side: s
 
 
 def _by_products(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    rows = max(1, SCORES // max(1, len(gallery)))
-    values, numbers = zip(*((some @ gallery.T).topk(k, dim=1) for some in queries.split(rows)), strict=True)
-    return torch.cat(values), torch.cat(numbers)
+    cosines, numbers = (queries @ gallery.T).topk(k, dim=1)
+    return cosines, numbers
 
 
 def _by_faiss(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
