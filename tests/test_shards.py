@@ -13,8 +13,8 @@ import torch
 
 from dino_sparo.__main__ import main
 from dino_sparo.check import program as check
-from dino_sparo.data import shard_headers as headers
 from dino_sparo.data import shards
+from dino_sparo.data import shards as headers
 from dino_sparo.data.decode import UnreadableImageError
 from dino_sparo.data.loader import BatchOrder, CropsDataset, crop_batches
 from dino_sparo.data.scan import scan_images

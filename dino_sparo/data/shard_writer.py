@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from dino_sparo.data.decode import UNREADABLE, UnreadableImageError, decode, open_image, problem_of
 from dino_sparo.data.indexed import FolderSource
-from dino_sparo.data.shard_headers import ImageOfShard, Shard
+from dino_sparo.data.shards import ImageOfShard, Shard
 from dino_sparo.data.tables import TableSource
 from dino_sparo.data.tars import BLOCK
 from dino_sparo.errors import UserError
