@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dino_sparo.data.index import keep_index
-from dino_sparo.data.indexed import FolderSource
+from dino_sparo.data.index import FolderSource, keep_index
 from dino_sparo.data.shard_writer import Job, write_shards
 from dino_sparo.data.shards import (
     INDEX_FILE,

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dino_sparo.data.decode import UNREADABLE, UnreadableImageError, decode, open_image, problem_of
-from dino_sparo.data.indexed import FolderSource
+from dino_sparo.data.index import FolderSource
 from dino_sparo.data.shards import ImageOfShard, Shard
 from dino_sparo.data.tables import TableSource
 from dino_sparo.data.tars import BLOCK

@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dino_sparo.data.imagenet import TRAIN_TAR, VAL_TAR, WNID_TAR, is_image
-from dino_sparo.data.index import FolderIndex, cached_index, current_index, index_parts
-from dino_sparo.data.indexed import IndexedSource
+from dino_sparo.data.index import FolderIndex, IndexedSource, cached_index, current_index, index_parts
 from dino_sparo.data.tars import tar_members
 from dino_sparo.data.walk import EXTENSIONS, THREADS
 from dino_sparo.errors import UserError, UserFileNotFoundError
