@@ -51,7 +51,11 @@ WORDS: dict[Split, tuple[str, ...]] = HUB_WORDS | {"val": (*HUB_WORDS["val"], "t
 NAMED = re.compile(r"(train|validation|valid|val|test)([-_.].*)?\.parquet")
 OF_TOTAL = re.compile(r"-of-(\d+)\b")  # how many files of a split there are
 FOLDERS = ("", "data/")  # where the hub keeps them
-SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # what save_to_disk writes
+SAVED, SAVED_INFO, SAVED_SPLITS = (
+    "state.json",
+    "dataset_info.json",
+    "dataset_dict.json",
+)  # what save_to_disk writes
 PROBED_ENTRIES = 64  # a folder of a million images is not listed to see that it has no parquet files
 
 
@@ -92,7 +96,7 @@ class TableSource(ShardSource):
 def holds_tables(root: Path) -> bool:
     """Whether a folder is one of tables, by a look at some entries: saved, or parquet files named by split,
     or nothing but parquet files."""
-    if any((root / name).is_file() for name in (SAVED, SAVED_SPLITS)):
+    if (root / SAVED_SPLITS).is_file() or all((root / name).is_file() for name in (SAVED, SAVED_INFO)):
         return True
     for folder in FOLDERS:
         names, below = _entries(root / folder, PROBED_ENTRIES)
@@ -282,9 +286,9 @@ def _pack_hub(
         builder = datasets.load_dataset_builder("parquet", data_files={word: urls})
         size = whole.info.splits[word].num_bytes if word in (whole.info.splits or {}) else None
         arrow = _prepared(builder, word, path, size)
-    except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, UserError):
-            raise
+    except (UserError, _NoSplitError):
+        raise
+    except Exception as error:  # of several libraries for the network
         reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
         raise UserError(
             f"{path} cannot be had from the hub ({reason}); check the name, or fetch it where there is a "
