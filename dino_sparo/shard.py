@@ -25,10 +25,19 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dino_sparo.data.decode import UNREADABLE, UnreadableImageError, decode, open_image, problem_of
-from dino_sparo.data.index import keep_index
-from dino_sparo.data.indexed import FolderSource
-from dino_sparo.data.shard_headers import ImageOfShard, Shard, is_plain, is_shard, key_of, pack_shards
-from dino_sparo.data.shards import INDEX_FILE, RECORD, ShardIndex, is_finished
+from dino_sparo.data.index import FolderSource, keep_index
+from dino_sparo.data.shards import (
+    INDEX_FILE,
+    RECORD,
+    ImageOfShard,
+    Shard,
+    ShardIndex,
+    is_finished,
+    is_plain,
+    is_shard,
+    key_of,
+    pack_shards,
+)
 from dino_sparo.data.sources import open_images, open_val
 from dino_sparo.data.tables import TableSource
 from dino_sparo.errors import UserError

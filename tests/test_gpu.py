@@ -9,7 +9,7 @@ import torch
 from dino_sparo.cli import evaluating
 from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.data import pil_views
-from dino_sparo.data.colour import blur_taps
+from dino_sparo.data.color import blur_taps
 from dino_sparo.data.device_views import Photos, ahead, collate_photos, make_crops, numbers_of, to_pixels
 from dino_sparo.data.images import normalize, to_tensor
 from dino_sparo.data.loader import PhotoBatch, crops_of

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import multiprocessing
 import pickle
 import sys
 from pathlib import Path
@@ -282,6 +283,20 @@ def test_a_damaged_row_group_is_told_by_the_name_of_its_file(root):
     assert "\n" not in str(caught.value)
 
 
+def test_starts_at_once_make_one_copy(root, caplog):
+    write_parquet(root / FILE, images(4))
+    context = multiprocessing.get_context("fork")
+    starts = [context.Process(target=open_images, args=(str(root),)) for _ in range(3)]
+    for start in starts:
+        start.start()
+    for start in starts:
+        start.join()
+    assert [start.exitcode for start in starts] == [0, 0, 0]
+    with caplog.at_level(logging.INFO, "dino_sparo"):
+        assert open_images(str(root)).read(3) == picture(3)
+    assert "copy" not in caplog.text
+
+
 # --- What `datasets` has saved, and sets of the hub
 
 
@@ -321,6 +336,7 @@ def test_a_set_that_was_saved_is_read_where_it_lies(saved, tmp_path, caplog):
 def hub(saved, monkeypatch, tmp_path):
     """A stand-in for the hub that holds the set at commit 0123abc; the arguments of each call to it."""
     real, calls = datasets.load_dataset_builder, []
+    (saved / "data/test-00000-of-00001.parquet").unlink()  # nobody may want it
     commit = tmp_path / "commit@0123abc"
     commit.symlink_to(saved)
 

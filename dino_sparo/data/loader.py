@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchvision.utils import make_grid
 
-from dino_sparo.data import colour, pil_views
+from dino_sparo.data import color, pil_views
 from dino_sparo.data.decode import UnreadableImageError
 from dino_sparo.data.device_views import Photos, collate_photos, make_crops, numbers_of, to_pixels
 from dino_sparo.data.images import to_tensor
@@ -78,7 +78,7 @@ class CropsDataset(Dataset):
         self.substitute = substitute
         self.executor = executor
         self.max_side = max_side
-        self.blur_taps = max(colour.blur_taps(recipe.blur_radius[1]) for recipe in crop_recipes)
+        self.blur_taps = max(color.blur_taps(recipe.blur_radius[1]) for recipe in crop_recipes)
 
     def __getitem__(self, item: tuple[int, int]) -> LoadedImage:
         epoch, sample = item
@@ -126,7 +126,7 @@ class CropsDataset(Dataset):
 
 
 class BatchOrder(Sampler):
-    """Yields each micro-batch's (epoch, sample) pairs from a given optimiser step to the end of the run.
+    """Yields each micro-batch's (epoch, sample) pairs from a given optimizer step to the end of the run.
 
     Every epoch is one permutation, cut into global batches; the last partial one is dropped. Rank r of R
     takes the r-th of R equal slices of each global batch, in `accumulation` equal micro-batches: however

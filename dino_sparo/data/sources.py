@@ -14,8 +14,7 @@ from PIL import Image
 
 from dino_sparo.data.generated import SHAPES, shapes_source
 from dino_sparo.data.imagenet import explain, recognise, training_folder
-from dino_sparo.data.index import open_index
-from dino_sparo.data.indexed import FolderSource
+from dino_sparo.data.index import FolderSource, open_index
 from dino_sparo.data.shards import ShardSource, holds_shards, open_shards
 from dino_sparo.data.tables import HUB, Split, TableSource, holds_tables, open_hub, open_tables
 from dino_sparo.data.torchvision_sets import NAMES, open_set

@@ -18,16 +18,25 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from dino_sparo.data.arrow import (
+    Columns,
+    Rows,
+    check_readable,
+    image_places,
+    import_arrow,
+    import_datasets,
+    read_arrow,
+    read_parquet,
+)
 from dino_sparo.data.imagenet import is_image
 from dino_sparo.data.index import cached_index, index_parts
-from dino_sparo.data.shard_headers import states_of
-from dino_sparo.data.shards import ShardIndex, ShardSource
+from dino_sparo.data.shards import ShardIndex, ShardSource, states_of
 from dino_sparo.data.walk import THREADS
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.terminal import shows_bars
@@ -42,11 +51,12 @@ WORDS: dict[Split, tuple[str, ...]] = HUB_WORDS | {"val": (*HUB_WORDS["val"], "t
 NAMED = re.compile(r"(train|validation|valid|val|test)([-_.].*)?\.parquet")
 OF_TOTAL = re.compile(r"-of-(\d+)\b")  # how many files of a split there are
 FOLDERS = ("", "data/")  # where the hub keeps them
-SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # what save_to_disk writes
+SAVED, SAVED_INFO, SAVED_SPLITS = (
+    "state.json",
+    "dataset_info.json",
+    "dataset_dict.json",
+)  # what save_to_disk writes
 PROBED_ENTRIES = 64  # a folder of a million images is not listed to see that it has no parquet files
-HUB_KEY = b"huggingface"
-NO_IMAGE = -1  # in place of a size
-EXPECTED = "expected one column of type struct{bytes, path}, as the Hugging Face hub ships images"
 
 
 class TableIndex(ShardIndex):
@@ -86,7 +96,7 @@ class TableSource(ShardSource):
 def holds_tables(root: Path) -> bool:
     """Whether a folder is one of tables, by a look at some entries: saved, or parquet files named by split,
     or nothing but parquet files."""
-    if any((root / name).is_file() for name in (SAVED, SAVED_SPLITS)):
+    if (root / SAVED_SPLITS).is_file() or all((root / name).is_file() for name in (SAVED, SAVED_INFO)):
         return True
     for folder in FOLDERS:
         names, below = _entries(root / folder, PROBED_ENTRIES)
@@ -130,7 +140,7 @@ def open_hub(path: str, split: Split) -> TableSource | None:
         raise UserError(
             f"data.path {path!r} is no set of the hub; expected hub:OWNER/NAME[:CONFIG][@REVISION]"
         )
-    datasets = _import_datasets()
+    datasets = import_datasets()
     key = Path(datasets.config.HF_DATASETS_CACHE).absolute() / path
     try:
         make = partial(_pack_hub, path, split, **match.groupdict())
@@ -204,27 +214,6 @@ def _is_parquet(name: str) -> bool:
 # --- What the index of a split is made of
 
 
-class Columns(NamedTuple):
-    """What a file's schema says."""
-
-    image: str
-    has_path: bool
-    label: str | None
-    classes: list[str] | None
-    """Names of the classes by number; None if there are none."""
-
-
-class _Table(NamedTuple):
-    """The rows of one file."""
-
-    columns: Columns
-    paths: list[str | None]
-    labels: NDArray[np.int64] | None
-    """None if one is missing or negative, as in test sets."""
-    num_bytes: int
-    """Of the images, about."""
-
-
 class _NoSplitError(Exception):
     """A set of the hub has no such split."""
 
@@ -235,7 +224,7 @@ def _pack_parquet(root: Path, split: Split) -> list[bytes]:
     _check_complete(root, files)
     states = states_of(root, files)  # before they are read: a change after that is seen the next time
     with ThreadPoolExecutor(THREADS) as pool:
-        read = pool.map(lambda name: _read_parquet(root / name), files)
+        read = pool.map(lambda name: read_parquet(root / name), files)
         bar = tqdm(read, f"indexing {root}", len(files), unit="file", leave=False, disable=not shows_bars())
         tables = list(bar)
     columns = tables[0].columns
@@ -249,7 +238,7 @@ def _pack_parquet(root: Path, split: Split) -> list[bytes]:
         raise UserFileNotFoundError(
             f"{root}: no images found in {len(files)} parquet files; download them again"
         )
-    datasets = _import_datasets()
+    datasets = import_datasets()
     builder = datasets.load_dataset_builder(
         "parquet",
         data_files={split: [str((root / name).absolute()) for name in files]},
@@ -260,7 +249,7 @@ def _pack_parquet(root: Path, split: Split) -> list[bytes]:
         arrow = _prepared(builder, split, str(root), sum(table.num_bytes for table in tables))
     except UserError as error:
         for name in files:
-            _check_readable(root / name, columns.image, error)
+            check_readable(root / name, columns.image, error)
         raise
     return _parts(root, split, "parquet", tables, files, arrow, states)
 
@@ -269,7 +258,7 @@ def _pack_saved(root: Path, split: Split) -> list[bytes]:
     """The parts of an index file of what `save_to_disk` has written; no copy is made."""
     files = _saved_files(root, split)
     where = os.path.dirname(files[0])
-    return _parts(root, split, "saved", [_read_arrow(root, files)], [where], files)
+    return _parts(root, split, "saved", [read_arrow(root, files)], [where], files)
 
 
 def _pack_hub(
@@ -280,7 +269,7 @@ def _pack_hub(
     Raises:
         _NoSplitError: it has none of this name.
     """
-    datasets = _import_datasets()
+    datasets = import_datasets()
     try:
         whole = datasets.load_dataset_builder(repository, config, revision=revision)
         found = whole.config.data_files or {}
@@ -297,15 +286,15 @@ def _pack_hub(
         builder = datasets.load_dataset_builder("parquet", data_files={word: urls})
         size = whole.info.splits[word].num_bytes if word in (whole.info.splits or {}) else None
         arrow = _prepared(builder, word, path, size)
-    except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, UserError):
-            raise
+    except (UserError, _NoSplitError):
+        raise
+    except Exception as error:  # of several libraries for the network
         reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
         raise UserError(
             f"{path} cannot be had from the hub ({reason}); check the name, or fetch it where there is a "
             f"network and copy the folders HF_HOME and DINO_SPARO_CACHE"
         ) from error
-    return _parts(Path(path), split, "hub", [_read_arrow(Path(), arrow)], [split], arrow, commit=commit)
+    return _parts(Path(path), split, "hub", [read_arrow(Path(), arrow)], [split], arrow, commit=commit)
 
 
 def _prepared(builder: Any, split: str, what: str, num_bytes: int | None) -> list[str]:
@@ -314,7 +303,7 @@ def _prepared(builder: Any, split: str, what: str, num_bytes: int | None) -> lis
     Raises:
         UserError: they cannot be made.
     """
-    datasets = _import_datasets()
+    datasets = import_datasets()
     if not Path(builder.cache_dir).exists():
         size = f"about {num_bytes / 1e9:.2f} GB" if num_bytes is not None else "as much as the download"
         log.info(
@@ -340,7 +329,7 @@ def _parts(
     root: Path,
     split: Split,
     kind: Literal["parquet", "saved", "hub"],
-    tables: list[_Table],
+    tables: list[Rows],
     files: list[str],
     arrow: list[str],
     file_states: Sequence[tuple[int, int]] = (),
@@ -357,7 +346,7 @@ def _parts(
     packed = b"\0".join(_names(files, tables, classes, numbers))
     ends = np.flatnonzero(np.frombuffer(packed, np.uint8) == 0)
     states = states_of(root, arrow)
-    places = [_places(root / name, columns.image) for name in arrow]
+    places = [image_places(root / name, columns.image) for name in arrow]
     if sum(len(sizes) for _, sizes in places) != len(ends) + 1:
         raise UserError(f"{root} has changed while it was indexed; start again")
     return index_parts(
@@ -427,7 +416,7 @@ def _classes(
 
 
 def _names(
-    files: list[str], tables: list[_Table], classes: list[str], numbers: NDArray[np.int64] | None
+    files: list[str], tables: list[Rows], classes: list[str], numbers: NDArray[np.int64] | None
 ) -> Iterator[bytes]:
     """For each image its path in the class folders that the files may have been made of: `<class>/<file>`.
 
@@ -443,170 +432,3 @@ def _names(
             name = name if is_image(name) else f"{name}.png"
             name = name if labels is None else f"{folders[next(labels)]}/{name}"
             yield name.encode("utf-8", "surrogateescape")
-
-
-# --- Reading
-
-
-def import_arrow() -> Any:
-    """The module pyarrow. Raises UserError: it is not installed."""
-    try:
-        import pyarrow
-        import pyarrow.parquet  # which `pyarrow` alone does not have
-    except ImportError as error:
-        raise UserError("tables need a package that is not installed here; pip install datasets") from error
-    return pyarrow
-
-
-def _import_datasets() -> Any:
-    """The module datasets, which never runs code of a repository. Raises UserError: it is not installed."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(
-            "parquet files and the hub need a package that is not installed here; pip install datasets"
-        ) from error
-    datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False  # of versions before 4, which would ask
-    return datasets
-
-
-def _read_parquet(path: Path) -> _Table:
-    """All but the images' bytes. Raises UserError: the file is damaged or has no images."""
-    pa = import_arrow()
-    try:
-        file = pa.parquet.ParquetFile(path, pre_buffer=False)
-        columns = _columns(str(path), file.schema_arrow)
-        wanted = [f"{columns.image}.path"] if columns.has_path else []
-        wanted += [columns.label] if columns.label else []
-        table = file.read(columns=wanted, use_threads=False)
-        groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
-        num_bytes = sum(group.total_byte_size for group in groups)
-        return _rows(columns, table, file.metadata.num_rows, num_bytes)
-    except pa.ArrowException as error:
-        raise _damaged(path, error) from error
-    except OSError as error:
-        reason = error.strerror or str(error).partition("\n")[0].rstrip(".")
-        raise UserError(f"{path}: the file cannot be read ({reason}); repair or download it again") from error
-
-
-def _damaged(path: Path, error: Exception) -> UserError:
-    reason = str(error).partition("\n")[0].rstrip(".")
-    return UserError(
-        f"{path} is no whole parquet file ({reason}); download it again (of a git clone: git lfs pull)"
-    )
-
-
-def _check_readable(path: Path, column: str, cause: Exception) -> None:
-    """Raises UserError: the images of a parquet file cannot be read, for which no copy could be made."""
-    pa = import_arrow()
-    try:
-        for _ in pa.parquet.ParquetFile(path).iter_batches(columns=[f"{column}.bytes"]):
-            pass
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(path, error) from cause
-
-
-def _read_arrow(root: Path, files: list[str]) -> _Table:
-    """All but the images' bytes of Arrow files. Raises UserError: one is damaged or has no images."""
-    pa = import_arrow()
-    tables = [_mapped(root / name)[0] for name in files]
-    found = [_columns(str(root / name), table.schema) for name, table in zip(files, tables, strict=True)]
-    columns = found[0]
-    if any(other != columns for other in found):
-        raise UserError(f"{root}: its files have different columns; save the set again")
-    wanted = [columns.image, *filter(None, [columns.label])]
-    table = pa.concat_tables([table.select(wanted) for table in tables])
-    return _rows(columns, table, len(table), 0)
-
-
-def _rows(columns: Columns, table: Any, num_rows: int, num_bytes: int) -> _Table:
-    """Paths and labels of a table."""
-    from pyarrow import compute
-
-    paths: list[str | None] = [None] * num_rows
-    if columns.has_path:
-        paths = compute.struct_field(table.column(columns.image), "path").to_pylist()
-    labels = table.column(columns.label) if columns.label else None
-    known = labels is not None and labels.null_count == 0
-    numbers = labels.to_numpy().astype(np.int64) if labels is not None and known else None
-    return _Table(columns, paths, None if numbers is None or (numbers < 0).any() else numbers, num_bytes)
-
-
-def _mapped(path: Path) -> tuple[Any, int]:
-    """A pyarrow.Table that lies in a mapped Arrow file, and the address of the file's first byte.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    pa = import_arrow()
-    try:
-        content = pa.memory_map(str(path)).read_buffer()
-        return pa.ipc.open_stream(content).read_all(), content.address
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise UserError(
-            f"{path} is no whole Arrow file ({reason}); remove its folder, then start again"
-        ) from error
-
-
-def _places(path: Path, column: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Where the bytes of each image of an Arrow file begin, and how many there are; -1 of a row without.
-
-    Raises:
-        UserError: the file is damaged or compressed.
-    """
-    table, base = _mapped(path)
-    offsets, sizes = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    for images in table.column(column).chunks:
-        of_bytes = images.field("bytes")
-        _, ends, data = of_bytes.buffers()
-        width = np.int64 if "large" in str(of_bytes.type) else np.int32
-        rows = slice(of_bytes.offset, of_bytes.offset + len(of_bytes) + 1)
-        bounds = np.frombuffer(ends, width)[rows].astype(np.int64)
-        offset = data.address - base if bounds[-1] > 0 else 0  # without a byte there need be no buffer
-        if not 0 <= offset <= path.stat().st_size:
-            raise UserError(f"{path} is compressed, so that images in it cannot be read by themselves")
-        there = images.is_valid().to_numpy(False) & of_bytes.is_valid().to_numpy(False)
-        offsets.append(bounds[:-1] + offset)
-        sizes.append(np.where(there, np.diff(bounds), NO_IMAGE))
-    return np.concatenate(offsets), np.concatenate(sizes)
-
-
-def _columns(where: str, schema: Any) -> Columns:
-    """The columns of images and classes. Raises UserError: there is not exactly one of images."""
-    from pyarrow import types
-
-    images = [field for field in schema if _is_image_column(field.type)]
-    if len(images) != 1:
-        what = "no column" if not images else f"the columns {_listed([field.name for field in images])}"
-        raise UserError(f"{where} has {what} of images among {_listed(schema.names)}; {EXPECTED}")
-    features = _features(schema.metadata or {})
-    integers = [field.name for field in schema if types.is_integer(field.type)]
-    classes = [name for name in integers if features.get(name, {}).get("_type") == "ClassLabel"]
-    named = [name for name in ("label", "labels") if name in integers]
-    label = named[0] if named else classes[0] if len(classes) == 1 else None
-    names = features.get(label or "", {}).get("names")
-    fields = [images[0].type.field(i).name for i in range(images[0].type.num_fields)]
-    return Columns(images[0].name, "path" in fields, label, list(map(str, names)) if names else None)
-
-
-def _is_image_column(kind: Any) -> bool:
-    from pyarrow import types
-
-    if not types.is_struct(kind):
-        return False
-    fields = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
-    return "bytes" in fields and (types.is_binary(fields["bytes"]) or types.is_large_binary(fields["bytes"]))
-
-
-def _features(metadata: dict[bytes, bytes]) -> dict[str, dict[str, Any]]:
-    """What the hub's library has written about each column; nothing if another one has written the file."""
-    try:
-        features = json.loads(metadata[HUB_KEY])["info"]["features"]
-        return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
-    except (KeyError, ValueError, TypeError, AttributeError):
-        return {}
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names))

@@ -1,12 +1,13 @@
-"""The files of an uncompressed tar, read as streams; a damaged tar is told by its name."""
+"""The files of an uncompressed tar: where they lie, and as streams; a damaged tar is told by its name."""
 
 import os
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, BinaryIO, NamedTuple
 
+from dino_sparo.data.imagenet import is_image
 from dino_sparo.errors import UserError
 from dino_sparo.files import named
 
@@ -14,6 +15,46 @@ BLOCK = 512  # a tar's unit; it ends with blocks of zeros
 LARGEST_PADDING = 2**20  # of those blocks; more are a hole in an incomplete download
 
 TarFile = tuple[str, int, IO[bytes]]  # name without folders, size in bytes, contents
+
+
+class Member(NamedTuple):
+    """A file in a tar, and where its bytes are."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def tar_members(file: BinaryIO) -> Iterator[Member]:
+    """The files of a tar in its order, hidden ones left out.
+
+    Raises:
+        tarfile.TarError: the tar is damaged or incomplete, or an image in it is no plain file.
+        OSError: it cannot be read.
+    """
+    file.seek(0)
+    with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
+        while member := archive.next():
+            archive.members.clear()  # type: ignore[attr-defined]  # which would hold all of them
+            name = _visible(member.name)
+            if name and is_image(name) and (not member.isreg() or member.issparse()):
+                raise tarfile.ReadError(f"{name!r} is no plain file in it")
+            if name and member.isreg():
+                yield Member(name, member.offset_data, member.size)
+        _check_end(file, archive)
+
+
+def _check_end(file: IO[bytes], archive: tarfile.TarFile) -> None:
+    """Raises tarfile.ReadError: what tarfile takes for the end is a broken or missing header."""
+    file.seek(archive.offset)
+    if file.read(BLOCK) != bytes(BLOCK) or file.seek(0, os.SEEK_END) > archive.offset + LARGEST_PADDING:
+        raise tarfile.ReadError(f"neither a file nor the end at byte {archive.offset}")
+
+
+def _visible(name: str) -> str:
+    """The name from the tar's own folder on; empty for a hidden file."""
+    name = name.removeprefix("./")
+    return "" if name.startswith(".") or "/." in name else name
 
 
 def tar_files(tar: IO[bytes], where: Path) -> Iterator[TarFile]:
@@ -35,9 +76,7 @@ def tar_files(tar: IO[bytes], where: Path) -> Iterator[TarFile]:
             stream = archive.extractfile(member)
             assert stream is not None
             yield path.name, member.size, stream
-        tar.seek(archive.offset)  # tarfile takes a broken or missing header for the end
-        if tar.read(BLOCK) != bytes(BLOCK) or tar.seek(0, os.SEEK_END) > archive.offset + LARGEST_PADDING:
-            raise tarfile.ReadError(f"neither a file nor the end at byte {archive.offset}")
+        _check_end(tar, archive)
 
 
 @contextmanager

@@ -63,7 +63,9 @@ class WatchedLoader:
         )
 
     def __iter__(self) -> Iterator[Any]:
-        return self._in_time(iter(self.loader))  # the workers start now, not with the first batch
+        with _without_interrupts():  # Ctrl-C is not for a worker, which could not ignore it yet
+            batches = iter(self.loader)  # the workers start now, not with the first batch
+        return self._in_time(batches)
 
     def _in_time(self, batches: Iterator[Any]) -> Iterator[Any]:
         for _ in range(len(self.loader)):
@@ -79,13 +81,17 @@ class WatchedLoader:
 
     @contextmanager
     def failures_explained(self) -> Iterator[None]:
-        """Turn a worker's death, which torch reports wherever the program is, into one sentence.
+        """Turn a worker's death, which torch reports wherever the program is, into one sentence; end all
+        workers at once on Ctrl-C.
 
         Raises:
             StuckError: a worker has died.
         """
         try:
             yield
+        except KeyboardInterrupt:
+            _end_workers()  # which torch would wait for
+            raise
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
                 raise
@@ -128,6 +134,19 @@ class _Noting(Dataset):
             loaded = error
         self.at[worker.id] = IDLE
         return loaded
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Ignore SIGINT, also in the processes that start meanwhile; only the main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _collate(collate: Callable[[list[Any]], Any], items: list[Any]) -> Any:

@@ -21,7 +21,8 @@ class DataOptions:
 
     path: str
     """Folder of images (train/<class>/..., <class>/... or flat), of tar shards or of parquet files of the
-    Hugging Face hub; `cifar10` or `stl10`, which torchvision downloads; `shapes` for generated pictures."""
+    Hugging Face hub; `hub:OWNER/NAME` for a set there; `cifar10` or `stl10`, which torchvision downloads;
+    `shapes` for generated pictures."""
     max_images: int | None = None
     """Learn from this many images only, evenly spread over the folder; null takes all."""
     max_side: int | None = None

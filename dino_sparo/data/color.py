@@ -1,4 +1,4 @@
-"""PIL's colour operations and its Gaussian blur on batches of tensors, to the bit as far as float32 carries.
+"""PIL's color operations and its Gaussian blur on batches of tensors, to the bit as far as float32 carries.
 
 Images are uint8 (n, 3, height, width); factors, shifts and weights are float32, one row an image, so that
 nothing here looks at a single image. Every function is meant to be compiled, and runs uncompiled too; a GPU
@@ -22,7 +22,7 @@ NOTHING = [0.0, 1.0, 0.0, 1.0, NO_SHIFT, 0.0, 1.0, 0.0, 1.0]
 
 
 def jitter(images: Tensor, steps: Tensor) -> Tensor:
-    """Colour jitter in each image's own order, then greyscale of some: `steps` (n, 20), uint8 like images.
+    """Color jitter in each image's own order, then grayscale of some: `steps` (n, 20), uint8 like images.
 
     The steps are what happens before the contrast (`BEFORE`), its factor, what happens after it (`AFTER`),
     and whether (1 or 0) the luma goes into all channels. Before and after are two blends, a shift of the hue,
@@ -37,7 +37,7 @@ def jitter(images: Tensor, steps: Tensor) -> Tensor:
 
 def solarize(images: Tensor, chosen: Tensor) -> Tensor:
     """Invert all pixels from 128 on in the chosen images (n,) bool."""
-    x = images.float()  # vectorised, unlike uint8
+    x = images.float()  # vectorized, unlike uint8
     inverted = chosen[:, None, None, None] & (x >= SOLARIZE_THRESHOLD)
     return torch.where(inverted, 255 - x, x).to(torch.uint8)
 
@@ -79,7 +79,7 @@ def _box_blur(x: Tensor, rows: Sequence[Tensor], dim: int) -> Tensor:
     """One pass along a dimension; beyond the edge lies the edge's pixel."""
     reach, size = len(rows) - 1, x.shape[dim]
     at = torch.arange(size, device=x.device)
-    if dim == 3:  # neighbours by their numbers, or F.pad, would not be vectorised; whole lines are
+    if dim == 3:  # neighbors by their numbers, or F.pad, would not be vectorized; whole lines are
         first, last = x[..., :1], x[..., -1:]
         padded = torch.cat([first] * reach + [x] + [last] * reach, dim)
     blurred = rows[0] * x
