@@ -54,6 +54,34 @@ def test_imports_go_up_the_stairway(path):
             assert ROOMS.index(room(name)) <= ROOMS.index(own), f"{own} imports {name}"
 
 
+MAY_SEE_OPTIONS = ("cli", "recipe", "runs", "check", "study")  # and the entry of training
+
+
+def test_functions_take_what_they_need():
+    """No function sees a command's options or the whole recipe, but those that are about a run as a whole."""
+    in_cli = {
+        node.name
+        for path in (PACKAGE / "cli").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Options")
+    }
+    whole = in_cli | {"Recipe"}
+    assert {"Recipe", "PretrainOptions", "KnnOptions"} <= whole
+    seeing = set()
+    for path in MODULES:
+        module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+        if path.name == "__init__.py" or room(module) in MAY_SEE_OPTIONS:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                types = [ast.unparse(one.annotation) for one in given if one.annotation is not None]
+                if whole & {word for one in types for word in re.findall(r"\w+", one)}:
+                    seeing.add(f"{module}.{node.name}")
+    allowed = {name for name in seeing if name.startswith("dino_sparo.training.pretrain.")}
+    assert seeing - allowed == set()
+
+
 def test_the_scan_sees_imports_of_all_kinds(tmp_path):
     source = (
         "import a.b\nfrom c import d\ndef f():\n    from e import f\nif TYPE_CHECKING:\n    from g import h\n"

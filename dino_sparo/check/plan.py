@@ -119,7 +119,11 @@ class Plan:
         if latest_step(self.run_dir):
             return f"of {init} at the start"
         try:
-            return start_state(self.state, self.recipe)
+            return start_state(
+                *(self.state, init, self.recipe.encoder_arguments()),
+                norm_last_layer=self.recipe.head.norm_last_layer,
+                frozen=self.recipe.optim.freeze_backbone,
+            )
         except UserError as error:
             self.problems.append(str(error))
             return f"{init}: refused"
@@ -151,7 +155,14 @@ def make_plan(recipe: Recipe, run_dir: Path, num_processes: int) -> Plan:
     set_numerics(tf32=machine.tf32, deterministic=machine.deterministic)
     workers = default_workers(num_processes) if machine.num_workers is None else machine.num_workers
     batch_size, accumulation = split_batch(optim.global_batch_size, machine.batch_size_per_gpu, num_processes)
-    source, monitor = open_data(recipe, workers)
+    source, monitor = open_data(
+        recipe.data,
+        recipe.monitor,
+        batch_size=optim.global_batch_size,
+        image_size=recipe.views.global_size,
+        num_workers=workers,
+        timeout_seconds=machine.data_timeout_seconds,
+    )
     executor = choose_executor(machine.views, device, max_side=recipe.data.max_side)
     plan = Plan(
         recipe=recipe,
@@ -166,7 +177,9 @@ def make_plan(recipe: Recipe, run_dir: Path, num_processes: int) -> Plan:
         source=source,
         monitor=monitor,
         state=build_state(
-            recipe, torch.device("cpu"), activation_checkpointing=machine.activation_checkpointing
+            **recipe.state_arguments(),
+            device=torch.device("cpu"),
+            activation_checkpointing=machine.activation_checkpointing,
         ),
         image_bytes=bytes_of_image(recipe.views, recipe.data.max_side, source, executor),
     )

@@ -153,8 +153,9 @@ def _images(count: int) -> str:
 def measured(plan: Plan) -> dict[str, Any]:
     """The speed of all workers of this machine together, and of steps on one device."""
     log.info("measuring the loader for %.0f seconds, and %d steps ...", LOADING_SECONDS, STEPS)
-    recipe = replace(plan.recipe, data=replace(plan.recipe.data, on_bad_image="substitute"))
-    dataset = dataset_of(recipe, plan.source, plan.executor)
+    recipe = plan.recipe
+    data = replace(recipe.data, on_bad_image="substitute")  # bad images are told by the scan
+    dataset = dataset_of(data, recipe.views, recipe.seed, plan.source, plan.executor)
     loading = load(plan, dataset)
     stepping = steps_of(plan, loading)
     loader = {key: value for key, value in vars(loading).items() if key != "batch"}
@@ -189,8 +190,8 @@ def steps_of(plan: Plan, loading: Loading) -> Stepping:
     """The speed of whole steps, on as many images at once as fit."""
     recipe, device = plan.recipe, plan.device
     state = build_state(
-        recipe,
-        device,
+        **recipe.state_arguments(),
+        device=device,
         loss_scaling=plan.precision == "fp16",
         activation_checkpointing=recipe.machine.activation_checkpointing,
         compiled=recipe.machine.compile,

@@ -171,12 +171,12 @@ def bench_of(recipe: Recipe, source: "ImageSource", batch_size: int) -> "Bench":
     return Bench(
         new_state=partial(
             build_state,
-            recipe,
+            **recipe.state_arguments(),
             loss_scaling=precision == "fp16",
             activation_checkpointing=machine.activation_checkpointing,
             compiled=machine.compile,
         ),
-        dataset=dataset_of(recipe, source, executor),
+        dataset=dataset_of(recipe.data, recipe.views, recipe.seed, source, executor),
         hyper=schedules.at(STEPS_PER_EPOCH * recipe.optim.epochs // 2),
         clip_norm=recipe.optim.clip_norm,
         device=device,

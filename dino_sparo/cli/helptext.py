@@ -21,7 +21,7 @@ from dino_sparo.terminal import table, width_of_terminal
 
 PROGRAM_OPTIONS = {  # of every command; they are no part of an experiment
     "--quiet": "Show warnings, errors and results only: no progress.",
-    "--dry-run": "pretrain and sweep: print the plan, train and write nothing.",
+    "--dry-run": "pretrain, check and study: print the plan, train and write nothing.",
     "--help": "Show this and end; before or after the command.",
     "--version": "Show the version and end.",
 }

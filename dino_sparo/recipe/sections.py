@@ -313,6 +313,19 @@ class Recipe:
             **self.model.readout.arguments(),
         }
 
+    def state_arguments(self) -> dict[str, Any]:
+        """The arguments of `training.state.build_state`, but those of the machine."""
+        frozen = self.optim.freeze_backbone
+        return {
+            "encoder": self.encoder_arguments(),
+            "head": self.head,
+            "loss": self.loss,
+            "seed": self.seed,
+            "drop_path_rate": 0.0 if frozen else self.model.drop_path_rate,
+            "freeze_backbone": frozen,
+            "max_bad_steps": self.optim.max_bad_steps,
+        }
+
     def as_dict(self) -> dict[str, Any]:
         """The recipe as plain values, as YAML and checkpoints hold it."""
         names = [each.name for each in fields(Recipe)]  # without what belongs to one start

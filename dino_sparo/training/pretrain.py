@@ -19,9 +19,11 @@ from torch.profiler import record_function
 from dino_sparo.data.decode import UnreadableImageError
 from dino_sparo.data.device_views import ahead
 from dino_sparo.data.images import normalize
-from dino_sparo.data.loader import Crops, PhotoBatch, crops_of, crops_picture
+from dino_sparo.data.loader import BatchOrder, Crops, PhotoBatch, choose_executor, crops_of, crops_picture
 from dino_sparo.data.views import CropRecipe
+from dino_sparo.data.workers import check_shared_memory, default_workers
 from dino_sparo.errors import UserError
+from dino_sparo.models.cost import describe_cost, encoder_cost
 from dino_sparo.parallel.device import choose_device, wait_for
 from dino_sparo.parallel.distributed import (
     Agreement,
@@ -29,19 +31,22 @@ from dino_sparo.parallel.distributed import (
     any_rank,
     average_gradients,
     first_rank_decides,
+    first_rank_first,
     local_rank,
+    local_world_size,
     process_group,
     rank,
     world_size,
 )
-from dino_sparo.parallel.precision import autocast, plain_attention
-from dino_sparo.recipe.sections import Recipe, smaller_batch
+from dino_sparo.parallel.precision import autocast, choose_precision, plain_attention, set_numerics
+from dino_sparo.recipe.sections import Recipe, smaller_batch, split_batch
 from dino_sparo.runs.checkpoint import check_room, set_damaged_aside
-from dino_sparo.runs.rundir import CONFIG_FILE, check_untouched, hold, start_run_dir
+from dino_sparo.runs.rundir import CONFIG_FILE, check_same_experiment, check_untouched, hold, start_run_dir
 from dino_sparo.runs.runlog import RunLog
 from dino_sparo.runs.saver import Saver
+from dino_sparo.training.bad_images import BadImages
 from dino_sparo.training.loss import teacher_probabilities
-from dino_sparo.training.monitor import TeacherStatistics
+from dino_sparo.training.monitor import CollapseAlarm, TeacherStatistics
 from dino_sparo.training.optim import clip_gradients_per_parameter, set_hyperparameters, step_if_finite
 from dino_sparo.training.periodic import (
     describe,
@@ -55,8 +60,19 @@ from dino_sparo.training.periodic import (
     stop,
 )
 from dino_sparo.training.schedules import Hyperparameters
-from dino_sparo.training.setup import Run, prepare, training_batches
-from dino_sparo.training.state import StepOutput, TrainState, checkpoint_bytes
+from dino_sparo.training.setup import (
+    Run,
+    build_schedules,
+    bytes_of_image,
+    check_all_agree,
+    dataset_of,
+    open_data,
+    restore,
+    start_state,
+    training_batches,
+    warn_of_other_views,
+)
+from dino_sparo.training.state import StepOutput, TrainState, build_state, checkpoint_bytes
 from dino_sparo.training.stopping import StopSignals
 from dino_sparo.training.teacher import update_teacher
 
@@ -169,6 +185,90 @@ def pretrain(recipe: Recipe, run_dir: Path, *, resume_unverified: bool = False) 
                 f"{error.filename or run.run_dir} cannot be written ({error.strerror}; {free} bytes are "
                 f"free); make room, then the same command goes on from the last checkpoint"
             ) from error
+
+
+def prepare(recipe: Recipe, run_dir: Path, device: torch.device, *, unverified: bool = False) -> Run:
+    """Check, open and build everything, and restore the newest checkpoint; nothing is written.
+
+    Raises:
+        UserError: for a mistake in recipe or data.
+    """
+    machine, optim = recipe.machine, recipe.optim
+    set_numerics(tf32=machine.tf32, deterministic=machine.deterministic)
+    num_workers = default_workers(local_world_size()) if machine.num_workers is None else machine.num_workers
+    batch_size, accumulation = split_batch(optim.global_batch_size, machine.batch_size_per_gpu, world_size())
+    check_same_experiment(run_dir, recipe)
+    source, knn_monitor = first_rank_first(
+        lambda: open_data(
+            recipe.data,
+            recipe.monitor,
+            batch_size=optim.global_batch_size,
+            image_size=recipe.views.global_size,
+            num_workers=num_workers,
+            timeout_seconds=machine.data_timeout_seconds,
+        )
+    )
+    executor = choose_executor(machine.views, device, max_side=recipe.data.max_side)
+    image_bytes = bytes_of_image(recipe.views, recipe.data.max_side, source, executor)
+    check_shared_memory(
+        local_world_size() * num_workers * machine.prefetch_batches * batch_size * image_bytes
+    )
+    images = {"num_images": len(source), "fingerprint": source.fingerprint()}
+
+    precision = choose_precision(machine.precision, device)
+    state = build_state(
+        **recipe.state_arguments(),
+        device=device,
+        loss_scaling=precision == "fp16",
+        activation_checkpointing=machine.activation_checkpointing,
+        compiled=machine.compile,
+    )
+    cost = encoder_cost(state.teacher.encoder, recipe.views.global_size)
+    log.info("encoder with read-out %s: %s", recipe.model.readout.name, describe_cost(cost))
+    restored = restore(run_dir, state, images, unverified=unverified)
+    first_step = restored or 0
+    if restored is not None:
+        warn_of_other_views(run_dir, executor)
+    check_all_agree(run_dir, first_step, images)
+    if restored is None and recipe.init is not None:
+        log.info(
+            start_state(
+                *(state, recipe.init, recipe.encoder_arguments()),
+                norm_last_layer=recipe.head.norm_last_layer,
+                frozen=optim.freeze_backbone,
+            )
+        )
+
+    order = BatchOrder(
+        num_samples=len(source),
+        global_batch_size=optim.global_batch_size,
+        epochs=optim.epochs,
+        seed=recipe.seed,
+        first_step=first_step,
+        rank=rank(),
+        world_size=world_size(),
+        accumulation=accumulation,
+    )
+    assert order.micro_batch_size == batch_size
+    quiet_epochs = max(optim.warmup_epochs, optim.freeze_last_layer_epochs)
+    return Run(
+        recipe=recipe,
+        run_dir=run_dir,
+        source=source,
+        images=images,
+        device=device,
+        precision=precision,
+        num_workers=num_workers,
+        dataset=dataset_of(recipe.data, recipe.views, recipe.seed, source, executor),
+        state=state,
+        first_step=first_step,
+        order=order,
+        schedules=build_schedules(optim, recipe.loss, order.steps_per_epoch),
+        total_steps=order.steps_per_epoch * optim.epochs,
+        knn_monitor=knn_monitor,
+        alarm=CollapseAlarm(recipe.head.num_prototypes, quiet_epochs * order.steps_per_epoch),
+        bad_images=BadImages(run_dir, len(source)),
+    )
 
 
 def train(run: Run, batches: Iterator[Batch], signals: StopSignals, group: Group) -> None:

@@ -10,34 +10,30 @@ import numpy as np
 import torch
 
 from dino_sparo.data.decode import size_of
-from dino_sparo.data.loader import BatchOrder, CropsDataset, Executor, choose_executor, crop_batches
+from dino_sparo.data.loader import BatchOrder, CropsDataset, Executor, crop_batches
 from dino_sparo.data.sources import ImageSource, open_images
 from dino_sparo.data.views import NUM_GLOBAL_CROPS, crop_recipes
-from dino_sparo.data.workers import WatchedLoader, check_shared_memory, default_workers
+from dino_sparo.data.workers import WatchedLoader
 from dino_sparo.errors import UserError
 from dino_sparo.interop.start import read_networks, start_networks
-from dino_sparo.models.cost import describe_cost, encoder_cost
 from dino_sparo.parallel.distributed import (
     first_rank_first,
     gather_objects,
-    local_world_size,
-    rank,
-    world_size,
 )
-from dino_sparo.parallel.precision import choose_precision, set_numerics
 from dino_sparo.recipe.sections import (
+    DataOptions,
     LossOptions,
+    MonitorOptions,
     OptimOptions,
     Recipe,
     ViewOptions,
-    split_batch,
 )
 from dino_sparo.runs.checkpoint import load_latest
-from dino_sparo.runs.rundir import check_same_experiment, check_same_images, read_starts
+from dino_sparo.runs.rundir import check_same_images, read_starts
 from dino_sparo.training.bad_images import BadImages
 from dino_sparo.training.monitor import CollapseAlarm, KnnMonitor, open_knn_monitor
 from dino_sparo.training.schedules import Schedules, cosine_schedule, teacher_temp_schedule
-from dino_sparo.training.state import TrainState, build_state, restore_state
+from dino_sparo.training.state import TrainState, restore_state
 
 log = logging.getLogger("dino_sparo")
 
@@ -68,75 +64,6 @@ class Run:
     bad_images: BadImages
 
 
-def prepare(recipe: Recipe, run_dir: Path, device: torch.device, *, unverified: bool = False) -> Run:
-    """Check, open and build everything, and restore the newest checkpoint; nothing is written.
-
-    Raises:
-        UserError: for a mistake in options or data.
-    """
-    machine, optim = recipe.machine, recipe.optim
-    set_numerics(tf32=machine.tf32, deterministic=machine.deterministic)
-    num_workers = default_workers(local_world_size()) if machine.num_workers is None else machine.num_workers
-    batch_size, accumulation = split_batch(optim.global_batch_size, machine.batch_size_per_gpu, world_size())
-    check_same_experiment(run_dir, recipe)
-    source, knn_monitor = first_rank_first(lambda: open_data(recipe, num_workers))
-    executor = choose_executor(machine.views, device, max_side=recipe.data.max_side)
-    image_bytes = bytes_of_image(recipe.views, recipe.data.max_side, source, executor)
-    check_shared_memory(
-        local_world_size() * num_workers * machine.prefetch_batches * batch_size * image_bytes
-    )
-    images = {"num_images": len(source), "fingerprint": source.fingerprint()}
-
-    precision = choose_precision(machine.precision, device)
-    state = build_state(
-        recipe,
-        device,
-        loss_scaling=precision == "fp16",
-        activation_checkpointing=machine.activation_checkpointing,
-        compiled=machine.compile,
-    )
-    cost = encoder_cost(state.teacher.encoder, recipe.views.global_size)
-    log.info("encoder with read-out %s: %s", recipe.model.readout.name, describe_cost(cost))
-    restored = restore(run_dir, state, images, unverified=unverified)
-    first_step = restored or 0
-    if restored is not None:
-        warn_of_other_views(run_dir, executor)
-    check_all_agree(run_dir, first_step, images)
-    if restored is None and recipe.init is not None:
-        log.info(start_state(state, recipe))
-
-    order = BatchOrder(
-        num_samples=len(source),
-        global_batch_size=optim.global_batch_size,
-        epochs=optim.epochs,
-        seed=recipe.seed,
-        first_step=first_step,
-        rank=rank(),
-        world_size=world_size(),
-        accumulation=accumulation,
-    )
-    assert order.micro_batch_size == batch_size
-    quiet_epochs = max(optim.warmup_epochs, optim.freeze_last_layer_epochs)
-    return Run(
-        recipe=recipe,
-        run_dir=run_dir,
-        source=source,
-        images=images,
-        device=device,
-        precision=precision,
-        num_workers=num_workers,
-        dataset=dataset_of(recipe, source, executor),
-        state=state,
-        first_step=first_step,
-        order=order,
-        schedules=build_schedules(optim, recipe.loss, order.steps_per_epoch),
-        total_steps=order.steps_per_epoch * optim.epochs,
-        knn_monitor=knn_monitor,
-        alarm=CollapseAlarm(recipe.head.num_prototypes, quiet_epochs * order.steps_per_epoch),
-        bad_images=BadImages(run_dir, len(source)),
-    )
-
-
 def restore(
     run_dir: Path, state: TrainState, images: dict[str, Any], *, unverified: bool = False
 ) -> int | None:
@@ -165,52 +92,68 @@ def warn_of_other_views(run_dir: Path, executor: Executor) -> None:
         )
 
 
-def start_state(state: TrainState, recipe: Recipe) -> str:
+def start_state(
+    state: TrainState, init: str, encoder: dict[str, Any], *, norm_last_layer: bool, frozen: bool
+) -> str:
     """Put the starting weights into a fresh state; what was taken, in words.
+
+    Args:
+        init: what holds the weights.
+        encoder: the arguments of `build_encoder` by which the state was built.
+        norm_last_layer, frozen: of head and backbone, as in the recipe.
 
     Raises:
         UserError: they cannot be read or do not fit.
     """
-    init, arguments = recipe.init, recipe.encoder_arguments()
-    assert init is not None
-    stored = first_rank_first(lambda: read_networks(init, arguments))  # timm may download them
+    stored = first_rank_first(lambda: read_networks(init, encoder))  # timm may download them
     return start_networks(
-        *(state.student, state.teacher, stored, arguments),
-        norm_last_layer=recipe.head.norm_last_layer,
-        frozen=recipe.optim.freeze_backbone,
+        *(state.student, state.teacher, stored, encoder), norm_last_layer=norm_last_layer, frozen=frozen
     )
 
 
-def open_data(recipe: Recipe, num_workers: int) -> tuple[ImageSource, KnnMonitor | None]:
-    """The images to learn from, at least one batch of them, and those of the k-NN monitor."""
-    source = open_images(recipe.data.path, recipe.data.max_images)
-    if len(source) < recipe.optim.global_batch_size:
+def open_data(
+    data: DataOptions,
+    monitor: MonitorOptions,
+    *,
+    batch_size: int,
+    image_size: int,
+    num_workers: int,
+    timeout_seconds: float,
+) -> tuple[ImageSource, KnnMonitor | None]:
+    """The images to learn from, at least one batch of them, and those of the k-NN monitor.
+
+    Raises:
+        UserError: there are none, or too few.
+    """
+    source = open_images(data.path, data.max_images)
+    if len(source) < batch_size:
         raise UserError(
-            f"data.path {recipe.data.path!r} gives {len(source)} images, fewer than one batch: "
-            f"optim.global_batch_size is {recipe.optim.global_batch_size}; use more images or "
-            f"a smaller batch"
+            f"data.path {data.path!r} gives {len(source)} images, fewer than one batch: "
+            f"optim.global_batch_size is {batch_size}; use more images or a smaller batch"
         )
-    if not recipe.monitor.knn_every_epochs:
+    if not monitor.knn_every_epochs:
         return source, None
     return source, open_knn_monitor(
-        path=recipe.monitor.knn_path,
-        data_path=recipe.data.path,
-        images_per_class=recipe.monitor.knn_images_per_class,
-        image_size=recipe.views.global_size,
+        path=monitor.knn_path,
+        data_path=data.path,
+        images_per_class=monitor.knn_images_per_class,
+        image_size=image_size,
         num_workers=num_workers,
-        timeout_seconds=recipe.machine.data_timeout_seconds,
+        timeout_seconds=timeout_seconds,
     )
 
 
-def dataset_of(recipe: Recipe, source: ImageSource, executor: Executor) -> CropsDataset:
+def dataset_of(
+    data: DataOptions, views: ViewOptions, seed: int, source: ImageSource, executor: Executor
+) -> CropsDataset:
     """The images with their views."""
     return CropsDataset(
         source,
-        crop_recipes(**asdict(recipe.views)),
-        recipe.seed,
-        substitute=recipe.data.on_bad_image == "substitute",
+        crop_recipes(**asdict(views)),
+        seed,
+        substitute=data.on_bad_image == "substitute",
         executor=executor,
-        max_side=recipe.data.max_side,
+        max_side=data.max_side,
     )
 
 

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dino_sparo.models import DINOHead, DinoModel
+from dino_sparo.models import DINOHead, DinoModel, build_encoder
 from dino_sparo.parallel.precision import LossScale
-from dino_sparo.recipe.sections import Recipe
-from dino_sparo.runs.checkpoint import encoder_of, num_bytes
+from dino_sparo.recipe.sections import HeadOptions, LossOptions
+from dino_sparo.runs.checkpoint import num_bytes
 from dino_sparo.training.loss import DINOLoss
 from dino_sparo.training.optim import build_optimizer
 from dino_sparo.training.stopping import BadSteps
@@ -63,29 +63,47 @@ class StepOutput:
 
 
 def build_state(
-    recipe: Recipe,
-    device: torch.device,
     *,
+    encoder: dict[str, Any],
+    head: HeadOptions,
+    loss: LossOptions,
+    seed: int,
+    drop_path_rate: float,
+    freeze_backbone: bool,
+    max_bad_steps: int,
+    device: torch.device,
     loss_scaling: bool = False,
     activation_checkpointing: bool = False,
     compiled: bool = False,
 ) -> TrainState:
-    """Freshly initialised by the recipe's seed; the teacher starts as a copy of the student."""
-    torch.manual_seed(recipe.seed)
-    frozen = recipe.optim.freeze_backbone
-    student = _build_model(recipe, 0.0 if frozen else recipe.model.drop_path_rate)
-    student.encoder.backbone.requires_grad_(not frozen)  # then no graph of it is kept either
-    teacher = _build_model(recipe, drop_path_rate=0.0)
+    """Freshly initialized by the seed; the teacher starts as a copy of the student.
+
+    Args:
+        encoder: arguments of `build_encoder`.
+        head, loss: sections of the recipe.
+        drop_path_rate: of the student.
+        freeze_backbone: whether the student's backbone does not learn.
+        max_bad_steps: so many steps whose numbers are not finite may be skipped.
+        loss_scaling: as fp16 needs it.
+        activation_checkpointing, compiled: of the backbones.
+    """
+    torch.manual_seed(seed)
+
+    def network(drop_path_rate: float) -> DinoModel:
+        built = build_encoder(drop_path_rate=drop_path_rate, **encoder)
+        return DinoModel(built, DINOHead(built.embed_dim, **asdict(head)))
+
+    student = network(drop_path_rate)
+    student.encoder.backbone.requires_grad_(not freeze_backbone)  # then no graph of it is kept either
+    teacher = network(0.0)
     teacher.load_state_dict(student.state_dict())
     student.encoder.backbone.activation_checkpointing = activation_checkpointing
     if compiled:
         student.compile_backbone()
         teacher.compile_backbone()
-    loss_fn = DINOLoss(recipe.head.num_prototypes, recipe.loss.student_temp, recipe.loss.center_momentum)
+    loss_fn = DINOLoss(head.num_prototypes, loss.student_temp, loss.center_momentum)
     return state_of(
-        *(student, teacher, loss_fn, device),
-        loss_scaling=loss_scaling,
-        max_bad_steps=recipe.optim.max_bad_steps,
+        *(student, teacher, loss_fn, device), loss_scaling=loss_scaling, max_bad_steps=max_bad_steps
     )
 
 
@@ -141,8 +159,3 @@ def restore_state(state: TrainState, captured: dict[str, Any]) -> None:
     state.optimizer.load_state_dict(captured["optimizer"])
     state.loss_scale.load_state_dict(captured["loss_scale"])
     state.overflows.copy_(captured["skipped"])
-
-
-def _build_model(recipe: Recipe, drop_path_rate: float) -> DinoModel:
-    encoder = encoder_of(recipe, drop_path_rate)
-    return DinoModel(encoder, DINOHead(encoder.embed_dim, **asdict(recipe.head)))
