@@ -45,8 +45,8 @@ CPU = torch.device("cpu")
 CLIP_NORM = 0.05  # small, so that it clips some gradients and leaves others
 SLOTS = {"num_slots": 4, "slot_dim": 8, "key_dim": 8, "group_size": 2}
 RANGES = [
-    *("teacher forward", "student forward", "loss", "backward", "gradient clipping", "optimizer"),
-    "teacher update",
+    *("teacher forward", "student forward", "loss", "backward", "gradient averaging"),
+    *("gradient clipping", "optimizer", "teacher update"),
 ]
 
 

@@ -17,8 +17,7 @@ from dino_sparo.data.loader import Crops
 from dino_sparo.models import DINOHead, DinoModel, build_encoder
 from dino_sparo.runs.checkpoint import load_latest
 from dino_sparo.training.schedules import Hyperparameters
-from dino_sparo.training.state import build_state
-from tests.tiny import TINY, tiny_options, write_pictures
+from tests.tiny import TINY, build_state, tiny_options, write_pictures
 
 ARGUMENTS = [f"--{key}={value}" for key, value in TINY.items()]
 

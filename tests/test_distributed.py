@@ -136,7 +136,7 @@ def test_processes_and_accumulation_are_the_same_experiment(
 
 
 def program_start(options) -> dict:
-    from dino_sparo.training.state import build_state
+    from tests.tiny import build_state
 
     return build_state(options, torch.device("cpu")).student.state_dict()
 

@@ -196,8 +196,8 @@ def test_a_process_that_somebody_else_ended_is_named(codes, tmp_path):
 def test_two_first_starts_in_one_folder(pictures, tmp_path, monkeypatch):
     prepare = program.prepare
 
-    def while_another_one_trains(*given):
-        run = prepare(*given)
+    def while_another_one_trains(*given, **more):
+        run = prepare(*given, **more)
         monkeypatch.setattr(program, "prepare", prepare)
         if not (tmp_path / "run").exists():
             pretrain(options)
@@ -338,8 +338,8 @@ def in_processes(number: int, folder: str, pictures: str, wrong_step: int, log_e
     changes |= {} if wrong_step else {"log__checkpoint_every_minutes": 1e-9}
     prepare, runs = program.prepare, []
 
-    def kept(*given):
-        runs.append(prepare(*given))
+    def kept(*given, **more):
+        runs.append(prepare(*given, **more))
         return runs[0]
 
     program.prepare = kept

@@ -20,9 +20,8 @@ from dino_sparo.runs.checkpoint import load_latest
 from dino_sparo.runs.runlog import read_metrics
 from dino_sparo.training.pretrain import train_step
 from dino_sparo.training.setup import build_schedules
-from dino_sparo.training.state import build_state
 from tests.pictures import photo, recipes, views_of
-from tests.tiny import parse_options, state_hash, tiny_options, write_pictures
+from tests.tiny import build_state, parse_options, state_hash, tiny_options, write_pictures
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,9 +12,9 @@ from dino_sparo.cli.pretraining import PretrainOptions
 from dino_sparo.errors import UserError
 from dino_sparo.models import DINOHead, DinoModel, build_encoder
 from dino_sparo.training.setup import start_state
-from dino_sparo.training.state import TrainState, build_state
+from dino_sparo.training.state import TrainState
 from tests.test_official import prefixed
-from tests.tiny import parse_options, tiny_arguments, tiny_options
+from tests.tiny import build_state, parse_options, tiny_arguments, tiny_options
 
 ARCH = {"width": 16, "depth": 3, "num_heads": 2}
 HEAD = {"num_prototypes": 16, "hidden_dim": 8, "bottleneck_dim": 4}
@@ -74,7 +74,12 @@ def started(tmp_path, content, **changes) -> tuple[TrainState, str]:
 def started_from(tmp_path, init, **changes) -> tuple[TrainState, str]:
     options = options_of(tmp_path, init, **changes)
     state = build_state(options, torch.device("cpu"))
-    return state, start_state(state, options)
+    told = start_state(
+        *(state, options.init, options.encoder_arguments()),
+        norm_last_layer=options.head.norm_last_layer,
+        frozen=options.optim.freeze_backbone,
+    )
+    return state, told
 
 
 def refusal(tmp_path, content, **changes) -> str:

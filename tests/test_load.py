@@ -9,9 +9,9 @@ import yaml
 from dino_sparo import load_encoder
 from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.errors import UserError
+from dino_sparo.recipe.files import stored_recipe
 from dino_sparo.runs.checkpoint import load_latest, save_checkpoint
-from dino_sparo.training.state import build_state
-from tests.tiny import tiny_options
+from tests.tiny import build_state, tiny_options
 
 
 @torch.no_grad()
@@ -29,7 +29,7 @@ def test_teacher_student_and_the_initial_weights(run_dir):
     random_state = torch.random.get_rng_state()
     fresh = load_encoder(run_dir, untrained=True)
     assert torch.equal(torch.random.get_rng_state(), random_state)
-    initial = build_state(state["config"], torch.device("cpu")).student.encoder.state_dict()
+    initial = build_state(stored_recipe(state["config"], "it")).student.encoder.state_dict()
     assert all(torch.equal(initial[name], value) for name, value in fresh.state_dict().items())
     untrained = fresh(images)
     assert not torch.equal(outputs["teacher"], outputs["student"])

@@ -12,8 +12,7 @@ from dino_sparo.check.measure import bytes_of_training
 from dino_sparo.cli.pretraining import PretrainOptions
 from dino_sparo.training.schedules import Schedules
 from dino_sparo.training.setup import build_schedules
-from dino_sparo.training.state import build_state
-from tests.tiny import parse_options, tiny_arguments, tiny_options, write_pictures
+from tests.tiny import build_state, parse_options, tiny_arguments, tiny_options, write_pictures
 
 
 @pytest.fixture(autouse=True)

@@ -23,9 +23,9 @@ from dino_sparo.training import pretrain as program
 from dino_sparo.training import setup
 from dino_sparo.training.pretrain import train_step
 from dino_sparo.training.schedules import Hyperparameters
-from dino_sparo.training.state import TrainState, build_state, capture_state
+from dino_sparo.training.state import TrainState, capture_state
 from dino_sparo.training.stopping import StopSignals
-from tests.tiny import prepared, state_hash, tiny_options, write_pictures
+from tests.tiny import build_state, prepared, state_hash, tiny_options, write_pictures
 
 CPU = torch.device("cpu")
 PARTS = ("student", "teacher", "center", "optimizer")

@@ -25,9 +25,8 @@ from dino_sparo.training.loss import DINOLoss
 from dino_sparo.training.monitor import KnnMonitor
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.setup import build_schedules
-from dino_sparo.training.state import build_state
 from dino_sparo.training.stopping import BadSteps
-from tests.tiny import state_hash, tiny_options, write_pictures
+from tests.tiny import build_state, state_hash, tiny_options, write_pictures
 
 SCALARS = {
     "seconds",

@@ -50,15 +50,15 @@ def test_images_without_classes(refused, slot_runs, command):
     ("command", "option", "message"),
     [
         ("maps", "--slots=[0,3]", "slots has 3, expected numbers from 0 to 2, since there are 3 slots"),
-        ("maps", "--slots=[-1]", "slots is [-1]; expected a finite number of at least 0"),
+        ("maps", "--slots=[-1]", "slots is [-1]; expected a list, each a whole number of at least 0"),
         ("maps", "--slots=[1,1]", "slots has 1 more than once, expected different numbers; give it once"),
         ("maps", "--slots=[]", "slots is empty; give at least one value or leave the option out"),
         ("maps", "--images=[1,1]", "images has 1 more than once"),
         ("maps", "--images=[60]", "images has 60, expected numbers from 0 to 59, since there are 60 images"),
-        ("maps", "--num_images=0", "num_images is 0; expected a finite number above 0"),
+        ("maps", "--num_images=0", "num_images is 0; expected a whole number above 0"),
         ("maps", "--short_side=7", "short_side is 7, expected at least the 8 pixels of a patch; give more"),
         ("gallery", "--slots=[0,3]", "slots has 3, expected numbers from 0 to 2, since there are 3 slots"),
-        ("gallery", "--num_neighbours=0", "num_neighbours is 0; expected a finite number above 0"),
+        ("gallery", "--num_neighbours=0", "num_neighbours is 0; expected a whole number above 0"),
         ("rank", "--k=40", "k is 40, expected 1 to the 39 train images that are left to fit on"),
         ("rank", "--select-fraction=1", "select_fraction is 1.0, expected above 0 and below 1"),
         (

@@ -108,7 +108,7 @@ def test_what_has_no_heads_gives_the_bare_backbone(tmp_path, out, golden):
 @pytest.mark.parametrize(
     "readout",
     [
-        {"name": "sparo", "num_slots": 2, "slot_dim": 4, "key_dim": 4, "output": "slots"},
+        {"name": "sparo", "num_slots": 2, "slot_dim": 4, "key_dim": 4, "group_size": 1, "output": "slots"},
         {"name": "pooler", "num_slots": 2, "slot_dim": 4, "num_heads": 2},
     ],
 )

@@ -10,7 +10,11 @@ from PIL import Image
 
 from dino_sparo.cli.parsing import given_values, options_of
 from dino_sparo.cli.pretraining import PretrainOptions
-from dino_sparo.training.setup import Run, prepare
+from dino_sparo.recipe.sections import Recipe
+from dino_sparo.training import state
+from dino_sparo.training.pretrain import prepare
+from dino_sparo.training.setup import Run
+from dino_sparo.training.state import TrainState
 
 TINY = {
     "views.global_size": "16",
@@ -60,6 +64,11 @@ def parse_options(options_class: type, arguments: list[str], *, usage: str = "")
 
 def tiny_options(data: Path, run_dir: Path, **changes: Any) -> PretrainOptions:
     return parse_options(PretrainOptions, tiny_arguments(data, run_dir, **changes), usage="")
+
+
+def build_state(recipe: Recipe, device: torch.device | str = "cpu", **machine: Any) -> TrainState:
+    """The state of a run of this recipe that has not begun."""
+    return state.build_state(**recipe.state_arguments(), device=torch.device(device), **machine)
 
 
 def prepared(options: PretrainOptions, device: str = "cpu") -> Run:

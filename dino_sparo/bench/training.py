@@ -61,7 +61,7 @@ PUBLISHED_PEAKS = (
 class Bench:
     """One training as it is measured here."""
 
-    new_state: Callable[[torch.device], TrainState]
+    new_state: Callable[..., TrainState]
     """Makes a run that has not begun."""
     dataset: CropsDataset
     hyper: Hyperparameters

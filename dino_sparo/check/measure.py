@@ -68,9 +68,9 @@ def measure_loading(batches: WatchedLoader, *, seconds: float) -> Loading:
         while (elapsed := time.monotonic() - started) < seconds or not images:
             batch = next(iterator)
             images += num_images(batch)
-        worker_bytes = max((private_bytes(child.pid) for child in active_children()), default=0)
+        own = [private_bytes(child.pid) for child in active_children()] if workers else []
     assert batch is not None
-    return Loading(images / elapsed, workers, worker_bytes, batch)
+    return Loading(images / elapsed, workers, max(own, default=0), batch)
 
 
 def num_images(batch: Crops | PhotoBatch) -> int:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.evaluation.results import Result, read_results, results_folder
-from dino_sparo.recipe.files import stored_recipe
+from dino_sparo.recipe.files import comparable
 from dino_sparo.recipe.typed import flattened
 
 CONFIG_FILE = "config.yaml"
@@ -291,8 +291,8 @@ def read_run(given: str) -> Run:
         config = None
     if not isinstance(config, dict):
         raise UserError(f"{path} is damaged; restore the recipe of this run, or remove it to compare without")
-    recipe = stored_recipe(config, str(path))
-    return Run(folder, flattened(recipe.as_dict(), without=NOT_RECIPE), recipe.seed, headline)
+    recipe = comparable(config)
+    return Run(folder, flattened(recipe, without=NOT_RECIPE), recipe.get("seed"), headline)
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:

@@ -122,7 +122,7 @@ def _is_checkpoint(content: Any) -> bool:
 def _of_checkpoint(state: Mapping[str, Any], path: Path, which: str) -> StoredEncoder:
     """One network of a checkpoint of ours."""
     try:
-        recipe = stored_recipe(state["config"], f"{path}: recipe")
+        recipe = stored_recipe(state["config"], "its recipe")
         network, batch_size = state[which], recipe.optim.global_batch_size
         return StoredEncoder(
             path=path,
@@ -133,5 +133,6 @@ def _of_checkpoint(state: Mapping[str, Any], path: Path, which: str) -> StoredEn
             beside={k: v for k, v in network.items() if not k.startswith(ENCODER)},
             epochs=state["step"] // (state["images"]["num_images"] // batch_size),
         )
-    except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
-        raise UserError(f"{path} is no whole checkpoint of dino-sparo ({error!r}); give another") from error
+    except (AttributeError, KeyError, TypeError, ZeroDivisionError, UserError) as error:
+        reason = error if isinstance(error, UserError) else repr(error)
+        raise UserError(f"{path} is no whole checkpoint of dino-sparo ({reason}); give another") from error

@@ -185,7 +185,7 @@ def build_encoder(
         if arch not in ARCHITECTURES:
             raise ValueError(f"arch is {arch!r}, expected one of {', '.join(ARCHITECTURES)} or a mapping")
         arch = ARCHITECTURES[arch]
-    if readout not in READOUTS:
+    if not isinstance(readout, str) or readout not in READOUTS:
         raise ValueError(f"readout is {readout!r}, expected one of {', '.join(READOUTS)}")
     place, has_slots, width = READOUTS[readout].module, READOUTS[readout].has_slots, arch["width"]
     if place is None and readout_options:

@@ -8,7 +8,7 @@ import yaml
 
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.recipe.sections import Recipe
-from dino_sparo.recipe.typed import build, expected, leaf_keys, unknown
+from dino_sparo.recipe.typed import MissingError, build, expected, leaf_keys, unknown
 
 
 def recipes() -> dict[str, Path]:
@@ -95,6 +95,19 @@ def as_of_today(prefix: str, section: Mapping[Any, Any]) -> Mapping[Any, Any]:
     return section
 
 
+def comparable(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain nested values such that files of all versions that stand for one recipe are equal."""
+    recipe = {
+        name: as_of_today(f"{name}.", section) if isinstance(section, Mapping) else section
+        for name, section in content.items()
+    }
+    model = recipe.get("model")
+    if isinstance(model, Mapping) and isinstance(model.get("readout"), Mapping):
+        readout = {name: value for name, value in model["readout"].items() if value is not None}
+        recipe["model"] = {**model, "readout": readout}
+    return recipe
+
+
 def merged(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Values by dotted key with others over them; a section replaces a value in its place, and reverse."""
     kept = {
@@ -117,7 +130,10 @@ def stored_recipe(content: Mapping[str, Any], where: str) -> Recipe:
     """
     keys = leaf_keys(Recipe)
     values = checked_keys(content, keys, f"{where}: key")
-    recipe: Recipe = build(Recipe, values, dict.fromkeys(values, where))
+    try:
+        recipe: Recipe = build(Recipe, values, dict.fromkeys(values, where))
+    except MissingError as error:
+        raise UserError(f"{where} lacks {', '.join(error.keys)}") from error
     return recipe
 
 
