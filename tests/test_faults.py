@@ -126,6 +126,7 @@ os.fsync = blocked
 """
 
 
+@pytest.mark.long  # nobody ends it before 23 seconds have passed
 def test_a_process_that_is_blocked_outside_of_python_is_ended_too(pictures, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(BLOCKED_SAVE)
     path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '.')}"

@@ -119,7 +119,21 @@ def test_check_reads_shards_from_end_to_end(folder, tmp_path, monkeypatch, capsy
     reports = []
     capsys.readouterr()
     for path in (folder, tmp_path / "out"):
-        assert main(["check", "--config", "demo", f"--data.path={path}", *arguments, "--json"]) == 1
+        assert (
+            main(
+                [
+                    "check",
+                    "--config",
+                    "demo",
+                    f"--data.path={path}",
+                    *arguments,
+                    "--json",
+                    "--measure",
+                    "--scan",
+                ]
+            )
+            == 1
+        )
         reports.append(json.loads(capsys.readouterr().out))
     theirs, ours = reports
     assert ours["run"]["images"] == 7 and ours["data"]["val_in_train"]["images"] == 2

@@ -61,7 +61,7 @@ PUBLISHED_PEAKS = (
 class Bench:
     """One training as it is measured here."""
 
-    new_state: Callable[..., TrainState]
+    new_state: Callable[[torch.device], TrainState]
     """Makes a run that has not begun."""
     dataset: CropsDataset
     hyper: Hyperparameters
@@ -87,7 +87,7 @@ class Bench:
 
     def new_plain_state(self, device: torch.device) -> PlainState:
         """A plain run that has not begun."""
-        state = self.new_state(device=device)
+        state = self.new_state(device)
         loss = state.loss_fn
         return plain_state(
             *(state.student, state.teacher, loss.center),
@@ -253,7 +253,7 @@ def _utilization(bench: Bench, result: dict[str, Any]) -> dict[str, Any]:
     """Operations of the networks' products, the peaks of this device, and the share of each known peak that
     the products take, in the step alone and end to end."""
     sizes = [recipe.size for recipe in bench.dataset.crop_recipes]
-    counted = bench.new_state(device=torch.device("cpu")).student
+    counted = bench.new_state(torch.device("cpu")).student
     counted.encoder.backbone.activation_checkpointing = False  # it would count twice
     num_local = len(sizes) - NUM_GLOBAL_CROPS
     flops = count_flops(counted, [(NUM_GLOBAL_CROPS, sizes[0]), (num_local, sizes[-1])])["training"]

@@ -6,7 +6,6 @@ import os
 import sys
 import tempfile
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -154,13 +153,15 @@ def read_recipe(options: BenchOptions) -> Recipe:
 
 def bench_of(recipe: Recipe, source: "ImageSource", batch_size: int) -> "Bench":
     """What is measured, on the device and in the numbers that the recipe asks for."""
+    import torch
+
     from dino_sparo.bench.training import Bench
     from dino_sparo.data.loader import choose_executor
     from dino_sparo.data.workers import default_workers
     from dino_sparo.parallel.device import choose_device
     from dino_sparo.parallel.precision import choose_precision, set_numerics
     from dino_sparo.training.setup import build_schedules, dataset_of
-    from dino_sparo.training.state import build_state
+    from dino_sparo.training.state import TrainState, build_state
 
     machine = recipe.machine
     device = choose_device(machine.device)
@@ -168,14 +169,18 @@ def bench_of(recipe: Recipe, source: "ImageSource", batch_size: int) -> "Bench":
     precision = choose_precision(machine.precision, device)
     executor = choose_executor(machine.views, device, max_side=recipe.data.max_side)
     schedules = build_schedules(recipe.optim, recipe.loss, STEPS_PER_EPOCH)
-    return Bench(
-        new_state=partial(
-            build_state,
+
+    def new_state(on: torch.device) -> TrainState:
+        return build_state(
             **recipe.state_arguments(),
+            device=on,
             loss_scaling=precision == "fp16",
             activation_checkpointing=machine.activation_checkpointing,
             compiled=machine.compile,
-        ),
+        )
+
+    return Bench(
+        new_state=new_state,
         dataset=dataset_of(recipe.data, recipe.views, recipe.seed, source, executor),
         hyper=schedules.at(STEPS_PER_EPOCH * recipe.optim.epochs // 2),
         clip_norm=recipe.optim.clip_norm,

@@ -76,6 +76,7 @@ class WatchedLoader:
                 _end_workers()  # which torch would wait for, one after the other
                 raise
             if isinstance(batch, UserError):
+                _end_workers()  # which torch would wait for, up to five seconds each
                 raise batch
             yield batch
 
