@@ -210,6 +210,8 @@ def test_command_line_overrides_the_recipe_in_any_order():
         assert options.views.global_scale == (0.5, 0.9)
         assert vars(options.model.arch) == {"width": 64, "depth": 6, "num_heads": 4}
     assert parse("--config", "photos_sparo", *REQUIRED, "--model.arch", "vit_tiny").model.arch == "vit_tiny"
+    arch = parse("--config", "photos_sparo", *REQUIRED, "--model.arch={width: 64, depth: 2, num_heads: 4}")
+    assert vars(arch.model.arch) == {"width": 64, "depth": 2, "num_heads": 4}
 
 
 @pytest.mark.parametrize("name", recipes())

@@ -7,11 +7,13 @@ import difflib
 import math
 import typing
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
 from types import UnionType
 from typing import Annotated, Any
 
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from dino_sparo.errors import UserError
@@ -55,10 +57,24 @@ def build(options_class: type, values: Mapping[str, Any], origin: Mapping[str, s
         MissingError: values are missing.
     """
     missing: list[str] = []
-    built = _build(options_class, values, origin or {}, "", missing)
+    built = _build(options_class, _with_sections(options_class, values), origin or {}, "", missing)
     if missing:
         raise MissingError(missing)
     return built
+
+
+def _with_sections(options_class: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, with a section that is given as text, such as `{width: 64, depth: 3}`, as its fields."""
+    keys, expanded = leaf_keys(options_class), dict(values)
+    for key, value in values.items():
+        if section_of(keys[key]) is not None and isinstance(value, str) and value.startswith("{"):
+            with suppress(yaml.YAMLError):
+                for name, inner in yaml.safe_load(value).items():
+                    if f"{key}.{name}" not in keys:
+                        raise unknown(f"option --{key}.{name}", f"{key}.{name}", keys)
+                    expanded[f"{key}.{name}"] = inner
+                del expanded[key]
+    return expanded
 
 
 class MissingError(UserError):
