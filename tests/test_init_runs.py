@@ -157,10 +157,10 @@ def test_two_processes_with_a_frozen_backbone(pictures, tmp_path):
 
 
 @pytest.mark.long
-def test_check_tries_the_starting_weights(pictures, tmp_path, capsys, caplog):
+def test_check_tries_the_starting_weights(pictures, tmp_path, capsys):
     arguments = tiny_arguments(pictures, tmp_path / "run", init=pictures / "vit.pth", **FROZEN)
     assert main(["check", *arguments]) == 0
-    assert "vit.pth: 0.01 million parameters taken" in caplog.text
+    assert "vit.pth: 0.01 million parameters taken" in " ".join(capsys.readouterr().out.split())
     torch.save(bare(plain(1, patch_size=4)), tmp_path / "other.pth")
     assert main(["check", *tiny_arguments(pictures, tmp_path / "run", init=tmp_path / "other.pth")]) == 1
     assert "other.pth holds patch size 4" in capsys.readouterr().out
