@@ -242,7 +242,7 @@ def _model_card(stored: StoredEncoder, encoder: Encoder, name: str, measured: Se
         tags="- sparo\n" if encoder.readout_name == "sparo" else "",
         name=name,
         which=stored.which,
-        readout=READOUTS[encoder.readout_name],
+        readout=READOUTS.get(encoder.readout_name, f"with the read-out {encoder.readout_name}"),
         arch=in_words(architecture(stored.arguments["arch"])),
         patch_size=stored.arguments["patch_size"],
         image_size=stored.arguments["image_size"],
