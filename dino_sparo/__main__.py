@@ -7,14 +7,14 @@ import os
 import platform
 import select
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from dino_sparo import __version__
-from dino_sparo.cli.arguments import complete, value_of, without, without_flags, written_out
-from dino_sparo.cli.commands import COMMANDS, DISTRIBUTED, Command
-from dino_sparo.config import parse_options
+from dino_sparo.cli.commands import COMMANDS, DISTRIBUTED, POSITIONAL, Command
+from dino_sparo.cli.parsing import command_line, given_values, options_of, without_flags
 from dino_sparo.errors import (
     EXIT_INTERRUPTED,
     EXIT_STOPPED,
@@ -24,7 +24,7 @@ from dino_sparo.errors import (
     UserError,
     files_told,
 )
-from dino_sparo.parallel.processes import end_at_once, end_with_launcher, leave_note
+from dino_sparo.parallel.processes import end_at_once, end_with_launcher, first_to_fail, leave_note
 from dino_sparo.terminal import coloured, set_up_log
 
 RANK = int(os.environ.get("RANK", "0"))  # as torchrun sets it
@@ -137,9 +137,7 @@ def speaks_for_all() -> bool:
         from dino_sparo.parallel import distributed
 
         return distributed.speaks_for_all()
-    if RANK > 0:
-        time.sleep(3)  # the launcher ends all as soon as one ends, and the first must have spoken
-    return RANK == 0
+    return first_to_fail()
 
 
 def leave(status: int, *, at_once: bool = False) -> int:
@@ -163,19 +161,21 @@ def run_command(name: str, arguments: list[str], flags: set[str]) -> int:
     command = find_command(name, arguments)
     if command is None:
         return 0
-    arguments = complete(name, written_out(command.options, arguments))
-    page = None
-    if arguments == ["--help"]:
-        from dino_sparo.cli.helptext import page_of
+    if {"-h", "--help"} & set(arguments):
+        from dino_sparo.cli.helptext import page  # needs what only pages of help need
 
-        page = page_of(name)
-    options = parse_options(command.options, arguments, usage=command.usage, page=page)
+        print(page(name), end="")
+        return 0
+    given = given_values(arguments, command.options, usage=command.usage, positional=POSITIONAL.get(name))
+    complete(name, given)
+    options = options_of(command.options, given)
     set_up_log(logging.ERROR if RANK > 0 else logging.WARNING if "quiet" in flags else logging.INFO)
-    if "dry_run" in flags:
-        only_one_process("--dry-run")
+    if "dry_run" in flags or command.function == command.plan:
+        only_one_process("--dry-run" if "dry_run" in flags else name)
         if command.plan is None:
-            raise UserError(f"--dry-run is for pretrain, sweep and study, not for {name}; leave it out")
-        return imported(command.plan)(options, value_of(arguments, "--config")) or 0
+            planned = ", ".join(each for each, command in COMMANDS.items() if command.plan)
+            raise UserError(f"--dry-run is for {planned}, not for {name}; leave it out")
+        return imported(command.plan)(options, given.get("config")) or 0
     if name not in DISTRIBUTED:
         only_one_process(name)
     num_processes = getattr(options, "nproc", 1)
@@ -189,8 +189,20 @@ def run_command(name: str, arguments: list[str], flags: set[str]) -> int:
         from dino_sparo.parallel.launch import launch
 
         quiet = ["--quiet"] if "quiet" in flags else []
-        return launch(num_processes, [name, *without(arguments, "--nproc"), "--nproc=1", *quiet])
+        return launch(num_processes, [*name.split(), *command_line(given | {"nproc": 1}), *quiet])
     return imported(command.function)(options) or 0
+
+
+def complete(name: str, given: dict[str, Any]) -> None:
+    """Fill in what a command can tell by itself: the recipe of an existing run, and what the demo is of."""
+    if name == "pretrain" and "config" not in given and "run_dir" in given:
+        stored = Path(given["run_dir"]) / "config.yaml"
+        if stored.is_file():
+            given["config"] = str(stored)
+    elif name == "demo":
+        data = Path(given["data.path"]).resolve().name if "data.path" in given else ""
+        given.setdefault("config", "demo")
+        given.setdefault("run_dir", f"runs/demo-{data}" if data else "runs/demo")
 
 
 def find_command(name: str, arguments: list[str]) -> Command | None:

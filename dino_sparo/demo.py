@@ -1,6 +1,5 @@
-"""`dino-sparo demo`: pretrain a small encoder, then a table, a curve and slot maps."""
+"""What `dino-sparo demo` shows of a run: a table, a curve and slot maps."""
 
-import logging
 import shlex
 from pathlib import Path
 
@@ -8,75 +7,41 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from dino_sparo.checks import check_options
-from dino_sparo.config import parse_options
-from dino_sparo.data.generated import SHAPES, SHAPES_SIZES
 from dino_sparo.data.images import normalize, to_tensor
 from dino_sparo.data.pil_views import center_crop
 from dino_sparo.data.sources import open_images
 from dino_sparo.evaluation.knn import HEADLINE_K
 from dino_sparo.interop.load import load_encoder
-from dino_sparo.options import PretrainOptions
 from dino_sparo.runs.runlog import read_metrics
 from dino_sparo.slots.attention import distinct_slots, slot_attention
 from dino_sparo.slots.drawing import draw_slot_maps
-from dino_sparo.training.pretrain import pretrain
 
-log = logging.getLogger("dino_sparo")
-
-NUM_PICTURES, NUM_SLOTS, NUM_KNN_IMAGES = 6, 8, 2000
-MIN_EPOCHS = 4  # on a folder of any size; the prototypes are frozen in the first
+NUM_PICTURES, NUM_SLOTS = 6, 8
 KNN = f"knn{HEADLINE_K}_top1"
 
 
-def demo(options: PretrainOptions) -> None:
-    """Train by the recipe, then write `curve.png` and `slots.png` into the run folder and print a table.
+def show_run(
+    run_dir: Path, data_path: str, *, max_images: int | None, image_size: int, with_slots: bool
+) -> None:
+    """Print the run's k-NN accuracies, and write `curve.png` and with slots `slots.png` into its folder.
 
-    With the user's own folder the number of steps stays the recipe's, so that the demo stays as short.
+    Args:
+        run_dir: folder of a run that is complete.
+        data_path: images over which attention is drawn, as `data.path` takes them.
+        max_images: of the images so many, evenly spread; None takes all.
+        image_size: side of a picture in pixels.
+        with_slots: whether the encoder has slots.
     """
-    if options.data.path != SHAPES:
-        fit_to_folder(options)
-    pretrain(options)
-    run_dir = Path(options.run_dir)
     metrics = read_metrics(run_dir)
     print_table(metrics)
     draw_curve(metrics, run_dir / "curve.png")
     print(f"\nlearning curve: {run_dir / 'curve.png'}")
-    if options.model.readout.name == "sparo":
-        draw_maps(options, run_dir / "slots.png")
+    if with_slots:
+        draw_maps(run_dir, data_path, run_dir / "slots.png", max_images=max_images, image_size=image_size)
         print(f"where slots look: {run_dir / 'slots.png'}")
-        arguments = ["slots", "report", str(run_dir), "--data.path", options.data.path]
+        arguments = ["slots", "report", str(run_dir), "--data.path", data_path]
         print(f"all about slots, as a page: dino-sparo {shlex.join(arguments)}")
     print(f"more: tensorboard --logdir {run_dir}")
-
-
-def fit_to_folder(options: PretrainOptions) -> None:
-    """Change epochs and images so that training sees as many images as the recipe's epochs of pictures are.
-
-    Of a large folder some images are taken, evenly spread, so that each is seen a few times. What the user
-    has changed in the recipe stays.
-    """
-    recipe = parse_options(PretrainOptions, ["--config", "demo", "--run_dir", options.run_dir], usage="")
-    optim, monitor = options.optim, options.monitor
-    source = open_images(options.data.path, options.data.max_images)
-    if monitor.knn_images_per_class == recipe.monitor.knn_images_per_class:
-        monitor.knn_images_per_class = max(HEADLINE_K, NUM_KNN_IMAGES // max(1, len(source.classes)))
-    if optim.epochs == recipe.optim.epochs:
-        budget = optim.epochs * SHAPES_SIZES["train"]
-        options.data.max_images = min(len(source), max(1, budget // MIN_EPOCHS))
-        optim.epochs = round(budget / options.data.max_images)
-        stretch = optim.epochs / recipe.optim.epochs
-        if optim.warmup_epochs == recipe.optim.warmup_epochs:
-            optim.warmup_epochs = round(stretch * optim.warmup_epochs)
-        if monitor.knn_every_epochs == recipe.monitor.knn_every_epochs:
-            monitor.knn_every_epochs = max(1, round(stretch * monitor.knn_every_epochs))
-    check_options(options)
-    log.info(
-        "%s: %d of its images, %d epochs",
-        options.data.path,
-        options.data.max_images or len(source),
-        optim.epochs,
-    )
 
 
 def print_table(metrics: list[dict[str, float]]) -> None:
@@ -106,12 +71,10 @@ def draw_curve(metrics: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def draw_maps(options: PretrainOptions, path: Path) -> None:
+def draw_maps(run_dir: Path, data_path: str, path: Path, *, max_images: int | None, image_size: int) -> None:
     """Attention of some slots of the teacher over some images."""
-    encoder = load_encoder(options.run_dir)
-    source = open_images(options.data.path, options.data.max_images)
+    source = open_images(data_path, max_images)
     chosen = np.linspace(0, len(source) - 1, NUM_PICTURES).round().astype(int)
-    crops = [to_tensor(center_crop(source.load(int(i)), options.views.global_size)) for i in chosen]
-    pixels = torch.stack(crops)
-    maps, _ = slot_attention(encoder, normalize(pixels))
+    crops = [to_tensor(center_crop(source.load(int(i)), image_size)) for i in chosen]
+    maps, _ = slot_attention(load_encoder(str(run_dir)), normalize(torch.stack(crops)))
     draw_slot_maps(crops, list(maps), distinct_slots(list(maps), NUM_SLOTS), path)

@@ -11,9 +11,9 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: not done yet, try again
 EXIT_INTERRUPTED = 130  # as shells have it: 128 + SIGINT
 EXIT_STATUSES = {
     0: "done",
-    EXIT_PROBLEM: "check or --dry-run has found a problem, a run of a sweep has failed, or a defect of ours",
+    EXIT_PROBLEM: "check or --dry-run has found a problem, a run of a study has failed, or there is a bug",
     EXIT_USER_ERROR: "a mistake or a fault; one sentence says which, and the remedy",
-    EXIT_STOPPED: "stopped by a signal and saved; the same command goes on",
+    EXIT_STOPPED: "stopped by a signal and saved; the same command resumes",
     EXIT_INTERRUPTED: "interrupted before there was anything to save",
 }
 

@@ -1,36 +1,53 @@
-"""`dino-sparo export`: the encoder of a run, or of other weights, as files that other programs read."""
+"""The encoder of a run, or of other weights, as files that other programs read."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal
 
 from dino_sparo.evaluation.results import RESULTS_FILE, read_results, results_folder
-from dino_sparo.interop.export import write_exported
-from dino_sparo.interop.load import read_stored
+from dino_sparo.interop.load import network_in, networks_in, one_of
+from dino_sparo.interop.official import write_official
 from dino_sparo.interop.onnx_file import write_onnx
-from dino_sparo.interop.to_official import write_official
-
-if TYPE_CHECKING:
-    from dino_sparo.options import ExportOptions
+from dino_sparo.interop.timm_folder import write_exported
 
 
-def run(options: "ExportOptions") -> None:
-    """Write what `--format` says, and say in one line what was written."""
-    out = Path(options.out)
-    if options.format == "official":
-        what = write_official(Path(options.run), out, options.which, arch=options.arch)
-        print(f"{out}: {what} of {options.run}")
-        return
-    stored = read_stored(options.run, options.which, arch=options.arch)
-    if options.format == "onnx":
-        path, difference = write_onnx(stored, out)
+def export(
+    run: str,
+    out: str,
+    format: Literal["timm", "onnx", "official"] = "timm",
+    *,
+    which: str = "teacher",
+    arch: str | Mapping[str, int] | None = None,
+) -> str:
+    """Write an encoder for other programs.
+
+    Args:
+        run: as the path of `load_encoder`.
+        out: new folder for timm's layout, folder that gets model.onnx, or new file NAME.pth by the official
+            names: of a run both networks with heads, else the encoder.
+        which: whose weights, teacher or student; a file by the official names of a run holds both.
+        arch: as for `load_encoder`.
+
+    Returns:
+        One line: what was written where.
+
+    Raises:
+        UserError: the weights are refused or do not fit, or something is there already.
+        OSError: it cannot be written.
+    """
+    if format == "official":
+        networks = networks_in(run, arch=arch)
+        return f"{out}: {write_official(one_of(networks, which), networks, Path(out))} of {run}"
+    stored, where, check = network_in(run, which, arch=arch), out, ""
+    if format == "onnx":
+        path, difference = write_onnx(stored, Path(out))
         where, check = str(path), f"; differs from torch by {difference:.1e} at most"
     else:
-        source = Path(options.run).resolve()
+        source = Path(run).resolve()
         name = source.stem if source.is_file() else source.name
-        write_exported(stored, out, name=name, measured=measured_lines(options.run, options.which))
-        where, check = options.out, ""
+        write_exported(stored, Path(out), name=name, measured=measured_lines(run, which))
     count = sum(value.numel() for value in stored.weights.values())
-    print(f"{where}: {stored.which} of {options.run}, {count / 1e6:.2f} million parameters{check}")
+    return f"{where}: {which} of {run}, {count / 1e6:.2f} million parameters{check}"
 
 
 def measured_lines(run: str, which: str) -> list[str]:

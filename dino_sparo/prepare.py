@@ -1,23 +1,25 @@
-"""`dino-sparo prepare`: train/<class> and val/<class> of ImageNet as people have it, linked or unpacked."""
+"""train/<class> and val/<class> of ImageNet as people have it, linked or unpacked."""
 
 import hashlib
 import json
 import logging
 import os
 import shlex
+import shutil
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 from tqdm import tqdm
 
-from dino_sparo.data.imagenet import Images, Layout, explain, is_image, recognise
-from dino_sparo.data.tars import class_tars, tar_files, unpack
-from dino_sparo.data.val_labels import image_classes
+from dino_sparo.data.imagenet import WNID_TAR, Images, Layout, explain, is_image, recognise
+from dino_sparo.data.tars import TarFile, damage_named, tar_files
+from dino_sparo.data.val_labels import DEVKIT, SOLUTION, image_classes
 from dino_sparo.data.walk import walk
 from dino_sparo.errors import UserError
 from dino_sparo.files import atomic_write
-from dino_sparo.options import PrepareOptions
 from dino_sparo.parallel.processes import only_writer
 from dino_sparo.terminal import shows_bars
 
@@ -30,28 +32,38 @@ SHOWN_CLASSES = 3
 
 
 @dataclass(frozen=True)
-class Job:
-    """How to make one split."""
+class Split:
+    """How one split is made: by a link to its folder, or from entries in class folders."""
 
-    split: str
+    name: str
     images: Images
-    class_names: frozenset[str]
-    contents: list[str]
-    """Lines by which what was made is known again: its source, then each thing; empty if one link does."""
-    classes: dict[str, str] | None = None
-    """The class of every image by file name, where the images lie flat."""
+    made_of: str = ""
+    """What the links say, or the times of the tars: a damaged one that was replaced can have left wrong
+    images of the right size."""
+    entries: dict[str, int] = field(default_factory=dict)
+    """Bytes in a tar by `class/file_name`, or by class of class tars; empty if one link does."""
+
+    @property
+    def by_label(self) -> bool:
+        """Whether labels say the class of every image."""
+        return any("/" in entry for entry in self.entries)
+
+    @property
+    def class_names(self) -> set[str]:
+        return {entry.partition("/")[0] for entry in self.entries}
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the contents."""
-        return hashlib.sha256("\n".join(self.contents).encode("utf-8", "surrogateescape")).hexdigest()
+        """SHA-256 by which what was made is known again."""
+        lines = [self.made_of, *(f"{entry} {size}" for entry, size in self.entries.items())]
+        return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def prepare(source: str, out: str, labels: str | None = None) -> None:
-    """Make out/train/<class> and out/val/<class> of any recognised layout, and print what there is.
+def prepare(source: str, out: str, labels: str | None = None) -> str:
+    """Make out/train/<class> and out/val/<class> of any recognized layout.
 
     Files that lie in folders are linked, tars are unpacked. A split gets its name when it is whole; the same
-    command goes on where it was killed, and does nothing if all is done. Nothing else is changed.
+    call resumes where it was killed, and does nothing if all is done. Nothing else is changed.
 
     Args:
         source: folder of the images or tars, see `dino_sparo.data.imagenet.recognise`.
@@ -59,8 +71,11 @@ def prepare(source: str, out: str, labels: str | None = None) -> None:
         labels: classes of a flat folder's images, see `dino_sparo.data.val_labels.image_classes`; None takes
             those that lie near ImageNet's validation images.
 
+    Returns:
+        What there is, how the classes of the splits differ, and what to run next.
+
     Raises:
-        UserError: nothing is recognised, labels and images do not fit, `out` holds something else, a tar is
+        UserError: nothing is recognized, labels and images do not fit, `out` holds something else, a tar is
             damaged.
         OSError: the file system refuses.
     """
@@ -68,12 +83,12 @@ def prepare(source: str, out: str, labels: str | None = None) -> None:
     layout = recognise(Path(source))
     log.info("%s: %s%s", source, layout.name, "" if explain(layout) else "; usable as it is")
     _check_out(folder, layout)
-    jobs = _plan(layout, folder, labels)
+    splits = _plan(layout, folder, labels)
     folder.mkdir(parents=True, exist_ok=True)
     with only_writer(folder):
-        made = {job.split: _make(job, folder) for job in jobs}
-    others = [split for split in SPLITS if split not in made and (folder / split).is_dir()]
-    print(_summary(folder, made | {split: _count(folder / split) for split in others}))
+        counts = {split.name: _make(split, folder) for split in splits}
+    others = [name for name in SPLITS if name not in counts and (folder / name).is_dir()]
+    return _summary(folder, counts | {name: _count(folder / name) for name in others})
 
 
 def _check_out(out: Path, layout: Layout) -> None:
@@ -92,185 +107,7 @@ def _check_out(out: Path, layout: Layout) -> None:
         )
 
 
-# --- What is to be made
-
-
-def _plan(layout: Layout, out: Path, labels: str | None) -> list[Job]:
-    """The splits to make, val first: it is quick. All is checked here that can be before anything is made."""
-    labelled = "val" if layout.val else "train"  # the split that labels are for
-    found = layout.labels if labels is None else Path(labels)
-    jobs = [
-        _plan_split(split, images, out, found if split == labelled else None)
-        for split, images in (("val", layout.val), ("train", layout.train))
-        if images
-    ]
-    if labels is not None and not any(job.classes for job in jobs):
-        raise UserError(f"--labels {labels!r} is of no use: {layout.root} has {layout.name}; leave it out")
-    if len(jobs) == len(SPLITS) and jobs[0].classes and jobs[1].class_names:
-        val, train = jobs
-        if not val.class_names & train.class_names:
-            raise UserError(
-                f"{found}: its classes ({min(val.class_names)}, ...) are none of {train.images.path}'s "
-                f"({min(train.class_names)}, ...); give labels with the same class names by --labels"
-            )
-    return jobs
-
-
-def _plan_split(split: str, images: Images, out: Path, labels: Path | None) -> Job:
-    """List what a split will hold."""
-    path = images.path
-    if images.form == "class tars" or (images.form == "tar" and split == "train"):
-        sizes = {wnid: size for wnid, size, _ in class_tars(images)}
-        if not sizes:
-            raise UserError(f"{path} holds no class tars (n01440764.tar ...); download it again")
-        contents = [_last_changes(images), *(f"{wnid} {size}" for wnid, size in sizes.items())]
-        return Job(split, images, frozenset(sizes), contents)
-    if images.form == "class folders":
-        return Job(split, images, frozenset(os.listdir(path)), [])
-    if labels is None and split == "train":
-        return Job(split, images, frozenset(), [])
-    if labels is None:
-        raise UserError(
-            f"{path}: nothing says the classes of these validation images; give by --labels Kaggle's "
-            f"LOC_val_solution.csv, the devkit ILSVRC2012_devkit_t12.tar.gz, or lines of `file_name class`"
-        )
-    if images.form == "tar":
-        with open(path, "rb") as file:
-            sizes = {name: size for name, size, _ in tar_files(file, path) if is_image(name)}
-        made_of = _last_changes(images)
-    else:
-        sizes = dict.fromkeys(sorted(filter(is_image, os.listdir(path))), 0)
-        made_of = _link_target(path, out, below=2)
-    classes = image_classes(sizes, path, labels)
-    contents = [made_of, *(f"{classes[name]}/{name} {size}" for name, size in sizes.items())]
-    return Job(split, images, frozenset(classes.values()), contents, classes)
-
-
-def _last_changes(images: Images) -> str:
-    """Times of the tars: a damaged one that was replaced can have left wrong images of the right size."""
-    tars = [images.path] if images.form == "tar" else sorted(images.path.glob("*.tar"))
-    return " ".join(str(tar.stat().st_mtime_ns) for tar in tars)
-
-
-def _link_target(path: Path, out: Path, below: int) -> str:
-    """What a link so many folders below out's top says for `path`: relative if the two are neighbours."""
-    path, out = path.resolve(), out.resolve()
-    near = [folder for folder in (out.parent, out.parent.parent) if folder != folder.parent]
-    if not any(path.is_relative_to(folder) for folder in near):
-        return str(path)
-    return os.path.relpath(path, out / "/".join(["folder"] * below))
-
-
-# --- Making it
-
-
-def _make(job: Job, out: Path) -> Counter[str]:
-    """Make a split unless it is there, under another name until it is whole; its images by class."""
-    final, partial = out / job.split, out / f".{job.split}.partial"
-    if not job.contents:
-        _link_folder(job.images.path, final, out)
-        return _count(final)
-    if os.path.lexists(final):
-        return _check_made(job, final)
-    partial.mkdir(exist_ok=True)
-    if (partial / RECORD).exists():
-        _check_record(job, partial)
-    else:
-        _write_record(job, partial, None)
-    expected = _fill(job, partial, out)
-    images = _count(partial)
-    if images.total() != expected:
-        raise UserError(
-            f"{partial} holds {images.total()} images instead of the {expected} of {job.images.path}; "
-            f"remove it and prepare again"
-        )
-    _write_record(job, partial, expected)
-    if not job.images.is_readable:
-        os.sync()  # a power cut must not leave empty images under the final name
-    os.rename(partial, final)
-    return images
-
-
-def _link_folder(folder: Path, link: Path, out: Path) -> None:
-    if not os.path.lexists(link):
-        link.symlink_to(_link_target(folder, out, below=0), target_is_directory=True)
-    elif link.resolve() != folder.resolve():
-        raise UserError(f"{link} exists and is not {folder}; choose another --out")
-
-
-def _fill(job: Job, partial: Path, out: Path) -> int:
-    """Make what is not there yet of the links or images of a split; the number that there should be."""
-    path, unfinished = job.images.path, partial / UNFINISHED_FILE
-    for name in job.class_names:
-        (partial / name).mkdir(exist_ok=True)
-    if job.images.form == "flat" and job.classes:
-        target = _link_target(path, out, below=2)
-        images = tqdm(job.classes.items(), f"link {job.split}", unit="img", disable=not shows_bars())
-        for image, name in images:
-            if not os.path.lexists(partial / name / image):
-                os.symlink(f"{target}/{image}", partial / name / image)
-        return len(job.classes)
-    if job.classes:
-        with open(path, "rb") as whole, _bytes_bar(job, path.stat().st_size) as bar:
-            return unpack(whole, path, partial, job.classes, unfinished, bar)
-    count = 0
-    with _bytes_bar(job, sum(int(line.split()[1]) for line in job.contents[1:])) as bar:
-        for wnid, _, tar in class_tars(job.images):
-            count += unpack(tar, path / f"{wnid}.tar", partial / wnid, None, unfinished, bar)
-    return count
-
-
-def _bytes_bar(job: Job, total: int) -> tqdm:
-    return tqdm(total=total, desc=f"unpack {job.split}", unit="B", unit_scale=True, disable=not shows_bars())
-
-
-# --- What is there
-
-
-def _write_record(job: Job, folder: Path, count: int | None) -> None:
-    record = {"source": str(job.images.path.resolve()), "contents": job.digest, "images": count}
-    with atomic_write(folder / RECORD, folder / UNFINISHED_FILE) as file:
-        file.write(json.dumps(record).encode())
-
-
-def _check_record(job: Job, folder: Path) -> int | None:
-    """Refuse a folder that this job did not begin; its number of images, None while it is unfinished."""
-    try:
-        record = json.loads((folder / RECORD).read_text())
-        source, contents, count = record["source"], record["contents"], record["images"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder} exists and was not made by `prepare`; choose another --out") from error
-    if contents != job.digest:
-        raise UserError(
-            f"{folder} was made of other images or labels, or {source} has changed since; "
-            f"choose another --out or remove it"
-        )
-    return count
-
-
-def _check_made(job: Job, final: Path) -> Counter[str]:
-    """Refuse a split that is something else or no longer whole; its images by class."""
-    if final.is_symlink():
-        raise UserError(f"{final} exists and was not made by `prepare`; choose another --out")
-    expected, images = _check_record(job, final), _count(final)
-    if images.total() != expected:
-        raise UserError(
-            f"{final} holds {images.total()} images, not the {expected} that were made; "
-            f"remove it and prepare again"
-        )
-    return images
-
-
-def _count(split: Path) -> Counter[str]:
-    """Number of images of every class folder; of those outside of class folders under an empty name."""
-    counts: Counter[str] = Counter()
-    for folder in walk(split):
-        counts[folder.below.partition("/")[0]] += folder.num_images
-    return counts
-
-
 def _summary(out: Path, counts: dict[str, Counter[str]]) -> str:
-    """What train and val hold, how their classes differ, and what to run next."""
     lines = [
         f"{out / split}: {images.total()} images, {len(images.keys() - {''})} classes"
         for split, images in counts.items()
@@ -281,14 +118,215 @@ def _summary(out: Path, counts: dict[str, Counter[str]]) -> str:
             lines.append(f"classes of {here} that {other} does not have: {len(missing)} ({shown})")
     path = shlex.quote(str(out))
     if "train" in counts:
-        command = (
-            f"dino-sparo pretrain --config imagenet_vits16_sparo --data.path {path} --run_dir runs/sparo"
+        lines.append(
+            f"next: dino-sparo pretrain --config imagenet_vits16_sparo --data.path {path} "
+            f"--run_dir runs/sparo"
         )
-        return "\n".join([*lines, f"next: {command}"])
-    command = f"dino-sparo prepare DIR --out {path}"
-    return "\n".join([*lines, f"no training images yet; next: {command}, DIR being where they are"])
+    else:
+        lines.append(
+            f"no training images yet; next: dino-sparo prepare DIR --out {path}, DIR being where they are"
+        )
+    return "\n".join(lines)
 
 
-def run(options: PrepareOptions) -> None:
-    """`dino-sparo prepare`."""
-    prepare(options.source, options.out, options.labels)
+# --- What is to be made
+
+
+def _plan(layout: Layout, out: Path, labels: str | None) -> list[Split]:
+    """The splits to make, val first: it is quick. All is checked here that can be before anything is made."""
+    labeled = "val" if layout.val else "train"  # the split that labels are for
+    found = layout.labels if labels is None else Path(labels)
+    splits = [
+        _plan_split(name, images, out, found if name == labeled else None)
+        for name, images in (("val", layout.val), ("train", layout.train))
+        if images
+    ]
+    if labels is not None and not any(split.by_label for split in splits):
+        raise UserError(f"--labels {labels!r} is of no use: {layout.root} has {layout.name}; leave it out")
+    if layout.train and layout.val and splits[0].by_label:
+        named = splits[0].class_names
+        form, path = layout.train.form, layout.train.path
+        known = set(os.listdir(path)) if form == "class folders" else splits[1].class_names
+        if known and not named & known:
+            raise UserError(
+                f"{found}: its classes ({min(named)}, ...) are none of {path}'s ({min(known)}, ...); give "
+                f"labels with the same class names by --labels"
+            )
+    return splits
+
+
+def _plan_split(name: str, images: Images, out: Path, labels: Path | None) -> Split:
+    """List what a split will hold."""
+    path = images.path
+    if images.form == "class tars" or (images.form == "tar" and name == "train"):
+        entries = {wnid: size for wnid, size, _ in class_tars(images)}
+        if not entries:
+            raise UserError(f"{path} holds no class tars (n01440764.tar ...); download it again")
+        return Split(name, images, _last_changes(images), entries)
+    if images.form == "class folders" or (labels is None and name == "train"):
+        return Split(name, images)
+    if labels is None:
+        raise UserError(
+            f"{path}: nothing says the classes of these validation images; give by --labels Kaggle's "
+            f"{SOLUTION}, the devkit {DEVKIT}.tar.gz, or lines of `file_name class`"
+        )
+    if images.form == "tar":
+        with open(path, "rb") as file:
+            sizes = {image: size for image, size, _ in tar_files(file, path) if is_image(image)}
+        made_of = _last_changes(images)
+    else:
+        sizes = dict.fromkeys(sorted(filter(is_image, os.listdir(path))), 0)
+        made_of = _link_target(path, out, below=2)
+    if not sizes:
+        raise UserError(f"{path} holds no images; get it again")
+    classes = image_classes(sizes, path, labels)
+    entries = {f"{classes[image]}/{image}": size for image, size in sizes.items()}
+    return Split(name, images, made_of, entries)
+
+
+def _last_changes(images: Images) -> str:
+    tars = [images.path] if images.form == "tar" else sorted(images.path.glob("*.tar"))
+    return " ".join(str(tar.stat().st_mtime_ns) for tar in tars)
+
+
+def _link_target(path: Path, out: Path, below: int) -> str:
+    """What a link so many folders below out's top says for `path`: relative if the two are neighbors."""
+    path, out = path.resolve(), out.resolve()
+    near = [folder for folder in (out.parent, out.parent.parent) if folder != folder.parent]
+    if not any(path.is_relative_to(folder) for folder in near):
+        return str(path)
+    return os.path.relpath(path, out / "/".join(["folder"] * below))
+
+
+# --- Making it
+
+
+def _make(split: Split, out: Path) -> Counter[str]:
+    """Make a split unless it is there, under another name until it is whole; its images by class."""
+    final, partial, source = out / split.name, out / f".{split.name}.partial", split.images.path
+    if not split.entries:
+        if not os.path.lexists(final):
+            final.symlink_to(_link_target(source, out, below=0), target_is_directory=True)
+        elif final.resolve() != source.resolve():
+            raise UserError(f"{final} exists and is not {source}; choose another --out")
+        return _count(final)
+    is_made = os.path.lexists(final)
+    folder = final if is_made else partial
+    if is_made:
+        expected = _recorded(split, final)
+    else:
+        partial.mkdir(exist_ok=True)
+        if (partial / RECORD).exists():
+            _recorded(split, partial)
+        else:
+            _record(split, partial, None)
+        expected = _fill(split, partial, out)
+    images = _count(folder)
+    if images.total() != expected:
+        raise UserError(
+            f"{folder} holds {images.total()} images, not the {expected} of {source}; remove it and prepare "
+            f"again"
+        )
+    if not is_made:
+        _record(split, partial, expected)
+        if not split.images.is_readable:
+            os.sync()  # a power cut must not leave empty images under the final name
+        os.rename(partial, final)
+    return images
+
+
+def _fill(split: Split, partial: Path, out: Path) -> int:
+    """Make what is not there yet of the links or images of a split; the number that there should be."""
+    path, unfinished, hidden = split.images.path, partial / UNFINISHED_FILE, not shows_bars()
+    for name in split.class_names:
+        (partial / name).mkdir(exist_ok=True)
+    if split.images.form == "flat":
+        target = _link_target(path, out, below=2)
+        for entry in tqdm(split.entries, f"link {split.name}", unit="img", disable=hidden):
+            if not os.path.lexists(partial / entry):
+                os.symlink(f"{target}/{entry.partition('/')[2]}", partial / entry)
+        return len(split.entries)
+    size = sum(split.entries.values())
+    with tqdm(total=size, desc=f"unpack {split.name}", unit="B", unit_scale=True, disable=hidden) as bar:
+        if split.by_label:
+            targets = {entry.partition("/")[2]: partial / entry for entry in split.entries}
+            with open(path, "rb") as file:
+                return unpack(file, path, targets, unfinished, bar)
+        return sum(
+            unpack(tar, path / f"{wnid}.tar", partial / wnid, unfinished, bar)
+            for wnid, _, tar in class_tars(split.images)
+        )
+
+
+def class_tars(images: Images) -> Iterator[TarFile]:
+    """Every class with its tar, from a folder of them or from the tar of them all.
+
+    Raises:
+        UserError: see `tar_files`.
+    """
+    if images.form == "class tars":
+        for name in sorted(os.listdir(images.path)):
+            if match := WNID_TAR.fullmatch(name):
+                with open(images.path / name, "rb") as file:
+                    yield match[1], os.fstat(file.fileno()).st_size, file
+    else:
+        with open(images.path, "rb") as file:
+            for name, size, stream in tar_files(file, images.path):
+                if match := WNID_TAR.fullmatch(name):
+                    yield match[1], size, stream
+
+
+def unpack(tar: IO[bytes], where: Path, targets: Path | dict[str, Path], unfinished: Path, bar: tqdm) -> int:
+    """Unpack the images of a tar that are not there in full size yet; returns how many images it holds.
+
+    Args:
+        tar: the open tar.
+        where: what to call it in a message.
+        targets: folder of the images, or the path of every image by its file name.
+        unfinished: where an image is written before it gets its name; on the same file system.
+        bar: progress in bytes.
+
+    Raises:
+        UserError: see `tar_files`.
+    """
+    count = 0
+    with damage_named(where):
+        for name, size, stream in tar_files(tar, where):
+            if not is_image(name):
+                continue
+            target = targets / name if isinstance(targets, Path) else targets[name]
+            if not (target.is_file() and target.stat().st_size == size):
+                with atomic_write(target, unfinished, durable=False) as file:
+                    shutil.copyfileobj(stream, file)
+            bar.update(size)
+            count += 1
+    return count
+
+
+def _record(split: Split, folder: Path, count: int | None) -> None:
+    record = {"source": str(split.images.path.resolve()), "contents": split.digest, "images": count}
+    with atomic_write(folder / RECORD, folder / UNFINISHED_FILE) as file:
+        file.write(json.dumps(record).encode())
+
+
+def _recorded(split: Split, folder: Path) -> int | None:
+    """Refuse a folder that `prepare` did not begin so; its number of images, None while it is unfinished."""
+    try:
+        record = json.loads("" if folder.is_symlink() else (folder / RECORD).read_text())
+        source, contents, count = record["source"], record["contents"], record["images"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder} exists and was not made by `prepare`; choose another --out") from error
+    if contents != split.digest:
+        raise UserError(
+            f"{folder} was made of other images or labels, or {source} has changed since; "
+            f"choose another --out or remove it"
+        )
+    return count
+
+
+def _count(split: Path) -> Counter[str]:
+    """Number of images of every class folder; of those outside of class folders under an empty name."""
+    counts: Counter[str] = Counter()
+    for folder in walk(split):
+        counts[folder.below.partition("/")[0]] += folder.num_images
+    return counts

@@ -1,32 +1,81 @@
-"""`dino-sparo shard`: tar shards of webdataset's layout from a folder of images, as they are or reduced."""
+"""`dino-sparo shard`: tar shards of webdataset's layout from a folder of images, as they are or reduced.
+
+A split is written shard by shard in several processes, each shard as a whole or not at all.
+"""
 
 import hashlib
 import json
+import multiprocessing
 import os
 import shlex
 import shutil
+import signal
 import tarfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
-from dino_sparo.data.index import keep_index
-from dino_sparo.data.indexed import FolderSource
-from dino_sparo.data.parquet import ParquetSource
-from dino_sparo.data.shard_headers import Shard, is_plain, is_shard, key_of, pack_shards
-from dino_sparo.data.shard_writer import Job, write_shards
-from dino_sparo.data.shards import INDEX_FILE, RECORD, ShardIndex, is_finished
+from dino_sparo.data.decode import UNREADABLE, UnreadableImageError, decode, open_image, problem_of
+from dino_sparo.data.index import FolderSource, keep_index
+from dino_sparo.data.shards import (
+    INDEX_FILE,
+    RECORD,
+    ImageOfShard,
+    Shard,
+    ShardIndex,
+    is_finished,
+    is_plain,
+    is_shard,
+    key_of,
+    pack_shards,
+)
 from dino_sparo.data.sources import open_images, open_val
+from dino_sparo.data.tables import TableSource
 from dino_sparo.errors import UserError
 from dino_sparo.files import atomic_write
-from dino_sparo.options import ShardOptions
-from dino_sparo.parallel.processes import only_writer
+from dino_sparo.parallel.processes import end_with_parent, only_writer
+from dino_sparo.terminal import shows_bars
 
 IMAGES_PER_SHARD = 2000  # of ImageNet 220 MB, so that it has 641 shards
 UNFINISHED_RECORD = f"{RECORD}.part"
-SPLITS = ("val", "train")  # in the order in which they are finished: with train all is there
+JPEG_QUALITY = 95
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The shards of one split, and what they are made of."""
+
+    source: FolderSource | TableSource
+    folder: Path
+    short_side: int | None
+    images_per_shard: int
+
+    @property
+    def num_shards(self) -> int:
+        """How many there will be."""
+        return -(-len(self.source) // self.images_per_shard)
+
+    def shard(self, number: int) -> Path:
+        """The file of a shard."""
+        return self.folder / f"{number:06d}.tar"
+
+    def images(self, number: int) -> range:
+        """The images in a shard, by their number in the source."""
+        first = number * self.images_per_shard
+        return range(first, min(first + self.images_per_shard, len(self.source)))
+
+    def missing(self) -> list[int]:
+        """The shards that are not there yet; those that are were whole when they got their name."""
+        return [number for number in range(self.num_shards) if not self.shard(number).exists()]
 
 
 def shard(
@@ -39,7 +88,7 @@ def shard(
     """Write the images of a folder into shards, in its order, and print what there is.
 
     A source with train and val becomes out/train and out/val, any other shards in `out` itself. A shard gets
-    its name when it is whole, the index comes last; the same command goes on where it was killed, and does
+    its name when it is whole, the index comes last; the same command resumes where it was killed, and does
     nothing if all is done.
 
     Args:
@@ -47,7 +96,7 @@ def shard(
         out: folder for the shards; created if it does not exist.
         short_side: images with a longer short side are reduced to it, in pixels, and become JPEG files; None
             copies all files as they are.
-        num_workers: processes that write, one a core if None; 0 writes in this one.
+        num_workers: processes that write, one per core if None; 0 writes in this one.
         images_per_shard: images in every shard but the last.
 
     Raises:
@@ -57,28 +106,27 @@ def shard(
     """
     if short_side is not None and short_side < 1:
         raise UserError(f"--short-side is {short_side}; expected a number of pixels above 0, or null")
-    jobs = _plan(source, Path(out), short_side, images_per_shard)
+    splits = _plan(source, Path(out), short_side, images_per_shard)
     workers = len(os.sched_getaffinity(0)) if num_workers is None else num_workers
-    _check_out(Path(out), jobs)
+    _check_out(Path(out), splits)
     Path(out).mkdir(parents=True, exist_ok=True)
     with only_writer(Path(out)):
-        sizes = [_begin(job) for job in jobs]
-        _check_space(Path(out), jobs, sizes)
-        written = write_shards(jobs, workers)
-        for job in jobs:
-            _finish(job, written)
-    print(_summary(out, jobs))
+        sizes = [_begin(split) for split in splits]
+        _check_space(Path(out), splits, sizes)
+        for split in splits:
+            _finish(split, _write_shards(split, workers))
+    print(_summary(out, splits))
 
 
-def _plan(source: str, out: Path, short_side: int | None, images_per_shard: int) -> list[Job]:
-    """One job a split. All is checked here that can be before anything is looked at in `out`."""
-    found = {"train": open_images(source, key="DIR"), "val": open_val(source)}
-    jobs = []
-    for split in SPLITS:
-        images = found[split]
+def _plan(source: str, out: Path, short_side: int | None, images_per_shard: int) -> list[Split]:
+    """The splits of a source, train last. All is checked here that can be before `out` is looked at."""
+    train, val = open_images(source, key="DIR"), open_val(source)
+    found = {"val": val, "train": train}  # in the order in which they are finished: with train all is there
+    splits = []
+    for name, images in found.items():
         if images is None:
             continue
-        if not isinstance(images, FolderSource | ParquetSource):
+        if not isinstance(images, FolderSource | TableSource):
             raise UserError(
                 f"DIR {source!r} is no folder of images, but shards, generated pictures or a set by name"
             )
@@ -87,12 +135,12 @@ def _plan(source: str, out: Path, short_side: int | None, images_per_shard: int)
                 f"--out {str(out)!r} lies among the images of {images.root}; choose a folder outside"
             )
         _check_names(images, short_side)
-        folder = out / split if found["val"] is not None else out
-        jobs.append(Job(images, folder, short_side, images_per_shard))
-    return jobs
+        folder = out / name if val is not None else out
+        splits.append(Split(images, folder, short_side, images_per_shard))
+    return splits
 
 
-def _check_names(source: FolderSource | ParquetSource, short_side: int | None) -> None:
+def _check_names(source: FolderSource | TableSource, short_side: int | None) -> None:
     """Refuse images that could not be told apart in a shard, where the first dot ends a sample's key."""
     names = map(source.index.name, range(len(source)))
     for _, group in groupby(names, key=key_of):
@@ -106,11 +154,11 @@ def _check_names(source: FolderSource | ParquetSource, short_side: int | None) -
             )
 
 
-def _check_out(out: Path, jobs: list[Job]) -> None:
+def _check_out(out: Path, splits: list[Split]) -> None:
     """Refuse a folder that holds something else."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {str(out)!r} is a file; give a folder")
-    folders = {job.folder for job in jobs}
+    folders = {split.folder for split in splits}
     for folder in {out, *folders}:
         there = sorted(os.listdir(folder)) if folder.is_dir() else []
         ours = {UNFINISHED_RECORD, *(inner.name for inner in folders if inner.parent == folder)}
@@ -124,44 +172,46 @@ def _check_out(out: Path, jobs: list[Job]) -> None:
             )
 
 
-def _begin(job: Job) -> NDArray[np.int64]:
+def _begin(split: Split) -> NDArray[np.int64]:
     """Write down what the shards are made of, or refuse those made of something else; sizes in bytes."""
-    stats = job.source.stats()[:, :2]
+    stats = split.source.stats()[:, :2]
     record = {
-        "source": str(job.source.root.resolve()),  # for people
-        "images": job.source.fingerprint(),
+        "source": str(split.source.root.resolve()),  # for people
+        "images": split.source.fingerprint(),
         "files": hashlib.sha256(stats.tobytes()).hexdigest(),
-        "short_side": job.short_side,
-        "images_per_shard": job.images_per_shard,
+        "short_side": split.short_side,
+        "images_per_shard": split.images_per_shard,
     }
-    path = job.folder / RECORD
+    path = split.folder / RECORD
     if path.exists():
         try:
             before = json.loads(path.read_text())
             differ = [name for name in record if name != "source" and before[name] != record[name]]
         except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path} is damaged; remove {job.folder} and write it again") from error
+            raise UserError(f"{path} is damaged; remove {split.folder} and write it again") from error
         if differ:
             what = f"--short-side {before['short_side']}" if differ == ["short_side"] else "other images"
             raise UserError(
-                f"{job.folder} was made with {what}, or {before['source']} has changed since; choose another "
-                f"--out or remove it"
+                f"{split.folder} was made with {what}, or {before['source']} has changed since; choose "
+                f"another --out or remove it"
             )
     else:
-        job.folder.mkdir(parents=True, exist_ok=True)
+        split.folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(path, path.with_name(UNFINISHED_RECORD)) as file:
             file.write(json.dumps(record).encode())
     return stats[:, 0]
 
 
-def _check_space(out: Path, jobs: list[Job], sizes: list[NDArray[np.int64]]) -> None:
+def _check_space(out: Path, splits: list[Split], sizes: list[NDArray[np.int64]]) -> None:
     """Refuse to begin what the disk has no room for. An image that is reduced is taken for its short side's
-    square in bytes at most: twice as long as wide at half a byte a pixel."""
+    square in bytes at most: twice as long as wide at half a byte per pixel."""
     needed = 0
-    for job, of_files in zip(jobs, sizes, strict=True):
-        bound = of_files if job.short_side is None else np.minimum(of_files, job.short_side**2)
+    for split, of_files in zip(splits, sizes, strict=True):
+        bound = of_files if split.short_side is None else np.minimum(of_files, split.short_side**2)
         in_tar = -(-bound // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE + 3 * tarfile.BLOCKSIZE
-        needed += sum(int(in_tar[job.images(n).start : job.images(n).stop].sum()) for n in job.missing())
+        needed += sum(
+            int(in_tar[split.images(n).start : split.images(n).stop].sum()) for n in split.missing()
+        )
     free = shutil.disk_usage(out).free
     if needed > free:
         raise UserError(
@@ -170,35 +220,144 @@ def _check_space(out: Path, jobs: list[Job], sizes: list[NDArray[np.int64]]) -> 
         )
 
 
-def _finish(job: Job, written: dict[Path, Shard]) -> None:
+def _finish(split: Split, written: dict[str, Shard]) -> None:
     """Write the index of the shards, unless it is there; with it they can be read. Only those that an earlier
     start wrote are looked at again."""
-    if is_finished(job.folder):
+    if is_finished(split.folder):
         return
-    known = {path.name: shard for path, shard in written.items() if path.parent == job.folder}
-    index = keep_index(ShardIndex, job.folder / INDEX_FILE, pack_shards(job.folder, known))
-    same = job.short_side is not None or index.fingerprint == job.source.fingerprint()
-    if len(index) != len(job.source) or not same:
-        (job.folder / INDEX_FILE).unlink()
+    index = keep_index(ShardIndex, split.folder / INDEX_FILE, pack_shards(split.folder, written))
+    same = split.short_side is not None or index.fingerprint == split.source.fingerprint()
+    if len(index) != len(split.source) or not same:
+        (split.folder / INDEX_FILE).unlink()
         raise UserError(
-            f"{job.folder} holds {len(index)} images that are not the {len(job.source)} of "
-            f"{job.source.root}; remove it and write it again"
+            f"{split.folder} holds {len(index)} images that are not the {len(split.source)} of "
+            f"{split.source.root}; remove it and write it again"
         )
 
 
-def _summary(out: str, jobs: list[Job]) -> str:
+def _summary(out: str, splits: list[Split]) -> str:
     """What was written, and what to run next."""
     lines = []
-    for job in jobs:
-        num_bytes = sum(job.shard(number).stat().st_size for number in range(job.num_shards))
-        classes = f", {len(job.source.classes)} classes" if job.labels is not None else ""
+    for split in splits:
+        num_bytes = sum(split.shard(number).stat().st_size for number in range(split.num_shards))
+        classes = f", {len(split.source.classes)} classes" if split.source.labels is not None else ""
         lines.append(
-            f"{job.folder}: {len(job.source)} images in {job.num_shards} shards, {num_bytes / 1e9:.2f} GB"
-            f"{classes}"
+            f"{split.folder}: {len(split.source)} images in {split.num_shards} shards, "
+            f"{num_bytes / 1e9:.2f} GB{classes}"
         )
     return "\n".join([*lines, f"next: dino-sparo pretrain --data.path {shlex.quote(out)} ..."])
 
 
-def run(options: ShardOptions) -> None:
-    """`dino-sparo shard`."""
-    shard(options.source, options.out, options.short_side, options.num_workers)
+def _write_shards(split: Split, num_workers: int) -> dict[str, Shard]:
+    """Write all shards that are not there yet, in so many processes, 0: in this one; what is in them by name.
+
+    Raises:
+        UserError: an image cannot be read, or a process has died.
+        OSError: a shard cannot be written.
+    """
+    todo, total = split.missing(), len(split.source)
+    done = total - sum(len(split.images(number)) for number in todo)
+    written: dict[str, Shard] = {}
+    with (
+        tqdm(desc="shards", total=total, initial=done, unit="img", disable=not shows_bars()) as bar,
+        _writers(split, min(num_workers, len(todo))) as write,
+    ):
+        for name, shard in write(todo):
+            written[name] = shard
+            bar.update(len(shard.sizes))
+    return written
+
+
+@contextmanager
+def _writers(split: Split, num_workers: int) -> Iterator[Callable[[list[int]], Iterator[tuple[str, Shard]]]]:
+    """What writes shards by number, and yields each when it is done; after an error no process continues."""
+    if num_workers == 0:
+        yield lambda numbers: (_write_shard(split, number) for number in numbers)
+        return
+    others = multiprocessing.active_children()
+    context = multiprocessing.get_context("spawn")  # a fork would inherit locks of threads
+    pool = ProcessPoolExecutor(num_workers, context, _start_worker, (split,))
+    try:
+        yield lambda numbers: (
+            done.result() for done in as_completed([pool.submit(_write_one, n) for n in numbers])
+        )
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that writes shards has died; give fewer --num-workers if memory ran out, then the "
+            "same command resumes"
+        ) from error
+    except BaseException:
+        for child in multiprocessing.active_children():
+            if child not in others:
+                child.kill()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_split: list[Split] = []  # of a worker process
+
+
+def _start_worker(split: Split) -> None:
+    end_with_parent(signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    _split[:] = [split]
+
+
+def _write_one(number: int) -> tuple[str, Shard]:
+    return _write_shard(_split[0], number)
+
+
+def _write_shard(split: Split, number: int) -> tuple[str, Shard]:
+    """Write a shard under another name, then rename it; its name and what a reader will find in it."""
+    path, labels, images = split.shard(number), split.source.labels, []
+    with (
+        atomic_write(path, path.with_name(f".{path.name}.part")) as file,
+        # As GNU tar writes: names of any length in any encoding. Equal images make equal shards.
+        tarfile.open(
+            fileobj=file, mode="w", format=tarfile.GNU_FORMAT, encoding="utf-8", errors="surrogateescape"
+        ) as archive,
+    ):
+        for image in split.images(number):
+            name, data = _sample(split, image)
+            offset = _add(archive, name, data)
+            label = None if labels is None else str(labels[image])
+            if label is not None:
+                _add(archive, f"{name.rpartition('.')[0]}.cls", label.encode())
+            images.append(ImageOfShard(name, offset, len(data), label))
+    return path.name, Shard.of(images)
+
+
+def _add(archive: tarfile.TarFile, name: str, data: bytes) -> int:
+    """Append a file; the offset of its bytes."""
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    archive.addfile(member, BytesIO(data))
+    archive.members.clear()  # type: ignore[attr-defined]  # which would hold all of them
+    return archive.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+
+def _sample(split: Split, image: int) -> tuple[str, bytes]:
+    """Name and bytes of an image in a shard."""
+    name, data = split.source.index.name(image), b""
+    try:
+        data = split.source.read(image)
+        return (name, data) if split.short_side is None else _reduced(name, data, split.short_side)
+    except UNREADABLE as error:
+        raise UnreadableImageError(
+            split.source.name(image),
+            problem_of(data, error)[1],
+            "repair or remove the file, then start again with a new --out if that changes the images",
+        ) from error
+
+
+def _reduced(name: str, data: bytes, short_side: int) -> tuple[str, bytes]:
+    """The image itself unless its short side is longer; else a JPEG file of it at that short side."""
+    with open_image(data) as image:
+        short, long = sorted(image.size)
+    if short <= short_side:
+        return name, data
+    buffer = BytesIO()
+    decode(data, max(short_side, round(long * short_side / short))).save(buffer, "JPEG", quality=JPEG_QUALITY)
+    stem, _, ending = name.rpartition(".")
+    return name if ending.lower() in ("jpg", "jpeg") else f"{stem}.jpg", buffer.getvalue()

@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dino_sparo.training import pretrain as program
-from tests.tiny import tiny_options, write_pictures
+from dino_sparo.__main__ import main
+from dino_sparo.cli.pretraining import pretrain
+from tests.tiny import tiny_arguments, tiny_options, write_pictures
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -29,6 +30,7 @@ def golden() -> Callable[[str], dict[str, np.ndarray]]:
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory) -> None:
     os.environ["DINO_SPARO_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def run_dir(tmp_path_factory) -> Path:
     """A tiny run that has ended, beside its images in `data`."""
     folder = tmp_path_factory.mktemp("run")
     write_pictures(folder / "data", 4)
-    program.pretrain(tiny_options(folder / "data", folder / "run"))
+    pretrain(tiny_options(folder / "data", folder / "run"))
     return folder / "run"
 
 
@@ -54,3 +56,17 @@ def horizontal_first(monkeypatch):
         return resize(resize(self, (size[0], self.height), resample), size, resample)
 
     monkeypatch.setattr(Image.Image, "resize", in_order)
+
+
+@pytest.fixture(scope="session")
+def slot_runs(tmp_path_factory) -> dict[str, Path]:
+    """Pictures of three classes, others of two, a run with three slots, and one without, 16 numbers wide."""
+    folder = tmp_path_factory.mktemp("slot_runs")
+    write_pictures(folder / "data", 60, classes=3)
+    write_pictures(folder / "other", 40, classes=2)
+    fields = ("num_slots", "slot_dim", "key_dim", "group_size")
+    no_slots = {f"model__readout__{name}": "null" for name in fields} | {"model__readout__name": "cls"}
+    for name, changes in {"sparo": {"model__readout__num_slots": 3}, "cls": no_slots}.items():
+        settings = {"optim__epochs": 1, "optim__global_batch_size": 24} | changes
+        assert main(["pretrain", *tiny_arguments(folder / "data", folder / name, **settings)]) == 0
+    return {name: folder / name for name in ("data", "other", "sparo", "cls")}

@@ -1,4 +1,4 @@
-"""Coloured noise to classify, a tiny encoder, and the linear probe run on them."""
+"""Colored noise to classify, a tiny encoder, and the linear probe run on them."""
 
 from pathlib import Path
 
@@ -6,21 +6,19 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dino_sparo.config import parse_options
-from dino_sparo.evaluation import linear as program
+from dino_sparo.cli import evaluating
+from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.evaluation.classifiers import load_classifier
 from dino_sparo.evaluation.results import read_results
-from dino_sparo.options import LinearOptions
-from dino_sparo.training.pretrain import pretrain
-from tests.tiny import tiny_options, write_pictures
+from tests.tiny import parse_options, tiny_options, write_pictures
 
 CLASSES = ("blue", "green", "red")
 NUM_TRAIN, NUM_VAL, BATCH_SIZE = 22, 7, 8  # two steps an epoch, six images dropped
 OFFICIAL = "3 blocks both lr 0.001"
 
 
-def write_colours(folder: Path, count: int, classes: tuple[str, ...] = CLASSES) -> None:
-    """Noise of one colour in class folders, so that there is something to learn."""
+def write_colors(folder: Path, count: int, classes: tuple[str, ...] = CLASSES) -> None:
+    """Noise of one color in class folders, so that there is something to learn."""
     rng = np.random.default_rng(count)
     for number in range(count):
         name = classes[number % len(classes)]
@@ -32,8 +30,8 @@ def write_colours(folder: Path, count: int, classes: tuple[str, ...] = CLASSES) 
 
 
 def write_data(folder: Path) -> Path:
-    write_colours(folder / "train", NUM_TRAIN)
-    write_colours(folder / "val", NUM_VAL)
+    write_colors(folder / "train", NUM_TRAIN)
+    write_colors(folder / "val", NUM_VAL)
     return folder
 
 
@@ -51,9 +49,13 @@ def arguments(run: Path, data: Path, out: Path, **changes) -> list[str]:
     return [f"--{key}={value}" for key, value in given.items()]
 
 
+def options(run: Path, data: Path, out: Path, **changes) -> evaluating.LinearOptions:
+    return parse_options(evaluating.LinearOptions, arguments(run, data, out, **changes), usage="")
+
+
 def linear(run: Path, data: Path, out: Path, **changes) -> list:
     """Run the program; its results."""
-    program.run(parse_options(LinearOptions, arguments(run, data, out, **changes), usage=""))
+    evaluating.linear(options(run, data, out, **changes))
     return read_results(out)
 
 

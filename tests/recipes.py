@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import yaml
 
-from dino_sparo.config import leaf_keys, parse_options, recipes
+from dino_sparo.cli.pretraining import PretrainOptions
 from dino_sparo.errors import UserError
-from dino_sparo.options import PretrainOptions
-from dino_sparo.runs.rundir import config_of
+from dino_sparo.recipe.files import recipes
+from dino_sparo.recipe.typed import leaf_keys
+from tests.tiny import parse_options
 
 REQUIRED = ("--data.path", "x", "--run_dir", "y")
 KEYS = leaf_keys(PretrainOptions)
@@ -22,7 +23,7 @@ def parse(*arguments: str, options_class: type = PretrainOptions) -> Any:
 
 
 def parsed(recipe: str, *arguments: str) -> dict[str, Any]:
-    return config_of(parse("--config", recipe, *REQUIRED, *arguments))
+    return parse("--config", recipe, *REQUIRED, *arguments).as_dict()
 
 
 def content(recipe: str = "photos_sparo") -> dict[str, Any]:

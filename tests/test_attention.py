@@ -7,7 +7,7 @@ from PIL import Image
 
 from dino_sparo.models import build_encoder
 from dino_sparo.slots.attention import cls_attention, distinct_slots, slot_attention
-from dino_sparo.slots.drawing import COLOURS, OPACITIES, draw_slot_maps, overlay
+from dino_sparo.slots.drawing import COLORS, OPACITIES, draw_slot_maps, overlay
 from tests.test_readout import FLOAT64_TOLERANCE, golden_sparo
 
 SMALL = {"width": 48, "depth": 3, "num_heads": 3}
@@ -109,7 +109,7 @@ def test_picture_is_bright_where_the_slot_looks(tmp_path):
     assert column > overlay.shape[1] / 2
 
 
-def test_overlay_has_the_images_size_and_colours_by_the_peak():
+def test_overlay_has_the_images_size_and_colors_by_the_peak():
     pixels = torch.full((3, 24, 40), 100, dtype=torch.uint8)
     attention = torch.zeros(3, 5)
     attention[2, 1] = 0.4
@@ -119,6 +119,6 @@ def test_overlay_has_the_images_size_and_colours_by_the_peak():
     assert bright.max() > half.max() > half.min() == bright.min()
     assert (overlay(pixels, attention * 0, 0.0).sum(2, dtype=int) == bright.min()).all()  # looks at CLS only
     least, most = OPACITIES
-    quarter = overlay(pixels, torch.full((3, 5), 0.1), 0.4)[0, 0]  # of the peak: halfway up the colours
-    middle, opacity = 255 * np.asarray(COLOURS(0.5))[:3], (least + most) / 2
+    quarter = overlay(pixels, torch.full((3, 5), 0.1), 0.4)[0, 0]  # of the peak: halfway up the colors
+    middle, opacity = 255 * np.asarray(COLORS(0.5))[:3], (least + most) / 2
     np.testing.assert_allclose(quarter, (1 - opacity) * 100 + opacity * middle, atol=1)

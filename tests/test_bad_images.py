@@ -14,17 +14,17 @@ import pytest
 import torch
 from PIL import EpsImagePlugin, Image
 
+from dino_sparo.cli.pretraining import pretrain as pretrain_by
 from dino_sparo.data import pil_views
+from dino_sparo.data.decode import PROBLEMS
 from dino_sparo.data.images import CenterCrops, to_tensor
 from dino_sparo.data.scan import scan_images
-from dino_sparo.data.scan_files import PROBLEMS
 from dino_sparo.data.scan_report import copies_inside
 from dino_sparo.data.sources import open_images
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.features import extract_features
 from dino_sparo.models import build_encoder
 from dino_sparo.training import bad_images as list_of_bad_images
-from dino_sparo.training import pretrain as program
 from tests.tiny import tiny_options
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
@@ -150,7 +150,7 @@ def pretrain(data: Path, run_dir: Path, on_bad_image: str) -> list[dict[str, str
         optim__freeze_last_layer_epochs=0,
         **changes,
     )
-    program.pretrain(options)
+    pretrain_by(options)
     path = run_dir / list_of_bad_images.FILE
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 

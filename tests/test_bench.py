@@ -1,11 +1,353 @@
-"""The benchmark of the read-out: what can be asserted without a clock."""
+"""The benchmark: what can be asserted without a clock."""
 
+import copy
+import json
+from contextlib import nullcontext
+from itertools import repeat
+from types import SimpleNamespace
+
+import pytest
 import torch
+import yaml
+from PIL import Image
 from timm.models.vision_transformer import Block
+from torch.autograd import DeviceType
 
-from dino_sparo.bench.plain import direct_sparo
-from dino_sparo.models import Sparo
+from dino_sparo.__main__ import main
+from dino_sparo.bench import loading
+from dino_sparo.bench.loading import HEIGHT, WIDTH, end_to_end, jpeg_files, warmed_up
+from dino_sparo.bench.plain import (
+    PlainViews,
+    crop_groups,
+    direct_sparo,
+    plain_batches,
+    plain_state,
+    plain_step,
+)
+from dino_sparo.bench.timing import HOST_WAITS, host_waits, profiled, range_seconds, spread, spread_of_ratios
+from dino_sparo.bench.training import published_peak
+from dino_sparo.check import measure
+from dino_sparo.data.images import normalize
+from dino_sparo.data.loader import CropsDataset
+from dino_sparo.data.sources import open_images
+from dino_sparo.data.views import crop_recipes
+from dino_sparo.models import DINOHead, DinoModel, Sparo, build_encoder
 from dino_sparo.models.cost import bytes_saved_for_backward
+from dino_sparo.training.loss import DINOLoss
+from dino_sparo.training.pretrain import train_step
+from dino_sparo.training.schedules import Hyperparameters
+from dino_sparo.training.state import state_of
+from tests.recipes import content
+from tests.test_trajectory import KEY_BIAS_TOLERANCE, TOLERANCE
+from tests.tiny import TINY, write_pictures
+
+CPU = torch.device("cpu")
+CLIP_NORM = 0.05  # small, so that it clips some gradients and leaves others
+SLOTS = {"num_slots": 4, "slot_dim": 8, "key_dim": 8, "group_size": 2}
+RANGES = [
+    *("teacher forward", "student forward", "loss", "backward", "gradient averaging"),
+    *("gradient clipping", "optimizer", "teacher update"),
+]
+
+
+def new_state(readout: str, device=CPU):
+    """A small run that has not begun, the same at every call."""
+    torch.manual_seed(0)
+    networks = []
+    for _ in range(2):
+        options = SLOTS if readout == "sparo" else {}
+        arch = {"width": 48, "depth": 4, "num_heads": 3}
+        encoder = build_encoder(arch, 16, 96, readout, **options)
+        networks.append(DinoModel(encoder, DINOHead(encoder.embed_dim, 256, 64, 16)))
+    return state_of(*networks, DINOLoss(256), device, loss_scaling=False)
+
+
+def hyperparameters(step: int) -> Hyperparameters:
+    return Hyperparameters(
+        lr=0.0001, weight_decay=0.1, momentum=0.9, teacher_temp=0.04, freeze_last_layer=step == 0
+    )
+
+
+def crops(step: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randn(n, 2, 3, side, side, generator=generator) for n, side in ((2, 96), (3, 48))]
+
+
+def plain_of(state):
+    """The same run for the plain step."""
+    return plain_state(
+        *(state.student, state.teacher, state.loss_fn.center),
+        student_temp=state.loss_fn.student_temp,
+        center_momentum=state.loss_fn.center_momentum,
+        loss_scaling=False,
+    )
+
+
+@pytest.mark.parametrize("readout", ["sparo", "cls", "gap"])
+def test_two_plain_steps_equal_ours(readout):
+    ours, plain = new_state(readout), plain_of(new_state(readout))
+    initial = copy.deepcopy(ours.student.state_dict())
+    for step in range(2):
+        arguments = {"clip_norm": CLIP_NORM, "autocast": nullcontext()}
+        output = train_step(ours, repeat(crops(step)), 1, hyperparameters(step), **arguments)
+        loss = plain_step(plain, crops(step), **vars(hyperparameters(step)), **arguments)
+        assert loss == pytest.approx(output.loss.item(), rel=TOLERANCE)
+        assert (output.gradient_norms > CLIP_NORM).any() and (output.gradient_norms < CLIP_NORM).any()
+    torch.testing.assert_close(plain.center, ours.loss_fn.center, atol=TOLERANCE, rtol=0)
+    for who in ("student", "teacher"):
+        expected = getattr(ours, who).state_dict()
+        for name, value in getattr(plain, who).state_dict().items():
+            error = (value - expected[name]).abs()
+            if name.endswith("qkv.bias"):  # the true gradient of the key bias is zero
+                key = slice(len(error) // 3, 2 * len(error) // 3)
+                assert error[key].max() < KEY_BIAS_TOLERANCE
+                error[key] = 0
+            assert error.max() <= TOLERANCE, (who, name)
+    moved = ours.student.state_dict()["encoder.backbone.pos_embed"] - initial["encoder.backbone.pos_embed"]
+    assert moved.abs().max() > 10 * TOLERANCE
+
+
+def test_ranges_of_the_real_step_and_its_waits():
+    state, arguments = new_state("sparo"), {"clip_norm": CLIP_NORM, "autocast": nullcontext()}
+    events = profiled(lambda: train_step(state, repeat(crops(0)), 1, hyperparameters(1), **arguments), 2, CPU)
+    seconds = range_seconds(events, "cpu")
+    assert list(seconds) == RANGES and all(value > 0 for value in seconds.values())
+    whole = sum(event.time_range.elapsed_us() for event in events if event.name == "training step") / 1e6
+    assert sum(seconds.values()) < whole
+    assert not [name for name, count in host_waits(events).items() if count and name.startswith("cuda")]
+
+
+def test_on_a_gpu_a_range_takes_what_the_kernels_launched_within_it_take():
+    def event(name, start, end, *kernels, annotation=False, device=DeviceType.CPU):
+        return SimpleNamespace(
+            name=name,
+            device_type=device,
+            is_user_annotation=annotation,
+            cpu_parent=SimpleNamespace(name="training step") if annotation else None,
+            time_range=SimpleNamespace(start=start, end=end),
+            kernels=[SimpleNamespace(duration=duration) for duration in kernels],
+        )
+
+    events = [
+        event("forward", 0, 10, 999, annotation=True),
+        event("backward", 10, 20, annotation=True),
+        event("Optimizer.step#AdamW.step", 20, 30, annotation=True),
+        event("aten::mm", 1, 2, 5, 6),
+        event("aten::mm", 12, 13, 7),  # in a thread of autograd
+        event("aten::mm", 21, 22, 8),
+        event("a kernel", 11, 40, device=DeviceType.CUDA),
+    ]
+    assert range_seconds(events, "cuda") == pytest.approx({"forward": 11e-6, "backward": 7e-6})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_ranges_of_the_real_step_on_a_gpu():
+    device = torch.device("cuda")
+    state, arguments = new_state("sparo", device), {"clip_norm": CLIP_NORM, "autocast": nullcontext()}
+    groups = [group.to(device) for group in crops(0)]
+    step = lambda: train_step(state, repeat(groups), 1, hyperparameters(1), **arguments)  # noqa: E731
+    seconds = [range_seconds(profiled(step, 1, device), "cuda") for _ in range(3)][-1]
+    assert list(seconds) == RANGES and all(value > 0 for value in seconds.values())
+
+
+def test_plain_views_without_chance_are_those_of_training(tmp_path):
+    write_pictures(tmp_path, 3)
+    source = open_images(str(tmp_path))
+    certain = dict.fromkeys(("blur_probability", "solarize_probability"), (1.0, 1.0, 1.0))
+    certain |= {"global_scale": (1.0, 1.0), "local_scale": (1.0, 1.0), "blur_radius": (1.0, 1.0)}
+    certain |= {"flip_probability": 1.0, "grayscale_probability": 1.0, "jitter_probability": 0.0}
+    sizes = {"global_size": 16, "local_size": 8, "num_local_crops": 2}
+    recipes = crop_recipes(**(content("demo")["views"] | sizes | certain))
+    plain = PlainViews(source, recipes)
+    ours = CropsDataset(source, recipes, seed=5)
+    for mine, theirs in zip(plain[2], ours[0, 2].made, strict=True):
+        torch.testing.assert_close(mine, normalize(theirs), atol=1e-5, rtol=0)
+    batches = plain_batches(plain, batch_size=2, num_workers=0, prefetch_batches=2, device=CPU)
+    for _ in range(3):  # more than an epoch
+        assert [group.shape for group in next(batches)] == [(2, 2, 3, 16, 16), (2, 2, 3, 8, 8)]
+
+
+def test_plain_views_are_random(tmp_path):
+    write_pictures(tmp_path, 1)
+    views = PlainViews(open_images(str(tmp_path)), crop_recipes(**content("demo")["views"]))
+    assert not torch.equal(views[0][0], views[0][0])
+
+
+def test_groups_without_local_crops():
+    assert [len(group) for group in crop_groups([torch.zeros(1, 3, 4, 4)] * 2)] == [2]
+
+
+def test_files_get_the_usual_area_and_keep_their_shape(tmp_path):
+    for name in ("data", "encoded", "generated"):
+        (tmp_path / name).mkdir()
+    Image.new("RGB", (30, 90)).save(tmp_path / "data" / "a.png")
+    Image.new("RGB", (50, 50)).save(tmp_path / "data" / "b.png")
+    encoded = jpeg_files(str(tmp_path / "data"), 3, tmp_path / "encoded")
+    sizes = [encoded.load(number).size for number in range(3)]
+    assert sizes == [(250, 750), (433, 433), (250, 750)]
+    assert encoded.read(0)[:2] == b"\xff\xd8"
+    generated = jpeg_files(None, 2, tmp_path / "generated")
+    assert [generated.load(number).size for number in range(2)] == [(WIDTH, HEIGHT)] * 2
+    assert generated.read(0) != generated.read(1) and len(generated.read(0)) > 40_000
+
+
+def test_spreads():
+    found = spread([0.1, 0.3, 0.2], images=4)
+    assert found == pytest.approx({"median_ms": 200, "p10_ms": 120, "p90_ms": 280, "images_per_second": 20})
+    ratios = spread_of_ratios([2.0, 6.0, 1.0], [1.0, 2.0, 1.0])
+    assert ratios == pytest.approx({"median": 2, "p10": 1.2, "p90": 2.8})
+
+
+def test_time_end_to_end_is_shared_between_data_and_steps(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(loading, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    taken = []
+
+    def batches():
+        while True:
+            now[0] += 1.0
+            taken.append(len(taken))
+            yield [torch.zeros(1)]
+
+    def step(_groups):
+        now[0] += 3.0
+
+    endless = batches()
+    with warmed_up(endless, step, prefetched=5, device=CPU) as warm:
+        found = end_to_end(warm, step, batch_size=8, seconds=10, device=CPU)
+    assert found == {"images_per_second": 2.0, "data_wait_share": 0.25, "seconds": 12.0, "steps": 3}
+    assert len(taken) == 5 + 2 + 3 and not list(endless)  # it has been closed
+
+
+def test_host_waits_are_counted_within_steps(tmp_path):
+    numbers, trace = torch.ones(3), tmp_path / "trace.json"
+    events = profiled(lambda: (numbers.sum().item(), numbers[0].item()), 3, CPU, trace=str(trace))
+    assert host_waits(events) == dict.fromkeys(HOST_WAITS, 0) | {"aten::_local_scalar_dense": 2}
+    assert json.loads(trace.read_text())["traceEvents"]
+    assert not any(host_waits(profiled(numbers.sum, 2, CPU)).values())
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("Some GPU", None),
+    ],
+)
+def test_published_peak_by_name(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: name)
+    assert published_peak(torch.device("cuda", 0), "bf16") == peak
+    assert published_peak(torch.device("cuda", 0), "fp32") is None
+    assert published_peak(CPU, "bf16") is None
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """A tiny recipe as a file."""
+    recipe = content("demo")
+    for key, value in TINY.items():
+        *sections, name = key.split(".")
+        place = recipe
+        for section in sections:
+            place = place[section] if isinstance(place.get(section), dict) else place.setdefault(section, {})
+        place[name] = yaml.safe_load(value)
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return str(path)
+
+
+@pytest.fixture
+def few_products(monkeypatch):
+    monkeypatch.setattr(measure, "MATRIX_SIDE", {"cpu": 32})
+
+
+ARGUMENTS = ("--batch_size=2", "--rounds=2", "--num_images=2", "--seconds=0.01", "--device=cpu")
+STAGES = [
+    *("read", "decode", "draw views", "views by PIL", "views on the device"),
+    *(*RANGES, "whole step"),
+]
+
+
+def numbers_in(value) -> list[float]:
+    if isinstance(value, dict):
+        return [number for inner in value.values() for number in numbers_in(inner)]
+    return [value] if isinstance(value, int | float) else []
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("few_products")
+def test_json_has_all_that_was_measured(recipe, tmp_path, capfd):
+    trace = tmp_path / "trace.json"
+    arguments = [f"--config={recipe}", *ARGUMENTS, "--compare", "--json", f"--profile={trace}"]
+    assert main(["bench", *arguments, "--num_workers=1"]) == 0
+    said, table = capfd.readouterr()
+    result = json.loads(said)
+    assert result["recipe"] == recipe and result["precision"] == "fp32" and result["device_type"] == "cpu"
+    assert (result["batch_size"], result["rounds"], result["num_workers"]) == (2, 2, 1)
+    assert result["torch"] == torch.__version__ and result["threads"] == torch.get_num_threads()
+    assert "2 images, generated pictures as JPEG of 500x375" in result["data"]
+    assert set(STAGES) <= set(result["stages"])
+    for found in result["stages"].values():
+        assert 0 < found["p10_ms"] <= found["median_ms"] <= found["p90_ms"]
+    assert all(number > 0 for number in numbers_in(result["end_to_end"]))
+    assert result["flops_per_image"] > 0 and result["peak_flops"]["published"] is None
+    expected = result["stages"]["whole step"]["images_per_second"] * result["flops_per_image"]
+    assert result["utilization"]["step"]["measured"] == pytest.approx(
+        expected / result["peak_flops"]["measured"]
+    )
+    assert set(result["utilization"]["end_to_end"]) == {"measured"}
+    compared = result["compare"]
+    assert all(number > 0 for number in numbers_in(compared))
+    saved = [result["memory"][who]["saved_bytes"] for who in ("plain", "ours")]
+    assert compared["memory"] == {"saved_bytes": pytest.approx(saved[0] / saved[1])}
+    assert set(compared["step"]) == {"median", "p10", "p90"}
+    assert result["profile"]["trace"] == str(trace)
+    traced = [event["name"] for event in json.loads(trace.read_text())["traceEvents"]]
+    loading = [name for name in traced if name.startswith("enumerate(DataLoader)")]
+    assert len(loading) == traced.count("training step") == result["profile"]["steps"]
+    assert "device per step" in table and set(result["host_waits_per_step"]) == set(HOST_WAITS)
+    for part in ("whole step", "plain / ours, whole step", "waiting for data", "saved for backward"):
+        assert part in table
+
+
+@pytest.mark.usefixtures("few_products")
+def test_table_of_own_files_as_they_are(recipe, tmp_path, capfd):
+    write_pictures(tmp_path, 3)
+    files = [f"--data.path={tmp_path}", "--keep_files", "--num_images=3", "--seconds=null"]
+    rest = [argument for argument in ARGUMENTS if not argument.startswith(("--num_images", "--seconds"))]
+    assert main(["bench", f"--config={recipe}", *rest, *files]) == 0
+    said = capfd.readouterr().out
+    assert f"3 images of {tmp_path} as they are" in said
+    assert "end to end" not in said and "plain" not in said
+    for stage in STAGES:
+        assert stage in said
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--rounds=0"], "rounds"),
+        (["--config=no_such"], "no_such"),
+        (["--data.path=/nowhere"], "data.path '/nowhere'"),
+        (["--keep_files"], "keep_files"),
+        (["--profile=/nowhere/trace.json"], "/nowhere/trace.json"),
+    ],
+)
+def test_mistakes_are_told_in_one_sentence(wrong, message, capfd):
+    assert main(["bench", *wrong]) == 2
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("dino-sparo: error")]
+    assert len(told) == 1 and message in told[0]
+
+
+@pytest.mark.usefixtures("few_products")
+def test_too_few_files_for_a_batch(recipe, tmp_path, capfd):
+    write_pictures(tmp_path, 1)
+    assert main(["bench", f"--config={recipe}", f"--data.path={tmp_path}", "--keep_files", *ARGUMENTS]) == 2
+    assert "gives 1 images, fewer than batch_size 2" in capfd.readouterr().err
 
 
 def test_bytes_saved_are_below_those_of_the_block_and_of_the_direct_form():
@@ -20,3 +362,20 @@ def test_bytes_saved_are_below_those_of_the_block_and_of_the_direct_form():
 def test_counting_sees_what_a_product_keeps():
     left, right = (torch.randn(10, 10, requires_grad=True) for _ in range(2))
     assert bytes_saved_for_backward(lambda x: x @ right, left) == 2 * 400
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["readout", "--batch_size=1", "--num_tokens=5"], "SPARO, direct"),
+        (["knn", "--knn_train=300", "--knn_test=10", "--knn_width=8"], "10 queries among 300 features of 8"),
+    ],
+)
+def test_parts_alone(arguments, said, capsys):
+    assert main(["bench", "--what", *arguments, "--rounds=1", "--device=cpu"]) == 0
+    assert said in capsys.readouterr().out
+
+
+def test_too_few_features_to_search(capsys):
+    assert main(["bench", "--what=knn", "--knn_train=199"]) == 2
+    assert "knn_train is 199; expected 200 or more" in capsys.readouterr().err

@@ -10,16 +10,14 @@ import pytest
 import torch
 
 from dino_sparo.__main__ import main
-from dino_sparo.check import measure, program
+from dino_sparo.check import measure, plan, program
+from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.data import workers
 from dino_sparo.data.loader import Crops
 from dino_sparo.models import DINOHead, DinoModel, build_encoder
 from dino_sparo.runs.checkpoint import load_latest
-from dino_sparo.runs.rundir import config_of
-from dino_sparo.training.pretrain import pretrain
 from dino_sparo.training.schedules import Hyperparameters
-from dino_sparo.training.state import build_state
-from tests.tiny import TINY, tiny_options, write_pictures
+from tests.tiny import TINY, build_state, tiny_options, write_pictures
 
 ARGUMENTS = [f"--{key}={value}" for key, value in TINY.items()]
 
@@ -40,7 +38,8 @@ def data(tmp_path):
 def checked(data, *arguments: str, status: int, capsys) -> dict:
     given = {argument.split("=")[0] for argument in arguments}
     defaults = [argument for argument in ARGUMENTS if argument.split("=")[0] not in given]
-    command = ["check", "--config", "demo", f"--data.path={data}", *defaults, "--json", *arguments]
+    looks = [f"--{look}" for look in ("measure", "scan") if f"--{look}" not in given]
+    command = ["check", "--config", "demo", f"--data.path={data}", *defaults, "--json", *looks, *arguments]
     assert main(command) == status
     return json.loads(capsys.readouterr().out)
 
@@ -54,7 +53,7 @@ def test_a_healthy_run(data, capsys):
     assert run["hours"] == pytest.approx(3 * 24 / run["images_per_second"] / 3600)
     assert report["data"]["val_in_train"]["images"] == 24
     assert report["remarks"] == [
-        "no k-NN while training: monitor.knn_path can name a labelled folder",
+        "no k-NN while training: monitor.knn_path can name a labeled folder",
         "24 of 24 images of val are in train too: k-NN and linear probe may come out up to 100.00 points "
         "too high",
     ]
@@ -114,7 +113,9 @@ def test_without_val_nothing_is_said_of_it(data, capsys):
 
 def test_without_a_scan_nothing_is_said_about_files(data, capsys):
     (data / "val" / "class0" / "000.png").write_bytes(b"")
-    assert "data" not in checked(data, "--scan=false", status=0, capsys=capsys)
+    report = checked(data, "--scan=false", "--measure=false", status=0, capsys=capsys)
+    assert "data" not in report and "step" not in report and report["parameters"]["head"] > 0
+    assert report["remarks"][1:] == ["files not read: --scan", "speed not measured: --measure"]
     report = checked(data, status=0, capsys=capsys)
     assert "1 image of val cannot be read: repair or remove them" in report["remarks"]
 
@@ -152,7 +153,7 @@ def test_the_slower_one_limits_the_run(data, capsys, monkeypatch, workers, loade
 def test_speeds_are_images_over_time(data, tmp_path, monkeypatch):
     clock = iter([10.0, 14.0])
     monkeypatch.setattr(measure.time, "monotonic", lambda: next(clock))
-    state = build_state(config_of(tiny_options(data, tmp_path / "run")), torch.device("cpu"))
+    state = build_state(tiny_options(data, tmp_path / "run"), torch.device("cpu"))
     crops = Crops(torch.zeros(2, 3, 3, 16, 16, dtype=torch.uint8), torch.zeros(0, 3, 3, 8, 8))
     measured = measure.measure_steps(
         state,
@@ -170,18 +171,21 @@ def test_speeds_are_images_over_time(data, tmp_path, monkeypatch):
 
 def test_full_disk_and_memory_are_problems(data, capsys, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(program.shutil, "disk_usage", lambda _: usage(1, 1, 100))
-    monkeypatch.setattr(program, "shared_memory_free", lambda: 10**9)
-    monkeypatch.setattr(program, "check_shared_memory", lambda _: None)
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: usage(1, 1, 100))
+    monkeypatch.setattr(plan, "shared_memory_free", lambda: 10**9)
+    monkeypatch.setattr(plan, "check_shared_memory", lambda _: None)
+    (problem,) = checked(data, "--machine.num_workers=1", status=1, capsys=capsys)["problems"]
+    assert "checkpoints need" in problem
+    monkeypatch.undo()
+    monkeypatch.setattr(program, "LOADING_SECONDS", 0.05)
     monkeypatch.setattr(program, "memory_free", lambda: 100)
-    problems = checked(data, "--machine.num_workers=1", status=1, capsys=capsys)["problems"]
-    assert len(problems) == 2
-    assert "checkpoints need" in problems[0] and problems[1].startswith("loading needs")
+    (problem,) = checked(data, "--machine.num_workers=1", status=1, capsys=capsys)["problems"]
+    assert problem.startswith("loading needs")
 
 
 def test_small_shared_memory_is_a_problem_and_nothing_is_measured(data, capsys, monkeypatch):
     monkeypatch.setattr(workers, "shared_memory_free", lambda: 1000)
-    monkeypatch.setattr(program, "load", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(program, "measured", lambda *_: pytest.fail("measured"))
     (problem,) = checked(data, "--machine.num_workers=2", status=1, capsys=capsys)["problems"]
     assert problem.startswith("prefetched views need up to") and "docker run --shm-size" in problem
 
@@ -192,7 +196,7 @@ def test_nothing_readable_is_reported_with_the_scan(data, capsys):
     report = checked(data, status=1, capsys=capsys)
     assert report["data"]["train"]["readable"] == 0
     assert report["problems"][0].startswith("24 images of train cannot be read")
-    assert "run" not in report
+    assert "step" not in report
 
 
 def test_more_than_one_bad_image_in_a_hundred_is_a_problem_though_others_stand_in(data, capsys):
@@ -206,8 +210,8 @@ def test_a_folder_that_pretrain_would_refuse_is_refused(data, tmp_path, capsys):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     arguments = ["check", "--config", "demo", f"--data.path={data}", *ARGUMENTS]
-    assert main([*arguments, f"--run_dir={tmp_path / 'other'}"]) == 2
-    assert "is no run folder" in capsys.readouterr().err
+    assert main([*arguments, f"--run_dir={tmp_path / 'other'}"]) == 1
+    assert "PROBLEM: run_dir" in (shown := capsys.readouterr().out) and "is no run folder" in shown
 
 
 def test_torchrun_is_refused(data, capsys, monkeypatch):
@@ -235,13 +239,13 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(data, capsys, monkeyp
 def test_text_says_all_of_it_and_nothing_is_written(data, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    assert main(["check", "--config", "demo", f"--data.path={data}", *ARGUMENTS]) == 0
+    assert main(["check", "--config", "demo", f"--data.path={data}", *ARGUMENTS, "--measure", "--scan"]) == 0
     shown = capsys.readouterr().out
     for words in (
         *("train: 24 images, all readable", "val images that are in train too: 24", "M parameters"),
-        *("GFLOPs an image", "ln K is 2.77", "images/s with", "images at once", "4 images: 1 x 4"),
-        *("18 in all", "minutes for 3 epochs", "MiB a checkpoint", "of prefetched views", "limit "),
-        "nothing is in the way",
+        *("GFLOPs per image", "ln K is 2.77", "images/s with", "images at once", "4 images: 1 x 4"),
+        *("18 in all", "minutes for 3 epochs", "MiB each", "of prefetched views", "limit "),
+        "no problems found",
     ):
         assert words in shown, words
     assert sorted(tmp_path.rglob("*")) == before

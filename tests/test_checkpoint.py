@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from dino_sparo.__main__ import main
+from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.errors import UserError
 from dino_sparo.runs.checkpoint import load_checkpoint, load_latest, save_checkpoint, set_damaged_aside
-from dino_sparo.training import pretrain as program
 from tests.tiny import tiny_arguments, tiny_options, write_pictures
 
 
@@ -59,7 +59,7 @@ def test_damaged_hash_and_strange_names(tmp_path):
 def test_one_of_every_so_many_epochs_is_written_for_keeping(tmp_path):
     write_pictures(tmp_path / "data", 4)
     changes = {"log__checkpoint_every_epochs": 2, "log__keep_every_epochs": 3, "optim__epochs": 9}
-    program.pretrain(tiny_options(tmp_path / "data", tmp_path / "run", **changes))
+    pretrain(tiny_options(tmp_path / "data", tmp_path / "run", **changes))
     steps = [int(name[5:14]) for name in names(tmp_path / "run") if name.endswith(".pt")]
     assert steps == [3, 6, 8, 9]
 

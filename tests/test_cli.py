@@ -10,11 +10,9 @@ import pytest
 import yaml
 
 from dino_sparo.__main__ import main
-from dino_sparo.cli.arguments import written_out
 from dino_sparo.cli.commands import COMMANDS
-from dino_sparo.config import parse_options
-from dino_sparo.options import KnnOptions
-from tests.tiny import tiny_arguments, write_pictures
+from dino_sparo.cli.evaluating import KnnOptions
+from tests.tiny import parse_options, tiny_arguments, write_pictures
 
 
 @pytest.fixture
@@ -286,6 +284,5 @@ def test_demo_script_hands_its_options_on(tmp_path):
     ],
 )
 def test_dashes_flags_and_several_values(given, taken):
-    arguments = written_out(KnnOptions, ["--run", "r", "--data.path", "d", *given])
-    options = parse_options(KnnOptions, arguments, usage="")
+    options = parse_options(KnnOptions, ["--run", "r", "--data.path", "d", *given])
     assert {key: getattr(options, key) for key in taken} == taken

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.data.loader import BatchOrder, CropsDataset, crop_batches
 from dino_sparo.data.sources import ImageSource, open_images, open_labelled, open_val
 from dino_sparo.runs.checkpoint import load_latest
 from dino_sparo.shard import shard
-from dino_sparo.training import pretrain as program
 from tests.containers import parquet_of, write_parquet
 from tests.pictures import recipes
 from tests.shard_files import picture, shards_of, write
@@ -67,14 +67,15 @@ def test_equal_order_labels_classes_bytes_and_fingerprint(containers, kind):
     assert open_val(containers[kind]).fingerprint() == open_val(containers["folder"]).fingerprint()
 
 
-def test_a_run_on_a_folder_goes_on_from_parquet_as_if_nothing_had_happened(containers, tmp_path):
-    changes = {"optim__global_batch_size": 3, "optim__epochs": 2}
-    program.pretrain(tiny_options(containers["folder"], tmp_path / "whole", **changes))
-    program.pretrain(tiny_options(containers["folder"], tmp_path / "run", **changes))
+@pytest.mark.parametrize("kind", ["shards", "parquet"])
+def test_a_run_on_a_folder_goes_on_as_if_nothing_had_happened(containers, tmp_path, kind):
+    changes = {"optim__global_batch_size": 3, "optim__epochs": 2, "machine__num_workers": 2}
+    pretrain(tiny_options(containers["folder"], tmp_path / "whole", **changes))
+    pretrain(tiny_options(containers["folder"], tmp_path / "run", **changes))
     for file in (tmp_path / "run" / "checkpoints").glob("*4*"):  # the last step
         file.unlink()
     assert load_latest(tmp_path / "run")["step"] == 2
-    program.pretrain(tiny_options(containers["parquet"], tmp_path / "run", **changes))
+    pretrain(tiny_options(containers[kind], tmp_path / "run", **changes))
     assert state_hash(load_latest(tmp_path / "run")) == state_hash(load_latest(tmp_path / "whole"))
 
 

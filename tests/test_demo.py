@@ -6,8 +6,9 @@ import yaml
 from PIL import Image
 
 from dino_sparo.__main__ import main
+from dino_sparo.cli.demo import fitted_to_folder
 from dino_sparo.data.generated import SHAPES_SIZES
-from tests.tiny import tiny_arguments, write_pictures
+from tests.tiny import tiny_arguments, tiny_options, write_pictures
 
 
 def run_demo(data, run_dir, **changes) -> None:
@@ -32,17 +33,24 @@ def test_generated_pictures(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("count", "limit", "used"), [(7, "null", 7), (60, "null", 40), (60, 12, 12)])
-def test_own_flat_folder_takes_as_many_steps(tmp_path, monkeypatch, count, limit, used, capsys):
+def test_own_folder_takes_as_many_steps(tmp_path, monkeypatch, count, limit, used):
     monkeypatch.setitem(SHAPES_SIZES, "train", 20)  # the recipe's eight epochs, of 20 pictures each
-    write_pictures(tmp_path / "data", count)
-    flat = tmp_path / "data" / "train" / "class0"
-    run_demo(flat, tmp_path / "run", data__max_images=limit, optim__epochs=8)
-    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    optim, images = config["optim"], config["data"]["max_images"]
+    write_pictures(tmp_path, count)
+    options = tiny_options(tmp_path, tmp_path / "run", data__max_images=limit, optim__epochs=8)
+    recipe = fitted_to_folder(options)
+    optim, images = recipe.optim, recipe.data.max_images
     assert images == used
-    assert optim["epochs"] * images == pytest.approx(8 * 20, abs=images / 2)
-    assert optim["freeze_last_layer_epochs"] < optim["epochs"]  # or the prototypes never learn
-    assert optim["warmup_epochs"] == round(optim["epochs"] / 8)
+    assert optim.epochs * images == pytest.approx(8 * 20, abs=images / 2)
+    assert optim.freeze_last_layer_epochs < optim.epochs  # or the prototypes never learn
+    assert optim.warmup_epochs == round(optim.epochs / 8)
+
+
+def test_own_flat_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(SHAPES_SIZES, "train", 5)
+    write_pictures(tmp_path / "data", 7)
+    run_demo(tmp_path / "data" / "train" / "class0", tmp_path / "run", optim__epochs=8)
+    optim = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["optim"]
+    assert optim["epochs"] == round(8 * 5 / 7)
     assert "20-NN" not in capsys.readouterr().out
     assert_is_picture(tmp_path / "run" / "slots.png")
 
@@ -50,8 +58,8 @@ def test_own_flat_folder_takes_as_many_steps(tmp_path, monkeypatch, count, limit
 def test_read_out_without_slots_has_no_slot_maps(tmp_path, capsys):
     fields = ("num_slots", "slot_dim", "key_dim", "group_size")
     no_slots = {f"model__readout__{name}": "null" for name in fields} | {"model__readout__name": "cls"}
-    monitor = {"monitor__knn_images_per_class": 10}
-    run_demo("shapes", tmp_path, data__max_images=8, **no_slots, **monitor)
+    shorter = {"data__max_images": 8, "optim__epochs": 2, "monitor__knn_images_per_class": 2}
+    run_demo("shapes", tmp_path, **no_slots, **shorter)
     assert (tmp_path / "curve.png").exists()
     assert not (tmp_path / "slots.png").exists()
     assert "where slots look" not in capsys.readouterr().out
@@ -59,7 +67,8 @@ def test_read_out_without_slots_has_no_slot_maps(tmp_path, capsys):
 
 def test_own_folder_leaves_what_the_user_has_set(tmp_path):
     write_pictures(tmp_path / "data", 60, classes=3)
-    run_demo(tmp_path / "data", tmp_path / "run", optim__epochs=2, monitor__knn_images_per_class=17)
-    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert (config["optim"]["epochs"], config["data"]["max_images"]) == (2, None)
-    assert (config["monitor"]["knn_every_epochs"], config["monitor"]["knn_images_per_class"]) == (1, 17)
+    changes = {"optim__epochs": 2, "monitor__knn_images_per_class": 17, "monitor__knn_every_epochs": 1}
+    options = tiny_options(tmp_path / "data", tmp_path / "run", **changes)
+    recipe = fitted_to_folder(options)
+    assert (recipe.optim.epochs, recipe.data.max_images) == (2, None)
+    assert (recipe.monitor.knn_every_epochs, recipe.monitor.knn_images_per_class) == (1, 17)

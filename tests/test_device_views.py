@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
-from dino_sparo.bench.stages import HOST_WAITS
+from dino_sparo.bench.timing import HOST_WAITS
+from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.data import device_views, pil_views
 from dino_sparo.data.decode import decode, size_of
 from dino_sparo.data.device_views import (
@@ -36,7 +37,6 @@ from dino_sparo.data.loader import (
 from dino_sparo.data.sources import open_images
 from dino_sparo.errors import UserError
 from dino_sparo.runs.checkpoint import load_latest
-from dino_sparo.training.pretrain import pretrain
 from tests.pictures import photo, recipes, views_of
 from tests.tiny import state_hash, tiny_options, write_pictures
 

@@ -12,13 +12,12 @@ import pytest
 import torch
 import yaml
 
-from dino_sparo.checks import smaller_batch, split_batch
-from dino_sparo.data.images import UnreadableImage
+from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.errors import UserError
 from dino_sparo.parallel import distributed
+from dino_sparo.recipe.sections import smaller_batch, split_batch
 from dino_sparo.runs.checkpoint import load_latest
 from dino_sparo.runs.runlog import read_metrics
-from dino_sparo.training import pretrain as program
 from dino_sparo.training.bad_images import BadImages
 from tests.running import children, is_gone, logged, plant_modules, spawn, wait_for_step
 from tests.tiny import state_hash, tiny_arguments, tiny_options, write_pictures
@@ -125,7 +124,7 @@ def test_processes_and_accumulation_are_the_same_experiment(
         machine__batch_size_per_gpu=batch_size_per_gpu,
         **COMMON,
     )
-    program.pretrain(options)
+    pretrain(options)
     one, two = after_five_steps(tmp_path), after_five_steps(two_processes[0])
     assert one["images"] == two["images"]
     assert_same_state(one, two)
@@ -137,10 +136,9 @@ def test_processes_and_accumulation_are_the_same_experiment(
 
 
 def program_start(options) -> dict:
-    from dino_sparo.runs.rundir import config_of
-    from dino_sparo.training.state import build_state
+    from tests.tiny import build_state
 
-    return build_state(config_of(options), torch.device("cpu")).student.state_dict()
+    return build_state(options, torch.device("cpu")).student.state_dict()
 
 
 def test_one_process_speaks(two_processes):
@@ -175,13 +173,13 @@ def test_three_processes_go_on_bit_for_bit(pictures, tmp_path):
 def test_a_run_goes_on_with_another_number_of_processes(pictures, two_processes, tmp_path):
     run_until(7, PROCESSES, pictures, tmp_path, log__checkpoint_every_minutes=1e-9)
     done = load_latest(tmp_path)["step"]
-    program.pretrain(tiny_options(pictures, tmp_path, **COMMON))
+    pretrain(tiny_options(pictures, tmp_path, **COMMON))
     assert load_latest(tmp_path)["step"] == TOTAL_STEPS
     assert curve(tmp_path)[:done] == curve(two_processes[0])[:done]
     # The same samples in the same batches: another order of summation is all that differs.
     assert curve(tmp_path) == pytest.approx(curve(two_processes[0]), rel=1e-3)
     other_samples = tiny_options(pictures, tmp_path / "other", seed=1, **COMMON)
-    program.pretrain(other_samples)
+    pretrain(other_samples)
     assert curve(tmp_path / "other") != pytest.approx(curve(two_processes[0]), rel=1e-3)
 
 
@@ -243,7 +241,7 @@ def test_too_many_bad_images_end_the_run(tmp_path):
 
 def test_repaired_images_do_not_end_a_run(tmp_path):
     bad_images = BadImages(tmp_path, num_images=40)
-    reasons = [UnreadableImage(f"{number}.png", "no picture") for number in range(3)]
+    reasons = [(f"{number}.png", "no picture") for number in range(3)]
     bad_images.add(tuple(reasons[:1]))
     bad_images.share()
     bad_images.add(tuple(reasons[1:]))

@@ -11,16 +11,12 @@ from dino_sparo.__main__ import main
 from dino_sparo.data.generated import ShapesSource, shapes_source
 from dino_sparo.data.shapes import FACTORS, draw_factors
 from dino_sparo.slots import factors
-from dino_sparo.slots.factors import NUM_VALUES, chance, factor_pictures, fit_discriminant, score_factors
-from dino_sparo.slots.parts import moments
-from dino_sparo.training import pretrain as program
-from tests.tiny import tiny_options, write_pictures
+from dino_sparo.slots.factors import NUM_VALUES, chance, factor_pictures, score_factors
+from dino_sparo.slots.parts import fit_discriminant, moments
 
 CPU = torch.device("cpu")
 SLOTS, WIDTH = 4, 6
 NUM_PLANTED = {"colour": 8, "size": 3}
-NO_SLOTS = {f"model__readout__{name}": "null" for name in ("num_slots", "slot_dim", "key_dim", "group_size")}
-NO_SLOTS |= {"model__readout__name": "cls"}
 
 
 def planted(count, seed):
@@ -126,35 +122,22 @@ def test_pictures_are_those_that_no_training_sees():
     assert all(of.max() < NUM_VALUES[name] for name, of in values.items())
 
 
-def run(*arguments):
-    return main(["slots", "factors", *map(str, arguments), "--num_workers=0"])
-
-
-def test_the_program_end_to_end_beside_a_control(run_dir, tmp_path, capsys):
-    write_pictures(tmp_path / "data", 4)
-    program.pretrain(tiny_options(tmp_path / "data", tmp_path / "cls", optim__epochs=2, **NO_SLOTS))
-    assert run(run_dir, f"--control={tmp_path / 'cls'}", "--num_images=200") == 0
-    found = json.loads((run_dir / "slots" / "factors" / "factors.json").read_text())
+def test_the_command_beside_a_control(slot_runs, tmp_path, capsys):
+    run, control = str(slot_runs["sparo"]), f"--control={slot_runs['cls']}"
+    more = ("--num_images=200", "--num_workers=0", "--device=cpu", f"--out={tmp_path}")
+    assert main(["slots", "factors", run, control, *more]) == 0
+    found = json.loads((tmp_path / "factors" / "factors.json").read_text())
     assert (found["num_train"], found["num_test"]) == (200, 100)
     assert found["factors"]["count"] == 3 and found["chance"] == pytest.approx(chance())
     assert found["chance"]["colour"] == 12.5
-    ours, control = found["encoders"]
-    assert (ours["name"], control["name"]) == ("sparo", "control (cls)")
-    assert np.array(ours["alone"]).shape == (2, 7) and control["alone"] == []
-    for one in (ours, control):
+    ours, other = found["encoders"]
+    assert (ours["name"], other["name"]) == ("sparo", "control (cls)")
+    assert np.array(ours["alone"]).shape == (3, 7) and other["alone"] == []
+    for one in (ours, other):
         assert one["whole"].keys() == found["factors"].keys()
         assert all(0 <= accuracy <= 100 for accuracy in one["whole"].values())
-    assert control["whole"] != ours["whole"]
-    picture = np.asarray(Image.open(run_dir / "slots" / "factors" / "factors.png").convert("RGB"))
+    assert other["whole"] != ours["whole"]
+    picture = np.asarray(Image.open(tmp_path / "factors" / "factors.png").convert("RGB"))
     assert min(picture.shape[:2]) > 150 and picture.std() > 10
     shown = capsys.readouterr().out
-    assert "control (cls)" in shown and all(f"\n{name} " in shown for name in NUM_VALUES)
-    capsys.readouterr()
-
-    assert run(tmp_path / "cls") != 0
-    assert "no slots (read-out cls)" in capsys.readouterr().err
-
-
-def test_too_few_pictures(run_dir, capsys):
-    assert run(run_dir, "--num_images=199") != 0
-    assert "num_images is 199, expected at least 200" in capsys.readouterr().err
+    assert "control (cls)" in shown and all(f"\n| {name} " in shown for name in NUM_VALUES)

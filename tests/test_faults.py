@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.errors import EXIT_USER_ERROR, UserError
 from dino_sparo.parallel import launch
 from dino_sparo.parallel.processes import only_writer
@@ -111,6 +112,46 @@ def test_a_checkpoint_that_is_being_written_survives_the_loss_of_a_process(pictu
     assert load_latest(run_dir)["step"] >= 3
 
 
+BLOCKED_SAVE = """
+import ctypes, os, threading
+flush, saved = os.fsync, []
+def blocked(descriptor):
+    if threading.current_thread() is not threading.main_thread():
+        if len(saved) == 3:  # of the first checkpoint, for file, hash and folder
+            open(os.environ["BLOCKED"], "w").close()
+            ctypes.PyDLL(None).sleep(600)  # no thread of Python and no handler of a signal runs meanwhile
+        saved.append(descriptor)
+    flush(descriptor)
+os.fsync = blocked
+"""
+
+
+@pytest.mark.long  # nobody ends it before 23 seconds have passed
+def test_a_process_that_is_blocked_outside_of_python_is_ended_too(pictures, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(BLOCKED_SAVE)
+    path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '.')}"
+    run_dir, blocked = tmp_path / "run", tmp_path / "blocked"
+    with subprocess.Popen(
+        command(pictures, run_dir, 2, log__checkpoint_every_epochs=1, optim__epochs=1000),
+        env=os.environ | {"PYTHONPATH": path, "BLOCKED": str(blocked)},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        while not blocked.exists():
+            time.sleep(0.01)
+            assert process.poll() is None
+        everyone = family(process.pid)
+        os.kill(
+            next(pid for pid in children(process.pid) if environment_of(pid)["RANK"] == "1"), signal.SIGKILL
+        )
+        killed = time.monotonic()
+        said = process.communicate(timeout=60)[1]
+    assert time.monotonic() - killed < 30 and process.returncode == 2
+    assert said.count("error: ") == 1 and "process 1 of 2 was ended by SIGKILL" in said
+    assert all(is_gone(pid) for pid in everyone)
+    assert load_latest(run_dir)["step"] == 3
+
+
 @pytest.mark.long
 def test_many_signals_to_the_launcher_are_one(pictures, slow_saves, tmp_path):
     run_dir = tmp_path / "run"
@@ -156,17 +197,17 @@ def test_a_process_that_somebody_else_ended_is_named(codes, tmp_path):
 def test_two_first_starts_in_one_folder(pictures, tmp_path, monkeypatch):
     prepare = program.prepare
 
-    def while_another_one_trains(*given):
-        run = prepare(*given)
+    def while_another_one_trains(*given, **more):
+        run = prepare(*given, **more)
         monkeypatch.setattr(program, "prepare", prepare)
         if not (tmp_path / "run").exists():
-            program.pretrain(options)
+            pretrain(options)
         return run
 
     options = tiny_options(pictures, tmp_path / "run")
     monkeypatch.setattr(program, "prepare", while_another_one_trains)
     with pytest.raises(UserError, match="another start has trained there meanwhile; start again"):
-        program.pretrain(options)
+        pretrain(options)
     assert load_latest(tmp_path / "run")["step"] == 9
 
 
@@ -177,7 +218,7 @@ def test_a_disk_that_gets_full_is_told(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(program.RunLog, "scalars", full)
     message = r"metrics.jsonl cannot be written \(No space left on device; \d+ bytes are free\); make room"
     with pytest.raises(UserError, match=message):
-        program.pretrain(tiny_options(pictures, tmp_path / "run"))
+        pretrain(tiny_options(pictures, tmp_path / "run"))
 
 
 def test_data_workers_do_not_outlive_a_killed_process(pictures, tmp_path):
@@ -237,7 +278,7 @@ def test_a_folder_without_locks_can_be_written(tmp_path, monkeypatch, caplog):
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_the_old_one_whole(pictures, tmp_path):
     changes = {"optim__epochs": 2, "log__checkpoint_every_epochs": 1}
-    program.pretrain(tiny_options(pictures, tmp_path, **changes))
+    pretrain(tiny_options(pictures, tmp_path, **changes))
     before = load_latest(tmp_path)
     (tmp_path / "config.yaml").write_text(
         (tmp_path / "config.yaml").read_text().replace("epochs: 2", "epochs: 9")
@@ -257,7 +298,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_the_old_one_whole
 def test_a_small_disk_is_told_before_the_first_step(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(UserError, match=r"run/checkpoints: a checkpoint needs \d+ bytes .* but only 1000"):
-        program.pretrain(tiny_options(pictures, tmp_path / "run"))
+        pretrain(tiny_options(pictures, tmp_path / "run"))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -298,13 +339,13 @@ def in_processes(number: int, folder: str, pictures: str, wrong_step: int, log_e
     changes |= {} if wrong_step else {"log__checkpoint_every_minutes": 1e-9}
     prepare, runs = program.prepare, []
 
-    def kept(*given):
-        runs.append(prepare(*given))
+    def kept(*given, **more):
+        runs.append(prepare(*given, **more))
         return runs[0]
 
     program.prepare = kept
     try:
-        program.pretrain(tiny_options(Path(pictures), Path(folder, "run"), **changes))
+        pretrain(tiny_options(Path(pictures), Path(folder, "run"), **changes))
         said = ""
     except UserError as error:
         said = str(error)

@@ -1,4 +1,4 @@
-"""The gallery finds planted images and neighbours, the same whatever the chunks."""
+"""The gallery finds planted images and neighbors, the same whatever the chunks."""
 
 import json
 from pathlib import Path
@@ -12,17 +12,16 @@ from dino_sparo.__main__ import main
 from dino_sparo.data.images import CenterCrops, normalize
 from dino_sparo.data.sources import open_images
 from dino_sparo.interop.load import load_encoder
-from dino_sparo.models import build_encoder
 from dino_sparo.slots.attention import slot_attention
 from dino_sparo.slots.drawing import overlay
-from dino_sparo.slots.gallery import neighbours, strongest
+from dino_sparo.slots.gallery import neighbors, strongest
 from tests.tiny import write_pictures
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("chunk", [3, 7, 1000])
-def test_planted_images_and_neighbours(chunk):
+def test_planted_images_and_neighbors(chunk):
     features = torch.randn(40, 3 * 4) * 0.1 + 50  # a mean far from zero
     slot = features.view(40, 3, 4)[:, 1]
     slot[9] += torch.tensor([8.0, 0, 0, 0])
@@ -33,7 +32,7 @@ def test_planted_images_and_neighbours(chunk):
     lengths = (slot - slot.mean(0)).norm(dim=1)
     expected = lengths[[9, 31, 23]] / lengths.square().mean().sqrt()
     torch.testing.assert_close(found.responses[1].float(), expected, rtol=1e-4, atol=0)
-    cosines, near = neighbours(features.numpy(), found, 2, device=CPU, chunk=chunk)
+    cosines, near = neighbors(features.numpy(), found, 2, device=CPU, chunk=chunk)
     assert near[1, 0, 0] == 23 and cosines[1, 0, 0] > 0.99
     assert near[1, 2, 0] == 9
     assert 31 not in near[1, 0]
@@ -103,7 +102,7 @@ def test_chosen_slots_and_pictures_of_an_earlier_run(run_dir, pictures, tmp_path
     assert read(tmp_path)["slots"] == [whole[1]]
 
 
-def test_one_image_has_no_neighbours(run_dir, tmp_path):
+def test_one_image_has_no_neighbors(run_dir, tmp_path):
     write_pictures(tmp_path / "pictures", 1)
     assert run(run_dir, tmp_path / "pictures" / "train" / "class0", tmp_path) == 0
     for entry in read(tmp_path)["slots"]:
@@ -135,34 +134,3 @@ def test_the_map_of_the_slot_itself_is_drawn(run_dir, pictures, tmp_path, monkey
         assert titles[0][0].startswith(f"response {entry['top'][0]['response']:.2f}")
         assert titles[1][0].startswith(f"cosine {entry['top'][0]['neighbours'][0]['cosine']:.3f}")
         assert heading.startswith(f"slot {slot}\n")
-
-
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("--slots=[0,2]", "slots has 2, expected numbers from 0 to 1, the encoder's slots; leave 2 out"),
-        ("--slots=[1,1]", "slots has 1 more than once, expected different numbers; give it once"),
-        ("--num_images=0", "num_images is 0; expected a finite number above 0"),
-        ("--num_neighbours=0", "num_neighbours is 0; expected a finite number above 0"),
-    ],
-)
-def test_mistakes_in_options(run_dir, pictures, tmp_path, capsys, option, message):
-    assert run(run_dir, pictures, tmp_path / "out", option) == 2
-    shown = capsys.readouterr().err
-    assert message in shown and "Traceback" not in shown
-    assert len(shown.strip().splitlines()) == 1
-    assert not (tmp_path / "out").exists()
-
-
-def test_empty_folder(run_dir, tmp_path, capsys):
-    (tmp_path / "empty").mkdir()
-    assert run(run_dir, tmp_path / "empty", tmp_path / "out") == 2
-    shown = capsys.readouterr().err
-    assert str(tmp_path / "empty") in shown and "Traceback" not in shown
-
-
-def test_encoder_without_slots(pictures, tmp_path, capsys, monkeypatch):
-    encoder = build_encoder({"width": 16, "depth": 2, "num_heads": 2}, 8, 16, readout="cls")
-    monkeypatch.setattr("dino_sparo.slots.program.load_encoder", lambda run, which: encoder)
-    assert run(tmp_path / "run", pictures, tmp_path / "out") == 2
-    assert f"{tmp_path / 'run'} has no slots (read-out cls)" in capsys.readouterr().err

@@ -6,26 +6,22 @@ import numpy as np
 import pytest
 import torch
 
-from dino_sparo.config import parse_options
+from dino_sparo.cli import evaluating
+from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.data import pil_views
-from dino_sparo.data.colour import blur_taps
+from dino_sparo.data.color import blur_taps
 from dino_sparo.data.device_views import Photos, ahead, collate_photos, make_crops, numbers_of, to_pixels
 from dino_sparo.data.images import normalize, to_tensor
 from dino_sparo.data.loader import PhotoBatch, crops_of
-from dino_sparo.evaluation import knn, linear
+from dino_sparo.evaluation.knn import nearest
 from dino_sparo.evaluation.results import read_results
-from dino_sparo.evaluation.search import nearest
-from dino_sparo.options import KnnOptions, LinearOptions
 from dino_sparo.parallel.precision import autocast
 from dino_sparo.runs.checkpoint import load_latest
-from dino_sparo.runs.rundir import config_of
 from dino_sparo.runs.runlog import read_metrics
-from dino_sparo.training import pretrain as program
 from dino_sparo.training.pretrain import train_step
 from dino_sparo.training.setup import build_schedules
-from dino_sparo.training.state import build_state
 from tests.pictures import photo, recipes, views_of
-from tests.tiny import state_hash, tiny_options, write_pictures
+from tests.tiny import build_state, parse_options, state_hash, tiny_options, write_pictures
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,7 +35,7 @@ def run(tmp_path, name, **changes):
         write_pictures(tmp_path / "data", 60, classes=3)
     common = {"machine__device": "cuda", "monitor__knn_every_epochs": 1, **HEAD}
     options = tiny_options(tmp_path / "data", tmp_path / name, **(common | changes))
-    program.pretrain(options)
+    pretrain(options)
     return load_latest(tmp_path / name)
 
 
@@ -131,9 +127,9 @@ def test_a_step_with_its_views_never_lets_the_host_wait(tmp_path):
         tmp_path / "data", tmp_path / "run", machine__device="cuda", machine__precision="bf16", **HEAD
     )
     device = torch.device("cuda", 0)
-    state = build_state(config_of(options), device)
+    state = build_state(options, device)
     crop_recipes = recipes(16, 8)
-    batch, hyper = whole_images(crop_recipes, 8), build_schedules(options, 10).at(15)
+    batch, hyper = whole_images(crop_recipes, 8), build_schedules(options.optim, options.loss, 10).at(15)
     made = ahead(repeat(batch), lambda one: crops_of(one, crop_recipes, device), device)
     groups = ([normalize(crops.global_crops), normalize(crops.local_crops)] for crops in made)
 
@@ -171,13 +167,13 @@ def test_evaluations_on_a_gpu(tmp_path, precision):
     write_pictures(tmp_path / "data", 60, classes=3)
     run = tmp_path / "run"
     changes = {"machine__device": "cuda", "optim__epochs": 1, "optim__warmup_epochs": 0}
-    program.pretrain(tiny_options(tmp_path / "data", run, **changes))
+    pretrain(tiny_options(tmp_path / "data", run, **changes))
     common = [f"--run={run}", f"--data.path={tmp_path / 'data'}", "--num_workers=0"]
     for device in ("cuda", "cpu"):
         out = [f"--out={tmp_path / device}", f"--cache={tmp_path / device / 'cache'}", f"--device={device}"]
-        knn.run(parse_options(KnnOptions, [*common, *out, "--k=5"], usage=""))
+        evaluating.knn(parse_options(evaluating.KnnOptions, [*common, *out, "--k=5"], usage=""))
         more = ["--epochs=2", "--batch_size=16", f"--precision={precision if device == 'cuda' else 'fp32'}"]
-        linear.run(parse_options(LinearOptions, [*common, *out, *more], usage=""))
+        evaluating.linear(parse_options(evaluating.LinearOptions, [*common, *out, *more], usage=""))
     on_gpu, on_cpu = (read_results(tmp_path / device) for device in ("cuda", "cpu"))
     assert [result.name for result in on_gpu] == [result.name for result in on_cpu]
     for one, other in zip(on_gpu, on_cpu, strict=True):

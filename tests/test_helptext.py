@@ -9,13 +9,13 @@ from contextlib import suppress
 import pytest
 
 import dino_sparo
-from dino_sparo.__main__ import command_and_rest, main
-from dino_sparo.cli.arguments import complete, without_flags, written_out
-from dino_sparo.cli.commands import COMMANDS, GROUPS
+from dino_sparo.__main__ import command_and_rest, complete, main
+from dino_sparo.cli.commands import COMMANDS, GROUPS, POSITIONAL
 from dino_sparo.cli.helptext import EXAMPLES
-from dino_sparo.config import parse_options, recipes
+from dino_sparo.cli.parsing import given_values, options_of, without_flags
 from dino_sparo.errors import EXIT_STATUSES
-from dino_sparo.runs.rundir import config_of, start_run_dir
+from dino_sparo.recipe.files import recipes
+from dino_sparo.runs.rundir import start_run_dir
 from tests.tiny import tiny_options
 
 WITHOUT_TORCH = """
@@ -90,12 +90,12 @@ def test_examples_of_help_parse(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "runs" / "photos"
     run.mkdir(parents=True)
-    start_run_dir(run, config_of(tiny_options(tmp_path, run)), {})
+    start_run_dir(run, tiny_options(tmp_path, run), {})
     name, rest = command_and_rest(without_flags(arguments)[0])
     command = COMMANDS[name]
-    assert parse_options(
-        command.options, complete(name, written_out(command.options, rest)), usage=command.usage
-    )
+    given = given_values(rest, command.options, usage=command.usage, positional=POSITIONAL.get(name))
+    complete(name, given)
+    assert options_of(command.options, given)
 
 
 def test_version(capsys):

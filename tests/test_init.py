@@ -8,15 +8,13 @@ import torch
 from safetensors.torch import save_file
 
 from dino_sparo import load_encoder
-from dino_sparo.config import parse_options
+from dino_sparo.cli.pretraining import PretrainOptions
 from dino_sparo.errors import UserError
 from dino_sparo.models import DINOHead, DinoModel, build_encoder
-from dino_sparo.options import PretrainOptions
-from dino_sparo.runs.rundir import config_of
 from dino_sparo.training.setup import start_state
-from dino_sparo.training.state import TrainState, build_state
+from dino_sparo.training.state import TrainState
 from tests.test_official import prefixed
-from tests.tiny import tiny_arguments, tiny_options
+from tests.tiny import build_state, parse_options, tiny_arguments, tiny_options
 
 ARCH = {"width": 16, "depth": 3, "num_heads": 2}
 HEAD = {"num_prototypes": 16, "hidden_dim": 8, "bottleneck_dim": 4}
@@ -75,8 +73,13 @@ def started(tmp_path, content, **changes) -> tuple[TrainState, str]:
 
 def started_from(tmp_path, init, **changes) -> tuple[TrainState, str]:
     options = options_of(tmp_path, init, **changes)
-    state = build_state(config_of(options), torch.device("cpu"))
-    return state, start_state(state, options)
+    state = build_state(options, torch.device("cpu"))
+    told = start_state(
+        *(state, options.init, options.encoder_arguments()),
+        norm_last_layer=options.head.norm_last_layer,
+        frozen=options.optim.freeze_backbone,
+    )
+    return state, told
 
 
 def refusal(tmp_path, content, **changes) -> str:
@@ -103,7 +106,7 @@ def equal(one: DinoModel, other: DinoModel) -> bool:
     return True
 
 
-@pytest.mark.parametrize("old_names", [True, False], ids=["weight_g", "parametrised"])
+@pytest.mark.parametrize("old_names", [True, False], ids=["weight_g", "parametrized"])
 @pytest.mark.parametrize("make", [plain, network], ids=["cls", "sparo"])
 def test_a_full_checkpoint_comes_out_as_it_went_in(tmp_path, make, old_names):
     student, teacher = make(1), make(2)
@@ -156,7 +159,7 @@ def test_a_readout_that_is_not_whole(tmp_path, name, change, message):
 def test_a_plain_vit_starts_a_sparo_encoder(tmp_path, extra):
     source = plain(1)
     state, said = started(tmp_path, bare(source) | extra)
-    fresh = build_state(config_of(options_of(tmp_path, "x")), torch.device("cpu")).student.state_dict()
+    fresh = build_state(options_of(tmp_path, "x"), torch.device("cpu")).student.state_dict()
     given = source.encoder.backbone.state_dict()
     for model in (state.student, state.teacher):
         for name, value in model.state_dict().items():
@@ -167,7 +170,7 @@ def test_a_plain_vit_starts_a_sparo_encoder(tmp_path, extra):
         "parameters taken, by student and teacher alike;",
         "fresh: read-out sparo (the file has cls), head (the file has none);",
         "unused of the file: blocks.2 (the read-out replaces it)",
-        "the final norm has normalised the output of block 2 there",
+        "the final norm has normalized the output of block 2 there",
     ):
         assert part in said
     assert ("head (1 tensors), fc_norm (1 tensors)" in said) == bool(extra)
@@ -197,7 +200,7 @@ def test_timms_own_model_by_file_and_by_name(tmp_path, monkeypatch, caplog):
     model.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.229, 0.224, 0.225)}
     started_from(tmp_path, "timm:vit", **CLS)
     assert (
-        "WARNING: init timm:vit was trained on images normalised by mean (0.5, 0.5, 0.5), here" in caplog.text
+        "WARNING: init timm:vit was trained on images normalized by mean (0.5, 0.5, 0.5), here" in caplog.text
     )
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224"}))
     for init in (tmp_path / "model.safetensors", tmp_path):  # a folder as the hub has it

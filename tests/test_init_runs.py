@@ -9,17 +9,14 @@ import torch
 
 from dino_sparo import load_encoder
 from dino_sparo.__main__ import main
-from dino_sparo.config import parse_options
+from dino_sparo.cli.pretraining import StudyOptions, planned, pretrain
 from dino_sparo.errors import UserError
-from dino_sparo.options import SweepOptions
 from dino_sparo.runs.checkpoint import load_latest, num_bytes
-from dino_sparo.study.variants import plan_runs
-from dino_sparo.training import setup, state
-from dino_sparo.training.pretrain import pretrain
+from dino_sparo.training import state
 from tests.running import command
 from tests.test_init import bare, plain
 from tests.test_resume import pretrain_until
-from tests.tiny import state_hash, tiny_arguments, tiny_options, write_pictures
+from tests.tiny import parse_options, prepared, state_hash, tiny_arguments, tiny_options, write_pictures
 
 BACKBONE = "encoder.backbone."
 FROZEN = {"optim__freeze_backbone": "true"}
@@ -65,7 +62,7 @@ def test_a_frozen_backbone_stays_and_all_else_learns(finished, pictures):
 
 
 @pytest.mark.parametrize("step", [1, 4])
-def test_a_run_goes_on_without_the_file_bit_for_bit(finished, pictures, step, tmp_path, monkeypatch):
+def test_a_run_resumes_without_the_file_bit_for_bit(finished, pictures, step, tmp_path, monkeypatch):
     run_dir, changes = finished
     file = tmp_path / "vit.pth"
     shutil.copy(pictures / "vit.pth", file)
@@ -84,22 +81,22 @@ def test_a_run_and_an_exported_encoder_start_another_run(run_dir, pictures, tmp_
     before = load_latest(run_dir)
     for init, parts in ((run_dir, ("student", "teacher")), (tmp_path / "exported", ("teacher", "teacher"))):
         options = tiny_options(pictures, tmp_path / "run", init=init)
-        prepared = setup.prepare(options, torch.device("cpu"))
-        assert prepared.first_step == 0 and not prepared.state.optimizer.state
-        for model, part in zip((prepared.state.student, prepared.state.teacher), parts, strict=True):
+        run = prepared(options)
+        assert run.first_step == 0 and not run.state.optimizer.state
+        for model, part in zip((run.state.student, run.state.teacher), parts, strict=True):
             same = {n: torch.equal(value, before[part][n]) for n, value in model.state_dict().items()}
             assert all(same[name] for name in same if init == run_dir or name.startswith("encoder."))
             assert same["head.mlp.0.weight"] == (init == run_dir)
     with pytest.raises(FileNotFoundError, match=r"none does not exist; expected a run folder"):
-        setup.prepare(tiny_options(pictures, tmp_path / "run", init=tmp_path / "none"), torch.device("cpu"))
+        prepared(tiny_options(pictures, tmp_path / "run", init=tmp_path / "none"))
 
 
 def test_a_sweep_varies_starts_and_freezing(pictures, tmp_path):
     arguments = tiny_arguments(pictures, tmp_path / "runs", init=pictures / "vit.pth")
     arguments += ['--vary=["optim.freeze_backbone=true,false"]']
-    variants = plan_runs(parse_options(SweepOptions, arguments, usage=""))
-    assert [one.options.optim.freeze_backbone for one in variants] == [True, False]
-    assert {one.options.init for one in variants} == {str(pictures / "vit.pth")}
+    variants = planned(parse_options(StudyOptions, arguments, usage=""))
+    assert [one.recipe.optim.freeze_backbone for one in variants] == [True, False]
+    assert {one.recipe.init for one in variants} == {str(pictures / "vit.pth")}
 
 
 def test_another_start_is_another_experiment(finished, pictures):
@@ -113,7 +110,7 @@ def test_another_start_is_another_experiment(finished, pictures):
             pretrain(tiny_options(pictures, run_dir, **(changes | other)))
 
 
-def test_a_run_from_before_there_was_freezing_goes_on(pictures, tmp_path, caplog):
+def test_a_run_from_before_there_was_freezing_resumes(pictures, tmp_path, caplog):
     pretrain(tiny_options(pictures, tmp_path / "run"))
     path = tmp_path / "run" / "config.yaml"
     lines = path.read_text().splitlines(keepends=True)
@@ -128,10 +125,10 @@ def test_a_run_from_before_there_was_freezing_goes_on(pictures, tmp_path, caplog
 @pytest.fixture
 def frozen_state(pictures, tmp_path):
     options = tiny_options(pictures, tmp_path / "run", init=pictures / "vit.pth", **FROZEN)
-    return setup.prepare(options, torch.device("cpu")).state
+    return prepared(options).state
 
 
-def test_the_optimiser_and_the_graph_leave_a_frozen_backbone_out(frozen_state):
+def test_the_optimizer_and_the_graph_leave_a_frozen_backbone_out(frozen_state):
     student = frozen_state.student
     held = {id(p) for group in frozen_state.optimizer.param_groups for p in group["params"]}
     learning = [*student.encoder.readout.parameters(), *student.head.parameters()]
@@ -143,7 +140,7 @@ def test_the_optimiser_and_the_graph_leave_a_frozen_backbone_out(frozen_state):
     logits = [student.train()([torch.ones(2, 3, 3, 16, 16)])[0] for _ in range(2)]
     assert torch.equal(*logits) and logits[0].requires_grad  # no stochastic depth, though the recipe has it
     before = state.checkpoint_bytes(frozen_state)
-    moments = 2 * sum(p.nbytes for p in learning if p.requires_grad)
+    moments = sum(2 * p.nbytes + 4 for p in learning if p.requires_grad)  # and a count of steps
     assert before == num_bytes(state.capture_state(frozen_state)) + moments
 
 
@@ -160,10 +157,10 @@ def test_two_processes_with_a_frozen_backbone(pictures, tmp_path):
 
 
 @pytest.mark.long
-def test_check_tries_the_starting_weights(pictures, tmp_path, capsys, caplog):
+def test_check_tries_the_starting_weights(pictures, tmp_path, capsys):
     arguments = tiny_arguments(pictures, tmp_path / "run", init=pictures / "vit.pth", **FROZEN)
     assert main(["check", *arguments]) == 0
-    assert "vit.pth: 0.01 million parameters taken" in caplog.text
+    assert "vit.pth: 0.01 million parameters taken" in " ".join(capsys.readouterr().out.split())
     torch.save(bare(plain(1, patch_size=4)), tmp_path / "other.pth")
     assert main(["check", *tiny_arguments(pictures, tmp_path / "run", init=tmp_path / "other.pth")]) == 1
     assert "other.pth holds patch size 4" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""k-NN against the official figures."""
+"""k-NN against the official figures, and the search for neighbors, whatever the chunks."""
 
 from functools import partial
 
@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from dino_sparo.evaluation import knn
-from dino_sparo.evaluation.knn import knn_classify
-from dino_sparo.evaluation.search import nearest
+from dino_sparo.evaluation.knn import knn_classify, nearest
 
 KS = [1, 10, 20, 100, 200]
+TRAIN, TEST, WIDTH, K = 57, 23, 16, 9
 
 
 @pytest.mark.parametrize("by_faiss", [True, False])
@@ -22,7 +22,7 @@ def test_golden_accuracies(golden, chunk_size, by_faiss, monkeypatch):
     tensors = [
         torch.from_numpy(arrays[f"{s}_{k}"]) for s in ("train", "test") for k in ("features", "labels")
     ]
-    monkeypatch.setattr(knn, "CHUNK_SIZE", chunk_size)
+    monkeypatch.setattr(knn, "VOTE_CHUNK", chunk_size)
     results = knn_classify(*tensors, k=KS, temperature=float(arrays["temperature"]))
     for k in KS:
         np.testing.assert_array_equal([results[k].top1, results[k].top5], arrays[f"top1_top5.k{k}"])
@@ -56,11 +56,6 @@ def test_ties_go_to_the_lower_class_also_among_classes_without_votes():
     assert result.top5 == 50.0  # with k = 2 the official top-5 looks at two classes only
 
 
-def test_k_one_top5_equals_top1(golden):
-    arrays = golden("knn")
-    assert arrays["top1_top5.k1"][0] == arrays["top1_top5.k1"][1]
-
-
 @pytest.mark.parametrize("k", [0, 4])
 def test_k_out_of_range(k):
     features, labels = torch.eye(3), torch.arange(3)
@@ -71,3 +66,69 @@ def test_k_out_of_range(k):
 def test_no_test_images():
     with pytest.raises(ValueError, match="no test images"):
         knn_classify(torch.eye(3), torch.arange(3), torch.empty(0, 3), torch.empty(0, dtype=torch.int64), k=1)
+
+
+# --- The search
+
+
+@pytest.fixture
+def features():
+    rng = np.random.default_rng(0)
+    return [rng.normal(size=(number, WIDTH)).astype(np.float16) for number in (TRAIN, TEST)]
+
+
+def by_sorting(train, test, k):
+    """All cosines, sorted."""
+    train, test = (torch.from_numpy(x).double() for x in (train, test))
+    cosine = (test / test.norm(dim=1, keepdim=True)) @ (train / train.norm(dim=1, keepdim=True)).T
+    return cosine.sort(dim=1, descending=True, stable=True).values[:, :k], cosine.argsort(
+        dim=1, descending=True, stable=True
+    )[:, :k]
+
+
+@pytest.mark.parametrize("by_faiss", [True, False])
+@pytest.mark.parametrize(("train_chunk", "test_chunk"), [(None, None), (1, 1), (5, 7), (56, 22), (57, 100)])
+def test_the_nearest_in_order(features, by_faiss, train_chunk, test_chunk):
+    chunks = {"train_chunk": train_chunk, "test_chunk": test_chunk}
+    cosines, numbers = nearest(*features, K, by_faiss=by_faiss, **chunks)
+    expected_cosines, expected_numbers = by_sorting(*features, K)
+    assert torch.equal(numbers, expected_numbers)
+    torch.testing.assert_close(cosines, expected_cosines.float(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("by_faiss", [True, False])
+def test_of_equally_near_images_the_first_comes_first(by_faiss):
+    train = np.eye(4, dtype=np.float32)[[2, 0, 0, 1, 0]]
+    cosines, numbers = nearest(train, train[1:2], 4, by_faiss=by_faiss, train_chunk=2)
+    assert numbers[0, :3].tolist() == [1, 2, 4] and cosines[0].tolist() == [1, 1, 1, 0]
+
+
+def test_features_stay_on_disk_and_all_neighbours_can_be_asked_for(features, tmp_path):
+    train = np.memmap(tmp_path / "train", np.float16, mode="w+", shape=features[0].shape)
+    train[:] = features[0]
+    _, numbers = nearest(train, torch.from_numpy(features[1]), TRAIN, train_chunk=10)
+    assert torch.equal(numbers, by_sorting(*features, TRAIN)[1])
+    assert isinstance(train, np.memmap) and np.array_equal(train, features[0])
+
+
+@pytest.mark.parametrize("by_faiss", [True, False])
+@pytest.mark.parametrize("kind", [torch.tensor, np.array])
+def test_what_is_given_stays_as_it_is(features, by_faiss, kind):
+    given = [kind(rows.astype(np.float32)) for rows in features]
+    before = [np.asarray(rows).copy() for rows in given]
+    nearest(*given, K, by_faiss=by_faiss)
+    assert all(np.array_equal(rows, old) for rows, old in zip(given, before, strict=True))
+
+
+def test_no_queries(features):
+    cosines, numbers = nearest(features[0], features[1][:0], K)
+    assert cosines.shape == numbers.shape == (0, K)
+
+
+@pytest.mark.parametrize("value", [0, np.nan, np.inf])
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_feature_without_direction_is_named(features, side, value):
+    features[side][11] = value
+    kind = "zero" if value == 0 else "not finite"
+    with pytest.raises(ValueError, match=f"{('train', 'test')[side]} image 11 is {kind}"):
+        nearest(*features, K, train_chunk=4, test_chunk=5)

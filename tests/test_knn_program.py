@@ -33,27 +33,9 @@ def trained(tmp_path_factory) -> tuple[Path, Path]:
 
 
 def knn(run: Path, data: Path, out: Path, *more: str, processes: int = 1) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable,
-        "-m",
-        "dino_sparo",
-        "knn",
-        str(run),
-        "--data.path",
-        str(data),
-        "--out",
-        str(out),
-    ]
-    command += [
-        "--cache",
-        str(out / "features"),
-        "--k",
-        str(KS),
-        "--num-workers=0",
-        "--batch-size",
-        "8",
-        *more,
-    ]
+    places = [str(run), "--data.path", str(data), "--out", str(out), "--cache", str(out / "features")]
+    settings = ["--k", str(KS), "--num-workers=0", "--batch-size", "8", *more]
+    command = [sys.executable, "-m", "dino_sparo", "knn", *places, *settings]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*command, f"--nproc={processes}"], env=environment, capture_output=True, text=True, check=False
@@ -78,7 +60,7 @@ def test_results_are_those_of_the_votes(trained, alone):
     data, run = trained
     train, val = open_labelled(str(data))
     encoder = load_encoder(run)
-    expected = evaluate_knn(encoder, train, val, image_size=16, k=KS)
+    expected = evaluate_knn(encoder, train, val, k=KS)
     results = {result.name: result for result in read_results(alone[0]) if result.test_set == "val"}
     assert list(results) == ["1-NN", "3-NN", "20-NN"]
     for k in KS:

@@ -1,4 +1,4 @@
-"""The linear probe: the official protocol, resumable, on one process or several."""
+"""The linear probe: the official protocol, resumable, on one process or several; what options train."""
 
 import json
 import subprocess
@@ -13,19 +13,20 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
-from dino_sparo.config import parse_options
+from dino_sparo.cli import evaluating
 from dino_sparo.data import pil_views
 from dino_sparo.data.images import normalize, to_tensor
 from dino_sparo.data.sources import open_labelled
 from dino_sparo.data.views import draw_view, sample_order
-from dino_sparo.evaluation import linear as program
+from dino_sparo.errors import UserError
 from dino_sparo.evaluation import probe_training
-from dino_sparo.evaluation.probe_data import training_crop
+from dino_sparo.evaluation.linear import linear_probe, training_crop
+from dino_sparo.evaluation.probe_training import ProbeTraining, check_batch_size
 from dino_sparo.evaluation.probes import Probe, Probes
 from dino_sparo.evaluation.results import read_results
-from dino_sparo.evaluation.transfer import TestSet
+from dino_sparo.evaluation.transfer import TestSet, balanced_fraction
+from dino_sparo.interop import load
 from dino_sparo.interop.load import load_encoder
-from dino_sparo.options import LinearOptions
 from dino_sparo.runs.checkpoint import load_latest
 from dino_sparo.runs.runlog import read_metrics
 from tests.probing import (
@@ -35,9 +36,10 @@ from tests.probing import (
     OFFICIAL,
     arguments,
     linear,
+    options,
     pretrained_run,
     weights,
-    write_colours,
+    write_colors,
     write_data,
 )
 
@@ -155,7 +157,7 @@ def test_a_prediction_is_a_class_of_the_test_set(data, monkeypatch):
     labels = np.array([1, 2, 1, 1, 2])
     for classes, right in (([0, 1, 2], [False] * 5), ([1, 2], labels == 1)):
         test_set = TestSet("x", val, labels, np.array(classes), (), ())
-        found = probe_training.score(probes, probe_training.Exam(test_set, features), torch.device("cpu"))
+        found = probe_training.score(probes, test_set, features)
         assert found[:, 0].tolist() == [[top1, True] for top1 in right]
 
 
@@ -163,7 +165,7 @@ class PowerCutError(Exception):
     pass
 
 
-def run_until(step: int, options: LinearOptions, monkeypatch) -> None:
+def run_until(step: int, options: evaluating.LinearOptions, monkeypatch) -> None:
     """Run, and break off in the step after `step` steps of this start."""
     original, calls = probe_training.losses, []
 
@@ -176,21 +178,16 @@ def run_until(step: int, options: LinearOptions, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(probe_training, "losses", breaking)
         with pytest.raises(PowerCutError):
-            program.run(options)
+            evaluating.linear(options)
 
 
 def test_cached_probes_go_on_bit_for_bit_from_every_tenth_epoch(pretrained, data, tmp_path, monkeypatch):
     outs = tmp_path / "whole", tmp_path / "out"
-    whole, broken = (
-        parse_options(
-            LinearOptions, arguments(pretrained, data, out, cached="true", epochs=23, batch_size=11), usage=""
-        )
-        for out in outs
-    )
-    program.run(whole)
+    whole, broken = (options(pretrained, data, out, cached="true", epochs=23, batch_size=11) for out in outs)
+    evaluating.linear(whole)
     run_until(12 * (NUM_TRAIN // 11) + 1, broken, monkeypatch)
     assert load_latest(outs[1] / "linear-cached")["epochs_done"] == 10
-    program.run(broken)
+    evaluating.linear(broken)
     theirs, ours = (load_latest(out / "linear-cached") for out in outs)
     assert ours["epochs_done"] == theirs["epochs_done"] == 23 and ours["best"] == theirs["best"]
     for name, value in theirs["probes"].items():
@@ -203,12 +200,11 @@ def test_cached_probes_go_on_bit_for_bit_from_every_tenth_epoch(pretrained, data
 @pytest.mark.parametrize("step", [1, 3, 5])
 def test_interrupted_in_any_epoch(step, workers, pretrained, data, uninterrupted, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    given = arguments(pretrained, data, out, num_workers=workers, learning_rates=[0.001, 1.0])
-    options = parse_options(LinearOptions, given, usage="")
-    run_until(step, options, monkeypatch)
+    given = options(pretrained, data, out, num_workers=workers, learning_rates=[0.001, 1.0])
+    run_until(step, given, monkeypatch)
     interrupted = load_latest(out / "linear")
     assert (0 if interrupted is None else interrupted["epochs_done"]) == step // 2
-    program.run(options)
+    evaluating.linear(given)
     ours, theirs = load_latest(out / "linear"), load_latest(uninterrupted / "linear")
     for name, value in theirs["probes"].items():
         assert torch.equal(ours["probes"][name], value)
@@ -230,8 +226,8 @@ def test_a_complete_run_is_only_scored(pretrained, data, uninterrupted, tmp_path
     monkeypatch.setattr(probe_training, "losses", None)
     before = (uninterrupted / "results.json").read_text()
     half = tmp_path / "half"
-    write_colours(half, 4, ("red", "blue"))
-    write_colours(half, 5, ("green",))
+    write_colors(half, 4, ("red", "blue"))
+    write_colors(half, 5, ("green",))
     (half / "green").rename(half / "violet")
     results = linear(
         pretrained, data, uninterrupted, learning_rates=[0.001, 1.0], test=json.dumps([f"half={half}"])
@@ -283,3 +279,151 @@ def test_three_processes_go_on_bit_for_bit(pretrained, data, tmp_path):
         assert torch.equal(again["probes"][name], value)
     assert again["best"] == whole["best"]
     assert len(logged_values(out)) == 6
+
+
+# --- What options train, and what is refused
+
+
+def test_in_a_notebook(pretrained, data, uninterrupted, tmp_path):
+    """Without options or a cache: the same probe."""
+    train, val = open_labelled(str(data))
+    found = linear_probe(load_encoder(pretrained), train, val, tmp_path, epochs=3, batch_size=BATCH_SIZE)
+    expected = read_results(uninterrupted)[0]
+    assert [(one.name, one.top1, one.details["num_train"]) for one in found] == [
+        (OFFICIAL, expected.top1, NUM_TRAIN)
+    ]
+    np.testing.assert_array_equal(found[0].correct, expected.correct)
+    assert torch.equal(weights(tmp_path)[0], weights(uninterrupted / "linear")[0])
+
+
+def test_other_settings_in_the_same_folder_are_refused(pretrained, data, uninterrupted):
+    for changes, message in (
+        ({"epochs": 4}, "epochs was 3, now 4"),
+        ({"seed": 1}, "seed was 0, now 1"),
+        ({"learning_rates": [0.1]}, "probes was "),
+    ):
+        given = {"learning_rates": [0.001, 1.0]} | changes
+        with pytest.raises(UserError, match=rf"holds other probes \({message}.*give another --out"):
+            linear(pretrained, data, uninterrupted, **given)
+
+
+def test_cached_probes_are_not_called_official(pretrained, data, tmp_path, capsys):
+    out = tmp_path / "out"
+    results = linear(pretrained, data, out, cached="true", learning_rates=[30.0], epochs=40)
+    assert [(result.protocol, result.headline) for result in results] == [("linear-cached", False)]
+    assert results[0].top1 == 100  # the colors are easy, if anything is learned
+    assert "not the official protocol" in capsys.readouterr().out
+    results = linear(pretrained, data, out)
+    assert {result.protocol for result in results} == {"linear", "linear-cached"}
+    assert sorted(path.name for path in out.iterdir()) == ["linear", "linear-cached", "results.json"]
+
+
+def test_a_sweep_holds_the_official_probe_as_it_is_alone(pretrained, data, uninterrupted, tmp_path):
+    results = linear(pretrained, data, tmp_path / "out", sweep="true")
+    names = [result.name for result in results]
+    assert len(names) == 12 and names.count(OFFICIAL) == 1
+    assert [result.name for result in results if result.headline] == [OFFICIAL]
+    assert torch.equal(weights(tmp_path / "out" / "linear-sweep")[0], weights(uninterrupted / "linear")[0])
+
+
+def test_a_fraction_is_balanced_seeded_and_nested(data, tmp_path):
+    train, _ = open_labelled(str(data))  # 8, 7 and 7 images
+    least, half = (balanced_fraction(train, fraction, seed=0) for fraction in (0.01, 0.5))
+    assert np.bincount(least.labels).tolist() == [1, 1, 1]
+    assert np.bincount(half.labels).tolist() == [4, 4, 4]
+    names = [half.name(i) for i in range(len(half))]
+    assert {least.name(i) for i in range(3)} < set(names)
+    other = balanced_fraction(train, 0.5, seed=1)
+    assert names != [other.name(i) for i in range(len(other))]
+    write_colors(tmp_path / "train", 2, ("red", "blue"))
+    write_colors(tmp_path / "train", 9, ("green",))
+    few, _ = open_labelled(str(tmp_path))  # no val folder: some are held out
+    assert np.bincount(balanced_fraction(few, 1.0, seed=0).labels, minlength=3).min() == 1
+
+
+def test_few_shot(pretrained, data, tmp_path):
+    results = linear(pretrained, data, tmp_path / "out", train_fraction=0.5, batch_size=12)
+    assert results[0].train_fraction == 0.5 and results[0].details["num_train"] == 12
+    assert (tmp_path / "out" / "linear-fraction-0.5").is_dir()
+    with pytest.raises(UserError, match=r"train_fraction is 1\.5; expected above 0 and at most 1"):
+        linear(pretrained, data, tmp_path / "out", train_fraction=1.5)
+
+
+def test_a_saved_classifier_is_scored_as_it_was(pretrained, data, uninterrupted, tmp_path):
+    file = uninterrupted / "linear" / "classifiers" / "3_blocks_both_lr_1.safetensors"
+    again = linear(pretrained, data, tmp_path / "out", evaluate=file)[0]
+    before = read_results(uninterrupted)[1]
+    np.testing.assert_array_equal(again.correct, before.correct)
+    assert (again.name, again.top1, again.top5) == (before.name, before.top1, before.top5)
+    assert again.details == before.details
+    assert not (tmp_path / "out" / "linear").exists()
+    with pytest.raises(UserError, match="was trained on an encoder with other weights"):
+        linear(pretrained, data, tmp_path / "out", evaluate=file, untrained="true")
+    with pytest.raises(UserError, match="and sweep, num_blocks would train others; leave these out"):
+        linear(pretrained, data, tmp_path / "out", evaluate=file, sweep="true", num_blocks=[1])
+    write_colors(tmp_path / "two" / "train", 6, ("red", "blue"))
+    with pytest.raises(UserError, match="'green' is in one of them only"):
+        linear(pretrained, tmp_path / "two", tmp_path / "out", evaluate=file)
+
+
+def test_damaged_weights_are_told_before_training(pretrained, data, tmp_path, monkeypatch):
+    encoder = load_encoder(pretrained)
+    encoder.backbone.norm.weight.data[3] = torch.nan
+    monkeypatch.setattr(load, "load_encoder", lambda *_, **__: encoder)
+    with pytest.raises(UserError, match="not finite"):
+        linear(pretrained, data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_features_that_are_not_finite_end_the_run_before_a_checkpoint(
+    pretrained, data, tmp_path, monkeypatch
+):
+    original = ProbeTraining.state
+
+    def damage(self):
+        state = original(self)
+        encoders[0].backbone.norm.weight.data[3] = torch.nan
+        return state
+
+    encoders = [load_encoder(pretrained)]
+    monkeypatch.setattr(load, "load_encoder", lambda *_, **__: encoders[0])
+    monkeypatch.setattr(ProbeTraining, "state", damage)
+    with pytest.raises(UserError, match="features of training images are not finite in epoch 2"):
+        linear(pretrained, data, tmp_path / "out")
+    assert load_latest(tmp_path / "out" / "linear")["epochs_done"] == 1
+
+
+def test_an_unreadable_image_is_named_and_costs_nothing(pretrained, tmp_path):
+    write_colors(tmp_path / "data" / "train", NUM_TRAIN)
+    write_colors(tmp_path / "data" / "val", NUM_VAL)
+    first, second = (sample_order(seed=0, epoch=epoch, num_samples=NUM_TRAIN) for epoch in (0, 1))
+    bad = next(sample for sample in second[:16] if sample in first[16:])  # epoch 1 drops it
+    train, _ = open_labelled(str(tmp_path / "data"))
+    path = Path(train.name(int(bad)))
+    whole = path.read_bytes()
+    path.write_bytes(b"no picture")
+    with pytest.raises(UserError, match=f"{path.name}: the image cannot be read"):
+        linear(pretrained, tmp_path / "data", tmp_path / "out", learning_rates=[0.001, 1.0])
+    assert load_latest(tmp_path / "out" / "linear")["epochs_done"] == 1
+    path.write_bytes(whole)
+    linear(pretrained, tmp_path / "data", tmp_path / "out", learning_rates=[0.001, 1.0])
+
+
+def test_a_class_of_val_that_train_lacks_is_named(pretrained, tmp_path):
+    write_colors(tmp_path / "data" / "train", 8, ("red", "green"))
+    write_colors(tmp_path / "data" / "val", 3)
+    with pytest.raises(UserError, match="class folder 'blue' does not exist in"):
+        linear(pretrained, tmp_path / "data", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "processes", "message"),
+    [
+        (1024, 1, "batch_size is 1024, but there are only 22 train images; give --batch_size 22 or less"),
+        (1024, 4, "give --batch_size 20 or less"),
+        (9, 2, "batch_size is 9, not divisible by 2 processes; give a multiple, such as 8"),
+    ],
+)
+def test_a_batch_that_does_not_fit(batch_size, processes, message):
+    with pytest.raises(UserError, match=message):
+        check_batch_size(batch_size, 22, processes)

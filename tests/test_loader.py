@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dino_sparo.data.images import UnreadableImage
+from dino_sparo.data.decode import UnreadableImageError
 from dino_sparo.data.loader import BatchOrder, Crops, CropsDataset, crop_batches
 from dino_sparo.data.sources import ImageSource, open_images
 from dino_sparo.data.views import crop_recipes
@@ -50,10 +50,8 @@ def crops_of(source: ImageSource, *, substitute: bool = False) -> CropsDataset:
 @pytest.mark.parametrize("kind", ["empty", "truncated", "html"])
 def test_unreadable_image_is_named(tmp_path, kind):
     write_unreadable(tmp_path / "bad.jpg", kind)
-    item = crops_of(open_images(str(tmp_path)))[0, 0]
-    assert isinstance(item, UnreadableImage)
     with pytest.raises(UserError, match="repair or remove") as caught:
-        item.raise_error()
+        crops_of(open_images(str(tmp_path)))[0, 0]
     assert str(caught.value).startswith(f"{tmp_path / 'bad.jpg'}: ")
     assert "\n" not in str(caught.value)
 
@@ -64,10 +62,11 @@ def test_batch_with_an_unreadable_image_names_it(tmp_path, pictures, num_workers
     write_unreadable(tmp_path / "two" / "bad.jpg", "truncated")
     os.link(pictures.name(0), tmp_path / "two" / "good.png")
     batches = batches_of(open_images(str(tmp_path / "two")), batch_size=2, num_workers=num_workers)
-    batch = next(iter(batches))
-    assert isinstance(batch, UnreadableImage)
-    with pytest.raises(UserError, match=r"bad\.jpg"):
-        batch.raise_error()
+    with pytest.raises(
+        UnreadableImageError, match=r"bad\.jpg: the image cannot be read \(.*truncated"
+    ) as caught:
+        next(iter(batches))
+    assert "\n" not in str(caught.value) and caught.value.name == str(tmp_path / "two" / "bad.jpg")
 
 
 # --- Batches
@@ -160,7 +159,7 @@ def test_another_image_stands_in_whatever_the_number_of_workers(tmp_path, pictur
     alone, shared = ([*batches_of(source, batch_size=3, num_workers=n, substitute=True)] for n in (0, 2))
     for one, other in zip(alone, shared, strict=True):
         assert torch.equal(one.global_crops, other.global_crops) and one.replaced == other.replaced
-    names = {image.name for batch in alone for image in batch.replaced}
+    names = {name for batch in alone for name, _ in batch.replaced}
     assert names == {str(tmp_path / "some" / f"bad{n}.jpg") for n in range(2)}
 
 
@@ -178,5 +177,5 @@ def test_stand_ins_are_bounded(tmp_path):
     (tmp_path / "all").mkdir()
     for number in range(3):
         write_unreadable(tmp_path / "all" / f"bad{number}.jpg", "html")
-    item = crops_of(open_images(str(tmp_path / "all")), substitute=True)[0, 1]
-    assert isinstance(item, UnreadableImage) and item.name.endswith("bad1.jpg")
+    with pytest.raises(UnreadableImageError, match=r"bad1\.jpg"):
+        crops_of(open_images(str(tmp_path / "all")), substitute=True)[0, 1]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.errors import UserError
 from dino_sparo.models import build_encoder
 from dino_sparo.training import pretrain as program
@@ -205,9 +206,7 @@ def test_a_run_is_warned_of_a_collapse_and_only_then(
         return train_step(state, *args, **kwargs)
 
     monkeypatch.setattr(program, "train_step", train_step_with_collapse)
-    program.pretrain(
-        tiny_options(tmp_path, tmp_path / "run", log__log_every_steps=log_every_steps, **options)
-    )
+    pretrain(tiny_options(tmp_path, tmp_path / "run", log__log_every_steps=log_every_steps, **options))
     assert done == NUM_STEPS == INJECTED_AT + 50
     warned_at = re.findall(r"WARNING: step (\d+): collapse: ", capsys.readouterr().err)
     assert len(warned_at) == (1 if collapsed else 0)

@@ -1,25 +1,27 @@
 """Parquet files: which are taken, what their columns mean, how rows are read, mistakes in one sentence."""
 
+import json
 import logging
-import os
+import multiprocessing
 import pickle
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from dino_sparo.data import parquet as reading
-from dino_sparo.data.images import UnreadableImage, load_image
-from dino_sparo.data.parquet import warn_of_random_order
+from dino_sparo.cli.pretraining import pretrain
+from dino_sparo.data import tables
+from dino_sparo.data.decode import UnreadableImageError
 from dino_sparo.data.scan import scan_images
 from dino_sparo.data.sources import open_images, open_labelled, open_val
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.evaluation.transfer import open_test_sets
 from dino_sparo.shard import shard
-from dino_sparo.training.pretrain import pretrain
 from tests.containers import IMAGE, write_parquet
 from tests.shard_files import picture, write
 from tests.tiny import tiny_options
@@ -137,33 +139,30 @@ def test_classes_of_a_further_test_set_and_numbered_ones(root, tmp_path):
 # --- Reading
 
 
-@pytest.mark.parametrize("kept_bytes", [0, 3 * len(picture(0)), 2**26])
-def test_rows_in_any_order_whatever_is_kept(root, monkeypatch, kept_bytes):
-    monkeypatch.setattr(reading, "KEPT_BYTES", kept_bytes)
-    monkeypatch.setattr(reading, "_row_groups", reading._RowGroups())
+def test_rows_in_any_order(root):
     for number, count in enumerate((5, 1, 4)):
         write_parquet(root / f"train-{number}.parquet", images(count, 5 * number), group=2)
     source = open_images(str(root))
     expected = [picture(i) for i in (0, 1, 2, 3, 4, 5, 10, 11, 12, 13)]
     for i in np.random.default_rng(0).permutation(np.repeat(np.arange(10), 3)).tolist():
         assert source.read(i) == expected[i]
-    kept = reading._row_groups
-    assert kept.num_bytes == sum(group.nbytes for group in kept.kept.values())
-    assert len(kept.kept) == 1 or kept.num_bytes <= kept_bytes
     assert source.name(9) == f"{root}/train-2.parquet, row 3"
     assert pickle.loads(pickle.dumps(source)).read(9) == expected[9]
+    assert source.stats()[:, 0].tolist() == [len(data) for data in expected]
 
 
 def test_the_index_is_kept_until_a_file_changes(root, monkeypatch):
     write_parquet(root / FILE, images(3), [0, 1, 1], ["a", "b"])
     before = open_images(str(root)).fingerprint()
     with monkeypatch.context() as patch:
-        patch.setattr(reading, "pack_parquet", lambda *_: pytest.fail("made anew"))
+        patch.setattr(tables, "index_parts", lambda *_: pytest.fail("made anew"))
         assert open_images(str(root)).fingerprint() == before
     source = open_images(str(root))
     write_parquet(root / FILE, images(4), [0, 1, 1, 0], ["a", "b"])
-    bad = load_image(source, 0)
-    assert isinstance(bad, UnreadableImage) and "has changed since it was indexed" in bad.reason
+    copy = Path(source.place(0).path)
+    copy.write_bytes(copy.read_bytes()[:-1])
+    with pytest.raises(UnreadableImageError, match=r"train-.*row 0: .*has changed since it was indexed"):
+        source.load(0)
     assert len(open_images(str(root))) == 4
     write_parquet(root / "train-1.parquet", images(1), [0], ["a", "b"])
     assert len(open_images(str(root))) == 5
@@ -206,26 +205,6 @@ def test_odd_paths_stay_names_of_files_in_shards(root, tmp_path):
     assert names == ["x.jpg", "up.png", "train-00000-of-00001-000002.png", "hidden.png", "no_ending.png"]
     shard(str(root), str(tmp_path / "out"), num_workers=0)
     assert open_images(str(tmp_path / "out")).fingerprint() == source.fingerprint()
-
-
-def test_random_order_from_large_row_groups_is_told_once_with_the_remedy(root, monkeypatch, caplog):
-    monkeypatch.setattr(reading, "KEPT_BYTES", 0)
-    write_parquet(root / FILE, [{"bytes": bytes([i]) * 2**19, "path": None} for i in range(5)], group=5)
-    with caplog.at_level(logging.WARNING, "dino_sparo"):
-        for _ in range(2):
-            warn_of_random_order(open_images(str(root)))
-    assert len(caplog.records) == 1
-    assert f"row group (2.6 MB); dino-sparo shard {root} --out OUT makes shards" in caplog.text
-    write_parquet(root / FILE, [{"bytes": bytes([i]) * 2**19, "path": None} for i in range(5)], group=1)
-    assert open_images(str(root)).index.bytes_in_random_order() < 2**20
-
-
-def test_pretraining_in_a_random_order_warns(root, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(reading, "KEPT_BYTES", 0)
-    monkeypatch.setattr(reading, "SLOW_BYTES", 0)
-    write_parquet(root / FILE, images(4))
-    pretrain(tiny_options(root, tmp_path / "run", optim__epochs=1, optim__warmup_epochs=0))
-    assert f"dino-sparo shard {root} --out OUT" in caplog.text
 
 
 # --- Mistakes
@@ -285,22 +264,133 @@ def test_nothing_in_them(root):
         open_images(str(root))
 
 
-def test_without_pyarrow_the_extra_is_named(root, monkeypatch):
+@pytest.mark.parametrize("missing", ["pyarrow", "datasets"])
+def test_without_the_library_its_name_is_told(root, monkeypatch, missing):
     write_parquet(root / FILE, images(1))
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    monkeypatch.delitem(sys.modules, "pyarrow.parquet")
-    with pytest.raises(UserError, match=r"need a package .* pip install pyarrow"):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(UserError, match=r"need a package .* pip install datasets"):
         open_images(str(root))
 
 
-def test_a_damaged_row_group_is_a_bad_image(root):
-    write_parquet(root / FILE, images(4))
-    source, stat = open_images(str(root)), (root / FILE).stat()
-    with open(root / FILE, "r+b") as file:  # the header of the first page
+def test_a_damaged_row_group_is_told_by_the_name_of_its_file(root):
+    write_parquet(root / "train-0.parquet", images(4))
+    write_parquet(root / "train-1.parquet", images(4))
+    with open(root / "train-1.parquet", "r+b") as file:  # the header of the first page
         file.seek(4)
         file.write(b"\xff" * 40)
-    os.utime(root / FILE, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    bad = load_image(source, 0)
-    assert isinstance(bad, UnreadableImage) and bad.name == f"{root}/{FILE}, row 0"
-    assert bad.reason.startswith("the parquet file is damaged: ") and "\n" not in bad.reason
-    assert source.read(2) == picture(2)
+    with pytest.raises(UserError, match=r"train-1\.parquet is no whole parquet file \(") as caught:
+        open_images(str(root))
+    assert "\n" not in str(caught.value)
+
+
+def test_starts_at_once_make_one_copy(root, caplog):
+    write_parquet(root / FILE, images(4))
+    context = multiprocessing.get_context("fork")
+    starts = [context.Process(target=open_images, args=(str(root),)) for _ in range(3)]
+    for start in starts:
+        start.start()
+    for start in starts:
+        start.join()
+    assert [start.exitcode for start in starts] == [0, 0, 0]
+    with caplog.at_level(logging.INFO, "dino_sparo"):
+        assert open_images(str(root)).read(3) == picture(3)
+    assert "copy" not in caplog.text
+
+
+# --- What `datasets` has saved, and sets of the hub
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A set with train, validation and test, its files in the layout of the hub."""
+    for number, split in enumerate(("train", "validation", "test")):
+        write_parquet(
+            tmp_path / f"hub/data/{split}-00000-of-00001.parquet",
+            images(4, 4 * number),
+            [0, 1, 1, 0],
+            ["a", "b"],
+        )
+    return tmp_path / "hub"
+
+
+def test_a_set_that_was_saved_is_read_where_it_lies(saved, tmp_path, caplog):
+    splits = {name: str(saved / f"data/{name}-00000-of-00001.parquet") for name in ("train", "validation")}
+    whole = datasets.load_dataset("parquet", data_files=splits)
+    whole.save_to_disk(tmp_path / "both")
+    whole["train"].save_to_disk(tmp_path / "one", num_shards=2)
+    with caplog.at_level(logging.INFO, "dino_sparo"):
+        train, val = open_labelled(str(tmp_path / "both"))
+        one = open_images(str(tmp_path / "one"))
+    assert "copy" not in caplog.text and train.place(0).path.startswith(str(tmp_path / "both" / "train"))
+    assert [s.read(i) for s in (train, one) for i in range(4)] == 2 * list(map(picture, range(4)))
+    assert [val.read(i) for i in range(4)] == list(map(picture, range(4, 8)))
+    assert train.labels.tolist() == [0, 1, 1, 0] and train.classes == val.classes == ("a", "b")
+    assert train.fingerprint() == one.fingerprint() == open_images(str(saved)).fingerprint()
+    assert train.name(1) == f"{tmp_path / 'both'}/train, row 1"
+    (tmp_path / "one" / "data-00001-of-00002.arrow").write_bytes(b"no table")
+    with pytest.raises(UserError, match=r"data-00001-of-00002\.arrow is no whole Arrow file"):
+        open_images(str(tmp_path / "one"))
+
+
+@pytest.fixture
+def hub(saved, monkeypatch, tmp_path):
+    """A stand-in for the hub that holds the set at commit 0123abc; the arguments of each call to it."""
+    real, calls = datasets.load_dataset_builder, []
+    (saved / "data/test-00000-of-00001.parquet").unlink()  # nobody may want it
+    commit = tmp_path / "commit@0123abc"
+    commit.symlink_to(saved)
+
+    def load(path, name=None, *, revision=None, **options):
+        if path == "parquet":
+            return real(path, **options)
+        calls.append((path, name, revision))
+        if path != "owner/set":
+            raise FileNotFoundError(f"Couldn't find any data file at {path}.\nMore lines")
+        found = {split: [f"{commit}/data/{split}-00000-of-00001.parquet"] for split in ("train", "test")}
+        if name != "without_val":
+            found["validation"] = [f"{commit}/data/validation-00000-of-00001.parquet"]
+        return SimpleNamespace(config=SimpleNamespace(data_files=found), info=SimpleNamespace(splits=None))
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", load)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    return calls
+
+
+def test_a_set_of_the_hub_without_its_test_split(hub, saved, caplog):
+    with caplog.at_level(logging.INFO, "dino_sparo"):
+        train, val = open_labelled("hub:owner/set:plain@main")
+    assert hub == [("owner/set", "plain", "main")] * 2
+    assert [train.read(i) for i in range(4)] == list(map(picture, range(4)))
+    assert [val.read(i) for i in range(4)] == list(map(picture, range(4, 8)))
+    assert train.labels.tolist() == [0, 1, 1, 0] and train.classes == ("a", "b")
+    assert train.name(3) == "hub:owner/set:plain@main/train, row 3" and train.index.commit == "0123abc"
+    assert "hub:owner/set:plain@main, train: commit 0123abc" in caplog.text and "copy" in caplog.text
+    again = pickle.loads(pickle.dumps(open_images("hub:owner/set:plain@main")))
+    assert len(hub) == 2 and again.read(2) == picture(2)  # nobody has asked the hub again
+    assert open_val("hub:owner/set:plain@main").read(0) == picture(4)
+
+
+def test_a_set_of_the_hub_without_validation_holds_images_out(hub):
+    train, held_out = open_labelled("hub:owner/set:without_val")
+    assert (len(train), len(held_out)) == (4, 0) and open_val("hub:owner/set:without_val") is None
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        (
+            "hub:owner/other",
+            r"^hub:owner/other cannot be had from the hub \(Couldn't find .*\)",
+        ),
+        ("hub:", r"expected hub:OWNER/NAME\[:CONFIG\]\[@REVISION\]"),
+    ],
+)
+def test_a_hub_that_does_not_answer_is_one_sentence(hub, path, said):
+    with pytest.raises(UserError, match=said) as caught:
+        open_images(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_pretrain_takes_a_set_of_the_hub(hub, tmp_path):
+    pretrain(tiny_options(Path("hub:owner/set"), tmp_path / "run", optim__epochs=1, optim__warmup_epochs=0))
+    assert json.loads((tmp_path / "run" / "starts.jsonl").read_text())["data_commit"] == "0123abc"

@@ -9,13 +9,10 @@ from dino_sparo import terminal
 from dino_sparo.__main__ import main
 from dino_sparo.check import measure
 from dino_sparo.check.measure import bytes_of_training
-from dino_sparo.config import parse_options
-from dino_sparo.options import PretrainOptions
-from dino_sparo.runs.rundir import config_of
+from dino_sparo.cli.pretraining import PretrainOptions
 from dino_sparo.training.schedules import Schedules
 from dino_sparo.training.setup import build_schedules
-from dino_sparo.training.state import build_state
-from tests.tiny import tiny_arguments, tiny_options, write_pictures
+from tests.tiny import build_state, parse_options, tiny_arguments, tiny_options, write_pictures
 
 
 @pytest.fixture(autouse=True)
@@ -51,11 +48,11 @@ def test_plan_tells_what_the_run_would_be_and_writes_nothing(tmp_path, capsys):
     before = listing(tmp_path)
     given = tiny_arguments(tmp_path / "data", tmp_path / "runs" / "new", machine__batch_size_per_gpu=1)
     status, rows, out = plan([*given, "--nproc", "2"], capsys)  # one process tells it all
-    assert status == 0 and "nothing is in the way" in out
+    assert status == 0 and "no problems found" in out
     assert rows["run"].endswith("would start")
     assert rows["images"].startswith("20 of ") and "2 classes" in rows["images"]
     assert rows["batch"] == "4 images: 2 x 1 x 2 micro-batches"
-    assert rows["steps"] == "5 an epoch, 15 in all (3 epochs)"
+    assert rows["steps"] == "5 per epoch, 15 in all (3 epochs)"
     assert rows["recipe"].startswith("demo, changed: ") and "optim.epochs 8 -> 3" in rows["recipe"]
     assert "seed" not in rows["recipe"]
     assert listing(tmp_path) == before
@@ -64,7 +61,7 @@ def test_plan_tells_what_the_run_would_be_and_writes_nothing(tmp_path, capsys):
 def test_schedules_at_a_few_points(tmp_path, capsys):
     write_pictures(tmp_path / "data", count=20, side=32, classes=2)
     options = tiny_options(tmp_path / "data", tmp_path / "run")
-    schedules: Schedules = build_schedules(options, 5)
+    schedules: Schedules = build_schedules(options.optim, options.loss, 5)
     _, _, out = plan(tiny_arguments(tmp_path / "data", tmp_path / "run"), capsys)
     for name, step in {"start": 0, "1/4": 3, "warm-up's end": 5, "1/2": 7, "3/4": 11, "end": 14}.items():
         line = next(line for line in out.splitlines() if line.startswith(f"{name} "))
@@ -86,7 +83,7 @@ def test_existing_run_is_complete_goes_on_or_is_another(trained, tmp_path, capsy
     assert listing(run) == before
     assert main(["pretrain", *tiny_arguments(data, tmp_path / "run")]) == 0
     (tmp_path / "run" / "checkpoints" / "step_000000006.pt").unlink()  # as if it had been stopped
-    assert "would go on after step 4 of 6" in plan(["--run_dir", str(tmp_path / "run")], capsys)[1]["run"]
+    assert "would resume after step 4 of 6" in plan(["--run_dir", str(tmp_path / "run")], capsys)[1]["run"]
 
 
 def test_full_disk_is_told(tmp_path, capsys, monkeypatch):
@@ -102,7 +99,7 @@ def test_full_disk_is_told(tmp_path, capsys, monkeypatch):
     [
         (
             ["knn", "RUN", "--data.path", "x", "--dry-run"],
-            "--dry-run is for pretrain, sweep and study, not for knn",
+            "--dry-run is for pretrain, check, sweep, study, not for knn",
         ),
         (
             ["pretrain", "--config", "demo", "--run_dir", "x", "--nproc", "7", "--dry-run"],
@@ -133,7 +130,7 @@ def test_memory_grows_with_the_batch_alone_and_mixed_precision_needs_less(tmp_pa
     import torch
 
     options = parse_options(PretrainOptions, tiny_arguments(tmp_path / "data", tmp_path / "run"), usage="")
-    state = build_state(config_of(options), torch.device("cpu"))
+    state = build_state(options, torch.device("cpu"))
     sizes = [(2, 16), (2, 8)]
     of = {size: bytes_of_training(state, sizes, size, mixed=False) for size in (1, 2, 3)}
     assert of[3] - of[2] == of[2] - of[1] > 0

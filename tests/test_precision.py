@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.parallel import precision
 from dino_sparo.parallel.distributed import Group
 from dino_sparo.parallel.precision import (
@@ -17,15 +18,14 @@ from dino_sparo.parallel.precision import (
     set_numerics,
 )
 from dino_sparo.runs.checkpoint import load_latest
-from dino_sparo.runs.rundir import config_of
 from dino_sparo.runs.runlog import read_metrics
 from dino_sparo.training import pretrain as program
 from dino_sparo.training import setup
 from dino_sparo.training.pretrain import train_step
 from dino_sparo.training.schedules import Hyperparameters
-from dino_sparo.training.state import TrainState, build_state, capture_state
+from dino_sparo.training.state import TrainState, capture_state
 from dino_sparo.training.stopping import StopSignals
-from tests.tiny import state_hash, tiny_options, write_pictures
+from tests.tiny import build_state, prepared, state_hash, tiny_options, write_pictures
 
 CPU = torch.device("cpu")
 PARTS = ("student", "teacher", "center", "optimizer")
@@ -42,7 +42,7 @@ def low_scale(monkeypatch) -> None:
 
 @pytest.fixture
 def state(tmp_path, low_scale) -> TrainState:
-    return build_state(config_of(tiny_options(tmp_path, tmp_path / "run", **HEAD)), CPU, loss_scaling=True)
+    return build_state(tiny_options(tmp_path, tmp_path / "run", **HEAD), CPU, loss_scaling=True)
 
 
 def step(state: TrainState, crops: torch.Tensor | None = None) -> program.StepOutput:
@@ -130,7 +130,7 @@ def test_zero_features_give_no_nan(state):
 @pytest.mark.parametrize("scaling", [True, False])
 def test_a_micro_batch_whose_numbers_go_wrong_spoils_the_whole_step(state, scaling):
     state.loss_scale.enabled = scaling
-    object.__setattr__(state, "max_bad_steps", 2)
+    state.bad_steps.allowed = 2
     step(state)
     before, scale = state_hash(snapshot(state)), state.loss_scale.scale.item()
     good, bad = torch.randn(2, 3, 3, 16, 16), torch.full((2, 3, 3, 16, 16), math.nan)
@@ -138,10 +138,10 @@ def test_a_micro_batch_whose_numbers_go_wrong_spoils_the_whole_step(state, scali
     for number, batches in enumerate(([good, bad], [bad, good]), start=1):
         train_step(state, iter([[crops] for crops in batches]), 2, HYPER, clip_norm=3.0, autocast=plain)
         assert state_hash(snapshot(state)) == before
-        assert state.bad_steps.tolist() == [number, number]
+        assert state.bad_steps.new(first_step=0) == [(number, number + 1, "loss")]
     assert state.overflows.tolist() == [0, 0] and state.loss_scale.scale.item() == scale
     train_step(state, iter([[good], [good]]), 2, HYPER, clip_norm=3.0, autocast=plain)
-    assert state_hash(snapshot(state)) != before and state.bad_steps.tolist() == [2, 2]
+    assert state_hash(snapshot(state)) != before and state.bad_steps.total == 2
 
 
 def test_after_one_bad_step_too_many_nothing_changes(state):
@@ -151,17 +151,17 @@ def test_after_one_bad_step_too_many_nothing_changes(state):
         torch.randn(2, 3, 3, 16, 16),
         torch.full((2, 3, 3, 16, 16), math.nan),
     )
-    for crops in (bad, good, bad, good):  # the host looks one step late, if not later
+    for crops in (bad, good, bad, good):  # the host looks later
         train_step(state, iter([[crops]]), 1, HYPER, clip_norm=3.0, autocast=contextlib.nullcontext())
         assert state_hash(snapshot(state)) == before
-        assert state.bad_steps.tolist() == [1, 1] and state.overflows.tolist() == [0, 0]
+        assert state.bad_steps.total == 1 and state.overflows.tolist() == [0, 0]
 
 
 def test_fp16_run_is_near_fp32_and_goes_on_bit_for_bit(tmp_path, monkeypatch, low_scale):
     write_pictures(tmp_path / "data", 8)
     losses = {}
     for name in ("fp32", "fp16"):
-        program.pretrain(tiny_options(tmp_path / "data", tmp_path / name, machine__precision=name, **HEAD))
+        pretrain(tiny_options(tmp_path / "data", tmp_path / name, machine__precision=name, **HEAD))
         losses[name] = [entry["loss"] for entry in read_metrics(tmp_path / name)]
     assert losses["fp16"] != losses["fp32"]
     assert losses["fp16"] == pytest.approx(losses["fp32"], rel=0.02)
@@ -177,7 +177,7 @@ def test_fp16_run_is_near_fp32_and_goes_on_bit_for_bit(tmp_path, monkeypatch, lo
         )
         for name in ("whole", "broken")
     }
-    program.pretrain(options["whole"])
+    pretrain(options["whole"])
     original, calls = program.train_step, []
 
     def breaking(*args, **kwargs):
@@ -189,8 +189,8 @@ def test_fp16_run_is_near_fp32_and_goes_on_bit_for_bit(tmp_path, monkeypatch, lo
     with monkeypatch.context() as patch:
         patch.setattr(program, "train_step", breaking)
         with pytest.raises(KeyboardInterrupt):
-            program.pretrain(options["broken"])
-    program.pretrain(options["broken"])
+            pretrain(options["broken"])
+    pretrain(options["broken"])
     whole, broken = (load_latest(tmp_path / name) for name in ("whole", "broken"))
     assert whole["loss_scale"]["scale"].item() == 2 * LOW_SCALE
     assert state_hash(whole) == state_hash(broken)
@@ -200,12 +200,12 @@ def test_a_run_may_change_its_precision(tmp_path):
     write_pictures(tmp_path / "data", 8)
     for name, epochs in (("fp32", 1), ("fp16", 2), ("bf16", 3)):
         options = tiny_options(tmp_path / "data", tmp_path / "run", machine__precision=name)
-        run = setup.prepare(options, CPU)
+        run = prepared(options)
         assert run.first_step == 2 * (epochs - 1) and run.precision == name
         assert run.state.loss_scale.scale.item() == (INITIAL_SCALE if name == "fp16" else 1)
         object.__setattr__(run, "total_steps", 2 * epochs)
         run.run_dir.mkdir(exist_ok=True)
-        program.start_run_dir(run.run_dir, run.config, {})
+        program.start_run_dir(run.run_dir, run.recipe, {})
         program.train(run, iter(setup.training_batches(run)), StopSignals(), Group())
 
 
@@ -239,7 +239,7 @@ def test_activation_checkpointing_goes_with_mixed_precision_on_a_cpu(tmp_path, p
     write_pictures(tmp_path / "data", 8)
     changes = {"machine__precision": precision, "optim__epochs": 1, "optim__warmup_epochs": 0}
     changes |= {"machine__activation_checkpointing": "true"}
-    program.pretrain(tiny_options(tmp_path / "data", tmp_path / "run", **changes))
+    pretrain(tiny_options(tmp_path / "data", tmp_path / "run", **changes))
 
 
 def test_numerics_follow_the_options():
@@ -258,13 +258,13 @@ def test_activation_checkpointing_changes_memory_and_nothing_else(tmp_path):
     hashes = []
     for name in ("false", "true"):
         options = tiny_options(tmp_path / "data", tmp_path / name, machine__activation_checkpointing=name)
-        program.pretrain(options)
+        pretrain(options)
         hashes.append(state_hash(load_latest(tmp_path / name)))
     assert hashes[0] == hashes[1]
 
 
 def test_activation_checkpointing_keeps_less_for_backward(tmp_path):
-    config = config_of(tiny_options(tmp_path, tmp_path / "run", model__arch__depth=9))
+    config = tiny_options(tmp_path, tmp_path / "run", model__arch__depth=9)
     saved = []
     for checkpointing in (False, True):
         student = build_state(config, CPU, activation_checkpointing=checkpointing).student

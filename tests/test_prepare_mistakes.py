@@ -39,9 +39,9 @@ def refused(message: str, source: Path, out: Path, labels: Path | None = None) -
     assert (state(out) if out.exists() else None) == before
 
 
-def test_nothing_recognised(source, out):
+def test_nothing_recognized(source, out):
     source.mkdir()
-    refused("no images recognised; expected one of: class folders", source, out)
+    refused("no images recognized; expected one of: class folders", source, out)
     with pytest.raises(UserFileNotFoundError):
         prepare(str(source / "missing"), str(out))
 
@@ -170,14 +170,14 @@ def test_a_split_that_lost_images(source, out, name):
     LAYOUTS[name](source)
     prepare(str(source), str(out))
     (out / "val" / "n01440764" / "ILSVRC2012_val_00000001.JPEG").unlink()
-    refused(r"val holds 4 images, not the 5 that were made; remove it and prepare again", source, out)
+    refused(r"val holds 4 images, not the 5 of .*; remove it and prepare again", source, out)
 
 
 def test_an_unfinished_split_with_other_images_in_it(source, out):
     all_tars(source)
     killed(source, out, 2)
     mini.write(out / ".val.partial" / "n01440764", {"mine.jpg": b""})
-    with pytest.raises(UserError, match=r"\.val\.partial holds 6 images instead of the 5 of .*; remove it"):
+    with pytest.raises(UserError, match=r"\.val\.partial holds 6 images, not the 5 of .*; remove it"):
         prepare(str(source), str(out))
     assert (out / ".val.partial" / "n01440764" / "mine.jpg").exists()
 
@@ -203,6 +203,11 @@ def test_two_at_once(source, out):
 def test_no_class_tars_in_the_train_tar(source, out):
     mini.write(source, {"ILSVRC2012_img_train.tar": mini.tar_of(mini.VAL)})
     refused("img_train.tar holds no class tars", source, out)
+
+
+def test_no_images_in_the_val_tar(source, out):
+    mini.write(source, {"ILSVRC2012_img_val.tar": mini.tar_of({"notes.txt": b""}), "none.txt": b""})
+    refused("img_val.tar holds no images", source, out, source / "none.txt")
 
 
 @pytest.mark.parametrize(

@@ -14,19 +14,19 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.data.loader import BatchOrder
 from dino_sparo.errors import UserError
 from dino_sparo.runs import checkpoint
 from dino_sparo.runs.checkpoint import load_latest
-from dino_sparo.runs.rundir import config_of
 from dino_sparo.runs.runlog import RunLog, read_metrics
 from dino_sparo.training import pretrain as program
 from dino_sparo.training.loss import DINOLoss
 from dino_sparo.training.monitor import KnnMonitor
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.setup import build_schedules
-from dino_sparo.training.state import build_state
-from tests.tiny import state_hash, tiny_options, write_pictures
+from dino_sparo.training.stopping import BadSteps
+from tests.tiny import build_state, state_hash, tiny_options, write_pictures
 
 SCALARS = {
     "seconds",
@@ -43,7 +43,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     write_pictures(folder / "data", 60, classes=3)
     changes = {"monitor__knn_every_epochs": 2, "optim__global_batch_size": 30}
-    program.pretrain(tiny_options(folder / "data", folder / "run", **changes))
+    pretrain(tiny_options(folder / "data", folder / "run", **changes))
     return folder / "run"
 
 
@@ -74,7 +74,7 @@ def test_schedules_of_a_run_follow_the_recipe(tmp_path):
     options = tiny_options(
         tmp_path, tmp_path / "run", loss__warmup_teacher_temp_epochs=2, loss__teacher_temp=0.07
     )
-    schedules = build_schedules(options, steps_per_epoch=10)
+    schedules = build_schedules(options.optim, options.loss, steps_per_epoch=10)
     peak = options.optim.lr_per_256 * options.optim.global_batch_size / 256
     assert schedules.at(0).lr == 0
     assert schedules.at(9).lr == schedules.at(10).lr == pytest.approx(peak)
@@ -90,7 +90,7 @@ def test_schedules_of_a_run_follow_the_recipe(tmp_path):
 def test_plain_lines_where_the_output_is_no_terminal(tmp_path, caplog):
     write_pictures(tmp_path / "data", 8)
     with caplog.at_level(logging.INFO, logger="dino_sparo"):
-        program.pretrain(tiny_options(tmp_path / "data", tmp_path / "run"))
+        pretrain(tiny_options(tmp_path / "data", tmp_path / "run"))
     lines = [record.message for record in caplog.records if record.message.startswith("epoch 2/3 step 1/2 ")]
     assert len(lines) == 1
     for word in ("loss ", " images/s", "left: epoch 0:00:0", ", run 0:00:0"):
@@ -102,7 +102,7 @@ def test_bfloat16_keeps_float32_where_it_matters(tmp_path):
     states, losses = {}, {}
     for precision in ("fp32", "bf16"):
         run_dir = tmp_path / precision
-        program.pretrain(tiny_options(tmp_path / "data", run_dir, machine__precision=precision))
+        pretrain(tiny_options(tmp_path / "data", run_dir, machine__precision=precision))
         states[precision] = load_latest(run_dir)
         losses[precision] = [entry["loss"] for entry in read_metrics(run_dir)]
     assert losses["bf16"] != losses["fp32"]  # it was really used
@@ -112,7 +112,7 @@ def test_bfloat16_keeps_float32_where_it_matters(tmp_path):
 
 
 def test_logits_and_loss_are_float32_under_bfloat16(tmp_path):
-    config = config_of(tiny_options(tmp_path, tmp_path / "run"))
+    config = tiny_options(tmp_path, tmp_path / "run")
     state = build_state(config, torch.device("cpu"))
     hyper = Hyperparameters(
         lr=0.1, weight_decay=0.1, momentum=0.9, teacher_temp=0.04, freeze_last_layer=False
@@ -127,7 +127,7 @@ def test_logits_and_loss_are_float32_under_bfloat16(tmp_path):
 
 
 def test_the_curve_is_about_the_centre_that_the_loss_used(tmp_path):
-    config = config_of(tiny_options(tmp_path, tmp_path / "run"))
+    config = tiny_options(tmp_path, tmp_path / "run")
     state = build_state(config, torch.device("cpu"))
     before = state.loss_fn.center.normal_().clone()
     hyper = Hyperparameters(
@@ -149,7 +149,7 @@ def test_logged_schedules_are_those_of_the_step(finished):
     config = yaml.safe_load((finished / "config.yaml").read_text())
     options = tiny_options("x", "y", **{"optim.global_batch_size".replace(".", "__"): 30})
     assert config["optim"] == vars(options.optim)
-    schedules = build_schedules(options, steps_per_epoch=2)
+    schedules = build_schedules(options.optim, options.loss, steps_per_epoch=2)
     for entry in read_metrics(finished):
         if "loss" in entry:
             expected = schedules.at(entry["step"] - 1)
@@ -167,7 +167,7 @@ def test_k_nn_is_of_the_teacher(tmp_path, monkeypatch):
 
     monkeypatch.setattr(KnnMonitor, "evaluate", evaluate)
     write_pictures(tmp_path / "data", 60, classes=3)
-    program.pretrain(tiny_options(tmp_path / "data", tmp_path / "run", monitor__knn_every_epochs=1))
+    pretrain(tiny_options(tmp_path / "data", tmp_path / "run", monitor__knn_every_epochs=1))
     state = load_latest(tmp_path / "run")
     assert len(seen) == 4
     assert all(torch.equal(state["teacher"][f"encoder.{name}"], value) for name, value in seen[-1].items())
@@ -239,11 +239,11 @@ def test_a_step_whose_numbers_go_wrong_ends_the_run_and_the_state_before_it_is_k
     what, eight, wrong, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(checkpoint, "KEEP_LAST", 100)
-    program.pretrain(eight("whole", log__checkpoint_every_minutes=1e-9))
+    pretrain(eight("whole", log__checkpoint_every_minutes=1e-9))
     options = eight("run")
     context = wrong(what, 4)
     with pytest.raises(UserError, match=f"step 4: {what} not finite; its images are in .*bad_steps.jsonl"):
-        program.pretrain(options)
+        pretrain(options)
     context.__exit__(None, None, None)
     kept, expected = load_latest(tmp_path / "run"), tmp_path / "whole" / "checkpoints" / "step_000000003.pt"
     assert state_hash(kept) == state_hash(torch.load(expected))
@@ -252,7 +252,7 @@ def test_a_step_whose_numbers_go_wrong_ends_the_run_and_the_state_before_it_is_k
     order = BatchOrder(num_samples=8, global_batch_size=4, epochs=3, seed=options.seed, first_step=3)
     assert noted[0]["samples"] == [number for _, number in next(iter(order))]
     assert [Path(name).name for name in noted[0]["images"]] == [f"{n:03d}.png" for n in noted[0]["samples"]]
-    program.pretrain(options)  # the cause is gone
+    pretrain(options)  # the cause is gone
     assert state_hash(load_latest(tmp_path / "run")) == state_hash(load_latest(tmp_path / "whole"))
 
 
@@ -260,14 +260,48 @@ def test_some_bad_steps_may_be_skipped(eight, wrong, tmp_path, caplog):
     context = wrong("loss", 3, 4, 6)
     options = eight("run", optim__max_bad_steps=2, optim__epochs=4)
     with pytest.raises(UserError, match=r"step 6: loss not finite.*max_bad_steps 3 to skip such"):
-        program.pretrain(options)
+        pretrain(options)
     context.__exit__(None, None, None)
     assert caplog.text.count("it is skipped") == 2
     assert load_latest(tmp_path / "run")["step"] == 5
-    program.pretrain(eight("run", optim__max_bad_steps=3, optim__epochs=4))  # it may change in a run
+    pretrain(eight("run", optim__max_bad_steps=3, optim__epochs=4))  # it may change in a run
     entries = read_metrics(tmp_path / "run")
     assert [entry["bad_steps"] for entry in entries] == [0, 0, 1, 2, 2, 0, 0, 0]
     assert math.isnan(entries[2]["loss"]) and math.isfinite(entries[4]["loss"])
+
+
+def test_a_bad_step_that_comes_again_at_each_start_can_be_skipped(eight, tmp_path, monkeypatch):
+    """A resume is bit for bit, and so is the step that ended the run."""
+    original = DINOLoss.forward
+
+    def forward(self, *given):
+        fourth = torch.initial_seed() == program.step_seed(eight("run").seed, 3, rank=0)
+        return original(self, *given) * (math.nan if fourth else 1)
+
+    monkeypatch.setattr(DINOLoss, "forward", forward)
+    pretrain(eight("uninterrupted", optim__max_bad_steps=1))
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"step 4: loss not finite.*max_bad_steps 1 to skip such"):
+            pretrain(eight("run", log__log_every_steps=2))
+        assert load_latest(tmp_path / "run")["step"] == 3
+    pretrain(eight("run", optim__max_bad_steps=1))
+    assert state_hash(load_latest(tmp_path / "run")) == state_hash(load_latest(tmp_path / "uninterrupted"))
+    lines = (tmp_path / "run" / "bad_steps.jsonl").read_text().splitlines()
+    assert [(json.loads(line)["step"], json.loads(line)["cause"]) for line in lines] == [(4, "loss")] * 3
+
+
+def test_bad_steps_are_read_in_order_and_once():
+    bad_steps = BadSteps(torch.device("cpu"), allowed=10_000)
+    yes, no = torch.tensor(True), torch.tensor(False)
+    assert bad_steps.new(0) == []
+    for bad, finite_loss in ((no, yes), (yes, no), (yes, yes)):
+        bad_steps.add(bad, finite_loss)
+    assert bad_steps.new(40) == [(1, 42, "loss"), (2, 43, "gradients")]
+    assert bad_steps.new(40) == []
+    for _ in range(1001):
+        bad_steps.add(yes, no)
+    found = bad_steps.new(40)
+    assert len(found) == 1000 and found[0] == (4, 45, "loss") and found[-1] == (1003, 1044, "loss")
 
 
 def test_state_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):
@@ -282,12 +316,12 @@ def test_state_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):
 
     monkeypatch.setattr(program, "train_step", poisoned)
     with pytest.raises(UserError, match="a parameter is no longer finite at step 1: the run has diverged"):
-        program.pretrain(tiny_options(tmp_path / "data", tmp_path / "run"))
+        pretrain(tiny_options(tmp_path / "data", tmp_path / "run"))
     assert load_latest(tmp_path / "run") is None
 
 
 def test_teacher_has_no_stochastic_depth_and_no_gradient(tmp_path):
-    config = config_of(tiny_options(tmp_path, tmp_path / "run"))
+    config = tiny_options(tmp_path, tmp_path / "run")
     state = build_state(config, torch.device("cpu"))
     student_drops = [m for m in state.student.modules() if type(m).__name__ == "DropPath"]
     assert student_drops

@@ -166,17 +166,12 @@ def test_a_classifier_of_something_else():
             saved.fitted("f", **(fitting | changes))
 
 
-def test_files_that_are_no_classifiers(tmp_path):
+def test_a_classifier_that_is_missing_or_broken(tmp_path):
     with pytest.raises(UserError, match="does not exist; give a saved classifier"):
         load_classifier(tmp_path / "nothing")
     (tmp_path / "broken").write_bytes(b"no classifier")
     with pytest.raises(UserError, match="is no whole safetensors file"):
         load_classifier(tmp_path / "broken")
-    from safetensors.torch import save_file
-
-    save_file({"weight": torch.zeros(1)}, tmp_path / "other")
-    with pytest.raises(UserError, match="is no classifier of `dino-sparo linear`"):
-        load_classifier(tmp_path / "other")
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": 1}', '{"format": 7}', None])

@@ -34,7 +34,6 @@ SMALL = {key: value for key, value in TINY.items() if not key.startswith("model.
 # What makes each command small enough; it is not added where the command says otherwise.
 LESS = {
     **dict.fromkeys(("pretrain", "check", "demo"), SMALL),
-    "sweep": SMALL | {"monitor.knn_every_epochs": "1"},
     "study": SMALL | {"monitor.knn_every_epochs": "1", "train_fractions": "[1.0]"},
     "linear": {"epochs": "1", "batch_size": "4", "num_workers": "0"},
     "knn": {"num_workers": "0"},

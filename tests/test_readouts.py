@@ -7,10 +7,10 @@ from torch import nn
 
 from dino_sparo import load_encoder
 from dino_sparo.__main__ import main
+from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.models import Sparo, build_encoder
 from dino_sparo.models.cost import count_parameters, encoder_cost
 from dino_sparo.models.readouts import AttentionalPooler, MultiHeadSlots, ProjectedSlots
-from dino_sparo.training.pretrain import pretrain
 from tests.tiny import tiny_options, write_pictures
 
 D, L, V, H, A = 24, 6, 8, 5, 4
@@ -199,7 +199,6 @@ def test_counting_leaves_the_encoder_as_it_is():
     ("options", "message"),
     [
         ({"readout": "sparo", "heads": "many"}, "heads is 'many', expected separate or multi"),
-        ({"readout": "pooler", "num_heads": 4, "heads": "multi"}, "heads is 'multi', .* of sparo only"),
         ({"readout": "pooler", "slot_dim": 6, "num_heads": 4}, "slot_dim 6 is not divisible by num_heads 4"),
         ({"readout": "sparo", "output": "all"}, "output is 'all', expected slots, whole or None"),
     ],
@@ -207,6 +206,8 @@ def test_counting_leaves_the_encoder_as_it_is():
 def test_wrong_choices(options, message):
     with pytest.raises(ValueError, match=message):
         build_encoder(ARCH, patch_size=8, image_size=32, **options)
+    with pytest.raises(TypeError, match="heads"):
+        build_encoder(ARCH, patch_size=8, image_size=32, readout="pooler", num_heads=4, heads="multi")
 
 
 CHANGES = {

@@ -10,10 +10,8 @@ import pytest
 
 from dino_sparo.__main__ import main
 from dino_sparo.errors import UserError
-from dino_sparo.slots.page import FILES, RunFiles, render, slots_to_show
+from dino_sparo.slots.page import FILES, RunFiles, all_sections, render
 from dino_sparo.slots.page_figures import picture_uri
-from dino_sparo.slots.page_sections import all_sections, mask
-from dino_sparo.slots.report import without_classes
 from tests.report_samples import write_run
 from tests.tiny import tiny_options, write_pictures
 
@@ -36,6 +34,7 @@ class Page(HTMLParser):
         assert not self.open
 
     def handle_starttag(self, tag, attrs):
+        assert not any(name.startswith("on") for name, _ in attrs), "a script in an attribute"
         self.tags.append(tag)
         if tag == "tr":
             self.rows.append([])
@@ -65,10 +64,16 @@ class Page(HTMLParser):
             self.commands.append(data)
 
 
+@pytest.fixture
+def copied(sample, tmp_path):
+    shutil.copytree(sample, tmp_path / "run")
+    return tmp_path / "run"
+
+
 def page_of(folder, num_slots=16, **asked):
     commands = {name: f"dino-sparo slots {name} RUN" for name in (*FILES, "knn", "linear")}
     files = RunFiles(folder, folder / "slots", commands, asked)
-    return render(folder.name, {}, all_sections(files, slots_to_show(files, num_slots)), "seed: 0\n")
+    return render(folder.name, {}, all_sections(files, num_slots), "seed: 0\n")
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +83,17 @@ def sample(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def sample_page(sample):
+    return page_of(sample, 8)
+
+
 def read(folder, part):
     return json.loads((folder / "slots" / FILES[part]).read_text())
 
 
-def test_page_is_balanced_loads_nothing_and_names_existing_files(sample):
-    text = page_of(sample, 8)
-    page = Page(text)
+def test_page_is_balanced_loads_nothing_and_names_existing_files(sample, sample_page):
+    text, page = sample_page, Page(sample_page)
     assert "script" not in page.tags
     assert not WEBSITE.search(text) and "@import" not in text
     assert page.uncaptioned == 0, "a figure without the name of its file"
@@ -97,8 +106,8 @@ def test_page_is_balanced_loads_nothing_and_names_existing_files(sample):
     assert page.commands == []
 
 
-def test_tables_hold_the_numbers_of_the_files(sample):
-    rows = Page(page_of(sample, 8)).rows
+def test_tables_hold_the_numbers_of_the_files(sample, sample_page):
+    rows = Page(sample_page).rows
     ranked, of_mask, known = read(sample, "rank"), read(sample, "mask"), read(sample, "factors")
     for encoder in ranked["encoders"]:
         for part, (knn, linear) in enumerate(zip(*encoder["alone"].values(), strict=True)):
@@ -115,15 +124,13 @@ def test_tables_hold_the_numbers_of_the_files(sample):
     assert ["knn", "20-NN", "run", "teacher", "100 %", "44.56", "91.03", "8"] in rows
 
 
-def test_each_missing_part_tells_its_command(sample, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(sample, folder)
-    shutil.rmtree(folder / "slots")
-    assert Page(page_of(folder, 8)).commands == [f"dino-sparo slots {part} RUN" for part in FILES]
-    for path in folder.iterdir():
+def test_each_missing_part_tells_its_command(copied):
+    shutil.rmtree(copied / "slots")
+    assert Page(page_of(copied, 8)).commands == [f"dino-sparo slots {part} RUN" for part in FILES]
+    for path in copied.iterdir():
         if path.is_file():
             path.unlink()
-    assert len(Page(page_of(folder, 8)).commands) == len(FILES) + 2  # k-NN and linear
+    assert len(Page(page_of(copied, 8)).commands) == len(FILES) + 2  # k-NN and linear
 
 
 def test_an_analysis_of_others_is_not_shown(sample):
@@ -135,36 +142,30 @@ def test_an_analysis_of_others_is_not_shown(sample):
     assert not any(name.startswith(("slots/rank", "slots/gallery")) for name in page.files)
 
 
-def test_what_is_older_than_a_checkpoint_says_so(sample, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(sample, folder)
-    (folder / "checkpoints").mkdir(exist_ok=True)
-    newer = folder / "checkpoints" / "epoch0009.pt"
+def test_what_is_older_than_a_checkpoint_says_so(copied):
+    (copied / "checkpoints").mkdir(exist_ok=True)
+    newer = copied / "checkpoints" / "epoch0009.pt"
     newer.touch()
     os.utime(newer, (time.time() + 3600,) * 2)
     commands = [f"dino-sparo slots {part} RUN" for part in ("knn", "linear", *FILES)]
-    assert Page(page_of(folder, 8)).commands == commands
+    assert Page(page_of(copied, 8)).commands == commands
 
 
-def test_a_missing_picture_leaves_a_line(sample, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(sample, folder)
-    (folder / "slots" / "maps" / "grid.png").unlink()
-    assert "slots/maps/grid.png is missing" in page_of(folder, 8)
+def test_a_missing_picture_leaves_a_line(copied):
+    (copied / "slots" / "maps" / "grid.png").unlink()
+    assert "slots/maps/grid.png is missing" in page_of(copied, 8)
 
 
-def test_a_damaged_file_is_named(sample, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(sample, folder)
+def test_a_damaged_file_is_named(copied):
     for content in ("{", "[]", '{"rows": [{}], "data": ""}'):
-        (folder / "slots" / "mask" / "mask.json").write_text(content)
+        (copied / "slots" / "mask" / "mask.json").write_text(content)
         with pytest.raises(UserError, match=r"mask\.json is damaged .* remove it"):
-            mask(RunFiles(folder, folder / "slots", {"mask": "dino-sparo slots mask RUN"}))
+            page_of(copied, 8)
 
 
 def test_names_are_escaped(tmp_path):
     folder = tmp_path / "a&b"
-    write_run(folder, num_slots=2, name="<script>alert(1)<_script>&$x$")
+    write_run(folder, num_slots=2, name='<script>alert(1)<_script>&$x$" onload="alert(2)')
     page = Page(page_of(folder, 2))
     assert "script" not in page.tags and "alert(1)" not in page.tags
     assert any("<script>" in cell for row in page.rows for cell in row)
@@ -172,7 +173,7 @@ def test_names_are_escaped(tmp_path):
 
 def test_many_slots_with_big_pictures_stay_under_the_limit(tmp_path, monkeypatch):
     write_run(tmp_path / "run", num_slots=64, picture_side=24)
-    big = "dino_sparo.slots.page_sections.picture_uri"
+    big = "dino_sparo.slots.page.picture_uri"
     sizes = []
     monkeypatch.setattr(big, lambda path, most: sizes.append(most) or f"data:,{'x' * (most * 4 // 3 + 30)}")
     assert len(page_of(tmp_path / "run", 64)) < LIMIT
@@ -197,7 +198,7 @@ def test_report_of_a_run_without_analyses(run_dir, capsys):
 
 @pytest.mark.long
 def test_report_makes_what_is_missing(tmp_path):
-    from dino_sparo.training.pretrain import pretrain
+    from dino_sparo.cli.pretraining import pretrain
 
     write_pictures(tmp_path / "data", 60, classes=2)
     pretrain(tiny_options(tmp_path / "data", tmp_path / "run", optim__epochs=2))
@@ -209,49 +210,42 @@ def test_report_makes_what_is_missing(tmp_path):
         assert (tmp_path / "run" / name).is_file()
 
 
-def test_only_images_without_classes_are_said_to_have_none(tmp_path):
-    write_pictures(tmp_path / "data", 12, classes=2)
-    assert without_classes(str(tmp_path / "data")) == "" == without_classes("shapes")
-    (tmp_path / "data" / "val").mkdir()
-    shutil.copy(next((tmp_path / "data" / "train").rglob("*.png")), tmp_path / "data" / "val")
-    assert "validation images in a flat folder; `dino-sparo prepare" in without_classes(
-        str(tmp_path / "data")
-    )
-    with pytest.raises(UserError, match="nowhere"):
-        without_classes("nowhere")
-
-
 @pytest.mark.long
-def test_without_classes_the_report_leaves_out_what_needs_them(run_dir, tmp_path, capsys):
-    write_pictures(tmp_path / "data", 12)
-    flat = tmp_path / "data" / "train" / "class0"
-    arguments = ["slots", "report", str(run_dir), "--data.path", str(flat), "--out", str(tmp_path / "out")]
+@pytest.mark.parametrize(
+    ("folder", "reason"),
+    [("data/train/class0", "not in class folders"), ("data", "validation images in a flat folder")],
+)
+def test_without_classes_the_report_leaves_out_what_needs_them(run_dir, tmp_path, capsys, folder, reason):
+    write_pictures(tmp_path / "data", 12, classes=2)
+    if folder == "data":
+        (tmp_path / "data" / "val").mkdir()
+        shutil.copy(next((tmp_path / "data" / "train").rglob("*.png")), tmp_path / "data" / "val")
+    data, out = tmp_path / folder, tmp_path / "out"
+    arguments = ["slots", "report", str(run_dir), "--data.path", str(data), "--out", str(out)]
     assert main([*arguments, "--device", "cpu", "--num_workers", "0"]) == 0
-    assert capsys.readouterr().out.count(f"rank and mask are left out, since they need classes: {flat}") == 1
-    made = {part for part, file in FILES.items() if (tmp_path / "out" / file).is_file()}
+    said = capsys.readouterr().out
+    left_out = [line for line in said.splitlines() if "rank" in line]
+    assert len(left_out) == 1 and reason in left_out[0]
+    assert left_out[0].startswith("rank and mask are left out, since they need classes: ")
+    made = {part for part, file in FILES.items() if (out / file).is_file()}
     assert made == {"health", "maps", "gallery"}
-    page = Page((tmp_path / "out" / "report.html").read_text())
-    assert not [command for command in page.commands if str(flat) in command]
+    page = Page((out / "report.html").read_text())
+    assert not [command for command in page.commands if f"{data} " in command and "rank" in command]
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("width", [390, 1280])
-def test_nothing_is_wider_than_the_window(sample, tmp_path, width):
+def test_nothing_is_wider_than_the_window(sample_page, tmp_path, width):
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no Chromium here")
-    text = page_of(sample, 8)
-    (tmp_path / "page.html").write_text(text)
-    measure = (
-        "f.onload=()=>{let d=f.contentDocument.documentElement;"
-        "document.title=d.scrollWidth+'/'+d.clientWidth}"
-    )
-    frame = (
-        f'<title>none</title><iframe id="f" src="page.html" style="width:{width}px;height:900px"></iframe>'
-    )
-    (tmp_path / "frame.html").write_text(
-        f"{frame}<script>let f=document.getElementById('f');{measure}</script>"
-    )
+    (tmp_path / "page.html").write_text(sample_page)
+    frame = f"""<title>none</title>
+    <iframe id="f" src="page.html" style="width:{width}px;height:900px"></iframe>
+    <script>let f = document.getElementById("f"); f.onload = () => {{
+        let d = f.contentDocument.documentElement; document.title = d.scrollWidth + "/" + d.clientWidth
+    }}</script>"""
+    (tmp_path / "frame.html").write_text(frame)
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--dump-dom"]
     profile = f"--user-data-dir={tmp_path / 'profile'}"
     address = (tmp_path / "frame.html").as_uri()

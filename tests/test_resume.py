@@ -11,6 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 
+from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.runs.checkpoint import load_latest
 from dino_sparo.runs.runlog import read_metrics
 from dino_sparo.training import pretrain as program
@@ -30,7 +31,7 @@ def pictures(tmp_path_factory):
 @pytest.fixture(scope="module")
 def uninterrupted(pictures, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    program.pretrain(tiny_options(pictures, run_dir))
+    pretrain(tiny_options(pictures, run_dir))
     return run_dir
 
 
@@ -51,7 +52,7 @@ def pretrain_until(step: int, options, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(program, "train_step", breaking)
         with pytest.raises(PowerCutError):
-            program.pretrain(options)
+            pretrain(options)
 
 
 def curve(run_dir: Path) -> list[tuple[int, float]]:
@@ -76,7 +77,7 @@ def test_interrupted_after_any_step(step, workers, pictures, uninterrupted, tmp_
     pretrain_until(step, options, monkeypatch)
     interrupted = load_latest(tmp_path / "run")
     assert interrupted["step"] == step
-    program.pretrain(options)
+    pretrain(options)
     resumed, reference = load_latest(tmp_path / "run"), load_latest(uninterrupted)
     assert resumed["step"] == reference["step"] == TOTAL_STEPS
     assert state_hash(resumed) == state_hash(reference) != state_hash(interrupted)
@@ -92,7 +93,7 @@ def test_interrupted_between_checkpoints_cuts_the_logs(pictures, uninterrupted, 
         file.write('{"step": 6, "lo')  # what a power cut leaves of a line
     pretrain_until(0, options, monkeypatch)
     assert [step for step, _ in curve(tmp_path)] == [1, 2, 3, 4] == event_steps(tmp_path)
-    program.pretrain(options)
+    pretrain(options)
     assert curve(tmp_path) == curve(uninterrupted)
     assert event_steps(tmp_path) == event_steps(uninterrupted)
     assert state_hash(load_latest(tmp_path)) == state_hash(load_latest(uninterrupted))
@@ -105,7 +106,7 @@ def test_damaged_checkpoint_costs_time_but_changes_nothing(
     pretrain_until(5, options, monkeypatch)
     path = tmp_path / "checkpoints" / "step_000000004.pt"
     path.write_bytes(path.read_bytes()[:-1])
-    program.pretrain(options)
+    pretrain(options)
     assert "step_000000004.pt is damaged" in caplog.text
     assert curve(tmp_path) == curve(uninterrupted)
     assert state_hash(load_latest(tmp_path)) == state_hash(load_latest(uninterrupted))
@@ -116,7 +117,7 @@ def test_interrupted_before_the_first_checkpoint(pictures, uninterrupted, tmp_pa
     options = tiny_options(pictures, tmp_path)
     pretrain_until(1, options, monkeypatch)
     assert load_latest(tmp_path) is None
-    program.pretrain(options)
+    pretrain(options)
     assert curve(tmp_path) == curve(uninterrupted)
     assert state_hash(load_latest(tmp_path)) == state_hash(load_latest(uninterrupted))
 
@@ -131,7 +132,7 @@ def test_monitoring_and_logging_change_nothing(pictures, uninterrupted, tmp_path
     options = tiny_options(
         pictures, tmp_path / "run", **{k.replace(".", "__"): v for k, v in changes.items()}
     )
-    program.pretrain(options)
+    pretrain(options)
     assert state_hash(load_latest(tmp_path / "run")) == state_hash(load_latest(uninterrupted))
     evaluations = [entry for entry in read_metrics(tmp_path / "run") if "knn20_top1" in entry]
     assert [entry["step"] for entry in evaluations] == [0, 2, 4, 6]
@@ -142,7 +143,7 @@ def test_killed_in_an_evaluation(step, pictures, uninterrupted, tmp_path, monkey
     """The checkpoint is written before it, and the next start makes up for it."""
     write_pictures(tmp_path / "labelled", 30, classes=3)
     changes = {"monitor__knn_path": tmp_path / "labelled", "monitor__knn_every_epochs": 1}
-    program.pretrain(tiny_options(pictures, tmp_path / "whole", **changes))
+    pretrain(tiny_options(pictures, tmp_path / "whole", **changes))
     original = program.evaluate
 
     def killed(run, run_log, done):
@@ -153,10 +154,10 @@ def test_killed_in_an_evaluation(step, pictures, uninterrupted, tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(program, "evaluate", killed)
         with pytest.raises(PowerCutError):
-            program.pretrain(tiny_options(pictures, tmp_path / "run", **changes))
+            pretrain(tiny_options(pictures, tmp_path / "run", **changes))
     assert load_latest(tmp_path / "run")["step"] == step
-    program.pretrain(tiny_options(pictures, tmp_path / "run", **changes))
-    program.pretrain(tiny_options(pictures, tmp_path / "run", **changes))  # it is complete
+    pretrain(tiny_options(pictures, tmp_path / "run", **changes))
+    pretrain(tiny_options(pictures, tmp_path / "run", **changes))  # it is complete
     found, expected = (
         [(e["step"], e["knn20_top1"]) for e in read_metrics(tmp_path / name) if "knn20_top1" in e]
         for name in ("run", "whole")
@@ -166,7 +167,7 @@ def test_killed_in_an_evaluation(step, pictures, uninterrupted, tmp_path, monkey
 
 
 def test_another_seed_is_another_run(pictures, uninterrupted, tmp_path):
-    program.pretrain(tiny_options(pictures, tmp_path, seed=1))
+    pretrain(tiny_options(pictures, tmp_path, seed=1))
     assert state_hash(load_latest(tmp_path)) != state_hash(load_latest(uninterrupted))
 
 
@@ -175,7 +176,7 @@ def test_another_seed_is_another_run(pictures, uninterrupted, tmp_path):
 def test_killed_twenty_times(pictures, tmp_path):
     """SIGKILL at random moments, also while a checkpoint is written, which each step is."""
     changes = {"optim__epochs": 100, "log__checkpoint_every_minutes": 1e-9}
-    program.pretrain(tiny_options(pictures, tmp_path / "whole", **changes))
+    pretrain(tiny_options(pictures, tmp_path / "whole", **changes))
     moments = random.Random(0)
     for kill in range(21):
         arguments = command(pictures, tmp_path / "run", machine__num_workers=kill % 3, **changes)

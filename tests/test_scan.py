@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dino_sparo.data import scan, scan_files
+from dino_sparo.data import scan
 from dino_sparo.data.scan import scan_images
 from dino_sparo.data.sources import open_images
 from dino_sparo.errors import UserError
@@ -40,6 +40,11 @@ class Files:
 
     def name(self, index):
         return str(self.paths[index])
+
+    def read(self, index):
+        if self.paths[index].name == "locked.jpg":  # permissions do not bind the superuser, who may run this
+            raise PermissionError(13, "Permission denied")
+        return self.paths[index].read_bytes()
 
 
 def encoded(kind: str, pixels: np.ndarray = PIXELS, **options) -> bytes:
@@ -125,12 +130,6 @@ def test_empty_foreign_and_unreadable_files(tmp_path, monkeypatch):
     source.paths += [tmp_path / "link.jpg", tmp_path / "folder.jpg", tmp_path / "locked.jpg"]
     (tmp_path / "locked.jpg").write_bytes(GOOD["jpeg__jpg"])
 
-    def open_unlocked(name: str, mode: str):  # as permissions do not bind the superuser, who may run this
-        if name.endswith("locked.jpg"):
-            raise PermissionError(13, "Permission denied")
-        return open(name, mode)
-
-    monkeypatch.setattr(scan_files, "open", open_unlocked, raising=False)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
     report = scanned(source).report
     assert report.readable == 0
@@ -173,7 +172,7 @@ def test_lists_are_bounded_and_names_printable(tmp_path):
 
 
 def test_workers_find_what_one_process_finds(tmp_path):
-    numbers = range(3 * scan.CHUNK_FILES + 5)
+    numbers = range(3 * scan.BATCH_FILES + 5)
     files = {f"{n:03d}__png": encoded("PNG", np.full((9, 8 + n % 3), n, dtype=np.uint8)) for n in numbers}
     source = write(tmp_path, **(files | {f"{n:03d}__png": b"no image" for n in numbers[1::3]}))
     alone, together = scanned(source), scanned(source, num_workers=2)
@@ -182,11 +181,6 @@ def test_workers_find_what_one_process_finds(tmp_path):
     np.testing.assert_array_equal(together.hashes, alone.hashes)
     np.testing.assert_array_equal(together.readable, alone.readable)
     assert not multiprocessing.active_children()
-
-
-def test_workers_do_not_import_torch():
-    code = "import sys, dino_sparo.data.scan; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def wait_for_reader(fifo: Path) -> int:
@@ -213,30 +207,19 @@ def send_when_reading(fifo: Path, number: signal.Signals) -> None:
     os.kill(multiprocessing.active_children()[0].pid, number)
 
 
-def test_a_worker_that_hangs_ends_the_scan(with_hanging_file, monkeypatch):
-    monkeypatch.setattr(scan, "LOOK_EVERY_SECONDS", 0.1)
+def test_a_worker_that_hangs_ends_the_scan(with_hanging_file):
     # Ctrl-C reaches workers too, and must not make them print a traceback.
     threading.Thread(target=send_when_reading, args=(with_hanging_file.paths[1], signal.SIGINT)).start()
-    with pytest.raises(
-        UserError, match=r"/b\.jpg: .* did nothing for 1.5 s at this file; repair or remove it"
-    ):
+    with pytest.raises(UserError, match=r"no batch of images came within .* 1\.5 while at .*/b\.jpg; repair"):
         scan_images(with_hanging_file, num_workers=1, description="train", timeout_seconds=1.5)
     assert not multiprocessing.active_children()
 
 
 def test_a_worker_that_dies_ends_the_scan(with_hanging_file):
     threading.Thread(target=send_when_reading, args=(with_hanging_file.paths[1], signal.SIGKILL)).start()
-    with pytest.raises(UserError, match=r"/b\.jpg: .* died \(SIGKILL\) at this file"):
+    with pytest.raises(UserError, match=r"has died \(DataLoader worker .*\) while at .*/b\.jpg; repair"):
         scan_images(with_hanging_file, num_workers=1, description="train")
     assert not multiprocessing.active_children()
-
-
-def test_a_worker_that_cannot_start_ends_the_scan(tmp_path, monkeypatch):
-    source = write(tmp_path, a__jpg=GOOD["jpeg__jpg"])
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "gone.py"))
-    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
-    with pytest.raises(UserError, match=r"died \(exit code 1\) before its first file"):
-        scanned(source, num_workers=1)
 
 
 INTERRUPTED = """
@@ -266,7 +249,7 @@ def test_ctrl_c_ends_the_scan_and_its_workers(with_hanging_file, at_start):
     command = [sys.executable, "-c", INTERRUPTED, str(with_hanging_file.paths[1]), str(at_start)]
     run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        _, errors = run.communicate(timeout=30)  # until the last worker that holds stderr has ended
+        _, errors = run.communicate(timeout=60)  # until the last worker that holds stderr has ended
     finally:
         with suppress(ProcessLookupError):
             os.killpg(run.pid, signal.SIGKILL)
@@ -277,7 +260,7 @@ def test_progress_is_logged_without_a_terminal(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(scan, "LOG_EVERY_SECONDS", 0.0)
     source = write(tmp_path, a__jpg=GOOD["jpeg__jpg"])
     with caplog.at_level(logging.INFO, "dino_sparo"):
-        scanned(Files(source.paths * (scan.CHUNK_FILES + 1)))
+        scanned(Files(source.paths * (scan.BATCH_FILES + 1)))
     first, last = (record.getMessage() for record in caplog.records)
     assert first.startswith("train: 32 of 33 images, ")
     assert last.startswith("train: 33 of 33 images, ") and last.endswith("left 0:00:00")

@@ -14,9 +14,8 @@ import pytest
 from PIL import Image
 
 from dino_sparo.__main__ import main
-from dino_sparo.data import shard_headers as headers
-from dino_sparo.data.shard_headers import pack_shards
-from dino_sparo.data.shards import INDEX_FILE
+from dino_sparo.data import shards as headers
+from dino_sparo.data.shards import INDEX_FILE, pack_shards
 from dino_sparo.data.sources import open_images
 from dino_sparo.errors import UserError
 from dino_sparo.shard import shard

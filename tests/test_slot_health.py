@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.models import build_encoder
 from dino_sparo.runs.checkpoint import load_latest
 from dino_sparo.runs.runlog import read_metrics
@@ -17,8 +18,7 @@ from dino_sparo.slots.statistics import (
     effective_patches,
     slot_health,
 )
-from dino_sparo.training import between_steps
-from dino_sparo.training import pretrain as program
+from dino_sparo.training import periodic
 from tests.tiny import state_hash, tiny_options, write_pictures
 
 NAMES = {
@@ -26,8 +26,6 @@ NAMES = {
     *("slots_dead", "slots_duplicate", "slot_agreement"),
 }
 ARCH = {"width": 16, "depth": 2, "num_heads": 2}
-NO_SLOTS = {f"model__readout__{name}": "null" for name in ("num_slots", "slot_dim", "key_dim", "group_size")}
-NO_SLOTS |= {"model__readout__name": "cls"}
 
 
 def attention(batch=12, slots=5, tokens=10):
@@ -194,9 +192,9 @@ def test_encoder_without_slots_has_no_slot_health():
 
 def test_runs_log_it_and_come_to_the_same_state(tmp_path, monkeypatch):
     write_pictures(tmp_path / "data", 8)
-    program.pretrain(tiny_options(tmp_path / "data", tmp_path / "logged"))
-    monkeypatch.setattr(between_steps, "slot_health", lambda *_: {})
-    program.pretrain(tiny_options(tmp_path / "data", tmp_path / "silent"))
+    pretrain(tiny_options(tmp_path / "data", tmp_path / "logged"))
+    monkeypatch.setattr(periodic, "slot_health", lambda *_: {})
+    pretrain(tiny_options(tmp_path / "data", tmp_path / "silent"))
     logged, silent = (read_metrics(tmp_path / name) for name in ("logged", "silent"))
     assert len(logged) == 6 and all(entry.keys() >= NAMES for entry in logged)
     assert not any(NAMES & entry.keys() for entry in silent)
@@ -205,8 +203,6 @@ def test_runs_log_it_and_come_to_the_same_state(tmp_path, monkeypatch):
     assert len(hashes) == 1
 
 
-def test_runs_without_slots_log_none_of_it(tmp_path):
-    write_pictures(tmp_path / "data", 8)
-    program.pretrain(tiny_options(tmp_path / "data", tmp_path / "run", optim__epochs=2, **NO_SLOTS))
-    entries = read_metrics(tmp_path / "run")
-    assert len(entries) == 4 and not any(name.startswith("slot") for entry in entries for name in entry)
+def test_runs_without_slots_log_none_of_it(slot_runs):
+    entries = read_metrics(slot_runs["cls"])
+    assert entries and not any(name.startswith("slot") for entry in entries for name in entry)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from dino_sparo.data.indexed import FolderSource
+from dino_sparo.data.index import FolderSource
 from dino_sparo.data.sources import open_images, open_labelled, per_class
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from tests.tiny import write_pictures

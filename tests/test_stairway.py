@@ -15,7 +15,7 @@ ROOMS = (
     *("errors", "files", "terminal", "parallel", "recipe", "models", "data", "runs", "interop", "evaluation"),
     *("slots", "training", "export", "prepare", "shard", "check", "bench", "study", "demo", "cli"),
 )
-ROOM_OF = {**dict.fromkeys(("options", "config", "checks"), "recipe"), "__main__": "cli"}
+ROOM_OF = {"options": "recipe", "__main__": "cli"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 NAMES = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in MODULES}
 
@@ -54,6 +54,34 @@ def test_imports_go_up_the_stairway(path):
             assert ROOMS.index(room(name)) <= ROOMS.index(own), f"{own} imports {name}"
 
 
+MAY_SEE_OPTIONS = ("cli", "recipe", "runs", "check", "study")  # and the entry of training
+
+
+def test_functions_take_what_they_need():
+    """No function sees a command's options or the whole recipe, but those that are about a run as a whole."""
+    in_cli = {
+        node.name
+        for path in (PACKAGE / "cli").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Options")
+    }
+    whole = in_cli | {"Recipe"}
+    assert {"Recipe", "PretrainOptions", "KnnOptions"} <= whole
+    seeing = set()
+    for path in MODULES:
+        module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+        if path.name == "__init__.py" or room(module) in MAY_SEE_OPTIONS:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                types = [ast.unparse(one.annotation) for one in given if one.annotation is not None]
+                if whole & {word for one in types for word in re.findall(r"\w+", one)}:
+                    seeing.add(f"{module}.{node.name}")
+    allowed = {name for name in seeing if name.startswith("dino_sparo.training.pretrain.")}
+    assert seeing - allowed == set()
+
+
 def test_the_scan_sees_imports_of_all_kinds(tmp_path):
     source = (
         "import a.b\nfrom c import d\ndef f():\n    from e import f\nif TYPE_CHECKING:\n    from g import h\n"
@@ -82,7 +110,7 @@ def test_what_is_imported_is_a_dependency():
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
     extras = [line for lines in project["optional-dependencies"].values() for line in lines]
     declared = {re.split(r"[\[><=]", line)[0] for line in [*project["dependencies"], *extras]}
-    named = {"PIL": "pillow", "faiss": "faiss-cpu", "yaml": "pyyaml"}
+    named = {"PIL": "pillow", "docstring_parser": "docstring-parser", "faiss": "faiss-cpu", "yaml": "pyyaml"}
     imported = {name.partition(".")[0] for path in MODULES for name in imports(path)}
     foreign = imported - set(sys.stdlib_module_names) - {"dino_sparo"}
     assert foreign and {named.get(name, name) for name in foreign} <= declared

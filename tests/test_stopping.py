@@ -46,9 +46,9 @@ def result_of(run_dir: Path) -> tuple[str, list]:
     return state_hash(load_latest(run_dir)), losses
 
 
-FEW = [(1, 0, signal.SIGTERM), (2, 2, signal.SIGUSR1)]
+FEW = [(2, 0, signal.SIGTERM)]
 MANY = [(n, w, signal.SIGTERM) for n in (1, 2) for w in (0, 2)] + [
-    (n, 2 - n, s) for n in (1, 2) for s in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    (n, 2 * (n - 1), s) for n in (1, 2) for s in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 ]
 
 

@@ -17,15 +17,14 @@ import yaml
 from PIL import Image
 
 from dino_sparo.__main__ import main
-from dino_sparo.config import parse_options
+from dino_sparo.cli.pretraining import StudyOptions, study
 from dino_sparo.errors import UserError
-from dino_sparo.evaluation.groups import Run
+from dino_sparo.evaluation.compare import Run
 from dino_sparo.evaluation.results import Result, read_results
-from dino_sparo.options import StudyOptions
 from dino_sparo.runs.runlog import read_metrics
-from dino_sparo.study import measuring, program, report, sweep
+from dino_sparo.study import measuring, program, report, training
 from dino_sparo.study.variants import Variant
-from tests.tiny import tiny_arguments, write_pictures
+from tests.tiny import parse_options, tiny_arguments, write_pictures
 
 VARIANTS = {
     "cls": {f"model.readout.{key}": None for key in ("num_slots", "slot_dim", "key_dim", "group_size")}
@@ -109,7 +108,7 @@ def test_curves_and_speed_are_those_of_the_log(studied):
     for run in (run for runs in content.values() for run in runs):
         entries = read_metrics(Path(run["run"]))
         assert list(run["curve"]) == ["0.0", "1.0", "2.0"]
-        assert run["curve"]["2.0"] == entries[-1][sweep.KNN]
+        assert run["curve"]["2.0"] == entries[-1][training.KNN]
         logged = [entry for entry in entries if "images_per_second" in entry]
         assert len(logged) == logged[-1]["step"] == 20  # one an entry, of 4 images
         assert run["seconds"] == pytest.approx(sum(4 / entry["images_per_second"] for entry in logged))
@@ -186,18 +185,18 @@ def test_mistakes_are_told_before_anything_is_trained(tmp_path, more, message):
     (tmp_path / "variants.yaml").write_text(yaml.safe_dump(VARIANTS, sort_keys=False))
     options = parse_options(StudyOptions, arguments(tmp_path, *more), usage="")
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
-        program.run(options)
+        study(options)
     assert not list((tmp_path / "study").glob("*/checkpoints"))
 
 
 @pytest.mark.long
 def test_a_run_without_its_last_checkpoint_is_not_complete(studied):
     run_dir = studied / "study" / "cls_seed=0"
-    assert sweep.final_knn(run_dir, 2) is not None
+    assert training.final_knn(run_dir, 2) is not None
     last = run_dir / "checkpoints" / "step_000000020.pt"
     last.rename(run_dir / "aside")
     try:
-        assert sweep.final_knn(run_dir, 2) is None
+        assert training.final_knn(run_dir, 2) is None
     finally:
         (run_dir / "aside").rename(last)
 
@@ -206,7 +205,7 @@ def test_a_run_without_its_last_checkpoint_is_not_complete(studied):
 def test_other_images_are_refused_before_anything_is_trained(studied, capsys):
     given = arguments(studied, f'--transfer=["other={studied / "data"}"]')
     with pytest.raises(UserError, match="holds other images than 'other' had when the study in"):
-        program.run(parse_options(StudyOptions, given, usage=""))
+        study(parse_options(StudyOptions, given, usage=""))
     assert main(["study", *given, "--dry-run"]) == 2
     assert "holds other images than 'other' had" in capsys.readouterr().err
     assert not (studied / "study" / "gap_seed=0").exists()
@@ -216,7 +215,7 @@ def test_other_images_are_refused_before_anything_is_trained(studied, capsys):
 def test_a_refused_recipe_leaves_no_data_set_behind(studied):
     given = arguments(studied, f'--transfer=["late={studied / "other"}"]', optim__epochs=3)
     with pytest.raises(UserError, match=r"optim\.epochs was 2, is now 3"):
-        program.run(parse_options(StudyOptions, given, usage=""))
+        study(parse_options(StudyOptions, given, usage=""))
     assert list(json.loads((studied / "study" / program.IMAGES_FILE).read_text())) == ["val", "other"]
 
 
@@ -249,7 +248,7 @@ def test_a_run_is_evaluated_by_one_process_at_a_time(studied, monkeypatch):
     monkeypatch.setattr(program, "measure", measure)
     given = arguments(studied, '--only=["cls", "sparo"]', "--train_fractions=[1.0]")
     with as_before(studied / "study"):
-        assert program.run(parse_options(StudyOptions, given, usage="")) == 0
+        assert study(parse_options(StudyOptions, given, usage="")) == 0
     assert refused == ["cls_seed=0", "cls_seed=1", "sparo_seed=0", "sparo_seed=1"]
 
 
@@ -266,12 +265,12 @@ def test_a_failed_run_is_on_the_page_with_its_reason(studied, monkeypatch, capsy
     monkeypatch.setattr(program, "measure", breaking)
     given = arguments(studied, '--only=["cls", "sparo"]', "--train_fractions=[1.0]")
     with as_before(studied / "study"):
-        assert program.run(parse_options(StudyOptions, given, usage="")) == 1
+        assert study(parse_options(StudyOptions, given, usage="")) == 1
         page = (studied / "study" / "study.md").read_text()
         assert "- sparo_seed=1: failed, this picture is no picture" in page
         assert "- not complete: gap_seed=0, gap_seed=1\n" in page
         given = arguments(studied, '--only=["cls", "sparo"]', "--train_fractions=[1.0]", seeds="0")
-        assert program.run(parse_options(StudyOptions, given, usage="")) == 0
+        assert study(parse_options(StudyOptions, given, usage="")) == 0
         page = (studied / "study" / "study.md").read_text()
         assert "- not in this command: cls_seed=1, sparo_seed=1\n" in page
 
@@ -288,7 +287,7 @@ def test_a_study_in_a_place_that_cannot_be_is_answered_in_a_sentence(tmp_path, c
     for damaged in ("{", "[]"):
         (tmp_path / "study" / program.IMAGES_FILE).write_text(damaged)
         with pytest.raises(UserError, match=r"images\.json cannot be read .* restore it"):
-            program.run(options)
+            study(options)
 
 
 def test_data_sets_of_two_commands_at_once_are_both_remembered(tmp_path):
@@ -318,11 +317,11 @@ def test_what_another_process_has_trained_has_not_failed(tmp_path, monkeypatch):
         (tmp_path / "study" / variant.folder).mkdir()
         raise UserError("seen")
 
-    monkeypatch.setattr(sweep, "train", lambda *_: dict(busy))
-    monkeypatch.setattr(sweep, "final_knn", lambda place, _: 50.0 if place.name == "cls_seed=0" else None)
-    monkeypatch.setattr(program, "_measured", lambda _, variant, __: stop(variant))
+    monkeypatch.setattr(training, "train", lambda *_, **__: dict(busy))
+    monkeypatch.setattr(training, "final_knn", lambda place, _: 50.0 if place.name == "cls_seed=0" else None)
+    monkeypatch.setattr(program, "evaluate", lambda variant, *_, **__: stop(variant))
     monkeypatch.setattr(program, "alone_in", lambda _: nullcontext())
-    assert program.run(options) == 1
+    assert study(options) == 1
     assert evaluated == ["cls_seed=0"]
 
 
@@ -331,7 +330,7 @@ def test_seconds_of_a_resumed_run_are_those_of_its_steps(tmp_path):
     entries = [
         {"step": 2, "epoch": 1.0, "seconds": 2.0, "images_per_second": 4.0},
         {"step": 4, "epoch": 2.0, "seconds": 1.0, "images_per_second": 4.0},
-        {"step": 6, "epoch": 3.0, "seconds": 2.0, "images_per_second": 4.0, sweep.KNN: 50.0},
+        {"step": 6, "epoch": 3.0, "seconds": 2.0, "images_per_second": 4.0, training.KNN: 50.0},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     found = report.training_of(Run(tmp_path, {"optim.global_batch_size": 4}, 0, {}))

@@ -11,18 +11,15 @@ import yaml
 
 from dino_sparo import load_encoder
 from dino_sparo.__main__ import main
-from dino_sparo.checks import check_options
-from dino_sparo.config import parse_options, recipes
+from dino_sparo.cli.pretraining import StudyOptions, planned, sweep
 from dino_sparo.errors import StoppedError, UserError
 from dino_sparo.models.cost import count_parameters, encoder_cost
-from dino_sparo.options import SweepOptions
 from dino_sparo.parallel.processes import STOP_SIGNALS
+from dino_sparo.recipe.files import recipes
 from dino_sparo.runs.checkpoint import encoder_of
-from dino_sparo.runs.rundir import config_of
 from dino_sparo.runs.runlog import RunLog, read_metrics
-from dino_sparo.study import sweep
-from dino_sparo.study.variants import parse_vary, plan_runs, recipes_folder
-from tests.tiny import tiny_arguments, write_pictures
+from dino_sparo.study.variants import parse_vary, recipes_folder
+from tests.tiny import parse_options, tiny_arguments, write_pictures
 
 CHANGES = {"monitor__knn_every_epochs": 2, "optim__epochs": 2, "model__readout__slot_dim": 8}
 
@@ -39,9 +36,9 @@ def arguments(data, *more: str, **changes) -> list[str]:
     return [*tiny_arguments(data, folder, **(CHANGES | changes)), *more]
 
 
-def options(data, *more: str, vary=(), **changes) -> SweepOptions:
+def options(data, *more: str, vary=(), **changes) -> StudyOptions:
     given = [*arguments(data, *more, **changes), f"--vary={json.dumps(list(vary))}"]
-    return parse_options(SweepOptions, given, usage="")
+    return parse_options(StudyOptions, given, usage="")
 
 
 def starts(folder) -> int:
@@ -52,30 +49,30 @@ def starts(folder) -> int:
 
 
 def test_all_combinations_in_their_order(data):
-    planned = plan_runs(options(data, vary=["model.readout.num_slots=2,4", "seed=0,1"]))
-    assert [(v.folder, v.row) for v in planned] == [
+    runs = planned(options(data, vary=["model.readout.num_slots=2,4", "seed=0,1"]))
+    assert [(v.folder, v.row) for v in runs] == [
         ("num_slots=2_seed=0", "num_slots=2"),
         ("num_slots=2_seed=1", "num_slots=2"),
         ("num_slots=4_seed=0", "num_slots=4"),
         ("num_slots=4_seed=1", "num_slots=4"),
     ]
-    last = planned[-1].options
+    last = runs[-1].recipe
     assert (last.model.readout.num_slots, last.seed) == (4, 1)
-    assert last.run_dir == str(data.parent / "sweep" / "num_slots=4_seed=1")
+    assert runs[-1].run_dir == data.parent / "sweep" / "num_slots=4_seed=1"
     assert (last.optim.epochs, last.data.path) == (2, str(data))  # of the recipe
     assert not (data.parent / "sweep").exists()
 
 
 def test_the_recipe_alone_and_keys_with_one_last_part(data):
-    (alone,) = plan_runs(options(data))
+    (alone,) = planned(options(data))
     assert (alone.folder, alone.row, alone.changes) == ("recipe", "recipe", {})
     keys = ["data.path=a", "monitor.knn_path=b,null"]
-    assert [v.folder for v in plan_runs(options(data, vary=keys))] == [
+    assert [v.folder for v in planned(options(data, vary=keys))] == [
         "path=a_knn_path=b",
         "path=a_knn_path=null",
     ]
     both = ["views.local_size=8", "model.readout.name=sparo", "optim.warmup_epochs=0,1"]
-    assert plan_runs(options(data, vary=both))[1].folder == "local_size=8_name=sparo_warmup_epochs=1"
+    assert planned(options(data, vary=both))[1].folder == "local_size=8_name=sparo_warmup_epochs=1"
 
 
 @pytest.mark.parametrize(
@@ -92,13 +89,13 @@ def test_values(text, expected):
 
 def test_two_spellings_of_a_seed_are_one(data):
     with pytest.raises(UserError, match="seed 1 of 'recipe' is planned twice; give it once"):
-        plan_runs(options(data, vary=["seed=1,01"]))
+        planned(options(data, vary=["seed=1,01"]))
 
 
 def test_every_variant_is_looked_at_before_one_is_trained(data, tmp_path):
     (tmp_path / "mine.yaml").write_text("good: {}\nlate: {monitor.knn_every_epochs: 0}\n")
     with pytest.raises(UserError, match=r"monitor\.knn_every_epochs is 0"):
-        sweep.run(options(data, f"--variants={tmp_path / 'mine.yaml'}"))
+        sweep(options(data, f"--variants={tmp_path / 'mine.yaml'}"))
     assert not list((data.parent / "sweep").glob("*/checkpoints"))
 
 
@@ -111,29 +108,28 @@ def test_no_values(text):
 @pytest.mark.parametrize("recipe", [name for name in recipes() if "dino" not in name])
 def test_shipped_variants_fit_every_sparo_recipe(tmp_path, recipe):
     given = ["--config", recipe, "--data.path=x", f"--run_dir={tmp_path}", "--variants=readouts"]
-    planned = plan_runs(parse_options(SweepOptions, given, usage=""))
+    runs = planned(parse_options(StudyOptions, given, usage=""))
     shipped = yaml.safe_load((recipes_folder() / "variants" / "readouts.yaml").read_text())
-    assert [variant.row for variant in planned] == list(shipped)
-    names = {variant.options.model.readout.name for variant in planned}
+    assert [variant.row for variant in runs] == list(shipped)
+    names = {variant.recipe.model.readout.name for variant in runs}
     assert names == {"sparo", "pooler", "bottleneck", "gap", "cls"}
-    for variant in planned:
-        check_options(variant.options)
+    for variant in runs:
         if "imagenet" not in recipe:
-            assert encoder_of(config_of(variant.options)).embed_dim > 0
-    assert len({json.dumps(config_of(variant.options)["model"]) for variant in planned}) == len(planned)
+            assert encoder_of(variant.recipe).embed_dim > 0
+    assert len({json.dumps(variant.recipe.as_dict()["model"]) for variant in runs}) == len(runs)
 
 
 def test_variants_of_a_file_and_some_of_them(data, tmp_path):
     (tmp_path / "mine.yaml").write_text("few: {model.readout.num_slots: 2}\nlong: {optim.epochs: 5}\n")
     given = f"--variants={tmp_path / 'mine.yaml'}"
-    assert [v.folder for v in plan_runs(options(data, given, vary=["seed=3"]))] == [
+    assert [v.folder for v in planned(options(data, given, vary=["seed=3"]))] == [
         "few_seed=3",
         "long_seed=3",
     ]
-    planned = plan_runs(options(data, given, '--only=["long"]'))  # the table has all
-    (long,) = (variant for variant in planned if variant.name == "long")
-    assert len(planned) > 1
-    assert (long.row, long.options.optim.epochs, long.changes) == ("long", 5, {"optim.epochs": 5})
+    runs = planned(options(data, given, '--only=["long"]'))  # the table has all
+    (long,) = (variant for variant in runs if variant.name == "long")
+    assert len(runs) > 1
+    assert (long.row, long.recipe.optim.epochs, long.changes) == ("long", 5, {"optim.epochs": 5})
 
 
 @pytest.mark.parametrize(
@@ -142,7 +138,7 @@ def test_variants_of_a_file_and_some_of_them(data, tmp_path):
         (
             [],
             ["model.readout.slots=2"],
-            "variant 'slots=2': option --model.readout.slots is unknown; did you",
+            "variant 'slots=2': key 'model.readout.slots' is unknown; did you",
         ),
         ([], ["seed=0,x"], "variant 'seed=x': seed is x; expected a whole number"),
         (
@@ -155,14 +151,14 @@ def test_variants_of_a_file_and_some_of_them(data, tmp_path):
         (["--variants=nope"], [], "variants 'nope' does not exist; give a YAML file or one of .*: readouts"),
         (['--only=["cls"]'], [], "only is .'cls'., but variants is not given"),
         (["--variants=readouts", '--only=["clz"]'], [], "only has 'clz', which is not in .*; it has sparo, "),
-        (["--monitor.knn_every_epochs=0"], [], "monitor.knn_every_epochs is 0, but a sweep fills its table"),
+        (["--monitor.knn_every_epochs=0"], [], "monitor.knn_every_epochs is 0, but a study fills its table"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_trained(data, more, vary, message):
     changed = {} if not any("knn_every" in one for one in more) else {"monitor__knn_every_epochs": 0}
     more = [one for one in more if "knn_every" not in one]
     with pytest.raises(UserError, match=message):
-        sweep.run(options(data, *more, vary=vary, **changed))
+        sweep(options(data, *more, vary=vary, **changed))
     assert not (data.parent / "sweep").exists()
 
 
@@ -170,14 +166,14 @@ def test_mistakes_are_told_before_anything_is_trained(data, more, vary, message)
 def test_a_file_that_holds_no_variants(data, tmp_path, content):
     (tmp_path / "mine.yaml").write_text(content)
     with pytest.raises(UserError, match=r"mine.yaml(: expected names of variants| is no valid YAML)"):
-        plan_runs(options(data, f"--variants={tmp_path / 'mine.yaml'}"))
+        planned(options(data, f"--variants={tmp_path / 'mine.yaml'}"))
 
 
 def test_images_without_labels(data):
     shutil.rmtree(data / "val")
     (data / "train" / "class1").rename(data / "train" / "class0" / "inner")
-    with pytest.raises(UserError, match=r"has no labels, but a sweep fills .* monitor.knn_path"):
-        sweep.run(options(data))
+    with pytest.raises(UserError, match=r"has no labels, but a study fills .* monitor.knn_path"):
+        sweep(options(data))
 
 
 # --- What the table says
@@ -218,10 +214,10 @@ def test_a_run_that_fails_fills_its_row_and_the_next_one_starts(data, capsys):
 
 
 def test_another_experiment_in_the_same_folder_is_refused(data):
-    sweep.run(options(data))
+    sweep(options(data))
     before = (data.parent / "sweep" / "sweep.json").read_text()
     with pytest.raises(UserError, match=r"holds another experiment \(optim.final_lr was"):
-        sweep.run(options(data, optim__final_lr=0.5))
+        sweep(options(data, optim__final_lr=0.5))
     assert (data.parent / "sweep" / "sweep.json").read_text() == before
 
 
@@ -240,14 +236,14 @@ def test_a_signal_stops_all_and_the_same_command_goes_on(data, monkeypatch):
         patched.setattr(RunLog, "scalars", stop_in_the_second_run)
         try:
             with pytest.raises(StoppedError, match="stopped by SIGTERM after step 3 of 12"):
-                sweep.run(given)
+                sweep(given)
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     (row,) = json.loads((folder / "sweep.json").read_text())["rows"]
     assert [run["knn20_top1"] is None for run in row["runs"]] == [False, True, True]
     assert not (folder / "seed=2").exists()
-    assert sweep.run(given) == 0
+    assert sweep(given) == 0
     (row,) = json.loads((folder / "sweep.json").read_text())["rows"]
     assert None not in [run["knn20_top1"] for run in row["runs"]]
     assert [len((folder / f"seed={n}" / "starts.jsonl").read_text().splitlines()) for n in range(3)] == [

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dino_sparo.data.tar_members import Member, tar_members
+from dino_sparo.data.tars import Member, tar_members
 
 LONG = "long" * 20
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}

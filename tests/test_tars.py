@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-from dino_sparo.data.imagenet import Images
-from dino_sparo.data.tars import class_tars, tar_files, unpack
+from dino_sparo.data.tars import tar_files
 from dino_sparo.errors import UserError
+from dino_sparo.prepare import unpack
 from tests import imagenet_layouts as mini
 
 WHERE = Path("images.tar")
@@ -24,9 +24,9 @@ def contents(tar: bytes) -> dict[str, bytes]:
     return found
 
 
-def unpacked(tar: bytes, folder: Path, classes: dict[str, str] | None = None) -> int:
+def unpacked(tar: bytes, folder: Path) -> int:
     with tqdm(file=io.StringIO()) as bar:
-        count = unpack(io.BytesIO(tar), WHERE, folder, classes, folder / ".part", bar)
+        count = unpack(io.BytesIO(tar), WHERE, folder, folder / ".part", bar)
         assert bar.n == sum(map(len, FILES.values()))
         return count
 
@@ -44,34 +44,11 @@ def test_files_in_order_without_their_folders():
     assert list(contents(file.getvalue()).items()) == [("b.JPEG", b"./v"), ("a.JPEG", b"val")]
 
 
-@pytest.mark.parametrize("form", ["tar", "class tars"])
-def test_class_tars(tmp_path, form):
-    files = mini.class_tars() | {"notes.txt": b"", "n1.tar": b""}
-    mini.write(tmp_path / "train", files)
-    mini.write(tmp_path, {"train.tar": mini.tar_of(files)})
-    path = tmp_path / ("train" if form == "class tars" else "train.tar")
-    found = {wnid: (size, stream.read()) for wnid, size, stream in class_tars(Images(path, form))}
-    expected = mini.class_tars()
-    assert found == {wnid: (len(expected[f"{wnid}.tar"]), expected[f"{wnid}.tar"]) for wnid in mini.WNIDS}
-
-
 def test_unpack_writes_what_is_missing_or_of_another_size(tmp_path):
     mini.write(tmp_path, {"a.JPEG": b"A" * 700, "b.JPEG": b"b"})
     assert unpacked(mini.tar_of(FILES | {"notes.txt": b"x", "._a.JPEG": b"x"}), tmp_path) == 3
     there = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert there == FILES | {"a.JPEG": b"A" * 700}  # in full size: left as it is
-
-
-def test_unpack_into_class_folders(tmp_path):
-    classes = {"a.JPEG": "cat", "b.JPEG": "dog", "c.JPEG": "cat"}
-    for name in ("cat", "dog"):
-        (tmp_path / name).mkdir()
-    unpacked(mini.tar_of(FILES), tmp_path, classes)
-    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.JPEG")) == [
-        "cat/a.JPEG",
-        "cat/c.JPEG",
-        "dog/b.JPEG",
-    ]
 
 
 # The blocks: header, 2 of a; header, 1 of b; header, 1 of c; end mark.
@@ -164,6 +141,6 @@ def test_contents_are_never_in_memory_as_a_whole(tmp_path):
 
     assert [(name, size) for name, size, _ in tar_files(Zeros(10**9), WHERE)] == [("big.JPEG", 10**9)]
     with tqdm(disable=True) as bar:
-        unpack(Zeros(10**7), WHERE, tmp_path, None, tmp_path / ".part", bar)
+        unpack(Zeros(10**7), WHERE, tmp_path, tmp_path / ".part", bar)
     assert (tmp_path / "big.JPEG").stat().st_size == 10**7
     assert Zeros.read_at_once <= 2**20

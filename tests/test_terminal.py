@@ -97,3 +97,8 @@ def test_warnings_are_yellow_and_other_entries_plain(monkeypatch):
         for level in (logging.WARNING, logging.INFO)
     )
     assert lines.format(warning) == "\033[33mtext\033[0m" and lines.format(entry) == "text"
+
+
+def test_a_markdown_table_is_aligned_and_text_cannot_add_columns():
+    lines = terminal.markdown_table(("name", "x"), [("a|b c", "1"), ("d", "22")]).splitlines()
+    assert lines == ["| name   | x   |", "| ------ | --- |", "| a\\|b c | 1   |", "| d      | 22  |"]

@@ -13,9 +13,8 @@ from timm.models import group_parameters, save_for_hf
 import dino_sparo.interop.timm_models
 from dino_sparo import load_encoder
 from dino_sparo.data.images import IMAGENET_MEAN, IMAGENET_STD, evaluation_crop, normalize
-from dino_sparo.interop.export import write_exported
 from dino_sparo.interop.stored import StoredEncoder
-from dino_sparo.interop.timm_config import pretrained_config
+from dino_sparo.interop.timm_folder import pretrained_config, write_exported
 from dino_sparo.models import build_encoder
 
 ARCH = {"width": 16, "depth": 3, "num_heads": 2}

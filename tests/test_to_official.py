@@ -5,11 +5,11 @@ import torch
 
 from dino_sparo import load_encoder
 from dino_sparo.__main__ import main
+from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.errors import UserError
-from dino_sparo.interop.to_official import full_content
 from dino_sparo.models import DINOHead, build_encoder
 from dino_sparo.runs.checkpoint import load_latest
-from dino_sparo.training import pretrain as program
+from tests.test_export import same
 from tests.test_official import small_encoder
 from tests.tiny import tiny_options, write_pictures
 
@@ -20,7 +20,7 @@ NO_SLOTS = {f"model__readout__{name}": "null" for name in ("num_slots", "slot_di
 def cls_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cls")
     write_pictures(folder / "data", 8)  # two steps an epoch
-    program.pretrain(tiny_options(folder / "data", folder / "run", model__readout__name="cls", **NO_SLOTS))
+    pretrain(tiny_options(folder / "data", folder / "run", model__readout__name="cls", **NO_SLOTS))
     return folder / "run"
 
 
@@ -31,12 +31,6 @@ def out(tmp_path):
 
 def export(source, out, *more):
     return main(["export", str(source), "--out", str(out), "--format", "official", *more])
-
-
-@torch.no_grad()
-def same(first, second, size=16):
-    images = torch.randn(2, 3, size, size)
-    assert torch.equal(first(images), second(images))
 
 
 def test_a_run_of_cls_is_read_as_official_weights(cls_run, out, golden):
@@ -72,21 +66,16 @@ def test_heads_are_those_of_the_run(cls_run, out):
         assert torch.equal(head(features), original(features))
 
 
-def test_a_run_of_sparo_keeps_its_read_out(run_dir, out):
+def test_a_run_of_sparo_comes_back_equal(run_dir, out):
+    """Though its attention heads are not 64 wide, as all official ones are."""
     assert export(run_dir, out) == 0
     content = torch.load(out, weights_only=True)
     for which, prefix in (("teacher", ""), ("student", "module.")):
-        given = {k.removeprefix(prefix): v for k, v in content[which].items() if "head." not in k}
-        expected = load_encoder(run_dir, which).state_dict()
-        assert given.keys() == expected.keys() and "readout.query" in given
-        assert all(torch.equal(given[name], value) for name, value in expected.items())
-
-
-def test_sparo_comes_back_equal(run_dir, out):
-    """Though its heads are not 64 wide, as all official ones are."""
-    assert export(run_dir, out) == 0
-    same(load_encoder(out), load_encoder(run_dir), size=16)
-    same(load_encoder(out, "student"), load_encoder(run_dir, "student"), size=16)
+        names = {name.removeprefix(prefix) for name in content[which] if "head." not in name}
+        assert names == load_encoder(run_dir, which).state_dict().keys() and "readout.query" in names
+        same(load_encoder(out, which), load_encoder(run_dir, which))
+    with pytest.raises(UserError, match=r"arch is .* holds width 16, depth 3 and 2 heads"):
+        load_encoder(out, arch={"width": 16, "depth": 3, "num_heads": 4})
 
 
 def test_sparo_without_heads_comes_back_equal(run_dir, tmp_path, out, capsys):
@@ -98,7 +87,7 @@ def test_sparo_without_heads_comes_back_equal(run_dir, tmp_path, out, capsys):
     for path, what in ((tmp_path / "dino.pth", tmp_path / "folder"), (run_dir, tmp_path / "narrow")):
         assert main(["export", str(path), "--out", str(what)]) == 0
     assert export(tmp_path / "folder", out) == 0
-    same(load_encoder(out), source.eval(), size=16)
+    same(load_encoder(out), source.eval())
     assert export(tmp_path / "narrow", tmp_path / "narrow.pth") == 2
     assert "has 2 attention heads at width 16, which a bare official file cannot" in capsys.readouterr().err
 
@@ -116,16 +105,20 @@ def test_what_has_no_heads_gives_the_bare_backbone(tmp_path, out, golden):
         assert names == {name for name in official if not name.startswith("blocks.3.")}
 
 
-def test_other_read_outs_are_refused(run_dir):
+@pytest.mark.parametrize(
+    "readout",
+    [
+        {"name": "sparo", "num_slots": 2, "slot_dim": 4, "key_dim": 4, "group_size": 1, "output": "slots"},
+        {"name": "pooler", "num_slots": 2, "slot_dim": 4, "num_heads": 2},
+    ],
+)
+def test_other_read_outs_are_refused(run_dir, tmp_path, out, readout, capsys):
     state = load_latest(run_dir)
-    for change in (
-        {"output": "slots"},
-        {"name": "pooler", "num_heads": 2, "key_dim": None, "group_size": None},
-    ):
-        config = state["config"] | {"model": state["config"]["model"] | {}}
-        config["model"]["readout"] = config["model"]["readout"] | change
-        with pytest.raises(UserError, match="the official style holds cls and plain sparo only"):
-            full_content(state | {"config": config}, run_dir)
+    state["config"]["model"]["readout"] = readout
+    torch.save(state, tmp_path / "changed.pt")
+    assert export(tmp_path / "changed.pt", out) == 2
+    assert "the official style holds cls and plain sparo only" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_mistakes_write_nothing(run_dir, tmp_path, out, capsys):
@@ -137,7 +130,5 @@ def test_mistakes_write_nothing(run_dir, tmp_path, out, capsys):
     out.write_text("mine")
     assert export(run_dir, out) == 2
     assert "official.pth exists already" in capsys.readouterr().err and out.read_text() == "mine"
-    assert export(run_dir, out / "below.pth") == 2
-    assert "cannot be read or written (File exists)" in capsys.readouterr().err
     assert export(tmp_path / "nothing", tmp_path / "x.pth") == 2
     assert "nothing does not exist; expected a run folder" in capsys.readouterr().err

@@ -16,7 +16,6 @@ import pytest
 from torchvision.datasets import CIFAR10, STL10
 
 from dino_sparo.__main__ import main
-from dino_sparo.data import torchvision_sets
 from dino_sparo.data.scan import scan_images
 from dino_sparo.data.sources import is_set, open_images, open_labelled, open_val
 from dino_sparo.errors import UserError
@@ -126,15 +125,20 @@ def test_stl10_is_what_torchvision_reads_with_all_images_for_pretraining(server,
     assert len({source.fingerprint() for source in (train, test, every)}) == 3
 
 
+def kept(cache: Path) -> list[Path]:
+    return [path for path in cache.iterdir() if not path.name.endswith(".lock")]
+
+
 @pytest.mark.parametrize("name", ["cifar10", "stl10"])
-def test_downloaded_once_and_only_the_arrays_stay(server, cache, name):
+def test_downloaded_once_and_only_the_unpacked_files_stay(server, cache, name):
     open_images(name)
     asked = len(server.asked)
     open_images(name)
     open_labelled(name)
     assert len(server.asked) == asked > 0
-    assert sorted(path.name for path in cache.iterdir()) == [name, f"{name}.lock"]
-    assert sorted(path.name for path in (cache / name).iterdir()) == ["images.npy", "labels.npy", "set.json"]
+    files = cifar10_files() if name == "cifar10" else stl10_files()
+    (folder,) = kept(cache)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(files)
 
 
 def test_two_starts_at_once_download_once(server, cache):
@@ -174,10 +178,10 @@ def test_a_failed_download_is_one_sentence_and_leaves_nothing(server, cache, mon
         told = rf"^cifar10 could not be downloaded from 127\.0\.0\.1 \(.*{said}.*\); run .* network"
         with pytest.raises(UserError, match=told):
             open_images("cifar10")
-        assert [path.name for path in cache.iterdir()] == ["cifar10.lock"]
-    (cache / "cifar10.abc.part").mkdir()  # of a start that was killed
+        assert kept(cache) == []
+    (cache / f"{CIFAR10.base_folder}.part").mkdir()  # of a start that was killed
     assert len(open_images("cifar10")) == 5
-    assert sorted(path.name for path in cache.iterdir()) == ["cifar10", "cifar10.lock"]
+    assert kept(cache) == [cache / CIFAR10.base_folder]
 
 
 def test_a_cache_that_cannot_be_written_is_told(server, cache):
@@ -186,14 +190,17 @@ def test_a_cache_that_cannot_be_written_is_told(server, cache):
         open_images("cifar10")
 
 
-def test_what_was_kept_and_is_damaged_is_told(server, cache):
-    open_images("cifar10")
-    torchvision_sets._mapped.cache_clear()
-    (cache / "cifar10" / "images.npy").write_bytes((cache / "cifar10" / "images.npy").read_bytes()[:-1])
-    with pytest.raises(
-        UserError, match=r"cifar10: what was kept of cifar10 is damaged .* remove this folder"
-    ):
-        open_images("cifar10")
+@pytest.mark.parametrize(("name", "file"), [("cifar10", "data_batch_2"), ("stl10", "unlabeled_X.bin")])
+def test_what_was_kept_and_is_damaged_is_told(server, cache, monkeypatch, name, file):
+    open_images(name)
+    kept(cache)[0].rename(tmp := cache.parent / "kept")
+    monkeypatch.setenv("DINO_SPARO_CACHE", str(cache.parent / "other"))  # which no process has opened yet
+    folder = cache.parent / "other" / "torchvision" / (CIFAR10 if name == "cifar10" else STL10).base_folder
+    folder.parent.mkdir(parents=True)
+    tmp.rename(folder)
+    (folder / file).write_bytes((folder / file).read_bytes()[:-1])
+    with pytest.raises(UserError, match=rf"what was kept of {name} is damaged .* remove this folder"):
+        open_images(name)
 
 
 def test_a_folder_of_that_name_goes_first(tmp_path, monkeypatch, caplog):

@@ -10,6 +10,7 @@ from multiprocessing import active_children
 import pytest
 import torch
 
+from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.data import workers
 from dino_sparo.data.loader import BatchOrder, CropsDataset, crop_batches
 from dino_sparo.data.sources import open_images
@@ -18,7 +19,6 @@ from dino_sparo.data.workers import default_workers
 from dino_sparo.errors import StuckError, UserError
 from dino_sparo.evaluation.features import extract_features
 from dino_sparo.models import build_encoder
-from dino_sparo.training import pretrain as program
 from tests.test_loader import VIEWS
 from tests.tiny import tiny_options, write_pictures
 
@@ -67,7 +67,7 @@ def test_training_ends_and_names_the_file(behaviour, broken_disk, tmp_path):
     )
     started = time.monotonic()
     with pytest.raises(UserError, match=SAYS[behaviour]) as caught:
-        program.pretrain(options)
+        pretrain(options)
     assert time.monotonic() - started < 60
     assert "\n" not in str(caught.value) and str(caught.value).endswith("then start again")
 
@@ -141,7 +141,7 @@ def test_views_that_do_not_fit_into_shared_memory_are_refused(tmp_path, monkeypa
     write_pictures(tmp_path / "data", 8)
     options = tiny_options(tmp_path / "data", tmp_path / "run", machine__num_workers=2)
     with pytest.raises(UserError, match=r"need up to 0 MiB of shared memory.*docker run --shm-size"):
-        program.pretrain(options)
+        pretrain(options)
     assert not (tmp_path / "run").exists()
     options.machine.num_workers = 0
-    program.pretrain(options)
+    pretrain(options)

@@ -8,8 +8,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dino_sparo.config import parse_options
-from dino_sparo.options import PretrainOptions
+from dino_sparo.cli.parsing import given_values, options_of
+from dino_sparo.cli.pretraining import PretrainOptions
+from dino_sparo.recipe.sections import Recipe
+from dino_sparo.training import state
+from dino_sparo.training.pretrain import prepare
+from dino_sparo.training.setup import Run
+from dino_sparo.training.state import TrainState
 
 TINY = {
     "views.global_size": "16",
@@ -52,8 +57,23 @@ def tiny_arguments(data: Path, run_dir: Path, **changes: Any) -> list[str]:
     return ["--config", "demo", *(f"--{key}={value}" for key, value in options.items())]
 
 
+def parse_options(options_class: type, arguments: list[str], *, usage: str = "") -> Any:
+    """The options of a command, as its program parses them."""
+    return options_of(options_class, given_values(arguments, options_class, usage=usage))
+
+
 def tiny_options(data: Path, run_dir: Path, **changes: Any) -> PretrainOptions:
     return parse_options(PretrainOptions, tiny_arguments(data, run_dir, **changes), usage="")
+
+
+def build_state(recipe: Recipe, device: torch.device | str = "cpu", **machine: Any) -> TrainState:
+    """The state of a run of this recipe that has not begun."""
+    return state.build_state(**recipe.state_arguments(), device=torch.device(device), **machine)
+
+
+def prepared(options: PretrainOptions, device: str = "cpu") -> Run:
+    """A run as `pretrain` prepares it; nothing has been written."""
+    return prepare(options, Path(options.run_dir), torch.device(device))
 
 
 def state_hash(checkpoint: dict[str, Any]) -> str:

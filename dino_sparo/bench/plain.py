@@ -1,45 +1,42 @@
 """Training as a straightforward port writes it: what `bench --compare` measures ours against.
 
-The same networks, numbers and order as `train_step`, each part in its obvious form: attention weights that
-are stored, SPARO with its keys of every token, a log-softmax a pair of crops, Python loops over parameters,
-and a host that waits for the loss and for every norm. Mixed precision covers the prototypes too, as in the
-official code. One process, no accumulation. `plain_batches` makes all views by PIL in the workers and hands
-them over as floats.
+A stranger's code: it imports nothing of this package. It is given networks, whose parameters have DINO's
+official names (`encoder.backbone`, `encoder.readout`, `head`), and computes the same numbers in the same
+order as `train_step`, each part in its obvious form: attention weights that are stored, SPARO with its keys
+of every token, a log-softmax per pair of crops, Python loops over parameters, and a host that waits for the
+loss and for every norm. Mixed precision covers the prototypes too, as in the official code. One process, no
+accumulation.
+`plain_batches` makes all views by torchvision in the workers and hands them over as floats.
 
 Axis letters: B images, C crops, N tokens, D width, L slots, H key width, K prototypes.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from PIL import Image, ImageFilter
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
-from torchvision.transforms import functional as TF
+from torchvision.transforms import v2 as T
 
-from dino_sparo.data import pil_views
-from dino_sparo.data.images import IMAGENET_MEAN, IMAGENET_STD
-from dino_sparo.data.sources import ImageSource
-from dino_sparo.data.views import NUM_GLOBAL_CROPS, CropRecipe, draw_view
-from dino_sparo.models import DINOHead, DinoModel, Encoder, Sparo
-from dino_sparo.models.backbone import VisionTransformer
-from dino_sparo.training.optim import parameter_groups, set_hyperparameters
-from dino_sparo.training.schedules import Hyperparameters
-from dino_sparo.training.state import TrainState
-
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+NUM_GLOBAL_CROPS = 2
 ENDLESS = 10**12  # samples
 
 
 @dataclass
 class PlainState:
-    """All that the plain step changes."""
+    """All that the plain step changes, and the constants of its loss."""
 
-    student: DinoModel
-    teacher: DinoModel
+    student: Any
+    teacher: Any
     center: Tensor
     """(1, K)"""
     optimizer: torch.optim.Optimizer
@@ -48,50 +45,69 @@ class PlainState:
     center_momentum: float
 
 
-def plain_state(state: TrainState) -> PlainState:
-    """The networks and the centre of a run that has not begun, which it may not use any more."""
-    groups = parameter_groups(state.student)
+def plain_state(
+    student: nn.Module,
+    teacher: nn.Module,
+    center: Tensor,
+    *,
+    student_temp: float,
+    center_momentum: float,
+    loss_scaling: bool,
+) -> PlainState:
+    """A run that begins with these networks and this center (1, K), which nobody else may use any more."""
+    decayed: list[Tensor] = []
+    others: list[Tensor] = []
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            (others if name.endswith(".bias") or parameter.ndim == 1 else decayed).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     return PlainState(
-        student=state.student,
-        teacher=state.teacher,
-        center=state.loss_fn.center,
+        student=student,
+        teacher=teacher,
+        center=center,
         optimizer=torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), foreach=False, fused=False),
-        scaler=torch.amp.GradScaler(state.loss_fn.center.device.type, enabled=state.loss_scale.enabled),
-        student_temp=state.loss_fn.student_temp,
-        center_momentum=state.loss_fn.center_momentum,
+        scaler=torch.amp.GradScaler(center.device.type, enabled=loss_scaling),
+        student_temp=student_temp,
+        center_momentum=center_momentum,
     )
 
 
 def plain_step(
     state: PlainState,
     crop_groups: list[Tensor],
-    hyper: Hyperparameters,
     *,
+    lr: float,
+    weight_decay: float,
+    momentum: float,
+    teacher_temp: float,
+    freeze_last_layer: bool,
     clip_norm: float,
     autocast: AbstractContextManager[Any],
 ) -> float:
-    """One optimiser step on groups of normalised crops (C_i, B, 3, side, side); returns the loss."""
-    set_hyperparameters(state.optimizer, lr=hyper.lr, weight_decay=hyper.weight_decay)
+    """One optimizer step on groups of normalized crops (C_i, B, 3, side, side); returns the loss."""
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    state.optimizer.param_groups[0]["weight_decay"] = weight_decay
     with autocast:
         with torch.no_grad():
             teacher_logits = plain_forward(state.teacher, crop_groups[:1])  # (2*B, K)
         student_logits = plain_forward(state.student, crop_groups)  # (C*B, K)
-        loss = plain_loss(state, student_logits, teacher_logits, hyper.teacher_temp)
+        loss = plain_loss(state, student_logits, teacher_logits, teacher_temp)
     value = float(loss.item())
     if not math.isfinite(value):
         raise RuntimeError(f"the loss of the plain step is {value}")
     for parameter in state.student.parameters():
         parameter.grad = None
     state.scaler.scale(loss).backward()
-    plain_update(state, hyper, clip_norm)
+    plain_update(state, momentum, clip_norm, freeze_last_layer=freeze_last_layer)
     plain_center_update(state, teacher_logits)
     return value
 
 
-def plain_forward(model: DinoModel, crop_groups: list[Tensor]) -> Tensor:
+def plain_forward(model: Any, crop_groups: list[Tensor]) -> Tensor:
     """Groups of crops (C_i, B, 3, side, side) -> prototype logits (C*B, K), crop-major."""
     encodings = torch.cat([_encode(model.encoder, crops.flatten(0, 1)) for crops in crop_groups])
-    return _project(model.head, encodings)
+    return model.head.last_layer(F.normalize(model.head.mlp(encodings), dim=-1))
 
 
 def plain_loss(
@@ -111,7 +127,7 @@ def plain_loss(
 
 
 @torch.no_grad()
-def plain_update(state: PlainState, hyper: Hyperparameters, clip_norm: float) -> None:
+def plain_update(state: PlainState, momentum: float, clip_norm: float, *, freeze_last_layer: bool) -> None:
     """Clip, drop the last layer's gradient if frozen, AdamW, teacher: one parameter after the other."""
     state.scaler.unscale_(state.optimizer)
     for parameter in state.student.parameters():
@@ -119,23 +135,23 @@ def plain_update(state: PlainState, hyper: Hyperparameters, clip_norm: float) ->
             factor = clip_norm / (parameter.grad.norm(2) + 1e-6)
             if factor < 1:  # here the host waits for the device
                 parameter.grad.mul_(factor)
-    if hyper.freeze_last_layer:
+    if freeze_last_layer:
         for parameter in state.student.head.last_layer.parameters():
             parameter.grad = None
     state.scaler.step(state.optimizer)
     state.scaler.update()
     for averaged, current in zip(state.teacher.parameters(), state.student.parameters(), strict=True):
-        averaged.mul_(hyper.momentum).add_((1 - hyper.momentum) * current)
+        averaged.mul_(momentum).add_((1 - momentum) * current)
 
 
 @torch.no_grad()
 def plain_center_update(state: PlainState, teacher_logits: Tensor) -> None:
-    """Move the centre towards the mean of the teacher's logits (2*B, K)."""
+    """Move the center towards the mean of the teacher's logits (2*B, K)."""
     mean_1K = teacher_logits.float().sum(dim=0, keepdim=True) / len(teacher_logits)
     state.center = state.center * state.center_momentum + mean_1K * (1 - state.center_momentum)
 
 
-def direct_sparo(sparo: Sparo, tokens_BND: Tensor, token_mask: Tensor | None = None) -> Tensor:
+def direct_sparo(sparo: Any, tokens_BND: Tensor, token_mask: Tensor | None = None) -> Tensor:
     """SPARO eq. 1 as it is written, with its (B, N, L, H) keys: (B, L, V). The check of the folded form."""
     keys = sparo.key_proj(tokens_BND).unflatten(-1, (sparo.num_groups, sparo.key_dim))
     keys_BNLH = keys.repeat_interleave(sparo.group_size, dim=2)
@@ -146,22 +162,21 @@ def direct_sparo(sparo: Sparo, tokens_BND: Tensor, token_mask: Tensor | None = N
     return sparo.value_proj(pooled_BLH)
 
 
-def _encode(encoder: Encoder, images: Tensor) -> Tensor:
+def _encode(encoder: Any, images: Tensor) -> Tensor:
     """Images (B, 3, height, width) -> encodings (B, embed_dim)."""
     tokens_BND = _tokens(encoder.backbone, images)
-    if isinstance(encoder.readout, Sparo):
+    if type(encoder.readout).__name__ == "Sparo":
         return direct_sparo(encoder.readout, tokens_BND).flatten(1)
     return encoder.read(tokens_BND)  # the others are in their obvious form
 
 
-def _tokens(backbone: VisionTransformer, images: Tensor) -> Tensor:
-    """Images (B, 3, height, width) -> normalised tokens (B, N, D)."""
+def _tokens(backbone: Any, images: Tensor) -> Tensor:
+    """Images (B, 3, height, width) -> normalized tokens (B, N, D)."""
     patches_BND = backbone.patch_embed.proj(images).flatten(2).transpose(1, 2)
     x_BND = torch.cat((backbone.cls_token.expand(len(images), -1, -1), patches_BND), dim=1)
     x_BND = x_BND + _position_embedding(
         backbone, *(side // backbone.patch_size for side in images.shape[-2:])
     )
-    block: Any
     for block in backbone.blocks:
         x_BND = x_BND + block.drop_path1(_attend(block.attn, block.norm1(x_BND), backbone.num_heads))
         hidden = F.gelu(block.mlp.fc1(block.norm2(x_BND)))  # (B, N, 4 * D)
@@ -178,7 +193,7 @@ def _attend(attention: Any, tokens_BND: Tensor, num_heads: int) -> Tensor:
     return attention.proj((weights @ value).transpose(1, 2).reshape(batch, count, dim))
 
 
-def _position_embedding(backbone: VisionTransformer, rows: int, columns: int) -> Tensor:
+def _position_embedding(backbone: Any, rows: int, columns: int) -> Tensor:
     """Position embedding (1, 1 + rows * columns, D), resized anew at every call."""
     native, embedding_1ND = backbone.native_grid, backbone.pos_embed
     if rows == columns == native:
@@ -189,34 +204,53 @@ def _position_embedding(backbone: VisionTransformer, rows: int, columns: int) ->
     return torch.cat((embedding_1ND[:, :1], grid.flatten(2).transpose(1, 2)), dim=1)
 
 
-def _project(head: DINOHead, encodings: Tensor) -> Tensor:
-    """Encodings (B, in_dim) -> prototype logits (B, K), in the precision of the surrounding autocast."""
-    return head.last_layer(F.normalize(head.mlp(encodings), dim=-1))
-
-
 class PlainViews(Dataset):
-    """Sample -> its crops, made by PIL: normalised float32 (3, side, side) each, global ones first."""
+    """Sample -> its crops by torchvision: normalized float32 (3, side, side) each, global ones first.
 
-    def __init__(self, source: ImageSource, crop_recipes: Sequence[CropRecipe], seed: int) -> None:
-        self.source, self.crop_recipes, self.seed = source, crop_recipes, seed
+    Args:
+        source: has a length, and `load(number)` gives an RGB image of PIL.
+        crop_recipes: the fields of one crop's augmentation each, by the names of torchvision and DINO.
+    """
+
+    def __init__(self, source: Any, crop_recipes: Sequence[Any]) -> None:
+        self.source, self.transforms = source, [_transform(recipe) for recipe in crop_recipes]
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, sample: int) -> list[Tensor]:
-        image, crops = self.source.load(sample), []
-        for crop, recipe in enumerate(self.crop_recipes):
-            numbers = {"seed": self.seed, "epoch": 0, "sample": sample, "crop": crop}
-            view = draw_view(recipe, **numbers, image_width=image.width, image_height=image.height)
-            pixels = TF.to_tensor(pil_views.execute(image, view))
-            crops.append(TF.normalize(pixels, IMAGENET_MEAN, IMAGENET_STD))
-        return crops
+        image = self.source.load(sample)
+        return [transform(image) for transform in self.transforms]
+
+
+def _transform(recipe: Any) -> Any:
+    """DINO's augmentation of one crop. Source: official `DataAugmentationDINO`."""
+    jitter = T.ColorJitter(*recipe.jitter_strength)
+    return T.Compose(
+        [
+            T.RandomResizedCrop(
+                recipe.size, recipe.scale, interpolation=T.InterpolationMode(recipe.interpolation)
+            ),
+            T.RandomHorizontalFlip(recipe.flip_probability),
+            T.RandomApply([jitter], recipe.jitter_probability),
+            T.RandomGrayscale(recipe.grayscale_probability),
+            T.RandomApply([T.Lambda(partial(_blur, radius=recipe.blur_radius))], recipe.blur_probability),
+            T.RandomSolarize(128, recipe.solarize_probability),
+            T.PILToTensor(),
+            T.ToDtype(torch.float32, scale=True),
+            T.Normalize(MEAN, STD),
+        ]
+    )
+
+
+def _blur(image: Image.Image, radius: tuple[float, float]) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(random.uniform(*radius)))
 
 
 def plain_batches(
     dataset: PlainViews, *, batch_size: int, num_workers: int, prefetch_batches: int, device: torch.device
-) -> Iterator[list[Tensor]]:
-    """Groups of crops (C_i, B, 3, side, side) on the device, for ever."""
+) -> Generator[list[Tensor]]:
+    """Groups of crops (C_i, B, 3, side, side) on the device, without end."""
     loader: DataLoader = DataLoader(
         dataset,
         batch_size,
@@ -231,6 +265,6 @@ def plain_batches(
 
 
 def crop_groups(crops: list[Tensor]) -> list[Tensor]:
-    """All crops (B, 3, side, side), global ones first -> one tensor (C_i, B, 3, side, side) a size."""
+    """All crops (B, 3, side, side), global ones first -> one tensor (C_i, B, 3, side, side) per size."""
     groups = (crops[:NUM_GLOBAL_CROPS], crops[NUM_GLOBAL_CROPS:])
     return [torch.stack(group) for group in groups if group]

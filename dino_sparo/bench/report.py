@@ -5,28 +5,53 @@ from typing import Any
 
 def report(result: dict[str, Any]) -> str:
     """Several lines about what `training.measure` found."""
-    return "\n".join(
-        [*_head(result), *_stages(result), *_sums(result), *_compared(result), *_profile(result)]
-    )
-
-
-def _head(result: dict[str, Any]) -> list[str]:
-    return [
+    lines = [
         f"{result['recipe']}, batch {result['batch_size']}, {result['precision']}, {result['device']}, "
         f"{result['threads']} threads, {result['num_workers']} workers, {result['cores']} cores, "
         f"torch {result['torch']}",
         f"{result['data']}; read from the system's cache; {result['rounds']} rounds",
         "",
+        f"{'stage alone':<24}{'median ms':>11}{'10 %':>10}{'90 %':>10}{'images/s':>11}",
     ]
-
-
-def _stages(result: dict[str, Any]) -> list[str]:
-    """Stages of data are of one image on one core, the others of a batch."""
-    lines = [f"{'stage alone':<24}{'median ms':>11}{'10 %':>10}{'90 %':>10}{'images/s':>11}"]
     for name, found in result["stages"].items():
-        of_image = name in ("read", "decode", "draw views") or name.startswith("views by")
+        of_image = name in ("read", "decode", "draw views", "views by PIL")  # the others are of a batch
         lines.append(_row(f"{name}, one core" if of_image else name, found))
-    return [*lines, ""]
+    lines += ["", f"host waits for the device per step: {_listed(result['host_waits_per_step'])}"]
+    peaks = {name: peak for name, peak in result["peak_flops"].items() if peak is not None}
+    listed = ", ".join(f"{peak / 1e12:.2f} TFLOP/s {name}" for name, peak in peaks.items())
+    lines.append(f"{result['flops_per_image'] / 1e9:.2f} GFLOP per image; peak of matrix products: {listed}")
+    for what, shares in result["utilization"].items():
+        of_peaks = ", ".join(f"{100 * share:.1f} % of the {name} peak" for name, share in shares.items())
+        lines.append(f"model FLOP utilization, {what.replace('_', ' ')}: {of_peaks}")
+    for who, memory in result["memory"].items():
+        peak = memory["peak_bytes"]
+        of_gpu = "" if peak is None else f"peak GPU memory {peak / 2**30:.2f} GiB, "
+        lines.append(f"{who}: {of_gpu}{memory['saved_bytes'] / 2**20:.1f} MiB saved for backward")
+    if result["end_to_end"] is not None:
+        lines.append(_end_to_end(result["end_to_end"]))
+    if result["compare"] is not None:
+        lines += _compared(result["compare"], result["rounds"])
+    if result["profile"] is not None:
+        profile = result["profile"]
+        lines += ["", f"trace of {profile['steps']} steps with their loading: {profile['trace']}"]
+        lines.append(f"host waits per step with loading: {_listed(profile['host_waits_per_step'])}")
+    return "\n".join(lines)
+
+
+def _compared(compared: dict[str, Any], rounds: int) -> list[str]:
+    ratio = compared["step"]
+    lines = ["", _row("plain: whole step", compared["plain_step"])]
+    lines.append(
+        f"plain / ours, whole step: {ratio['median']:.2f} ({ratio['p10']:.2f} to {ratio['p90']:.2f}), "
+        f"{rounds} interleaved rounds"
+    )
+    for name, of_memory in compared["memory"].items():
+        what = {"peak_bytes": "peak GPU memory", "saved_bytes": "bytes saved for backward"}[name]
+        lines.append(f"plain / ours, {what}: {of_memory:.2f}")
+    if compared["end_to_end"] is not None:
+        lines.append(_end_to_end(compared["plain_end_to_end"], ", plain code and views"))
+        lines.append(f"ours / plain, end to end: {compared['end_to_end']:.2f}")
+    return lines
 
 
 def _row(name: str, found: dict[str, float]) -> str:
@@ -41,51 +66,5 @@ def _end_to_end(found: dict[str, float], who: str = "") -> str:
     )
 
 
-def _sums(result: dict[str, Any]) -> list[str]:
-    peaks = {name: peak for name, peak in result["peak_flops"].items() if peak is not None}
-    listed = ", ".join(f"{peak / 1e12:.2f} TFLOP/s {name}" for name, peak in peaks.items())
-    lines = [f"{result['flops_per_image'] / 1e9:.2f} GFLOP an image; peak of matrix products: {listed}"]
-    for what, shares in result["utilisation"].items():
-        of_peaks = ", ".join(f"{100 * share:.1f} % of the {name} peak" for name, share in shares.items())
-        lines.append(f"model FLOP utilisation, {what.replace('_', ' ')}: {of_peaks}")
-    for who, memory in result["memory"].items():
-        peak = memory["peak_bytes"]
-        of_gpu = "" if peak is None else f"peak GPU memory {peak / 2**30:.2f} GiB, "
-        lines.append(f"{who}: {of_gpu}{memory['saved_bytes'] / 2**20:.1f} MiB saved for backward")
-    if result["end_to_end"] is not None:
-        lines.append(_end_to_end(result["end_to_end"]))
-    return lines
-
-
-def _compared(result: dict[str, Any]) -> list[str]:
-    compared = result["compare"]
-    if compared is None:
-        return []
-    lines = ["", _row("plain: whole step", compared["plain_step"])]
-    lines.append(
-        f"plain / ours, whole step: {_ratio(compared['step'])}, {result['rounds']} interleaved rounds"
-    )
-    for name, ratio in compared["memory"].items():
-        what = {"peak_bytes": "peak GPU memory", "saved_bytes": "bytes saved for backward"}[name]
-        lines.append(f"plain / ours, {what}: {ratio:.2f}")
-    if compared["end_to_end"] is not None:
-        lines.append(_end_to_end(compared["plain_end_to_end"], ", plain code and PIL views"))
-        lines.append(f"ours / plain, end to end: {compared['end_to_end']:.2f}")
-    return lines
-
-
-def _ratio(ratio: dict[str, float]) -> str:
-    return f"{ratio['median']:.2f} ({ratio['p10']:.2f} to {ratio['p90']:.2f})"
-
-
-def _profile(result: dict[str, Any]) -> list[str]:
-    profile = result["profile"]
-    if profile is None:
-        return []
-    waits = {name: count for name, count in profile["host_waits_a_step"].items() if count}
-    listed = ", ".join(f"{name} {count:g}" for name, count in waits.items()) or "none"
-    return [
-        "",
-        f"trace of {profile['steps']} steps with their loading: {profile['trace']}",
-        f"host waits for the device a step: {listed}",
-    ]
+def _listed(waits: dict[str, float]) -> str:
+    return ", ".join(f"{name} {count:g}" for name, count in waits.items() if count) or "none"

@@ -1,251 +1,291 @@
-"""`dino-sparo bench`: where the time of training by a recipe goes on this machine, and against plain code.
+"""Where the time of training goes on this machine, and against plain code.
 
 Axis letters: B images, C crops.
 """
 
-import json
 import logging
 import os
 import platform
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dino_sparo.bench.clocks import interleaved, spread, spread_of_ratios
-from dino_sparo.bench.contenders import (
-    VIEWED_IMAGES,
-    Bench,
-    batch_of_crops,
-    batch_of_photos,
-    batches_of_plain,
-    our_batches,
-    our_step,
-    plain_step_of,
-    saved_by_ours,
-    saved_by_plain,
-    with_peak_memory,
-)
-from dino_sparo.bench.files import HEIGHT, QUALITY, WIDTH, jpeg_files
-from dino_sparo.bench.plain import PlainState, plain_state
-from dino_sparo.bench.report import report
-from dino_sparo.bench.stages import (
-    end_to_end,
+from dino_sparo.bench.loading import end_to_end, image_stages, warmed_up
+from dino_sparo.bench.plain import PlainState, PlainViews, plain_batches, plain_state, plain_step
+from dino_sparo.bench.timing import (
     host_waits,
-    image_stages,
-    published_peak,
-    step_in_stages,
-    warm_up,
+    interleaved,
+    profiled,
+    range_seconds,
+    spread,
+    spread_of_ratios,
 )
 from dino_sparo.check.measure import count_flops, measured_peak
-from dino_sparo.config import parse_options
-from dino_sparo.data.loader import crops_of
-from dino_sparo.data.sources import ImageSource, open_images
-from dino_sparo.data.workers import default_workers
-from dino_sparo.errors import UserError
-from dino_sparo.options import BenchOptions, PretrainOptions
-from dino_sparo.parallel.device import choose_device
-from dino_sparo.parallel.precision import choose_precision, plain_attention, set_numerics
+from dino_sparo.data.device_views import Photos
+from dino_sparo.data.loader import (
+    BatchOrder,
+    CropsDataset,
+    PhotoBatch,
+    collate_crops,
+    crop_batches,
+    crops_of,
+)
+from dino_sparo.data.views import NUM_GLOBAL_CROPS
+from dino_sparo.models.cost import bytes_saved_for_backward
+from dino_sparo.parallel.device import wait_for
+from dino_sparo.parallel.precision import autocast, plain_attention
+from dino_sparo.training.pretrain import crops_on_device, normalized, train_step
+from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.state import TrainState
 
 log = logging.getLogger("dino_sparo")
 
-PROFILED_STEPS = 3
+VIEWED_IMAGES = 16  # at least so many, for times per image
+EPOCHS = 1_000_000  # more than any benchmark sees
+PROFILED_STEPS = 3  # in a trace
+# Dense bfloat16 products in FLOP/s (float16 on a V100), *published* by the maker; the first name that fits.
+PUBLISHED_PEAKS = (
+    *(("B200", 2250e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H200", 989e12), ("H100", 989e12)),
+    *(("A100", 312e12), ("L40S", 362e12), ("V100", 125e12)),
+)
 
 
-def bench_training(options: BenchOptions) -> None:
-    """`dino-sparo bench --what training`: print a table, or with `json` one JSON object and the table beside.
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """One training as it is measured here."""
 
-    Raises:
-        UserError: for a mistake in options or data.
+    new_state: Callable[[torch.device], TrainState]
+    """Makes a run that has not begun."""
+    dataset: CropsDataset
+    hyper: Hyperparameters
+    clip_norm: float
+    device: torch.device
+    precision: str
+    batch_size: int
+    num_workers: int
+    prefetch_batches: int
+    timeout_seconds: float
+    """Of a worker that gives no batch."""
+
+    def our_step(self, state: TrainState, groups: list[Tensor]) -> None:
+        """One step of training on groups of normalized crops."""
+        mixed = autocast(self.precision, self.device)
+        with plain_attention(self.precision, self.device):
+            train_step(state, repeat(groups), 1, self.hyper, clip_norm=self.clip_norm, autocast=mixed)
+
+    def plain_step(self, state: PlainState, groups: list[Tensor]) -> None:
+        """The same step, plain."""
+        mixed = autocast(self.precision, self.device)
+        plain_step(state, groups, **vars(self.hyper), clip_norm=self.clip_norm, autocast=mixed)
+
+    def new_plain_state(self, device: torch.device) -> PlainState:
+        """A plain run that has not begun."""
+        state = self.new_state(device)
+        loss = state.loss_fn
+        return plain_state(
+            *(state.student, state.teacher, loss.center),
+            student_temp=loss.student_temp,
+            center_momentum=loss.center_momentum,
+            loss_scaling=state.loss_scale.enabled,
+        )
+
+    def our_batches(self) -> Generator[list[Tensor]]:
+        """Endless groups of normalized crops (C_i, B, 3, side, side) on the device, as in training."""
+        order = BatchOrder(
+            num_samples=len(self.dataset.source),
+            global_batch_size=self.batch_size,
+            epochs=EPOCHS,
+            seed=self.dataset.seed,
+        )
+        loader = crop_batches(
+            *(self.dataset, order),
+            num_workers=self.num_workers,
+            prefetch_batches=self.prefetch_batches,
+            pin_memory=self.device.type == "cuda",
+            timeout_seconds=self.timeout_seconds,
+        )
+        with loader.failures_explained():
+            for crops in crops_on_device(iter(loader), self.dataset.crop_recipes, self.device):
+                yield normalized(crops)
+
+    def plain_batches(self) -> Generator[list[Tensor]]:
+        """The same by plain code, with as many workers."""
+        return plain_batches(
+            PlainViews(self.dataset.source, self.dataset.crop_recipes),
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            prefetch_batches=self.prefetch_batches,
+            device=self.device,
+        )
+
+    def warmed_up(
+        self, batches: Generator[list[Tensor]], step: Callable[[list[Tensor]], object]
+    ) -> AbstractContextManager[Iterator[list[Tensor]]]:
+        """Within it, batches at the speed that workers keep up."""
+        prefetched = self.num_workers * self.prefetch_batches
+        return warmed_up(batches, step, prefetched=prefetched, device=self.device)
+
+    def photos(self) -> PhotoBatch:
+        """The first images, decoded, and the numbers of their views, as workers hand them over."""
+        of, size = self.dataset, len(self.dataset.source)
+        dataset = CropsDataset(of.source, of.crop_recipes, of.seed, executor="device", max_side=of.max_side)
+        images = [dataset[0, number % size] for number in range(self.batch_size)]
+        batch = collate_crops(images)
+        assert isinstance(batch, PhotoBatch)
+        if self.device.type == "cpu":
+            return batch
+        return PhotoBatch(Photos(*(values.pin_memory() for values in batch.photos)))
+
+
+def measure(
+    bench: Bench,
+    *,
+    rounds: int,
+    seconds: float | None = None,
+    compare: bool = False,
+    profile: str | None = None,
+) -> dict[str, Any]:
+    """Everything about training on this machine, by the names of the JSON object.
+
+    Args:
+        bench: what is measured.
+        rounds: of stages and steps, whose medians are reported.
+        seconds: of training end to end; None leaves it out.
+        compare: measure plain code too, round by round beside ours.
+        profile: file for a trace of some steps with the loading of their images.
     """
-    if min(options.batch_size, options.rounds, options.num_images) < 1:
-        raise UserError(
-            "batch_size, rounds and num_images must be at least 1; leave them out for the defaults"
-        )
-    if options.profile is not None and not Path(options.profile).absolute().parent.is_dir():
-        raise UserError(f"profile {options.profile!r} is in no existing folder; give a file in one")
-    if options.keep_files and options.data is None:
-        raise UserError("keep_files needs images of yours; give --data.path DIR, or leave keep_files out")
-    recipe = read_recipe(options)
-    with tempfile.TemporaryDirectory(prefix="dino_sparo_") as folder:
-        bench = prepare_bench(options, recipe, image_files(options, Path(folder)))
-        result = measure(bench, compare=options.compare, profile=options.profile)
-    result = {"recipe": options.config, "data": _describe_data(options, len(bench.source)), **result}
-    print(report(result), file=sys.stderr if options.json else sys.stdout)
-    if options.json:
-        print(json.dumps(result))
-
-
-def read_recipe(options: BenchOptions) -> PretrainOptions:
-    """The recipe, with what the benchmark's options say of the machine."""
-    given = {"device": options.device, "precision": options.precision, "num_workers": options.num_workers}
-    arguments = ["--config", options.config, "--data.path", "x", "--run_dir", "x"]
-    arguments += [f"--machine.{key}={value}" for key, value in given.items() if value not in (None, "auto")]
-    recipe: PretrainOptions = parse_options(PretrainOptions, arguments, usage="")
-    return recipe
-
-
-def image_files(options: BenchOptions, folder: Path) -> ImageSource:
-    """At least a batch of images: in new files in the folder, or as they are."""
-    num_images = max(options.num_images, options.batch_size)
-    path = options.data.path if options.data else None
-    if path is None or not options.keep_files:
-        log.info("writing %d JPEG files", num_images)
-        return jpeg_files(path, num_images, folder)
-    source = open_images(path, num_images)
-    if len(source) < options.batch_size:
-        raise UserError(
-            f"data.path {path!r} gives {len(source)} images, fewer than batch_size {options.batch_size}; "
-            f"use more images or a smaller batch"
-        )
-    return source
-
-
-def prepare_bench(options: BenchOptions, recipe: PretrainOptions, source: ImageSource) -> Bench:
-    """What is measured, on the device and in the numbers that the recipe asks for."""
-    machine = recipe.machine
-    device = choose_device(machine.device)
-    set_numerics(tf32=machine.tf32, deterministic=machine.deterministic)
-    return Bench(
-        options=recipe,
-        source=source,
-        device=device,
-        precision=choose_precision(machine.precision, device),
-        batch_size=options.batch_size,
-        num_workers=default_workers() if machine.num_workers is None else machine.num_workers,
-        rounds=options.rounds,
-        seconds=options.seconds,
-    )
-
-
-def measure(bench: Bench, *, compare: bool, profile: str | None) -> dict[str, Any]:
-    """Everything about training on this machine, by the names of the JSON object."""
     device, batch_size = bench.device, bench.batch_size
-    log.info("views of %d images, one core", max(bench.rounds, VIEWED_IMAGES))
-    of_images = image_stages(
-        bench.source, bench.crop_recipes, bench.options.seed, max(bench.rounds, VIEWED_IMAGES)
-    )
-    log.info("views of a batch on the device")
-    photos = batch_of_photos(bench)
-    make = partial(crops_of, photos, bench.crop_recipes, device)
-    views = interleaved({"views": make}, bench.rounds, device)["views"]
-    groups = batch_of_crops(bench)
-    counted = bench.new_state(torch.device("cpu")).student
-    counted.encoder.backbone.activation_checkpointing = False  # it would count twice
-    flops = count_flops(counted, bench.sizes)["training"]
+    log.info("views")
+    of_images = image_stages(bench.dataset, max(rounds, VIEWED_IMAGES))
+    stages = {name: spread(times, 1) for name, times in of_images.items()}
+    make = partial(crops_of, bench.photos(), bench.dataset.crop_recipes, device)
+    stages["views on the device"] = spread(interleaved({"": make}, rounds, device)[""], batch_size)
+    groups = normalized(make())
 
     log.info("steps")
-    ours, our_memory = with_peak_memory(bench, groups, bench.new_state, our_step)
-    contenders: dict[str, Callable[[], object]] = {"ours": partial(our_step, bench, ours, groups)}
-    memory = {"ours": our_memory | {"saved_bytes": saved_by_ours(bench, ours, groups)}}
-    plain = None
+    ours, our_memory = _state_and_memory(bench.new_state, bench.our_step, groups)
+    contenders: dict[str, Callable[[], object]] = {"ours": partial(bench.our_step, ours, groups)}
+    memory = {"ours": our_memory}
     if compare:
-        plain, plain_memory = with_peak_memory(
-            bench, groups, lambda device: plain_state(bench.new_state(device)), plain_step_of
-        )
-        contenders["plain"] = partial(plain_step_of, bench, plain, groups)
-        memory["plain"] = plain_memory | {"saved_bytes": saved_by_plain(bench, plain, groups)}
-    steps = interleaved(contenders, bench.rounds, device)
-    pieces: dict[str, list[float]] = {}
-    for number in range(bench.rounds + 1):
-        with plain_attention(bench.precision, bench.device):
-            stages = step_in_stages(ours, groups, **bench.step_arguments)
-        for name, seconds in stages.items():
-            pieces.setdefault(name, []).extend([seconds] if number else [])  # the first one warms up
+        plain, memory["plain"] = _state_and_memory(bench.new_plain_state, bench.plain_step, groups)
+        contenders["plain"] = partial(bench.plain_step, plain, groups)
+    steps = interleaved(contenders, rounds, device)
+    profiles = [profiled(contenders["ours"], 1, device) for _ in range(rounds + 1)][1:]  # the first warms up
+    of_ranges = [range_seconds(events, device.type) for events in profiles]
+    for name in of_ranges[0]:
+        stages[name] = spread([seconds[name] for seconds in of_ranges], batch_size)
+    stages["whole step"] = spread(steps["ours"], batch_size)
 
-    result: dict[str, Any] = _describe_machine(bench)
-    result["stages"] = {name: spread(seconds, 1) for name, seconds in of_images.items()}
-    result["stages"]["views on the device"] = spread(views, batch_size)
-    result["stages"] |= {name: spread(seconds, batch_size) for name, seconds in pieces.items()}
-    result["stages"]["whole step"] = spread(steps["ours"], batch_size)
-    result["end_to_end"] = result["compare"] = result["profile"] = None
-    if bench.seconds is not None:
+    result = _machine(bench) | {"rounds": rounds, "seconds": seconds, "stages": stages, "memory": memory}
+    result["host_waits_per_step"] = host_waits(profiles[-1])
+    result["end_to_end"] = None
+    if seconds is not None:
         log.info("end to end")
-        result["end_to_end"] = train_end_to_end(
-            bench, bench.seconds, our_batches(bench), partial(our_step, bench, ours)
-        )
-    result["flops_per_image"] = flops
-    result["peak_flops"] = {
-        "published": published_peak(device, bench.precision),
-        "measured": measured_peak(device, bench.precision),
-    }
-    result["utilisation"] = _utilisation(result)
-    result["memory"] = memory
-    if plain is not None:
-        result["compare"] = _compared(bench, plain, steps, memory, result["end_to_end"])
+        with bench.warmed_up(bench.our_batches(), step := partial(bench.our_step, ours)) as batches:
+            result["end_to_end"] = end_to_end(
+                batches, step, batch_size=batch_size, seconds=seconds, device=device
+            )
+    result |= _utilization(bench, result)
+    result["compare"] = _compared(bench, plain, steps, result) if compare else None
+    result["profile"] = None
     if profile is not None:
         log.info("profile")
-        waits = profile_training(bench, ours, profile)
-        result["profile"] = {"trace": profile, "steps": PROFILED_STEPS, "host_waits_a_step": waits}
+        with bench.warmed_up(bench.our_batches(), step := partial(bench.our_step, ours)) as batches:
+            events = profiled(lambda: step(next(batches)), PROFILED_STEPS, device, trace=profile)
+        waits = host_waits(events)
+        result["profile"] = {"trace": profile, "steps": PROFILED_STEPS, "host_waits_per_step": waits}
     return result
 
 
-def train_end_to_end(
-    bench: Bench, seconds: float, batches: Iterator[list[Tensor]], step: Callable[[list[Tensor]], object]
-) -> dict[str, float]:
-    """Real batches into real steps; the workers end with it."""
-    with closing(batches):  # type: ignore[type-var]  # both are generators
-        warm_up(batches, step, prefetched=bench.prefetched, device=bench.device)
-        return end_to_end(batches, step, batch_size=bench.batch_size, seconds=seconds, device=bench.device)
-
-
-def profile_training(bench: Bench, state: TrainState, trace: str) -> dict[str, float]:
-    """Trace steps with the loading of their images; how often a step lets the host wait, by the call."""
-    batches, step = our_batches(bench), partial(our_step, bench, state)
-    with closing(batches):  # type: ignore[type-var]  # it is a generator
-        warm_up(batches, step, prefetched=bench.prefetched, device=bench.device)
-        return host_waits(lambda: step(next(batches)), steps=PROFILED_STEPS, device=bench.device, trace=trace)
+def _state_and_memory(
+    build: Callable[[torch.device], Any], step: Callable[[Any, list[Tensor]], None], groups: list[Tensor]
+) -> tuple[Any, dict[str, int | None]]:
+    """A state, the peak of GPU memory that it and its first steps take with their crops, and the bytes that a
+    step keeps for its backward pass."""
+    device, peak = groups[0].device, None
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device) - sum(group.nbytes for group in groups)
+    state = build(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        for _ in range(2):  # the first one makes the optimizer's state
+            step(state, groups)
+        wait_for(device)
+        peak = torch.cuda.max_memory_allocated(device) - before
+    saved = bytes_saved_for_backward(partial(step, state), groups)
+    return state, {"peak_bytes": peak, "saved_bytes": saved}
 
 
 def _compared(
-    bench: Bench,
-    plain: PlainState,
-    steps: dict[str, list[float]],
-    memory: dict[str, dict[str, Any]],
-    ours_end_to_end: dict[str, float] | None,
+    bench: Bench, plain: PlainState, steps: dict[str, list[float]], result: dict[str, Any]
 ) -> dict[str, Any]:
     """Ratios plain / ours, above 1 where ours is better."""
+    ours, theirs = (result["memory"][who] for who in ("ours", "plain"))
     compared: dict[str, Any] = {
         "plain_step": spread(steps["plain"], bench.batch_size),
         "step": spread_of_ratios(steps["plain"], steps["ours"]),
-        "memory": {
-            name: plain_bytes / memory["ours"][name]
-            for name, plain_bytes in memory["plain"].items()
-            if plain_bytes is not None
-        },
+        "memory": {name: theirs[name] / ours[name] for name in theirs if theirs[name] is not None},
         "plain_end_to_end": None,
         "end_to_end": None,
     }
-    if bench.seconds is not None and ours_end_to_end is not None:
+    if result["end_to_end"] is not None:
         log.info("end to end, plain")
-        theirs = train_end_to_end(
-            bench, bench.seconds, batches_of_plain(bench), partial(plain_step_of, bench, plain)
-        )
-        compared["plain_end_to_end"] = theirs
-        compared["end_to_end"] = ours_end_to_end["images_per_second"] / theirs["images_per_second"]
+        with bench.warmed_up(bench.plain_batches(), step := partial(bench.plain_step, plain)) as batches:
+            found = end_to_end(
+                *(batches, step),
+                batch_size=bench.batch_size,
+                seconds=result["seconds"],
+                device=bench.device,
+            )
+        compared["plain_end_to_end"] = found
+        compared["end_to_end"] = result["end_to_end"]["images_per_second"] / found["images_per_second"]
     return compared
 
 
-def _utilisation(result: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Share of each known peak that the networks' products take, in the step alone and end to end."""
-    speeds = {"step": result["stages"]["whole step"]["images_per_second"]}
-    if result["end_to_end"] is not None:
-        speeds["end_to_end"] = result["end_to_end"]["images_per_second"]
-    peaks = {name: peak for name, peak in result["peak_flops"].items() if peak is not None}
+def _utilization(bench: Bench, result: dict[str, Any]) -> dict[str, Any]:
+    """Operations of the networks' products, the peaks of this device, and the share of each known peak that
+    the products take, in the step alone and end to end."""
+    sizes = [recipe.size for recipe in bench.dataset.crop_recipes]
+    counted = bench.new_state(torch.device("cpu")).student
+    counted.encoder.backbone.activation_checkpointing = False  # it would count twice
+    num_local = len(sizes) - NUM_GLOBAL_CROPS
+    flops = count_flops(counted, [(NUM_GLOBAL_CROPS, sizes[0]), (num_local, sizes[-1])])["training"]
+    peaks = {
+        "published": published_peak(bench.device, bench.precision),
+        "measured": measured_peak(bench.device, bench.precision),
+    }
+    speeds = {"step": result["stages"]["whole step"], "end_to_end": result["end_to_end"]}
     return {
-        what: {name: speed * result["flops_per_image"] / peak for name, peak in peaks.items()}
-        for what, speed in speeds.items()
+        "flops_per_image": flops,
+        "peak_flops": peaks,
+        "utilization": {
+            what: {
+                name: speed["images_per_second"] * flops / peak
+                for name, peak in peaks.items()
+                if peak is not None
+            }
+            for what, speed in speeds.items()
+            if speed is not None
+        },
     }
 
 
-def _describe_machine(bench: Bench) -> dict[str, Any]:
+def published_peak(device: torch.device, precision: str) -> float | None:
+    """FLOP/s of half-precision products as published for this GPU; None where none is known here."""
+    if device.type != "cuda" or precision == "fp32":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PUBLISHED_PEAKS if part in name), None)
+
+
+def _machine(bench: Bench) -> dict[str, Any]:
     """What was measured on, and how."""
     on_gpu = bench.device.type == "cuda"
     return {
@@ -257,16 +297,7 @@ def _describe_machine(bench: Bench) -> dict[str, Any]:
         "precision": bench.precision,
         "batch_size": bench.batch_size,
         "num_workers": bench.num_workers,
-        "rounds": bench.rounds,
-        "seconds": bench.seconds,
     }
-
-
-def _describe_data(options: BenchOptions, num_images: int) -> str:
-    what = "generated pictures" if options.data is None else options.data.path
-    if options.keep_files:
-        return f"{num_images} images of {what} as they are"
-    return f"{num_images} images, {what} as JPEG of {WIDTH}x{HEIGHT} pixels, quality {QUALITY}"
 
 
 def _processor() -> str:

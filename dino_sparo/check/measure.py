@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dino_sparo.data.device_views import ahead, repeated
-from dino_sparo.data.images import UnreadableImage, normalize
+from dino_sparo.data.images import normalize
 from dino_sparo.data.loader import Crops, PhotoBatch, crops_of
 from dino_sparo.data.views import CropRecipe
 from dino_sparo.data.workers import WatchedLoader
@@ -63,14 +63,14 @@ def measure_loading(batches: WatchedLoader, *, seconds: float) -> Loading:
     with batches.failures_explained():
         batch, iterator = None, iter(batches)
         for _ in range(2 * max(1, workers)):
-            batch = _readable(next(iterator))
+            batch = next(iterator)
         images, started = 0, time.monotonic()
         while (elapsed := time.monotonic() - started) < seconds or not images:
-            batch = _readable(next(iterator))
+            batch = next(iterator)
             images += num_images(batch)
-        worker_bytes = max((private_bytes(child.pid) for child in active_children()), default=0)
+        own = [private_bytes(child.pid) for child in active_children()] if workers else []
     assert batch is not None
-    return Loading(images / elapsed, workers, worker_bytes, batch)
+    return Loading(images / elapsed, workers, max(own, default=0), batch)
 
 
 def num_images(batch: Crops | PhotoBatch) -> int:
@@ -205,12 +205,6 @@ def private_bytes(pid: int | None) -> int:
     except OSError:
         return 0
     return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("Private_", "Swap:")))
-
-
-def _readable(batch: Crops | PhotoBatch | UnreadableImage) -> Crops | PhotoBatch:
-    if isinstance(batch, UnreadableImage):
-        batch.raise_error()
-    return batch
 
 
 def _enlarged(batch: Crops | PhotoBatch, batch_size: int) -> Crops | PhotoBatch:

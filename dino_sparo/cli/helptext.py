@@ -1,23 +1,27 @@
 """What `--help` shows: the overview of all commands, and the page of one. Needs no torch."""
 
+import argparse
+import dataclasses
 import re
 import textwrap
 import typing
-from argparse import SUPPRESS, Action
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
+import docstring_parser
 
 from dino_sparo.cli.commands import COMMANDS, GROUPS
-from dino_sparo.config import Page, recipes
+from dino_sparo.cli.parsing import NOT_IN_RECIPES
 from dino_sparo.errors import EXIT_STATUSES
+from dino_sparo.recipe.files import recipes
+from dino_sparo.recipe.sections import Recipe
+from dino_sparo.recipe.typed import leaf_keys, leaves
 from dino_sparo.terminal import table, width_of_terminal
 
 PROGRAM_OPTIONS = {  # of every command; they are no part of an experiment
     "--quiet": "Show warnings, errors and results only: no progress.",
-    "--dry-run": "pretrain and sweep: print the plan, train and write nothing.",
+    "--dry-run": "pretrain, check and study: print the plan, train and write nothing.",
     "--help": "Show this and end; before or after the command.",
     "--version": "Show the version and end.",
 }
@@ -101,95 +105,79 @@ def summary_of_recipe(path: Path) -> str:
     return " ".join(comment).split(". ")[0].rstrip(".")
 
 
-class PageFormatter(DefaultHelpFormatter):
-    """The page of one command: options by section, each with its values in a word and its default."""
-
-    from_recipe: Collection[str] = ()
-    """Keys that a recipe gives."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(
-            prog, max_help_position=34 if width_of_terminal() > 100 else 26, width=width_of_terminal()
+def page(name: str) -> str:
+    """The page of `--help` of a command: what it is for, examples, and its options by section."""
+    command, width = COMMANDS[name], width_of_terminal()
+    parser = argparse.ArgumentParser(
+        add_help=False,
+        usage=_usage(command.usage, width),
+        description=description(name),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=34 if width > 100 else 26, width=width
+        ),
+    )
+    of_run = issubclass(command.options, Recipe)
+    groups = {"": parser.add_argument_group("options")}
+    groups[""].add_argument("--help", action="store_true", help="Show this and end.")
+    keys = leaf_keys(command.options)
+    if "config" not in keys:  # it is an option of a command that only looks at a recipe
+        what = (
+            "Recipe: a YAML file or the name of a shipped one." if of_run else "YAML file of these options."
         )
-
-    def _format_usage(self, usage: str | None, *args: object, **kwargs: object) -> str:
-        filled = textwrap.fill(
-            re.sub(r"\[[^\]]*\]", lambda part: part[0].replace(" ", "\0"), f"usage: {usage}"),
-            self._width,
-            subsequent_indent=" " * 11,
-            break_long_words=False,
-            break_on_hyphens=False,
+        groups[""].add_argument("--config", metavar="RECIPE" if of_run else "FILE", help=what)
+    titles = section_titles(command.options)
+    for key, field, owner in leaves(command.options):
+        section = next(
+            (one for one in sorted(titles, key=len, reverse=True) if key.startswith(f"{one}.")), ""
         )
-        return filled.replace("\0", " ") + "\n\n"
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return text  # the description is in lines already
-
-    def _format_action_invocation(self, action: Action) -> str:
-        if action.dest == "help":
-            return ", ".join(action.option_strings)
-        values = "RECIPE" if action.dest == "config" else values_in_a_word(getattr(action, "_typehint", None))
-        return f"{action.option_strings[0]} {values}".rstrip()
-
-    def _get_help_string(self, action: Action) -> str:
-        text = (action.help or "").replace("%", "%%")
-        if action.required:
-            return f"{text} ({'from the recipe' if action.dest in self.from_recipe else 'required'})"
-        if action.default in (None, SUPPRESS) or not hasattr(action, "_typehint"):
-            return text
-        default = str(action.default).lower() if isinstance(action.default, bool) else action.default
-        return text if default == [] else f"{text} (default: {str(default).replace('%', '%%')})"
+        if section not in groups:
+            groups[section] = parser.add_argument_group(
+                textwrap.fill(f"{section}, {titles[section]}", width - 1)
+            )
+        text = docstrings(owner)[field.name]
+        groups[section].add_argument(
+            f"--{key}", metavar=values_in_a_word(field.type), help=_with_default(text, key, field, of_run)
+        )
+    return parser.format_help()
 
 
-def page_of(name: str) -> Page:
-    """What makes the page of `--help` of a command from its parser."""
-
-    def prepare(parser: ArgumentParser, keys: Mapping[str, object], required: Collection[str]) -> None:
-        parser.description = description(name)
-        prepare_page(parser, keys, required)
-
-    return prepare
-
-
-def prepare_page(parser: ArgumentParser, keys: Mapping[str, object], required: Collection[str]) -> None:
-    """Headings by section, and options that can be given alone; what is not required a recipe gives."""
-
-    class OfCommand(PageFormatter):
-        from_recipe = keys.keys() - required
-
-    parser.formatter_class = OfCommand
-    for action in parser._actions:  # a section cannot be given as a whole, so --help does not list it
-        if any(key.startswith(f"{action.dest}.") for key in keys) and action.dest not in keys:
-            action.help = SUPPRESS
-        elif action.dest == "print_config":
-            action.help = "Print all options, as YAML, and end."
-        elif action.dest == "help":
-            action.help = "Show this and end."
-    of_all: list[Action] = []
-    for group in parser._action_groups:
-        group._group_actions = [shown for action in group._group_actions for shown in _with_fields(action)]
-        sections = {key.rpartition(".")[0] for key in (a.dest for a in group._group_actions) if key in keys}
-        if "" in sections or not sections:  # one list of what is in no section
-            of_all += group._group_actions
-            group._group_actions = []
-        else:
-            title = f"{min(sections, key=len)}, {str(group.title)[0].lower()}{str(group.title)[1:]}"
-            group.title = textwrap.fill(title, width_of_terminal() - 1)
-    parser._optionals._group_actions = of_all
+def _with_default(text: str, key: str, field: dataclasses.Field[typing.Any], of_run: bool) -> str:
+    """A text of help with the default, or where the value comes from; as argparse takes it."""
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    if key.startswith("model.arch."):  # only one of the two is given
+        told = ""
+    elif default is dataclasses.MISSING:
+        told = " (from the recipe)" if of_run and key not in NOT_IN_RECIPES else " (required)"
+    else:
+        shown = str(default).lower() if isinstance(default, bool) else default
+        told = "" if default in (None, []) else f" (default: {shown})"
+    return f"{' '.join(text.split())}{told}".replace("%", "%%")
 
 
-def _with_fields(action: Action) -> list[Action]:
-    """An option of a page; for a section that may also be null or a name its fields follow."""
-    if action.dest.endswith(".help"):
-        return []
-    shown = [action]
-    for kind in filter(is_dataclass, typing.get_args(getattr(action, "_typehint", None))):
-        fields_only = ArgumentParser()
-        fields_only.add_class_arguments(typing.cast(type, kind), action.dest)
-        shown += [field for field in fields_only._actions if field.dest.startswith(f"{action.dest}.")]
-    for field in shown[1:]:
-        field.required = False  # for only one of the two is given
-    return shown
+def section_titles(options_class: type) -> dict[str, str]:
+    """What each section of options is, by its name; sections within sections belong to the outer one."""
+    return {
+        field.name: docstrings(options_class)[field.name].rstrip(".")
+        for field in dataclasses.fields(options_class)
+        if dataclasses.is_dataclass(field.type)
+    }
+
+
+def docstrings(options_class: type) -> dict[str, str]:
+    """The text under every field of a dataclass, and of those that it extends."""
+    parameters = docstring_parser.parse_from_object(options_class).params
+    texts = {one.arg_name: one.description or "" for one in parameters}
+    for base in options_class.__bases__:
+        texts = (docstrings(base) if dataclasses.is_dataclass(base) else {}) | texts
+    return texts
+
+
+def _usage(usage: str, width: int) -> str:
+    """The usage line, broken between options only."""
+    whole = re.sub(r"\[[^\]]*\]", lambda part: part[0].replace(" ", "\0"), usage)
+    return textwrap.fill(
+        whole, width - 8, subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False
+    ).replace("\0", " ")
 
 
 def values_in_a_word(kind: typing.Any) -> str:
@@ -198,6 +186,8 @@ def values_in_a_word(kind: typing.Any) -> str:
     if kind in words:
         return words[kind]
     inner = typing.get_args(kind)
+    if typing.get_origin(kind) is typing.Annotated:
+        return words[inner[0]]
     if typing.get_origin(kind) is typing.Literal:
         return "|".join(map(str, inner))
     if typing.get_origin(kind) is tuple:

@@ -1,16 +1,64 @@
-"""From the bytes of an image file to RGB pixels."""
+"""From the bytes of an image file to RGB pixels, or why they are no image.
+
+Knows neither torch nor the sources of images.
+"""
 
 from importlib.util import find_spec
 from io import BytesIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+
+from dino_sparo.errors import UserError
 
 # What is read, whatever a file is called; Pillow knows others, and starts Ghostscript for one of them.
 FORMATS = ["JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF"]
 FORMATS += ["AVIF"] if find_spec("PIL.AvifImagePlugin") else []  # since Pillow 11.3
 GAP = 2.0  # a JPEG file is decoded at this multiple of the wanted size at least
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises
+PROBLEMS = ("zero_byte", "not_an_image", "truncated", "unreadable")
+# How files of the formats that are read begin.
+SIGNATURES = (
+    b"\xff\xd8\xff",
+    b"\x89PNG\r\n",
+    b"RIFF",
+    b"II*\0",
+    b"MM\0*",
+    b"BM",
+    b"P4",
+    b"P5",
+    b"P6",
+    b"GIF8",
+)
+
+
+class UnreadableImageError(UserError):
+    """An image that cannot be read: its name, the reason, and what to do about it."""
+
+    def __init__(
+        self, name: str, reason: str, remedy: str = "repair or remove the file, then start again"
+    ) -> None:
+        super().__init__(name, reason, remedy)  # all three, so that a worker process can send it
+        self.name, self.reason, self.remedy = name, reason, remedy
+
+    def __str__(self) -> str:
+        return f"{self.name}: the image cannot be read ({self.reason}); {self.remedy}"
+
+
+def problem_of(data: bytes, error: Exception) -> tuple[str, str]:
+    """Kind, one of PROBLEMS, and reason of the error that a file of this content has led to."""
+    reason = getattr(error, "strerror", None) or str(error).rstrip(".") or type(error).__name__
+    if isinstance(error, UnidentifiedImageError):
+        if not data:
+            return "zero_byte", "the file is empty"
+        if not data.startswith(SIGNATURES) and data[4:8] != b"ftyp":  # as AVIF begins
+            return "not_an_image", "no known kind of image"
+        return "truncated", "begins as an image, but its header is cut or damaged"
+    webp_bytes = 8 + int.from_bytes(data[4:8], "little")  # PIL does not say that a WebP is cut
+    if "truncated" in reason.lower() or (data.startswith(b"RIFF") and webp_bytes > len(data)):
+        return "truncated", reason
+    return "unreadable", reason
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -45,7 +93,7 @@ def size_of(data: bytes, max_side: int | None = None) -> tuple[int, int] | None:
     try:
         with open_image(data) as image:
             return bounded(image.size, max_side)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except UNREADABLE:
         return None
 
 

@@ -1,7 +1,7 @@
 """Views of whole batches on the training device: workers only decode. Executes the same numbers as PIL.
 
 Crop and resize are two batched matrix products by PIL's kernel, rounded to 8 bits after each as PIL does; the
-flip is part of the matrix. The colours are those of `colour`. Source of the kernel: Pillow's Resample.c.
+flip is part of the matrix. The colors are those of `color`. Source of the kernel: Pillow's Resample.c.
 
 Axis letters: B images, C crops, S side of a crop, H and W sides of the canvas that holds an image.
 """
@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dino_sparo.data import colour
+from dino_sparo.data import color
 from dino_sparo.data.views import CropRecipe, View
 from dino_sparo.parallel.device import compiled
 
@@ -48,23 +48,23 @@ class Photos(NamedTuple):
 
 
 def numbers_of(view: View, taps: int) -> list[float]:
-    """A view as numbers: box, flip, solarise, steps of the jitter, weights of the blur."""
+    """A view as numbers: box, flip, solarize, steps of the jitter, weights of the blur."""
     box = [view.top, view.left, view.height, view.width, view.flip, view.solarize]
-    return [*map(float, box), *jitter_steps(view), *colour.blur_weights(view.blur_radius, taps)]
+    return [*map(float, box), *jitter_steps(view), *color.blur_weights(view.blur_radius, taps)]
 
 
 def jitter_steps(view: View) -> list[float]:
-    """The steps of `colour.jitter` for a view; such that change nothing for one without."""
-    steps = [[*colour.NOTHING], [*colour.NOTHING]]
-    part, places = 0, [*colour.BLENDS_BEFORE]
+    """The steps of `color.jitter` for a view; such that change nothing for one without."""
+    steps = [[*color.NOTHING], [*color.NOTHING]]
+    part, places = 0, [*color.BLENDS_BEFORE]
     contrast = 1.0
     for adjustment in view.jitter_order:
         factor = view.jitter_factors[adjustment]
         if adjustment == CONTRAST:
-            contrast, part, places = factor, 1, [*colour.BLENDS_BEFORE]
+            contrast, part, places = factor, 1, [*color.BLENDS_BEFORE]
         elif adjustment == HUE:
-            steps[part][colour.SHIFT] = float(np.int32(factor * 255) % 256)
-            places = [*colour.BLENDS_AFTER]
+            steps[part][color.SHIFT] = float(np.int32(factor * 255) % 256)
+            places = [*color.BLENDS_AFTER]
         else:
             kind_at, factor_at = places.pop(0)
             steps[part][kind_at] = float(adjustment == SATURATION)
@@ -113,9 +113,9 @@ def make_crops(photos: Photos, groups: Sequence[Sequence[CropRecipe]], device: t
     for group, done in zip(groups, resized, strict=True):
         images = torch.cat(done, dim=1)
         flat = numbers[crop : crop + len(group)].flatten(0, 1)
-        if any(map(_has_colours, group)):
+        if any(map(_has_colors, group)):
             steps = flat[:, JITTER], flat[:, BLUR], flat[:, SOLARIZE]
-            images = _fast(_colours, device)(images.flatten(0, 1), *steps).view_as(images)
+            images = _fast(_colors, device)(images.flatten(0, 1), *steps).view_as(images)
         crops.append(images)
         crop += len(group)
     return crops
@@ -156,12 +156,12 @@ def resize_weights(
         at = torch.where(flip[..., None, None] == 1, crop_size - 1 - at, at)
     scale = length / crop_size
     stretch = scale.clamp(min=1)  # the kernel grows when the image shrinks
-    centre = (at + 0.5) * scale
+    center = (at + 0.5) * scale
     reach = (2.0 if interpolation == "bicubic" else 1.0) * stretch
-    first = (centre - reach + 0.5).floor().clamp(min=0)
-    end = torch.minimum((centre + reach + 0.5).floor(), length)
+    first = (center - reach + 0.5).floor().clamp(min=0)
+    end = torch.minimum((center + reach + 0.5).floor(), length)
     x = torch.arange(side, device=boxes.device, dtype=torch.float32) - start
-    weights = _kernel((x - centre + 0.5) / stretch, interpolation)
+    weights = _kernel((x - center + 0.5) / stretch, interpolation)
     weights = torch.where((x >= first) & (x < end), weights, 0)
     return weights / weights.sum(dim=-1, keepdim=True)
 
@@ -207,15 +207,15 @@ def _rounded(x: Tensor) -> Tensor:
     return (x + 0.5).floor().clamp(0, 255)
 
 
-def _has_colours(recipe: CropRecipe) -> bool:
+def _has_colors(recipe: CropRecipe) -> bool:
     """Whether anything follows the crop."""
     probabilities = recipe.jitter_probability, recipe.grayscale_probability, recipe.blur_probability
     return max(*probabilities, recipe.solarize_probability) > 0
 
 
-def _colours(images: Tensor, jitter: Tensor, blur: Tensor, solarize: Tensor) -> Tensor:
+def _colors(images: Tensor, jitter: Tensor, blur: Tensor, solarize: Tensor) -> Tensor:
     """All that follows the crop: uint8 (n, 3, S, S)."""
-    return colour.solarize(colour.blur(colour.jitter(images, jitter), blur), solarize == 1)
+    return color.solarize(color.blur(color.jitter(images, jitter), blur), solarize == 1)
 
 
 @cache
@@ -226,7 +226,7 @@ def _fast(function: Callable[..., Tensor], device: torch.device) -> Callable[...
     fast = compiled(function, fullgraph=True, dynamic=True)
     numbers = torch.ones(2, 26, device=device)
     try:
-        if function is _colours:
+        if function is _colors:
             images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8, device=device)
             fast(images, numbers[:, JITTER], numbers[:, :3], numbers[:, SOLARIZE])
         else:

@@ -30,7 +30,7 @@ IN_WORDS: dict[Form, str] = {
     "class folders": "in class folders",
     "flat": "in a flat folder",
     "tar": "in the official tar",
-    "class tars": "in one tar a class",
+    "class tars": "in one tar per class",
 }
 
 
@@ -49,7 +49,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Layout:
-    """What was recognised below a folder: its name in words, the two splits, and what says val's classes."""
+    """What was recognized below a folder: its name in words, the two splits, and what says val's classes."""
 
     root: Path
     name: str
@@ -57,25 +57,12 @@ class Layout:
     val: Images | None
     labels: Path | None
 
-    @property
-    def val_is_flat(self) -> bool:
-        """Whether nothing in the names of the validation images says their class."""
-        return self.val is not None and self.val.form in ("flat", "tar")
-
-    @property
-    def is_usable(self) -> bool:
-        """Whether `data.path` can be this folder as it is."""
-        train_is_usable = self.train is None or (
-            self.train.is_readable and self.train.path in (self.root, self.root / "train")
-        )
-        return train_is_usable and self.val in (None, Images(self.root / "val", "class folders"))
-
 
 def recognise(root: Path) -> Layout:
     """How the images below a folder are laid out, from a look at a few entries of a few folders.
 
     Raises:
-        UserFileNotFoundError: there is no such folder, or nothing in it is recognised.
+        UserFileNotFoundError: there is no such folder, or nothing in it is recognized.
         UserError: classes lie partly in folders, partly in tars.
     """
     if not root.is_dir():
@@ -88,16 +75,16 @@ def recognise(root: Path) -> Layout:
     elif form == "class tars" or (form and not train and not val):
         train = train or Images(base, form)
     if train is None and val is None:
-        raise UserFileNotFoundError(f"{root}: no images recognised; expected one of: {RECOGNISED}")
+        raise UserFileNotFoundError(f"{root}: no images recognized; expected one of: {RECOGNISED}")
     is_official = val and (val.form == "tar" or (val.form == "flat" and _holds_val(val.path)))
     labels = labels_near(val.path) if val and is_official else None
     return Layout(root, _name(base, train, val, labels), train, val, labels)
 
 
 def training_folder(root: Path) -> Path | None:
-    """The folder whose images can be learnt from as they are: train of any layout, or all of a flat folder.
+    """The folder whose images can be learned from as they are: train of any layout, or all of a flat folder.
 
-    None if they are in tars or nothing is recognised. Raises as `recognise`.
+    None if they are in tars or nothing is recognized. Raises as `recognise`.
     """
     try:
         layout = recognise(root)
@@ -109,13 +96,15 @@ def training_folder(root: Path) -> Path | None:
 
 
 def explain(layout: Layout) -> str:
-    """One sentence: what was recognised and the command that makes it usable; empty if it is as it is."""
-    if layout.is_usable:
+    """One sentence: what was recognized and the command that makes it usable; empty if it is as it is."""
+    root, train, val = layout.root, layout.train, layout.val
+    train_is_usable = train is None or (train.is_readable and train.path in (root, root / "train"))
+    if train_is_usable and val in (None, Images(root / "val", "class folders")):
         return ""
-    splits = [name for name, images in (("train", layout.train), ("val", layout.val)) if images]
-    needs_list = layout.val_is_flat and layout.labels is None
+    splits = [name for name, images in (("train", train), ("val", val)) if images]
+    needs_list = val is not None and val.form in ("flat", "tar") and layout.labels is None
     return (
-        f"{layout.root} holds {layout.name}; `dino-sparo prepare {shlex.quote(str(layout.root))} --out OUT"
+        f"{root} holds {layout.name}; `dino-sparo prepare {shlex.quote(str(root))} --out OUT"
         f"{' --labels FILE' if needs_list else ''}` makes "
         f"{' and '.join(f'OUT/{split}/<class>' for split in splits)} of it"
         f"{', FILE having a line `file_name class` for every validation image' if needs_list else ''}"
@@ -169,7 +158,9 @@ def _top(folder: Path, limit: int) -> tuple[set[str], set[str]]:
                     is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
                     (folders if is_folder else files).add(entry.name)
     except OSError as error:
-        raise UserError(f"{folder}: the folder cannot be read ({error.strerror}); mend its rights") from error
+        raise UserError(
+            f"{folder}: the folder cannot be read ({error.strerror}); repair its permissions"
+        ) from error
     return folders, files
 
 

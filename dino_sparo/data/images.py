@@ -4,49 +4,20 @@ Workers hand over uint8 pixels; `normalize` makes floats of them, where the netw
 Axis letters: B images.
 """
 
-from contextlib import suppress
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import NoReturn
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from dino_sparo.data import pil_views
-from dino_sparo.data.scan_files import problem_of
 from dino_sparo.data.sources import ImageSource
-from dino_sparo.errors import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_ASPECT = 32
-
-
-@dataclass(frozen=True)
-class UnreadableImage:
-    """What a worker returns instead of crops, so that the training process can name the file."""
-
-    name: str
-    reason: str
-
-    def raise_error(self, remedy: str = "repair or remove the file") -> NoReturn:
-        """End the run with one sentence that names the file."""
-        raise UserError(f"{self.name}: the image cannot be read ({self.reason}); {remedy}, then start again")
-
-
-def load_image(source: ImageSource, index: int, max_side: int | None = None) -> Image.Image | UnreadableImage:
-    """An image of a source, or why it cannot be read; a longer side than `max_side` is reduced to it."""
-    try:
-        return source.load(index, max_side)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what PIL raises
-        name, data = source.name(index), b""
-        if isinstance(error, UnidentifiedImageError):  # which only the content explains
-            with suppress(OSError):
-                data = source.read(index)
-        return UnreadableImage(name, problem_of(data, error)[1])
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -76,24 +47,13 @@ class CenterCrops(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> Tensor | UnreadableImage:
-        image = load_image(self.source, index)
-        if isinstance(image, UnreadableImage):
-            return image
-        return evaluation_crop(image, self.size)
+    def __getitem__(self, index: int) -> Tensor:
+        return evaluation_crop(self.source.load(index), self.size)
 
 
 def evaluation_crop(image: Image.Image, size: int) -> Tensor:
     """The middle of an image as the official evaluation cuts it, uint8 (3, size, size)."""
     return to_tensor(pil_views.center_crop(_middle(image), size))
-
-
-def collate_images(images: list[Tensor | UnreadableImage]) -> Tensor | UnreadableImage:
-    """Images (3, size, size) -> (B, 3, size, size); the first unreadable one instead, if there is one."""
-    for image in images:
-        if isinstance(image, UnreadableImage):
-            return image
-    return torch.stack(images)  # type: ignore[arg-type]
 
 
 def _middle(image: Image.Image) -> Image.Image:

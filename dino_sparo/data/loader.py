@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchvision.utils import make_grid
 
-from dino_sparo.data import colour, pil_views
+from dino_sparo.data import color, pil_views
+from dino_sparo.data.decode import UnreadableImageError
 from dino_sparo.data.device_views import Photos, collate_photos, make_crops, numbers_of, to_pixels
-from dino_sparo.data.images import UnreadableImage, load_image, to_tensor
+from dino_sparo.data.images import to_tensor
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.views import NUM_GLOBAL_CROPS, CropRecipe, draw_view, sample_order, substitute_sample
 from dino_sparo.data.workers import WatchedLoader
@@ -28,27 +29,29 @@ SUBSTITUTE_TRIES = 10
 Executor = Literal["pil", "device"]  # of views: workers by PIL, or the training device
 
 
+Replaced = tuple[str, str]  # name of an image for which another one stands in, and why it cannot be read
+
+
 class Crops(NamedTuple):
     """A batch: global crops (2, B, 3, side, side) and local crops (C - 2, B, 3, side, side), uint8."""
 
     global_crops: Tensor
     local_crops: Tensor
-    replaced: tuple[UnreadableImage, ...] = ()
-    """Images that could not be read, for which others stand in."""
+    replaced: tuple[Replaced, ...] = ()
 
 
 class PhotoBatch(NamedTuple):
     """A batch of images whose crops are still to be made, and those replaced as in `Crops`."""
 
     photos: Photos
-    replaced: tuple[UnreadableImage, ...] = ()
+    replaced: tuple[Replaced, ...] = ()
 
 
 class LoadedImage(NamedTuple):
     """The crops of one image, uint8 (3, side, side) each, global ones first; or itself and their numbers."""
 
     made: list[Tensor] | tuple[Tensor, list[list[float]]]
-    replaced: list[UnreadableImage]
+    replaced: list[Replaced]
 
 
 class CropsDataset(Dataset):
@@ -56,7 +59,7 @@ class CropsDataset(Dataset):
 
     With `substitute` another image stands in for one that cannot be read: which one is drawn from (seed,
     epoch, sample), so it does not depend on workers or processes. After ten bad ones in a row the first is
-    returned as unreadable. An image with a longer side than `max_side` is reduced to it before anything else.
+    raised. An image with a longer side than `max_side` is reduced to it before anything else.
     """
 
     def __init__(
@@ -75,24 +78,11 @@ class CropsDataset(Dataset):
         self.substitute = substitute
         self.executor = executor
         self.max_side = max_side
-        self.blur_taps = max(colour.blur_taps(recipe.blur_radius[1]) for recipe in crop_recipes)
+        self.blur_taps = max(color.blur_taps(recipe.blur_radius[1]) for recipe in crop_recipes)
 
-    def __getitem__(self, item: tuple[int, int]) -> LoadedImage | UnreadableImage:
+    def __getitem__(self, item: tuple[int, int]) -> LoadedImage:
         epoch, sample = item
-        image, replaced = self._load(sample), []
-        while isinstance(image, UnreadableImage):
-            replaced.append(image)
-            if not self.substitute or len(replaced) == SUBSTITUTE_TRIES:
-                return replaced[0]
-            other = substitute_sample(
-                seed=self.seed,
-                epoch=epoch,
-                sample=sample,
-                attempt=len(replaced),
-                num_samples=len(self.source),
-            )
-            image = self._load(other)
-        height, width = image.shape[:2] if isinstance(image, Tensor) else (image.height, image.width)
+        image, replaced = self._load(epoch, sample)
         views = [
             draw_view(
                 recipe,
@@ -100,25 +90,43 @@ class CropsDataset(Dataset):
                 epoch=epoch,
                 sample=sample,
                 crop=crop,
-                image_width=width,
-                image_height=height,
+                image_width=image.width,
+                image_height=image.height,
             )
             for crop, recipe in enumerate(self.crop_recipes)
         ]
-        if not isinstance(image, Tensor):
+        if self.executor == "pil":
             return LoadedImage([to_tensor(pil_views.execute(image, view)) for view in views], replaced)
-        return LoadedImage((image, [numbers_of(view, self.blur_taps) for view in views]), replaced)
+        numbers = [numbers_of(view, self.blur_taps) for view in views]
+        return LoadedImage((to_pixels(image), numbers), replaced)
 
-    def _load(self, sample: int) -> Image.Image | Tensor | UnreadableImage:
-        """An image as the executor takes it."""
-        image = load_image(self.source, sample, self.max_side)
-        if self.executor == "pil" or isinstance(image, UnreadableImage):
-            return image
-        return to_pixels(image)
+    def _load(self, epoch: int, sample: int) -> tuple[Image.Image, list[Replaced]]:
+        """An image or one that stands in for it, and what was replaced on the way.
+
+        Raises:
+            UnreadableImageError: it cannot be read, and none stands in.
+        """
+        errors: list[UnreadableImageError] = []
+        number = sample
+        while True:
+            try:
+                image = self.source.load(number, self.max_side)
+                return image, [(error.name, error.reason) for error in errors]
+            except UnreadableImageError as error:
+                errors.append(error)
+            if not self.substitute or len(errors) == SUBSTITUTE_TRIES:
+                raise errors[0]
+            number = substitute_sample(
+                seed=self.seed,
+                epoch=epoch,
+                sample=sample,
+                attempt=len(errors),
+                num_samples=len(self.source),
+            )
 
 
 class BatchOrder(Sampler):
-    """Yields each micro-batch's (epoch, sample) pairs from a given optimiser step to the end of the run.
+    """Yields each micro-batch's (epoch, sample) pairs from a given optimizer step to the end of the run.
 
     Every epoch is one permutation, cut into global batches; the last partial one is dropped. Rank r of R
     takes the r-th of R equal slices of each global batch, in `accumulation` equal micro-batches: however
@@ -189,7 +197,7 @@ def crop_batches(
     pin_memory: bool,
     timeout_seconds: float,
 ) -> WatchedLoader:
-    """Batches of `Crops` or `PhotoBatch` (or `UnreadableImage`) of (epoch, sample) pairs, made by workers."""
+    """Batches of `Crops` or `PhotoBatch` of (epoch, sample) pairs, made by workers."""
     return WatchedLoader(
         dataset,
         image_of=itemgetter(1),
@@ -197,18 +205,16 @@ def crop_batches(
         num_workers=num_workers,
         timeout_seconds=timeout_seconds,
         batch_sampler=order,
-        collate_fn=collate_crops,
+        collate=collate_crops,
         pin_memory=pin_memory,
         prefetch_factor=prefetch_batches if num_workers else None,
     )
 
 
-def collate_crops(images: list[LoadedImage | UnreadableImage]) -> Crops | PhotoBatch | UnreadableImage:
-    """The crops of images -> one batch, crop-major; the first unreadable image instead, if there is one."""
+def collate_crops(images: list[LoadedImage]) -> Crops | PhotoBatch:
+    """The crops of images -> one batch, crop-major."""
     readable, photos, replaced = [], [], []
     for image in images:
-        if isinstance(image, UnreadableImage):
-            return image
         if isinstance(image.made, tuple):
             photos.append(image.made)
         else:
@@ -238,7 +244,7 @@ def _in_groups(by_crop: Sequence[Any]) -> list[Sequence[Any]]:
     return [group for group in groups if group]
 
 
-def _as_crops(groups: Sequence[Tensor], replaced: tuple[UnreadableImage, ...]) -> Crops:
+def _as_crops(groups: Sequence[Tensor], replaced: tuple[Replaced, ...]) -> Crops:
     images, device = groups[0].shape[1], groups[0].device
     no_crops = torch.empty(0, images, 3, 0, 0, dtype=torch.uint8, device=device)
     return Crops(groups[0], groups[1] if len(groups) > 1 else no_crops, replaced)

@@ -1,42 +1,36 @@
 """Reads, hashes and decodes every image once, in parallel: damaged files and sizes.
 
-Worker processes know neither torch nor the source: they get names of files, or places in shards, and give
-back numbers, of which 25 bytes an image are kept. N: images.
+Of what is read 25 bytes an image are kept. N: images.
 """
 
+import hashlib
 import logging
-import multiprocessing
-import signal
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager, suppress
-from ctypes import c_longlong
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnContext
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from dino_sparo.data.decode import PROBLEMS, open_image, problem_of, to_rgb
 from dino_sparo.data.generated import ShapesSource
-from dino_sparo.data.packed import PackedSource
-from dino_sparo.data.scan_files import HASH_BYTES, PROBLEMS, Chunk, examine, printable
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.torchvision_sets import ArraySource
-from dino_sparo.errors import UserError
+from dino_sparo.data.workers import WatchedLoader
 from dino_sparo.terminal import shows_bars
 
 log = logging.getLogger("dino_sparo")
 
 MAX_LISTED = 20
-CHUNK_FILES = 32
+BATCH_FILES = 32
+HASH_BYTES = 16
 LOG_EVERY_SECONDS = 30.0
-LOOK_EVERY_SECONDS = 1.0
-NO_FILE = -1
 
 
 @dataclass(frozen=True)
@@ -86,6 +80,44 @@ class ScanResult:
     """BLAKE2b of each file: (N, 16); zeros where the file could not be read."""
 
 
+class Finding(NamedTuple):
+    """What was found in a file."""
+
+    num_bytes: int
+    digest: bytes = bytes(HASH_BYTES)
+    """Zeros if it could not be read."""
+    sides: tuple[int, int] = (0, 0)
+    """Short and long side in pixels, zeros if it could not be decoded."""
+    problem: tuple[str, str] | None = None
+    """Kind, one of PROBLEMS, and name with the reason."""
+
+
+class _Files(Dataset):
+    """Item -> what is found in a file of a source."""
+
+    def __init__(self, source: ImageSource) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Finding:
+        data, digest = b"", bytes(HASH_BYTES)
+        try:
+            data = self.source.read(index)
+            digest = hashlib.blake2b(data, digest_size=HASH_BYTES).digest()
+            # Large images and odd metadata make warnings, but training takes them.
+            with warnings.catch_warnings(action="ignore"), open_image(data) as image:
+                short, long = sorted(to_rgb(image).size)
+            return Finding(len(data), digest, (short, long))
+        except Exception as error:  # a damaged file makes PIL raise anything, and must not end the scan
+            kind, reason = problem_of(data, error)
+            return Finding(len(data), digest, problem=(kind, f"{self.name(index)}: {reason}"))
+
+    def name(self, index: int) -> str:
+        return printable(self.source.name(index))
+
+
 def scan_images(
     source: ImageSource, *, num_workers: int, description: str, timeout_seconds: float = 600.0
 ) -> ScanResult:
@@ -95,35 +127,43 @@ def scan_images(
         source: images; those in no files are skipped.
         num_workers: processes to start, from the main thread; 0 scans in this one, where nothing ends a hang.
         description: what the progress bar, or without a terminal the log, calls it.
-        timeout_seconds: how long a worker may be at one file.
+        timeout_seconds: how long the next 32 files may take.
 
     Raises:
-        UserError: a worker has died or hangs; the message names the file that it was at.
+        StuckError: a worker has died or hangs; the message names the file that it was at.
     """
     skipped = _why_skipped(source)
-    num_files = 0 if skipped else len(source)
     sides = np.zeros((len(source), 2), dtype=np.int32)
     hashes = np.zeros((len(source), HASH_BYTES), dtype=np.uint8)
-    total_bytes, counts = 0, dict.fromkeys(PROBLEMS, 0)
-    listed: dict[str, list[tuple[int, str]]] = {kind: [] for kind in PROBLEMS}
+    total_bytes, done = 0, 0
+    problems: dict[str, list[str]] = {kind: [] for kind in PROBLEMS}
     started = time.monotonic()
-    with (
-        closing(_examined(source, num_files, num_workers, timeout_seconds)) as chunks,
-        _progress(description, num_files) as advance,
-    ):
-        for start, chunk in chunks:
-            here = slice(start, start + len(chunk.sides))
-            sides[here], hashes[here] = chunk.sides, chunk.hashes
-            total_bytes += int(chunk.num_bytes.sum())
-            for kind, number, file in chunk.problems:  # chunks come in any order
-                counts[kind] += 1
-                listed[kind] = sorted([*listed[kind], (number, file)])[:MAX_LISTED]
-            advance(len(chunk.sides))
+    if not skipped:
+        files = _Files(source)
+        batches = WatchedLoader(
+            files,
+            image_of=int,
+            name=files.name,
+            num_workers=min(num_workers, -(-len(source) // BATCH_FILES)),
+            timeout_seconds=timeout_seconds,
+            collate=list,
+            batch_size=BATCH_FILES,
+        )
+        with batches.failures_explained(), _progress(description, len(source)) as advance:
+            for findings in batches:
+                for number, finding in enumerate(findings, done):
+                    sides[number] = finding.sides
+                    hashes[number] = np.frombuffer(finding.digest, np.uint8)
+                    total_bytes += finding.num_bytes
+                    if finding.problem is not None:
+                        problems[finding.problem[0]].append(finding.problem[1])
+                done += len(findings)
+                advance(len(findings))
     readable = sides[:, 0] > 0
     report = ScanReport(
         images=len(source),
         readable=int(readable.sum()),
-        problems={kind: Listing(counts[kind], tuple(file for _, file in listed[kind])) for kind in PROBLEMS},
+        problems={kind: listing(found) for kind, found in problems.items()},
         short_side=spread(sides[readable, 0]),
         long_side=spread(sides[readable, 1]),
         total_bytes=total_bytes,
@@ -138,6 +178,11 @@ def _why_skipped(source: ImageSource) -> str:
     if isinstance(source, ShapesSource):
         return "generated pictures are no files"
     return "torchvision has compared their checksum" if isinstance(source, ArraySource) else ""
+
+
+def listing(names: list[str]) -> Listing:
+    """How many names there are, and the first of them."""
+    return Listing(len(names), tuple(names[:MAX_LISTED]))
 
 
 def spread(numbers: NDArray[np.integer]) -> Spread | None:
@@ -167,104 +212,6 @@ def _progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
         yield advance
 
 
-class _Worker:
-    """A process that examines one chunk of files at a time."""
-
-    def __init__(self, context: SpawnContext) -> None:
-        self.connection, theirs = context.Pipe()
-        self.at = context.RawValue(c_longlong, NO_FILE)
-        self.seen_at, self.quiet_seconds = NO_FILE, 0.0
-        self.process = context.Process(target=_work, args=(theirs, self.at), daemon=True)
-        self.process.start()
-        theirs.close()  # so that the worker's death ends the connection
-
-    def look(self, seconds: float) -> float:
-        """How long the worker has been at its present file, now that another `seconds` have passed."""
-        at = self.at.value
-        self.quiet_seconds = self.quiet_seconds + seconds if at == self.seen_at else 0.0
-        self.seen_at = at
-        return self.quiet_seconds
-
-    def death(self) -> str:
-        """What ended the process."""
-        self.process.join()
-        code = self.process.exitcode or 0
-        return f"died ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
-
-    def error(self, source: ImageSource, what: str) -> UserError:
-        """One sentence that names the file at which the worker has failed."""
-        if self.at.value == NO_FILE:
-            return UserError(
-                f"a process that scans images {what} before its first file; mend what it says above, or give "
-                f"machine.num_workers 0 to scan without such processes"
-            )
-        return UserError(
-            f"{printable(source.name(self.at.value))}: a process that scans images {what} at this file; "
-            f"repair or remove it, or give fewer machine.num_workers if memory ran out, then start again"
-        )
-
-
-def _work(connection: Connection, at: c_longlong) -> None:
-    Image.core.set_blocks_max(2)  # keep the memory of an image and its copy: new pages cost half a decoding
-    with suppress(EOFError, BrokenPipeError):  # the scanning process has gone
-        while True:
-            start, places = connection.recv()
-            connection.send((start, examine(places, start, at)))
-
-
-def _examined(
-    source: ImageSource, num_files: int, num_workers: int, timeout_seconds: float
-) -> Generator[tuple[int, Chunk]]:
-    """The number of the first file and the findings of each chunk, in any order."""
-    place = source.place if isinstance(source, PackedSource) else source.name
-    chunks = (
-        (start, [place(i) for i in range(start, min(start + CHUNK_FILES, num_files))])
-        for start in range(0, num_files, CHUNK_FILES)
-    )
-    if num_workers == 0:
-        yield from ((start, examine(places, start, c_longlong())) for start, places in chunks)
-        return
-    busy: dict[Any, _Worker] = {}  # by connection
-    with _workers(min(num_workers, -(-num_files // CHUNK_FILES))) as workers:
-        idle, looked = workers, time.monotonic()
-        while True:
-            for worker, chunk in zip(idle, chunks, strict=False):
-                with suppress(BrokenPipeError):  # a dead worker is found below
-                    worker.connection.send(chunk)
-                busy[worker.connection] = worker
-            if not busy:
-                return
-            idle = [busy.pop(connection) for connection in wait(list(busy), LOOK_EVERY_SECONDS)]
-            for worker in idle:
-                try:
-                    findings = worker.connection.recv()
-                except (EOFError, OSError) as error:
-                    raise worker.error(source, worker.death()) from error
-                yield findings
-            # At most two looks' worth, so that a program that was stopped and goes on has not hung.
-            passed = min(time.monotonic() - looked, 2 * LOOK_EVERY_SECONDS)
-            looked = time.monotonic()
-            for worker in busy.values():
-                if worker.look(passed) > timeout_seconds:
-                    raise worker.error(source, f"did nothing for {timeout_seconds:g} s")
-
-
-@contextmanager
-def _workers(count: int) -> Iterator[list[_Worker]]:
-    """Start workers, and kill them at the end whatever they do."""
-    # Spawned, as a forked process would inherit torch's threads and the other workers' connections.
-    context = multiprocessing.get_context("spawn")
-    workers: list[_Worker] = []
-    try:
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which they inherit: Ctrl-C is not for them
-        try:
-            for _ in range(count):
-                workers.append(_Worker(context))
-        finally:
-            signal.signal(signal.SIGINT, handler)
-        yield workers
-    finally:
-        for worker in workers:
-            worker.process.kill()
-        for worker in workers:
-            worker.process.join()
+def printable(name: str) -> str:
+    """A file name as text, also one that is not valid in the file system's encoding."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -8,8 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dino_sparo.data.scan import MAX_LISTED, Listing, ScanReport, ScanResult, Spread, spread
-from dino_sparo.data.scan_files import printable
+from dino_sparo.data.scan import (
+    MAX_LISTED,
+    Listing,
+    ScanReport,
+    ScanResult,
+    Spread,
+    listing,
+    printable,
+    spread,
+)
 from dino_sparo.data.sources import ImageSource
 
 MAX_SHOWN = 5
@@ -129,8 +137,8 @@ def compare_splits(train: ImageSource, val: ImageSource | None) -> SplitComparis
     return SplitComparison(
         train=_count_classes(train),
         val=None if val is None else _count_classes(val),
-        only_in_train=_listing(only_in_train),
-        only_in_val=_listing(only_in_val),
+        only_in_train=listing(only_in_train),
+        only_in_val=listing(only_in_val),
     )
 
 
@@ -150,12 +158,8 @@ def _count_classes(source: ImageSource) -> ClassCounts:
         labelled=source.labels is not None,
         classes=len(counts),
         images_per_class=spread(np.array([*counts.values()], dtype=np.int64)),
-        fewest=_listing([name for name, count in counts.items() if count == smallest]),
+        fewest=listing([name for name, count in counts.items() if count == smallest]),
     )
-
-
-def _listing(names: list[str]) -> Listing:
-    return Listing(len(names), tuple(names[:MAX_LISTED]))
 
 
 # --- The report in words

@@ -14,17 +14,15 @@ from PIL import Image
 
 from dino_sparo.data.generated import SHAPES, shapes_source
 from dino_sparo.data.imagenet import explain, recognise, training_folder
-from dino_sparo.data.index import open_index
-from dino_sparo.data.indexed import FolderSource
-from dino_sparo.data.parquet import ParquetSource, open_parquet
-from dino_sparo.data.parquet_files import Split, holds_parquet
+from dino_sparo.data.index import FolderSource, open_index
 from dino_sparo.data.shards import ShardSource, holds_shards, open_shards
+from dino_sparo.data.tables import HUB, Split, TableSource, holds_tables, open_hub, open_tables
 from dino_sparo.data.torchvision_sets import NAMES, open_set
 from dino_sparo.errors import UnlabelledError, UserError, UserFileNotFoundError
 
 log = logging.getLogger("dino_sparo")
 
-OnDisk = FolderSource | ShardSource | ParquetSource
+OnDisk = FolderSource | ShardSource | TableSource
 HELD_OUT_EVERY = 5  # without a val folder every fifth image is held out
 
 
@@ -51,7 +49,7 @@ class ImageSource(Protocol):
         """The image in RGB, reduced if a side is longer than `max_side`.
 
         Raises:
-            OSError, ValueError: it cannot be read.
+            UnreadableImageError: it cannot be read; the error says which and why.
         """
         ...
 
@@ -86,8 +84,8 @@ def open_folder(root: Path, split: Split = "train") -> OnDisk:
     """
     if holds_shards(root):
         return open_shards(root)
-    if holds_parquet(root):
-        images = open_parquet(root, split) or (open_parquet(root, "train") if split == "val" else None)
+    if holds_tables(root):
+        images = open_tables(root, split) or (open_tables(root, "train") if split == "val" else None)
         if images is None:
             raise UserFileNotFoundError(
                 f"{root} holds parquet files, but none of train; expected train-*.parquet; download these too"
@@ -112,6 +110,8 @@ def open_images(path: str, max_images: int | None = None, key: str = "data.path"
         source = shapes_source("train")
     elif is_set(path):
         source = open_set(path, "pretrain")
+    elif path.startswith(HUB):
+        source = open_hub_train(path)
     else:
         folder = _train_folder(path, key)
         if folder == Path(path) and (folder / "val").is_dir():  # its images would be learnt from too
@@ -134,16 +134,22 @@ def open_val(path: str) -> ImageSource | None:
         return shapes_source("val")
     if is_set(path):
         return open_set(path, "test")
+    if path.startswith(HUB):
+        return open_hub(path, "val")
     root = Path(path)
-    if holds_shards(root / "val"):
-        return open_folder(root / "val")
-    if holds_parquet(root) or holds_parquet(root / "train"):
-        return open_parquet(root, "val")
+    if holds_tables(root) or holds_tables(root / "train"):
+        return open_tables(root, "val")
+    folder = root / "val" if holds_shards(root / "val") else _val_folder(root)
+    return open_folder(folder) if folder else None
+
+
+def _val_folder(root: Path) -> Path | None:
+    """Where the validation images of any layout lie as files in folders; None if they do not."""
     try:
         val = recognise(root).val
     except UserFileNotFoundError:
         return None
-    return open_folder(val.path) if val and val.is_readable and val.path != root else None
+    return val.path if val and val.is_readable and val.path != root else None
 
 
 def open_labelled(path: str, key: str = "data.path") -> tuple[ImageSource, ImageSource]:
@@ -160,18 +166,22 @@ def open_labelled(path: str, key: str = "data.path") -> tuple[ImageSource, Image
         return shapes_source("train"), shapes_source("val")
     if is_set(path):
         return open_set(path, "train"), open_set(path, "test")
-    train_folder = _train_folder(path, key)
-    explained = _explained(path)
-    if explained:
-        raise UnlabelledError(explained)
-    train = open_folder(train_folder)
+    train: OnDisk
+    if path.startswith(HUB):
+        train = open_hub_train(path)
+    else:
+        train_folder = _train_folder(path, key)
+        explained = _explained(path)
+        if explained:
+            raise UnlabelledError(explained)
+        train = open_folder(train_folder)
     if train.labels is None:
         raise unlabelled(
             train,
             f". With a list of their classes `dino-sparo prepare {path} --out OUT --labels FILE` makes them",
         )
     _warn_of_empty_classes(train)
-    val = _labelled_val(Path(path), train)
+    val = _labelled_val(path, train)
     if val is None:
         return hold_out(train)
     unknown = sorted(set(val.classes) - set(train.classes))
@@ -184,6 +194,14 @@ def open_labelled(path: str, key: str = "data.path") -> tuple[ImageSource, Image
     _warn_of_empty_classes(val)
     to_train = np.array([train.classes.index(name) for name in val.classes], dtype=np.int64)
     return train, replace(val, classes=train.classes, class_numbers=to_train)
+
+
+def open_hub_train(path: str) -> TableSource:
+    """The training images of a set of the hub. Raises UserError: it has none."""
+    train = open_hub(path, "train")
+    if train is None:
+        raise UserError(f"{path} has no split named train; name another set or configuration")
+    return train
 
 
 def hold_out(source: ImageSource) -> tuple[ImageSource, ImageSource]:
@@ -199,15 +217,16 @@ def is_set(path: str) -> bool:
     return path in NAMES and not os.path.lexists(path)
 
 
-def _labelled_val(root: Path, train: OnDisk) -> OnDisk | None:
+def _labelled_val(path: str, train: OnDisk) -> OnDisk | None:
     """The labelled validation images beside those of training; None without. Parquet files of a test split
     whose classes are unknown are none.
 
     Raises:
         UserError: they have no classes, or those of training are not in a folder of their own.
     """
-    if isinstance(train, ParquetSource):
-        of_split = open_parquet(root, "val")
+    root = Path(path)
+    if isinstance(train, TableSource):
+        of_split = open_hub(path, "val") if path.startswith(HUB) else open_tables(root, "val")
         return of_split if of_split is not None and of_split.labels is not None else None
     if not (root / "val").is_dir():
         return None
@@ -221,9 +240,9 @@ def _labelled_val(root: Path, train: OnDisk) -> OnDisk | None:
 
 def unlabelled(source: OnDisk, remedy: str = "") -> UnlabelledError:
     """The error about images whose classes are needed and unknown."""
-    if isinstance(source, ParquetSource):
+    if isinstance(source, TableSource):
         return UnlabelledError(
-            f"{source.root}: the parquet files do not tell the class of every image; expected a column label "
+            f"{source.root}: the tables do not tell the class of every image; expected a column label "
             f"or labels of integers from 0, or one column of the hub's type ClassLabel"
         )
     if isinstance(source, ShardSource):
@@ -238,7 +257,7 @@ def unlabelled(source: OnDisk, remedy: str = "") -> UnlabelledError:
 
 def _warn_of_empty_classes(source: OnDisk) -> None:
     """A class folder without an image is no class; it may have been meant to be one."""
-    if isinstance(source, ParquetSource):
+    if isinstance(source, TableSource):
         return
     folders = sorted(entry.name for entry in os.scandir(source.root) if entry.is_dir())
     empty = [name for name in folders if name not in source.classes and not name.startswith(".")]

@@ -49,7 +49,12 @@ def image_classes(images: Collection[str], where: Path, labels: Path) -> dict[st
         UserFileNotFoundError: no such file of labels.
         UserError: the file is malformed, or an image has no label or a label no image.
     """
-    known = _read_labels(labels)
+    if not labels.exists():
+        raise UserFileNotFoundError(
+            f"--labels {str(labels)!r} does not exist; give an existing file of labels"
+        )
+    is_devkit = labels.is_dir() or labels.name.endswith((".tar.gz", ".tgz"))
+    known = _read_devkit(labels) if is_devkit else _read_list(labels)
     keys = {image: image if image in known else image.rpartition(".")[0] for image in images}
     bare = [image for image, key in keys.items() if key not in known]
     if bare:
@@ -66,15 +71,11 @@ def image_classes(images: Collection[str], where: Path, labels: Path) -> dict[st
     return {image: known[key].name for image, key in keys.items()}
 
 
-def _read_labels(path: Path) -> dict[str, Label]:
-    """Labels by file name or, from Kaggle and the devkit, by file name without extension."""
-    if not path.exists():
-        raise UserFileNotFoundError(f"--labels {str(path)!r} does not exist; give an existing file of labels")
-    if path.is_dir() or path.name.endswith((".tar.gz", ".tgz")):
-        return _read_devkit(path)
+def _read_list(path: Path) -> dict[str, Label]:
+    """Labels by file name, of Kaggle's file by file name without extension."""
     known: dict[str, Label] = {}
     lines = path.read_text("utf-8-sig", "surrogateescape").split("\n")
-    is_kaggle = bool(lines) and lines[0].strip() == SOLUTION_HEADER
+    is_kaggle = lines[0].strip() == SOLUTION_HEADER
     for number, line in enumerate(lines, 1):
         if not line.strip() or (is_kaggle and number == 1):
             continue
@@ -102,12 +103,21 @@ def _can_be_folder(name: str) -> bool:
 
 
 def _read_devkit(path: Path) -> dict[str, Label]:
-    """Labels from the devkit: line i of its ground truth is the ILSVRC2012_ID of validation image i."""
+    """Labels by file name without extension: line i of the devkit's ground truth is the ILSVRC2012_ID of
+    validation image i."""
     try:
         if path.is_dir():
             truth, meta = (path / GROUND_TRUTH).read_bytes(), (path / META).read_bytes()
         else:
-            truth, meta = _members(path, GROUND_TRUTH, META)
+            whole = gzip.decompress(path.read_bytes())  # 2.5 MB, and by this its checksum is compared
+            with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
+                files = {
+                    name: tar.extractfile(member)
+                    for member in tar
+                    for name in (GROUND_TRUTH, META)
+                    if member.isfile() and f"/{member.name}".endswith(f"/{name}")
+                }
+                truth, meta = (files[name].read() for name in (GROUND_TRUTH, META))  # type: ignore[union-attr]
     except (OSError, EOFError, KeyError, tarfile.TarError, zlib.error) as error:
         raise UserError(
             f"{path}: no readable devkit ({error}); expected {GROUND_TRUTH} and {META} in it, "
@@ -125,20 +135,6 @@ def _read_devkit(path: Path) -> dict[str, Label]:
     return known
 
 
-def _members(archive: Path, *endings: str) -> list[bytes]:
-    """Contents of the files of an archive whose paths end so; raises KeyError if one is missing."""
-    found = {}
-    whole = gzip.decompress(archive.read_bytes())  # 2.5 MB, and by this its checksum is compared
-    with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
-        for member in tar:
-            for ending in endings:
-                if member.isfile() and f"/{member.name}".endswith(f"/{ending}"):
-                    stream = tar.extractfile(member)
-                    assert stream is not None
-                    found[ending] = stream.read()
-    return [found[ending] for ending in endings]
-
-
 def _devkit_classes(meta: bytes, path: Path) -> dict[int, str]:
     """WNID of every ILSVRC2012_ID that is a class, that is: has no synset below it."""
     try:
@@ -150,13 +146,9 @@ def _devkit_classes(meta: bytes, path: Path) -> dict[int, str]:
         ) from error
     try:
         synsets = np.atleast_1d(loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
-        classes = {
-            int(number): str(wnid)
-            for number, wnid, children in zip(
-                synsets["ILSVRC2012_ID"], synsets["WNID"], synsets["num_children"], strict=True
-            )
-            if children == 0
-        }
+        keys = (synsets["ILSVRC2012_ID"], synsets["WNID"], synsets["num_children"])
+        rows = zip(*keys, strict=True)
+        classes = {int(number): str(wnid) for number, wnid, num_children in rows if num_children == 0}
     except Exception as error:  # scipy raises anything on a damaged file
         raise UserError(
             f"{path} is no meta.mat of the devkit ({error}); download {DEVKIT}.tar.gz again"

@@ -9,11 +9,12 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from dino_sparo.errors import StuckError, UserError
 from dino_sparo.parallel.processes import STOP_SIGNALS, end_with_parent
@@ -31,7 +32,11 @@ class WatchedLoader:
         name: the name of the image of a number.
         num_workers: worker processes; with 0 the items are loaded here, unwatched.
         timeout_seconds: how long the next batch may take.
+        collate: makes a batch of a list of items.
         loader_options: all other arguments of torch's DataLoader.
+
+    A UserError of the dataset in a worker is raised where the batches are taken, as it was: torch would make
+    another one of it, whose message is a traceback.
     """
 
     def __init__(
@@ -42,10 +47,13 @@ class WatchedLoader:
         name: Callable[[int], str],
         num_workers: int,
         timeout_seconds: float,
+        collate: Callable[[list[Any]], Any] = default_collate,
         **loader_options: Any,
     ) -> None:
         self.name, self.num_workers, self.timeout_seconds = name, num_workers, timeout_seconds
         self.at: Tensor = torch.full((num_workers,), IDLE).share_memory_()
+        if loader_options.get("batch_size", 1) is not None:
+            loader_options["collate_fn"] = partial(_collate, collate)
         self.loader: DataLoader = DataLoader(
             _Noting(dataset, image_of, self.at),
             num_workers=num_workers,
@@ -55,7 +63,9 @@ class WatchedLoader:
         )
 
     def __iter__(self) -> Iterator[Any]:
-        return self._in_time(iter(self.loader))  # the workers start now, not with the first batch
+        with _without_interrupts():  # Ctrl-C is not for a worker, which could not ignore it yet
+            batches = iter(self.loader)  # the workers start now, not with the first batch
+        return self._in_time(batches)
 
     def _in_time(self, batches: Iterator[Any]) -> Iterator[Any]:
         for _ in range(len(self.loader)):
@@ -65,17 +75,24 @@ class WatchedLoader:
             except StuckError:
                 _end_workers()  # which torch would wait for, one after the other
                 raise
+            if isinstance(batch, UserError):
+                _end_workers()  # which torch would wait for, up to five seconds each
+                raise batch
             yield batch
 
     @contextmanager
     def failures_explained(self) -> Iterator[None]:
-        """Turn a worker's death, which torch reports wherever the program is, into one sentence.
+        """Turn a worker's death, which torch reports wherever the program is, into one sentence; end all
+        workers at once on Ctrl-C.
 
         Raises:
             StuckError: a worker has died.
         """
         try:
             yield
+        except KeyboardInterrupt:
+            _end_workers()  # which torch would wait for
+            raise
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
                 raise
@@ -98,7 +115,8 @@ class WatchedLoader:
 
 
 class _Noting(Dataset):
-    """A dataset that notes in shared memory which image each worker is at."""
+    """A dataset that notes in shared memory which image each worker is at; there it returns a UserError,
+    which cannot be raised from one process to another."""
 
     def __init__(self, dataset: Dataset, image_of: Callable[[Any], int], at: Tensor) -> None:
         self.dataset, self.image_of, self.at = dataset, image_of, at
@@ -111,9 +129,31 @@ class _Noting(Dataset):
         if worker is None:
             return self.dataset[item]
         self.at[worker.id] = self.image_of(item)
-        loaded = self.dataset[item]
+        try:
+            loaded = self.dataset[item]
+        except UserError as error:
+            loaded = error
         self.at[worker.id] = IDLE
         return loaded
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Ignore SIGINT, also in the processes that start meanwhile; only the main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _collate(collate: Callable[[list[Any]], Any], items: list[Any]) -> Any:
+    """A batch of items, or the first error among them."""
+    errors = (item for item in items if isinstance(item, UserError))
+    return next(errors, None) or collate(items)
 
 
 @contextmanager

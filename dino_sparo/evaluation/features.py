@@ -1,8 +1,9 @@
-"""One pass of a frozen encoder over images, shared among all processes, its features in memory or on disk."""
+"""One pass of a frozen encoder over images, shared by all processes; its features in memory or on disk."""
 
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,49 +16,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from dino_sparo.data.images import CenterCrops, UnreadableImage, collate_images, normalize
+from dino_sparo.data.images import CenterCrops, normalize
 from dino_sparo.data.sources import ImageSource
-from dino_sparo.data.workers import WatchedLoader
+from dino_sparo.data.workers import WatchedLoader, default_workers
 from dino_sparo.errors import UserError
-from dino_sparo.evaluation.feature_files import FeatureFile, cannot_write, check_space, write_at
 from dino_sparo.evaluation.results import alone_in
+from dino_sparo.files import named
 from dino_sparo.models import Encoder
-from dino_sparo.parallel.distributed import gather_objects, rank, world_size
+from dino_sparo.parallel.distributed import gather_objects, gather_rows, local_world_size, rank, world_size
 from dino_sparo.terminal import shows_bars
 
 TRANSFORM = "short side to round(S * 256 / 224) bicubic, centre crop S, ImageNet mean and std"
 FLUSH_SECONDS = 5.0  # work that a power cut may cost
 KEY_DIGITS = 16
-
-
-@torch.no_grad()
-def extract_features(
-    encoder: Encoder,
-    source: ImageSource,
-    *,
-    image_size: int,
-    batch_size: int = 64,
-    num_workers: int = 0,
-    timeout_seconds: float = 600.0,
-    description: str = "features",
-) -> Tensor:
-    """Encodings of this process's share of the images: float32 (len(share), embed_dim) on the CPU.
-
-    Of R processes number r takes images r, r + R, r + 2R, ...: one process takes all, in order. Every
-    image is resized and cropped in the middle as in the official evaluation. The encoder is used as it is,
-    on its device; put it into evaluation mode before.
-
-    Raises:
-        UserError: an image cannot be read, or the workers that load images failed.
-    """
-    share = source.subset(np.arange(rank(), len(source), world_size()))
-    features = torch.empty(len(share), encoder.embed_dim)
-    blocks = [range(i, min(i + batch_size, len(share))) for i in range(0, len(share), batch_size)]
-    for block, encoded in _encoded(
-        encoder, share, blocks, ["encoding"], image_size, num_workers, timeout_seconds, description
-    ):
-        features[block.start : block.stop] = encoded["encoding"].float().cpu()
-    return features
 
 
 @dataclass(frozen=True)
@@ -74,55 +45,82 @@ class Wanted:
     precision: str = "float16"
 
 
+def extract_features(encoder: Encoder, source: ImageSource, **settings: Any) -> Tensor:
+    """Encodings of images, float32 (num_images, embed_dim) on the CPU; settings as of `cached_features`."""
+    (found,) = cached_features(encoder, [Wanted(source)], ["encoding"], **settings)
+    return torch.from_numpy(found["encoding"])
+
+
 @torch.no_grad()
 def cached_features(
     encoder: Encoder,
     wanted: Sequence[Wanted],
     names: Sequence[str],
     *,
-    image_size: int,
-    cache: Path,
+    image_size: int | None = None,
+    cache: Path | None = None,
     batch_size: int = 64,
-    num_workers: int = 0,
+    num_workers: int | None = 0,
     timeout_seconds: float = 600.0,
 ) -> list[dict[str, NDArray[Any]]]:
-    """Features of sets of images, one pass over each, on disk: name -> memory-mapped (num_images, F).
+    """Features of sets of images, one pass over each: name -> (num_images, F).
 
-    All processes call it and share the work; each image counts exactly once, and all get all features. A
-    folder of `cache`, named by weights, images (names, sizes, times of change), transform and precision,
-    keeps them: a second call reads them, an interrupted pass goes on where it stopped.
+    All processes call it and share the work; each image counts exactly once, and all get all features. Every
+    image is resized and center-cropped as in the official evaluation. The encoder is used as it is, on its
+    device; put it into evaluation mode before.
+
+    A folder of `cache`, named by weights, images (names, sizes, times of change), transform and precision,
+    keeps the features, which are memory-mapped: a second call reads them, and an interrupted pass resumes
+    where it stopped.
 
     Args:
         names: as in `Encoder.features`.
-        cache: a folder that all processes share.
-        batch_size: images of a forward pass; a block of neighbours, whatever the number of processes.
+        image_size: side of the crops in pixels; None takes the encoder's.
+        cache: a folder that all processes share; None keeps the features in memory, in float32.
+        batch_size: images per forward pass.
+        num_workers: processes that load images; None takes one per core, at most 16 in all.
 
     Raises:
-        UserError: an image cannot be read, a feature is not finite, or the disk is read-only or, as is said
-            before the first pass, too small for all of them.
+        UserError: an image cannot be read, the workers that load images failed, a feature in the cache is
+            not finite, or, before the first pass, the disk is too small for all features.
+        OSError: the cache cannot be written; `filename` is set.
     """
-    widths = _widths(encoder, names, image_size)
+    size = encoder.image_size if image_size is None else image_size
+    workers = default_workers(local_world_size()) if num_workers is None else num_workers
+    widths = _widths(encoder, names, size)
+
+    def encoded(one: Wanted, source: ImageSource, blocks: Sequence[range]) -> "Encoded":
+        return _encoded(encoder, source, blocks, names, size, workers, timeout_seconds, one.description)
+
+    if cache is None:
+        found = []
+        for one in wanted:
+            share = one.source.subset(np.arange(rank(), len(one.source), world_size()))
+            rows = {name: torch.empty(len(share), width) for name, width in widths.items()}
+            for block, features in encoded(one, share, _blocks(len(share), batch_size)):
+                for name, feature in features.items():
+                    rows[name][block.start : block.stop] = feature.float().cpu()
+            found.append({name: gather_rows(some, len(one.source)).numpy() for name, some in rows.items()})
+        return found
+
     weights = hash_of(encoder) if rank() == 0 else ""
-    keys = [_key(weights, one.source, image_size, one.precision) if rank() == 0 else {} for one in wanted]
+    keys = [_key(weights, one.source, size, one.precision) if rank() == 0 else {} for one in wanted]
     keys = gather_objects(keys)[0]
     opened = [_open(cache, key, widths, len(one.source)) for key, one in zip(keys, wanted, strict=True)]
     # The first process makes the files and looks, for all: another program may be filling the same ones.
     looked = gather_objects(_prepare(cache, opened, keys) if rank() == 0 else [])[0]
     for one, files, done in zip(wanted, opened, looked, strict=True):
-        total = len(one.source)
-        blocks = [range(i, min(i + batch_size, total)) for i in range(0, total, batch_size)]
+        blocks = _blocks(len(one.source), batch_size)  # whatever the number of processes
         missing = [block for block in blocks if not done[block.start : block.stop].all()]
         if missing:
-            mine = missing[rank() :: world_size()]
-            encoded = _encoded(
-                *(encoder, one.source, mine, names, image_size, num_workers, timeout_seconds),
-                description=one.description,
-            )
-            _write(files, encoded, one.source)
+            _write(files, encoded(one, one.source, missing[rank() :: world_size()]), one.source)
             gather_objects(None)
         for file in files.values():
             assert file.done().all(), "every image counts once"
     return [{name: file.rows() for name, file in files.items()} for files in opened]
+
+
+Encoded = Iterator[tuple[range, dict[str, Tensor]]]  # blocks of images, and their features (len(block), F)
 
 
 def _encoded(
@@ -134,9 +132,8 @@ def _encoded(
     num_workers: int,
     timeout_seconds: float,
     description: str,
-) -> Iterator[tuple[range, dict[str, Tensor]]]:
+) -> Encoded:
     """Blocks of images and their features, each block one forward pass."""
-    device = encoder.backbone.cls_token.device
     batches = WatchedLoader(
         CenterCrops(source, image_size),
         image_of=int,
@@ -144,8 +141,7 @@ def _encoded(
         num_workers=num_workers,
         timeout_seconds=timeout_seconds,
         batch_sampler=blocks,
-        collate_fn=collate_images,
-        pin_memory=device.type == "cuda",
+        pin_memory=encoder.device.type == "cuda",
     )
     silent = rank() > 0 or not shows_bars()
     total = sum(map(len, blocks))
@@ -154,10 +150,59 @@ def _encoded(
         batches.failures_explained(),
     ):
         for block, batch in zip(blocks, batches, strict=True):
-            if isinstance(batch, UnreadableImage):
-                batch.raise_error()
-            yield block, encoder.features(normalize(batch.to(device, non_blocking=True)), names)
+            images = normalize(batch.to(encoder.device, non_blocking=True))
+            yield block, encoder.features(images, names)
             bar.update(len(block))
+
+
+def _blocks(total: int, size: int) -> list[range]:
+    return [range(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def _widths(encoder: Encoder, names: Sequence[str], image_size: int) -> dict[str, int]:
+    """Numbers of each feature, by looking at one image."""
+    features = encoder.features(torch.zeros(1, 3, image_size, image_size, device=encoder.device), names)
+    return {name: feature.shape[1] for name, feature in features.items()}
+
+
+# --- On disk
+
+
+class FeatureFile:
+    """One feature of a set of images; not a row of it counts before it is on disk.
+
+    Rows are written by `pwrite`, not through the map, so that a full disk is an error that can be told.
+    """
+
+    def __init__(self, folder: Path, name: str, shape: tuple[int, int], precision: str) -> None:
+        self.path, self.done_path = folder / f"{name}.{precision}", folder / f"{name}.done"
+        self.shape, self.dtype = shape, np.dtype(precision)
+        self.row_size = shape[1] * self.dtype.itemsize
+        self.size = shape[0] * self.row_size
+
+    def exists(self) -> bool:
+        """Whether a pass has begun to fill it."""
+        sizes = {self.path: self.size, self.done_path: self.shape[0]}
+        return all(path.exists() and path.stat().st_size == size for path, size in sizes.items())
+
+    def bytes_missing(self) -> int:
+        """What the rows that are not there will take."""
+        there = int(np.count_nonzero(self.done())) if self.exists() else 0
+        return self.size - there * self.row_size
+
+    def make(self) -> None:
+        """Empty, of its full size; the marks first, so that none is ever ahead of its row."""
+        self.done_path.write_bytes(bytes(self.shape[0]))
+        with open(self.path, "wb") as file:
+            file.truncate(self.size)
+
+    def done(self) -> NDArray[np.bool_]:
+        """Which images have been written."""
+        return np.fromfile(self.done_path, dtype=np.bool_)
+
+    def rows(self) -> NDArray[Any]:
+        """All rows, mapped: they take no memory that the system cannot take back."""
+        return np.memmap(self.path, self.dtype, mode="c", shape=self.shape)
 
 
 def _open(cache: Path, key: dict[str, Any], widths: dict[str, int], total: int) -> dict[str, FeatureFile]:
@@ -173,27 +218,27 @@ def _prepare(
 ) -> list[NDArray[np.bool_]]:
     """Make the files that are not there yet, if the disk holds all that is to come; which images are done."""
     needed = sum(file.bytes_missing() for files in opened for file in files.values())
-    if needed:
-        check_space(cache, needed)
+    existing = next(parent for parent in (cache, *cache.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise UserError(
+            f"{cache}: features need {needed} bytes ({needed / 2**30:.1f} GiB), but only {free} "
+            f"({free / 2**30:.1f} GiB) are free there; make room or give another cache folder"
+        )
     for files, key in zip(opened, keys, strict=True):
         folder = next(iter(files.values())).path.parent
         if all(file.exists() for file in files.values()):
             continue
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with alone_in(folder):
-                for file in files.values():
-                    if not file.exists():
-                        (folder / "features.json").write_text(json.dumps(key, indent=1))
-                        file.make()
-        except OSError as error:
-            raise cannot_write(folder, error) from error
+        folder.mkdir(parents=True, exist_ok=True)
+        with named(folder), alone_in(folder):
+            for file in files.values():
+                if not file.exists():
+                    (folder / "features.json").write_text(json.dumps(key, indent=1))
+                    file.make()
     return [np.logical_and.reduce([file.done() for file in files.values()]) for files in opened]
 
 
-def _write(
-    files: dict[str, FeatureFile], encoded: Iterator[tuple[range, dict[str, Tensor]]], source: ImageSource
-) -> None:
+def _write(files: dict[str, FeatureFile], encoded: Encoded, source: ImageSource) -> None:
     """Write blocks as they come; they count as done when they have reached the disk."""
     opened: dict[str, tuple[int, int]] = {}
     written: list[range] = []
@@ -203,40 +248,54 @@ def _write(
         for rows, done in opened.values():
             os.fsync(rows)
             for block in written:
-                write_at(done, b"\1" * len(block), block.start)
+                _write_at(done, b"\1" * len(block), block.start)
         written.clear()
 
     try:
-        for name, file in files.items():
-            opened[name] = os.open(file.path, os.O_WRONLY), os.open(file.done_path, os.O_WRONLY)
-        for block, features in encoded:
+        with named(next(iter(files.values())).path.parent):
             for name, file in files.items():
-                exact = features[name].float().cpu().numpy()
-                _check_finite(exact, name, block, source, "the weights are damaged: give another checkpoint")
-                with np.errstate(over="ignore"):
-                    rows = exact.astype(file.dtype)
-                _check_finite(
-                    rows, name, block, source, "the number is too large: give cache_precision float32"
-                )
-                write_at(opened[name][0], rows.tobytes(), block.start * file.shape[1] * file.dtype.itemsize)
-            written.append(block)
-            if time.monotonic() - flushed > FLUSH_SECONDS:
-                flush()
-                flushed = time.monotonic()
-        flush()
-    except OSError as error:
-        raise cannot_write(next(iter(files.values())).path.parent, error) from error
+                opened[name] = os.open(file.path, os.O_WRONLY), os.open(file.done_path, os.O_WRONLY)
+            for block, features in encoded:
+                for name, file in files.items():
+                    rows = _finite_rows(features[name], name, block, source, file.dtype)
+                    _write_at(opened[name][0], rows.tobytes(), block.start * file.row_size)
+                written.append(block)
+                if time.monotonic() - flushed > FLUSH_SECONDS:
+                    flush()
+                    flushed = time.monotonic()
+            flush()
     finally:
         for pair in opened.values():
             for descriptor in pair:
                 os.close(descriptor)
 
 
-def _check_finite(rows: NDArray[Any], name: str, block: range, source: ImageSource, remedy: str) -> None:
-    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
-    if len(bad):
-        image = source.name(block[int(bad[0])])
-        raise UserError(f"feature {name!r} of {image} is not finite in {rows.dtype}; {remedy}")
+def _write_at(descriptor: int, data: bytes, offset: int) -> None:
+    """All of it: a disk that gets full takes a part at first, and only then reports it."""
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def _finite_rows(
+    feature: Tensor, name: str, block: range, source: ImageSource, dtype: np.dtype[Any]
+) -> NDArray[Any]:
+    """A feature of a block of images as it is kept. Raises UserError where it is not finite."""
+    exact = feature.float().cpu().numpy()
+    with np.errstate(over="ignore"):
+        rows = exact.astype(dtype)
+    for kept, remedy in (
+        (exact, "the weights are damaged: give another checkpoint"),
+        (rows, "the number is too large: give cache_precision float32"),
+    ):
+        bad = np.flatnonzero(~np.isfinite(kept).all(axis=1))
+        if len(bad):
+            image = source.name(block[int(bad[0])])
+            raise UserError(f"feature {name!r} of {image} is not finite in {kept.dtype}; {remedy}")
+    return rows
+
+
+# --- What features belong to
 
 
 def _key(weights: str, source: ImageSource, image_size: int, precision: str) -> dict[str, Any]:
@@ -269,10 +328,3 @@ def hash_of(encoder: Encoder) -> str:
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _widths(encoder: Encoder, names: Sequence[str], image_size: int) -> dict[str, int]:
-    """Numbers of each feature, by looking at one image."""
-    device = encoder.backbone.cls_token.device
-    features = encoder.features(torch.zeros(1, 3, image_size, image_size, device=device), names)
-    return {name: feature.shape[1] for name, feature in features.items()}

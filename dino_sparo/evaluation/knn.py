@@ -1,6 +1,6 @@
-"""Weighted k-nearest-neighbour classification. Source: official `eval_knn.py`.
+"""Weighted k-nearest-neighbor classification by exact search. Source: official `eval_knn.py`.
 
-Axis letters: T train images, B test images, S classes.
+Axis letters: T train images, B test images, D numbers of a feature, S classes.
 """
 
 import logging
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,15 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dino_sparo.data.sources import ImageSource
-from dino_sparo.evaluation.features import Wanted, cached_features, extract_features, hash_of_images
-from dino_sparo.evaluation.results import Result, results_folder, save_results
-from dino_sparo.evaluation.search import NoDirectionError, Rows, nearest
-from dino_sparo.evaluation.transfer import VAL, TestSet, as_test_set, open_test_sets, restrict
+from dino_sparo.errors import UserError
+from dino_sparo.evaluation.features import Wanted, cached_features, hash_of_images
+from dino_sparo.evaluation.results import Result, accuracies, result_on
+from dino_sparo.evaluation.transfer import VAL, TestSet, as_test_sets, restrict
 from dino_sparo.models import Encoder
-from dino_sparo.parallel.distributed import gather_rows, local_rank, process_group, rank, world_size
-
-if TYPE_CHECKING:
-    from dino_sparo.options import KnnOptions
+from dino_sparo.parallel.distributed import gather_rows, rank, world_size
 
 log = logging.getLogger("dino_sparo")
 
@@ -33,7 +30,10 @@ PROTOCOL_K = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 TOP = 5
 SHOWN_CLASSES = 3
-CHUNK_SIZE = 256  # test images that vote at a time; it changes memory, not the result
+VOTE_CHUNK = 256  # test images that vote at a time; like the chunks below it changes memory, not the result
+CHUNK_BYTES = 2**27  # of float32 train features at a time
+QUERY_BYTES = 2**28  # of float32 test features at a time; all train features are read once for each
+SCORES = 2**24  # similarities at a time
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,11 @@ def knn_classify(
     official code does; classes with equal votes, also those with none, rank by lower index.
 
     Args:
-        train_features: (T, D) floating point, any scale: l2-normalised inside. Also memory-mapped.
+        train_features: (T, D) floating point, any scale: l2-normalized inside. Also memory-mapped.
         train_labels: (T,) integers from 0.
         test_features: (number of test images, D).
         test_labels: likewise.
-        k: one or several numbers of neighbours.
+        k: one or several numbers of neighbors.
         num_classes: None takes the largest label + 1.
 
     Raises:
@@ -74,9 +74,7 @@ def knn_classify(
     """
     labels, truth = (torch.as_tensor(labels).long().cpu() for labels in (train_labels, test_labels))
     ks = [int(k)] if isinstance(k, int | Integral) else [int(number) for number in k]
-    for number in ks:
-        if not 1 <= number <= len(train_features):
-            raise ValueError(f"k is {number}, expected 1 to the {len(train_features)} train images")
+    _check_k(ks, len(train_features))
     if not len(test_features):
         raise ValueError("there are no test images to classify")
     if num_classes is None:
@@ -85,6 +83,161 @@ def knn_classify(
     cosine_Bk, number_Bk = nearest(train_features, test_features, max(ks), device=device)
     ranked = _rank_classes(cosine_Bk, labels[number_Bk], ks, temperature, num_classes)
     return {number: _accuracy(ranked_B5, truth) for number, ranked_B5 in ranked.items()}
+
+
+def evaluate_knn(
+    encoder: Encoder,
+    train: ImageSource,
+    test: ImageSource,
+    *,
+    k: int | Sequence[int] = HEADLINE_K,
+    image_size: int | None = None,
+    batch_size: int = 64,
+    num_workers: int | None = 0,
+    timeout_seconds: float = 600.0,
+) -> dict[int, KnnResult]:
+    """k-NN accuracy of an encoder, with all features in memory: for sets of modest size, while training.
+
+    All processes share the work; every test image counts once, and all processes get the result.
+
+    Raises:
+        NoDirectionError: a feature is zero or not finite.
+        UserError: k does not fit the train set, or an image cannot be read.
+    """
+    ks = [k] if isinstance(k, int) else list(k)
+    _check_k(ks, len(train))
+    gallery, queries = cached_features(
+        encoder,
+        [Wanted(train, "k-NN train features"), Wanted(test, "k-NN val features")],
+        ["encoding"],
+        image_size=image_size,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        timeout_seconds=timeout_seconds,
+    )
+    ranked = _ranked_by_all(gallery["encoding"], train, queries["encoding"], ks, encoder.device)
+    return {number: _accuracy(ranked[number], torch.from_numpy(test.labels)) for number in ks}
+
+
+def knn_results(
+    encoder: Encoder,
+    train: ImageSource,
+    test: ImageSource | Sequence[TestSet],
+    *,
+    k: int | Sequence[int] | None = None,
+    feature: str = "encoding",
+    weights: str = "teacher",
+    by_faiss: bool = False,
+    cache: Path | None = None,
+    cache_precision: str = "float16",
+    batch_size: int = 64,
+    num_workers: int | None = 0,
+) -> list[Result]:
+    """k-NN accuracies of an encoder on test sets, as results to save; all processes share the work.
+
+    Args:
+        k: numbers of neighbors; None takes those of 10, 20, 100, 200 that the gallery has images for.
+        feature: what to compare, as in `Encoder.features`.
+        weights: what the results call the encoder: teacher, student or untrained.
+        by_faiss: search by faiss on the CPU, as an independent check.
+        cache: as in `cached_features`, as are cache_precision, batch_size and num_workers.
+
+    Raises:
+        UserError: k does not fit the train set, an image cannot be read, or a feature is zero or not finite.
+    """
+    ks = [k] if isinstance(k, int) else list(k or [])
+    if not ks:
+        ks = [number for number in PROTOCOL_K if number <= len(train)] or [len(train)]
+        if ks != list(PROTOCOL_K):
+            log.info("of k = 10, 20, 100, 200 only %s: there are %d train images", ks, len(train))
+    _check_k(ks, len(train))
+    test_sets = as_test_sets(test, train.classes)
+    gallery, *tested = cached_features(
+        encoder,
+        [
+            Wanted(train, "train features", cache_precision),
+            *(Wanted(one.source, f"{one.name} features", cache_precision) for one in test_sets),
+        ],
+        [feature],
+        cache=cache,
+        batch_size=batch_size,
+        num_workers=num_workers,
+    )
+    results = []
+    for test_set, queries in zip(test_sets, tested, strict=True):
+        try:
+            ranked = _ranked_by_all(
+                *(gallery[feature], train, queries[feature], ks, encoder.device),
+                among=None if test_set.name == VAL else test_set.classes,
+                by_faiss=by_faiss,
+            )
+        except NoDirectionError as error:
+            of_train = error.side == "train"
+            number = error.number if of_train else rank() + world_size() * error.number
+            name = (train if of_train else test_set.source).name(number)
+            raise UserError(
+                f"feature {feature!r} of {name} is {error.kind}: the weights of the encoder are damaged or "
+                f"have collapsed; give another checkpoint"
+            ) from error
+        images = hash_of_images(test_set.source)  # once: it looks at every file
+        truth = torch.from_numpy(test_set.labels)
+        for number in ks:
+            accuracy = _accuracy(ranked[number], truth)
+            result = result_on(
+                test_set,
+                (ranked[number][:, 0] == truth).numpy(),
+                protocol="knn",
+                name=f"{number}-NN" if feature == "encoding" else f"{number}-NN {feature}",
+                headline=number == HEADLINE_K and feature == "encoding",
+                weights=weights,
+                top1=accuracy.top1,
+                top5=accuracy.top5,
+                details={"k": number, "feature": feature, "num_train": len(train)},
+                images=images,
+            )
+            results.append(result)
+    return results
+
+
+def table(run: str, results: Sequence[Result]) -> str:
+    """The results of one evaluation as lines of text."""
+    lines = accuracies(
+        results,
+        lambda result: (
+            f"{run} ({result.weights}), {result.test_set}: {result.details['num_train']} train and "
+            f"{result.num_images} test images, {result.num_classes} classes"
+        ),
+    )
+    worst = sorted(results[0].details["top1_by_class"].items(), key=lambda item: item[1])[:SHOWN_CLASSES]
+    shown = ", ".join(f"{name} {accuracy:.1f} %" for name, accuracy in worst)
+    return "\n".join([*lines, f"hardest classes of {results[0].test_set}: {shown}"])
+
+
+def _check_k(ks: Sequence[int], num_train: int) -> None:
+    for number in ks:
+        if not 1 <= number <= num_train:
+            raise UserError(f"k is {number}, expected 1 to the {num_train} train images")
+
+
+# --- The vote
+
+
+def _ranked_by_all(
+    gallery: NDArray[Any],
+    train: ImageSource,
+    queries: NDArray[Any],
+    ks: Sequence[int],
+    device: torch.device,
+    *,
+    among: NDArray[np.int64] | None = None,
+    by_faiss: bool = False,
+) -> dict[int, Tensor]:
+    """The classes ranked first for each k (B, .), `among` these; processes share the images."""
+    share = queries[rank() :: world_size()]
+    cosine_Bk, number_Bk = nearest(gallery, share, max(ks), device=device, by_faiss=by_faiss)
+    labels_Bk = torch.from_numpy(train.labels)[number_Bk]
+    ranked = _rank_classes(cosine_Bk, labels_Bk, ks, TEMPERATURE, len(train.classes), among)
+    return {number: gather_rows(ranked_B5, len(queries)) for number, ranked_B5 in ranked.items()}
 
 
 def _rank_classes(
@@ -97,7 +250,7 @@ def _rank_classes(
 ) -> dict[int, Tensor]:
     """The first min(5, k) classes (B, .) by votes of the k nearest, for each k, `among` these."""
     ranked: dict[int, list[Tensor]] = {number: [] for number in ks}
-    for cosines, labels in zip(cosine_Bk.split(CHUNK_SIZE), labels_Bk.split(CHUNK_SIZE), strict=True):
+    for cosines, labels in zip(cosine_Bk.split(VOTE_CHUNK), labels_Bk.split(VOTE_CHUNK), strict=True):
         weights = (cosines / temperature).exp()
         for number in ks:
             votes_BS = torch.zeros(len(cosines), num_classes)
@@ -115,189 +268,113 @@ def _accuracy(ranked_B5: Tensor, truth_B: Tensor) -> KnnResult:
     return KnnResult(100 * int(hits_B5[:, 0].sum()) / total, 100 * int(hits_B5.sum()) / total, total)
 
 
-def evaluate_knn(
-    encoder: Encoder,
-    train: ImageSource,
-    test: ImageSource,
-    *,
-    image_size: int,
-    k: Sequence[int],
-    batch_size: int = 64,
-    num_workers: int = 0,
-    timeout_seconds: float = 600.0,
-) -> dict[int, KnnResult]:
-    """k-NN accuracy of an encoder, with all features in memory: for sets of modest size, while training.
+# --- The search
 
-    All processes share the work: each extracts its share of both sources, takes all train features, and
-    classifies its share of the test images; every one counts once, and all processes get the result.
+
+class NoDirectionError(ValueError):
+    """A feature is zero or not finite: it is near to nothing.
+
+    Attributes:
+        side: `train` or `test`.
+        number: of the image on this side.
+        kind: `zero` or `not finite`.
     """
-    assert train.labels is not None and test.labels is not None
-    gallery, share = (
-        extract_features(
-            encoder,
-            source,
-            image_size=image_size,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            timeout_seconds=timeout_seconds,
-            description=f"k-NN {name} features",
-        )
-        for name, source in (("train", train), ("val", test))
-    )
-    ranked = _vote(
-        gather_rows(gallery, len(train)),
-        torch.from_numpy(train.labels),
-        share,
-        len(test),
-        ks=k,
-        num_classes=len(train.classes),
-        device=encoder.backbone.cls_token.device,
-    )
-    return {number: _accuracy(ranked[number], torch.from_numpy(test.labels)) for number in k}
+
+    def __init__(self, side: str, number: int, kind: str) -> None:
+        super().__init__(f"the feature of {side} image {number} is {kind}; it has no direction to compare")
+        self.side, self.number, self.kind = side, number, kind
 
 
-def _vote(
-    gallery: Rows,
-    labels: Tensor,
-    share: Rows,
-    total: int,
+class Rows(Protocol):
+    """Features by row: an array, in memory or mapped from a file, or a tensor."""
+
+    @property
+    def shape(self) -> Any: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice, /) -> Any: ...
+
+
+def nearest(
+    train: Rows,
+    test: Rows,
+    k: int,
     *,
-    ks: Sequence[int],
-    num_classes: int,
-    device: torch.device,
-    among: NDArray[np.int64] | None = None,
+    device: torch.device | None = None,
     by_faiss: bool = False,
-) -> dict[int, Tensor]:
-    """The classes ranked first for each k, of all `total` test images, of which this process has a share.
+    train_chunk: int | None = None,
+    test_chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The k most similar train images of every test image.
 
-    Process r of R has the features of test images r, r + R, r + 2R, ...
+    Args:
+        train: (T, D) floating point of any scale, l2-normalized inside; float16 stays float16 where it lies.
+        test: (B, D).
+        k: 1 to T.
+        device: where to compute; None is the CPU.
+        by_faiss: search by faiss, on the CPU, instead of by products of matrices: an independent check.
+        train_chunk: train images at a time.
+        test_chunk: test images at a time.
+
+    Returns:
+        cosines float32 and train image numbers int64, both (B, k) on the CPU, the most similar first, of
+        equally similar ones the lower number.
+
+    Raises:
+        NoDirectionError: a feature is zero or not finite.
     """
-    cosine_Bk, number_Bk = nearest(gallery, share, max(ks), device=device, by_faiss=by_faiss)
-    ranked = _rank_classes(cosine_Bk, labels[number_Bk], ks, TEMPERATURE, num_classes, among)
-    return {number: gather_rows(ranked_B5, total) for number, ranked_B5 in ranked.items()}
+    device = torch.device("cpu") if device is None or by_faiss else device
+    width = train.shape[1]
+    train_chunk = train_chunk or max(1, CHUNK_BYTES // (4 * width))
+    test_chunk = test_chunk or max(1, QUERY_BYTES // (4 * width))
+    search = _by_faiss if by_faiss else _by_products
+    k = min(k, len(train))
+    cosines, numbers = torch.empty(len(test), k), torch.empty(len(test), k, dtype=torch.int64)
+    for start in range(0, len(test), test_chunk):
+        queries = _directions(test, start, start + test_chunk, device, "test")
+        best_cosines = queries.new_full((len(queries), k), -torch.inf)
+        best_numbers = torch.full((len(queries), k), len(train), device=device)
+        for first in range(0, len(train), train_chunk):
+            gallery = _directions(train, first, first + train_chunk, device, "train")
+            at_once = len(queries) if by_faiss else max(1, SCORES // len(gallery))
+            for query in range(0, len(queries), at_once):
+                some = slice(query, query + at_once)
+                cosine_Bk, number_Bk = search(queries[some], gallery, min(k, len(gallery)))
+                best = best_cosines[some], best_numbers[some]
+                best_cosines[some], best_numbers[some] = k_best(best, (cosine_Bk, number_Bk + first), k)
+        cosines[start : start + test_chunk], numbers[start : start + test_chunk] = best_cosines, best_numbers
+    return cosines, numbers
 
 
-def run(options: "KnnOptions") -> None:
-    """`dino-sparo knn`: accuracy of a trained encoder on labelled folders, into results.json and printed."""
-    from dino_sparo.parallel.device import choose_device
-
-    device = choose_device(options.device, local_rank())
-    with process_group(device):
-        results = evaluate(options, device)
-        if rank() == 0:
-            save_results(Path(options.out or results_folder(options.run)), results)
-            print(table(options.run, results))
+def k_best(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
+    """The k best of two sets of values and numbers (B, .), largest first, of equal ones the lower number."""
+    values, numbers = (torch.cat(pair, dim=1) for pair in zip(one, other, strict=True))
+    by_number = numbers.argsort(dim=1)
+    order = values.gather(1, by_number).sort(dim=1, descending=True, stable=True).indices[:, :k]
+    order = by_number.gather(1, order)
+    return values.gather(1, order), numbers.gather(1, order)
 
 
-def evaluate(options: "KnnOptions", device: torch.device) -> list[Result]:
-    """Features of the gallery and of every test set, by the cache, and the votes."""
-    from dino_sparo.data.sources import open_labelled
-    from dino_sparo.data.workers import default_workers
-    from dino_sparo.errors import UserError
-    from dino_sparo.interop.load import load_encoder
-    from dino_sparo.parallel.distributed import first_rank_first, local_world_size
-
-    train, val = first_rank_first(lambda: open_labelled(options.data.path))
-    further = first_rank_first(lambda: open_test_sets(options.test, train.classes))
-    test_sets = [as_test_set(VAL, val, train.classes), *further]
-    chosen = [options.k] if isinstance(options.k, int) else options.k
-    ks = chosen or [k for k in PROTOCOL_K if k <= len(train)] or [len(train)]
-    if not chosen and ks != list(PROTOCOL_K):
-        log.info("of k = 10, 20, 100, 200 only %s: there are %d train images", ks, len(train))
-    for number in ks:
-        if not 1 <= number <= len(train):
-            raise UserError(
-                f"k is {number}, expected 1 to the {len(train)} train images of {options.data.path}"
-            )
-    encoder = load_encoder(options.run, options.which, untrained=options.untrained, arch=options.arch)
-    encoder.to(device)
-    workers = default_workers(local_world_size()) if options.num_workers is None else options.num_workers
-    wanted = [Wanted(train, "train features", options.cache_precision)]
-    wanted += [Wanted(one.source, f"{one.name} features", options.cache_precision) for one in test_sets]
-    gallery, *tested = (
-        features[options.feature]
-        for features in cached_features(
-            encoder,
-            wanted,
-            [options.feature],
-            image_size=encoder.backbone.native_grid * encoder.backbone.patch_size,
-            cache=Path(options.cache or results_folder(options.run) / "features"),
-            batch_size=options.batch_size,
-            num_workers=workers,
-        )
-    )
-    labels = torch.from_numpy(train.labels)
-    results = []
-    for test_set, rows in zip(test_sets, tested, strict=True):
-        try:
-            ranked = _vote(
-                gallery,
-                labels,
-                rows[rank() :: world_size()],
-                len(test_set.source),
-                ks=ks,
-                num_classes=len(train.classes),
-                device=device,
-                among=None if test_set.name == VAL else test_set.classes,
-                by_faiss=options.search == "faiss",
-            )
-        except NoDirectionError as error:
-            of_train = error.side == "train"
-            number = error.number if of_train else rank() + world_size() * error.number
-            name = (train if of_train else test_set.source).name(number)
-            raise UserError(
-                f"feature {options.feature!r} of {name} is {error.kind}: the weights of {options.run} are "
-                f"damaged or have collapsed; give another checkpoint"
-            ) from error
-        images = hash_of_images(test_set.source)  # once: it looks at every file
-        results += [_result(options, test_set, images, number, ranked[number], len(train)) for number in ks]
-    return results
+def _directions(rows: Rows, start: int, stop: int, device: torch.device, side: str) -> Tensor:
+    """Rows as float32 of length one."""
+    chunk = torch.as_tensor(rows[start:stop]).to(device).to(torch.float32, copy=True)  # ours to change
+    length_B = torch.linalg.vector_norm(chunk, dim=1)
+    bad = (~(length_B.isfinite() & (length_B > 0))).nonzero()
+    if len(bad):
+        kind = "zero" if length_B[int(bad[0])] == 0 else "not finite"
+        raise NoDirectionError(side, start + int(bad[0]), kind)
+    return chunk.div_(length_B[:, None])
 
 
-def _result(
-    options: "KnnOptions", test_set: TestSet, images: str, k: int, ranked_B5: Tensor, num_train: int
-) -> Result:
-    truth = torch.from_numpy(test_set.labels)
-    accuracy = _accuracy(ranked_B5, truth)
-    right = (ranked_B5[:, 0] == truth).numpy()
-    of_class = [100 * float(right[test_set.labels == number].mean()) for number in np.unique(test_set.labels)]
-    names = [test_set.source.classes[number] for number in np.unique(test_set.labels)]
-    return Result(
-        protocol="knn",
-        name=f"{k}-NN" if options.feature == "encoding" else f"{k}-NN {options.feature}",
-        headline=k == HEADLINE_K and options.feature == "encoding",
-        test_set=test_set.name,
-        weights="untrained" if options.untrained else options.which,
-        top1=accuracy.top1,
-        top5=accuracy.top5,
-        num_images=accuracy.num_images,
-        num_classes=len(test_set.classes),
-        details={
-            "k": k,
-            "feature": options.feature,
-            "num_train": num_train,
-            "top1_by_class": dict(zip(names, of_class, strict=True)),
-            "remark": test_set.describe(),
-        },
-        correct=right,
-        images=images,
-    )
+def _by_products(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    cosines, numbers = (queries @ gallery.T).topk(k, dim=1)
+    return cosines, numbers
 
 
-def table(run: str, results: Sequence[Result]) -> str:
-    """The results of one evaluation as lines of text."""
-    lines: list[str] = []
-    for before, result in zip([None, *results], results, strict=False):
-        if before is None or result.test_set != before.test_set:
-            lines.append(
-                f"{run} ({result.weights}), {result.test_set}: {result.details['num_train']} train and "
-                f"{result.num_images} test images, {result.num_classes} classes"
-            )
-            lines += [result.details["remark"]] if result.details["remark"] else []
-        mark = "   <- headline" if result.headline else ""
-        lines.append(f"{result.name:>8}   top-1 {result.top1:6.2f} %   top-5 {result.top5:6.2f} %{mark}")
-    worst = sorted(results[0].details["top1_by_class"].items(), key=lambda item: item[1])[:SHOWN_CLASSES]
-    lines.append(
-        f"hardest classes of {results[0].test_set}: " + ", ".join(f"{n} {a:.1f} %" for n, a in worst)
-    )
-    return "\n".join(lines)
+def _by_faiss(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it tells which build it tries
+    import faiss
+
+    values, numbers = faiss.knn(queries.numpy(), gallery.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
+    return torch.from_numpy(values), torch.from_numpy(numbers)

@@ -1,4 +1,4 @@
-"""`dino-sparo linear`: accuracy of linear classifiers on a frozen encoder. Source: official `eval_linear.py`.
+"""Accuracy of linear classifiers on a frozen encoder. Source: official `eval_linear.py`.
 
 The official protocol, and where this one differs:
 
@@ -13,257 +13,297 @@ The official protocol, and where this one differs:
 - Test images are scored after every epoch. `best` is the highest of these, which chooses by the test images;
   the result is the last epoch's.
 
-With `--cached` the probes learn from features of centre crops, the same in every epoch. That is not the
-official protocol, and its results go under the name `linear-cached`.
+`cached_linear_probe` learns from features of center crops, the same in every epoch. That is not the official
+protocol, and its results go under the name `linear-cached`.
+
+Axis letters: B images, F numbers of a feature.
 """
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
-from numpy.typing import NDArray
+import numpy as np
+import torch
+from torch.utils.data import Sampler
 
-from dino_sparo.data.loader import BatchOrder, choose_executor
-from dino_sparo.evaluation.classifiers import SavedClassifier, is_saved, load_classifier, save_classifier
-from dino_sparo.evaluation.features import Wanted, cached_features
-from dino_sparo.evaluation.linear_report import results_of, table
-from dino_sparo.evaluation.linear_setup import Opened, open_all
-from dino_sparo.evaluation.official_weights import load_official
-from dino_sparo.evaluation.probe_data import MAX_SIDE, CachedFeed, ImageFeed, check_batch_size
-from dino_sparo.evaluation.probe_training import Exam, Learning, restore, score, train
-from dino_sparo.evaluation.probes import INPUTS, Probes, choose_probes, official_probe
-from dino_sparo.evaluation.results import Result, results_folder, save_results
-from dino_sparo.parallel.device import choose_device
-from dino_sparo.parallel.distributed import (
-    local_rank,
-    process_group,
-    rank,
-    world_size,
+from dino_sparo.data.device_views import ahead
+from dino_sparo.data.images import normalize
+from dino_sparo.data.loader import (
+    BatchOrder,
+    Crops,
+    CropsDataset,
+    Executor,
+    PhotoBatch,
+    choose_executor,
+    crop_batches,
+    crops_of,
 )
-from dino_sparo.parallel.precision import choose_precision
+from dino_sparo.data.sources import ImageSource
+from dino_sparo.data.views import CropRecipe
+from dino_sparo.data.workers import default_workers
+from dino_sparo.evaluation.classifiers import is_saved, load_classifier, load_official
+from dino_sparo.evaluation.features import Wanted, cached_features, hash_of
+from dino_sparo.evaluation.probe_training import (
+    Batch,
+    Features,
+    ProbeTraining,
+    Waiting,
+    feature_rows,
+    results_of,
+)
+from dino_sparo.evaluation.probes import INPUTS, MAX_BLOCKS, Probes
+from dino_sparo.evaluation.results import Result, accuracies
+from dino_sparo.evaluation.transfer import VAL, TestSet, as_test_sets
+from dino_sparo.models import Encoder
+from dino_sparo.parallel.distributed import local_world_size
+from dino_sparo.parallel.precision import autocast, choose_precision
 
-if TYPE_CHECKING:
-    from dino_sparo.options import LinearOptions
-
-log = logging.getLogger("dino_sparo")
-
-CLASSIFIERS = "classifiers"
-
-
-def run(options: "LinearOptions") -> None:
-    """Train probes, go on where they stopped, or score a saved one; print and keep the results.
-
-    Raises:
-        UserError: for a mistake in options or data; what earlier starts have done is kept.
-    """
-    device = choose_device(options.device, local_rank())
-    with process_group(device):
-        opened = open_all(options, device)
-        results = score_saved(options, opened) if options.evaluate else train_all(options, opened)
-        if rank() == 0:
-            save_results(opened.folder, results)
-            print(table(options.run, results))
-
-
-def train_all(options: "LinearOptions", opened: Opened) -> list[Result]:
-    """Train the probes, or go on, save the classifiers, and score them on every test set."""
-    probes = choose_probes(
-        opened.encoder,
-        learning_rates=options.learning_rates,
-        num_blocks=options.num_blocks,
-        features=options.features,
-        sweep=options.sweep,
-    )
-    check_batch_size(options.batch_size, len(opened.train), world_size())
-    learning = Learning(
-        Probes(
-            probes,
-            width=opened.encoder.backbone.cls_token.shape[-1],
-            embed_dim=opened.encoder.embed_dim,
-            num_classes=len(opened.train.classes),
-            seed=options.seed,
-        ).to(opened.device),
-        global_batch_size=options.batch_size,
-        epochs=options.epochs,
-    )
-    folder = opened.folder / folder_name(options)
-    settings = settings_of(options, opened, [probe.name for probe in probes])
-    steps_per_epoch = len(opened.train) // options.batch_size
-    restore(learning, folder, settings, steps_per_epoch, unverified=options.resume_unverified)
-    train_features, exams = _features(options, opened)
-    if learning.epochs_done < learning.epochs:
-        log.info(
-            "%s: epoch %d of %d, %d probes, %d train images",
-            *(folder, learning.epochs_done + 1, learning.epochs, len(probes), len(opened.train)),
-        )
-        order = BatchOrder(
-            num_samples=len(opened.train),
-            global_batch_size=options.batch_size,
-            epochs=options.epochs,
-            seed=options.seed,
-            first_step=learning.epochs_done * steps_per_epoch,
-            rank=rank(),
-            world_size=world_size(),
-        )
-        if rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-        train(
-            learning,
-            _feed(options, opened, order, train_features),
-            exams[0],
-            folder=folder,
-            settings=settings,
-            steps_per_epoch=steps_per_epoch,
-            global_batch_size=options.batch_size,
-            device=opened.device,
-        )
-    saved = classifiers(options, opened, learning)
-    if rank() == 0:
-        (folder / CLASSIFIERS).mkdir(parents=True, exist_ok=True)
-        for classifier in saved:
-            name = classifier.probe.name.replace(" ", "_")
-            save_classifier(folder / CLASSIFIERS / f"{name}.safetensors", classifier)
-        log.info("classifiers are in %s", folder / CLASSIFIERS)
-    return _results(options, opened, saved, learning.probes, exams)
+MAX_SIDE = 1024  # longer images are reduced to it first: no crop of a usual photograph gets larger by it
+IMAGES_AT_ONCE = 64  # per forward pass of the encoder; it changes memory, not the experiment
+OFFICIAL, CACHED = "linear", "linear-cached"  # protocols
 
 
-def score_saved(options: "LinearOptions", opened: Opened) -> list[Result]:
-    """Score a saved classifier, or that of an official file, on every test set.
+def linear_probe(
+    encoder: Encoder,
+    train: ImageSource,
+    test: ImageSource | Sequence[TestSet],
+    folder: Path,
+    *,
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    views: Literal["auto", "pil", "tensor", "device"] = "auto",
+    cache: Path | None = None,
+    num_workers: int | None = 0,
+    resume_unverified: bool = False,
+    **settings: Any,
+) -> list[Result]:
+    """Train linear probes by the official protocol, or resume, and score them; all processes share the work.
+
+    Args:
+        encoder, train, test, folder: as of `ProbeTraining`.
+        precision: of the encoder on training crops.
+        views: who makes the training crops, as in `choose_executor`.
+        cache: for features of test images, as in `cached_features`.
+        num_workers: processes that load images; None takes one per core, at most 16 in all.
+        resume_unverified: resume from a checkpoint whose SHA-256 is missing, although it may be damaged.
+        settings: probes, epochs, batch_size, train_fraction, seed, weights, as of `ProbeTraining`.
 
     Raises:
-        UserError: it was trained on another encoder or other classes.
+        UserError: for a setting that does not fit, or for images; what earlier epochs have done is kept.
     """
-    path, classes = str(options.evaluate), opened.train.classes
+    training = ProbeTraining(encoder, train, test, folder, protocol=OFFICIAL, **settings)
+    training.resume(cached=False, cache_precision=None, unverified=resume_unverified)
+    features = cached_features(encoder, training.wanted(), INPUTS, cache=cache, num_workers=num_workers)
+    training.fit(
+        lambda order, waiting: features_of_crops(
+            *(encoder, training.train, order, waiting),
+            precision=choose_precision(precision, encoder.device),
+            executor=choose_executor(views, encoder.device, max_side=MAX_SIDE),
+            num_workers=default_workers(local_world_size()) if num_workers is None else num_workers,
+        ),
+        features[0],
+        checkpoint_every_epochs=1,
+    )
+    return training.finish(features)
+
+
+def cached_linear_probe(
+    encoder: Encoder,
+    train: ImageSource,
+    test: ImageSource | Sequence[TestSet],
+    folder: Path,
+    *,
+    cache: Path | None = None,
+    cache_precision: Literal["float16", "float32"] = "float16",
+    num_workers: int | None = 0,
+    resume_unverified: bool = False,
+    **settings: Any,
+) -> list[Result]:
+    """As `linear_probe`, but the probes learn from features of center crops: seconds instead of hours.
+
+    Args:
+        cache_precision: of the train features on disk; those of test images are float32.
+    """
+    training = ProbeTraining(encoder, train, test, folder, protocol=CACHED, **settings)
+    training.resume(cached=True, cache_precision=cache_precision, unverified=resume_unverified)
+    wanted = [*training.wanted(), Wanted(training.train, "train features", cache_precision)]
+    *features, of_train = cached_features(encoder, wanted, INPUTS, cache=cache, num_workers=num_workers)
+    training.fit(
+        lambda order, waiting: nullcontext(
+            features_of_rows(of_train, training.train, order, waiting, encoder.device)
+        ),
+        features[0],
+        checkpoint_every_epochs=10,  # an epoch takes less time than a checkpoint
+    )
+    return training.finish(features)
+
+
+def score_classifier(
+    path: str,
+    encoder: Encoder,
+    test: ImageSource | Sequence[TestSet],
+    classes: Sequence[str],
+    *,
+    weights: str = "teacher",
+    cache: Path | None = None,
+    num_workers: int | None = 0,
+) -> list[Result]:
+    """Score a saved classifier (`.safetensors`), or linear weights of the official DINO code, on test images.
+
+    Args:
+        classes: names of the classes of training, in its order.
+
+    Raises:
+        UserError: it was trained on another encoder or other classes, or the file is damaged.
+    """
+    hash_now = hash_of(encoder)
     if is_saved(path):
         saved = load_classifier(Path(path))
     else:
-        saved = load_official(Path(path), opened.encoder, classes=classes, encoder_hash=opened.encoder_hash)
-    width, embed_dim = opened.encoder.backbone.cls_token.shape[-1], opened.encoder.embed_dim
-    weights = saved.fitted(
+        saved = load_official(Path(path), encoder, classes=tuple(classes), encoder_hash=hash_now)
+    probes = Probes([saved.probe], width=encoder.width, embed_dim=encoder.embed_dim, num_classes=len(classes))
+    fitted = saved.fitted(
         path,
         classes=classes,
-        num_inputs=saved.probe.num_inputs(width, embed_dim),
-        encoder_hash=opened.encoder_hash,
+        num_inputs=saved.probe.num_inputs(encoder.width, encoder.embed_dim),
+        encoder_hash=hash_now,
     )
-    probes = Probes([saved.probe], width=width, embed_dim=embed_dim, num_classes=len(classes))
-    probes.load_state_dict({f"classifiers.0.{name}": tensor for name, tensor in weights.items()})
-    probes.to(opened.device)
-    _, exams = _features(options, opened)
-    return _results(options, opened, [saved], probes, exams)
+    probes.load_state_dict({f"classifiers.0.{name}": tensor for name, tensor in fitted.items()})
+    probes.to(encoder.device)
+    test_sets = as_test_sets(test, classes)
+    wanted = [Wanted(one.source, f"{one.name} features", "float32") for one in test_sets]
+    features = cached_features(encoder, wanted, INPUTS, cache=cache, num_workers=num_workers)
+    return results_of(encoder, [saved], probes, test_sets, features, weights)
 
 
-def folder_name(options: "LinearOptions") -> str:
-    """`linear`, and what makes the probes others: so each kind of them has a folder of its own."""
-    parts = [protocol_of(options)]
-    parts += ["untrained"] if options.untrained else [options.which] if options.which != "teacher" else []
-    parts += [f"fraction-{options.train_fraction:g}"] if options.train_fraction < 1 else []
-    parts += ["sweep"] if options.sweep else []
+def probe_folder(
+    protocol: str, *, weights: str = "teacher", train_fraction: float = 1.0, sweep: bool = False
+) -> str:
+    """The protocol, and what makes the probes others: so each kind of them has a folder of its own."""
+    parts = [protocol]
+    parts += [weights] if weights != "teacher" else []
+    parts += [f"fraction-{train_fraction:g}"] if train_fraction < 1 else []
+    parts += ["sweep"] if sweep else []
     return "-".join(parts)
 
 
-def protocol_of(options: "LinearOptions") -> str:
-    """`linear` is the official protocol only."""
-    return "linear-cached" if options.cached else "linear"
+def table(run: str, results: Sequence[Result]) -> str:
+    """The results of one call as lines of text; `best` is the highest top-1 on val after any epoch."""
+
+    def heading(result: Result) -> str:
+        details = result.details
+        what, trained = "linear probe", ""
+        counts = f"{result.num_images} test images, {result.num_classes} classes"
+        if details["protocol"] == CACHED:
+            what += " on cached center crops (not the official protocol)"
+        if "weights_file" in details:
+            what += f" of {details['weights_file']}"
+        else:
+            counts = f"{details['num_train']} train and {counts}"
+            trained = f", {details['epochs']} epochs, batch {details['batch_size']}"
+        return f"{run} ({result.weights}), {what}, {result.test_set}: {counts}{trained}"
+
+    def best(result: Result) -> str:
+        details = result.details
+        if result.test_set != VAL or "best_val_top1" not in details:
+            return ""
+        return f"   best {details['best_val_top1']:6.2f} % (epoch {details['best_val_epoch']})"
+
+    return "\n".join(accuracies(results, heading, best))
 
 
-def settings_of(options: "LinearOptions", opened: Opened, probes: Sequence[str]) -> dict[str, Any]:
-    """What a run of probes is, in plain values: with others it is another run."""
-    return {
-        "probes": list(probes),
-        "epochs": options.epochs,
-        "batch_size": options.batch_size,
-        "seed": options.seed,
-        "train_fraction": options.train_fraction,
-        "cached": options.cached,
-        "cache_precision": options.cache_precision if options.cached else None,
-        "classes": len(opened.train.classes),
-        "train images": opened.train.fingerprint(),
-        "val images": opened.test_sets[0].source.fingerprint(),
-        "encoder": opened.encoder_hash,
-    }
+# --- What probes learn from
 
 
-def classifiers(options: "LinearOptions", opened: Opened, learning: Learning) -> list[SavedClassifier]:
-    """The probes as they are now, with how they came to be."""
-    weights = learning.probes.state_dict()
-    return [
-        SavedClassifier(
-            probe=probe,
-            weight=weights[f"classifiers.{number}.weight"],
-            bias=weights[f"classifiers.{number}.bias"],
-            classes=opened.train.classes,
-            encoder=opened.encoder_hash,
-            details={
-                "protocol": protocol_of(options),
-                "feature": probe.feature,
-                "num_blocks": probe.num_blocks,
-                "learning_rate": probe.learning_rate,
-                "epochs": learning.epochs_done,
-                "batch_size": options.batch_size,
-                "seed": options.seed,
-                "train_fraction": options.train_fraction,
-                "num_train": len(opened.train),
-                "best_val_top1": best,
-                "best_val_epoch": epoch,
-            },
-        )
-        for number, (probe, (best, epoch)) in enumerate(
-            zip(learning.probes.probes, learning.best, strict=True)
-        )
-    ]
-
-
-def _feed(
-    options: "LinearOptions", opened: Opened, order: BatchOrder, train_features: Mapping[str, NDArray] | None
-) -> ImageFeed | CachedFeed:
-    if train_features is None:
-        return ImageFeed(
-            opened.encoder,
-            opened.train,
-            order,
-            image_size=opened.image_size,
-            precision=choose_precision(options.precision, opened.device),
-            num_workers=opened.num_workers,
-            executor=choose_executor(options.views, opened.device, max_side=MAX_SIDE),
-        )
-    assert opened.train.labels is not None
-    return CachedFeed(train_features, opened.train.labels, order, opened.device)
-
-
-def _features(options: "LinearOptions", opened: Opened) -> tuple[Mapping[str, NDArray] | None, list[Exam]]:
-    """Features on disk: of the train images, where probes learn from them, and of all test sets."""
-    wanted = [Wanted(one.source, f"{one.name} features", "float32") for one in opened.test_sets]
-    if options.cached:
-        wanted.append(Wanted(opened.train, "train features", options.cache_precision))
-    features = cached_features(
-        opened.encoder,
-        wanted,
-        INPUTS,
-        image_size=opened.image_size,
-        cache=Path(options.cache or results_folder(options.run) / "features"),
-        num_workers=opened.num_workers,
+def training_crop(image_size: int) -> CropRecipe:
+    """torchvision's RandomResizedCrop and RandomHorizontalFlip at their defaults, but for the size."""
+    return CropRecipe(
+        size=image_size,
+        scale=(0.08, 1.0),
+        flip_probability=0.5,
+        jitter_probability=0.0,
+        jitter_strength=(0.0, 0.0, 0.0, 0.0),
+        grayscale_probability=0.0,
+        blur_probability=0.0,
+        blur_radius=(0.0, 0.0),
+        solarize_probability=0.0,
+        interpolation="bilinear",
     )
-    exams = [Exam(test_set, found) for test_set, found in zip(opened.test_sets, features, strict=False)]
-    return features[-1] if options.cached else None, exams
 
 
-def _results(
-    options: "LinearOptions",
-    opened: Opened,
-    saved: Sequence[SavedClassifier],
-    probes: Probes,
-    exams: Sequence[Exam],
-) -> list[Result]:
-    """Every probe on every test set."""
-    results = []
-    for exam in exams:
-        results += results_of(
-            saved,
-            score(probes, exam, opened.device),
-            exam.test_set,
-            classes=opened.train.classes,
-            official=official_probe(opened.encoder),
-            weights="untrained" if options.untrained else options.which,
-        )
-    return results
+@contextmanager
+def features_of_crops(
+    encoder: Encoder,
+    source: ImageSource,
+    order: BatchOrder,
+    waiting: Waiting,
+    *,
+    precision: str,
+    executor: Executor,
+    num_workers: int,
+    timeout_seconds: float = 600.0,
+) -> Iterator[Iterator[Batch]]:
+    """The official training crops through the frozen encoder: random resized crop (bilinear), flip."""
+    assert source.labels is not None
+    labels, device = torch.from_numpy(source.labels), encoder.device
+    crops = CropsDataset(
+        source, [training_crop(encoder.image_size)], order.seed, executor=executor, max_side=MAX_SIDE
+    )
+    pieces = _Pieces(order)
+    loader = crop_batches(
+        crops,
+        pieces,
+        num_workers=num_workers,
+        prefetch_batches=2,
+        pin_memory=device.type == "cuda",
+        timeout_seconds=timeout_seconds,
+    )
+
+    def readable() -> Iterator[Crops | PhotoBatch]:
+        loaded = iter(loader)
+        for _ in range(len(pieces)):
+            with waiting():
+                piece = next(loaded)
+            yield piece
+
+    def batches() -> Iterator[Batch]:
+        made = ahead(readable(), lambda piece: crops_of(piece, crops.crop_recipes, device), device)
+        for batch in order:
+            parts = []
+            for _ in range(0, len(batch), IMAGES_AT_ONCE):
+                images = normalize(next(made).global_crops[0])
+                with torch.no_grad(), autocast(precision, device):
+                    parts.append(encoder.features(images, INPUTS, MAX_BLOCKS))
+            features = {name: torch.cat([part[name].float() for part in parts]) for name in INPUTS}
+            yield features, labels[[sample for _, sample in batch]].to(device)
+
+    with loader.failures_explained():
+        yield batches()
+
+
+class _Pieces(Sampler):
+    """The batches of an order in pieces that the encoder takes at once."""
+
+    def __init__(self, order: BatchOrder) -> None:
+        self.order = order
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for batch in self.order:
+            for start in range(0, len(batch), IMAGES_AT_ONCE):
+                yield batch[start : start + IMAGES_AT_ONCE]
+
+    def __len__(self) -> int:
+        return len(self.order) * -(-self.order.micro_batch_size // IMAGES_AT_ONCE)
+
+
+def features_of_rows(
+    features: Features, source: ImageSource, order: BatchOrder, waiting: Waiting, device: torch.device
+) -> Iterator[Batch]:
+    """Features that have been computed before: the same in every epoch."""
+    assert source.labels is not None
+    for batch in order:
+        samples = np.array([sample for _, sample in batch])
+        with waiting():
+            found = feature_rows(features, samples, device)
+        yield found, torch.from_numpy(source.labels[samples]).to(device)

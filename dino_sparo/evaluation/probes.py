@@ -30,9 +30,9 @@ class Probe:
     """One linear classifier: what it sees, and how fast it learns.
 
     Attributes:
-        feature: `encoding`: that alone; `cls`: the normalised class token after each of the last
+        feature: `encoding`: that alone; `cls`: the normalized class token after each of the last
             `num_blocks` blocks (the mean patch token for a `gap` encoder); `both`: that of the last
-            `num_blocks - 1`, then the unnormalised SPARO encoding, which stands for the block it replaces.
+            `num_blocks - 1`, then the unnormalized SPARO encoding, which stands for the block it replaces.
         num_blocks: 1 for `encoding`.
         learning_rate: at the start, for a global batch of 256 images.
     """

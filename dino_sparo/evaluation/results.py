@@ -11,17 +11,20 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.files import write_file
+
+if TYPE_CHECKING:
+    from dino_sparo.evaluation.transfer import TestSet  # needs torch, of which `compare` needs nothing
 
 log = logging.getLogger("dino_sparo")
 
@@ -60,9 +63,47 @@ class Result:
 
     @property
     def train_fraction(self) -> float:
-        """Share of the train images that was learnt from; 1 unless the details say otherwise."""
+        """Share of the train images that was learned from; 1 unless the details say otherwise."""
         fraction = self.details.get("train_fraction")
         return 1.0 if fraction is None else float(fraction)
+
+
+def result_on(
+    test_set: "TestSet", correct: NDArray[np.bool_], *, details: dict[str, Any], **values: Any
+) -> Result:
+    """A result on a test set: the `values` given, and what follows from the images, as accuracy by class."""
+    labels = test_set.labels
+    by_class = {
+        test_set.source.classes[number]: 100 * float(correct[labels == number].mean())
+        for number in np.unique(labels).tolist()
+    }
+    return Result(
+        test_set=test_set.name,
+        num_images=len(labels),
+        num_classes=len(test_set.classes),
+        details=details | {"top1_by_class": by_class, "remark": test_set.describe()},
+        correct=correct,
+        **values,
+    )
+
+
+def accuracies(
+    results: Sequence[Result],
+    heading: Callable[[Result], str],
+    remark: Callable[[Result], str] = lambda _: "",
+) -> list[str]:
+    """Lines of text: for each test set a heading, and below it its results, each with a remark."""
+    lines: list[str] = []
+    width = max(len(result.name) for result in results)
+    for before, result in zip([None, *results], results, strict=False):
+        if before is None or result.test_set != before.test_set:
+            lines.append(heading(result))
+            lines += [result.details["remark"]] if result.details["remark"] else []
+        lines.append(
+            f"{result.name:<{width}}   top-1 {result.top1:6.2f} %   top-5 {result.top5:6.2f} %"
+            f"{remark(result)}{'   <- headline' if result.headline else ''}"
+        )
+    return lines
 
 
 def results_folder(run: str) -> Path:
@@ -150,12 +191,9 @@ def alone_in(folder: Path) -> Iterator[None]:
     """Hold a lock on the folder, which leaves no file behind.
 
     Raises:
-        UserError: the folder cannot be opened.
+        OSError: the folder cannot be opened.
     """
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be opened ({error.strerror}); make it readable") from error
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # some network file systems have no locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)

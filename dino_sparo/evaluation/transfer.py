@@ -14,14 +14,16 @@ Axis letters: B test images, S classes of training.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dino_sparo.data.sources import ImageSource, open_folder, unlabelled
+from dino_sparo.data.sources import ImageSource, open_folder, open_labelled, unlabelled
 from dino_sparo.errors import UserError, UserFileNotFoundError
+from dino_sparo.parallel.distributed import first_rank_first
 
 VAL = "val"
 SHOWN_NAMES = 3
@@ -71,6 +73,21 @@ class TestSet:
         return f"{self.name}: {'; '.join(parts)}; accuracy is over {over}"
 
 
+def open_train_and_tests(path: str, further: Sequence[str] = ()) -> tuple[ImageSource, list[TestSet]]:
+    """The train images of a labeled folder, and its test images with the `further` test sets, each NAME=DIR.
+
+    Every process calls it. Raises UserError as `open_labelled` and `open_test_sets` do.
+    """
+    train, val = first_rank_first(lambda: open_labelled(path))
+    others = first_rank_first(lambda: open_test_sets(further, train.classes))
+    return train, [*as_test_sets(val, train.classes), *others]
+
+
+def as_test_sets(test: ImageSource | Sequence[TestSet], train_classes: Sequence[str]) -> Sequence[TestSet]:
+    """Test sets as they are, or labeled images, whose classes are those of training, as `val`."""
+    return test if isinstance(test, Sequence) else [as_test_set(VAL, test, train_classes)]
+
+
 def open_test_sets(given: Sequence[str], train_classes: Sequence[str]) -> list[TestSet]:
     """The test sets given as `NAME=DIR`, their labels as class numbers of training.
 
@@ -104,7 +121,7 @@ def named_folder(text: str, key: str, expected: str) -> tuple[str, str]:
 
 
 def as_test_set(name: str, source: ImageSource, train_classes: Sequence[str]) -> TestSet:
-    """Images that are labelled by numbers of training already: the val folder. All classes stay possible."""
+    """Images that are labeled by numbers of training already: the val folder. All classes stay possible."""
     labels = source.labels
     assert labels is not None and tuple(source.classes) == tuple(train_classes)
     here = np.bincount(labels, minlength=len(train_classes)) > 0
@@ -170,3 +187,21 @@ def _is_number(name: str) -> bool:
 def _some(names: Sequence[str]) -> str:
     """The first few names."""
     return ", ".join(names[:SHOWN_NAMES]) + (", ..." if len(names) > SHOWN_NAMES else "")
+
+
+def balanced_fraction(source: ImageSource, fraction: float, seed: int) -> ImageSource:
+    """A share of the images with the same number of every class, at least one, drawn by the seed.
+
+    A class with fewer images gives all it has. A smaller fraction's images are among those of a larger one.
+    """
+    assert source.labels is not None
+    each = max(1, round(fraction * len(source) / len(source.classes)))
+    return source.subset(draw_by_class(source.labels, np.full(len(source.classes), each), seed))
+
+
+def draw_by_class(labels: NDArray[np.int64], counts: NDArray[Any], seed: int) -> NDArray[np.int64]:
+    """Numbers of images, sorted: of every class as many as `counts` (S,) has, or all, drawn by the seed."""
+    drawn = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(len(labels))
+    by_class = drawn[np.argsort(labels[drawn], kind="stable")]
+    position = np.arange(len(labels)) - np.searchsorted(labels[by_class], labels[by_class])
+    return np.sort(by_class[position < counts[labels[by_class]]])

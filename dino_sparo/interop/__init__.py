@@ -1,1 +1,1 @@
-"""Neighbours: encoders in, from our files and official ones, and out."""
+"""Encoders in, from our files and official ones, and out."""

@@ -1,20 +1,30 @@
-"""ViT weights by the names of the official DINO code: a backbone, or a full checkpoint of both networks.
+"""Weights by the names of the official DINO code, in and out: a backbone, or student and teacher with heads.
 
-A plain VisionTransformer of timm has the same names. Beside the backbone there may be a SPARO read-out.
+A plain VisionTransformer of timm has the same names. SPARO, which the official code does not know, is
+`readout.*` beside the backbone. The weight norm of the head has its older names in files that we write, the
+only ones that the official code reads; both are read.
 """
 
+import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dino_sparo.errors import UserError
-from dino_sparo.interop.stored import StoredEncoder, architecture, in_words
+from dino_sparo.files import write_file
+from dino_sparo.interop.stored import MODELS, StoredEncoder, architecture
+from dino_sparo.interop.timm_folder import is_plain_sparo
+from dino_sparo.models.head import OLD_NAMES
 
-HEAD_DIM = 64  # numbers an attention head, in every ViT of the official code
-MODELS = ("teacher", "student")
+SUFFIX = ".pth"
+HEAD_DIM = 64  # numbers per attention head, in every ViT of the official code
+NUM_HEADS = "num_heads"  # beside student and teacher in files that we write: weights do not tell it
+OUR_NAMES = {f"head.{old}": f"head.{new}" for old, new in OLD_NAMES.items()}
+OFFICIAL_NAMES = {ours: official for official, ours in OUR_NAMES.items()}
 WRAPPERS = ("state_dict", "model")  # keys under which other programs keep a single state dict
 PREFIXES = ("module.", "backbone.")  # of data-parallel training, and of the wrapper around backbone and head
 HEADS = ("head.", "fc_norm.")  # of DINO, and of a classifier
@@ -22,35 +32,54 @@ BACKBONE = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
 READOUT = "readout."
 NEEDED = ("cls_token", "pos_embed", "patch_embed.proj.weight")
 READOUT_NEEDED = ("readout.query", "readout.key_proj.weight", "readout.value_proj.weight")
-NUM_HEADS = "num_heads"  # beside student and teacher, where `interop.to_official` has written the file
 SHOWN_KEYS = 5
 
 
-def read_official(
-    content: Any,
-    path: Path,
-    which: str,
-    arch: str | Mapping[str, int] | None = None,
-    *,
-    num_heads: int | None = None,
-) -> StoredEncoder:
-    """The encoder in an official file: with its SPARO read-out, else with the normalised CLS token.
+# --- In
 
-    All sizes are read from the weights, but for the number of attention heads, which is not in them: it is
-    that of `arch`, else NUM_HEADS of the file, else `num_heads`, else one head for 64 numbers of width. With
-    a read-out the depth is that of the plain ViT, one block more than there are.
+
+def read_official(
+    content: Any, path: Path, *, arch: str | Mapping[str, int] | None = None, num_heads: int | None = None
+) -> dict[str, StoredEncoder]:
+    """The encoders in an official file by teacher and student; a single state dict counts as the teacher.
+
+    The encoding is that of the SPARO read-out beside the backbone, else the normalized CLS token. All sizes
+    are read from the weights, but for the number of attention heads: it is NUM_HEADS of the file, else that
+    of `arch`, else `num_heads`, else one head per 64 numbers of width. With a read-out the depth is that of
+    the plain ViT, one block more than there are.
 
     Args:
         content: what the file holds.
         path: for messages.
-        which: teacher or student; a bare backbone counts as the teacher.
-        arch: named size, or width, depth and num_heads; it must fit the weights.
+        arch: named size, or width, depth and num_heads.
         num_heads: attention heads if they are known from elsewhere.
 
     Raises:
-        UserError: there is no such backbone in the file.
+        UserError: there is no backbone in the file, or only a part of one.
     """
-    weights, beside = _split(_state_dict(content, path, which), path)
+    networks = {name: content[name] for name in MODELS if isinstance(content, Mapping) and name in content}
+    if not networks and isinstance(content, Mapping):
+        wrapped = (content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping))
+        networks = {"teacher": next(wrapped, content)}
+    for state in networks.values() or [content]:
+        if not isinstance(state, Mapping):
+            raise UserError(
+                f"{path} holds a {type(state).__name__}; expected parameters by name (a state dict)"
+            )
+    if isinstance(content.get(NUM_HEADS), int):
+        arch, num_heads = None, content[NUM_HEADS]
+    return {which: _encoder(state, path, which, arch, num_heads) for which, state in networks.items()}
+
+
+def _encoder(
+    state: Mapping[str, Any],
+    path: Path,
+    which: str,
+    arch: str | Mapping[str, int] | None,
+    num_heads: int | None,
+) -> StoredEncoder:
+    """The encoder of one network."""
+    weights, beside = _split(state, path)
     missing = [name for name in NEEDED if name not in weights]
     if missing:
         raise UserError(
@@ -58,15 +87,25 @@ def read_official(
             f"parameters; give a whole state dict"
         )
     width, patch_size, image_size = _sizes(weights, path)
-    if isinstance(content.get(NUM_HEADS), int):
-        num_heads = content[NUM_HEADS]
+    if arch is not None and architecture(arch)["width"] == width:
+        num_heads = architecture(arch)["num_heads"]
+    if num_heads is None and (width < HEAD_DIM or width % HEAD_DIM):
+        raise UserError(
+            f"{path} is of width {width}, no multiple of {HEAD_DIM}, so its number of heads cannot be told; "
+            f"give an arch of this width"
+        )
     blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
     depth = 1 + max((int(block) for block in blocks if block.isdecimal()), default=-1)
     readout = _readout(weights, path)
+    sizes = {
+        "width": width,
+        "depth": depth + bool(readout),
+        "num_heads": width // HEAD_DIM if num_heads is None else num_heads,
+    }
     return StoredEncoder(
         path=path,
         arguments={
-            "arch": _arch(width, depth + bool(readout), arch, num_heads, path),
+            "arch": sizes,
             "patch_size": patch_size,
             "image_size": image_size,
             **(readout or {"readout": "cls"}),
@@ -76,28 +115,8 @@ def read_official(
         weights={
             name if name.startswith(READOUT) else f"backbone.{name}": value for name, value in weights.items()
         },
-        beside=beside,
+        beside={OUR_NAMES.get(name, name): value for name, value in beside.items()},
     )
-
-
-def _state_dict(content: Any, path: Path, which: str) -> Mapping[str, Any]:
-    """The one state dict that is asked for."""
-    models = [name for name in MODELS if isinstance(content, Mapping) and name in content]
-    if models and which not in models:
-        raise UserError(f"{path} holds the {models[0]} only; ask for which={models[0]!r}")
-    if models:
-        content = content[which]
-    elif which != "teacher":
-        raise UserError(
-            f"{path} holds one set of weights, no {which} beside a teacher; leave out which={which!r}"
-        )
-    elif isinstance(content, Mapping):
-        content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), content)
-    if not isinstance(content, Mapping):
-        raise UserError(
-            f"{path} holds a {type(content).__name__}; expected parameters by name (a state dict)"
-        )
-    return content
 
 
 def _split(state: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -122,6 +141,21 @@ def _split(state: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], dict[s
     return weights, beside
 
 
+def _sizes(weights: Mapping[str, Any], path: Path) -> tuple[int, int, int]:
+    """Width, patch size and native image size, both in pixels."""
+    patch_shape = _shape(weights["patch_embed.proj.weight"])
+    if len(patch_shape) != 4 or patch_shape[2] != patch_shape[3] or 0 in patch_shape:
+        raise UserError(f"{path}: patch_embed.proj.weight is {patch_shape}; expected (width, 3, side, side)")
+    position_shape = _shape(weights["pos_embed"])
+    num_patches = position_shape[1] - 1 if len(position_shape) == 3 else 0
+    grid = math.isqrt(max(0, num_patches))
+    if grid < 1 or grid**2 != num_patches:
+        raise UserError(
+            f"{path}: pos_embed is {position_shape}; expected (1, 1 + a square number of patches, width)"
+        )
+    return patch_shape[0], patch_shape[2], grid * patch_shape[2]
+
+
 def _readout(weights: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The arguments of `build_encoder` for the SPARO read-out beside the backbone; none without one."""
     if not any(name.startswith(READOUT) for name in weights):
@@ -140,43 +174,84 @@ def _readout(weights: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return {"readout": "sparo", **sizes, "group_size": slots * key_dim // rows}
 
 
-def _sizes(weights: Mapping[str, Any], path: Path) -> tuple[int, int, int]:
-    """Width, patch size and native image size, both in pixels."""
-    patch_shape = _shape(weights["patch_embed.proj.weight"])
-    if len(patch_shape) != 4 or patch_shape[2] != patch_shape[3] or 0 in patch_shape:
-        raise UserError(f"{path}: patch_embed.proj.weight is {patch_shape}; expected (width, 3, side, side)")
-    position_shape = _shape(weights["pos_embed"])
-    num_patches = position_shape[1] - 1 if len(position_shape) == 3 else 0
-    grid = math.isqrt(max(0, num_patches))
-    if grid < 1 or grid**2 != num_patches:
-        raise UserError(
-            f"{path}: pos_embed is {position_shape}; expected (1, 1 + a square number of patches, width)"
-        )
-    return patch_shape[0], patch_shape[2], grid * patch_shape[2]
-
-
 def _shape(value: Any) -> tuple[int, ...]:
     """The shape of a tensor; none of anything else."""
     return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
-def _arch(
-    width: int, depth: int, arch: str | Mapping[str, int] | None, num_heads: int | None, path: Path
-) -> dict[str, int]:
-    """Width, depth and number of heads of the weights."""
-    if arch is None and num_heads is not None:
-        return {"width": width, "depth": depth, "num_heads": num_heads}
-    if arch is None:
-        if width < HEAD_DIM or width % HEAD_DIM:
-            raise UserError(
-                f"{path} is of width {width}, no multiple of {HEAD_DIM}, so its number of heads cannot be "
-                f"told; give arch"
-            )
-        return {"width": width, "depth": depth, "num_heads": width // HEAD_DIM}
-    named = architecture(arch)
-    if (named["width"], named["depth"]) != (width, depth):
+# --- Out
+
+
+def write_official(stored: StoredEncoder, networks: Mapping[str, StoredEncoder], out: Path) -> str:
+    """Write a run's student and teacher with heads, or the bare encoder of weights from elsewhere.
+
+    Args:
+        stored: whose encoder; of a run it must be the teacher, since the file holds both networks.
+        networks: all of its file, by teacher and student.
+        out: new file, NAME.pth.
+
+    Returns:
+        What was written, in words.
+
+    Raises:
+        UserError: the read-out has no official form, the weights do not fit, `out` is there already or has
+            another ending.
+        OSError: it cannot be written.
+    """
+    if out.suffix != SUFFIX:
+        raise UserError(f"out is {out}, expected a file of the official style, so give NAME{SUFFIX}")
+    if out.exists():
+        raise UserError(f"out: {out} exists already; choose another name or remove it")
+    content: dict[str, Any]
+    if stored.epochs is None:
+        what, content = f"the {stored.which}'s encoder", _bare_content(stored)
+    elif stored.which == "teacher":
+        what, content = "student and teacher with heads", _full_content(networks)
+    else:
+        raise UserError(f"which is {stored.which!r}, but {out} is to hold student and teacher; leave it out")
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_file(out, buffer.getvalue())
+    return what
+
+
+def _full_content(networks: Mapping[str, StoredEncoder]) -> dict[str, Any]:
+    """Student, whose names follow `module.` as those of a data-parallel wrapper do, teacher, and epochs."""
+    named = {}
+    for which, stored in networks.items():
+        _check_has_form(stored)
+        stored.build()  # says what does not fit
+        weights = stored.weights | stored.beside
+        named[which] = {OFFICIAL_NAMES.get(name, name): value for name, value in weights.items()}
+    teacher = networks["teacher"]
+    return {
+        "student": {f"module.{name}": value for name, value in named["student"].items()},
+        "teacher": named["teacher"],
+        "epoch": teacher.epochs,
+        NUM_HEADS: architecture(teacher.arguments["arch"])["num_heads"],
+    }
+
+
+def _bare_content(stored: StoredEncoder) -> dict[str, Tensor]:
+    """The backbone by its bare names, as in `dino_deitsmall16_pretrain.pth`, and `readout.*` of SPARO."""
+    _check_has_form(stored)
+    arch = architecture(stored.arguments["arch"])
+    if arch["width"] != HEAD_DIM * arch["num_heads"]:
         raise UserError(
-            f"arch is {arch!r} ({in_words(named)}), but {path} holds width {width} and depth {depth}; leave "
-            f"arch out, or give the weights of that architecture"
+            f"{stored.path} has {arch['num_heads']} attention heads at width {arch['width']}, which a bare "
+            f"official file cannot tell: whoever reads it takes one per {HEAD_DIM} numbers; export with "
+            f"format timm"
         )
-    return dict(named)
+    return {name.removeprefix("backbone."): value for name, value in stored.build().state_dict().items()}
+
+
+def _check_has_form(stored: StoredEncoder) -> None:
+    """Refuse a read-out that official names cannot tell."""
+    readout = stored.arguments["readout"]
+    if readout != "cls" and not is_plain_sparo(stored.arguments):
+        options = " with options of its own" if readout == "sparo" else ""
+        raise UserError(
+            f"{stored.path} has the read-out {readout!r}{options}, but the official style holds cls and "
+            f"plain sparo only; export it with format timm"
+        )

@@ -1,6 +1,6 @@
 """An encoder as `model.onnx`, compared with torch by onnxruntime before it gets its name.
 
-Input `images` (B, 3, side, side), float32, normalised, of the encoder's native size and any B. Outputs
+Input `images` (B, 3, side, side), float32, normalized, of the encoder's native size and any B. Outputs
 `encoding` (B, embed_dim) and, with slots, `attention` (B, L, N).
 """
 

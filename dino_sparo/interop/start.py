@@ -4,18 +4,18 @@ The rules, for student and teacher alike:
 
 - The backbone must be of the recipe's width, patch size and number of heads (where the file tells it), with
   as many blocks as the recipe builds. Of a plain ViT the last block may be one too many: a read-out with
-  slots replaces it. The final norm is then taken too, though it has normalised the output of another depth.
+  slots replaces it. The final norm is then taken too, though it has normalized the output of another depth.
 - The position embedding is resized once to the recipe's image size, as the official code resizes it.
 - A read-out of the recipe's kind is taken, and must have its sizes; otherwise the read-out is fresh.
 - The head is taken if it reads the same encoding and fits exactly; else it is fresh.
 - Each network takes its own of a file with both; a frozen backbone needs one for both, the teacher's.
 
-Optimiser, centre and schedules begin anew.
+Optimizer, center and schedules begin anew.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from dino_sparo.errors import UserError
-from dino_sparo.interop.export import read_exported
-from dino_sparo.interop.load import is_exported, read_content, stored_in, weights_path
+from dino_sparo.interop.load import networks_in, one_of
+from dino_sparo.interop.official import read_official
 from dino_sparo.interop.stored import StoredEncoder, architecture, misfits
-from dino_sparo.models import DinoModel, Encoder
+from dino_sparo.models import DinoModel
 from dino_sparo.models.encoder import WITH_SLOTS
 from dino_sparo.models.head import OLD_NAMES
 
@@ -34,19 +34,19 @@ log = logging.getLogger("dino_sparo")
 
 TIMM = "timm:"
 NOT_READOUT = ("arch", "patch_size", "image_size", "after_last_block")
-SAME_AS_LEFT_OUT = {"heads": "separate", "group_size": 1}
-LENGTHS = OLD_NAMES["last_layer.weight_g"]
+DEFAULTS = {"heads": "separate", "group_size": 1}  # of read-outs, where a recipe or file leaves them out
+PROTOTYPE_LENGTHS = OLD_NAMES["last_layer.weight_g"]
 LENGTH_TOLERANCE = 0.01  # an average of ones over a long training is not exactly one
 
 
-@dataclass(frozen=True)
-class Taken:
+@dataclass
+class StartingWeights:
     """What one network takes of a file: parameters of a DinoModel by name, and the rest in words."""
 
     parameters: dict[str, Tensor]
-    fresh: list[str]
-    unused: list[str]
-    remarks: list[str]
+    fresh: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
 
 def read_networks(init: str, arguments: Mapping[str, Any]) -> list[StoredEncoder]:
@@ -59,17 +59,12 @@ def read_networks(init: str, arguments: Mapping[str, Any]) -> list[StoredEncoder
     Raises:
         UserError: there is no such file or model, or it is damaged or refused.
     """
-    num_heads = architecture(arguments["arch"])["num_heads"]
-    path = weights_path(init)
     if init.startswith(TIMM):
         content, num_heads = _from_timm(init.removeprefix(TIMM))
-    elif is_exported(path):
-        return [read_exported(path, "teacher")]
+        networks = read_official(content, Path(init), num_heads=num_heads)
     else:
-        content = read_content(path)
-    both = isinstance(content, Mapping) and "teacher" in content and "student" in content
-    which = ("teacher", "student") if both else ("teacher",)
-    return [stored_in(content, path, name, num_heads=num_heads) for name in which]
+        networks = networks_in(init, num_heads=architecture(arguments["arch"])["num_heads"])
+    return [one_of(networks, "teacher"), *(networks[name] for name in networks if name == "student")]
 
 
 def _from_timm(name: str) -> tuple[dict[str, Tensor], int]:
@@ -93,7 +88,7 @@ def _from_timm(name: str) -> tuple[dict[str, Tensor], int]:
     other = [f"{key} {told[key]}" for key, value in expected.items() if tuple(told.get(key, value)) != value]
     if other:
         log.warning(
-            "WARNING: init %s%s was trained on images normalised by %s, here they are by ImageNet's",
+            "WARNING: init %s%s was trained on images normalized by %s, here they are by ImageNet's",
             *(TIMM, name, " and ".join(other)),
         )
     attention: Any = model.get_submodule("blocks.0.attn")
@@ -122,7 +117,7 @@ def start_networks(
         UserError: the file has other sizes, or holds anything that the rules do not explain; nothing is put.
     """
     sources = stored[:1] if frozen else stored
-    taken = [_take(source, student, arguments, norm_last_layer=norm_last_layer) for source in sources]
+    taken = [_starting_weights(one, student, arguments, norm_last_layer=norm_last_layer) for one in sources]
     first, last = taken[0], taken[-1]
     if first.parameters.keys() != last.parameters.keys():
         raise UserError(
@@ -131,9 +126,9 @@ def start_networks(
     for model, part in ((teacher, first), (student, last)):
         model.load_state_dict(model.state_dict() | part.parameters)
     number = sum(value.numel() for value in first.parameters.values())
+    shared = "each its own" if len(taken) > 1 else "alike"
     parts = [
-        f"{number / 1e6:.2f} million parameters taken"
-        + (", by student and teacher each its own" if len(taken) > 1 else ", by student and teacher alike"),
+        f"{number / 1e6:.2f} million parameters taken, by student and teacher {shared}",
         f"fresh: {', '.join(first.fresh) or 'nothing'}",
         f"unused of the file: {', '.join(first.unused) or 'nothing'}",
         *first.remarks,
@@ -141,46 +136,46 @@ def start_networks(
     return f"init {stored[0].path}: {'; '.join(parts)}"
 
 
-def _take(
+def _starting_weights(
     stored: StoredEncoder, model: DinoModel, arguments: Mapping[str, Any], *, norm_last_layer: bool
-) -> Taken:
+) -> StartingWeights:
     """What a network takes; nothing about it changes."""
     _check_sizes(stored, arguments)
-    source = stored.build()  # which is strict about every name
-    dropped = _blocks_dropped(stored.path, source, model.encoder, arguments)
-    remarks, fresh = [], []
-    unused = [f"blocks.{number} (the read-out replaces it)" for number in dropped]
-    if dropped:
-        remarks.append(f"the final norm has normalised the output of block {dropped[-1]} there")
-    parameters = {
-        f"encoder.{name}": value
-        for name, value in source.state_dict().items()
-        if name.startswith("backbone.")
-        and not name.startswith(tuple(f"backbone.blocks.{n}." for n in dropped))
-    }
-    native, grid = source.backbone.native_grid, model.encoder.backbone.native_grid
-    if native != grid:
-        parameters["encoder.backbone.pos_embed"] = source.backbone.position_embedding(grid, grid)
-        remarks.append(f"position embedding resized from {native} x {native} to {grid} x {grid} patches")
-
+    source, target = stored.build(), model.encoder  # `build` is strict about every name
+    num_blocks = len(target.backbone.blocks)
+    dropped = _blocks_dropped(stored, len(source.backbone.blocks), num_blocks, arguments)
+    unwanted = tuple(f"backbone.blocks.{number}." for number in dropped)
+    state = {name: v for name, v in source.state_dict().items() if not name.startswith(unwanted)}
+    readout = [name for name in state if not name.startswith("backbone.")]
     same_readout = _same_readout(stored, arguments)
-    of_source = {
-        name: value for name, value in source.state_dict().items() if not name.startswith("backbone.")
-    }
-    if same_readout:
-        parameters |= {f"encoder.{name}": value for name, value in of_source.items()}
-    else:
-        if any(not name.startswith("backbone.") for name in model.encoder.state_dict()):
-            fresh.append(f"read-out {arguments['readout']} (the file has {stored.arguments['readout']})")
-        unused += [f"read-out {stored.arguments['readout']} ({len(of_source)} tensors)"] if of_source else []
-    head, why_not = _head(stored.beside, model, same_readout=same_readout, norm_last_layer=norm_last_layer)
-    parameters |= head
-    fresh += [f"head ({why_not})"] if why_not else []
-    kinds = dict.fromkeys(name.partition(".")[0] for name in stored.beside) if why_not else {}
-    unused += [
-        f"{kind} ({sum(name.startswith(f'{kind}.') for name in stored.beside)} tensors)" for kind in kinds
-    ]
-    return Taken(parameters, fresh, unused, remarks)
+    taken = StartingWeights(
+        {f"encoder.{name}": v for name, v in state.items() if same_readout or name not in readout}
+    )
+    for number in dropped:
+        taken.unused.append(f"blocks.{number} (the read-out replaces it)")
+        taken.remarks.append(f"the final norm has normalized the output of block {number} there")
+    native, grid = source.backbone.native_grid, target.backbone.native_grid
+    if native != grid:
+        taken.parameters["encoder.backbone.pos_embed"] = source.backbone.position_embedding(grid, grid)
+        taken.remarks.append(
+            f"position embedding resized from {native} x {native} to {grid} x {grid} patches"
+        )
+    if not same_readout:
+        if any(not name.startswith("backbone.") for name in target.state_dict()):
+            taken.fresh.append(
+                f"read-out {arguments['readout']} (the file has {stored.arguments['readout']})"
+            )
+        if readout:
+            taken.unused.append(f"read-out {stored.arguments['readout']} ({len(readout)} tensors)")
+    head = {name.removeprefix("head."): v for name, v in stored.beside.items() if name.startswith("head.")}
+    reason = _why_not_head(head, model, same_readout=same_readout, norm_last_layer=norm_last_layer)
+    if not reason:
+        taken.parameters |= {f"head.{name}": value for name, value in head.items()}
+        return taken
+    taken.fresh.append(f"head ({reason})")
+    kinds = [name.partition(".")[0] for name in stored.beside]
+    taken.unused += [f"{kind} ({kinds.count(kind)} tensors)" for kind in dict.fromkeys(kinds)]
+    return taken
 
 
 def _check_sizes(stored: StoredEncoder, arguments: Mapping[str, Any]) -> None:
@@ -189,9 +184,10 @@ def _check_sizes(stored: StoredEncoder, arguments: Mapping[str, Any]) -> None:
         {**architecture(given["arch"]), "patch_size": given["patch_size"]}
         for given in (arguments, stored.arguments)
     )
+    names = {"width": "width", "num_heads": "attention heads", "patch_size": "patch size"}
     different = [
-        f"{what} {theirs[key]} (the recipe has {ours[key]})"
-        for key, what in (("width", "width"), ("num_heads", "attention heads"), ("patch_size", "patch size"))
+        f"{name} {theirs[key]} (the recipe has {ours[key]})"
+        for key, name in names.items()
         if theirs[key] != ours[key]
     ]
     if different:
@@ -201,15 +197,16 @@ def _check_sizes(stored: StoredEncoder, arguments: Mapping[str, Any]) -> None:
         )
 
 
-def _blocks_dropped(path: Path, source: Encoder, target: Encoder, arguments: Mapping[str, Any]) -> list[int]:
+def _blocks_dropped(
+    stored: StoredEncoder, given: int, needed: int, arguments: Mapping[str, Any]
+) -> list[int]:
     """Numbers of the blocks that the file has and the recipe replaces, at most one."""
-    given, needed = len(source.backbone.blocks), len(target.backbone.blocks)
     replaces = arguments["readout"] in WITH_SLOTS and not arguments.get("after_last_block", False)
-    allowed = [needed, needed + 1] if replaces and source.readout is None else [needed]
-    if given not in allowed:
+    one_more = replaces and stored.arguments["readout"] not in WITH_SLOTS
+    if given != needed and not (one_more and given == needed + 1):
         more = f", or {needed + 1} of a plain ViT, whose last one it replaces" if replaces else ""
         raise UserError(
-            f"init {path} holds {given} blocks, but this recipe builds {needed} with read-out "
+            f"init {stored.path} holds {given} blocks, but this recipe builds {needed} with read-out "
             f"{arguments['readout']}; expected {needed}{more}, so change model.arch or give another file"
         )
     return list(range(needed, given))
@@ -222,18 +219,13 @@ def _same_readout(stored: StoredEncoder, arguments: Mapping[str, Any]) -> bool:
         UserError: it is, but with other sizes or choices.
     """
     theirs, ours = (
-        {
-            key: value
-            for key, value in given.items()
-            if key not in NOT_READOUT and value is not None and SAME_AS_LEFT_OUT.get(key) != value
-        }
+        DEFAULTS | {key: v for key, v in given.items() if key not in NOT_READOUT and v is not None}
         for given in (stored.arguments, arguments)
     )
     if theirs["readout"] != ours["readout"]:
         return False
     different = [
-        f"{key} {theirs.get(key, SAME_AS_LEFT_OUT.get(key))} "
-        f"(the recipe has {ours.get(key, SAME_AS_LEFT_OUT.get(key))})"
+        f"{key} {theirs.get(key)} (the recipe has {ours.get(key)})"
         for key in sorted(theirs.keys() | ours.keys())
         if theirs.get(key) != ours.get(key)
     ]
@@ -245,19 +237,16 @@ def _same_readout(stored: StoredEncoder, arguments: Mapping[str, Any]) -> bool:
     return True
 
 
-def _head(
-    beside: Mapping[str, Any], model: DinoModel, *, same_readout: bool, norm_last_layer: bool
-) -> tuple[dict[str, Tensor], str]:
-    """The head of a file by the names of a DinoModel; or none, and why."""
-    bare = {name.removeprefix("head."): value for name, value in beside.items() if name.startswith("head.")}
-    given = {OLD_NAMES.get(name, name): value for name, value in bare.items()}
-    if not any(name.startswith(("mlp.", "last_layer.")) for name in given):
-        return {}, "the file has none"
+def _why_not_head(
+    head: Mapping[str, Any], model: DinoModel, *, same_readout: bool, norm_last_layer: bool
+) -> str:
+    """Why the head of a file, by the names of a DINOHead, begins fresh; empty if it is taken."""
+    if not any(name.startswith(("mlp.", "last_layer.")) for name in head):
+        return "the file has none"
     if not same_readout:
-        return {}, "the file's reads another encoding"
-    listed = misfits(given, model.head.state_dict())
-    if listed:
-        return {}, f"the file's does not fit: {listed}"
-    if norm_last_layer and (given[LENGTHS] - 1).abs().max() > LENGTH_TOLERANCE:
-        return {}, "the prototypes of the file's are not of length 1, as head.norm_last_layer wants"
-    return {f"head.{name}": value for name, value in given.items()}, ""
+        return "the file's reads another encoding"
+    if listed := misfits(head, model.head.state_dict()):
+        return f"the file's does not fit: {listed}"
+    if norm_last_layer and (head[PROTOTYPE_LENGTHS] - 1).abs().max() > LENGTH_TOLERANCE:
+        return "the prototypes of the file's are not of length 1, as head.norm_last_layer wants"
+    return ""

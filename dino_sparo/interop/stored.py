@@ -12,6 +12,7 @@ from dino_sparo.errors import UserError
 from dino_sparo.models import Encoder, build_encoder
 from dino_sparo.models.encoder import ARCHITECTURES
 
+MODELS = ("teacher", "student")
 SHOWN_NAMES = 20
 
 
@@ -27,6 +28,7 @@ class StoredEncoder:
         weights: state dict of the Encoder, not yet looked at: anything may be among its values.
         beside: what else the network has in the file, by name, not looked at either: the DINO head
             (`head.mlp.0.weight`, ...), or the classifier of a plain ViT.
+        epochs: whole epochs that a run has trained them; None if they are not of a run.
     """
 
     path: Path
@@ -35,6 +37,7 @@ class StoredEncoder:
     which: str
     weights: dict[str, Any]
     beside: dict[str, Any] = field(default_factory=dict)
+    epochs: int | None = None
 
     def build(self, *, untrained: bool = False) -> Encoder:
         """The encoder in evaluation mode, on the CPU, with these weights or its initial ones.
@@ -51,9 +54,20 @@ class StoredEncoder:
                 encoder = build_encoder(**self.arguments)
             except (KeyError, RuntimeError, TypeError, ValueError) as error:  # a description may be anything
                 raise UserError(f"{self.path} describes no encoder of dino-sparo: {error}") from error
-        self._check_fit(encoder)
+        expected = encoder.state_dict()
+        if listed := misfits(self.weights, expected):
+            raise UserError(
+                f"{self.path} does not fit an encoder with {self._size()} and read-out "
+                f"{self.arguments['readout']!r}: {listed} of {len(expected)} parameters; give the whole "
+                f"weights of such an encoder"
+            )
         if not untrained:
-            self._check_finite()
+            wrong = [name for name, value in self.weights.items() if not value.isfinite().all()]
+            if wrong:
+                raise UserError(
+                    f"{self.path} holds numbers that are not finite, in {len(wrong)} parameters "
+                    f"({_first(wrong)}); give weights of a training that has not diverged"
+                )
             encoder.load_state_dict(self.weights)
         return encoder.eval()
 
@@ -63,33 +77,14 @@ class StoredEncoder:
         Raises:
             UserError: they differ.
         """
-        if arch is None:
-            return
-        asked, stored = architecture(arch), architecture(self.arguments["arch"])
-        if asked != stored:
+        if arch is not None and architecture(arch) != architecture(self.arguments["arch"]):
             raise UserError(
-                f"arch is {arch!r} ({in_words(asked)}), but {self.path} holds {in_words(stored)}; leave arch "
-                f"out, or give the weights of that architecture"
+                f"arch is {arch!r} ({in_words(architecture(arch))}), but {self.path} holds {self._size()}; "
+                f"leave arch out, or give the weights of that architecture"
             )
 
-    def _check_finite(self) -> None:
-        wrong = [name for name, value in self.weights.items() if not value.isfinite().all()]
-        if wrong:
-            raise UserError(
-                f"{self.path} holds numbers that are not finite, in {len(wrong)} parameters "
-                f"({_first(wrong)}); give weights of a training that has not diverged"
-            )
-
-    def _check_fit(self, encoder: Encoder) -> None:
-        expected = encoder.state_dict()
-        listed = misfits(self.weights, expected)
-        if listed:
-            size = in_words(architecture(self.arguments["arch"]))
-            raise UserError(
-                f"{self.path} does not fit an encoder with {size} and read-out "
-                f"{self.arguments['readout']!r}: {listed} of {len(expected)} parameters; give the whole "
-                f"weights of such an encoder"
-            )
+    def _size(self) -> str:
+        return in_words(architecture(self.arguments["arch"]))
 
 
 def misfits(given: Mapping[str, Any], expected: Mapping[str, Tensor]) -> str:

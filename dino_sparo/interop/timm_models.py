@@ -15,7 +15,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from dino_sparo.interop.timm_config import SPARO_SIZES, pretrained_config
+from dino_sparo.interop.timm_folder import SPARO_SIZES, pretrained_config
 from dino_sparo.models import Encoder, build_encoder
 from dino_sparo.models.backbone import resize_matrix
 from dino_sparo.models.encoder import ARCHITECTURES
@@ -92,11 +92,11 @@ class SparoVisionTransformer(Encoder):
         return self.forward_head(self.forward_features(images))
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Images (B, 3, height, width) -> normalised tokens (B, N, D), CLS first."""
+        """Images (B, 3, height, width) -> normalized tokens (B, N, D), CLS first."""
         return self.tokens(images)
 
     def forward_head(self, tokens_BND: Tensor, pre_logits: bool = False) -> Tensor:
-        """Normalised tokens (B, N, D) -> logits, or the encodings (B, L * V) before the classifier."""
+        """Normalized tokens (B, N, D) -> logits, or the encodings (B, L * V) before the classifier."""
         pooled = self.head_drop(self.read(tokens_BND) if self.global_pool else tokens_BND)
         return pooled if pre_logits else self.head(pooled)
 
@@ -153,9 +153,9 @@ class SparoVisionTransformer(Encoder):
         Args:
             indices: the last so many blocks, these, or all (None).
             return_prefix_tokens: give pairs, with the CLS token (B, 1, D) second.
-            norm: normalise the outputs as the last one is.
+            norm: normalize the outputs as the last one is.
             stop_early: accepted, but all blocks run; pruned models (`features_only`) have no others.
-            intermediates_only: give the list alone, else (normalised tokens, list).
+            intermediates_only: give the list alone, else (normalized tokens, list).
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt is {output_fmt!r}, expected NCHW or NLC")
@@ -190,7 +190,7 @@ class SparoVisionTransformer(Encoder):
         self.backbone.activation_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that timm's optimisers leave without weight decay, as those of its own ViT."""
+        """Parameters that timm's optimizers leave without weight decay, as those of its own ViT."""
         return {"backbone.pos_embed", "backbone.cls_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def encoder_cost(encoder: Encoder, image_size: int) -> dict[str, int]:
     }
 
 
-def bytes_saved_for_backward(form: Callable[[Any], Tensor], inputs: Any) -> int:
+def bytes_saved_for_backward(form: Callable[[Any], object], inputs: Any) -> int:
     """Bytes of the distinct storages that autograd keeps for the backward pass, parameters left out."""
     storages: dict[int, int] = {}
 

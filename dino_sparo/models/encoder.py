@@ -3,6 +3,7 @@
 Axis letters: B images, N tokens, D width, C crops, K prototypes.
 """
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,16 +12,16 @@ from torch import Tensor, nn
 
 from dino_sparo.models.backbone import VisionTransformer
 from dino_sparo.models.head import DINOHead
-from dino_sparo.models.readouts import LinearBottleneck, SlotReadout, build_slots
+from dino_sparo.models.readouts import LinearBottleneck, SlotReadout
 from dino_sparo.parallel.device import compiled
+from dino_sparo.recipe.readouts import READOUTS
 
 ARCHITECTURES: dict[str, dict[str, int]] = {
     "vit_tiny": {"width": 192, "depth": 12, "num_heads": 3},
     "vit_small": {"width": 384, "depth": 12, "num_heads": 6},
     "vit_base": {"width": 768, "depth": 12, "num_heads": 12},
 }
-READOUTS = ("sparo", "cls", "gap", "pooler", "bottleneck")
-WITH_SLOTS = ("sparo", "pooler")
+WITH_SLOTS = tuple(name for name, readout in READOUTS.items() if readout.has_slots)
 FEATURES = ("encoding", "cls", "patch_mean", "blocks", "probe")
 
 
@@ -56,6 +57,21 @@ class Encoder(nn.Module):
     def num_slots(self) -> int:
         """Slots of the encoding, each of embed_dim / num_slots numbers; 0 if it has none."""
         return 0 if self.readout is None else self.readout.num_slots
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.backbone.cls_token.device
+
+    @property
+    def width(self) -> int:
+        """Numbers of a token, D."""
+        return self.backbone.cls_token.shape[-1]
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the square images that the position embedding is for."""
+        return self.backbone.native_grid * self.backbone.patch_size
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, height, width) -> encodings (B, embed_dim), not normalised."""
@@ -157,7 +173,7 @@ def build_encoder(
         image_size: side in pixels at which the position embedding is native.
         readout: sparo | cls | gap | pooler | bottleneck.
         readout_options: for `sparo` num_slots, slot_dim, key_dim, group_size (heads="separate", the default)
-            or num_heads (heads="multi"), and output, as in `build_slots`; for `pooler` num_slots, slot_dim,
+            or num_heads (heads="multi"), and output, as in `sparo_readout`; for `pooler` num_slots, slot_dim,
             num_heads, output; for both after_last_block=True to keep the last block, and follow it; for
             `bottleneck` bottleneck_dim and encoding_dim; none for the others.
 
@@ -169,11 +185,11 @@ def build_encoder(
         if arch not in ARCHITECTURES:
             raise ValueError(f"arch is {arch!r}, expected one of {', '.join(ARCHITECTURES)} or a mapping")
         arch = ARCHITECTURES[arch]
-    if readout not in READOUTS:
+    if not isinstance(readout, str) or readout not in READOUTS:
         raise ValueError(f"readout is {readout!r}, expected one of {', '.join(READOUTS)}")
-    if readout in ("cls", "gap") and readout_options:
+    place, has_slots, width = READOUTS[readout].module, READOUTS[readout].has_slots, arch["width"]
+    if place is None and readout_options:
         raise ValueError(f"readout {readout!r} takes no options, got {', '.join(readout_options)}")
-    has_slots, width = readout in WITH_SLOTS, arch["width"]
     replaces_block = has_slots and not readout_options.pop("after_last_block", False)
     backbone = VisionTransformer(
         image_size=image_size,
@@ -183,6 +199,8 @@ def build_encoder(
         num_heads=arch["num_heads"],
         drop_path_rate=drop_path_rate,
     )
-    slots = build_slots(readout, width, **readout_options) if has_slots else None
-    bottleneck = LinearBottleneck(width, **readout_options) if readout == "bottleneck" else None
-    return Encoder(backbone, readout, slots, bottleneck)
+    if place is None:
+        return Encoder(backbone, readout)
+    module, _, name = place.partition(":")
+    built = getattr(importlib.import_module(module), name)(width, **readout_options)
+    return Encoder(backbone, readout, built) if has_slots else Encoder(backbone, readout, bottleneck=built)

@@ -172,33 +172,44 @@ class LinearBottleneck(nn.Module):
 SlotReadout = Sparo | MultiHeadSlots | AttentionalPooler | ProjectedSlots
 
 
-def build_slots(
-    name: str,
+def sparo_readout(
     dim: int,
     *,
     heads: Literal["separate", "multi"] = "separate",
     output: Literal["slots", "whole"] | None = None,
     **sizes: int,
 ) -> SlotReadout:
-    """Build a read-out with slots on tokens of width `dim`.
+    """SPARO on tokens of width `dim`.
 
     Args:
-        name: sparo | pooler.
-        heads: of sparo, its own for each slot, or all for all.
+        heads: its own for each slot, or all for all slots.
         output: LayerNorm and projection on each slot, on all together, or none.
-        sizes: num_slots, slot_dim; key_dim of sparo, and group_size of its separate heads; num_heads of
-            multi heads and of the pooler.
+        sizes: num_slots, slot_dim, key_dim; group_size of separate heads, num_heads of multi heads.
 
     Raises:
         ValueError: for an unknown choice or sizes that do not divide.
         TypeError: for a size that is missing or not this read-out's.
     """
-    if heads not in ("separate", "multi") or (name == "pooler" and heads != "separate"):
-        raise ValueError(f"heads is {heads!r}, expected separate or multi, of sparo only")
+    if heads not in ("separate", "multi"):
+        raise ValueError(f"heads is {heads!r}, expected separate or multi")
+    kind = Sparo if heads == "separate" else MultiHeadSlots
+    return _projected(kind(dim, **sizes), output)
+
+
+def pooler_readout(dim: int, *, output: Literal["slots", "whole"] | None = None, **sizes: int) -> SlotReadout:
+    """An attentional pooler on tokens of width `dim`; sizes are num_slots, slot_dim, num_heads.
+
+    Raises:
+        ValueError, TypeError: as `sparo_readout`.
+    """
+    return _projected(AttentionalPooler(dim, **sizes), output)
+
+
+def _projected(
+    slots: Sparo | MultiHeadSlots | AttentionalPooler, output: Literal["slots", "whole"] | None
+) -> SlotReadout:
     if output not in (None, "slots", "whole"):
         raise ValueError(f"output is {output!r}, expected slots, whole or None")
-    kind = AttentionalPooler if name == "pooler" else Sparo if heads == "separate" else MultiHeadSlots
-    slots = kind(dim, **sizes)
     return slots if output is None else ProjectedSlots(slots, whole=output == "whole")
 
 

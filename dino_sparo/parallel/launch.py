@@ -9,7 +9,7 @@ import uuid
 from pathlib import Path
 from types import FrameType
 
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -17,6 +17,7 @@ from dino_sparo.errors import EXIT_STOPPED, UserError
 from dino_sparo.parallel.processes import LAUNCHER, NOTES, STOP_SIGNALS, on_stop_signals, read_note
 
 SHUTDOWN_SECONDS = 300  # a process that was told to stop may finish its step and save
+KILL_SECONDS = 23  # after the loss of one; others end themselves sooner, unless a call in C blocks them
 
 
 def launch(num_processes: int, arguments: list[str]) -> int:
@@ -35,6 +36,7 @@ def launch(num_processes: int, arguments: list[str]) -> int:
     if sys.path[0] == str(checkout) == os.getcwd():  # by `python -m dino_sparo` in it: the same code for all
         os.environ["PYTHONPATH"] = os.pathsep.join([str(checkout), *filter(None, [os.getenv("PYTHONPATH")])])
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
+    PContext.close.__defaults__ = (None, KILL_SECONDS)  # torch has no option for its 30 s
     with tempfile.TemporaryDirectory(prefix="dino_sparo_") as folder:
         os.environ |= {NOTES: folder, LAUNCHER: str(os.getpid())}
         on_stop_signals(_stop_all)

@@ -23,7 +23,7 @@ log = logging.getLogger("dino_sparo")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # ask a run to stop
 PR_SET_PDEATHSIG = 1  # of Linux
 GRACE_SECONDS = 5.0  # for the main thread to see by itself that another process is gone
-FINISH_SECONDS = 20.0  # for a checkpoint that is being written when another process is lost
+FINISH_SECONDS = 16.0  # for a checkpoint that is being written when another process is lost
 NOTES = "DINO_SPARO_NOTES"  # environment variable: where processes leave notes for `launch`
 LAUNCHER = "DINO_SPARO_LAUNCHER"  # environment variable: the process of `launch`
 
@@ -109,6 +109,25 @@ def end_at_once(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def first_to_fail() -> bool:
+    """Whether no other process of this launcher has asked before: the one to report why they all end.
+
+    It then holds back the signal by which the launcher ends those that are left, till its own end.
+    """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # one a process, in folders of one folder
+    if not error_file:
+        return os.environ.get("RANK", "0") == "0"
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        Path(error_file).parents[1].joinpath("failed").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # the launcher, which keeps the folder, is gone
+        return os.environ.get("RANK") == "0"
+    return True
 
 
 def leave_note(name: str, value: object) -> bool:

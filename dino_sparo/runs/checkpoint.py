@@ -13,6 +13,7 @@ import torch
 from dino_sparo.errors import UserError
 from dino_sparo.files import atomic_write
 from dino_sparo.models import Encoder, build_encoder
+from dino_sparo.recipe.sections import Recipe
 from dino_sparo.runs.plain_file import read_plain
 
 log = logging.getLogger("dino_sparo")
@@ -99,8 +100,8 @@ def load_latest(run_dir: Path, *, unverified: bool = False) -> dict[str, Any] | 
         if not unverified and not _hash_file(path).exists():
             raise UserError(
                 f"{path}: {_hash_file(path).name} is missing, without which a damaged checkpoint cannot be "
-                f"told from a whole one; restore that file, or pass --resume_unverified to use the checkpoint "
-                f"anyway"
+                f"told from a whole one; restore that file, or pass --resume_unverified to use the "
+                f"checkpoint anyway"
             )
         try:
             return load_checkpoint(path)
@@ -163,22 +164,9 @@ def check_format(content: Any, path: Path) -> None:
         raise UserError(f"{path} is no checkpoint of dino-sparo with format {FORMAT}")
 
 
-def encoder_arguments(config: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `build_encoder` that a resolved recipe stands for, without stochastic depth."""
-    model = config["model"]
-    readout = {key: value for key, value in model["readout"].items() if value is not None}
-    return {
-        "arch": model["arch"],
-        "patch_size": model["patch_size"],
-        "image_size": config["views"]["global_size"],
-        "readout": readout.pop("name"),
-        **readout,
-    }
-
-
-def encoder_of(config: dict[str, Any], drop_path_rate: float = 0.0) -> Encoder:
-    """The freshly initialised encoder that a resolved recipe describes."""
-    return build_encoder(drop_path_rate=drop_path_rate, **encoder_arguments(config))
+def encoder_of(recipe: Recipe, drop_path_rate: float = 0.0) -> Encoder:
+    """The freshly initialized encoder that a recipe describes."""
+    return build_encoder(drop_path_rate=drop_path_rate, **recipe.encoder_arguments())
 
 
 def latest_step(run_dir: Path) -> int:

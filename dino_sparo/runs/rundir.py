@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -19,10 +18,11 @@ from typing import Any
 import yaml
 
 from dino_sparo import __version__
-from dino_sparo.config import flattened
 from dino_sparo.errors import UserError
 from dino_sparo.files import append_line, write_file
-from dino_sparo.options import PretrainOptions
+from dino_sparo.recipe.files import stored_recipe
+from dino_sparo.recipe.sections import Recipe
+from dino_sparo.recipe.typed import flattened
 
 CONFIG_FILE = "config.yaml"
 STARTS_FILE = "starts.jsonl"
@@ -40,18 +40,10 @@ NOT_EXPERIMENT = (
     "data.on_bad_image",
     "optim.max_bad_steps",
 )
-OF_ONE_START = ("run_dir", "nproc", "resume_unverified")
-ADDED = {"optim.freeze_backbone": False}  # what older runs without these fields did
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
 
 
-def config_of(options: PretrainOptions) -> dict[str, Any]:
-    """The resolved recipe as plain values, without what is of one start only: it reproduces the run."""
-    config = json.loads(json.dumps(asdict(options)))  # tuples become lists, as in YAML
-    return {key: value for key, value in config.items() if key not in OF_ONE_START}
-
-
-def check_same_experiment(run_dir: Path, config: dict[str, Any]) -> None:
+def check_same_experiment(run_dir: Path, recipe: Recipe) -> None:
     """Refuse a folder that holds something else than this experiment.
 
     Where the images lie may change (that they are the same ones is checked against the checkpoint), and
@@ -76,7 +68,8 @@ def check_same_experiment(run_dir: Path, config: dict[str, Any]) -> None:
         raise UserError(
             f"{path} is damaged; start the same recipe in another run_dir and copy its {CONFIG_FILE} here"
         )
-    before, now = (ADDED | flattened(c, without=NOT_EXPERIMENT) for c in (stored, config))
+    recipes = stored_recipe(stored, str(path)), recipe
+    before, now = (flattened(each.as_dict(), without=NOT_EXPERIMENT) for each in recipes)
     changed = [
         f"{key} was {before.get(key, 'not set')}, is now {now.get(key, 'not set')}"
         for key in sorted(before.keys() | now.keys())
@@ -106,7 +99,7 @@ def check_same_images(run_dir: Path, before: dict[str, Any], now: dict[str, Any]
         )
 
 
-def start_run_dir(run_dir: Path, config: dict[str, Any], machine: dict[str, Any]) -> None:
+def start_run_dir(run_dir: Path, recipe: Recipe, machine: dict[str, Any]) -> None:
     """Write the resolved recipe, add this start, on this machine, to the list of starts, remove the marker.
 
     Raises:
@@ -120,7 +113,7 @@ def start_run_dir(run_dir: Path, config: dict[str, Any], machine: dict[str, Any]
         "git": _git_state(),
         **machine,
     }
-    write_file(run_dir / CONFIG_FILE, yaml.safe_dump(config, sort_keys=False))
+    write_file(run_dir / CONFIG_FILE, yaml.safe_dump(recipe.as_dict(), sort_keys=False))
     append_line(run_dir / STARTS_FILE, start)
     (run_dir / MARKER_FILE).unlink(missing_ok=True)
 

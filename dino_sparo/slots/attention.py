@@ -14,7 +14,7 @@ from dino_sparo.models import Encoder
 
 @torch.no_grad()
 def slot_attention(encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of every slot over normalised images (B, 3, height, width).
+    """Attention of every slot over normalized images (B, 3, height, width).
 
     Returns:
         the shares of the patches (B, L, rows, columns) and that of the CLS token (B, L); the two of a slot
@@ -31,7 +31,7 @@ def slot_attention(encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def cls_attention(encoder: Encoder, images: Tensor) -> Tensor:
-    """Attention of the CLS token in the last transformer block over normalised images (B, 3, height, width).
+    """Attention of the CLS token in the last transformer block over normalized images (B, 3, height, width).
 
     The block's fused attention keeps its weights to itself, so this one row of them is computed again from
     its queries and keys.

@@ -1,26 +1,83 @@
-"""Pictures of attention: maps drawn over images, and grids of such pictures with titles."""
+"""Pictures of attention: images to draw on, maps drawn over them, and grids of such pictures with titles."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset
 
+from dino_sparo.data.images import normalize
+from dino_sparo.data.sources import ImageSource
+from dino_sparo.data.workers import WatchedLoader
+from dino_sparo.errors import UserError
+
+TIMEOUT_SECONDS = 600.0  # for one image to come
 DPI = 110
 CELL_INCHES, GAP_INCHES = 1.35, 0.06  # width of a picture in a grid, and between two
 TITLE_POINTS, TITLE_LINE_INCHES = 8, 0.15  # above a picture
 HEADING_POINTS, HEADING_LINE_INCHES, LETTER_INCHES = 9, 0.17, 0.078  # above the grid
 LONGEST = 3.0  # a picture in a grid is at most so many times as high as wide
-COLOURS = matplotlib.colormaps["inferno"]
-OPACITIES = 0.4, 0.75  # of the colour: without attention the image stays visible
+COLORS = matplotlib.colormaps["inferno"]
+OPACITIES = 0.4, 0.75  # of the color: without attention the image stays visible
 
 Picture = NDArray[np.uint8]
+
+
+def check_numbers(key: str, numbers: Sequence[int], count: int) -> None:
+    """Raises UserError unless these are different numbers of `count` slots or images; `key` says of which."""
+    for number in numbers:
+        if not 0 <= number < count:
+            raise UserError(
+                f"{key} has {number}, expected numbers from 0 to {count - 1}, since there are {count} {key}; "
+                f"leave {number} out"
+            )
+        if list(numbers).count(number) > 1:
+            raise UserError(f"{key} has {number} more than once, expected different numbers; give it once")
+
+
+def load_images(
+    dataset: Dataset, source: ImageSource, numbers: Sequence[int], num_workers: int = 0
+) -> Iterator[Tensor]:
+    """The pixels, uint8 (3, height, width), that a dataset over `source` gives for these images, in order.
+
+    Raises:
+        UserError: an image cannot be read, or is none that the dataset takes.
+    """
+    loader = WatchedLoader(
+        dataset,
+        image_of=int,
+        name=source.name,
+        num_workers=min(num_workers, len(numbers)),
+        timeout_seconds=TIMEOUT_SECONDS,
+        batch_size=None,
+        sampler=numbers,
+    )
+    with loader.failures_explained():
+        yield from loader
+
+
+def attention_of_each(
+    attention: Callable[[Tensor], Tensor], images: Sequence[Tensor], batch_size: int, device: torch.device
+) -> list[Tensor]:
+    """Attention over each of some images, (x, rows, columns) on the CPU; neighbors of one size share a pass.
+
+    attention: normalized images (B, 3, height, width) on the device -> (B, x, rows, columns).
+    images: uint8 (3, height, width).
+    """
+    maps: list[Tensor] = []
+    for _, alike in groupby(images, key=lambda image: image.shape):
+        for pixels in torch.stack(list(alike)).split(batch_size):
+            maps += attention(normalize(pixels.to(device))).cpu()
+    return maps
 
 
 def as_picture(pixels: Tensor) -> Picture:
@@ -31,13 +88,13 @@ def as_picture(pixels: Tensor) -> Picture:
 def overlay(pixels: Tensor, attention: Tensor, peak: float) -> Picture:
     """A map drawn over its image, at the image's own size, brighter with the square root of the share.
 
-    In proportion to the share, one patch far above all others would leave the rest without colour.
+    In proportion to the share, one patch far above all others would leave the rest without color.
 
     Args:
         pixels: uint8 (3, height, width).
         attention: (rows, columns), the share of each patch.
-        peak: the share that gets the brightest colour; where one slot's maps on several images have the
-            same, their colours are comparable.
+        peak: the share that gets the brightest color; where one slot's maps on several images have the
+            same, their colors are comparable.
 
     Returns:
         uint8 (height, width, 3), bright where the attention is.
@@ -46,7 +103,7 @@ def overlay(pixels: Tensor, attention: Tensor, peak: float) -> Picture:
     heat = (enlarged[0, 0] / peak if peak > 0 else enlarged[0, 0]).clamp(0, 1).sqrt().numpy()
     least, most = OPACITIES
     opacity = least + (most - least) * heat[..., None]
-    mixed = (1 - opacity) * as_picture(pixels) + opacity * 255 * np.asarray(COLOURS(heat))[..., :3]
+    mixed = (1 - opacity) * as_picture(pixels) + opacity * 255 * np.asarray(COLORS(heat))[..., :3]
     return mixed.round().astype(np.uint8)
 
 
@@ -61,7 +118,7 @@ def draw_slot_maps(
     """Write a PNG: one row an image, the picture itself and then each slot's attention over it.
 
     pixels: of each image uint8 (3, height, width); maps: (L, rows, columns). Bright is where the slot looks;
-    the colours of a slot are the same for all images.
+    the colors of a slot are the same for all images.
     """
     peaks = peaks_of(maps)
     rows = [

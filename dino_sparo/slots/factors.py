@@ -1,55 +1,85 @@
-"""`dino-sparo slots factors`: which slot tells which known factor of generated pictures.
+"""Which slot tells which known factor of generated pictures.
 
 A factor is told by a linear discriminant on a slot's numbers alone, in closed form. It is not the regression
 of one-hot classes that ranks slots: that never answers with a class that lies between others, such as the
-medium of three sizes or the centre of nine positions.
+medium of three sizes or the center of nine positions.
 
 Axis letters: n pictures, F factors, L slots, E numbers of an encoding, V numbers of a slot, S values.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from torch import Tensor
 
 from dino_sparo.data.generated import ShapesSource
 from dino_sparo.data.shapes import FACTORS, MAX_OBJECTS, draw_factors
 from dino_sparo.errors import UserError
-from dino_sparo.slots.compared import encodings, open_compared
-from dino_sparo.slots.parts import LinearProbe, Moments, moments, parts_of, probe_accuracies, single
-from dino_sparo.slots.program import output_folder, write_json
-
-if TYPE_CHECKING:
-    from dino_sparo.options.slots import SlotFactorsOptions
+from dino_sparo.slots.parts import (
+    CutEncoder,
+    Moments,
+    fit_discriminant,
+    moments,
+    probe_accuracies,
+)
+from dino_sparo.terminal import markdown_table
 
 # Number of values of each factor; the pictures' objects can be counted too.
 NUM_VALUES = {name: len(values) for name, values in FACTORS.items()} | {"count": MAX_OBJECTS}
 PICTURES_SEED = 1  # training and its k-NN see pictures of seed 0 only
 MIN_PICTURES = 200
-RIDGES = (0.001, 0.01, 0.1, 1.0)  # in units of the variance within a value of a standardised number
+RIDGES = (0.001, 0.01, 0.1, 1.0)  # in units of the variance within a value of a standardized number
 HELD_OUT_EVERY = 5  # learning pictures on which the ridge is chosen
 
 
-@dataclass(frozen=True)
-class FactorScores:
-    """Accuracies in per cent of one encoder on the test pictures.
+def slot_factors(encoders: Sequence[CutEncoder], folder: Path, *, num_images: int = 2000) -> dict[str, Any]:
+    """Score each slot on each factor of generated pictures, and write `factors.png` into the folder.
 
-    Attributes:
-        name, run: what it is called, and where it is from.
-        alone: of each slot by itself, a row of all factors; empty for an encoder without slots.
-        whole: of the whole encoding, by factor.
+    Args:
+        encoders: one with slots, and controls, which are scored as a whole.
+        num_images: pictures to learn from, at least 200; half as many others to test on.
+
+    Returns:
+        plain values: `factors` (their numbers of values) and `chance` by factor, `num_train`, `num_test`, and
+        for each of `encoders` its accuracies in per cent: `alone`, a row of all factors for each slot, and
+        `whole` by factor.
+
+    Raises:
+        UserError: there are too few pictures, or the disk cannot hold the features.
     """
-
-    name: str
-    run: str
-    alone: list[list[float]]
-    whole: dict[str, float]
+    if num_images < MIN_PICTURES:
+        raise UserError(
+            f"num_images is {num_images}, expected at least {MIN_PICTURES}, a score or more for each "
+            f"value of a factor; give more, such as 2000"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    train, train_values = factor_pictures(0, num_images)
+    test, test_values = factor_pictures(num_images, num_images // 2)
+    scores = []
+    for one in encoders:
+        of_train, of_test = one.features(train, test)
+        alone, whole = score_factors(
+            *(of_train, train_values, of_test, test_values),
+            num_values=NUM_VALUES,
+            num_parts=one.num_parts if one is encoders[0] else 1,
+            device=one.device,
+        )
+        scores.append(
+            {"name": one.name, "run": one.run, "alone": alone if one is encoders[0] else [], "whole": whole}
+        )
+    draw_factors_matrix(scores, folder / "factors.png")
+    return {
+        "factors": NUM_VALUES,
+        "chance": chance(),
+        "encoders": scores,
+        "num_train": len(train),
+        "num_test": len(test),
+    }
 
 
 def factor_pictures(first: int, count: int) -> tuple[ShapesSource, dict[str, NDArray[np.int64]]]:
@@ -82,7 +112,7 @@ def score_factors(
     Returns:
         Rows of the parts, with one accuracy a factor; and of the whole encoding, by factor.
     """
-    subsets = [*single(num_parts), list(range(num_parts))]
+    subsets = [*([part] for part in range(num_parts)), list(range(num_parts))]
     held_out = np.arange(len(train)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
     shares = [np.asarray(train[rows]) for rows in (~held_out, held_out)]
     plain = [moments(rows, np.zeros(len(rows), np.int64), num_classes=1, device=device) for rows in shares]
@@ -124,44 +154,19 @@ def _by_value(sums: Moments, rows: NDArray[Any], values: NDArray[np.int64], num_
     return replace(sums, by_class=by_class, counts=numbers.bincount(minlength=num_values).double())
 
 
-def fit_discriminant(sums: Moments, num_parts: int, subset: Sequence[int], ridge: float) -> LinearProbe:
-    """Linear discriminant of classes from some parts: their means, and one covariance within all classes.
-
-    Numbers are standardised within classes and `ridge` is added to their variance, 1. A number that is
-    constant within classes gets no weight, nor does a class without images ever win.
-    """
-    columns = parts_of(torch.arange(len(sums.sums))[None], num_parts)[0, list(subset)].flatten()
-    columns = columns.to(sums.sums.device)
-    total = sums.counts.sum()
-    mean_E, share_S = sums.sums[columns] / total, sums.counts / total
-    apart_ES = sums.by_class[columns] / sums.counts.clamp(min=1) - mean_E[:, None]
-    covariance = sums.products[columns][:, columns] / total - mean_E[:, None] * mean_E
-    within = covariance - (apart_ES * share_S) @ apart_ES.T
-    variance_E = within.diagonal()
-    # Below this the variance is what rounding leaves of equal numbers.
-    constant = variance_E <= 1e-12 * (mean_E.square() + covariance.diagonal())
-    scale_E = variance_E.clamp(min=0).sqrt().masked_fill(constant, torch.inf)
-    correlation = within / (scale_E[:, None] * scale_E)
-    correlation.diagonal().add_(ridge)
-    solved = torch.cholesky_solve(apart_ES / scale_E[:, None], torch.linalg.cholesky(correlation))
-    weight: Tensor = solved / scale_E[:, None]
-    bias = share_S.log() - (apart_ES * weight).sum(dim=0) / 2 - mean_E @ weight
-    return LinearProbe(tuple(subset), weight.float(), bias.float())
-
-
 def chance() -> dict[str, float]:
     """Accuracy of guessing in per cent: all values are equally likely."""
     return {name: 100 / number for name, number in NUM_VALUES.items()}
 
 
-def draw_factors_matrix(encoders: Sequence[FactorScores], path: Path) -> None:
+def draw_factors_matrix(encoders: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write a PNG: accuracy of each slot (row) on each factor (column), whole encodings below.
 
-    The colour is the share of the way from chance to 100 %, so that factors of few values compare.
+    The color is the share of the way from chance to 100 %, so that factors of few values compare.
     """
-    slots = np.array(encoders[0].alone)
-    whole = np.array([list(one.whole.values()) for one in encoders])
-    names = ["all slots", *(one.name for one in encoders[1:])]
+    slots = np.array(encoders[0]["alone"])
+    whole = np.array([list(one["whole"].values()) for one in encoders])
+    names = ["all slots", *(one["name"] for one in encoders[1:])]
     heights = [len(slots), len(whole)]
     figure = Figure(figsize=(7, 1.4 + 0.26 * sum(heights)), layout="constrained")
     axes = figure.subplots(2, 1, height_ratios=heights)
@@ -173,8 +178,8 @@ def draw_factors_matrix(encoders: Sequence[FactorScores], path: Path) -> None:
         above = np.clip((accuracies - guess) / (100 - guess), 0, 1)
         shown = axis.imshow(above, cmap="viridis", vmin=0, vmax=1, aspect="auto")
         for (row, column), value in np.ndenumerate(accuracies):
-            colour = "black" if above[row, column] > 0.6 else "white"
-            axis.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=8)
+            color = "black" if above[row, column] > 0.6 else "white"
+            axis.text(column, row, f"{value:.0f}", ha="center", va="center", color=color, fontsize=8)
         axis.set_yticks(range(len(labels)), labels, fontsize=8)
         axis.set_xticks([])
         axis.tick_params(length=0)
@@ -188,59 +193,13 @@ def draw_factors_matrix(encoders: Sequence[FactorScores], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def table(encoders: Sequence[FactorScores]) -> str:
+def table(encoders: Sequence[Mapping[str, Any]]) -> str:
     """For each factor chance, the largest accuracy of a slot on these pictures, and the whole encodings."""
-    slots = np.array(encoders[0].alone)
-    names = ["all slots", *(one.name for one in encoders[1:])]
-    width = max(map(len, names))
-    lines = [f"{'factor':<12}{'chance':>8}{'largest slot':>18}  " + "  ".join(f"{n:>{width}}" for n in names)]
+    slots = np.array(encoders[0]["alone"])
+    rows = []
     for column, (name, guess) in enumerate(chance().items()):
         best = int(slots[:, column].argmax())
-        shown = f"{slots[best, column]:.1f} (slot {best})"
-        whole = "  ".join(f"{one.whole[name]:>{width}.1f}" for one in encoders)
-        lines.append(f"{name:<12}{guess:>8.1f}{shown:>18}  {whole}")
-    return "\n".join(lines)
-
-
-def run(options: "SlotFactorsOptions") -> None:
-    """`dino-sparo slots factors`: factors.json, factors.png and a short table.
-
-    Raises:
-        UserError: the encoder has no slots, or there are too few pictures.
-    """
-    if options.num_images < MIN_PICTURES:
-        raise UserError(
-            f"num_images is {options.num_images}, expected at least {MIN_PICTURES}, a score or more for each "
-            f"value of a factor; give more, such as 2000"
-        )
-    compared, device = open_compared(options)
-    train, train_values = factor_pictures(0, options.num_images)
-    test, test_values = factor_pictures(options.num_images, options.num_images // 2)
-    scores = []
-    for one in compared:
-        of_train, of_test = encodings(one, [train, test], options)
-        alone, whole = score_factors(
-            *(of_train, train_values, of_test, test_values),
-            num_values=NUM_VALUES,
-            num_parts=one.num_parts if one is compared[0] else 1,
-            device=device,
-        )
-        scores.append(FactorScores(one.name, one.run, alone if one is compared[0] else [], whole))
-    folder = output_folder(options, "factors")
-    draw_factors_matrix(scores, folder / "factors.png")
-    content = {
-        "run": options.run,
-        "which": options.which,
-        "control": options.control,
-        "factors": NUM_VALUES,
-        "chance": chance(),
-        "encoders": [asdict(one) for one in scores],
-        "num_train": len(train),
-        "num_test": len(test),
-    }
-    write_json(folder / "factors.json", content)
-    print(
-        f"{options.run} ({options.which}), learnt from {len(train)} pictures, per cent of {len(test)} others:"
-    )
-    print(table(scores))
-    print(f"{folder / 'factors.json'}, {folder / 'factors.png'}")
+        whole = [f"{one['whole'][name]:.1f}" for one in encoders]
+        rows.append([name, f"{guess:.1f}", f"{slots[best, column]:.1f} (slot {best})", *whole])
+    names = ["all slots", *(one["name"] for one in encoders[1:])]
+    return markdown_table(["factor", "chance", "largest slot", *names], rows)

@@ -1,24 +1,21 @@
-"""`dino-sparo slots health`: where slots look, and which are dead or duplicates, on a folder of images."""
+"""Where slots look, and which are dead or duplicates, on a folder of images."""
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dino_sparo.data.images import CenterCrops, UnreadableImage, collate_images, normalize
-from dino_sparo.data.sources import ImageSource, open_images
-from dino_sparo.data.workers import WatchedLoader, default_workers
+from dino_sparo.data.images import CenterCrops, normalize
+from dino_sparo.data.sources import ImageSource
 from dino_sparo.errors import UserError
-from dino_sparo.interop.export import CONFIG_FILE
-from dino_sparo.interop.load import load_encoder
 from dino_sparo.models import Encoder
-from dino_sparo.parallel.distributed import local_world_size
-from dino_sparo.slots.program import open_slots, output_folder, write_json
+from dino_sparo.slots.drawing import load_images
 from dino_sparo.slots.statistics import (
     DEAD_RELATIVE_STD,
     DUPLICATE_OVERLAP,
@@ -26,12 +23,39 @@ from dino_sparo.slots.statistics import (
     SlotStatistics,
     look_at_slots,
 )
-
-if TYPE_CHECKING:
-    from dino_sparo.options.slots import SlotHealthOptions
+from dino_sparo.terminal import markdown_table
 
 SHOWN_SLOTS = 12  # numbers of dead or duplicate slots in the printed table
 NUM_BINS = 20
+
+
+def check_health(
+    encoder: Encoder,
+    source: ImageSource,
+    folder: Path,
+    *,
+    other: Encoder | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+) -> dict[str, Any]:
+    """Measure every slot, and write `health.png` into the folder; arguments as of `measure_health`.
+
+    Returns:
+        plain values: `num_images`, an entry for each of `slots`, and `summary`.
+
+    Raises:
+        UserError: there is but one image, or one cannot be read.
+    """
+    if len(source) < 2:
+        raise UserError(
+            "num_images is 1, expected at least 2, since slots are dead that do not vary over images"
+        )
+    health = measure_health(encoder, source, other=other, batch_size=batch_size, num_workers=num_workers)
+    slots = as_entries(health)
+    summary = summarize(slots, encoder.backbone.native_grid**2)
+    folder.mkdir(parents=True, exist_ok=True)
+    draw_health(slots, summary, folder / "health.png")
+    return {"num_images": len(source), "slots": slots, "summary": summary}
 
 
 @torch.no_grad()
@@ -39,11 +63,9 @@ def measure_health(
     encoder: Encoder,
     source: ImageSource,
     *,
-    image_size: int,
     other: Encoder | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
-    timeout_seconds: float = 600.0,
 ) -> SlotHealth:
     """Numbers of every slot over all images of a source, each resized and cropped as in evaluation.
 
@@ -55,24 +77,13 @@ def measure_health(
         UserError: an image cannot be read, or the workers that load images failed.
     """
     device = encoder.backbone.cls_token.device
-    batches = WatchedLoader(
-        CenterCrops(source, image_size),
-        image_of=int,
-        name=source.name,
-        num_workers=num_workers,
-        timeout_seconds=timeout_seconds,
-        batch_sampler=[range(i, min(i + batch_size, len(source))) for i in range(0, len(source), batch_size)],
-        collate_fn=collate_images,
-        pin_memory=device.type == "cuda",
-    )
+    crops = CenterCrops(source, encoder.backbone.native_grid * encoder.backbone.patch_size)
+    pixels = load_images(crops, source, range(len(source)), num_workers)
     statistics = SlotStatistics()
-    with batches.failures_explained():
-        for batch in batches:
-            if isinstance(batch, UnreadableImage):
-                batch.raise_error()
-            images = normalize(batch.to(device, non_blocking=True))
-            other_BLN = None if other is None else look_at_slots(other, images)[0]
-            statistics.add(*look_at_slots(encoder, images), other_BLN)
+    while batch := list(islice(pixels, batch_size)):
+        images = normalize(torch.stack(batch).to(device))
+        other_BLN = None if other is None else look_at_slots(other, images)[0]
+        statistics.add(*look_at_slots(encoder, images), other_BLN)
     return statistics.health()
 
 
@@ -87,7 +98,7 @@ def as_entries(health: SlotHealth) -> list[dict[str, Any]]:
     ]
 
 
-def summarise(slots: Sequence[Mapping[str, Any]], num_patches: int) -> dict[str, float | None]:
+def summarize(slots: Sequence[Mapping[str, Any]], num_patches: int) -> dict[str, float | None]:
     """Means over slots, how many are dead and how many duplicates, and what to compare them with."""
 
     def mean(name: str) -> float | None:
@@ -105,7 +116,7 @@ def summarise(slots: Sequence[Mapping[str, Any]], num_patches: int) -> dict[str,
 
 
 def table(slots: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> str:
-    """The summary as lines of text, each with what is healthy."""
+    """The summary as a table, each line with what is healthy."""
 
     def listed(name: str) -> str:
         found = [str(slot["slot"]) for slot in slots if slot[name]]
@@ -130,8 +141,7 @@ def table(slots: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> str
     ]
     if summary["mean_agreement"] is not None:
         rows.append(("student and teacher", f"{summary['mean_agreement']:.2f} overlap", "near 1 at the end"))
-    width = max(len(value) for _, value, _ in rows)
-    return "\n".join(f"{name:<22}{value:<{width}}   healthy: {healthy}" for name, value, healthy in rows)
+    return markdown_table(("measure", "value", "healthy"), rows)
 
 
 def draw_health(slots: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], path: Path) -> None:
@@ -174,48 +184,3 @@ def _histogram(
     low, high = bounds or (0.0, 1.1 * max(numbers) or 1.0)
     axis.hist(numbers, bins=NUM_BINS, range=(low, high), color="tab:blue", edgecolor="white")
     axis.set_xlim(low, high)
-
-
-def _other_weights(run: str, which: str) -> Encoder | None:
-    """The student for the teacher and the other way round; None where only one set of weights is stored."""
-    path = Path(run)
-    if path.suffix == ".safetensors" or (path / CONFIG_FILE).is_file():
-        return None
-    return load_encoder(run, "student" if which == "teacher" else "teacher")
-
-
-def run(options: "SlotHealthOptions") -> None:
-    """`dino-sparo slots health`: health.json, health.png and a short table.
-
-    Raises:
-        UserError: the encoder has no slots, or images are missing or cannot be read.
-    """
-    if options.num_images < 2:
-        raise UserError(
-            f"num_images is {options.num_images}, expected at least 2, since slots are dead that do not vary "
-            f"over images; give more, such as 1000"
-        )
-    workers = default_workers(local_world_size()) if options.num_workers is None else options.num_workers
-    encoder, device = open_slots(options)
-    other = _other_weights(options.run, options.which)
-    source = open_images(options.data.path, options.num_images)
-    grid = encoder.backbone.native_grid
-    health = measure_health(
-        encoder,
-        source,
-        image_size=grid * encoder.backbone.patch_size,
-        other=None if other is None else other.to(device),
-        batch_size=options.batch_size,
-        num_workers=workers,
-    )
-    slots = as_entries(health)
-    summary = summarise(slots, grid**2)
-    folder = output_folder(options, "health")
-    draw_health(slots, summary, folder / "health.png")
-    content = {"data": options.data.path, "run": options.run, "which": options.which}
-    write_json(
-        folder / "health.json", content | {"num_images": len(source), "slots": slots, "summary": summary}
-    )
-    print(f"{options.run} ({options.which}), {len(source)} images, {len(slots)} slots")
-    print(table(slots, summary))
-    print(f"{folder / 'health.json'}, {folder / 'health.png'}")

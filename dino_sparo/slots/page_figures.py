@@ -1,12 +1,12 @@
-"""Figures of the report: plots as inline SVG in the colours of the page, pictures as data URIs.
+"""Figures of the report: plots as inline SVG in the colors of the page, pictures as data URIs.
 
-A plot's ink is the page's text colour, so that it is right in the light and in the dark scheme.
+A plot's ink is the page's text color, so that it is right in the light and in the dark scheme.
 """
 
 import base64
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from PIL import Image
 
 from dino_sparo.data.decode import open_image
 
-INK = "#010203"  # stands for the page's text colour
-COLOURS = ("#3b82c4", "#e07b39", "#4a9d5b", "#9466c2", "#cf4f5a", "#2a9d9d")  # read on white and on black
+INK = "#010203"  # stands for the page's text color
+COLORS = ("#3b82c4", "#e07b39", "#4a9d5b", "#9466c2", "#cf4f5a", "#2a9d9d")  # read on white and on black
 MAX_POINTS = 600  # of a line
 SIDES = (1600, 1200, 900, 600, 400, 250)  # pixels of the longer side that a smaller picture may have
 QUALITY = 82  # of JPEG
@@ -68,7 +68,7 @@ def lines(
                 np.asarray(x)[shown],
                 np.asarray(y)[shown],
                 styles[number] if styles else "-",
-                color=COLOURS[number % len(COLOURS)],
+                color=COLORS[number % len(COLORS)],
                 marker="o" if len(x) <= 40 else None,
                 markersize=3.5,
                 linewidth=1.6,
@@ -85,7 +85,7 @@ def histogram(name: str, values: Sequence[float], *, x_label: str) -> Markup:
     """How many slots have which value."""
 
     def draw(axes: Axes) -> None:
-        axes.hist(values, bins=min(24, max(6, len(values) // 2)), color=COLOURS[0])
+        axes.hist(values, bins=min(24, max(6, len(values) // 2)), color=COLORS[0])
         axes.set_xlabel(x_label)
         axes.set_ylabel("slots")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -129,9 +129,3 @@ def number(value: float | str | bool | None, digits: int = 2) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.{digits}f}" if isinstance(value, float) else f"{value}"
-
-
-def series(entries: Sequence[Mapping[str, float]], key: str) -> tuple[list[float], list[float]]:
-    """Epochs and values of all log entries that hold `key` as a number."""
-    held = [entry for entry in entries if entry.get(key) is not None]
-    return [entry["epoch"] for entry in held], [entry[key] for entry in held]

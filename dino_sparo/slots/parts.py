@@ -1,9 +1,9 @@
 """An encoding cut into equal parts: what each part, and each set of parts, tells about labels.
 
-A part is a slot, or as many neighbouring numbers of an encoding without slots. All functions read their
+A part is a slot, or as many neighboring numbers of an encoding without slots. All functions read their
 images once for all sets of parts, in chunks, so that memory does not grow with the number of images.
 
-The linear probe is a ridge regression of classes as one-hot vectors on standardised numbers, in closed form:
+The linear probe is a ridge regression of classes as one-hot vectors on standardized numbers, in closed form:
 its sums over images (`Moments`) hold the sums of every set of parts, so that one pass serves all probes, and
 there is no learning rate or length of training that would suit some widths better than others. It is not the
 protocol of `dino-sparo linear`.
@@ -14,6 +14,7 @@ encoding, S classes.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,79 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dino_sparo.evaluation.knn import TEMPERATURE
-from dino_sparo.evaluation.search import CHUNK_BYTES, QUERY_BYTES, NoDirectionError, Rows, nearest
+from dino_sparo.data.sources import ImageSource
+from dino_sparo.evaluation.features import Wanted, cached_features
+from dino_sparo.evaluation.knn import (
+    CHUNK_BYTES,
+    QUERY_BYTES,
+    TEMPERATURE,
+    NoDirectionError,
+    Rows,
+    k_best,
+    nearest,
+)
+from dino_sparo.models import Encoder
 
-RIDGE = 0.01  # in units of the variance of a standardised number, which is 1
+RIDGE = 0.01  # in units of the variance of a standardized number, which is 1
+
+
+@dataclass(frozen=True)
+class CutEncoder:
+    """An encoder in evaluation mode on its device, how its encoding is cut, and where features are kept."""
+
+    name: str
+    """Its read-out; for a control `control (<read-out>)`."""
+    run: str
+    """Run folder or weights file."""
+    encoder: Encoder
+    num_parts: int
+    """Slots, or equal parts of an encoding without slots."""
+    cache: Path
+    cache_precision: str = "float16"
+    batch_size: int = 64
+    num_workers: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.backbone.cls_token.device
+
+    def features(self, *sources: ImageSource) -> list[NDArray[Any]]:
+        """Encodings of images (n, E) by source, from the cache or by one pass, mapped from files.
+
+        Raises:
+            UserError: an image cannot be read, or the disk cannot hold the features.
+        """
+        wanted = [Wanted(source, f"{self.name} features", self.cache_precision) for source in sources]
+        found = cached_features(
+            *(self.encoder, wanted, ["encoding"]),
+            image_size=self.encoder.backbone.native_grid * self.encoder.backbone.patch_size,
+            cache=self.cache,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+        )
+        return [features["encoding"] for features in found]
+
+
+def most_parts(width: int, num_slots: int) -> int:
+    """The largest number of equal parts of an encoding (width,) that is at most the number of slots."""
+    return next(parts for parts in range(min(width, num_slots), 0, -1) if width % parts == 0)
+
+
+def remarks_on_parts(encoders: Sequence[CutEncoder]) -> list[str]:
+    """A sentence for each encoding that cannot be cut into as many parts as the first has slots."""
+    num_slots = encoders[0].num_parts
+    return [
+        f"{one.name}: {one.encoder.embed_dim} numbers cannot be cut into {num_slots} equal parts, so it has "
+        f"{one.num_parts}, the most that are possible"
+        for one in encoders
+        if one.num_parts != num_slots
+    ]
+
+
+def labels_of(source: ImageSource) -> NDArray[np.int64]:
+    """Class numbers of labelled images, (n,)."""
+    assert source.labels is not None
+    return source.labels
 
 
 @dataclass(frozen=True)
@@ -94,21 +164,20 @@ def knn_accuracies(
         test: (B, E).
         test_labels: (B,).
         subsets: numbers of parts, below num_parts.
-        k: 1 to T neighbours.
+        k: 1 to T neighbors.
         train_chunk: train images at a time; memory, not the result, depends on it, as on test_chunk.
 
     Raises:
         NoDirectionError: the numbers of an image in one of the sets are all zero, or one is not finite.
     """
-    train_chunk = train_chunk or max(1, CHUNK_BYTES // (4 * train.shape[1]))
     test_chunk = test_chunk or max(1, QUERY_BYTES // (4 * train.shape[1]))
     labels, right = torch.from_numpy(train_labels), [0] * len(subsets)
-    for first, queries in _chunks(test, test_chunk, device):
+    for first, queries in chunks(test, device, test_chunk):
         truth = torch.from_numpy(test_labels[first : first + len(queries)])
         best = [
             (torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)) for _ in right
         ]
-        for start, gallery in _chunks(train, train_chunk, device):
+        for start, gallery in chunks(train, device, train_chunk):
             for number, subset in enumerate(subsets):
                 some, many = (parts_of(x, num_parts)[:, list(subset)].flatten(1) for x in (queries, gallery))
                 try:
@@ -116,7 +185,7 @@ def knn_accuracies(
                 except NoDirectionError as error:
                     offset = start if error.side == "train" else first
                     raise NoDirectionError(error.side, offset + error.number, error.kind) from error
-                best[number] = _better(best[number], (cosine_Bk, number_Bk + start), k)
+                best[number] = k_best(best[number], (cosine_Bk, number_Bk + start), k)
         for number, (cosine_Bk, number_Bk) in enumerate(best):
             voted = vote(cosine_Bk, labels[number_Bk], num_classes)
             right[number] += int((voted == truth).sum())
@@ -154,6 +223,19 @@ class Moments:
             self.counts + other.counts,
         )
 
+    def center(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The number of images, and mean (E,) and covariance (E, E) of the numbers."""
+        total = self.counts.sum()
+        mean_E = self.sums / total
+        return total, mean_E, self.products / total - mean_E[:, None] * mean_E
+
+    def of_parts(self, num_parts: int, subset: Sequence[int]) -> "Moments":
+        """Of the numbers of some parts only."""
+        numbers = torch.arange(len(self.sums), device=self.sums.device)
+        columns = parts_of(numbers[None], num_parts)[0, list(subset)].flatten()
+        products = self.products[columns][:, columns]
+        return Moments(self.sums[columns], products, self.by_class[columns], self.counts)
+
 
 @torch.no_grad()
 def moments(
@@ -169,7 +251,7 @@ def moments(
     sums = torch.zeros(width, dtype=torch.float64, device=device)
     products = sums.new_zeros(width, width)
     by_class, counts = sums.new_zeros(width, num_classes), sums.new_zeros(num_classes)
-    for start, rows in _chunks(features, chunk or max(1, CHUNK_BYTES // (8 * width)), device):
+    for start, rows in chunks(features, device, chunk or max(1, CHUNK_BYTES // (8 * width))):
         exact, classes = rows.double(), torch.from_numpy(labels[start : start + len(rows)]).to(device)
         one_hot = F.one_hot(classes, num_classes).double()
         sums += exact.sum(dim=0)
@@ -189,25 +271,44 @@ class LinearProbe:
 
 
 def fit_probe(sums: Moments, num_parts: int, subset: Sequence[int]) -> LinearProbe:
-    """The ridge regression of one-hot classes on the standardised numbers of some parts, with a bias.
+    """The ridge regression of one-hot classes on the standardized numbers of some parts, with a bias.
 
     A number that is constant over the images gets no weight; the bias is not shrunk.
     """
-    columns = parts_of(torch.arange(len(sums.sums))[None], num_parts)[0, list(subset)].flatten()
-    columns = columns.to(sums.sums.device)
-    total = sums.counts.sum()
-    mean_E, share_S = sums.sums[columns] / total, sums.counts / total
-    covariance = sums.products[columns][:, columns] / total - mean_E[:, None] * mean_E
-    with_class = sums.by_class[columns] / total - mean_E[:, None] * share_S
-    variance_E = covariance.diagonal()
-    # Below this the variance is what rounding leaves of two equal numbers.
-    constant = variance_E <= 1e-12 * (mean_E.square() + variance_E)
-    scale_E = variance_E.clamp(min=0).sqrt().masked_fill(constant, torch.inf)
-    correlation = covariance / (scale_E[:, None] * scale_E)
-    correlation.diagonal().add_(RIDGE)
-    factor = torch.linalg.cholesky(correlation)
-    weight = torch.cholesky_solve(with_class / scale_E[:, None], factor) / scale_E[:, None]
+    seen = sums.of_parts(num_parts, subset)
+    total, mean_E, covariance_EE = seen.center()
+    share_S = seen.counts / total
+    with_class = seen.by_class / total - mean_E[:, None] * share_S
+    weight = _regress(covariance_EE, with_class, mean_E, covariance_EE, RIDGE)
     return LinearProbe(tuple(subset), weight.float(), (share_S - mean_E @ weight).float())
+
+
+def fit_discriminant(sums: Moments, num_parts: int, subset: Sequence[int], ridge: float) -> LinearProbe:
+    """Linear discriminant of classes from some parts: their means, and one covariance within all classes.
+
+    Numbers are standardized within classes and `ridge` is added to their variance, 1. A number that is
+    constant within classes gets no weight, nor does a class without images ever win.
+    """
+    seen = sums.of_parts(num_parts, subset)
+    total, mean_E, covariance_EE = seen.center()
+    share_S = seen.counts / total
+    apart_ES = seen.by_class / seen.counts.clamp(min=1) - mean_E[:, None]
+    within_EE = covariance_EE - (apart_ES * share_S) @ apart_ES.T
+    weight = _regress(within_EE, apart_ES, mean_E, covariance_EE, ridge)
+    bias = share_S.log() - (apart_ES * weight).sum(dim=0) / 2 - mean_E @ weight
+    return LinearProbe(tuple(subset), weight.float(), bias.float())
+
+
+def _regress(within_EE: Tensor, targets_ES: Tensor, mean_E: Tensor, total_EE: Tensor, ridge: float) -> Tensor:
+    """Weights (E, S) that solve `within` w = targets on standardized numbers, the ridge on their variance."""
+    variance_E = within_EE.diagonal()
+    # Below this the variance is what rounding leaves of equal numbers.
+    constant = variance_E <= 1e-12 * (mean_E.square() + total_EE.diagonal())
+    scale_E = variance_E.clamp(min=0).sqrt().masked_fill(constant, torch.inf)
+    correlation = within_EE / (scale_E[:, None] * scale_E)
+    correlation.diagonal().add_(ridge)
+    factor = torch.linalg.cholesky(correlation)
+    return torch.cholesky_solve(targets_ES / scale_E[:, None], factor) / scale_E[:, None]
 
 
 @torch.no_grad()
@@ -222,7 +323,7 @@ def probe_accuracies(
 ) -> list[float]:
     """Top-1 of each probe in per cent, in one pass over features (n, E) with labels (n,)."""
     right = [0] * len(probes)
-    for start, rows in _chunks(features, chunk or max(1, CHUNK_BYTES // (4 * features.shape[1])), device):
+    for start, rows in chunks(features, device, chunk):
         truth = torch.from_numpy(labels[start : start + len(rows)]).to(device)
         for number, probe in enumerate(probes):
             seen = parts_of(rows, num_parts)[:, list(probe.subset)].flatten(1)
@@ -230,14 +331,8 @@ def probe_accuracies(
     return [100 * count / len(features) for count in right]
 
 
-def _chunks(rows: Rows, size: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-    """Rows in float32 on the device, and the number of the first of them."""
+def chunks(rows: Rows, device: torch.device, size: int | None = None) -> Iterator[tuple[int, Tensor]]:
+    """Some rows at a time in float32 on the device, and the number of the first of them."""
+    size = size or max(1, CHUNK_BYTES // (4 * rows.shape[1]))
     for start in range(0, len(rows), size):
         yield start, torch.as_tensor(rows[start : start + size]).to(device).float()
-
-
-def _better(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """The k best of both, the most similar first, of equally similar ones those of `one` first."""
-    cosines, numbers = (torch.cat(pair, dim=1) for pair in zip(one, other, strict=True))
-    order = cosines.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return cosines.gather(1, order), numbers.gather(1, order)

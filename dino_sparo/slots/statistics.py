@@ -12,7 +12,7 @@ from dino_sparo.models import Encoder
 from dino_sparo.parallel.distributed import sum_over_ranks
 
 # Distances between encodings are sums over slots: of a slot that varies a twentieth as much as the middle one
-# 0.25 % of a middle slot's part is left, which changes no neighbour.
+# 0.25 % of a middle slot's part is left, which changes no neighbor.
 DEAD_RELATIVE_STD = 0.05
 # Where all slots have died none is below the others: then each is a constant, to within a hundredth.
 DEAD_OWN_STD = 0.01
@@ -128,7 +128,7 @@ def _middle(values: Tensor) -> Tensor:
 
 
 def look_at_slots(encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention (B, L, N) and output (B, L, V) of the slots for normalised images, by one pass."""
+    """Attention (B, L, N) and output (B, L, V) of the slots for normalized images, by one pass."""
     assert encoder.readout is not None
     tokens_BND = encoder.tokens(images)
     return encoder.readout.attention(tokens_BND), encoder.readout(tokens_BND)
@@ -136,7 +136,7 @@ def look_at_slots(encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def slot_health(teacher: Encoder, student: Encoder, images: Tensor) -> dict[str, Tensor]:
-    """The teacher's slots on some normalised images (B, 3, height, width); nothing without slots.
+    """The teacher's slots on some normalized images (B, 3, height, width); nothing without slots.
 
     Scalars on the device. The student is looked at in evaluation mode, in which no random number is drawn.
 

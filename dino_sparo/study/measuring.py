@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 
-from dino_sparo.data.sources import hold_out
-from dino_sparo.evaluation import knn, linear
-from dino_sparo.evaluation.linear_setup import Opened, open_all
-from dino_sparo.evaluation.probe_data import balanced_fraction
+from dino_sparo.data.sources import ImageSource, hold_out
+from dino_sparo.evaluation.knn import HEADLINE_K, knn_results
+from dino_sparo.evaluation.linear import CACHED, cached_linear_probe, probe_folder
+from dino_sparo.evaluation.probes import choose_probes
 from dino_sparo.evaluation.results import Result, save_results
-from dino_sparo.evaluation.transfer import as_test_set
-from dino_sparo.options import KnnOptions, LabelledDataOptions, LinearOptions
+from dino_sparo.evaluation.transfer import TestSet, as_test_set, balanced_fraction, open_train_and_tests
+from dino_sparo.interop.load import load_encoder
+from dino_sparo.models import Encoder
 from dino_sparo.terminal import only_warnings
 
 LEARNING_RATES = (0.001, 0.01, 0.1, 1.0)
@@ -71,51 +72,59 @@ def measure(
     Raises:
         UserError: for images that cannot be read, or features that are not finite.
     """
-    folder, cache = run_dir / FOLDER / name, str(run_dir / "features")
-    where = LabelledDataOptions(data)
+    folder, cache = run_dir / FOLDER / name, run_dir / "features"
     with only_warnings():
-        found = knn.evaluate(
-            KnnOptions(run=str(run_dir), data=where, cache=cache, num_workers=num_workers, k=knn.HEADLINE_K),
-            device,
-        )
+        train, test_sets = open_train_and_tests(data)
+        encoder = load_encoder(str(run_dir)).to(device)
+        found = knn_results(encoder, train, test_sets, k=HEADLINE_K, cache=cache, num_workers=num_workers)
         save_results(folder, found)
-        options = LinearOptions(
-            run=str(run_dir),
-            data=where,
-            cached=True,
-            sweep=True,
-            learning_rates=list(LEARNING_RATES),
+        probes = {
+            fraction: _probe(
+                *(encoder, train, test_sets, folder, fraction),
+                seed=seed,
+                cache=cache,
+                num_workers=num_workers,
+                unverified=unverified,
+            )
+            for fraction in fractions
+        }
+    return Measured(found[0], probes)
+
+
+def _probe(
+    encoder: Encoder,
+    train: ImageSource,
+    test_sets: Sequence[TestSet],
+    folder: Path,
+    fraction: float,
+    *,
+    seed: int,
+    cache: Path,
+    num_workers: int | None,
+    unverified: bool,
+) -> Probed:
+    """The probes on a share of the train images, on those held out and on the test images."""
+    rest, held_out = hold_out(train)
+    num_rest = len(balanced_fraction(rest, fraction, seed)) if fraction < 1 else len(rest)
+    results = []
+    for learned, scored, place in (
+        (rest, [as_test_set(HELD_OUT, held_out, train.classes)], folder / HELD_OUT),
+        (train, test_sets, folder),
+    ):
+        found = cached_linear_probe(
+            *(encoder, learned, scored),
+            place / probe_folder(CACHED, train_fraction=fraction, sweep=True),
+            probes=choose_probes(encoder, learning_rates=LEARNING_RATES, sweep=True),
             epochs=EPOCHS,
+            batch_size=min(MOST_A_BATCH, 2 ** (num_rest.bit_length() - 1)),
+            train_fraction=fraction,
             seed=seed,
-            out=str(folder),
             cache=cache,
             num_workers=num_workers,
             resume_unverified=unverified,
         )
-        opened = open_all(options, device)
-        probes = {fraction: _probe(options, opened, fraction) for fraction in fractions}
-    return Measured(found[0], probes)
-
-
-def _probe(options: LinearOptions, opened: Opened, fraction: float) -> Probed:
-    """The probes on a share of the train images, on those held out and on the test images."""
-    classes = opened.train.classes
-    rest, held_out = hold_out(opened.train)
-    to_choose = replace(
-        opened,
-        train=balanced_fraction(rest, fraction, options.seed) if fraction < 1 else rest,
-        test_sets=[as_test_set(HELD_OUT, held_out, classes)],
-        folder=opened.folder / HELD_OUT,
-    )
-    to_report = opened
-    if fraction < 1:
-        to_report = replace(opened, train=balanced_fraction(opened.train, fraction, options.seed))
-    batch = min(MOST_A_BATCH, 2 ** (len(to_choose.train).bit_length() - 1))
-    given = replace(options, train_fraction=fraction, batch_size=batch)
-    results = []
-    for part in (to_choose, to_report):
-        results.append(linear.train_all(given, part))
-        save_results(part.folder, results[-1])
+        save_results(place, found)
+        results.append(found)
     return Probed(*results)
 
 

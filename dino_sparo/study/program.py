@@ -8,23 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dino_sparo.config import flattened
 from dino_sparo.data.sources import open_labelled
 from dino_sparo.errors import EXIT_PROBLEM, StuckError, UserError, files_told
-from dino_sparo.evaluation.compare import Comparison, compare_groups
+from dino_sparo.evaluation.compare import CONFIG_FILE, Comparison, Group, Measure, Run, compare_groups
 from dino_sparo.evaluation.features import hash_of_images
-from dino_sparo.evaluation.groups import CONFIG_FILE, Group, Measure, Run
 from dino_sparo.evaluation.knn import HEADLINE_K
 from dino_sparo.evaluation.results import Result, alone_in
 from dino_sparo.evaluation.transfer import EXPECTED_BOTH, VAL, named_folder
-from dino_sparo.options import StudyOptions, SweepOptions
 from dino_sparo.parallel.device import choose_device
+from dino_sparo.recipe.typed import flattened
 from dino_sparo.runs.checkpoint import latest_step
-from dino_sparo.runs.rundir import check_same_experiment, config_of, read_starts
-from dino_sparo.study import sweep
+from dino_sparo.runs.rundir import check_same_experiment, read_starts
+from dino_sparo.study import training
 from dino_sparo.study.measuring import EPOCHS, Measured, choose, measure
 from dino_sparo.study.report import CURVES, JSON_FILE, PAGE, as_json, curves_picture, page, training_of
-from dino_sparo.study.variants import Variant, plan_runs
+from dino_sparo.study.variants import Variant
 
 log = logging.getLogger("dino_sparo")
 
@@ -32,30 +30,40 @@ PROGRAM = "dino-sparo"
 IMAGES_FILE = "images.json"  # which images the study is about, by hash
 
 
-def run(options: StudyOptions) -> int:
+def study(
+    variants: Sequence[Variant],
+    folder: Path,
+    *,
+    control: str,
+    train_fractions: Sequence[float],
+    transfer: Sequence[str],
+    unverified: bool = False,
+) -> int:
     """Train what is not trained yet, evaluate what is, write the page and print its table; 1 if a run failed.
 
-    Runs that `only` leaves out stand on the page too, if they are complete.
+    Runs that are not chosen stand on the page too, if they are complete.
 
     Raises:
-        UserError: for a mistake in options or data, before anything is trained.
-        StoppedError: a signal has told a run to stop; it is saved, and the study goes on there.
+        UserError: for a mistake in recipe or data, before anything is trained.
+        StoppedError: a signal has told a run to stop; it is saved, and the study resumes there.
     """
-    variants = plan_runs(options)
-    data_sets, hashes = check(options, variants)
-    sweep.check_experiments(variants)
-    remember_images(Path(options.run_dir), data_sets, hashes)
-    errors = sweep.train(options, variants)
+    data_sets, hashes = check_study(
+        variants, folder, control=control, train_fractions=train_fractions, transfer=transfer
+    )
+    training.check_experiments(variants)
+    remember_images(folder, data_sets, hashes)
+    errors = training.train(variants, folder, unverified=unverified)
     measured: dict[str, dict[str, Measured]] = {}
     for variant in variants:
-        place = Path(variant.options.run_dir)
-        if sweep.final_knn(place, variant.options.optim.epochs) is None:
+        if training.final_knn(variant.run_dir, variant.recipe.optim.epochs) is None:
             continue
         errors.pop(variant.folder, None)  # another process has trained it
         log.info("evaluating %s", variant.folder)
         try:
-            with files_told(), alone_in(place):  # others may evaluate it too
-                measured[variant.folder] = _measured(options, variant, data_sets)
+            with files_told(), alone_in(variant.run_dir):  # others may evaluate it too
+                measured[variant.folder] = evaluate(
+                    variant, data_sets, train_fractions, unverified=unverified
+                )
         except UserError as error:
             if isinstance(error, StuckError):  # this process must end
                 raise
@@ -64,63 +72,77 @@ def run(options: StudyOptions) -> int:
     found = groups(variants, measured)
     if not found:
         log.warning("WARNING: no run is complete, so there is nothing to report")
-        return 1 if errors else 0
-    missing = missing_runs(Path(options.run_dir), variants, set(measured), errors)
-    comparison = write_report(options, found, sweep.table(variants, errors), missing)
+        return EXIT_PROBLEM if errors else 0
+    missing = missing_runs(folder, variants, set(measured), errors)
+    comparison = write_report(folder, control, found, training.table(variants, errors), missing)
     print(comparison.text())
-    log.info("the page is %s", Path(options.run_dir) / PAGE)
-    return 1 if errors else 0
+    log.info("the page is %s", folder / PAGE)
+    return EXIT_PROBLEM if errors else 0
 
 
-def plan_sweep(options: SweepOptions, recipe: str) -> int:
-    """`--dry-run`: print all runs of the sweep with their cost, and how far each is; 1 if one is refused."""
-    variants = plan_runs(options)
-    if isinstance(options, StudyOptions):
-        check(options, variants)
+def train_only(variants: Sequence[Variant], folder: Path, *, unverified: bool = False) -> int:
+    """Train what is not trained yet, and print and write the table; 1 if a run failed.
+
+    Raises:
+        UserError, StoppedError: as `study`.
+    """
+    errors = training.train(variants, folder, unverified=unverified)
+    print("\n".join(training.as_markdown(training.table(variants, errors))))
+    return EXIT_PROBLEM if errors else 0
+
+
+def print_plan(variants: Sequence[Variant], recipe_name: str | None) -> int:
+    """`--dry-run`: print all runs with their cost, and how far each is; 1 if one would be refused."""
     problems = []
     for variant in variants:
         try:
-            check_same_experiment(Path(variant.options.run_dir), config_of(variant.options))
+            check_same_experiment(variant.run_dir, variant.recipe)
         except UserError as error:
             problems.append(str(error))
     try:
-        sweep.check_data(variants)
+        training.check_data(variants)
     except UserError as error:
         problems.append(str(error))
-    print("\n".join(sweep.as_markdown(sweep.table(variants, {}))))
-    print(f"\n{len(variants)} runs of {recipe}; dino-sparo pretrain --dry-run tells more of one")
+    print("\n".join(training.as_markdown(training.table(variants, {}))))
+    print(f"\n{len(variants)} runs of {recipe_name}; dino-sparo pretrain --dry-run tells more of one")
     for variant in variants:
-        done = latest_step(Path(variant.options.run_dir))
+        done = latest_step(variant.run_dir)
         state = f"{done:,} steps are done" if done else "would start"
-        left_out = options.only and variant.name not in options.only
-        print(f"  {variant.folder}: {'left out by --only' if left_out else state}")
-    print("\n".join(f"PROBLEM: {problem}" for problem in problems) or "nothing is in the way")
+        print(f"  {variant.folder}: {state if variant.chosen else 'left out by --only'}")
+    print("\n".join(f"PROBLEM: {problem}" for problem in problems) or "no problems found")
     return EXIT_PROBLEM if problems else 0
 
 
-def check(options: StudyOptions, variants: Sequence[Variant]) -> tuple[dict[str, str], dict[str, str]]:
+def check_study(
+    variants: Sequence[Variant],
+    folder: Path,
+    *,
+    control: str,
+    train_fractions: Sequence[float],
+    transfer: Sequence[str],
+) -> tuple[dict[str, str], dict[str, str]]:
     """The data sets to evaluate on, by name, the one that is learnt from first; and a hash of their images.
 
     Raises:
         UserError: the control is no row, a share is wrong, a folder has no name or one that is taken, or has
-            no labelled images, too few, or others than when the study began.
+            no labeled images, too few, or others than when the study began.
     """
     rows = list(dict.fromkeys(variant.row for variant in variants))
-    if len(rows) > 1 and options.control not in rows:
-        raise UserError(f"control {options.control!r} is no row of the table; it has {', '.join(rows)}")
-    for fraction in options.train_fractions:
+    if len(rows) > 1 and control not in rows:
+        raise UserError(f"control {control!r} is no row of the table; it has {', '.join(rows)}")
+    for fraction in train_fractions:
         if fraction > 1:
             raise UserError(f"train_fractions has {fraction}; expected above 0 and at most 1, such as 0.1")
-    if len({f"{fraction:g}" for fraction in options.train_fractions}) < len(options.train_fractions):
-        raise UserError(f"train_fractions is {options.train_fractions}; give each share once")
-    data_sets = {VAL: options.data.path}
-    for text in options.transfer:
-        name, folder = named_folder(text, "transfer", EXPECTED_BOTH)
+    if len({f"{fraction:g}" for fraction in train_fractions}) < len(train_fractions):
+        raise UserError(f"train_fractions is {train_fractions}; give each share once")
+    data_sets = {VAL: variants[0].base.data.path}
+    for text in transfer:
+        name, place = named_folder(text, "transfer", EXPECTED_BOTH)
         if name in data_sets:
             raise UserError(f"transfer {text!r}: the name {name!r} is given twice; give each folder its own")
-        data_sets[name] = folder
-    hashes = {name: _hash_of(name, folder) for name, folder in data_sets.items()}
-    _with_known(Path(options.run_dir), data_sets, hashes)
+        data_sets[name] = place
+    hashes = {name: _hash_of(name, place) for name, place in data_sets.items()}
+    _with_known(folder, data_sets, hashes)
     return data_sets, hashes
 
 
@@ -134,7 +156,7 @@ def remember_images(run_dir: Path, data_sets: dict[str, str], hashes: dict[str, 
     run_dir.mkdir(parents=True, exist_ok=True)
     with alone_in(run_dir):
         known = _with_known(run_dir, data_sets, hashes)
-        sweep.write_files(run_dir, {IMAGES_FILE: json.dumps(known, indent=1) + "\n"})
+        training.write_files(run_dir, {IMAGES_FILE: json.dumps(known, indent=1) + "\n"})
 
 
 def _with_known(run_dir: Path, data_sets: dict[str, str], hashes: dict[str, str]) -> dict[str, str]:
@@ -170,19 +192,21 @@ def _known_images(path: Path) -> dict[str, str]:
         ) from error
 
 
-def _measured(options: StudyOptions, variant: Variant, data_sets: dict[str, str]) -> dict[str, Measured]:
+def evaluate(
+    variant: Variant, data_sets: dict[str, str], train_fractions: Sequence[float], *, unverified: bool
+) -> dict[str, Measured]:
     """One run on each data set."""
-    device = choose_device(options.machine.device)
+    machine = variant.recipe.machine
     return {
         name: measure(
-            Path(variant.options.run_dir),
+            variant.run_dir,
             data,
             name,
-            fractions=options.train_fractions,
-            seed=variant.options.seed,
-            device=device,
-            num_workers=options.machine.num_workers,
-            unverified=options.resume_unverified,
+            fractions=train_fractions,
+            seed=variant.recipe.seed,
+            device=choose_device(machine.device),
+            num_workers=machine.num_workers,
+            unverified=unverified,
         )
         for name, data in data_sets.items()
     }
@@ -209,7 +233,7 @@ def _runs(of_row: Sequence[Variant], measured: dict[str, dict[str, Measured]]) -
             for headline, result in zip(headlines, chosen, strict=True):
                 headline[_measure(name, result)] = result
     return [
-        Run(Path(v.options.run_dir), flattened(config_of(v.options)), v.options.seed, headline)
+        Run(v.run_dir, flattened(v.recipe.as_dict()), v.recipe.seed, headline)
         for v, headline in zip(of_row, headlines, strict=True)
     ]
 
@@ -235,19 +259,19 @@ def missing_runs(
 
 
 def write_report(
-    options: StudyOptions, found: list[Group], costs: list[dict[str, Any]], missing: Sequence[str]
+    folder: Path, control: str, found: list[Group], costs: list[dict[str, Any]], missing: Sequence[str]
 ) -> Comparison:
     """Write `study.md`, `study.json` and `curves.png`; returns the table of means and differences."""
-    control = next((group for group in found if group.label == options.control), None)
-    remark = f"no differences: no run of the control {options.control!r} is complete"
-    comparison = compare_groups(found, control) if control else compare_groups(found, None, remark)
+    group = next((group for group in found if group.label == control), None)
+    remark = "" if group else f"no differences: no run of the control {control!r} is complete"
+    comparison = compare_groups(found, group, remark)
     trainings = {run.folder: training_of(run) for group in found for run in group.runs}
     contents: dict[str, str | bytes] = {
         PAGE: page(found, trainings, comparison, costs, missing, about(list(trainings))),
         JSON_FILE: json.dumps(as_json(found, trainings), indent=1) + "\n",
         CURVES: curves_picture(found, trainings),
     }
-    sweep.write_files(Path(options.run_dir), contents)
+    training.write_files(folder, contents)
     return comparison
 
 

@@ -9,10 +9,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from dino_sparo.evaluation.compare import Comparison, title
-from dino_sparo.evaluation.groups import Group, Measure, Run
+from dino_sparo.evaluation.compare import Comparison, Group, Measure, Run, title
 from dino_sparo.runs.runlog import read_metrics
-from dino_sparo.study.sweep import KNN
+from dino_sparo.study.training import KNN
 
 PAGE, JSON_FILE, CURVES = "study.md", "study.json", "curves.png"
 NOT_THERE = "–"
@@ -64,7 +63,7 @@ def page(
         groups: the rows of the study, with their runs.
         trainings: by run folder.
         comparison: the table of means and differences.
-        costs: by row parameters and FLOPs, as in the table of `sweep`.
+        costs: by row parameters and FLOPs, as in `training.table`.
         missing: lines on runs that are not here.
         about: lines on how all this was made.
     """

@@ -1,20 +1,18 @@
-"""Variants of a recipe: the runs of a sweep or a study, read and checked before any is trained."""
+"""Variants of a recipe: the runs of a study, read and checked before any is trained."""
 
-import json
 import re
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from dino_sparo.config import parse_options, recipes
 from dino_sparo.errors import UserError, UserFileNotFoundError
-from dino_sparo.options import PretrainOptions, SweepOptions
-from dino_sparo.runs.rundir import config_of
+from dino_sparo.recipe.files import checked_keys, merged, recipes
+from dino_sparo.recipe.sections import Recipe
+from dino_sparo.recipe.typed import build, flattened, leaf_keys
 
 VARIANTS_FOLDER = "variants"
 Changes = dict[str, Any]
@@ -27,68 +25,65 @@ class Variant:
     Attributes:
         name: of the set of changes that it comes from; empty for the recipe alone.
         row: what its row of the table is called, the same for all seeds.
-        folder: its run folder below that of the sweep.
+        run_dir: its run folder, below that of the study.
         changes: what it has instead of the recipe, by dotted key.
-        options: what it is trained with.
+        recipe: what it is trained by.
+        base: the recipe that is changed.
+        chosen: whether it is to be trained now.
     """
 
     name: str
     row: str
-    folder: str
+    run_dir: Path
     changes: Changes
-    options: PretrainOptions
+    recipe: Recipe
+    base: Recipe
+    chosen: bool
+
+    @property
+    def folder(self) -> str:
+        """The name of its run folder."""
+        return self.run_dir.name
 
 
-def plan_runs(options: SweepOptions) -> list[Variant]:
+def plan_runs(
+    recipe: Recipe, folder: Path, *, variants: str | None, vary: Sequence[str], only: Sequence[str]
+) -> list[Variant]:
     """All runs, also those that `only` leaves out: variants x values of each `vary`, checked.
 
     Raises:
         UserError: a key or value is wrong, naming the variant; or two variants are the same.
     """
-    named = read_variants(options.variants, options.only)
-    varied = [parse_vary(text) for text in options.vary]
+    named = read_variants(variants, only)
+    varied = [parse_vary(text) for text in vary]
     if len({key for key, _ in varied}) < len(varied):
         raise UserError("vary names a key twice; give all its values at once, as KEY=VALUE,VALUE")
     planned: dict[str, Variant] = {}
-    with tempfile.TemporaryDirectory(prefix="dino_sparo_") as temporary:
-        recipe = Path(temporary) / "recipe.yaml"
-        recipe.write_text(yaml.safe_dump(recipe_of(options), sort_keys=False))
-        for (name, changes), values in product(named.items(), product(*(values for _, values in varied))):
-            chosen = dict(zip((key for key, _ in varied), values, strict=True))
-            variant = _variant(name, changes, chosen, recipe, Path(options.run_dir))
-            if variant.folder in planned:
-                raise UserError(f"run {variant.folder!r} is planned twice; give each variant and value once")
-            if any(
-                (other.row, other.options.seed) == (variant.row, variant.options.seed)
-                for other in planned.values()
-            ):
-                raise UserError(
-                    f"seed {variant.options.seed} of {variant.row!r} is planned twice; give it once"
-                )
-            variant.options.resume_unverified = options.resume_unverified
-            planned[variant.folder] = variant
+    for (name, changes), values in product(named.items(), product(*(values for _, values in varied))):
+        chosen = dict(zip((key for key, _ in varied), values, strict=True))
+        title = _title(name, chosen)
+        row = _title(name, {key: value for key, value in chosen.items() if key != "seed"}) or "recipe"
+        place = re.sub(r"[^\w.=+-]+", "_", title) or "recipe"
+        every = changes | chosen
+        changed = _changed(recipe, every, title)
+        if place in planned:
+            raise UserError(f"run {place!r} is planned twice; give each variant and value once")
+        if any((other.row, other.recipe.seed) == (row, changed.seed) for other in planned.values()):
+            raise UserError(f"seed {changed.seed} of {row!r} is planned twice; give it once")
+        now = not only or name in only
+        planned[place] = Variant(name, row, folder / place, every, changed, recipe, now)
     return list(planned.values())
 
 
-def recipe_of(options: SweepOptions) -> dict[str, Any]:
-    """The resolved recipe that the variants change."""
-    of_runs = {field.name for field in fields(PretrainOptions)}
-    return {key: value for key, value in config_of(options).items() if key in of_runs}
-
-
-def _variant(name: str, changes: Changes, chosen: Changes, recipe: Path, folder: Path) -> Variant:
-    """The run with these changes of the recipe; `chosen` are those by `vary`."""
-    title = _title(name, chosen)
-    row = _title(name, {key: value for key, value in chosen.items() if key != "seed"})
-    place = re.sub(r"[^\w.=+-]+", "_", title) or "recipe"
-    every = changes | chosen
-    arguments = [f"--{key}={_written(value)}" for key, value in every.items()]
-    base = ["--config", str(recipe), "--run_dir", str(folder / place)]
+def _changed(recipe: Recipe, changes: Changes, title: str) -> Recipe:
+    """The recipe with other values by dotted key."""
     try:
-        parsed = parse_options(PretrainOptions, [*base, *arguments], usage="dino-sparo sweep")
+        keys = leaf_keys(Recipe)
+        over = checked_keys(changes, keys, "key")
+        changed: Recipe = build(Recipe, merged(flattened(recipe.as_dict()), over))
     except UserError as error:
         raise UserError(f"variant {title!r}: {error}") from error
-    return Variant(name, row or "recipe", place, every, parsed)
+    return changed
 
 
 def read_variants(name: str | None, only: Sequence[str]) -> dict[str, Changes]:
@@ -147,8 +142,3 @@ def _title(name: str, chosen: Changes) -> str:
     return " ".join(
         filter(None, [name, *(f"{key}={value}" for key, value in zip(short, chosen.values(), strict=True))])
     )
-
-
-def _written(value: Any) -> str:
-    """A value as an argument."""
-    return value if isinstance(value, str) else json.dumps(value)

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from dino_sparo.data.images import UnreadableImage
+from dino_sparo.data.loader import Replaced
 from dino_sparo.errors import UserError
 from dino_sparo.files import write_file
 from dino_sparo.parallel.distributed import gather_objects, rank
@@ -27,7 +27,7 @@ class BadImages:
 
     def __init__(self, run_dir: Path, num_images: int) -> None:
         self.path, self.num_images = run_dir / FILE, num_images
-        self._pending: list[UnreadableImage] = []
+        self._pending: list[Replaced] = []
         self._reasons: dict[str, str] = {}
         self._met: set[str] = set()  # since this start: those listed before may have been repaired
         for line in self.path.read_text().splitlines() if self.path.exists() else ():
@@ -37,7 +37,7 @@ class BadImages:
     def __len__(self) -> int:
         return len(self._reasons)
 
-    def add(self, replaced: tuple[UnreadableImage, ...]) -> None:
+    def add(self, replaced: tuple[Replaced, ...]) -> None:
         """Note what this process has replaced."""
         self._pending += replaced
 
@@ -47,7 +47,7 @@ class BadImages:
         Raises:
             UserError: more than one image in a hundred has been bad since this start.
         """
-        new = {image.name: image.reason for pending in gather_objects(self._pending) for image in pending}
+        new = {name: reason for pending in gather_objects(self._pending) for name, reason in pending}
         self._pending = []
         self._met |= new.keys()
         if new.keys() - self._reasons.keys():

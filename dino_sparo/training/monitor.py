@@ -15,8 +15,7 @@ from torch import Tensor
 
 from dino_sparo.data.sources import ImageSource, open_labelled, per_class
 from dino_sparo.errors import UserError
-from dino_sparo.evaluation.knn import HEADLINE_K, evaluate_knn
-from dino_sparo.evaluation.search import NoDirectionError
+from dino_sparo.evaluation.knn import HEADLINE_K, NoDirectionError, evaluate_knn
 from dino_sparo.models import Encoder
 from dino_sparo.parallel.distributed import sum_over_ranks, world_size
 

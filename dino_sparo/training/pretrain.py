@@ -7,60 +7,78 @@ import errno
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
-from dino_sparo.checks import smaller_batch
+from dino_sparo.data.decode import UnreadableImageError
 from dino_sparo.data.device_views import ahead
-from dino_sparo.data.images import UnreadableImage, normalize
-from dino_sparo.data.loader import Crops, PhotoBatch, crops_of, crops_picture
+from dino_sparo.data.images import normalize
+from dino_sparo.data.loader import BatchOrder, Crops, PhotoBatch, choose_executor, crops_of, crops_picture
+from dino_sparo.data.views import CropRecipe
+from dino_sparo.data.workers import check_shared_memory, default_workers
 from dino_sparo.errors import UserError
-from dino_sparo.options import PretrainOptions
+from dino_sparo.models.cost import describe_cost, encoder_cost
 from dino_sparo.parallel.device import choose_device, wait_for
 from dino_sparo.parallel.distributed import (
     Agreement,
     Group,
     any_rank,
+    average_gradients,
     first_rank_decides,
+    first_rank_first,
     local_rank,
+    local_world_size,
     process_group,
     rank,
-    unsynchronized,
     world_size,
 )
-from dino_sparo.parallel.precision import autocast, plain_attention
+from dino_sparo.parallel.precision import autocast, choose_precision, plain_attention, set_numerics
+from dino_sparo.recipe.sections import Recipe, smaller_batch, split_batch
 from dino_sparo.runs.checkpoint import check_room, set_damaged_aside
-from dino_sparo.runs.rundir import CONFIG_FILE, check_untouched, hold, start_run_dir
+from dino_sparo.runs.rundir import CONFIG_FILE, check_same_experiment, check_untouched, hold, start_run_dir
 from dino_sparo.runs.runlog import RunLog
 from dino_sparo.runs.saver import Saver
-from dino_sparo.training.between_steps import (
+from dino_sparo.training.bad_images import BadImages
+from dino_sparo.training.loss import teacher_probabilities
+from dino_sparo.training.monitor import CollapseAlarm, TeacherStatistics
+from dino_sparo.training.optim import clip_gradients_per_parameter, set_hyperparameters, step_if_finite
+from dino_sparo.training.periodic import (
     describe,
+    due,
     evaluate,
     evaluation_is_missing,
-    is_due,
     log_step,
-    look_at_numbers,
     machine_of,
+    report_bad_steps,
     save,
     stop,
 )
-from dino_sparo.training.loss import teacher_probabilities
-from dino_sparo.training.monitor import TeacherStatistics
-from dino_sparo.training.optim import clip_gradients_per_parameter, set_hyperparameters, step_if_finite
 from dino_sparo.training.schedules import Hyperparameters
-from dino_sparo.training.setup import Run, prepare, training_batches
-from dino_sparo.training.state import StepOutput, TrainState, checkpoint_bytes
-from dino_sparo.training.stopping import BadSteps, StopSignals
+from dino_sparo.training.setup import (
+    Run,
+    build_schedules,
+    bytes_of_image,
+    check_all_agree,
+    dataset_of,
+    open_data,
+    restore,
+    start_state,
+    training_batches,
+    warn_of_other_views,
+)
+from dino_sparo.training.state import StepOutput, TrainState, build_state, checkpoint_bytes
+from dino_sparo.training.stopping import StopSignals
 from dino_sparo.training.teacher import update_teacher
 
 log = logging.getLogger("dino_sparo")
 
-Batch = Crops | PhotoBatch | UnreadableImage
+Batch = Crops | PhotoBatch
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
@@ -78,20 +96,22 @@ def train_step(
 
     A micro-batch is groups of crops (C_i, B, 3, side, side), the two global crops first. A step whose loss
     or gradients are not finite in any process changes neither student nor teacher nor centre; only the
-    device knows. The statistics, if they are wanted of this step, are added to.
+    device knows. The statistics, if they are wanted of this step, are added to. Its parts are named ranges
+    for `torch.profiler`, as `dino-sparo bench` reads them.
     """
     set_hyperparameters(state.optimizer, lr=hyper.lr, weight_decay=hyper.weight_decay)
     state.optimizer.zero_grad(set_to_none=True)
     loss_of_step = torch.zeros((), device=state.loss_fn.center.device)
 
-    for number in range(accumulation):
+    for _ in range(accumulation):
         crop_groups = next(micro_batches)
-        with torch.inference_mode(), autocast:
+        with record_function("teacher forward"), torch.inference_mode(), autocast:
             teacher_logits, teacher_encodings = state.teacher(crop_groups[:1])  # (2*B, K)
-        with unsynchronized(state.parallel_student, unless=number == accumulation - 1):
-            with autocast:
-                student_logits, _ = state.parallel_student(crop_groups)  # (C*B, K)
+        with record_function("student forward"), autocast:
+            student_logits, _ = state.student(crop_groups)  # (C*B, K)
+        with record_function("loss"):
             loss = state.loss_fn(student_logits, teacher_logits, hyper.teacher_temp) / accumulation
+        with record_function("backward"):
             state.loss_scale.scaled(loss).backward()
         if statistics is not None:
             answers = teacher_probabilities(teacher_logits, state.loss_fn.center, hyper.teacher_temp)
@@ -99,9 +119,12 @@ def train_step(
         state.loss_fn.add_to_center(teacher_logits)
         loss_of_step += loss.detach()
 
-    state.loss_scale.unscale([p.grad for p in state.student.parameters() if p.grad is not None])
-    gradient_norms = clip_gradients_per_parameter(state.student.parameters(), clip_norm)
-    finite = state.judge(
+    with record_function("gradient averaging"):
+        average_gradients(state.student.parameters())
+    with record_function("gradient clipping"):
+        state.loss_scale.unscale([p.grad for p in state.student.parameters() if p.grad is not None])
+        gradient_norms = clip_gradients_per_parameter(state.student.parameters(), clip_norm)
+    finite = state.check_finite(
         ~any_rank(~loss_of_step.isfinite()),
         gradient_norms.isfinite().all(),  # in all processes alike: they share the gradients
     )
@@ -109,37 +132,38 @@ def train_step(
         for parameter in state.student.head.last_layer.parameters():
             parameter.grad = None  # AdamW then neither decays it nor counts a step
 
-    step_if_finite(state.optimizer, finite)
-    update_teacher(state.teacher, state.student, hyper.momentum, finite)
+    with record_function("optimizer"):
+        step_if_finite(state.optimizer, finite)
+    with record_function("teacher update"):
+        update_teacher(state.teacher, state.student, hyper.momentum, finite)
     center = state.loss_fn.center.clone()
     state.loss_fn.commit_center(finite)
     return StepOutput(loss_of_step, crop_groups[0][0], center, gradient_norms)
 
 
-def pretrain(options: PretrainOptions) -> None:
+def pretrain(recipe: Recipe, run_dir: Path, *, resume_unverified: bool = False) -> None:
     """`dino-sparo pretrain`: start a run, or go on where it stopped; in every process that torchrun started.
 
     Raises:
         UserError: for a mistake in options or data; nothing has been written then.
         StoppedError: a signal has told the run to stop; it is saved.
     """
-    device = choose_device(options.machine.device, local_rank())
+    device = choose_device(recipe.machine.device, local_rank())
     with StopSignals() as signals, process_group(device) as group, ExitStack() as held:
         signals.listen()  # not before: a process that waits for the others to join could not act on it
-        run_dir = Path(options.run_dir)
         is_run = (run_dir / CONFIG_FILE).exists()
         if rank() == 0 and is_run:  # before another start could change what is read
             held.enter_context(hold(run_dir))
-        run = prepare(options, device)
+        run = prepare(recipe, run_dir, device, unverified=resume_unverified)
         if run.first_step == run.total_steps and not evaluation_is_missing(run):
-            log.info("%s is complete: all %d epochs are done", run.run_dir, options.optim.epochs)
+            log.info("%s is complete: all %d epochs are done", run.run_dir, recipe.optim.epochs)
             return
         if rank() == 0:
             if not is_run:
                 held.enter_context(hold(run_dir))
                 check_untouched(run_dir)
             check_room(run.run_dir, checkpoint_bytes(run.state))
-            start_run_dir(run.run_dir, run.config, machine_of(run))
+            start_run_dir(run.run_dir, recipe, machine_of(run))
             set_damaged_aside(run.run_dir, run.first_step)
         batches = training_batches(run)
         try:
@@ -163,111 +187,191 @@ def pretrain(options: PretrainOptions) -> None:
             ) from error
 
 
+def prepare(recipe: Recipe, run_dir: Path, device: torch.device, *, unverified: bool = False) -> Run:
+    """Check, open and build everything, and restore the newest checkpoint; nothing is written.
+
+    Raises:
+        UserError: for a mistake in recipe or data.
+    """
+    machine, optim = recipe.machine, recipe.optim
+    set_numerics(tf32=machine.tf32, deterministic=machine.deterministic)
+    num_workers = default_workers(local_world_size()) if machine.num_workers is None else machine.num_workers
+    batch_size, accumulation = split_batch(optim.global_batch_size, machine.batch_size_per_gpu, world_size())
+    check_same_experiment(run_dir, recipe)
+    source, knn_monitor = first_rank_first(
+        lambda: open_data(
+            recipe.data,
+            recipe.monitor,
+            batch_size=optim.global_batch_size,
+            image_size=recipe.views.global_size,
+            num_workers=num_workers,
+            timeout_seconds=machine.data_timeout_seconds,
+        )
+    )
+    executor = choose_executor(machine.views, device, max_side=recipe.data.max_side)
+    image_bytes = bytes_of_image(recipe.views, recipe.data.max_side, source, executor)
+    check_shared_memory(
+        local_world_size() * num_workers * machine.prefetch_batches * batch_size * image_bytes
+    )
+    images = {"num_images": len(source), "fingerprint": source.fingerprint()}
+
+    precision = choose_precision(machine.precision, device)
+    state = build_state(
+        **recipe.state_arguments(),
+        device=device,
+        loss_scaling=precision == "fp16",
+        activation_checkpointing=machine.activation_checkpointing,
+        compiled=machine.compile,
+    )
+    cost = encoder_cost(state.teacher.encoder, recipe.views.global_size)
+    log.info("encoder with read-out %s: %s", recipe.model.readout.name, describe_cost(cost))
+    restored = restore(run_dir, state, images, unverified=unverified)
+    first_step = restored or 0
+    if restored is not None:
+        warn_of_other_views(run_dir, executor)
+    check_all_agree(run_dir, first_step, images)
+    if restored is None and recipe.init is not None:
+        log.info(
+            start_state(
+                *(state, recipe.init, recipe.encoder_arguments()),
+                norm_last_layer=recipe.head.norm_last_layer,
+                frozen=optim.freeze_backbone,
+            )
+        )
+
+    order = BatchOrder(
+        num_samples=len(source),
+        global_batch_size=optim.global_batch_size,
+        epochs=optim.epochs,
+        seed=recipe.seed,
+        first_step=first_step,
+        rank=rank(),
+        world_size=world_size(),
+        accumulation=accumulation,
+    )
+    assert order.micro_batch_size == batch_size
+    quiet_epochs = max(optim.warmup_epochs, optim.freeze_last_layer_epochs)
+    return Run(
+        recipe=recipe,
+        run_dir=run_dir,
+        source=source,
+        images=images,
+        device=device,
+        precision=precision,
+        num_workers=num_workers,
+        dataset=dataset_of(recipe.data, recipe.views, recipe.seed, source, executor),
+        state=state,
+        first_step=first_step,
+        order=order,
+        schedules=build_schedules(optim, recipe.loss, order.steps_per_epoch),
+        total_steps=order.steps_per_epoch * optim.epochs,
+        knn_monitor=knn_monitor,
+        alarm=CollapseAlarm(recipe.head.num_prototypes, quiet_epochs * order.steps_per_epoch),
+        bad_images=BadImages(run_dir, len(source)),
+    )
+
+
 def train(run: Run, batches: Iterator[Batch], signals: StopSignals, group: Group) -> None:
     """The loop: from the run's first step to its end. Source: DINO, algorithm 1.
 
     Raises:
         StoppedError: at a step before the end, on a signal to any process.
     """
-    options, state, done = run.options, run.state, run.first_step
+    recipe, state, last_step = run.recipe, run.state, run.total_steps
     signals.interruptible = False
-    steps_per_epoch = run.order.steps_per_epoch
     log.info(describe(run))
     if run.device.type == "cuda" and world_size() == 1 < torch.cuda.device_count():
         log.info("this machine has %d GPUs; --nproc uses more than one", torch.cuda.device_count())
+    steps_per_epoch = run.order.steps_per_epoch
+    checkpoint_every_steps = recipe.log.checkpoint_every_epochs * steps_per_epoch
+    keep_every_steps = recipe.log.keep_every_epochs * steps_per_epoch
+    knn_every_steps = recipe.monitor.knn_every_epochs * steps_per_epoch
     last_save = time.monotonic()
-    keep_every_steps = options.log.keep_every_epochs * steps_per_epoch
-    to_stop, bad_steps = Agreement(), BadSteps()
+    to_stop = Agreement()
     with (
-        Saver(run.run_dir, keep_every_steps, saved=done) as saver,
+        Saver(run.run_dir, keep_every_steps, saved=run.first_step) as saver,
         RunLog(
             run.run_dir,
-            first_step=done,
+            first_step=run.first_step,
             steps_per_epoch=steps_per_epoch,
-            total_steps=run.total_steps,
+            total_steps=last_step,
             silent=rank() > 0,
         ) as run_log,
     ):
         if evaluation_is_missing(run):
-            evaluate(run, run_log, done)
+            evaluate(run, run_log, run.first_step)
         micro_batches = on_device(run, batches, run_log)
-        while done < run.total_steps:
+        for step in range(run.first_step + 1, last_step + 1):
             if to_stop.ask(bool(signals.received)):
-                look_at_numbers(run, saver, bad_steps, now=True)
-                run_log.flush()
-                save(run, saver, done)
-                stop(run, saver, done, signals.received)
-            hyper = run.schedules.at(done)
-            torch.manual_seed(step_seed(options.seed, done, rank()))  # for stochastic depth
-            done += 1
-            group.at = f"step {done}"
-            at_end = done == run.total_steps
-            log_now = at_end or done % options.log.log_every_steps == 0
+                stop(run, saver, run_log, step - 1, signals.received)
+            group.at = f"step {step}"
+            hyper = run.schedules.at(step - 1)
+            log_now = due(step, recipe.log.log_every_steps, last_step)
             statistics = TeacherStatistics() if log_now else None
+            torch.manual_seed(step_seed(recipe.seed, step - 1, rank()))  # for stochastic depth
             with plain_attention(run.precision, run.device):
                 output = train_step(
                     state,
                     micro_batches,
                     run.order.accumulation,
                     hyper,
-                    clip_norm=options.optim.clip_norm,
+                    clip_norm=recipe.optim.clip_norm,
                     autocast=autocast(run.precision, run.device),
                     statistics=statistics,
                 )
-
-            run_log.step_done(done)
-            epoch, rest = divmod(done, steps_per_epoch)
-            save_now = at_end or (
-                rest == 0
-                and (
-                    is_due(epoch, options.log.checkpoint_every_epochs)
-                    or is_due(epoch, options.log.keep_every_epochs)
-                )
-            )
-            bad_steps.add(done, state.bad_steps)
-            look_at_numbers(run, saver, bad_steps, now=save_now or statistics is not None)
+            run_log.step_done(step)
             saver.check()
+
+            save_now = due(step, checkpoint_every_steps, last_step) or due(step, keep_every_steps, last_step)
             if statistics is not None:
+                report_bad_steps(run, saver, run_log)
                 wait_for(run.device)  # for the steps themselves: what follows is the cost of logging
                 with run_log.logging():
-                    log_step(run, run_log, done, hyper, output, statistics)
+                    log_step(run, run_log, step, hyper, output, statistics)
                 minutes = (time.monotonic() - last_save) / 60
-                save_now |= first_rank_decides(0 < options.log.checkpoint_every_minutes <= minutes)
+                save_now |= first_rank_decides(0 < recipe.log.checkpoint_every_minutes <= minutes)
             if save_now:
-                run_log.flush()
-                with run_log.not_training():
-                    save(run, saver, done)
+                save(run, saver, run_log, step)
                 last_save = time.monotonic()
-            if rest == 0 and (at_end or is_due(epoch, options.monitor.knn_every_epochs)):
-                evaluate(run, run_log, done)
+            if due(step, knn_every_steps, last_step):
+                evaluate(run, run_log, step)
 
 
 def on_device(run: Run, batches: Iterator[Batch], run_log: RunLog) -> Iterator[list[Tensor]]:
-    """Micro-batches as groups of normalised crops on the training device."""
-
-    def crops_on_device(batch: Crops | PhotoBatch) -> Crops:
-        return crops_of(batch, run.dataset.crop_recipes, run.device)
-
-    for number, crops in enumerate(ahead(readable(run, batches, run_log), crops_on_device, run.device)):
+    """Micro-batches as groups of normalized crops on the training device."""
+    all_crops = crops_on_device(readable(run, batches, run_log), run.dataset.crop_recipes, run.device)
+    for number, crops in enumerate(all_crops):
         run.bad_images.add(crops.replaced)
         if number == 0 and run.first_step == 0:
             run_log.picture(0, "first_crops", crops_picture(crops))
-        yield [normalize(x) for x in (crops.global_crops, crops.local_crops) if x.numel()]
+        yield normalized(crops)
+
+
+def crops_on_device(
+    batches: Iterable[Crops | PhotoBatch], recipes: Sequence[CropRecipe], device: torch.device
+) -> Iterator[Crops]:
+    """Batches from workers -> their crops on the device, made or copied one batch ahead of their use."""
+    return ahead(batches, lambda batch: crops_of(batch, recipes, device), device)
+
+
+def normalized(crops: Crops) -> list[Tensor]:
+    """uint8 crops -> groups (C_i, B, 3, side, side) as networks take them, the two global crops first."""
+    return [normalize(x) for x in (crops.global_crops, crops.local_crops) if x.numel()]
 
 
 def readable(run: Run, batches: Iterator[Batch], run_log: RunLog) -> Iterator[Crops | PhotoBatch]:
     """Micro-batches as workers hand them over.
 
     Raises:
-        UserError: one has an image that cannot be read.
+        UnreadableImageError: one has an image that cannot be read.
     """
     for _ in range(len(run.order)):
-        with run_log.waiting_for_data():
-            batch = next(batches)
-        if isinstance(batch, UnreadableImage):
-            batch.raise_error(
-                "repair the file, or let another image stand in by data.on_bad_image substitute"
-            )
+        try:
+            with run_log.waiting_for_data():
+                batch = next(batches)
+        except UnreadableImageError as error:
+            remedy = "repair the file, or let another image stand in by data.on_bad_image substitute"
+            raise UnreadableImageError(error.name, error.reason, f"{remedy}, then start again") from error
         yield batch
 
 

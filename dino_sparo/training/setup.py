@@ -8,34 +8,32 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from dino_sparo.checks import split_batch
 from dino_sparo.data.decode import size_of
-from dino_sparo.data.loader import BatchOrder, CropsDataset, Executor, choose_executor, crop_batches
-from dino_sparo.data.parquet import warn_of_random_order
+from dino_sparo.data.loader import BatchOrder, CropsDataset, Executor, crop_batches
 from dino_sparo.data.sources import ImageSource, open_images
 from dino_sparo.data.views import NUM_GLOBAL_CROPS, crop_recipes
-from dino_sparo.data.workers import WatchedLoader, check_shared_memory, default_workers
+from dino_sparo.data.workers import WatchedLoader
 from dino_sparo.errors import UserError
 from dino_sparo.interop.start import read_networks, start_networks
-from dino_sparo.models.cost import describe_cost, encoder_cost
-from dino_sparo.options import PretrainOptions
 from dino_sparo.parallel.distributed import (
     first_rank_first,
     gather_objects,
-    local_world_size,
-    rank,
-    settle,
-    world_size,
 )
-from dino_sparo.parallel.precision import choose_precision, set_numerics
-from dino_sparo.runs.checkpoint import encoder_arguments, load_latest
-from dino_sparo.runs.rundir import check_same_experiment, check_same_images, config_of, read_starts
+from dino_sparo.recipe.sections import (
+    DataOptions,
+    LossOptions,
+    MonitorOptions,
+    OptimOptions,
+    Recipe,
+    ViewOptions,
+)
+from dino_sparo.runs.checkpoint import load_latest
+from dino_sparo.runs.rundir import check_same_images, read_starts
 from dino_sparo.training.bad_images import BadImages
 from dino_sparo.training.monitor import CollapseAlarm, KnnMonitor, open_knn_monitor
 from dino_sparo.training.schedules import Schedules, cosine_schedule, teacher_temp_schedule
-from dino_sparo.training.state import TrainState, build_state, restore_state
+from dino_sparo.training.state import TrainState, restore_state
 
 log = logging.getLogger("dino_sparo")
 
@@ -46,8 +44,7 @@ SIZED_IMAGES = 32  # whose sizes stand for all
 class Run:
     """A prepared run: everything that stays the same while it trains, and the state that learns."""
 
-    options: PretrainOptions
-    config: dict[str, Any]
+    recipe: Recipe
     run_dir: Path
     source: ImageSource
     images: dict[str, Any]
@@ -65,76 +62,6 @@ class Run:
     knn_monitor: KnnMonitor | None
     alarm: CollapseAlarm
     bad_images: BadImages
-
-
-def prepare(options: PretrainOptions, device: torch.device) -> Run:
-    """Check, open and build everything, and restore the newest checkpoint; nothing is written.
-
-    Raises:
-        UserError: for a mistake in options or data.
-    """
-    machine, optim, run_dir = options.machine, options.optim, Path(options.run_dir)
-    set_numerics(tf32=machine.tf32, deterministic=machine.deterministic)
-    num_workers = default_workers(local_world_size()) if machine.num_workers is None else machine.num_workers
-    batch_size, accumulation = split_batch(optim.global_batch_size, machine.batch_size_per_gpu, world_size())
-    config = config_of(options)
-    check_same_experiment(run_dir, config)
-    source, knn_monitor = first_rank_first(lambda: open_data(options, num_workers))
-    executor = executor_of(options, device)
-    image_bytes = bytes_of_image(options, source, executor)
-    check_shared_memory(prefetched_bytes(options, num_workers, batch_size, local_world_size(), image_bytes))
-    images = {"num_images": len(source), "fingerprint": source.fingerprint()}
-
-    precision = choose_precision(machine.precision, device)
-    state = build_state(
-        config,
-        device,
-        loss_scaling=precision == "fp16",
-        activation_checkpointing=machine.activation_checkpointing,
-        compiled=machine.compile,
-    )
-    settle_order(state, options, device)
-    cost = encoder_cost(state.teacher.encoder, options.views.global_size)
-    log.info("encoder with read-out %s: %s", options.model.readout.name, describe_cost(cost))
-    restored = restore(run_dir, state, images, unverified=options.resume_unverified)
-    first_step = restored or 0
-    if restored is not None:
-        warn_of_other_views(run_dir, executor)
-    check_all_agree(run_dir, first_step, images)
-    if restored is None and options.init is not None:
-        log.info(start_state(state, options))
-
-    order = BatchOrder(
-        num_samples=len(source),
-        global_batch_size=optim.global_batch_size,
-        epochs=optim.epochs,
-        seed=options.seed,
-        first_step=first_step,
-        rank=rank(),
-        world_size=world_size(),
-        accumulation=accumulation,
-    )
-    assert order.micro_batch_size == batch_size
-    quiet_epochs = max(optim.warmup_epochs, optim.freeze_last_layer_epochs)
-    return Run(
-        options=options,
-        config=config,
-        run_dir=run_dir,
-        source=source,
-        images=images,
-        device=device,
-        precision=precision,
-        num_workers=num_workers,
-        dataset=dataset_of(options, source, executor),
-        state=state,
-        first_step=first_step,
-        order=order,
-        schedules=build_schedules(options, order.steps_per_epoch),
-        total_steps=order.steps_per_epoch * optim.epochs,
-        knn_monitor=knn_monitor,
-        alarm=CollapseAlarm(options.head.num_prototypes, quiet_epochs * order.steps_per_epoch),
-        bad_images=BadImages(run_dir, len(source)),
-    )
 
 
 def restore(
@@ -165,85 +92,87 @@ def warn_of_other_views(run_dir: Path, executor: Executor) -> None:
         )
 
 
-def start_state(state: TrainState, options: PretrainOptions) -> str:
+def start_state(
+    state: TrainState, init: str, encoder: dict[str, Any], *, norm_last_layer: bool, frozen: bool
+) -> str:
     """Put the starting weights into a fresh state; what was taken, in words.
+
+    Args:
+        init: what holds the weights.
+        encoder: the arguments of `build_encoder` by which the state was built.
+        norm_last_layer, frozen: of head and backbone, as in the recipe.
 
     Raises:
         UserError: they cannot be read or do not fit.
     """
-    init, arguments = options.init, encoder_arguments(config_of(options))
-    assert init is not None
-    stored = first_rank_first(lambda: read_networks(init, arguments))  # timm may download them
+    stored = first_rank_first(lambda: read_networks(init, encoder))  # timm may download them
     return start_networks(
-        *(state.student, state.teacher, stored, arguments),
-        norm_last_layer=options.head.norm_last_layer,
-        frozen=options.optim.freeze_backbone,
+        *(state.student, state.teacher, stored, encoder), norm_last_layer=norm_last_layer, frozen=frozen
     )
 
 
-def open_data(options: PretrainOptions, num_workers: int) -> tuple[ImageSource, KnnMonitor | None]:
-    """The images to learn from, at least one batch of them, and those of the k-NN monitor."""
-    source = open_images(options.data.path, options.data.max_images)
-    if len(source) < options.optim.global_batch_size:
+def open_data(
+    data: DataOptions,
+    monitor: MonitorOptions,
+    *,
+    batch_size: int,
+    image_size: int,
+    num_workers: int,
+    timeout_seconds: float,
+) -> tuple[ImageSource, KnnMonitor | None]:
+    """The images to learn from, at least one batch of them, and those of the k-NN monitor.
+
+    Raises:
+        UserError: there are none, or too few.
+    """
+    source = open_images(data.path, data.max_images)
+    if len(source) < batch_size:
         raise UserError(
-            f"data.path {options.data.path!r} gives {len(source)} images, fewer than one batch: "
-            f"optim.global_batch_size is {options.optim.global_batch_size}; use more images or "
-            f"a smaller batch"
+            f"data.path {data.path!r} gives {len(source)} images, fewer than one batch: "
+            f"optim.global_batch_size is {batch_size}; use more images or a smaller batch"
         )
-    warn_of_random_order(source)
-    if not options.monitor.knn_every_epochs:
+    if not monitor.knn_every_epochs:
         return source, None
     return source, open_knn_monitor(
-        path=options.monitor.knn_path,
-        data_path=options.data.path,
-        images_per_class=options.monitor.knn_images_per_class,
-        image_size=options.views.global_size,
+        path=monitor.knn_path,
+        data_path=data.path,
+        images_per_class=monitor.knn_images_per_class,
+        image_size=image_size,
         num_workers=num_workers,
-        timeout_seconds=options.machine.data_timeout_seconds,
+        timeout_seconds=timeout_seconds,
     )
 
 
-def executor_of(options: PretrainOptions, device: torch.device) -> Executor:
-    """Who makes the views."""
-    return choose_executor(options.machine.views, device, max_side=options.data.max_side)
-
-
-def dataset_of(options: PretrainOptions, source: ImageSource, executor: Executor) -> CropsDataset:
+def dataset_of(
+    data: DataOptions, views: ViewOptions, seed: int, source: ImageSource, executor: Executor
+) -> CropsDataset:
     """The images with their views."""
     return CropsDataset(
         source,
-        crop_recipes(**asdict(options.views)),
-        options.seed,
-        substitute=options.data.on_bad_image == "substitute",
+        crop_recipes(**asdict(views)),
+        seed,
+        substitute=data.on_bad_image == "substitute",
         executor=executor,
-        max_side=options.data.max_side,
+        max_side=data.max_side,
     )
 
 
-def bytes_of_image(options: PretrainOptions, source: ImageSource, executor: Executor) -> int:
+def bytes_of_image(views: ViewOptions, max_side: int | None, source: ImageSource, executor: Executor) -> int:
     """What a worker hands over for one image: its crops, or it itself, by the mean of some."""
-    views = options.views
     if executor != "device":
         return 3 * (NUM_GLOBAL_CROPS * views.global_size**2 + views.num_local_crops * views.local_size**2)
     chosen = np.linspace(0, len(source) - 1, min(SIZED_IMAGES, len(source))).round().astype(int)
     known = []
     for number in chosen:
         with suppress(OSError):  # an image that cannot be read is the loader's business
-            size = size_of(source.read(int(number)), options.data.max_side)
+            size = size_of(source.read(int(number)), max_side)
             known += [3 * size[0] * size[1]] if size else []
     return sum(known) // len(known) if known else 3 * views.global_size**2
 
 
-def prefetched_bytes(
-    options: PretrainOptions, num_workers: int, batch_size: int, processes: int, image_bytes: int
-) -> int:
-    """What the images that all workers of so many processes prepare ahead take, at most."""
-    return processes * num_workers * options.machine.prefetch_batches * batch_size * image_bytes
-
-
 def training_batches(run: Run) -> WatchedLoader:
     """The micro-batches of crops that this process takes, from first step to end."""
-    machine = run.options.machine
+    machine = run.recipe.machine
     return crop_batches(
         run.dataset,
         run.order,
@@ -252,19 +181,6 @@ def training_batches(run: Run) -> WatchedLoader:
         pin_memory=run.device.type == "cuda",
         timeout_seconds=machine.data_timeout_seconds,
     )
-
-
-def settle_order(state: TrainState, options: PretrainOptions, device: torch.device) -> None:
-    """Settle the order of summation (`distributed.settle`) by empty images."""
-    views = options.views
-    sizes = [(NUM_GLOBAL_CROPS, views.global_size), (views.num_local_crops, views.local_size)]
-    groups = [torch.zeros(crops, 1, 3, side, side, device=device) for crops, side in sizes if crops]
-
-    def loss() -> Tensor:
-        return state.parallel_student(groups)[0].sum()
-
-    with torch.compiler.set_stance("force_eager"):  # it would compile for a batch that never comes again
-        settle(loss, state.optimizer)
 
 
 def check_all_agree(run_dir: Path, first_step: int, images: dict[str, Any]) -> None:
@@ -287,9 +203,8 @@ def check_all_agree(run_dir: Path, first_step: int, images: dict[str, Any]) -> N
         )
 
 
-def build_schedules(options: PretrainOptions, steps_per_epoch: int) -> Schedules:
+def build_schedules(optim: OptimOptions, loss: LossOptions, steps_per_epoch: int) -> Schedules:
     """All schedules of the run."""
-    optim, loss = options.optim, options.loss
     total = optim.epochs * steps_per_epoch
     peak_lr = optim.lr_per_256 * optim.global_batch_size / 256
     return Schedules(

@@ -1,17 +1,18 @@
 """All that learning changes, built by a recipe, taken into a checkpoint and restored from it."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dino_sparo.models import DINOHead, DinoModel
-from dino_sparo.parallel.distributed import data_parallel
+from dino_sparo.models import DINOHead, DinoModel, build_encoder
 from dino_sparo.parallel.precision import LossScale
-from dino_sparo.runs.checkpoint import encoder_of, num_bytes
+from dino_sparo.recipe.sections import HeadOptions, LossOptions
+from dino_sparo.runs.checkpoint import num_bytes
 from dino_sparo.training.loss import DINOLoss
 from dino_sparo.training.optim import build_optimizer
+from dino_sparo.training.stopping import BadSteps
 
 
 @dataclass(frozen=True)
@@ -19,33 +20,27 @@ class TrainState:
     """Student, teacher, centre (in the loss), optimiser and loss scale.
 
     Attributes:
-        parallel_student: the student, whose backward averages gradients over all processes.
         overflows: int64 (2,), steps skipped since fp16 overflowed: in all, and the latest in a row.
-        bad_steps: int64 (2,), since this start, steps whose numbers went wrong otherwise: in all, and those
-            whose loss was not finite.
-        max_bad_steps: so many may be skipped; after one more nothing changes any more.
+        bad_steps: steps whose numbers went wrong otherwise, since this start.
     """
 
     student: DinoModel
     teacher: DinoModel
     loss_fn: DINOLoss
     optimizer: torch.optim.Optimizer
-    parallel_student: nn.Module
     loss_scale: LossScale
     overflows: Tensor
-    bad_steps: Tensor
-    max_bad_steps: int
+    bad_steps: BadSteps
 
-    def judge(self, finite_loss: Tensor, finite_gradients: Tensor) -> Tensor:
+    def check_finite(self, finite_loss: Tensor, finite_gradients: Tensor) -> Tensor:
         """Whether a step may change anything; counts it if not. All are scalars, alike in all processes.
 
         With loss scaling, gradients that are not finite are an overflow, which only lowers the scale.
         """
-        going_on = self.bad_steps[0] <= self.max_bad_steps
+        going_on = self.bad_steps.going_on()
         overflow = finite_loss & ~finite_gradients & self.loss_scale.enabled & going_on
         finite = finite_loss & finite_gradients & going_on
-        bad = ~finite & ~overflow & going_on
-        self.bad_steps.add_(torch.stack([bad, bad & ~finite_loss]))
+        self.bad_steps.add(~finite & ~overflow & going_on, finite_loss)
         total, in_a_row = self.overflows
         total += overflow
         in_a_row.copy_(torch.where(overflow, in_a_row + 1, torch.where(finite, 0, in_a_row)))
@@ -68,30 +63,47 @@ class StepOutput:
 
 
 def build_state(
-    config: dict[str, Any],
-    device: torch.device,
     *,
+    encoder: dict[str, Any],
+    head: HeadOptions,
+    loss: LossOptions,
+    seed: int,
+    drop_path_rate: float,
+    freeze_backbone: bool,
+    max_bad_steps: int,
+    device: torch.device,
     loss_scaling: bool = False,
     activation_checkpointing: bool = False,
     compiled: bool = False,
 ) -> TrainState:
-    """Freshly initialised by the recipe's seed; the teacher starts as a copy of the student."""
-    torch.manual_seed(config["seed"])
-    frozen = config["optim"].get("freeze_backbone", False)  # older checkpoints do not have it
-    student = _build_model(config, 0.0 if frozen else config["model"]["drop_path_rate"])
-    student.encoder.backbone.requires_grad_(not frozen)  # then no graph of it is kept either
-    teacher = _build_model(config, drop_path_rate=0.0)
+    """Freshly initialized by the seed; the teacher starts as a copy of the student.
+
+    Args:
+        encoder: arguments of `build_encoder`.
+        head, loss: sections of the recipe.
+        drop_path_rate: of the student.
+        freeze_backbone: whether the student's backbone does not learn.
+        max_bad_steps: so many steps whose numbers are not finite may be skipped.
+        loss_scaling: as fp16 needs it.
+        activation_checkpointing, compiled: of the backbones.
+    """
+    torch.manual_seed(seed)
+
+    def network(drop_path_rate: float) -> DinoModel:
+        built = build_encoder(drop_path_rate=drop_path_rate, **encoder)
+        return DinoModel(built, DINOHead(built.embed_dim, **asdict(head)))
+
+    student = network(drop_path_rate)
+    student.encoder.backbone.requires_grad_(not freeze_backbone)  # then no graph of it is kept either
+    teacher = network(0.0)
     teacher.load_state_dict(student.state_dict())
     student.encoder.backbone.activation_checkpointing = activation_checkpointing
     if compiled:
         student.compile_backbone()
         teacher.compile_backbone()
-    loss = config["loss"]
-    loss_fn = DINOLoss(config["head"]["num_prototypes"], loss["student_temp"], loss["center_momentum"])
+    loss_fn = DINOLoss(head.num_prototypes, loss.student_temp, loss.center_momentum)
     return state_of(
-        *(student, teacher, loss_fn, device),
-        loss_scaling=loss_scaling,
-        max_bad_steps=config["optim"]["max_bad_steps"],
+        *(student, teacher, loss_fn, device), loss_scaling=loss_scaling, max_bad_steps=max_bad_steps
     )
 
 
@@ -112,11 +124,9 @@ def state_of(
         teacher=teacher,
         loss_fn=loss_fn.to(device),
         optimizer=build_optimizer(student),
-        parallel_student=data_parallel(student, device),
         loss_scale=LossScale(device, enabled=loss_scaling),
         overflows=torch.zeros(2, dtype=torch.int64, device=device),
-        bad_steps=torch.zeros(2, dtype=torch.int64, device=device),
-        max_bad_steps=max_bad_steps,
+        bad_steps=BadSteps(device, max_bad_steps),
     )
 
 
@@ -136,7 +146,8 @@ def checkpoint_bytes(state: TrainState) -> int:
     """Size of one checkpoint; of one before the first step, what it will be after it."""
     size = num_bytes(capture_state(state))
     if not state.optimizer.state:
-        size += 2 * sum(p.nbytes for p in state.student.parameters() if p.requires_grad)  # AdamW's moments
+        learning = [p for p in state.student.parameters() if p.requires_grad]
+        size += sum(2 * p.nbytes + 4 for p in learning)  # AdamW's moments, and its count of steps
     return size
 
 
@@ -148,8 +159,3 @@ def restore_state(state: TrainState, captured: dict[str, Any]) -> None:
     state.optimizer.load_state_dict(captured["optimizer"])
     state.loss_scale.load_state_dict(captured["loss_scale"])
     state.overflows.copy_(captured["skipped"])
-
-
-def _build_model(config: dict[str, Any], drop_path_rate: float) -> DinoModel:
-    encoder = encoder_of(config, drop_path_rate)
-    return DinoModel(encoder, DINOHead(encoder.embed_dim, **config["head"]))

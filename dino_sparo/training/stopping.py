@@ -2,8 +2,6 @@
 
 import signal
 import threading
-from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -11,10 +9,10 @@ import torch
 from torch import Tensor
 
 from dino_sparo.errors import StoppedError, StuckError
-from dino_sparo.files import append_line
 from dino_sparo.parallel.processes import on_stop_signals
 
 BAD_STEPS_FILE = "bad_steps.jsonl"
+LISTED_BAD_STEPS = 1000  # between two looks at them
 
 
 class StopSignals:
@@ -53,51 +51,44 @@ class StopSignals:
         self.received = self.received or signal.Signals(number).name
 
 
-class Later:
-    """A small tensor on its way to the host: the device goes on meanwhile."""
-
-    def __init__(self, value: Tensor) -> None:
-        self._event: torch.cuda.Event | None = None
-        if value.device.type == "cuda":
-            self._value = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-            self._value.copy_(value, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-        else:
-            self._value = value.clone()
-
-    def wait(self) -> list[int]:
-        """The numbers, as soon as the device has computed them."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._value.tolist()
-
-
 class BadSteps:
-    """Notices, one step late, the steps whose numbers went wrong: nobody waits for the device."""
+    """Steps whose numbers went wrong, counted on the device; the host reads them now and then.
 
-    def __init__(self) -> None:
-        self._seen = [0, 0]
-        self._pending: list[tuple[int, Later]] = []
+    Args:
+        device: of the tensors.
+        allowed: so many may be skipped; after one more nothing changes any more.
 
-    @property
-    def number(self) -> int:
-        """Bad steps so far."""
-        return self._seen[0]
+    Attributes:
+        total: int64 scalar on the device, bad steps since this start.
+    """
 
-    def add(self, step: int, counts: Tensor) -> None:
-        """A step has been done; counts of bad steps so far, as in `TrainState`."""
-        self._pending.append((step, Later(counts)))
+    def __init__(self, device: torch.device, allowed: int) -> None:
+        self.allowed = allowed
+        self.total = torch.zeros((), dtype=torch.int64, device=device)
+        self._steps = torch.zeros_like(self.total)  # since this start
+        self._latest = torch.zeros(LISTED_BAD_STEPS, 2, dtype=torch.int64, device=device)  # step, finite loss
+        self._read = 0
 
-    def found(self, *, now: bool) -> Iterator[tuple[int, str]]:
-        """New bad steps and what was not finite, the loss or the gradients; of the last step only `now`."""
-        while len(self._pending) > (0 if now else 1):
-            step, later = self._pending.pop(0)
-            before, self._seen = self._seen, later.wait()
-            if self._seen[0] > before[0]:
-                yield step, "loss" if self._seen[1] > before[1] else "gradients"
+    def going_on(self) -> Tensor:
+        """Whether steps may still change anything: a scalar on the device."""
+        return self.total <= self.allowed
 
+    def add(self, bad: Tensor, finite_loss: Tensor) -> None:
+        """A step has been done, once each; whether it was bad, and whether its loss was finite (scalars)."""
+        self._steps += 1
+        row = torch.stack([self._steps, finite_loss.long()])
+        self._latest.copy_(torch.where(bad, torch.cat([self._latest[1:], row[None]]), self._latest))
+        self.total += bad
 
-def note_bad_step(run_dir: Path, step: int, cause: str, samples: list[int], names: list[str]) -> None:
-    """Add a line to `bad_steps.jsonl`: what was not finite, and the images of the step by number and name."""
-    append_line(run_dir / BAD_STEPS_FILE, {"step": step, "cause": cause, "samples": samples, "images": names})
+    def new(self, first_step: int) -> list[tuple[int, int, str]]:
+        """Those not read before, the last 1000 of them: how many it made, its step, what was not finite.
+
+        The host waits for the device. Steps are numbered from that of this start.
+        """
+        before, self._read = self._read, int(self.total)
+        rows = self._latest.tolist()[max(0, len(self._latest) + before - self._read) :]
+        numbers = range(self._read - len(rows) + 1, self._read + 1)
+        return [
+            (number, first_step + step, "gradients" if finite_loss else "loss")
+            for number, (step, finite_loss) in zip(numbers, rows, strict=True)
+        ]

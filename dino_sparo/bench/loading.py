@@ -1,0 +1,154 @@
+"""The images of the training benchmark: JPEG files of ImageNet's usual size, and how fast they become crops.
+
+Small files decode too cheaply and hide what real ones cost, so that others are encoded anew once.
+"""
+
+import math
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dino_sparo.data import pil_views
+from dino_sparo.data.decode import decode
+from dino_sparo.data.images import to_tensor
+from dino_sparo.data.loader import CropsDataset
+from dino_sparo.data.sources import ImageSource, open_images
+from dino_sparo.data.views import draw_view
+from dino_sparo.data.workers import keep_memory
+from dino_sparo.parallel.device import wait_for
+
+WIDTH, HEIGHT, QUALITY = 500, 375, 90
+FINEST_CELLS = 256  # across a generated picture
+
+
+def jpeg_files(data: str | None, num_images: int, folder: Path) -> ImageSource:
+    """So many JPEG files in the folder, of the images of `data` or generated ones (None).
+
+    An image keeps its shape and gets the area of 500 x 375 pixels; images are repeated if there are fewer.
+
+    Raises:
+        UserError: no such images, or one that cannot be read.
+    """
+    source = None if data is None else open_images(data, num_images)
+    for number in range(num_images):
+        image = generated_photo(number) if source is None else source.load(number % len(source))
+        scale = math.sqrt(WIDTH * HEIGHT / (image.width * image.height))
+        size = (max(1, round(scale * image.width)), max(1, round(scale * image.height)))
+        image.resize(size, Image.Resampling.BICUBIC).save(folder / f"{number:06d}.jpg", quality=QUALITY)
+    return open_images(str(folder))
+
+
+def generated_photo(number: int) -> Image.Image:
+    """A picture whose spectrum, and so whose size as JPEG, is like a photograph's: colored noise of all
+    scales, weaker the finer it is; 500 x 375 pixels."""
+    generator = np.random.default_rng(number)
+    pixels, cells = np.full((HEIGHT, WIDTH, 3), 128, np.float32), 2
+    while cells <= FINEST_CELLS:
+        shape = (max(1, cells * HEIGHT // WIDTH), cells)
+        shared, colored = generator.normal(size=(*shape, 1)), generator.normal(size=(*shape, 3))
+        noise = 128 + 128 * cells**-0.5 * (0.8 * shared + 0.4 * colored)
+        layer = Image.fromarray(noise.clip(0, 255).astype(np.uint8))
+        pixels += np.asarray(layer.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC), np.float32) - 128
+        cells *= 2
+    pixels += 6 * generator.standard_normal(pixels.shape, np.float32)  # of the sensor
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def image_stages(dataset: CropsDataset, num_images: int) -> dict[str, list[float]]:
+    """Seconds per image on one core: read, decode, draw the numbers of all its views, views by PIL.
+
+    The first image warms up. The files have been written or read before: reading is from the system's cache.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    keep_memory()  # as a worker does
+    try:
+        seconds = [_stage_seconds(dataset, number % len(dataset.source)) for number in range(num_images + 1)]
+    finally:
+        torch.set_num_threads(threads)
+    names = ("read", "decode", "draw views", "views by PIL")
+    return dict(zip(names, np.transpose(seconds[1:]).tolist(), strict=True))
+
+
+def _stage_seconds(dataset: CropsDataset, sample: int) -> list[float]:
+    marks = [time.perf_counter()]
+    data = dataset.source.read(sample)
+    marks.append(time.perf_counter())
+    image = decode(data) if data else dataset.source.load(sample)
+    marks.append(time.perf_counter())
+    numbers = {"seed": dataset.seed, "epoch": 0, "sample": sample}
+    size = {"image_width": image.width, "image_height": image.height}
+    views = [draw_view(r, **numbers, **size, crop=crop) for crop, r in enumerate(dataset.crop_recipes)]
+    marks.append(time.perf_counter())
+    for view in views:
+        to_tensor(pil_views.execute(image, view))
+    marks.append(time.perf_counter())
+    return np.diff(marks).tolist()
+
+
+@contextmanager
+def warmed_up(
+    batches: Generator[list[Tensor]],
+    step: Callable[[list[Tensor]], object],
+    *,
+    prefetched: int,
+    device: torch.device,
+) -> Iterator[Iterator[list[Tensor]]]:
+    """Within it, the batches after those that were prepared ahead and two steps; the workers end with it."""
+    with closing(batches):
+        for _ in range(prefetched):  # made while nothing was taken: no measure of the workers' speed
+            next(batches)
+        for _ in range(2):
+            step(next(batches))
+        wait_for(device)
+        yield batches
+
+
+def end_to_end(
+    batches: Iterator[list[Tensor]],
+    step: Callable[[list[Tensor]], object],
+    *,
+    batch_size: int,
+    seconds: float,
+    device: torch.device,
+) -> dict[str, float]:
+    """Steps on the batches for about so many seconds.
+
+    The share of time waiting for data is that in which the device has nothing else to do; on a GPU copies
+    and whatever else stands between two steps in its stream belong to it.
+    """
+    waits: list[tuple[Any, Any]] = []
+    started = time.perf_counter()
+    while (elapsed := time.perf_counter() - started) < seconds or not waits:
+        before = _mark(device)
+        crop_groups = next(batches)
+        waits.append((before, _mark(device)))
+        step(crop_groups)
+    wait_for(device)
+    elapsed = time.perf_counter() - started
+    return {
+        "images_per_second": len(waits) * batch_size / elapsed,
+        "data_wait_share": sum(_seconds_between(*wait) for wait in waits) / elapsed,
+        "seconds": elapsed,
+        "steps": len(waits),
+    }
+
+
+def _mark(device: torch.device) -> Any:
+    """Now, in the order of the device's work."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds_between(earlier: Any, later: Any) -> float:
+    return later - earlier if isinstance(earlier, float) else earlier.elapsed_time(later) / 1000

@@ -1,0 +1,113 @@
+"""Parts measured alone: the SPARO read-out against its direct form and the ViT block that it replaces, and
+the search of nearest neighbors against one matrix product."""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from timm.models.vision_transformer import Block
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from dino_sparo.bench.plain import direct_sparo
+from dino_sparo.bench.timing import interleaved
+from dino_sparo.errors import UserError
+from dino_sparo.evaluation.knn import nearest
+from dino_sparo.models import Sparo
+from dino_sparo.models.cost import bytes_saved_for_backward
+from dino_sparo.models.encoder import ARCHITECTURES
+
+K = 200  # neighbors, the largest number of the protocol
+IMAGENET = 1_281_167, 50_000  # train, val
+MOST_TRAIN, MOST_TEST = 20_000, 10_000  # train and test images, of which a product fits into memory
+
+
+def bench_readout(*, batch_size: int, num_tokens: int, rounds: int, device: torch.device) -> None:
+    """Print medians of interleaved forward-and-backward passes in float32, and bytes saved for backward.
+
+    Of the small ViT: tokens (batch_size, num_tokens, 384).
+    """
+    vit = ARCHITECTURES["vit_small"]
+    sparo = Sparo(vit["width"]).to(device)
+    block = Block(vit["width"], vit["num_heads"], qkv_bias=True).to(device)
+    forms: dict[str, Callable[[Tensor], Tensor]] = {
+        "SPARO, folded": sparo,
+        "SPARO, direct": partial(direct_sparo, sparo),
+        "ViT-S block": block,
+    }
+    tokens = torch.randn(batch_size, num_tokens, vit["width"], device=device, requires_grad=True)
+
+    def run(form: Callable[[Tensor], Tensor]) -> None:
+        sparo.zero_grad(set_to_none=True)
+        block.zero_grad(set_to_none=True)
+        tokens.grad = None
+        form(tokens).sum().backward()
+
+    times = interleaved({name: partial(run, form) for name, form in forms.items()}, rounds, device)
+    print(
+        f"forward and backward, batch {batch_size}, {num_tokens} tokens, float32, {device}, "
+        f"{torch.get_num_threads()} threads, {rounds} interleaved rounds"
+    )
+    print(f"{'':<16}{'median ms':>12}{'min':>9}{'max':>9}{'x folded':>11}{'saved MB':>11}")
+    for name, form in forms.items():
+        ratio = _median_ratio(times[name], times["SPARO, folded"])
+        median, low, high = (1000 * f(times[name]) for f in (statistics.median, min, max))
+        saved = bytes_saved_for_backward(form, tokens) / 1e6
+        print(f"{name:<16}{median:>12.1f}{low:>9.1f}{high:>9.1f}{ratio:>11.1f}{saved:>11.1f}")
+
+
+def bench_knn(*, num_train: int, num_test: int, width: int, rounds: int, device: torch.device) -> None:
+    """Print the time of one search among generated features, float16 and mapped from disk as evaluation
+    leaves them; and, of the first ones, beside that of one product and top-k of float32 ones in memory.
+
+    Raises:
+        UserError: there are fewer features than neighbors to find.
+    """
+    if num_train < K:
+        raise UserError(f"knn_train is {num_train}; expected {K} or more, as many neighbors are searched for")
+    with tempfile.TemporaryDirectory(prefix="dino_sparo_") as folder:
+        train = _features(Path(folder) / "train", num_train, width)
+        test = _features(Path(folder) / "test", num_test, width)
+        started = time.perf_counter()
+        nearest(train, test, K, device=device)
+        seconds = time.perf_counter() - started
+        train, test = train[:MOST_TRAIN], test[:MOST_TEST]
+        train_TD, test_BD = (
+            normalize(torch.from_numpy(rows).to(device).float(), dim=1) for rows in (train, test)
+        )
+        forms: dict[str, Callable[[], object]] = {
+            "search": lambda: nearest(train, test, K, device=device),
+            "product": lambda: (test_BD @ train_TD.T).topk(K, dim=1),
+        }
+        times = interleaved(forms, rounds, device)
+    ours, plain = (statistics.median(times[name]) for name in forms)
+    ratio = _median_ratio(times["product"], times["search"])
+    hours = seconds * IMAGENET[0] * IMAGENET[1] / (num_train * num_test) / 3600
+    print(
+        f"{num_test} queries among {num_train} features of {width} numbers, float16 on disk, k {K}, "
+        f"{device}, {torch.get_num_threads()} threads: {seconds:.1f} s\n"
+        f"{len(test)} among {len(train)}: {ours:.2f} s, a plain product and top-k in memory {plain:.2f} s, "
+        f"{ratio:.2f} x ours (medians of {rounds} interleaved rounds)\n"
+        f"ImageNet ({IMAGENET[1]} among {IMAGENET[0]}) at this rate: {hours:.2f} h, "
+        f"features on disk {sum(IMAGENET) * width * 2 / 1e9:.1f} GB"
+    )
+
+
+def _features(path: Path, number: int, width: int) -> NDArray[np.float16]:
+    """Generated features (number, width), float16, mapped from a file."""
+    features = np.memmap(path, np.float16, mode="w+", shape=(number, width))
+    generator = np.random.default_rng(number)
+    for start in range(0, number, 4096):
+        rows = features[start : start + 4096]
+        rows[:] = generator.standard_normal(rows.shape, dtype=np.float32)
+    return features
+
+
+def _median_ratio(numerators: list[float], denominators: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))

@@ -1,0 +1,101 @@
+"""Clocks of the benchmark: interleaved rounds, and a step's named ranges as `torch.profiler` sees them."""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from dino_sparo.parallel.device import wait_for
+
+WARM_UP_ROUNDS = 2
+CALLS_PER_ROUND = {"cuda": 5, "cpu": 1}  # in a row, so that the host can run ahead of a GPU as in training
+# What the host waits for a GPU in, and what reads a number from any device.
+HOST_WAITS = (
+    *("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy"),
+    "aten::_local_scalar_dense",
+)
+STEP = "training step"
+
+
+def interleaved(
+    contenders: dict[str, Callable[[], object]], rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds per call of each, round by round; every other round begins with the other end."""
+    calls = CALLS_PER_ROUND[device.type]
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds + WARM_UP_ROUNDS):
+        for name in list(contenders)[:: 1 if number % 2 else -1]:
+            wait_for(device)
+            started = time.perf_counter()
+            for _ in range(calls):
+                contenders[name]()
+            wait_for(device)
+            if number >= WARM_UP_ROUNDS:
+                times[name].append((time.perf_counter() - started) / calls)
+    return times
+
+
+def spread(seconds: list[float], images: int) -> dict[str, float]:
+    """Median, 10th and 90th percentile in ms of what took so long for so many images, and images/s."""
+    low, median, high = np.percentile(seconds, (10, 50, 90))
+    return {
+        "median_ms": 1000 * float(median),
+        "p10_ms": 1000 * float(low),
+        "p90_ms": 1000 * float(high),
+        "images_per_second": images / float(median),
+    }
+
+
+def spread_of_ratios(numerators: list[float], denominators: list[float]) -> dict[str, float]:
+    """Median, 10th and 90th percentile of the ratios pair by pair."""
+    low, median, high = np.percentile(np.divide(numerators, denominators), (10, 50, 90))
+    return {"median": float(median), "p10": float(low), "p90": float(high)}
+
+
+def profiled(
+    step: Callable[[], object], steps: int, device: torch.device, trace: str | None = None
+) -> list[Any]:
+    """The profiler's events of so many steps; with `trace` also written to this file for chrome://tracing."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=activities) as profiler:
+        for _ in range(steps):
+            with record_function(STEP):
+                step()
+        wait_for(device)
+    if trace is not None:
+        profiler.export_chrome_trace(trace)
+    return list(profiler.events() or ())
+
+
+def range_seconds(events: list[Any], device_type: str) -> dict[str, float]:
+    """Seconds of each range that stands directly within a step, over all of its steps.
+
+    On a CPU the time that a range takes; on a GPU the time of all kernels that were launched during it, also
+    those of autograd's threads.
+    """
+    on_host = [event for event in events if event.device_type == DeviceType.CPU]
+    ranges = [e for e in on_host if e.is_user_annotation and e.cpu_parent and e.cpu_parent.name == STEP]
+    launches = [(e.time_range.start, e.kernels) for e in on_host if e.kernels and not e.is_user_annotation]
+    seconds: Counter[str] = Counter()
+    for event in ranges:
+        if "#" in event.name:  # torch's own, of an optimizer's methods
+            continue
+        span = event.time_range
+        kernels = [found for at, found in launches if span.start <= at <= span.end]
+        on_gpu = sum(kernel.duration for found in kernels for kernel in found)
+        seconds[event.name] += (on_gpu if device_type == "cuda" else span.elapsed_us()) / 1e6
+    return dict(seconds)
+
+
+def host_waits(events: list[Any]) -> dict[str, float]:
+    """How often per step the host waits for the device or reads a number from it, by the call's name."""
+    on_host = [event for event in events if event.device_type == DeviceType.CPU]
+    spans = [event.time_range for event in on_host if event.name == STEP]
+    waits = [event for event in on_host if event.name in HOST_WAITS]
+    counts = Counter(e.name for e in waits if any(s.start <= e.time_range.start <= s.end for s in spans))
+    return {name: counts[name] / len(spans) for name in HOST_WAITS}

@@ -1,0 +1,193 @@
+"""`dino-sparo bench`: options, and what is measured of them."""
+
+import json
+import logging
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from dino_sparo.cli.images import ImagesOptions
+from dino_sparo.errors import UserError
+from dino_sparo.recipe.files import named_recipe
+from dino_sparo.recipe.sections import Recipe
+from dino_sparo.recipe.typed import Count
+
+if TYPE_CHECKING:
+    from dino_sparo.bench.training import Bench
+    from dino_sparo.data.sources import ImageSource
+
+STEPS_PER_EPOCH = 100  # of the schedules; the middle of the run is measured, where nothing is frozen
+
+log = logging.getLogger("dino_sparo")
+
+
+@dataclass
+class BenchOptions:
+    """Where the time of training by a recipe goes, and against plain code; or time and memory of the SPARO
+    read-out against its direct form and the block it replaces, or of the search of nearest neighbors."""
+
+    what: Literal["training", "readout", "knn"] = "training"
+    """What to measure. training takes the fields from config to device; readout takes batch_size, rounds,
+    device and num_tokens; knn those with `knn_`, rounds and device."""
+    config: str = "photos_sparo"
+    """Recipe, by name or path, whose training is measured."""
+    data: ImagesOptions | None = None
+    """Images to train on; null takes generated pictures."""
+    keep_files: bool = False
+    """Read the files of data as they are; else its images are first written as JPEG of ImageNet's usual
+    size, 500 x 375 pixels, in the folder for temporary files: small files decode too cheaply."""
+    num_images: int = 256
+    """Images to read, at least a batch."""
+    batch_size: int = 16
+    """Images per step, or per pass."""
+    rounds: int = 15
+    """Interleaved rounds; the medians are reported."""
+    seconds: float | None = 10.0
+    """Of training end to end, from files; null leaves it out."""
+    compare: bool = False
+    """Measure a plain implementation beside ours, round by round, and print the ratios."""
+    json: bool = False
+    """Print one JSON object; the table goes to standard error."""
+    profile: str | None = None
+    """File for a trace of some steps and of the loading of their images, for chrome://tracing; tells too how
+    often the host waits."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """As machine.precision; auto takes the recipe's."""
+    num_workers: Count | None = None
+    """As machine.num_workers; null takes the recipe's."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto takes CUDA where there is a GPU, else the CPU."""
+    num_tokens: int = 197
+    """Tokens per image."""
+    knn_train: int = 200_000
+    """Generated features to search, in a folder for temporary files."""
+    knn_test: int = 10_000
+    """Features to search for."""
+    knn_width: int = 4096
+    """Dimension of a feature."""
+
+
+def bench(options: BenchOptions) -> None:
+    """Print what was measured as a table; of training with `json` one JSON object, and the table beside.
+
+    Raises:
+        UserError: for a mistake in options or data.
+    """
+    from dino_sparo.bench.parts import bench_knn, bench_readout
+    from dino_sparo.parallel.device import choose_device
+
+    if min(options.batch_size, options.rounds, options.num_images) < 1:
+        raise UserError(
+            "batch_size, rounds and num_images must be at least 1; leave them out for the defaults"
+        )
+    if options.what == "training":
+        bench_training(options)
+    elif options.what == "readout":
+        bench_readout(
+            batch_size=options.batch_size,
+            num_tokens=options.num_tokens,
+            rounds=options.rounds,
+            device=choose_device(options.device),
+        )
+    else:
+        bench_knn(
+            num_train=options.knn_train,
+            num_test=options.knn_test,
+            width=options.knn_width,
+            rounds=options.rounds,
+            device=choose_device(options.device),
+        )
+
+
+def bench_training(options: BenchOptions) -> None:
+    """Measure training by the recipe on its images, and print."""
+    from dino_sparo.bench.loading import HEIGHT, QUALITY, WIDTH, jpeg_files
+    from dino_sparo.bench.report import report
+    from dino_sparo.bench.training import measure
+    from dino_sparo.data.sources import open_images
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # each profile would be told at its start and end
+    if options.profile is not None and not Path(options.profile).absolute().parent.is_dir():
+        raise UserError(f"profile {options.profile!r} is in no existing folder; give a file in one")
+    path = options.data.path if options.data else None
+    if options.keep_files and path is None:
+        raise UserError("keep_files needs images of yours; give --data.path DIR, or leave keep_files out")
+    recipe = read_recipe(options)
+    num_images = max(options.num_images, options.batch_size)
+    with tempfile.TemporaryDirectory(prefix="dino_sparo_") as folder:
+        if options.keep_files and path is not None:
+            source = open_images(path, num_images)
+            if len(source) < options.batch_size:
+                raise UserError(
+                    f"data.path {path!r} gives {len(source)} images, fewer than batch_size "
+                    f"{options.batch_size}; use more images or a smaller batch"
+                )
+            data = f"{len(source)} images of {path} as they are"
+        else:
+            log.info("writing %d JPEG files", num_images)
+            source = jpeg_files(path, num_images, Path(folder))
+            what = path or "generated pictures"
+            data = f"{num_images} images, {what} as JPEG of {WIDTH}x{HEIGHT} pixels, quality {QUALITY}"
+        result = measure(
+            bench_of(recipe, source, options.batch_size),
+            rounds=options.rounds,
+            seconds=options.seconds,
+            compare=options.compare,
+            profile=options.profile,
+        )
+    result = {"recipe": options.config, "data": data, **result}
+    print(report(result), file=sys.stderr if options.json else sys.stdout)
+    if options.json:
+        print(json.dumps(result))
+
+
+def read_recipe(options: BenchOptions) -> Recipe:
+    """The recipe, with what the benchmark's options say of the machine."""
+    given = {"device": options.device, "precision": options.precision, "num_workers": options.num_workers}
+    over = {f"machine.{key}": value for key, value in given.items() if value not in (None, "auto")}
+    return named_recipe(options.config, {"data.path": "x"} | over)
+
+
+def bench_of(recipe: Recipe, source: "ImageSource", batch_size: int) -> "Bench":
+    """What is measured, on the device and in the numbers that the recipe asks for."""
+    import torch
+
+    from dino_sparo.bench.training import Bench
+    from dino_sparo.data.loader import choose_executor
+    from dino_sparo.data.workers import default_workers
+    from dino_sparo.parallel.device import choose_device
+    from dino_sparo.parallel.precision import choose_precision, set_numerics
+    from dino_sparo.training.setup import build_schedules, dataset_of
+    from dino_sparo.training.state import TrainState, build_state
+
+    machine = recipe.machine
+    device = choose_device(machine.device)
+    set_numerics(tf32=machine.tf32, deterministic=machine.deterministic)
+    precision = choose_precision(machine.precision, device)
+    executor = choose_executor(machine.views, device, max_side=recipe.data.max_side)
+    schedules = build_schedules(recipe.optim, recipe.loss, STEPS_PER_EPOCH)
+
+    def new_state(on: torch.device) -> TrainState:
+        return build_state(
+            **recipe.state_arguments(),
+            device=on,
+            loss_scaling=precision == "fp16",
+            activation_checkpointing=machine.activation_checkpointing,
+            compiled=machine.compile,
+        )
+
+    return Bench(
+        new_state=new_state,
+        dataset=dataset_of(recipe.data, recipe.views, recipe.seed, source, executor),
+        hyper=schedules.at(STEPS_PER_EPOCH * recipe.optim.epochs // 2),
+        clip_norm=recipe.optim.clip_norm,
+        device=device,
+        precision=precision,
+        batch_size=batch_size,
+        num_workers=default_workers() if machine.num_workers is None else machine.num_workers,
+        prefetch_batches=machine.prefetch_batches,
+        timeout_seconds=machine.data_timeout_seconds,
+    )

@@ -1,0 +1,459 @@
+"""`dino-sparo slots ...`: looking at single slots, scoring, choosing and masking them."""
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from dino_sparo.cli.images import ImagesOptions, LabelledDataOptions
+from dino_sparo.errors import UnlabelledError, UserError
+from dino_sparo.recipe.typed import Count, Seed
+
+if TYPE_CHECKING:
+    from dino_sparo.models import Encoder
+    from dino_sparo.slots.page import RunFiles
+    from dino_sparo.slots.parts import CutEncoder
+
+OF_CLASSES = ("rank", "mask")  # analyses that need labelled images
+COMPARING = ("rank", "mask", "factors")  # analyses that take a control
+
+
+@dataclass(kw_only=True)
+class SlotsOptions:
+    """What all commands about slots take."""
+
+    run: str
+    """Run folder or weights file."""
+    which: Literal["teacher", "student"] = "teacher"
+    """Whose weights to look at."""
+    out: str | None = None
+    """Folder for what is written; null takes `slots` in the run folder, or beside a weights file."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto takes CUDA where there is a GPU, else the CPU."""
+    num_workers: Count | None = None
+    """Processes that load images; null takes one a core, at most 16."""
+    batch_size: int = 64
+    """Images a forward pass."""
+
+
+@dataclass(kw_only=True)
+class CachedSlotsOptions(SlotsOptions):
+    """What the commands take that keep features on disk."""
+
+    cache: str | None = None
+    """Folder for features on disk; null takes `features` in the run folder, or beside a weights file."""
+    cache_precision: Literal["float16", "float32"] = "float16"
+    """Of the features on disk."""
+
+
+@dataclass(kw_only=True)
+class SlotMapsOptions(SlotsOptions):
+    """Where slots look: attention over images, beside that of the CLS token in the last block."""
+
+    data: ImagesOptions
+    """The images."""
+    slots: list[Count] | None = None
+    """Numbers of slots, from 0; null takes eight that look at different places."""
+    images: list[Count] | None = None
+    """Numbers of images, from 0; null takes `num_images` spread evenly."""
+    num_images: int = 6
+    """Images to draw if none are named."""
+    short_side: int | None = None
+    """Whole images with this short side in pixels; null takes center crops of the size that the encoder was
+    trained at."""
+
+
+@dataclass(kw_only=True)
+class SlotGalleryOptions(CachedSlotsOptions):
+    """For each slot the images that it responds to most, and their nearest neighbors within the slot."""
+
+    data: ImagesOptions
+    """The images."""
+    slots: list[Count] | None = None
+    """Numbers of slots, from 0; null takes all."""
+    num_images: int = 6
+    """Images that respond most, for each slot."""
+    num_neighbours: int = 4
+    """Nearest neighbors of each of them."""
+
+
+@dataclass(kw_only=True)
+class SlotRankOptions(CachedSlotsOptions):
+    """Each slot alone by k-NN and by a linear probe, and accuracy against the number of slots kept."""
+
+    data: LabelledDataOptions
+    """The labelled images: slots are chosen on a part of train, and reported on val."""
+    control: str | None = None
+    """A run without slots, whose encoding is cut into as many equal parts and treated alike."""
+    k: int = 20
+    """Neighbours of the k-NN."""
+    select_fraction: float = 0.2
+    """Share of the train images on which slots are scored and chosen."""
+    seed: Seed = 0
+    """Of that share and of the linear probes."""
+
+
+@dataclass(kw_only=True)
+class SlotMaskOptions(CachedSlotsOptions):
+    """A mask over slots or over single numbers of the encoding, learned with a frozen encoder."""
+
+    data: LabelledDataOptions
+    """The labelled images to learn the mask on."""
+    transfer: str | None = None
+    """A second labelled folder, NAME=DIR, on which the learned mask is tried."""
+    control: str | None = None
+    """A run without slots, whose encoding is cut into as many equal parts and masked alike."""
+    epochs: int = 100
+    """Passes over the train images."""
+    lr: float = 0.02
+    """Learning rate of the mask."""
+    learning_batch_size: int = 1024
+    """Images a step of learning."""
+    seed: Seed = 0
+    """Of the order of images."""
+
+
+@dataclass(kw_only=True)
+class SlotHealthOptions(SlotsOptions):
+    """Entropy, share on CLS, dead and duplicate slots, agreement of student and teacher."""
+
+    data: ImagesOptions
+    """The images."""
+    num_images: int = 1000
+    """Images to look at, spread evenly, at least 2."""
+
+
+@dataclass(kw_only=True)
+class SlotFactorsOptions(CachedSlotsOptions):
+    """How well each slot tells each known factor of the generated pictures."""
+
+    control: str | None = None
+    """A run without slots, whose whole encoding is scored beside."""
+    num_images: int = 2000
+    """Pictures to learn from, at least 200; half as many others to test on."""
+
+
+@dataclass(kw_only=True)
+class SlotReportOptions(SlotsOptions):
+    """One HTML page of a run, that opens from a file without network."""
+
+    data: LabelledDataOptions | None = None
+    """Labelled images: analyses that the run folder does not hold yet are made with them; null shows what is
+    there."""
+    control: str | None = None
+    """A run without slots, for those analyses."""
+
+
+def maps(options: SlotMapsOptions) -> None:
+    """Attention of chosen slots over chosen images: maps.json, grid.png and an overlay for each."""
+    from dino_sparo.data.sources import open_images
+    from dino_sparo.slots.maps import slot_maps
+
+    folder = _folder(options) / "maps"
+    content = slot_maps(
+        _open(options),
+        open_images(options.data.path),
+        folder,
+        slots=options.slots,
+        images=options.images,
+        num_images=options.num_images,
+        short_side=options.short_side,
+        batch_size=options.batch_size,
+        num_workers=_workers(options),
+    )
+    _write_json(folder / "maps.json", _about(options) | content)
+    slots = ", ".join(map(str, content["slots"]))
+    print(f"slots {slots} on {len(content['images'])} images: {folder / 'grid.png'}")
+
+
+def gallery(options: SlotGalleryOptions) -> None:
+    """The images that each slot responds to most: gallery.json and a picture for each slot."""
+    from dino_sparo.data.sources import open_images
+    from dino_sparo.slots.gallery import slot_gallery
+
+    folder = _folder(options) / "gallery"
+    source = open_images(options.data.path)
+    entries = slot_gallery(
+        _cut(options)[0],
+        source,
+        folder,
+        slots=options.slots,
+        num_images=options.num_images,
+        num_neighbors=options.num_neighbours,
+    )
+    _write_json(folder / "gallery.json", _about(options) | {"slots": entries})
+    print(f"{len(entries)} slots over {len(source)} images: {folder}")
+
+
+def rank(options: SlotRankOptions) -> None:
+    """Each slot alone, and accuracy against the number of slots kept: rank.json, curve.png and a table."""
+    from dino_sparo.data.sources import open_labelled
+    from dino_sparo.slots.rank import rank_slots, table
+
+    folder = _folder(options) / "rank"
+    train, val = open_labelled(options.data.path)
+    result = rank_slots(
+        *(_cut(options), train, val, folder),
+        k=options.k,
+        select_fraction=options.select_fraction,
+        seed=options.seed,
+    )
+    _write_json(folder / "rank.json", _about(options) | result)
+    print(table(result))
+    print(f"{folder / 'rank.json'}, {folder / 'curve.png'}")
+
+
+def mask(options: SlotMaskOptions) -> None:
+    """Masks learned with a frozen encoder: mask.json, mask.png and a table."""
+    from dino_sparo.data.sources import open_labelled
+    from dino_sparo.evaluation.transfer import EXPECTED_BOTH, VAL, named_folder
+    from dino_sparo.slots.mask import mask_slots, table
+
+    folder = _folder(options) / "mask"
+    data = {VAL: open_labelled(options.data.path)}
+    if options.transfer:
+        name, other = named_folder(options.transfer, "transfer", EXPECTED_BOTH)
+        data[name] = open_labelled(other, key="transfer")
+    result = mask_slots(
+        *(_cut(options), data, folder),
+        epochs=options.epochs,
+        lr=options.lr,
+        batch_size=options.learning_batch_size,
+        seed=options.seed,
+    )
+    _write_json(folder / "mask.json", _about(options) | {"transfer": options.transfer} | result)
+    print(table(result))
+    print(f"{folder / 'mask.json'}, {folder / 'mask.png'}")
+
+
+def health(options: SlotHealthOptions) -> None:
+    """Entropy of attention, dead and duplicate slots: health.json, health.png and a table."""
+    from dino_sparo.data.sources import open_images
+    from dino_sparo.slots.health import check_health, table
+
+    folder = _folder(options) / "health"
+    encoder = _open(options)
+    content = check_health(
+        encoder,
+        open_images(options.data.path, options.num_images),
+        folder,
+        other=_other_weights(options, encoder),
+        batch_size=options.batch_size,
+        num_workers=_workers(options),
+    )
+    _write_json(folder / "health.json", _about(options) | content)
+    num_images, slots = content["num_images"], content["slots"]
+    print(f"{options.run} ({options.which}), {num_images} images, {len(slots)} slots")
+    print(table(slots, content["summary"]))
+    print(f"{folder / 'health.json'}, {folder / 'health.png'}")
+
+
+def factors(options: SlotFactorsOptions) -> None:
+    """Which slot tells which factor of generated pictures: factors.json, factors.png and a table."""
+    from dino_sparo.slots.factors import slot_factors, table
+
+    folder = _folder(options) / "factors"
+    content = slot_factors(_cut(options), folder, num_images=options.num_images)
+    _write_json(folder / "factors.json", _about(options) | content)
+    print(
+        f"{options.run} ({options.which}), learned from {content['num_train']} pictures, per cent of "
+        f"{content['num_test']} others:"
+    )
+    print(table(content["encoders"]))
+    print(f"{folder / 'factors.json'}, {folder / 'factors.png'}")
+
+
+def report(options: SlotReportOptions) -> None:
+    """Make what is missing or about others if there is data for it, then write `report.html` beside it."""
+    from dino_sparo.evaluation.results import results_folder
+    from dino_sparo.slots.page import FILES, RunFiles, write_page
+
+    encoder = _open(options)
+    if options.control:
+        _open_control(options.control, options.which)
+    asked = {"which": options.which, "control": options.control, "data": options.data and options.data.path}
+    no_classes = _without_classes(options.data.path) if options.data is not None else ""
+    files = RunFiles(
+        results_folder(options.run),
+        _folder(options),
+        _commands(options, not no_classes),
+        {key: value for key, value in asked.items() if value},
+    )
+    if options.data is not None:
+        _make_missing(options, files, encoder.num_slots, not no_classes)
+    path = _folder(options) / "report.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_page(path, files, encoder, run=options.run, which=options.which)
+    for name, file in FILES.items():
+        if not (files.slots / file).is_file() and not (no_classes and name in OF_CLASSES):
+            print(f"not on the page: {name}; made by  {files.commands[name]}")
+    if no_classes:
+        print(f"rank and mask are left out, since they need classes: {no_classes}")
+    print(f"report ({path.stat().st_size / 1e6:.1f} MB): {path}")
+
+
+def _make_missing(options: SlotReportOptions, files: "RunFiles", num_slots: int, has_classes: bool) -> None:
+    """Run the commands whose results are not there; the ranking first, as it chooses what is drawn.
+
+    What needs classes is left out for images without, and factors for pictures whose factors are unknown.
+    """
+    from dino_sparo.data.generated import SHAPES
+    from dino_sparo.slots.page import slots_to_show
+
+    assert options.data is not None
+    common: dict[str, Any] = {
+        name: getattr(options, name)
+        for name in ("run", "which", "out", "device", "num_workers", "batch_size")
+    }
+    images, labelled = ImagesOptions(options.data.path), LabelledDataOptions(options.data.path)
+    compared = common | {"control": options.control}
+    if has_classes and files.lack("rank"):
+        rank(SlotRankOptions(**compared, data=labelled))
+    best, worst = slots_to_show(files, num_slots)
+    if has_classes and files.lack("mask"):
+        mask(SlotMaskOptions(**compared, data=labelled))
+    if files.lack("health"):
+        health(SlotHealthOptions(**common, data=images))
+    if files.lack("maps"):
+        maps(SlotMapsOptions(**common, data=images, slots=[*best, *worst]))
+    if files.lack("gallery"):
+        gallery(SlotGalleryOptions(**common, data=images, slots=[*best, *worst]))
+    if SHAPES in (files.config.get("data", {}).get("path"), options.data.path) and files.lack("factors"):
+        factors(SlotFactorsOptions(**compared))
+
+
+def _commands(options: SlotReportOptions, has_classes: bool) -> dict[str, str]:
+    """For each part of the page the command line that makes it, on the given images if they will do."""
+    from dino_sparo.slots.page import FILES
+
+    data = shlex.quote(options.data.path) if options.data is not None else "DIR"
+    labelled = data if has_classes else "DIR"
+    which = "" if options.which == "teacher" else f" --which {options.which}"
+    out = f" --out {shlex.quote(options.out)}" if options.out else ""
+    control = f" --control {shlex.quote(options.control)}" if options.control else ""
+    run = shlex.quote(options.run)
+    found = {name: f"dino-sparo {name} {run} --data.path {labelled}{which}" for name in ("knn", "linear")}
+    for name in FILES:
+        needs = "" if name == "factors" else f" --data.path {labelled if name in OF_CLASSES else data}"
+        compared = control if name in COMPARING else ""
+        found[name] = f"dino-sparo slots {name} {run}{needs}{compared}{which}{out}"
+    return found
+
+
+def _without_classes(path: str) -> str:
+    """Why rank and mask cannot be made of these images; empty if they can.
+
+    Raises:
+        UserError: there is another mistake in the images.
+    """
+    from dino_sparo.data.sources import open_labelled
+
+    try:
+        open_labelled(path)
+    except UnlabelledError as error:
+        return str(error)
+    return ""
+
+
+def _open(options: SlotsOptions) -> "Encoder":
+    """The encoder of `options.run` in evaluation mode, on the device.
+
+    Raises:
+        UserError: its read-out has no slots, or the weights or the device cannot be had.
+    """
+    from dino_sparo.interop.load import load_encoder
+    from dino_sparo.parallel.device import choose_device
+    from dino_sparo.parallel.distributed import local_rank
+
+    device = choose_device(options.device, local_rank())
+    encoder = load_encoder(options.run, options.which)
+    if not encoder.num_slots:
+        raise UserError(
+            f"{options.run} has no slots (read-out {encoder.readout_name}), expected one with slots; "
+            f"give a run whose recipe has model.readout.name sparo"
+        )
+    return encoder.to(device)
+
+
+def _open_control(run: str, which: str) -> "Encoder":
+    """The encoder of a run without slots, in evaluation mode, on the CPU.
+
+    Raises:
+        UserError: it has slots, or the weights cannot be had.
+    """
+    from dino_sparo.interop.load import load_encoder
+
+    control = load_encoder(run, which)
+    if control.num_slots:
+        raise UserError(
+            f"control {run!r} has slots (read-out {control.readout_name}), expected a run without; give one "
+            f"whose model.readout.name is cls or gap"
+        )
+    return control
+
+
+def _other_weights(options: SlotHealthOptions, encoder: "Encoder") -> "Encoder | None":
+    """The student for the teacher and the other way round; None where only one set of weights is stored."""
+    from dino_sparo.interop.load import load_encoder
+    from dino_sparo.interop.timm_folder import CONFIG_FILE
+
+    path = Path(options.run)
+    if path.suffix == ".safetensors" or (path / CONFIG_FILE).is_file():
+        return None
+    other = load_encoder(options.run, "student" if options.which == "teacher" else "teacher")
+    return other.to(encoder.backbone.cls_token.device)
+
+
+def _cut(options: CachedSlotsOptions) -> "list[CutEncoder]":
+    """The run, cut into its slots, then the control if one is given. Raises UserError as `_open` and
+    `_open_control`."""
+    from dino_sparo.evaluation.results import results_folder
+    from dino_sparo.slots.parts import CutEncoder, most_parts
+
+    encoder = _open(options)
+    opened = [(encoder.readout_name, options.run, encoder, encoder.num_slots)]
+    if run := getattr(options, "control", None):
+        control = _open_control(run, options.which).to(encoder.backbone.cls_token.device)
+        num_parts = most_parts(control.embed_dim, encoder.num_slots)
+        opened.append((f"control ({control.readout_name})", run, control, num_parts))
+    return [
+        CutEncoder(
+            *(name, run, one, num_parts, Path(options.cache or results_folder(run) / "features")),
+            cache_precision=options.cache_precision,
+            batch_size=options.batch_size,
+            num_workers=_workers(options),
+        )
+        for name, run, one, num_parts in opened
+    ]
+
+
+def _workers(options: SlotsOptions) -> int:
+    from dino_sparo.data.workers import default_workers
+
+    return default_workers() if options.num_workers is None else options.num_workers
+
+
+def _folder(options: SlotsOptions) -> Path:
+    """Where all commands about slots write: `out`, or `slots` among the results of the run."""
+    from dino_sparo.evaluation.results import results_folder
+
+    return Path(options.out) if options.out else results_folder(options.run) / "slots"
+
+
+def _about(options: SlotsOptions) -> dict[str, Any]:
+    """What an analysis is about, for its JSON: weights, and images and control where it takes them."""
+    about: dict[str, Any] = {"run": options.run, "which": options.which}
+    if hasattr(options, "data"):
+        about["data"] = options.data.path
+    if hasattr(options, "control"):
+        about["control"] = options.control
+    return about
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a whole file of JSON. Raises OSError."""
+    from dino_sparo.files import write_file
+
+    write_file(path, json.dumps(content, indent=1, allow_nan=False) + "\n")

@@ -1,0 +1,163 @@
+"""PIL's color operations and its Gaussian blur on batches of tensors, to the bit as far as float32 carries.
+
+Images are uint8 (n, 3, height, width); factors, shifts and weights are float32, one row an image, so that
+nothing here looks at a single image. Every function is meant to be compiled, and runs uncompiled too; a GPU
+divides with less care, which may move a hue by one step of 256.
+Source: what Pillow's Blend.c, Convert.c and BoxBlur.c compute, and torchvision's functions for PIL images.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+PASSES = 3  # of PIL's box blur, in each direction
+SOLARIZE_THRESHOLD = 128
+NO_SHIFT = -1.0
+# Columns of the steps of `jitter`, and of the steps before and after the contrast.
+BEFORE, CONTRAST_FACTOR, AFTER, GRAYSCALE = slice(0, 9), 9, slice(10, 19), 19
+BLENDS_BEFORE, SHIFT, BLENDS_AFTER = ((0, 1), (2, 3)), 4, ((5, 6), (7, 8))
+NOTHING = [0.0, 1.0, 0.0, 1.0, NO_SHIFT, 0.0, 1.0, 0.0, 1.0]
+
+
+def jitter(images: Tensor, steps: Tensor) -> Tensor:
+    """Color jitter in each image's own order, then grayscale of some: `steps` (n, 20), uint8 like images.
+
+    The steps are what happens before the contrast (`BEFORE`), its factor, what happens after it (`AFTER`),
+    and whether (1 or 0) the luma goes into all channels. Before and after are two blends, a shift of the hue,
+    two blends. Of a blend the first column says towards what (0: black, 1: the pixel's own luma), the second
+    is the factor (1: nothing changes). A shift of -1 leaves the hue alone.
+    """
+    columns = steps[:, :, None, None].unbind(1)
+    rgb = [x.float() for x in images.unbind(1)]  # apart, or the compiler would not make one kernel
+    rgb = _contrast(_adjusted(rgb, columns[BEFORE]), columns[CONTRAST_FACTOR])
+    return _finished(_adjusted(rgb, columns[AFTER]), columns[GRAYSCALE])
+
+
+def solarize(images: Tensor, chosen: Tensor) -> Tensor:
+    """Invert all pixels from 128 on in the chosen images (n,) bool."""
+    x = images.float()  # vectorized, unlike uint8
+    inverted = chosen[:, None, None, None] & (x >= SOLARIZE_THRESHOLD)
+    return torch.where(inverted, 255 - x, x).to(torch.uint8)
+
+
+def blur(images: Tensor, weights: Tensor) -> Tensor:
+    """PIL's Gaussian blur by the weights (n, taps) of `blur_weights`: three passes in each direction."""
+    x, rows = images.float(), weights[:, :, None, None, None].unbind(1)
+    for dim in (3, 2):
+        for _ in range(PASSES):
+            x = _box_blur(x, rows, dim)
+    return x.to(torch.uint8)
+
+
+def blur_weights(radius: float, taps: int) -> list[float]:
+    """Weights by distance, 0 to taps - 1, of one pass of PIL's Gaussian blur; 1, 0, ... for radius 0."""
+    box = _box_radius(radius)
+    whole = int(box)
+    inside = int(2**24 / (2 * box + 1))
+    edge = (2**24 - (2 * whole + 1) * inside) // 2
+    inner = [inside / 2**24] * (whole + 1)
+    return [*inner, edge / 2**24, *[0.0] * taps][:taps]
+
+
+def blur_taps(radius: float) -> int:
+    """How many weights suffice for the blur of this radius: 1, 2, 3, 5, 9, ..., so that few kernels do."""
+    return 1 + 2 ** int(_box_radius(radius)).bit_length() if radius > 0 else 1
+
+
+def _box_radius(radius: float) -> float:
+    """Radius of the box whose passes come near to a Gaussian of this one. Source: PIL's BoxBlur.c."""
+    variance = radius**2 / PASSES
+    length = math.sqrt(12 * variance + 1)
+    whole = math.floor((length - 1) / 2)
+    part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance)
+    return whole + part / (6 * (variance - (whole + 1) ** 2))
+
+
+def _box_blur(x: Tensor, rows: Sequence[Tensor], dim: int) -> Tensor:
+    """One pass along a dimension; beyond the edge lies the edge's pixel."""
+    reach, size = len(rows) - 1, x.shape[dim]
+    at = torch.arange(size, device=x.device)
+    if dim == 3:  # neighbors by their numbers, or F.pad, would not be vectorized; whole lines are
+        first, last = x[..., :1], x[..., -1:]
+        padded = torch.cat([first] * reach + [x] + [last] * reach, dim)
+    blurred = rows[0] * x
+    for distance in range(1, reach + 1):
+        if dim == 3:
+            before, after = (padded.narrow(dim, reach + way, size) for way in (-distance, distance))
+        else:
+            before, after = (x[:, :, (at + way).clamp(0, size - 1)] for way in (-distance, distance))
+        blurred = blurred + rows[distance] * (before + after)
+    return (blurred + 0.5).floor()
+
+
+def _adjusted(rgb: list[Tensor], columns: Sequence[Tensor]) -> list[Tensor]:
+    """Two blends, a shift of the hue, two blends."""
+    rgb = _blends(rgb, columns, BLENDS_BEFORE)
+    red, green, blue = rgb
+    shift = columns[SHIFT]
+    shifted = _shift_hue(red, green, blue, shift)
+    rgb = [torch.where(shift == NO_SHIFT, x, y) for x, y in zip(rgb, shifted, strict=True)]
+    return _blends(rgb, columns, BLENDS_AFTER)
+
+
+def _contrast(rgb: list[Tensor], factor: Tensor) -> list[Tensor]:
+    luma = _luma(*rgb)
+    total = luma.to(torch.int32).sum(dim=(1, 2), keepdim=True)  # float32 would not hold it
+    mean = (total.double() / luma[0].numel() + 0.5).floor().float()
+    return [_blend(x, mean, factor) for x in rgb]
+
+
+def _finished(rgb: list[Tensor], grayscale: Tensor) -> Tensor:
+    luma = _luma(*rgb)
+    return torch.stack([torch.where(grayscale == 1, luma, x).to(torch.uint8) for x in rgb], dim=1)
+
+
+def _luma(red: Tensor, green: Tensor, blue: Tensor) -> Tensor:
+    """PIL's mode L: all sums stay below 2^24, so float32 holds them exactly."""
+    return ((red * 19595 + green * 38470 + blue * 7471 + 32768) * 2**-16).floor()
+
+
+def _blends(
+    rgb: Sequence[Tensor], columns: Sequence[Tensor], pairs: Sequence[tuple[int, int]]
+) -> list[Tensor]:
+    rgb = list(rgb)
+    for kind, factor in pairs:
+        towards = columns[kind] * _luma(*rgb)
+        rgb = [_blend(x, towards, columns[factor]) for x in rgb]
+    return rgb
+
+
+def _blend(x: Tensor, towards: Tensor, factor: Tensor) -> Tensor:
+    """PIL's blend: away from or beyond `towards`, clipped, then cut to whole numbers."""
+    return (towards + factor * (x - towards)).clamp(0, 255).floor()
+
+
+def _shift_hue(red: Tensor, green: Tensor, blue: Tensor, shift: Tensor) -> list[Tensor]:
+    """Through PIL's 8-bit HSV with the hue moved by a whole number, modulo 256."""
+    value = torch.maximum(torch.maximum(red, green), blue)
+    chroma = value - torch.minimum(torch.minimum(red, green), blue)
+    divisor = chroma.clamp(min=1)
+    r, g, b = ((value - x) / divisor for x in (red, green, blue))
+    sextant = torch.where(red == value, b - g, torch.where(green == value, 2 + (r - b), 4 + (g - r)))
+    turn = sextant / 6
+    hue = _times_255(torch.where(turn < 0, turn + 1, turn))
+    saturation = _times_255(chroma / value.clamp(min=1)) * (1 / 255)
+    hue = torch.where(chroma == 0, 0, hue) + shift
+    sextant = torch.where(hue >= 256, hue - 256, hue) * (6 / 255)
+
+    def channel(offset: int) -> Tensor:
+        """value * (1 - saturation * share), where the share falls with the distance of the hue."""
+        k = sextant + offset
+        k = torch.where(k >= 6, k - 6, k)
+        share = torch.minimum(k, 4 - k).clamp(0, 1)
+        return (value * (1 - saturation * share) + 0.5).floor()
+
+    return [channel(5), channel(3), channel(1)]
+
+
+def _times_255(x: Tensor) -> Tensor:
+    """x * 255 cut to a whole number as in double precision, where float32 would round it up to one."""
+    product = (x * 255).floor()
+    return torch.where(x * 256 - product < x, product - 1, product)

@@ -1,0 +1,253 @@
+"""An encoder as a folder in timm's layout of the Hugging Face hub, ready to be pushed, and read back.
+
+`model.safetensors` holds the one set of weights, by the names of timm's model; `config.json` tells timm how
+to build that, and under a key of ours how to build the Encoder and whose weights they are; `README.md` is
+the model card. No file needs pickle.
+
+Encoders whose encoding timm's own ViT gives (`cls` and `gap`) are written as that, so that reading them needs
+no import of ours; all others as the models that `interop.timm_models` registers.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from timm.models import PretrainedCfg
+from torch import Tensor
+
+from dino_sparo.errors import UserError, UserFileNotFoundError
+from dino_sparo.files import write_file
+from dino_sparo.interop.stored import StoredEncoder, architecture, in_words
+from dino_sparo.models import Encoder
+from dino_sparo.models.encoder import ARCHITECTURES
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+CARD_FILE = "README.md"
+OUR_KEY = "dino_sparo"  # of config.json, beside those of timm
+FORMAT = 2
+READABLE = (1, FORMAT)  # format 1 was what is now under our key, alone
+KINDS = {"format": int, "weights": str, "seed": int, "encoder": dict}  # of what is under it
+
+TIMM_POOLING: dict[str, dict[str, Any]] = {  # by the read-outs that timm's own ViT has
+    "cls": {},
+    "gap": {"global_pool": "avg", "fc_norm": False},  # the mean of tokens that are normalized already
+}
+SPARO_SIZES = {"num_slots": 64, "slot_dim": 64, "key_dim": 64, "group_size": 1}
+NOT_READOUT = ("arch", "patch_size", "image_size", "readout")
+PREFIX = "backbone."  # of all parameters of an encoder without slots; timm's own ViT has none
+
+CARD = """\
+---
+library_name: timm
+pipeline_tag: image-feature-extraction
+tags:
+- image-feature-extraction
+- timm
+- dino
+{tags}---
+# {name}
+
+Vision transformer for image features, the {which} of a DINO pretraining (arXiv 2104.14294), {readout}.
+
+- ViT: {arch}, patches of {patch_size} pixels, images of {image_size} pixels
+- encoding: {encoding}
+
+## Use
+
+`FOLDER` is the folder of this file; from the Hugging Face hub it is `hf-hub:USER/NAME` instead.
+
+```python
+import timm
+{imports}from PIL import Image
+
+model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+encoding = model(transform(Image.open("IMAGE").convert("RGB"))[None])  # (1, {length})
+```
+
+`dino_sparo.load_encoder("FOLDER")` gives the encoder itself.
+"""
+READOUTS = {
+    "sparo": "with the SPARO read-out (arXiv 2404.15721)",
+    "cls": "read out by its CLS token",
+    "gap": "read out by the mean of its patch tokens",
+    "pooler": "read out by an attentional pooler (arXiv 2205.01917)",
+    "bottleneck": "read out by two linear layers on its CLS token",
+}
+IMPORT = "import dino_sparo.interop.timm_models  # registers the model with timm\n"
+
+
+def write_exported(stored: StoredEncoder, folder: Path, *, name: str, measured: Sequence[str] = ()) -> None:
+    """Write the files into a new or empty folder.
+
+    Args:
+        name: of the model, for its card.
+        measured: lines for the card, one per result.
+
+    Raises:
+        UserError: the folder holds something already, or the weights do not fit.
+        OSError: it cannot be written.
+    """
+    encoder = stored.build()
+    cut = PREFIX if _is_plain(stored.arguments) else ""
+    weights = {key.removeprefix(cut): value for key, value in encoder.state_dict().items()}
+    config = _timm_config(stored.arguments, num_features=encoder.backbone.cls_token.shape[-1])
+    config[OUR_KEY] = {
+        "format": FORMAT,
+        "weights": stored.which,
+        "seed": stored.seed,
+        "encoder": stored.arguments,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise UserError(f"out: {folder} is not empty; choose another folder or empty it")
+    write_file(folder / WEIGHTS_FILE, save(weights, metadata={"format": "pt"}))
+    write_file(folder / CARD_FILE, _model_card(stored, encoder, name, measured))
+    # Last, so that a folder with it is whole.
+    write_file(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+
+
+# --- Back in
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """What a `.safetensors` file holds. Raises UserError, UserFileNotFoundError."""
+    if not path.is_file():
+        raise UserFileNotFoundError(f"{path} does not exist; give the weights, or the folder that holds them")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} is no readable safetensors file, or only a part of one ({error}); get it again"
+        ) from error
+
+
+def read_exported(weights: Mapping[str, Tensor], path: Path) -> StoredEncoder | None:
+    """The encoder of these weights by the description beside them; None if they are timm's own.
+
+    Raises:
+        UserFileNotFoundError: there is no description, and the weights are not by timm's names.
+        UserError: it is damaged.
+    """
+    path_of_config = path.with_name(CONFIG_FILE)
+    try:
+        config = json.loads(path_of_config.read_text())
+    except FileNotFoundError:
+        if "cls_token" in weights:
+            return None
+        raise UserFileNotFoundError(
+            f"{path_of_config} does not exist; an exported encoder is a folder with {WEIGHTS_FILE} and "
+            f"{CONFIG_FILE}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path_of_config} is no readable JSON file ({error}); get it again") from error
+    config = config if isinstance(config, dict) else {}
+    ours = config.get(OUR_KEY, config)
+    if ours is config and "sparo" not in str(config.get("architecture", "sparo")):
+        return None
+    if (
+        not isinstance(ours, dict)
+        or not all(isinstance(ours.get(key), kind) for key, kind in KINDS.items())
+        or ours["format"] not in READABLE
+        or not {"arch", "readout"} <= ours["encoder"].keys()
+    ):
+        raise UserError(
+            f"{path_of_config} describes no exported encoder of format {FORMAT}; expected what dino-sparo "
+            f"export writes"
+        )
+    if _is_plain(ours["encoder"]):  # format 1 had the prefix already
+        weights = {f"{PREFIX}{name.removeprefix(PREFIX)}": value for name, value in weights.items()}
+    return StoredEncoder(path, ours["encoder"], ours["seed"], ours["weights"], dict(weights))
+
+
+# --- What timm is told
+
+
+def is_plain_sparo(arguments: Mapping[str, Any]) -> bool:
+    """Whether the read-out is SPARO as in equation 1, in place of the last block, described by four sizes."""
+    return arguments["readout"] == "sparo" and _options(arguments).keys() <= SPARO_SIZES.keys()
+
+
+def pretrained_config(image_size: int, *, plain: bool = False) -> dict[str, Any]:
+    """timm's `pretrained_cfg`: the official evaluation crop, ImageNet's mean and deviation, names of layers.
+
+    timm's ViT (`plain`) takes one image size only, our encoder all.
+    """
+    # We round the short side to resize to, timm cuts its fraction off: hence rounded down, to four digits.
+    crop_pct = math.floor(10_000 * image_size / round(image_size * 256 / 224)) / 10_000
+    return PretrainedCfg(
+        tag="dino",
+        input_size=(3, image_size, image_size),
+        fixed_input_size=plain,
+        interpolation="bicubic",
+        crop_pct=crop_pct,
+        num_classes=0,
+        first_conv="patch_embed.proj" if plain else f"{PREFIX}patch_embed.proj",
+        classifier="head",
+    ).to_dict(remove_source=True)
+
+
+def _timm_config(arguments: Mapping[str, Any], num_features: int) -> dict[str, Any]:
+    """What timm reads in `config.json`: the model by name, the arguments that differ from its, the images.
+
+    Args:
+        arguments: those of `build_encoder`, plain values.
+        num_features: width D of the tokens.
+    """
+    plain, sizes = _is_plain(arguments), architecture(arguments["arch"])
+    name = next((name for name, named in ARCHITECTURES.items() if named == sizes), "vit_small")
+    named = {"img_size": 224, "patch_size": 16, **ARCHITECTURES[name], **SPARO_SIZES}
+    asked = {"img_size": arguments["image_size"], "patch_size": arguments["patch_size"], **sizes}
+    if plain:
+        pooling = TIMM_POOLING[arguments["readout"]]
+    elif is_plain_sparo(arguments):
+        pooling, asked = {}, asked | _options(arguments)
+    else:
+        pooling = {"readout": {"name": arguments["readout"], **_options(arguments)}}
+    different = {
+        "embed_dim" if key == "width" else key: value for key, value in asked.items() if value != named[key]
+    }
+    return {
+        "architecture": f"{name}_patch16_224" if plain else f"{name}_patch16_sparo_224",
+        "num_classes": 0,
+        "num_features": num_features,
+        "global_pool": pooling.get("global_pool", "token") if plain else "readout",
+        "model_args": different | pooling,
+        "pretrained_cfg": pretrained_config(arguments["image_size"], plain=plain),
+    }
+
+
+def _is_plain(arguments: Mapping[str, Any]) -> bool:
+    """Whether timm's own ViT gives the encoding of the encoder that these `build_encoder` arguments build."""
+    return arguments["readout"] in list(TIMM_POOLING)  # not hashed: a file may say anything
+
+
+def _options(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What the read-out takes."""
+    return {key: value for key, value in arguments.items() if key not in NOT_READOUT}
+
+
+def _model_card(stored: StoredEncoder, encoder: Encoder, name: str, measured: Sequence[str]) -> str:
+    """The text of README.md, which the hub shows."""
+    encoding = f"{encoder.embed_dim} numbers"
+    if encoder.num_slots:
+        width = encoder.embed_dim // encoder.num_slots
+        encoding += f", {encoder.num_slots} slots of {width} one after the other"
+    text = CARD.format(
+        tags="- sparo\n" if encoder.readout_name == "sparo" else "",
+        name=name,
+        which=stored.which,
+        readout=READOUTS.get(encoder.readout_name, f"with the read-out {encoder.readout_name}"),
+        arch=in_words(architecture(stored.arguments["arch"])),
+        patch_size=stored.arguments["patch_size"],
+        image_size=stored.arguments["image_size"],
+        encoding=encoding,
+        length=encoder.embed_dim,
+        imports="" if _is_plain(stored.arguments) else IMPORT,
+    )
+    return text + ("\n## Measured\n\n" + "".join(f"- {line}\n" for line in measured) if measured else "")

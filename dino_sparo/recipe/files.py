@@ -1,0 +1,169 @@
+"""Recipes in files: the shipped ones, YAML, and what older versions wrote."""
+
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dino_sparo.errors import UserError, UserFileNotFoundError
+from dino_sparo.recipe.sections import Recipe
+from dino_sparo.recipe.typed import MissingError, build, expected, leaf_keys, unknown
+
+
+def recipes() -> dict[str, Path]:
+    """Shipped recipes by name, from the installed package or the checkout."""
+    here = Path(__file__).parent.parent
+    folder = here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe by its path, or by its name among the shipped ones.
+
+    Raises:
+        UserFileNotFoundError: there is neither.
+    """
+    path, shipped = Path(name), recipes()
+    if path.is_file():
+        return path
+    stem = path.stem if path.suffix in (".yaml", ".yml") else path.name
+    if stem in shipped and str(path.parent) in (".", "configs"):  # a mistyped folder is no shipped recipe
+        return shipped[stem]
+    raise UserFileNotFoundError(
+        f"config {name!r} does not exist; give a YAML file or one of the shipped recipes: "
+        f"{', '.join(shipped)}"
+    )
+
+
+def values_of_file(path: Path, keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a YAML file by dotted key.
+
+    Args:
+        keys: dotted key -> type of all that may be in it.
+
+    Raises:
+        UserError: it is no YAML, a key is unknown or given twice, or a section is none.
+    """
+    try:
+        with open(path) as file:  # an open file, so that messages name it
+            content = yaml.load(file, Loader=_UniqueKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected sections with keys, as in the shipped recipes")
+    return checked_keys(content, keys, f"{path}: key")
+
+
+def checked_keys(content: Mapping[str, Any], keys: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """Nested values by dotted key; `what` stands before a key in messages.
+
+    Raises:
+        UserError: a key is unknown or given twice, or a section is none.
+    """
+    values: dict[str, Any] = {}
+
+    def walk(prefix: str, section: Mapping[Any, Any]) -> None:
+        for name, value in as_of_today(prefix, section).items():
+            key = f"{prefix}{name}"
+            inside = [known.rpartition(".")[2] for known in keys if known.startswith(f"{key}.")]
+            if key not in keys and not inside:
+                raise unknown(f"{what} {key!r}", key, keys)
+            if isinstance(value, dict) and inside:
+                walk(f"{key}.", value)
+            elif isinstance(value, dict):
+                raise UserError(f"{what} {key!r} is a section here; expected {expected(keys[key])}")
+            elif key not in keys:
+                raise UserError(f"{what} {key!r} is {value!r}; expected a section with {', '.join(inside)}")
+            elif key in values:  # once in its section and once with a dot
+                raise UserError(f"{what} {key!r} is given twice; give it once")
+            else:
+                values[key] = value
+
+    walk("", content)
+    return values
+
+
+def as_of_today(prefix: str, section: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """A section as this version has it, of a file of any version.
+
+    Older files may have `machine.views: tensor`, views by tensors on a CPU. Fields of other read-outs, which
+    they have as null, are left out by `build`; fields that they do not have yet have a default.
+    """
+    if prefix == "machine." and section.get("views") == "tensor":
+        return {**section, "views": "pil"}
+    return section
+
+
+def comparable(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain nested values such that files of all versions that stand for one recipe are equal."""
+    recipe = {
+        name: as_of_today(f"{name}.", section) if isinstance(section, Mapping) else section
+        for name, section in content.items()
+    }
+    model = recipe.get("model")
+    if isinstance(model, Mapping) and isinstance(model.get("readout"), Mapping):
+        readout = {name: value for name, value in model["readout"].items() if value is not None}
+        recipe["model"] = {**model, "readout": readout}
+    return recipe
+
+
+def merged(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by dotted key with others over them; a section replaces a value in its place, and reverse."""
+    kept = {
+        key: value
+        for key, value in values.items()
+        if not any(key.startswith(f"{other}.") or other.startswith(f"{key}.") for other in over)
+    }
+    return {**kept, **over}
+
+
+def stored_recipe(content: Mapping[str, Any], where: str) -> Recipe:
+    """The recipe that a run folder or a checkpoint of any version holds.
+
+    Args:
+        content: plain nested values.
+        where: what holds them, for messages.
+
+    Raises:
+        UserError: it is no recipe.
+    """
+    keys = leaf_keys(Recipe)
+    values = checked_keys(content, keys, f"{where}: key")
+    try:
+        recipe: Recipe = build(Recipe, values, dict.fromkeys(values, where))
+    except MissingError as error:
+        raise UserError(f"{where} lacks {', '.join(error.keys)}") from error
+    return recipe
+
+
+def named_recipe(name: str, over: Mapping[str, Any]) -> Recipe:
+    """A shipped recipe or that of a file, with these values by dotted key over its own.
+
+    Raises:
+        UserError: there is none, or a value is wrong or missing.
+    """
+    path = find_recipe(name)
+    values = values_of_file(path, leaf_keys(Recipe))
+    recipe: Recipe = build(Recipe, merged(values, over), dict.fromkeys(values.keys() - over, str(path)))
+    return recipe
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML's safe loader, but a key given twice is an error instead of a silent choice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=deep)
+            if not isinstance(key, Hashable):
+                break  # the base class names the line
+            if key in seen:
+                mark = key_node.start_mark
+                raise UserError(
+                    f"{mark.name}, line {mark.line + 1}: key {key!r} is given twice; give it once"
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)

@@ -1,0 +1,183 @@
+"""Training the runs of a study, one after the other, and the table of their sizes and k-NN."""
+
+import json
+import logging
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dino_sparo.errors import StuckError, UserError
+from dino_sparo.files import write_file
+from dino_sparo.models.cost import encoder_cost
+from dino_sparo.recipe.sections import Recipe
+from dino_sparo.runs.checkpoint import encoder_of, latest_step
+from dino_sparo.runs.rundir import check_same_experiment
+from dino_sparo.runs.runlog import read_metrics
+from dino_sparo.study.variants import Variant
+from dino_sparo.training.pretrain import pretrain
+from dino_sparo.training.setup import open_data
+
+log = logging.getLogger("dino_sparo")
+
+KNN = "knn20_top1"  # as the monitor logs it
+RECIPE_FILE, JSON_FILE, TABLE_FILE = "recipe.yaml", "sweep.json", "sweep.md"
+
+
+def train(variants: Sequence[Variant], folder: Path, *, unverified: bool = False) -> dict[str, str]:
+    """Train the chosen runs, each from where it is; what failed, by folder.
+
+    A run that ends by a mistake (a read-out that does not fit, a collapse) is noted, and the next one starts.
+    After each run the table is written anew, with all runs.
+
+    Raises:
+        UserError: for a mistake in recipe or data, before anything is trained.
+        StoppedError: a signal has told a run to stop; it is saved, and the study resumes there.
+    """
+    check_experiments(variants)
+    check_data(variants)
+    errors: dict[str, str] = {}
+    chosen = [variant for variant in variants if variant.chosen]
+    for number, variant in enumerate(chosen, start=1):
+        log.info("\n%d of %d: %s", number, len(chosen), variant.folder)
+        try:
+            pretrain(variant.recipe, variant.run_dir, resume_unverified=unverified)
+        except UserError as error:
+            if isinstance(error, StuckError):  # this process must end
+                raise
+            errors[variant.folder] = str(error)
+            log.warning("WARNING: %s failed: %s", variant.folder, error)
+        write_table(folder, variants, table(variants, errors))
+    return errors
+
+
+def check_experiments(variants: Sequence[Variant]) -> None:
+    """Refuse run folders that hold other experiments.
+
+    Raises:
+        UserError: naming the fields.
+    """
+    for variant in variants:
+        check_same_experiment(variant.run_dir, variant.recipe)
+
+
+def check_data(variants: Sequence[Variant]) -> None:
+    """Refuse variants without k-NN, before others are trained.
+
+    Raises:
+        UserError: naming what is missing.
+    """
+    different: dict[str, Recipe] = {}
+    for recipe in (variant.recipe for variant in variants):
+        different.setdefault(json.dumps([asdict(recipe.data), asdict(recipe.monitor)]), recipe)
+    for recipe in different.values():
+        check_knn(recipe)
+
+
+def check_knn(recipe: Recipe) -> None:
+    """Refuse a study whose table would stay empty.
+
+    Raises:
+        UserError: nothing is measured on labelled images.
+    """
+    if not recipe.monitor.knn_every_epochs:
+        raise UserError(
+            "monitor.knn_every_epochs is 0, but a study fills its table with the k-NN at the end of runs; "
+            "set it to optim.epochs or less"
+        )
+    _, monitor = open_data(
+        recipe.data,
+        recipe.monitor,
+        batch_size=recipe.optim.global_batch_size,
+        image_size=recipe.views.global_size,
+        num_workers=0,
+        timeout_seconds=recipe.machine.data_timeout_seconds,
+    )
+    if monitor is None:
+        raise UserError(
+            f"data.path {recipe.data.path!r} has no labels, but a study fills its table with k-NN; name a "
+            f"labeled folder by monitor.knn_path"
+        )
+
+
+def table(variants: Sequence[Variant], errors: dict[str, str]) -> list[dict[str, Any]]:
+    """One row for all runs that differ in seed alone: cost, and 20-NN of those that are complete."""
+    rows: dict[str, dict[str, Any]] = {}
+    for variant in variants:
+        recipe = variant.recipe
+        if variant.row not in rows:
+            encoder = encoder_of(recipe)
+            rows[variant.row] = {
+                "variant": variant.row,
+                "changes": {key: value for key, value in variant.changes.items() if key != "seed"},
+                **encoder_cost(encoder, recipe.views.global_size),
+                "runs": [],
+            }
+        entry: dict[str, Any] = {"run": variant.folder, "seed": recipe.seed}
+        if variant.folder in errors:
+            entry |= {KNN: None, "error": errors[variant.folder]}
+        else:
+            entry[KNN] = final_knn(variant.run_dir, recipe.optim.epochs)
+        rows[variant.row]["runs"].append(entry)
+    for row in rows.values():
+        known = [entry[KNN] for entry in row["runs"] if entry[KNN] is not None]
+        row[KNN] = statistics.fmean(known) if known else None
+        row["sd"] = statistics.stdev(known) if len(known) > 1 else None
+    return list(rows.values())
+
+
+def as_markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The table, a line each."""
+    lines = [
+        "| variant | read-out, M parameters | encoder, M parameters | GFLOPs an image | 20-NN, % | runs |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        knn = "-" if row[KNN] is None else f"{row[KNN]:.2f}"
+        knn += "" if row["sd"] is None else f" ± {row['sd']:.2f}"
+        done = sum(entry[KNN] is not None for entry in row["runs"])
+        failed = sum("error" in entry for entry in row["runs"])
+        runs = f"{done} of {len(row['runs'])}{f', {failed} failed' if failed else ''}"
+        parameters = f"{row['readout_parameters'] / 1e6:.3f} | {row['parameters'] / 1e6:.3f}"
+        lines.append(f"| {row['variant']} | {parameters} | {row['flops'] / 1e9:.4g} | {knn} | {runs} |")
+    return lines
+
+
+def write_table(folder: Path, variants: Sequence[Variant], rows: Sequence[dict[str, Any]]) -> None:
+    """Write the recipe, `sweep.json` and `sweep.md`, each whole or not at all.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    base = variants[0].base
+    content = {"data": base.data.path, "rows": rows}
+    legend = (
+        "20-NN top-1 of the teacher at the end, as the monitor measured it; ± is the standard deviation over "
+        "runs that differ in seed alone; a multiply-add is two FLOPs."
+    )
+    texts = {
+        RECIPE_FILE: yaml.safe_dump(base.as_dict(), sort_keys=False),
+        JSON_FILE: json.dumps(content, indent=1) + "\n",
+        TABLE_FILE: "\n".join([*as_markdown(rows), "", legend]) + "\n",
+    }
+    write_files(folder, texts)
+
+
+def write_files(folder: Path, contents: Mapping[str, str | bytes]) -> None:
+    """Write files into a folder, made if need be, each whole or not at all, while others may write them too.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        write_file(folder / name, content)
+
+
+def final_knn(run_dir: Path, epochs: int) -> float | None:
+    """The monitor's 20-NN after the last epoch; None before there is one, and the last checkpoint."""
+    found = [entry for entry in read_metrics(run_dir) if KNN in entry and entry["epoch"] >= epochs]
+    return found[-1][KNN] if found and latest_step(run_dir) >= found[-1]["step"] else None

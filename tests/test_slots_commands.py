@@ -1,0 +1,76 @@
+"""What all commands about slots share: mistakes are one sentence, and then nothing is written."""
+
+import pytest
+
+from dino_sparo.__main__ import main
+
+COMMANDS = ("maps", "gallery", "rank", "mask", "health", "factors", "report")
+
+
+@pytest.fixture
+def refused(slot_runs, tmp_path, capsys):
+    """What a command with a mistake says: one line, on standard error; nothing is written."""
+
+    def run(command: str, *options: str, run: str = "sparo", data: str = "") -> str:
+        given = [] if command == "factors" else [f"--data.path={data or slot_runs['data']}"]
+        arguments = ["slots", command, str(slot_runs[run]), *given, f"--out={tmp_path / 'out'}"]
+        assert main([*arguments, "--num_workers=0", "--device=cpu", *options]) == 2
+        said = capsys.readouterr().err
+        assert len(said.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
+        return said
+
+    return run
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_encoder_without_slots(refused, slot_runs, command):
+    said = refused(command, run="cls")
+    assert f"{slot_runs['cls']} has no slots (read-out cls), expected one with slots" in said
+
+
+@pytest.mark.parametrize("command", ["rank", "mask", "factors", "report"])
+def test_a_control_has_no_slots(refused, slot_runs, command):
+    said = refused(command, f"--control={slot_runs['sparo']}")
+    assert "has slots (read-out sparo), expected a run without" in said
+
+
+@pytest.mark.parametrize("command", ["maps", "gallery", "rank", "mask", "health", "report"])
+def test_images_that_are_not_there(refused, tmp_path, command):
+    (tmp_path / "empty").mkdir()
+    assert "'/nowhere' does not exist" in refused(command, data="/nowhere")
+    assert str(tmp_path / "empty") in refused(command, data=str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("command", ["rank", "mask"])
+def test_images_without_classes(refused, slot_runs, command):
+    assert "not in class folders" in refused(command, data=str(slot_runs["data"] / "train" / "class0"))
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "message"),
+    [
+        ("maps", "--slots=[0,3]", "slots has 3, expected numbers from 0 to 2, since there are 3 slots"),
+        ("maps", "--slots=[-1]", "slots is [-1]; expected a list, each a whole number of at least 0"),
+        ("maps", "--slots=[1,1]", "slots has 1 more than once, expected different numbers; give it once"),
+        ("maps", "--slots=[]", "slots is empty; give at least one value or leave the option out"),
+        ("maps", "--images=[1,1]", "images has 1 more than once"),
+        ("maps", "--images=[60]", "images has 60, expected numbers from 0 to 59, since there are 60 images"),
+        ("maps", "--num_images=0", "num_images is 0; expected a whole number above 0"),
+        ("maps", "--short_side=7", "short_side is 7, expected at least the 8 pixels of a patch; give more"),
+        ("gallery", "--slots=[0,3]", "slots has 3, expected numbers from 0 to 2, since there are 3 slots"),
+        ("gallery", "--num_neighbours=0", "num_neighbours is 0; expected a whole number above 0"),
+        ("rank", "--k=40", "k is 40, expected 1 to the 39 train images that are left to fit on"),
+        ("rank", "--select-fraction=1", "select_fraction is 1.0, expected above 0 and below 1"),
+        (
+            "mask",
+            "--transfer=/somewhere",
+            "transfer '/somewhere' has no name or no folder; expected NAME=DIR",
+        ),
+        ("mask", "--transfer=val=/somewhere", "'val' is the name of data.path's own test images"),
+        ("mask", "--transfer=second=/nowhere/at/all", "transfer"),
+        ("health", "--num_images=1", "num_images is 1"),
+        ("factors", "--num_images=199", "num_images is 199, expected at least 200"),
+    ],
+)
+def test_numbers_that_do_not_suit(refused, command, option, message):
+    assert message in refused(command, option)
