@@ -125,6 +125,20 @@ def test_another_thread_loads_without_an_alarm(tmp_path):
         assert len(threads.submit(list, batches_of(tmp_path, timeout_seconds=60)).result()) == 12
 
 
+def test_an_error_ends_the_workers_of_its_loader_at_once_and_no_others(tmp_path):
+    good, bad = (batches_of(tmp_path / name, timeout_seconds=60) for name in ("good", "bad"))
+    (tmp_path / "bad" / "train" / "class0" / BAD).write_bytes(b"no picture")
+    good, bad = iter(good), iter(bad)
+    next(good)
+    before, started = len(active_children()), time.monotonic()
+    with pytest.raises(UserError, match=r"005\.png"):
+        for _ in bad:
+            pass
+    assert time.monotonic() - started < 5  # which torch would wait for each
+    assert 0 < len(active_children()) < before
+    next(good)
+
+
 def test_other_errors_pass_unchanged(tmp_path):
     batches = batches_of(tmp_path, timeout_seconds=5)
     with pytest.raises(RuntimeError, match="of the network"), batches.failures_explained():

@@ -7,9 +7,10 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from multiprocessing.process import BaseProcess
 from typing import Any, NoReturn
 
 import torch
@@ -51,6 +52,7 @@ class WatchedLoader:
         **loader_options: Any,
     ) -> None:
         self.name, self.num_workers, self.timeout_seconds = name, num_workers, timeout_seconds
+        self._workers: list[BaseProcess] = []
         self.at: Tensor = torch.full((num_workers,), IDLE).share_memory_()
         if loader_options.get("batch_size", 1) is not None:
             loader_options["collate_fn"] = partial(_collate, collate)
@@ -64,7 +66,9 @@ class WatchedLoader:
 
     def __iter__(self) -> Iterator[Any]:
         with _without_interrupts():  # Ctrl-C is not for a worker, which could not ignore it yet
+            others = set(multiprocessing.active_children())
             batches = iter(self.loader)  # the workers start now, not with the first batch
+            self._workers += set(multiprocessing.active_children()) - others
         return self._in_time(batches)
 
     def _in_time(self, batches: Iterator[Any]) -> Iterator[Any]:
@@ -73,10 +77,10 @@ class WatchedLoader:
                 with at_most(self.timeout_seconds if self.num_workers else 0, self._too_late):
                     batch = next(batches)
             except StuckError:
-                _end_workers()  # which torch would wait for, one after the other
+                _end(self._workers)  # which torch would wait for, one after the other
                 raise
             if isinstance(batch, UserError):
-                _end_workers()  # which torch would wait for, up to five seconds each
+                _end(self._workers)  # which torch would wait for, up to five seconds each
                 raise batch
             yield batch
 
@@ -91,14 +95,14 @@ class WatchedLoader:
         try:
             yield
         except KeyboardInterrupt:
-            _end_workers()  # which torch would wait for
+            _end(self._workers)  # which torch would wait for
             raise
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
                 raise
             what = f"a process that loads images has died ({error})"
             remedy = "repair the file, or give fewer machine.num_workers if memory or shared memory ran out"
-            _end_workers()
+            _end(self._workers)
             self._fail(what, remedy, error)
 
     def _too_late(self) -> NoReturn:
@@ -196,9 +200,13 @@ def shared_memory_free() -> int | None:
 
 
 @atexit.register  # before Python's own way, which sends a SIGTERM and waits
-def _end_workers() -> None:
+def _end_all() -> None:
     """A worker that hangs must not keep the program from ending."""
-    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    _end([child for child in multiprocessing.active_children() if child.daemon])
+
+
+def _end(workers: Sequence[BaseProcess]) -> None:
+    """End these processes without a word."""
     if not workers or threading.current_thread() is not threading.main_thread():
         return
     before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report their death
