@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from dino_sparo.evaluation.results import RESULTS_FILE, read_results, results_folder
-from dino_sparo.interop.load import network_in, networks_in, one_of
+from dino_sparo.interop.load import networks_in, one_of
 from dino_sparo.interop.official import write_official
 from dino_sparo.interop.onnx_file import write_onnx
 from dino_sparo.interop.timm_folder import write_exported
@@ -35,10 +35,10 @@ def export(
         UserError: the weights are refused or do not fit, or something is there already.
         OSError: it cannot be written.
     """
+    networks = networks_in(run, arch)
+    stored, where, check = one_of(networks, which, arch), out, ""
     if format == "official":
-        networks = networks_in(run, arch=arch)
-        return f"{out}: {write_official(one_of(networks, which), networks, Path(out))} of {run}"
-    stored, where, check = network_in(run, which, arch=arch), out, ""
+        return f"{out}: {write_official(stored, networks, Path(out))} of {run}"
     if format == "onnx":
         path, difference = write_onnx(stored, Path(out))
         where, check = str(path), f"; differs from torch by {difference:.1e} at most"

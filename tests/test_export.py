@@ -32,11 +32,7 @@ def same(first, second, size=16):
 
 
 def test_exported_folder_and_its_file_load_as_the_run_does(run_dir, exported):
-    assert sorted(path.name for path in exported.iterdir()) == [
-        "README.md",
-        "config.json",
-        "model.safetensors",
-    ]
+    assert {path.name for path in exported.iterdir()} == {"README.md", "config.json", "model.safetensors"}
     for path in (exported, str(exported / "model.safetensors")):
         same(load_encoder(path), load_encoder(run_dir))
         same(load_encoder(path, untrained=True), load_encoder(run_dir, untrained=True))
@@ -97,14 +93,11 @@ def test_weights_that_do_not_fit_are_not_exported(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_nothing_is_overwritten(run_dir, exported, tmp_path, capsys):
+def test_nothing_is_overwritten(run_dir, exported, capsys):
     before = (exported / "model.safetensors").read_bytes()
     assert main(["export", str(run_dir), "--out", str(exported), "--which", "student"]) == 2
     assert "exported is not empty; choose another folder" in capsys.readouterr().err
     assert (exported / "model.safetensors").read_bytes() == before
-    (tmp_path / "file").touch()
-    assert main(["export", str(run_dir), "--out", str(tmp_path / "file" / "out")]) == 2
-    assert "cannot be read or written (Not a directory)" in capsys.readouterr().err
 
 
 def test_damaged_or_missing_files(exported, tmp_path):

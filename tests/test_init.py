@@ -8,13 +8,12 @@ import torch
 from safetensors.torch import save_file
 
 from dino_sparo import load_encoder
-from dino_sparo.cli.pretraining import PretrainOptions
 from dino_sparo.errors import UserError
 from dino_sparo.models import DINOHead, DinoModel, build_encoder
 from dino_sparo.training.setup import start_state
 from dino_sparo.training.state import TrainState
 from tests.test_official import prefixed
-from tests.tiny import build_state, parse_options, tiny_arguments, tiny_options
+from tests.tiny import build_state, tiny_options
 
 ARCH = {"width": 16, "depth": 3, "num_heads": 2}
 HEAD = {"num_prototypes": 16, "hidden_dim": 8, "bottleneck_dim": 4}
@@ -60,11 +59,6 @@ def full(student: DinoModel, teacher: DinoModel, *, old_names: bool = False) -> 
     return {"student": of_student, "teacher": named(teacher, old_names=old_names), "epoch": 7}
 
 
-def options_of(tmp_path, init, **changes) -> PretrainOptions:
-    given = tiny_arguments(tmp_path / "data", tmp_path / "run", init=init, **changes)
-    return parse_options(PretrainOptions, given, usage="")
-
-
 def started(tmp_path, content, **changes) -> tuple[TrainState, str]:
     """A state that has begun with a file of this content, and what is said about it."""
     torch.save(content, tmp_path / "start.pth")
@@ -72,8 +66,8 @@ def started(tmp_path, content, **changes) -> tuple[TrainState, str]:
 
 
 def started_from(tmp_path, init, **changes) -> tuple[TrainState, str]:
-    options = options_of(tmp_path, init, **changes)
-    state = build_state(options, torch.device("cpu"))
+    options = tiny_options(tmp_path / "data", tmp_path / "run", init=init, **changes)
+    state = build_state(options)
     told = start_state(
         *(state, options.init, options.encoder_arguments()),
         norm_last_layer=options.head.norm_last_layer,
@@ -94,16 +88,10 @@ def close(one: torch.Tensor, other: torch.Tensor) -> None:
     torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
 
 
-@torch.no_grad()
 def equal(one: DinoModel, other: DinoModel) -> bool:
-    """Whether they hold the same numbers under the same names; then they compute the same."""
+    """Whether they hold the same numbers under the same names."""
     ours, theirs = one.state_dict(), other.state_dict()
-    if ours.keys() != theirs.keys() or not all(torch.equal(ours[name], theirs[name]) for name in ours):
-        return False
-    crops = [torch.randn(2, 3, 3, 16, 16), torch.randn(2, 3, 3, 8, 8)]
-    for a, b in zip(one.eval()(crops), other.eval()(crops), strict=True):
-        close(a, b)
-    return True
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.parametrize("old_names", [True, False], ids=["weight_g", "parametrized"])
@@ -143,23 +131,25 @@ def test_a_bare_file_with_a_readout_is_a_sparo_encoder(tmp_path):
         (
             "readout.key_proj.bias",
             lambda x: x[1:],
-            "1 misshapen (readout.key_proj.bias (7,) instead of (8,))",
+            "(readout.key_proj.bias (7,) instead of (8,))",
         ),
-        ("readout.value_proj.bias", None, "1 missing (readout.value_proj.bias) of"),
-        ("readout.value_proj.weight", None, "a part of a read-out: readout.value_proj.weight is ()"),
+        (
+            "readout.value_proj.weight",
+            lambda _: None,
+            "part of a read-out: readout.value_proj.weight is ()",
+        ),
     ],
 )
 def test_a_readout_that_is_not_whole(tmp_path, name, change, message):
     content = named(network(1))
-    value = content.pop(name)
-    assert message in refusal(tmp_path, content | ({name: change(value)} if change else {}))
+    assert message in refusal(tmp_path, content | {name: change(content[name])})
 
 
 @pytest.mark.parametrize("extra", [{}, {"head.weight": torch.zeros(10, 16), "fc_norm.bias": torch.zeros(16)}])
 def test_a_plain_vit_starts_a_sparo_encoder(tmp_path, extra):
     source = plain(1)
     state, said = started(tmp_path, bare(source) | extra)
-    fresh = build_state(options_of(tmp_path, "x"), torch.device("cpu")).student.state_dict()
+    fresh = build_state(tiny_options(tmp_path / "data", tmp_path / "run")).student.state_dict()
     given = source.encoder.backbone.state_dict()
     for model in (state.student, state.teacher):
         for name, value in model.state_dict().items():
@@ -237,7 +227,6 @@ def test_the_position_embedding_is_resized_once(tmp_path):
     ("change", "reason"),
     [
         ({"num_prototypes": 8}, "the file's does not fit: 2 misshapen (last_layer.parametrizations.weight"),
-        ({"hidden_dim": 4}, "the file's does not fit: 5 misshapen (mlp.0.weight (4, 16) instead of (8, 16)"),
         ({"norm_last_layer": False}, "the prototypes of the file's are not of length 1"),
     ],
 )
@@ -263,55 +252,41 @@ def test_a_frozen_backbone_is_the_teachers_in_both(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "changes", "parts"),
+    ("content", "changes", "message"),
     [
         (
-            lambda: bare(plain(1, arch=ARCH | {"width": 32})),
+            lambda: bare(plain(1, arch=ARCH | {"width": 64})),
             {},
-            ["holds width 32 (the recipe has 16); set model.arch and"],
+            "holds width 64 (the recipe has 16), att",
         ),
-        (lambda: bare(plain(1, patch_size=4)), {}, ["holds patch size 4 (the recipe has 8)"]),
+        (
+            lambda: bare(plain(1, patch_size=4)),
+            {},
+            "holds patch size 4 (the recipe has 8); set model.arch",
+        ),
         (
             lambda: bare(plain(1, arch=ARCH | {"depth": 5})),
             {},
-            ["holds 5 blocks, but this recipe builds 2", "expected 2, or 3 of a plain ViT"],
+            "holds 5 blocks, but this recipe builds 2 with read-out sparo; expected 2, or 3 of a plain ViT",
         ),
-        (lambda: named(network(1)), CLS, ["holds 2 blocks, but this recipe builds 3 with read-out cls"]),
-        (
-            lambda: named(network(1, arch=ARCH | {"depth": 4})),
-            {},
-            ["holds 3 blocks, but this recipe builds 2 with read-out sparo"],
-        ),
+        (lambda: named(network(1)), CLS, "holds 2 blocks, but this recipe builds 3 with read-out cls"),
+        (lambda: named(network(1, arch=ARCH | {"depth": 4})), {}, "holds 3 blocks, but this recipe builds 2"),
         (
             lambda: named(network(1)),
             {"model__readout__num_slots": 4, "model__readout__key_dim": 8},
-            ["a read-out sparo with key_dim 4 (the recipe has 8), num_slots 2 (the recipe has 4)"],
+            "a read-out sparo with key_dim 4 (the recipe has 8), num_slots 2 (the recipe has 4)",
         ),
+        (lambda: bare(plain(1)) | {"blocks.2.ls1.gamma": torch.zeros(16)}, {}, "1 unexpected (backbone.b"),
+        (lambda: full(network(1, head={"num_prototypes": 8}), network(2)), {}, "student and teacher differ"),
         (
-            lambda: (
-                {k: v for k, v in bare(plain(1)).items() if k != "norm.bias"}
-                | {"dist_token": torch.zeros(1, 1, 16), "cls_token": torch.zeros(1, 1, 8)}
-            ),
+            lambda: bare(plain(1)) | {"norm.bias": torch.full((16,), torch.nan)},
             {},
-            ["1 missing (backbone.norm.bias)", "1 unexpected (backbone.dist_token)", "1 misshapen (backbone"],
-        ),
-        (lambda: bare(plain(1)) | {"blocks.2.ls1.gamma": torch.zeros(16)}, {}, ["1 unexpected (backbone.b"]),
-        (
-            lambda: full(network(1, head={"num_prototypes": 8}), network(2)),
-            {},
-            ["student and teacher differ"],
+            "not finite, in 1 para",
         ),
     ],
 )
-def test_what_the_rules_do_not_explain_is_refused(tmp_path, content, changes, parts):
-    message = refusal(tmp_path, content(), **changes)
-    assert all(part in message for part in parts), message
-
-
-def test_numbers_that_are_not_finite_are_refused(tmp_path):
-    content = bare(plain(1))
-    content["norm.weight"][0] = float("nan")
-    assert "not finite, in 1 parameters (backbone.norm.weight)" in refusal(tmp_path, content)
+def test_what_the_rules_do_not_explain_is_refused(tmp_path, content, changes, message):
+    assert message in refusal(tmp_path, content(), **changes)
 
 
 def test_a_frozen_backbone_needs_weights(tmp_path):

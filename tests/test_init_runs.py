@@ -1,6 +1,5 @@
 """Runs that begin with weights from a file, and runs whose backbone is frozen: saved, killed, resumed."""
 
-import logging
 import shutil
 import subprocess
 
@@ -9,14 +8,13 @@ import torch
 
 from dino_sparo import load_encoder
 from dino_sparo.__main__ import main
-from dino_sparo.cli.pretraining import StudyOptions, planned, pretrain
-from dino_sparo.errors import UserError
+from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.runs.checkpoint import load_latest, num_bytes
 from dino_sparo.training import state
 from tests.running import command
 from tests.test_init import bare, plain
 from tests.test_resume import pretrain_until
-from tests.tiny import parse_options, prepared, state_hash, tiny_arguments, tiny_options, write_pictures
+from tests.tiny import prepared, state_hash, tiny_arguments, tiny_options, write_pictures
 
 BACKBONE = "encoder.backbone."
 FROZEN = {"optim__freeze_backbone": "true"}
@@ -91,44 +89,9 @@ def test_a_run_and_an_exported_encoder_start_another_run(run_dir, pictures, tmp_
         prepared(tiny_options(pictures, tmp_path / "run", init=tmp_path / "none"))
 
 
-def test_a_sweep_varies_starts_and_freezing(pictures, tmp_path):
-    arguments = tiny_arguments(pictures, tmp_path / "runs", init=pictures / "vit.pth")
-    arguments += ['--vary=["optim.freeze_backbone=true,false"]']
-    variants = planned(parse_options(StudyOptions, arguments, usage=""))
-    assert [one.recipe.optim.freeze_backbone for one in variants] == [True, False]
-    assert {one.recipe.init for one in variants} == {str(pictures / "vit.pth")}
-
-
-def test_another_start_is_another_experiment(finished, pictures):
-    run_dir, changes = finished
-    frozen = changes.keys() >= FROZEN.keys()
-    for other, message in (
-        ({"init": "other.pth"}, "init was .*vit.pth, is now other.pth"),
-        ({"optim__freeze_backbone": not frozen}, f"freeze_backbone was {frozen}, is now {not frozen}"),
-    ):
-        with pytest.raises(UserError, match=f"holds another experiment .*{message}"):
-            pretrain(tiny_options(pictures, run_dir, **(changes | other)))
-
-
-def test_a_run_from_before_there_was_freezing_resumes(pictures, tmp_path, caplog):
-    pretrain(tiny_options(pictures, tmp_path / "run"))
-    path = tmp_path / "run" / "config.yaml"
-    lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if "freeze_backbone" not in line and not line.startswith("init:")]
-    assert len(kept) == len(lines) - 2
-    path.write_text("".join(kept))
-    with caplog.at_level(logging.INFO, "dino_sparo"):
-        pretrain(tiny_options(pictures, tmp_path / "run"))
-    assert "is complete" in caplog.text
-
-
-@pytest.fixture
-def frozen_state(pictures, tmp_path):
+def test_the_optimizer_and_the_graph_leave_a_frozen_backbone_out(pictures, tmp_path):
     options = tiny_options(pictures, tmp_path / "run", init=pictures / "vit.pth", **FROZEN)
-    return prepared(options).state
-
-
-def test_the_optimizer_and_the_graph_leave_a_frozen_backbone_out(frozen_state):
+    frozen_state = prepared(options).state
     student = frozen_state.student
     held = {id(p) for group in frozen_state.optimizer.param_groups for p in group["params"]}
     learning = [*student.encoder.readout.parameters(), *student.head.parameters()]

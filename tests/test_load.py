@@ -70,7 +70,7 @@ def test_a_checkpoint_with_other_content(run_dir, tmp_path, key, value, message)
 
 
 @torch.no_grad()
-def test_a_run_from_before_there_were_other_readouts(run_dir, tmp_path, caplog):
+def test_a_run_from_before_there_were_other_readouts_and_starts(run_dir, tmp_path, caplog):
     images = torch.randn(2, 3, 16, 16)
     shutil.copytree(run_dir, tmp_path / "run")
     state = load_latest(run_dir)
@@ -78,6 +78,7 @@ def test_a_run_from_before_there_were_other_readouts(run_dir, tmp_path, caplog):
     readout = state["config"]["model"]["readout"]
     assert len(readout) > len(first)
     state["config"]["model"]["readout"] = {key: readout[key] for key in first}
+    del state["config"]["init"], state["config"]["optim"]["freeze_backbone"]
     for file in (tmp_path / "run" / "checkpoints").iterdir():
         file.unlink()
     save_checkpoint(state, tmp_path / "run", step=3)

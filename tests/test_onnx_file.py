@@ -44,55 +44,32 @@ def test_a_run_as_onnx(needs_onnx, run_dir, tmp_path, capsys):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    "readout", [SPARO, *OTHERS.values(), {"readout": "cls"}, {"readout": "gap"}], ids=[*"s", *OTHERS, *"cg"]
-)
+@pytest.mark.parametrize("readout", [SPARO, *OTHERS.values(), {"readout": "cls"}, {"readout": "gap"}])
 def test_every_read_out(needs_onnx, tmp_path, readout):
     arguments = {"arch": ARCH, "patch_size": 4, "image_size": 16} | readout
-    weights = dict(build_encoder(**arguments).state_dict())
-    path, difference = onnx_file.write_onnx(
-        StoredEncoder(tmp_path, arguments, 0, "teacher", weights), tmp_path
-    )
+    encoder = build_encoder(**arguments)
+    stored = StoredEncoder(tmp_path, arguments, 0, "teacher", dict(encoder.state_dict()))
+    path, difference = onnx_file.write_onnx(stored, tmp_path)
     assert 0 <= difference <= onnx_file.TOLERANCE
     names = [x.name for x in session_of(path).get_outputs()]
-    assert names == [
-        "encoding",
-        *(["attention"] if "num_slots" in readout or readout == {"readout": "sparo"} else []),
-    ]
+    assert names == (["encoding", "attention"] if encoder.num_slots else ["encoding"])
 
 
-def test_a_failed_check_leaves_nothing(needs_onnx, run_dir, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("shift", [0.01, float("nan")])
+def test_a_failed_check_leaves_nothing(needs_onnx, run_dir, tmp_path, monkeypatch, capsys, shift):
     right = onnx_file.to_onnx
 
     def other_weights(model, side):
-        model.encoder.backbone.norm.bias.data += 0.01
+        bias = model.encoder.backbone.norm.bias.data
+        model.encoder.backbone.norm.bias.data = bias + shift
         content = right(model, side)
-        model.encoder.backbone.norm.bias.data -= 0.01
+        model.encoder.backbone.norm.bias.data = bias
         return content
 
     monkeypatch.setattr(onnx_file, "to_onnx", other_weights)
     assert main(["export", str(run_dir), "--out", str(tmp_path / "out"), "--format", "onnx"]) == 2
-    message = capsys.readouterr().err
-    assert (
-        "as ONNX gives other numbers than torch (they differ by" in message and "allowed is 0.0001" in message
-    )
+    assert "as ONNX gives other numbers than torch (they differ by" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_numbers_that_are_not_finite_fail_the_check(monkeypatch, tmp_path):
-    class Session:
-        def __init__(self, *_, **__):
-            self.calls = 0
-
-        def run(self, _, feed):
-            self.calls += 1
-            value = float("nan") if self.calls == 2 else 0.0
-            return [np.full((len(feed["images"]), 1), value, np.float32)]
-
-    pytest.importorskip("onnxruntime")
-    monkeypatch.setattr("onnxruntime.InferenceSession", Session)
-    model = lambda images: (torch.zeros(len(images), 1),)  # noqa: E731
-    assert np.isnan(onnx_file.largest_difference(b"", model, 4))
 
 
 def test_nothing_is_overwritten(needs_onnx, run_dir, tmp_path, capsys):

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from timm.models import group_parameters, save_for_hf
 
-import dino_sparo.interop.timm_models
+import dino_sparo.interop.timm_models  # noqa: F401
 from dino_sparo import load_encoder
 from dino_sparo.data.images import IMAGENET_MEAN, IMAGENET_STD, evaluation_crop, normalize
 from dino_sparo.interop.stored import StoredEncoder
@@ -18,20 +18,14 @@ from dino_sparo.interop.timm_folder import pretrained_config, write_exported
 from dino_sparo.models import build_encoder
 
 ARCH = {"width": 16, "depth": 3, "num_heads": 2}
-SPARO = {"readout": "sparo", "num_slots": 4, "slot_dim": 6, "key_dim": 8, "group_size": 2}
+SIZES = {"readout": "sparo", "num_slots": 4, "slot_dim": 6}
+SPARO = SIZES | {"key_dim": 8, "group_size": 2}
 OTHERS = {
     "defaults": {"readout": "sparo"},
-    "multi": {
-        "readout": "sparo",
-        "num_slots": 4,
-        "slot_dim": 6,
-        "key_dim": 8,
-        "heads": "multi",
-        "num_heads": 2,
-    },
+    "multi": SIZES | {"key_dim": 8, "heads": "multi", "num_heads": 2},
     "output": SPARO | {"output": "whole"},
     "after": SPARO | {"after_last_block": True},
-    "pooler": {"readout": "pooler", "num_slots": 4, "slot_dim": 6, "num_heads": 3},
+    "pooler": SIZES | {"readout": "pooler", "num_heads": 3},
     "bottleneck": {"readout": "bottleneck", "bottleneck_dim": 5, "encoding_dim": 20},
     "patch 8": SPARO | {"patch_size": 8, "image_size": 40},
 }
@@ -94,37 +88,40 @@ def test_plain_encoders_are_timms_own(folder, readout, changes):
 
 
 @pytest.mark.parametrize("arch", ["vit_tiny", "vit_small", "vit_base"])
-def test_named_sizes_need_no_arguments(folder, arch):
+def test_named_sizes_need_no_arguments(arch):
     """With torch's meta device nothing is computed: names and shapes only."""
     with torch.device("meta"):
         ours = build_encoder(arch).state_dict()
         model = timm.create_model(f"{arch}_patch16_sparo_224")
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in model.state_dict().items()}
     assert model.num_classes == 0 and model.head_hidden_size == 4096
+    assert timm.list_models("*sparo*", pretrained=True) == []
 
 
-def test_what_differs_from_the_named_model_is_stated(folder, tmp_path):
-    def config(**changes):
-        export(tmp_path / str(len(list(tmp_path.iterdir()))), **changes)
-        return json.loads((max(tmp_path.iterdir()) / "config.json").read_text())
-
-    named = config(arch="vit_tiny", patch_size=16, image_size=224, readout="sparo", slot_dim=64)
-    assert named["architecture"] == "vit_tiny_patch16_sparo_224" and named["model_args"] == {}
-    other = config(**SPARO)
-    assert other["architecture"] == "vit_small_patch16_sparo_224"
-    assert other["model_args"] == {
+def test_what_differs_from_the_named_model_is_stated(folder):
+    vit_tiny = {"arch": "vit_tiny", "patch_size": 16, "image_size": 224}
+    different = {
         **{"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2},
         **{"num_slots": 4, "slot_dim": 6, "key_dim": 8, "group_size": 2},
     }
-    assert config(arch="vit_tiny", patch_size=16, readout="cls")["architecture"] == "vit_tiny_patch16_224"
+    for number, (changes, name, arguments) in enumerate(
+        (
+            (vit_tiny | {"readout": "sparo", "slot_dim": 64}, "vit_tiny_patch16_sparo_224", {}),
+            (SPARO, "vit_small_patch16_sparo_224", different),
+            (vit_tiny | {"readout": "cls"}, "vit_tiny_patch16_224", {}),
+        )
+    ):
+        export(folder / str(number), **changes)
+        config = json.loads((folder / str(number) / "config.json").read_text())
+        assert (config["architecture"], config["model_args"]) == (name, arguments)
 
 
 def test_data_config_is_our_evaluation(folder):
+    assert pretrained_config(224)["crop_pct"] == 0.875
     export(folder, **SPARO)
     data = timm.data.resolve_model_data_config(created(folder))
     assert tuple(data["mean"]) == IMAGENET_MEAN and tuple(data["std"]) == IMAGENET_STD
     assert data["interpolation"] == "bicubic" and data["input_size"] == [3, 16, 16]
-    assert pretrained_config(224)["crop_pct"] == 0.875
     pixels = torch.randint(0, 256, (70, 90, 3), dtype=torch.uint8).numpy()
     for image in (Image.fromarray(pixels), Image.fromarray(pixels.transpose(1, 0, 2).copy())):
         transform = timm.data.create_transform(**data, is_training=False)
@@ -164,6 +161,10 @@ def test_stages_classifier_and_slots(folder, images):
     assert model(images).shape == (2, 17, 3)
     with pytest.raises(ValueError, match="global_pool is 'avg', expected 'readout'"):
         model.reset_classifier(0, "avg")
+    export(folder / "no_slots", **OTHERS["bottleneck"])
+    for see in (created(folder / "no_slots").slots, created(folder / "no_slots").attention):
+        with pytest.raises(ValueError, match="'bottleneck' has no slots"):
+            see(images)
 
 
 @torch.no_grad()
@@ -181,14 +182,6 @@ def test_created_with_classes_or_another_size(folder, images):
     for arguments, part in (({"in_chans": 1}, "RGB images only"), ({"img_size": (16, 32)}, "a square")):
         with pytest.raises(ValueError, match=part):
             timm.create_model("vit_tiny_patch16_sparo_224", **arguments)
-
-
-@torch.no_grad()
-def test_without_slots_there_is_nothing_to_see(folder, images):
-    export(folder, **OTHERS["bottleneck"])
-    for name in ("slots", "attention"):
-        with pytest.raises(ValueError, match="'bottleneck' has no slots"):
-            getattr(created(folder), name)(images)
 
 
 @torch.no_grad()
@@ -243,9 +236,3 @@ def test_timm_saves_what_it_loads(folder, tmp_path, images):
     model = created(folder, num_classes=3)
     save_for_hf(model, tmp_path / "again", safe_serialization=True)
     torch.testing.assert_close(created(tmp_path / "again")(images), model(images))
-
-
-def test_registered():
-    assert "vit_base_patch16_sparo_224" in timm.list_models("*sparo*")
-    assert timm.list_models("*sparo*", pretrained=True) == []
-    assert dino_sparo.interop.timm_models.vit_tiny_patch16_sparo_224 is not None

@@ -10,17 +10,16 @@ from dino_sparo.errors import UserError
 from dino_sparo.models import DINOHead, build_encoder
 from dino_sparo.runs.checkpoint import load_latest
 from tests.test_export import same
+from tests.test_init import CLS
 from tests.test_official import small_encoder
 from tests.tiny import tiny_options, write_pictures
-
-NO_SLOTS = {f"model__readout__{name}": "null" for name in ("num_slots", "slot_dim", "key_dim", "group_size")}
 
 
 @pytest.fixture(scope="module")
 def cls_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cls")
     write_pictures(folder / "data", 8)  # two steps an epoch
-    pretrain(tiny_options(folder / "data", folder / "run", model__readout__name="cls", **NO_SLOTS))
+    pretrain(tiny_options(folder / "data", folder / "run", **CLS))
     return folder / "run"
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from dino_sparo.bench.plain import direct_sparo
-from dino_sparo.bench.timing import interleaved
+from dino_sparo.bench.timing import interleaved, spread_of_ratios
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.knn import nearest
 from dino_sparo.models import Sparo
@@ -56,7 +56,7 @@ def bench_readout(*, batch_size: int, num_tokens: int, rounds: int, device: torc
     )
     print(f"{'':<16}{'median ms':>12}{'min':>9}{'max':>9}{'x folded':>11}{'saved MB':>11}")
     for name, form in forms.items():
-        ratio = _median_ratio(times[name], times["SPARO, folded"])
+        ratio = spread_of_ratios(times[name], times["SPARO, folded"])["median"]
         median, low, high = (1000 * f(times[name]) for f in (statistics.median, min, max))
         saved = bytes_saved_for_backward(form, tokens) / 1e6
         print(f"{name:<16}{median:>12.1f}{low:>9.1f}{high:>9.1f}{ratio:>11.1f}{saved:>11.1f}")
@@ -87,7 +87,7 @@ def bench_knn(*, num_train: int, num_test: int, width: int, rounds: int, device:
         }
         times = interleaved(forms, rounds, device)
     ours, plain = (statistics.median(times[name]) for name in forms)
-    ratio = _median_ratio(times["product"], times["search"])
+    ratio = spread_of_ratios(times["product"], times["search"])["median"]
     hours = seconds * IMAGENET[0] * IMAGENET[1] / (num_train * num_test) / 3600
     print(
         f"{num_test} queries among {num_train} features of {width} numbers, float16 on disk, k {K}, "
@@ -107,7 +107,3 @@ def _features(path: Path, number: int, width: int) -> NDArray[np.float16]:
         rows = features[start : start + 4096]
         rows[:] = generator.standard_normal(rows.shape, dtype=np.float32)
     return features
-
-
-def _median_ratio(numerators: list[float], denominators: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))

@@ -6,9 +6,8 @@ from typing import Any
 def report(result: dict[str, Any]) -> str:
     """Several lines about what `training.measure` found."""
     lines = [
-        f"{result['recipe']}, batch {result['batch_size']}, {result['precision']}, {result['device']}, "
-        f"{result['threads']} threads, {result['num_workers']} workers, {result['cores']} cores, "
-        f"torch {result['torch']}",
+        "{recipe}, batch {batch_size}, {precision}, {device}, {threads} threads, {num_workers} workers, "
+        "{cores} cores, torch {torch}".format(**result),
         f"{result['data']}; read from the system's cache; {result['rounds']} rounds",
         "",
         f"{'stage alone':<24}{'median ms':>11}{'10 %':>10}{'90 %':>10}{'images/s':>11}",
@@ -17,9 +16,10 @@ def report(result: dict[str, Any]) -> str:
         of_image = name in ("read", "decode", "draw views", "views by PIL")  # the others are of a batch
         lines.append(_row(f"{name}, one core" if of_image else name, found))
     lines += ["", f"host waits for the device per step: {_listed(result['host_waits_per_step'])}"]
-    peaks = {name: peak for name, peak in result["peak_flops"].items() if peak is not None}
-    listed = ", ".join(f"{peak / 1e12:.2f} TFLOP/s {name}" for name, peak in peaks.items())
-    lines.append(f"{result['flops_per_image'] / 1e9:.2f} GFLOP per image; peak of matrix products: {listed}")
+    peaks = [f"{peak / 1e12:.2f} TFLOP/s {name}" for name, peak in result["peak_flops"].items() if peak]
+    lines.append(
+        f"{result['flops_per_image'] / 1e9:.2f} GFLOP per image; peak of matrix products: {', '.join(peaks)}"
+    )
     for what, shares in result["utilization"].items():
         of_peaks = ", ".join(f"{100 * share:.1f} % of the {name} peak" for name, share in shares.items())
         lines.append(f"model FLOP utilization, {what.replace('_', ' ')}: {of_peaks}")
@@ -39,12 +39,9 @@ def report(result: dict[str, Any]) -> str:
 
 
 def _compared(compared: dict[str, Any], rounds: int) -> list[str]:
-    ratio = compared["step"]
+    ratio = "{median:.2f} ({p10:.2f} to {p90:.2f})".format(**compared["step"])
     lines = ["", _row("plain: whole step", compared["plain_step"])]
-    lines.append(
-        f"plain / ours, whole step: {ratio['median']:.2f} ({ratio['p10']:.2f} to {ratio['p90']:.2f}), "
-        f"{rounds} interleaved rounds"
-    )
+    lines.append(f"plain / ours, whole step: {ratio}, {rounds} interleaved rounds")
     for name, of_memory in compared["memory"].items():
         what = {"peak_bytes": "peak GPU memory", "saved_bytes": "bytes saved for backward"}[name]
         lines.append(f"plain / ours, {what}: {of_memory:.2f}")
@@ -55,8 +52,8 @@ def _compared(compared: dict[str, Any], rounds: int) -> list[str]:
 
 
 def _row(name: str, found: dict[str, float]) -> str:
-    times = f"{found['median_ms']:>11.2f}{found['p10_ms']:>10.2f}{found['p90_ms']:>10.2f}"
-    return f"{name:<24}{times}{found['images_per_second']:>11.1f}"
+    numbers = "{median_ms:>11.2f}{p10_ms:>10.2f}{p90_ms:>10.2f}{images_per_second:>11.1f}"
+    return f"{name:<24}{numbers.format(**found)}"
 
 
 def _end_to_end(found: dict[str, float], who: str = "") -> str:

@@ -20,6 +20,7 @@ HOST_WAITS = (
     "aten::_local_scalar_dense",
 )
 STEP = "training step"
+PERCENTILES = (50, 10, 90)
 
 
 def interleaved(
@@ -42,19 +43,15 @@ def interleaved(
 
 def spread(seconds: list[float], images: int) -> dict[str, float]:
     """Median, 10th and 90th percentile in ms of what took so long for so many images, and images/s."""
-    low, median, high = np.percentile(seconds, (10, 50, 90))
-    return {
-        "median_ms": 1000 * float(median),
-        "p10_ms": 1000 * float(low),
-        "p90_ms": 1000 * float(high),
-        "images_per_second": images / float(median),
-    }
+    names = ("median_ms", "p10_ms", "p90_ms")
+    found = dict(zip(names, (1000 * np.percentile(seconds, PERCENTILES)).tolist(), strict=True))
+    return found | {"images_per_second": 1000 * images / found["median_ms"]}
 
 
 def spread_of_ratios(numerators: list[float], denominators: list[float]) -> dict[str, float]:
     """Median, 10th and 90th percentile of the ratios pair by pair."""
-    low, median, high = np.percentile(np.divide(numerators, denominators), (10, 50, 90))
-    return {"median": float(median), "p10": float(low), "p90": float(high)}
+    percentiles = np.percentile(np.divide(numerators, denominators), PERCENTILES).tolist()
+    return dict(zip(("median", "p10", "p90"), percentiles, strict=True))
 
 
 def profiled(

@@ -6,8 +6,7 @@ Axis letters: B images, C crops.
 import logging
 import os
 import platform
-from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
@@ -19,14 +18,7 @@ from torch import Tensor
 
 from dino_sparo.bench.loading import end_to_end, image_stages, warmed_up
 from dino_sparo.bench.plain import PlainState, PlainViews, plain_batches, plain_state, plain_step
-from dino_sparo.bench.timing import (
-    host_waits,
-    interleaved,
-    profiled,
-    range_seconds,
-    spread,
-    spread_of_ratios,
-)
+from dino_sparo.bench.timing import host_waits, interleaved, profiled, range_seconds, spread, spread_of_ratios
 from dino_sparo.check.measure import count_flops, measured_peak
 from dino_sparo.data.device_views import Photos
 from dino_sparo.data.loader import (
@@ -80,22 +72,6 @@ class Bench:
         with plain_attention(self.precision, self.device):
             train_step(state, repeat(groups), 1, self.hyper, clip_norm=self.clip_norm, autocast=mixed)
 
-    def plain_step(self, state: PlainState, groups: list[Tensor]) -> None:
-        """The same step, plain."""
-        mixed = autocast(self.precision, self.device)
-        plain_step(state, groups, **vars(self.hyper), clip_norm=self.clip_norm, autocast=mixed)
-
-    def new_plain_state(self, device: torch.device) -> PlainState:
-        """A plain run that has not begun."""
-        state = self.new_state(device)
-        loss = state.loss_fn
-        return plain_state(
-            *(state.student, state.teacher, loss.center),
-            student_temp=loss.student_temp,
-            center_momentum=loss.center_momentum,
-            loss_scaling=state.loss_scale.enabled,
-        )
-
     def our_batches(self) -> Generator[list[Tensor]]:
         """Endless groups of normalized crops (C_i, B, 3, side, side) on the device, as in training."""
         order = BatchOrder(
@@ -115,8 +91,23 @@ class Bench:
             for crops in crops_on_device(iter(loader), self.dataset.crop_recipes, self.device):
                 yield normalized(crops)
 
+    def new_plain_state(self, device: torch.device) -> PlainState:
+        """A plain run that has not begun."""
+        state = self.new_state(device)
+        return plain_state(
+            *(state.student, state.teacher, state.loss_fn.center),
+            student_temp=state.loss_fn.student_temp,
+            center_momentum=state.loss_fn.center_momentum,
+            loss_scaling=state.loss_scale.enabled,
+        )
+
+    def plain_step(self, state: PlainState, groups: list[Tensor]) -> None:
+        """The same step, plain."""
+        mixed = autocast(self.precision, self.device)
+        plain_step(state, groups, **vars(self.hyper), clip_norm=self.clip_norm, autocast=mixed)
+
     def plain_batches(self) -> Generator[list[Tensor]]:
-        """The same by plain code, with as many workers."""
+        """The same batches by plain code, with as many workers."""
         return plain_batches(
             PlainViews(self.dataset.source, self.dataset.crop_recipes),
             batch_size=self.batch_size,
@@ -125,19 +116,11 @@ class Bench:
             device=self.device,
         )
 
-    def warmed_up(
-        self, batches: Generator[list[Tensor]], step: Callable[[list[Tensor]], object]
-    ) -> AbstractContextManager[Iterator[list[Tensor]]]:
-        """Within it, batches at the speed that workers keep up."""
-        prefetched = self.num_workers * self.prefetch_batches
-        return warmed_up(batches, step, prefetched=prefetched, device=self.device)
-
     def photos(self) -> PhotoBatch:
         """The first images, decoded, and the numbers of their views, as workers hand them over."""
         of, size = self.dataset, len(self.dataset.source)
         dataset = CropsDataset(of.source, of.crop_recipes, of.seed, executor="device", max_side=of.max_side)
-        images = [dataset[0, number % size] for number in range(self.batch_size)]
-        batch = collate_crops(images)
+        batch = collate_crops([dataset[0, number % size] for number in range(self.batch_size)])
         assert isinstance(batch, PhotoBatch)
         if self.device.type == "cpu":
             return batch
@@ -170,49 +153,59 @@ def measure(
     groups = normalized(make())
 
     log.info("steps")
-    ours, our_memory = _state_and_memory(bench.new_state, bench.our_step, groups)
-    contenders: dict[str, Callable[[], object]] = {"ours": partial(bench.our_step, ours, groups)}
-    memory = {"ours": our_memory}
+    implementations: dict[str, tuple[Callable, Callable, Callable]] = {
+        "ours": (bench.new_state, bench.our_step, bench.our_batches)
+    }
     if compare:
-        plain, memory["plain"] = _state_and_memory(bench.new_plain_state, bench.plain_step, groups)
-        contenders["plain"] = partial(bench.plain_step, plain, groups)
-    steps = interleaved(contenders, rounds, device)
-    profiles = [profiled(contenders["ours"], 1, device) for _ in range(rounds + 1)][1:]  # the first warms up
-    of_ranges = [range_seconds(events, device.type) for events in profiles]
+        implementations["plain"] = (bench.new_plain_state, bench.plain_step, bench.plain_batches)
+    steps, memory = {}, {}
+    for who, (new_state, step, _) in implementations.items():
+        state, memory[who] = _state_and_memory(new_state, step, groups)
+        steps[who] = partial(step, state)
+    times = interleaved({who: partial(step, groups) for who, step in steps.items()}, rounds, device)
+    first_and_others = [profiled(partial(steps["ours"], groups), 1, device) for _ in range(rounds + 1)]
+    events = first_and_others[1:]  # the first warms up
+    of_ranges = [range_seconds(of_step, device.type) for of_step in events]
     for name in of_ranges[0]:
-        stages[name] = spread([seconds[name] for seconds in of_ranges], batch_size)
-    stages["whole step"] = spread(steps["ours"], batch_size)
+        stages[name] = spread([of_step[name] for of_step in of_ranges], batch_size)
+    stages["whole step"] = spread(times["ours"], batch_size)
 
-    result = _machine(bench) | {"rounds": rounds, "seconds": seconds, "stages": stages, "memory": memory}
-    result["host_waits_per_step"] = host_waits(profiles[-1])
-    result["end_to_end"] = None
+    from_files = {}
+    prefetched = bench.num_workers * bench.prefetch_batches
     if seconds is not None:
-        log.info("end to end")
-        with bench.warmed_up(bench.our_batches(), step := partial(bench.our_step, ours)) as batches:
-            result["end_to_end"] = end_to_end(
-                batches, step, batch_size=batch_size, seconds=seconds, device=device
-            )
-    result |= _utilization(bench, result)
-    result["compare"] = _compared(bench, plain, steps, result) if compare else None
-    result["profile"] = None
+        for who, (_, _, batches) in implementations.items():
+            log.info("end to end, %s", who)
+            with warmed_up(batches(), steps[who], prefetched=prefetched, device=device) as warm:
+                from_files[who] = end_to_end(
+                    warm, steps[who], batch_size=batch_size, seconds=seconds, device=device
+                )
+    result = _machine(bench) | {
+        **{"rounds": rounds, "seconds": seconds, "stages": stages, "memory": memory},
+        "host_waits_per_step": host_waits(events[-1]),
+        "end_to_end": from_files.get("ours"),
+        **_utilization(bench, {"step": stages["whole step"], "end_to_end": from_files.get("ours")}),
+        "compare": _compared(times, memory, from_files, batch_size) if compare else None,
+        "profile": None,
+    }
     if profile is not None:
         log.info("profile")
-        with bench.warmed_up(bench.our_batches(), step := partial(bench.our_step, ours)) as batches:
-            events = profiled(lambda: step(next(batches)), PROFILED_STEPS, device, trace=profile)
-        waits = host_waits(events)
+        step = steps["ours"]
+        with warmed_up(bench.our_batches(), step, prefetched=prefetched, device=device) as warm:
+            loaded = profiled(lambda: step(next(warm)), PROFILED_STEPS, device, trace=profile)
+        waits = host_waits(loaded)
         result["profile"] = {"trace": profile, "steps": PROFILED_STEPS, "host_waits_per_step": waits}
     return result
 
 
 def _state_and_memory(
-    build: Callable[[torch.device], Any], step: Callable[[Any, list[Tensor]], None], groups: list[Tensor]
+    new_state: Callable[[torch.device], Any], step: Callable[[Any, list[Tensor]], None], groups: list[Tensor]
 ) -> tuple[Any, dict[str, int | None]]:
     """A state, the peak of GPU memory that it and its first steps take with their crops, and the bytes that a
     step keeps for its backward pass."""
     device, peak = groups[0].device, None
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device) - sum(group.nbytes for group in groups)
-    state = build(device)
+    state = new_state(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         for _ in range(2):  # the first one makes the optimizer's state
@@ -224,34 +217,27 @@ def _state_and_memory(
 
 
 def _compared(
-    bench: Bench, plain: PlainState, steps: dict[str, list[float]], result: dict[str, Any]
+    times: dict[str, list[float]],
+    memory: dict[str, dict[str, Any]],
+    from_files: dict[str, dict[str, float]],
+    batch_size: int,
 ) -> dict[str, Any]:
-    """Ratios plain / ours, above 1 where ours is better."""
-    ours, theirs = (result["memory"][who] for who in ("ours", "plain"))
-    compared: dict[str, Any] = {
-        "plain_step": spread(steps["plain"], bench.batch_size),
-        "step": spread_of_ratios(steps["plain"], steps["ours"]),
-        "memory": {name: theirs[name] / ours[name] for name in theirs if theirs[name] is not None},
-        "plain_end_to_end": None,
-        "end_to_end": None,
+    """Ratios plain / ours, above 1 where ours is better; end to end of images/s, hence ours / plain."""
+    end_to_end = None
+    if from_files:
+        end_to_end = from_files["ours"]["images_per_second"] / from_files["plain"]["images_per_second"]
+    return {
+        "plain_step": spread(times["plain"], batch_size),
+        "step": spread_of_ratios(times["plain"], times["ours"]),
+        "memory": {k: v / memory["ours"][k] for k, v in memory["plain"].items() if v is not None},
+        "plain_end_to_end": from_files.get("plain"),
+        "end_to_end": end_to_end,
     }
-    if result["end_to_end"] is not None:
-        log.info("end to end, plain")
-        with bench.warmed_up(bench.plain_batches(), step := partial(bench.plain_step, plain)) as batches:
-            found = end_to_end(
-                *(batches, step),
-                batch_size=bench.batch_size,
-                seconds=result["seconds"],
-                device=bench.device,
-            )
-        compared["plain_end_to_end"] = found
-        compared["end_to_end"] = result["end_to_end"]["images_per_second"] / found["images_per_second"]
-    return compared
 
 
-def _utilization(bench: Bench, result: dict[str, Any]) -> dict[str, Any]:
+def _utilization(bench: Bench, speeds: dict[str, dict[str, float] | None]) -> dict[str, Any]:
     """Operations of the networks' products, the peaks of this device, and the share of each known peak that
-    the products take, in the step alone and end to end."""
+    the products take at these speeds."""
     sizes = [recipe.size for recipe in bench.dataset.crop_recipes]
     counted = bench.new_state(torch.device("cpu")).student
     counted.encoder.backbone.activation_checkpointing = False  # it would count twice
@@ -261,7 +247,6 @@ def _utilization(bench: Bench, result: dict[str, Any]) -> dict[str, Any]:
         "published": published_peak(bench.device, bench.precision),
         "measured": measured_peak(bench.device, bench.precision),
     }
-    speeds = {"step": result["stages"]["whole step"], "end_to_end": result["end_to_end"]}
     return {
         "flops_per_image": flops,
         "peak_flops": peaks,
@@ -302,9 +287,7 @@ def _machine(bench: Bench) -> dict[str, Any]:
 
 def _processor() -> str:
     """The CPU's name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()

@@ -79,18 +79,16 @@ def bench(options: BenchOptions) -> None:
     from dino_sparo.bench.parts import bench_knn, bench_readout
     from dino_sparo.parallel.device import choose_device
 
-    if min(options.batch_size, options.rounds, options.num_images) < 1:
-        raise UserError(
-            "batch_size, rounds and num_images must be at least 1; leave them out for the defaults"
-        )
     if options.what == "training":
         bench_training(options)
-    elif options.what == "readout":
+        return
+    device = choose_device(options.device)
+    if options.what == "readout":
         bench_readout(
             batch_size=options.batch_size,
             num_tokens=options.num_tokens,
             rounds=options.rounds,
-            device=choose_device(options.device),
+            device=device,
         )
     else:
         bench_knn(
@@ -98,7 +96,7 @@ def bench(options: BenchOptions) -> None:
             num_test=options.knn_test,
             width=options.knn_width,
             rounds=options.rounds,
-            device=choose_device(options.device),
+            device=device,
         )
 
 
@@ -115,7 +113,9 @@ def bench_training(options: BenchOptions) -> None:
     path = options.data.path if options.data else None
     if options.keep_files and path is None:
         raise UserError("keep_files needs images of yours; give --data.path DIR, or leave keep_files out")
-    recipe = read_recipe(options)
+    machine = {"device": options.device, "precision": options.precision, "num_workers": options.num_workers}
+    over = {f"machine.{key}": value for key, value in machine.items() if value not in (None, "auto")}
+    recipe = named_recipe(options.config, {"data.path": "x"} | over)
     num_images = max(options.num_images, options.batch_size)
     with tempfile.TemporaryDirectory(prefix="dino_sparo_") as folder:
         if options.keep_files and path is not None:
@@ -144,24 +144,15 @@ def bench_training(options: BenchOptions) -> None:
         print(json.dumps(result))
 
 
-def read_recipe(options: BenchOptions) -> Recipe:
-    """The recipe, with what the benchmark's options say of the machine."""
-    given = {"device": options.device, "precision": options.precision, "num_workers": options.num_workers}
-    over = {f"machine.{key}": value for key, value in given.items() if value not in (None, "auto")}
-    return named_recipe(options.config, {"data.path": "x"} | over)
-
-
 def bench_of(recipe: Recipe, source: "ImageSource", batch_size: int) -> "Bench":
     """What is measured, on the device and in the numbers that the recipe asks for."""
-    import torch
-
     from dino_sparo.bench.training import Bench
     from dino_sparo.data.loader import choose_executor
     from dino_sparo.data.workers import default_workers
     from dino_sparo.parallel.device import choose_device
     from dino_sparo.parallel.precision import choose_precision, set_numerics
     from dino_sparo.training.setup import build_schedules, dataset_of
-    from dino_sparo.training.state import TrainState, build_state
+    from dino_sparo.training.state import build_state
 
     machine = recipe.machine
     device = choose_device(machine.device)
@@ -169,18 +160,14 @@ def bench_of(recipe: Recipe, source: "ImageSource", batch_size: int) -> "Bench":
     precision = choose_precision(machine.precision, device)
     executor = choose_executor(machine.views, device, max_side=recipe.data.max_side)
     schedules = build_schedules(recipe.optim, recipe.loss, STEPS_PER_EPOCH)
-
-    def new_state(on: torch.device) -> TrainState:
-        return build_state(
+    return Bench(
+        new_state=lambda on: build_state(
             **recipe.state_arguments(),
             device=on,
             loss_scaling=precision == "fp16",
             activation_checkpointing=machine.activation_checkpointing,
             compiled=machine.compile,
-        )
-
-    return Bench(
-        new_state=new_state,
+        ),
         dataset=dataset_of(recipe.data, recipe.views, recipe.seed, source, executor),
         hyper=schedules.at(STEPS_PER_EPOCH * recipe.optim.epochs // 2),
         clip_norm=recipe.optim.clip_norm,

@@ -6,16 +6,11 @@ from typing import Any
 
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.interop.official import read_official
-from dino_sparo.interop.stored import MODELS, StoredEncoder
+from dino_sparo.interop.stored import MODELS, StoredEncoder, architecture, in_words
 from dino_sparo.interop.timm_folder import CONFIG_FILE, WEIGHTS_FILE, read_exported, read_safetensors
 from dino_sparo.models import Encoder
 from dino_sparo.recipe.files import stored_recipe
-from dino_sparo.runs.checkpoint import (
-    check_format,
-    check_hash,
-    load_latest,
-    warn_of_missing_hash,
-)
+from dino_sparo.runs.checkpoint import check_format, check_hash, load_latest, warn_of_missing_hash
 from dino_sparo.runs.plain_file import read_plain
 
 EXPECTED = "expected a run folder, an exported folder, or a weights file"
@@ -45,24 +40,15 @@ def load_encoder(
         UserFileNotFoundError: there is no such file, or no checkpoint in the folder.
         UserError: the file is damaged or refused, does not hold what is asked for, or does not fit.
     """
-    return network_in(path, which, arch=arch).build(untrained=untrained)
+    return one_of(networks_in(path, arch), which, arch).build(untrained=untrained)
 
 
-def network_in(
-    path: str | Path, which: str = "teacher", *, arch: str | Mapping[str, int] | None = None
-) -> StoredEncoder:
-    """As `load_encoder`, before the encoder is built and the weights are compared with it."""
-    return one_of(networks_in(path, arch=arch), which)
-
-
-def networks_in(
-    path: str | Path, *, arch: str | Mapping[str, int] | None = None, num_heads: int | None = None
-) -> dict[str, StoredEncoder]:
+def networks_in(path: str | Path, arch: str | Mapping[str, int] | None = None) -> dict[str, StoredEncoder]:
     """All networks of a file, by teacher and student.
 
     Args:
-        path, arch: as for `load_encoder`.
-        num_heads: attention heads of official weights, if they are known from elsewhere.
+        path: as for `load_encoder`.
+        arch: tells the number of heads of official weights of its width; nothing is checked against it.
 
     Raises:
         UserFileNotFoundError, UserError: as `load_encoder`.
@@ -70,22 +56,30 @@ def networks_in(
     path = Path(path)
     if (path / CONFIG_FILE).is_file():
         path = path / WEIGHTS_FILE
-    in_safetensors = path.suffix == ".safetensors"
-    content = read_safetensors(path) if in_safetensors else _read_content(path)
-    exported = read_exported(content, path) if in_safetensors else None
-    if exported:
-        networks = {exported.which: exported}
-    elif _is_checkpoint(content):
-        networks = {which: _of_checkpoint(content, path, which) for which in MODELS}
+    if path.suffix == ".safetensors":
+        weights = read_safetensors(path)
+        exported = read_exported(weights, path)
+        return {exported.which: exported} if exported else read_official(weights, path, arch)
+    if not path.exists():
+        raise UserFileNotFoundError(f"{path} does not exist; {EXPECTED}")
+    if path.is_dir():
+        state = load_latest(path, unverified=True)
+        if state is None:
+            raise UserFileNotFoundError(f"{path}: no checkpoint found; {EXPECTED}")
     else:
-        networks = read_official(content, path, arch=arch, num_heads=num_heads)
-    for stored in networks.values():
-        stored.check_arch(arch)
-    return networks
+        check_hash(path)
+        state = read_plain(path, allow_namespace=True)
+        if not isinstance(state, dict) or "format" not in state:  # none of our checkpoints
+            return read_official(state, path, arch)
+        check_format(state, path)
+        warn_of_missing_hash(path)
+    return {which: _of_checkpoint(state, path, which) for which in MODELS}
 
 
-def one_of(networks: Mapping[str, StoredEncoder], which: str) -> StoredEncoder:
-    """One network of a file. Raises UserError if there is no such network, or the other one only."""
+def one_of(
+    networks: Mapping[str, StoredEncoder], which: str, arch: str | Mapping[str, int] | None = None
+) -> StoredEncoder:
+    """One network of a file. Raises UserError if there is none, or one of another architecture."""
     if which not in MODELS:
         raise UserError(f"which is {which!r}, expected 'teacher' or 'student'")
     if which not in networks:
@@ -94,29 +88,13 @@ def one_of(networks: Mapping[str, StoredEncoder], which: str) -> StoredEncoder:
             f"{other.path} holds the {other.which} only; ask for which={other.which!r}, or give a file that "
             f"holds the {which}"
         )
-    return networks[which]
-
-
-def _read_content(path: Path) -> Any:
-    """What a run's newest checkpoint or a file of torch.save holds, tensors and plain values only."""
-    if path.is_file():
-        check_hash(path)
-        content = read_plain(path, allow_namespace=True)
-        if _is_checkpoint(content):
-            check_format(content, path)
-            warn_of_missing_hash(path)
-        return content
-    if not path.exists():
-        raise UserFileNotFoundError(f"{path} does not exist; {EXPECTED}")
-    state = load_latest(path, unverified=True)
-    if state is None:
-        raise UserFileNotFoundError(f"{path}: no checkpoint found; {EXPECTED}")
-    return state
-
-
-def _is_checkpoint(content: Any) -> bool:
-    """Whether what a file holds is a checkpoint of ours, not weights of the official code."""
-    return isinstance(content, dict) and "format" in content
+    stored = networks[which]
+    if arch is not None and architecture(arch) != architecture(stored.arguments["arch"]):
+        raise UserError(
+            f"arch is {arch!r} ({in_words(arch)}), but {stored.path} holds "
+            f"{in_words(stored.arguments['arch'])}; leave arch out, or give the weights of that architecture"
+        )
+    return stored
 
 
 def _of_checkpoint(state: Mapping[str, Any], path: Path, which: str) -> StoredEncoder:

@@ -39,46 +39,38 @@ SHOWN_KEYS = 5
 
 
 def read_official(
-    content: Any, path: Path, *, arch: str | Mapping[str, int] | None = None, num_heads: int | None = None
+    content: Any, path: Path, arch: str | Mapping[str, int] | None = None
 ) -> dict[str, StoredEncoder]:
     """The encoders in an official file by teacher and student; a single state dict counts as the teacher.
 
     The encoding is that of the SPARO read-out beside the backbone, else the normalized CLS token. All sizes
     are read from the weights, but for the number of attention heads: it is NUM_HEADS of the file, else that
-    of `arch`, else `num_heads`, else one head per 64 numbers of width. With a read-out the depth is that of
+    of `arch`, if it is of this width, else one per 64 numbers of width. With a read-out the depth is that of
     the plain ViT, one block more than there are.
 
     Args:
         content: what the file holds.
         path: for messages.
         arch: named size, or width, depth and num_heads.
-        num_heads: attention heads if they are known from elsewhere.
 
     Raises:
         UserError: there is no backbone in the file, or only a part of one.
     """
-    networks = {name: content[name] for name in MODELS if isinstance(content, Mapping) and name in content}
-    if not networks and isinstance(content, Mapping):
-        wrapped = (content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping))
+    held = content if isinstance(content, Mapping) else {}
+    networks = {name: held[name] for name in MODELS if name in held}
+    if not networks:
+        wrapped = (held[key] for key in WRAPPERS if isinstance(held.get(key), Mapping))
         networks = {"teacher": next(wrapped, content)}
-    for state in networks.values() or [content]:
-        if not isinstance(state, Mapping):
-            raise UserError(
-                f"{path} holds a {type(state).__name__}; expected parameters by name (a state dict)"
-            )
-    if isinstance(content.get(NUM_HEADS), int):
-        arch, num_heads = None, content[NUM_HEADS]
+    num_heads = held.get(NUM_HEADS)
     return {which: _encoder(state, path, which, arch, num_heads) for which, state in networks.items()}
 
 
 def _encoder(
-    state: Mapping[str, Any],
-    path: Path,
-    which: str,
-    arch: str | Mapping[str, int] | None,
-    num_heads: int | None,
+    state: Any, path: Path, which: str, arch: str | Mapping[str, int] | None, num_heads: Any
 ) -> StoredEncoder:
-    """The encoder of one network."""
+    """The encoder of one network; `num_heads` is what the file tells."""
+    if not isinstance(state, Mapping):
+        raise UserError(f"{path} holds a {type(state).__name__}; expected parameters by name (a state dict)")
     weights, beside = _split(state, path)
     missing = [name for name in NEEDED if name not in weights]
     if missing:
@@ -87,34 +79,22 @@ def _encoder(
             f"parameters; give a whole state dict"
         )
     width, patch_size, image_size = _sizes(weights, path)
-    if arch is not None and architecture(arch)["width"] == width:
-        num_heads = architecture(arch)["num_heads"]
-    if num_heads is None and (width < HEAD_DIM or width % HEAD_DIM):
-        raise UserError(
-            f"{path} is of width {width}, no multiple of {HEAD_DIM}, so its number of heads cannot be told; "
-            f"give an arch of this width"
-        )
+    if not isinstance(num_heads, int):
+        num_heads = _num_heads(width, arch, path)
     blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
     depth = 1 + max((int(block) for block in blocks if block.isdecimal()), default=-1)
     readout = _readout(weights, path)
-    sizes = {
-        "width": width,
-        "depth": depth + bool(readout),
-        "num_heads": width // HEAD_DIM if num_heads is None else num_heads,
-    }
     return StoredEncoder(
         path=path,
         arguments={
-            "arch": sizes,
+            "arch": {"width": width, "depth": depth + bool(readout), "num_heads": num_heads},
             "patch_size": patch_size,
             "image_size": image_size,
             **(readout or {"readout": "cls"}),
         },
         seed=0,
         which=which,
-        weights={
-            name if name.startswith(READOUT) else f"backbone.{name}": value for name, value in weights.items()
-        },
+        weights={k if k.startswith(READOUT) else f"backbone.{k}": value for k, value in weights.items()},
         beside={OUR_NAMES.get(name, name): value for name, value in beside.items()},
     )
 
@@ -139,6 +119,19 @@ def _split(state: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], dict[s
             f"expected names such as 'cls_token' and 'blocks.0.norm1.weight', maybe after 'backbone.'"
         )
     return weights, beside
+
+
+def _num_heads(width: int, arch: str | Mapping[str, int] | None, path: Path) -> int:
+    """Attention heads of a file that does not tell them."""
+    given = {} if arch is None else architecture(arch)
+    if given.get("width") == width:
+        return given["num_heads"]
+    if width % HEAD_DIM:
+        raise UserError(
+            f"{path} is of width {width}, no multiple of {HEAD_DIM}, so its number of heads cannot be told; "
+            f"give an arch of this width"
+        )
+    return width // HEAD_DIM
 
 
 def _sizes(weights: Mapping[str, Any], path: Path) -> tuple[int, int, int]:
@@ -202,11 +195,18 @@ def write_official(stored: StoredEncoder, networks: Mapping[str, StoredEncoder],
         raise UserError(f"out is {out}, expected a file of the official style, so give NAME{SUFFIX}")
     if out.exists():
         raise UserError(f"out: {out} exists already; choose another name or remove it")
+    readout = stored.arguments["readout"]
+    if readout != "cls" and not is_plain_sparo(stored.arguments):
+        options = " with options of its own" if readout == "sparo" else ""
+        raise UserError(
+            f"{stored.path} has the read-out {readout!r}{options}, but the official style holds cls and "
+            f"plain sparo only; export it with format timm"
+        )
     content: dict[str, Any]
     if stored.epochs is None:
         what, content = f"the {stored.which}'s encoder", _bare_content(stored)
     elif stored.which == "teacher":
-        what, content = "student and teacher with heads", _full_content(networks)
+        what, content = "student and teacher with heads", _full_content(**networks)
     else:
         raise UserError(f"which is {stored.which!r}, but {out} is to hold student and teacher; leave it out")
     buffer = io.BytesIO()
@@ -216,18 +216,17 @@ def write_official(stored: StoredEncoder, networks: Mapping[str, StoredEncoder],
     return what
 
 
-def _full_content(networks: Mapping[str, StoredEncoder]) -> dict[str, Any]:
+def _full_content(student: StoredEncoder, teacher: StoredEncoder) -> dict[str, Any]:
     """Student, whose names follow `module.` as those of a data-parallel wrapper do, teacher, and epochs."""
-    named = {}
-    for which, stored in networks.items():
-        _check_has_form(stored)
+
+    def named(stored: StoredEncoder, prefix: str) -> dict[str, Any]:
         stored.build()  # says what does not fit
-        weights = stored.weights | stored.beside
-        named[which] = {OFFICIAL_NAMES.get(name, name): value for name, value in weights.items()}
-    teacher = networks["teacher"]
+        both = stored.weights | stored.beside
+        return {prefix + OFFICIAL_NAMES.get(name, name): value for name, value in both.items()}
+
     return {
-        "student": {f"module.{name}": value for name, value in named["student"].items()},
-        "teacher": named["teacher"],
+        "student": named(student, "module."),
+        "teacher": named(teacher, ""),
         "epoch": teacher.epochs,
         NUM_HEADS: architecture(teacher.arguments["arch"])["num_heads"],
     }
@@ -235,7 +234,6 @@ def _full_content(networks: Mapping[str, StoredEncoder]) -> dict[str, Any]:
 
 def _bare_content(stored: StoredEncoder) -> dict[str, Tensor]:
     """The backbone by its bare names, as in `dino_deitsmall16_pretrain.pth`, and `readout.*` of SPARO."""
-    _check_has_form(stored)
     arch = architecture(stored.arguments["arch"])
     if arch["width"] != HEAD_DIM * arch["num_heads"]:
         raise UserError(
@@ -244,14 +242,3 @@ def _bare_content(stored: StoredEncoder) -> dict[str, Tensor]:
             f"format timm"
         )
     return {name.removeprefix("backbone."): value for name, value in stored.build().state_dict().items()}
-
-
-def _check_has_form(stored: StoredEncoder) -> None:
-    """Refuse a read-out that official names cannot tell."""
-    readout = stored.arguments["readout"]
-    if readout != "cls" and not is_plain_sparo(stored.arguments):
-        options = " with options of its own" if readout == "sparo" else ""
-        raise UserError(
-            f"{stored.path} has the read-out {readout!r}{options}, but the official style holds cls and "
-            f"plain sparo only; export it with format timm"
-        )

@@ -15,7 +15,6 @@ Optimizer, center and schedules begin anew.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from dino_sparo.errors import UserError
 from dino_sparo.interop.load import networks_in, one_of
-from dino_sparo.interop.official import read_official
+from dino_sparo.interop.official import NUM_HEADS, read_official
 from dino_sparo.interop.stored import StoredEncoder, architecture, misfits
 from dino_sparo.models import DinoModel
 from dino_sparo.models.encoder import WITH_SLOTS
@@ -39,36 +38,26 @@ PROTOTYPE_LENGTHS = OLD_NAMES["last_layer.weight_g"]
 LENGTH_TOLERANCE = 0.01  # an average of ones over a long training is not exactly one
 
 
-@dataclass
-class StartingWeights:
-    """What one network takes of a file: parameters of a DinoModel by name, and the rest in words."""
-
-    parameters: dict[str, Tensor]
-    fresh: list[str] = field(default_factory=list)
-    unused: list[str] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
-
-
 def read_networks(init: str, arguments: Mapping[str, Any]) -> list[StoredEncoder]:
     """The teacher of a file, and its student if it has one.
 
     Args:
         init: anything that `load_encoder` reads, or `timm:NAME`, which timm downloads.
-        arguments: those of `build_encoder` for the recipe; weights without a number of heads have its.
+        arguments: those of `build_encoder` for the recipe; weights that do not tell their number of heads
+            have its.
 
     Raises:
         UserError: there is no such file or model, or it is damaged or refused.
     """
     if init.startswith(TIMM):
-        content, num_heads = _from_timm(init.removeprefix(TIMM))
-        networks = read_official(content, Path(init), num_heads=num_heads)
+        networks = read_official(_from_timm(init.removeprefix(TIMM)), Path(init))
     else:
-        networks = networks_in(init, num_heads=architecture(arguments["arch"])["num_heads"])
+        networks = networks_in(init, arguments["arch"])
     return [one_of(networks, "teacher"), *(networks[name] for name in networks if name == "student")]
 
 
-def _from_timm(name: str) -> tuple[dict[str, Tensor], int]:
-    """State dict and number of heads of a pretrained model, which timm downloads if it is not there yet."""
+def _from_timm(name: str) -> dict[str, Any]:
+    """A pretrained model as official content; timm downloads it if it is not there yet."""
     import timm
 
     try:
@@ -92,7 +81,7 @@ def _from_timm(name: str) -> tuple[dict[str, Tensor], int]:
             *(TIMM, name, " and ".join(other)),
         )
     attention: Any = model.get_submodule("blocks.0.attn")
-    return model.state_dict(), attention.num_heads
+    return {"model": model.state_dict(), NUM_HEADS: attention.num_heads}
 
 
 @torch.no_grad()
@@ -117,90 +106,88 @@ def start_networks(
         UserError: the file has other sizes, or holds anything that the rules do not explain; nothing is put.
     """
     sources = stored[:1] if frozen else stored
-    taken = [_starting_weights(one, student, arguments, norm_last_layer=norm_last_layer) for one in sources]
-    first, last = taken[0], taken[-1]
-    if first.parameters.keys() != last.parameters.keys():
+    taken = [_taken(one, student, arguments, norm_last_layer=norm_last_layer) for one in sources]
+    (of_teacher, told), (of_student, _) = taken[0], taken[-1]
+    if of_teacher.keys() != of_student.keys():
         raise UserError(
             f"init {stored[0].path}: its student and teacher differ in what they hold; give one of them alone"
         )
-    for model, part in ((teacher, first), (student, last)):
-        model.load_state_dict(model.state_dict() | part.parameters)
-    number = sum(value.numel() for value in first.parameters.values())
-    shared = "each its own" if len(taken) > 1 else "alike"
-    parts = [
-        f"{number / 1e6:.2f} million parameters taken, by student and teacher {shared}",
-        f"fresh: {', '.join(first.fresh) or 'nothing'}",
-        f"unused of the file: {', '.join(first.unused) or 'nothing'}",
-        *first.remarks,
-    ]
-    return f"init {stored[0].path}: {'; '.join(parts)}"
+    for model, parameters in ((teacher, of_teacher), (student, of_student)):
+        model.load_state_dict(model.state_dict() | parameters)
+    number = sum(value.numel() for value in of_teacher.values())
+    return (
+        f"init {stored[0].path}: {number / 1e6:.2f} million parameters taken, by student and teacher "
+        f"{'each its own' if len(taken) > 1 else 'alike'}; {told}"
+    )
 
 
-def _starting_weights(
+def _taken(
     stored: StoredEncoder, model: DinoModel, arguments: Mapping[str, Any], *, norm_last_layer: bool
-) -> StartingWeights:
-    """What a network takes; nothing about it changes."""
+) -> tuple[dict[str, Tensor], str]:
+    """What a network takes, by the names of its parameters, and what it does not, in words."""
+    fresh, unused, remarks = [], [], []
     _check_sizes(stored, arguments)
     source, target = stored.build(), model.encoder  # `build` is strict about every name
+    state = source.state_dict()
     num_blocks = len(target.backbone.blocks)
-    dropped = _blocks_dropped(stored, len(source.backbone.blocks), num_blocks, arguments)
-    unwanted = tuple(f"backbone.blocks.{number}." for number in dropped)
-    state = {name: v for name, v in source.state_dict().items() if not name.startswith(unwanted)}
-    readout = [name for name in state if not name.startswith("backbone.")]
-    same_readout = _same_readout(stored, arguments)
-    taken = StartingWeights(
-        {f"encoder.{name}": v for name, v in state.items() if same_readout or name not in readout}
-    )
-    for number in dropped:
-        taken.unused.append(f"blocks.{number} (the read-out replaces it)")
-        taken.remarks.append(f"the final norm has normalized the output of block {number} there")
+    _check_blocks(stored, len(source.backbone.blocks), num_blocks, arguments)
+    if len(source.backbone.blocks) > num_blocks:
+        replaced = f"backbone.blocks.{num_blocks}."
+        state = {name: value for name, value in state.items() if not name.startswith(replaced)}
+        unused.append(f"blocks.{num_blocks} (the read-out replaces it)")
+        remarks.append(f"the final norm has normalized the output of block {num_blocks} there")
     native, grid = source.backbone.native_grid, target.backbone.native_grid
     if native != grid:
-        taken.parameters["encoder.backbone.pos_embed"] = source.backbone.position_embedding(grid, grid)
-        taken.remarks.append(
-            f"position embedding resized from {native} x {native} to {grid} x {grid} patches"
-        )
+        state["backbone.pos_embed"] = source.backbone.position_embedding(grid, grid)
+        remarks.append(f"position embedding resized from {native} x {native} to {grid} x {grid} patches")
+    same_readout = _same_readout(stored, arguments)
     if not same_readout:
+        readout = [name for name in state if not name.startswith("backbone.")]
         if any(not name.startswith("backbone.") for name in target.state_dict()):
-            taken.fresh.append(
-                f"read-out {arguments['readout']} (the file has {stored.arguments['readout']})"
-            )
+            fresh.append(f"read-out {arguments['readout']} (the file has {stored.arguments['readout']})")
         if readout:
-            taken.unused.append(f"read-out {stored.arguments['readout']} ({len(readout)} tensors)")
+            unused.append(f"read-out {stored.arguments['readout']} ({len(readout)} tensors)")
+        state = {name: value for name, value in state.items() if name not in readout}
+    parameters = {f"encoder.{name}": value for name, value in state.items()}
     head = {name.removeprefix("head."): v for name, v in stored.beside.items() if name.startswith("head.")}
-    reason = _why_not_head(head, model, same_readout=same_readout, norm_last_layer=norm_last_layer)
-    if not reason:
-        taken.parameters |= {f"head.{name}": value for name, value in head.items()}
-        return taken
-    taken.fresh.append(f"head ({reason})")
-    kinds = [name.partition(".")[0] for name in stored.beside]
-    taken.unused += [f"{kind} ({kinds.count(kind)} tensors)" for kind in dict.fromkeys(kinds)]
-    return taken
+    if reason := _why_not_head(head, model, same_readout=same_readout, norm_last_layer=norm_last_layer):
+        fresh.append(f"head ({reason})")
+        kinds = [name.partition(".")[0] for name in stored.beside]
+        unused += [f"{kind} ({kinds.count(kind)} tensors)" for kind in dict.fromkeys(kinds)]
+    else:
+        parameters |= {f"head.{name}": value for name, value in head.items()}
+    told = [
+        f"fresh: {', '.join(fresh) or 'nothing'}",
+        f"unused of the file: {', '.join(unused) or 'nothing'}",
+    ]
+    return parameters, "; ".join([*told, *remarks])
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    """The values that differ, of these keys, whose names for a reader are given."""
+    return ", ".join(
+        f"{name} {theirs.get(key)} (the recipe has {ours.get(key)})"
+        for key, name in names.items()
+        if theirs.get(key) != ours.get(key)
+    )
 
 
 def _check_sizes(stored: StoredEncoder, arguments: Mapping[str, Any]) -> None:
     """Refuse another width, number of heads or patch size."""
-    ours, theirs = (
+    theirs, ours = (
         {**architecture(given["arch"]), "patch_size": given["patch_size"]}
-        for given in (arguments, stored.arguments)
+        for given in (stored.arguments, arguments)
     )
     names = {"width": "width", "num_heads": "attention heads", "patch_size": "patch size"}
-    different = [
-        f"{name} {theirs[key]} (the recipe has {ours[key]})"
-        for key, name in names.items()
-        if theirs[key] != ours[key]
-    ]
-    if different:
+    if different := _differences(theirs, ours, names):
         raise UserError(
-            f"init {stored.path} holds {', '.join(different)}; set model.arch and model.patch_size to "
-            f"what the file has, or give another file"
+            f"init {stored.path} holds {different}; set model.arch and model.patch_size to what the file "
+            f"has, or give another file"
         )
 
 
-def _blocks_dropped(
-    stored: StoredEncoder, given: int, needed: int, arguments: Mapping[str, Any]
-) -> list[int]:
-    """Numbers of the blocks that the file has and the recipe replaces, at most one."""
+def _check_blocks(stored: StoredEncoder, given: int, needed: int, arguments: Mapping[str, Any]) -> None:
+    """Refuse another number of blocks; a plain ViT may have one more, which a read-out replaces."""
     replaces = arguments["readout"] in WITH_SLOTS and not arguments.get("after_last_block", False)
     one_more = replaces and stored.arguments["readout"] not in WITH_SLOTS
     if given != needed and not (one_more and given == needed + 1):
@@ -209,30 +196,20 @@ def _blocks_dropped(
             f"init {stored.path} holds {given} blocks, but this recipe builds {needed} with read-out "
             f"{arguments['readout']}; expected {needed}{more}, so change model.arch or give another file"
         )
-    return list(range(needed, given))
 
 
 def _same_readout(stored: StoredEncoder, arguments: Mapping[str, Any]) -> bool:
-    """Whether the file's read-out is of the recipe's kind.
-
-    Raises:
-        UserError: it is, but with other sizes or choices.
-    """
+    """Whether the file's read-out is of the recipe's kind; then refuse other sizes or choices."""
     theirs, ours = (
         DEFAULTS | {key: v for key, v in given.items() if key not in NOT_READOUT and v is not None}
         for given in (stored.arguments, arguments)
     )
     if theirs["readout"] != ours["readout"]:
         return False
-    different = [
-        f"{key} {theirs.get(key)} (the recipe has {ours.get(key)})"
-        for key in sorted(theirs.keys() | ours.keys())
-        if theirs.get(key) != ours.get(key)
-    ]
-    if different:
+    if different := _differences(theirs, ours, {key: key for key in sorted(theirs.keys() | ours.keys())}):
         raise UserError(
-            f"init {stored.path} holds a read-out {theirs['readout']} with {', '.join(different)}; set "
-            f"model.readout to what the file has, or give another file"
+            f"init {stored.path} holds a read-out {theirs['readout']} with {different}; set model.readout to "
+            f"what the file has, or give another file"
         )
     return True
 

@@ -25,8 +25,8 @@ class StoredEncoder:
         arguments: those of `build_encoder`, plain values.
         seed: of the initial weights, for the untrained encoder.
         which: whose weights they are, teacher or student.
-        weights: state dict of the Encoder, not yet looked at: anything may be among its values.
-        beside: what else the network has in the file, by name, not looked at either: the DINO head
+        weights: state dict of the Encoder, not checked yet: anything may be among its values.
+        beside: what else the network has in the file, by name, not checked either: the DINO head
             (`head.mlp.0.weight`, ...), or the classifier of a plain ViT.
         epochs: whole epochs that a run has trained them; None if they are not of a run.
     """
@@ -42,22 +42,21 @@ class StoredEncoder:
     def build(self, *, untrained: bool = False) -> Encoder:
         """The encoder in evaluation mode, on the CPU, with these weights or its initial ones.
 
-        The weights must fit in either case.
-
         Raises:
             UserError: it cannot be built so, or the weights do not fit (all that is missing, unexpected or
-                misshapen in one message) or are not finite.
+                misshapen in one message, also if untrained) or are not finite.
         """
         with torch.random.fork_rng(devices=[]):
             try:
                 torch.manual_seed(self.seed)
                 encoder = build_encoder(**self.arguments)
-            except (KeyError, RuntimeError, TypeError, ValueError) as error:  # a description may be anything
+            # A description may be anything.
+            except (KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
                 raise UserError(f"{self.path} describes no encoder of dino-sparo: {error}") from error
         expected = encoder.state_dict()
         if listed := misfits(self.weights, expected):
             raise UserError(
-                f"{self.path} does not fit an encoder with {self._size()} and read-out "
+                f"{self.path} does not fit an encoder with {in_words(self.arguments['arch'])} and read-out "
                 f"{self.arguments['readout']!r}: {listed} of {len(expected)} parameters; give the whole "
                 f"weights of such an encoder"
             )
@@ -71,43 +70,23 @@ class StoredEncoder:
             encoder.load_state_dict(self.weights)
         return encoder.eval()
 
-    def check_arch(self, arch: str | Mapping[str, int] | None) -> None:
-        """Refuse an architecture that the user has named and the file does not hold.
-
-        Raises:
-            UserError: they differ.
-        """
-        if arch is not None and architecture(arch) != architecture(self.arguments["arch"]):
-            raise UserError(
-                f"arch is {arch!r} ({in_words(architecture(arch))}), but {self.path} holds {self._size()}; "
-                f"leave arch out, or give the weights of that architecture"
-            )
-
-    def _size(self) -> str:
-        return in_words(architecture(self.arguments["arch"]))
-
 
 def misfits(given: Mapping[str, Any], expected: Mapping[str, Tensor]) -> str:
     """All that is missing, unexpected or misshapen in a state dict, in words; empty if it fits exactly."""
-    misshapen = [
-        f"{name} {_kind(given[name])} instead of {_kind(value)}"
-        for name, value in expected.items()
-        if name in given and not _fits(given[name], value)
-    ]
     wrong = {
         "missing": [name for name in expected if name not in given],
         "unexpected": [name for name in given if name not in expected],
-        "misshapen": misshapen,
+        "misshapen": [
+            f"{name} {_kind(given[name])} instead of {tuple(value.shape)}"
+            for name, value in expected.items()
+            if name in given and _kind(given[name]) != str(tuple(value.shape))
+        ],
     }
     return ", ".join(f"{len(names)} {what} ({_first(names)})" for what, names in wrong.items() if names)
 
 
 def architecture(arch: str | Mapping[str, int]) -> dict[str, int]:
-    """Width, depth and num_heads of a name or a mapping.
-
-    Raises:
-        UserError: the name is unknown or a number is missing.
-    """
+    """Width, depth and num_heads of a name or a mapping. Raises UserError if it is neither."""
     if isinstance(arch, str) and arch in ARCHITECTURES:
         return ARCHITECTURES[arch]
     sizes = ARCHITECTURES["vit_small"].keys()
@@ -119,29 +98,20 @@ def architecture(arch: str | Mapping[str, int]) -> dict[str, int]:
     return dict(arch)
 
 
-def in_words(arch: Mapping[str, int]) -> str:
+def in_words(arch: str | Mapping[str, int]) -> str:
     """An architecture for a message."""
-    return f"width {arch['width']}, depth {arch['depth']} and {arch['num_heads']} heads"
+    return "width {width}, depth {depth} and {num_heads} heads".format(**architecture(arch))
 
 
 def _first(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN_NAMES]) + (", ..." if len(names) > SHOWN_NAMES else "")
 
 
-def _fits(given: Any, expected: Tensor) -> bool:
-    return (
-        isinstance(given, Tensor)
-        and given.layout == torch.strided
-        and given.device.type == "cpu"
-        and given.is_floating_point()
-        and given.shape == expected.shape
-    )
-
-
 def _kind(value: Any) -> str:
-    """Shape of a tensor, and what else sets it apart from a plain one of real numbers."""
+    """Shape of a tensor, and what else sets it apart from a plain one of real numbers on the CPU."""
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}"
     layout = "" if value.layout == torch.strided else f" as {value.layout}"
     numbers = "" if value.is_floating_point() else f" of {value.dtype}"
-    return f"{tuple(value.shape)}{layout}{numbers}"
+    place = "" if value.device.type == "cpu" else f" on {value.device.type}"
+    return f"{tuple(value.shape)}{layout}{numbers}{place}"

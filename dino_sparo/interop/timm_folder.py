@@ -96,13 +96,8 @@ def write_exported(stored: StoredEncoder, folder: Path, *, name: str, measured: 
     encoder = stored.build()
     cut = PREFIX if _is_plain(stored.arguments) else ""
     weights = {key.removeprefix(cut): value for key, value in encoder.state_dict().items()}
-    config = _timm_config(stored.arguments, num_features=encoder.backbone.cls_token.shape[-1])
-    config[OUR_KEY] = {
-        "format": FORMAT,
-        "weights": stored.which,
-        "seed": stored.seed,
-        "encoder": stored.arguments,
-    }
+    ours = {"format": FORMAT, "weights": stored.which, "seed": stored.seed, "encoder": stored.arguments}
+    config = _timm_config(stored.arguments) | {OUR_KEY: ours}
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise UserError(f"out: {folder} is not empty; choose another folder or empty it")
@@ -192,13 +187,8 @@ def pretrained_config(image_size: int, *, plain: bool = False) -> dict[str, Any]
     ).to_dict(remove_source=True)
 
 
-def _timm_config(arguments: Mapping[str, Any], num_features: int) -> dict[str, Any]:
-    """What timm reads in `config.json`: the model by name, the arguments that differ from its, the images.
-
-    Args:
-        arguments: those of `build_encoder`, plain values.
-        num_features: width D of the tokens.
-    """
+def _timm_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What timm reads in `config.json`: the model by name, the arguments that differ from its, the images."""
     plain, sizes = _is_plain(arguments), architecture(arguments["arch"])
     name = next((name for name, named in ARCHITECTURES.items() if named == sizes), "vit_small")
     named = {"img_size": 224, "patch_size": 16, **ARCHITECTURES[name], **SPARO_SIZES}
@@ -215,7 +205,7 @@ def _timm_config(arguments: Mapping[str, Any], num_features: int) -> dict[str, A
     return {
         "architecture": f"{name}_patch16_224" if plain else f"{name}_patch16_sparo_224",
         "num_classes": 0,
-        "num_features": num_features,
+        "num_features": sizes["width"],
         "global_pool": pooling.get("global_pool", "token") if plain else "readout",
         "model_args": different | pooling,
         "pretrained_cfg": pretrained_config(arguments["image_size"], plain=plain),
@@ -243,7 +233,7 @@ def _model_card(stored: StoredEncoder, encoder: Encoder, name: str, measured: Se
         name=name,
         which=stored.which,
         readout=READOUTS.get(encoder.readout_name, f"with the read-out {encoder.readout_name}"),
-        arch=in_words(architecture(stored.arguments["arch"])),
+        arch=in_words(stored.arguments["arch"]),
         patch_size=stored.arguments["patch_size"],
         image_size=stored.arguments["image_size"],
         encoding=encoding,

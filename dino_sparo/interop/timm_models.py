@@ -7,7 +7,7 @@
 Axis letters: B images, N tokens (CLS first), D width, L slots, V slot width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ class SparoVisionTransformer(Encoder):
 
     def __init__(
         self,
-        img_size: int | Sequence[int] = 224,
+        img_size: int | Collection[int] = 224,
         patch_size: int = 16,
         in_chans: int = 3,
         num_classes: int = 0,
@@ -66,12 +66,15 @@ class SparoVisionTransformer(Encoder):
     ) -> None:
         if in_chans != 3:
             raise ValueError(f"in_chans is {in_chans}, expected 3: the encoder takes RGB images only")
+        sides = {img_size} if isinstance(img_size, int) else set(img_size)
+        if len(sides) != 1:
+            raise ValueError(f"img_size is {img_size}, expected a square")
         sizes = {"num_slots": num_slots, "slot_dim": slot_dim, "key_dim": key_dim, "group_size": group_size}
         options = dict(readout or {"name": "sparo", **sizes})
         encoder = build_encoder(
             arch={"width": embed_dim, "depth": depth, "num_heads": num_heads},
             patch_size=patch_size,
-            image_size=_side(img_size),
+            image_size=sides.pop(),
             readout=options.pop("name"),
             drop_path_rate=drop_path_rate,
             **options,
@@ -200,13 +203,6 @@ class SparoVisionTransformer(Encoder):
             "blocks": [(r"^backbone\.blocks\.(\d+)", None), (r"^backbone\.norm", (99999,))],
             "readout": r"^(?:readout|bottleneck)\.",
         }
-
-
-def _side(img_size: int | Sequence[int]) -> int:
-    sides = {img_size} if isinstance(img_size, int) else set(img_size)
-    if len(sides) != 1:
-        raise ValueError(f"img_size is {tuple(img_size)}, expected a square")  # type: ignore[arg-type]
-    return sides.pop()
 
 
 def _fit_position_embedding(state: dict[str, Tensor], model: SparoVisionTransformer) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class VisionTransformer(nn.Module):
-    """ViT backbone: images in, normalised tokens out. Source: official `vision_transformer.py`.
+    """ViT backbone: images in, normalized tokens out. Source: official `vision_transformer.py`.
 
     Args:
         image_size: side in pixels at which the position embedding is native.
@@ -79,11 +79,11 @@ class VisionTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, height, width) -> normalised tokens (B, N, D)."""
+        """Images (B, 3, height, width) -> normalized tokens (B, N, D)."""
         return self.norm(self.block_outputs(images, last=1)[0])
 
     def block_outputs(self, images: Tensor, last: int) -> list[Tensor]:
-        """Unnormalised tokens (B, N, D) after each of the `last` blocks, earliest first."""
+        """Unnormalized tokens (B, N, D) after each of the `last` blocks, earliest first."""
         x_BND = self.embed(images)
         outputs = []
         for block in self.blocks:

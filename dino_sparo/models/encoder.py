@@ -30,8 +30,8 @@ class Encoder(nn.Module):
 
     Attributes:
         backbone: VisionTransformer with the official parameter names.
-        readout: the Sparo module, or another with slots; None without slots: for `cls` (normalised CLS),
-            `gap` (mean of normalised patches) and `bottleneck` (two linear layers on the normalised CLS).
+        readout: the Sparo module, or another with slots; None without slots: for `cls` (normalized CLS),
+            `gap` (mean of normalized patches) and `bottleneck` (two linear layers on the normalized CLS).
         embed_dim: length of the encoding.
     """
 
@@ -74,15 +74,15 @@ class Encoder(nn.Module):
         return self.backbone.native_grid * self.backbone.patch_size
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, height, width) -> encodings (B, embed_dim), not normalised."""
+        """Images (B, 3, height, width) -> encodings (B, embed_dim), not normalized."""
         return self.read(self.tokens(images))
 
     def tokens(self, images: Tensor) -> Tensor:
-        """Images (B, 3, height, width) -> normalised tokens (B, N, D), CLS first."""
+        """Images (B, 3, height, width) -> normalized tokens (B, N, D), CLS first."""
         return self.backbone(images)
 
     def read(self, tokens_BND: Tensor) -> Tensor:
-        """Normalised tokens (B, N, D) -> encodings (B, embed_dim)."""
+        """Normalized tokens (B, N, D) -> encodings (B, embed_dim)."""
         if self.readout is not None:
             return self.readout(tokens_BND).flatten(1)
         if self.readout_name == "gap":
@@ -92,9 +92,9 @@ class Encoder(nn.Module):
     def probe_features(self, images: Tensor, num_blocks: int = 4) -> Tensor:
         """Features (B, F) for a linear probe. Source: official `eval_linear.py`, SPARO appendix C.2.
 
-        `cls`: normalised CLS of the last `num_blocks` blocks, concatenated; also of `bottleneck`, whose
+        `cls`: normalized CLS of the last `num_blocks` blocks, concatenated; also of `bottleneck`, whose
         encoding is linear in it. With slots: that of the last `num_blocks - 1` blocks there are, then the
-        unnormalised encoding, which stands for the block it replaces or follows. `gap`: the mean normalised
+        unnormalized encoding, which stands for the block it replaces or follows. `gap`: the mean normalized
         patch token of the last `num_blocks` blocks.
         """
         available = len(self.backbone.blocks) + (self.readout is not None)
@@ -106,7 +106,7 @@ class Encoder(nn.Module):
         """Several features of images (B, 3, height, width) by one pass of the backbone: name -> (B, F).
 
         - encoding: what `forward` gives.
-        - cls, patch_mean: the normalised CLS token, and the mean normalised patch token.
+        - cls, patch_mean: the normalized CLS token, and the mean normalized patch token.
         - blocks: that token (patch_mean for `gap`, else cls) after each of the last `num_blocks` blocks, or
           of all if there are fewer, earliest first.
         - probe: as `probe_features`.
@@ -165,7 +165,7 @@ def build_encoder(
     drop_path_rate: float = 0.0,
     **readout_options: Any,
 ) -> Encoder:
-    """Build a freshly initialised encoder.
+    """Build a freshly initialized encoder.
 
     Args:
         arch: vit_tiny | vit_small | vit_base, or a mapping with width, depth, num_heads. Depth counts the

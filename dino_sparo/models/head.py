@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-OLD_NAMES = {  # of weight norm, before torch's parametrisations
+OLD_NAMES = {  # of weight norm, before torch's parametrizations
     "last_layer.weight_g": "last_layer.parametrizations.weight.original0",
     "last_layer.weight_v": "last_layer.parametrizations.weight.original1",
 }
 
 
 class DINOHead(nn.Module):
-    """MLP to a bottleneck, l2-normalisation, weight-normed linear layer to K prototypes.
+    """MLP to a bottleneck, l2-normalization, weight-normed linear layer to K prototypes.
 
     Args:
         in_dim: width of the encoding.

@@ -37,12 +37,8 @@ class Sparo(nn.Module):
             raise ValueError(
                 f"group_size {group_size} does not divide num_slots {num_slots}: choose a divisor of it"
             )
-        self.num_slots, self.slot_dim, self.key_dim, self.group_size = (
-            num_slots,
-            slot_dim,
-            key_dim,
-            group_size,
-        )
+        self.num_slots, self.slot_dim = num_slots, slot_dim
+        self.key_dim, self.group_size = key_dim, group_size
         self.num_groups = num_slots // group_size
         self.query = nn.Parameter(torch.randn(num_slots, key_dim))
         self.key_proj = nn.Linear(dim, self.num_groups * key_dim)
@@ -55,17 +51,12 @@ class Sparo(nn.Module):
         """Tokens (B, N, D), mask (B, N) bool with True = attend -> slots (B, L, V)."""
         pooled_BLD = self.attention(tokens_BND, token_mask) @ tokens_BND
         batch, _, dim = pooled_BLD.shape
-        weight_GDH = self.key_proj.weight.view(self.num_groups, self.key_dim, dim).transpose(1, 2)
-        bias_G1H = self.key_proj.bias.view(self.num_groups, 1, self.key_dim)
-        pooled_GxD = (
-            pooled_BLD.view(batch, self.num_groups, self.group_size, dim).transpose(0, 1).flatten(1, 2)
-        )  # x = B * S
+        groups, per_group, key_dim = self.num_groups, self.group_size, self.key_dim
+        weight_GDH = self.key_proj.weight.view(groups, key_dim, dim).transpose(1, 2)
+        bias_G1H = self.key_proj.bias.view(groups, 1, key_dim)
+        pooled_GxD = pooled_BLD.view(batch, groups, per_group, dim).transpose(0, 1).flatten(1, 2)  # x = B * S
         heads_GxH = torch.baddbmm(bias_G1H, pooled_GxD, weight_GDH)
-        heads_BLH = (
-            heads_GxH.view(self.num_groups, batch, self.group_size, self.key_dim)
-            .transpose(0, 1)
-            .flatten(1, 2)
-        )
+        heads_BLH = heads_GxH.view(groups, batch, per_group, key_dim).transpose(0, 1).flatten(1, 2)
         return self.value_proj(heads_BLH)  # (B, L, V)
 
     def attention(self, tokens_BND: Tensor, token_mask: Tensor | None = None) -> Tensor:
