@@ -113,8 +113,7 @@ def test_a_bare_file_with_a_readout_is_a_sparo_encoder(tmp_path):
     torch.save(weights, tmp_path / "sparo.pth")
     encoder = load_encoder(tmp_path / "sparo.pth", arch=ARCH)
     images = torch.randn(2, 3, 16, 16)
-    with torch.no_grad():
-        close(encoder(images), source.encoder.eval()(images))
+    close(encoder(images), source.encoder.eval()(images))
     state, _ = started(tmp_path, weights)
     assert equal(state.student, source) and equal(state.teacher, source)
     shared = network(1, readout="sparo", num_slots=4, slot_dim=3, key_dim=4, group_size=2)
@@ -128,16 +127,8 @@ def test_a_bare_file_with_a_readout_is_a_sparo_encoder(tmp_path):
     [
         ("readout.query", lambda x: x[0], "a part of a read-out: readout.query is (4,); expected SPARO's"),
         ("readout.query", lambda x: x[:, :3], "readout.key_proj.weight has 8 rows; expected 2 slots x 3"),
-        (
-            "readout.key_proj.bias",
-            lambda x: x[1:],
-            "(readout.key_proj.bias (7,) instead of (8,))",
-        ),
-        (
-            "readout.value_proj.weight",
-            lambda _: None,
-            "part of a read-out: readout.value_proj.weight is ()",
-        ),
+        ("readout.key_proj.bias", lambda x: x[1:], "readout.key_proj.bias (7,) instead of (8,)"),
+        ("readout.value_proj.weight", lambda _: None, "read-out: readout.value_proj.weight is ()"),
     ],
 )
 def test_a_readout_that_is_not_whole(tmp_path, name, change, message):
@@ -189,9 +180,7 @@ def test_timms_own_model_by_file_and_by_name(tmp_path, monkeypatch, caplog):
         assert "unused of the file: head (2 tensors)" in said
     model.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.229, 0.224, 0.225)}
     started_from(tmp_path, "timm:vit", **CLS)
-    assert (
-        "WARNING: init timm:vit was trained on images normalized by mean (0.5, 0.5, 0.5), here" in caplog.text
-    )
+    assert "init timm:vit was trained on images normalized by mean (0.5, 0.5, 0.5), here" in caplog.text
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224"}))
     for init in (tmp_path / "model.safetensors", tmp_path):  # a folder as the hub has it
         started_from(tmp_path, init, **CLS)
@@ -199,15 +188,14 @@ def test_timms_own_model_by_file_and_by_name(tmp_path, monkeypatch, caplog):
         started_from(tmp_path, "timm:vit", **CLS, model__arch__num_heads=4)
 
 
-@pytest.mark.parametrize("error", [OSError("no route to host\nmore"), RuntimeError("Unknown model (vit)")])
-def test_what_timm_cannot_give_is_one_sentence(tmp_path, monkeypatch, error):
+def test_what_timm_cannot_give_is_one_sentence(tmp_path, monkeypatch):
     def create_model(name, pretrained):
-        raise error
+        raise OSError("no route to host\nmore")
 
     monkeypatch.setattr(timm, "create_model", create_model)
-    with pytest.raises(UserError, match="init 'timm:vit' cannot be had from timm") as caught:
+    with pytest.raises(UserError, match=r"init 'timm:vit' .* from timm \(no route to host\)") as caught:
         started_from(tmp_path, "timm:vit")
-    assert "\n" not in str(caught.value) and str(error).splitlines()[0] in str(caught.value)
+    assert "\n" not in str(caught.value)
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained: torch.nn.Linear(2, 2))
     with pytest.raises(UserError, match="is a Linear; expected a plain VisionTransformer"):
         started_from(tmp_path, "timm:vit")
@@ -264,11 +252,7 @@ def test_a_frozen_backbone_is_the_teachers_in_both(tmp_path):
             {},
             "holds patch size 4 (the recipe has 8); set model.arch",
         ),
-        (
-            lambda: bare(plain(1, arch=ARCH | {"depth": 5})),
-            {},
-            "holds 5 blocks, but this recipe builds 2 with read-out sparo; expected 2, or 3 of a plain ViT",
-        ),
+        (lambda: bare(plain(1, arch=ARCH | {"depth": 5})), {}, "read-out sparo; expected 2, or 3 of a plain"),
         (lambda: named(network(1)), CLS, "holds 2 blocks, but this recipe builds 3 with read-out cls"),
         (lambda: named(network(1, arch=ARCH | {"depth": 4})), {}, "holds 3 blocks, but this recipe builds 2"),
         (

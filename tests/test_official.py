@@ -139,18 +139,6 @@ def test_which_model(file, state):
     assert "holds the student only" in refused(file, {"student": state})
 
 
-@torch.no_grad()
-def test_untrained_is_another_encoder_of_the_same_sizes(file, source, state):
-    torch.save(state, file)
-    first, second = (load_encoder(file, untrained=True) for _ in range(2))
-    same_outputs(first, second)
-    images = torch.randn(2, 3, 32, 32)
-    assert not torch.allclose(first(images), source(images), atol=1e-2)
-    assert first.backbone.norm.weight.eq(1).all()
-    del state["norm.weight"]
-    assert "1 missing (backbone.norm.weight)" in refused(file, state, untrained=True)
-
-
 def without(part):
     return lambda state: {name: value for name, value in state.items() if part not in name}
 

@@ -6,9 +6,10 @@ from typing import Any
 
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.interop.official import read_official
-from dino_sparo.interop.stored import MODELS, StoredEncoder, architecture, in_words
+from dino_sparo.interop.stored import MODELS, StoredEncoder, in_words
 from dino_sparo.interop.timm_folder import CONFIG_FILE, WEIGHTS_FILE, read_exported, read_safetensors
 from dino_sparo.models import Encoder
+from dino_sparo.models.encoder import architecture
 from dino_sparo.recipe.files import stored_recipe
 from dino_sparo.runs.checkpoint import check_format, check_hash, load_latest, warn_of_missing_hash
 from dino_sparo.runs.plain_file import read_plain

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from dino_sparo.errors import UserError
 from dino_sparo.files import write_file
-from dino_sparo.interop.stored import MODELS, StoredEncoder, architecture
+from dino_sparo.interop.stored import MODELS, StoredEncoder
 from dino_sparo.interop.timm_folder import is_plain_sparo
+from dino_sparo.models.encoder import architecture
 from dino_sparo.models.head import OLD_NAMES
 
 SUFFIX = ".pth"

@@ -55,10 +55,7 @@ def write_onnx(stored: StoredEncoder, folder: Path) -> tuple[Path, float]:
 
 @torch.no_grad()
 def largest_difference(content: bytes, model: nn.Module, side: int) -> float:
-    """Between onnxruntime on the CPU and torch, over all outputs and two batch sizes.
-
-    It is that of the numbers, divided by the largest of an output if that is above one.
-    """
+    """Between onnxruntime on the CPU and torch, relative to the largest number of an output if above one."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -73,6 +70,7 @@ def largest_difference(content: bytes, model: nn.Module, side: int) -> float:
 
 
 def to_onnx(model: "_Outputs", side: int) -> bytes:
+    """The graph for images of this side."""
     for name in ("onnxscript", "onnx_ir"):  # which tell every step of theirs
         logging.getLogger(name).setLevel(logging.WARNING)
     with warnings.catch_warnings(), torch.no_grad():

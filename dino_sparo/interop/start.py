@@ -24,9 +24,9 @@ from torch import Tensor
 from dino_sparo.errors import UserError
 from dino_sparo.interop.load import networks_in, one_of
 from dino_sparo.interop.official import NUM_HEADS, read_official
-from dino_sparo.interop.stored import StoredEncoder, architecture, misfits
+from dino_sparo.interop.stored import StoredEncoder, misfits
 from dino_sparo.models import DinoModel
-from dino_sparo.models.encoder import WITH_SLOTS
+from dino_sparo.models.encoder import WITH_SLOTS, architecture
 from dino_sparo.models.head import OLD_NAMES
 
 log = logging.getLogger("dino_sparo")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dino_sparo.errors import UserError
 from dino_sparo.models import Encoder, build_encoder
-from dino_sparo.models.encoder import ARCHITECTURES
+from dino_sparo.models.encoder import architecture
 
 MODELS = ("teacher", "student")
 SHOWN_NAMES = 20
@@ -83,19 +83,6 @@ def misfits(given: Mapping[str, Any], expected: Mapping[str, Tensor]) -> str:
         ],
     }
     return ", ".join(f"{len(names)} {what} ({_first(names)})" for what, names in wrong.items() if names)
-
-
-def architecture(arch: str | Mapping[str, int]) -> dict[str, int]:
-    """Width, depth and num_heads of a name or a mapping. Raises UserError if it is neither."""
-    if isinstance(arch, str) and arch in ARCHITECTURES:
-        return ARCHITECTURES[arch]
-    sizes = ARCHITECTURES["vit_small"].keys()
-    if isinstance(arch, str) or arch.keys() != sizes:
-        raise UserError(
-            f"arch is {arch!r}, expected one of {', '.join(ARCHITECTURES)}, or a mapping with "
-            f"{', '.join(sizes)}"
-        )
-    return dict(arch)
 
 
 def in_words(arch: str | Mapping[str, int]) -> str:

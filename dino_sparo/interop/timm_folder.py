@@ -21,9 +21,9 @@ from torch import Tensor
 
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.files import write_file
-from dino_sparo.interop.stored import StoredEncoder, architecture, in_words
+from dino_sparo.interop.stored import StoredEncoder, in_words
 from dino_sparo.models import Encoder
-from dino_sparo.models.encoder import ARCHITECTURES
+from dino_sparo.models.encoder import ARCHITECTURES, architecture
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"

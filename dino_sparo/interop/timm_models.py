@@ -40,10 +40,8 @@ class SparoVisionTransformer(Encoder):
         readout: another read-out instead, as `name` and the options of `build_encoder`.
         drop_rate: dropout before the classifier.
 
-    Attributes:
-        num_features: D, of what `forward_features` gives.
-        head_hidden_size, embed_dim: length of the encoding (L * V with slots), of what `forward_head` gives
-            before the classifier.
+    As in timm, `num_features` is the width of what `forward_features` gives, and `head_hidden_size` of what
+    `forward_head` gives before the classifier: the encoding, L * V with slots.
     """
 
     def __init__(
@@ -104,19 +102,11 @@ class SparoVisionTransformer(Encoder):
         return pooled if pre_logits else self.head(pooled)
 
     def slots(self, images: Tensor) -> Tensor:
-        """Images (B, 3, height, width) -> slots (B, L, V).
-
-        Raises:
-            ValueError: the encoder has none.
-        """
+        """Images (B, 3, height, width) -> slots (B, L, V). Raises ValueError if there are none."""
         return self._slot_readout()(self.tokens(images))
 
     def attention(self, images: Tensor) -> Tensor:
-        """Images (B, 3, height, width) -> attention (B, L, N) of every slot; each row sums to one.
-
-        Raises:
-            ValueError: the encoder has no slots.
-        """
+        """Images (B, 3, height, width) -> attention (B, L, N) of every slot. Raises ValueError as `slots`."""
         return self._slot_readout().attention(self.tokens(images))
 
     def _slot_readout(self) -> SlotReadout:

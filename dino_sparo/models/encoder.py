@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dino_sparo.errors import UserError
 from dino_sparo.models.backbone import VisionTransformer
 from dino_sparo.models.head import DINOHead
 from dino_sparo.models.readouts import LinearBottleneck, SlotReadout
@@ -23,6 +24,19 @@ ARCHITECTURES: dict[str, dict[str, int]] = {
 }
 WITH_SLOTS = tuple(name for name, readout in READOUTS.items() if readout.has_slots)
 FEATURES = ("encoding", "cls", "patch_mean", "blocks", "probe")
+
+
+def architecture(arch: str | Mapping[str, int]) -> dict[str, int]:
+    """Width, depth and num_heads of a name or a mapping. Raises UserError if it is neither."""
+    if isinstance(arch, str) and arch in ARCHITECTURES:
+        return ARCHITECTURES[arch]
+    sizes = ARCHITECTURES["vit_small"].keys()
+    if not isinstance(arch, Mapping) or arch.keys() != sizes:
+        raise UserError(
+            f"arch is {arch!r}, expected one of {', '.join(ARCHITECTURES)}, or a mapping with "
+            f"{', '.join(sizes)}"
+        )
+    return dict(arch)
 
 
 class Encoder(nn.Module):
@@ -181,10 +195,7 @@ def build_encoder(
         ValueError: for an unknown name or sizes that do not divide.
         TypeError: for an option that is missing or not of this read-out.
     """
-    if isinstance(arch, str):
-        if arch not in ARCHITECTURES:
-            raise ValueError(f"arch is {arch!r}, expected one of {', '.join(ARCHITECTURES)} or a mapping")
-        arch = ARCHITECTURES[arch]
+    arch = architecture(arch)
     if not isinstance(readout, str) or readout not in READOUTS:
         raise ValueError(f"readout is {readout!r}, expected one of {', '.join(READOUTS)}")
     place, has_slots, width = READOUTS[readout].module, READOUTS[readout].has_slots, arch["width"]

@@ -4,7 +4,8 @@ The authors' public code is that for CLIP; it has neither DINO nor all of Table 
 calls our inference is read from the paper's words, and for the rest as near to SPARO as can be, so that one
 thing changes at a time.
 
-Axis letters: B images, N tokens, D width, L slots, V slot width, H key width of a head, A heads, M encoding.
+Axis letters and sizes: B images, N tokens, D width (`dim`), L slots (`num_slots`), V slot width (`slot_dim`),
+H key width of a head (`key_dim`), A heads (`num_heads`), M encoding.
 """
 
 import math
@@ -22,16 +23,6 @@ class MultiHeadSlots(nn.Module):
     Our inference: as in SPARO's equation 1 the keys are the values, and one projection W gives the slots;
     only the heads are no longer a slot's own. So all slots share the key projection of A heads, a slot has a
     query for each head, and W sees all heads of a slot. With A = L it has as many keys as SPARO.
-
-    Args:
-        dim: width D of the tokens.
-        num_slots: L.
-        slot_dim: V.
-        key_dim: H, of one head.
-        num_heads: A.
-
-    State dict: query (L, A*H); key_proj.weight (A*H, D), key_proj.bias; value_proj.weight (V, A*H),
-    value_proj.bias.
     """
 
     def __init__(
@@ -39,7 +30,7 @@ class MultiHeadSlots(nn.Module):
     ) -> None:
         super().__init__()
         self.num_slots, self.slot_dim, self.num_heads = num_slots, slot_dim, num_heads
-        self.query = nn.Parameter(torch.randn(num_slots, num_heads * key_dim))
+        self.query = nn.Parameter(torch.randn(num_slots, num_heads * key_dim))  # (L, A*H)
         self.key_proj = nn.Linear(dim, num_heads * key_dim)
         self.value_proj = nn.Linear(num_heads * key_dim, slot_dim)  # initial values as those of SPARO
         nn.init.xavier_uniform_(self.key_proj.weight)
@@ -64,16 +55,8 @@ class AttentionalPooler(nn.Module):
 
     LayerNorms are on queries and tokens, as in the authors' public code for CLIP; the LayerNorm and the
     projection behind it are `output: slots`. Our inference: all its L outputs are the encoding, and it stands
-    in place of the last block unless `after_last_block` is set.
-
-    Args:
-        dim: width D of the tokens.
-        num_slots: L.
-        slot_dim: V, also the width of queries, keys and values, all heads together.
-        num_heads: A; must divide `slot_dim`.
-
-    State dict: query (L, V); query_norm, token_norm; query_proj (V, V), key_proj and value_proj (V, D),
-    out_proj (V, V), each with weight and bias.
+    in place of the last block unless `after_last_block` is set. V is also the width of queries, keys and
+    values, all heads together, so `num_heads` must divide it.
     """
 
     def __init__(self, dim: int, num_slots: int = 64, slot_dim: int = 64, *, num_heads: int) -> None:
@@ -119,8 +102,6 @@ class ProjectedSlots(nn.Module):
         slots: the read-out.
         whole: one LayerNorm and one layer over all L*V numbers. Then a slot of the output takes from all
             slots, and its row of the attention is only where the slot of the same number has looked.
-
-    State dict: slots.*; norm and proj of width V, or L*V if whole, each with weight and bias.
     """
 
     def __init__(self, slots: "Sparo | MultiHeadSlots | AttentionalPooler", *, whole: bool) -> None:
@@ -147,15 +128,8 @@ class ProjectedSlots(nn.Module):
 class LinearBottleneck(nn.Module):
     """Two linear layers, D -> m -> M: a wide encoding of the CLS token with few degrees of freedom (B.2).
 
-    The paper speaks of m -> M; that the token's own projection to m is learned too is read from the authors'
-    public code for CLIP (there without a bias). PyTorch's default initial values.
-
-    Args:
-        dim: width D of the token.
-        bottleneck_dim: m.
-        encoding_dim: M.
-
-    State dict: narrow (m, D) and wide (M, m), each with weight and bias.
+    The paper speaks of m -> M; that the token's own projection to m (`bottleneck_dim`) is learned too is read
+    from the authors' public code for CLIP (there without a bias). PyTorch's default initial values.
     """
 
     def __init__(self, dim: int, *, bottleneck_dim: int, encoding_dim: int) -> None:
