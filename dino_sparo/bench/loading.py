@@ -126,7 +126,7 @@ def end_to_end(
     """
     waits: list[tuple[Any, Any]] = []
     started = time.perf_counter()
-    while (elapsed := time.perf_counter() - started) < seconds or not waits:
+    while time.perf_counter() - started < seconds or not waits:
         before = _mark(device)
         crop_groups = next(batches)
         waits.append((before, _mark(device)))

@@ -163,11 +163,11 @@ def measure(
         state, memory[who] = _state_and_memory(new_state, step, groups)
         steps[who] = partial(step, state)
     times = interleaved({who: partial(step, groups) for who, step in steps.items()}, rounds, device)
-    first_and_others = [profiled(partial(steps["ours"], groups), 1, device) for _ in range(rounds + 1)]
-    events = first_and_others[1:]  # the first warms up
-    of_ranges = [range_seconds(of_step, device.type) for of_step in events]
+    one_step = partial(steps["ours"], groups)
+    profiles = [profiled(one_step, 1, device) for _ in range(rounds + 1)][1:]  # the first warms up
+    of_ranges = [range_seconds(events, device.type) for events in profiles]
     for name in of_ranges[0]:
-        stages[name] = spread([of_step[name] for of_step in of_ranges], batch_size)
+        stages[name] = spread([seconds_of[name] for seconds_of in of_ranges], batch_size)
     stages["whole step"] = spread(times["ours"], batch_size)
 
     from_files = {}
@@ -181,7 +181,7 @@ def measure(
                 )
     result = _machine(bench) | {
         **{"rounds": rounds, "seconds": seconds, "stages": stages, "memory": memory},
-        "host_waits_per_step": host_waits(events[-1]),
+        "host_waits_per_step": host_waits(profiles[-1]),
         "end_to_end": from_files.get("ours"),
         **_utilization(bench, {"step": stages["whole step"], "end_to_end": from_files.get("ours")}),
         "compare": _compared(times, memory, from_files, batch_size) if compare else None,
@@ -191,8 +191,8 @@ def measure(
         log.info("profile")
         step = steps["ours"]
         with warmed_up(bench.our_batches(), step, prefetched=prefetched, device=device) as warm:
-            loaded = profiled(lambda: step(next(warm)), PROFILED_STEPS, device, trace=profile)
-        waits = host_waits(loaded)
+            events = profiled(lambda: step(next(warm)), PROFILED_STEPS, device, trace=profile)
+        waits = host_waits(events)
         result["profile"] = {"trace": profile, "steps": PROFILED_STEPS, "host_waits_per_step": waits}
     return result
 
