@@ -1,5 +1,5 @@
 """Parts measured alone: the SPARO read-out against its direct form and the ViT block that it replaces, and
-the search of nearest neighbors against one matrix product."""
+the search of nearest neighbors."""
 
 import statistics
 import tempfile
@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from timm.models.vision_transformer import Block
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from dino_sparo.bench.plain import direct_sparo
 from dino_sparo.bench.timing import interleaved, spread_of_ratios
@@ -25,7 +24,6 @@ from dino_sparo.models.encoder import ARCHITECTURES
 
 K = 200  # neighbors, the largest number of the protocol
 IMAGENET = 1_281_167, 50_000  # train, val
-MOST_TRAIN, MOST_TEST = 20_000, 10_000  # train and test images, of which a product fits into memory
 
 
 def bench_readout(*, batch_size: int, num_tokens: int, rounds: int, device: torch.device) -> None:
@@ -62,9 +60,9 @@ def bench_readout(*, batch_size: int, num_tokens: int, rounds: int, device: torc
         print(f"{name:<16}{median:>12.1f}{low:>9.1f}{high:>9.1f}{ratio:>11.1f}{saved:>11.1f}")
 
 
-def bench_knn(*, num_train: int, num_test: int, width: int, rounds: int, device: torch.device) -> None:
+def bench_knn(*, num_train: int, num_test: int, width: int, device: torch.device) -> None:
     """Print the time of one search among generated features, float16 and mapped from disk as evaluation
-    leaves them; and, of the first ones, beside that of one product and top-k of float32 ones in memory.
+    leaves them, and what ImageNet takes at this rate.
 
     Raises:
         UserError: there are fewer features than neighbors to find.
@@ -77,23 +75,10 @@ def bench_knn(*, num_train: int, num_test: int, width: int, rounds: int, device:
         started = time.perf_counter()
         nearest(train, test, K, device=device)
         seconds = time.perf_counter() - started
-        train, test = train[:MOST_TRAIN], test[:MOST_TEST]
-        train_TD, test_BD = (
-            normalize(torch.from_numpy(rows).to(device).float(), dim=1) for rows in (train, test)
-        )
-        forms: dict[str, Callable[[], object]] = {
-            "search": lambda: nearest(train, test, K, device=device),
-            "product": lambda: (test_BD @ train_TD.T).topk(K, dim=1),
-        }
-        times = interleaved(forms, rounds, device)
-    ours, plain = (statistics.median(times[name]) for name in forms)
-    ratio = spread_of_ratios(times["product"], times["search"])["median"]
     hours = seconds * IMAGENET[0] * IMAGENET[1] / (num_train * num_test) / 3600
     print(
         f"{num_test} queries among {num_train} features of {width} numbers, float16 on disk, k {K}, "
         f"{device}, {torch.get_num_threads()} threads: {seconds:.1f} s\n"
-        f"{len(test)} among {len(train)}: {ours:.2f} s, a plain product and top-k in memory {plain:.2f} s, "
-        f"{ratio:.2f} x ours (medians of {rounds} interleaved rounds)\n"
         f"ImageNet ({IMAGENET[1]} among {IMAGENET[0]}) at this rate: {hours:.2f} h, "
         f"features on disk {sum(IMAGENET) * width * 2 / 1e9:.1f} GB"
     )

@@ -31,7 +31,7 @@ class BenchOptions:
 
     what: Literal["training", "readout", "knn"] = "training"
     """What to measure. training takes the fields from config to device; readout takes batch_size, rounds,
-    device and num_tokens; knn those with `knn_`, rounds and device."""
+    device and num_tokens; knn those with `knn_`, and device."""
     config: str = "photos_sparo"
     """Recipe, by name or path, whose training is measured."""
     data: ImagesOptions | None = None
@@ -95,7 +95,6 @@ def bench(options: BenchOptions) -> None:
             num_train=options.knn_train,
             num_test=options.knn_test,
             width=options.knn_width,
-            rounds=options.rounds,
             device=device,
         )
 

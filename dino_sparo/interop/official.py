@@ -188,9 +188,8 @@ def write_official(stored: StoredEncoder, networks: Mapping[str, StoredEncoder],
         What was written, in words.
 
     Raises:
-        UserError: the read-out has no official form, the weights do not fit, `out` is there already or has
+        UserError: the read-out has no official form, the weights do not fit, or `out` is there already or has
             another ending.
-        OSError: it cannot be written.
     """
     if out.suffix != SUFFIX:
         raise UserError(f"out is {out}, expected a file of the official style, so give NAME{SUFFIX}")
