@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch.multiprocessing as mp
 
+from dino_sparo.cli.pretraining import PretrainOptions, pretrain
 from dino_sparo.runs.runlog import read_metrics
+from dino_sparo.training import pretrain as program
 from tests.tiny import tiny_arguments
 
 
@@ -18,6 +20,26 @@ def command(data: Path, run_dir: Path, processes: int = 1, **changes) -> list[st
     """The command line of a tiny run."""
     arguments = tiny_arguments(data, run_dir, **changes)
     return [sys.executable, "-m", "dino_sparo", "pretrain", *arguments, f"--nproc={processes}"]
+
+
+class PowerCutError(Exception):
+    """What breaks off a run."""
+
+
+def pretrain_until(step: int, options: PretrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run, and break off when `step` steps of this start are done."""
+    original, calls = program.train_step, []
+
+    def breaking(*args, **kwargs):
+        if len(calls) == step:
+            raise PowerCutError
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "train_step", breaking)
+        with pytest.raises(PowerCutError):
+            pretrain(options)
 
 
 def wait_for_step(step: int, run_dir: Path, process: subprocess.Popen) -> None:

@@ -153,7 +153,7 @@ def test_a_run_of_several_processes_goes_on_bit_for_bit(pictures, two_processes,
     run_until(7, PROCESSES, pictures, tmp_path / "run", log__checkpoint_every_minutes=1e-9)
     assert 5 < load_latest(tmp_path / "run")["step"] < TOTAL_STEPS
     finished = run(PROCESSES, pictures, tmp_path / "run")
-    assert finished.returncode == 0 and "going on at step" in finished.stderr
+    assert finished.returncode == 0 and "resuming at step" in finished.stderr
     assert state_hash(load_latest(tmp_path / "run")) == state_hash(load_latest(two_processes[0]))
     assert curve(tmp_path / "run") == curve(two_processes[0])
     assert knn(tmp_path / "run") == knn(two_processes[0])

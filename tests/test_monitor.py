@@ -17,7 +17,8 @@ from dino_sparo.training.monitor import (
     ALARM_STEPS,
     CollapseAlarm,
     TeacherStatistics,
-    open_knn_monitor,
+    evaluate_teacher,
+    open_knn_images,
 )
 from tests.tiny import tiny_options, write_pictures
 
@@ -64,14 +65,7 @@ def test_feature_std_is_one_on_the_sphere_and_zero_when_collapsed():
 
 
 def open_monitor(data, path=None, images_per_class=None):
-    return open_knn_monitor(
-        path=path,
-        data_path=data,
-        images_per_class=images_per_class,
-        image_size=16,
-        num_workers=0,
-        timeout_seconds=60,
-    )
+    return open_knn_images(path, str(data), images_per_class)
 
 
 def test_monitor_needs_classes_and_says_what_is_missing(tmp_path, caplog):
@@ -215,10 +209,9 @@ def test_a_run_is_warned_of_a_collapse_and_only_then(
 
 def test_an_encoder_that_answers_with_zeros_ends_the_run_in_words(tmp_path):
     write_pictures(tmp_path, 60, classes=2)
-    monitor = open_monitor(str(tmp_path))
     encoder = build_encoder({"width": 16, "depth": 2, "num_heads": 2}, 8, 16, readout="cls").eval()
     with torch.no_grad():
         encoder.backbone.norm.weight.zero_()
         encoder.backbone.norm.bias.zero_()
     with pytest.raises(UserError, match="k-NN while training: the feature of test image 0 is zero"):
-        monitor.evaluate(encoder)
+        evaluate_teacher(encoder, open_monitor(tmp_path), image_size=16)

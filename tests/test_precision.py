@@ -8,7 +8,6 @@ import torch
 
 from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.parallel import precision
-from dino_sparo.parallel.distributed import Group
 from dino_sparo.parallel.precision import (
     INITIAL_SCALE,
     LossScale,
@@ -20,11 +19,10 @@ from dino_sparo.parallel.precision import (
 from dino_sparo.runs.checkpoint import load_latest
 from dino_sparo.runs.runlog import read_metrics
 from dino_sparo.training import pretrain as program
-from dino_sparo.training import setup
 from dino_sparo.training.pretrain import train_step
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.state import TrainState, capture_state
-from dino_sparo.training.stopping import StopSignals
+from tests.running import pretrain_until
 from tests.tiny import build_state, prepared, state_hash, tiny_options, write_pictures
 
 CPU = torch.device("cpu")
@@ -178,35 +176,21 @@ def test_fp16_run_is_near_fp32_and_goes_on_bit_for_bit(tmp_path, monkeypatch, lo
         for name in ("whole", "broken")
     }
     pretrain(options["whole"])
-    original, calls = program.train_step, []
-
-    def breaking(*args, **kwargs):
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        calls.append(1)
-        return original(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(program, "train_step", breaking)
-        with pytest.raises(KeyboardInterrupt):
-            pretrain(options["broken"])
+    pretrain_until(3, options["broken"], monkeypatch)
     pretrain(options["broken"])
     whole, broken = (load_latest(tmp_path / name) for name in ("whole", "broken"))
     assert whole["loss_scale"]["scale"].item() == 2 * LOW_SCALE
     assert state_hash(whole) == state_hash(broken)
 
 
-def test_a_run_may_change_its_precision(tmp_path):
+def test_a_run_may_change_its_precision(tmp_path, monkeypatch):
     write_pictures(tmp_path / "data", 8)
     for name, epochs in (("fp32", 1), ("fp16", 2), ("bf16", 3)):
         options = tiny_options(tmp_path / "data", tmp_path / "run", machine__precision=name)
         run = prepared(options)
         assert run.first_step == 2 * (epochs - 1) and run.precision == name
         assert run.state.loss_scale.scale.item() == (INITIAL_SCALE if name == "fp16" else 1)
-        object.__setattr__(run, "total_steps", 2 * epochs)
-        run.run_dir.mkdir(exist_ok=True)
-        program.start_run_dir(run.run_dir, run.recipe, {})
-        program.train(run, iter(setup.training_batches(run)), StopSignals(), Group())
+        pretrain_until(2 * epochs, options, monkeypatch)
 
 
 def test_auto_is_fp32_on_a_cpu():

@@ -20,9 +20,9 @@ from dino_sparo.errors import UserError
 from dino_sparo.runs import checkpoint
 from dino_sparo.runs.checkpoint import load_latest
 from dino_sparo.runs.runlog import RunLog, read_metrics
+from dino_sparo.training import periodic
 from dino_sparo.training import pretrain as program
 from dino_sparo.training.loss import DINOLoss
-from dino_sparo.training.monitor import KnnMonitor
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.setup import build_schedules
 from dino_sparo.training.stopping import BadSteps
@@ -161,11 +161,11 @@ def test_logged_schedules_are_those_of_the_step(finished):
 def test_k_nn_is_of_the_teacher(tmp_path, monkeypatch):
     seen = []
 
-    def evaluate(self, encoder):
+    def evaluate(encoder, *_, **__):
         seen.append({name: value.clone() for name, value in encoder.state_dict().items()})
         return {"knn20_top1": 0.0}
 
-    monkeypatch.setattr(KnnMonitor, "evaluate", evaluate)
+    monkeypatch.setattr(periodic, "evaluate_teacher", evaluate)
     write_pictures(tmp_path / "data", 60, classes=3)
     pretrain(tiny_options(tmp_path / "data", tmp_path / "run", monitor__knn_every_epochs=1))
     state = load_latest(tmp_path / "run")
@@ -178,7 +178,7 @@ def test_speed_and_waiting_share_leave_evaluation_out(tmp_path):
     with RunLog(tmp_path, first_step=0, steps_per_epoch=4, total_steps=8) as run_log:
         with run_log.not_training():
             time.sleep(1)
-        with run_log.waiting_for_data():
+        with run_log.timed("waiting"):
             time.sleep(0.2)
         time.sleep(0.2)
         run_log.scalars(4, {"loss": 1.0}, batch_size=10)

@@ -8,14 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
-from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.runs.checkpoint import load_latest
 from dino_sparo.runs.runlog import read_metrics
 from dino_sparo.training import pretrain as program
-from tests.running import command, logged
+from tests.running import PowerCutError, command, logged, pretrain_until
 from tests.tiny import state_hash, tiny_options, write_pictures
 
 NUM_IMAGES, TOTAL_STEPS = 10, 6  # batch 4: two steps an epoch, two images dropped, three epochs
@@ -35,37 +34,14 @@ def uninterrupted(pictures, tmp_path_factory):
     return run_dir
 
 
-class PowerCutError(Exception):
-    pass
-
-
-def pretrain_until(step: int, options, monkeypatch) -> None:
-    """Run, and break off when `step` steps of this start are done."""
-    original, calls = program.train_step, []
-
-    def breaking(*args, **kwargs):
-        if len(calls) == step:
-            raise PowerCutError
-        calls.append(1)
-        return original(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(program, "train_step", breaking)
-        with pytest.raises(PowerCutError):
-            pretrain(options)
-
-
 def curve(run_dir: Path) -> list[tuple[int, float]]:
     return [(entry["step"], entry["loss"]) for entry in read_metrics(run_dir) if "loss" in entry]
 
 
-def event_steps(run_dir: Path, tag: str = "train/loss") -> list[int]:
-    steps = []
-    for path in sorted((run_dir / "tensorboard").iterdir()):
-        for record in RawEventFileLoader(str(path)).Load():
-            event = Event.FromString(record)
-            steps += [event.step for value in event.summary.value if value.tag == tag]
-    return sorted(steps)
+def event_steps(run_dir: Path) -> list[int]:
+    """Steps that TensorBoard shows."""
+    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    return [event.step for event in events.Scalars("train/loss")]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

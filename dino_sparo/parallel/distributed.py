@@ -169,11 +169,6 @@ class Agreement:
         return agreed
 
 
-def any_rank(flag: Tensor) -> Tensor:
-    """Whether a flag (a scalar) is set in any process: one on the same device, in every process."""
-    return sum_over_ranks(flag.int()) > 0
-
-
 def mean_over_ranks(values: Tensor) -> Tensor:
     """Mean of a tensor over all processes, in place; the tensor itself when there is one."""
     return sum_over_ranks(values).div_(world_size())
