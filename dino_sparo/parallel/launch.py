@@ -77,7 +77,7 @@ def _failed(error: ChildFailedError, num_processes: int, notes: Path) -> int:
             at = read_note(notes, "lost")
             raise UserError(
                 f"process {number} of {num_processes} was ended by {failure.signal_name()}"
-                f"{f' at {at}' if at else ''}, often for want of memory; the same command goes on from the "
-                f"last checkpoint"
+                f"{f' at {at}' if at else ''}, often out of memory; the same command resumes from the last "
+                f"checkpoint"
             ) from error
     return next(failure.exitcode for failure in error.failures.values() if failure.exitcode > 0)

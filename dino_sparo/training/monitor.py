@@ -23,21 +23,14 @@ log = logging.getLogger("dino_sparo")
 
 ALARM_SHARE = 0.01  # of ln K
 ALARM_STEPS, ALARM_ENTRIES = 30, 3
-SIGNS = {
-    "uniform": "the teacher answers all prototypes alike",
-    "one-hot": "the teacher answers with one prototype for certain",
-    "same": "every image gets the same answer",
-}
-_SOFTER = (
+SHARPER = (
+    "a lower loss.teacher_temp, a lower optim.lr_per_256, a larger optim.global_batch_size, or fewer "
+    "head.num_prototypes for small data"
+)
+SOFTER = (
     "a higher loss.teacher_temp with a warm-up, head.norm_last_layer true, a longer "
     "optim.freeze_last_layer_epochs, a lower optim.lr_per_256, or a larger optim.global_batch_size"
 )
-REMEDIES = {
-    "uniform": "a lower loss.teacher_temp, a lower optim.lr_per_256, a larger optim.global_batch_size, or "
-    "fewer head.num_prototypes for small data",
-    "one-hot": _SOFTER,
-    "same": _SOFTER,
-}
 
 
 class KnnImages(NamedTuple):
@@ -107,8 +100,15 @@ class CollapseAlarm:
 
     def check(self, step: int, entropy_teacher: float, entropy_mean: float) -> str | None:
         """Look at the log entry of a step; the alarm's words if it is time for them."""
-        kind = self._sign(entropy_teacher, entropy_mean) if step > self.armed_from_step else ""
-        if not kind:
+        small = ALARM_SHARE * self.log_k
+        sign, remedy = "", SOFTER
+        if entropy_teacher > self.log_k - small:
+            sign, remedy = "the teacher answers all prototypes alike", SHARPER
+        elif entropy_teacher < small:
+            sign = "the teacher answers with one prototype for certain"
+        elif entropy_mean - entropy_teacher < small:
+            sign = "every image gets the same answer"
+        if not sign or step <= self.armed_from_step:
             self._entries, self._told = 0, False
             return None
         self._first_step = self._first_step if self._entries else step
@@ -118,19 +118,10 @@ class CollapseAlarm:
             return None
         self._told = True
         return (
-            f"collapse: {SIGNS[kind]}, and no log entry of the last {steps} steps was healthy (H(p) "
+            f"collapse: {sign}, and no log entry of the last {steps} steps was healthy (H(p) "
             f"{entropy_teacher:.3f}, H(mean p) {entropy_mean:.3f}, ln K {self.log_k:.3f}); training goes on, "
-            f"but in a new run try {REMEDIES[kind]}"
+            f"but in a new run try {remedy}"
         )
-
-    def _sign(self, entropy_teacher: float, entropy_mean: float) -> str:
-        if entropy_teacher > (1 - ALARM_SHARE) * self.log_k:
-            return "uniform"
-        if entropy_teacher < ALARM_SHARE * self.log_k:
-            return "one-hot"
-        if entropy_mean - entropy_teacher < ALARM_SHARE * self.log_k:
-            return "same"
-        return ""
 
 
 def _entropy(probabilities: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from dino_sparo.errors import StoppedError, UserError
 from dino_sparo.files import append_line, write_file
 from dino_sparo.parallel.distributed import first_rank_decides, gather_objects, mean_over_ranks, rank
 from dino_sparo.parallel.precision import autocast
+from dino_sparo.runs.checkpoint import Saver
 from dino_sparo.runs.rundir import MARKER_FILE
 from dino_sparo.runs.runlog import RunLog, read_metrics
-from dino_sparo.runs.saver import Saver
 from dino_sparo.slots.statistics import slot_health
 from dino_sparo.training.monitor import TeacherStatistics, evaluate_teacher, peak_memory_gib
 from dino_sparo.training.optim import set_hyperparameters

@@ -47,10 +47,9 @@ from dino_sparo.parallel.distributed import (
 )
 from dino_sparo.parallel.precision import autocast, choose_precision, plain_attention, set_numerics
 from dino_sparo.recipe.sections import Recipe, smaller_batch, split_batch
-from dino_sparo.runs.checkpoint import check_room, load_latest, set_damaged_aside
+from dino_sparo.runs.checkpoint import Saver, check_room, load_latest, set_damaged_aside
 from dino_sparo.runs.rundir import CONFIG_FILE, check_same_experiment, hold, read_starts, start_run_dir
 from dino_sparo.runs.runlog import RunLog
-from dino_sparo.runs.saver import Saver
 from dino_sparo.training.bad_images import BadImages
 from dino_sparo.training.loss import teacher_probabilities
 from dino_sparo.training.monitor import CollapseAlarm, TeacherStatistics
