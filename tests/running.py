@@ -60,6 +60,11 @@ def environment_of(pid: int) -> dict[str, str]:
     return dict(entry.split("=", 1) for entry in entries if "=" in entry)
 
 
+def of_rank(rank: int, launcher: int) -> int:
+    """The process of this number among those that a launcher has started."""
+    return next(pid for pid in children(launcher) if environment_of(pid)["RANK"] == str(rank))
+
+
 def children(pid: int) -> list[int]:
     """Processes that this one has started."""
     found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, check=False).stdout
