@@ -24,7 +24,7 @@ from dino_sparo.runs.rundir import hold
 from dino_sparo.training import pretrain as program
 from dino_sparo.training.loss import DINOLoss
 from dino_sparo.training.state import capture_state
-from tests.running import command, family, is_gone, of_rank, spawn, wait_for_step
+from tests.running import command, family, finished, is_gone, of_rank, spawn, wait_for_step
 from tests.tiny import state_hash, tiny_options, write_pictures
 
 LONG = {"optim__epochs": 1000, "log__checkpoint_every_minutes": 1e-9}
@@ -213,7 +213,7 @@ def test_only_one_run_trains_in_a_folder(pictures, tmp_path):
     arguments = command(pictures, tmp_path, **LONG)
     with started(arguments) as process:
         wait_for_step(2, tmp_path, process)
-        second = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        second = finished(arguments)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
@@ -252,12 +252,9 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_the_old_one_whole
     before = load_latest(tmp_path)
     config = tmp_path / "config.yaml"
     config.write_text(config.read_text().replace("epochs: 2", "epochs: 9"))
-    limited = subprocess.run(
+    limited = finished(
         command(pictures, tmp_path, **(changes | {"optim__epochs": 9})),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
-        capture_output=True,
-        text=True,
-        check=False,
     )
     assert limited.returncode == 2 and limited.stderr.count("error: ") == 1
     assert re.search(r"step_\d+\.pt \(\d+ bytes\) cannot be written \(", limited.stderr), limited.stderr

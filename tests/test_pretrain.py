@@ -137,7 +137,7 @@ def test_speed_and_waiting_share_leave_evaluation_out(tmp_path):
     with RunLog(tmp_path, first_step=0, steps_per_epoch=4, total_steps=8) as run_log:
         with run_log.not_training():
             time.sleep(1)
-        with run_log.timed("waiting"):
+        with run_log.waiting_for_data():
             time.sleep(0.2)
         time.sleep(0.2)
         run_log.scalars(4, {"loss": 1.0}, batch_size=10)

@@ -216,7 +216,7 @@ class ProbeTraining:
             total_steps=self.epochs * self.steps_per_epoch,
             silent=rank() > 0,
         )
-        with run_log, open_batches(order, lambda: run_log.timed("waiting")) as batches:
+        with run_log, open_batches(order, run_log.waiting_for_data) as batches:
             while self.epochs_done < self.epochs:
                 self._train_epoch(batches, run_log)
                 self.schedule.step()

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -42,7 +42,7 @@ class RunLog:
         self.steps_per_epoch, self.total_steps = steps_per_epoch, total_steps
         self.first_step = self.last_step = first_step
         self.started = self.last_time = time.monotonic()
-        self.seconds = {"waiting": 0.0, "logging": 0.0}  # since the last entry
+        self.seconds_waited = self.seconds_logging = 0.0
         self._bar: tqdm | None = None
         self._postfix: dict[str, str] = {}
         self.silent, self.path = silent, run_dir / METRICS_FILE
@@ -65,11 +65,18 @@ class RunLog:
             self._events.close()
 
     @contextmanager
-    def timed(self, what: Literal["waiting", "logging"]) -> Iterator[None]:
-        """Time spent in here, waiting for data or logging, is logged as a share of all training time."""
+    def waiting_for_data(self) -> Iterator[None]:
+        """Time spent in here is logged as the share of time in which training waited for data."""
         started = time.monotonic()
         yield
-        self.seconds[what] += time.monotonic() - started
+        self.seconds_waited += time.monotonic() - started
+
+    @contextmanager
+    def logging(self) -> Iterator[None]:
+        """Time spent in here is logged, with the next entry, as the share of time that the log took."""
+        started = time.monotonic()
+        yield
+        self.seconds_logging += time.monotonic() - started
 
     @contextmanager
     def not_training(self) -> Iterator[None]:
@@ -107,12 +114,12 @@ class RunLog:
         speed = {
             "seconds": seconds,  # less than since the entry before, after a resume between two entries
             "images_per_second": images_per_second,
-            "data_wait_share": self.seconds["waiting"] / seconds,
-            "log_share": self.seconds["logging"] / seconds,
+            "data_wait_share": self.seconds_waited / seconds,
+            "log_share": self.seconds_logging / seconds,
         }
         self._write("train", step, values | speed)
         self.last_time, self.last_step = now, step
-        self.seconds = dict.fromkeys(self.seconds, 0.0)
+        self.seconds_waited = self.seconds_logging = 0.0
 
         seconds_per_step = (now - self.started) / max(1, step - self.first_step)
         run_left = _duration(seconds_per_step * (self.total_steps - step))

@@ -349,7 +349,7 @@ def train(run: Run, batches: Iterator[Batch], signals: StopSignals, group: Group
             if statistics is not None:
                 report_bad_steps(run, saver, run_log)
                 wait_for(run.device)  # for the steps themselves: what follows is the cost of logging
-                with run_log.timed("logging"):
+                with run_log.logging():
                     log_step(run, run_log, step, hyper, output, statistics)
                 minutes = (time.monotonic() - last_save) / 60
                 save_now |= first_rank_decides(0 < recipe.log.checkpoint_every_minutes <= minutes)
@@ -374,7 +374,7 @@ def readable(run: Run, batches: Iterator[Batch], run_log: RunLog) -> Iterator[Ba
     """Micro-batches as workers hand them over. Raises UnreadableImageError, with a remedy."""
     for _ in range(len(run.order)):
         try:
-            with run_log.timed("waiting"):
+            with run_log.waiting_for_data():
                 batch = next(batches)
         except UnreadableImageError as error:
             remedy = "repair the file, or let another image stand in by data.on_bad_image substitute"
