@@ -58,12 +58,11 @@ class Run:
 def start_state(
     state: TrainState, init: str, encoder: dict[str, Any], *, norm_last_layer: bool, frozen: bool
 ) -> str:
-    """Put the starting weights into a fresh state; what was taken, in words.
+    """Put the starting weights into a fresh state; returns what was taken, in words.
 
     Args:
         init: what holds the weights.
         encoder: the arguments of `build_encoder` by which the state was built.
-        norm_last_layer, frozen: of head and backbone, as in the recipe.
 
     Raises:
         UserError: they cannot be read or do not fit.
