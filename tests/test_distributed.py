@@ -21,11 +21,11 @@ from dino_sparo.runs.checkpoint import load_latest
 from dino_sparo.runs.runlog import read_metrics
 from tests import running
 from tests.running import children, is_gone, of_rank, plant_modules, spawn, wait_for_step
-from tests.tiny import assert_near, build_state, state_hash, tiny_options, write_pictures
+from tests.test_trajectory import TOLERANCE, assert_near
+from tests.tiny import build_state, state_hash, tiny_options, write_pictures
 
 NUM_IMAGES, TOTAL_STEPS = 44, 15  # batch 8: five steps an epoch, three epochs
 PROCESSES = 2
-TOLERANCE = 1e-5  # float32, five steps: other orders of summation, amplified by AdamW's division
 COMMON = {
     "optim__global_batch_size": 8,
     "optim__lr_per_256": 0.1,

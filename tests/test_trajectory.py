@@ -13,11 +13,20 @@ from dino_sparo.training.pretrain import train_step
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.state import state_of
 from tests.conftest import load_golden_arrays
-from tests.tiny import assert_near
 
 NUM_STEPS = 5
 # Float32, five steps: other orders of summation, amplified by AdamW's division.
 TOLERANCE = 1e-5
+# The true gradient of the key bias is zero (softmax drops it), so AdamW divides rounding by rounding.
+KEY_BIAS_TOLERANCE = 1e-2
+
+
+def assert_near(name: str, ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
+    """A parameter after some steps of AdamW that differ in the order of summation."""
+    tolerances = torch.full_like(theirs, tolerance)
+    if name.endswith("qkv.bias"):
+        tolerances.chunk(3)[1].fill_(KEY_BIAS_TOLERANCE)
+    assert ((ours - theirs).abs() <= tolerances).all(), name
 
 
 def golden_model() -> DinoModel:
