@@ -1,7 +1,6 @@
 """The run folder: which experiment it holds, and what is written beside the checkpoints."""
 
 import fcntl
-import json
 import logging
 import os
 import platform
@@ -9,7 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +18,7 @@ import yaml
 
 from dino_sparo import __version__
 from dino_sparo.errors import UserError
-from dino_sparo.files import append_line, named, write_file
+from dino_sparo.files import append_line, named, read_lines, write_file
 from dino_sparo.recipe.files import stored_recipe
 from dino_sparo.recipe.sections import Recipe
 from dino_sparo.recipe.typed import flattened
@@ -107,12 +106,8 @@ def start_run_dir(run_dir: Path, recipe: Recipe, machine: dict[str, Any]) -> Non
 
 
 def read_starts(run_dir: Path) -> list[dict[str, Any]]:
-    """All starts of a run, oldest first; lines that are not whole are left out."""
-    starts, path = [], run_dir / STARTS_FILE
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with suppress(ValueError):
-            starts.append(json.loads(line))
-    return starts
+    """All starts of a run, oldest first."""
+    return read_lines(run_dir / STARTS_FILE)
 
 
 @contextmanager

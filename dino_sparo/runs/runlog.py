@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from dino_sparo.files import named, write_file
+from dino_sparo.files import named, read_lines, write_file
 from dino_sparo.terminal import coloured, shows_bars
 
 log = logging.getLogger("dino_sparo")
@@ -180,14 +180,8 @@ class RunLog:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """All entries of a run's metrics.jsonl, oldest first; none without the file, none after a torn line."""
-    path, entries = run_dir / METRICS_FILE, []
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            break
-    return entries
+    """All entries of a run's metrics.jsonl, oldest first."""
+    return read_lines(run_dir / METRICS_FILE)
 
 
 def _duration(seconds: float) -> str:

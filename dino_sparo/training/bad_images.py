@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dino_sparo.data.loader import Replaced
 from dino_sparo.errors import UserError
-from dino_sparo.files import write_file
+from dino_sparo.files import read_lines, write_file
 from dino_sparo.parallel.distributed import gather_objects, rank
 
 FILE = "bad_images.jsonl"
@@ -29,8 +29,7 @@ class BadImages:
         self.path, self.num_images = run_dir / FILE, num_images
         self._pending: list[Replaced] = []
         self._met: set[str] = set()  # since this start: those listed before may have been repaired
-        listed = self.path.read_text().splitlines() if self.path.exists() else ()
-        self._reasons = {entry["name"]: entry["reason"] for entry in map(json.loads, listed)}
+        self._reasons = {entry["name"]: entry["reason"] for entry in read_lines(self.path)}
 
     def __len__(self) -> int:
         return len(self._reasons)
