@@ -61,8 +61,9 @@ class RunLog:
         if self._bar is not None:
             self._bar.close()
         if not self.silent:
-            self._metrics.close()
-            self._events.close()
+            with named(self.path):
+                self._metrics.close()
+                self._events.close()
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
