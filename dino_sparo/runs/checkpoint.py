@@ -5,10 +5,11 @@ import logging
 import os
 import re
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -70,31 +71,11 @@ def save_checkpoint(state: dict[str, Any], run_dir: Path, *, step: int, keep_eve
 
 
 class Saver:
-    """Writes the checkpoints of a run in a thread, one at a time; what is left is written when it is closed.
+    """Writes the checkpoints of a run in a thread, one at a time; made by `saving`."""
 
-    Args:
-        run_dir: folder of the run.
-        keep_every_steps: as for `save_checkpoint`.
-        saved: the step of the checkpoint that the run goes on from, 0 without one.
-    """
-
-    def __init__(self, run_dir: Path, keep_every_steps: int, saved: int) -> None:
+    def __init__(self, run_dir: Path, thread: Executor, *, keep_every_steps: int, saved: int) -> None:
         self.run_dir, self.keep_every_steps, self.saved = run_dir, keep_every_steps, saved
-        self._thread = ThreadPoolExecutor(1, "checkpoints")
-        self._writing: list[Future] = []  # the last one, or none
-        self._finished_first = finished_first(lambda seconds: wait(self._writing, timeout=seconds))
-
-    def __enter__(self) -> "Saver":
-        self._finished_first.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._thread.shutdown()
-        self._finished_first.__exit__(kind, error, trace)
-        if error is None:
-            self.wait()
+        self.thread, self.writing = thread, list[Future]()  # the last one, or none
 
     def save(self, state: dict[str, Any], step: int) -> None:
         """Copy the state and return; waits for the checkpoint before, if that is still being written.
@@ -106,9 +87,8 @@ class Saver:
         if step == self.saved > 0:
             return
         self.saved = step
-        copy = _copied(state)
         write = partial(save_checkpoint, step=step, keep_every_steps=self.keep_every_steps)
-        self._writing = [self._thread.submit(write, copy, self.run_dir)]
+        self.writing = [self.thread.submit(write, _copied(state), self.run_dir)]
 
     def wait(self) -> None:
         """Until the last checkpoint is on disk.
@@ -116,13 +96,28 @@ class Saver:
         Raises:
             UserError: it could not be written.
         """
-        for writing in self._writing:
+        for writing in self.writing:
             writing.result()
 
     def check(self) -> None:
         """Raise what went wrong with the last checkpoint, if that is known; waits for nothing."""
-        if all(writing.done() for writing in self._writing):
+        if all(writing.done() for writing in self.writing):
             self.wait()
+
+
+@contextmanager
+def saving(run_dir: Path, *, keep_every_steps: int, saved: int) -> Iterator[Saver]:
+    """What writes a run's checkpoints; what is left is written when the block ends, also after an error.
+
+    Args:
+        keep_every_steps: as for `save_checkpoint`.
+        saved: the step of the checkpoint that the run resumes from, 0 without one.
+    """
+    thread = ThreadPoolExecutor(1, "checkpoints")
+    saver = Saver(run_dir, thread, keep_every_steps=keep_every_steps, saved=saved)
+    with finished_first(lambda seconds: wait(saver.writing, timeout=seconds)), thread:
+        yield saver
+    saver.wait()
 
 
 def check_room(run_dir: Path, size: int) -> None:

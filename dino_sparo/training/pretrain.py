@@ -47,7 +47,7 @@ from dino_sparo.parallel.distributed import (
 )
 from dino_sparo.parallel.precision import autocast, choose_precision, plain_attention, set_numerics
 from dino_sparo.recipe.sections import Recipe, smaller_batch, split_batch
-from dino_sparo.runs.checkpoint import Saver, check_room, load_latest, set_damaged_aside
+from dino_sparo.runs.checkpoint import check_room, load_latest, saving, set_damaged_aside
 from dino_sparo.runs.rundir import CONFIG_FILE, check_same_experiment, hold, read_starts, start_run_dir
 from dino_sparo.runs.runlog import RunLog
 from dino_sparo.training.bad_images import BadImages
@@ -313,7 +313,7 @@ def train(run: Run, batches: Iterator[Batch], signals: StopSignals, group: Group
     last_save = time.monotonic()
     to_stop = Agreement()
     with (
-        Saver(run.run_dir, keep_every_steps, saved=run.first_step) as saver,
+        saving(run.run_dir, keep_every_steps=keep_every_steps, saved=run.first_step) as saver,
         RunLog(
             run.run_dir,
             first_step=run.first_step,
