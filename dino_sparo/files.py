@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 log = logging.getLogger("dino_sparo")
 
@@ -78,6 +78,15 @@ def append_line(path: Path, entry: Mapping[str, object]) -> None:
     """Add an object to a file of JSON lines. Raises OSError."""
     with named(path), open(path, "a") as file:
         file.write(json.dumps(entry) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All objects of a file of JSON lines; none without the file, and none from a line that is not whole."""
+    entries = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with suppress(ValueError):
+            entries.append(json.loads(line))
+    return entries
 
 
 def cache_folder() -> Path:

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch.multiprocessing as mp
 
+from dino_sparo.cli.pretraining import PretrainOptions, pretrain
 from dino_sparo.runs.runlog import read_metrics
+from dino_sparo.training import pretrain as program
 from tests.tiny import tiny_arguments
 
 
@@ -18,6 +20,11 @@ def command(data: Path, run_dir: Path, processes: int = 1, **changes) -> list[st
     """The command line of a tiny run."""
     arguments = tiny_arguments(data, run_dir, **changes)
     return [sys.executable, "-m", "dino_sparo", "pretrain", *arguments, f"--nproc={processes}"]
+
+
+def finished(command: list[str], **options) -> subprocess.CompletedProcess[str]:
+    """A program that has ended, with what it has printed."""
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
 
 def wait_for_step(step: int, run_dir: Path, process: subprocess.Popen) -> None:
@@ -80,3 +87,28 @@ def spawn(function: Callable, *arguments: object, processes: int) -> None:
         patch.setenv("MASTER_ADDR", "localhost")
         patch.setenv("MASTER_PORT", str(port))
         mp.spawn(function, arguments, nprocs=processes)
+
+
+def of_rank(rank: int, launcher: int) -> int:
+    """The process of this number among those that a launcher has started."""
+    return next(pid for pid in children(launcher) if environment_of(pid)["RANK"] == str(rank))
+
+
+class PowerCutError(Exception):
+    """What breaks off a run."""
+
+
+def pretrain_until(step: int, options: PretrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run, and break off when `step` steps of this start are done."""
+    original, calls = program.train_step, []
+
+    def breaking(*args, **kwargs):
+        if len(calls) == step:
+            raise PowerCutError
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "train_step", breaking)
+        with pytest.raises(PowerCutError):
+            pretrain(options)

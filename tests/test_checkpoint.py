@@ -2,9 +2,7 @@
 
 import hashlib
 import os
-import pickle
 import resource
-import shutil
 import subprocess
 
 import pytest
@@ -47,10 +45,9 @@ def test_damaged_newer_ones_do_not_push_out_what_is_saved_after_a_fallback(tmp_p
     assert "step_000000022.pt.damaged" in names(tmp_path)  # nothing of the user's is deleted
 
 
-def test_damaged_hash_and_strange_names(tmp_path):
-    save_steps(tmp_path, 5, 9)
+def test_strange_names_are_no_checkpoints(tmp_path):
+    save_steps(tmp_path, 5)
     folder = tmp_path / "checkpoints"
-    (folder / "step_000000009.pt.sha256").write_bytes(b"\xff\xfe\x80")
     for name in ("step_best.pt", "step_000000011 (copy).pt"):
         (folder / name).write_bytes(b"x")
     assert load_latest(tmp_path)["step"] == 5
@@ -64,18 +61,7 @@ def test_one_of_every_so_many_epochs_is_written_for_keeping(tmp_path):
     assert steps == [3, 6, 8, 9]
 
 
-def test_a_checkpoint_without_its_hash_is_refused_by_name_unless_trusted(tmp_path, caplog):
-    save_steps(tmp_path, 5, 9)
-    (tmp_path / "checkpoints" / "step_000000009.pt.sha256").unlink()
-    with pytest.raises(
-        UserError, match=r"step_000000009\.pt: step_0\S+\.sha256 is missing.*--resume_unverified"
-    ):
-        load_latest(tmp_path)
-    assert load_latest(tmp_path, unverified=True)["step"] == 9
-    assert "step_000000009.pt is not verified" in caplog.text
-
-
-def test_resume_refuses_a_checkpoint_without_its_hash(tmp_path, capsys):
+def test_a_checkpoint_without_its_hash_is_refused_by_name_unless_trusted(tmp_path, capsys, caplog):
     write_pictures(tmp_path / "data", 4)
     arguments = ["pretrain", *tiny_arguments(tmp_path / "data", tmp_path / "run", optim__epochs=2)]
     assert main(arguments) == 0
@@ -84,6 +70,7 @@ def test_resume_refuses_a_checkpoint_without_its_hash(tmp_path, capsys):
     capsys.readouterr()
     assert main(arguments) == 2 and "step_000000002.pt.sha256 is missing" in capsys.readouterr().err
     assert main([*arguments, "--resume_unverified"]) == 0
+    assert "step_000000002.pt is not verified" in caplog.text
     assert main(arguments) == 2, "what was trusted once is trusted for good"
 
 
@@ -95,13 +82,15 @@ def test_hash_file_is_what_sha256sum_reads(tmp_path):
     subprocess.run(["sha256sum", "--check", "--quiet", "step_000000001.pt.sha256"], cwd=folder, check=True)
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "hash"])
 def test_damaged_checkpoint_is_named_and_the_previous_one_used(tmp_path, damage, caplog):
     save_steps(tmp_path, 5, 9)
     path = tmp_path / "checkpoints" / "step_000000009.pt"
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes({"flip": content, "truncate": content[:-100], "empty": b""}[damage])
+    content[len(content) // 2] ^= damage == "flip"
+    if damage == "hash":
+        path.with_name(f"{path.name}.sha256").write_bytes(b"\xff\xfe\x80")
+    path.write_bytes({"truncate": content[:-100], "empty": b""}.get(damage, content))
     assert load_latest(tmp_path)["step"] == 5
     assert "step_000000009.pt is damaged" in caplog.text and "WARNING" in caplog.text
 
@@ -122,25 +111,19 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     assert load_latest(tmp_path)["step"] == 5
 
 
-def test_pickled_code_is_refused_and_not_run(tmp_path):
+def test_files_of_others_are_refused_and_their_code_is_not_run(tmp_path):
     class Malicious:
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / "hacked"),))
 
     path = tmp_path / "evil.pt"
-    path.write_bytes(pickle.dumps({"format": 1, "x": Malicious()}))
-    with pytest.raises(UserError, match=r"is refused: it would load posix\.mkdir"):
-        load_checkpoint(path)
     torch.save({"format": 1, "x": Malicious()}, path)
     with pytest.raises(UserError, match=r"is refused: it would load posix\.mkdir"):
         load_checkpoint(path)
     assert not (tmp_path / "hacked").exists()
-
-
-def test_file_of_another_project(tmp_path):
-    torch.save({"model": {}}, tmp_path / "other.pt")
+    torch.save({"model": {}}, path)
     with pytest.raises(UserError, match="no checkpoint of dino-sparo"):
-        load_checkpoint(tmp_path / "other.pt")
+        load_checkpoint(path)
 
 
 def test_whole_state_is_in_it(run_dir):
@@ -156,31 +139,12 @@ def test_a_file_that_cannot_be_written_whole_leaves_the_old_ones(tmp_path, limit
     before = names(tmp_path)
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
+    message = r"step_000000003\.pt \(\d+ bytes\) cannot be written \(.*\); make room or give"
     try:
-        with pytest.raises(
-            UserError, match=r"step_000000003\.pt \(\d+ bytes\) cannot be written \(.*\); make room or give"
-        ):
+        with pytest.raises(UserError, match=message):
             save_steps(tmp_path, 3)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     assert set(names(tmp_path)) - {"writing.tmp"} == set(before) and load_latest(tmp_path)["step"] == 2
     save_steps(tmp_path, 3)
     assert load_latest(tmp_path)["step"] == 3
-
-
-def test_a_folder_that_is_a_file_is_told(tmp_path):
-    (tmp_path / "checkpoints").write_text("")
-    with pytest.raises(
-        UserError,
-        match=r"step_000000001\.pt \(\d+ bytes\) cannot be written \(.*\); make room or give",
-    ):
-        save_steps(tmp_path, 1)
-
-
-def test_room_is_looked_for_before_writing(tmp_path, monkeypatch):
-    save_steps(tmp_path, 1)
-    before = names(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
-    with pytest.raises(UserError, match=r"a checkpoint needs \d+ bytes .* but only 10 .* make room"):
-        save_steps(tmp_path, 2)
-    assert names(tmp_path) == before and load_latest(tmp_path)["step"] == 1

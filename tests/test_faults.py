@@ -16,7 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.errors import EXIT_USER_ERROR, UserError
-from dino_sparo.parallel import launch
+from dino_sparo.parallel.launch import status_after
 from dino_sparo.parallel.processes import only_writer
 from dino_sparo.runs import checkpoint
 from dino_sparo.runs.checkpoint import load_latest
@@ -24,7 +24,7 @@ from dino_sparo.runs.rundir import hold
 from dino_sparo.training import pretrain as program
 from dino_sparo.training.loss import DINOLoss
 from dino_sparo.training.state import capture_state
-from tests.running import children, command, environment_of, family, is_gone, spawn, wait_for_step
+from tests.running import command, family, finished, is_gone, of_rank, spawn, wait_for_step
 from tests.tiny import state_hash, tiny_options, write_pictures
 
 LONG = {"optim__epochs": 1000, "log__checkpoint_every_minutes": 1e-9}
@@ -37,39 +37,54 @@ def pictures(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("victim", ["0", "1"])
-def test_a_killed_process_ends_the_others(victim, pictures, tmp_path):
-    arguments = command(pictures, tmp_path, 2, machine__num_workers=1, **LONG)
-    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
-        wait_for_step(4, tmp_path, process)
-        everyone = family(process.pid)
-        os.kill(
-            next(pid for pid in children(process.pid) if environment_of(pid)["RANK"] == victim),
-            signal.SIGKILL,
-        )
-        killed = time.monotonic()
-        said = process.communicate(timeout=60)[1]
-    assert time.monotonic() - killed < 30 and process.returncode == 2
-    assert re.search(
-        rf"error: process {victim} of 2 was ended by SIGKILL at step \d+, often for want of", said
-    )
+def started(arguments: list[str], **environment: str) -> subprocess.Popen:
+    """A run whose messages are kept."""
+    return subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
+
+
+def stopped_step(run_dir: Path) -> int:
+    """The step of the marker that a stopped run leaves."""
+    return json.loads((run_dir / "stopped.json").read_text())["step"]
+
+
+# --- A process is killed
+
+
+def killed(process: subprocess.Popen, rank: int) -> str:
+    """Kill one of two processes; what the other one and the launcher say, who end in time and only once."""
+    everyone = family(process.pid)
+    os.kill(of_rank(rank, process.pid), signal.SIGKILL)
+    moment = time.monotonic()
+    said = process.communicate(timeout=60)[1]
+    assert time.monotonic() - moment < 30 and process.returncode == 2
     assert said.count("error: ") == 1 and "Traceback" not in said
     assert all(is_gone(pid) for pid in everyone)
+    return said
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_others(victim, pictures, tmp_path):
+    with started(command(pictures, tmp_path, 2, machine__num_workers=1, **LONG)) as process:
+        wait_for_step(4, tmp_path, process)
+        said = killed(process, victim)
+    message = rf"error: process {victim} of 2 was ended by SIGKILL at step \d+, often out of memory"
+    assert re.search(message, said)
     assert load_latest(tmp_path)["step"] >= 3
 
 
-def test_a_killed_launcher_leaves_nobody_behind(pictures, tmp_path):
-    arguments = command(pictures, tmp_path, 2, machine__num_workers=1, **LONG)
-    with subprocess.Popen(arguments, stderr=subprocess.DEVNULL) as process:
+@pytest.mark.parametrize(("processes", "workers", "members"), [(1, 2, 3), (2, 1, 5)])
+def test_a_killed_launcher_or_run_leaves_nobody_behind(processes, workers, members, pictures, tmp_path):
+    with started(command(pictures, tmp_path, processes, machine__num_workers=workers, **LONG)) as process:
         wait_for_step(4, tmp_path, process)
         everyone = family(process.pid)
         process.kill()
-    assert len(everyone) == 5 and all(is_gone(pid) for pid in everyone)
-    assert json.loads((tmp_path / "stopped.json").read_text())["step"] == load_latest(tmp_path)["step"]
+    assert len(everyone) == members and all(is_gone(pid) for pid in everyone)
+    if processes == 2:  # the launcher was killed, the run was told to stop
+        assert stopped_step(tmp_path) == load_latest(tmp_path)["step"]
 
 
 def test_a_launcher_killed_before_the_processes_have_met_leaves_nobody_behind(pictures, tmp_path):
-    with subprocess.Popen(command(pictures, tmp_path, 2, **LONG), stderr=subprocess.DEVNULL) as process:
+    with started(command(pictures, tmp_path, 2, **LONG)) as process:
         while len(family(process.pid)) < 3:
             time.sleep(0.01)
         everyone = family(process.pid)
@@ -86,32 +101,6 @@ def slow(descriptor):
     flush(descriptor)
 os.fsync = slow
 """
-
-
-@pytest.fixture
-def slow_saves(tmp_path) -> dict[str, str]:
-    """An environment in which each part of a save takes a second."""
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(SLOW_SAVES)
-    return os.environ | {"PYTHONPATH": f"{tmp_path / 'site'}:{os.environ.get('PYTHONPATH', '.')}"}
-
-
-def test_a_checkpoint_that_is_being_written_survives_the_loss_of_a_process(pictures, slow_saves, tmp_path):
-    run_dir = tmp_path / "run"
-    arguments = command(pictures, run_dir, 2, log__checkpoint_every_epochs=1, optim__epochs=1000)
-    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=slow_saves) as process:
-        while not (run_dir / "checkpoints" / "writing.tmp").exists():
-            time.sleep(0.01)
-            assert process.poll() is None
-        os.kill(
-            next(pid for pid in children(process.pid) if environment_of(pid)["RANK"] == "1"), signal.SIGKILL
-        )
-        killed = time.monotonic()
-        said = process.communicate(timeout=60)[1]
-    assert time.monotonic() - killed < 30 and "process 1 of 2 was ended by SIGKILL" in said
-    assert load_latest(run_dir)["step"] >= 3
-
-
 BLOCKED_SAVE = """
 import ctypes, os, threading
 flush, saved = os.fsync, []
@@ -126,37 +115,60 @@ os.fsync = blocked
 """
 
 
-@pytest.mark.long  # nobody ends it before 23 seconds have passed
-def test_a_process_that_is_blocked_outside_of_python_is_ended_too(pictures, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(BLOCKED_SAVE)
-    path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '.')}"
+def with_site(folder: Path, code: str) -> str:
+    """A PYTHONPATH by which every process that starts runs this code first."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(code)
+    return f"{folder}:{os.environ.get('PYTHONPATH', '.')}"
+
+
+@pytest.mark.parametrize(
+    ("code", "saved"),
+    [(SLOW_SAVES, None), pytest.param(BLOCKED_SAVE, 3, marks=pytest.mark.long)],  # ended after 23 seconds
+    ids=["slow", "blocked outside of Python"],
+)
+def test_a_process_is_lost_while_a_checkpoint_is_written(code, saved, pictures, tmp_path):
     run_dir, blocked = tmp_path / "run", tmp_path / "blocked"
-    with subprocess.Popen(
-        command(pictures, run_dir, 2, log__checkpoint_every_epochs=1, optim__epochs=1000),
-        env=os.environ | {"PYTHONPATH": path, "BLOCKED": str(blocked)},
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        while not blocked.exists():
+    seen = blocked if saved else run_dir / "checkpoints" / "writing.tmp"
+    arguments = command(pictures, run_dir, 2, log__checkpoint_every_epochs=1, optim__epochs=1000)
+    path = with_site(tmp_path / "site", code)
+    with started(arguments, PYTHONPATH=path, BLOCKED=str(blocked)) as process:
+        while not seen.exists():
             time.sleep(0.01)
             assert process.poll() is None
-        everyone = family(process.pid)
-        os.kill(
-            next(pid for pid in children(process.pid) if environment_of(pid)["RANK"] == "1"), signal.SIGKILL
-        )
-        killed = time.monotonic()
-        said = process.communicate(timeout=60)[1]
-    assert time.monotonic() - killed < 30 and process.returncode == 2
-    assert said.count("error: ") == 1 and "process 1 of 2 was ended by SIGKILL" in said
-    assert all(is_gone(pid) for pid in everyone)
-    assert load_latest(run_dir)["step"] == 3
+        assert "process 1 of 2 was ended by SIGKILL" in killed(process, 1)
+    step = load_latest(run_dir)["step"]
+    assert step == saved if saved else step >= 3
 
 
-@pytest.mark.long
-def test_many_signals_to_the_launcher_are_one(pictures, slow_saves, tmp_path):
-    run_dir = tmp_path / "run"
-    arguments = command(pictures, run_dir, 2, **(LONG | {"log__checkpoint_every_minutes": 0}))
-    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=slow_saves) as process:
+@pytest.mark.parametrize(
+    ("codes", "named"),
+    [
+        ({0: EXIT_USER_ERROR, 1: -signal.SIGTERM}, None),  # the launcher ended the other one
+        ({0: EXIT_USER_ERROR}, None),
+        ({1: -9, 0: -15}, 1),
+        ({0: EXIT_USER_ERROR, 1: -9}, 1),
+        ({1: -15, 0: -15}, 1),
+    ],
+)
+def test_a_process_that_the_launcher_did_not_end_is_named(codes, named, tmp_path):
+    failures = {number: ProcessFailure(number, 1, code, "no file") for number, code in codes.items()}
+    error = ChildFailedError("test", failures)
+    if named is None:
+        assert status_after(error, 2, tmp_path) == EXIT_USER_ERROR
+    else:
+        with pytest.raises(UserError, match=f"process {named} of 2 was ended by SIG"):
+            status_after(error, 2, tmp_path)
+
+
+# --- A run is told to stop
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_many_signals_are_one(processes, pictures, tmp_path):
+    run_dir, path = tmp_path / "run", with_site(tmp_path / "site", SLOW_SAVES)
+    arguments = command(pictures, run_dir, processes, **(LONG | {"log__checkpoint_every_minutes": 0}))
+    with started(arguments, PYTHONPATH=path) as process:
         wait_for_step(4, run_dir, process)
         everyone = family(process.pid)
         while process.poll() is None:
@@ -165,33 +177,19 @@ def test_many_signals_to_the_launcher_are_one(pictures, slow_saves, tmp_path):
         said = process.stderr.read()
     assert process.returncode == 75 and said.count("stopped by SIGINT") == 1 and "Traceback" not in said
     assert all(is_gone(pid) for pid in everyone)
-    assert json.loads((run_dir / "stopped.json").read_text())["step"] == load_latest(run_dir)["step"]
+    assert stopped_step(run_dir) == load_latest(run_dir)["step"]
 
 
 def test_a_signal_to_one_process_stops_all(pictures, tmp_path):
-    arguments = command(pictures, tmp_path, 2, **LONG)
-    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
+    with started(command(pictures, tmp_path, 2, **LONG)) as process:
         wait_for_step(4, tmp_path, process)
-        os.kill(
-            next(pid for pid in children(process.pid) if environment_of(pid)["RANK"] == "1"), signal.SIGUSR1
-        )
+        os.kill(of_rank(1, process.pid), signal.SIGUSR1)
         said = process.communicate(timeout=60)[1]
     assert process.returncode == 75 and said.count("stopped by SIGUSR1") == 1 and "Traceback" not in said
-    assert json.loads((tmp_path / "stopped.json").read_text())["step"] == load_latest(tmp_path)["step"]
+    assert stopped_step(tmp_path) == load_latest(tmp_path)["step"]
 
 
-@pytest.mark.parametrize("other", [-signal.SIGTERM, None])
-def test_processes_that_the_launcher_ends_are_no_failure(other, tmp_path):
-    codes = {0: EXIT_USER_ERROR} | ({} if other is None else {1: other})
-    failures = {number: ProcessFailure(number, 1, code, "no file") for number, code in codes.items()}
-    assert launch._failed(ChildFailedError("test", failures), 2, tmp_path) == EXIT_USER_ERROR
-
-
-@pytest.mark.parametrize("codes", [{1: -9, 0: -15}, {0: EXIT_USER_ERROR, 1: -9}, {1: -15, 0: -15}])
-def test_a_process_that_somebody_else_ended_is_named(codes, tmp_path):
-    failures = {number: ProcessFailure(number, 1, code, "no file") for number, code in codes.items()}
-    with pytest.raises(UserError, match="process 1 of 2 was ended by SIG"):
-        launch._failed(ChildFailedError("test", failures), 2, tmp_path)
+# --- One run in a folder
 
 
 def test_two_first_starts_in_one_folder(pictures, tmp_path, monkeypatch):
@@ -206,45 +204,16 @@ def test_two_first_starts_in_one_folder(pictures, tmp_path, monkeypatch):
 
     options = tiny_options(pictures, tmp_path / "run")
     monkeypatch.setattr(program, "prepare", while_another_one_trains)
-    with pytest.raises(UserError, match="another start has trained there meanwhile; start again"):
+    with pytest.raises(UserError, match="another start has trained there; start again"):
         pretrain(options)
     assert load_latest(tmp_path / "run")["step"] == 9
 
 
-def test_a_disk_that_gets_full_is_told(pictures, tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device", "metrics.jsonl")
-
-    monkeypatch.setattr(program.RunLog, "scalars", full)
-    message = r"metrics.jsonl cannot be written \(No space left on device; \d+ bytes are free\); make room"
-    with pytest.raises(UserError, match=message):
-        pretrain(tiny_options(pictures, tmp_path / "run"))
-
-
-def test_data_workers_do_not_outlive_a_killed_process(pictures, tmp_path):
-    arguments = command(pictures, tmp_path, machine__num_workers=2, **LONG)
-    with subprocess.Popen(arguments, stderr=subprocess.DEVNULL) as process:
-        wait_for_step(4, tmp_path, process)
-        everyone = family(process.pid)
-        process.kill()
-    assert len(everyone) == 3 and all(is_gone(pid) for pid in everyone)
-
-
-def test_a_second_signal_changes_nothing(pictures, tmp_path):
-    with subprocess.Popen(command(pictures, tmp_path, **LONG), stderr=subprocess.PIPE, text=True) as process:
-        wait_for_step(4, tmp_path, process)
-        while process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-        said = process.stderr.read()
-    assert process.returncode == 75 and said.count("stopped by SIGTERM") == 1
-    assert json.loads((tmp_path / "stopped.json").read_text())["step"] == load_latest(tmp_path)["step"]
-
-
 def test_only_one_run_trains_in_a_folder(pictures, tmp_path):
     arguments = command(pictures, tmp_path, **LONG)
-    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
+    with started(arguments) as process:
         wait_for_step(2, tmp_path, process)
-        second = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        second = finished(arguments)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
@@ -254,41 +223,38 @@ def test_only_one_run_trains_in_a_folder(pictures, tmp_path):
         pass  # the lock is free again
 
 
-def test_file_systems_without_locks(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize(("function", "lock"), [("lockf", hold), ("flock", only_writer)])
+def test_file_systems_without_locks_are_told(function, lock, tmp_path, monkeypatch, caplog):
     def missing(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(fcntl, "lockf", missing)
-    with hold(tmp_path / "run"):
-        assert "has no locks; start only one run there" in caplog.text
+    monkeypatch.setattr(fcntl, function, missing)
+    with caplog.at_level("INFO", logger="dino_sparo"), lock(tmp_path):
+        assert "has no locks" in caplog.text
 
 
-def no_files_above(size: int) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+# --- Disks
 
 
-def test_a_folder_without_locks_can_be_written(tmp_path, monkeypatch, caplog):
-    def no_locks(*_):
-        raise OSError(38, "Function not implemented")
+def test_a_disk_that_gets_full_is_told(pictures, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "metrics.jsonl")
 
-    monkeypatch.setattr(fcntl, "flock", no_locks)
-    with caplog.at_level("INFO"), only_writer(tmp_path):
-        assert "has no locks; do not write to this folder twice" in caplog.text
+    monkeypatch.setattr(program.RunLog, "scalars", full)
+    message = r"metrics.jsonl cannot be read or written \(No space left on device\); make room there"
+    with pytest.raises(UserError, match=message):
+        pretrain(tiny_options(pictures, tmp_path / "run"))
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_the_old_one_whole(pictures, tmp_path):
     changes = {"optim__epochs": 2, "log__checkpoint_every_epochs": 1}
     pretrain(tiny_options(pictures, tmp_path, **changes))
     before = load_latest(tmp_path)
-    (tmp_path / "config.yaml").write_text(
-        (tmp_path / "config.yaml").read_text().replace("epochs: 2", "epochs: 9")
-    )
-    limited = subprocess.run(
+    config = tmp_path / "config.yaml"
+    config.write_text(config.read_text().replace("epochs: 2", "epochs: 9"))
+    limited = finished(
         command(pictures, tmp_path, **(changes | {"optim__epochs": 9})),
-        preexec_fn=lambda: no_files_above(50_000),
-        capture_output=True,
-        text=True,
-        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
     )
     assert limited.returncode == 2 and limited.stderr.count("error: ") == 1
     assert re.search(r"step_\d+\.pt \(\d+ bytes\) cannot be written \(", limited.stderr), limited.stderr

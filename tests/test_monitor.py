@@ -17,7 +17,8 @@ from dino_sparo.training.monitor import (
     ALARM_STEPS,
     CollapseAlarm,
     TeacherStatistics,
-    open_knn_monitor,
+    evaluate_teacher,
+    open_knn_images,
 )
 from tests.tiny import tiny_options, write_pictures
 
@@ -33,13 +34,11 @@ def metrics(teacher_logits, encodings=None, parts=1):
 
 
 def test_uniform_and_one_hot_teachers():
-    uniform = metrics(torch.zeros(K, K))
-    assert uniform["entropy_teacher"] == uniform["entropy_mean"] == pytest.approx(math.log(K))
-    spread = metrics(1000 * torch.eye(K))
-    assert spread["entropy_teacher"] == pytest.approx(0) and spread["entropy_mean"] == pytest.approx(
-        math.log(K)
-    )
+    log_k = pytest.approx(math.log(K))
+    uniform, spread = metrics(torch.zeros(K, K)), metrics(1000 * torch.eye(K))
     one_answer = metrics(1000 * torch.eye(K)[:1].repeat(K, 1))
+    assert uniform["entropy_teacher"] == uniform["entropy_mean"] == spread["entropy_mean"] == log_k
+    assert spread["entropy_teacher"] == pytest.approx(0)
     assert one_answer["entropy_mean"] == pytest.approx(0)
 
 
@@ -55,56 +54,33 @@ def test_micro_batches_make_the_numbers_of_the_whole_batch():
 
 
 def test_feature_std_is_one_on_the_sphere_and_zero_when_collapsed():
-    assert metrics(torch.zeros(4096, K), encodings=torch.randn(4096, 64))["feature_std"] == pytest.approx(
-        1, abs=0.02
-    )
-    assert metrics(torch.zeros(8, K), encodings=torch.ones(8, 64))["feature_std"] == pytest.approx(
-        0, abs=1e-6
-    )
-
-
-def open_monitor(data, path=None, images_per_class=None):
-    return open_knn_monitor(
-        path=path,
-        data_path=data,
-        images_per_class=images_per_class,
-        image_size=16,
-        num_workers=0,
-        timeout_seconds=60,
-    )
+    for encodings, expected, tolerance in (
+        (torch.randn(4096, 64), 1, 0.02),
+        (torch.ones(8, 64), 0, 1e-6),
+    ):
+        found = metrics(torch.zeros(len(encodings), K), encodings)
+        assert found["feature_std"] == pytest.approx(expected, abs=tolerance)
 
 
 def test_monitor_needs_classes_and_says_what_is_missing(tmp_path, caplog):
     caplog.set_level("INFO", logger="dino_sparo")
     write_pictures(tmp_path / "one", 40)
     write_pictures(tmp_path / "few", 12, classes=2)
-    for name, message in (
-        ("one", "one class only"),
-        ("one/train/class0", "not in class"),
-        ("few", "10 gallery"),
-    ):
+    missing = {"one/train/class0": "not in class folders", "few": "10 gallery and 2 test images"}
+    for name, message in (missing | {"one": "one class only"}).items():
         caplog.clear()
-        assert open_monitor(str(tmp_path / name)) is None
-        assert message in caplog.text
-        assert "no k-NN while training" in caplog.text
-    for name, message in (
-        ("one/train/class0", "not in class folders"),
-        ("few", "10 gallery and 2 test images"),
-    ):
+        assert open_knn_images(None, str(tmp_path / name), None) is None
+        assert message in caplog.text and "no k-NN while training" in caplog.text
+    missing["nowhere"] = r"^monitor\.knn_path '.*nowhere' does not exist"
+    for name, message in missing.items():
         with pytest.raises(UserError, match=message):
-            open_monitor("anywhere", path=str(tmp_path / name))
-
-
-def test_error_names_the_option_that_is_wrong(tmp_path):
-    with pytest.raises(UserError, match=r"^monitor\.knn_path '.*nowhere' does not exist"):
-        open_monitor("anywhere", path=str(tmp_path / "nowhere"))
+            open_knn_images(str(tmp_path / name), "anywhere", None)
 
 
 def test_monitor_takes_so_many_a_class(tmp_path):
     write_pictures(tmp_path, 200, classes=2)
-    monitor = open_monitor(str(tmp_path), images_per_class=15)
-    assert (len(monitor.train), len(monitor.test)) == (30, 30)
-    assert (len(open_monitor(str(tmp_path)).train), len(open_monitor(str(tmp_path)).test)) == (160, 40)
+    for number, sizes in ((15, [30, 30]), (None, [160, 40])):
+        assert [len(images) for images in open_knn_images(None, str(tmp_path), number)] == sizes
 
 
 # --- Collapse
@@ -215,10 +191,9 @@ def test_a_run_is_warned_of_a_collapse_and_only_then(
 
 def test_an_encoder_that_answers_with_zeros_ends_the_run_in_words(tmp_path):
     write_pictures(tmp_path, 60, classes=2)
-    monitor = open_monitor(str(tmp_path))
     encoder = build_encoder({"width": 16, "depth": 2, "num_heads": 2}, 8, 16, readout="cls").eval()
     with torch.no_grad():
         encoder.backbone.norm.weight.zero_()
         encoder.backbone.norm.bias.zero_()
     with pytest.raises(UserError, match="k-NN while training: the feature of test image 0 is zero"):
-        monitor.evaluate(encoder)
+        evaluate_teacher(encoder, open_knn_images(None, str(tmp_path), None), image_size=16)

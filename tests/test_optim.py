@@ -1,7 +1,5 @@
 """Clipping, freezing, teacher and weight decay against their formulas."""
 
-import contextlib
-
 import pytest
 import torch
 from torch import nn
@@ -9,10 +7,9 @@ from torch import nn
 from dino_sparo.models import DINOHead, DinoModel, build_encoder
 from dino_sparo.training.loss import DINOLoss
 from dino_sparo.training.optim import clip_gradients_per_parameter, parameter_groups
-from dino_sparo.training.pretrain import train_step
-from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.state import state_of
 from dino_sparo.training.teacher import update_teacher
+from tests.tiny import one_step
 
 
 def test_each_tensor_is_clipped_by_its_own_norm():
@@ -69,10 +66,6 @@ def test_frozen_last_layer_neither_moves_nor_counts(freeze):
     state = state_of(student, model(), DINOLoss(16), torch.device("cpu"), loss_scaling=False)
     prototypes = student.head.last_layer.parametrizations.weight.original1
     before = prototypes.detach().clone()
-    hyper = Hyperparameters(
-        lr=0.1, weight_decay=0.5, momentum=0.9, teacher_temp=0.04, freeze_last_layer=freeze
-    )
-    crops = iter([[torch.randn(2, 3, 3, 16, 16)]])
-    train_step(state, crops, 1, hyper, clip_norm=3.0, autocast=contextlib.nullcontext())
+    one_step(state, [torch.randn(2, 3, 3, 16, 16)], freeze_last_layer=freeze)
     assert torch.equal(before, prototypes) == freeze
     assert (prototypes in state.optimizer.state) != freeze

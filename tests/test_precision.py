@@ -1,6 +1,5 @@
 """Mixed precision, loss scaling, and the steps that are skipped."""
 
-import contextlib
 import math
 
 import pytest
@@ -8,31 +7,23 @@ import torch
 
 from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.parallel import precision
-from dino_sparo.parallel.distributed import Group
 from dino_sparo.parallel.precision import (
     INITIAL_SCALE,
     LossScale,
     autocast,
-    choose_precision,
     plain_attention,
     set_numerics,
 )
 from dino_sparo.runs.checkpoint import load_latest
 from dino_sparo.runs.runlog import read_metrics
-from dino_sparo.training import pretrain as program
-from dino_sparo.training import setup
-from dino_sparo.training.pretrain import train_step
-from dino_sparo.training.schedules import Hyperparameters
-from dino_sparo.training.state import TrainState, capture_state
-from dino_sparo.training.stopping import StopSignals
-from tests.tiny import build_state, prepared, state_hash, tiny_options, write_pictures
+from dino_sparo.training.state import StepOutput, TrainState, capture_state
+from tests.running import pretrain_until
+from tests.tiny import build_state, one_step, prepared, state_hash, tiny_options, write_pictures
 
 CPU = torch.device("cpu")
-PARTS = ("student", "teacher", "center", "optimizer")
 LOW_SCALE = 2.0**8
 # Initial weights of 0.02 make the features of a narrower head so small that their gradients overflow.
 HEAD = {"head__hidden_dim": 512, "head__bottleneck_dim": 64}
-HYPER = Hyperparameters(lr=0.01, weight_decay=0.1, momentum=0.9, teacher_temp=0.04, freeze_last_layer=False)
 
 
 @pytest.fixture
@@ -45,19 +36,13 @@ def state(tmp_path, low_scale) -> TrainState:
     return build_state(tiny_options(tmp_path, tmp_path / "run", **HEAD), CPU, loss_scaling=True)
 
 
-def step(state: TrainState, crops: torch.Tensor | None = None) -> program.StepOutput:
-    crops = torch.randn(2, 3, 3, 16, 16) if crops is None else crops
-    return train_step(state, iter([[crops]]), 1, HYPER, clip_norm=3.0, autocast=autocast("fp16", CPU))
+def step(state: TrainState) -> StepOutput:
+    return one_step(state, [torch.randn(2, 3, 3, 16, 16)], autocast=autocast("fp16", CPU))
 
 
 def snapshot(state: TrainState) -> dict:
     """The captured state without what counts overflows."""
     return capture_state(state) | {"step": 0, "loss_scale": {}, "skipped": 0}
-
-
-def hash_of(snapshot: dict, part: str) -> str:
-    """Of one part alone."""
-    return state_hash(dict.fromkeys(snapshot, 0) | {part: snapshot[part]})
 
 
 def test_scaled_and_unscaled_gradients_are_the_same():
@@ -106,16 +91,6 @@ def test_an_overflow_skips_optimiser_teacher_and_centre_together_and_is_counted(
     assert state.overflows.tolist() == [2, 0]
 
 
-def test_a_step_without_overflow_moves_every_part(state):
-    step(state)
-    before = snapshot(state)
-    before = {part: hash_of(before, part) for part in PARTS}
-    step(state)
-    after = snapshot(state)
-    for part in PARTS:
-        assert hash_of(after, part) != before[part], part
-
-
 def test_zero_features_give_no_nan(state):
     with torch.no_grad():
         for network in (state.student, state.teacher):
@@ -134,84 +109,70 @@ def test_a_micro_batch_whose_numbers_go_wrong_spoils_the_whole_step(state, scali
     step(state)
     before, scale = state_hash(snapshot(state)), state.loss_scale.scale.item()
     good, bad = torch.randn(2, 3, 3, 16, 16), torch.full((2, 3, 3, 16, 16), math.nan)
-    plain = contextlib.nullcontext()
     for number, batches in enumerate(([good, bad], [bad, good]), start=1):
-        train_step(state, iter([[crops] for crops in batches]), 2, HYPER, clip_norm=3.0, autocast=plain)
+        one_step(state, *([crops] for crops in batches))
         assert state_hash(snapshot(state)) == before
         assert state.bad_steps.new(first_step=0) == [(number, number + 1, "loss")]
     assert state.overflows.tolist() == [0, 0] and state.loss_scale.scale.item() == scale
-    train_step(state, iter([[good], [good]]), 2, HYPER, clip_norm=3.0, autocast=plain)
+    one_step(state, [good], [good])
     assert state_hash(snapshot(state)) != before and state.bad_steps.total == 2
 
 
 def test_after_one_bad_step_too_many_nothing_changes(state):
     step(state)
-    before, good, bad = (
-        state_hash(snapshot(state)),
-        torch.randn(2, 3, 3, 16, 16),
-        torch.full((2, 3, 3, 16, 16), math.nan),
-    )
+    before = state_hash(snapshot(state))
+    good, bad = torch.randn(2, 3, 3, 16, 16), torch.full((2, 3, 3, 16, 16), math.nan)
     for crops in (bad, good, bad, good):  # the host looks later
-        train_step(state, iter([[crops]]), 1, HYPER, clip_norm=3.0, autocast=contextlib.nullcontext())
+        one_step(state, [crops])
         assert state_hash(snapshot(state)) == before
         assert state.bad_steps.total == 1 and state.overflows.tolist() == [0, 0]
 
 
-def test_fp16_run_is_near_fp32_and_goes_on_bit_for_bit(tmp_path, monkeypatch, low_scale):
+def test_runs_in_mixed_precision_are_near_fp32(tmp_path, low_scale):
     write_pictures(tmp_path / "data", 8)
     losses = {}
-    for name in ("fp32", "fp16"):
+    for name in ("fp32", "bf16", "fp16"):
         pretrain(tiny_options(tmp_path / "data", tmp_path / name, machine__precision=name, **HEAD))
         losses[name] = [entry["loss"] for entry in read_metrics(tmp_path / name)]
-    assert losses["fp16"] != losses["fp32"]
-    assert losses["fp16"] == pytest.approx(losses["fp32"], rel=0.02)
+        assert all(value.dtype == torch.float32 for value in load_latest(tmp_path / name)["teacher"].values())
+    for name in ("bf16", "fp16"):
+        assert losses[name] != losses["fp32"]  # it was really used
+        assert losses[name] == pytest.approx(losses["fp32"], rel=0.02)
 
+
+def test_logits_and_loss_are_float32_under_bfloat16(tmp_path):
+    state = build_state(tiny_options(tmp_path, tmp_path / "run"))
+    crops = [torch.randn(2, 3, 3, 16, 16)]
+    output = one_step(state, crops, autocast=autocast("bf16", CPU))
+    with autocast("bf16", CPU):
+        logits, encodings = state.teacher(crops)
+    assert encodings.dtype == torch.bfloat16  # it was really used
+    assert logits.dtype == output.loss.dtype == torch.float32
+
+
+def test_a_run_in_fp16_resumes_bit_for_bit(tmp_path, monkeypatch, low_scale):
+    write_pictures(tmp_path / "data", 8)
     monkeypatch.setattr(precision, "GROWTH_STEPS", 4)  # the scale grows after the interruption
-    options = {
-        name: tiny_options(
-            tmp_path / "data",
-            tmp_path / name,
-            machine__precision="fp16",
-            log__checkpoint_every_minutes=1e-9,
-            **HEAD,
-        )
-        for name in ("whole", "broken")
-    }
+    changes = HEAD | {"machine__precision": "fp16", "log__checkpoint_every_minutes": 1e-9}
+    names = ("whole", "broken")
+    options = {name: tiny_options(tmp_path / "data", tmp_path / name, **changes) for name in names}
     pretrain(options["whole"])
-    original, calls = program.train_step, []
-
-    def breaking(*args, **kwargs):
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        calls.append(1)
-        return original(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(program, "train_step", breaking)
-        with pytest.raises(KeyboardInterrupt):
-            pretrain(options["broken"])
+    pretrain_until(3, options["broken"], monkeypatch)
     pretrain(options["broken"])
-    whole, broken = (load_latest(tmp_path / name) for name in ("whole", "broken"))
+    whole, broken = (load_latest(tmp_path / name) for name in names)
     assert whole["loss_scale"]["scale"].item() == 2 * LOW_SCALE
     assert state_hash(whole) == state_hash(broken)
 
 
-def test_a_run_may_change_its_precision(tmp_path):
+def test_a_run_may_change_its_precision(tmp_path, monkeypatch):
     write_pictures(tmp_path / "data", 8)
-    for name, epochs in (("fp32", 1), ("fp16", 2), ("bf16", 3)):
-        options = tiny_options(tmp_path / "data", tmp_path / "run", machine__precision=name)
+    for first_step, name in enumerate(("fp32", "fp16", "bf16")):
+        changes = {"machine__precision": name, "log__checkpoint_every_minutes": 1e-9}
+        options = tiny_options(tmp_path / "data", tmp_path / "run", **changes)
         run = prepared(options)
-        assert run.first_step == 2 * (epochs - 1) and run.precision == name
+        assert run.first_step == first_step and run.precision == name
         assert run.state.loss_scale.scale.item() == (INITIAL_SCALE if name == "fp16" else 1)
-        object.__setattr__(run, "total_steps", 2 * epochs)
-        run.run_dir.mkdir(exist_ok=True)
-        program.start_run_dir(run.run_dir, run.recipe, {})
-        program.train(run, iter(setup.training_batches(run)), StopSignals(), Group())
-
-
-def test_auto_is_fp32_on_a_cpu():
-    assert choose_precision("auto", CPU) == "fp32"
-    assert choose_precision("fp16", CPU) == "fp16"
+        pretrain_until(1, options, monkeypatch)
 
 
 def test_mixed_precision_on_a_cpu_takes_plain_attention_and_sets_all_back():
@@ -234,14 +195,6 @@ def test_mixed_precision_on_a_cpu_takes_plain_attention_and_sets_all_back():
     torch.testing.assert_close(attended.float(), exact, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_activation_checkpointing_goes_with_mixed_precision_on_a_cpu(tmp_path, precision):
-    write_pictures(tmp_path / "data", 8)
-    changes = {"machine__precision": precision, "optim__epochs": 1, "optim__warmup_epochs": 0}
-    changes |= {"machine__activation_checkpointing": "true"}
-    pretrain(tiny_options(tmp_path / "data", tmp_path / "run", **changes))
-
-
 def test_numerics_follow_the_options():
     try:
         set_numerics(tf32=True, deterministic=True)
@@ -253,14 +206,15 @@ def test_numerics_follow_the_options():
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_activation_checkpointing_changes_memory_and_nothing_else(tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_activation_checkpointing_changes_memory_and_nothing_else(precision, tmp_path):
     write_pictures(tmp_path / "data", 8)
-    hashes = []
+    changes = {"machine__precision": precision, "optim__epochs": 2}
     for name in ("false", "true"):
-        options = tiny_options(tmp_path / "data", tmp_path / name, machine__activation_checkpointing=name)
-        pretrain(options)
-        hashes.append(state_hash(load_latest(tmp_path / name)))
-    assert hashes[0] == hashes[1]
+        changes["machine__activation_checkpointing"] = name
+        pretrain(tiny_options(tmp_path / "data", tmp_path / name, **changes))
+    hashes = {state_hash(load_latest(tmp_path / name)) for name in ("false", "true")}
+    assert len(hashes) == 1
 
 
 def test_activation_checkpointing_keeps_less_for_backward(tmp_path):

@@ -19,14 +19,14 @@ from dino_sparo.data.loader import BatchOrder
 from dino_sparo.errors import UserError
 from dino_sparo.runs import checkpoint
 from dino_sparo.runs.checkpoint import load_latest
+from dino_sparo.runs.rundir import read_starts
 from dino_sparo.runs.runlog import RunLog, read_metrics
+from dino_sparo.training import periodic
 from dino_sparo.training import pretrain as program
 from dino_sparo.training.loss import DINOLoss
-from dino_sparo.training.monitor import KnnMonitor
-from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.setup import build_schedules
 from dino_sparo.training.stopping import BadSteps
-from tests.tiny import build_state, state_hash, tiny_options, write_pictures
+from tests.tiny import build_state, one_step, state_hash, tiny_options, write_pictures
 
 SCALARS = {
     "seconds",
@@ -70,23 +70,6 @@ def test_metrics_file_has_the_same(finished):
     assert [(e["step"], e["epoch"]) for e in entries if "knn20_top1" in e] == [(0, 0), (4, 2), (6, 3)]
 
 
-def test_schedules_of_a_run_follow_the_recipe(tmp_path):
-    options = tiny_options(
-        tmp_path, tmp_path / "run", loss__warmup_teacher_temp_epochs=2, loss__teacher_temp=0.07
-    )
-    schedules = build_schedules(options.optim, options.loss, steps_per_epoch=10)
-    peak = options.optim.lr_per_256 * options.optim.global_batch_size / 256
-    assert schedules.at(0).lr == 0
-    assert schedules.at(9).lr == schedules.at(10).lr == pytest.approx(peak)
-    assert schedules.at(29).lr < 0.02 * peak
-    assert [schedules.at(step).teacher_temp for step in (0, 9, 10, 29)] == pytest.approx(
-        [0.04, 0.04, 0.07, 0.07]
-    )
-    assert [schedules.at(step).freeze_last_layer for step in (0, 9, 10)] == [True, True, False]
-    assert schedules.at(0).momentum == options.optim.teacher_momentum
-    assert schedules.at(29).weight_decay == pytest.approx(0.4, abs=0.002)
-
-
 def test_plain_lines_where_the_output_is_no_terminal(tmp_path, caplog):
     write_pictures(tmp_path / "data", 8)
     with caplog.at_level(logging.INFO, logger="dino_sparo"):
@@ -97,57 +80,17 @@ def test_plain_lines_where_the_output_is_no_terminal(tmp_path, caplog):
         assert word in lines[0]
 
 
-def test_bfloat16_keeps_float32_where_it_matters(tmp_path):
-    write_pictures(tmp_path / "data", 8)
-    states, losses = {}, {}
-    for precision in ("fp32", "bf16"):
-        run_dir = tmp_path / precision
-        pretrain(tiny_options(tmp_path / "data", run_dir, machine__precision=precision))
-        states[precision] = load_latest(run_dir)
-        losses[precision] = [entry["loss"] for entry in read_metrics(run_dir)]
-    assert losses["bf16"] != losses["fp32"]  # it was really used
-    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
-    assert all(value.dtype == torch.float32 for value in states["bf16"]["teacher"].values())
-    assert states["bf16"]["center"].dtype == torch.float32
-
-
-def test_logits_and_loss_are_float32_under_bfloat16(tmp_path):
-    config = tiny_options(tmp_path, tmp_path / "run")
-    state = build_state(config, torch.device("cpu"))
-    hyper = Hyperparameters(
-        lr=0.1, weight_decay=0.1, momentum=0.9, teacher_temp=0.04, freeze_last_layer=False
-    )
-    crops = [torch.randn(2, 3, 3, 16, 16)]
-    bfloat16 = torch.autocast("cpu", torch.bfloat16)
-    output = program.train_step(state, iter([crops]), 1, hyper, clip_norm=3.0, autocast=bfloat16)
-    with bfloat16:
-        logits, encodings = state.teacher(crops)
-    assert encodings.dtype == torch.bfloat16  # it was really used
-    assert logits.dtype == output.loss.dtype == torch.float32
-
-
 def test_the_curve_is_about_the_centre_that_the_loss_used(tmp_path):
-    config = tiny_options(tmp_path, tmp_path / "run")
-    state = build_state(config, torch.device("cpu"))
+    state = build_state(tiny_options(tmp_path, tmp_path / "run"))
     before = state.loss_fn.center.normal_().clone()
-    hyper = Hyperparameters(
-        lr=0.1, weight_decay=0.1, momentum=0.9, teacher_temp=0.04, freeze_last_layer=False
-    )
-    output = program.train_step(
-        state,
-        iter([[torch.randn(2, 3, 3, 16, 16)]]),
-        1,
-        hyper,
-        clip_norm=3.0,
-        autocast=contextlib.nullcontext(),
-    )
+    output = one_step(state, [torch.randn(2, 3, 3, 16, 16)])
     assert torch.equal(output.center, before)
     assert not torch.equal(state.loss_fn.center, before)
 
 
 def test_logged_schedules_are_those_of_the_step(finished):
     config = yaml.safe_load((finished / "config.yaml").read_text())
-    options = tiny_options("x", "y", **{"optim.global_batch_size".replace(".", "__"): 30})
+    options = tiny_options("x", "y", optim__global_batch_size=30)
     assert config["optim"] == vars(options.optim)
     schedules = build_schedules(options.optim, options.loss, steps_per_epoch=2)
     for entry in read_metrics(finished):
@@ -161,11 +104,11 @@ def test_logged_schedules_are_those_of_the_step(finished):
 def test_k_nn_is_of_the_teacher(tmp_path, monkeypatch):
     seen = []
 
-    def evaluate(self, encoder):
+    def evaluate(encoder, *_, **__):
         seen.append({name: value.clone() for name, value in encoder.state_dict().items()})
         return {"knn20_top1": 0.0}
 
-    monkeypatch.setattr(KnnMonitor, "evaluate", evaluate)
+    monkeypatch.setattr(periodic, "evaluate_teacher", evaluate)
     write_pictures(tmp_path / "data", 60, classes=3)
     pretrain(tiny_options(tmp_path / "data", tmp_path / "run", monitor__knn_every_epochs=1))
     state = load_latest(tmp_path / "run")
@@ -205,27 +148,22 @@ def test_progress_bar_on_a_terminal(tmp_path, monkeypatch):
         assert words in shown, words
 
 
-@pytest.fixture
-def wrong(monkeypatch):
-    """Makes the loss of some steps NaN, or only its gradients."""
+@contextlib.contextmanager
+def wrong(what: str, *wrong_steps: int):
+    """Within, the loss of some steps is NaN, or only its gradients."""
+    original, steps = DINOLoss.forward, []
 
-    def patch(what: str, *wrong_steps: int):
-        original, steps = DINOLoss.forward, []
+    def forward(self, student, *rest):
+        steps.append(1)
+        if len(steps) not in wrong_steps:
+            return original(self, student, *rest)
+        if what == "loss":
+            return original(self, student, *rest) * math.nan
+        return original(self, student * 1, *rest) + (student - student.detach()).sum() * 1e38 * 1e38
 
-        def forward(self, student, *rest):
-            steps.append(1)
-            if len(steps) not in wrong_steps:
-                return original(self, student, *rest)
-            if what == "loss":
-                return original(self, student, *rest) * math.nan
-            return original(self, student * 1, *rest) + (student - student.detach()).sum() * 1e38 * 1e38
-
-        context = monkeypatch.context()
-        with_patch = context.__enter__()
-        with_patch.setattr(DINOLoss, "forward", forward)
-        return context
-
-    return patch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DINOLoss, "forward", forward)
+        yield
 
 
 @pytest.fixture
@@ -236,15 +174,13 @@ def eight(tmp_path):
 
 @pytest.mark.parametrize("what", ["loss", "gradients"])
 def test_a_step_whose_numbers_go_wrong_ends_the_run_and_the_state_before_it_is_kept(
-    what, eight, wrong, tmp_path, monkeypatch
+    what, eight, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(checkpoint, "KEEP_LAST", 100)
     pretrain(eight("whole", log__checkpoint_every_minutes=1e-9))
-    options = eight("run")
-    context = wrong(what, 4)
-    with pytest.raises(UserError, match=f"step 4: {what} not finite; its images are in .*bad_steps.jsonl"):
+    options, message = eight("run"), f"step 4: {what} not finite; its images are in .*bad_steps.jsonl"
+    with wrong(what, 4), pytest.raises(UserError, match=message):
         pretrain(options)
-    context.__exit__(None, None, None)
     kept, expected = load_latest(tmp_path / "run"), tmp_path / "whole" / "checkpoints" / "step_000000003.pt"
     assert state_hash(kept) == state_hash(torch.load(expected))
     noted = [json.loads(line) for line in (tmp_path / "run" / "bad_steps.jsonl").read_text().splitlines()]
@@ -256,12 +192,11 @@ def test_a_step_whose_numbers_go_wrong_ends_the_run_and_the_state_before_it_is_k
     assert state_hash(load_latest(tmp_path / "run")) == state_hash(load_latest(tmp_path / "whole"))
 
 
-def test_some_bad_steps_may_be_skipped(eight, wrong, tmp_path, caplog):
-    context = wrong("loss", 3, 4, 6)
+def test_some_bad_steps_may_be_skipped(eight, tmp_path, caplog):
     options = eight("run", optim__max_bad_steps=2, optim__epochs=4)
-    with pytest.raises(UserError, match=r"step 6: loss not finite.*max_bad_steps 3 to skip such"):
+    message = r"step 6: loss not finite.*max_bad_steps 3 to skip such"
+    with wrong("loss", 3, 4, 6), pytest.raises(UserError, match=message):
         pretrain(options)
-    context.__exit__(None, None, None)
     assert caplog.text.count("it is skipped") == 2
     assert load_latest(tmp_path / "run")["step"] == 5
     pretrain(eight("run", optim__max_bad_steps=3, optim__epochs=4))  # it may change in a run
@@ -321,8 +256,7 @@ def test_state_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):
 
 
 def test_teacher_has_no_stochastic_depth_and_no_gradient(tmp_path):
-    config = tiny_options(tmp_path, tmp_path / "run")
-    state = build_state(config, torch.device("cpu"))
+    state = build_state(tiny_options(tmp_path, tmp_path / "run"))
     student_drops = [m for m in state.student.modules() if type(m).__name__ == "DropPath"]
     assert student_drops
     assert not [m for m in state.teacher.modules() if type(m).__name__ == "DropPath"]
@@ -332,7 +266,7 @@ def test_teacher_has_no_stochastic_depth_and_no_gradient(tmp_path):
 
 
 def test_starts_are_recorded(finished):
-    (start,) = [json.loads(line) for line in (finished / "starts.jsonl").read_text().splitlines()]
+    (start,) = read_starts(finished)
     assert start["versions"]["torch"] == torch.__version__.split("+")[0]
     assert isinstance(start["command"], list)
     assert (start["processes"], start["device"], start["precision"]) == (1, "cpu", "fp32")

@@ -8,14 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
-from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.runs.checkpoint import load_latest
 from dino_sparo.runs.runlog import read_metrics
 from dino_sparo.training import pretrain as program
-from tests.running import command, logged
+from tests.running import PowerCutError, command, logged, pretrain_until
 from tests.tiny import state_hash, tiny_options, write_pictures
 
 NUM_IMAGES, TOTAL_STEPS = 10, 6  # batch 4: two steps an epoch, two images dropped, three epochs
@@ -35,37 +34,21 @@ def uninterrupted(pictures, tmp_path_factory):
     return run_dir
 
 
-class PowerCutError(Exception):
-    pass
-
-
-def pretrain_until(step: int, options, monkeypatch) -> None:
-    """Run, and break off when `step` steps of this start are done."""
-    original, calls = program.train_step, []
-
-    def breaking(*args, **kwargs):
-        if len(calls) == step:
-            raise PowerCutError
-        calls.append(1)
-        return original(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(program, "train_step", breaking)
-        with pytest.raises(PowerCutError):
-            pretrain(options)
-
-
 def curve(run_dir: Path) -> list[tuple[int, float]]:
     return [(entry["step"], entry["loss"]) for entry in read_metrics(run_dir) if "loss" in entry]
 
 
-def event_steps(run_dir: Path, tag: str = "train/loss") -> list[int]:
-    steps = []
-    for path in sorted((run_dir / "tensorboard").iterdir()):
-        for record in RawEventFileLoader(str(path)).Load():
-            event = Event.FromString(record)
-            steps += [event.step for value in event.summary.value if value.tag == tag]
-    return sorted(steps)
+def event_steps(run_dir: Path) -> list[int]:
+    """Steps that TensorBoard shows."""
+    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    found = "train/loss" in events.Tags()["scalars"]
+    return [event.step for event in events.Scalars("train/loss")] if found else []
+
+
+def assert_as_uninterrupted(run_dir: Path, uninterrupted: Path) -> None:
+    assert curve(run_dir) == curve(uninterrupted)
+    assert event_steps(run_dir) == event_steps(uninterrupted) == list(range(1, TOTAL_STEPS + 1))
+    assert state_hash(load_latest(run_dir)) == state_hash(load_latest(uninterrupted))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -75,28 +58,24 @@ def test_interrupted_after_any_step(step, workers, pictures, uninterrupted, tmp_
         pictures, tmp_path / "run", machine__num_workers=workers, log__checkpoint_every_minutes=1e-9
     )
     pretrain_until(step, options, monkeypatch)
-    interrupted = load_latest(tmp_path / "run")
-    assert interrupted["step"] == step
+    assert load_latest(tmp_path / "run")["step"] == step
     pretrain(options)
-    resumed, reference = load_latest(tmp_path / "run"), load_latest(uninterrupted)
-    assert resumed["step"] == reference["step"] == TOTAL_STEPS
-    assert state_hash(resumed) == state_hash(reference) != state_hash(interrupted)
-    assert curve(tmp_path / "run") == curve(uninterrupted)
-    assert event_steps(tmp_path / "run") == event_steps(uninterrupted) == list(range(1, TOTAL_STEPS + 1))
+    assert_as_uninterrupted(tmp_path / "run", uninterrupted)
 
 
-def test_interrupted_between_checkpoints_cuts_the_logs(pictures, uninterrupted, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("step", "saved"), [(1, 0), (5, 4)])  # they are saved after each epoch of two steps
+def test_interrupted_between_checkpoints_cuts_the_logs(
+    step, saved, pictures, uninterrupted, tmp_path, monkeypatch
+):
     options = tiny_options(pictures, tmp_path)
-    pretrain_until(5, options, monkeypatch)  # the last checkpoint is that of epoch 2, step 4
-    assert [step for step, _ in curve(tmp_path)] == [1, 2, 3, 4, 5] == event_steps(tmp_path)
+    pretrain_until(step, options, monkeypatch)
+    assert [logged for logged, _ in curve(tmp_path)] == event_steps(tmp_path) == [*range(1, step + 1)]
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "lo')  # what a power cut leaves of a line
     pretrain_until(0, options, monkeypatch)
-    assert [step for step, _ in curve(tmp_path)] == [1, 2, 3, 4] == event_steps(tmp_path)
+    assert [logged for logged, _ in curve(tmp_path)] == event_steps(tmp_path) == [*range(1, saved + 1)]
     pretrain(options)
-    assert curve(tmp_path) == curve(uninterrupted)
-    assert event_steps(tmp_path) == event_steps(uninterrupted)
-    assert state_hash(load_latest(tmp_path)) == state_hash(load_latest(uninterrupted))
+    assert_as_uninterrupted(tmp_path, uninterrupted)
 
 
 def test_damaged_checkpoint_costs_time_but_changes_nothing(
@@ -108,31 +87,14 @@ def test_damaged_checkpoint_costs_time_but_changes_nothing(
     path.write_bytes(path.read_bytes()[:-1])
     pretrain(options)
     assert "step_000000004.pt is damaged" in caplog.text
-    assert curve(tmp_path) == curve(uninterrupted)
-    assert state_hash(load_latest(tmp_path)) == state_hash(load_latest(uninterrupted))
+    assert_as_uninterrupted(tmp_path, uninterrupted)
     assert (tmp_path / "checkpoints" / "step_000000004.pt.damaged").exists()
-
-
-def test_interrupted_before_the_first_checkpoint(pictures, uninterrupted, tmp_path, monkeypatch):
-    options = tiny_options(pictures, tmp_path)
-    pretrain_until(1, options, monkeypatch)
-    assert load_latest(tmp_path) is None
-    pretrain(options)
-    assert curve(tmp_path) == curve(uninterrupted)
-    assert state_hash(load_latest(tmp_path)) == state_hash(load_latest(uninterrupted))
 
 
 def test_monitoring_and_logging_change_nothing(pictures, uninterrupted, tmp_path):
     write_pictures(tmp_path / "labelled", 60, classes=3)
-    changes = {
-        "monitor.knn_path": tmp_path / "labelled",
-        "monitor.knn_every_epochs": 1,
-        "log.log_every_steps": 4,
-    }
-    options = tiny_options(
-        pictures, tmp_path / "run", **{k.replace(".", "__"): v for k, v in changes.items()}
-    )
-    pretrain(options)
+    changes = {"monitor__knn_path": tmp_path / "labelled", "monitor__knn_every_epochs": 1}
+    pretrain(tiny_options(pictures, tmp_path / "run", log__log_every_steps=4, **changes))
     assert state_hash(load_latest(tmp_path / "run")) == state_hash(load_latest(uninterrupted))
     evaluations = [entry for entry in read_metrics(tmp_path / "run") if "knn20_top1" in entry]
     assert [entry["step"] for entry in evaluations] == [0, 2, 4, 6]
@@ -144,7 +106,7 @@ def test_killed_in_an_evaluation(step, pictures, uninterrupted, tmp_path, monkey
     write_pictures(tmp_path / "labelled", 30, classes=3)
     changes = {"monitor__knn_path": tmp_path / "labelled", "monitor__knn_every_epochs": 1}
     pretrain(tiny_options(pictures, tmp_path / "whole", **changes))
-    original = program.evaluate
+    options, original = tiny_options(pictures, tmp_path / "run", **changes), program.evaluate
 
     def killed(run, run_log, done):
         if done == step:
@@ -154,10 +116,10 @@ def test_killed_in_an_evaluation(step, pictures, uninterrupted, tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(program, "evaluate", killed)
         with pytest.raises(PowerCutError):
-            pretrain(tiny_options(pictures, tmp_path / "run", **changes))
+            pretrain(options)
     assert load_latest(tmp_path / "run")["step"] == step
-    pretrain(tiny_options(pictures, tmp_path / "run", **changes))
-    pretrain(tiny_options(pictures, tmp_path / "run", **changes))  # it is complete
+    pretrain(options)
+    pretrain(options)  # it is complete
     found, expected = (
         [(e["step"], e["knn20_top1"]) for e in read_metrics(tmp_path / name) if "knn20_top1" in e]
         for name in ("run", "whole")
@@ -224,5 +186,4 @@ def test_killed_inside_a_save(call, pictures, uninterrupted, tmp_path):
     assert (tmp_path / "checkpoints" / "writing.tmp").exists() == (call < 6)
     assert load_latest(tmp_path)["step"] == (1 if call < 6 else 2)
     subprocess.run(arguments, check=True, capture_output=True)
-    assert state_hash(load_latest(tmp_path)) == state_hash(load_latest(uninterrupted))
-    assert curve(tmp_path) == curve(uninterrupted)
+    assert_as_uninterrupted(tmp_path, uninterrupted)

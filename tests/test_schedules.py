@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from dino_sparo.training.schedules import cosine_schedule, teacher_temp_schedule
+from dino_sparo.training.setup import build_schedules
+from tests.tiny import tiny_options
 
 
 def test_golden_schedules(golden):
@@ -24,3 +26,16 @@ def test_warm_up_longer_than_the_run():
 
 def test_whole_run_may_be_warm_up():
     np.testing.assert_allclose(cosine_schedule(1.0, 0.0, 3, warmup_steps=3), [0, 0.5, 1])
+
+
+def test_schedules_of_a_run_follow_the_recipe():
+    changes = {"loss__warmup_teacher_temp_epochs": 2, "loss__teacher_temp": 0.07}
+    options = tiny_options("data", "run", **changes)
+    schedules = build_schedules(options.optim, options.loss, steps_per_epoch=10)
+    peak = options.optim.lr_per_256 * options.optim.global_batch_size / 256
+    at = {step: schedules.at(step) for step in (0, 9, 10, 29)}
+    assert at[0].lr == 0 and at[9].lr == at[10].lr == pytest.approx(peak) and at[29].lr < 0.02 * peak
+    assert [hyper.teacher_temp for hyper in at.values()] == pytest.approx([0.04, 0.04, 0.07, 0.07])
+    assert [hyper.freeze_last_layer for hyper in at.values()] == [True, True, False, False]
+    assert at[0].momentum == options.optim.teacher_momentum
+    assert at[29].weight_decay == pytest.approx(0.4, abs=0.002)

@@ -74,6 +74,6 @@ def test_a_signal_in_mid_epoch(processes, workers, sent, pictures, uninterrupted
     marker = json.loads((tmp_path / "stopped.json").read_text())
     assert marker["step"] == stopped_at and 4 <= stopped_at < 180
     again = subprocess.run(arguments, capture_output=True, text=True, check=True)
-    assert f"going on at step {stopped_at} of 180" in again.stderr
+    assert f"resuming at step {stopped_at} of 180" in again.stderr
     assert result_of(tmp_path) == uninterrupted(processes)
     assert not (tmp_path / "stopped.json").exists()

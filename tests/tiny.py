@@ -1,6 +1,7 @@
 """A run so small that it takes a second: a folder of pictures and options to train on it."""
 
 import hashlib
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from dino_sparo.cli.parsing import given_values, options_of
 from dino_sparo.cli.pretraining import PretrainOptions
 from dino_sparo.recipe.sections import Recipe
 from dino_sparo.training import state
-from dino_sparo.training.pretrain import prepare
+from dino_sparo.training.pretrain import prepare, train_step
+from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.setup import Run
-from dino_sparo.training.state import TrainState
+from dino_sparo.training.state import StepOutput, TrainState
 
 TINY = {
     "views.global_size": "16",
@@ -69,6 +71,24 @@ def tiny_options(data: Path, run_dir: Path, **changes: Any) -> PretrainOptions:
 def build_state(recipe: Recipe, device: torch.device | str = "cpu", **machine: Any) -> TrainState:
     """The state of a run of this recipe that has not begun."""
     return state.build_state(**recipe.state_arguments(), device=torch.device(device), **machine)
+
+
+def one_step(
+    state: TrainState,
+    *micro_batches: list[torch.Tensor],
+    autocast: AbstractContextManager[Any] | None = None,
+    **changes: Any,
+) -> StepOutput:
+    """A training step on groups of crops, with some hyperparameters."""
+    hyper = {"lr": 0.01, "weight_decay": 0.1, "momentum": 0.9, "teacher_temp": 0.04}
+    return train_step(
+        state,
+        iter(micro_batches),
+        len(micro_batches),
+        Hyperparameters(**({**hyper, "freeze_last_layer": False} | changes)),
+        clip_norm=3.0,
+        autocast=autocast or nullcontext(),
+    )
 
 
 def prepared(options: PretrainOptions, device: str = "cpu") -> Run:

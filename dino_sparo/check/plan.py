@@ -29,7 +29,7 @@ from dino_sparo.recipe.typed import flattened
 from dino_sparo.runs.checkpoint import latest_step, most_kept
 from dino_sparo.runs.rundir import check_same_experiment
 from dino_sparo.terminal import table
-from dino_sparo.training.monitor import KnnMonitor
+from dino_sparo.training.monitor import KnnImages
 from dino_sparo.training.schedules import Schedules
 from dino_sparo.training.setup import build_schedules, bytes_of_image, open_data, start_state
 from dino_sparo.training.state import TrainState, build_state, checkpoint_bytes
@@ -62,7 +62,7 @@ class Plan:
     precision: str
     executor: Executor
     source: ImageSource
-    monitor: KnnMonitor | None
+    monitor: KnnImages | None
     state: TrainState
     image_bytes: int
     problems: list[str] = field(default_factory=list)
@@ -155,14 +155,7 @@ def make_plan(recipe: Recipe, run_dir: Path, num_processes: int) -> Plan:
     set_numerics(tf32=machine.tf32, deterministic=machine.deterministic)
     workers = default_workers(num_processes) if machine.num_workers is None else machine.num_workers
     batch_size, accumulation = split_batch(optim.global_batch_size, machine.batch_size_per_gpu, num_processes)
-    source, monitor = open_data(
-        recipe.data,
-        recipe.monitor,
-        batch_size=optim.global_batch_size,
-        image_size=recipe.views.global_size,
-        num_workers=workers,
-        timeout_seconds=machine.data_timeout_seconds,
-    )
+    source, monitor = open_data(recipe.data, recipe.monitor, optim.global_batch_size)
     executor = choose_executor(machine.views, device, max_side=recipe.data.max_side)
     plan = Plan(
         recipe=recipe,

@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -64,7 +65,7 @@ class Group:
         who = ", ".join(f"process {number}" for number in ranks) or "a process of another machine"
         return PeerLostError(
             f"{who} of {world_size()} ended without a word{f' at {self.at}' if self.at else ''} (killed, "
-            f"often for want of memory); the same command goes on from the last checkpoint",
+            f"often out of memory); the same command resumes from the last checkpoint",
             self.at,
         )
 
@@ -90,7 +91,10 @@ def process_group(device: torch.device) -> Iterator[Group]:
         backend, store=dist.PrefixStore("group", store), rank=number, world_size=size, timeout=PATIENCE
     )
     _store.append(store)
-    watch = PeerWatch(_peers(), lambda gone: _end_without(group.lost(gone)))
+    machine = os.environ.get("GROUP_RANK", "0")
+    everyone = gather_objects((machine, os.getpid()))
+    peers = {n: pid for n, (where, pid) in enumerate(everyone) if where == machine and n != number}
+    watch = PeerWatch(peers, lambda gone: _end_without(group.lost(gone)))
     try:
         with files_told():
             yield group
@@ -124,13 +128,6 @@ def report(error: UserError) -> None:
     """Show what ends the run, if this process speaks for all; our launcher knows more of a lost one."""
     if speaks_for_all() and not (isinstance(error, PeerLostError) and leave_note("lost", error.at)):
         print(coloured(f"dino-sparo: error: {error}", "red"), file=sys.stderr)
-
-
-def _peers() -> dict[int, int]:
-    """The other processes of this machine: process identifiers by rank."""
-    machine = os.environ.get("GROUP_RANK", "0")
-    everyone = gather_objects((machine, os.getpid()))
-    return {n: pid for n, (where, pid) in enumerate(everyone) if where == machine and n != rank()}
 
 
 def speaks_for_all() -> bool:
@@ -167,11 +164,6 @@ class Agreement:
         votes = torch.tensor([int(yes)])
         self._votes = dist.all_reduce(votes, dist.ReduceOp.MAX, async_op=True), votes
         return agreed
-
-
-def any_rank(flag: Tensor) -> Tensor:
-    """Whether a flag (a scalar) is set in any process: one on the same device, in every process."""
-    return sum_over_ranks(flag.int()) > 0
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
@@ -224,30 +216,29 @@ def first_rank_first(work: Callable[[], Result]) -> Result:
     if not dist.is_initialized():
         return work()
     my_turn = 0 if rank() == 0 else 1 if local_rank() == 0 else 2
-    results: list[Result] = []
+    done: Future[Result] = Future()
+
+    def keep() -> None:
+        try:
+            with files_told():
+                done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
     for turn in range(3):
-        errors: list[BaseException] = []
-        thread = threading.Thread(target=_keep, args=(work, results, errors), daemon=True)
-        if turn == my_turn:
-            thread.start()
-        while sum_over_ranks(torch.tensor([int(thread.is_alive())])).item():
-            if turn == my_turn:
-                thread.join(HEARTBEAT_SECONDS)
-        messages = [message for message in gather_objects(str(errors[0]) if errors else "") if message]
-        if errors:
-            raise errors[0]
+        mine = turn == my_turn
+        if mine:
+            threading.Thread(target=keep, daemon=True).start()
+        while sum_over_ranks(torch.tensor([int(mine and not done.done())])).item():
+            if mine:
+                wait([done], timeout=HEARTBEAT_SECONDS)
+        error = done.exception() if mine else None
+        messages = list(filter(None, gather_objects(str(error or ""))))
+        if error:
+            raise error
         if messages:
             raise UserError(messages[0])
-    return results[0]
-
-
-def _keep(work: Callable[[], Result], results: list[Result], errors: list[BaseException]) -> None:
-    """Work in a thread, whose result or error is kept for the one that waits."""
-    try:
-        with files_told():
-            results.append(work())
-    except BaseException as error:
-        errors.append(error)
+    return done.result()
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -54,7 +54,7 @@ def launch(num_processes: int, arguments: list[str]) -> int:
         try:
             elastic_launch(config, sys.executable)("-m", "dino_sparo", *arguments)
         except ChildFailedError as error:
-            return _failed(error, num_processes, Path(folder))
+            return status_after(error, num_processes, Path(folder))
         except SignalException as error:
             if read_note(Path(folder), "done"):
                 return 0
@@ -69,15 +69,19 @@ def _stop_all(number: int, frame: FrameType | None) -> None:
     raise SignalException(f"got {signal.Signals(number).name}", sigval=signal.Signals(number))
 
 
-def _failed(error: ChildFailedError, num_processes: int, notes: Path) -> int:
-    """The exit status of a process that has reported by itself; one that was killed could not."""
+def status_after(error: ChildFailedError, num_processes: int, notes: Path) -> int:
+    """The exit status of a process that has reported by itself.
+
+    Raises:
+        UserError: one was ended by a signal that is not the launcher's, and could not report it.
+    """
     somebody_spoke = any(failure.exitcode > 0 for failure in error.failures.values())
     for number, failure in error.failures.items():  # the first one first; torch then ends the others
         if failure.exitcode < 0 and not (somebody_spoke and failure.exitcode == -signal.SIGTERM):
             at = read_note(notes, "lost")
             raise UserError(
                 f"process {number} of {num_processes} was ended by {failure.signal_name()}"
-                f"{f' at {at}' if at else ''}, often for want of memory; the same command goes on from the "
-                f"last checkpoint"
+                f"{f' at {at}' if at else ''}, often out of memory; the same command resumes from the last "
+                f"checkpoint"
             ) from error
     return next(failure.exitcode for failure in error.failures.values() if failure.exitcode > 0)

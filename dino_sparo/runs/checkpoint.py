@@ -5,14 +5,20 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dino_sparo.errors import UserError
 from dino_sparo.files import atomic_write
 from dino_sparo.models import Encoder, build_encoder
+from dino_sparo.parallel.processes import finished_first
 from dino_sparo.recipe.sections import Recipe
 from dino_sparo.runs.plain_file import read_plain
 
@@ -46,7 +52,11 @@ def save_checkpoint(state: dict[str, Any], run_dir: Path, *, step: int, keep_eve
             digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
             with atomic_write(_hash_file(path), folder / f"{TEMPORARY}.sha256") as hash_file:
                 hash_file.write(f"{digest}  {path.name}\n".encode())
-        _flush_folder(folder)
+        descriptor = os.open(folder, os.O_RDONLY)  # to make the names durable too
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
         raise UserError(
@@ -58,6 +68,56 @@ def save_checkpoint(state: dict[str, Any], run_dir: Path, *, step: int, keep_eve
             old.unlink(missing_ok=True)
             _hash_file(old).unlink(missing_ok=True)
     return path
+
+
+class Saver:
+    """Writes the checkpoints of a run in a thread, one at a time; made by `saving`."""
+
+    def __init__(self, run_dir: Path, thread: Executor, *, keep_every_steps: int, saved: int) -> None:
+        self.run_dir, self.keep_every_steps, self.saved = run_dir, keep_every_steps, saved
+        self.thread, self.writing = thread, list[Future]()  # the last one, or none
+
+    def save(self, state: dict[str, Any], step: int) -> None:
+        """Copy the state and return; waits for the checkpoint before, if that is still being written.
+
+        Raises:
+            UserError: the one before could not be written.
+        """
+        self.wait()
+        if step == self.saved > 0:
+            return
+        self.saved = step
+        write = partial(save_checkpoint, step=step, keep_every_steps=self.keep_every_steps)
+        self.writing = [self.thread.submit(write, _copied(state), self.run_dir)]
+
+    def wait(self) -> None:
+        """Until the last checkpoint is on disk.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        for writing in self.writing:
+            writing.result()
+
+    def check(self) -> None:
+        """Raise what went wrong with the last checkpoint, if that is known; waits for nothing."""
+        if all(writing.done() for writing in self.writing):
+            self.wait()
+
+
+@contextmanager
+def saving(run_dir: Path, *, keep_every_steps: int, saved: int) -> Iterator[Saver]:
+    """What writes a run's checkpoints; what is left is written when the block ends, also after an error.
+
+    Args:
+        keep_every_steps: as for `save_checkpoint`.
+        saved: the step of the checkpoint that the run resumes from, 0 without one.
+    """
+    thread = ThreadPoolExecutor(1, "checkpoints")
+    saver = Saver(run_dir, thread, keep_every_steps=keep_every_steps, saved=saved)
+    with finished_first(lambda seconds: wait(saver.writing, timeout=seconds)), thread:
+        yield saver
+    saver.wait()
 
 
 def check_room(run_dir: Path, size: int) -> None:
@@ -77,7 +137,7 @@ def check_room(run_dir: Path, size: int) -> None:
 
 def num_bytes(state: Any) -> int:
     """Size of all tensors in nested dictionaries and lists."""
-    if isinstance(state, torch.Tensor):
+    if isinstance(state, Tensor):
         return state.nbytes
     if isinstance(state, dict):
         return sum(map(num_bytes, state.values()))
@@ -144,7 +204,11 @@ def check_hash(path: Path) -> None:
         UserError: it differs.
     """
     hash_file = _hash_file(path)
-    if hash_file.exists() and hash_file.read_bytes().split()[:1] != [_sha256(path).encode()]:
+    if not hash_file.exists():
+        return
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if hash_file.read_bytes().split()[:1] != [digest.encode()]:
         raise UserError(f"{path} is damaged: its SHA-256 differs from {hash_file.name}")
 
 
@@ -179,6 +243,17 @@ def most_kept(epochs: int, keep_every_epochs: int) -> int:
     return KEEP_LAST + 1 + (epochs // keep_every_epochs if keep_every_epochs else 0)
 
 
+def _copied(value: Any) -> Any:
+    """A copy on the CPU, of tensors and of the dictionaries and lists that hold them."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_copied(inner) for inner in value]
+    return value
+
+
 def _list(run_dir: Path) -> list[Path]:
     """Checkpoints of a run, oldest first."""
     paths = (run_dir / FOLDER).glob("step_*.pt")
@@ -191,17 +266,3 @@ def _step(path: Path) -> int:
 
 def _hash_file(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make a rename durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,7 +1,6 @@
 """The run folder: which experiment it holds, and what is written beside the checkpoints."""
 
 import fcntl
-import json
 import logging
 import os
 import platform
@@ -9,7 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +18,7 @@ import yaml
 
 from dino_sparo import __version__
 from dino_sparo.errors import UserError
-from dino_sparo.files import append_line, write_file
+from dino_sparo.files import append_line, named, read_lines, write_file
 from dino_sparo.recipe.files import stored_recipe
 from dino_sparo.recipe.sections import Recipe
 from dino_sparo.recipe.typed import flattened
@@ -54,7 +53,9 @@ def check_same_experiment(run_dir: Path, recipe: Recipe) -> None:
     """
     path = run_dir / CONFIG_FILE
     if not path.exists():
-        if run_dir.exists() and not (run_dir.is_dir() and _has_no_run(run_dir)):
+        # What a start leaves that is killed before it has written the recipe.
+        left = re.compile(rf"{re.escape(CONFIG_FILE)}\..*tmp|{re.escape(LOCK_FILE)}")
+        if run_dir.exists() and not (run_dir.is_dir() and all(map(left.fullmatch, os.listdir(run_dir)))):
             raise UserError(
                 f"run_dir {str(run_dir)!r} exists, but is no run folder (it has no {CONFIG_FILE}); "
                 f"choose another folder or an empty one"
@@ -85,20 +86,6 @@ def check_same_experiment(run_dir: Path, recipe: Recipe) -> None:
         )
 
 
-def check_same_images(run_dir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to go on with other images than the run began with.
-
-    Raises:
-        UserError: their number or their names differ.
-    """
-    if before != now:
-        raise UserError(
-            f"data.path: run_dir {str(run_dir)!r} was trained on {before['num_images']} images, and these "
-            f"{now['num_images']} are not the same ones (file names differ); give the same folder, or choose "
-            f"another run_dir"
-        )
-
-
 def start_run_dir(run_dir: Path, recipe: Recipe, machine: dict[str, Any]) -> None:
     """Write the resolved recipe, add this start, on this machine, to the list of starts, remove the marker.
 
@@ -119,22 +106,8 @@ def start_run_dir(run_dir: Path, recipe: Recipe, machine: dict[str, Any]) -> Non
 
 
 def read_starts(run_dir: Path) -> list[dict[str, Any]]:
-    """All starts of a run, oldest first; lines that are not whole are left out."""
-    starts, path = [], run_dir / STARTS_FILE
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with suppress(ValueError):
-            starts.append(json.loads(line))
-    return starts
-
-
-def check_untouched(run_dir: Path) -> None:
-    """Refuse a new folder in which another start has trained while this one prepared.
-
-    Raises:
-        UserError: it has.
-    """
-    if (run_dir / CONFIG_FILE).exists():
-        raise UserError(f"run_dir {str(run_dir)!r}: another start has trained there meanwhile; start again")
+    """All starts of a run, oldest first."""
+    return read_lines(run_dir / STARTS_FILE)
 
 
 @contextmanager
@@ -142,19 +115,15 @@ def hold(run_dir: Path) -> Iterator[None]:
     """Keep other starts out of the folder, which is made if need be; a lock that ends with this process.
 
     Raises:
-        UserError: another process trains there, or the folder cannot be made or written.
+        UserError: another process trains there.
+        OSError: the folder cannot be made or written.
     """
     path = run_dir / LOCK_FILE
-    try:
+    with named(path):
         run_dir.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+")  # noqa: SIM115 closed below
         file.write(" ")  # what a full disk refuses
         file.flush()
-    except OSError as error:
-        raise UserError(
-            f"run_dir {str(run_dir)!r} cannot be written ({error.strerror}); make room or choose "
-            f"another folder"
-        ) from error
     with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process; data workers do not share it
@@ -171,17 +140,6 @@ def hold(run_dir: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()
         yield
-
-
-def mark_stopped(run_dir: Path, step: int, reason: str) -> None:
-    """Leave the marker by which a scheduler knows that the run wants to be started again."""
-    (run_dir / MARKER_FILE).write_text(json.dumps({"step": step, "signal": reason}) + "\n")
-
-
-def _has_no_run(run_dir: Path) -> bool:
-    """Empty, or left by a start that was killed before it wrote the recipe."""
-    left = re.compile(rf"{re.escape(CONFIG_FILE)}\..*tmp|{re.escape(LOCK_FILE)}")
-    return all(left.fullmatch(entry.name) for entry in run_dir.iterdir())
 
 
 def _git_state() -> str | None:

@@ -11,14 +11,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from dino_sparo.files import atomic_write, write_file
+from dino_sparo.files import named, read_lines, write_file
 from dino_sparo.terminal import coloured, shows_bars
 
 log = logging.getLogger("dino_sparo")
@@ -30,11 +27,13 @@ EVENTS_FOLDER = "tensorboard"
 class RunLog:
     """The log of a run that has done `first_step` steps; whatever an earlier start logged after is cut.
 
+    TensorBoard's files only grow: a mark lets it leave out what is cut.
+
     Args:
         run_dir: existing folder of the run.
         first_step: steps already done.
         steps_per_epoch, total_steps: for the bar and the times left.
-        silent: show and write nothing, in all processes but the first.
+        silent: write nothing, in all processes but the first, whose log alone is shown.
     """
 
     def __init__(
@@ -46,13 +45,14 @@ class RunLog:
         self.seconds_waited = self.seconds_logging = 0.0
         self._bar: tqdm | None = None
         self._postfix: dict[str, str] = {}
-        self.silent = silent
+        self.silent, self.path = silent, run_dir / METRICS_FILE
         if silent:
             return
-        cut_metrics(run_dir / METRICS_FILE, first_step)
-        cut_events(run_dir / EVENTS_FOLDER, first_step)
-        self._metrics = open(run_dir / METRICS_FILE, "a")  # noqa: SIM115 closed by __exit__
-        self._events = SummaryWriter(str(run_dir / EVENTS_FOLDER), flush_secs=30)
+        kept = [entry for entry in read_metrics(run_dir) if entry["step"] <= first_step and first_step]
+        write_file(self.path, "".join(f"{json.dumps(entry)}\n" for entry in kept))
+        self._metrics = open(self.path, "a")  # noqa: SIM115 closed by __exit__
+        cut_from = first_step + 1 if first_step else 0
+        self._events = SummaryWriter(str(run_dir / EVENTS_FOLDER), purge_step=cut_from, flush_secs=30)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -60,10 +60,10 @@ class RunLog:
     def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
             self._bar.close()
-        if self.silent:
-            return
-        self._metrics.close()
-        self._events.close()
+        if not self.silent:
+            with named(self.path):
+                self._metrics.close()
+                self._events.close()
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
@@ -89,7 +89,7 @@ class RunLog:
 
     def step_done(self, step: int) -> None:
         """Advance the bar; `step` counts the steps done so far."""
-        if self.silent or not shows_bars():
+        if not shows_bars():
             return
         done = self._step_in_epoch(step)
         if self._bar is None:
@@ -109,13 +109,12 @@ class RunLog:
 
     def scalars(self, step: int, values: dict[str, float], *, batch_size: int) -> None:
         """Log one entry of the training curve, with the speed since the entry before."""
-        if self.silent:
-            return
         now = time.monotonic()
         seconds = max(1e-9, now - self.last_time)
+        images_per_second = batch_size * (step - self.last_step) / seconds
         speed = {
             "seconds": seconds,  # less than since the entry before, after a resume between two entries
-            "images_per_second": batch_size * (step - self.last_step) / seconds,
+            "images_per_second": images_per_second,
             "data_wait_share": self.seconds_waited / seconds,
             "log_share": self.seconds_logging / seconds,
         }
@@ -127,7 +126,7 @@ class RunLog:
         run_left = _duration(seconds_per_step * (self.total_steps - step))
         self._postfix = {
             "loss": f"{values['loss']:.3f}",
-            "img/s": f"{speed['images_per_second']:.0f}",
+            "img/s": f"{images_per_second:.0f}",
             "run left": run_left,
         }
         if not shows_bars():
@@ -135,13 +134,11 @@ class RunLog:
             epoch_left = _duration(seconds_per_step * (self.steps_per_epoch - in_epoch))
             log.info(
                 f"{self._epoch_of(step)} step {in_epoch}/{self.steps_per_epoch}  loss {values['loss']:.4f}  "
-                f"{speed['images_per_second']:.0f} images/s  left: epoch {epoch_left}, run {run_left}"
+                f"{images_per_second:.0f} images/s  left: epoch {epoch_left}, run {run_left}"
             )
 
     def evaluation(self, step: int, values: dict[str, float], shown: str | None = None) -> None:
         """Log the result of an evaluation, in per cent, and show it, or what stands for it."""
-        if self.silent:
-            return
         self._write("evaluation", step, values)
         shown = shown or "  ".join(f"{name} {value:.2f} %" for name, value in values.items())
         if log.isEnabledFor(logging.INFO):
@@ -153,18 +150,18 @@ class RunLog:
             tqdm.write(coloured(f"WARNING: step {step}: {text}", "yellow"), file=sys.stderr)
             self._events.add_text("alarm", text, step)
 
-    def flush(self) -> None:
-        """Bring all entries to disk, before a checkpoint says that these steps are done."""
-        if self.silent:
-            return
-        self._metrics.flush()
-        os.fsync(self._metrics.fileno())
-        self._events.flush()
-
     def picture(self, step: int, name: str, image: Tensor) -> None:
         """Log a picture, float (3, height, width) in 0..1."""
         if not self.silent:
             self._events.add_image(name, image, step)
+
+    def flush(self) -> None:
+        """Bring all entries to disk, before a checkpoint says that these steps are done."""
+        if not self.silent:
+            with named(self.path):
+                self._metrics.flush()
+                os.fsync(self._metrics.fileno())
+                self._events.flush()
 
     def _step_in_epoch(self, step: int) -> int:
         return (step - 1) % self.steps_per_epoch + 1
@@ -173,54 +170,19 @@ class RunLog:
         return f"epoch {(step - 1) // self.steps_per_epoch + 1}/{self.total_steps // self.steps_per_epoch}"
 
     def _write(self, group: str, step: int, values: dict[str, float]) -> None:
+        if self.silent:
+            return
         entry = {"step": step, "epoch": round(step / self.steps_per_epoch, 4), **values}
-        self._metrics.write(json.dumps(entry) + "\n")
-        self._metrics.flush()
-        for name, value in values.items():
-            self._events.add_scalar(f"{group}/{name}", value, step)
-
-
-def cut_metrics(path: Path, step: int) -> None:
-    """Drop all entries behind `step`, and a last line that was not written whole."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            entry_step = json.loads(line)["step"]
-        except (ValueError, TypeError, KeyError):
-            break
-        if entry_step <= step and step > 0:
-            kept.append(line)
-    write_file(path, b"".join(kept))
-
-
-def cut_events(folder: Path, step: int) -> None:
-    """Drop all TensorBoard events behind `step`; a file left without any is removed."""
-    for path in sorted(folder.glob("events.out.tfevents.*")):
-        kept = []
-        for record in RawEventFileLoader(str(path)).Load():
-            event = Event.FromString(record)
-            if event.step <= step and step > 0:
-                kept.append(record)
-        if not kept:
-            path.unlink()
-            continue
-        with atomic_write(path, folder / "cut.tmp") as file:  # no name that TensorBoard reads
-            writer = RecordWriter(file)
-            for record in kept:
-                writer.write(record)
+        with named(self.path):
+            self._metrics.write(json.dumps(entry) + "\n")
+            self._metrics.flush()
+            for name, value in values.items():
+                self._events.add_scalar(f"{group}/{name}", value, step)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """All entries of a run's metrics.jsonl, oldest first; none without the file, none after a torn line."""
-    path, entries = run_dir / METRICS_FILE, []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            break
-    return entries
+    """All entries of a run's metrics.jsonl, oldest first."""
+    return read_lines(run_dir / METRICS_FILE)
 
 
 def _duration(seconds: float) -> str:

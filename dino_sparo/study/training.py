@@ -88,15 +88,8 @@ def check_knn(recipe: Recipe) -> None:
             "monitor.knn_every_epochs is 0, but a study fills its table with the k-NN at the end of runs; "
             "set it to optim.epochs or less"
         )
-    _, monitor = open_data(
-        recipe.data,
-        recipe.monitor,
-        batch_size=recipe.optim.global_batch_size,
-        image_size=recipe.views.global_size,
-        num_workers=0,
-        timeout_seconds=recipe.machine.data_timeout_seconds,
-    )
-    if monitor is None:
+    _, knn_images = open_data(recipe.data, recipe.monitor, recipe.optim.global_batch_size)
+    if knn_images is None:
         raise UserError(
             f"data.path {recipe.data.path!r} has no labels, but a study fills its table with k-NN; name a "
             f"labeled folder by monitor.knn_path"

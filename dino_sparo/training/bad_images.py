@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dino_sparo.data.loader import Replaced
 from dino_sparo.errors import UserError
-from dino_sparo.files import write_file
+from dino_sparo.files import read_lines, write_file
 from dino_sparo.parallel.distributed import gather_objects, rank
 
 FILE = "bad_images.jsonl"
@@ -18,7 +18,7 @@ def too_many(bad: int, num_images: int) -> bool:
 
 
 class BadImages:
-    """The list `run_dir/bad_images.jsonl`: one line an image, with its name and the reason.
+    """The list `run_dir/bad_images.jsonl`: one line per image, with its name and the reason.
 
     Args:
         run_dir: folder of the run; what an earlier start has listed stays.
@@ -28,11 +28,8 @@ class BadImages:
     def __init__(self, run_dir: Path, num_images: int) -> None:
         self.path, self.num_images = run_dir / FILE, num_images
         self._pending: list[Replaced] = []
-        self._reasons: dict[str, str] = {}
         self._met: set[str] = set()  # since this start: those listed before may have been repaired
-        for line in self.path.read_text().splitlines() if self.path.exists() else ():
-            entry = json.loads(line)
-            self._reasons[entry["name"]] = entry["reason"]
+        self._reasons = {entry["name"]: entry["reason"] for entry in read_lines(self.path)}
 
     def __len__(self) -> int:
         return len(self._reasons)
@@ -53,12 +50,10 @@ class BadImages:
         if new.keys() - self._reasons.keys():
             self._reasons = dict(sorted((new | self._reasons).items()))
             if rank() == 0:
-                write_file(self.path, "".join(f"{json.dumps(entry)}\n" for entry in self._entries()))
+                lines = (json.dumps({"name": name, "reason": why}) for name, why in self._reasons.items())
+                write_file(self.path, "".join(f"{line}\n" for line in lines))
         if too_many(len(self._met), self.num_images):
             raise UserError(
                 f"{len(self._met)} of {self.num_images} images cannot be read, more than one in a hundred; "
                 f"repair those that {self.path} lists, then start again"
             )
-
-    def _entries(self) -> list[dict[str, str]]:
-        return [{"name": name, "reason": reason} for name, reason in self._reasons.items()]

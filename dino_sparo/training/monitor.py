@@ -7,7 +7,7 @@ import logging
 import math
 import resource
 import sys
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,21 +23,21 @@ log = logging.getLogger("dino_sparo")
 
 ALARM_SHARE = 0.01  # of ln K
 ALARM_STEPS, ALARM_ENTRIES = 30, 3
-SIGNS = {
-    "uniform": "the teacher answers all prototypes alike",
-    "one-hot": "the teacher answers with one prototype for certain",
-    "same": "every image gets the same answer",
-}
-_SOFTER = (
+SHARPER = (
+    "a lower loss.teacher_temp, a lower optim.lr_per_256, a larger optim.global_batch_size, or fewer "
+    "head.num_prototypes for small data"
+)
+SOFTER = (
     "a higher loss.teacher_temp with a warm-up, head.norm_last_layer true, a longer "
     "optim.freeze_last_layer_epochs, a lower optim.lr_per_256, or a larger optim.global_batch_size"
 )
-REMEDIES = {
-    "uniform": "a lower loss.teacher_temp, a lower optim.lr_per_256, a larger optim.global_batch_size, or "
-    "fewer head.num_prototypes for small data",
-    "one-hot": _SOFTER,
-    "same": _SOFTER,
-}
+
+
+class KnnImages(NamedTuple):
+    """Labeled images by which an encoder is measured while it trains: of them 20-NN takes, and classifies."""
+
+    train: ImageSource
+    test: ImageSource
 
 
 class TeacherStatistics:
@@ -100,8 +100,15 @@ class CollapseAlarm:
 
     def check(self, step: int, entropy_teacher: float, entropy_mean: float) -> str | None:
         """Look at the log entry of a step; the alarm's words if it is time for them."""
-        kind = self._sign(entropy_teacher, entropy_mean) if step > self.armed_from_step else ""
-        if not kind:
+        small = ALARM_SHARE * self.log_k
+        sign, remedy = "", SOFTER
+        if entropy_teacher > self.log_k - small:
+            sign, remedy = "the teacher answers all prototypes alike", SHARPER
+        elif entropy_teacher < small:
+            sign = "the teacher answers with one prototype for certain"
+        elif entropy_mean - entropy_teacher < small:
+            sign = "every image gets the same answer"
+        if not sign or step <= self.armed_from_step:
             self._entries, self._told = 0, False
             return None
         self._first_step = self._first_step if self._entries else step
@@ -111,19 +118,10 @@ class CollapseAlarm:
             return None
         self._told = True
         return (
-            f"collapse: {SIGNS[kind]}, and no log entry of the last {steps} steps was healthy (H(p) "
+            f"collapse: {sign}, and no log entry of the last {steps} steps was healthy (H(p) "
             f"{entropy_teacher:.3f}, H(mean p) {entropy_mean:.3f}, ln K {self.log_k:.3f}); training goes on, "
-            f"but in a new run try {REMEDIES[kind]}"
+            f"but in a new run try {remedy}"
         )
-
-    def _sign(self, entropy_teacher: float, entropy_mean: float) -> str:
-        if entropy_teacher > (1 - ALARM_SHARE) * self.log_k:
-            return "uniform"
-        if entropy_teacher < ALARM_SHARE * self.log_k:
-            return "one-hot"
-        if entropy_mean - entropy_teacher < ALARM_SHARE * self.log_k:
-            return "same"
-        return ""
 
 
 def _entropy(probabilities: Tensor) -> Tensor:
@@ -138,73 +136,42 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-@dataclass(frozen=True)
-class KnnMonitor:
-    """20-NN accuracy of an encoder on a labelled folder while it trains."""
-
-    train: ImageSource
-    test: ImageSource
-    image_size: int
-    num_workers: int
-    timeout_seconds: float
-
-    def evaluate(self, encoder: Encoder) -> dict[str, float]:
-        """Top-1 and top-5 in per cent.
-
-        Raises:
-            UserError: an image cannot be read, or the teacher answers one with zeros.
-        """
-        try:
-            result = evaluate_knn(
-                encoder,
-                self.train,
-                self.test,
-                image_size=self.image_size,
-                k=[HEADLINE_K],
-                num_workers=self.num_workers,
-                timeout_seconds=self.timeout_seconds,
-            )[HEADLINE_K]
-        except NoDirectionError as error:
-            raise UserError(
-                f"k-NN while training: {error}; the run has collapsed, start in a new run_dir with a lower "
-                f"optim.lr_per_256"
-            ) from error
-        return {f"knn{HEADLINE_K}_top1": result.top1, f"knn{HEADLINE_K}_top5": result.top5}
-
-
-def open_knn_monitor(
-    *,
-    path: str | None,
-    data_path: str,
-    images_per_class: int | None,
-    image_size: int,
-    num_workers: int,
-    timeout_seconds: float,
-) -> KnnMonitor | None:
-    """The monitor on `path`, or on `data_path` if that is labelled; None if there is nothing to measure on.
+def evaluate_teacher(encoder: Encoder, images: KnnImages, **loading: Any) -> dict[str, float]:
+    """20-NN top-1 and top-5 in per cent, by images that are loaded as for `evaluate_knn`.
 
     Raises:
-        UserError: `path` is given, but is no labelled folder with at least 20 gallery images.
+        UserError: an image cannot be read, or the teacher answers one with zeros.
+    """
+    try:
+        result = evaluate_knn(encoder, images.train, images.test, k=HEADLINE_K, **loading)[HEADLINE_K]
+    except NoDirectionError as error:
+        raise UserError(
+            f"k-NN while training: {error}; the run has collapsed, start in a new run_dir with a lower "
+            f"optim.lr_per_256"
+        ) from error
+    return {f"knn{HEADLINE_K}_top1": result.top1, f"knn{HEADLINE_K}_top5": result.top5}
+
+
+def open_knn_images(path: str | None, data_path: str, images_per_class: int | None) -> KnnImages | None:
+    """Those of `path`, or of `data_path` if that is labeled; None if there is nothing to measure on.
+
+    Raises:
+        UserError: `path` is given, but is no labeled folder with at least 20 gallery images.
     """
     try:
         train, test = open_labelled(path or data_path, "data.path" if path is None else "monitor.knn_path")
+        if path is None and len(train.classes) == 1:
+            raise UserError(f"{data_path} has one class only")
+        if images_per_class is not None:
+            train, test = per_class(train, images_per_class), per_class(test, images_per_class)
+        if len(train) < HEADLINE_K or not len(test):
+            raise UserError(
+                f"{'data.path' if path is None else 'monitor.knn_path'} {path or data_path!r} gives "
+                f"{len(train)} gallery and {len(test)} test images; {HEADLINE_K}-NN needs {HEADLINE_K} and 1"
+            )
     except UserError as error:
         if path is not None:
             raise
-        log.info("no k-NN while training (monitor.knn_path can name a labelled folder): %s", error)
+        log.info("no k-NN while training (monitor.knn_path can name a labeled folder): %s", error)
         return None
-    if path is None and len(train.classes) == 1:
-        log.info("no k-NN while training: %s has one class only", data_path)
-        return None
-    if images_per_class is not None:
-        train, test = per_class(train, images_per_class), per_class(test, images_per_class)
-    if len(train) < HEADLINE_K or not len(test):
-        message = (
-            f"{path or data_path} gives {len(train)} gallery and {len(test)} test images; {HEADLINE_K}-NN "
-            f"needs {HEADLINE_K} and 1"
-        )
-        if path is not None:
-            raise UserError(f"monitor.knn_path: {message}")
-        log.info("no k-NN while training: %s", message)
-        return None
-    return KnnMonitor(train, test, image_size, num_workers, timeout_seconds)
+    return KnnImages(train, test)

@@ -1,26 +1,20 @@
 """What is done every so many steps: log entry, evaluation, checkpoint; and what ends the run early."""
 
+import json
 import logging
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
-from dino_sparo.data.tables import commit_of
 from dino_sparo.errors import StoppedError, UserError
-from dino_sparo.files import append_line
-from dino_sparo.parallel.distributed import (
-    first_rank_decides,
-    gather_objects,
-    mean_over_ranks,
-    rank,
-    world_size,
-)
+from dino_sparo.files import append_line, write_file
+from dino_sparo.parallel.distributed import first_rank_decides, gather_objects, mean_over_ranks, rank
 from dino_sparo.parallel.precision import autocast
-from dino_sparo.runs.rundir import mark_stopped
+from dino_sparo.runs.checkpoint import Saver
+from dino_sparo.runs.rundir import MARKER_FILE
 from dino_sparo.runs.runlog import RunLog, read_metrics
-from dino_sparo.runs.saver import Saver
 from dino_sparo.slots.statistics import slot_health
-from dino_sparo.training.monitor import TeacherStatistics, peak_memory_gib
+from dino_sparo.training.monitor import TeacherStatistics, evaluate_teacher, peak_memory_gib
 from dino_sparo.training.optim import set_hyperparameters
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.setup import Run
@@ -33,26 +27,34 @@ MAX_OVERFLOWS = 30  # in a row; a loss scale that begins too high needs fewer
 HEALTH_IMAGES = 8
 
 
+def due(step: int, every_steps: int, last_step: int) -> bool:
+    """Whether something done every so many steps (0: never), and after the last one, is done after this."""
+    return step == last_step or (every_steps > 0 and step % every_steps == 0)
+
+
 def evaluate(run: Run, run_log: RunLog, step: int) -> None:
-    """k-NN of the teacher into the log, if there is a labelled folder; all processes share the work."""
-    if run.knn_monitor is not None:
-        with run_log.not_training():
-            run_log.evaluation(step, run.knn_monitor.evaluate(run.state.teacher.encoder))
+    """k-NN of the teacher into the log, if there are labeled images; all processes share the work."""
+    if run.knn_images is None:
+        return
+    with run_log.not_training():
+        accuracies = evaluate_teacher(
+            run.state.teacher.encoder,
+            run.knn_images,
+            image_size=run.recipe.views.global_size,
+            num_workers=run.num_workers,
+            timeout_seconds=run.recipe.machine.data_timeout_seconds,
+        )
+        run_log.evaluation(step, accuracies)
 
 
 def evaluation_is_missing(run: Run) -> bool:
     """Whether an evaluation belongs to the step that the run goes on from, but is not in the log."""
     every_steps = run.recipe.monitor.knn_every_epochs * run.order.steps_per_epoch
-    if run.knn_monitor is None or not due(run.first_step, every_steps, run.total_steps):
+    if run.knn_images is None or not due(run.first_step, every_steps, run.total_steps):
         return False
     logged = read_metrics(run.run_dir) if run.first_step and rank() == 0 else []
     found = any(entry["step"] == run.first_step and "knn20_top1" in entry for entry in logged)
     return first_rank_decides(not found)
-
-
-def due(step: int, every_steps: int, last_step: int) -> bool:
-    """Whether something done every so many steps (0: never), and after the last one, is done after this."""
-    return step == last_step or (every_steps > 0 and step % every_steps == 0)
 
 
 def log_step(
@@ -68,29 +70,37 @@ def log_step(
     kl is the mean KL divergence from teacher to student over all pairs; gradient_norm is of all gradients
     before clipping, gradient_norm_max of the largest tensor.
     """
-    loss, of_teacher = mean_over_ranks(output.loss), statistics.metrics()
-    on_device = {"loss": loss, "kl": loss - of_teacher["entropy_teacher"], **of_teacher}
-    on_device |= {"center_norm": output.center.norm()}
-    on_device |= {"gradient_norm": torch.linalg.vector_norm(output.gradient_norms)}
-    on_device |= {"gradient_norm_max": output.gradient_norms.max()}
+    state = run.state
     with autocast(run.precision, run.device):
-        encoders = run.state.teacher.encoder, run.state.student.encoder
-        on_device |= slot_health(*encoders, output.images[:HEALTH_IMAGES])
-    on_device |= {"loss_scale": run.state.loss_scale.scale}
-    counts = [*run.state.overflows, run.state.bad_steps.total]
-    on_device |= zip(("overflows", "in_a_row", "bad_steps"), (count.float() for count in counts), strict=True)
+        encoders = state.teacher.encoder, state.student.encoder
+        slots = slot_health(*encoders, output.images[:HEALTH_IMAGES])
+    loss, of_teacher = mean_over_ranks(output.loss), statistics.metrics()
+    overflows, overflows_in_a_row = state.overflows.float()
+    on_device = {
+        "loss": loss,
+        "kl": loss - of_teacher["entropy_teacher"],
+        **of_teacher,
+        "center_norm": output.center.norm(),
+        "gradient_norm": torch.linalg.vector_norm(output.gradient_norms),
+        "gradient_norm_max": output.gradient_norms.max(),
+        **slots,
+        "loss_scale": state.loss_scale.scale,
+        "overflows": overflows,
+        "bad_steps": state.bad_steps.total.float(),
+        "in_a_row": overflows_in_a_row,
+    }
     metrics = dict(zip(on_device, torch.stack(list(on_device.values())).tolist(), strict=True))
     in_a_row = metrics.pop("in_a_row")
-    schedules = {
+    run.bad_images.share()
+    metrics |= {
         "lr": hyper.lr,
         "weight_decay": hyper.weight_decay,
         "momentum": hyper.momentum,
         "teacher_temp": hyper.teacher_temp,
         "student_temp": run.recipe.loss.student_temp,
         "memory_gib": peak_memory_gib(run.device),
+        "bad_images": len(run.bad_images),
     }
-    run.bad_images.share()
-    metrics |= {**schedules, "bad_images": len(run.bad_images)}
     run_log.scalars(step, metrics, batch_size=run.recipe.optim.global_batch_size)
     alarm = run.alarm.check(step, metrics["entropy_teacher"], metrics["entropy_mean"])
     if alarm:
@@ -101,9 +111,9 @@ def log_step(
 
 def diverged(run: Run, step: int, what: str) -> UserError:
     """The error that ends a run whose numbers went wrong; no such state is ever saved."""
-    go_on = "" if run.precision == "fp32" else "go on with machine.precision fp32, or "
+    remedy = "" if run.precision == "fp32" else "resume with machine.precision fp32, or "
     return UserError(
-        f"{what} at step {step}: the run has diverged, and no such state was saved; {go_on}start in a new "
+        f"{what} at step {step}: the run has diverged, and no such state was saved; {remedy}start in a new "
         f"run_dir with a lower optim.lr_per_256"
     )
 
@@ -159,7 +169,7 @@ def write_checkpoint(run: Run, saver: Saver, run_log: RunLog, step: int) -> None
 
 
 def stop(run: Run, saver: Saver, run_log: RunLog, step: int, received: str) -> NoReturn:
-    """End a run that was told to stop after `step`, when it is saved.
+    """End a run that was told to stop after `step`, when it is saved; leave a marker for a scheduler.
 
     Raises:
         StoppedError: always.
@@ -168,30 +178,6 @@ def stop(run: Run, saver: Saver, run_log: RunLog, step: int, received: str) -> N
     saver.wait()
     received = next(filter(None, gather_objects(received)))
     if rank() == 0:
-        mark_stopped(run.run_dir, step, received)
+        write_file(run.run_dir / MARKER_FILE, json.dumps({"step": step, "signal": received}) + "\n")
     gather_objects(None)  # none ends while the first one writes
     raise StoppedError(f"stopped by {received} after step {step} of {run.total_steps}, which is saved")
-
-
-def machine_of(run: Run) -> dict[str, Any]:
-    """What the run is computed on and how, for the list of starts."""
-    gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else None
-    return {
-        "processes": world_size(),
-        "device": gpu or "cpu",
-        "precision": run.precision,
-        "batch_size_per_gpu": run.order.micro_batch_size,
-        "accumulation": run.order.accumulation,
-        "views": run.dataset.executor,
-    } | commit_of(run.dataset.source)
-
-
-def describe(run: Run) -> str:
-    """One line about what starts."""
-    accumulation = f" x {run.order.accumulation} micro-batches" if run.order.accumulation > 1 else ""
-    return (
-        f"{run.run_dir}: {'going on' if run.first_step else 'starting'} at step {run.first_step} of "
-        f"{run.total_steps}, {run.images['num_images']} images, {world_size()} x {run.device.type}, "
-        f"{run.order.micro_batch_size} images each{accumulation}, {run.precision}, "
-        f"{run.num_workers} workers each"
-    )

@@ -3,9 +3,7 @@
 Axis letters: B images, C crops, K prototypes.
 """
 
-import errno
 import logging
-import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -19,7 +17,16 @@ from torch.profiler import record_function
 from dino_sparo.data.decode import UnreadableImageError
 from dino_sparo.data.device_views import ahead
 from dino_sparo.data.images import normalize
-from dino_sparo.data.loader import BatchOrder, Crops, PhotoBatch, choose_executor, crops_of, crops_picture
+from dino_sparo.data.loader import (
+    BatchOrder,
+    Crops,
+    PhotoBatch,
+    choose_executor,
+    crop_batches,
+    crops_of,
+    crops_picture,
+)
+from dino_sparo.data.tables import commit_of
 from dino_sparo.data.views import CropRecipe
 from dino_sparo.data.workers import check_shared_memory, default_workers
 from dino_sparo.errors import UserError
@@ -28,7 +35,6 @@ from dino_sparo.parallel.device import choose_device, wait_for
 from dino_sparo.parallel.distributed import (
     Agreement,
     Group,
-    any_rank,
     average_gradients,
     first_rank_decides,
     first_rank_first,
@@ -36,25 +42,23 @@ from dino_sparo.parallel.distributed import (
     local_world_size,
     process_group,
     rank,
+    sum_over_ranks,
     world_size,
 )
 from dino_sparo.parallel.precision import autocast, choose_precision, plain_attention, set_numerics
 from dino_sparo.recipe.sections import Recipe, smaller_batch, split_batch
-from dino_sparo.runs.checkpoint import check_room, set_damaged_aside
-from dino_sparo.runs.rundir import CONFIG_FILE, check_same_experiment, check_untouched, hold, start_run_dir
+from dino_sparo.runs.checkpoint import check_room, load_latest, saving, set_damaged_aside
+from dino_sparo.runs.rundir import CONFIG_FILE, check_same_experiment, hold, read_starts, start_run_dir
 from dino_sparo.runs.runlog import RunLog
-from dino_sparo.runs.saver import Saver
 from dino_sparo.training.bad_images import BadImages
 from dino_sparo.training.loss import teacher_probabilities
 from dino_sparo.training.monitor import CollapseAlarm, TeacherStatistics
 from dino_sparo.training.optim import clip_gradients_per_parameter, set_hyperparameters, step_if_finite
 from dino_sparo.training.periodic import (
-    describe,
     due,
     evaluate,
     evaluation_is_missing,
     log_step,
-    machine_of,
     report_bad_steps,
     save,
     stop,
@@ -67,19 +71,15 @@ from dino_sparo.training.setup import (
     check_all_agree,
     dataset_of,
     open_data,
-    restore,
     start_state,
-    training_batches,
-    warn_of_other_views,
 )
-from dino_sparo.training.state import StepOutput, TrainState, build_state, checkpoint_bytes
+from dino_sparo.training.state import StepOutput, TrainState, build_state, checkpoint_bytes, restore_state
 from dino_sparo.training.stopping import StopSignals
 from dino_sparo.training.teacher import update_teacher
 
 log = logging.getLogger("dino_sparo")
 
 Batch = Crops | PhotoBatch
-WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def train_step(
@@ -125,7 +125,7 @@ def train_step(
         state.loss_scale.unscale([p.grad for p in state.student.parameters() if p.grad is not None])
         gradient_norms = clip_gradients_per_parameter(state.student.parameters(), clip_norm)
     finite = state.check_finite(
-        ~any_rank(~loss_of_step.isfinite()),
+        sum_over_ranks((~loss_of_step.isfinite()).int()) == 0,
         gradient_norms.isfinite().all(),  # in all processes alike: they share the gradients
     )
     if hyper.freeze_last_layer:
@@ -142,7 +142,7 @@ def train_step(
 
 
 def pretrain(recipe: Recipe, run_dir: Path, *, resume_unverified: bool = False) -> None:
-    """`dino-sparo pretrain`: start a run, or go on where it stopped; in every process that torchrun started.
+    """`dino-sparo pretrain`: start a run, or resume it where it stopped; in every process of the run.
 
     Raises:
         UserError: for a mistake in options or data; nothing has been written then.
@@ -156,16 +156,24 @@ def pretrain(recipe: Recipe, run_dir: Path, *, resume_unverified: bool = False) 
             held.enter_context(hold(run_dir))
         run = prepare(recipe, run_dir, device, unverified=resume_unverified)
         if run.first_step == run.total_steps and not evaluation_is_missing(run):
-            log.info("%s is complete: all %d epochs are done", run.run_dir, recipe.optim.epochs)
+            log.info("%s is complete: all %d epochs are done", run_dir, recipe.optim.epochs)
             return
         if rank() == 0:
             if not is_run:
                 held.enter_context(hold(run_dir))
-                check_untouched(run_dir)
-            check_room(run.run_dir, checkpoint_bytes(run.state))
-            start_run_dir(run.run_dir, recipe, machine_of(run))
-            set_damaged_aside(run.run_dir, run.first_step)
-        batches = training_batches(run)
+                if (run_dir / CONFIG_FILE).exists():
+                    raise UserError(f"run_dir {str(run_dir)!r}: another start has trained there; start again")
+            check_room(run_dir, checkpoint_bytes(run.state))
+            start_run_dir(run_dir, recipe, machine_of(run))
+            set_damaged_aside(run_dir, run.first_step)
+        batches = crop_batches(
+            run.dataset,
+            run.order,
+            num_workers=run.num_workers,
+            prefetch_batches=recipe.machine.prefetch_batches,
+            pin_memory=device.type == "cuda",
+            timeout_seconds=recipe.machine.data_timeout_seconds,
+        )
         try:
             with batches.failures_explained():
                 train(run, iter(batches), signals, group)
@@ -176,14 +184,6 @@ def pretrain(recipe: Recipe, run_dir: Path, *, resume_unverified: bool = False) 
                 f"the GPU's memory does not hold {size} images at once ({str(error).split('.')[0]}); give "
                 f"machine.batch_size_per_gpu {smaller} (the experiment stays the same) or "
                 f"machine.activation_checkpointing true"
-            ) from error
-        except OSError as error:
-            if error.errno not in WRITE_ERRORS:
-                raise
-            free = shutil.disk_usage(run.run_dir).free
-            raise UserError(
-                f"{error.filename or run.run_dir} cannot be written ({error.strerror}; {free} bytes are "
-                f"free); make room, then the same command goes on from the last checkpoint"
             ) from error
 
 
@@ -198,22 +198,15 @@ def prepare(recipe: Recipe, run_dir: Path, device: torch.device, *, unverified: 
     num_workers = default_workers(local_world_size()) if machine.num_workers is None else machine.num_workers
     batch_size, accumulation = split_batch(optim.global_batch_size, machine.batch_size_per_gpu, world_size())
     check_same_experiment(run_dir, recipe)
-    source, knn_monitor = first_rank_first(
-        lambda: open_data(
-            recipe.data,
-            recipe.monitor,
-            batch_size=optim.global_batch_size,
-            image_size=recipe.views.global_size,
-            num_workers=num_workers,
-            timeout_seconds=machine.data_timeout_seconds,
-        )
+    source, knn_images = first_rank_first(
+        lambda: open_data(recipe.data, recipe.monitor, optim.global_batch_size)
     )
+    images = {"num_images": len(source), "fingerprint": source.fingerprint()}
     executor = choose_executor(machine.views, device, max_side=recipe.data.max_side)
     image_bytes = bytes_of_image(recipe.views, recipe.data.max_side, source, executor)
     check_shared_memory(
         local_world_size() * num_workers * machine.prefetch_batches * batch_size * image_bytes
     )
-    images = {"num_images": len(source), "fingerprint": source.fingerprint()}
 
     precision = choose_precision(machine.precision, device)
     state = build_state(
@@ -225,12 +218,26 @@ def prepare(recipe: Recipe, run_dir: Path, device: torch.device, *, unverified: 
     )
     cost = encoder_cost(state.teacher.encoder, recipe.views.global_size)
     log.info("encoder with read-out %s: %s", recipe.model.readout.name, describe_cost(cost))
-    restored = restore(run_dir, state, images, unverified=unverified)
-    first_step = restored or 0
-    if restored is not None:
-        warn_of_other_views(run_dir, executor)
+
+    checkpoint = load_latest(run_dir, unverified=unverified)
+    first_step = int(checkpoint["step"]) if checkpoint else 0
+    if checkpoint:
+        if checkpoint["images"] != images:
+            raise UserError(
+                f"data.path: run_dir {str(run_dir)!r} was trained on {checkpoint['images']['num_images']} "
+                f"images, and these {len(source)} are not the same ones (file names differ); give the same "
+                f"folder, or choose another run_dir"
+            )
+        restore_state(state, checkpoint)
+        before = [start["views"] for start in read_starts(run_dir) if "views" in start][-1:]
+        if before and before != [executor]:
+            log.warning(
+                "WARNING: %s: views were made by %s before and are made by %s now, whose pixels differ in "
+                "rounding: from here on the run is not bit for bit what it would have been",
+                *(run_dir, before[0], executor),
+            )
     check_all_agree(run_dir, first_step, images)
-    if restored is None and recipe.init is not None:
+    if not checkpoint and recipe.init is not None:
         log.info(
             start_state(
                 *(state, recipe.init, recipe.encoder_arguments()),
@@ -249,7 +256,6 @@ def prepare(recipe: Recipe, run_dir: Path, device: torch.device, *, unverified: 
         world_size=world_size(),
         accumulation=accumulation,
     )
-    assert order.micro_batch_size == batch_size
     quiet_epochs = max(optim.warmup_epochs, optim.freeze_last_layer_epochs)
     return Run(
         recipe=recipe,
@@ -265,10 +271,22 @@ def prepare(recipe: Recipe, run_dir: Path, device: torch.device, *, unverified: 
         order=order,
         schedules=build_schedules(optim, recipe.loss, order.steps_per_epoch),
         total_steps=order.steps_per_epoch * optim.epochs,
-        knn_monitor=knn_monitor,
+        knn_images=knn_images,
         alarm=CollapseAlarm(recipe.head.num_prototypes, quiet_epochs * order.steps_per_epoch),
         bad_images=BadImages(run_dir, len(source)),
     )
+
+
+def machine_of(run: Run) -> dict[str, Any]:
+    """What the run is computed on and how, for the list of starts."""
+    return {
+        "processes": world_size(),
+        "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "cpu",
+        "precision": run.precision,
+        "batch_size_per_gpu": run.order.micro_batch_size,
+        "accumulation": run.order.accumulation,
+        "views": run.dataset.executor,
+    } | commit_of(run.source)
 
 
 def train(run: Run, batches: Iterator[Batch], signals: StopSignals, group: Group) -> None:
@@ -277,19 +295,25 @@ def train(run: Run, batches: Iterator[Batch], signals: StopSignals, group: Group
     Raises:
         StoppedError: at a step before the end, on a signal to any process.
     """
-    recipe, state, last_step = run.recipe, run.state, run.total_steps
-    signals.interruptible = False
-    log.info(describe(run))
-    if run.device.type == "cuda" and world_size() == 1 < torch.cuda.device_count():
-        log.info("this machine has %d GPUs; --nproc uses more than one", torch.cuda.device_count())
-    steps_per_epoch = run.order.steps_per_epoch
+    recipe, order, last_step = run.recipe, run.order, run.total_steps
+    steps_per_epoch = order.steps_per_epoch
     checkpoint_every_steps = recipe.log.checkpoint_every_epochs * steps_per_epoch
     keep_every_steps = recipe.log.keep_every_epochs * steps_per_epoch
     knn_every_steps = recipe.monitor.knn_every_epochs * steps_per_epoch
+    signals.interruptible = False
+    log.info(
+        f"{run.run_dir}: {'resuming' if run.first_step else 'starting'} at step {run.first_step} of "
+        f"{last_step}, {run.images['num_images']} images, {world_size()} x {run.device.type}, "
+        f"{order.micro_batch_size} images each"
+        f"{f' x {order.accumulation} micro-batches' if order.accumulation > 1 else ''}, {run.precision}, "
+        f"{run.num_workers} workers each"
+    )
+    if run.device.type == "cuda" and world_size() == 1 < torch.cuda.device_count():
+        log.info("this machine has %d GPUs; --nproc uses more than one", torch.cuda.device_count())
     last_save = time.monotonic()
     to_stop = Agreement()
     with (
-        Saver(run.run_dir, keep_every_steps, saved=run.first_step) as saver,
+        saving(run.run_dir, keep_every_steps=keep_every_steps, saved=run.first_step) as saver,
         RunLog(
             run.run_dir,
             first_step=run.first_step,
@@ -306,14 +330,13 @@ def train(run: Run, batches: Iterator[Batch], signals: StopSignals, group: Group
                 stop(run, saver, run_log, step - 1, signals.received)
             group.at = f"step {step}"
             hyper = run.schedules.at(step - 1)
-            log_now = due(step, recipe.log.log_every_steps, last_step)
-            statistics = TeacherStatistics() if log_now else None
+            statistics = TeacherStatistics() if due(step, recipe.log.log_every_steps, last_step) else None
             torch.manual_seed(step_seed(recipe.seed, step - 1, rank()))  # for stochastic depth
             with plain_attention(run.precision, run.device):
                 output = train_step(
-                    state,
+                    run.state,
                     micro_batches,
-                    run.order.accumulation,
+                    order.accumulation,
                     hyper,
                     clip_norm=recipe.optim.clip_norm,
                     autocast=autocast(run.precision, run.device),
@@ -347,24 +370,8 @@ def on_device(run: Run, batches: Iterator[Batch], run_log: RunLog) -> Iterator[l
         yield normalized(crops)
 
 
-def crops_on_device(
-    batches: Iterable[Crops | PhotoBatch], recipes: Sequence[CropRecipe], device: torch.device
-) -> Iterator[Crops]:
-    """Batches from workers -> their crops on the device, made or copied one batch ahead of their use."""
-    return ahead(batches, lambda batch: crops_of(batch, recipes, device), device)
-
-
-def normalized(crops: Crops) -> list[Tensor]:
-    """uint8 crops -> groups (C_i, B, 3, side, side) as networks take them, the two global crops first."""
-    return [normalize(x) for x in (crops.global_crops, crops.local_crops) if x.numel()]
-
-
-def readable(run: Run, batches: Iterator[Batch], run_log: RunLog) -> Iterator[Crops | PhotoBatch]:
-    """Micro-batches as workers hand them over.
-
-    Raises:
-        UnreadableImageError: one has an image that cannot be read.
-    """
+def readable(run: Run, batches: Iterator[Batch], run_log: RunLog) -> Iterator[Batch]:
+    """Micro-batches as workers hand them over. Raises UnreadableImageError, with a remedy."""
     for _ in range(len(run.order)):
         try:
             with run_log.waiting_for_data():
@@ -373,6 +380,18 @@ def readable(run: Run, batches: Iterator[Batch], run_log: RunLog) -> Iterator[Cr
             remedy = "repair the file, or let another image stand in by data.on_bad_image substitute"
             raise UnreadableImageError(error.name, error.reason, f"{remedy}, then start again") from error
         yield batch
+
+
+def crops_on_device(
+    batches: Iterable[Batch], recipes: Sequence[CropRecipe], device: torch.device
+) -> Iterator[Crops]:
+    """Batches from workers -> their crops on the device, made or copied one batch ahead of their use."""
+    return ahead(batches, lambda batch: crops_of(batch, recipes, device), device)
+
+
+def normalized(crops: Crops) -> list[Tensor]:
+    """uint8 crops -> groups (C_i, B, 3, side, side) as networks take them, the two global crops first."""
+    return [normalize(x) for x in (crops.global_crops, crops.local_crops) if x.numel()]
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

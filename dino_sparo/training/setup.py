@@ -1,6 +1,5 @@
-"""Everything before the first step: images, micro-batches, schedules, state, and where the run stopped."""
+"""What a run is made of, before its first step: images, views, schedules, starting weights."""
 
-import logging
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,16 +9,12 @@ import numpy as np
 import torch
 
 from dino_sparo.data.decode import size_of
-from dino_sparo.data.loader import BatchOrder, CropsDataset, Executor, crop_batches
+from dino_sparo.data.loader import BatchOrder, CropsDataset, Executor
 from dino_sparo.data.sources import ImageSource, open_images
 from dino_sparo.data.views import NUM_GLOBAL_CROPS, crop_recipes
-from dino_sparo.data.workers import WatchedLoader
 from dino_sparo.errors import UserError
 from dino_sparo.interop.start import read_networks, start_networks
-from dino_sparo.parallel.distributed import (
-    first_rank_first,
-    gather_objects,
-)
+from dino_sparo.parallel.distributed import first_rank_first, gather_objects
 from dino_sparo.recipe.sections import (
     DataOptions,
     LossOptions,
@@ -28,14 +23,10 @@ from dino_sparo.recipe.sections import (
     Recipe,
     ViewOptions,
 )
-from dino_sparo.runs.checkpoint import load_latest
-from dino_sparo.runs.rundir import check_same_images, read_starts
 from dino_sparo.training.bad_images import BadImages
-from dino_sparo.training.monitor import CollapseAlarm, KnnMonitor, open_knn_monitor
+from dino_sparo.training.monitor import CollapseAlarm, KnnImages, open_knn_images
 from dino_sparo.training.schedules import Schedules, cosine_schedule, teacher_temp_schedule
-from dino_sparo.training.state import TrainState, restore_state
-
-log = logging.getLogger("dino_sparo")
+from dino_sparo.training.state import TrainState
 
 SIZED_IMAGES = 32  # whose sizes stand for all
 
@@ -59,48 +50,19 @@ class Run:
     order: BatchOrder
     schedules: Schedules
     total_steps: int
-    knn_monitor: KnnMonitor | None
+    knn_images: KnnImages | None
     alarm: CollapseAlarm
     bad_images: BadImages
-
-
-def restore(
-    run_dir: Path, state: TrainState, images: dict[str, Any], *, unverified: bool = False
-) -> int | None:
-    """Put the newest checkpoint back; the steps that it has done, None without one.
-
-    Raises:
-        UserError: it is of other images, or all there are are damaged; or one is not `unverified`, but its
-            SHA-256 is missing.
-    """
-    checkpoint = load_latest(run_dir, unverified=unverified)
-    if checkpoint is None:
-        return None
-    check_same_images(run_dir, checkpoint["images"], images)
-    restore_state(state, checkpoint)
-    return int(checkpoint["step"])
-
-
-def warn_of_other_views(run_dir: Path, executor: Executor) -> None:
-    """Say that a run resumes with views of another executor, whose pixels differ in rounding."""
-    before = [start["views"] for start in read_starts(run_dir) if "views" in start][-1:]
-    if before and before != [executor]:
-        log.warning(
-            "WARNING: %s: views were made by %s before and are made by %s now, whose pixels differ in "
-            "rounding: from here on the run is not bit for bit what it would have been",
-            *(run_dir, before[0], executor),
-        )
 
 
 def start_state(
     state: TrainState, init: str, encoder: dict[str, Any], *, norm_last_layer: bool, frozen: bool
 ) -> str:
-    """Put the starting weights into a fresh state; what was taken, in words.
+    """Put the starting weights into a fresh state; returns what was taken, in words.
 
     Args:
         init: what holds the weights.
         encoder: the arguments of `build_encoder` by which the state was built.
-        norm_last_layer, frozen: of head and backbone, as in the recipe.
 
     Raises:
         UserError: they cannot be read or do not fit.
@@ -112,15 +74,9 @@ def start_state(
 
 
 def open_data(
-    data: DataOptions,
-    monitor: MonitorOptions,
-    *,
-    batch_size: int,
-    image_size: int,
-    num_workers: int,
-    timeout_seconds: float,
-) -> tuple[ImageSource, KnnMonitor | None]:
-    """The images to learn from, at least one batch of them, and those of the k-NN monitor.
+    data: DataOptions, monitor: MonitorOptions, batch_size: int
+) -> tuple[ImageSource, KnnImages | None]:
+    """The images to learn from, at least one batch of them, and those for k-NN while training.
 
     Raises:
         UserError: there are none, or too few.
@@ -133,14 +89,7 @@ def open_data(
         )
     if not monitor.knn_every_epochs:
         return source, None
-    return source, open_knn_monitor(
-        path=monitor.knn_path,
-        data_path=data.path,
-        images_per_class=monitor.knn_images_per_class,
-        image_size=image_size,
-        num_workers=num_workers,
-        timeout_seconds=timeout_seconds,
-    )
+    return source, open_knn_images(monitor.knn_path, data.path, monitor.knn_images_per_class)
 
 
 def dataset_of(
@@ -168,19 +117,6 @@ def bytes_of_image(views: ViewOptions, max_side: int | None, source: ImageSource
             size = size_of(source.read(int(number)), max_side)
             known += [3 * size[0] * size[1]] if size else []
     return sum(known) // len(known) if known else 3 * views.global_size**2
-
-
-def training_batches(run: Run) -> WatchedLoader:
-    """The micro-batches of crops that this process takes, from first step to end."""
-    machine = run.recipe.machine
-    return crop_batches(
-        run.dataset,
-        run.order,
-        num_workers=run.num_workers,
-        prefetch_batches=machine.prefetch_batches,
-        pin_memory=run.device.type == "cuda",
-        timeout_seconds=machine.data_timeout_seconds,
-    )
 
 
 def check_all_agree(run_dir: Path, first_step: int, images: dict[str, Any]) -> None:

@@ -17,20 +17,15 @@ from dino_sparo.training.stopping import BadSteps
 
 @dataclass(frozen=True)
 class TrainState:
-    """Student, teacher, centre (in the loss), optimiser and loss scale.
-
-    Attributes:
-        overflows: int64 (2,), steps skipped since fp16 overflowed: in all, and the latest in a row.
-        bad_steps: steps whose numbers went wrong otherwise, since this start.
-    """
+    """Student, teacher, centre (in the loss), optimiser and loss scale."""
 
     student: DinoModel
     teacher: DinoModel
     loss_fn: DINOLoss
     optimizer: torch.optim.Optimizer
     loss_scale: LossScale
-    overflows: Tensor
-    bad_steps: BadSteps
+    overflows: Tensor  # int64 (2,), steps skipped since fp16 overflowed: in all, and the latest in a row
+    bad_steps: BadSteps  # steps whose numbers went wrong otherwise, since this start
 
     def check_finite(self, finite_loss: Tensor, finite_gradients: Tensor) -> Tensor:
         """Whether a step may change anything; counts it if not. All are scalars, alike in all processes.
@@ -50,16 +45,12 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """Tensors of one step, left on the device.
+    """Tensors of one step, left on the device."""
 
-    The loss is the mean over all micro-batches of this process, images are the first global crops of the
-    last one, and the centre is the one that the loss used.
-    """
-
-    loss: Tensor
-    images: Tensor
-    center: Tensor
-    gradient_norms: Tensor
+    loss: Tensor  # mean over all micro-batches of this process
+    images: Tensor  # first global crops of the last micro-batch
+    center: Tensor  # the one that the loss used
+    gradient_norms: Tensor  # (P,), before clipping
 
 
 def build_state(
@@ -79,13 +70,9 @@ def build_state(
     """Freshly initialized by the seed; the teacher starts as a copy of the student.
 
     Args:
-        encoder: arguments of `build_encoder`.
-        head, loss: sections of the recipe.
-        drop_path_rate: of the student.
-        freeze_backbone: whether the student's backbone does not learn.
+        encoder: arguments of `build_encoder`, but `drop_path_rate`, which is the student's.
         max_bad_steps: so many steps whose numbers are not finite may be skipped.
         loss_scaling: as fp16 needs it.
-        activation_checkpointing, compiled: of the backbones.
     """
     torch.manual_seed(seed)
 

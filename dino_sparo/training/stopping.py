@@ -57,14 +57,11 @@ class BadSteps:
     Args:
         device: of the tensors.
         allowed: so many may be skipped; after one more nothing changes any more.
-
-    Attributes:
-        total: int64 scalar on the device, bad steps since this start.
     """
 
     def __init__(self, device: torch.device, allowed: int) -> None:
         self.allowed = allowed
-        self.total = torch.zeros((), dtype=torch.int64, device=device)
+        self.total = torch.zeros((), dtype=torch.int64, device=device)  # since this start
         self._steps = torch.zeros_like(self.total)  # since this start
         self._latest = torch.zeros(LISTED_BAD_STEPS, 2, dtype=torch.int64, device=device)  # step, finite loss
         self._read = 0
