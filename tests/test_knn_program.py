@@ -85,7 +85,7 @@ def test_a_second_test_set(trained, alone):
         same_images = np.concatenate([every[:34], every[68:]])
         right = results["few", f"{k}-NN"].correct
         assert (right >= same_images).all() and better(right.sum(), same_images.sum())
-    assert "\nfew: 1 of the 3 classes of training has no image here (class1); 1 class folder is none" in shown
+    assert "\nfew: 1 of the 3 classes of training has no image here (class1); class folders left out" in shown
     assert shown.count("<- headline") == 3 and "101 test images" in shown
 
 

@@ -15,7 +15,7 @@ from dino_sparo.evaluation.features import hash_of_images
 from dino_sparo.evaluation.knn import HEADLINE_K
 from dino_sparo.evaluation.results import Result, alone_in
 from dino_sparo.evaluation.transfer import EXPECTED_BOTH, VAL, named_folder
-from dino_sparo.parallel.device import choose_device
+from dino_sparo.files import write_file
 from dino_sparo.recipe.typed import flattened
 from dino_sparo.runs.checkpoint import latest_step
 from dino_sparo.runs.rundir import check_same_experiment, read_starts
@@ -50,7 +50,7 @@ def study(
     data_sets, hashes = check_study(
         variants, folder, control=control, train_fractions=train_fractions, transfer=transfer
     )
-    training.check_experiments(variants)
+    training.check_variants(variants)
     remember_images(folder, data_sets, hashes)
     errors = training.train(variants, folder, unverified=unverified)
     measured: dict[str, dict[str, Measured]] = {}
@@ -61,19 +61,20 @@ def study(
         log.info("evaluating %s", variant.folder)
         try:
             with files_told(), alone_in(variant.run_dir):  # others may evaluate it too
-                measured[variant.folder] = evaluate(
-                    variant, data_sets, train_fractions, unverified=unverified
-                )
+                measured[variant.folder] = {
+                    name: measure(variant, data, name, fractions=train_fractions, unverified=unverified)
+                    for name, data in data_sets.items()
+                }
         except UserError as error:
             if isinstance(error, StuckError):  # this process must end
                 raise
             errors[variant.folder] = str(error)
             log.warning("WARNING: %s failed: %s", variant.folder, error)
-    found = groups(variants, measured)
-    if not found:
+    if not measured:
         log.warning("WARNING: no run is complete, so there is nothing to report")
         return EXIT_PROBLEM if errors else 0
     missing = missing_runs(folder, variants, set(measured), errors)
+    found = groups(variants, measured)
     comparison = write_report(folder, control, found, training.table(variants, errors), missing)
     print(comparison.text())
     log.info("the page is %s", folder / PAGE)
@@ -86,8 +87,9 @@ def train_only(variants: Sequence[Variant], folder: Path, *, unverified: bool = 
     Raises:
         UserError, StoppedError: as `study`.
     """
+    training.check_variants(variants)
     errors = training.train(variants, folder, unverified=unverified)
-    print("\n".join(training.as_markdown(training.table(variants, errors))))
+    print(training.as_markdown(training.table(variants, errors)))
     return EXIT_PROBLEM if errors else 0
 
 
@@ -103,7 +105,7 @@ def print_plan(variants: Sequence[Variant], recipe_name: str | None) -> int:
         training.check_data(variants)
     except UserError as error:
         problems.append(str(error))
-    print("\n".join(training.as_markdown(training.table(variants, {}))))
+    print(training.as_markdown(training.table(variants, {})))
     print(f"\n{len(variants)} runs of {recipe_name}; dino-sparo pretrain --dry-run tells more of one")
     for variant in variants:
         done = latest_step(variant.run_dir)
@@ -146,26 +148,33 @@ def check_study(
     return data_sets, hashes
 
 
-def remember_images(run_dir: Path, data_sets: dict[str, str], hashes: dict[str, str]) -> None:
+def remember_images(folder: Path, data_sets: dict[str, str], hashes: dict[str, str]) -> None:
     """Write down which images the study is about, beside those of other commands that work in its folder.
 
     Raises:
         UserError: another command has just begun with other images.
-        OSError: the folder cannot be written.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with alone_in(run_dir):
-        known = _with_known(run_dir, data_sets, hashes)
-        training.write_files(run_dir, {IMAGES_FILE: json.dumps(known, indent=1) + "\n"})
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(folder):
+        known = _with_known(folder, data_sets, hashes)
+        write_file(folder / IMAGES_FILE, json.dumps(known, indent=1) + "\n")
 
 
-def _with_known(run_dir: Path, data_sets: dict[str, str], hashes: dict[str, str]) -> dict[str, str]:
+def _with_known(folder: Path, data_sets: dict[str, str], hashes: dict[str, str]) -> dict[str, str]:
     """These hashes and those of the study's other data sets; refuses others than when it began."""
-    known = _known_images(run_dir / IMAGES_FILE)
+    path = folder / IMAGES_FILE
+    try:
+        known: dict[str, str] = dict(json.loads(path.read_text()).items())
+    except (FileNotFoundError, NotADirectoryError):
+        known = {}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}); restore it, or remove it if the images are the same"
+        ) from error
     for name, now in hashes.items():
         if known.setdefault(name, now) != now:
             raise UserError(
-                f"{data_sets[name]} holds other images than {name!r} had when the study in {run_dir} began; "
+                f"{data_sets[name]} holds other images than {name!r} had when the study in {folder} began; "
                 f"give the same, or another {'run_dir' if name == VAL else 'name'}"
             )
     return known
@@ -179,67 +188,30 @@ def _hash_of(name: str, folder: str) -> str:
     return f"{hash_of_images(train)} {hash_of_images(test)}"
 
 
-def _known_images(path: Path) -> dict[str, str]:
-    """Hash of images by name of the data set, as the study began; nothing before that."""
-    try:
-        hashes = json.loads(path.read_text())
-        return {str(name): str(one) for name, one in hashes.items()}
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}); restore it, or remove it if the images are the same"
-        ) from error
-
-
-def evaluate(
-    variant: Variant, data_sets: dict[str, str], train_fractions: Sequence[float], *, unverified: bool
-) -> dict[str, Measured]:
-    """One run on each data set."""
-    machine = variant.recipe.machine
-    return {
-        name: measure(
-            variant.run_dir,
-            data,
-            name,
-            fractions=train_fractions,
-            seed=variant.recipe.seed,
-            device=choose_device(machine.device),
-            num_workers=machine.num_workers,
-            unverified=unverified,
-        )
-        for name, data in data_sets.items()
-    }
-
-
 def groups(variants: Sequence[Variant], measured: dict[str, dict[str, Measured]]) -> list[Group]:
-    """The runs of each row that are evaluated, with 20-NN and the chosen probes; no row without a run."""
+    """The runs of each row that are evaluated, with 20-NN and the chosen probes; no row without a run.
+
+    A probe is chosen for all seeds of a row together.
+    """
     rows: dict[str, list[Variant]] = {}
     for variant in variants:
         if variant.folder in measured:
             rows.setdefault(variant.row, []).append(variant)
-    return [Group(row, _runs(of_row, measured)) for row, of_row in rows.items()]
-
-
-def _runs(of_row: Sequence[Variant], measured: dict[str, dict[str, Measured]]) -> list[Run]:
-    """The seeds of one recipe: a probe is chosen for all of them together."""
-    headlines: list[dict[Measure, Result]] = [{} for _ in of_row]
-    for name in measured[of_row[0].folder]:
-        of_seeds = [measured[variant.folder][name] for variant in of_row]
-        for headline, one in zip(headlines, of_seeds, strict=True):
-            headline[_measure(name, one.knn)] = one.knn
-        for fraction in of_seeds[0].probes:
-            chosen = choose([one.probes[fraction] for one in of_seeds])
-            for headline, result in zip(headlines, chosen, strict=True):
-                headline[_measure(name, result)] = result
-    return [
-        Run(v.run_dir, flattened(v.recipe.as_dict()), v.recipe.seed, headline)
-        for v, headline in zip(of_row, headlines, strict=True)
-    ]
-
-
-def _measure(name: str, result: Result) -> Measure:
-    return Measure(result.protocol, result.weights, result.train_fraction, name)
+    found = []
+    for row, seeds in rows.items():
+        headlines: list[dict[Measure, Result]] = [{} for _ in seeds]
+        for name in measured[seeds[0].folder]:
+            of_seeds = [measured[variant.folder][name] for variant in seeds]
+            of_probes = [choose([one.probes[share] for one in of_seeds]) for share in of_seeds[0].probes]
+            for results in ([one.knn for one in of_seeds], *of_probes):
+                for headline, result in zip(headlines, results, strict=True):
+                    headline[Measure.of(result, test_set=name)] = result
+        runs = [
+            Run(variant.run_dir, flattened(variant.recipe.as_dict()), variant.recipe.seed, headline)
+            for variant, headline in zip(seeds, headlines, strict=True)
+        ]
+        found.append(Group(row, runs))
+    return found
 
 
 def missing_runs(
@@ -247,14 +219,12 @@ def missing_runs(
 ) -> list[str]:
     """Which runs, planned or in the folder from another command, do not stand on the page, and why."""
     absent = [one.folder for one in variants if one.folder not in measured]
-    lines = [f"{one}: failed, {errors[one]}" for one in absent if one in errors]
-    planned = {one.folder for one in variants}
     folders = sorted(path.parent.name for path in run_dir.glob(f"*/{CONFIG_FILE}"))
-    for reason, names in {
-        "not complete": [one for one in absent if one not in errors],
-        "not in this command": [one for one in folders if one not in planned],
-    }.items():
-        lines += [f"{reason}: {', '.join(names)}"] if names else []
+    elsewhere = [one for one in folders if one not in {variant.folder for variant in variants}]
+    unfinished = [one for one in absent if one not in errors]
+    lines = [f"{one}: failed, {errors[one]}" for one in absent if one in errors]
+    lines += [f"not complete: {', '.join(unfinished)}"] if unfinished else []
+    lines += [f"not in this command: {', '.join(elsewhere)}"] if elsewhere else []
     return lines
 
 

@@ -2,16 +2,17 @@
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from dino_sparo.evaluation.compare import Comparison, Group, Measure, Run, title
+from dino_sparo.evaluation.compare import Comparison, Group, Measure, Run, measures_of, title
 from dino_sparo.runs.runlog import read_metrics
-from dino_sparo.study.training import KNN
+from dino_sparo.study.training import KNN, SIZES, sizes
+from dino_sparo.terminal import markdown_table
 
 PAGE, JSON_FILE, CURVES = "study.md", "study.json", "curves.png"
 NOT_THERE = "–"
@@ -67,75 +68,62 @@ def page(
         missing: lines on runs that are not here.
         about: lines on how all this was made.
     """
-    measures = sorted({m: None for g in groups for run in g.runs for m in run.headline}, key=Measure.order)
+    measures = measures_of(groups)
     parts = ["# Study", *about, "## Means and differences", comparison.markdown()]
     parts += ["## Runs that are not here", "\n".join(f"- {line}" for line in missing)] if missing else []
-    parts += ["## Every seed", _table(*seeds_table(groups, measures))]
-    parts += [
-        "## 20-NN while training",
-        f"![20-NN over epochs]({CURVES})",
-        _table(*curve_table(groups, trainings)),
-    ]
-    parts += ["## Cost", _table(*cost_table(groups, trainings, costs)), COST_REMARK]
-    parts += ["## Probes that were chosen", _table(*probes_table(groups, measures))]
+    parts += ["## Every seed", seeds_table(groups, measures)]
+    parts += ["## 20-NN while training", f"![20-NN over epochs]({CURVES})", curve_table(groups, trainings)]
+    parts += ["## Cost", cost_table(groups, trainings, costs), COST_REMARK]
+    parts += ["## Probes that were chosen", probes_table(groups, measures)]
     return "\n\n".join(parts) + "\n"
 
 
-def seeds_table(groups: Sequence[Group], measures: Sequence[Measure]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: each run's accuracies."""
+def seeds_table(groups: Sequence[Group], measures: Sequence[Measure]) -> str:
+    """Each run's accuracies."""
     rows = []
     for group in groups:
         for run in group.runs:
             found = (run.headline.get(measure) for measure in measures)
             cells = [f"{result.top1:.2f}" if result else NOT_THERE for result in found]
             rows.append([group.label, str(run.seed), *cells])
-    return ["top-1 in %", "seed", *(title(measure, groups) for measure in measures)], rows
+    return markdown_table(["top-1 in %", "seed", *(title(measure, groups) for measure in measures)], rows)
 
 
-def curve_table(
-    groups: Sequence[Group], trainings: dict[Path, Training]
-) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: 20-NN by epoch, the mean over seeds and their standard deviation."""
+def curve_table(groups: Sequence[Group], trainings: dict[Path, Training]) -> str:
+    """20-NN by epoch, the mean over seeds and their standard deviation."""
     epochs = sorted({epoch for training in trainings.values() for epoch in training.curve})
     rows = []
     for group in groups:
-        of_runs = [trainings[run.folder].curve for run in group.runs]
-        known = [[curve[epoch] for curve in of_runs if epoch in curve] for epoch in epochs]
-        rows.append([group.label, *(mean_and_deviation(values, 1) for values in known)])
-    return ["20-NN in %, after epoch", *(f"{epoch:g}" for epoch in epochs)], rows
+        curves = [trainings[run.folder].curve for run in group.runs]
+        known = [[curve[epoch] for curve in curves if epoch in curve] for epoch in epochs]
+        rows.append([group.label, *map(mean_and_deviation, known)])
+    return markdown_table(["20-NN in %, after epoch", *(f"{epoch:g}" for epoch in epochs)], rows)
 
 
 def cost_table(
     groups: Sequence[Group], trainings: dict[Path, Training], costs: Sequence[dict[str, Any]]
-) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: size, operations, and how long the runs took."""
+) -> str:
+    """Size, operations, and how long the runs took."""
     by_row = {cost["variant"]: cost for cost in costs}
     rows = []
     for group in groups:
         cost, of_runs = by_row[group.label], [trainings[run.folder] for run in group.runs]
-        rows.append(
-            [
-                group.label,
-                str(cost["embed_dim"]),
-                f"{cost['readout_parameters'] / 1e6:.3f}",
-                f"{cost['parameters'] / 1e6:.3f}",
-                f"{cost['flops'] / 1e9:.4g}",
-                mean_and_deviation([training.seconds / 60 for training in of_runs], 1),
-                mean_and_deviation([training.images_per_second for training in of_runs], 1),
-            ]
-        )
-    header = ["", "numbers of an encoding", "read-out, M parameters", "encoder, M parameters"]
-    return [*header, "GFLOPs an image", "minutes of training", "images/s"], rows
+        minutes = mean_and_deviation([training.seconds / 60 for training in of_runs])
+        speed = mean_and_deviation([training.images_per_second for training in of_runs])
+        flops = f"{cost['flops'] / 1e9:.4g}"
+        rows.append([group.label, str(cost["embed_dim"]), *sizes(cost), flops, minutes, speed])
+    times = ("GFLOPs per image", "minutes of training", "images/s")
+    return markdown_table(["", "numbers of an encoding", *SIZES, *times], rows)
 
 
-def probes_table(groups: Sequence[Group], measures: Sequence[Measure]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: which probe was the best on train images held out, by row of the study."""
+def probes_table(groups: Sequence[Group], measures: Sequence[Measure]) -> str:
+    """Which probe was the best on train images held out, by row of the study."""
     linear = [measure for measure in measures if measure.protocol != "knn"]
     rows = []
     for group in groups:
         found = [group.results(measure) for measure in linear]
         rows.append([group.label, *(results[0].name if results else NOT_THERE for results in found)])
-    return ["", *(title(measure, groups) for measure in linear)], rows
+    return markdown_table(["", *(title(measure, groups) for measure in linear)], rows)
 
 
 def curves_picture(groups: Sequence[Group], trainings: dict[Path, Training]) -> bytes:
@@ -144,10 +132,11 @@ def curves_picture(groups: Sequence[Group], trainings: dict[Path, Training]) -> 
     axis = figure.subplots()
     for number, group in enumerate(groups):
         colour = f"C{number % 10}"
+        label = f"{group.label} ({len(group.runs)} seed{'s' if len(group.runs) > 1 else ''})"
         curves = [trainings[run.folder].curve for run in group.runs]
         shared = sorted(set.intersection(*(set(curve) for curve in curves)))
         means = [statistics.fmean(curve[epoch] for curve in curves) for epoch in shared]
-        axis.plot(shared, means, "o-", color=colour, linewidth=2, markersize=4, label=_with_count(group))
+        axis.plot(shared, means, "o-", color=colour, linewidth=2, markersize=4, label=label)
         for curve in curves if len(curves) > 1 else ():
             axis.plot(list(curve), list(curve.values()), color=colour, linewidth=0.7, alpha=0.5)
     axis.set(xlabel="epoch", ylabel="20-NN top-1, per cent", title="20-NN of the teacher while training")
@@ -160,44 +149,35 @@ def curves_picture(groups: Sequence[Group], trainings: dict[Path, Training]) -> 
 
 def as_json(groups: Sequence[Group], trainings: dict[Path, Training]) -> dict[str, Any]:
     """What the tables are made of as plain values, by row and run."""
-    return {group.label: [_run_as_json(run, trainings[run.folder]) for run in group.runs] for group in groups}
-
-
-def _run_as_json(run: Run, training: Training) -> dict[str, Any]:
     return {
-        "run": str(run.folder),
-        "seed": run.seed,
-        "seconds": training.seconds,
-        "images_per_second": training.images_per_second,
-        "curve": training.curve,
-        "results": [
+        group.label: [
             {
-                "data": measure.test_set,
-                "protocol": measure.protocol,
-                "train_fraction": measure.train_fraction,
-                "setting": result.name,
-                "num_train": result.details["num_train"],
-                "num_images": result.num_images,
-                "top1": result.top1,
-                "top5": result.top5,
+                "run": str(run.folder),
+                "seed": run.seed,
+                **asdict(trainings[run.folder]),
+                "results": [
+                    {
+                        "data": measure.test_set,
+                        "protocol": measure.protocol,
+                        "train_fraction": measure.train_fraction,
+                        "setting": result.name,
+                        "num_train": result.details["num_train"],
+                        "num_images": result.num_images,
+                        "top1": result.top1,
+                        "top5": result.top5,
+                    }
+                    for measure, result in run.headline.items()
+                ],
             }
-            for measure, result in run.headline.items()
-        ],
+            for run in group.runs
+        ]
+        for group in groups
     }
 
 
-def mean_and_deviation(values: Sequence[float], digits: int) -> str:
+def mean_and_deviation(values: Sequence[float]) -> str:
     """`mean ± sample standard deviation`, the latter of two or more."""
     if not values:
         return NOT_THERE
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{spread}"
-
-
-def _with_count(group: Group) -> str:
-    return f"{group.label} ({len(group.runs)} seed{'s' if len(group.runs) > 1 else ''})"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ([cell.replace("|", "\\|") for cell in line] for line in (header, ["---"] * len(header), *rows))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.1f}{spread}"
