@@ -17,7 +17,7 @@ Axis letters: P probes.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -60,8 +60,6 @@ log = logging.getLogger("dino_sparo")
 OFFICIAL, CACHED = "linear", "linear-cached"  # protocols
 CLASSIFIERS = "classifiers"
 LOG_EVERY_STEPS = 20
-
-OpenBatches = Callable[[BatchOrder, RunLog], AbstractContextManager[Iterator[Batch]]]
 
 
 def linear_probe(
@@ -147,19 +145,42 @@ def linear_probe(
     wanted += [Wanted(train, "train features", cache_precision)] if cached else []
     found = cached_features(encoder, wanted, INPUTS, cache=cache, num_workers=num_workers)
 
-    def open_batches(order: BatchOrder, run_log: RunLog) -> AbstractContextManager[Iterator[Batch]]:
-        if cached:
-            return nullcontext(features_of_rows(found[-1], train, order, run_log, encoder.device))
-        return features_of_crops(
-            *(encoder, train, order, run_log),
-            precision=choose_precision(precision, encoder.device),
-            executor=choose_executor(views, encoder.device, max_side=MAX_SIDE),
-            num_workers=default_workers(local_world_size()) if num_workers is None else num_workers,
-        )
-
     if training.epochs_done < epochs:
+        log.info(
+            "%s: epoch %d of %d, %d probes, %d train images",
+            *(training.folder, training.epochs_done + 1, epochs, len(training.names), len(train)),
+        )
+        if rank() == 0:
+            training.folder.mkdir(parents=True, exist_ok=True)
+        order = BatchOrder(
+            num_samples=len(train),
+            global_batch_size=batch_size,
+            epochs=epochs,
+            seed=seed,
+            first_step=training.steps_done,
+            rank=rank(),
+            world_size=world_size(),
+        )
+        run_log = RunLog(
+            training.folder,
+            first_step=training.steps_done,
+            steps_per_epoch=steps_per_epoch,
+            total_steps=epochs * steps_per_epoch,
+            silent=rank() > 0,
+        )
+        opened: AbstractContextManager[Iterator[Batch]]
+        if cached:
+            opened = nullcontext(features_of_rows(found[-1], train, order, run_log, encoder.device))
+        else:
+            opened = features_of_crops(
+                *(encoder, train, order, run_log),
+                precision=choose_precision(precision, encoder.device),
+                executor=choose_executor(views, encoder.device, max_side=MAX_SIDE),
+                num_workers=default_workers(local_world_size()) if num_workers is None else num_workers,
+            )
         every_epochs = 10 if cached else 1  # on cached features one takes less time than a checkpoint
-        training.fit(len(train), open_batches, test_sets[0], found[0], every_epochs=every_epochs)
+        with run_log, opened as batches:
+            training.fit(batches, run_log, test_sets[0], found[0], checkpoint_every_epochs=every_epochs)
     details = {"protocol": protocol, **given, "num_train": len(train)}
     classifiers = training.classifiers(train.classes, details)
     return results_of(encoder, classifiers, probes, test_sets, found[: len(test_sets)], weights)
@@ -184,11 +205,8 @@ class ProbeTraining:
         self.epochs, self.batch_size = settings["epochs"], settings["batch_size"]
         self.optimizer = probes.optimizer(self.batch_size)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.epochs)
-        self.learning: dict[str, Any] = {
-            "probes": probes,
-            "optimizer": self.optimizer,
-            "schedule": self.schedule,
-        }
+        self.learning: dict[str, Any] = {"probes": probes, "optimizer": self.optimizer}
+        self.learning["schedule"] = self.schedule
         self.epochs_done, self.steps_per_epoch = 0, steps_per_epoch
         self.best: list[tuple[float, int]] = [(-1.0, 0)] * len(self.names)
 
@@ -230,62 +248,39 @@ class ProbeTraining:
             set_damaged_aside(self.folder, self.steps_done)
 
     def fit(
-        self, num_train: int, open_batches: OpenBatches, val: TestSet, found: Features, *, every_epochs: int
+        self,
+        batches: Iterator[Batch],
+        run_log: RunLog,
+        val: TestSet,
+        val_features: Features,
+        *,
+        checkpoint_every_epochs: int,
     ) -> None:
         """All epochs that are left: train, score on the first test set, log, and write checkpoints.
 
-        Args:
-            num_train: images to learn from.
-            open_batches: from the order of images and the log, which is told when they are waited for, this
-                process's share of each global batch, within a context that explains why a process that loads
-                images has died.
-            val, found: the first test set, and its features.
-            every_epochs: when to write a checkpoint, besides at the end.
+        `batches` are this process's share of each global batch.
         """
-        log.info(
-            "%s: epoch %d of %d, %d probes, %d train images",
-            *(self.folder, self.epochs_done + 1, self.epochs, len(self.names), num_train),
-        )
-        if rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        order = BatchOrder(
-            num_samples=num_train,
-            global_batch_size=self.batch_size,
-            epochs=self.epochs,
-            seed=self.settings["seed"],
-            first_step=self.steps_done,
-            rank=rank(),
-            world_size=world_size(),
-        )
-        run_log = RunLog(
-            self.folder,
-            first_step=self.steps_done,
-            steps_per_epoch=self.steps_per_epoch,
-            total_steps=self.epochs * self.steps_per_epoch,
-            silent=rank() > 0,
-        )
-        with run_log, open_batches(order, run_log) as batches:
-            while self.epochs_done < self.epochs:
-                self._train_epoch(batches, run_log)
-                self.schedule.step()
-                self.epochs_done += 1
-                with run_log.not_training():
-                    top1, top5 = 100 * score(self.probes, val, found).mean(axis=0).T
-                highest = int(np.argmax(top1))
-                shown = f"{self.names[highest]} top1 {top1[highest]:.2f} % top5 {top5[highest]:.2f} %"
-                shown += f", the best of {len(top1)} probes" if len(top1) > 1 else ""
-                values = self._by_probe("top1", top1) | self._by_probe("top5", top5)
-                run_log.evaluation(self.steps_done, values, shown)
-                for number, accuracy in enumerate(top1.tolist()):
-                    if accuracy > self.best[number][0]:
-                        self.best[number] = (accuracy, self.epochs_done)
-                if self.epochs_done % every_epochs == 0 or self.epochs_done == self.epochs:
-                    run_log.flush()
-                    if rank() == 0:
-                        state = {name: part.state_dict() for name, part in self.learning.items()}
-                        state |= {"step": self.steps_done, "epochs_done": self.epochs_done}
-                        state |= {"config": self.settings, "best": self.best}
-                        save_checkpoint(state, self.folder, step=self.steps_done)
+        while self.epochs_done < self.epochs:
+            self._train_epoch(batches, run_log)
+            self.schedule.step()
+            self.epochs_done += 1
+            with run_log.not_training():
+                top1, top5 = 100 * score(self.probes, val, val_features).mean(axis=0).T
+            highest = int(np.argmax(top1))
+            shown = f"{self.names[highest]} top1 {top1[highest]:.2f} % top5 {top5[highest]:.2f} %"
+            shown += f", the best of {len(top1)} probes" if len(top1) > 1 else ""
+            values = self._by_probe("top1", top1) | self._by_probe("top5", top5)
+            run_log.evaluation(self.steps_done, values, shown)
+            for number, accuracy in enumerate(top1.tolist()):
+                if accuracy > self.best[number][0]:
+                    self.best[number] = (accuracy, self.epochs_done)
+            if self.epochs_done % checkpoint_every_epochs == 0 or self.epochs_done == self.epochs:
+                run_log.flush()
+                if rank() == 0:
+                    state = {name: part.state_dict() for name, part in self.learning.items()}
+                    state |= {"step": self.steps_done, "epochs_done": self.epochs_done}
+                    state |= {"config": self.settings, "best": self.best}
+                    save_checkpoint(state, self.folder, step=self.steps_done)
 
     def _train_epoch(self, batches: Iterator[Batch], run_log: RunLog) -> None:
         """One epoch; the losses that it logs are means since its begin."""

@@ -2,15 +2,12 @@
 
 import json
 import logging
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from dino_sparo.data.sources import open_labelled
 from dino_sparo.errors import EXIT_PROBLEM, StuckError, UserError, files_told
-from dino_sparo.evaluation.compare import CONFIG_FILE, Comparison, Group, Measure, Run, compare_groups
+from dino_sparo.evaluation.compare import CONFIG_FILE, Group, Measure, Run
 from dino_sparo.evaluation.features import hash_of_images
 from dino_sparo.evaluation.knn import HEADLINE_K
 from dino_sparo.evaluation.results import Result, alone_in
@@ -18,15 +15,14 @@ from dino_sparo.evaluation.transfer import EXPECTED_BOTH, VAL, named_folder
 from dino_sparo.files import write_file
 from dino_sparo.recipe.typed import flattened
 from dino_sparo.runs.checkpoint import latest_step
-from dino_sparo.runs.rundir import check_same_experiment, read_starts
+from dino_sparo.runs.rundir import check_same_experiment
 from dino_sparo.study import training
-from dino_sparo.study.measuring import EPOCHS, Measured, choose, measure
-from dino_sparo.study.report import CURVES, JSON_FILE, PAGE, as_json, curves_picture, page, training_of
+from dino_sparo.study.measuring import Measured, choose, measure
+from dino_sparo.study.report import PAGE, write_report
 from dino_sparo.study.variants import Variant
 
 log = logging.getLogger("dino_sparo")
 
-PROGRAM = "dino-sparo"
 IMAGES_FILE = "images.json"  # which images the study is about, by hash
 
 
@@ -226,40 +222,3 @@ def missing_runs(
     lines += [f"not complete: {', '.join(unfinished)}"] if unfinished else []
     lines += [f"not in this command: {', '.join(elsewhere)}"] if elsewhere else []
     return lines
-
-
-def write_report(
-    folder: Path, control: str, found: list[Group], costs: list[dict[str, Any]], missing: Sequence[str]
-) -> Comparison:
-    """Write `study.md`, `study.json` and `curves.png`; returns the table of means and differences."""
-    group = next((group for group in found if group.label == control), None)
-    remark = "" if group else f"no differences: no run of the control {control!r} is complete"
-    comparison = compare_groups(found, group, remark)
-    trainings = {run.folder: training_of(run) for group in found for run in group.runs}
-    contents: dict[str, str | bytes] = {
-        PAGE: page(found, trainings, comparison, costs, missing, about(list(trainings))),
-        JSON_FILE: json.dumps(as_json(found, trainings), indent=1) + "\n",
-        CURVES: curves_picture(found, trainings),
-    }
-    training.write_files(folder, contents)
-    return comparison
-
-
-def about(run_dirs: Sequence[Path]) -> list[str]:
-    """How the runs and this page were made, in lines of Markdown."""
-    starts = [start for run_dir in run_dirs for start in read_starts(run_dir)]
-    made = {
-        f"commit {start['git'] or 'unknown'}, torch {start['versions']['torch']}, timm "
-        f"{start['versions']['timm']}, {start['processes']} x {start['device']}, {start['precision']}"
-        for start in starts
-    }
-    commands = dict.fromkeys(shlex.join(start["command"][1:]) for start in starts)
-    return [
-        f"This page is by `{PROGRAM} {shlex.join(sys.argv[1:])}`, its runs by",
-        "\n".join(f"- `{PROGRAM} {command}`" for command in commands),
-        "\n".join(f"- {one}" for one in sorted(made)),
-        f"Teachers are evaluated. Probes learn from cached centre crops for {EPOCHS} epochs, which is not "
-        f"the official protocol. The one that is shown was the best, in the mean over seeds, on a fifth of "
-        f"the train images held out, with all of their labels also where it learns from a share. An encoder "
-        f"with slots has more probes to choose from than one without: encoding, tokens of blocks, or both.",
-    ]

@@ -1,6 +1,9 @@
 """The page of a study: differences to the control, every seed, curves, cost; Markdown, JSON and a picture."""
 
+import json
+import shlex
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
@@ -9,13 +12,25 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from dino_sparo.evaluation.compare import Comparison, Group, Measure, Run, measures_of, title
+from dino_sparo.evaluation.compare import (
+    DIFFERENCES,
+    Comparison,
+    Group,
+    Measure,
+    Run,
+    compare_groups,
+    measures_of,
+    title,
+)
+from dino_sparo.runs.rundir import read_starts
 from dino_sparo.runs.runlog import read_metrics
-from dino_sparo.study.training import KNN, SIZES, sizes
+from dino_sparo.study.measuring import EPOCHS
+from dino_sparo.study.training import KNN, SIZES, sizes, write_files
 from dino_sparo.terminal import markdown_table
 
 PAGE, JSON_FILE, CURVES = "study.md", "study.json", "curves.png"
 NOT_THERE = "–"
+PROGRAM = "dino-sparo"
 COST_REMARK = (
     "Minutes and images/s are those of the steps, with loading, without k-NN, checkpoints and start. Runs "
     "that were trained side by side shared the machine."
@@ -50,32 +65,59 @@ def training_of(run: Run) -> Training:
     return Training(curve, batch_size * steps / speed if speed else 0.0, speed)
 
 
-def page(
+def write_report(
+    folder: Path,
+    control: str,
     groups: Sequence[Group],
-    trainings: dict[Path, Training],
-    comparison: Comparison,
     costs: Sequence[dict[str, Any]],
     missing: Sequence[str],
-    about: Sequence[str],
-) -> str:
-    """The page as Markdown.
+) -> Comparison:
+    """Write `study.md`, `study.json` and `curves.png`; returns the table of means and differences.
 
     Args:
+        control: the row that differences are to.
         groups: the rows of the study, with their runs.
-        trainings: by run folder.
-        comparison: the table of means and differences.
         costs: by row parameters and FLOPs, as in `training.table`.
         missing: lines on runs that are not here.
-        about: lines on how all this was made.
     """
+    group = next((group for group in groups if group.label == control), None)
+    remark = DIFFERENCES if group else f"no differences: no run of the control {control!r} is complete"
+    comparison = compare_groups(groups, group, remark)
+    trainings = {run.folder: training_of(run) for group in groups for run in group.runs}
     measures = measures_of(groups)
-    parts = ["# Study", *about, "## Means and differences", comparison.markdown()]
+    parts = ["# Study", *about(list(trainings)), "## Means and differences", comparison.markdown()]
     parts += ["## Runs that are not here", "\n".join(f"- {line}" for line in missing)] if missing else []
     parts += ["## Every seed", seeds_table(groups, measures)]
     parts += ["## 20-NN while training", f"![20-NN over epochs]({CURVES})", curve_table(groups, trainings)]
     parts += ["## Cost", cost_table(groups, trainings, costs), COST_REMARK]
     parts += ["## Probes that were chosen", probes_table(groups, measures)]
-    return "\n\n".join(parts) + "\n"
+    contents: dict[str, str | bytes] = {
+        PAGE: "\n\n".join(parts) + "\n",
+        JSON_FILE: json.dumps(as_json(groups, trainings), indent=1) + "\n",
+        CURVES: curves_picture(groups, trainings),
+    }
+    write_files(folder, contents)
+    return comparison
+
+
+def about(run_dirs: Sequence[Path]) -> list[str]:
+    """How the runs and this page were made, in lines of Markdown."""
+    starts = [start for run_dir in run_dirs for start in read_starts(run_dir)]
+    made = {
+        f"commit {start['git'] or 'unknown'}, torch {start['versions']['torch']}, timm "
+        f"{start['versions']['timm']}, {start['processes']} x {start['device']}, {start['precision']}"
+        for start in starts
+    }
+    commands = dict.fromkeys(shlex.join(start["command"][1:]) for start in starts)
+    return [
+        f"This page is by `{PROGRAM} {shlex.join(sys.argv[1:])}`, its runs by",
+        "\n".join(f"- `{PROGRAM} {command}`" for command in commands),
+        "\n".join(f"- {one}" for one in sorted(made)),
+        f"Teachers are evaluated. Probes learn from cached centre crops for {EPOCHS} epochs, which is not "
+        f"the official protocol. The one that is shown was the best, in the mean over seeds, on a fifth of "
+        f"the train images held out, with all of their labels also where it learns from a share. An encoder "
+        f"with slots has more probes to choose from than one without: encoding, tokens of blocks, or both.",
+    ]
 
 
 def seeds_table(groups: Sequence[Group], measures: Sequence[Measure]) -> str:
