@@ -1,6 +1,5 @@
 """`dino-sparo knn`: one answer whatever the number of processes, kept beside the run."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -89,16 +88,13 @@ def test_a_second_test_set(trained, alone):
     assert shown.count("<- headline") == 3 and "101 test images" in shown
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.long)])
-def test_processes_give_the_same(trained, alone, tmp_path, processes):
+def test_processes_give_the_same(trained, alone, tmp_path):
     data, run = trained
-    finished = knn(run, data, tmp_path, processes=processes)
+    finished = knn(run, data, tmp_path, processes=3)
     assert finished.returncode == 0, finished.stderr
     ours, theirs = ((*read_results(folder),)[:3] for folder in (tmp_path, alone[0]))
     for one, other in zip(ours, theirs, strict=True):
-        assert (one.name, one.top1, one.top5, one.num_images) == (
-            other.name, other.top1, other.top5, other.num_images
-        )  # fmt: skip
+        assert (one.name, one.top1, one.top5) == (other.name, other.top1, other.top5)
         assert np.array_equal(one.correct, other.correct)
     rows = [next((folder / "features").glob("*/encoding.float16")).name for folder in (tmp_path, alone[0])]
     assert rows[0] == rows[1]
@@ -124,12 +120,9 @@ def test_other_features_and_weights_stand_beside(trained, tmp_path, capsys):
     common = ["knn", str(run), "--data.path", str(data), "--out", str(tmp_path), "--k=20", "--num-workers=0"]
     for more in ([], ["--feature=probe"], ["--untrained"], ["--which", "student"], []):
         assert main([*common, *more]) == 0
-    names = {(r.name, r.weights) for r in read_results(tmp_path)}
-    assert names == {
-        ("20-NN", "teacher"), ("20-NN probe", "teacher"), ("20-NN", "untrained"), ("20-NN", "student")
-    }  # fmt: skip
-    assert len(read_results(tmp_path)) == 4
-    assert json.loads((tmp_path / "results.json").read_text())["format"] == 1
+    assert [(r.name, r.weights) for r in read_results(tmp_path)] == [
+        *(("20-NN probe", "teacher"), ("20-NN", "untrained"), ("20-NN", "student"), ("20-NN", "teacher"))
+    ]
 
 
 def test_damaged_weights_are_told(trained, tmp_path, capsys):

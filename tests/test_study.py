@@ -195,13 +195,13 @@ def test_a_run_without_its_last_checkpoint_is_not_complete(studied):
 
 @pytest.mark.long
 def test_other_images_and_another_recipe_are_refused_before_anything_is_trained(studied, capsys):
-    given = arguments(studied, f'--transfer=["other={studied / "data"}"]')
-    for more, message in (
-        ([], "holds other images than 'other' had when the study in"),
-        (["--dry-run"], "holds other images than 'other' had"),
-        ([f'--transfer=["late={studied / "other"}"]', "--optim.epochs=3"], "optim.epochs was 2, is now 3"),
+    others, later = f'--transfer=["other={studied / "data"}"]', f'--transfer=["late={studied / "other"}"]'
+    for given, message in (
+        (arguments(studied, others), "holds other images than 'other' had when the study in"),
+        (arguments(studied, others, "--dry-run"), "holds other images than 'other' had"),
+        (arguments(studied, later, optim__epochs=3), "optim.epochs was 2, is now 3"),
     ):
-        assert main(["study", *given, *more]) == 2
+        assert main(["study", *given]) == 2
         assert message in capsys.readouterr().err
     assert not (studied / "study" / "gap_seed=0").exists()
     assert list(json.loads((studied / "study" / program.IMAGES_FILE).read_text())) == ["val", "other"]

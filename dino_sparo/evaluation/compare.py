@@ -20,13 +20,11 @@ from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.evaluation.results import Result, read_results, results_folder
 from dino_sparo.recipe.files import comparable
 from dino_sparo.recipe.typed import flattened
+from dino_sparo.runs.rundir import CONFIG_FILE
 from dino_sparo.terminal import markdown_table
 
-CONFIG_FILE = "config.yaml"
 NOT_RECIPE = ("seed", "run_dir", "nproc", "machine", "log", "monitor", "data.path", "data.on_bad_image")
 READOUT = "model.readout.name"
-PROTOCOLS = ("knn", "linear", "linear-cached")
-WEIGHTS = ("teacher", "student", "untrained")
 SHOWN_DIFFERENCES = 3
 
 NUM_RESAMPLES = 10_000
@@ -52,11 +50,10 @@ class Measure:
         """What a result measures, on a test set that is called so."""
         return cls(result.protocol, result.weights, result.train_fraction, test_set or result.test_set)
 
-    def order(self) -> tuple[int, int, float, bool]:
+    def order(self) -> tuple[object, ...]:
         """Rows by protocol, weights and train fraction; `val` before further test sets."""
-        protocol = PROTOCOLS.index(self.protocol) if self.protocol in PROTOCOLS else len(PROTOCOLS)
-        weights = WEIGHTS.index(self.weights) if self.weights in WEIGHTS else len(WEIGHTS)
-        return protocol, weights, -self.train_fraction, self.test_set != "val"
+        of_test = self.weights != "teacher", self.weights, -self.train_fraction, self.test_set != "val"
+        return self.protocol, *of_test
 
 
 @dataclass(frozen=True)
@@ -142,7 +139,7 @@ def compare_groups(groups: Sequence[Group], control: Group | None, remark: str =
     for measure in measures:
         name = title(measure, groups)
         rows.append([name, *(_accuracy(group.results(measure)) for group in groups)])
-        notes += [f"{name}: {remark}" for remark in _unequal_settings(measure, groups)]
+        notes += [f"{name}: {note}" for note in _unequal_settings(measure, groups)]
         if control is not None and len(groups) > 1:
             cells, reasons = _differences(measure, groups, control)
             rows += [[f"  difference to {control.label}", *cells]] if set(cells) - {"", NOTHING} else []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dino_sparo.data.sources import open_labelled
 from dino_sparo.errors import EXIT_PROBLEM, StuckError, UserError, files_told
-from dino_sparo.evaluation.compare import CONFIG_FILE, Group, Measure, Run
+from dino_sparo.evaluation.compare import Group, Measure, Run
 from dino_sparo.evaluation.features import hash_of_images
 from dino_sparo.evaluation.knn import HEADLINE_K
 from dino_sparo.evaluation.results import Result, alone_in
@@ -15,7 +15,7 @@ from dino_sparo.evaluation.transfer import EXPECTED_BOTH, VAL, named_folder
 from dino_sparo.files import write_file
 from dino_sparo.recipe.typed import flattened
 from dino_sparo.runs.checkpoint import latest_step
-from dino_sparo.runs.rundir import check_same_experiment
+from dino_sparo.runs.rundir import CONFIG_FILE, check_same_experiment
 from dino_sparo.study import training
 from dino_sparo.study.measuring import Measured, choose, measure
 from dino_sparo.study.report import PAGE, write_report
