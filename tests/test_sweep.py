@@ -19,7 +19,7 @@ from dino_sparo.parallel.processes import STOP_SIGNALS
 from dino_sparo.recipe.files import recipes
 from dino_sparo.runs.checkpoint import encoder_of
 from dino_sparo.runs.runlog import RunLog, read_metrics
-from dino_sparo.study.variants import parse_vary, recipes_folder
+from dino_sparo.study.variants import parse_vary
 from tests.tiny import parse_options, tiny_arguments, write_pictures
 
 CHANGES = {"monitor__knn_every_epochs": 2, "optim__epochs": 2, "model__readout__slot_dim": 8}
@@ -107,7 +107,7 @@ def test_no_values(text):
 def test_shipped_variants_fit_every_sparo_recipe(tmp_path, recipe):
     given = ["--config", recipe, "--data.path=x", f"--run_dir={tmp_path}", "--variants=readouts"]
     runs = planned(parse_options(StudyOptions, given, usage=""))
-    shipped = yaml.safe_load((recipes_folder() / "variants" / "readouts.yaml").read_text())
+    shipped = yaml.safe_load((recipes()["demo"].parent / "variants" / "readouts.yaml").read_text())
     assert [variant.row for variant in runs] == list(shipped)
     names = {variant.recipe.model.readout.name for variant in runs}
     assert names == {"sparo", "pooler", "bottleneck", "gap", "cls"}

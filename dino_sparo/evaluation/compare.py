@@ -144,7 +144,13 @@ def compare_groups(groups: Sequence[Group], control: Group | None, remark: str =
             cells, reasons = _differences(measure, groups, control)
             rows += [[f"  difference to {control.label}", *cells]] if set(cells) - {"", NOTHING} else []
             notes += [f"{name}: {reason}" for reason in reasons]
-    legend = _legend(groups) + ([remark] if len(groups) > 1 else [])  # of one recipe there are no differences
+    legend = []
+    for group in groups:
+        runs = (f"{one.folder}{'' if one.seed is None else f' (seed {one.seed})'}" for one in group.runs)
+        legend.append(f"{group.label}: {', '.join(runs)}")
+    if any(len(group.runs) > 1 for group in groups):
+        legend.append("mean ± sample standard deviation over seeds")
+    legend += [remark] if len(groups) > 1 else []  # of one recipe there are no differences
     if control is not None:
         theirs = _seeds(control)
         legend += [
@@ -248,16 +254,6 @@ def _unequal_settings(measure: Measure, groups: Sequence[Group]) -> list[str]:
         if len(found) > 1:
             unequal.append(f"{name} {' against '.join(found)}")
     return [f"not measured alike ({', '.join(unequal)})"] if unequal else []
-
-
-def _legend(groups: Sequence[Group]) -> list[str]:
-    lines = []
-    for group in groups:
-        runs = (f"{one.folder}{'' if one.seed is None else f' (seed {one.seed})'}" for one in group.runs)
-        lines.append(f"{group.label}: {', '.join(runs)}")
-    if any(len(group.runs) > 1 for group in groups):
-        lines.append("mean ± sample standard deviation over seeds")
-    return lines
 
 
 # --- Runs of one recipe

@@ -1,17 +1,6 @@
 """Accuracy of linear classifiers on a frozen encoder. Source: official `eval_linear.py`.
 
-The official protocol, and where this one differs:
-
-- The last partial batch of an epoch is dropped; the official code trains on it. With ImageNet's 1 281 167
-  images and batches of 1024 these are 143 images, other ones in every epoch.
-- Random numbers of order and crops are drawn by (seed, epoch, image), so that neither the number of
-  processes or workers nor an interruption changes them; the distributions are the official ones.
-- Features of test images, which no augmentation changes, are computed once, in float32, and kept on disk;
-  the official code computes them anew for every evaluation.
-- On a GPU the encoder sees the training crops in mixed precision (`--precision fp32` as official); probes,
-  their gradients and the test features are float32.
-- Test images are scored after every epoch. `best` is the highest of these, which chooses by the test images;
-  the result is the last epoch's.
+Where this differs from the official protocol, eval/README.md says.
 
 Axis letters: P probes.
 """

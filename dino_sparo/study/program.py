@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dino_sparo.data.sources import open_labelled
-from dino_sparo.errors import EXIT_PROBLEM, StuckError, UserError, files_told
+from dino_sparo.errors import EXIT_PROBLEM, UserError, files_told
 from dino_sparo.evaluation.compare import Group, Measure, Run
 from dino_sparo.evaluation.features import hash_of_images
 from dino_sparo.evaluation.knn import HEADLINE_K
@@ -55,17 +55,12 @@ def study(
             continue
         errors.pop(variant.folder, None)  # another process has trained it
         log.info("evaluating %s", variant.folder)
-        try:
-            with files_told(), alone_in(variant.run_dir):  # others may evaluate it too
-                measured[variant.folder] = {
-                    name: measure(variant, data, name, fractions=train_fractions, unverified=unverified)
-                    for name, data in data_sets.items()
-                }
-        except UserError as error:
-            if isinstance(error, StuckError):  # this process must end
-                raise
-            errors[variant.folder] = str(error)
-            log.warning("WARNING: %s failed: %s", variant.folder, error)
+        # Another process may evaluate it too.
+        with training.failure_noted(variant, errors), files_told(), alone_in(variant.run_dir):
+            measured[variant.folder] = {
+                name: measure(variant, data, name, fractions=train_fractions, unverified=unverified)
+                for name, data in data_sets.items()
+            }
     if not measured:
         log.warning("WARNING: no run is complete, so there is nothing to report")
         return EXIT_PROBLEM if errors else 0

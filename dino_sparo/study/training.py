@@ -3,7 +3,8 @@
 import json
 import logging
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,22 @@ def train(variants: Sequence[Variant], folder: Path, *, unverified: bool = False
     chosen = [variant for variant in variants if variant.chosen]
     for number, variant in enumerate(chosen, start=1):
         log.info("\n%d of %d: %s", number, len(chosen), variant.folder)
-        try:
+        with failure_noted(variant, errors):
             pretrain(variant.recipe, variant.run_dir, resume_unverified=unverified)
-        except UserError as error:
-            if isinstance(error, StuckError):  # this process must end
-                raise
-            errors[variant.folder] = str(error)
-            log.warning("WARNING: %s failed: %s", variant.folder, error)
         write_table(folder, variants, table(variants, errors))
     return errors
+
+
+@contextmanager
+def failure_noted(variant: Variant, errors: dict[str, str]) -> Iterator[None]:
+    """Note a mistake of one run by its folder, so that the next one can start."""
+    try:
+        yield
+    except StuckError:  # this process must end
+        raise
+    except UserError as error:
+        errors[variant.folder] = str(error)
+        log.warning("WARNING: %s failed: %s", variant.folder, error)
 
 
 def check_variants(variants: Sequence[Variant]) -> None:

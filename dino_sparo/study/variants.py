@@ -86,7 +86,8 @@ def read_variants(name: str | None, only: Sequence[str]) -> dict[str, Changes]:
         if only:
             raise UserError(f"only is {list(only)}, but variants is not given; give a file of variants")
         return {"": {}}
-    shipped = {path.stem: path for path in (recipes_folder() / VARIANTS_FOLDER).glob("*.yaml")}
+    folder = next(iter(recipes().values())).parent / VARIANTS_FOLDER
+    shipped = {path.stem: path for path in folder.glob("*.yaml")}
     path = Path(name) if Path(name).is_file() else shipped.get(name)
     if path is None:
         raise UserFileNotFoundError(
@@ -104,11 +105,6 @@ def read_variants(name: str | None, only: Sequence[str]) -> dict[str, Changes]:
     if unknown:
         raise UserError(f"only has {unknown[0]!r}, which is not in {path}; it has {', '.join(variants)}")
     return variants
-
-
-def recipes_folder() -> Path:
-    """Where the shipped recipes lie."""
-    return next(iter(recipes().values())).parent
 
 
 def parse_vary(text: str) -> tuple[str, list[str]]:
