@@ -1,5 +1,6 @@
 """One table of several runs, from their results.json alone."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -47,22 +48,23 @@ def three_and_one(tmp_path) -> list[str]:
     return [*runs, make_run(tmp_path / "d0", result(136), readout="cls")]
 
 
-def cells(comparison_row: list[str]) -> list[str]:
-    return [cell.strip() for cell in comparison_row]
-
-
 # --- The table
 
 
-def test_seeds_of_a_recipe_are_one_column(three_and_one):
+def test_seeds_of_a_recipe_are_one_column(three_and_one, tmp_path):
     found = compare_runs(three_and_one)
     assert found.header == ["top-1 in %", "sparo", "cls (control)"]
     deviation = np.std([70, 71, 75], ddof=1)
-    assert cells(found.rows[0]) == ["20-NN, val", f"72.00 ± {deviation:.2f} (3 seeds)", "68.00 (1 seed)"]
-    assert found.rows[1][0].strip() == "difference to cls" and found.rows[1][2] == ""
-    assert found.rows[1][1].startswith("+4.00 [+")
-    assert len(found.rows) == 2
+    ours = [np.arange(NUM_IMAGES) < right for right in (140, 142, 150)]
+    low, high = paired_bootstrap(ours, [np.arange(NUM_IMAGES) < 136])
+    assert found.rows == [
+        ["20-NN, val", f"72.00 ± {deviation:.2f} (3 seeds)", "68.00 (1 seed)"],
+        ["  difference to cls", f"+4.00 [{low:+.2f}, {high:+.2f}]", ""],
+    ]
     assert any("s0 (seed 0)" in note and "s2 (seed 2)" in note for note in found.notes)
+    assert "not the same seeds: sparo has 0, 1, 2, cls 0" in found.notes
+    others = [make_run(tmp_path / f"d{seed}", result(130), readout="cls", seed=seed) for seed in (1, 2)]
+    assert not any("seeds: " in note for note in compare_runs([*three_and_one, *others]).notes)
 
 
 def test_notes_are_of_what_is_shown(three_and_one):
@@ -71,19 +73,6 @@ def test_notes_are_of_what_is_shown(three_and_one):
     assert compare_runs(three_and_one[:3]).notes[1:] == ["mean ± sample standard deviation over seeds"]
     of_both = compare_runs([three_and_one[0], three_and_one[3]]).notes
     assert of_both[0] == of_one and len(of_both) == 3 and "95 % interval by a paired bootstrap" in of_both[2]
-
-
-def test_a_difference_of_other_seeds_is_noted(three_and_one, tmp_path):
-    told = "not the same seeds: sparo has 0, 1, 2, cls 0"
-    assert told in compare_runs(three_and_one).notes
-    others = [make_run(tmp_path / f"d{seed}", result(130), readout="cls", seed=seed) for seed in (1, 2)]
-    assert not any("seeds: " in note for note in compare_runs([*three_and_one, *others]).notes)
-
-
-def test_the_interval_is_that_of_the_seeds_together(three_and_one):
-    ours = [np.arange(NUM_IMAGES) < right for right in (140, 142, 150)]
-    low, high = paired_bootstrap(ours, [np.arange(NUM_IMAGES) < 136])
-    assert compare_runs(three_and_one).rows[1][1] == f"+4.00 [{low:+.2f}, {high:+.2f}]"
 
 
 def test_the_control_can_be_chosen(three_and_one):
@@ -117,7 +106,7 @@ def test_untrained_student_and_few_shot_are_rows_of_their_own(tmp_path):
         result(199, name="10-NN", headline=False),
     ]
     found = compare_runs([make_run(tmp_path / "a", *results)])
-    assert [cells(row) for row in found.rows] == [
+    assert found.rows == [
         ["20-NN, val", "50.00 (1 seed)"],
         ["20-NN, sketch", "40.00 (1 seed)"],
         ["20-NN, val, student", "45.00 (1 seed)"],
@@ -127,25 +116,23 @@ def test_untrained_student_and_few_shot_are_rows_of_their_own(tmp_path):
     ]
 
 
-def test_the_official_probes_of_both_readouts_share_a_row(tmp_path):
+def test_the_official_probes_share_a_row_and_what_only_one_has_leaves_a_gap(tmp_path):
     linear = {"protocol": "linear", "num_images": NUM_IMAGES}
-    ours = make_run(tmp_path / "a", result(120, name="4 blocks both lr 0.001", **linear))
-    theirs = make_run(tmp_path / "b", result(100, name="4 blocks cls lr 0.001", **linear), readout="cls")
-    found = compare_runs([ours, theirs])
-    assert cells(found.rows[0]) == ["linear, val", "60.00 (1 seed)", "50.00 (1 seed)"]
+    ours = [result(120, name="4 blocks both lr 0.001", **linear), result(60, test_set="sketch")]
+    theirs = result(100, name="4 blocks cls lr 0.001", **linear)
+    runs = [make_run(tmp_path / "a", *ours), make_run(tmp_path / "b", theirs, readout="cls")]
+    rows = compare_runs(runs).rows
+    assert rows[0] == ["20-NN, sketch", "30.00 (1 seed)", "–"]
+    assert rows[1] == ["linear, val", "60.00 (1 seed)", "50.00 (1 seed)"] and rows[2][1].startswith(
+        "+10.00 ["
+    )
 
 
 def test_the_newest_headline_result_counts(tmp_path):
     run = make_run(tmp_path / "a", result(100, protocol="linear", name="lr 0.1"))
-    save_results(Path(run), [result(120, protocol="linear", name="lr 0.2")])
-    save_results(Path(run), [result(110, protocol="linear", name="lr 0.1")])
-    assert cells(compare_runs([run]).rows[0]) == ["linear, val", "55.00 (1 seed)"]
-
-
-def test_what_only_some_have_leaves_a_gap(tmp_path):
-    ours = make_run(tmp_path / "a", result(120), result(60, test_set="sketch"))
-    found = compare_runs([ours, make_run(tmp_path / "b", result(100), readout="cls")])
-    assert [cells(row) for row in found.rows[2:]] == [["20-NN, sketch", "30.00 (1 seed)", "–"]]
+    for right, name in ((120, "lr 0.2"), (110, "lr 0.1")):
+        save_results(Path(run), [result(right, protocol="linear", name=name)])
+    assert compare_runs([run]).rows[0] == ["linear, val", "55.00 (1 seed)"]
 
 
 @pytest.mark.parametrize("changes", [{"images": "other"}, {"num_images": 100}], ids=["order", "number"])
@@ -174,14 +161,11 @@ def test_folders_without_a_recipe_stand_alone(tmp_path):
     assert found.rows[0][1:] == ["50.00 (1 seed)", "51.00 (1 seed)", "60.00 (1 seed)"]
 
 
-def test_no_two_columns_have_one_name(tmp_path):
-    runs = [make_run(tmp_path / "a", result(100)), make_run(tmp_path / "sparo", result(90), recipe=False)]
-    assert compare_runs(runs).header[1:] == [f"sparo, {runs[0]}", f"sparo, {runs[1]}"]
-
-
-def test_weights_that_are_gone(tmp_path):
+def test_weights_that_are_gone_and_columns_of_one_name(tmp_path):
     make_run(tmp_path / "vits16_evaluation", result(120), recipe=False)
     assert compare_runs([str(tmp_path / "vits16.pth")]).header[1] == "vits16_evaluation"
+    runs = [make_run(tmp_path / "a", result(100)), make_run(tmp_path / "sparo", result(90), recipe=False)]
+    assert compare_runs(runs).header[1:] == [f"sparo, {runs[0]}", f"sparo, {runs[1]}"]
 
 
 def test_columns_are_aligned_and_markdown_has_as_many_cells_in_every_line(three_and_one, capsys):
@@ -190,8 +174,8 @@ def test_columns_are_aligned_and_markdown_has_as_many_cells_in_every_line(three_
     starts = {lines[0].index("cls (control)"), lines[2].index("68.00")}
     assert len(starts) == 1 and lines[0].index("sparo") == lines[3].index("+4.00")
     assert main(["compare", "--markdown", *three_and_one]) == 0
-    marked = capsys.readouterr().out.splitlines()
-    assert [line.count("|") for line in marked[:4]] == [4, 4, 4, 4] and marked[1] == "| --- | --- | --- |"
+    marked = re.sub(" +", " ", capsys.readouterr().out).splitlines()
+    assert [line.count("|") for line in marked[:4]] == [4, 4, 4, 4] and set(marked[1]) == set("| -")
     assert marked[2].startswith("| 20-NN, val | 72.00 ± ") and marked[3].startswith("| difference to cls | +")
     assert marked[5].startswith("- ")
 
@@ -230,30 +214,20 @@ def test_pairing_counts():
     low, high = paired_bootstrap([ours], [np.arange(10_000) < 6_900])
     assert 0.75 < low < 1.0 < high < 1.25
     assert paired_bootstrap([ours], [ours]) == (0.0, 0.0)
-
-
-def test_the_same_interval_every_time():
-    rng = np.random.default_rng(2)
-    ours, control = correct(0.7, 500, 1, rng), correct(0.6, 500, 1, rng)
-    assert paired_bootstrap(ours, control) == paired_bootstrap(ours, control)
-    assert paired_bootstrap(ours, control) != paired_bootstrap(ours, control, seed=1)
+    assert paired_bootstrap([ours], [ours[::-1]]) == paired_bootstrap([ours], [ours[::-1]])
 
 
 # --- Mistakes
 
 
-def test_no_runs():
+def test_runs_that_are_none(tmp_path, capsys):
     with pytest.raises(UserError, match="compare has no runs; give their folders"):
         compare_runs([])
-
-
-def test_run_that_does_not_exist(tmp_path):
     with pytest.raises(UserFileNotFoundError, match="nowhere' does not exist; expected a run folder"):
         compare_runs([str(tmp_path / "nowhere")])
-
-
-def test_damaged_results_are_one_line(tmp_path, capsys):
-    run = make_run(tmp_path / "a", result(100))
+    run = make_run(tmp_path / "a", result(100, name="10-NN", headline=False))
+    with pytest.raises(UserError, match="a has no headline result; expected that of `dino-sparo knn`"):
+        compare_runs([run])
     (tmp_path / "a" / "results.json").write_text("{")
     assert main(["compare", run]) == 2
     out, err = capsys.readouterr()
@@ -269,20 +243,14 @@ def test_damaged_recipe(tmp_path, text):
         compare_runs([run])
 
 
-def test_control_that_is_none_of_the_runs(three_and_one):
+def test_a_control_that_is_none_of_the_runs_and_seeds_that_are_one(three_and_one, tmp_path):
     with pytest.raises(UserError, match=r"control '.*s0' is none of the runs; expected one of .*d0"):
         compare_runs(three_and_one[1:], control=three_and_one[0])
-
-
-def test_a_run_given_twice_is_not_two_seeds(three_and_one):
     with pytest.raises(UserError, match="s0' is given twice; give it once"):
         compare_runs([*three_and_one, three_and_one[0] + "/"])
-
-
-def test_the_same_seed_is_not_two_seeds(tmp_path):
-    runs = [make_run(tmp_path / name, result(100), seed=3) for name in "ab"]
-    with pytest.raises(UserError, match="same recipe and the same seed 3, and would count as two seeds"):
-        compare_runs(runs)
+    other = make_run(tmp_path / "b", result(100), seed=0)
+    with pytest.raises(UserError, match="same recipe and the same seed 0, and would count as two seeds"):
+        compare_runs([three_and_one[0], other])
 
 
 def test_nothing_in_common(tmp_path):
@@ -292,9 +260,3 @@ def test_nothing_in_common(tmp_path):
     ]
     with pytest.raises(UserError, match=r"no result in common \(sparo has 20-NN, val; cls has linear, val\)"):
         compare_runs(runs)
-
-
-def test_no_headline(tmp_path):
-    run = make_run(tmp_path / "a", result(100, name="10-NN", headline=False))
-    with pytest.raises(UserError, match="a has no headline result; expected that of `dino-sparo knn`"):
-        compare_runs([run])

@@ -86,12 +86,7 @@ def test_a_shallow_encoder_has_fewer_blocks():
         *("encoding lr 0.1", "1 block cls lr 0.1", "2 blocks both lr 0.1")
     }
     with pytest.raises(UserError, match="num_blocks has 3; expected 1 to 2 for this encoder"):
-        choose_probes(model, num_blocks=[3])
-
-
-def test_probes_that_the_encoder_cannot_feed():
-    with pytest.raises(UserError, match="num_blocks has 5; expected 1 to 4"):
-        choose_probes(encoder(**SPARO), num_blocks=[1, 5])
+        choose_probes(model, num_blocks=[1, 3])
     with pytest.raises(UserError, match="features has 'both', but this encoder has no slots"):
         choose_probes(encoder(readout="cls"), features=["both"])
 
@@ -149,21 +144,22 @@ def test_a_classifier_file_holds_all_that_belongs_to_it(tmp_path):
         assert (tmp_path / f"{number}").read_bytes() == (tmp_path / "x.safetensors").read_bytes()
 
 
-def test_a_classifier_of_something_else():
-    saved = SavedClassifier(
-        Probe("cls", 1, 0.1), torch.randn(3, 16), torch.randn(3), ("a", "b", "c"), "x", {}
-    )
-    fitted = saved.fitted("f", classes=("c", "a", "b"), num_inputs=16, encoder_hash="x")
-    assert torch.equal(fitted["weight"], saved.weight[[2, 0, 1]])
-    assert torch.equal(fitted["bias"], saved.bias[[2, 0, 1]])
-    for changes, message in (
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
         ({"classes": ("a", "b", "d")}, "evaluate 'f' has 3 classes, data.path has 3: 'c' is in one of them"),
         ({"num_inputs": 32}, r"evaluate 'f' has weights \(3, 16\), this encoder needs \(3, 32\)"),
         ({"encoder_hash": "y"}, "evaluate 'f' was trained on an encoder with other weights"),
-    ):
-        fitting = {"classes": ("a", "b", "c"), "num_inputs": 16, "encoder_hash": "x"}
-        with pytest.raises(UserError, match=message):
-            saved.fitted("f", **(fitting | changes))
+    ],
+)
+def test_a_classifier_of_something_else(changes, message):
+    weight, bias = torch.randn(3, 16), torch.randn(3)
+    saved = SavedClassifier(Probe("cls", 1, 0.1), weight, bias, ("a", "b", "c"), "x", {})
+    fitting = {"classes": ("c", "a", "b"), "num_inputs": 16, "encoder_hash": "x"}
+    fitted = saved.fitted("f", **fitting)
+    assert torch.equal(fitted["weight"], weight[[2, 0, 1]]) and torch.equal(fitted["bias"], bias[[2, 0, 1]])
+    with pytest.raises(UserError, match=message):
+        saved.fitted("f", **(fitting | changes))
 
 
 def test_a_classifier_that_is_missing_or_broken(tmp_path):
@@ -174,8 +170,10 @@ def test_a_classifier_that_is_missing_or_broken(tmp_path):
         load_classifier(tmp_path / "broken")
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"format": 1}', '{"format": 7}', None])
-@pytest.mark.parametrize("shape", [(3, 5), (4, 5), (3,)])
+@pytest.mark.parametrize(
+    ("content", "shape"),
+    [("{", (3, 5)), ("[]", (3, 5)), ('{"format": 1}', (4, 5)), ('{"format": 7}', (3,)), (None, (3, 5))],
+)
 def test_a_file_that_is_no_classifier_of_ours(tmp_path, content, shape):
     tensors = {"weight": torch.zeros(shape), "bias": torch.zeros(3)}
     save_file(tensors, tmp_path / "x.safetensors", {METADATA_KEY: content} if content else None)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -18,7 +19,7 @@ from dino_sparo.parallel.processes import STOP_SIGNALS
 from dino_sparo.recipe.files import recipes
 from dino_sparo.runs.checkpoint import encoder_of
 from dino_sparo.runs.runlog import RunLog, read_metrics
-from dino_sparo.study.variants import parse_vary, recipes_folder
+from dino_sparo.study.variants import parse_vary
 from tests.tiny import parse_options, tiny_arguments, write_pictures
 
 CHANGES = {"monitor__knn_every_epochs": 2, "optim__epochs": 2, "model__readout__slot_dim": 8}
@@ -41,8 +42,13 @@ def options(data, *more: str, vary=(), **changes) -> StudyOptions:
     return parse_options(StudyOptions, given, usage="")
 
 
-def starts(folder) -> int:
-    return sum(len(path.read_text().splitlines()) for path in folder.glob("*/starts.jsonl"))
+def starts(folder) -> dict[str, int]:
+    paths = sorted(folder.glob("*/starts.jsonl"))
+    return {path.parent.name: len(path.read_text().splitlines()) for path in paths}
+
+
+def rows_of(folder) -> list[dict]:
+    return json.loads((folder / "sweep.json").read_text())["rows"]
 
 
 # --- What is planned
@@ -51,10 +57,7 @@ def starts(folder) -> int:
 def test_all_combinations_in_their_order(data):
     runs = planned(options(data, vary=["model.readout.num_slots=2,4", "seed=0,1"]))
     assert [(v.folder, v.row) for v in runs] == [
-        ("num_slots=2_seed=0", "num_slots=2"),
-        ("num_slots=2_seed=1", "num_slots=2"),
-        ("num_slots=4_seed=0", "num_slots=4"),
-        ("num_slots=4_seed=1", "num_slots=4"),
+        (f"num_slots={slots}_seed={seed}", f"num_slots={slots}") for slots in (2, 4) for seed in (0, 1)
     ]
     last = runs[-1].recipe
     assert (last.model.readout.num_slots, last.seed) == (4, 1)
@@ -66,8 +69,8 @@ def test_all_combinations_in_their_order(data):
 def test_the_recipe_alone_and_keys_with_one_last_part(data):
     (alone,) = planned(options(data))
     assert (alone.folder, alone.row, alone.changes) == ("recipe", "recipe", {})
-    keys = ["data.path=a", "monitor.knn_path=b,null"]
-    assert [v.folder for v in planned(options(data, vary=keys))] == [
+    runs = planned(options(data, vary=["data.path=a", "monitor.knn_path=b,null"]))
+    assert [v.folder for v in runs] == [
         "path=a_knn_path=b",
         "path=a_knn_path=null",
     ]
@@ -87,11 +90,6 @@ def test_values(text, expected):
     assert parse_vary(text) == expected
 
 
-def test_two_spellings_of_a_seed_are_one(data):
-    with pytest.raises(UserError, match="seed 1 of 'recipe' is planned twice; give it once"):
-        planned(options(data, vary=["seed=1,01"]))
-
-
 def test_every_variant_is_looked_at_before_one_is_trained(data, tmp_path):
     (tmp_path / "mine.yaml").write_text("good: {}\nlate: {monitor.knn_every_epochs: 0}\n")
     with pytest.raises(UserError, match=r"monitor\.knn_every_epochs is 0"):
@@ -99,7 +97,7 @@ def test_every_variant_is_looked_at_before_one_is_trained(data, tmp_path):
     assert not list((data.parent / "sweep").glob("*/checkpoints"))
 
 
-@pytest.mark.parametrize("text", ["seed", "seed=", "=3", "seed=1,,2", "seed=1,"])
+@pytest.mark.parametrize("text", ["seed", "seed=", "=3", "seed=1,,2"])
 def test_no_values(text):
     with pytest.raises(UserError, match=r"vary has '.*'; expected section.key=VALUE,VALUE"):
         parse_vary(text)
@@ -109,7 +107,7 @@ def test_no_values(text):
 def test_shipped_variants_fit_every_sparo_recipe(tmp_path, recipe):
     given = ["--config", recipe, "--data.path=x", f"--run_dir={tmp_path}", "--variants=readouts"]
     runs = planned(parse_options(StudyOptions, given, usage=""))
-    shipped = yaml.safe_load((recipes_folder() / "variants" / "readouts.yaml").read_text())
+    shipped = yaml.safe_load((recipes()["demo"].parent / "variants" / "readouts.yaml").read_text())
     assert [variant.row for variant in runs] == list(shipped)
     names = {variant.recipe.model.readout.name for variant in runs}
     assert names == {"sparo", "pooler", "bottleneck", "gap", "cls"}
@@ -135,30 +133,21 @@ def test_variants_of_a_file_and_some_of_them(data, tmp_path):
 @pytest.mark.parametrize(
     ("more", "vary", "message"),
     [
-        (
-            [],
-            ["model.readout.slots=2"],
-            "variant 'slots=2': key 'model.readout.slots' is unknown; did you",
-        ),
+        ([], ["model.readout.slots=2"], "variant 'slots=2': key 'model.readout.slots' is unknown; did you"),
         ([], ["seed=0,x"], "variant 'seed=x': seed is x; expected a whole number"),
-        (
-            [],
-            ["model.readout.group_size=3"],
-            "variant 'group_size=3': model.readout.group_size is 3, which does",
-        ),
+        ([], ["model.readout.group_size=3"], "'group_size=3': model.readout.group_size is 3, which does"),
         ([], ["seed=0", "seed=1"], "vary names a key twice"),
         ([], ["seed=0,0"], "run 'seed=0' is planned twice"),
+        ([], ["seed=1,01"], "seed 1 of 'recipe' is planned twice; give it once"),
+        ([], ["seed=1,"], "vary has 'seed=1,'; expected section.key=VALUE,VALUE"),
         (["--variants=nope"], [], "variants 'nope' does not exist; give a YAML file or one of .*: readouts"),
         (['--only=["cls"]'], [], "only is .'cls'., but variants is not given"),
         (["--variants=readouts", '--only=["clz"]'], [], "only has 'clz', which is not in .*; it has sparo, "),
-        (["--monitor.knn_every_epochs=0"], [], "monitor.knn_every_epochs is 0, but a study fills its table"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_trained(data, more, vary, message):
-    changed = {} if not any("knn_every" in one for one in more) else {"monitor__knn_every_epochs": 0}
-    more = [one for one in more if "knn_every" not in one]
     with pytest.raises(UserError, match=message):
-        sweep(options(data, *more, vary=vary, **changed))
+        sweep(options(data, *more, vary=vary))
     assert not (data.parent / "sweep").exists()
 
 
@@ -183,9 +172,9 @@ def test_one_command_fills_the_table_and_the_same_command_trains_nothing_more(da
     command = ["sweep", *arguments(data), "--vary", "model.readout.num_slots=2,4", "--vary", "seed=0,1"]
     assert main(command) == 0
     folder = data.parent / "sweep"
-    content = json.loads((folder / "sweep.json").read_text())
-    assert [row["variant"] for row in content["rows"]] == ["num_slots=2", "num_slots=4"]
-    for row in content["rows"]:
+    rows = rows_of(folder)
+    assert [row["variant"] for row in rows] == ["num_slots=2", "num_slots=4"]
+    for row in rows:
         encoder = load_encoder(folder / row["runs"][0]["run"])
         assert row["parameters"] == count_parameters(encoder)
         assert row["readout_parameters"] == count_parameters(encoder.readout)
@@ -195,22 +184,21 @@ def test_one_command_fills_the_table_and_the_same_command_trains_nothing_more(da
         assert [run["knn20_top1"] for run in row["runs"]] == [entry["knn20_top1"] for entry in final]
         assert row["knn20_top1"] == pytest.approx(sum(entry["knn20_top1"] for entry in final) / 2)
         assert row["sd"] == pytest.approx(statistics.stdev(entry["knn20_top1"] for entry in final))
-    few, many = content["rows"]
+    few, many = rows
     assert many["readout_parameters"] - few["readout_parameters"] == 2 * (4 + 4 * 17)  # two queries and keys
     printed = capsys.readouterr().out
     assert printed.strip() in (folder / "sweep.md").read_text()
-    assert f"| {few['knn20_top1']:.2f} ± {few['sd']:.2f} | 2 of 2 |" in printed
-    before = starts(folder)
+    assert f"| {few['knn20_top1']:.2f} ± {few['sd']:.2f} | 2 of 2 |" in re.sub(" +", " ", printed)
     assert main(command) == 0
-    assert starts(folder) == before == 4 and capsys.readouterr().out == printed
+    assert list(starts(folder).values()) == [1, 1, 1, 1] and capsys.readouterr().out == printed
 
 
 def test_a_run_that_fails_fills_its_row_and_the_next_one_starts(data, capsys):
     assert main(["sweep", *arguments(data), "--vary", "optim.global_batch_size=4,4096,8"]) == 1
-    rows = json.loads((data.parent / "sweep" / "sweep.json").read_text())["rows"]
+    rows = rows_of(data.parent / "sweep")
     assert [row["knn20_top1"] is None for row in rows] == [False, True, False]
     assert "fewer than one batch" in rows[1]["runs"][0]["error"]
-    assert "| - | 0 of 1, 1 failed |" in capsys.readouterr().out
+    assert "| - | 0 of 1, 1 failed |" in re.sub(" +", " ", capsys.readouterr().out)
 
 
 def test_another_experiment_in_the_same_folder_is_refused(data):
@@ -240,14 +228,10 @@ def test_a_signal_stops_all_and_the_same_command_goes_on(data, monkeypatch):
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-    (row,) = json.loads((folder / "sweep.json").read_text())["rows"]
+    (row,) = rows_of(folder)
     assert [run["knn20_top1"] is None for run in row["runs"]] == [False, True, True]
     assert not (folder / "seed=2").exists()
     assert sweep(given) == 0
-    (row,) = json.loads((folder / "sweep.json").read_text())["rows"]
+    (row,) = rows_of(folder)
     assert None not in [run["knn20_top1"] for run in row["runs"]]
-    assert [len((folder / f"seed={n}" / "starts.jsonl").read_text().splitlines()) for n in range(3)] == [
-        1,
-        2,
-        1,
-    ]
+    assert starts(folder) == {"seed=0": 1, "seed=1": 2, "seed=2": 1}

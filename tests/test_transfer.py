@@ -33,50 +33,28 @@ def by_file(test: TestSet) -> dict[str, int]:
     return {f"{p.parent.name}/{p.name}": n for p, n in zip(names, test.labels.tolist(), strict=True)}
 
 
-def test_a_subset_of_the_classes_is_matched_by_name(tmp_path):
-    """As ImageNet-A and -R: fewer classes, so that each has another number than in training."""
-    test = only(touch(tmp_path, *(f"{name}/{i}.jpg" for name in (WNIDS[4], WNIDS[1]) for i in (0, 1))))
-    assert by_file(test) == {
-        f"{WNIDS[1]}/0.jpg": 1, f"{WNIDS[1]}/1.jpg": 1, f"{WNIDS[4]}/0.jpg": 4, f"{WNIDS[4]}/1.jpg": 4,
-    }  # fmt: skip
-    assert test.classes.tolist() == [1, 4] and test.labels.dtype == np.int64
-    assert test.missing == (WNIDS[0], WNIDS[2], WNIDS[3]) and test.unknown == ()
+TWELVE = tuple(f"n{number:08d}" for number in range(100, 112))
 
 
-def test_training_in_any_order_of_classes(tmp_path):
-    test = only(touch(tmp_path, "a/1.jpg", "b/1.jpg", "c/1.jpg"), ("c", "a", "b"))
-    assert by_file(test) == {"a/1.jpg": 1, "b/1.jpg": 2, "c/1.jpg": 0}
-    assert test.classes.tolist() == [0, 1, 2] and test.describe() == ""
-
-
-def test_whole_numbers_are_numbers_of_training(tmp_path):
-    """As ImageNet-V2, whose folders torchvision would sort 0, 1, 10, 100, ..."""
-    classes = tuple(f"n{number:08d}" for number in range(100, 112))
-    test = only(touch(tmp_path, *(f"{number}/a.jpg" for number in range(12))), classes)
-    assert by_file(test) == {f"{number}/a.jpg": number for number in range(12)}
-    assert test.missing == test.unknown == ()
-    some = only(touch(tmp_path / "some", "10/a.jpg", "2/a.jpg"), classes)
-    assert by_file(some) == {"10/a.jpg": 10, "2/a.jpg": 2}
-    assert some.classes.tolist() == [2, 10] and not some.unknown
-    for name in ("99", "02"):  # of other classes, or two folders of one class
-        with pytest.raises(UserError, match="training has 12 classes, so that numbers do not tell"):
-            only(touch(tmp_path / name, "10/a.jpg", "2/a.jpg", f"{name}/a.jpg"), classes)
-
-
-def test_numbers_count_in_the_order_of_training_which_files_of_the_hub_give_themselves(tmp_path):
-    test = only(touch(tmp_path, "0/1.jpg", "2/1.jpg"), ("c", "a", "b"))
-    assert by_file(test) == {"0/1.jpg": 0, "2/1.jpg": 2}
-
-
-def test_numbers_are_names_where_training_has_numbers(tmp_path):
-    test = only(touch(tmp_path, "10/1.jpg", "2/1.jpg", "7/1.jpg"), ("10", "2", "5"))
-    assert by_file(test) == {"10/1.jpg": 0, "2/1.jpg": 1}
-    assert test.unknown == ("7",) and test.missing == ("5",)
-
-
-def test_one_other_name_and_numbers_are_names(tmp_path):
-    test = only(touch(tmp_path, "1/1.jpg", "b/1.jpg"), ("a", "b"))
-    assert by_file(test) == {"b/1.jpg": 1} and test.unknown == ("1",)
+@pytest.mark.parametrize(
+    ("classes", "numbers", "unknown"),
+    [
+        (WNIDS, {WNIDS[1]: 1, WNIDS[4]: 4}, ()),  # as ImageNet-A and -R: some of the classes
+        (("c", "a", "b"), {"a": 1, "b": 2, "c": 0}, ()),  # in any order
+        (TWELVE, {str(number): number for number in range(12)}, ()),  # as ImageNet-V2: numbers
+        (TWELVE, {"10": 10, "2": 2}, ()),
+        (("c", "a", "b"), {"0": 0, "2": 2}, ()),  # in the order of training
+        (("10", "2", "5"), {"10": 0, "2": 1}, ("7",)),  # names, where training has numbers
+        (("a", "b"), {"b": 1}, ("1",)),  # names, since one is
+    ],
+)
+def test_classes_are_matched_by_name_or_by_number(tmp_path, classes, numbers, unknown):
+    files = [f"{name}/{i}.jpg" for name in (*numbers, *unknown) for i in (0, 1)]
+    test = only(touch(tmp_path, *files), classes)
+    expected = {f"{name}/{i}.jpg": number for name, number in numbers.items() for i in (0, 1)}
+    assert by_file(test) == expected and test.labels.dtype == np.int64
+    assert test.classes.tolist() == sorted(numbers.values()) and test.unknown == unknown
+    assert test.missing == tuple(classes[n] for n in range(len(classes)) if n not in numbers.values())
 
 
 def test_images_of_unknown_classes_are_left_out(tmp_path):
@@ -91,18 +69,11 @@ def test_images_of_unknown_classes_are_left_out(tmp_path):
 
 def test_missing_and_unknown_are_said_in_one_sentence(tmp_path):
     classes = ("a", "b", "c", "d", "e", "f")
-    test = only(touch(tmp_path, "b/1.jpg", "x/1.jpg"), classes)
+    test = only(touch(tmp_path / "some", "b/1.jpg", "x/1.jpg"), classes)
+    assert only(touch(tmp_path / "all", *(f"{name}/1.jpg" for name in classes)), classes).describe() == ""
     assert test.describe() == (
         "new: 5 of the 6 classes of training have no image here (a, c, d, ...); "
-        "1 class folder is none of training's and left out (x); accuracy is over 1 class"
-    )
-
-
-def test_an_empty_class_folder_is_missing(tmp_path):
-    (tmp_path / "b").mkdir()
-    test = only(touch(tmp_path, "a/1.jpg"), ("a", "b"))
-    assert (
-        test.missing == ("b",) and "1 of the 2 classes of training has no image here (b)" in test.describe()
+        "class folders left out, unknown to training: 1 (x); classes in the accuracy: 1"
     )
 
 
@@ -134,18 +105,15 @@ def test_several_in_their_order(tmp_path):
         (["new=ROOT/nowhere"], UserFileNotFoundError, "nowhere' does not exist"),
         (["new=ROOT/good/a/1.jpg"], UserFileNotFoundError, "1.jpg' is a file"),
         (["new=ROOT/empty"], UserFileNotFoundError, "no images found"),
-        (
-            ["new=ROOT/flat"],
-            UserError,
-            "flat: the images are not in class folders; expected .*flat/<class>/<image>",
-        ),
+        (["new=ROOT/flat"], UserError, "images are not in class folders; expected .*flat/<class>/<image>"),
         (["new=ROOT/above"], UserError, r"none of the 2 class folders \(train, val\) is a class of training"),
-        (["new=ROOT/numbers"], UserError, "numbered up to 2, but training has 2 classes"),
+        (["new=ROOT/numbers"], UserError, "numbered up to 2, but training has 2 classes, so that numbers do"),
+        (["new=ROOT/twice"], UserError, "numbered up to 1, but training has 2 classes"),
     ],
 )
 def test_mistakes(tmp_path, given, kind, expected):
     touch(tmp_path, "good/a/1.jpg", "other/a/1.jpg", "flat/1.jpg", "flat/a/1.jpg", "numbers/2/1.jpg")
-    touch(tmp_path, "above/val/a/1.jpg", "above/train/a/1.jpg")
+    touch(tmp_path, "above/val/a/1.jpg", "above/train/a/1.jpg", "twice/01/1.jpg", "twice/1/1.jpg")
     (tmp_path / "empty").mkdir()
     with pytest.raises(kind, match=expected) as caught:
         open_test_sets([text.replace("ROOT", str(tmp_path)) for text in given], ("a", "b"))

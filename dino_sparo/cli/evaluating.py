@@ -1,5 +1,6 @@
 """The commands `knn`, `linear` and `compare`: their options, and what they run."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -9,64 +10,70 @@ from dino_sparo.errors import UserError
 from dino_sparo.recipe.typed import Count, Seed
 
 if TYPE_CHECKING:
-    import torch
+    from collections.abc import Callable, Iterator
 
+    from dino_sparo.data.sources import ImageSource
+    from dino_sparo.evaluation.results import Result
+    from dino_sparo.evaluation.transfer import TestSet
     from dino_sparo.models import Encoder
 
 
-@dataclass
-class KnnOptions:
-    """k-NN accuracy of a trained encoder."""
+@dataclass(kw_only=True)
+class EvaluationOptions:
+    """What the evaluations of one encoder share."""
 
     run: str
     """Run folder or weights file."""
     data: LabelledDataOptions
     """The labelled images."""
-    k: int | list[int] | None = None
-    """Numbers of neighbours; 20 is the headline. null takes those of 10, 20, 100, 200 that the gallery
-    has images for."""
     which: Literal["teacher", "student"] = "teacher"
     """Whose weights to evaluate."""
     untrained: bool = False
     """Evaluate the same encoder with fresh random weights instead, as a baseline."""
     arch: Literal["vit_tiny", "vit_small", "vit_base"] | None = None
     """Architecture that the weights must have; null tells it from the file."""
+    test: list[str] = field(default_factory=list)
+    """Further labelled folders to classify, each NAME=DIR; classes are matched by the names of folders."""
+    out: str | None = None
+    """Folder for results.json, and for what linear writes below it: log, checkpoints and classifiers; null
+    takes the run folder, or one beside a weights file."""
+    cache: str | None = None
+    """Folder for features on disk, shared by all machines; null takes `features` beside the results."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto takes CUDA where there is a GPU, else the CPU."""
+    num_workers: Count | None = None
+    """Processes that load images, for each process; null takes one per core, at most 16 in all."""
+    nproc: int = 1
+    """Processes to start on this machine, one per GPU; under torchrun leave it out."""
+
+
+@dataclass(kw_only=True)
+class KnnOptions(EvaluationOptions):
+    """k-NN accuracy of a trained encoder."""
+
+    k: int | list[int] | None = None
+    """Numbers of neighbours; 20 is the headline. null takes those of 10, 20, 100, 200 that the gallery
+    has images for."""
     feature: Literal["encoding", "cls", "patch_mean", "probe"] = "encoding"
     """What to compare: the encoding (all slots, or the CLS token without slots), the CLS token, the mean
     patch token, or the linear probe's feature."""
     search: Literal["products", "faiss"] = "products"
     """How to find the neighbors: by matrix products, or on the CPU by faiss, as an independent check; both
     are exact. On macOS faiss may crash beside torch."""
-    test: list[str] = field(default_factory=list)
-    """Further labelled folders to classify, each NAME=DIR; classes are matched by the names of folders."""
-    out: str | None = None
-    """Folder for results.json; null takes the run folder, or one beside a weights file."""
-    cache: str | None = None
-    """Folder for features on disk, shared by all machines; null takes `features` beside the results."""
     cache_precision: Literal["float16", "float32"] = "float16"
     """Of the features on disk."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto takes CUDA where there is a GPU, else the CPU."""
-    num_workers: Count | None = None
-    """Processes that load images, for each process; null takes one a core, at most 16 in all."""
     batch_size: int = 64
-    """Images a forward pass."""
-    nproc: int = 1
-    """Processes to start on this machine, one a GPU; under torchrun leave it out."""
+    """Images per forward pass."""
 
 
-@dataclass
-class LinearOptions:
+@dataclass(kw_only=True)
+class LinearOptions(EvaluationOptions):
     """Linear probes on a frozen encoder: by default exactly the official one."""
 
-    run: str
-    """Run folder or weights file."""
-    data: LabelledDataOptions
-    """The labelled images."""
     epochs: int = 100
     """Passes over the train images; the learning rate falls to 0 over them, along a cosine."""
     batch_size: int = 1024
-    """Images a step, of all processes together; a learning rate is for 256 and grows with it."""
+    """Images per step, of all processes together; a learning rate is for 256 and grows with it."""
     learning_rates: list[float] | None = None
     """A probe for each, for a batch of 256; null takes the official 0.001."""
     num_blocks: list[int] | None = None
@@ -83,38 +90,19 @@ class LinearOptions:
     protocol."""
     train_fraction: float = 1.0
     """Share of the train images to learn from, the same number of each class."""
-    test: list[str] = field(default_factory=list)
-    """Further labelled folders to score, each NAME=DIR; classes are matched by the names of folders."""
     evaluate: str | None = None
     """A classifier to score instead of training any: a saved one (`.safetensors`), or linear weights of the
     official DINO code (`.pth`), for the encoder that they were trained on."""
-    which: Literal["teacher", "student"] = "teacher"
-    """Whose weights to evaluate."""
-    untrained: bool = False
-    """Evaluate the same encoder with fresh random weights instead, as a baseline."""
-    arch: Literal["vit_tiny", "vit_small", "vit_base"] | None = None
-    """Architecture that the weights must have; null tells it from the file."""
     seed: Seed = 0
     """Of initial weights, order, crops and the chosen fraction."""
-    out: str | None = None
-    """Folder for results.json, and for log, checkpoints and classifiers in `linear` below it; null takes the
-    run folder, or one beside a weights file."""
-    cache: str | None = None
-    """Folder for features on disk, shared by all machines; null takes `features` beside the results."""
     cache_precision: Literal["float16", "float32"] = "float16"
     """Of the train features on disk with `cached`; those of test images are float32."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto takes CUDA where there is a GPU, else the CPU."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of the encoder on training crops; auto takes bf16 or fp16 on a GPU, fp32 on the CPU. Probes are
     float32."""
     views: Literal["auto", "pil", "tensor", "device"] = "auto"
     """Who makes the training crops: workers by PIL, or the device, for which workers only decode. auto takes
     the device on a GPU, else PIL; tensor is read as pil."""
-    num_workers: Count | None = None
-    """Processes that load images, for each process; null takes one a core, at most 16 in all."""
-    nproc: int = 1
-    """Processes to start on this machine, one a GPU; under torchrun leave it out."""
     resume_unverified: bool = False
     """Resume from a checkpoint whose .sha256 file is missing, although it may be damaged."""
 
@@ -135,30 +123,18 @@ class CompareOptions:
 def knn(options: KnnOptions) -> None:
     """Print the k-NN accuracies of a trained encoder, and add them to results.json."""
     from dino_sparo.evaluation import knn as room
-    from dino_sparo.evaluation.results import results_folder, save_results
-    from dino_sparo.evaluation.transfer import open_train_and_tests
-    from dino_sparo.parallel.device import choose_device
-    from dino_sparo.parallel.distributed import local_rank, process_group, rank
 
-    device = choose_device(options.device, local_rank())
-    with process_group(device):
-        train, test_sets = open_train_and_tests(options.data.path, options.test)
+    with _opened(options) as opened:
         results = room.knn_results(
-            _encoder(options, device),
-            train,
-            test_sets,
+            *opened,
             k=options.k,
             feature=options.feature,
-            weights="untrained" if options.untrained else options.which,
             by_faiss=options.search == "faiss",
-            cache=Path(options.cache or results_folder(options.run) / "features"),
             cache_precision=options.cache_precision,
             batch_size=options.batch_size,
-            num_workers=options.num_workers,
+            **_common(options),
         )
-        if rank() == 0:
-            save_results(Path(options.out or results_folder(options.run)), results)
-            print(room.table(options.run, results))
+        _report(options, results, room.table)
 
 
 def linear(options: LinearOptions) -> None:
@@ -168,56 +144,32 @@ def linear(options: LinearOptions) -> None:
         UserError: for a mistake in options or data; what earlier starts have done is kept.
     """
     from dino_sparo.evaluation import linear as room
-    from dino_sparo.evaluation.probes import choose_probes
-    from dino_sparo.evaluation.results import results_folder, save_results
-    from dino_sparo.evaluation.transfer import open_train_and_tests
-    from dino_sparo.parallel.device import choose_device
-    from dino_sparo.parallel.distributed import local_rank, process_group, rank
+    from dino_sparo.evaluation.classifiers import score_classifier
 
     _check_nothing_is_trained(options)
-    device = choose_device(options.device, local_rank())
-    with process_group(device):
-        train, test_sets = open_train_and_tests(options.data.path, options.test)
-        encoder = _encoder(options, device)
-        folder = Path(options.out or results_folder(options.run))
-        common: dict[str, Any] = {
-            "weights": "untrained" if options.untrained else options.which,
-            "cache": Path(options.cache or results_folder(options.run) / "features"),
-            "num_workers": options.num_workers,
-        }
+    with _opened(options) as (encoder, train, test_sets):
+        common = _common(options)
         if options.evaluate is not None:
-            results = room.score_classifier(options.evaluate, encoder, test_sets, train.classes, **common)
+            results = score_classifier(options.evaluate, encoder, test_sets, train.classes, **common)
         else:
-            probes = choose_probes(
-                encoder,
+            results = room.linear_probe(
+                *(encoder, train, test_sets, _folder(options)),
                 learning_rates=options.learning_rates,
                 num_blocks=options.num_blocks,
                 features=options.features,
                 sweep=options.sweep,
-            )
-            place = folder / room.probe_folder(
-                room.CACHED if options.cached else room.OFFICIAL,
-                weights=common["weights"],
+                epochs=options.epochs,
+                batch_size=options.batch_size,
                 train_fraction=options.train_fraction,
-                sweep=options.sweep,
+                seed=options.seed,
+                cached=options.cached,
+                cache_precision=options.cache_precision,
+                precision=options.precision,
+                views=options.views,
+                resume_unverified=options.resume_unverified,
+                **common,
             )
-            common |= {
-                "probes": probes,
-                "epochs": options.epochs,
-                "batch_size": options.batch_size,
-                "train_fraction": options.train_fraction,
-                "seed": options.seed,
-                "resume_unverified": options.resume_unverified,
-            }
-            if options.cached:
-                common |= {"cache_precision": options.cache_precision}
-                results = room.cached_linear_probe(encoder, train, test_sets, place, **common)
-            else:
-                common |= {"precision": options.precision, "views": options.views}
-                results = room.linear_probe(encoder, train, test_sets, place, **common)
-        if rank() == 0:
-            save_results(folder, results)
-            print(room.table(options.run, results))
+        _report(options, results, room.table)
 
 
 def compare(options: CompareOptions) -> None:
@@ -228,21 +180,56 @@ def compare(options: CompareOptions) -> None:
     print(comparison.markdown() if options.markdown else comparison.text())
 
 
-def _encoder(options: KnnOptions | LinearOptions, device: "torch.device") -> "Encoder":
+@contextmanager
+def _opened(options: EvaluationOptions) -> "Iterator[tuple[Encoder, ImageSource, list[TestSet]]]":
+    """Encoder, train images and test sets, in a group of all processes."""
+    from dino_sparo.evaluation.transfer import open_train_and_tests
     from dino_sparo.interop.load import load_encoder
+    from dino_sparo.parallel.device import choose_device
+    from dino_sparo.parallel.distributed import local_rank, process_group
 
-    encoder = load_encoder(options.run, options.which, untrained=options.untrained, arch=options.arch)
-    return encoder.to(device).requires_grad_(False)
+    device = choose_device(options.device, local_rank())
+    with process_group(device):
+        train, test_sets = open_train_and_tests(options.data.path, options.test)
+        encoder = load_encoder(options.run, options.which, untrained=options.untrained, arch=options.arch)
+        yield encoder.to(device).requires_grad_(False), train, test_sets
+
+
+def _folder(options: EvaluationOptions) -> Path:
+    from dino_sparo.evaluation.results import results_folder
+
+    return Path(options.out or results_folder(options.run))
+
+
+def _common(options: EvaluationOptions) -> dict[str, Any]:
+    """Arguments of all evaluations."""
+    from dino_sparo.evaluation.results import results_folder
+
+    return {
+        "weights": "untrained" if options.untrained else options.which,
+        "cache": Path(options.cache or results_folder(options.run) / "features"),
+        "num_workers": options.num_workers,
+    }
+
+
+def _report(
+    options: EvaluationOptions, results: "list[Result]", table: "Callable[[str, list[Result]], str]"
+) -> None:
+    """Save the results and print their table, in one of the processes."""
+    from dino_sparo.evaluation.results import save_results
+    from dino_sparo.parallel.distributed import rank
+
+    if rank() == 0:
+        save_results(_folder(options), results)
+        print(table(options.run, results))
 
 
 def _check_nothing_is_trained(options: LinearOptions) -> None:
     """Refuse options of training beside a classifier that is only to be scored."""
     if options.evaluate is None:
         return
-    given = ["sweep"] * options.sweep + ["cached"] * options.cached
-    given += [
-        key for key in ("learning_rates", "num_blocks", "features") if getattr(options, key) is not None
-    ]
+    keys = ("sweep", "cached", "learning_rates", "num_blocks", "features")
+    given = [key for key in keys if getattr(options, key) not in (None, False)]
     if not options.evaluate.endswith(".safetensors"):  # which cannot tell of these
         given += ["train_fraction"] * (options.train_fraction != 1) + ["untrained"] * options.untrained
     if given:

@@ -1,8 +1,8 @@
-"""Trained probes as files: our own, and linear weights of the official DINO code.
+"""Trained probes: their accuracy, and their files, our own and linear weights of the official DINO code.
 
 Ours are safetensors with `weight` and `bias`, and what they belong to as metadata.
 
-Axis letters: S classes, F numbers that the classifier sees.
+Axis letters: S classes, F numbers that a classifier sees, P probes, B images, N images of a test set.
 """
 
 import json
@@ -11,22 +11,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from dino_sparo.data.sources import ImageSource
 from dino_sparo.errors import UserError, UserFileNotFoundError
-from dino_sparo.evaluation.probes import OFFICIAL_LR, Probe, possible_probes
+from dino_sparo.evaluation.features import Wanted, cached_features, hash_of, hash_of_images
+from dino_sparo.evaluation.probe_batches import Features, feature_rows
+from dino_sparo.evaluation.probes import (
+    INPUTS,
+    OFFICIAL_LR,
+    Probe,
+    Probes,
+    choose_probes,
+    hits,
+    official_probe,
+)
+from dino_sparo.evaluation.results import Result, result_on
+from dino_sparo.evaluation.transfer import TestSet, as_test_sets, restrict
 from dino_sparo.files import write_file
 from dino_sparo.models import Encoder
+from dino_sparo.parallel.distributed import gather_rows, rank, world_size
 from dino_sparo.runs.plain_file import read_plain
 
 METADATA_KEY = "dino_sparo_linear"
 FORMAT = 1
 OFFICIAL_PROTOCOL = "linear-weights"
-OFFICIAL_PREFIXES = ("module.", "linear.")
 SHOWN_KEYS = 5
+ROWS_AT_ONCE = 1024  # features scored at a time
 
 
 @dataclass(frozen=True)
@@ -72,11 +88,7 @@ class SavedClassifier:
 
 
 def save_classifier(path: Path, saved: SavedClassifier) -> None:
-    """Write it as safetensors `weight` and `bias`, with all else as JSON in the metadata.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Write it as safetensors `weight` and `bias`, with all else as JSON in the metadata."""
     content = {
         "format": FORMAT,
         "feature": saved.probe.feature,
@@ -91,11 +103,6 @@ def save_classifier(path: Path, saved: SavedClassifier) -> None:
     write_file(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata))
 
 
-def is_saved(path: str) -> bool:
-    """Whether a file is what `save_classifier` writes, by its ending; else it is of the official code."""
-    return path.endswith(".safetensors")
-
-
 def load_classifier(path: Path) -> SavedClassifier:
     """Read what `save_classifier` wrote.
 
@@ -103,8 +110,7 @@ def load_classifier(path: Path) -> SavedClassifier:
         UserFileNotFoundError: there is no such file.
         UserError: it is no classifier of this project.
     """
-    if not path.is_file():
-        raise UserFileNotFoundError(f"evaluate {str(path)!r} does not exist; give a saved classifier")
+    _check_is_there(path)
     try:
         with safe_open(path, "pt") as file:
             content = json.loads((file.metadata() or {})[METADATA_KEY])
@@ -130,9 +136,6 @@ def load_classifier(path: Path) -> SavedClassifier:
         ) from error
 
 
-# --- Weights of the official code
-
-
 def load_official(
     path: Path, encoder: Encoder, *, classes: tuple[str, ...], encoder_hash: str
 ) -> SavedClassifier:
@@ -146,12 +149,26 @@ def load_official(
         UserFileNotFoundError: there is no such file.
         UserError: it holds no such classifier, or one that does not fit encoder or classes.
     """
-    if not path.is_file():
-        raise UserFileNotFoundError(
-            f"evaluate {str(path)!r} does not exist; give a saved classifier or official linear weights"
-        )
+    _check_is_there(path)
     content = read_plain(path, allow_namespace=True)
-    weight, bias = _tensors(content, path)
+    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
+    state = state if isinstance(state, Mapping) else {}
+    found: dict[str, Any] = {
+        str(key).removeprefix("module.").removeprefix("linear."): value for key, value in state.items()
+    }
+    tensors = [found[name] for name in ("weight", "bias") if isinstance(found.get(name), Tensor)]
+    if len(found) != 2 or [tensor.ndim for tensor in tensors] != [2, 1]:
+        held = ", ".join([*found][:SHOWN_KEYS]) or type(content).__name__
+        held += ", ..." if len(found) > SHOWN_KEYS else ""
+        raise UserError(
+            f"evaluate {str(path)!r} holds no linear classifier, but {held}; expected a state_dict of "
+            f"module.linear.weight and module.linear.bias, as the official eval_linear.py writes it"
+        )
+    weight, bias = (tensor.float() for tensor in tensors)
+    if len(weight) != len(bias):
+        raise UserError(
+            f"evaluate {str(path)!r}: {len(weight)} rows and {len(bias)} biases; get the file again"
+        )
     if len(weight) != len(classes):
         raise UserError(
             f"evaluate {str(path)!r} is for {len(weight)} classes, data.path has {len(classes)}; give the "
@@ -169,42 +186,27 @@ def load_official(
     return SavedClassifier(probe, weight, bias, classes, encoder_hash, details)
 
 
-def _tensors(content: Any, path: Path) -> tuple[Tensor, Tensor]:
-    """Weight (S, F) and bias (S,)."""
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
-    found: dict[str, Any] = {}
-    for key, value in state.items() if isinstance(state, Mapping) else ():
-        name = str(key)
-        while name.startswith(OFFICIAL_PREFIXES):
-            name = name.partition(".")[2]
-        found[name] = value
-    tensors = [found[name] for name in ("weight", "bias") if isinstance(found.get(name), Tensor)]
-    if found.keys() != {"weight", "bias"} or [tensor.ndim for tensor in tensors] != [2, 1]:
-        held = ", ".join([*found][:SHOWN_KEYS]) or type(content).__name__
-        held += ", ..." if len(found) > SHOWN_KEYS else ""
-        raise UserError(
-            f"evaluate {str(path)!r} holds no linear classifier, but {held}; expected a state_dict of "
-            f"module.linear.weight and module.linear.bias, as the official eval_linear.py writes it"
+def _check_is_there(path: Path) -> None:
+    if not path.is_file():
+        raise UserFileNotFoundError(
+            f"evaluate {str(path)!r} does not exist; give a saved classifier or official linear weights"
         )
-    weight, bias = (tensor.to(torch.float32) for tensor in tensors)
-    if len(weight) != len(bias):
-        raise UserError(
-            f"evaluate {str(path)!r}: {len(weight)} rows and {len(bias)} biases; get the file again"
-        )
-    return weight, bias
 
 
 def _probe(path: Path, encoder: Encoder, num_inputs: int) -> Probe:
     """What a classifier with so many inputs sees."""
-    every = {
-        probe: probe.num_inputs(encoder.width, encoder.embed_dim)
-        for probe in possible_probes(encoder, OFFICIAL_LR)
-    }
-    fitting = [probe for probe, number in every.items() if number == num_inputs]
+    every = choose_probes(
+        encoder,
+        learning_rates=[OFFICIAL_LR],
+        num_blocks=range(1, 1 + official_probe(encoder).num_blocks),
+        sweep=True,
+    )
+    numbers = [probe.num_inputs(encoder.width, encoder.embed_dim) for probe in every]
+    fitting = [probe for probe, number in zip(every, numbers, strict=True) if number == num_inputs]
     if not fitting:
         raise UserError(
             f"evaluate {str(path)!r} takes {num_inputs} numbers, but this encoder gives "
-            f"{', '.join(map(str, sorted(set(every.values()))))}; give the weights of a probe on it"
+            f"{', '.join(map(str, sorted(set(numbers))))}; give the weights of a probe on it"
         )
     if len(fitting) > 1 or (fitting[0].feature, fitting[0].num_blocks) == ("cls", 2):
         several = " or ".join(f"{probe.num_blocks} of {probe.feature}" for probe in fitting)
@@ -214,3 +216,97 @@ def _probe(path: Path, encoder: Encoder, num_inputs: int) -> Probe:
             f"probe instead, without weights"
         )
     return fitting[0]
+
+
+# --- Accuracy
+
+
+def score_classifier(
+    path: str,
+    encoder: Encoder,
+    test: ImageSource | Sequence[TestSet],
+    classes: Sequence[str],
+    *,
+    weights: str = "teacher",
+    cache: Path | None = None,
+    num_workers: int | None = 0,
+) -> list[Result]:
+    """Score a saved classifier (`.safetensors`), or linear weights of the official DINO code, on test images.
+
+    Args:
+        classes: names of the classes of training, in its order.
+
+    Raises:
+        UserError: it was trained on another encoder or other classes, or the file is damaged.
+    """
+    hash_now, num_classes = hash_of(encoder), len(classes)
+    if path.endswith(".safetensors"):
+        saved = load_classifier(Path(path))
+    else:
+        saved = load_official(Path(path), encoder, classes=tuple(classes), encoder_hash=hash_now)
+    num_inputs = saved.probe.num_inputs(encoder.width, encoder.embed_dim)
+    fitted = saved.fitted(path, classes=classes, num_inputs=num_inputs, encoder_hash=hash_now)
+    probes = Probes([saved.probe], width=encoder.width, embed_dim=encoder.embed_dim, num_classes=num_classes)
+    probes.load_state_dict({f"classifiers.0.{name}": tensor for name, tensor in fitted.items()})
+    probes.to(encoder.device)
+    test_sets = as_test_sets(test, classes)
+    features = cached_features(encoder, wanted_of(test_sets), INPUTS, cache=cache, num_workers=num_workers)
+    return results_of(encoder, [saved], probes, test_sets, features, weights)
+
+
+def wanted_of(test_sets: Sequence[TestSet]) -> list[Wanted]:
+    """The features that scoring needs."""
+    return [Wanted(one.source, f"{one.name} features", "float32") for one in test_sets]
+
+
+@torch.no_grad()
+def score(probes: Probes, test_set: TestSet, features: Features) -> NDArray[np.bool_]:
+    """Whether top-1 and top-5 of each image are right by each probe: (N, P, 2), in every process.
+
+    The processes share the images; each counts exactly once.
+    """
+    device = next(probes.parameters()).device
+    total = len(test_set.labels)
+    found = [torch.empty(0, len(probes.probes), 2, dtype=torch.uint8)]
+    share = np.arange(rank(), total, world_size())
+    for start in range(0, len(share), ROWS_AT_ONCE):
+        rows = share[start : start + ROWS_AT_ONCE]
+        logits_PBS = probes(feature_rows(features, rows, device))
+        allowed = restrict(logits_PBS.flatten(0, 1), test_set.classes).view_as(logits_PBS)
+        labels = torch.from_numpy(test_set.labels[rows]).to(device)
+        found.append(hits(allowed, labels).to("cpu", torch.uint8))
+    return gather_rows(torch.cat(found), total).numpy().astype(bool)
+
+
+def results_of(
+    encoder: Encoder,
+    classifiers: Sequence[SavedClassifier],
+    probes: Probes,
+    test_sets: Sequence[TestSet],
+    features: Sequence[Features],
+    weights: str,
+) -> list[Result]:
+    """Every probe on every test set; the classifiers say how the probes came to be."""
+    results = []
+    for test_set, found in zip(test_sets, features, strict=True):
+        right = score(probes, test_set, found)
+        images = hash_of_images(test_set.source)  # once: it looks at every file
+        for number, classifier in enumerate(classifiers):
+            name = classifier.probe.name
+            if "weights_file" in classifier.details:  # which do not tell the learning rate
+                name = name.partition(" lr ")[0]
+            top1, top5 = 100 * right[:, number].mean(axis=0)
+            result = result_on(
+                test_set,
+                right[:, number, 0],
+                protocol=classifier.details["protocol"],
+                name=name,
+                headline=classifier.probe == official_probe(encoder),
+                weights=weights,
+                top1=float(top1),
+                top5=float(top5),
+                details=classifier.details,
+                images=images,
+            )
+            results.append(result)
+    return results

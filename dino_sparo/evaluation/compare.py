@@ -20,12 +20,11 @@ from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.evaluation.results import Result, read_results, results_folder
 from dino_sparo.recipe.files import comparable
 from dino_sparo.recipe.typed import flattened
+from dino_sparo.runs.rundir import CONFIG_FILE
+from dino_sparo.terminal import markdown_table
 
-CONFIG_FILE = "config.yaml"
 NOT_RECIPE = ("seed", "run_dir", "nproc", "machine", "log", "monitor", "data.path", "data.on_bad_image")
 READOUT = "model.readout.name"
-PROTOCOLS = ("knn", "linear", "linear-cached")
-WEIGHTS = ("teacher", "student", "untrained")
 SHOWN_DIFFERENCES = 3
 
 NUM_RESAMPLES = 10_000
@@ -46,11 +45,15 @@ class Measure:
     train_fraction: float
     test_set: str
 
-    def order(self) -> tuple[int, int, float, bool]:
+    @classmethod
+    def of(cls, result: Result, test_set: str | None = None) -> "Measure":
+        """What a result measures, on a test set that is called so."""
+        return cls(result.protocol, result.weights, result.train_fraction, test_set or result.test_set)
+
+    def order(self) -> tuple[object, ...]:
         """Rows by protocol, weights and train fraction; `val` before further test sets."""
-        protocol = PROTOCOLS.index(self.protocol) if self.protocol in PROTOCOLS else len(PROTOCOLS)
-        weights = WEIGHTS.index(self.weights) if self.weights in WEIGHTS else len(WEIGHTS)
-        return protocol, weights, -self.train_fraction, self.test_set != "val"
+        of_test = self.weights != "teacher", self.weights, -self.train_fraction, self.test_set != "val"
+        return self.protocol, *of_test
 
 
 @dataclass(frozen=True)
@@ -93,11 +96,8 @@ class Comparison:
 
     def markdown(self) -> str:
         """A Markdown table, and the notes as a list."""
-        lines = [self.header, ["---"] * len(self.header), *self.rows]
-        table = [
-            "| " + " | ".join(cell.strip().replace("|", "\\|") for cell in line) + " |" for line in lines
-        ]
-        return "\n".join([*table, "", *(f"- {note}" for note in self.notes)])
+        rows = [[cell.strip() for cell in line] for line in self.rows]
+        return "\n".join([markdown_table(self.header, rows), "", *(f"- {note}" for note in self.notes)])
 
 
 def compare_runs(runs: Sequence[str], control: str | None = None) -> Comparison:
@@ -111,9 +111,14 @@ def compare_runs(runs: Sequence[str], control: str | None = None) -> Comparison:
     """
     if not runs:
         raise UserError("compare has no runs; give their folders, as in `dino-sparo compare RUN RUN`")
-    read = [read_run(given) for given in runs]
-    groups = group_runs(read)
+    groups = group_runs([read_run(given) for given in runs])
     return compare_groups(groups, *_choose_control(groups, control))
+
+
+def measures_of(groups: Sequence[Group]) -> list[Measure]:
+    """What the runs have results of, in the order of rows."""
+    found = {measure: None for group in groups for run in group.runs for measure in run.headline}
+    return sorted(found, key=Measure.order)
 
 
 def compare_groups(groups: Sequence[Group], control: Group | None, remark: str = DIFFERENCES) -> Comparison:
@@ -122,8 +127,7 @@ def compare_groups(groups: Sequence[Group], control: Group | None, remark: str =
     Raises:
         UserError: they have no result in common.
     """
-    remarks = [remark] if len(groups) > 1 else []  # of one recipe there are no differences
-    measures = sorted({m: None for g in groups for r in g.runs for m in r.headline}, key=Measure.order)
+    measures, rows, notes = measures_of(groups), [], []
     if len(groups) > 1 and not any(sum(bool(g.results(m)) for g in groups) > 1 for m in measures):
         held = (
             f"{g.label} has {', '.join(title(m, groups) for m in measures if g.results(m))}" for g in groups
@@ -132,19 +136,30 @@ def compare_groups(groups: Sequence[Group], control: Group | None, remark: str =
             f"the recipes have no result in common ({'; '.join(held)}); evaluate them by the same protocol "
             f"on the same test sets"
         )
-    rows, notes = [], []
     for measure in measures:
         name = title(measure, groups)
         rows.append([name, *(_accuracy(group.results(measure)) for group in groups)])
-        notes += _unequal_settings(name, measure, groups)
+        notes += [f"{name}: {note}" for note in _unequal_settings(measure, groups)]
         if control is not None and len(groups) > 1:
             cells, reasons = _differences(measure, groups, control)
             rows += [[f"  difference to {control.label}", *cells]] if set(cells) - {"", NOTHING} else []
             notes += [f"{name}: {reason}" for reason in reasons]
+    legend = []
+    for group in groups:
+        runs = (f"{one.folder}{'' if one.seed is None else f' (seed {one.seed})'}" for one in group.runs)
+        legend.append(f"{group.label}: {', '.join(runs)}")
+    if any(len(group.runs) > 1 for group in groups):
+        legend.append("mean ± sample standard deviation over seeds")
+    legend += [remark] if len(groups) > 1 else []  # of one recipe there are no differences
     if control is not None:
-        remarks += _other_seeds(groups, control)
+        theirs = _seeds(control)
+        legend += [
+            f"not the same seeds: {group.label} has {_seeds(group)}, {control.label} {theirs}"
+            for group in groups
+            if theirs and _seeds(group) and _seeds(group) != theirs
+        ]
     header = ["top-1 in %", *(f"{g.label} (control)" if g is control else g.label for g in groups)]
-    return Comparison(header, rows, [*_legend(groups), *remarks, *notes])
+    return Comparison(header, rows, [*legend, *notes])
 
 
 def paired_bootstrap(
@@ -224,41 +239,21 @@ def _differences(measure: Measure, groups: Sequence[Group], control: Group) -> t
     return cells, reasons
 
 
-def _other_seeds(groups: Sequence[Group], control: Group) -> list[str]:
-    """A note for each group whose difference to the control is one of seeds too."""
-    theirs = _seeds(control)
-    return [
-        f"not the same seeds: {group.label} has {_seeds(group)}, {control.label} {theirs}"
-        for group in groups
-        if theirs and _seeds(group) and _seeds(group) != theirs
-    ]
-
-
 def _seeds(group: Group) -> str:
     """Those that are known."""
     return ", ".join(map(str, sorted(run.seed for run in group.runs if run.seed is not None)))
 
 
-def _unequal_settings(title: str, measure: Measure, groups: Sequence[Group]) -> list[str]:
+def _unequal_settings(measure: Measure, groups: Sequence[Group]) -> list[str]:
     """A note if accuracies of one row were measured in different ways, as far as they say."""
-    plain = [{"classes": r.num_classes, **r.details} for group in groups for r in group.results(measure)]
+    results = [result for group in groups for result in group.results(measure)]
     unequal = []
     for name in ("classes", *SETTINGS):
-        found = dict.fromkeys(str(details[name]) for details in plain if details.get(name) is not None)
+        values = [r.num_classes if name == "classes" else r.details.get(name) for r in results]
+        found = dict.fromkeys(str(value) for value in values if value is not None)
         if len(found) > 1:
             unequal.append(f"{name} {' against '.join(found)}")
-    return [f"{title}: not measured alike ({', '.join(unequal)})"] if unequal else []
-
-
-def _legend(groups: Sequence[Group]) -> list[str]:
-    lines = []
-    for group in groups:
-        seeds = [f" (seed {one.seed})" if one.seed is not None else "" for one in group.runs]
-        names = (f"{one.folder}{seed}" for one, seed in zip(group.runs, seeds, strict=True))
-        lines.append(f"{group.label}: {', '.join(names)}")
-    if any(len(group.runs) > 1 for group in groups):
-        lines.append("mean ± sample standard deviation over seeds")
-    return lines
+    return [f"not measured alike ({', '.join(unequal)})"] if unequal else []
 
 
 # --- Runs of one recipe
@@ -272,11 +267,7 @@ def read_run(given: str) -> Run:
             f"run {given!r} does not exist; expected a run folder with results.json, or a weights file "
             f"whose results are in {folder}"
         )
-    headline = {
-        Measure(r.protocol, r.weights, r.train_fraction, r.test_set): r
-        for r in read_results(folder)
-        if r.headline
-    }
+    headline = {Measure.of(result): result for result in read_results(folder) if result.headline}
     if not headline:
         raise UserError(
             f"{folder} has no headline result; expected that of `dino-sparo knn` with k 20 or of "
@@ -313,11 +304,8 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
                     f"seed {one.seed}, and would count as two seeds; leave one of them out"
                 )
         members[key].append(one)
-    groups = list(members.values())
-    return [
-        Group(label, list(of_one))
-        for label, of_one in zip(_labels([g[0] for g in groups]), groups, strict=True)
-    ]
+    labels = _labels([of_one[0] for of_one in members.values()])
+    return [Group(label, of_one) for label, of_one in zip(labels, members.values(), strict=True)]
 
 
 def _labels(firsts: Sequence[Run]) -> list[str]:

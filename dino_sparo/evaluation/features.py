@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,12 @@ TRANSFORM = "short side to round(S * 256 / 224) bicubic, centre crop S, ImageNet
 FLUSH_SECONDS = 5.0  # work that a power cut may cost
 KEY_DIGITS = 16
 
+Encoded = Iterator[tuple[range, dict[str, Tensor]]]  # blocks of images, and their features (len(block), F)
+
 
 @dataclass(frozen=True)
 class Wanted:
-    """Images whose features are wanted.
-
-    Attributes:
-        description: for the progress bar.
-        precision: of the features on disk, float16 or float32.
-    """
+    """Images whose features are wanted, named by the progress bar; on disk they are float16 or float32."""
 
     source: ImageSource
     description: str = "features"
@@ -87,17 +85,36 @@ def cached_features(
     """
     size = encoder.image_size if image_size is None else image_size
     workers = default_workers(local_world_size()) if num_workers is None else num_workers
-    widths = _widths(encoder, names, size)
+    one_image = encoder.features(torch.zeros(1, 3, size, size, device=encoder.device), names)
+    widths = {name: feature.shape[1] for name, feature in one_image.items()}
 
-    def encoded(one: Wanted, source: ImageSource, blocks: Sequence[range]) -> "Encoded":
-        return _encoded(encoder, source, blocks, names, size, workers, timeout_seconds, one.description)
+    def encoded(source: ImageSource, blocks: Sequence[range], description: str) -> Encoded:
+        batches = WatchedLoader(
+            CenterCrops(source, size),
+            image_of=int,
+            name=source.name,
+            num_workers=workers,
+            timeout_seconds=timeout_seconds,
+            batch_sampler=blocks,
+            pin_memory=encoder.device.type == "cuda",
+        )
+        silent = rank() > 0 or not shows_bars()
+        total = sum(map(len, blocks))
+        with (
+            tqdm(total=total, desc=description, unit="img", leave=False, disable=silent) as bar,
+            batches.failures_explained(),
+        ):
+            for block, batch in zip(blocks, batches, strict=True):
+                images = normalize(batch.to(encoder.device, non_blocking=True))
+                yield block, encoder.features(images, names)
+                bar.update(len(block))
 
     if cache is None:
         found = []
         for one in wanted:
             share = one.source.subset(np.arange(rank(), len(one.source), world_size()))
             rows = {name: torch.empty(len(share), width) for name, width in widths.items()}
-            for block, features in encoded(one, share, _blocks(len(share), batch_size)):
+            for block, features in encoded(share, _blocks(len(share), batch_size), one.description):
                 for name, feature in features.items():
                     rows[name][block.start : block.stop] = feature.float().cpu()
             found.append({name: gather_rows(some, len(one.source)).numpy() for name, some in rows.items()})
@@ -106,63 +123,27 @@ def cached_features(
     weights = hash_of(encoder) if rank() == 0 else ""
     keys = [_key(weights, one.source, size, one.precision) if rank() == 0 else {} for one in wanted]
     keys = gather_objects(keys)[0]
-    opened = [_open(cache, key, widths, len(one.source)) for key, one in zip(keys, wanted, strict=True)]
+    opened = []
+    for one, key in zip(wanted, keys, strict=True):
+        folder = cache / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:KEY_DIGITS]
+        shapes = {name: (len(one.source), width) for name, width in widths.items()}
+        opened.append({n: FeatureFile(folder, n, shape, one.precision) for n, shape in shapes.items()})
     # The first process makes the files and looks, for all: another program may be filling the same ones.
     looked = gather_objects(_prepare(cache, opened, keys) if rank() == 0 else [])[0]
     for one, files, done in zip(wanted, opened, looked, strict=True):
         blocks = _blocks(len(one.source), batch_size)  # whatever the number of processes
         missing = [block for block in blocks if not done[block.start : block.stop].all()]
         if missing:
-            _write(files, encoded(one, one.source, missing[rank() :: world_size()]), one.source)
+            share_of_blocks = missing[rank() :: world_size()]
+            _write(files, encoded(one.source, share_of_blocks, one.description), one.source)
             gather_objects(None)
         for file in files.values():
             assert file.done().all(), "every image counts once"
     return [{name: file.rows() for name, file in files.items()} for files in opened]
 
 
-Encoded = Iterator[tuple[range, dict[str, Tensor]]]  # blocks of images, and their features (len(block), F)
-
-
-def _encoded(
-    encoder: Encoder,
-    source: ImageSource,
-    blocks: Sequence[range],
-    names: Sequence[str],
-    image_size: int,
-    num_workers: int,
-    timeout_seconds: float,
-    description: str,
-) -> Encoded:
-    """Blocks of images and their features, each block one forward pass."""
-    batches = WatchedLoader(
-        CenterCrops(source, image_size),
-        image_of=int,
-        name=source.name,
-        num_workers=num_workers,
-        timeout_seconds=timeout_seconds,
-        batch_sampler=blocks,
-        pin_memory=encoder.device.type == "cuda",
-    )
-    silent = rank() > 0 or not shows_bars()
-    total = sum(map(len, blocks))
-    with (
-        tqdm(total=total, desc=description, unit="img", leave=False, disable=silent) as bar,
-        batches.failures_explained(),
-    ):
-        for block, batch in zip(blocks, batches, strict=True):
-            images = normalize(batch.to(encoder.device, non_blocking=True))
-            yield block, encoder.features(images, names)
-            bar.update(len(block))
-
-
 def _blocks(total: int, size: int) -> list[range]:
     return [range(start, min(start + size, total)) for start in range(0, total, size)]
-
-
-def _widths(encoder: Encoder, names: Sequence[str], image_size: int) -> dict[str, int]:
-    """Numbers of each feature, by looking at one image."""
-    features = encoder.features(torch.zeros(1, 3, image_size, image_size, device=encoder.device), names)
-    return {name: feature.shape[1] for name, feature in features.items()}
 
 
 # --- On disk
@@ -186,7 +167,7 @@ class FeatureFile:
         return all(path.exists() and path.stat().st_size == size for path, size in sizes.items())
 
     def bytes_missing(self) -> int:
-        """What the rows that are not there will take."""
+        """What the missing rows will take."""
         there = int(np.count_nonzero(self.done())) if self.exists() else 0
         return self.size - there * self.row_size
 
@@ -203,14 +184,6 @@ class FeatureFile:
     def rows(self) -> NDArray[Any]:
         """All rows, mapped: they take no memory that the system cannot take back."""
         return np.memmap(self.path, self.dtype, mode="c", shape=self.shape)
-
-
-def _open(cache: Path, key: dict[str, Any], widths: dict[str, int], total: int) -> dict[str, FeatureFile]:
-    """The files of a set of images, by feature."""
-    folder = cache / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:KEY_DIGITS]
-    return {
-        name: FeatureFile(folder, name, (total, width), key["precision"]) for name, width in widths.items()
-    }
 
 
 def _prepare(
@@ -240,34 +213,30 @@ def _prepare(
 
 def _write(files: dict[str, FeatureFile], encoded: Encoded, source: ImageSource) -> None:
     """Write blocks as they come; they count as done when they have reached the disk."""
-    opened: dict[str, tuple[int, int]] = {}
     written: list[range] = []
     flushed = time.monotonic()
+    with named(next(iter(files.values())).path.parent), ExitStack() as stack:
+        opened = {
+            name: [stack.enter_context(open(path, "r+b")).fileno() for path in (file.path, file.done_path)]
+            for name, file in files.items()
+        }
 
-    def flush() -> None:
-        for rows, done in opened.values():
-            os.fsync(rows)
-            for block in written:
-                _write_at(done, b"\1" * len(block), block.start)
-        written.clear()
+        def flush() -> None:
+            for rows, done in opened.values():
+                os.fsync(rows)
+                for block in written:
+                    _write_at(done, b"\1" * len(block), block.start)
+            written.clear()
 
-    try:
-        with named(next(iter(files.values())).path.parent):
+        for block, features in encoded:
             for name, file in files.items():
-                opened[name] = os.open(file.path, os.O_WRONLY), os.open(file.done_path, os.O_WRONLY)
-            for block, features in encoded:
-                for name, file in files.items():
-                    rows = _finite_rows(features[name], name, block, source, file.dtype)
-                    _write_at(opened[name][0], rows.tobytes(), block.start * file.row_size)
-                written.append(block)
-                if time.monotonic() - flushed > FLUSH_SECONDS:
-                    flush()
-                    flushed = time.monotonic()
-            flush()
-    finally:
-        for pair in opened.values():
-            for descriptor in pair:
-                os.close(descriptor)
+                rows = _finite_rows(features[name], name, block, source, file.dtype)
+                _write_at(opened[name][0], rows.tobytes(), block.start * file.row_size)
+            written.append(block)
+            if time.monotonic() - flushed > FLUSH_SECONDS:
+                flush()
+                flushed = time.monotonic()
+        flush()
 
 
 def _write_at(descriptor: int, data: bytes, offset: int) -> None:

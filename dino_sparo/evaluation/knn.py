@@ -7,7 +7,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -91,14 +90,12 @@ def evaluate_knn(
     test: ImageSource,
     *,
     k: int | Sequence[int] = HEADLINE_K,
-    image_size: int | None = None,
-    batch_size: int = 64,
-    num_workers: int | None = 0,
-    timeout_seconds: float = 600.0,
+    **settings: Any,
 ) -> dict[int, KnnResult]:
     """k-NN accuracy of an encoder, with all features in memory: for sets of modest size, while training.
 
-    All processes share the work; every test image counts once, and all processes get the result.
+    All processes share the work; every test image counts once, and all processes get the result. Settings
+    are those of `cached_features`.
 
     Raises:
         NoDirectionError: a feature is zero or not finite.
@@ -106,15 +103,8 @@ def evaluate_knn(
     """
     ks = [k] if isinstance(k, int) else list(k)
     _check_k(ks, len(train))
-    gallery, queries = cached_features(
-        encoder,
-        [Wanted(train, "k-NN train features"), Wanted(test, "k-NN val features")],
-        ["encoding"],
-        image_size=image_size,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        timeout_seconds=timeout_seconds,
-    )
+    wanted = [Wanted(train, "k-NN train features"), Wanted(test, "k-NN val features")]
+    gallery, queries = cached_features(encoder, wanted, ["encoding"], **settings)
     ranked = _ranked_by_all(gallery["encoding"], train, queries["encoding"], ks, encoder.device)
     return {number: _accuracy(ranked[number], torch.from_numpy(test.labels)) for number in ks}
 
@@ -128,10 +118,8 @@ def knn_results(
     feature: str = "encoding",
     weights: str = "teacher",
     by_faiss: bool = False,
-    cache: Path | None = None,
     cache_precision: str = "float16",
-    batch_size: int = 64,
-    num_workers: int | None = 0,
+    **settings: Any,
 ) -> list[Result]:
     """k-NN accuracies of an encoder on test sets, as results to save; all processes share the work.
 
@@ -140,7 +128,8 @@ def knn_results(
         feature: what to compare, as in `Encoder.features`.
         weights: what the results call the encoder: teacher, student or untrained.
         by_faiss: search by faiss on the CPU, as an independent check.
-        cache: as in `cached_features`, as are cache_precision, batch_size and num_workers.
+        cache_precision: of features on disk.
+        settings: as of `cached_features`.
 
     Raises:
         UserError: k does not fit the train set, an image cannot be read, or a feature is zero or not finite.
@@ -152,17 +141,9 @@ def knn_results(
             log.info("of k = 10, 20, 100, 200 only %s: there are %d train images", ks, len(train))
     _check_k(ks, len(train))
     test_sets = as_test_sets(test, train.classes)
-    gallery, *tested = cached_features(
-        encoder,
-        [
-            Wanted(train, "train features", cache_precision),
-            *(Wanted(one.source, f"{one.name} features", cache_precision) for one in test_sets),
-        ],
-        [feature],
-        cache=cache,
-        batch_size=batch_size,
-        num_workers=num_workers,
-    )
+    wanted = [Wanted(train, "train features", cache_precision)]
+    wanted += [Wanted(one.source, f"{one.name} features", cache_precision) for one in test_sets]
+    gallery, *tested = cached_features(encoder, wanted, [feature], **settings)
     results = []
     for test_set, queries in zip(test_sets, tested, strict=True):
         try:
@@ -272,13 +253,7 @@ def _accuracy(ranked_B5: Tensor, truth_B: Tensor) -> KnnResult:
 
 
 class NoDirectionError(ValueError):
-    """A feature is zero or not finite: it is near to nothing.
-
-    Attributes:
-        side: `train` or `test`.
-        number: of the image on this side.
-        kind: `zero` or `not finite`.
-    """
+    """A feature is zero or not finite, so near to nothing: of the image of this number, `train` or `test`."""
 
     def __init__(self, side: str, number: int, kind: str) -> None:
         super().__init__(f"the feature of {side} image {number} is {kind}; it has no direction to compare")
@@ -328,7 +303,6 @@ def nearest(
     width = train.shape[1]
     train_chunk = train_chunk or max(1, CHUNK_BYTES // (4 * width))
     test_chunk = test_chunk or max(1, QUERY_BYTES // (4 * width))
-    search = _by_faiss if by_faiss else _by_products
     k = min(k, len(train))
     cosines, numbers = torch.empty(len(test), k), torch.empty(len(test), k, dtype=torch.int64)
     for start in range(0, len(test), test_chunk):
@@ -340,7 +314,11 @@ def nearest(
             at_once = len(queries) if by_faiss else max(1, SCORES // len(gallery))
             for query in range(0, len(queries), at_once):
                 some = slice(query, query + at_once)
-                cosine_Bk, number_Bk = search(queries[some], gallery, min(k, len(gallery)))
+                number_of_best = min(k, len(gallery))
+                if by_faiss:
+                    cosine_Bk, number_Bk = _by_faiss(queries[some], gallery, number_of_best)
+                else:
+                    cosine_Bk, number_Bk = (queries[some] @ gallery.T).topk(number_of_best, dim=1)
                 best = best_cosines[some], best_numbers[some]
                 best_cosines[some], best_numbers[some] = k_best(best, (cosine_Bk, number_Bk + first), k)
         cosines[start : start + test_chunk], numbers[start : start + test_chunk] = best_cosines, best_numbers
@@ -365,11 +343,6 @@ def _directions(rows: Rows, start: int, stop: int, device: torch.device, side: s
         kind = "zero" if length_B[int(bad[0])] == 0 else "not finite"
         raise NoDirectionError(side, start + int(bad[0]), kind)
     return chunk.div_(length_B[:, None])
-
-
-def _by_products(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    cosines, numbers = (queries @ gallery.T).topk(k, dim=1)
-    return cosines, numbers
 
 
 def _by_faiss(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -1,68 +1,54 @@
 """Accuracy of linear classifiers on a frozen encoder. Source: official `eval_linear.py`.
 
-The official protocol, and where this one differs:
+Where this differs from the official protocol, eval/README.md says.
 
-- The last partial batch of an epoch is dropped; the official code trains on it. With ImageNet's 1 281 167
-  images and batches of 1024 these are 143 images, other ones in every epoch.
-- Random numbers of order and crops are drawn by (seed, epoch, image), so that neither the number of
-  processes or workers nor an interruption changes them; the distributions are the official ones.
-- Features of test images, which no augmentation changes, are computed once, in float32, and kept on disk;
-  the official code computes them anew for every evaluation.
-- On a GPU the encoder sees the training crops in mixed precision (`--precision fp32` as official); probes,
-  their gradients and the test features are float32.
-- Test images are scored after every epoch. `best` is the highest of these, which chooses by the test images;
-  the result is the last epoch's.
-
-`cached_linear_probe` learns from features of center crops, the same in every epoch. That is not the official
-protocol, and its results go under the name `linear-cached`.
-
-Axis letters: B images, F numbers of a feature.
+Axis letters: P probes.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
 
-from dino_sparo.data.device_views import ahead
-from dino_sparo.data.images import normalize
-from dino_sparo.data.loader import (
-    BatchOrder,
-    Crops,
-    CropsDataset,
-    Executor,
-    PhotoBatch,
-    choose_executor,
-    crop_batches,
-    crops_of,
-)
+from dino_sparo.data.loader import BatchOrder, choose_executor
 from dino_sparo.data.sources import ImageSource
-from dino_sparo.data.views import CropRecipe
 from dino_sparo.data.workers import default_workers
-from dino_sparo.evaluation.classifiers import is_saved, load_classifier, load_official
-from dino_sparo.evaluation.features import Wanted, cached_features, hash_of
-from dino_sparo.evaluation.probe_training import (
-    Batch,
-    Features,
-    ProbeTraining,
-    Waiting,
-    feature_rows,
+from dino_sparo.errors import UserError
+from dino_sparo.evaluation.classifiers import (
+    SavedClassifier,
     results_of,
+    save_classifier,
+    score,
+    wanted_of,
 )
-from dino_sparo.evaluation.probes import INPUTS, MAX_BLOCKS, Probes
+from dino_sparo.evaluation.features import Wanted, cached_features, hash_of
+from dino_sparo.evaluation.probe_batches import MAX_SIDE, Batch, Features, features_of_crops, features_of_rows
+from dino_sparo.evaluation.probes import INPUTS, Feature, Probes, choose_probes, losses
 from dino_sparo.evaluation.results import Result, accuracies
-from dino_sparo.evaluation.transfer import VAL, TestSet, as_test_sets
+from dino_sparo.evaluation.transfer import VAL, TestSet, as_test_sets, balanced_fraction
 from dino_sparo.models import Encoder
-from dino_sparo.parallel.distributed import local_world_size
-from dino_sparo.parallel.precision import autocast, choose_precision
+from dino_sparo.parallel.distributed import (
+    average_gradients,
+    gather_objects,
+    local_world_size,
+    mean_over_ranks,
+    rank,
+    sum_over_ranks,
+    world_size,
+)
+from dino_sparo.parallel.precision import choose_precision
+from dino_sparo.runs.checkpoint import load_latest, save_checkpoint, set_damaged_aside
+from dino_sparo.runs.runlog import RunLog
 
-MAX_SIDE = 1024  # longer images are reduced to it first: no crop of a usual photograph gets larger by it
-IMAGES_AT_ONCE = 64  # per forward pass of the encoder; it changes memory, not the experiment
+log = logging.getLogger("dino_sparo")
+
 OFFICIAL, CACHED = "linear", "linear-cached"  # protocols
+CLASSIFIERS = "classifiers"
+LOG_EVERY_STEPS = 20
 
 
 def linear_probe(
@@ -71,121 +57,291 @@ def linear_probe(
     test: ImageSource | Sequence[TestSet],
     folder: Path,
     *,
+    learning_rates: Sequence[float] | None = None,
+    num_blocks: Sequence[int] | None = None,
+    features: Sequence[Feature] | None = None,
+    sweep: bool = False,
+    epochs: int = 100,
+    batch_size: int = 1024,
+    train_fraction: float = 1.0,
+    seed: int = 0,
+    cached: bool = False,
+    weights: str = "teacher",
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     views: Literal["auto", "pil", "tensor", "device"] = "auto",
-    cache: Path | None = None,
-    num_workers: int | None = 0,
-    resume_unverified: bool = False,
-    **settings: Any,
-) -> list[Result]:
-    """Train linear probes by the official protocol, or resume, and score them; all processes share the work.
-
-    Args:
-        encoder, train, test, folder: as of `ProbeTraining`.
-        precision: of the encoder on training crops.
-        views: who makes the training crops, as in `choose_executor`.
-        cache: for features of test images, as in `cached_features`.
-        num_workers: processes that load images; None takes one per core, at most 16 in all.
-        resume_unverified: resume from a checkpoint whose SHA-256 is missing, although it may be damaged.
-        settings: probes, epochs, batch_size, train_fraction, seed, weights, as of `ProbeTraining`.
-
-    Raises:
-        UserError: for a setting that does not fit, or for images; what earlier epochs have done is kept.
-    """
-    training = ProbeTraining(encoder, train, test, folder, protocol=OFFICIAL, **settings)
-    training.resume(cached=False, cache_precision=None, unverified=resume_unverified)
-    features = cached_features(encoder, training.wanted(), INPUTS, cache=cache, num_workers=num_workers)
-    training.fit(
-        lambda order, waiting: features_of_crops(
-            *(encoder, training.train, order, waiting),
-            precision=choose_precision(precision, encoder.device),
-            executor=choose_executor(views, encoder.device, max_side=MAX_SIDE),
-            num_workers=default_workers(local_world_size()) if num_workers is None else num_workers,
-        ),
-        features[0],
-        checkpoint_every_epochs=1,
-    )
-    return training.finish(features)
-
-
-def cached_linear_probe(
-    encoder: Encoder,
-    train: ImageSource,
-    test: ImageSource | Sequence[TestSet],
-    folder: Path,
-    *,
     cache: Path | None = None,
     cache_precision: Literal["float16", "float32"] = "float16",
     num_workers: int | None = 0,
     resume_unverified: bool = False,
-    **settings: Any,
 ) -> list[Result]:
-    """As `linear_probe`, but the probes learn from features of center crops: seconds instead of hours.
+    """Train linear probes by the official protocol, or resume, and score them; all processes share the work.
 
     Args:
-        cache_precision: of the train features on disk; those of test images are float32.
-    """
-    training = ProbeTraining(encoder, train, test, folder, protocol=CACHED, **settings)
-    training.resume(cached=True, cache_precision=cache_precision, unverified=resume_unverified)
-    wanted = [*training.wanted(), Wanted(training.train, "train features", cache_precision)]
-    *features, of_train = cached_features(encoder, wanted, INPUTS, cache=cache, num_workers=num_workers)
-    training.fit(
-        lambda order, waiting: nullcontext(
-            features_of_rows(of_train, training.train, order, waiting, encoder.device)
-        ),
-        features[0],
-        checkpoint_every_epochs=10,  # an epoch takes less time than a checkpoint
-    )
-    return training.finish(features)
-
-
-def score_classifier(
-    path: str,
-    encoder: Encoder,
-    test: ImageSource | Sequence[TestSet],
-    classes: Sequence[str],
-    *,
-    weights: str = "teacher",
-    cache: Path | None = None,
-    num_workers: int | None = 0,
-) -> list[Result]:
-    """Score a saved classifier (`.safetensors`), or linear weights of the official DINO code, on test images.
-
-    Args:
-        classes: names of the classes of training, in its order.
+        encoder: in evaluation mode; it is not changed.
+        train: labeled images, of which `train_fraction` is drawn by the seed, the same number of each class.
+        test: labeled images, scored after every epoch, or several test sets, of which the first one is.
+        folder: log, checkpoints and classifiers go to one below it, named by the protocol and what makes the
+            probes others, so that each kind of them has its own.
+        learning_rates, num_blocks, features, sweep: which probes, as in `choose_probes`.
+        batch_size: images per step, of all processes together.
+        seed: of initial weights, order, crops and the drawn images.
+        cached: learn from features of center crops instead, the same in every epoch: seconds instead of
+            hours, but not the official protocol; the results go under the name `linear-cached`.
+        weights: what the results call the encoder: teacher, student or untrained.
+        precision: of the encoder on training crops.
+        views: who makes the training crops, as in `choose_executor`.
+        cache: folder for features, as in `cached_features`.
+        cache_precision: of the train features there, if `cached`; those of test images are float32.
+        num_workers: processes that load images; None takes one per core, at most 16 in all.
+        resume_unverified: resume from a checkpoint whose SHA-256 is missing, although it may be damaged.
 
     Raises:
-        UserError: it was trained on another encoder or other classes, or the file is damaged.
+        UserError: for a setting that does not fit, for images, or for features that are not finite; what
+            earlier epochs have done is kept.
     """
-    hash_now = hash_of(encoder)
-    if is_saved(path):
-        saved = load_classifier(Path(path))
-    else:
-        saved = load_official(Path(path), encoder, classes=tuple(classes), encoder_hash=hash_now)
-    probes = Probes([saved.probe], width=encoder.width, embed_dim=encoder.embed_dim, num_classes=len(classes))
-    fitted = saved.fitted(
-        path,
-        classes=classes,
-        num_inputs=saved.probe.num_inputs(encoder.width, encoder.embed_dim),
-        encoder_hash=hash_now,
-    )
-    probes.load_state_dict({f"classifiers.0.{name}": tensor for name, tensor in fitted.items()})
-    probes.to(encoder.device)
-    test_sets = as_test_sets(test, classes)
-    wanted = [Wanted(one.source, f"{one.name} features", "float32") for one in test_sets]
-    features = cached_features(encoder, wanted, INPUTS, cache=cache, num_workers=num_workers)
-    return results_of(encoder, [saved], probes, test_sets, features, weights)
+    if not 0 < train_fraction <= 1:
+        raise UserError(f"train_fraction is {train_fraction}; expected above 0 and at most 1, such as 0.1")
+    train = train if train_fraction == 1 else balanced_fraction(train, train_fraction, seed)
+    test_sets = as_test_sets(test, train.classes)
+    check_batch_size(batch_size, len(train), world_size())
+    probes = Probes(
+        choose_probes(
+            encoder, learning_rates=learning_rates, num_blocks=num_blocks, features=features, sweep=sweep
+        ),
+        width=encoder.width,
+        embed_dim=encoder.embed_dim,
+        num_classes=len(train.classes),
+        seed=seed,
+    ).to(encoder.device)
+    protocol = CACHED if cached else OFFICIAL
+    share = f"fraction-{train_fraction:g}" if train_fraction < 1 else ""
+    kind = (protocol, "" if weights == "teacher" else weights, share, "sweep" if sweep else "")
+    given = {"epochs": epochs, "batch_size": batch_size, "seed": seed, "train_fraction": train_fraction}
+    settings = {
+        "probes": [probe.name for probe in probes.probes],
+        **given,
+        "classes": len(train.classes),
+        "train images": train.fingerprint(),
+        "val images": test_sets[0].source.fingerprint(),
+        "encoder": hash_of(encoder),
+        "cached": cached,
+        "cache_precision": cache_precision if cached else None,
+    }
+    steps_per_epoch = len(train) // batch_size
+    training = ProbeTraining(probes, Path(folder) / "-".join(filter(None, kind)), steps_per_epoch, settings)
+    training.resume(unverified=resume_unverified)
+    wanted = wanted_of(test_sets)
+    wanted += [Wanted(train, "train features", cache_precision)] if cached else []
+    found = cached_features(encoder, wanted, INPUTS, cache=cache, num_workers=num_workers)
+
+    if training.epochs_done < epochs:
+        log.info(
+            "%s: epoch %d of %d, %d probes, %d train images",
+            *(training.folder, training.epochs_done + 1, epochs, len(training.names), len(train)),
+        )
+        if rank() == 0:
+            training.folder.mkdir(parents=True, exist_ok=True)
+        order = BatchOrder(
+            num_samples=len(train),
+            global_batch_size=batch_size,
+            epochs=epochs,
+            seed=seed,
+            first_step=training.steps_done,
+            rank=rank(),
+            world_size=world_size(),
+        )
+        run_log = RunLog(
+            training.folder,
+            first_step=training.steps_done,
+            steps_per_epoch=steps_per_epoch,
+            total_steps=epochs * steps_per_epoch,
+            silent=rank() > 0,
+        )
+        opened: AbstractContextManager[Iterator[Batch]]
+        if cached:
+            opened = nullcontext(features_of_rows(found[-1], train, order, run_log, encoder.device))
+        else:
+            opened = features_of_crops(
+                *(encoder, train, order, run_log),
+                precision=choose_precision(precision, encoder.device),
+                executor=choose_executor(views, encoder.device, max_side=MAX_SIDE),
+                num_workers=default_workers(local_world_size()) if num_workers is None else num_workers,
+            )
+        every_epochs = 10 if cached else 1  # on cached features one takes less time than a checkpoint
+        with run_log, opened as batches:
+            training.fit(batches, run_log, test_sets[0], found[0], checkpoint_every_epochs=every_epochs)
+    details = {"protocol": protocol, **given, "num_train": len(train)}
+    classifiers = training.classifiers(train.classes, details)
+    return results_of(encoder, classifiers, probes, test_sets, found[: len(test_sets)], weights)
 
 
-def probe_folder(
-    protocol: str, *, weights: str = "teacher", train_fraction: float = 1.0, sweep: bool = False
-) -> str:
-    """The protocol, and what makes the probes others: so each kind of them has a folder of its own."""
-    parts = [protocol]
-    parts += [weights] if weights != "teacher" else []
-    parts += [f"fraction-{train_fraction:g}"] if train_fraction < 1 else []
-    parts += ["sweep"] if sweep else []
-    return "-".join(parts)
+class ProbeTraining:
+    """Linear probes, their optimizer and schedule, and how far they are.
+
+    Args:
+        folder: for log, checkpoints and classifiers.
+        steps_per_epoch: of which each takes `batch_size` images.
+        settings: all that the result depends on, by what a message calls it; among them epochs, batch_size
+            and seed.
+
+    Attributes:
+        best: by probe, its highest top-1 on the first test set in per cent, and after how many epochs.
+    """
+
+    def __init__(self, probes: Probes, folder: Path, steps_per_epoch: int, settings: dict[str, Any]) -> None:
+        self.probes, self.folder, self.settings = probes, folder, settings
+        self.names: list[str] = settings["probes"]
+        self.epochs, self.batch_size = settings["epochs"], settings["batch_size"]
+        self.optimizer = probes.optimizer(self.batch_size)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.epochs)
+        self.learning: dict[str, Any] = {"probes": probes, "optimizer": self.optimizer}
+        self.learning["schedule"] = self.schedule
+        self.epochs_done, self.steps_per_epoch = 0, steps_per_epoch
+        self.best: list[tuple[float, int]] = [(-1.0, 0)] * len(self.names)
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps."""
+        return self.epochs_done * self.steps_per_epoch
+
+    def resume(self, *, unverified: bool) -> None:
+        """Resume from the folder's newest checkpoint, if there is one.
+
+        Raises:
+            UserError: it is of other settings, or processes find different ones, or its SHA-256 is missing.
+        """
+        checkpoint = load_latest(self.folder, unverified=unverified)
+        if checkpoint is not None:
+            before = checkpoint["config"]
+            changed = [
+                f"{key} was {before[key]!r}, now {now!r}"
+                for key, now in self.settings.items()
+                if before[key] != now
+            ]
+            if changed:
+                raise UserError(
+                    f"{self.folder} holds other probes ({'; '.join(changed)}); set this back to resume them, "
+                    f"or give another --out"
+                )
+            self.epochs_done = checkpoint["epochs_done"]
+            for name, part in self.learning.items():
+                part.load_state_dict(checkpoint[name])
+            self.best = [tuple(pair) for pair in checkpoint["best"]]
+        steps = sorted(set(gather_objects(self.steps_done)))
+        if len(steps) > 1:
+            raise UserError(
+                f"{self.folder}: processes find different checkpoints (steps {steps}); it must be one folder "
+                f"on a file system that all machines share"
+            )
+        if rank() == 0 and self.folder.exists():
+            set_damaged_aside(self.folder, self.steps_done)
+
+    def fit(
+        self,
+        batches: Iterator[Batch],
+        run_log: RunLog,
+        val: TestSet,
+        val_features: Features,
+        *,
+        checkpoint_every_epochs: int,
+    ) -> None:
+        """All epochs that are left: train, score on the first test set, log, and write checkpoints.
+
+        `batches` are this process's share of each global batch.
+        """
+        while self.epochs_done < self.epochs:
+            self._train_epoch(batches, run_log)
+            self.schedule.step()
+            self.epochs_done += 1
+            with run_log.not_training():
+                top1, top5 = 100 * score(self.probes, val, val_features).mean(axis=0).T
+            highest = int(np.argmax(top1))
+            shown = f"{self.names[highest]} top1 {top1[highest]:.2f} % top5 {top5[highest]:.2f} %"
+            shown += f", the best of {len(top1)} probes" if len(top1) > 1 else ""
+            values = self._by_probe("top1", top1) | self._by_probe("top5", top5)
+            run_log.evaluation(self.steps_done, values, shown)
+            for number, accuracy in enumerate(top1.tolist()):
+                if accuracy > self.best[number][0]:
+                    self.best[number] = (accuracy, self.epochs_done)
+            if self.epochs_done % checkpoint_every_epochs == 0 or self.epochs_done == self.epochs:
+                run_log.flush()
+                if rank() == 0:
+                    state = {name: part.state_dict() for name, part in self.learning.items()}
+                    state |= {"step": self.steps_done, "epochs_done": self.epochs_done}
+                    state |= {"config": self.settings, "best": self.best}
+                    save_checkpoint(state, self.folder, step=self.steps_done)
+
+    def _train_epoch(self, batches: Iterator[Batch], run_log: RunLog) -> None:
+        """One epoch; the losses that it logs are means since its begin."""
+        device = next(self.probes.parameters()).device
+        total_P = torch.zeros(len(self.names), device=device)
+        bad = torch.zeros((), device=device)  # features not finite; the host looks with the log
+        for step in range(1, self.steps_per_epoch + 1):
+            features, labels = next(batches)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss_P = losses(self.probes(features), labels)
+            loss_P.sum().backward()
+            average_gradients(self.probes.parameters())
+            self.optimizer.step()
+            total_P += loss_P.detach()
+            bad += torch.stack([(~feature.isfinite()).any() for feature in features.values()]).any()
+            done = self.steps_done + step
+            run_log.step_done(done)
+            if step % LOG_EVERY_STEPS == 0 or step == self.steps_per_epoch:
+                if sum_over_ranks(bad.clone()).item():
+                    raise UserError(
+                        f"features of training images are not finite in epoch {self.epochs_done + 1}; the "
+                        f"weights of the encoder are damaged, give another checkpoint"
+                    )
+                mean_P = (mean_over_ranks(total_P.clone()) / step).tolist()
+                values = {"loss": float(np.mean(mean_P)), "lr": self.optimizer.param_groups[0]["lr"]}
+                values |= self._by_probe("loss", mean_P) if len(mean_P) > 1 else {}
+                run_log.scalars(done, values, batch_size=self.batch_size)
+
+    def _by_probe(self, what: str, values: Any) -> dict[str, float]:
+        """A number of each probe under its name."""
+        return {f"{name} {what}": float(value) for name, value in zip(self.names, values, strict=True)}
+
+    def classifiers(self, classes: tuple[str, ...], details: dict[str, Any]) -> list[SavedClassifier]:
+        """The probes as they are, with details of each, saved below the folder."""
+        weights, classifiers = self.probes.state_dict(), []
+        for number, (probe, (best, epoch)) in enumerate(zip(self.probes.probes, self.best, strict=True)):
+            weight, bias = (weights[f"classifiers.{number}.{name}"] for name in ("weight", "bias"))
+            of_probe = {
+                "feature": probe.feature,
+                "num_blocks": probe.num_blocks,
+                "learning_rate": probe.learning_rate,
+                **details,
+                "best_val_top1": best,
+                "best_val_epoch": epoch,
+            }
+            encoder = self.settings["encoder"]
+            classifiers.append(SavedClassifier(probe, weight, bias, classes, encoder, of_probe))
+        if rank() == 0:
+            folder = self.folder / CLASSIFIERS
+            folder.mkdir(parents=True, exist_ok=True)
+            for one in classifiers:
+                save_classifier(folder / f"{one.probe.name.replace(' ', '_')}.safetensors", one)
+            log.info("classifiers are in %s", folder)
+        return classifiers
+
+
+def check_batch_size(batch_size: int, num_images: int, processes: int) -> None:
+    """The global batch must be there, and be divisible among the processes.
+
+    Raises:
+        UserError: it is not; it proposes one.
+    """
+    if batch_size > num_images:
+        raise UserError(
+            f"batch_size is {batch_size}, but there are only {num_images} train images; give --batch_size "
+            f"{max(1, num_images // processes) * processes} or less"
+        )
+    if batch_size % processes:
+        raise UserError(
+            f"batch_size is {batch_size}, not divisible by {processes} processes; give a multiple, such as "
+            f"{max(1, batch_size // processes) * processes}"
+        )
 
 
 def table(run: str, results: Sequence[Result]) -> str:
@@ -211,99 +367,3 @@ def table(run: str, results: Sequence[Result]) -> str:
         return f"   best {details['best_val_top1']:6.2f} % (epoch {details['best_val_epoch']})"
 
     return "\n".join(accuracies(results, heading, best))
-
-
-# --- What probes learn from
-
-
-def training_crop(image_size: int) -> CropRecipe:
-    """torchvision's RandomResizedCrop and RandomHorizontalFlip at their defaults, but for the size."""
-    return CropRecipe(
-        size=image_size,
-        scale=(0.08, 1.0),
-        flip_probability=0.5,
-        jitter_probability=0.0,
-        jitter_strength=(0.0, 0.0, 0.0, 0.0),
-        grayscale_probability=0.0,
-        blur_probability=0.0,
-        blur_radius=(0.0, 0.0),
-        solarize_probability=0.0,
-        interpolation="bilinear",
-    )
-
-
-@contextmanager
-def features_of_crops(
-    encoder: Encoder,
-    source: ImageSource,
-    order: BatchOrder,
-    waiting: Waiting,
-    *,
-    precision: str,
-    executor: Executor,
-    num_workers: int,
-    timeout_seconds: float = 600.0,
-) -> Iterator[Iterator[Batch]]:
-    """The official training crops through the frozen encoder: random resized crop (bilinear), flip."""
-    assert source.labels is not None
-    labels, device = torch.from_numpy(source.labels), encoder.device
-    crops = CropsDataset(
-        source, [training_crop(encoder.image_size)], order.seed, executor=executor, max_side=MAX_SIDE
-    )
-    pieces = _Pieces(order)
-    loader = crop_batches(
-        crops,
-        pieces,
-        num_workers=num_workers,
-        prefetch_batches=2,
-        pin_memory=device.type == "cuda",
-        timeout_seconds=timeout_seconds,
-    )
-
-    def readable() -> Iterator[Crops | PhotoBatch]:
-        loaded = iter(loader)
-        for _ in range(len(pieces)):
-            with waiting():
-                piece = next(loaded)
-            yield piece
-
-    def batches() -> Iterator[Batch]:
-        made = ahead(readable(), lambda piece: crops_of(piece, crops.crop_recipes, device), device)
-        for batch in order:
-            parts = []
-            for _ in range(0, len(batch), IMAGES_AT_ONCE):
-                images = normalize(next(made).global_crops[0])
-                with torch.no_grad(), autocast(precision, device):
-                    parts.append(encoder.features(images, INPUTS, MAX_BLOCKS))
-            features = {name: torch.cat([part[name].float() for part in parts]) for name in INPUTS}
-            yield features, labels[[sample for _, sample in batch]].to(device)
-
-    with loader.failures_explained():
-        yield batches()
-
-
-class _Pieces(Sampler):
-    """The batches of an order in pieces that the encoder takes at once."""
-
-    def __init__(self, order: BatchOrder) -> None:
-        self.order = order
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for batch in self.order:
-            for start in range(0, len(batch), IMAGES_AT_ONCE):
-                yield batch[start : start + IMAGES_AT_ONCE]
-
-    def __len__(self) -> int:
-        return len(self.order) * -(-self.order.micro_batch_size // IMAGES_AT_ONCE)
-
-
-def features_of_rows(
-    features: Features, source: ImageSource, order: BatchOrder, waiting: Waiting, device: torch.device
-) -> Iterator[Batch]:
-    """Features that have been computed before: the same in every epoch."""
-    assert source.labels is not None
-    for batch in order:
-        samples = np.array([sample for _, sample in batch])
-        with waiting():
-            found = feature_rows(features, samples, device)
-        yield found, torch.from_numpy(source.labels[samples]).to(device)

@@ -5,6 +5,7 @@ Axis letters: B images, D width of a token, F numbers that a probe sees, P probe
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal, get_args
 
 import torch
@@ -20,7 +21,6 @@ INPUTS = ("blocks", "encoding")  # what the probes need of `Encoder.features`
 MAX_BLOCKS = 4  # whose tokens these features hold
 OFFICIAL_LR = 0.001
 SWEEP_LRS = (0.001, 0.01, 0.1)
-SWEEP_BLOCKS = (1, 4)
 WEIGHT_STD = 0.01
 MOMENTUM = 0.9
 
@@ -66,7 +66,7 @@ class Probe:
 def official_probe(encoder: Encoder) -> Probe:
     """The probe of the official protocol: 4 blocks (all of a shallower encoder), with SPARO its encoding."""
     feature: Feature = "cls" if encoder.readout is None else "both"
-    return Probe(feature, min(MAX_BLOCKS, _available(encoder, feature)), OFFICIAL_LR)
+    return Probe(feature, _most_blocks(encoder, feature), OFFICIAL_LR)
 
 
 def choose_probes(
@@ -94,42 +94,27 @@ def choose_probes(
                 f"give features [cls]"
             )
     for number in num_blocks or ():
-        if not 1 <= number <= min(MAX_BLOCKS, _available(encoder, official.feature)):
-            raise UserError(
-                f"num_blocks has {number}; expected 1 to "
-                f"{min(MAX_BLOCKS, _available(encoder, official.feature))} for this encoder"
-            )
-    default_blocks = (*SWEEP_BLOCKS[:-1], official.num_blocks) if sweep else (official.num_blocks,)
+        if not 1 <= number <= official.num_blocks:
+            raise UserError(f"num_blocks has {number}; expected 1 to {official.num_blocks} for this encoder")
+    learning_rates = learning_rates or (SWEEP_LRS if sweep else [OFFICIAL_LR])
+    features = features or (every if sweep else [official.feature])
+    num_blocks = num_blocks or ([1, official.num_blocks] if sweep else [official.num_blocks])
     chosen: dict[Probe, None] = {}
-    for learning_rate in learning_rates or (SWEEP_LRS if sweep else (OFFICIAL_LR,)):
-        for feature in features or (every if sweep else (official.feature,)):
-            for number in num_blocks or default_blocks:
-                blocks = min(number, _available(encoder, feature))
-                alone = feature == "encoding" or (feature == "both" and blocks == 1)
-                chosen[Probe("encoding" if alone else feature, 1 if alone else blocks, learning_rate)] = None
+    for learning_rate, feature, number in product(learning_rates, features, num_blocks):
+        blocks = min(number, _most_blocks(encoder, feature))
+        alone = feature == "encoding" or (feature == "both" and blocks == 1)
+        chosen[Probe("encoding" if alone else feature, 1 if alone else blocks, learning_rate)] = None
     return list(chosen)
 
 
-def possible_probes(encoder: Encoder, learning_rate: float) -> list[Probe]:
-    """Every probe of an encoder at one learning rate."""
-    blocks = range(1, 1 + min(MAX_BLOCKS, _available(encoder, official_probe(encoder).feature)))
-    features = get_args(Feature) if encoder.readout is not None else None
-    return choose_probes(encoder, learning_rates=[learning_rate], num_blocks=blocks, features=features)
-
-
-def _available(encoder: Encoder, feature: Feature) -> int:
-    return len(encoder.backbone.blocks) + (feature == "both")
+def _most_blocks(encoder: Encoder, feature: Feature) -> int:
+    return min(MAX_BLOCKS, len(encoder.backbone.blocks) + (feature == "both"))
 
 
 class Probes(nn.Module):
     """The classifiers of some probes: weights N(0, 0.01), bias 0, each as it would begin alone.
 
-    Args:
-        probes: which.
-        width: D.
-        embed_dim: numbers of an encoding.
-        num_classes: S.
-        seed: of the initial weights.
+    `width` is D of the encoder, `embed_dim` the numbers of its encoding.
     """
 
     def __init__(

@@ -5,7 +5,6 @@ image by image from this file alone, when weights and images are elsewhere or go
 """
 
 import base64
-import binascii
 import fcntl
 import json
 import logging
@@ -14,6 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,14 +95,14 @@ def accuracies(
     """Lines of text: for each test set a heading, and below it its results, each with a remark."""
     lines: list[str] = []
     width = max(len(result.name) for result in results)
-    for before, result in zip([None, *results], results, strict=False):
-        if before is None or result.test_set != before.test_set:
-            lines.append(heading(result))
-            lines += [result.details["remark"]] if result.details["remark"] else []
-        lines.append(
+    for _, group in groupby(results, key=lambda result: result.test_set):
+        of_set = list(group)
+        lines += filter(None, [heading(of_set[0]), of_set[0].details["remark"]])
+        lines += [
             f"{result.name:<{width}}   top-1 {result.top1:6.2f} %   top-5 {result.top5:6.2f} %"
             f"{remark(result)}{'   <- headline' if result.headline else ''}"
-        )
+            for result in of_set
+        ]
     return lines
 
 
@@ -116,20 +116,25 @@ def save_results(folder: Path, results: Sequence[Result]) -> None:
     """Add results to `folder/results.json`, for one process to call; the folder is made if need be.
 
     A result replaces the one before of the same protocol, name, test images (and their name), weights and
-    train fraction; all others stay. The file is written to a temporary name and renamed, and two programs
-    that finish together wait for each other. A damaged file is set aside with a warning, so that new results
-    are never lost.
+    train fraction; all others stay. Two programs that finish together wait for each other. A damaged file is
+    set aside with a warning, so that new results are never lost.
 
     Raises:
         OSError: the folder cannot be made or written.
     """
-    for result in results:
-        assert result.correct.shape == (result.num_images,), f"{result.name}: one bit an image"
     path = folder / RESULTS_FILE
     folder.mkdir(parents=True, exist_ok=True)
     with alone_in(folder):
+        try:
+            before = read_results(folder) if path.exists() else []
+        except UserError as error:
+            before, aside = [], path.with_name(f"{RESULTS_FILE}.damaged")
+            os.replace(path, aside)
+            log.warning("WARNING: %s; it is now %s, and the new results are in a new file", error, aside.name)
         new = {_key(result): result for result in results}
-        _write(path, [old for old in _kept(path) if _key(old) not in new] + list(new.values()))
+        kept = [result for result in before if _key(result) not in new]
+        lines = ",\n".join(json.dumps(_to_json(result)) for result in [*kept, *new.values()])
+        write_file(path, f'{{"format": {FORMAT}, "results": [\n{lines}\n]}}\n')
 
 
 def read_results(folder: Path) -> list[Result]:
@@ -162,37 +167,9 @@ def read_results(folder: Path) -> list[Result]:
         ) from error
 
 
-def _kept(path: Path) -> list[Result]:
-    """The results that are there already; a damaged file is renamed and counts as none."""
-    if not path.exists():
-        return []
-    try:
-        return read_results(path.parent)
-    except UserError as error:
-        aside = path.with_name(f"{RESULTS_FILE}.damaged")
-        os.replace(path, aside)
-        log.warning("WARNING: %s; it is now %s, and the new results are in a new file", error, aside.name)
-        return []
-
-
-def _key(result: Result) -> tuple[str, str, str, str, float, str]:
-    """What there is one result of."""
-    measure = result.protocol, result.name, result.test_set, result.weights, result.train_fraction
-    return *measure, result.images
-
-
-def _write(path: Path, results: Sequence[Result]) -> None:
-    lines = ",\n".join(json.dumps(_to_json(result)) for result in results)
-    write_file(path, f'{{"format": {FORMAT}, "results": [\n{lines}\n]}}\n')
-
-
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Hold a lock on the folder, which leaves no file behind.
-
-    Raises:
-        OSError: the folder cannot be opened.
-    """
+    """Hold a lock on the folder, which leaves no file behind. Raises OSError: it cannot be opened."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # some network file systems have no locks
@@ -202,7 +179,14 @@ def alone_in(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def _key(result: Result) -> tuple[object, ...]:
+    """What there is one result of."""
+    measure = result.protocol, result.name, result.test_set, result.weights, result.train_fraction
+    return *measure, result.images
+
+
 def _to_json(result: Result) -> dict[str, Any]:
+    assert result.correct.shape == (result.num_images,), f"{result.name}: one bit per image"
     entry = {field.name: getattr(result, field.name) for field in fields(result)}
     bits = zlib.compress(np.packbits(result.correct).tobytes())
     return entry | {"correct": base64.b64encode(bits).decode()}
@@ -214,17 +198,10 @@ def _from_json(entry: dict[str, Any]) -> Result:
     for name in ("protocol", "name", "test_set", "weights", "images"):
         if not isinstance(values[name], str):
             raise ValueError(f"{name} is {values[name]!r}, no text")
-    try:
-        packed = zlib.decompress(base64.b64decode(values["correct"], validate=True))
-    except binascii.Error as error:
-        raise ValueError(f"correct: {error}") from error
+    packed = zlib.decompress(base64.b64decode(values["correct"], validate=True))
     count = int(values["num_images"])
     if len(packed) != -(-count // 8):
         raise ValueError(f"correct has {len(packed)} bytes for {count} images")
     values["correct"] = np.unpackbits(np.frombuffer(packed, np.uint8), count=count).astype(bool)
-    values |= {
-        "top1": float(values["top1"]),
-        "top5": float(values["top5"]),
-        "details": dict(values["details"]),
-    }
-    return Result(**values)
+    numbers = {name: float(values[name]) for name in ("top1", "top5")}
+    return Result(**values | numbers | {"details": dict(values["details"])})

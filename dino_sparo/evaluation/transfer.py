@@ -54,23 +54,16 @@ class TestSet:
 
     def describe(self) -> str:
         """One sentence about missing and unknown classes; empty if there are none."""
-        known = len(self.source.classes)
         parts = []
         if self.missing:
+            of_known = f"{len(self.missing)} of the {len(self.source.classes)} classes of training"
             verb = "has" if len(self.missing) == 1 else "have"
-            parts.append(
-                f"{len(self.missing)} of the {known} classes of training {verb} no image here "
-                f"({_some(self.missing)})"
-            )
+            parts.append(f"{of_known} {verb} no image here ({_some(self.missing)})")
         if self.unknown:
-            what = "class folder is" if len(self.unknown) == 1 else "class folders are"
-            parts.append(
-                f"{len(self.unknown)} {what} none of training's and left out ({_some(self.unknown)})"
-            )
-        if not parts:
-            return ""
-        over = "1 class" if len(self.classes) == 1 else f"{len(self.classes)} classes"
-        return f"{self.name}: {'; '.join(parts)}; accuracy is over {over}"
+            told = f"{len(self.unknown)} ({_some(self.unknown)})"
+            parts.append(f"class folders left out, unknown to training: {told}")
+        parts += [f"classes in the accuracy: {len(self.classes)}"] if parts else []
+        return f"{self.name}: {'; '.join(parts)}" if parts else ""
 
 
 def open_train_and_tests(path: str, further: Sequence[str] = ()) -> tuple[ImageSource, list[TestSet]]:
@@ -95,13 +88,13 @@ def open_test_sets(given: Sequence[str], train_classes: Sequence[str]) -> list[T
         UserFileNotFoundError: no such folder, or no image in it.
         UserError: no name or `val`, a name given twice, images without class folders, or no class in common.
     """
-    test_sets: list[TestSet] = []
+    test_sets: dict[str, TestSet] = {}
     for text in given:
         name, folder = named_folder(text, "test", EXPECTED)
-        if name in (other.name for other in test_sets):
+        if name in test_sets:
             raise UserError(f"test {text!r}: the name {name!r} is given twice; give each test set its own")
-        test_sets.append(_open_test_set(name, text, Path(folder), tuple(train_classes)))
-    return test_sets
+        test_sets[name] = _open_test_set(name, text, Path(folder), tuple(train_classes))
+    return list(test_sets.values())
 
 
 def named_folder(text: str, key: str, expected: str) -> tuple[str, str]:
@@ -131,9 +124,8 @@ def as_test_set(name: str, source: ImageSource, train_classes: Sequence[str]) ->
 
 def restrict(scores: Tensor, classes: NDArray[np.int64]) -> Tensor:
     """The scores (B, S) with -inf for every class but `classes`, which so can be no prediction."""
-    barred = torch.ones(scores.shape[1], dtype=torch.bool, device=scores.device)
-    barred[torch.from_numpy(classes).to(scores.device)] = False
-    return scores.masked_fill(barred, -torch.inf)
+    possible = torch.from_numpy(classes).to(scores.device)
+    return torch.full_like(scores, -torch.inf).index_copy(1, possible, scores[:, possible])
 
 
 def _open_test_set(name: str, text: str, root: Path, train_classes: tuple[str, ...]) -> TestSet:
@@ -144,10 +136,17 @@ def _open_test_set(name: str, text: str, root: Path, train_classes: tuple[str, .
     labels, folders = source.labels, source.classes
     if labels is None:
         raise UserError(f"test {text!r}: {unlabelled(source)}")
-    try:
-        to_train = _numbers_of_training(folders, train_classes)
-    except UserError as error:
-        raise UserError(f"test {text!r}: {error}") from error
+    if all(map(_is_number, folders)) and not all(map(_is_number, train_classes)):
+        to_train = np.array([int(folder) for folder in folders])
+        if max(to_train) >= len(train_classes) or len(set(to_train)) < len(to_train):
+            raise UserError(
+                f"test {text!r}: class folders are numbered up to {max(to_train)}, but training has "
+                f"{len(train_classes)} classes, so that numbers do not tell which is which; name the folders "
+                f"as in training"
+            )
+    else:
+        numbers = {one: number for number, one in enumerate(train_classes)}
+        to_train = np.array([numbers.get(folder, -1) for folder in folders])
     if (to_train < 0).all():
         raise UserError(
             f"test {text!r}: none of the {len(folders)} class folders ({_some(folders)}) is a class of "
@@ -160,24 +159,6 @@ def _open_test_set(name: str, text: str, root: Path, train_classes: tuple[str, .
     unknown = tuple(folders[number] for number in np.flatnonzero(to_train < 0).tolist())
     here = np.unique(to_train[to_train >= 0])
     return replace(as_test_set(name, source, train_classes), classes=here, unknown=unknown)
-
-
-def _numbers_of_training(folders: Sequence[str], train_classes: Sequence[str]) -> NDArray[np.int64]:
-    """The class number of training that each folder stands for, -1 for none: by name, or by number.
-
-    Raises:
-        UserError: numbers beyond the classes of training, so that they number other classes.
-    """
-    numbers = {name: number for number, name in enumerate(train_classes)}
-    if all(map(_is_number, folders)) and not all(map(_is_number, train_classes)):
-        by_number = [int(name) for name in folders]
-        if max(by_number) >= len(train_classes) or len(set(by_number)) < len(by_number):
-            raise UserError(
-                f"class folders are numbered up to {max(by_number)}, but training has {len(train_classes)} "
-                f"classes, so that numbers do not tell which is which; name the folders as in training"
-            )
-        return np.array(by_number, dtype=np.int64)
-    return np.array([numbers.get(name, -1) for name in folders], dtype=np.int64)
 
 
 def _is_number(name: str) -> bool:

@@ -2,31 +2,27 @@
 
 import json
 import logging
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from dino_sparo.data.sources import open_labelled
-from dino_sparo.errors import EXIT_PROBLEM, StuckError, UserError, files_told
-from dino_sparo.evaluation.compare import CONFIG_FILE, Comparison, Group, Measure, Run, compare_groups
+from dino_sparo.errors import EXIT_PROBLEM, UserError, files_told
+from dino_sparo.evaluation.compare import Group, Measure, Run
 from dino_sparo.evaluation.features import hash_of_images
 from dino_sparo.evaluation.knn import HEADLINE_K
 from dino_sparo.evaluation.results import Result, alone_in
 from dino_sparo.evaluation.transfer import EXPECTED_BOTH, VAL, named_folder
-from dino_sparo.parallel.device import choose_device
+from dino_sparo.files import write_file
 from dino_sparo.recipe.typed import flattened
 from dino_sparo.runs.checkpoint import latest_step
-from dino_sparo.runs.rundir import check_same_experiment, read_starts
+from dino_sparo.runs.rundir import CONFIG_FILE, check_same_experiment
 from dino_sparo.study import training
-from dino_sparo.study.measuring import EPOCHS, Measured, choose, measure
-from dino_sparo.study.report import CURVES, JSON_FILE, PAGE, as_json, curves_picture, page, training_of
+from dino_sparo.study.measuring import Measured, choose, measure
+from dino_sparo.study.report import PAGE, write_report
 from dino_sparo.study.variants import Variant
 
 log = logging.getLogger("dino_sparo")
 
-PROGRAM = "dino-sparo"
 IMAGES_FILE = "images.json"  # which images the study is about, by hash
 
 
@@ -50,7 +46,7 @@ def study(
     data_sets, hashes = check_study(
         variants, folder, control=control, train_fractions=train_fractions, transfer=transfer
     )
-    training.check_experiments(variants)
+    training.check_variants(variants)
     remember_images(folder, data_sets, hashes)
     errors = training.train(variants, folder, unverified=unverified)
     measured: dict[str, dict[str, Measured]] = {}
@@ -59,21 +55,17 @@ def study(
             continue
         errors.pop(variant.folder, None)  # another process has trained it
         log.info("evaluating %s", variant.folder)
-        try:
-            with files_told(), alone_in(variant.run_dir):  # others may evaluate it too
-                measured[variant.folder] = evaluate(
-                    variant, data_sets, train_fractions, unverified=unverified
-                )
-        except UserError as error:
-            if isinstance(error, StuckError):  # this process must end
-                raise
-            errors[variant.folder] = str(error)
-            log.warning("WARNING: %s failed: %s", variant.folder, error)
-    found = groups(variants, measured)
-    if not found:
+        # Another process may evaluate it too.
+        with training.failure_noted(variant, errors), files_told(), alone_in(variant.run_dir):
+            measured[variant.folder] = {
+                name: measure(variant, data, name, fractions=train_fractions, unverified=unverified)
+                for name, data in data_sets.items()
+            }
+    if not measured:
         log.warning("WARNING: no run is complete, so there is nothing to report")
         return EXIT_PROBLEM if errors else 0
     missing = missing_runs(folder, variants, set(measured), errors)
+    found = groups(variants, measured)
     comparison = write_report(folder, control, found, training.table(variants, errors), missing)
     print(comparison.text())
     log.info("the page is %s", folder / PAGE)
@@ -86,8 +78,9 @@ def train_only(variants: Sequence[Variant], folder: Path, *, unverified: bool = 
     Raises:
         UserError, StoppedError: as `study`.
     """
+    training.check_variants(variants)
     errors = training.train(variants, folder, unverified=unverified)
-    print("\n".join(training.as_markdown(training.table(variants, errors))))
+    print(training.as_markdown(training.table(variants, errors)))
     return EXIT_PROBLEM if errors else 0
 
 
@@ -103,7 +96,7 @@ def print_plan(variants: Sequence[Variant], recipe_name: str | None) -> int:
         training.check_data(variants)
     except UserError as error:
         problems.append(str(error))
-    print("\n".join(training.as_markdown(training.table(variants, {}))))
+    print(training.as_markdown(training.table(variants, {})))
     print(f"\n{len(variants)} runs of {recipe_name}; dino-sparo pretrain --dry-run tells more of one")
     for variant in variants:
         done = latest_step(variant.run_dir)
@@ -146,26 +139,33 @@ def check_study(
     return data_sets, hashes
 
 
-def remember_images(run_dir: Path, data_sets: dict[str, str], hashes: dict[str, str]) -> None:
+def remember_images(folder: Path, data_sets: dict[str, str], hashes: dict[str, str]) -> None:
     """Write down which images the study is about, beside those of other commands that work in its folder.
 
     Raises:
         UserError: another command has just begun with other images.
-        OSError: the folder cannot be written.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with alone_in(run_dir):
-        known = _with_known(run_dir, data_sets, hashes)
-        training.write_files(run_dir, {IMAGES_FILE: json.dumps(known, indent=1) + "\n"})
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(folder):
+        known = _with_known(folder, data_sets, hashes)
+        write_file(folder / IMAGES_FILE, json.dumps(known, indent=1) + "\n")
 
 
-def _with_known(run_dir: Path, data_sets: dict[str, str], hashes: dict[str, str]) -> dict[str, str]:
+def _with_known(folder: Path, data_sets: dict[str, str], hashes: dict[str, str]) -> dict[str, str]:
     """These hashes and those of the study's other data sets; refuses others than when it began."""
-    known = _known_images(run_dir / IMAGES_FILE)
+    path = folder / IMAGES_FILE
+    try:
+        known: dict[str, str] = dict(json.loads(path.read_text()).items())
+    except (FileNotFoundError, NotADirectoryError):
+        known = {}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}); restore it, or remove it if the images are the same"
+        ) from error
     for name, now in hashes.items():
         if known.setdefault(name, now) != now:
             raise UserError(
-                f"{data_sets[name]} holds other images than {name!r} had when the study in {run_dir} began; "
+                f"{data_sets[name]} holds other images than {name!r} had when the study in {folder} began; "
                 f"give the same, or another {'run_dir' if name == VAL else 'name'}"
             )
     return known
@@ -179,67 +179,30 @@ def _hash_of(name: str, folder: str) -> str:
     return f"{hash_of_images(train)} {hash_of_images(test)}"
 
 
-def _known_images(path: Path) -> dict[str, str]:
-    """Hash of images by name of the data set, as the study began; nothing before that."""
-    try:
-        hashes = json.loads(path.read_text())
-        return {str(name): str(one) for name, one in hashes.items()}
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}); restore it, or remove it if the images are the same"
-        ) from error
-
-
-def evaluate(
-    variant: Variant, data_sets: dict[str, str], train_fractions: Sequence[float], *, unverified: bool
-) -> dict[str, Measured]:
-    """One run on each data set."""
-    machine = variant.recipe.machine
-    return {
-        name: measure(
-            variant.run_dir,
-            data,
-            name,
-            fractions=train_fractions,
-            seed=variant.recipe.seed,
-            device=choose_device(machine.device),
-            num_workers=machine.num_workers,
-            unverified=unverified,
-        )
-        for name, data in data_sets.items()
-    }
-
-
 def groups(variants: Sequence[Variant], measured: dict[str, dict[str, Measured]]) -> list[Group]:
-    """The runs of each row that are evaluated, with 20-NN and the chosen probes; no row without a run."""
+    """The runs of each row that are evaluated, with 20-NN and the chosen probes; no row without a run.
+
+    A probe is chosen for all seeds of a row together.
+    """
     rows: dict[str, list[Variant]] = {}
     for variant in variants:
         if variant.folder in measured:
             rows.setdefault(variant.row, []).append(variant)
-    return [Group(row, _runs(of_row, measured)) for row, of_row in rows.items()]
-
-
-def _runs(of_row: Sequence[Variant], measured: dict[str, dict[str, Measured]]) -> list[Run]:
-    """The seeds of one recipe: a probe is chosen for all of them together."""
-    headlines: list[dict[Measure, Result]] = [{} for _ in of_row]
-    for name in measured[of_row[0].folder]:
-        of_seeds = [measured[variant.folder][name] for variant in of_row]
-        for headline, one in zip(headlines, of_seeds, strict=True):
-            headline[_measure(name, one.knn)] = one.knn
-        for fraction in of_seeds[0].probes:
-            chosen = choose([one.probes[fraction] for one in of_seeds])
-            for headline, result in zip(headlines, chosen, strict=True):
-                headline[_measure(name, result)] = result
-    return [
-        Run(v.run_dir, flattened(v.recipe.as_dict()), v.recipe.seed, headline)
-        for v, headline in zip(of_row, headlines, strict=True)
-    ]
-
-
-def _measure(name: str, result: Result) -> Measure:
-    return Measure(result.protocol, result.weights, result.train_fraction, name)
+    found = []
+    for row, seeds in rows.items():
+        headlines: list[dict[Measure, Result]] = [{} for _ in seeds]
+        for name in measured[seeds[0].folder]:
+            of_seeds = [measured[variant.folder][name] for variant in seeds]
+            of_probes = [choose([one.probes[share] for one in of_seeds]) for share in of_seeds[0].probes]
+            for results in ([one.knn for one in of_seeds], *of_probes):
+                for headline, result in zip(headlines, results, strict=True):
+                    headline[Measure.of(result, test_set=name)] = result
+        runs = [
+            Run(variant.run_dir, flattened(variant.recipe.as_dict()), variant.recipe.seed, headline)
+            for variant, headline in zip(seeds, headlines, strict=True)
+        ]
+        found.append(Group(row, runs))
+    return found
 
 
 def missing_runs(
@@ -247,49 +210,10 @@ def missing_runs(
 ) -> list[str]:
     """Which runs, planned or in the folder from another command, do not stand on the page, and why."""
     absent = [one.folder for one in variants if one.folder not in measured]
-    lines = [f"{one}: failed, {errors[one]}" for one in absent if one in errors]
-    planned = {one.folder for one in variants}
     folders = sorted(path.parent.name for path in run_dir.glob(f"*/{CONFIG_FILE}"))
-    for reason, names in {
-        "not complete": [one for one in absent if one not in errors],
-        "not in this command": [one for one in folders if one not in planned],
-    }.items():
-        lines += [f"{reason}: {', '.join(names)}"] if names else []
+    elsewhere = [one for one in folders if one not in {variant.folder for variant in variants}]
+    unfinished = [one for one in absent if one not in errors]
+    lines = [f"{one}: failed, {errors[one]}" for one in absent if one in errors]
+    lines += [f"not complete: {', '.join(unfinished)}"] if unfinished else []
+    lines += [f"not in this command: {', '.join(elsewhere)}"] if elsewhere else []
     return lines
-
-
-def write_report(
-    folder: Path, control: str, found: list[Group], costs: list[dict[str, Any]], missing: Sequence[str]
-) -> Comparison:
-    """Write `study.md`, `study.json` and `curves.png`; returns the table of means and differences."""
-    group = next((group for group in found if group.label == control), None)
-    remark = "" if group else f"no differences: no run of the control {control!r} is complete"
-    comparison = compare_groups(found, group, remark)
-    trainings = {run.folder: training_of(run) for group in found for run in group.runs}
-    contents: dict[str, str | bytes] = {
-        PAGE: page(found, trainings, comparison, costs, missing, about(list(trainings))),
-        JSON_FILE: json.dumps(as_json(found, trainings), indent=1) + "\n",
-        CURVES: curves_picture(found, trainings),
-    }
-    training.write_files(folder, contents)
-    return comparison
-
-
-def about(run_dirs: Sequence[Path]) -> list[str]:
-    """How the runs and this page were made, in lines of Markdown."""
-    starts = [start for run_dir in run_dirs for start in read_starts(run_dir)]
-    made = {
-        f"commit {start['git'] or 'unknown'}, torch {start['versions']['torch']}, timm "
-        f"{start['versions']['timm']}, {start['processes']} x {start['device']}, {start['precision']}"
-        for start in starts
-    }
-    commands = dict.fromkeys(shlex.join(start["command"][1:]) for start in starts)
-    return [
-        f"This page is by `{PROGRAM} {shlex.join(sys.argv[1:])}`, its runs by",
-        "\n".join(f"- `{PROGRAM} {command}`" for command in commands),
-        "\n".join(f"- {one}" for one in sorted(made)),
-        f"Teachers are evaluated. Probes learn from cached centre crops for {EPOCHS} epochs, which is not "
-        f"the official protocol. The one that is shown was the best, in the mean over seeds, on a fifth of "
-        f"the train images held out, with all of their labels also where it learns from a share. An encoder "
-        f"with slots has more probes to choose from than one without: encoding, tokens of blocks, or both.",
-    ]

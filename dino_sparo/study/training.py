@@ -3,8 +3,8 @@
 import json
 import logging
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ from dino_sparo.runs.checkpoint import encoder_of, latest_step
 from dino_sparo.runs.rundir import check_same_experiment
 from dino_sparo.runs.runlog import read_metrics
 from dino_sparo.study.variants import Variant
+from dino_sparo.terminal import markdown_table
 from dino_sparo.training.pretrain import pretrain
 from dino_sparo.training.setup import open_data
 
 log = logging.getLogger("dino_sparo")
 
 KNN = "knn20_top1"  # as the monitor logs it
+SIZES = ("read-out, M parameters", "encoder, M parameters")
 RECIPE_FILE, JSON_FILE, TABLE_FILE = "recipe.yaml", "sweep.json", "sweep.md"
 
 
@@ -34,66 +36,58 @@ def train(variants: Sequence[Variant], folder: Path, *, unverified: bool = False
     After each run the table is written anew, with all runs.
 
     Raises:
-        UserError: for a mistake in recipe or data, before anything is trained.
         StoppedError: a signal has told a run to stop; it is saved, and the study resumes there.
     """
-    check_experiments(variants)
-    check_data(variants)
     errors: dict[str, str] = {}
     chosen = [variant for variant in variants if variant.chosen]
     for number, variant in enumerate(chosen, start=1):
         log.info("\n%d of %d: %s", number, len(chosen), variant.folder)
-        try:
+        with failure_noted(variant, errors):
             pretrain(variant.recipe, variant.run_dir, resume_unverified=unverified)
-        except UserError as error:
-            if isinstance(error, StuckError):  # this process must end
-                raise
-            errors[variant.folder] = str(error)
-            log.warning("WARNING: %s failed: %s", variant.folder, error)
         write_table(folder, variants, table(variants, errors))
     return errors
 
 
-def check_experiments(variants: Sequence[Variant]) -> None:
-    """Refuse run folders that hold other experiments.
+@contextmanager
+def failure_noted(variant: Variant, errors: dict[str, str]) -> Iterator[None]:
+    """Note a mistake of one run by its folder, so that the next one can start."""
+    try:
+        yield
+    except StuckError:  # this process must end
+        raise
+    except UserError as error:
+        errors[variant.folder] = str(error)
+        log.warning("WARNING: %s failed: %s", variant.folder, error)
+
+
+def check_variants(variants: Sequence[Variant]) -> None:
+    """Refuse run folders that hold other experiments, and variants whose k-NN the table would lack.
 
     Raises:
-        UserError: naming the fields.
+        UserError: for a mistake in recipe or data, before anything is trained.
     """
     for variant in variants:
         check_same_experiment(variant.run_dir, variant.recipe)
+    check_data(variants)
 
 
 def check_data(variants: Sequence[Variant]) -> None:
-    """Refuse variants without k-NN, before others are trained.
-
-    Raises:
-        UserError: naming what is missing.
-    """
+    """Refuse variants that measure nothing on labeled images. Raises UserError."""
     different: dict[str, Recipe] = {}
     for recipe in (variant.recipe for variant in variants):
-        different.setdefault(json.dumps([asdict(recipe.data), asdict(recipe.monitor)]), recipe)
+        different.setdefault(str([recipe.data, recipe.monitor]), recipe)
     for recipe in different.values():
-        check_knn(recipe)
-
-
-def check_knn(recipe: Recipe) -> None:
-    """Refuse a study whose table would stay empty.
-
-    Raises:
-        UserError: nothing is measured on labelled images.
-    """
-    if not recipe.monitor.knn_every_epochs:
-        raise UserError(
-            "monitor.knn_every_epochs is 0, but a study fills its table with the k-NN at the end of runs; "
-            "set it to optim.epochs or less"
-        )
-    _, knn_images = open_data(recipe.data, recipe.monitor, recipe.optim.global_batch_size)
-    if knn_images is None:
-        raise UserError(
-            f"data.path {recipe.data.path!r} has no labels, but a study fills its table with k-NN; name a "
-            f"labeled folder by monitor.knn_path"
-        )
+        if not recipe.monitor.knn_every_epochs:
+            raise UserError(
+                "monitor.knn_every_epochs is 0, but a study fills its table with the k-NN at the end of "
+                "runs; set it to optim.epochs or less"
+            )
+        _, knn_images = open_data(recipe.data, recipe.monitor, recipe.optim.global_batch_size)
+        if knn_images is None:
+            raise UserError(
+                f"data.path {recipe.data.path!r} has no labels, but a study fills its table with k-NN; name "
+                f"a labeled folder by monitor.knn_path"
+            )
 
 
 def table(variants: Sequence[Variant], errors: dict[str, str]) -> list[dict[str, Any]]:
@@ -122,29 +116,26 @@ def table(variants: Sequence[Variant], errors: dict[str, str]) -> list[dict[str,
     return list(rows.values())
 
 
-def as_markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The table, a line each."""
-    lines = [
-        "| variant | read-out, M parameters | encoder, M parameters | GFLOPs an image | 20-NN, % | runs |",
-        "|---|---|---|---|---|---|",
-    ]
+def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The table of sizes and k-NN."""
+    cells = []
     for row in rows:
         knn = "-" if row[KNN] is None else f"{row[KNN]:.2f}"
         knn += "" if row["sd"] is None else f" ± {row['sd']:.2f}"
         done = sum(entry[KNN] is not None for entry in row["runs"])
         failed = sum("error" in entry for entry in row["runs"])
         runs = f"{done} of {len(row['runs'])}{f', {failed} failed' if failed else ''}"
-        parameters = f"{row['readout_parameters'] / 1e6:.3f} | {row['parameters'] / 1e6:.3f}"
-        lines.append(f"| {row['variant']} | {parameters} | {row['flops'] / 1e9:.4g} | {knn} | {runs} |")
-    return lines
+        cells.append([row["variant"], *sizes(row), f"{row['flops'] / 1e9:.4g}", knn, runs])
+    return markdown_table(["variant", *SIZES, "GFLOPs per image", "20-NN, %", "runs"], cells)
+
+
+def sizes(row: dict[str, Any]) -> list[str]:
+    """The parameters of read-out and encoder in millions, as `SIZES` calls them."""
+    return [f"{row[name] / 1e6:.3f}" for name in ("readout_parameters", "parameters")]
 
 
 def write_table(folder: Path, variants: Sequence[Variant], rows: Sequence[dict[str, Any]]) -> None:
-    """Write the recipe, `sweep.json` and `sweep.md`, each whole or not at all.
-
-    Raises:
-        OSError: they cannot be written.
-    """
+    """Write the recipe, `sweep.json` and `sweep.md`, each whole or not at all."""
     base = variants[0].base
     content = {"data": base.data.path, "rows": rows}
     legend = (
@@ -154,17 +145,13 @@ def write_table(folder: Path, variants: Sequence[Variant], rows: Sequence[dict[s
     texts = {
         RECIPE_FILE: yaml.safe_dump(base.as_dict(), sort_keys=False),
         JSON_FILE: json.dumps(content, indent=1) + "\n",
-        TABLE_FILE: "\n".join([*as_markdown(rows), "", legend]) + "\n",
+        TABLE_FILE: f"{as_markdown(rows)}\n\n{legend}\n",
     }
     write_files(folder, texts)
 
 
 def write_files(folder: Path, contents: Mapping[str, str | bytes]) -> None:
-    """Write files into a folder, made if need be, each whole or not at all, while others may write them too.
-
-    Raises:
-        OSError: they cannot be written.
-    """
+    """Write files into a folder, made if need be, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
         write_file(folder / name, content)

@@ -20,25 +20,22 @@ Changes = dict[str, Any]
 
 @dataclass(frozen=True)
 class Variant:
-    """One run of them.
-
-    Attributes:
-        name: of the set of changes that it comes from; empty for the recipe alone.
-        row: what its row of the table is called, the same for all seeds.
-        run_dir: its run folder, below that of the study.
-        changes: what it has instead of the recipe, by dotted key.
-        recipe: what it is trained by.
-        base: the recipe that is changed.
-        chosen: whether it is to be trained now.
-    """
+    """One run of them."""
 
     name: str
+    """Of the set of changes that it comes from; empty for the recipe alone."""
     row: str
+    """What its row of the table is called, the same for all seeds."""
     run_dir: Path
+    """Its run folder, below that of the study."""
     changes: Changes
+    """What it has instead of the recipe, by dotted key."""
     recipe: Recipe
+    """What it is trained by."""
     base: Recipe
+    """The recipe that is changed."""
     chosen: bool
+    """Whether it is to be trained now."""
 
     @property
     def folder(self) -> str:
@@ -54,36 +51,28 @@ def plan_runs(
     Raises:
         UserError: a key or value is wrong, naming the variant; or two variants are the same.
     """
-    named = read_variants(variants, only)
-    varied = [parse_vary(text) for text in vary]
-    if len({key for key, _ in varied}) < len(varied):
+    named, varied = read_variants(variants, only), dict(map(parse_vary, vary))
+    if len(varied) < len(vary):
         raise UserError("vary names a key twice; give all its values at once, as KEY=VALUE,VALUE")
     planned: dict[str, Variant] = {}
-    for (name, changes), values in product(named.items(), product(*(values for _, values in varied))):
-        chosen = dict(zip((key for key, _ in varied), values, strict=True))
+    for (name, changes), values in product(named.items(), product(*varied.values())):
+        chosen = dict(zip(varied, values, strict=True))
         title = _title(name, chosen)
         row = _title(name, {key: value for key, value in chosen.items() if key != "seed"}) or "recipe"
         place = re.sub(r"[^\w.=+-]+", "_", title) or "recipe"
         every = changes | chosen
-        changed = _changed(recipe, every, title)
+        try:
+            over = checked_keys(every, leaf_keys(Recipe), "key")
+            changed: Recipe = build(Recipe, merged(flattened(recipe.as_dict()), over))
+        except UserError as error:
+            raise UserError(f"variant {title!r}: {error}") from error
         if place in planned:
             raise UserError(f"run {place!r} is planned twice; give each variant and value once")
         if any((other.row, other.recipe.seed) == (row, changed.seed) for other in planned.values()):
             raise UserError(f"seed {changed.seed} of {row!r} is planned twice; give it once")
-        now = not only or name in only
-        planned[place] = Variant(name, row, folder / place, every, changed, recipe, now)
+        to_train = not only or name in only
+        planned[place] = Variant(name, row, folder / place, every, changed, recipe, to_train)
     return list(planned.values())
-
-
-def _changed(recipe: Recipe, changes: Changes, title: str) -> Recipe:
-    """The recipe with other values by dotted key."""
-    try:
-        keys = leaf_keys(Recipe)
-        over = checked_keys(changes, keys, "key")
-        changed: Recipe = build(Recipe, merged(flattened(recipe.as_dict()), over))
-    except UserError as error:
-        raise UserError(f"variant {title!r}: {error}") from error
-    return changed
 
 
 def read_variants(name: str | None, only: Sequence[str]) -> dict[str, Changes]:
@@ -97,7 +86,8 @@ def read_variants(name: str | None, only: Sequence[str]) -> dict[str, Changes]:
         if only:
             raise UserError(f"only is {list(only)}, but variants is not given; give a file of variants")
         return {"": {}}
-    shipped = {path.stem: path for path in (recipes_folder() / VARIANTS_FOLDER).glob("*.yaml")}
+    folder = next(iter(recipes().values())).parent / VARIANTS_FOLDER
+    shipped = {path.stem: path for path in folder.glob("*.yaml")}
     path = Path(name) if Path(name).is_file() else shipped.get(name)
     if path is None:
         raise UserFileNotFoundError(
@@ -117,11 +107,6 @@ def read_variants(name: str | None, only: Sequence[str]) -> dict[str, Changes]:
     return variants
 
 
-def recipes_folder() -> Path:
-    """Where the shipped recipes lie."""
-    return next(iter(recipes().values())).parent
-
-
 def parse_vary(text: str) -> tuple[str, list[str]]:
     """`key=value,value` as the key and its values; commas in brackets separate none.
 
@@ -139,6 +124,5 @@ def _title(name: str, chosen: Changes) -> str:
     """`name key=value key=value`, each key by its last part if that is enough."""
     last = [key.rpartition(".")[2] for key in chosen]
     short = last if len(set(last)) == len(last) else list(chosen)
-    return " ".join(
-        filter(None, [name, *(f"{key}={value}" for key, value in zip(short, chosen.values(), strict=True))])
-    )
+    values = [f"{key}={value}" for key, value in zip(short, chosen.values(), strict=True)]
+    return " ".join(filter(None, [name, *values]))
