@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -107,18 +106,12 @@ def overlay(pixels: Tensor, attention: Tensor, peak: float) -> Picture:
     return mixed.round().astype(np.uint8)
 
 
-def save_picture(picture: Picture, path: Path) -> None:
-    """Write (height, width, 3) as a PNG of exactly this size."""
-    Image.fromarray(picture).save(path)
-
-
 def draw_slot_maps(
     pixels: Sequence[Tensor], maps: Sequence[Tensor], slots: Sequence[int], path: Path
 ) -> None:
-    """Write a PNG: one row an image, the picture itself and then each slot's attention over it.
+    """Write a PNG: one row an image, uint8 (3, height, width), then each slot's attention over it.
 
-    pixels: of each image uint8 (3, height, width); maps: (L, rows, columns). Bright is where the slot looks;
-    the colors of a slot are the same for all images.
+    maps: of each image (L, rows, columns); the brightest color of a slot is its largest share in any image.
     """
     peaks = peaks_of(maps)
     rows = [

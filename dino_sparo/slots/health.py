@@ -76,12 +76,11 @@ def measure_health(
     Raises:
         UserError: an image cannot be read, or the workers that load images failed.
     """
-    device = encoder.backbone.cls_token.device
-    crops = CenterCrops(source, encoder.backbone.native_grid * encoder.backbone.patch_size)
+    crops = CenterCrops(source, encoder.image_size)
     pixels = load_images(crops, source, range(len(source)), num_workers)
     statistics = SlotStatistics()
     while batch := list(islice(pixels, batch_size)):
-        images = normalize(torch.stack(batch).to(device))
+        images = normalize(torch.stack(batch).to(encoder.device))
         other_BLN = None if other is None else look_at_slots(other, images)[0]
         statistics.add(*look_at_slots(encoder, images), other_BLN)
     return statistics.health()
@@ -100,19 +99,16 @@ def as_entries(health: SlotHealth) -> list[dict[str, Any]]:
 
 def summarize(slots: Sequence[Mapping[str, Any]], num_patches: int) -> dict[str, float | None]:
     """Means over slots, how many are dead and how many duplicates, and what to compare them with."""
-
-    def mean(name: str) -> float | None:
-        values = [slot[name] for slot in slots]
-        return None if None in values else sum(values) / len(values)
-
-    names = ("entropy", "effective_patches", "cls_share", "response_std", "overlap", "agreement")
-    return {
+    summary: dict[str, float | None] = {
         "num_slots": len(slots),
         "num_patches": num_patches,
         "num_dead": sum(slot["dead"] for slot in slots),
         "num_duplicate": sum(slot["duplicate"] for slot in slots),
-        **{f"mean_{name}": mean(name) for name in names},
     }
+    for name in ("entropy", "effective_patches", "cls_share", "response_std", "overlap", "agreement"):
+        values = [slot[name] for slot in slots]
+        summary[f"mean_{name}"] = None if None in values else sum(values) / len(values)
+    return summary
 
 
 def table(slots: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> str:
@@ -123,19 +119,11 @@ def table(slots: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> str
         more = ", ..." if len(found) > SHOWN_SLOTS else ""
         return f"{len(found)}" + (f" ({', '.join(found[:SHOWN_SLOTS])}{more})" if found else "")
 
-    patches = summary["num_patches"]
+    patches = f"{summary['mean_effective_patches']:.1f} of {summary['num_patches']}"
     rows = [
-        (
-            "effective patches",
-            f"{summary['mean_effective_patches']:.1f} of {patches}",
-            "well below all, above one",
-        ),
+        ("effective patches", patches, "well below all, above one"),
         ("attention on CLS", f"{100 * summary['mean_cls_share']:.1f} %", "a part; near 100 %: CLS is copied"),
-        (
-            "dead slots",
-            listed("dead"),
-            f"0; below {DEAD_RELATIVE_STD} of the middle slot's variation",
-        ),
+        ("dead slots", listed("dead"), f"0; below {DEAD_RELATIVE_STD} of the middle slot's variation"),
         ("duplicate slots", listed("duplicate"), f"0; above {DUPLICATE_OVERLAP} overlap with another slot"),
         ("overlap with nearest", f"{summary['mean_overlap']:.2f}", "well below 1"),
     ]

@@ -15,7 +15,7 @@ encoding, S classes.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -57,7 +57,7 @@ class CutEncoder:
 
     @property
     def device(self) -> torch.device:
-        return self.encoder.backbone.cls_token.device
+        return self.encoder.device
 
     def features(self, *sources: ImageSource) -> list[NDArray[Any]]:
         """Encodings of images (n, E) by source, from the cache or by one pass, mapped from files.
@@ -65,10 +65,10 @@ class CutEncoder:
         Raises:
             UserError: an image cannot be read, or the disk cannot hold the features.
         """
-        wanted = [Wanted(source, f"{self.name} features", self.cache_precision) for source in sources]
         found = cached_features(
-            *(self.encoder, wanted, ["encoding"]),
-            image_size=self.encoder.backbone.native_grid * self.encoder.backbone.patch_size,
+            self.encoder,
+            [Wanted(source, f"{self.name} features", self.cache_precision) for source in sources],
+            ["encoding"],
             cache=self.cache,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
@@ -100,12 +100,7 @@ def labels_of(source: ImageSource) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Picked:
-    """Some rows of features, read when they are asked for.
-
-    Attributes:
-        features: (n, E), in memory or mapped from a file.
-        numbers: of the rows, sorted.
-    """
+    """Rows of features (n, E), by their sorted numbers, read when they are asked for."""
 
     features: NDArray[Any]
     numbers: NDArray[np.int64]
@@ -121,8 +116,15 @@ class Picked:
         return self.features[self.numbers[rows]]
 
 
-def parts_of(features: Tensor, num_parts: int) -> Tensor:
-    """Features (n, E) cut into parts (n, P, E / P).
+def chunks(rows: Rows, device: torch.device, size: int | None = None) -> Iterator[tuple[int, Tensor]]:
+    """Some rows at a time in float32 on the device, and the number of the first of them."""
+    size = size or max(1, CHUNK_BYTES // (4 * rows.shape[1]))
+    for start in range(0, len(rows), size):
+        yield start, torch.as_tensor(rows[start : start + size]).to(device).float()
+
+
+def parts_of(features: Tensor, num_parts: int, subset: Sequence[int] | None = None) -> Tensor:
+    """Features (n, E) cut into parts (n, P, V): all, or those of these numbers.
 
     Raises:
         ValueError: num_parts does not divide E.
@@ -131,12 +133,8 @@ def parts_of(features: Tensor, num_parts: int) -> Tensor:
         raise ValueError(
             f"num_parts is {num_parts}, expected a divisor of the {features.shape[1]} numbers of an encoding"
         )
-    return features.unflatten(1, (num_parts, -1))
-
-
-def single(num_parts: int) -> list[list[int]]:
-    """The sets that hold one part each."""
-    return [[part] for part in range(num_parts)]
+    parts_nPV = features.unflatten(1, (num_parts, -1))
+    return parts_nPV if subset is None else parts_nPV[:, list(subset)]
 
 
 @torch.no_grad()
@@ -174,12 +172,11 @@ def knn_accuracies(
     labels, right = torch.from_numpy(train_labels), [0] * len(subsets)
     for first, queries in chunks(test, device, test_chunk):
         truth = torch.from_numpy(test_labels[first : first + len(queries)])
-        best = [
-            (torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)) for _ in right
-        ]
+        nothing = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
+        best = [nothing] * len(subsets)
         for start, gallery in chunks(train, device, train_chunk):
             for number, subset in enumerate(subsets):
-                some, many = (parts_of(x, num_parts)[:, list(subset)].flatten(1) for x in (queries, gallery))
+                some, many = (parts_of(x, num_parts, subset).flatten(1) for x in (queries, gallery))
                 try:
                     cosine_Bk, number_Bk = nearest(many, some, min(k, len(many)), device=device)
                 except NoDirectionError as error:
@@ -198,43 +195,21 @@ def vote(cosine_Bk: Tensor, labels_Bk: Tensor, num_classes: int) -> Tensor:
     return votes_BS.scatter_add_(1, labels_Bk, (cosine_Bk / TEMPERATURE).exp()).argmax(dim=1)
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Sums over images in float64, from which the probe of every set of parts follows.
-
-    Attributes:
-        sums: of the numbers, (E,).
-        products: of all pairs of numbers, (E, E).
-        by_class: sums of the numbers by class, (E, S).
-        counts: images by class, (S,).
-    """
+class Moments(NamedTuple):
+    """Sums over images in float64, from which the probe of every set of parts follows."""
 
     sums: Tensor
+    """Of the numbers, (E,)."""
     products: Tensor
+    """Of all pairs of numbers, (E, E)."""
     by_class: Tensor
+    """Sums of the numbers by class, (E, S)."""
     counts: Tensor
+    """Images by class, (S,)."""
 
-    def __add__(self, other: "Moments") -> "Moments":
-        """Of the images of both."""
-        return Moments(
-            self.sums + other.sums,
-            self.products + other.products,
-            self.by_class + other.by_class,
-            self.counts + other.counts,
-        )
-
-    def center(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The number of images, and mean (E,) and covariance (E, E) of the numbers."""
-        total = self.counts.sum()
-        mean_E = self.sums / total
-        return total, mean_E, self.products / total - mean_E[:, None] * mean_E
-
-    def of_parts(self, num_parts: int, subset: Sequence[int]) -> "Moments":
-        """Of the numbers of some parts only."""
-        numbers = torch.arange(len(self.sums), device=self.sums.device)
-        columns = parts_of(numbers[None], num_parts)[0, list(subset)].flatten()
-        products = self.products[columns][:, columns]
-        return Moments(self.sums[columns], products, self.by_class[columns], self.counts)
+    def with_others(self, others: "Moments") -> "Moments":
+        """Of these images and others."""
+        return Moments(*(one + other for one, other in zip(self, others, strict=True)))
 
 
 @torch.no_grad()
@@ -261,42 +236,51 @@ def moments(
     return Moments(sums, products, by_class, counts)
 
 
-@dataclass(frozen=True)
-class LinearProbe:
+class LinearProbe(NamedTuple):
     """Scores of classes from some parts: their numbers, weight (V times their count, S), bias (S,)."""
 
-    subset: tuple[int, ...]
+    subset: Sequence[int]
     weight: Tensor
     bias: Tensor
 
 
-def fit_probe(sums: Moments, num_parts: int, subset: Sequence[int]) -> LinearProbe:
+def fit_probe(moments: Moments, num_parts: int, subset: Sequence[int]) -> LinearProbe:
     """The ridge regression of one-hot classes on the standardized numbers of some parts, with a bias.
 
     A number that is constant over the images gets no weight; the bias is not shrunk.
     """
-    seen = sums.of_parts(num_parts, subset)
-    total, mean_E, covariance_EE = seen.center()
-    share_S = seen.counts / total
-    with_class = seen.by_class / total - mean_E[:, None] * share_S
+    counts_S, mean_E, covariance_EE, by_class_ES = _centered(moments, num_parts, subset)
+    share_S = counts_S / counts_S.sum()
+    with_class = by_class_ES / counts_S.sum() - mean_E[:, None] * share_S
     weight = _regress(covariance_EE, with_class, mean_E, covariance_EE, RIDGE)
-    return LinearProbe(tuple(subset), weight.float(), (share_S - mean_E @ weight).float())
+    return LinearProbe(subset, weight.float(), (share_S - mean_E @ weight).float())
 
 
-def fit_discriminant(sums: Moments, num_parts: int, subset: Sequence[int], ridge: float) -> LinearProbe:
+def fit_discriminant(moments: Moments, num_parts: int, subset: Sequence[int], ridge: float) -> LinearProbe:
     """Linear discriminant of classes from some parts: their means, and one covariance within all classes.
 
     Numbers are standardized within classes and `ridge` is added to their variance, 1. A number that is
     constant within classes gets no weight, nor does a class without images ever win.
     """
-    seen = sums.of_parts(num_parts, subset)
-    total, mean_E, covariance_EE = seen.center()
-    share_S = seen.counts / total
-    apart_ES = seen.by_class / seen.counts.clamp(min=1) - mean_E[:, None]
+    counts_S, mean_E, covariance_EE, by_class_ES = _centered(moments, num_parts, subset)
+    share_S = counts_S / counts_S.sum()
+    apart_ES = by_class_ES / counts_S.clamp(min=1) - mean_E[:, None]
     within_EE = covariance_EE - (apart_ES * share_S) @ apart_ES.T
     weight = _regress(within_EE, apart_ES, mean_E, covariance_EE, ridge)
     bias = share_S.log() - (apart_ES * weight).sum(dim=0) / 2 - mean_E @ weight
-    return LinearProbe(tuple(subset), weight.float(), bias.float())
+    return LinearProbe(subset, weight.float(), bias.float())
+
+
+def _centered(
+    moments: Moments, num_parts: int, subset: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of some parts: images by class, mean and covariance of the numbers, and their sums by class."""
+    numbers = torch.arange(len(moments.sums), device=moments.sums.device)
+    columns = parts_of(numbers[None], num_parts, subset).flatten()
+    total = moments.counts.sum()
+    mean_E = moments.sums[columns] / total
+    covariance_EE = moments.products[columns][:, columns] / total - mean_E[:, None] * mean_E
+    return moments.counts, mean_E, covariance_EE, moments.by_class[columns]
 
 
 def _regress(within_EE: Tensor, targets_ES: Tensor, mean_E: Tensor, total_EE: Tensor, ridge: float) -> Tensor:
@@ -326,13 +310,6 @@ def probe_accuracies(
     for start, rows in chunks(features, device, chunk):
         truth = torch.from_numpy(labels[start : start + len(rows)]).to(device)
         for number, probe in enumerate(probes):
-            seen = parts_of(rows, num_parts)[:, list(probe.subset)].flatten(1)
+            seen = parts_of(rows, num_parts, probe.subset).flatten(1)
             right[number] += int(((seen @ probe.weight + probe.bias).argmax(dim=1) == truth).sum())
     return [100 * count / len(features) for count in right]
-
-
-def chunks(rows: Rows, device: torch.device, size: int | None = None) -> Iterator[tuple[int, Tensor]]:
-    """Some rows at a time in float32 on the device, and the number of the first of them."""
-    size = size or max(1, CHUNK_BYTES // (4 * rows.shape[1]))
-    for start in range(0, len(rows), size):
-        yield start, torch.as_tensor(rows[start : start + size]).to(device).float()
