@@ -208,7 +208,7 @@ def table(result: dict[str, Any]) -> str:
         ]
         for row in result["rows"]
     ]
-    about = f"mask of {result['epochs']} epochs; nearest class mean by the masked cosine, top-1 in per cent"
+    about = f"a mask learned in {result['epochs']} epochs; top-1 in per cent by the nearest masked class mean"
     return "\n".join([about, *result["remarks"], "", markdown_table(header, rows)])
 
 
