@@ -222,20 +222,24 @@ def mask(options: SlotMaskOptions) -> None:
 def health(options: SlotHealthOptions) -> None:
     """Entropy of attention, dead and duplicate slots: health.json, health.png and a table."""
     from dino_sparo.data.sources import open_images
-    from dino_sparo.slots.health import check_health, table
+    from dino_sparo.slots.health import as_entries, draw_health, measure_health, summarize, table
 
     folder = _folder(options) / "health"
-    encoder = _open(options)
-    content = check_health(
-        *(encoder, open_images(options.data.path, options.num_images), folder),
+    encoder, source = _open(options), open_images(options.data.path, options.num_images)
+    measured = measure_health(
+        *(encoder, source),
         other=_other_weights(options, encoder),
         batch_size=options.batch_size,
         num_workers=_workers(options),
     )
+    slots = as_entries(measured)
+    summary = summarize(slots, encoder.backbone.native_grid**2)
+    folder.mkdir(parents=True, exist_ok=True)
+    draw_health(slots, summary, folder / "health.png")
+    content = {"num_images": len(source), "slots": slots, "summary": summary}
     _write(options, folder / "health.json", content)
-    slots = content["slots"]
-    print(f"{options.run} ({options.which}), {content['num_images']} images, {len(slots)} slots")
-    print(f"{table(slots, content['summary'])}\n{folder / 'health.json'}, {folder / 'health.png'}")
+    print(f"{options.run} ({options.which}), {len(source)} images, {len(slots)} slots")
+    print(f"{table(slots, summary)}\n{folder / 'health.json'}, {folder / 'health.png'}")
 
 
 def factors(options: SlotFactorsOptions) -> None:
@@ -299,15 +303,15 @@ def _make_missing(options: SlotReportOptions, subject: "Subject", data: str, num
 
     if subject.has_classes and lacks("rank"):
         rank(SlotRankOptions(**compared, data=labelled))
-    best, worst = subject.slots_to_show(num_slots)
+    slots = subject.slots_to_show(num_slots)
     if subject.has_classes and lacks("mask"):
         mask(SlotMaskOptions(**compared, data=labelled))
     if lacks("health"):
         health(SlotHealthOptions(**common, data=images))
     if lacks("maps"):
-        maps(SlotMapsOptions(**common, data=images, slots=[*best, *worst]))
+        maps(SlotMapsOptions(**common, data=images, slots=slots))
     if lacks("gallery"):
-        gallery(SlotGalleryOptions(**common, data=images, slots=[*best, *worst]))
+        gallery(SlotGalleryOptions(**common, data=images, slots=slots))
     if SHAPES in (subject.config.get("data", {}).get("path"), data) and lacks("factors"):
         factors(SlotFactorsOptions(**compared))
 

@@ -9,7 +9,6 @@ Axis letters: n pictures, F factors, L slots, E numbers of an encoding, V number
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,14 @@ from numpy.typing import NDArray
 from dino_sparo.data.generated import ShapesSource
 from dino_sparo.data.shapes import FACTORS, MAX_OBJECTS, draw_factors
 from dino_sparo.errors import UserError
-from dino_sparo.slots.parts import CutEncoder, Moments, fit_discriminant, moments, probe_accuracies
+from dino_sparo.slots.parts import (
+    CutEncoder,
+    Moments,
+    columns_of,
+    fit_discriminant,
+    moments,
+    probe_accuracies,
+)
 from dino_sparo.terminal import markdown_table
 
 # Number of values of each factor; the pictures' objects can be counted too.
@@ -105,8 +111,8 @@ def score_factors(
     Returns:
         Rows of the parts, with one accuracy a factor; and of the whole encoding, by factor.
     """
-    subsets = [*([part] for part in range(num_parts)), list(range(num_parts))]
-    score = partial(probe_accuracies, num_parts=num_parts, device=device)
+    subsets = [*([part] for part in range(num_parts)), range(num_parts)]
+    columns = [columns_of(train.shape[1], num_parts, subset) for subset in subsets]
     held_out = np.arange(len(train)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
     shares = [np.asarray(train[rows]) for rows in (~held_out, held_out)]
     plain = [moments(rows, np.zeros(len(rows), np.int64), num_classes=1, device=device) for rows in shares]
@@ -119,14 +125,14 @@ def score_factors(
         )
         by_ridge = []
         for ridge in RIDGES:
-            probes = [fit_discriminant(fitted_on, num_parts, subset, ridge) for subset in subsets]
-            by_ridge.append(score(probes, shares[1], values[1]))
+            probes = [fit_discriminant(fitted_on, some, ridge) for some in columns]
+            by_ridge.append(probe_accuracies(probes, shares[1], values[1]))
         together = fitted_on.with_others(chosen_on)
         probes = [
-            fit_discriminant(together, num_parts, subset, RIDGES[best])
-            for subset, best in zip(subsets, np.argmax(by_ridge, axis=0), strict=True)
+            fit_discriminant(together, some, RIDGES[best])
+            for some, best in zip(columns, np.argmax(by_ridge, axis=0), strict=True)
         ]
-        accuracies.append(score(probes, test, test_values[name]))
+        accuracies.append(probe_accuracies(probes, test, test_values[name]))
     *alone, whole = zip(*accuracies, strict=True)
     return [list(row) for row in alone], dict(zip(num_values, whole, strict=True))
 

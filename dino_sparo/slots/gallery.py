@@ -26,7 +26,7 @@ from dino_sparo.slots.drawing import (
     remove_other_pictures,
     share,
 )
-from dino_sparo.slots.parts import CutEncoder, chunks, parts_of
+from dino_sparo.slots.parts import CutEncoder, chunks
 
 TITLE_LETTERS = 18  # of a class name above a picture
 
@@ -113,11 +113,11 @@ def strongest(
     """
     means_LV = torch.zeros(num_slots, features.shape[1] // num_slots, dtype=torch.float64, device=device)
     for _, rows in chunks(features, device, chunk):
-        means_LV += parts_of(rows, num_slots).double().sum(dim=0) / len(features)
+        means_LV += rows.unflatten(1, (num_slots, -1)).double().sum(dim=0) / len(features)
     squares_L = torch.zeros(num_slots, dtype=torch.float64, device=device)
     best = squares_L.new_empty(num_slots, 0), squares_L.new_empty(num_slots, 0, dtype=torch.int64)
     for start, rows in chunks(features, device, chunk):
-        lengths_Ln = (parts_of(rows, num_slots) - means_LV).norm(dim=2).T
+        lengths_Ln = (rows.unflatten(1, (num_slots, -1)) - means_LV).norm(dim=2).T
         squares_L += lengths_Ln.square().sum(dim=1)
         numbers_n = torch.arange(start, start + len(rows), device=device)
         best = k_best(best, (lengths_Ln, numbers_n.expand_as(lengths_Ln)), count)
@@ -149,7 +149,7 @@ def neighbors(
     own_X1 = found.images.reshape(-1, 1)  # X = L * T
     best = queries_LTV.new_empty(len(own_X1), 0), own_X1.new_empty(len(own_X1), 0)
     for start, rows in chunks(features, device, chunk):
-        gallery_nLV = F.normalize(parts_of(rows, num_slots) - found.means, dim=2).float()
+        gallery_nLV = F.normalize(rows.unflatten(1, (num_slots, -1)) - found.means, dim=2).float()
         cosine_Xn = torch.einsum("ltv,nlv->ltn", queries_LTV, gallery_nLV).flatten(0, 1)
         numbers_n = torch.arange(start, start + len(rows), device=device)
         cosine_Xn = cosine_Xn.masked_fill(numbers_n == own_X1, -torch.inf)

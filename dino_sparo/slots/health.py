@@ -29,35 +29,6 @@ SHOWN_SLOTS = 12  # numbers of dead or duplicate slots in the printed table
 NUM_BINS = 20
 
 
-def check_health(
-    encoder: Encoder,
-    source: ImageSource,
-    folder: Path,
-    *,
-    other: Encoder | None = None,
-    batch_size: int = 64,
-    num_workers: int = 0,
-) -> dict[str, Any]:
-    """Measure every slot, and write `health.png` into the folder; arguments as of `measure_health`.
-
-    Returns:
-        plain values: `num_images`, an entry for each of `slots`, and `summary`.
-
-    Raises:
-        UserError: there is but one image, or one cannot be read.
-    """
-    if len(source) < 2:
-        raise UserError(
-            "num_images is 1, expected at least 2, since slots are dead that do not vary over images"
-        )
-    health = measure_health(encoder, source, other=other, batch_size=batch_size, num_workers=num_workers)
-    slots = as_entries(health)
-    summary = summarize(slots, encoder.backbone.native_grid**2)
-    folder.mkdir(parents=True, exist_ok=True)
-    draw_health(slots, summary, folder / "health.png")
-    return {"num_images": len(source), "slots": slots, "summary": summary}
-
-
 @torch.no_grad()
 def measure_health(
     encoder: Encoder,
@@ -74,8 +45,12 @@ def measure_health(
         other: likewise, an encoder whose attention is compared with it.
 
     Raises:
-        UserError: an image cannot be read, or the workers that load images failed.
+        UserError: there is but one image, one cannot be read, or the workers that load images failed.
     """
+    if len(source) < 2:
+        raise UserError(
+            "num_images is 1, expected at least 2, since slots are dead that do not vary over images"
+        )
     crops = CenterCrops(source, encoder.image_size)
     pixels = load_images(crops, source, range(len(source)), num_workers)
     statistics = SlotStatistics()

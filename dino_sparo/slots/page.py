@@ -54,15 +54,8 @@ Content = Mapping[str, Any]  # of the JSON of an analysis
 
 @dataclass(frozen=True)
 class Subject:
-    """What a page is about: analyses of other weights, images or controls are not shown.
-
-    Attributes:
-        run: run folder or weights file.
-        out: folder of what the commands about slots wrote; None takes `slots` among the results.
-        which: whose weights.
-        data, control: the images and the run without slots; None shows analyses of any.
-        has_classes: whether the images are labelled.
-    """
+    """What a page is about, as given to the command; analyses of other weights, images or controls are not
+    shown. `has_classes`: whether the images are labelled."""
 
     run: str
     out: str | None = None
@@ -94,11 +87,8 @@ class Subject:
         """The command line that makes a part of the page, on the given images if they will do."""
         words = ["dino-sparo", *(["slots"] if part in TITLES else []), part, self.run]
         if part != "factors":
-            without_classes = part in TITLES and part not in OF_CLASSES
-            words += [
-                "--data.path",
-                self.data if self.data and (self.has_classes or without_classes) else "DIR",
-            ]
+            will_do = self.has_classes or part in ("health", "maps", "gallery")
+            words += ["--data.path", self.data if self.data and will_do else "DIR"]
         if self.control and part in COMPARING:
             words += ["--control", self.control]
         if self.which != "teacher":
@@ -128,18 +118,14 @@ class Subject:
             return None, f"Not shown, since made with {', '.join(others)}; make it again:"
         return content, ""
 
-    def slots_to_show(self, num_slots: int) -> tuple[list[int], list[int]]:
-        """The best and the worst slots by k-NN alone, best first in both; without a ranking the first ones.
-
-        Few slots are all shown, each once.
-        """
+    def slots_to_show(self, num_slots: int) -> list[int]:
+        """The four best and the four worst slots by k-NN alone; without a ranking the first eight."""
         ranked, _ = self.find("rank")
         order = list(range(min(num_slots, 2 * NUM_BEST)))
         if ranked:
             with _damage_told(self.slots / FILES["rank"], self.command("rank")):
                 order = [int(slot) for slot in ranked["encoders"][0]["orders"]["knn"]] or order
-        best = order[:NUM_BEST]
-        return best, [slot for slot in order[-NUM_BEST:] if slot not in best]
+        return order if len(order) < 2 * NUM_BEST else order[:NUM_BEST] + order[-NUM_BEST:]
 
 
 @contextmanager
@@ -216,13 +202,8 @@ class Section:
     """One part of the page, as the template takes it.
 
     Attributes:
-        anchor: name of the part.
-        path: the file that the numbers come from.
-        intro: what the part tells; empty where there is nothing to say.
-        made: when the file was written.
+        path: the file that the numbers come from; `made`: when it was written.
         notes: lines of text, each with a command or an empty text.
-        pictures: with `uri`, `caption` and `source`, the file that is shown.
-        tables: with `caption`, `source`, `header`, `rows` and `folded`: it shows when it is opened.
     """
 
     subject: Subject
@@ -237,7 +218,7 @@ class Section:
 
     def source(self, path: Path) -> str:
         """A file as captions call it: within the results of the run if it lies there."""
-        path, folder = path.resolve(), self.subject.folder.resolve()
+        folder = self.subject.folder
         return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
     def tell_age(self, *parts: str) -> None:
@@ -284,39 +265,27 @@ def _cell(value: float | str | None, digits: int) -> str:
 
 
 def picture_uri(content: bytes, max_bytes: int) -> str:
-    """A picture file as a data URI: as it is if it has at most `max_bytes`, else smaller and as JPEG.
+    """A PNG file as a data URI: as it is if it has at most `max_bytes`, else smaller and as JPEG.
 
     Raises:
         OSError: it is no picture.
     """
+    kind = "png"
     with open_image(content) as image:
         image.load()
-        kind = image.format
-        if kind not in ("PNG", "JPEG") or len(content) > max_bytes:
-            content, kind = _smaller(image, max_bytes), "JPEG"
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(content).decode()}"
-
-
-def _smaller(image: Image.Image, max_bytes: int) -> bytes:
-    """The best JPEG with at most `max_bytes`, or the smallest that there is."""
-    image = image.convert("RGBA")
-    plain = Image.new("RGB", image.size, "white")
-    plain.paste(image, mask=image)
-    for side in SIDES:
-        plain.thumbnail((side, side), Image.Resampling.LANCZOS)
-        buffer = io.BytesIO()
-        plain.save(buffer, "JPEG", quality=JPEG_QUALITY)
-        if buffer.tell() <= max_bytes:
-            break
-    return buffer.getvalue()
+        for side in SIDES:
+            if len(content) <= max_bytes:
+                break
+            smaller, buffer = image.convert("RGB"), io.BytesIO()
+            smaller.thumbnail((side, side), Image.Resampling.LANCZOS)
+            smaller.save(buffer, "JPEG", quality=JPEG_QUALITY)
+            kind, content = "jpeg", buffer.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _sections(subject: Subject, num_slots: int) -> list[Section]:
     """Every section in the order of the page: each analysis, or the command that makes it."""
-    best, worst = subject.slots_to_show(num_slots)
-    roles = {slot: f"slot {slot} (best, place {place})" for place, slot in enumerate(best, 1)} | {
-        slot: f"slot {slot} (worst, {len(worst) - place} from the end)" for place, slot in enumerate(worst)
-    }
+    shown = subject.slots_to_show(num_slots)
     sections = [_curves(subject), _accuracy(subject)]
     fills = (_fill_rank, _fill_health, _fill_maps, _fill_gallery, _fill_mask, _fill_factors)
     for (part, title), fill in zip(TITLES.items(), fills, strict=True):
@@ -328,7 +297,7 @@ def _sections(subject: Subject, num_slots: int) -> list[Section]:
             continue
         section.tell_age(part)
         with _damage_told(section.path, subject.command(part)):
-            fill(section, found, roles)
+            fill(section, found, shown)
     return sections
 
 
@@ -394,7 +363,7 @@ def _accuracy(subject: Subject) -> Section:
     return section
 
 
-def _fill_rank(section: Section, found: Content, _roles: Mapping[int, str]) -> None:
+def _fill_rank(section: Section, found: Content, _shown: list[int]) -> None:
     """Accuracy against the number of slots kept, and every slot alone."""
     section.intro = (
         f"Slots are scored and chosen on {found['num_select']} images of the train part of {found['data']}; "
@@ -417,7 +386,7 @@ def _fill_rank(section: Section, found: Content, _roles: Mapping[int, str]) -> N
         section.add_table(caption, header, rows, folded=one is not encoders[0])
 
 
-def _fill_health(section: Section, found: Content, _roles: Mapping[int, str]) -> None:
+def _fill_health(section: Section, found: Content, _shown: list[int]) -> None:
     """Summary, histograms and the table of all slots."""
     section.intro = f"Over {found['num_images']} images of {found['data']}."
     section.add_table("Summary", ("measure", "value"), [*found["summary"].items()], digits=4)
@@ -427,32 +396,30 @@ def _fill_health(section: Section, found: Content, _roles: Mapping[int, str]) ->
     section.add_table("Every slot", columns, rows, digits=4)
 
 
-def _fill_maps(section: Section, found: Content, roles: Mapping[int, str]) -> None:
-    """The grid of attention maps, and overlays of the best and worst slots."""
+def _fill_maps(section: Section, found: Content, shown: list[int]) -> None:
+    """The grid of attention maps."""
     section.intro = f"Attention ({found['which']}) over images of {found['data']}."
     section.add_picture(found["grid"], "Images, CLS token, slots")
-    drawn = found["slots"]
-    if absent := ", ".join(str(slot) for slot in roles if slot not in drawn):
-        command = f"{section.subject.command('maps')} --slots '[{','.join(map(str, roles))}]'"
+    if absent := ", ".join(str(slot) for slot in shown if slot not in found["slots"]):
+        command = f"{section.subject.command('maps')} --slots '{shown}'"
         section.notes.append((f"No maps of slots {absent}; they are drawn by", command))
 
 
-def _fill_gallery(section: Section, found: Content, roles: Mapping[int, str]) -> None:
+def _fill_gallery(section: Section, found: Content, shown: list[int]) -> None:
     """The pictures of the best and worst slots' galleries."""
     section.intro = (
         f"The images of {found['data']} that a slot responds to most, and their nearest neighbors within the "
-        f"slot's own numbers."
+        f"slot's own numbers: of the best slots by k-NN alone, then of the worst."
     )
-    galleries = {entry["slot"]: entry for entry in found["slots"]}
-    if absent := ", ".join(str(slot) for slot in roles if slot not in galleries):
+    pictures = {entry["slot"]: entry["picture"] for entry in found["slots"]}
+    for slot in shown:
+        if slot in pictures:
+            section.add_picture(pictures[slot], f"Slot {slot}", GALLERY_BYTES)
+    if absent := ", ".join(str(slot) for slot in shown if slot not in pictures):
         section.notes.append((f"No gallery of slots {absent}; made by", section.subject.command("gallery")))
-    for slot in filter(galleries.get, roles):
-        most = [top["image"] for top in galleries[slot]["top"][:1]]
-        caption = "; most: ".join([roles[slot], *most])
-        section.add_picture(galleries[slot]["picture"], caption, GALLERY_BYTES)
 
 
-def _fill_mask(section: Section, found: Content, _roles: Mapping[int, str]) -> None:
+def _fill_mask(section: Section, found: Content, _shown: list[int]) -> None:
     """Initial, masked and relative change."""
     transfer = f", and tried on {found['transfer']}" if found.get("transfer") else ""
     section.intro = f"A mask learned on {found['data']} with a frozen encoder{transfer}."
@@ -462,7 +429,7 @@ def _fill_mask(section: Section, found: Content, _roles: Mapping[int, str]) -> N
     section.add_picture("mask.png", "The learned masks")
 
 
-def _fill_factors(section: Section, found: Content, _roles: Mapping[int, str]) -> None:
+def _fill_factors(section: Section, found: Content, _shown: list[int]) -> None:
     """How well each slot tells each factor."""
     section.intro = (
         f"Accuracy in per cent of a probe on each slot alone, learned on {found['num_train']} and tested on "

@@ -1,15 +1,15 @@
 """An encoding cut into equal parts: what each part, and each set of parts, tells about labels.
 
 A part is a slot, or as many neighboring numbers of an encoding without slots. All functions read their
-images once for all sets of parts, in chunks, so that memory does not grow with the number of images.
+images once for all sets of columns, in chunks, so that memory does not grow with the number of images.
 
 The linear probe is a ridge regression of classes as one-hot vectors on standardized numbers, in closed form:
 its sums over images (`Moments`) hold the sums of every set of parts, so that one pass serves all probes, and
 there is no learning rate or length of training that would suit some widths better than others. It is not the
 protocol of `dino-sparo linear`.
 
-Axis letters: n images, T train images, B test images, P parts, V numbers of a part, E = P V numbers of an
-encoding, S classes.
+Axis letters: n images, T train images, B test images, E numbers of an encoding, X numbers of some parts,
+S classes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -123,18 +123,9 @@ def chunks(rows: Rows, device: torch.device, size: int | None = None) -> Iterato
         yield start, torch.as_tensor(rows[start : start + size]).to(device).float()
 
 
-def parts_of(features: Tensor, num_parts: int, subset: Sequence[int] | None = None) -> Tensor:
-    """Features (n, E) cut into parts (n, P, V): all, or those of these numbers.
-
-    Raises:
-        ValueError: num_parts does not divide E.
-    """
-    if num_parts < 1 or features.shape[1] % num_parts:
-        raise ValueError(
-            f"num_parts is {num_parts}, expected a divisor of the {features.shape[1]} numbers of an encoding"
-        )
-    parts_nPV = features.unflatten(1, (num_parts, -1))
-    return parts_nPV if subset is None else parts_nPV[:, list(subset)]
+def columns_of(width: int, num_parts: int, subset: Sequence[int]) -> Tensor:
+    """The numbers of an encoding (width,) that belong to some of its equal parts."""
+    return torch.arange(width).view(num_parts, -1)[list(subset)].flatten()
 
 
 @torch.no_grad()
@@ -144,24 +135,20 @@ def knn_accuracies(
     test: Rows,
     test_labels: NDArray[np.int64],
     *,
-    num_parts: int,
-    subsets: Sequence[Sequence[int]],
+    columns: Sequence[Tensor],
     k: int,
     num_classes: int,
     device: torch.device,
     train_chunk: int | None = None,
     test_chunk: int | None = None,
 ) -> list[float]:
-    """Weighted k-NN by the cosine over some parts only: top-1 in per cent for each set of parts.
+    """Weighted k-NN by the cosine over some columns only: top-1 in per cent for each set of columns.
 
     Equal to `knn_classify` of these columns.
 
     Args:
-        train: (T, E), any scale and precision.
-        train_labels: (T,) from 0.
-        test: (B, E).
-        test_labels: (B,).
-        subsets: numbers of parts, below num_parts.
+        train: (T, E), any scale and precision, with labels (T,) from 0.
+        test: (B, E), with labels (B,).
         k: 1 to T neighbors.
         train_chunk: train images at a time; memory, not the result, depends on it, as on test_chunk.
 
@@ -169,16 +156,15 @@ def knn_accuracies(
         NoDirectionError: the numbers of an image in one of the sets are all zero, or one is not finite.
     """
     test_chunk = test_chunk or max(1, QUERY_BYTES // (4 * train.shape[1]))
-    labels, right = torch.from_numpy(train_labels), [0] * len(subsets)
+    labels, right = torch.from_numpy(train_labels), [0] * len(columns)
     for first, queries in chunks(test, device, test_chunk):
         truth = torch.from_numpy(test_labels[first : first + len(queries)])
         nothing = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
-        best = [nothing] * len(subsets)
+        best = [nothing] * len(columns)
         for start, gallery in chunks(train, device, train_chunk):
-            for number, subset in enumerate(subsets):
-                some, many = (parts_of(x, num_parts, subset).flatten(1) for x in (queries, gallery))
+            for number, some in enumerate(columns):
                 try:
-                    cosine_Bk, number_Bk = nearest(many, some, min(k, len(many)), device=device)
+                    cosine_Bk, number_Bk = nearest(gallery[:, some], queries[:, some], k, device=device)
                 except NoDirectionError as error:
                     offset = start if error.side == "train" else first
                     raise NoDirectionError(error.side, offset + error.number, error.kind) from error
@@ -237,79 +223,67 @@ def moments(
 
 
 class LinearProbe(NamedTuple):
-    """Scores of classes from some parts: their numbers, weight (V times their count, S), bias (S,)."""
+    """Scores of classes from some columns (X,): weight (X, S) and bias (S,)."""
 
-    subset: Sequence[int]
+    columns: Tensor
     weight: Tensor
     bias: Tensor
 
 
-def fit_probe(moments: Moments, num_parts: int, subset: Sequence[int]) -> LinearProbe:
-    """The ridge regression of one-hot classes on the standardized numbers of some parts, with a bias.
+def fit_probe(moments: Moments, columns: Tensor) -> LinearProbe:
+    """The ridge regression of one-hot classes on the standardized numbers of some columns, with a bias.
 
     A number that is constant over the images gets no weight; the bias is not shrunk.
     """
-    counts_S, mean_E, covariance_EE, by_class_ES = _centered(moments, num_parts, subset)
-    share_S = counts_S / counts_S.sum()
-    with_class = by_class_ES / counts_S.sum() - mean_E[:, None] * share_S
-    weight = _regress(covariance_EE, with_class, mean_E, covariance_EE, RIDGE)
-    return LinearProbe(subset, weight.float(), (share_S - mean_E @ weight).float())
+    share_S, mean_X, covariance_XX = _centered(moments, columns)
+    with_class = moments.by_class[columns] / moments.counts.sum() - mean_X[:, None] * share_S
+    weight = _regress(covariance_XX, with_class, mean_X, covariance_XX, RIDGE)
+    return LinearProbe(columns, weight.float(), (share_S - mean_X @ weight).float())
 
 
-def fit_discriminant(moments: Moments, num_parts: int, subset: Sequence[int], ridge: float) -> LinearProbe:
-    """Linear discriminant of classes from some parts: their means, and one covariance within all classes.
+def fit_discriminant(moments: Moments, columns: Tensor, ridge: float) -> LinearProbe:
+    """Linear discriminant of classes from some columns: their means, and one covariance within all classes.
 
     Numbers are standardized within classes and `ridge` is added to their variance, 1. A number that is
     constant within classes gets no weight, nor does a class without images ever win.
     """
-    counts_S, mean_E, covariance_EE, by_class_ES = _centered(moments, num_parts, subset)
-    share_S = counts_S / counts_S.sum()
-    apart_ES = by_class_ES / counts_S.clamp(min=1) - mean_E[:, None]
-    within_EE = covariance_EE - (apart_ES * share_S) @ apart_ES.T
-    weight = _regress(within_EE, apart_ES, mean_E, covariance_EE, ridge)
-    bias = share_S.log() - (apart_ES * weight).sum(dim=0) / 2 - mean_E @ weight
-    return LinearProbe(subset, weight.float(), bias.float())
+    share_S, mean_X, covariance_XX = _centered(moments, columns)
+    apart_XS = moments.by_class[columns] / moments.counts.clamp(min=1) - mean_X[:, None]
+    within_XX = covariance_XX - (apart_XS * share_S) @ apart_XS.T
+    weight = _regress(within_XX, apart_XS, mean_X, covariance_XX, ridge)
+    bias = share_S.log() - (apart_XS * weight).sum(dim=0) / 2 - mean_X @ weight
+    return LinearProbe(columns, weight.float(), bias.float())
 
 
-def _centered(
-    moments: Moments, num_parts: int, subset: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of some parts: images by class, mean and covariance of the numbers, and their sums by class."""
-    numbers = torch.arange(len(moments.sums), device=moments.sums.device)
-    columns = parts_of(numbers[None], num_parts, subset).flatten()
+def _centered(moments: Moments, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Share of images by class, mean and covariance of the numbers."""
     total = moments.counts.sum()
-    mean_E = moments.sums[columns] / total
-    covariance_EE = moments.products[columns][:, columns] / total - mean_E[:, None] * mean_E
-    return moments.counts, mean_E, covariance_EE, moments.by_class[columns]
+    mean_X = moments.sums[columns] / total
+    covariance_XX = moments.products[columns][:, columns] / total - mean_X[:, None] * mean_X
+    return moments.counts / total, mean_X, covariance_XX
 
 
-def _regress(within_EE: Tensor, targets_ES: Tensor, mean_E: Tensor, total_EE: Tensor, ridge: float) -> Tensor:
-    """Weights (E, S) that solve `within` w = targets on standardized numbers, the ridge on their variance."""
-    variance_E = within_EE.diagonal()
+def _regress(within_XX: Tensor, targets_XS: Tensor, mean_X: Tensor, total_XX: Tensor, ridge: float) -> Tensor:
+    """Weights (X, S) that solve `within` w = targets on standardized numbers, the ridge on their variance."""
+    variance_X = within_XX.diagonal()
     # Below this the variance is what rounding leaves of equal numbers.
-    constant = variance_E <= 1e-12 * (mean_E.square() + total_EE.diagonal())
-    scale_E = variance_E.clamp(min=0).sqrt().masked_fill(constant, torch.inf)
-    correlation = within_EE / (scale_E[:, None] * scale_E)
+    constant = variance_X <= 1e-12 * (mean_X.square() + total_XX.diagonal())
+    scale_X = variance_X.clamp(min=0).sqrt().masked_fill(constant, torch.inf)
+    correlation = within_XX / (scale_X[:, None] * scale_X)
     correlation.diagonal().add_(ridge)
     factor = torch.linalg.cholesky(correlation)
-    return torch.cholesky_solve(targets_ES / scale_E[:, None], factor) / scale_E[:, None]
+    return torch.cholesky_solve(targets_XS / scale_X[:, None], factor) / scale_X[:, None]
 
 
 @torch.no_grad()
 def probe_accuracies(
-    probes: Sequence[LinearProbe],
-    features: Rows,
-    labels: NDArray[np.int64],
-    *,
-    num_parts: int,
-    device: torch.device,
-    chunk: int | None = None,
+    probes: Sequence[LinearProbe], features: Rows, labels: NDArray[np.int64], *, chunk: int | None = None
 ) -> list[float]:
     """Top-1 of each probe in per cent, in one pass over features (n, E) with labels (n,)."""
     right = [0] * len(probes)
-    for start, rows in chunks(features, device, chunk):
-        truth = torch.from_numpy(labels[start : start + len(rows)]).to(device)
-        for number, probe in enumerate(probes):
-            seen = parts_of(rows, num_parts, probe.subset).flatten(1)
-            right[number] += int(((seen @ probe.weight + probe.bias).argmax(dim=1) == truth).sum())
+    for start, rows in chunks(features, probes[0].weight.device, chunk):
+        truth = torch.from_numpy(labels[start : start + len(rows)]).to(rows.device)
+        for number, (columns, weight, bias) in enumerate(probes):
+            found = (rows[:, columns] @ weight + bias).argmax(dim=1)
+            right[number] += int((found == truth).sum())
     return [100 * count / len(features) for count in right]

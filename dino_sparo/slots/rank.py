@@ -26,11 +26,11 @@ from dino_sparo.evaluation.transfer import draw_by_class
 from dino_sparo.slots.parts import (
     CutEncoder,
     Picked,
+    columns_of,
     fit_probe,
     knn_accuracies,
     labels_of,
     moments,
-    parts_of,
     probe_accuracies,
     remarks_on_parts,
     vote,
@@ -170,33 +170,34 @@ def rank_parts(
         by way of choosing the curve over parts kept and its point at half of them; all. Accuracies are in per
         cent.
     """
-    by_knn = partial(knn_accuracies, num_parts=num_parts, k=k, num_classes=num_classes, device=device)
-    by_probe = partial(probe_accuracies, num_parts=num_parts, device=device)
+    by_knn = partial(knn_accuracies, k=k, num_classes=num_classes, device=device)
     fit, select = (Picked(train, rows) for rows in split)
     fit_labels, select_labels = (train_labels[rows] for rows in split)
     of_fit, of_select = (
         moments(rows, labels, num_classes=num_classes, device=device)
         for rows, labels in ((fit, fit_labels), (select, select_labels))
     )
-    each = [[part] for part in range(num_parts)]
+    width = train.shape[1]
+    each = [columns_of(width, num_parts, [part]) for part in range(num_parts)]
     alone = {
-        "knn": by_knn(fit, fit_labels, select, select_labels, subsets=each),
-        "linear": by_probe([fit_probe(of_fit, num_parts, part) for part in each], select, select_labels),
+        "knn": by_knn(fit, fit_labels, select, select_labels, columns=each),
+        "linear": probe_accuracies([fit_probe(of_fit, part) for part in each], select, select_labels),
     }
     # Best first, of equal ones the lower number.
     orders = {way: sorted(range(num_parts), key=lambda part: -scores[part]) for way, scores in alone.items()}
     of_greedy = []
     for rows in greedy:
         features = torch.from_numpy(train[rows]).to(device).float()
-        of_greedy += [parts_of(features, num_parts), torch.from_numpy(train_labels[rows]).to(device)]
+        of_greedy += [features.unflatten(1, (num_parts, -1)), torch.from_numpy(train_labels[rows]).to(device)]
     orders["greedy"] = greedy_order(
         *of_greedy, k=min(k, len(greedy.fit)), num_classes=num_classes, preferred=orders["knn"]
     )
     kept = {way: [tuple(sorted(o[:size])) for size in sizes(num_parts)] for way, o in orders.items()}
     subsets = sorted({subset for several in kept.values() for subset in several})
+    columns = [columns_of(width, num_parts, subset) for subset in subsets]
     of_train = of_fit.with_others(of_select)
-    knn = by_knn(train, train_labels, test, test_labels, subsets=subsets)
-    linear = by_probe([fit_probe(of_train, num_parts, subset) for subset in subsets], test, test_labels)
+    knn = by_knn(train, train_labels, test, test_labels, columns=columns)
+    linear = probe_accuracies([fit_probe(of_train, some) for some in columns], test, test_labels)
     found = {
         subset: {"kept": len(subset), "knn": by_neighbors, "linear": by_regression}
         for subset, by_neighbors, by_regression in zip(subsets, knn, linear, strict=True)
@@ -205,7 +206,7 @@ def rank_parts(
     half = max(1, num_parts // 2)
     return {
         "num_parts": num_parts,
-        "part_dim": train.shape[1] // num_parts,
+        "part_dim": width // num_parts,
         "alone": alone,
         "orders": orders,
         "curve": curve,
