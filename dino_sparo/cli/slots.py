@@ -157,7 +157,7 @@ def maps(options: SlotMapsOptions) -> None:
         num_images=options.num_images,
         short_side=options.short_side,
         batch_size=options.batch_size,
-        num_workers=_workers(options),
+        num_workers=options.num_workers,
     )
     _write(options, folder / "maps.json", content)
     slots = ", ".join(map(str, content["slots"]))
@@ -230,7 +230,7 @@ def health(options: SlotHealthOptions) -> None:
         *(encoder, source),
         other=_other_weights(options, encoder),
         batch_size=options.batch_size,
-        num_workers=_workers(options),
+        num_workers=options.num_workers,
     )
     slots = as_entries(measured)
     summary = summarize(slots, encoder.backbone.native_grid**2)
@@ -337,11 +337,7 @@ def _open(options: SlotsOptions) -> "Encoder":
 
 
 def _open_control(run: str, which: str) -> "Encoder":
-    """The encoder of a run without slots, in evaluation mode, on the CPU.
-
-    Raises:
-        UserError: it has slots, or the weights cannot be had.
-    """
+    """The encoder of a run, on the CPU. Raises UserError if it has slots."""
     from dino_sparo.interop.load import load_encoder
 
     control = load_encoder(run, which)
@@ -366,8 +362,7 @@ def _other_weights(options: SlotHealthOptions, encoder: "Encoder") -> "Encoder |
 
 
 def _cut(options: CachedSlotsOptions) -> "list[CutEncoder]":
-    """The run, cut into its slots, then the control if one is given. Raises UserError as `_open` and
-    `_open_control`."""
+    """The run, cut into its slots, then the control if one is given."""
     from dino_sparo.evaluation.results import results_folder
     from dino_sparo.slots.parts import CutEncoder, most_parts
 
@@ -382,16 +377,10 @@ def _cut(options: CachedSlotsOptions) -> "list[CutEncoder]":
             *(name, run, one, num_parts, Path(options.cache or results_folder(run) / "features")),
             cache_precision=options.cache_precision,
             batch_size=options.batch_size,
-            num_workers=_workers(options),
+            num_workers=options.num_workers,
         )
         for name, run, one, num_parts in opened
     ]
-
-
-def _workers(options: SlotsOptions) -> int:
-    from dino_sparo.data.workers import default_workers
-
-    return default_workers() if options.num_workers is None else options.num_workers
 
 
 def _folder(options: SlotsOptions) -> Path:

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from dino_sparo.data.images import normalize
 from dino_sparo.data.sources import ImageSource
-from dino_sparo.data.workers import WatchedLoader
+from dino_sparo.data.workers import WatchedLoader, default_workers
 from dino_sparo.errors import UserError
 
 TIMEOUT_SECONDS = 600.0  # for one image to come
@@ -44,18 +44,21 @@ def check_numbers(key: str, numbers: Sequence[int], count: int) -> None:
 
 
 def load_images(
-    dataset: Dataset, source: ImageSource, numbers: Sequence[int], num_workers: int = 0
+    dataset: Dataset, source: ImageSource, numbers: Sequence[int], num_workers: int | None = 0
 ) -> Iterator[Tensor]:
     """The pixels, uint8 (3, height, width), that a dataset over `source` gives for these images, in order.
+
+    num_workers: None takes one per core, at most 16.
 
     Raises:
         UserError: an image cannot be read, or is none that the dataset takes.
     """
+    workers = default_workers() if num_workers is None else num_workers
     loader = WatchedLoader(
         dataset,
         image_of=int,
         name=source.name,
-        num_workers=min(num_workers, len(numbers)),
+        num_workers=min(workers, len(numbers)),
         timeout_seconds=TIMEOUT_SECONDS,
         batch_size=None,
         sampler=numbers,

@@ -7,7 +7,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -36,7 +35,7 @@ def measure_health(
     *,
     other: Encoder | None = None,
     batch_size: int = 64,
-    num_workers: int = 0,
+    num_workers: int | None = 0,
 ) -> SlotHealth:
     """Numbers of every slot over all images of a source, each resized and cropped as in evaluation.
 
@@ -63,13 +62,11 @@ def measure_health(
 
 def as_entries(health: SlotHealth) -> list[dict[str, Any]]:
     """One dictionary of plain values a slot."""
-    columns = {name: value.tolist() for name, value in vars(health).items() if value is not None}
-    if health.agreement is None:
-        columns["agreement"] = [None] * len(columns["entropy"])
-    return [
-        {"slot": number, **dict(zip(columns, values, strict=True))}
-        for number, values in enumerate(zip(*columns.values(), strict=True))
-    ]
+    entries: list[dict[str, Any]] = [{"slot": slot} for slot in range(len(health.entropy))]
+    for name, values in vars(health).items():
+        for slot, entry in enumerate(entries):
+            entry[name] = None if values is None else values[slot].item()
+    return entries
 
 
 def summarize(slots: Sequence[Mapping[str, Any]], num_patches: int) -> dict[str, float | None]:
@@ -121,7 +118,17 @@ def draw_health(slots: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], 
         ("agreement", "overlap of student and teacher", (0, 1)),
     )
     for axis, (name, title, bounds) in zip(axes.flat, panels, strict=True):
-        _histogram(axis, [slot[name] for slot in slots], title, bounds)
+        axis.set_title(title, fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+        numbers = [slot[name] for slot in slots if slot[name] is not None]
+        if not numbers:
+            axis.text(0.5, 0.5, "one set of weights only", ha="center", transform=axis.transAxes, fontsize=8)
+            axis.set_axis_off()
+            continue
+        low, high = bounds or (0.0, 1.1 * max(numbers) or 1.0)
+        axis.hist(numbers, bins=NUM_BINS, range=(low, high), color="tab:blue", edgecolor="white")
+        axis.set_xlim(low, high)
     dead_below = DEAD_RELATIVE_STD * median(slot["response_std"] for slot in slots)
     for axis, at, label in (
         (axes[1][0], dead_below, "dead below"),
@@ -131,19 +138,3 @@ def draw_health(slots: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], 
         axis.legend(fontsize=8, loc="upper left" if at > 0.5 else "upper right")
     figure.supylabel("slots", fontsize=9)
     figure.savefig(path, dpi=110)
-
-
-def _histogram(
-    axis: Axes, values: Sequence[float | None], title: str, bounds: tuple[float, float] | None
-) -> None:
-    axis.set_title(title, fontsize=9)
-    axis.tick_params(labelsize=8)
-    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
-    numbers = [value for value in values if value is not None]
-    if not numbers:
-        axis.text(0.5, 0.5, "one set of weights only", ha="center", transform=axis.transAxes, fontsize=8)
-        axis.set_axis_off()
-        return
-    low, high = bounds or (0.0, 1.1 * max(numbers) or 1.0)
-    axis.hist(numbers, bins=NUM_BINS, range=(low, high), color="tab:blue", edgecolor="white")
-    axis.set_xlim(low, high)

@@ -40,7 +40,7 @@ def slot_maps(
     num_images: int = 6,
     short_side: int | None = None,
     batch_size: int = 64,
-    num_workers: int = 0,
+    num_workers: int | None = 0,
 ) -> dict[str, Any]:
     """Write grid.png and an overlay for each image and slot into the folder; others of this name go.
 

@@ -53,7 +53,7 @@ class CutEncoder:
     cache: Path
     cache_precision: str = "float16"
     batch_size: int = 64
-    num_workers: int = 0
+    num_workers: int | None = 0
 
     @property
     def device(self) -> torch.device:
