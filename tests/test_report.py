@@ -108,19 +108,19 @@ def test_tables_hold_the_numbers_of_the_files(reported):
     for encoder in read(reported, "rank")["encoders"]:
         for part, (knn, linear) in enumerate(zip(*encoder["alone"].values(), strict=True)):
             place = encoder["orders"]["knn"].index(part) + 1
-            assert [str(part), str(place), f"{knn:.2f}", f"{linear:.2f}"] in rows
+            assert [str(part), str(place), f"{knn:.4g}", f"{linear:.4g}"] in rows
         half = encoder["half"]["greedy"]
-        assert [f"{half['knn']:.2f}", f"{half['linear']:.2f}"] in [row[3:] for row in rows]
+        assert [f"{half['knn']:.4g}", f"{half['linear']:.4g}"] in [row[3:] for row in rows]
     for row in read(reported, "mask")["rows"]:
         numbers = [row[key] for key in ("initial", "masked", "relative_change", "kept")]
-        cells = ["–" if number is None else f"{number:.2f}" for number in numbers]
+        cells = ["–" if number is None else f"{number:.4g}" for number in numbers]
         assert [row["encoder"], row["over"], row["test_set"], *cells] in rows
     for slot, scores in enumerate(known["encoders"][0]["alone"]):
-        assert [f"slot {slot}", *(f"{score:.2f}" for score in scores)] in rows
+        assert [f"slot {slot}", *(f"{score:.4g}" for score in scores)] in rows
     for slot in read(reported, "health")["slots"]:
-        assert any(row[0] == str(slot["slot"]) and f"{slot['overlap']:.4f}" in row for row in rows)
+        assert any(row[0] == str(slot["slot"]) and f"{slot['overlap']:.4g}" in row for row in rows)
     for result in json.loads((reported / "results.json").read_text())["results"]:
-        assert [f"{result['top1']:.2f}", f"{result['top5']:.2f}", "12"] in [row[5:] for row in rows]
+        assert [f"{result['top1']:.4g}", f"{result['top5']:.4g}", "12"] in [row[5:] for row in rows]
 
 
 def test_each_missing_part_tells_its_command(copied):

@@ -37,12 +37,7 @@ TITLES = {
 FILES = {part: f"{part}/{part}.json" for part in TITLES}
 OF_CLASSES = ("rank", "mask")  # analyses that need labelled images
 COMPARING = ("rank", "mask", "factors")  # analyses that take a control
-CURVES = {  # keys of the log, and label of each plot
-    ("loss",): "DINO loss",
-    ("knn20_top1", "knn20_top5"): "20-NN accuracy, per cent",
-    ("entropy_teacher", "entropy_mean"): "entropy of prototypes, nats",
-    ("feature_std",): "feature_std",
-}
+CURVES = ("loss", "knn20_top1", "knn20_top5", "entropy_teacher", "entropy_mean", "feature_std")
 HEALTH = ("entropy", "effective_patches", "cls_share", "response_std", "overlap", "agreement")
 NUM_BEST = 4  # slots shown from either end of the ranking
 GALLERY_BYTES, PICTURE_BYTES = 400_000, 1_200_000  # so that the page is under 15 MB
@@ -231,16 +226,10 @@ class Section:
             self.notes += [(text, self.subject.command(part)) for part in parts]
 
     def add_table(
-        self,
-        caption: str,
-        header: Sequence[str],
-        rows: Sequence[Sequence[Any]],
-        *,
-        digits: int = 2,
-        folded: bool = False,
+        self, caption: str, header: Sequence[str], rows: Sequence[Sequence[Any]], folded: bool = False
     ) -> None:
-        """Floating-point values get so many decimals."""
-        cells = [[_cell(value, digits) for value in row] for row in rows]
+        """A folded table shows when it is opened."""
+        cells = [[_cell(value) for value in row] for row in rows]
         table = {"caption": caption, "source": self.source(self.path), "header": header, "rows": cells}
         self.tables.append(table | {"folded": folded})
 
@@ -255,13 +244,13 @@ class Section:
             self.pictures.append({"uri": uri, "caption": caption, "source": source})
 
 
-def _cell(value: float | str | None, digits: int) -> str:
-    """A value for a table: numbers with `digits` decimals, whole ones without, a dash for none."""
-    if value is None:
-        return "–"
+def _cell(value: float | str | None) -> str:
+    """A value for a table."""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:.{digits}f}" if isinstance(value, float) else f"{value}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "–" if value is None else f"{value}"
 
 
 def picture_uri(content: bytes, max_bytes: int) -> str:
@@ -306,35 +295,28 @@ def _curves(subject: Subject) -> Section:
     section = Section(subject, "curves", "Training curves", subject.folder / METRICS_FILE)
     entries = _epochs(subject)
     of_slots = sorted({key for entry in entries for key in entry if key.startswith(("slot_", "slots_"))})
-    plots: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for keys, label in (CURVES | {(key,): key for key in of_slots}).items():
-        lines = {
-            key: [(entry["epoch"], entry[key]) for entry in entries if entry.get(key) is not None]
-            for key in keys
-        }
-        if lines := {key: points for key, points in lines.items() if points}:
-            plots[label] = lines
-    if not plots:
+    curves = {}
+    for key in (*CURVES, *of_slots):
+        points = [(entry["epoch"], entry[key]) for entry in entries if entry.get(key) is not None]
+        if points:
+            curves[key] = points
+    if not curves:
         section.notes.append((f"No {METRICS_FILE} here: only the folder of a training run holds curves.", ""))
         return section
     section.tell_age()
-    rows = -(-len(plots) // 2)
-    figure = Figure(figsize=(10, 2.8 * rows), layout="constrained")
-    for axis, (label, lines) in zip(figure.subplots(rows, 2).flat, plots.items(), strict=False):
-        for key, points in lines.items():
-            axis.plot(*zip(*points, strict=True), ".-" if len(points) <= 40 else "-", label=key)
-        axis.set(xlabel="epoch", ylabel=label)
+    rows = -(-len(curves) // 3)
+    figure = Figure(figsize=(10, 2.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, 3).flat
+    for (key, points), axis in zip(curves.items(), axes, strict=False):
+        axis.plot(*zip(*points, strict=True), ".-" if len(points) <= 40 else "-")
+        axis.set_title(f"{key}: {points[-1][1]:.4g} at the end", fontsize=9)
         axis.grid(alpha=0.3)
-        if len(lines) > 1:
-            axis.legend(fontsize=8)
-    for axis in figure.axes[len(plots) :]:
+    for axis in axes:  # those that are left
         axis.set_axis_off()
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110)
-    last = [f"{key} {points[-1][1]:.4g}" for lines in plots.values() for key, points in lines.items()]
-    uri = picture_uri(buffer.getvalue(), PICTURE_BYTES)
-    source = section.source(section.path)
-    section.pictures.append({"uri": uri, "caption": f"At the end: {', '.join(last)}", "source": source})
+    picture = {"caption": "Over epochs", "source": section.source(section.path)}
+    section.pictures.append(picture | {"uri": picture_uri(buffer.getvalue(), PICTURE_BYTES)})
     return section
 
 
@@ -348,12 +330,12 @@ def _accuracy(subject: Subject) -> Section:
     if not results:
         return section
     section.tell_age("knn", "linear")
-    header = ("protocol", "setting", "test set", "weights", "labels used", "top-1 %", "top-5 %", "images")
+    header = ("protocol", "setting", "test set", "weights", "share of labels", "top-1 %", "top-5 %", "images")
     for headline, caption in ((True, "Official settings"), (False, "All other settings")):
         rows = [
             [
-                *(result.protocol, result.name, result.test_set, result.weights),
-                *(f"{100 * result.train_fraction:g} %", result.top1, result.top5, result.num_images),
+                *(result.protocol, result.name, result.test_set, result.weights, result.train_fraction),
+                *(result.top1, result.top5, result.num_images),
             ]
             for result in results
             if result.headline == headline
@@ -389,11 +371,11 @@ def _fill_rank(section: Section, found: Content, _shown: list[int]) -> None:
 def _fill_health(section: Section, found: Content, _shown: list[int]) -> None:
     """Summary, histograms and the table of all slots."""
     section.intro = f"Over {found['num_images']} images of {found['data']}."
-    section.add_table("Summary", ("measure", "value"), [*found["summary"].items()], digits=4)
+    section.add_table("Summary", ("measure", "value"), [*found["summary"].items()])
     section.add_picture("health.png", "Slots by each measure")
     columns = ("slot", *HEALTH, "nearest", "dead")
     rows = [[slot.get(key) for key in columns] for slot in found["slots"]]
-    section.add_table("Every slot", columns, rows, digits=4)
+    section.add_table("Every slot", columns, rows)
 
 
 def _fill_maps(section: Section, found: Content, shown: list[int]) -> None:
