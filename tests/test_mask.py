@@ -65,7 +65,7 @@ def test_one_step_is_sgd_on_the_formula():
         stepped = torch.sigmoid(scale / 4 * (theta - 0.001 * theta.grad))
     torch.testing.assert_close(learned.mask, stepped, rtol=1e-4, atol=1e-5)
     assert learned.scale == pytest.approx(scale, abs=1e-4) and scale > 100.001
-    assert learned.first_loss == learned.last_loss == pytest.approx(float(loss), rel=1e-4)
+    assert learned.first_loss == learned.last_loss == pytest.approx(loss.item(), rel=1e-4)
 
 
 def test_cosines_means_and_order():

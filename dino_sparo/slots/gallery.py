@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dino_sparo.data.images import CenterCrops
@@ -129,7 +130,7 @@ def strongest(
 
 
 def neighbors(
-    features: Rows, found: Responses, count: int, *, device: torch.device, chunk: int | None = None
+    features: NDArray[Any], found: Responses, count: int, *, device: torch.device, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """The `count` other images nearest to each of the strongest, by the cosine of slot vectors less the mean.
 
@@ -140,11 +141,9 @@ def neighbors(
     """
     num_slots, shown = found.images.shape
     width = found.means.shape[1]
-    queries_LTV = torch.empty(num_slots, shown, width, dtype=torch.float64, device=device)
-    for slot in range(num_slots):
-        for place, image in enumerate(found.images[slot].tolist()):
-            row = torch.as_tensor(features[image : image + 1][0]).to(device).double().view(num_slots, width)
-            queries_LTV[slot, place] = row[slot] - found.means[slot]
+    slots = torch.arange(num_slots)
+    rows = torch.as_tensor(features[found.images.flatten().cpu().numpy()]).to(device).double()
+    queries_LTV = rows.view(num_slots, shown, num_slots, width)[slots, :, slots] - found.means[:, None]
     queries_LTV = F.normalize(queries_LTV, dim=2).float()
     own_X1 = found.images.reshape(-1, 1)  # X = L * T
     best = queries_LTV.new_empty(len(own_X1), 0), own_X1.new_empty(len(own_X1), 0)

@@ -182,16 +182,15 @@ def vote(cosine_Bk: Tensor, labels_Bk: Tensor, num_classes: int) -> Tensor:
 
 
 class Moments(NamedTuple):
-    """Sums over images in float64, from which the probe of every set of parts follows."""
+    """Sums over images in float64, from which the probe of every set of parts follows.
+
+    Of the numbers (E,), of all pairs of them (E, E), of the numbers by class (E, S), and images by class (S,).
+    """
 
     sums: Tensor
-    """Of the numbers, (E,)."""
     products: Tensor
-    """Of all pairs of numbers, (E, E)."""
     by_class: Tensor
-    """Sums of the numbers by class, (E, S)."""
     counts: Tensor
-    """Images by class, (S,)."""
 
     def with_others(self, others: "Moments") -> "Moments":
         """Of these images and others."""
