@@ -184,7 +184,7 @@ def vote(cosine_Bk: Tensor, labels_Bk: Tensor, num_classes: int) -> Tensor:
 class Moments(NamedTuple):
     """Sums over images in float64, from which the probe of every set of parts follows.
 
-    Of the numbers (E,), of all pairs of them (E, E), of the numbers by class (E, S), and images by class (S,).
+    Of the numbers (E,), of all pairs (E, E), of the numbers by class (E, S), and the images by class (S,).
     """
 
     sums: Tensor
