@@ -13,17 +13,6 @@ from tests.test_readout import FLOAT64_TOLERANCE, golden_sparo
 SMALL = {"width": 48, "depth": 3, "num_heads": 3}
 
 
-def test_maps_are_the_readouts_attention_on_the_grid():
-    encoder = build_encoder(SMALL, patch_size=8, image_size=32, num_slots=4, slot_dim=6, key_dim=5).eval()
-    images = torch.randn(2, 3, 16, 32)
-    maps, cls_share = slot_attention(encoder, images)
-    with torch.no_grad():
-        attention = encoder.readout.attention(encoder.tokens(images))
-    assert maps.shape == (2, 4, 2, 4)
-    torch.testing.assert_close(maps.sum((2, 3)) + cls_share, torch.ones(2, 4))
-    torch.testing.assert_close(maps[1, 2, 1, 3], attention[1, 2, 1 + 4 + 3])
-
-
 @pytest.mark.parametrize("group_size", [1, 2])
 def test_golden_attention_of_the_direct_form_on_the_grid(golden, group_size, monkeypatch):
     arrays = golden(f"sparo_group{group_size}")

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from dino_sparo.__main__ import main
-from dino_sparo.data.generated import ShapesSource, shapes_source
+from dino_sparo.data.generated import shapes_source
 from dino_sparo.data.shapes import FACTORS, draw_factors
 from dino_sparo.slots import factors
 from dino_sparo.slots.factors import NUM_VALUES, chance, factor_pictures, score_factors
-from dino_sparo.slots.parts import fit_discriminant, moments
+from dino_sparo.slots.parts import columns_of, fit_discriminant, moments
 
 CPU = torch.device("cpu")
 SLOTS, WIDTH = 4, 6
@@ -30,12 +30,9 @@ def planted(count, seed):
     return features.reshape(count, -1).astype(np.float32), values
 
 
-def scores(num_parts=SLOTS, **changes):
-    train, train_values = planted(600, seed=1)
-    test, test_values = planted(300, seed=2)
-    given = {"train": train, "train_values": train_values, "test": test, "test_values": test_values}
-    given |= {"num_values": NUM_PLANTED, "num_parts": num_parts, "device": CPU}
-    return score_factors(**given | changes)
+def scores(train=None, test=None, num_values=NUM_PLANTED, num_parts=SLOTS):
+    train, test = train or planted(600, seed=1), test or planted(300, seed=2)
+    return score_factors(*train, *test, num_values=num_values, num_parts=num_parts, device=CPU)
 
 
 def test_planted_factors_are_found_in_their_slots():
@@ -44,35 +41,31 @@ def test_planted_factors_are_found_in_their_slots():
     assert colour[2] > 97 and (np.delete(colour, 2) < 100 / 8 + 8).all()
     assert size[1] > 97 and (np.delete(size, 1) < 100 / 3 + 9).all()  # also the size between the others
     assert whole["colour"] > 97 and whole["size"] > 97
-    assert scores() == (alone, whole)
-
-
-def test_one_part_is_the_whole():
-    (alone,), whole = scores(num_parts=1)
-    assert alone == list(whole.values())
-    assert whole == pytest.approx(scores()[1])
+    (as_one,), same = scores(num_parts=1)
+    assert same == pytest.approx(whole) and as_one == list(same.values())
 
 
 def test_the_ridge_is_the_one_that_fits_pictures_held_out(monkeypatch):
     rng = np.random.default_rng(0)
-    values = {"colour": rng.integers(2, size=600)}
-    features = (rng.normal(size=(600, 90)) + 0.25 * values["colour"][:, None]).astype(np.float32)
-    train, test = np.arange(600) < 120, np.arange(600) >= 120  # little more pictures than numbers
-    given = {"train": features[train], "train_values": {"colour": values["colour"][train]}}
-    given |= {"test": features[test], "test_values": {"colour": values["colour"][test]}}
-    given |= {"num_values": {"colour": 2}, "num_parts": 1}
-    _, chosen = scores(**given)
-    found = {}
+    values = rng.integers(2, size=600)
+    features = (rng.normal(size=(600, 90)) + 0.25 * values[:, None]).astype(np.float32)
+    # little more pictures to learn from than numbers
+    train, test = ((features[rows], {"colour": values[rows]}) for rows in (slice(120), slice(120, 600)))
+
+    def score():
+        return scores(train, test, {"colour": 2}, num_parts=1)[1]["colour"]
+
+    chosen, found = score(), []
     for ridge in factors.RIDGES:
         monkeypatch.setattr(factors, "RIDGES", (ridge,))
-        found[ridge] = scores(**given)[1]["colour"]
-    assert chosen["colour"] == max(found.values()) > min(found.values()) + 5
+        found.append(score())
+    assert chosen == max(found) > min(found) + 5
 
 
 def test_test_values_change_nothing_that_is_learnt():
     test, values = planted(300, seed=2)
     changed = {name: (number - 1) - values[name] for name, number in NUM_PLANTED.items()}
-    alone, _ = scores(test=test, test_values=changed)
+    alone, _ = scores(test=(test, changed))
     assert alone[2][0] < 3  # 8 colours, none of which is its own opposite
 
 
@@ -80,7 +73,9 @@ def test_test_values_change_nothing_that_is_learnt():
 def test_the_discriminant_is_that_of_the_formula(subset):
     features, values = planted(600, seed=1)
     probe = fit_discriminant(
-        moments(features, values["colour"], num_classes=8, device=CPU), SLOTS, subset, ridge=0
+        moments(features, values["colour"], num_classes=8, device=CPU),
+        columns_of(SLOTS * WIDTH, SLOTS, subset),
+        ridge=0,
     )
     rows = features.reshape(-1, SLOTS, WIDTH)[:, subset].reshape(len(features), -1).astype(np.float64)
     labels = values["colour"]
@@ -100,7 +95,7 @@ def test_numbers_that_never_vary_and_values_that_never_occur_do_no_harm():
     features[:, 2 * WIDTH] = 5
     features[:, 2 * WIDTH + 1] = 0
     sums = moments(features, values["colour"], num_classes=9, device=CPU)
-    probe = fit_discriminant(sums, SLOTS, [2], ridge=0.01)
+    probe = fit_discriminant(sums, columns_of(SLOTS * WIDTH, SLOTS, [2]), ridge=0.01)
     scored = torch.from_numpy(features[:, 2 * WIDTH : 3 * WIDTH]) @ probe.weight + probe.bias
     assert (scored.argmax(1).numpy() == values["colour"]).mean() > 0.9
     assert probe.weight.isfinite().all() and (scored[:, 8] == -torch.inf).all()
@@ -108,17 +103,13 @@ def test_numbers_that_never_vary_and_values_that_never_occur_do_no_harm():
 
 def test_pictures_are_those_that_no_training_sees():
     source, values = factor_pictures(3, 40)
-    assert isinstance(source, ShapesSource)
-    of_training = shapes_source("train").seed, shapes_source("val").seed
-    assert source.seed not in of_training
+    assert source.seed not in (shapes_source("train").seed, shapes_source("val").seed)
     assert source.indices.tolist() == list(range(3, 43))
-    assert values.keys() == NUM_VALUES.keys() and [*FACTORS] == [*NUM_VALUES][:-1]
-    for number, index in ((0, 3), (39, 42)):
-        drawn = draw_factors(source.seed, index)
-        assert {name: int(of[number]) for name, of in values.items()} == {
-            **{name: getattr(drawn, name) for name in FACTORS},
-            "count": drawn.num_objects - 1,
-        }
+    assert [*values] == [*NUM_VALUES] == [*FACTORS, "count"]
+    for number in range(40):
+        drawn = draw_factors(source.seed, 3 + number)
+        expected = {name: getattr(drawn, name) for name in FACTORS} | {"count": drawn.num_objects - 1}
+        assert {name: int(of[number]) for name, of in values.items()} == expected
     assert all(of.max() < NUM_VALUES[name] for name, of in values.items())
 
 

@@ -13,7 +13,7 @@ from dino_sparo.data.images import CenterCrops, normalize
 from dino_sparo.data.sources import open_images
 from dino_sparo.interop.load import load_encoder
 from dino_sparo.slots.attention import slot_attention
-from dino_sparo.slots.drawing import overlay
+from dino_sparo.slots.drawing import draw_grid, overlay
 from dino_sparo.slots.gallery import neighbors, strongest
 from tests.tiny import write_pictures
 
@@ -63,21 +63,32 @@ def read(out: Path) -> dict:
     return json.loads((out / "gallery" / "gallery.json").read_text())
 
 
-def test_the_program_end_to_end(run_dir, pictures, tmp_path, capsys):
+def test_the_program_end_to_end(run_dir, pictures, tmp_path, capsys, monkeypatch):
+    drawn = {}
+
+    def draw(rows, titles, path, heading):
+        drawn[path.name] = rows, titles, heading
+        draw_grid(rows, titles, path, heading)
+
+    monkeypatch.setattr("dino_sparo.slots.gallery.draw_grid", draw)
     assert run(run_dir, pictures, tmp_path, "--num_images=3", "--num_neighbours=2") == 0
     content = read(tmp_path)
     assert (content["run"], content["data"]) == (str(run_dir), str(pictures))
-    source = open_images(str(pictures))
+    source, encoder = open_images(str(pictures)), load_encoder(run_dir)
+    names = [source.name(number) for number in range(len(source))]
     pixels = torch.stack([CenterCrops(source, 16)[number] for number in range(len(source))])
+    maps, _ = slot_attention(encoder, normalize(pixels))
     with torch.no_grad():
-        slots = load_encoder(run_dir)(normalize(pixels)).view(6, 2, 4).double()
+        slots = encoder(normalize(pixels)).view(6, 2, 4).double()
     slots -= slots.mean(dim=0)
     responses = slots.norm(dim=2) / slots.square().sum(dim=2).mean(dim=0).sqrt()
-    names = [source.name(number) for number in range(len(source))]
     assert [entry["slot"] for entry in content["slots"]] == [0, 1]
     for slot, entry in enumerate(content["slots"]):
+        rows, titles, heading = drawn[entry["picture"]]
+        assert heading.startswith(f"slot {slot}\n")
         strongest_three = responses[:, slot].argsort(descending=True)[:3].tolist()
         assert [top["image"] for top in entry["top"]] == [names[number] for number in strongest_three]
+        columns = []
         for number, top in zip(strongest_three, entry["top"], strict=True):
             assert top["response"] == pytest.approx(float(responses[number, slot]), rel=1e-3)
             cosines = torch.cosine_similarity(slots[:, slot], slots[number, slot][None])
@@ -86,6 +97,15 @@ def test_the_program_end_to_end(run_dir, pictures, tmp_path, capsys):
             assert [near["image"] for near in top["neighbours"]] == [names[other] for other in nearest]
             found = [near["cosine"] for near in top["neighbours"]]
             assert found == pytest.approx(cosines[nearest].tolist(), abs=1e-3)
+            columns.append([number, *nearest])
+        peak = float(maps[np.concatenate(columns), slot].max())
+        for place, column in enumerate(columns):
+            for row, number in enumerate(column):
+                expected = overlay(pixels[number], maps[number, slot], peak).astype(int)
+                assert abs(rows[row][place] - expected).max() <= 1  # batches round differently
+                assert titles[row][place].endswith(f"class{number // 3}")
+        assert titles[0][0].startswith(f"response {entry['top'][0]['response']:.2f}")
+        assert titles[1][0].startswith(f"cosine {entry['top'][0]['neighbours'][0]['cosine']:.3f}")
         picture = np.asarray(Image.open(tmp_path / "gallery" / entry["picture"]).convert("RGB"))
         assert min(picture.shape[:2]) > 3 * 100 and picture.std() > 10  # three columns of three
     assert f"2 slots over 6 images: {tmp_path / 'gallery'}" in capsys.readouterr().out
@@ -108,29 +128,3 @@ def test_one_image_has_no_neighbors(run_dir, tmp_path):
     for entry in read(tmp_path)["slots"]:
         assert [(top["response"], top["neighbours"]) for top in entry["top"]] == [(0.0, [])]
         assert (tmp_path / "gallery" / entry["picture"]).exists()
-
-
-def test_the_map_of_the_slot_itself_is_drawn(run_dir, pictures, tmp_path, monkeypatch):
-    drawn = {}
-    monkeypatch.setattr(
-        "dino_sparo.slots.gallery.draw_grid",
-        lambda rows, titles, path, heading: drawn.update({path.name: (rows, titles, heading)}),
-    )
-    assert run(run_dir, pictures, tmp_path, "--num_images=3", "--num_neighbours=2") == 0
-    source = open_images(str(pictures))
-    numbers = {source.name(number): number for number in range(len(source))}
-    pixels = torch.stack([CenterCrops(source, 16)[number] for number in range(len(source))])
-    maps, _ = slot_attention(load_encoder(run_dir), normalize(pixels))
-    for slot, entry in enumerate(read(tmp_path)["slots"]):
-        rows, titles, heading = drawn[entry["picture"]]
-        columns = [[top["image"], *(near["image"] for near in top["neighbours"])] for top in entry["top"]]
-        shown = [[numbers[name] for name in column] for column in columns]
-        peak = float(maps[[number for column in shown for number in column], slot].max())
-        for place, column in enumerate(shown):
-            for row, number in enumerate(column):
-                expected = overlay(pixels[number], maps[number, slot], peak).astype(int)
-                assert abs(rows[row][place] - expected).max() <= 1  # batches round differently
-                assert titles[row][place].endswith(f"class{number // 3}")
-        assert titles[0][0].startswith(f"response {entry['top'][0]['response']:.2f}")
-        assert titles[1][0].startswith(f"cosine {entry['top'][0]['neighbours'][0]['cosine']:.3f}")
-        assert heading.startswith(f"slot {slot}\n")

@@ -1,29 +1,30 @@
+"""The page of `slots report` shows what a run folder holds, and names the command for what it lacks."""
+
 import json
 import os
 import re
 import shutil
-import subprocess
 import time
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from dino_sparo.__main__ import main
 from dino_sparo.errors import UserError
-from dino_sparo.slots.page import FILES, RunFiles, all_sections, render
-from dino_sparo.slots.page_figures import picture_uri
-from tests.report_samples import write_run
-from tests.tiny import tiny_options, write_pictures
+from dino_sparo.interop.load import load_encoder
+from dino_sparo.slots.page import FILES, Subject, picture_uri, write_page
+from tests.tiny import write_pictures
 
-LIMIT = 15_000_000
-VOID = ("meta", "img", "link", "br", "hr")
+MACHINE = ("--device=cpu", "--num_workers=0")
 WEBSITE = re.compile(
     r"""(?:src|href|url|srcset|action|data)\s*[=(]\s*["']?\s*(?:https?:)?//""", re.IGNORECASE
 )
 
 
 class Page(HTMLParser):
-    """Checks that elements are balanced; collects cells of tables, captions' files and text of commands."""
+    """Checks that elements are balanced; collects cells of tables, files of captions and text of commands."""
 
     def __init__(self, text):
         super().__init__()
@@ -36,25 +37,19 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         assert not any(name.startswith("on") for name, _ in attrs), "a script in an attribute"
         self.tags.append(tag)
+        self.uncaptioned += tag == "figure"
         if tag == "tr":
             self.rows.append([])
         if tag in ("td", "th"):
             self.rows[-1].append("")
-        if tag == "figure":
-            self.uncaptioned += 1
-        if tag not in VOID:
+        if tag not in ("meta", "img"):
             self.open.append((tag, dict(attrs).get("class")))
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
 
     def handle_endtag(self, tag):
         assert self.open.pop()[0] == tag
 
     def handle_data(self, data):
-        if not self.open:
-            return
-        tag, kind = self.open[-1]
+        tag, kind = self.open[-1] if self.open else (None, None)
         if tag in ("td", "th"):
             self.rows[-1][-1] += data
         if (tag, kind) == ("code", "file"):
@@ -64,150 +59,157 @@ class Page(HTMLParser):
             self.commands.append(data)
 
 
+@pytest.fixture(scope="module")
+def reported(slot_runs, tmp_path_factory):
+    """A run folder with everything that a report can show, and the report."""
+    run = tmp_path_factory.mktemp("report") / "run"
+    shutil.copytree(slot_runs["sparo"], run)
+    data, control = f"--data.path={slot_runs['data']}", f"--control={slot_runs['cls']}"
+    assert main(["knn", str(run), data, "--k=[10,20]", *MACHINE]) == 0
+    assert main(["slots", "factors", str(run), control, "--num_images=200", *MACHINE]) == 0
+    assert main(["slots", "report", str(run), data, control, *MACHINE]) == 0
+    return run
+
+
 @pytest.fixture
-def copied(sample, tmp_path):
-    shutil.copytree(sample, tmp_path / "run")
-    return tmp_path / "run"
+def copied(reported, tmp_path):
+    return shutil.copytree(reported, tmp_path / "run")
 
 
-def page_of(folder, num_slots=16, **asked):
-    commands = {name: f"dino-sparo slots {name} RUN" for name in (*FILES, "knn", "linear")}
-    files = RunFiles(folder, folder / "slots", commands, asked)
-    return render(folder.name, {}, all_sections(files, num_slots), "seed: 0\n")
+def page_of(folder, **about):
+    write_page(folder / "page.html", Subject(str(folder), **about), load_encoder(folder))
+    return Page((folder / "page.html").read_text())
 
 
-@pytest.fixture(scope="module")
-def sample(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("report") / "run"
-    write_run(folder, num_slots=8)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def sample_page(sample):
-    return page_of(sample, 8)
+def commands(folder, *parts, **about):
+    return [Subject(str(folder), **about).command(part) for part in parts]
 
 
 def read(folder, part):
     return json.loads((folder / "slots" / FILES[part]).read_text())
 
 
-def test_page_is_balanced_loads_nothing_and_names_existing_files(sample, sample_page):
-    text, page = sample_page, Page(sample_page)
-    assert "script" not in page.tags
-    assert not WEBSITE.search(text) and "@import" not in text
+def test_page_is_balanced_loads_nothing_and_names_existing_files(reported):
+    text = (reported / "slots" / "report.html").read_text()
+    page = Page(text)
+    assert "script" not in page.tags and not WEBSITE.search(text) and "@import" not in text
     assert page.uncaptioned == 0, "a figure without the name of its file"
-    for name in page.files:
-        assert (sample / name).is_file() or name == "config.yaml"
-    assert {f"slots/{file}" for part, file in FILES.items()} | {"results.json"} <= {*page.files} | {
-        f"slots/{part}/{part}.json" for part in ("maps", "gallery")
-    }
-    assert {"slots/maps/grid.png", "slots/mask/mask.png", "slots/gallery/slot03.png"} <= {*page.files}
-    assert page.commands == []
+    assert all((reported / name).is_file() for name in page.files)
+    pictures = ("rank/curve", "health/health", "maps/grid", "gallery/slot02", "mask/mask", "factors/factors")
+    assert {"results.json", "metrics.jsonl", *(f"slots/{name}.png" for name in pictures)} <= {*page.files}
+    (command,) = page.commands
+    assert command.startswith(f"dino-sparo linear {reported} --data.path ")
+    assert "3 of 4 numbers" in text and "seed: 0" in text and "1 epochs, 2 steps" in text
 
 
-def test_tables_hold_the_numbers_of_the_files(sample, sample_page):
-    rows = Page(sample_page).rows
-    ranked, of_mask, known = read(sample, "rank"), read(sample, "mask"), read(sample, "factors")
-    for encoder in ranked["encoders"]:
+def test_tables_hold_the_numbers_of_the_files(reported):
+    rows = Page((reported / "slots" / "report.html").read_text()).rows
+    known = read(reported, "factors")
+    for encoder in read(reported, "rank")["encoders"]:
         for part, (knn, linear) in enumerate(zip(*encoder["alone"].values(), strict=True)):
             place = encoder["orders"]["knn"].index(part) + 1
-            assert [str(part), str(place), f"{knn:.2f}", f"{linear:.2f}"] in rows
-    for row in of_mask["rows"]:
-        numbers = [f"{row[key]:.2f}" for key in ("initial", "masked", "relative_change", "kept")]
-        assert [row["encoder"], row["over"], row["test_set"], *numbers] in rows
+            assert [str(part), str(place), f"{knn:.4g}", f"{linear:.4g}"] in rows
+        half = encoder["half"]["greedy"]
+        assert [f"{half['knn']:.4g}", f"{half['linear']:.4g}"] in [row[3:] for row in rows]
+    for row in read(reported, "mask")["rows"]:
+        numbers = [row[key] for key in ("initial", "masked", "relative_change", "kept")]
+        cells = ["–" if number is None else f"{number:.4g}" for number in numbers]
+        assert [row["encoder"], row["over"], row["test_set"], *cells] in rows
     for slot, scores in enumerate(known["encoders"][0]["alone"]):
-        assert [f"slot {slot}", *(f"{score:.2f}" for score in scores)] in rows
-    for slot in read(sample, "health")["slots"]:
-        assert any(row[0] == str(slot["slot"]) and f"{slot['overlap']:.4f}" in row for row in rows)
-        assert any(row[0] == str(slot["slot"]) and row[6:] == ["–", *row[7:]] for row in rows if len(row) > 6)
-    assert ["knn", "20-NN", "run", "teacher", "100 %", "44.56", "91.03", "8"] in rows
+        assert [f"slot {slot}", *(f"{score:.4g}" for score in scores)] in rows
+    for slot in read(reported, "health")["slots"]:
+        assert any(row[0] == str(slot["slot"]) and f"{slot['overlap']:.4g}" in row for row in rows)
+    for result in json.loads((reported / "results.json").read_text())["results"]:
+        assert [f"{result['top1']:.4g}", f"{result['top5']:.4g}", "12"] in [row[5:] for row in rows]
 
 
 def test_each_missing_part_tells_its_command(copied):
     shutil.rmtree(copied / "slots")
-    assert Page(page_of(copied, 8)).commands == [f"dino-sparo slots {part} RUN" for part in FILES]
+    assert page_of(copied).commands == commands(copied, "linear", *FILES)
     for path in copied.iterdir():
         if path.is_file():
             path.unlink()
-    assert len(Page(page_of(copied, 8)).commands) == len(FILES) + 2  # k-NN and linear
+    asked = {"data": "my data", "control": "other", "which": "student"}
+    shown = page_of(copied, **asked).commands
+    assert shown == commands(copied, "knn", "linear", *FILES, **asked)
+    assert shown[2] == (
+        f"dino-sparo slots rank {copied} --data.path 'my data' --control other --which student"
+    )
 
 
-def test_an_analysis_of_others_is_not_shown(sample):
-    assert Page(page_of(sample, 8, which="teacher")).commands == []
-    page = Page(page_of(sample, 8, which="student"))
-    assert "dino-sparo slots maps RUN" in page.commands and "slots/maps/grid.png" not in page.files
-    page = Page(page_of(sample, 8, data="elsewhere"))
-    assert [f"dino-sparo slots {part} RUN" for part in ("rank", "health")] == page.commands[:2]
+def test_an_analysis_of_others_is_not_shown(reported):
+    page = page_of(reported, which="student")
+    assert page.commands == commands(reported, "linear", *FILES, which="student")
+    page = page_of(reported, data="elsewhere")
+    assert page.commands == commands(
+        reported, "linear", *(p for p in FILES if p != "factors"), data="elsewhere"
+    )
     assert not any(name.startswith(("slots/rank", "slots/gallery")) for name in page.files)
 
 
+def test_the_best_and_the_worst_slots_are_shown(tmp_path):
+    subject = Subject(str(tmp_path))
+    assert subject.slots_to_show(3) == [0, 1, 2]
+    (tmp_path / "slots" / "rank").mkdir(parents=True)
+    order = [7, 3, 11, 0, 1, 2, 4, 5, 6, 8, 9, 10]
+    content = {"encoders": [{"orders": {"knn": order}}]}
+    (tmp_path / "slots" / FILES["rank"]).write_text(json.dumps(content))
+    assert subject.slots_to_show(12) == [7, 3, 11, 0, 6, 8, 9, 10]
+
+
+def test_slots_that_were_not_drawn_are_told(copied):
+    for part in ("maps", "gallery"):
+        content = read(copied, part)
+        content["slots"] = [slot for slot in content["slots"] if slot != 2 and slot != content["slots"][-1]]
+        (copied / "slots" / FILES[part]).write_text(json.dumps(content))
+    _, maps, gallery = page_of(copied).commands
+    assert maps.startswith(commands(copied, "maps")[0]) and "--slots '[" in maps
+    assert gallery == commands(copied, "gallery")[0]
+
+
 def test_what_is_older_than_a_checkpoint_says_so(copied):
-    (copied / "checkpoints").mkdir(exist_ok=True)
     newer = copied / "checkpoints" / "epoch0009.pt"
     newer.touch()
     os.utime(newer, (time.time() + 3600,) * 2)
-    commands = [f"dino-sparo slots {part} RUN" for part in ("knn", "linear", *FILES)]
-    assert Page(page_of(copied, 8)).commands == commands
+    assert page_of(copied).commands == commands(copied, "linear", "knn", "linear", *FILES)
 
 
 def test_a_missing_picture_leaves_a_line(copied):
     (copied / "slots" / "maps" / "grid.png").unlink()
-    assert "slots/maps/grid.png is missing" in page_of(copied, 8)
+    page_of(copied)
+    assert "slots/maps/grid.png is missing" in (copied / "page.html").read_text()
 
 
-def test_a_damaged_file_is_named(copied):
-    for content in ("{", "[]", '{"rows": [{}], "data": ""}'):
-        (copied / "slots" / "mask" / "mask.json").write_text(content)
-        with pytest.raises(UserError, match=r"mask\.json is damaged .* remove it"):
-            page_of(copied, 8)
+@pytest.mark.parametrize("content", ["{", "[]", '{"rows": [{}], "data": ""}'])
+def test_a_damaged_file_is_named(copied, content):
+    (copied / "slots" / "mask" / "mask.json").write_text(content)
+    with pytest.raises(UserError, match=r"mask\.json is damaged .* remove it"):
+        page_of(copied)
 
 
-def test_names_are_escaped(tmp_path):
-    folder = tmp_path / "a&b"
-    write_run(folder, num_slots=2, name='<script>alert(1)<_script>&$x$" onload="alert(2)')
-    page = Page(page_of(folder, 2))
-    assert "script" not in page.tags and "alert(1)" not in page.tags
-    assert any("<script>" in cell for row in page.rows for cell in row)
-
-
-def test_many_slots_with_big_pictures_stay_under_the_limit(tmp_path, monkeypatch):
-    write_run(tmp_path / "run", num_slots=64, picture_side=24)
-    big = "dino_sparo.slots.page.picture_uri"
-    sizes = []
-    monkeypatch.setattr(big, lambda path, most: sizes.append(most) or f"data:,{'x' * (most * 4 // 3 + 30)}")
-    assert len(page_of(tmp_path / "run", 64)) < LIMIT
-    assert len(sizes) > 50
+def test_names_are_escaped(copied):
+    content = read(copied, "mask")
+    name = '<script>alert(1)</script>&" onload="alert(2)'
+    content["rows"][0]["encoder"] = name
+    (copied / "slots" / FILES["mask"]).write_text(json.dumps(content))
+    page = page_of(copied)
+    assert "script" not in page.tags and any(row[0] == name for row in page.rows)
 
 
 def test_a_big_picture_gets_smaller(tmp_path):
-    write_run(tmp_path / "run", num_slots=2, picture_side=700)
-    path = tmp_path / "run" / "slots" / "maps" / "grid.png"
-    assert path.stat().st_size > 1_000_000
-    assert len(picture_uri(path, 60_000)) < 80_050
-    assert picture_uri(path, 10_000_000).startswith("data:image/png;base64,")
+    noise = np.random.default_rng(0).integers(0, 256, (700, 700, 4), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png", compress_level=1)
+    content = (tmp_path / "noise.png").read_bytes()
+    assert len(content) > 1_000_000
+    assert len(picture_uri(content, 60_000)) < 80_050
+    assert picture_uri(content, 10_000_000).startswith("data:image/png;base64,")
 
 
 def test_report_of_a_run_without_analyses(run_dir, capsys):
     assert main(["slots", "report", str(run_dir), "--device", "cpu"]) == 0
     assert f"dino-sparo slots rank {run_dir} --data.path DIR" in capsys.readouterr().out
-    text = (run_dir / "slots" / "report.html").read_text()
-    assert "2 of 4 numbers" in text and "Training curves" in text
-    assert len(Page(text).commands) == len(FILES) + 2
-
-
-@pytest.mark.long
-def test_report_makes_what_is_missing(tmp_path):
-    from dino_sparo.cli.pretraining import pretrain
-
-    write_pictures(tmp_path / "data", 60, classes=2)
-    pretrain(tiny_options(tmp_path / "data", tmp_path / "run", optim__epochs=2))
-    arguments = ["slots", "report", str(tmp_path / "run"), "--data.path", str(tmp_path / "data")]
-    assert main([*arguments, "--device", "cpu", "--num_workers", "0"]) == 0
-    page = Page((tmp_path / "run" / "slots" / "report.html").read_text())
-    assert {f"slots/{FILES[part]}" for part in ("rank", "health", "mask")} <= {*page.files}
-    for name in page.files:
-        assert (tmp_path / "run" / name).is_file()
+    page = Page((run_dir / "slots" / "report.html").read_text())
+    assert page.commands == commands(run_dir, "knn", "linear", *FILES)
 
 
 @pytest.mark.long
@@ -221,41 +223,11 @@ def test_without_classes_the_report_leaves_out_what_needs_them(run_dir, tmp_path
         (tmp_path / "data" / "val").mkdir()
         shutil.copy(next((tmp_path / "data" / "train").rglob("*.png")), tmp_path / "data" / "val")
     data, out = tmp_path / folder, tmp_path / "out"
-    arguments = ["slots", "report", str(run_dir), "--data.path", str(data), "--out", str(out)]
-    assert main([*arguments, "--device", "cpu", "--num_workers", "0"]) == 0
-    said = capsys.readouterr().out
-    left_out = [line for line in said.splitlines() if "rank" in line]
-    assert len(left_out) == 1 and reason in left_out[0]
-    assert left_out[0].startswith("rank and mask are left out, since they need classes: ")
-    made = {part for part, file in FILES.items() if (out / file).is_file()}
-    assert made == {"health", "maps", "gallery"}
+    assert main(["slots", "report", str(run_dir), f"--data.path={data}", f"--out={out}", *MACHINE]) == 0
+    (left_out,) = [line for line in capsys.readouterr().out.splitlines() if "rank" in line]
+    assert left_out.startswith("rank and mask are left out, since they need classes: ") and reason in left_out
+    assert {part for part, file in FILES.items() if (out / file).is_file()} == {"health", "maps", "gallery"}
     page = Page((out / "report.html").read_text())
-    assert not [command for command in page.commands if f"{data} " in command and "rank" in command]
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("width", [390, 1280])
-def test_nothing_is_wider_than_the_window(sample_page, tmp_path, width):
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no Chromium here")
-    (tmp_path / "page.html").write_text(sample_page)
-    frame = f"""<title>none</title>
-    <iframe id="f" src="page.html" style="width:{width}px;height:900px"></iframe>
-    <script>let f = document.getElementById("f"); f.onload = () => {{
-        let d = f.contentDocument.documentElement; document.title = d.scrollWidth + "/" + d.clientWidth
-    }}</script>"""
-    (tmp_path / "frame.html").write_text(frame)
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--dump-dom"]
-    profile = f"--user-data-dir={tmp_path / 'profile'}"
-    address = (tmp_path / "frame.html").as_uri()
-    found = subprocess.run(
-        [browser, *options, profile, "--virtual-time-budget=5000", address],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    ).stdout
-    sizes = re.search(r"<title>(\d+)/(\d+)</title>", found)
-    assert sizes is not None, found[:300]
-    assert int(sizes[1]) <= int(sizes[2]) <= width
+    about = {"data": str(data), "out": str(out), "has_classes": False}
+    assert page.commands == commands(run_dir, "knn", "linear", "rank", "mask", "factors", **about)
+    assert f"dino-sparo slots rank {run_dir} --data.path DIR --out {out}" in page.commands

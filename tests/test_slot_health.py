@@ -43,29 +43,19 @@ def health_of(*batches):
     return statistics.health()
 
 
-def assert_same(one, other):
-    for name, value in vars(one).items():
-        torch.testing.assert_close(value, getattr(other, name), msg=name)
-
-
 # --- Single images
 
 
 def test_one_patch_and_all_patches():
-    attn = torch.zeros(1, 3, 10)
+    attn = torch.zeros(1, 4, 10)
     attn[0, 0, 4] = 1
     attn[0, 1] = 1 / 10
     attn[0, 2, 1:] = 0.4 / 9
     attn[0, 2, 0] = 0.6  # on CLS, which does not change how many patches the rest is spread over
-    assert effective_patches(attn)[0].tolist() == pytest.approx([1, 9, 9], rel=1e-5)
+    attn[0, 3, 0] = 1
+    assert effective_patches(attn)[0].tolist() == pytest.approx([1, 9, 9, 1], rel=1e-5)
     on_cls = -0.6 * math.log(0.6) - 0.4 * math.log(0.4 / 9)
-    assert attention_entropy(attn)[0].tolist() == pytest.approx([0, math.log(10), on_cls], rel=1e-5)
-
-
-def test_attention_that_is_all_on_cls_is_a_number():
-    attn = torch.zeros(1, 1, 10)
-    attn[..., 0] = 1
-    assert effective_patches(attn).item() == 1
+    assert attention_entropy(attn)[0].tolist() == pytest.approx([0, math.log(10), on_cls, 0], rel=1e-5)
 
 
 def test_overlap_is_the_sum_of_the_lesser_shares():
@@ -73,14 +63,11 @@ def test_overlap_is_the_sum_of_the_lesser_shares():
     direct = torch.minimum(attn[:, :, None], attn[:, None]).sum(-1)
     torch.testing.assert_close(attention_overlap(attn), direct)
     torch.testing.assert_close(attention_agreement(attn, attn), torch.ones(12, 5))
-    expected = torch.stack([attention_overlap(torch.stack(pair, 1))[:, 0, 1] for pair in _slots(attn, other)])
-    torch.testing.assert_close(attention_agreement(attn, other), expected.T)
+    both = torch.stack([attn, other], dim=2).flatten(0, 1)  # (images x slots, 2, tokens)
+    expected = attention_overlap(both)[:, 0, 1].view(12, 5)
+    torch.testing.assert_close(attention_agreement(attn, other), expected)
     apart = torch.eye(10)[None, :2]
     assert attention_overlap(apart)[0].tolist() == [[1, 0], [0, 1]]
-
-
-def _slots(attn, other):
-    return zip(attn.unbind(1), other.unbind(1), strict=True)
 
 
 # --- Many images
@@ -111,35 +98,29 @@ def test_planted_dead_and_duplicate_slots():
     assert health.agreement is None
 
 
-def test_a_slot_that_varies_little_beside_the_others_is_dead_only_below_the_bound():
+def test_bounds_of_dead_slots():
     directions = torch.nn.functional.normalize(torch.randn(400, 5, 3), dim=-1)
-    for scale, dead in ((0.06, False), (0.04, True)):
+    for scale, dead in ((0.06, False), (0.04, True)):  # of the variation of the others
         factors = torch.tensor([1, 1, scale, 1, 1])[:, None]
         health = health_of((attention(400), directions * factors))
         assert health.dead.tolist() == [False, False, dead, False, False]
-
-
-def test_where_all_are_constant_all_are_dead():
-    slots = torch.randn(1, 5, 3) + 0.001 * torch.randn(12, 5, 3)
-    assert health_of((attention(), slots)).dead.all()
-    assert health_of((attention(), torch.zeros(12, 5, 3))).dead.all()
-
-
-def test_one_slot_alone_has_no_duplicate():
-    health = health_of((attention(slots=1), outputs(slots=1)))
-    assert health.overlap.tolist() == [0] and not health.duplicate.any() and not health.dead.any()
+    nearly_constant = torch.randn(1, 5, 3) + 0.001 * torch.randn(12, 5, 3)
+    for slots in (nearly_constant, torch.zeros(12, 5, 3)):
+        assert health_of((attention(), slots)).dead.all()
+    alone = health_of((attention(slots=1), outputs(slots=1)))
+    assert alone.overlap.tolist() == [0] and not alone.duplicate.any() and not alone.dead.any()
 
 
 def test_batches_and_processes_make_the_numbers_of_all_images(monkeypatch):
-    attn, slots, other = attention(), outputs(), attention()
-    whole = health_of((attn, slots, other))
-    parts = list(zip(attn.split([5, 4, 3]), slots.split([5, 4, 3]), other.split([5, 4, 3]), strict=True))
-    assert_same(health_of(*parts), whole)
+    whole = attention(), outputs(), attention()
+    first, *others = zip(*(values.split([5, 4, 3]) for values in whole), strict=True)
+    expected = vars(health_of(whole))
+    torch.testing.assert_close(vars(health_of(first, *others)), expected)
     theirs = []
     monkeypatch.setattr(module, "sum_over_ranks", lambda values: theirs.append(values) or values)
-    health_of(*parts[1:])
+    health_of(*others)
     monkeypatch.setattr(module, "sum_over_ranks", lambda values: values + theirs[0])
-    assert_same(health_of(parts[0]), whole)
+    torch.testing.assert_close(vars(health_of(first)), expected)
 
 
 # --- In training
@@ -185,11 +166,6 @@ def test_the_student_goes_on_as_it_was_and_no_random_number_is_drawn():
     assert all(parameter.grad is None for parameter in student.parameters())
 
 
-def test_encoder_without_slots_has_no_slot_health():
-    encoder = build_encoder(ARCH, 8, 16, readout="cls")
-    assert slot_health(encoder, encoder, torch.randn(2, 3, 16, 16)) == {}
-
-
 def test_runs_log_it_and_come_to_the_same_state(tmp_path, monkeypatch):
     write_pictures(tmp_path / "data", 8)
     pretrain(tiny_options(tmp_path / "data", tmp_path / "logged"))
@@ -203,6 +179,8 @@ def test_runs_log_it_and_come_to_the_same_state(tmp_path, monkeypatch):
     assert len(hashes) == 1
 
 
-def test_runs_without_slots_log_none_of_it(slot_runs):
+def test_without_slots_there_is_none_of_it(slot_runs):
+    encoder = build_encoder(ARCH, 8, 16, readout="cls")
+    assert slot_health(encoder, encoder, torch.randn(2, 3, 16, 16)) == {}
     entries = read_metrics(slot_runs["cls"])
     assert entries and not any(name.startswith("slot") for entry in entries for name in entry)

@@ -1,7 +1,6 @@
 """`dino-sparo slots ...`: looking at single slots, scoring, choosing and masking them."""
 
 import json
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,8 @@ from dino_sparo.recipe.typed import Count, Seed
 
 if TYPE_CHECKING:
     from dino_sparo.models import Encoder
-    from dino_sparo.slots.page import RunFiles
+    from dino_sparo.slots.page import Subject
     from dino_sparo.slots.parts import CutEncoder
-
-OF_CLASSES = ("rank", "mask")  # analyses that need labelled images
-COMPARING = ("rank", "mask", "factors")  # analyses that take a control
 
 
 @dataclass(kw_only=True)
@@ -46,6 +42,14 @@ class CachedSlotsOptions(SlotsOptions):
     """Folder for features on disk; null takes `features` in the run folder, or beside a weights file."""
     cache_precision: Literal["float16", "float32"] = "float16"
     """Of the features on disk."""
+
+
+@dataclass(kw_only=True)
+class ComparedSlotsOptions(CachedSlotsOptions):
+    """What the commands take that compare slots with an encoding without."""
+
+    control: str | None = None
+    """A run without slots to treat alike; its encoding is cut into as many equal parts where parts count."""
 
 
 @dataclass(kw_only=True)
@@ -80,13 +84,11 @@ class SlotGalleryOptions(CachedSlotsOptions):
 
 
 @dataclass(kw_only=True)
-class SlotRankOptions(CachedSlotsOptions):
+class SlotRankOptions(ComparedSlotsOptions):
     """Each slot alone by k-NN and by a linear probe, and accuracy against the number of slots kept."""
 
     data: LabelledDataOptions
     """The labelled images: slots are chosen on a part of train, and reported on val."""
-    control: str | None = None
-    """A run without slots, whose encoding is cut into as many equal parts and treated alike."""
     k: int = 20
     """Neighbours of the k-NN."""
     select_fraction: float = 0.2
@@ -96,15 +98,13 @@ class SlotRankOptions(CachedSlotsOptions):
 
 
 @dataclass(kw_only=True)
-class SlotMaskOptions(CachedSlotsOptions):
+class SlotMaskOptions(ComparedSlotsOptions):
     """A mask over slots or over single numbers of the encoding, learned with a frozen encoder."""
 
     data: LabelledDataOptions
     """The labelled images to learn the mask on."""
     transfer: str | None = None
     """A second labelled folder, NAME=DIR, on which the learned mask is tried."""
-    control: str | None = None
-    """A run without slots, whose encoding is cut into as many equal parts and masked alike."""
     epochs: int = 100
     """Passes over the train images."""
     lr: float = 0.02
@@ -126,11 +126,9 @@ class SlotHealthOptions(SlotsOptions):
 
 
 @dataclass(kw_only=True)
-class SlotFactorsOptions(CachedSlotsOptions):
+class SlotFactorsOptions(ComparedSlotsOptions):
     """How well each slot tells each known factor of the generated pictures."""
 
-    control: str | None = None
-    """A run without slots, whose whole encoding is scored beside."""
     num_images: int = 2000
     """Pictures to learn from, at least 200; half as many others to test on."""
 
@@ -153,17 +151,15 @@ def maps(options: SlotMapsOptions) -> None:
 
     folder = _folder(options) / "maps"
     content = slot_maps(
-        _open(options),
-        open_images(options.data.path),
-        folder,
+        *(_open(options), open_images(options.data.path), folder),
         slots=options.slots,
         images=options.images,
         num_images=options.num_images,
         short_side=options.short_side,
         batch_size=options.batch_size,
-        num_workers=_workers(options),
+        num_workers=options.num_workers,
     )
-    _write_json(folder / "maps.json", _about(options) | content)
+    _write(options, folder / "maps.json", content)
     slots = ", ".join(map(str, content["slots"]))
     print(f"slots {slots} on {len(content['images'])} images: {folder / 'grid.png'}")
 
@@ -176,14 +172,12 @@ def gallery(options: SlotGalleryOptions) -> None:
     folder = _folder(options) / "gallery"
     source = open_images(options.data.path)
     entries = slot_gallery(
-        _cut(options)[0],
-        source,
-        folder,
+        *(_cut(options)[0], source, folder),
         slots=options.slots,
         num_images=options.num_images,
         num_neighbors=options.num_neighbours,
     )
-    _write_json(folder / "gallery.json", _about(options) | {"slots": entries})
+    _write(options, folder / "gallery.json", {"slots": entries})
     print(f"{len(entries)} slots over {len(source)} images: {folder}")
 
 
@@ -193,16 +187,14 @@ def rank(options: SlotRankOptions) -> None:
     from dino_sparo.slots.rank import rank_slots, table
 
     folder = _folder(options) / "rank"
-    train, val = open_labelled(options.data.path)
     result = rank_slots(
-        *(_cut(options), train, val, folder),
+        *(_cut(options), *open_labelled(options.data.path), folder),
         k=options.k,
         select_fraction=options.select_fraction,
         seed=options.seed,
     )
-    _write_json(folder / "rank.json", _about(options) | result)
-    print(table(result))
-    print(f"{folder / 'rank.json'}, {folder / 'curve.png'}")
+    _write(options, folder / "rank.json", result)
+    print(f"{table(result)}\n{folder / 'rank.json'}, {folder / 'curve.png'}")
 
 
 def mask(options: SlotMaskOptions) -> None:
@@ -223,31 +215,31 @@ def mask(options: SlotMaskOptions) -> None:
         batch_size=options.learning_batch_size,
         seed=options.seed,
     )
-    _write_json(folder / "mask.json", _about(options) | {"transfer": options.transfer} | result)
-    print(table(result))
-    print(f"{folder / 'mask.json'}, {folder / 'mask.png'}")
+    _write(options, folder / "mask.json", {"transfer": options.transfer} | result)
+    print(f"{table(result)}\n{folder / 'mask.json'}, {folder / 'mask.png'}")
 
 
 def health(options: SlotHealthOptions) -> None:
     """Entropy of attention, dead and duplicate slots: health.json, health.png and a table."""
     from dino_sparo.data.sources import open_images
-    from dino_sparo.slots.health import check_health, table
+    from dino_sparo.slots.health import as_entries, draw_health, measure_health, summarize, table
 
     folder = _folder(options) / "health"
-    encoder = _open(options)
-    content = check_health(
-        encoder,
-        open_images(options.data.path, options.num_images),
-        folder,
+    encoder, source = _open(options), open_images(options.data.path, options.num_images)
+    measured = measure_health(
+        *(encoder, source),
         other=_other_weights(options, encoder),
         batch_size=options.batch_size,
-        num_workers=_workers(options),
+        num_workers=options.num_workers,
     )
-    _write_json(folder / "health.json", _about(options) | content)
-    num_images, slots = content["num_images"], content["slots"]
-    print(f"{options.run} ({options.which}), {num_images} images, {len(slots)} slots")
-    print(table(slots, content["summary"]))
-    print(f"{folder / 'health.json'}, {folder / 'health.png'}")
+    slots = as_entries(measured)
+    summary = summarize(slots, encoder.backbone.native_grid**2)
+    folder.mkdir(parents=True, exist_ok=True)
+    draw_health(slots, summary, folder / "health.png")
+    content = {"num_images": len(source), "slots": slots, "summary": summary}
+    _write(options, folder / "health.json", content)
+    print(f"{options.run} ({options.which}), {len(source)} images, {len(slots)} slots")
+    print(f"{table(slots, summary)}\n{folder / 'health.json'}, {folder / 'health.png'}")
 
 
 def factors(options: SlotFactorsOptions) -> None:
@@ -256,105 +248,72 @@ def factors(options: SlotFactorsOptions) -> None:
 
     folder = _folder(options) / "factors"
     content = slot_factors(_cut(options), folder, num_images=options.num_images)
-    _write_json(folder / "factors.json", _about(options) | content)
+    _write(options, folder / "factors.json", content)
     print(
         f"{options.run} ({options.which}), learned from {content['num_train']} pictures, per cent of "
         f"{content['num_test']} others:"
     )
-    print(table(content["encoders"]))
-    print(f"{folder / 'factors.json'}, {folder / 'factors.png'}")
+    print(f"{table(content['encoders'])}\n{folder / 'factors.json'}, {folder / 'factors.png'}")
 
 
 def report(options: SlotReportOptions) -> None:
     """Make what is missing or about others if there is data for it, then write `report.html` beside it."""
-    from dino_sparo.evaluation.results import results_folder
-    from dino_sparo.slots.page import FILES, RunFiles, write_page
+    from dino_sparo.data.sources import open_labelled
+    from dino_sparo.slots.page import FILES, OF_CLASSES, Subject, write_page
 
     encoder = _open(options)
     if options.control:
         _open_control(options.control, options.which)
-    asked = {"which": options.which, "control": options.control, "data": options.data and options.data.path}
-    no_classes = _without_classes(options.data.path) if options.data is not None else ""
-    files = RunFiles(
-        results_folder(options.run),
-        _folder(options),
-        _commands(options, not no_classes),
-        {key: value for key, value in asked.items() if value},
-    )
-    if options.data is not None:
-        _make_missing(options, files, encoder.num_slots, not no_classes)
-    path = _folder(options) / "report.html"
+    data, no_classes = options.data.path if options.data else None, ""
+    if data:
+        try:
+            open_labelled(data)
+        except UnlabelledError as error:
+            no_classes = str(error)
+    subject = Subject(options.run, options.out, options.which, data, options.control, not no_classes)
+    if data:
+        _make_missing(options, subject, data, encoder.num_slots)
+    path = subject.slots / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_page(path, files, encoder, run=options.run, which=options.which)
+    write_page(path, subject, encoder)
     for name, file in FILES.items():
-        if not (files.slots / file).is_file() and not (no_classes and name in OF_CLASSES):
-            print(f"not on the page: {name}; made by  {files.commands[name]}")
+        if not (subject.slots / file).is_file() and not (no_classes and name in OF_CLASSES):
+            print(f"not on the page: {name}; made by  {subject.command(name)}")
     if no_classes:
         print(f"rank and mask are left out, since they need classes: {no_classes}")
     print(f"report ({path.stat().st_size / 1e6:.1f} MB): {path}")
 
 
-def _make_missing(options: SlotReportOptions, files: "RunFiles", num_slots: int, has_classes: bool) -> None:
+def _make_missing(options: SlotReportOptions, subject: "Subject", data: str, num_slots: int) -> None:
     """Run the commands whose results are not there; the ranking first, as it chooses what is drawn.
 
     What needs classes is left out for images without, and factors for pictures whose factors are unknown.
     """
     from dino_sparo.data.generated import SHAPES
-    from dino_sparo.slots.page import slots_to_show
 
-    assert options.data is not None
     common: dict[str, Any] = {
         name: getattr(options, name)
         for name in ("run", "which", "out", "device", "num_workers", "batch_size")
     }
-    images, labelled = ImagesOptions(options.data.path), LabelledDataOptions(options.data.path)
+    images, labelled = ImagesOptions(data), LabelledDataOptions(data)
     compared = common | {"control": options.control}
-    if has_classes and files.lack("rank"):
+
+    def lacks(part: str) -> bool:
+        return subject.find(part)[0] is None
+
+    if subject.has_classes and lacks("rank"):
         rank(SlotRankOptions(**compared, data=labelled))
-    best, worst = slots_to_show(files, num_slots)
-    if has_classes and files.lack("mask"):
+    slots = subject.slots_to_show(num_slots)
+    if subject.has_classes and lacks("mask"):
         mask(SlotMaskOptions(**compared, data=labelled))
-    if files.lack("health"):
+    if lacks("health"):
         health(SlotHealthOptions(**common, data=images))
-    if files.lack("maps"):
-        maps(SlotMapsOptions(**common, data=images, slots=[*best, *worst]))
-    if files.lack("gallery"):
-        gallery(SlotGalleryOptions(**common, data=images, slots=[*best, *worst]))
-    if SHAPES in (files.config.get("data", {}).get("path"), options.data.path) and files.lack("factors"):
+    if lacks("maps"):
+        maps(SlotMapsOptions(**common, data=images, slots=slots))
+    if lacks("gallery"):
+        gallery(SlotGalleryOptions(**common, data=images, slots=slots))
+    if SHAPES in (subject.config.get("data", {}).get("path"), data) and lacks("factors"):
         factors(SlotFactorsOptions(**compared))
-
-
-def _commands(options: SlotReportOptions, has_classes: bool) -> dict[str, str]:
-    """For each part of the page the command line that makes it, on the given images if they will do."""
-    from dino_sparo.slots.page import FILES
-
-    data = shlex.quote(options.data.path) if options.data is not None else "DIR"
-    labelled = data if has_classes else "DIR"
-    which = "" if options.which == "teacher" else f" --which {options.which}"
-    out = f" --out {shlex.quote(options.out)}" if options.out else ""
-    control = f" --control {shlex.quote(options.control)}" if options.control else ""
-    run = shlex.quote(options.run)
-    found = {name: f"dino-sparo {name} {run} --data.path {labelled}{which}" for name in ("knn", "linear")}
-    for name in FILES:
-        needs = "" if name == "factors" else f" --data.path {labelled if name in OF_CLASSES else data}"
-        compared = control if name in COMPARING else ""
-        found[name] = f"dino-sparo slots {name} {run}{needs}{compared}{which}{out}"
-    return found
-
-
-def _without_classes(path: str) -> str:
-    """Why rank and mask cannot be made of these images; empty if they can.
-
-    Raises:
-        UserError: there is another mistake in the images.
-    """
-    from dino_sparo.data.sources import open_labelled
-
-    try:
-        open_labelled(path)
-    except UnlabelledError as error:
-        return str(error)
-    return ""
 
 
 def _open(options: SlotsOptions) -> "Encoder":
@@ -378,11 +337,7 @@ def _open(options: SlotsOptions) -> "Encoder":
 
 
 def _open_control(run: str, which: str) -> "Encoder":
-    """The encoder of a run without slots, in evaluation mode, on the CPU.
-
-    Raises:
-        UserError: it has slots, or the weights cannot be had.
-    """
+    """The encoder of a run, on the CPU. Raises UserError if it has slots."""
     from dino_sparo.interop.load import load_encoder
 
     control = load_encoder(run, which)
@@ -403,36 +358,29 @@ def _other_weights(options: SlotHealthOptions, encoder: "Encoder") -> "Encoder |
     if path.suffix == ".safetensors" or (path / CONFIG_FILE).is_file():
         return None
     other = load_encoder(options.run, "student" if options.which == "teacher" else "teacher")
-    return other.to(encoder.backbone.cls_token.device)
+    return other.to(encoder.device)
 
 
 def _cut(options: CachedSlotsOptions) -> "list[CutEncoder]":
-    """The run, cut into its slots, then the control if one is given. Raises UserError as `_open` and
-    `_open_control`."""
+    """The run, cut into its slots, then the control if one is given."""
     from dino_sparo.evaluation.results import results_folder
     from dino_sparo.slots.parts import CutEncoder, most_parts
 
     encoder = _open(options)
     opened = [(encoder.readout_name, options.run, encoder, encoder.num_slots)]
-    if run := getattr(options, "control", None):
-        control = _open_control(run, options.which).to(encoder.backbone.cls_token.device)
+    if isinstance(options, ComparedSlotsOptions) and options.control:
+        control = _open_control(options.control, options.which).to(encoder.device)
         num_parts = most_parts(control.embed_dim, encoder.num_slots)
-        opened.append((f"control ({control.readout_name})", run, control, num_parts))
+        opened.append((f"control ({control.readout_name})", options.control, control, num_parts))
     return [
         CutEncoder(
             *(name, run, one, num_parts, Path(options.cache or results_folder(run) / "features")),
             cache_precision=options.cache_precision,
             batch_size=options.batch_size,
-            num_workers=_workers(options),
+            num_workers=options.num_workers,
         )
         for name, run, one, num_parts in opened
     ]
-
-
-def _workers(options: SlotsOptions) -> int:
-    from dino_sparo.data.workers import default_workers
-
-    return default_workers() if options.num_workers is None else options.num_workers
 
 
 def _folder(options: SlotsOptions) -> Path:
@@ -442,18 +390,14 @@ def _folder(options: SlotsOptions) -> Path:
     return Path(options.out) if options.out else results_folder(options.run) / "slots"
 
 
-def _about(options: SlotsOptions) -> dict[str, Any]:
-    """What an analysis is about, for its JSON: weights, and images and control where it takes them."""
+def _write(options: SlotsOptions, path: Path, content: Mapping[str, Any]) -> None:
+    """Write the JSON of an analysis, first what it is about: weights, and images and control if it takes
+    them. Raises OSError."""
+    from dino_sparo.files import write_file
+
     about: dict[str, Any] = {"run": options.run, "which": options.which}
     if hasattr(options, "data"):
         about["data"] = options.data.path
     if hasattr(options, "control"):
         about["control"] = options.control
-    return about
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a whole file of JSON. Raises OSError."""
-    from dino_sparo.files import write_file
-
-    write_file(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_file(path, json.dumps(about | dict(content), indent=1, allow_nan=False) + "\n")

@@ -11,13 +11,12 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from dino_sparo.data.images import normalize
 from dino_sparo.data.sources import ImageSource
-from dino_sparo.data.workers import WatchedLoader
+from dino_sparo.data.workers import WatchedLoader, default_workers
 from dino_sparo.errors import UserError
 
 TIMEOUT_SECONDS = 600.0  # for one image to come
@@ -45,18 +44,21 @@ def check_numbers(key: str, numbers: Sequence[int], count: int) -> None:
 
 
 def load_images(
-    dataset: Dataset, source: ImageSource, numbers: Sequence[int], num_workers: int = 0
+    dataset: Dataset, source: ImageSource, numbers: Sequence[int], num_workers: int | None = 0
 ) -> Iterator[Tensor]:
     """The pixels, uint8 (3, height, width), that a dataset over `source` gives for these images, in order.
+
+    num_workers: None takes one per core, at most 16.
 
     Raises:
         UserError: an image cannot be read, or is none that the dataset takes.
     """
+    workers = default_workers() if num_workers is None else num_workers
     loader = WatchedLoader(
         dataset,
         image_of=int,
         name=source.name,
-        num_workers=min(num_workers, len(numbers)),
+        num_workers=min(workers, len(numbers)),
         timeout_seconds=TIMEOUT_SECONDS,
         batch_size=None,
         sampler=numbers,
@@ -107,18 +109,12 @@ def overlay(pixels: Tensor, attention: Tensor, peak: float) -> Picture:
     return mixed.round().astype(np.uint8)
 
 
-def save_picture(picture: Picture, path: Path) -> None:
-    """Write (height, width, 3) as a PNG of exactly this size."""
-    Image.fromarray(picture).save(path)
-
-
 def draw_slot_maps(
     pixels: Sequence[Tensor], maps: Sequence[Tensor], slots: Sequence[int], path: Path
 ) -> None:
-    """Write a PNG: one row an image, the picture itself and then each slot's attention over it.
+    """Write a PNG: one row an image, uint8 (3, height, width), then each slot's attention over it.
 
-    pixels: of each image uint8 (3, height, width); maps: (L, rows, columns). Bright is where the slot looks;
-    the colors of a slot are the same for all images.
+    maps: of each image (L, rows, columns); the brightest color of a slot is its largest share in any image.
     """
     peaks = peaks_of(maps)
     rows = [

@@ -8,7 +8,7 @@ Axis letters: n pictures, F factors, L slots, E numbers of an encoding, V number
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from dino_sparo.errors import UserError
 from dino_sparo.slots.parts import (
     CutEncoder,
     Moments,
+    columns_of,
     fit_discriminant,
     moments,
     probe_accuracies,
@@ -61,17 +62,15 @@ def slot_factors(encoders: Sequence[CutEncoder], folder: Path, *, num_images: in
     train, train_values = factor_pictures(0, num_images)
     test, test_values = factor_pictures(num_images, num_images // 2)
     scores = []
-    for one in encoders:
+    for number, one in enumerate(encoders):
         of_train, of_test = one.features(train, test)
         alone, whole = score_factors(
             *(of_train, train_values, of_test, test_values),
             num_values=NUM_VALUES,
-            num_parts=one.num_parts if one is encoders[0] else 1,
+            num_parts=1 if number else one.num_parts,
             device=one.device,
         )
-        scores.append(
-            {"name": one.name, "run": one.run, "alone": alone if one is encoders[0] else [], "whole": whole}
-        )
+        scores.append({"name": one.name, "run": one.run, "alone": [] if number else alone, "whole": whole})
     draw_factors_matrix(scores, folder / "factors.png")
     return {
         "factors": NUM_VALUES,
@@ -112,7 +111,8 @@ def score_factors(
     Returns:
         Rows of the parts, with one accuracy a factor; and of the whole encoding, by factor.
     """
-    subsets = [*([part] for part in range(num_parts)), list(range(num_parts))]
+    subsets = [*([part] for part in range(num_parts)), range(num_parts)]
+    columns = [columns_of(train.shape[1], num_parts, subset) for subset in subsets]
     held_out = np.arange(len(train)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
     shares = [np.asarray(train[rows]) for rows in (~held_out, held_out)]
     plain = [moments(rows, np.zeros(len(rows), np.int64), num_classes=1, device=device) for rows in shares]
@@ -123,24 +123,16 @@ def score_factors(
             _by_value(sums, rows, of_rows, number)
             for sums, rows, of_rows in zip(plain, shares, values, strict=True)
         )
-        scores = [
-            probe_accuracies(
-                [fit_discriminant(fitted_on, num_parts, subset, ridge) for subset in subsets],
-                *(shares[1], values[1]),
-                num_parts=num_parts,
-                device=device,
-            )
-            for ridge in RIDGES
-        ]
-        ridges = [RIDGES[int(best)] for best in np.argmax(scores, axis=0)]
-        together = fitted_on + chosen_on
+        by_ridge = []
+        for ridge in RIDGES:
+            probes = [fit_discriminant(fitted_on, some, ridge) for some in columns]
+            by_ridge.append(probe_accuracies(probes, shares[1], values[1]))
+        together = fitted_on.with_others(chosen_on)
         probes = [
-            fit_discriminant(together, num_parts, subset, ridge)
-            for subset, ridge in zip(subsets, ridges, strict=True)
+            fit_discriminant(together, some, RIDGES[best])
+            for some, best in zip(columns, np.argmax(by_ridge, axis=0), strict=True)
         ]
-        accuracies.append(
-            probe_accuracies(probes, test, test_values[name], num_parts=num_parts, device=device)
-        )
+        accuracies.append(probe_accuracies(probes, test, test_values[name]))
     *alone, whole = zip(*accuracies, strict=True)
     return [list(row) for row in alone], dict(zip(num_values, whole, strict=True))
 
@@ -151,7 +143,7 @@ def _by_value(sums: Moments, rows: NDArray[Any], values: NDArray[np.int64], num_
     exact = torch.from_numpy(rows).to(device).double()
     numbers = torch.from_numpy(values).to(device)
     by_class = exact.new_zeros(exact.shape[1], num_values).index_add_(1, numbers, exact.T.contiguous())
-    return replace(sums, by_class=by_class, counts=numbers.bincount(minlength=num_values).double())
+    return sums._replace(by_class=by_class, counts=numbers.bincount(minlength=num_values).double())
 
 
 def chance() -> dict[str, float]:

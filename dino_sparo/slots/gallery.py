@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dino_sparo.data.images import CenterCrops
@@ -26,7 +27,7 @@ from dino_sparo.slots.drawing import (
     remove_other_pictures,
     share,
 )
-from dino_sparo.slots.parts import CutEncoder, chunks, parts_of
+from dino_sparo.slots.parts import CutEncoder, chunks
 
 TITLE_LETTERS = 18  # of a class name above a picture
 
@@ -59,7 +60,7 @@ def slot_gallery(
     found = strongest(features, num_slots, min(num_images, len(source)), device=device)
     cosines, near = neighbors(features, found, min(num_neighbors, len(source) - 1), device=device)
     shown = torch.cat((found.images[:, :, None], near), dim=2).cpu()  # (L, T, 1 + neighbors)
-    crops = CenterCrops(source, encoder.backbone.native_grid * encoder.backbone.patch_size)
+    crops = CenterCrops(source, encoder.image_size)
     pixels = load_images(crops, source, shown[chosen].flatten().tolist(), one.num_workers)
     folder.mkdir(parents=True, exist_ok=True)
     entries: list[dict[str, Any]] = []
@@ -69,22 +70,22 @@ def slot_gallery(
             lambda x, slot=slot: slot_attention(encoder, x)[0][:, slot : slot + 1],  # type: ignore[misc]
             *(images, one.batch_size, device),
         )
-        picture = f"slot{slot:02d}.png"
-        strength, cosine = found.responses[slot].tolist(), cosines[slot].tolist()
-        numbers = shown[slot].tolist()
-        _draw(folder / picture, slot, images, maps, source, numbers, strength, cosine)
         top = [
             {
-                "image": source.name(of_row[0]),
+                "image": source.name(number),
                 "response": response,
                 "neighbours": [
-                    {"image": source.name(number), "cosine": near}
-                    for number, near in zip(of_row[1:], cosines, strict=True)
+                    {"image": source.name(other), "cosine": cosine}
+                    for other, cosine in zip(others, similar, strict=True)
                 ],
             }
-            for of_row, response, cosines in zip(numbers, strength, cosine, strict=True)
+            for (number, *others), response, similar in zip(
+                shown[slot].tolist(), found.responses[slot].tolist(), cosines[slot].tolist(), strict=True
+            )
         ]
-        entries.append({"slot": slot, "picture": picture, "top": top})
+        entries.append({"slot": slot, "picture": f"slot{slot:02d}.png", "top": top})
+        classes = [[_class_of(source, number) for number in column] for column in shown[slot].tolist()]
+        _draw(folder, entries[-1], images, maps, classes)
     remove_other_pictures(folder, "slot*.png", {entry["picture"] for entry in entries})
     return entries
 
@@ -109,15 +110,15 @@ def strongest(
     root mean square of these lengths: 1 is usual. The mean is taken off since it is often the longest part
     and says nothing about the image; one divisor for the slot, rather than one for each number, keeps the
     slot's own geometry, in which neighbors are compared too, and numbers that hardly vary stay small. A
-    slot that is the same for all images responds with 0. Reads the features twice, in chunks of rows.
+    slot that is the same for all images responds with 0.
     """
     means_LV = torch.zeros(num_slots, features.shape[1] // num_slots, dtype=torch.float64, device=device)
     for _, rows in chunks(features, device, chunk):
-        means_LV += parts_of(rows, num_slots).double().sum(dim=0) / len(features)
+        means_LV += rows.unflatten(1, (num_slots, -1)).double().sum(dim=0) / len(features)
     squares_L = torch.zeros(num_slots, dtype=torch.float64, device=device)
     best = squares_L.new_empty(num_slots, 0), squares_L.new_empty(num_slots, 0, dtype=torch.int64)
     for start, rows in chunks(features, device, chunk):
-        lengths_Ln = (parts_of(rows, num_slots) - means_LV).norm(dim=2).T
+        lengths_Ln = (rows.unflatten(1, (num_slots, -1)) - means_LV).norm(dim=2).T
         squares_L += lengths_Ln.square().sum(dim=1)
         numbers_n = torch.arange(start, start + len(rows), device=device)
         best = k_best(best, (lengths_Ln, numbers_n.expand_as(lengths_Ln)), count)
@@ -129,27 +130,25 @@ def strongest(
 
 
 def neighbors(
-    features: Rows, found: Responses, count: int, *, device: torch.device, chunk: int | None = None
+    features: NDArray[Any], found: Responses, count: int, *, device: torch.device, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """The `count` other images nearest to each of the strongest, by the cosine of slot vectors less the mean.
 
-    Reads the features once for all slots, in chunks of rows. A vector equal to the mean has cosine 0.
+    A vector equal to the mean has cosine 0.
 
     Returns:
         cosines and image numbers, both (L, T, count), nearest first.
     """
     num_slots, shown = found.images.shape
     width = found.means.shape[1]
-    queries_LTV = torch.empty(num_slots, shown, width, dtype=torch.float64, device=device)
-    for slot in range(num_slots):
-        for place, image in enumerate(found.images[slot].tolist()):
-            row = torch.as_tensor(features[image : image + 1][0]).to(device).double().view(num_slots, width)
-            queries_LTV[slot, place] = row[slot] - found.means[slot]
+    slots = torch.arange(num_slots)
+    rows = torch.as_tensor(features[found.images.flatten().cpu().numpy()]).to(device).double()
+    queries_LTV = rows.view(num_slots, shown, num_slots, width)[slots, :, slots] - found.means[:, None]
     queries_LTV = F.normalize(queries_LTV, dim=2).float()
     own_X1 = found.images.reshape(-1, 1)  # X = L * T
     best = queries_LTV.new_empty(len(own_X1), 0), own_X1.new_empty(len(own_X1), 0)
     for start, rows in chunks(features, device, chunk):
-        gallery_nLV = F.normalize(parts_of(rows, num_slots) - found.means, dim=2).float()
+        gallery_nLV = F.normalize(rows.unflatten(1, (num_slots, -1)) - found.means, dim=2).float()
         cosine_Xn = torch.einsum("ltv,nlv->ltn", queries_LTV, gallery_nLV).flatten(0, 1)
         numbers_n = torch.arange(start, start + len(rows), device=device)
         cosine_Xn = cosine_Xn.masked_fill(numbers_n == own_X1, -torch.inf)
@@ -158,38 +157,30 @@ def neighbors(
 
 
 def _draw(
-    path: Path,
-    slot: int,
+    folder: Path,
+    entry: dict[str, Any],
     images: Sequence[Tensor],
     maps: Sequence[Tensor],
-    source: ImageSource,
-    numbers: list[list[int]],
-    strength: list[float],
-    cosine: list[list[float]],
+    classes: list[list[str]],
 ) -> None:
     """One column for each of the strongest images: it on top, its neighbors below, the map on each."""
     peak = peaks_of(maps)[0]
-    drawn = iter([overlay(image, one[0], peak) for image, one in zip(images, maps, strict=True)])
-    columns = [list(islice(drawn, len(of_column))) for of_column in numbers]
-    titles = [
-        [
-            f"{what}\n{_class_of(source, number)}".rstrip()
-            for what, number in zip(
-                (f"response {first:.2f}", *(f"cosine {near:.3f}" for near in others)), of_column, strict=True
-            )
-        ]
-        for first, others, of_column in zip(strength, cosine, numbers, strict=True)
-    ]
+    drawn = iter([overlay(image, of_image[0], peak) for image, of_image in zip(images, maps, strict=True)])
+    columns = [list(islice(drawn, len(column))) for column in classes]
+    titles = []
+    for top, column in zip(entry["top"], classes, strict=True):
+        values = [f"response {top['response']:.2f}"]
+        values += [f"cosine {near['cosine']:.3f}" for near in top["neighbours"]]
+        titles.append([f"{value}\n{name}".rstrip() for value, name in zip(values, column, strict=True)])
     heading = (
-        f"slot {slot}\n"
+        f"slot {entry['slot']}\n"
         "top: the images it responds to most (1 is usual)\n"
         "below each: its nearest neighbors within the slot\n"
         f"color: where the slot looks, brightest at {share(peak)} of its attention on one patch"
     )
+    path = folder / entry["picture"]
     draw_grid(list(zip(*columns, strict=True)), list(zip(*titles, strict=True)), path, heading)
 
 
 def _class_of(source: ImageSource, number: int) -> str:
-    if source.labels is None:
-        return ""
-    return source.classes[source.labels[number]][:TITLE_LETTERS]
+    return "" if source.labels is None else source.classes[source.labels[number]][:TITLE_LETTERS]

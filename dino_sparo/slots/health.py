@@ -7,7 +7,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -29,35 +28,6 @@ SHOWN_SLOTS = 12  # numbers of dead or duplicate slots in the printed table
 NUM_BINS = 20
 
 
-def check_health(
-    encoder: Encoder,
-    source: ImageSource,
-    folder: Path,
-    *,
-    other: Encoder | None = None,
-    batch_size: int = 64,
-    num_workers: int = 0,
-) -> dict[str, Any]:
-    """Measure every slot, and write `health.png` into the folder; arguments as of `measure_health`.
-
-    Returns:
-        plain values: `num_images`, an entry for each of `slots`, and `summary`.
-
-    Raises:
-        UserError: there is but one image, or one cannot be read.
-    """
-    if len(source) < 2:
-        raise UserError(
-            "num_images is 1, expected at least 2, since slots are dead that do not vary over images"
-        )
-    health = measure_health(encoder, source, other=other, batch_size=batch_size, num_workers=num_workers)
-    slots = as_entries(health)
-    summary = summarize(slots, encoder.backbone.native_grid**2)
-    folder.mkdir(parents=True, exist_ok=True)
-    draw_health(slots, summary, folder / "health.png")
-    return {"num_images": len(source), "slots": slots, "summary": summary}
-
-
 @torch.no_grad()
 def measure_health(
     encoder: Encoder,
@@ -65,7 +35,7 @@ def measure_health(
     *,
     other: Encoder | None = None,
     batch_size: int = 64,
-    num_workers: int = 0,
+    num_workers: int | None = 0,
 ) -> SlotHealth:
     """Numbers of every slot over all images of a source, each resized and cropped as in evaluation.
 
@@ -74,14 +44,17 @@ def measure_health(
         other: likewise, an encoder whose attention is compared with it.
 
     Raises:
-        UserError: an image cannot be read, or the workers that load images failed.
+        UserError: there is but one image, one cannot be read, or the workers that load images failed.
     """
-    device = encoder.backbone.cls_token.device
-    crops = CenterCrops(source, encoder.backbone.native_grid * encoder.backbone.patch_size)
+    if len(source) < 2:
+        raise UserError(
+            "num_images is 1, expected at least 2, since slots are dead that do not vary over images"
+        )
+    crops = CenterCrops(source, encoder.image_size)
     pixels = load_images(crops, source, range(len(source)), num_workers)
     statistics = SlotStatistics()
     while batch := list(islice(pixels, batch_size)):
-        images = normalize(torch.stack(batch).to(device))
+        images = normalize(torch.stack(batch).to(encoder.device))
         other_BLN = None if other is None else look_at_slots(other, images)[0]
         statistics.add(*look_at_slots(encoder, images), other_BLN)
     return statistics.health()
@@ -89,30 +62,25 @@ def measure_health(
 
 def as_entries(health: SlotHealth) -> list[dict[str, Any]]:
     """One dictionary of plain values a slot."""
-    columns = {name: value.tolist() for name, value in vars(health).items() if value is not None}
-    if health.agreement is None:
-        columns["agreement"] = [None] * len(columns["entropy"])
-    return [
-        {"slot": number, **dict(zip(columns, values, strict=True))}
-        for number, values in enumerate(zip(*columns.values(), strict=True))
-    ]
+    entries: list[dict[str, Any]] = [{"slot": slot} for slot in range(len(health.entropy))]
+    for name, values in vars(health).items():
+        for slot, entry in enumerate(entries):
+            entry[name] = None if values is None else values[slot].item()
+    return entries
 
 
 def summarize(slots: Sequence[Mapping[str, Any]], num_patches: int) -> dict[str, float | None]:
     """Means over slots, how many are dead and how many duplicates, and what to compare them with."""
-
-    def mean(name: str) -> float | None:
-        values = [slot[name] for slot in slots]
-        return None if None in values else sum(values) / len(values)
-
-    names = ("entropy", "effective_patches", "cls_share", "response_std", "overlap", "agreement")
-    return {
+    summary: dict[str, float | None] = {
         "num_slots": len(slots),
         "num_patches": num_patches,
         "num_dead": sum(slot["dead"] for slot in slots),
         "num_duplicate": sum(slot["duplicate"] for slot in slots),
-        **{f"mean_{name}": mean(name) for name in names},
     }
+    for name in ("entropy", "effective_patches", "cls_share", "response_std", "overlap", "agreement"):
+        values = [slot[name] for slot in slots]
+        summary[f"mean_{name}"] = None if None in values else sum(values) / len(values)
+    return summary
 
 
 def table(slots: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> str:
@@ -123,19 +91,11 @@ def table(slots: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> str
         more = ", ..." if len(found) > SHOWN_SLOTS else ""
         return f"{len(found)}" + (f" ({', '.join(found[:SHOWN_SLOTS])}{more})" if found else "")
 
-    patches = summary["num_patches"]
+    patches = f"{summary['mean_effective_patches']:.1f} of {summary['num_patches']}"
     rows = [
-        (
-            "effective patches",
-            f"{summary['mean_effective_patches']:.1f} of {patches}",
-            "well below all, above one",
-        ),
+        ("effective patches", patches, "well below all, above one"),
         ("attention on CLS", f"{100 * summary['mean_cls_share']:.1f} %", "a part; near 100 %: CLS is copied"),
-        (
-            "dead slots",
-            listed("dead"),
-            f"0; below {DEAD_RELATIVE_STD} of the middle slot's variation",
-        ),
+        ("dead slots", listed("dead"), f"0; below {DEAD_RELATIVE_STD} of the middle slot's variation"),
         ("duplicate slots", listed("duplicate"), f"0; above {DUPLICATE_OVERLAP} overlap with another slot"),
         ("overlap with nearest", f"{summary['mean_overlap']:.2f}", "well below 1"),
     ]
@@ -158,7 +118,17 @@ def draw_health(slots: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], 
         ("agreement", "overlap of student and teacher", (0, 1)),
     )
     for axis, (name, title, bounds) in zip(axes.flat, panels, strict=True):
-        _histogram(axis, [slot[name] for slot in slots], title, bounds)
+        axis.set_title(title, fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+        numbers = [slot[name] for slot in slots if slot[name] is not None]
+        if not numbers:
+            axis.text(0.5, 0.5, "one set of weights only", ha="center", transform=axis.transAxes, fontsize=8)
+            axis.set_axis_off()
+            continue
+        low, high = bounds or (0.0, 1.1 * max(numbers) or 1.0)
+        axis.hist(numbers, bins=NUM_BINS, range=(low, high), color="tab:blue", edgecolor="white")
+        axis.set_xlim(low, high)
     dead_below = DEAD_RELATIVE_STD * median(slot["response_std"] for slot in slots)
     for axis, at, label in (
         (axes[1][0], dead_below, "dead below"),
@@ -168,19 +138,3 @@ def draw_health(slots: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], 
         axis.legend(fontsize=8, loc="upper left" if at > 0.5 else "upper right")
     figure.supylabel("slots", fontsize=9)
     figure.savefig(path, dpi=110)
-
-
-def _histogram(
-    axis: Axes, values: Sequence[float | None], title: str, bounds: tuple[float, float] | None
-) -> None:
-    axis.set_title(title, fontsize=9)
-    axis.tick_params(labelsize=8)
-    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
-    numbers = [value for value in values if value is not None]
-    if not numbers:
-        axis.text(0.5, 0.5, "one set of weights only", ha="center", transform=axis.transAxes, fontsize=8)
-        axis.set_axis_off()
-        return
-    low, high = bounds or (0.0, 1.1 * max(numbers) or 1.0)
-    axis.hist(numbers, bins=NUM_BINS, range=(low, high), color="tab:blue", edgecolor="white")
-    axis.set_xlim(low, high)

@@ -23,7 +23,6 @@ from dino_sparo.slots.drawing import (
     overlay,
     peaks_of,
     remove_other_pictures,
-    save_picture,
     share,
 )
 
@@ -41,7 +40,7 @@ def slot_maps(
     num_images: int = 6,
     short_side: int | None = None,
     batch_size: int = 64,
-    num_workers: int = 0,
+    num_workers: int | None = 0,
 ) -> dict[str, Any]:
     """Write grid.png and an overlay for each image and slot into the folder; others of this name go.
 
@@ -66,12 +65,14 @@ def slot_maps(
         check_numbers("images", images, len(source))
     spread = np.linspace(0, len(source) - 1, min(num_images, len(source))).round().astype(int).tolist()
     numbers = spread if images is None else list(images)
-    backbone, device = encoder.backbone, encoder.backbone.cls_token.device
-    dataset = MapImages(source, backbone.patch_size, backbone.native_grid * backbone.patch_size, short_side)
+    dataset = MapImages(source, encoder.backbone.patch_size, encoder.image_size, short_side)
     pixels = list(load_images(dataset, source, numbers, num_workers))
-    of_slots = attention_of_each(lambda x: slot_attention(encoder, x)[0], pixels, batch_size, device)
-    of_cls = attention_of_each(
-        lambda x: cls_attention(encoder, x).mean(dim=1, keepdim=True), pixels, batch_size, device
+    of_slots, of_cls = (
+        attention_of_each(attention, pixels, batch_size, encoder.device)
+        for attention in (
+            lambda x: slot_attention(encoder, x)[0],
+            lambda x: cls_attention(encoder, x).mean(dim=1, keepdim=True),
+        )
     )
     chosen = list(slots or distinct_slots(of_slots, NUM_SLOTS))
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +133,6 @@ def _draw(
     slots: list[int],
 ) -> dict[str, dict[str, str]]:
     """Write the overlays and the grid; the names of the overlays by image number, then `cls` or the slot."""
-    keys = ["cls", *map(str, slots)]
     names = ["cls", *(f"slot{slot:02d}" for slot in slots)]
     titles = ["CLS, last block", *(f"slot {slot}" for slot in slots)]
     peaks = [*peaks_of(of_cls), *peaks_of(of_slots)]
@@ -142,8 +142,8 @@ def _draw(
         drawn = [overlay(image, one, peak) for one, peak in zip([*cls, *chosen], peaks, strict=True)]
         files = [f"image{number}_{name}.png" for name in names]
         for picture, file in zip(drawn, files, strict=True):
-            save_picture(picture, folder / file)
-        overlays[str(number)] = dict(zip(keys, files, strict=True))
+            Image.fromarray(picture).save(folder / file)
+        overlays[str(number)] = dict(zip(["cls", *map(str, slots)], files, strict=True))
         rows.append([as_picture(image), *drawn])
     above = [f"{title}\nup to {share(peak)}" for title, peak in zip(titles, peaks, strict=True)]
     first = [f"image {numbers[0]}\n", *above]

@@ -14,9 +14,8 @@ Axis letters: B images, S classes, E numbers of an encoding, M numbers of a mask
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,8 +34,7 @@ KEPT = 0.5  # a number of the mask above this counts as kept
 CHUNK = 1024  # images at a time where order does not matter
 
 
-@dataclass(frozen=True)
-class Learned:
+class Learned(NamedTuple):
     """A mask (M,) from 0 to 1, the scale of cosines, and the mean loss of the first and the last epoch."""
 
     mask: Tensor
@@ -71,46 +69,29 @@ def mask_slots(
         UserError: an image cannot be read, or the disk cannot hold the features.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {
-        "epochs": epochs,
-        "lr": lr,
-        "batch_size": batch_size,
-        "remarks": remarks_on_parts(encoders),
-        "rows": [],
-        "masks": {},
-        "learning": {},
-        "parts": {one.name: one.num_parts for one in encoders},
-    }
+    rows, masks, learning = [], {}, {}
     for one in encoders:
-        features = one.features(*(source for pair in data.values() for source in pair))
-        tests = {
-            name: (
-                of_test,
-                labels_of(test),
-                class_means(of_train, labels_of(train), len(train.classes), one.device),
-            )
-            for (name, (train, test)), of_train, of_test in zip(
-                data.items(), features[::2], features[1::2], strict=True
-            )
-        }
-        even = torch.ones(one.encoder.embed_dim, device=one.device)
+        width = one.encoder.embed_dim
+        features = iter(one.features(*(source for pair in data.values() for source in pair)))
+        tests = {}
+        for name, (train, test) in data.items():
+            of_train, of_test = next(features), next(features)
+            means_SE = class_means(of_train, labels_of(train), len(train.classes), one.device)
+            tests[name] = of_test, labels_of(test), means_SE
+            if len(tests) == 1:
+                to_learn = of_train, labels_of(train), means_SE
+        even = torch.ones(width, device=one.device)
         initial = {name: accuracy(*test, even) for name, test in tests.items()}
-        first = next(iter(data))
-        for over, size in (("slots", one.num_parts), ("dimensions", one.encoder.embed_dim)):
+        for over, size in (("slots", one.num_parts), ("dimensions", width)):
             learned = learn_mask(
-                *(features[0], labels_of(data[first][0]), tests[first][2]),
-                num_masked=size,
-                epochs=epochs,
-                lr=lr,
-                batch_size=batch_size,
-                seed=seed,
+                *to_learn, num_masked=size, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed
             )
-            values = dict(vars(learned))
-            result["masks"][f"{one.name} {over}"] = values.pop("mask").tolist()
-            result["learning"][f"{one.name} {over}"] = values
-            mask_E = spread(learned.mask, one.encoder.embed_dim)
-            for name, test in tests.items():
-                before, masked = initial[name], accuracy(*test, mask_E)
+            masks[f"{one.name} {over}"] = learned.mask.tolist()
+            learning[f"{one.name} {over}"] = {
+                name: value for name, value in learned._asdict().items() if name != "mask"
+            }
+            for name, tested in tests.items():
+                before, masked = initial[name], accuracy(*tested, spread(learned.mask, width))
                 row = {
                     "encoder": one.name,
                     "run": one.run,
@@ -121,9 +102,19 @@ def mask_slots(
                     "relative_change": 100 * (masked - before) / before if before else None,
                     "kept": float((learned.mask > KEPT).float().mean()),
                 }
-                result["rows"].append(row)
-    draw_masks(result, folder / "mask.png")
-    return result
+                rows.append(row)
+    parts = {one.name: one.num_parts for one in encoders}
+    draw_masks(masks, parts, folder / "mask.png")
+    return {
+        "epochs": epochs,
+        "lr": lr,
+        "batch_size": batch_size,
+        "remarks": remarks_on_parts(encoders),
+        "rows": rows,
+        "masks": masks,
+        "learning": learning,
+        "parts": parts,
+    }
 
 
 @torch.no_grad()
@@ -173,8 +164,7 @@ def learn_mask(
     """Learn theta (M,) and alpha by SGD with momentum 0.9, on the device of the class means.
 
     Args:
-        features: (n, E) of train images, read batch by batch.
-        labels: (n,).
+        features, labels: (n, E) and (n,) of train images, read batch by batch.
         num_masked: M, a divisor of E.
         seed: of the order of images.
     """
@@ -218,22 +208,18 @@ def table(result: dict[str, Any]) -> str:
         ]
         for row in result["rows"]
     ]
-    about = (
-        f"a mask learned in {result['epochs']} epochs; nearest class mean by the masked cosine, top-1 in per "
-        f"cent"
-    )
+    about = f"a mask learned in {result['epochs']} epochs; top-1 in per cent by the nearest masked class mean"
     return "\n".join([about, *result["remarks"], "", markdown_table(header, rows)])
 
 
-def draw_masks(result: dict[str, Any], path: Path) -> None:
+def draw_masks(masks: Mapping[str, list[float]], parts: Mapping[str, int], path: Path) -> None:
     """Write a PNG: one row an encoder, its mask over slots as bars and that over dimensions as an image."""
-    parts: dict[str, int] = result["parts"]
     figure = Figure(figsize=(10, 3.2 * len(parts)), layout="constrained")
     axes = figure.subplots(len(parts), 2, squeeze=False)
     for (bars, picture), (name, num_parts) in zip(axes, parts.items(), strict=True):
-        bars.bar(range(num_parts), result["masks"][f"{name} slots"])
+        bars.bar(range(num_parts), masks[f"{name} slots"])
         bars.set(title=f"{name}: over slots", xlabel="slot", ylabel="mask", ylim=(0, 1))
-        of_dimensions = np.array(result["masks"][f"{name} dimensions"]).reshape(num_parts, -1)
+        of_dimensions = np.array(masks[f"{name} dimensions"]).reshape(num_parts, -1)
         shown = picture.imshow(of_dimensions, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         picture.set(title=f"{name}: over dimensions", xlabel="number within the slot", ylabel="slot")
         figure.colorbar(shown, ax=picture)

@@ -1,21 +1,21 @@
 """An encoding cut into equal parts: what each part, and each set of parts, tells about labels.
 
 A part is a slot, or as many neighboring numbers of an encoding without slots. All functions read their
-images once for all sets of parts, in chunks, so that memory does not grow with the number of images.
+images once for all sets of columns, in chunks, so that memory does not grow with the number of images.
 
 The linear probe is a ridge regression of classes as one-hot vectors on standardized numbers, in closed form:
 its sums over images (`Moments`) hold the sums of every set of parts, so that one pass serves all probes, and
 there is no learning rate or length of training that would suit some widths better than others. It is not the
 protocol of `dino-sparo linear`.
 
-Axis letters: n images, T train images, B test images, P parts, V numbers of a part, E = P V numbers of an
-encoding, S classes.
+Axis letters: n images, T train images, B test images, E numbers of an encoding, X numbers of some parts,
+S classes.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -53,11 +53,11 @@ class CutEncoder:
     cache: Path
     cache_precision: str = "float16"
     batch_size: int = 64
-    num_workers: int = 0
+    num_workers: int | None = 0
 
     @property
     def device(self) -> torch.device:
-        return self.encoder.backbone.cls_token.device
+        return self.encoder.device
 
     def features(self, *sources: ImageSource) -> list[NDArray[Any]]:
         """Encodings of images (n, E) by source, from the cache or by one pass, mapped from files.
@@ -65,10 +65,10 @@ class CutEncoder:
         Raises:
             UserError: an image cannot be read, or the disk cannot hold the features.
         """
-        wanted = [Wanted(source, f"{self.name} features", self.cache_precision) for source in sources]
         found = cached_features(
-            *(self.encoder, wanted, ["encoding"]),
-            image_size=self.encoder.backbone.native_grid * self.encoder.backbone.patch_size,
+            self.encoder,
+            [Wanted(source, f"{self.name} features", self.cache_precision) for source in sources],
+            ["encoding"],
             cache=self.cache,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
@@ -100,12 +100,7 @@ def labels_of(source: ImageSource) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Picked:
-    """Some rows of features, read when they are asked for.
-
-    Attributes:
-        features: (n, E), in memory or mapped from a file.
-        numbers: of the rows, sorted.
-    """
+    """Rows of features (n, E), by their sorted numbers, read when they are asked for."""
 
     features: NDArray[Any]
     numbers: NDArray[np.int64]
@@ -121,22 +116,16 @@ class Picked:
         return self.features[self.numbers[rows]]
 
 
-def parts_of(features: Tensor, num_parts: int) -> Tensor:
-    """Features (n, E) cut into parts (n, P, E / P).
-
-    Raises:
-        ValueError: num_parts does not divide E.
-    """
-    if num_parts < 1 or features.shape[1] % num_parts:
-        raise ValueError(
-            f"num_parts is {num_parts}, expected a divisor of the {features.shape[1]} numbers of an encoding"
-        )
-    return features.unflatten(1, (num_parts, -1))
+def chunks(rows: Rows, device: torch.device, size: int | None = None) -> Iterator[tuple[int, Tensor]]:
+    """Some rows at a time in float32 on the device, and the number of the first of them."""
+    size = size or max(1, CHUNK_BYTES // (4 * rows.shape[1]))
+    for start in range(0, len(rows), size):
+        yield start, torch.as_tensor(rows[start : start + size]).to(device).float()
 
 
-def single(num_parts: int) -> list[list[int]]:
-    """The sets that hold one part each."""
-    return [[part] for part in range(num_parts)]
+def columns_of(width: int, num_parts: int, subset: Sequence[int]) -> Tensor:
+    """The numbers of an encoding (width,) that belong to some of its equal parts."""
+    return torch.arange(width).view(num_parts, -1)[list(subset)].flatten()
 
 
 @torch.no_grad()
@@ -146,24 +135,20 @@ def knn_accuracies(
     test: Rows,
     test_labels: NDArray[np.int64],
     *,
-    num_parts: int,
-    subsets: Sequence[Sequence[int]],
+    columns: Sequence[Tensor],
     k: int,
     num_classes: int,
     device: torch.device,
     train_chunk: int | None = None,
     test_chunk: int | None = None,
 ) -> list[float]:
-    """Weighted k-NN by the cosine over some parts only: top-1 in per cent for each set of parts.
+    """Weighted k-NN by the cosine over some columns only: top-1 in per cent for each set of columns.
 
     Equal to `knn_classify` of these columns.
 
     Args:
-        train: (T, E), any scale and precision.
-        train_labels: (T,) from 0.
-        test: (B, E).
-        test_labels: (B,).
-        subsets: numbers of parts, below num_parts.
+        train: (T, E), any scale and precision, with labels (T,) from 0.
+        test: (B, E), with labels (B,).
         k: 1 to T neighbors.
         train_chunk: train images at a time; memory, not the result, depends on it, as on test_chunk.
 
@@ -171,17 +156,15 @@ def knn_accuracies(
         NoDirectionError: the numbers of an image in one of the sets are all zero, or one is not finite.
     """
     test_chunk = test_chunk or max(1, QUERY_BYTES // (4 * train.shape[1]))
-    labels, right = torch.from_numpy(train_labels), [0] * len(subsets)
+    labels, right = torch.from_numpy(train_labels), [0] * len(columns)
     for first, queries in chunks(test, device, test_chunk):
         truth = torch.from_numpy(test_labels[first : first + len(queries)])
-        best = [
-            (torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)) for _ in right
-        ]
+        nothing = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
+        best = [nothing] * len(columns)
         for start, gallery in chunks(train, device, train_chunk):
-            for number, subset in enumerate(subsets):
-                some, many = (parts_of(x, num_parts)[:, list(subset)].flatten(1) for x in (queries, gallery))
+            for number, some in enumerate(columns):
                 try:
-                    cosine_Bk, number_Bk = nearest(many, some, min(k, len(many)), device=device)
+                    cosine_Bk, number_Bk = nearest(gallery[:, some], queries[:, some], k, device=device)
                 except NoDirectionError as error:
                     offset = start if error.side == "train" else first
                     raise NoDirectionError(error.side, offset + error.number, error.kind) from error
@@ -198,15 +181,10 @@ def vote(cosine_Bk: Tensor, labels_Bk: Tensor, num_classes: int) -> Tensor:
     return votes_BS.scatter_add_(1, labels_Bk, (cosine_Bk / TEMPERATURE).exp()).argmax(dim=1)
 
 
-@dataclass(frozen=True)
-class Moments:
+class Moments(NamedTuple):
     """Sums over images in float64, from which the probe of every set of parts follows.
 
-    Attributes:
-        sums: of the numbers, (E,).
-        products: of all pairs of numbers, (E, E).
-        by_class: sums of the numbers by class, (E, S).
-        counts: images by class, (S,).
+    Of the numbers (E,), of all pairs (E, E), of the numbers by class (E, S), and the images by class (S,).
     """
 
     sums: Tensor
@@ -214,27 +192,9 @@ class Moments:
     by_class: Tensor
     counts: Tensor
 
-    def __add__(self, other: "Moments") -> "Moments":
-        """Of the images of both."""
-        return Moments(
-            self.sums + other.sums,
-            self.products + other.products,
-            self.by_class + other.by_class,
-            self.counts + other.counts,
-        )
-
-    def center(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The number of images, and mean (E,) and covariance (E, E) of the numbers."""
-        total = self.counts.sum()
-        mean_E = self.sums / total
-        return total, mean_E, self.products / total - mean_E[:, None] * mean_E
-
-    def of_parts(self, num_parts: int, subset: Sequence[int]) -> "Moments":
-        """Of the numbers of some parts only."""
-        numbers = torch.arange(len(self.sums), device=self.sums.device)
-        columns = parts_of(numbers[None], num_parts)[0, list(subset)].flatten()
-        products = self.products[columns][:, columns]
-        return Moments(self.sums[columns], products, self.by_class[columns], self.counts)
+    def with_others(self, others: "Moments") -> "Moments":
+        """Of these images and others."""
+        return Moments(*(one + other for one, other in zip(self, others, strict=True)))
 
 
 @torch.no_grad()
@@ -261,78 +221,68 @@ def moments(
     return Moments(sums, products, by_class, counts)
 
 
-@dataclass(frozen=True)
-class LinearProbe:
-    """Scores of classes from some parts: their numbers, weight (V times their count, S), bias (S,)."""
+class LinearProbe(NamedTuple):
+    """Scores of classes from some columns (X,): weight (X, S) and bias (S,)."""
 
-    subset: tuple[int, ...]
+    columns: Tensor
     weight: Tensor
     bias: Tensor
 
 
-def fit_probe(sums: Moments, num_parts: int, subset: Sequence[int]) -> LinearProbe:
-    """The ridge regression of one-hot classes on the standardized numbers of some parts, with a bias.
+def fit_probe(moments: Moments, columns: Tensor) -> LinearProbe:
+    """The ridge regression of one-hot classes on the standardized numbers of some columns, with a bias.
 
     A number that is constant over the images gets no weight; the bias is not shrunk.
     """
-    seen = sums.of_parts(num_parts, subset)
-    total, mean_E, covariance_EE = seen.center()
-    share_S = seen.counts / total
-    with_class = seen.by_class / total - mean_E[:, None] * share_S
-    weight = _regress(covariance_EE, with_class, mean_E, covariance_EE, RIDGE)
-    return LinearProbe(tuple(subset), weight.float(), (share_S - mean_E @ weight).float())
+    share_S, mean_X, covariance_XX = _centered(moments, columns)
+    with_class = moments.by_class[columns] / moments.counts.sum() - mean_X[:, None] * share_S
+    weight = _regress(covariance_XX, with_class, mean_X, covariance_XX, RIDGE)
+    return LinearProbe(columns, weight.float(), (share_S - mean_X @ weight).float())
 
 
-def fit_discriminant(sums: Moments, num_parts: int, subset: Sequence[int], ridge: float) -> LinearProbe:
-    """Linear discriminant of classes from some parts: their means, and one covariance within all classes.
+def fit_discriminant(moments: Moments, columns: Tensor, ridge: float) -> LinearProbe:
+    """Linear discriminant of classes from some columns: their means, and one covariance within all classes.
 
     Numbers are standardized within classes and `ridge` is added to their variance, 1. A number that is
     constant within classes gets no weight, nor does a class without images ever win.
     """
-    seen = sums.of_parts(num_parts, subset)
-    total, mean_E, covariance_EE = seen.center()
-    share_S = seen.counts / total
-    apart_ES = seen.by_class / seen.counts.clamp(min=1) - mean_E[:, None]
-    within_EE = covariance_EE - (apart_ES * share_S) @ apart_ES.T
-    weight = _regress(within_EE, apart_ES, mean_E, covariance_EE, ridge)
-    bias = share_S.log() - (apart_ES * weight).sum(dim=0) / 2 - mean_E @ weight
-    return LinearProbe(tuple(subset), weight.float(), bias.float())
+    share_S, mean_X, covariance_XX = _centered(moments, columns)
+    apart_XS = moments.by_class[columns] / moments.counts.clamp(min=1) - mean_X[:, None]
+    within_XX = covariance_XX - (apart_XS * share_S) @ apart_XS.T
+    weight = _regress(within_XX, apart_XS, mean_X, covariance_XX, ridge)
+    bias = share_S.log() - (apart_XS * weight).sum(dim=0) / 2 - mean_X @ weight
+    return LinearProbe(columns, weight.float(), bias.float())
 
 
-def _regress(within_EE: Tensor, targets_ES: Tensor, mean_E: Tensor, total_EE: Tensor, ridge: float) -> Tensor:
-    """Weights (E, S) that solve `within` w = targets on standardized numbers, the ridge on their variance."""
-    variance_E = within_EE.diagonal()
+def _centered(moments: Moments, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Share of images by class, mean and covariance of the numbers."""
+    total = moments.counts.sum()
+    mean_X = moments.sums[columns] / total
+    covariance_XX = moments.products[columns][:, columns] / total - mean_X[:, None] * mean_X
+    return moments.counts / total, mean_X, covariance_XX
+
+
+def _regress(within_XX: Tensor, targets_XS: Tensor, mean_X: Tensor, total_XX: Tensor, ridge: float) -> Tensor:
+    """Weights (X, S) that solve `within` w = targets on standardized numbers, the ridge on their variance."""
+    variance_X = within_XX.diagonal()
     # Below this the variance is what rounding leaves of equal numbers.
-    constant = variance_E <= 1e-12 * (mean_E.square() + total_EE.diagonal())
-    scale_E = variance_E.clamp(min=0).sqrt().masked_fill(constant, torch.inf)
-    correlation = within_EE / (scale_E[:, None] * scale_E)
+    constant = variance_X <= 1e-12 * (mean_X.square() + total_XX.diagonal())
+    scale_X = variance_X.clamp(min=0).sqrt().masked_fill(constant, torch.inf)
+    correlation = within_XX / (scale_X[:, None] * scale_X)
     correlation.diagonal().add_(ridge)
     factor = torch.linalg.cholesky(correlation)
-    return torch.cholesky_solve(targets_ES / scale_E[:, None], factor) / scale_E[:, None]
+    return torch.cholesky_solve(targets_XS / scale_X[:, None], factor) / scale_X[:, None]
 
 
 @torch.no_grad()
 def probe_accuracies(
-    probes: Sequence[LinearProbe],
-    features: Rows,
-    labels: NDArray[np.int64],
-    *,
-    num_parts: int,
-    device: torch.device,
-    chunk: int | None = None,
+    probes: Sequence[LinearProbe], features: Rows, labels: NDArray[np.int64], *, chunk: int | None = None
 ) -> list[float]:
     """Top-1 of each probe in per cent, in one pass over features (n, E) with labels (n,)."""
     right = [0] * len(probes)
-    for start, rows in chunks(features, device, chunk):
-        truth = torch.from_numpy(labels[start : start + len(rows)]).to(device)
-        for number, probe in enumerate(probes):
-            seen = parts_of(rows, num_parts)[:, list(probe.subset)].flatten(1)
-            right[number] += int(((seen @ probe.weight + probe.bias).argmax(dim=1) == truth).sum())
+    for start, rows in chunks(features, probes[0].weight.device, chunk):
+        truth = torch.from_numpy(labels[start : start + len(rows)]).to(rows.device)
+        for number, (columns, weight, bias) in enumerate(probes):
+            found = (rows[:, columns] @ weight + bias).argmax(dim=1)
+            right[number] += int((found == truth).sum())
     return [100 * count / len(features) for count in right]
-
-
-def chunks(rows: Rows, device: torch.device, size: int | None = None) -> Iterator[tuple[int, Tensor]]:
-    """Some rows at a time in float32 on the device, and the number of the first of them."""
-    size = size or max(1, CHUNK_BYTES // (4 * rows.shape[1]))
-    for start in range(0, len(rows), size):
-        yield start, torch.as_tensor(rows[start : start + size]).to(device).float()

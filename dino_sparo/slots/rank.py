@@ -26,11 +26,11 @@ from dino_sparo.evaluation.transfer import draw_by_class
 from dino_sparo.slots.parts import (
     CutEncoder,
     Picked,
+    columns_of,
     fit_probe,
     knn_accuracies,
     labels_of,
     moments,
-    parts_of,
     probe_accuracies,
     remarks_on_parts,
     vote,
@@ -94,20 +94,11 @@ def rank_slots(
         )
     folder.mkdir(parents=True, exist_ok=True)
     greedy = greedy_images(labels_of(train), split, seed)
-    result: dict[str, Any] = {
-        "k": k,
-        "num_select": len(split.select),
-        "num_fit": len(split.fit),
-        "num_test": len(val),
-        "num_greedy_select": len(greedy.select),
-        "num_greedy_fit": len(greedy.fit),
-        "remarks": remarks_on_parts(encoders),
-        "encoders": [],
-    }
+    ranked = []
     for one in encoders:
         of_train, of_val = one.features(train, val)
         try:
-            ranked = rank_parts(
+            found = rank_parts(
                 *(of_train, labels_of(train), of_val, labels_of(val), split, greedy),
                 num_parts=one.num_parts,
                 k=k,
@@ -120,9 +111,18 @@ def rank_slots(
                 f"damaged or have collapsed, or the numbers are too small for float16: give "
                 f"--cache-precision float32 or another checkpoint"
             ) from error
-        result["encoders"].append({"name": one.name, "run": one.run} | ranked)
-    draw_curve(result, folder / "curve.png")
-    return result
+        ranked.append({"name": one.name, "run": one.run} | found)
+    draw_curve(ranked, folder / "curve.png")
+    return {
+        "k": k,
+        "num_select": len(split.select),
+        "num_fit": len(split.fit),
+        "num_test": len(val),
+        "num_greedy_select": len(greedy.select),
+        "num_greedy_fit": len(greedy.fit),
+        "remarks": remarks_on_parts(encoders),
+        "encoders": ranked,
+    }
 
 
 def split_by_class(labels: NDArray[np.int64], select_fraction: float, seed: int) -> Split:
@@ -170,49 +170,43 @@ def rank_parts(
         by way of choosing the curve over parts kept and its point at half of them; all. Accuracies are in per
         cent.
     """
-    by_knn = partial(knn_accuracies, num_parts=num_parts, k=k, num_classes=num_classes, device=device)
-    by_probe = partial(probe_accuracies, num_parts=num_parts, device=device)
+    by_knn = partial(knn_accuracies, k=k, num_classes=num_classes, device=device)
+    fit, select = (Picked(train, rows) for rows in split)
+    fit_labels, select_labels = (train_labels[rows] for rows in split)
     of_fit, of_select = (
-        moments(Picked(train, rows), train_labels[rows], num_classes=num_classes, device=device)
-        for rows in split
+        moments(rows, labels, num_classes=num_classes, device=device)
+        for rows, labels in ((fit, fit_labels), (select, select_labels))
     )
-    fit, select = Picked(train, split.fit), Picked(train, split.select)
-    each = [[part] for part in range(num_parts)]
+    width = train.shape[1]
+    each = [columns_of(width, num_parts, [part]) for part in range(num_parts)]
     alone = {
-        "knn": by_knn(fit, train_labels[split.fit], select, train_labels[split.select], subsets=each),
-        "linear": by_probe(
-            [fit_probe(of_fit, num_parts, part) for part in each], select, train_labels[split.select]
-        ),
+        "knn": by_knn(fit, fit_labels, select, select_labels, columns=each),
+        "linear": probe_accuracies([fit_probe(of_fit, part) for part in each], select, select_labels),
     }
     # Best first, of equal ones the lower number.
     orders = {way: sorted(range(num_parts), key=lambda part: -scores[part]) for way, scores in alone.items()}
-
-    def on_device(rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    of_greedy = []
+    for rows in greedy:
         features = torch.from_numpy(train[rows]).to(device).float()
-        return parts_of(features, num_parts), torch.from_numpy(train_labels[rows]).to(device)
-
+        of_greedy += [features.unflatten(1, (num_parts, -1)), torch.from_numpy(train_labels[rows]).to(device)]
     orders["greedy"] = greedy_order(
-        *on_device(greedy.fit),
-        *on_device(greedy.select),
-        k=min(k, len(greedy.fit)),
-        num_classes=num_classes,
-        preferred=orders["knn"],
+        *of_greedy, k=min(k, len(greedy.fit)), num_classes=num_classes, preferred=orders["knn"]
     )
     kept = {way: [tuple(sorted(o[:size])) for size in sizes(num_parts)] for way, o in orders.items()}
     subsets = sorted({subset for several in kept.values() for subset in several})
-    of_train = of_fit + of_select
-    probes = [fit_probe(of_train, num_parts, subset) for subset in subsets]
-    knn = by_knn(train, train_labels, test, test_labels, subsets=subsets)
-    linear = by_probe(probes, test, test_labels)
-    found = {subset: pair for subset, *pair in zip(subsets, knn, linear, strict=True)}
-    curve = {
-        way: [{"kept": len(s), "knn": found[s][0], "linear": found[s][1]} for s in several]
-        for way, several in kept.items()
+    columns = [columns_of(width, num_parts, subset) for subset in subsets]
+    of_train = of_fit.with_others(of_select)
+    knn = by_knn(train, train_labels, test, test_labels, columns=columns)
+    linear = probe_accuracies([fit_probe(of_train, some) for some in columns], test, test_labels)
+    found = {
+        subset: {"kept": len(subset), "knn": by_neighbors, "linear": by_regression}
+        for subset, by_neighbors, by_regression in zip(subsets, knn, linear, strict=True)
     }
+    curve = {way: [found[subset] for subset in several] for way, several in kept.items()}
     half = max(1, num_parts // 2)
     return {
         "num_parts": num_parts,
-        "part_dim": train.shape[1] // num_parts,
+        "part_dim": width // num_parts,
         "alone": alone,
         "orders": orders,
         "curve": curve,
@@ -290,23 +284,20 @@ def table(result: dict[str, Any]) -> str:
             lines.append(f"{WAYS[way]}: {', '.join(map(str, order[:SHOWN_PARTS]))}{more}")
         header = ["kept", *(f"{measure}, {WAYS[way]}" for measure in MEASURES.values() for way in WAYS)]
         rows = [
-            [
-                str(at["kept"]),
-                *(f"{one['curve'][way][number][name]:.2f}" for name in MEASURES for way in WAYS),
-            ]
-            for number, at in enumerate(one["curve"]["knn"])
+            [str(points[0]["kept"]), *(f"{at[name]:.2f}" for name in MEASURES for at in points)]
+            for points in zip(*(one["curve"][way] for way in WAYS), strict=True)
         ]
         lines += ["", markdown_table(header, rows)]
     return "\n".join(lines)
 
 
-def draw_curve(result: dict[str, Any], path: Path) -> None:
+def draw_curve(encoders: Sequence[dict[str, Any]], path: Path) -> None:
     """Write a PNG: accuracy on val against the number of parts kept, k-NN left and linear right."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     axes = figure.subplots(1, 2)
     styles = dict(zip(WAYS, ("o-", "s--", "^:"), strict=True))
     for axis, (name, title) in zip(axes, MEASURES.items(), strict=True):
-        for number, one in enumerate(result["encoders"]):
+        for number, one in enumerate(encoders):
             for way, points in one["curve"].items():
                 axis.plot(
                     [at["kept"] for at in points],
@@ -316,7 +307,7 @@ def draw_curve(result: dict[str, Any], path: Path) -> None:
                     markersize=4,
                     label=f"{one['name']}, {WAYS[way]}",
                 )
-        kept = sorted({at["kept"] for one in result["encoders"] for at in one["curve"]["knn"]})
+        kept = sorted({at["kept"] for one in encoders for at in one["curve"]["knn"]})
         axis.set_xscale("log", base=2)
         axis.set_xticks(kept, [str(size) for size in kept])
         axis.minorticks_off()

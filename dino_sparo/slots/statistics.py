@@ -83,9 +83,8 @@ class SlotStatistics:
     def add(self, attn_BLN: Tensor, slots_BLV: Tensor, other_BLN: Tensor | None = None) -> None:
         """Attention and output of the slots for some images, and the attention of another encoder's."""
         attn_BLN, slots_BLV = attn_BLN.float(), slots_BLV.double()
-        number = torch.full((1,), len(attn_BLN), dtype=torch.float64, device=attn_BLN.device)
         sums = {
-            "number": number,
+            "number": torch.full((1,), len(attn_BLN), dtype=torch.float64, device=attn_BLN.device),
             "entropy": attention_entropy(attn_BLN).double().sum(dim=0),
             "effective_patches": effective_patches(attn_BLN).double().sum(dim=0),
             "cls_share": attn_BLN[..., 0].double().sum(dim=0),
