@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,11 @@ def command(data: Path, run_dir: Path, processes: int = 1, **changes) -> list[st
     """The command line of a tiny run."""
     arguments = tiny_arguments(data, run_dir, **changes)
     return [sys.executable, "-m", "dino_sparo", "pretrain", *arguments, f"--nproc={processes}"]
+
+
+def finished(command: list[str], **options) -> subprocess.CompletedProcess[str]:
+    """A program that has ended, with what it has printed."""
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
 
 def wait_for_step(step: int, run_dir: Path, process: subprocess.Popen) -> None:
@@ -48,20 +54,18 @@ def is_gone(pid: int) -> bool:
     """Whether a process has ended, within some seconds, if only its parent would look."""
     stat = Path(f"/proc/{pid}/stat")
     for _ in range(100):
-        try:
-            if stat.read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except OSError:
-            return True
-        time.sleep(0.1)
+        with suppress(OSError):
+            if stat.read_text().rpartition(")")[2].split()[0] != "Z":
+                time.sleep(0.1)
+                continue
+        return True
     return False
 
 
 def logged(run_dir: Path) -> list[dict]:
-    try:
+    with suppress(OSError, ValueError):
         return read_metrics(run_dir)
-    except (OSError, ValueError):
-        return []
+    return []
 
 
 def plant_modules(folder: Path) -> None:

@@ -106,7 +106,6 @@ class ModelOptions:
     drop_path_rate: BelowOne
     """Stochastic depth of the student's last block, rising linearly from 0; the teacher has none."""
     readout: ReadoutOptions = field(metadata={BY_NAME: {name: one.options for name, one in READOUTS.items()}})
-    """The read-out."""
 
     def __post_init__(self) -> None:
         reads_instead = READOUTS[self.readout.name].has_slots and not getattr(
@@ -256,28 +255,19 @@ class Recipe:
     seed: Seed
     """Seed of every random number of the run."""
     data: DataOptions
-    """The images to learn from."""
     views: ViewOptions
-    """The random views of an image."""
     model: ModelOptions
-    """Student and teacher."""
     head: HeadOptions
-    """The DINO projection head."""
     loss: LossOptions
-    """Temperatures and center."""
     optim: OptimOptions
-    """Optimization."""
     init: str | None = None
     """Starting weights: a run folder, a checkpoint or exported encoder, or a ViT of the official DINO code
     or of timm (a file, or `timm:NAME`, which timm downloads). Blocks that the recipe builds, and whatever
     else fits, are taken; what is not there begins fresh, and the log says so. A resumed run does not need the
     file again. null begins with random weights."""
     monitor: MonitorOptions = field(default_factory=MonitorOptions)
-    """k-NN while training."""
     machine: MachineOptions = field(default_factory=MachineOptions)
-    """What belongs to the machine."""
     log: LogOptions = field(default_factory=LogOptions)
-    """Log and checkpoints."""
 
     def __post_init__(self) -> None:
         patch, epochs = self.model.patch_size, self.optim.epochs
@@ -288,11 +278,11 @@ class Recipe:
                     f"views.{name} is {size}, not divisible by model.patch_size {patch}; use a multiple, "
                     f"such as {max(1, round(size / patch)) * patch}"
                 )
-        for key, value in (
-            ("optim.warmup_epochs", self.optim.warmup_epochs),
-            ("loss.warmup_teacher_temp_epochs", self.loss.warmup_teacher_temp_epochs),
-            ("optim.freeze_last_layer_epochs", self.optim.freeze_last_layer_epochs),
-        ):
+        for key, value in {
+            "optim.warmup_epochs": self.optim.warmup_epochs,
+            "loss.warmup_teacher_temp_epochs": self.loss.warmup_teacher_temp_epochs,
+            "optim.freeze_last_layer_epochs": self.optim.freeze_last_layer_epochs,
+        }.items():
             if value > epochs:
                 raise UserError(
                     f"{key} is {value}, longer than the run: optim.epochs is {epochs}; use at most {epochs}"
@@ -339,24 +329,20 @@ def split_batch(global_batch_size: int, batch_size_per_gpu: int | None, processe
         UserError: they cannot; it proposes values that can.
     """
     if global_batch_size % processes:
-        near = [n for n in range(1, global_batch_size + 1) if global_batch_size % n == 0]
-        near = sorted(near, key=lambda n: abs(n - processes))[:3]
         multiple = max(1, round(global_batch_size / processes)) * processes
         raise UserError(
             f"optim.global_batch_size is {global_batch_size}, not divisible by {processes} processes; use "
-            f"{_either(near)} processes, or a batch of {multiple} (another experiment)"
+            f"{_divisors(global_batch_size, processes)} processes, or a batch of {multiple} (another "
+            f"experiment)"
         )
     share = global_batch_size // processes
     if batch_size_per_gpu is None:
         return share, 1
     if share % batch_size_per_gpu:
-        near = sorted(
-            (n for n in range(1, share + 1) if share % n == 0), key=lambda n: abs(n - batch_size_per_gpu)
-        )[:3]
         raise UserError(
             f"machine.batch_size_per_gpu is {batch_size_per_gpu}, which does not divide {share}, the "
             f"share of each of {processes} processes in optim.global_batch_size {global_batch_size}; use "
-            f"{_either(near)}"
+            f"{_divisors(share, batch_size_per_gpu)}"
         )
     return batch_size_per_gpu, share // batch_size_per_gpu
 
@@ -366,5 +352,7 @@ def smaller_batch(share: int, batch_size: int) -> int:
     return max(size for size in range(1, max(1, batch_size // 2) + 1) if share % size == 0)
 
 
-def _either(numbers: list[int]) -> str:
-    return " or ".join(map(str, sorted(numbers)))
+def _divisors(number: int, near: int) -> str:
+    """The three divisors nearest to another number, as `1 or 2 or 4`."""
+    divisors = [one for one in range(1, number + 1) if number % one == 0]
+    return " or ".join(map(str, sorted(sorted(divisors, key=lambda one: abs(one - near))[:3])))
