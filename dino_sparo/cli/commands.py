@@ -65,6 +65,17 @@ COMMANDS = {
         distributed=True,
         resumes=True,
     ),
+    "check": Command(
+        pretraining.CheckOptions,
+        pretraining.check,
+        "before a run: the plan, and if asked for its speed and memory, and a look at every file",
+        (
+            "check --config imagenet_vits16_sparo --data.path /data/imagenet --nproc 8",
+            "check --config photos_sparo --data.path photos --measure --scan  # speed and memory, and "
+            "every file",
+        ),
+        plan=pretraining.check,
+    ),
     "sweep": Command(
         pretraining.StudyOptions,
         pretraining.sweep,
@@ -181,17 +192,6 @@ COMMANDS = {
             "export runs/sparo --out sparo_onnx --format onnx",
             "export runs/sparo --out sparo.pth --format official",
         ),
-    ),
-    "check": Command(
-        pretraining.CheckOptions,
-        pretraining.check,
-        "before a run: the plan, and if asked for its speed and memory, and a look at every file",
-        (
-            "check --config imagenet_vits16_sparo --data.path /data/imagenet --nproc 8",
-            "check --config photos_sparo --data.path photos --measure --scan  # speed and memory, and "
-            "every file",
-        ),
-        plan=pretraining.check,
     ),
     "bench": Command(
         bench.BenchOptions,

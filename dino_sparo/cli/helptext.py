@@ -19,7 +19,7 @@ from dino_sparo.terminal import table, width_of_terminal
 
 TITLES = {  # above the first command of each group
     **{"demo": "train", "knn": "evaluate", "slots maps": "slots", "prepare": "data"},
-    **{"export": "weights", "check": "measure"},
+    **{"export": "weights", "bench": "measure"},
 }
 PROGRAM_OPTIONS = {  # of every command; they are no part of an experiment
     "--quiet": "Show warnings, errors and results only: no progress.",
