@@ -49,6 +49,8 @@ def answer(arguments: list[str]) -> int:
     """What `main` does, for a standard output that is read to its end."""
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:], "--help"]
+    # Flags of the program may stand before the command too.
+    arguments = sorted(arguments, key=lambda one: one in ("--quiet", "--dry-run", "--dry_run"))
     if "--version" in arguments:
         torch = importlib.metadata.version("torch")
         print(f"dino-sparo {__version__} (torch {torch}, Python {platform.python_version()})")
@@ -70,10 +72,8 @@ def answer(arguments: list[str]) -> int:
             leave_note("stopped", str(stopped))
         return leave(EXIT_STOPPED, at_once=True)
     except KeyboardInterrupt:
-        command = COMMANDS.get("".join(arguments[:1]))
-        hint = "; the same command goes on where it stopped" if command and command.resumes else ""
         if RANK == 0:
-            print(f"dino-sparo: interrupted{hint}", file=sys.stderr)
+            print("dino-sparo: interrupted; the same command goes on from what is on disk", file=sys.stderr)
         return leave(EXIT_INTERRUPTED)
     except Exception:
         if speaks_for_all():

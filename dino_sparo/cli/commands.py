@@ -20,7 +20,6 @@ class Command:
         examples: lines to copy, without the name of the program; what they are for stands behind a `#`.
         plan: what `--dry-run` runs instead, in one process: it takes the options and the name of the recipe.
         distributed: whether it can run in several processes.
-        resumes: whether the same command, interrupted, goes on where it stopped.
     """
 
     options: type
@@ -29,7 +28,6 @@ class Command:
     examples: tuple[str, ...]
     plan: Callable[[Any, str | None], int] | None = None
     distributed: bool = False
-    resumes: bool = False
 
     @property
     def positional(self) -> str | None:
@@ -48,7 +46,6 @@ COMMANDS = {
         demo.demo,
         "five minutes on a laptop: train, watch k-NN rise, look at slots",
         ("demo", "demo --data.path photos"),
-        resumes=True,
     ),
     "pretrain": Command(
         pretraining.PretrainOptions,
@@ -63,7 +60,6 @@ COMMANDS = {
         ),
         plan=pretraining.plan,
         distributed=True,
-        resumes=True,
     ),
     "check": Command(
         pretraining.CheckOptions,
@@ -85,7 +81,6 @@ COMMANDS = {
             "--run_dir runs/slots",
         ),
         plan=pretraining.plan_sweep,
-        resumes=True,
     ),
     "study": Command(
         pretraining.StudyOptions,
@@ -96,7 +91,6 @@ COMMANDS = {
             "--data.path photos --run_dir runs/study",
         ),
         plan=pretraining.plan_study,
-        resumes=True,
     ),
     "knn": Command(
         evaluating.KnnOptions,
@@ -108,7 +102,6 @@ COMMANDS = {
             "knn runs/sparo --data.path photos --untrained  # the baseline",
         ),
         distributed=True,
-        resumes=True,
     ),
     "linear": Command(
         evaluating.LinearOptions,
@@ -119,7 +112,6 @@ COMMANDS = {
             "linear runs/sparo --data.path photos --cached --sweep  # a look in seconds",
         ),
         distributed=True,
-        resumes=True,
     ),
     "compare": Command(
         evaluating.CompareOptions,
@@ -174,14 +166,12 @@ COMMANDS = {
         exporting.prepare,
         "class folders of ImageNet as you have it: tars, a flat validation folder, Kaggle's layout",
         ("prepare /data/kaggle --out /data/imagenet",),
-        resumes=True,
     ),
     "shard": Command(
         making.ShardOptions,
         making.shard,
         "tar shards of a folder of images, to be read like the folder, for network file systems",
         ("shard /data/imagenet --out /data/shards --short-side 512",),
-        resumes=True,
     ),
     "export": Command(
         exporting.ExportOptions,
