@@ -1,6 +1,7 @@
 """The command line: `dino-sparo COMMAND …`, also `python -m dino_sparo COMMAND …`."""
 
 import importlib.metadata
+import json
 import logging
 import os
 import platform
@@ -11,7 +12,7 @@ from typing import Any
 
 from dino_sparo import __version__
 from dino_sparo.cli.commands import COMMANDS, usage
-from dino_sparo.cli.parsing import FLAGS, command_line, given_values, options_of
+from dino_sparo.cli.parsing import FLAGS, given_values, options_of
 from dino_sparo.errors import (
     EXIT_INTERRUPTED,
     EXIT_STOPPED,
@@ -151,7 +152,9 @@ def run_command(arguments: list[str]) -> int:
             )
         from dino_sparo.parallel.launch import launch
 
-        return launch(num_processes, [*name.split(), *command_line(given | {"nproc": 1})])
+        texts = {key: one if isinstance(one, str) else json.dumps(one) for key, one in given.items()}
+        values = [f"--{key}={text}" for key, text in (texts | {"nproc": "1"}).items()]
+        return launch(num_processes, [*name.split(), *values])
     return command.function(options) or 0
 
 

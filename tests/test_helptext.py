@@ -10,7 +10,7 @@ import pytest
 import dino_sparo
 from dino_sparo.__main__ import command_and_rest, main, parsed
 from dino_sparo.cli.commands import COMMANDS
-from dino_sparo.cli.helptext import EXAMPLES, TITLES
+from dino_sparo.cli.helptext import TITLES
 from dino_sparo.errors import EXIT_STATUSES
 from dino_sparo.recipe.files import recipes
 from dino_sparo.runs.rundir import start_run_dir
@@ -65,9 +65,7 @@ def test_help_fits_the_terminal_and_examples_can_be_copied(columns, capsys, monk
         assert any(lines) and all(words[0] == "dino-sparo" for words in lines if words)
 
 
-@pytest.mark.parametrize(
-    "example", [*(line for command in COMMANDS.values() for line in command.examples), *EXAMPLES]
-)
+@pytest.mark.parametrize("example", [*(line for command in COMMANDS.values() for line in command.examples)])
 def test_examples_of_help_parse(example, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "runs" / "photos"

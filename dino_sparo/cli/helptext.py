@@ -27,13 +27,7 @@ PROGRAM_OPTIONS = {  # of every command; they are no part of an experiment
     "--help": "Show this and end; before or after the command.",
     "--version": "Show the version and end.",
 }
-EXAMPLES = (
-    "pretrain --config photos_sparo --data.path photos --run_dir runs/photos  # here on photographs",
-    "knn runs/photos --data.path photos",
-    "linear runs/photos --data.path photos",
-    "slots report runs/photos --data.path photos  # see and use the slots",
-    "demo  # all of it in five minutes, on generated pictures",
-)
+EXAMPLES = [COMMANDS[name].examples[0] for name in ("pretrain", "knn", "linear", "slots report", "demo")]
 READ_ON = (
     "Recipes are YAML files; --section.key VALUE behind one changes it, a list is written '[1, 2]', and - "
     "and _ in names of options mean the same. All options of a command: dino-sparo COMMAND --help. A guide "

@@ -1,6 +1,5 @@
 """Arguments as people write them -> the options of a command. Needs no torch."""
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -84,10 +83,3 @@ def options_of(options_class: type, given: Mapping[str, Any]) -> Any:
         if issubclass(options_class, Recipe) and not NOT_IN_RECIPES.issuperset(error.keys):
             remedy = f"start from a recipe that has them: --config NAME, one of {', '.join(recipes())}"
         raise UserError(f"{error}; {remedy}") from error
-
-
-def command_line(given: Mapping[str, Any]) -> list[str]:
-    """Values by key as arguments again."""
-    return [
-        f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in given.items()
-    ]

@@ -6,13 +6,15 @@ field.
 
 import json
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from dino_sparo.errors import UserError
 from dino_sparo.recipe.readouts import READOUTS, ReadoutOptions
-from dino_sparo.recipe.typed import BY_NAME, Amount, BelowOne, Count, Seed, Share
+from dino_sparo.recipe.typed import BY_NAME, Amount, BelowOne, Count, Range, Seed, Share
 
-MAX_DATA_TIMEOUT = 1500
+AreaShare = Annotated[float, Range("above 0 and at most 1", lambda number: 0 < number <= 1)]
+HueShift = Annotated[float, Range("from 0 to 0.5, half the color circle", lambda number: 0 <= number <= 0.5)]
+Timeout = Annotated[int, Range("from 1 to 1500", lambda number: 1 <= number <= 1500)]
 
 
 @dataclass(kw_only=True)
@@ -40,11 +42,11 @@ class ViewOptions:
 
     global_size: int
     """Side of a global crop in pixels; the position embedding is native at it."""
-    global_scale: tuple[float, float]
+    global_scale: tuple[AreaShare, AreaShare]
     """Share of the image area in a global crop, lowest and highest."""
     local_size: int
     """Side of a local crop in pixels."""
-    local_scale: tuple[float, float]
+    local_scale: tuple[AreaShare, AreaShare]
     """Share of the image area in a local crop, lowest and highest."""
     num_local_crops: Count
     """Local crops an image."""
@@ -52,7 +54,7 @@ class ViewOptions:
     """Probability of a horizontal flip."""
     jitter_probability: Share
     """Probability of color jitter."""
-    jitter_strength: tuple[Amount, Amount, Amount, Amount]
+    jitter_strength: tuple[Amount, Amount, Amount, HueShift]
     """Strength of brightness, contrast, saturation and hue jitter."""
     grayscale_probability: Share
     """Probability of grayscale."""
@@ -64,16 +66,10 @@ class ViewOptions:
     """Probability of solarization for first global, second global and local crops."""
 
     def __post_init__(self) -> None:
-        for name, unit in (("global_scale", ""), ("local_scale", ""), ("blur_radius", ", in pixels")):
+        for name in ("global_scale", "local_scale", "blur_radius"):
             low, high = getattr(self, name)
-            if low > high or (not unit and high > 1):
-                most = unit or ", both above 0 and at most 1"
-                raise UserError(f"views.{name} is {[low, high]}; expected the lowest, then the highest{most}")
-        if self.jitter_strength[3] > 0.5:
-            raise UserError(
-                f"views.jitter_strength is {list(self.jitter_strength)}; expected its last number (hue) to "
-                f"be at most 0.5, half the color circle"
-            )
+            if low > high:
+                raise UserError(f"views.{name} is {[low, high]}; expected the lowest, then the highest")
 
 
 @dataclass
@@ -223,15 +219,9 @@ class MachineOptions:
     a core and shares them among the training processes, at most 16 each."""
     prefetch_batches: int = 2
     """Batches that each worker prepares ahead."""
-    data_timeout_seconds: int = 600
-    """Without a batch of images for so long the run ends, naming the files being read."""
-
-    def __post_init__(self) -> None:
-        if self.data_timeout_seconds > MAX_DATA_TIMEOUT:
-            raise UserError(
-                f"machine.data_timeout_seconds is {self.data_timeout_seconds}; expected at most "
-                f"{MAX_DATA_TIMEOUT}, since other processes wait for this one for 30 minutes"
-            )
+    data_timeout_seconds: Timeout = 600
+    """Without a batch of images for so long the run ends, naming the files being read. Other processes wait
+    for this one for 30 minutes."""
 
 
 @dataclass

@@ -105,8 +105,9 @@ def value_of(key: str, value: Any, kind: Any) -> Any:
     Raises:
         UserError: it is of another type or out of range.
     """
-    if value == "":  # an unset variable of the shell would mean the current folder
-        raise UserError(f"{key} is empty; give a value or leave the option out")
+    # An unset variable of the shell would mean the current folder.
+    if value == "" or (value in ("[]", []) and kind != list[str]):
+        raise UserError(f"{key} is empty; give at least one value or leave the option out")
     try:
         return _converted(value, kind)
     except (ValueError, yaml.YAMLError):
