@@ -141,7 +141,7 @@ def test_unknown_key_suggests_the_nearest(tmp_path, key, nearest):
         ("- seed\n- data\n", "expected sections with keys"),
         ("", "expected sections with keys"),
         ("1: 2\n", "key '1' is unknown"),
-        ("seed: {a: 1}\n", "key 'seed' is a section here; expected a whole number"),
+        ("seed: {a: 1}\n", "key 'seed' is {'a': 1}; expected a whole number"),
     ],
 )
 def test_malformed_recipe(tmp_path, recipe, expected):

@@ -36,25 +36,6 @@ def find_recipe(name: str) -> Path:
     )
 
 
-def values_of_file(path: Path, keys: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a YAML file by dotted key.
-
-    Args:
-        keys: dotted key -> type of all that may be in it.
-
-    Raises:
-        UserError: it is no YAML, a key is unknown or given twice, or a section is none.
-    """
-    try:
-        with open(path) as file:  # an open file, so that messages name it
-            content = yaml.load(file, Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected sections with keys, as in the shipped recipes")
-    return checked_keys(content, keys, f"{path}: key")
-
-
 def checked_keys(content: Mapping[str, Any], keys: Mapping[str, Any], what: str) -> dict[str, Any]:
     """Nested values by dotted key; `what` stands before a key in messages.
 
@@ -71,12 +52,11 @@ def checked_keys(content: Mapping[str, Any], keys: Mapping[str, Any], what: str)
                 raise unknown(f"{what} {key!r}", key, keys)
             if isinstance(value, dict) and inside:
                 walk(f"{key}.", value)
-            elif isinstance(value, dict):
-                raise UserError(f"{what} {key!r} is a section here; expected {expected(keys[key])}")
-            elif key not in keys:
-                raise UserError(f"{what} {key!r} is {value!r}; expected a section with {', '.join(inside)}")
             elif key in values:  # once in its section and once with a dot
                 raise UserError(f"{what} {key!r} is given twice; give it once")
+            elif isinstance(value, dict) or key not in keys:
+                wanted = expected(keys[key]) if key in keys else f"a section with {', '.join(inside)}"
+                raise UserError(f"{what} {key!r} is {value!r}; expected {wanted}")
             else:  # older files may have views by tensors on a CPU
                 values[key] = "pil" if (key, value) == ("machine.views", "tensor") else value
 
@@ -127,10 +107,17 @@ def named_recipe(name: str, over: Mapping[str, Any], options_class: type = Recip
         options_class: what the file holds, if it is not a recipe alone.
 
     Raises:
-        UserError: there is none, or a value is wrong or missing.
+        UserError: there is none, it is no YAML, or a key or value is wrong or missing.
     """
     path = find_recipe(name)
-    values = values_of_file(path, leaf_keys(options_class))
+    try:
+        with open(path) as file:  # an open file, so that messages name it
+            content = yaml.load(file, Loader=_UniqueKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected sections with keys, as in the shipped recipes")
+    values = checked_keys(content, leaf_keys(options_class), f"{path}: key")
     return build(options_class, merged(values, over), dict.fromkeys(values.keys() - over, str(path)))
 
 
@@ -138,16 +125,13 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML's safe loader, but a key given twice is an error instead of a silent choice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         seen = set()
-        for key_node in keys:
+        for key_node in (key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"):
             key = self.construct_object(key_node, deep=deep)
             if not isinstance(key, Hashable):
                 break  # the base class names the line
             if key in seen:
-                mark = key_node.start_mark
-                raise UserError(
-                    f"{mark.name}, line {mark.line + 1}: key {key!r} is given twice; give it once"
-                )
+                where = f"{key_node.start_mark.name}, line {key_node.start_mark.line + 1}"
+                raise UserError(f"{where}: key {key!r} is given twice; give it once")
             seen.add(key)
         return super().construct_mapping(node, deep)
