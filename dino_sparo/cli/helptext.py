@@ -86,11 +86,10 @@ def summary_of_recipe(path: Path) -> str:
 def page(name: str) -> str:
     """The page of `--help` of a command: what it is for, examples, and its options by section."""
     command, width = COMMANDS[name], width_of_terminal()
-    summary = f"{command.summary[0].upper() if command.summary[:2] != 'k-' else 'k'}{command.summary[1:]}."
     parser = argparse.ArgumentParser(
         add_help=False,
         usage=usage(name),
-        description=f"{textwrap.fill(summary, width)}\n\nexamples:\n{copyable(command.examples)}",
+        description=f"{textwrap.fill(command.summary, width)}\n\nexamples:\n{copyable(command.examples)}",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
             prog, max_help_position=34 if width > 100 else 26, width=width
         ),
@@ -98,12 +97,8 @@ def page(name: str) -> str:
     groups = {"": parser.add_argument_group("options")}
     keys = leaves(command.options)
     if "config" not in keys:
-        what = (
-            "Recipe: a YAML file or the name of a shipped one."
-            if command.of_run
-            else "YAML file of these options."
-        )
-        groups[""].add_argument("--config", metavar="FILE", help=what)
+        what = "recipe, a file or the name of a shipped one" if command.of_run else "file of these options"
+        groups[""].add_argument("--config", metavar="FILE", help=f"YAML {what}.")
     for field in fields(command.options):
         if section := section_of(field.type):
             title = f"{field.name}: {' '.join((section.__doc__ or '').split()).rstrip('.')}"
@@ -121,7 +116,7 @@ def _values(key: str, field: Field[Any], of_run: bool) -> str:
     if default is MISSING:
         told = "from the recipe" if of_run and key not in NOT_IN_RECIPES else "required"
     else:
-        told = f"default: {json.dumps(default)}"
+        told = f"default: {default if isinstance(default, str) else json.dumps(default)}"
     return f"{expected(field.type)}; {told}"
 
 
