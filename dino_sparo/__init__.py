@@ -7,25 +7,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dino_sparo.evaluation.knn import knn_classify
-    from dino_sparo.interop.load import load_encoder
-    from dino_sparo.models import DINOHead, Encoder, Sparo, build_encoder
-    from dino_sparo.slots.attention import slot_attention
-    from dino_sparo.training.loss import DINOLoss
+    from dino_sparo.evaluation.knn import knn_classify as knn_classify
+    from dino_sparo.interop.load import load_encoder as load_encoder
+    from dino_sparo.models import DINOHead as DINOHead
+    from dino_sparo.models import Encoder as Encoder
+    from dino_sparo.models import Sparo as Sparo
+    from dino_sparo.models import build_encoder as build_encoder
+    from dino_sparo.slots.attention import slot_attention as slot_attention
+    from dino_sparo.training.loss import DINOLoss as DINOLoss
 
 __version__ = "0.1.0"
-__all__ = [
-    "DINOHead",
-    "DINOLoss",
-    "Encoder",
-    "Sparo",
-    "__version__",
-    "build_encoder",
-    "knn_classify",
-    "load_encoder",
-    "slot_attention",
-]
-
 _HOMES = {
     "DINOHead": "dino_sparo.models",
     "DINOLoss": "dino_sparo.training.loss",
@@ -36,6 +27,7 @@ _HOMES = {
     "load_encoder": "dino_sparo.interop.load",
     "slot_attention": "dino_sparo.slots.attention",
 }
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:

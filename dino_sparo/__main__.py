@@ -1,20 +1,18 @@
 """The command line: `dino-sparo COMMAND …`, also `python -m dino_sparo COMMAND …`."""
 
-import importlib
 import importlib.metadata
+import json
 import logging
 import os
 import platform
 import select
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dino_sparo import __version__
-from dino_sparo.cli.commands import COMMANDS, DISTRIBUTED, POSITIONAL, Command
-from dino_sparo.cli.parsing import command_line, given_values, options_of, without_flags
+from dino_sparo.cli.commands import COMMANDS, usage
+from dino_sparo.cli.parsing import FLAGS, given_values, options_of
 from dino_sparo.errors import (
     EXIT_INTERRUPTED,
     EXIT_STOPPED,
@@ -25,26 +23,17 @@ from dino_sparo.errors import (
     files_told,
 )
 from dino_sparo.parallel.processes import end_at_once, end_with_launcher, first_to_fail, leave_note
+from dino_sparo.recipe.typed import value_of
 from dino_sparo.terminal import coloured, set_up_log
 
 RANK = int(os.environ.get("RANK", "0"))  # as torchrun sets it
-GOING_ON = (
-    "pretrain",
-    "sweep",
-    "study",
-    "demo",
-    "prepare",
-    "shard",
-    "knn",
-    "linear",
-)  # after an interruption
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status, one of EXIT_STATUSES."""
+    os.environ["PYTHONSAFEPATH"] = "1"  # processes that are started import nothing from the working directory
     try:
-        with safe_path():
-            status = answer(arguments)
+        status = answer(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
         return status
     except BrokenPipeError:
@@ -52,39 +41,26 @@ def main(arguments: list[str] | None = None) -> int:
         readers.register(sys.stdout.fileno(), 0)
         if not readers.poll(0):
             raise
-        # Who read has had enough, as `head`; Python would flush at its end again.
+        # Who reads has had enough, as `head`; Python would flush at its end again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
-@contextmanager
-def safe_path() -> Iterator[None]:
-    """Within it, processes that are started import nothing from the working directory."""
-    before = os.environ.get("PYTHONSAFEPATH")
-    os.environ["PYTHONSAFEPATH"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["PYTHONSAFEPATH"]
-        else:
-            os.environ["PYTHONSAFEPATH"] = before
-
-
-def answer(arguments: list[str] | None) -> int:
+def answer(arguments: list[str]) -> int:
     """What `main` does, for a standard output that is read to its end."""
-    arguments, flags = without_flags(list(sys.argv[1:] if arguments is None else arguments))
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:], "--help"]
-    if not arguments or "--version" in arguments or arguments[0] in ("-h", "--help"):
-        print(version() if "--version" in arguments else _overview())
+    # Flags of the program may stand before the command too.
+    arguments = sorted(arguments, key=lambda one: one in ("--quiet", "--dry-run", "--dry_run"))
+    if "--version" in arguments:
+        torch = importlib.metadata.version("torch")
+        print(f"dino-sparo {__version__} (torch {torch}, Python {platform.python_version()})")
         return 0
     if "RANK" in os.environ:
         end_with_launcher()
     try:
-        name, rest = command_and_rest(arguments)
         with files_told():
-            status = run_command(name, rest, flags)
+            status = run_command(arguments)
         if RANK == 0:
             leave_note("done", status == 0)
         return status
@@ -97,28 +73,13 @@ def answer(arguments: list[str] | None) -> int:
             leave_note("stopped", str(stopped))
         return leave(EXIT_STOPPED, at_once=True)
     except KeyboardInterrupt:
-        hint = "; the same command goes on where it stopped" if arguments[0] in GOING_ON else ""
         if RANK == 0:
-            print(f"dino-sparo: interrupted{hint}", file=sys.stderr)
+            print("dino-sparo: interrupted; the same command goes on from what is on disk", file=sys.stderr)
         return leave(EXIT_INTERRUPTED)
     except Exception:
         if speaks_for_all():
             raise
         return leave(EXIT_USER_ERROR)  # what this process saw was only the end of another one
-
-
-def _overview() -> str:
-    from dino_sparo.cli.helptext import overview  # needs what only pages of help need
-
-    return overview()
-
-
-def version() -> str:
-    """One line for reports of defects; nothing is imported for it."""
-    return (
-        f"dino-sparo {__version__} (torch {importlib.metadata.version('torch')}, "
-        f"Python {platform.python_version()})"
-    )
 
 
 def report(error: UserError) -> None:
@@ -127,7 +88,7 @@ def report(error: UserError) -> None:
         from dino_sparo.parallel import distributed
 
         distributed.report(error)
-    elif speaks_for_all():
+    elif first_to_fail():
         print(coloured(f"dino-sparo: error: {error}", "red"), file=sys.stderr)
 
 
@@ -156,31 +117,34 @@ def command_and_rest(arguments: list[str]) -> tuple[str, list[str]]:
     return " ".join(arguments[:words]), arguments[words:]
 
 
-def run_command(name: str, arguments: list[str], flags: set[str]) -> int:
-    """Parse the command's options, then import it (and torch with it) and run it; returns the exit status."""
-    command = find_command(name, arguments)
-    if command is None:
-        return 0
-    if {"-h", "--help"} & set(arguments):
-        from dino_sparo.cli.helptext import page  # needs what only pages of help need
+def run_command(arguments: list[str]) -> int:
+    """Show help, or parse the options of a command and run it, which imports torch."""
+    asked = [one for one in arguments if one not in ("-h", "--help")]
+    name, rest = command_and_rest(asked)
+    group = [other for other in COMMANDS if other.startswith(f"{name} ".lstrip())]
+    if name not in COMMANDS and (rest or not group):
+        unknown = " ".join([name, *rest[:1]]) if group else name
+        raise UserError(f"unknown command {unknown!r}; expected one of {', '.join(group or COMMANDS)}")
+    if name not in COMMANDS or len(asked) < len(arguments):
+        from dino_sparo.cli.helptext import overview, page  # needs what only pages of help need
 
-        print(page(name), end="")
+        print(page(name) if name in COMMANDS else overview(group))
         return 0
-    given = given_values(arguments, command.options, usage=command.usage, positional=POSITIONAL.get(name))
-    complete(name, given)
-    options = options_of(command.options, given)
-    set_up_log(logging.ERROR if RANK > 0 else logging.WARNING if "quiet" in flags else logging.INFO)
-    if "dry_run" in flags or command.function == command.plan:
-        only_one_process("--dry-run" if "dry_run" in flags else name)
+    command = COMMANDS[name]
+    given, options = parsed(name, rest)
+    quiet, dry_run = (value_of(flag, given.get(flag, False), bool) for flag in FLAGS)
+    set_up_log(logging.ERROR if RANK > 0 else logging.WARNING if quiet else logging.INFO)
+    if dry_run or command.function == command.plan:
+        only_one_process("--dry-run" if dry_run else name)
         if command.plan is None:
-            planned = ", ".join(each for each, command in COMMANDS.items() if command.plan)
+            planned = ", ".join(each for each, other in COMMANDS.items() if other.plan)
             raise UserError(f"--dry-run is for {planned}, not for {name}; leave it out")
-        return imported(command.plan)(options, given.get("config")) or 0
-    if name not in DISTRIBUTED:
+        return command.plan(options, given.get("config"))
+    if not command.distributed:
         only_one_process(name)
     num_processes = getattr(options, "nproc", 1)
-    if num_processes > 1 and name != "check":  # which only tells what so many processes would do
-        if name not in DISTRIBUTED:
+    if num_processes > 1:
+        if not command.distributed:
             raise UserError(f"--nproc is {num_processes}, but {name} runs in one process; leave it out")
         if "RANK" in os.environ:
             raise UserError(
@@ -188,57 +152,32 @@ def run_command(name: str, arguments: list[str], flags: set[str]) -> int:
             )
         from dino_sparo.parallel.launch import launch
 
-        quiet = ["--quiet"] if "quiet" in flags else []
-        return launch(num_processes, [*name.split(), *command_line(given | {"nproc": 1}), *quiet])
-    return imported(command.function)(options) or 0
+        texts = {key: one if isinstance(one, str) else json.dumps(one) for key, one in given.items()}
+        values = [f"--{key}={text}" for key, text in (texts | {"nproc": "1"}).items()]
+        return launch(num_processes, [*name.split(), *values])
+    return command.function(options) or 0
 
 
-def complete(name: str, given: dict[str, Any]) -> None:
-    """Fill in what a command can tell by itself: the recipe of an existing run, and what the demo is of."""
+def parsed(name: str, arguments: list[str]) -> tuple[dict[str, Any], Any]:
+    """What is given to a command by dotted key, with what it can tell by itself, and its options."""
+    command = COMMANDS[name]
+    given = given_values(arguments, command.options, usage=usage(name), positional=command.positional)
     if name == "pretrain" and "config" not in given and "run_dir" in given:
         stored = Path(given["run_dir"]) / "config.yaml"
         if stored.is_file():
             given["config"] = str(stored)
     elif name == "demo":
         data = Path(given["data.path"]).resolve().name if "data.path" in given else ""
-        given.setdefault("config", "demo")
-        given.setdefault("run_dir", f"runs/demo-{data}" if data else "runs/demo")
-
-
-def find_command(name: str, arguments: list[str]) -> Command | None:
-    """The command of this name; None if it is the first word of several, which have been listed.
-
-    Raises:
-        UserError: there is none.
-    """
-    if name in COMMANDS:
-        return COMMANDS[name]
-    group = [other for other in COMMANDS if other.startswith(f"{name} ")]
-    if group and (not arguments or arguments[0] in ("-h", "--help")):
-        from dino_sparo.cli.helptext import overview_of
-
-        print(overview_of(group))
-        return None
-    name = " ".join([name, *arguments[:1]]) if group else name
-    raise UserError(f"unknown command {name!r}; expected one of {', '.join(group or COMMANDS)}")
+        given = {"config": "demo", "run_dir": f"runs/demo-{data}" if data else "runs/demo"} | given
+    return given, options_of(command.options, given)
 
 
 def only_one_process(what: str) -> None:
-    """Refuse to run in several processes that torchrun has started.
-
-    Raises:
-        UserError: it has.
-    """
+    """Refuse to run in several processes that torchrun has started. Raises UserError."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             f"{what} runs in one process, torchrun has started several; start it without torchrun"
         )
-
-
-def imported(place: str) -> Callable[..., int | None]:
-    """The function at `module:name`."""
-    module, function = place.split(":")
-    return getattr(importlib.import_module(module), function)
 
 
 if __name__ == "__main__":

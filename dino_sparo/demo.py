@@ -23,14 +23,9 @@ KNN = f"knn{HEADLINE_K}_top1"
 def show_run(
     run_dir: Path, data_path: str, *, max_images: int | None, image_size: int, with_slots: bool
 ) -> None:
-    """Print the run's k-NN accuracies, and write `curve.png` and with slots `slots.png` into its folder.
+    """Print the k-NN accuracies of a complete run, and write `curve.png` and with slots `slots.png` there.
 
-    Args:
-        run_dir: folder of a run that is complete.
-        data_path: images over which attention is drawn, as `data.path` takes them.
-        max_images: of the images so many, evenly spread; None takes all.
-        image_size: side of a picture in pixels.
-        with_slots: whether the encoder has slots.
+    Attention is drawn over some of at most `max_images` images of `data_path`, `image_size` pixels wide.
     """
     metrics = read_metrics(run_dir)
     print_table(metrics)

@@ -32,29 +32,19 @@ REMEDIES = {
 }
 
 
-def of_file(error: OSError) -> UserError | None:
-    """What the system says of a file or folder, as one sentence with a remedy; None if it names no file."""
-    if error.filename is None:
-        return None
-    remedy = REMEDIES.get(error.errno or 0, "repair it")
-    reason = error.strerror or type(error).__name__
-    return UserError(
-        f"{os.fsdecode(error.filename)} cannot be read or written ({reason}); {remedy}, then start again"
-    )
-
-
 @contextmanager
 def files_told() -> Iterator[None]:
     """Make a UserError of an error that names a file; others pass."""
     try:
         yield
-    except UserError:
-        raise
     except OSError as error:
-        told = of_file(error)
-        if told is None:
+        if isinstance(error, UserError) or error.filename is None:
             raise
-        raise told from error
+        reason = error.strerror or type(error).__name__
+        remedy = REMEDIES.get(error.errno or 0, "repair it")
+        raise UserError(
+            f"{os.fsdecode(error.filename)} cannot be read or written ({reason}); {remedy}, then start again"
+        ) from error
 
 
 class UserFileNotFoundError(UserError, FileNotFoundError):

@@ -114,10 +114,12 @@ def keep_compiled_code() -> None:
     if given.name and not (given.parent == Path(tempfile.gettempdir()) and given.name.startswith(OF_TORCH)):
         return
     folder = cache_folder() / f"compiled-{os.getuid()}-{_processor()}"
+    reason = None
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        reason = None if is_private(folder) else "somebody else can write it"
-        if not os.access(folder, os.W_OK | os.X_OK):
+        if not _is_private(folder):
+            reason = "somebody else can write it"
+        elif not os.access(folder, os.W_OK | os.X_OK):
             reason = "it cannot be written"
     except OSError as error:
         reason = str(error.strerror)
@@ -131,7 +133,7 @@ def keep_compiled_code() -> None:
     os.environ[COMPILED] = str(folder)
 
 
-def is_private(folder: Path) -> bool:
+def _is_private(folder: Path) -> bool:
     """Whether a folder, no link, is this user's alone, and nobody else can put another one in its place.
 
     Folders above it may belong to root, and be writable by all if they are sticky as /tmp is.
@@ -150,10 +152,8 @@ def is_private(folder: Path) -> bool:
 
 def _processor() -> str:
     """Eight hexadecimal digits that differ between processors of different instructions."""
-    try:
+    told = {platform.machine()}
+    with suppress(OSError):  # not Linux
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        lines = [platform.processor()]
-    kinds = ("model name", "flags", "Features", "CPU ")
-    told = {line for line in lines if line.startswith(kinds)} or set(lines)
-    return hashlib.sha256("\n".join([platform.machine(), *sorted(told)]).encode()).hexdigest()[:8]
+        told |= {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU "))}
+    return hashlib.sha256("\n".join(sorted(told)).encode()).hexdigest()[:8]

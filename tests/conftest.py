@@ -11,7 +11,7 @@ from PIL import Image
 
 from dino_sparo.__main__ import main
 from dino_sparo.cli.pretraining import pretrain
-from tests.tiny import tiny_arguments, tiny_options, write_pictures
+from tests.tiny import CLS, tiny_arguments, tiny_options, write_pictures
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -64,9 +64,7 @@ def slot_runs(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("slot_runs")
     write_pictures(folder / "data", 60, classes=3)
     write_pictures(folder / "other", 40, classes=2)
-    fields = ("num_slots", "slot_dim", "key_dim", "group_size")
-    no_slots = {f"model__readout__{name}": "null" for name in fields} | {"model__readout__name": "cls"}
-    for name, changes in {"sparo": {"model__readout__num_slots": 3}, "cls": no_slots}.items():
+    for name, changes in {"sparo": {"model__readout__num_slots": 3}, "cls": CLS}.items():
         settings = {"optim__epochs": 1, "optim__global_batch_size": 24} | changes
         assert main(["pretrain", *tiny_arguments(folder / "data", folder / name, **settings)]) == 0
     return {name: folder / name for name in ("data", "other", "sparo", "cls")}

@@ -10,38 +10,29 @@ import yaml
 from dino_sparo.cli.pretraining import PretrainOptions
 from dino_sparo.errors import UserError
 from dino_sparo.recipe.files import recipes
-from dino_sparo.recipe.typed import leaf_keys
+from dino_sparo.recipe.typed import flattened
 from tests.tiny import parse_options
 
 REQUIRED = ("--data.path", "x", "--run_dir", "y")
-KEYS = leaf_keys(PretrainOptions)
-EXPERIMENT = ("data", "views", "model", "head", "loss", "optim")
 
 
 def parse(*arguments: str, options_class: type = PretrainOptions) -> Any:
     return parse_options(options_class, list(arguments), usage="usage")
 
 
-def parsed(recipe: str, *arguments: str) -> dict[str, Any]:
-    return parse("--config", recipe, *REQUIRED, *arguments).as_dict()
+def parsed(recipe: str) -> dict[str, Any]:
+    """A shipped recipe by dotted key."""
+    return flattened(parse("--config", recipe, *REQUIRED).as_dict())
 
 
 def content(recipe: str = "photos_sparo") -> dict[str, Any]:
     return yaml.safe_load(recipes()[recipe].read_text())
 
 
-def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by dotted key."""
-    found: dict[str, Any] = {}
-    for name, value in config.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found
-
-
-def differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """What `other` has instead, by dotted key."""
-    one, other = flat(one), flat(other)
-    return {key: other.get(key) for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
+def differences(one: str, other: str) -> dict[str, Any]:
+    """What another shipped recipe has instead, by dotted key."""
+    before, now = parsed(one), parsed(other)
+    return {key: now.get(key) for key in before | now if before.get(key) != now.get(key)}
 
 
 def changed(key: str, value: Any = MISSING) -> str:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -55,20 +56,18 @@ def is_gone(pid: int) -> bool:
     """Whether a process has ended, within some seconds, if only its parent would look."""
     stat = Path(f"/proc/{pid}/stat")
     for _ in range(100):
-        try:
-            if stat.read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except OSError:
-            return True
-        time.sleep(0.1)
+        with suppress(OSError):
+            if stat.read_text().rpartition(")")[2].split()[0] != "Z":
+                time.sleep(0.1)
+                continue
+        return True
     return False
 
 
 def logged(run_dir: Path) -> list[dict]:
-    try:
+    with suppress(OSError, ValueError):
         return read_metrics(run_dir)
-    except (OSError, ValueError):
-        return []
+    return []
 
 
 def plant_modules(folder: Path) -> None:

@@ -8,7 +8,7 @@ from PIL import Image
 from dino_sparo.__main__ import main
 from dino_sparo.cli.demo import fitted_to_folder
 from dino_sparo.data.generated import SHAPES_SIZES
-from tests.tiny import tiny_arguments, tiny_options, write_pictures
+from tests.tiny import CLS, tiny_arguments, tiny_options, write_pictures
 
 
 def run_demo(data, run_dir, **changes) -> None:
@@ -56,10 +56,8 @@ def test_own_flat_folder(tmp_path, monkeypatch, capsys):
 
 
 def test_read_out_without_slots_has_no_slot_maps(tmp_path, capsys):
-    fields = ("num_slots", "slot_dim", "key_dim", "group_size")
-    no_slots = {f"model__readout__{name}": "null" for name in fields} | {"model__readout__name": "cls"}
     shorter = {"data__max_images": 8, "optim__epochs": 2, "monitor__knn_images_per_class": 2}
-    run_demo("shapes", tmp_path, **no_slots, **shorter)
+    run_demo("shapes", tmp_path, **CLS, **shorter)
     assert (tmp_path / "curve.png").exists()
     assert not (tmp_path / "slots.png").exists()
     assert "where slots look" not in capsys.readouterr().out

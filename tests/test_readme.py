@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from PIL import Image
 
 from dino_sparo.__main__ import command_and_rest
 from dino_sparo.models import build_encoder
+from tests.running import finished
 from tests.slurm import ROOT, slurm_environment
 from tests.tiny import TINY, write_pictures
 
@@ -113,17 +113,13 @@ def test_command(number, command, folder, environment):
     if command in NOT_HERE:
         pytest.skip(NOT_HERE[command])
     words = [word.replace("OUT", f"out{number}") for word in as_run_here(command)]
-    finished = subprocess.run(
-        words, cwd=folder, env=os.environ | environment, capture_output=True, text=True, check=False
-    )
-    assert finished.returncode == 0, f"{shlex.join(words)}\n{finished.stderr[-3000:]}"
+    done = finished(words, cwd=folder, env=os.environ | environment)
+    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stderr[-3000:]}"
 
 
 @pytest.mark.parametrize(
     "example", re.findall(r"```python\n(.*?)```", (ROOT / PAGES[0]).read_text(), re.DOTALL)
 )
 def test_python_example(example, folder):
-    finished = subprocess.run(
-        [sys.executable, "-c", example], cwd=folder, capture_output=True, text=True, check=False
-    )
-    assert finished.returncode == 0, finished.stderr
+    done = finished([sys.executable, "-c", example], cwd=folder)
+    assert done.returncode == 0, done.stderr

@@ -10,7 +10,7 @@ import pytest
 
 from dino_sparo.runs.checkpoint import load_latest
 from dino_sparo.runs.runlog import read_metrics
-from tests.running import environment_of, family, is_gone, plant_modules, wait_for_step
+from tests.running import environment_of, family, finished, is_gone, plant_modules, wait_for_step
 from tests.slurm import ROOT, slurm_environment
 from tests.tiny import TINY, state_hash, write_pictures
 
@@ -25,16 +25,12 @@ def data(tmp_path) -> Path:
 
 def start(script: str, data: Path, folder: Path, **environment: str) -> None:
     options = [f"--{key}={value}" for key, value in TINY.items()]
-    finished = subprocess.run(
+    done = finished(
         ["bash", str(ROOT / "scripts" / script), str(data), *options],
         env=os.environ | {"RECIPE": "demo", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": ""} | environment,
         cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
     )
-    assert finished.returncode == 0, finished.stderr
-    assert "2 x cpu, 2 images each" in finished.stderr
+    assert done.returncode == 0 and "2 x cpu, 2 images each" in done.stderr, done.stderr
 
 
 @pytest.fixture
@@ -97,7 +93,5 @@ def test_a_process_that_dies_on_another_machine_is_told(data, slurm, tmp_path):
 
 
 def test_a_missing_folder_is_answered_with_the_usage():
-    finished = subprocess.run(
-        ["bash", str(ROOT / "scripts" / "pretrain_8gpu.sh")], capture_output=True, text=True, check=False
-    )
-    assert finished.returncode != 0 and "usage: scripts/pretrain_8gpu.sh DATA" in finished.stderr
+    done = finished(["bash", str(ROOT / "scripts" / "pretrain_8gpu.sh")])
+    assert done.returncode != 0 and "usage: scripts/pretrain_8gpu.sh DATA" in done.stderr

@@ -15,94 +15,72 @@ ROOMS = (
     *("errors", "files", "terminal", "parallel", "recipe", "models", "data", "runs", "interop", "evaluation"),
     *("slots", "training", "export", "prepare", "shard", "check", "bench", "study", "demo", "cli"),
 )
-ROOM_OF = {"options": "recipe", "__main__": "cli"}
-MODULES = sorted(PACKAGE.rglob("*.py"))
-NAMES = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in MODULES}
+MODULES = {  # by their names within the package
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(path.read_text())
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+MAY_SEE_OPTIONS = ("cli", "__main__", "recipe", "runs", "check", "study")  # and the entry of training
 
 
-def room(module: str) -> str:
-    """The room of a module, given as `dino_sparo.room.module`."""
-    first = module.split(".")[1]
-    return ROOM_OF.get(first, first)
+def room(module: str) -> int:
+    """The number of the room of a module, given by its name within the package."""
+    first = module.partition(".")[0]
+    return ROOMS.index("cli" if first == "__main__" else first)
 
 
-def imports(path: Path) -> Iterator[str]:
-    """Every module that a file imports, also in functions and for types; `from a import b` as `a.b`."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports(module: str) -> Iterator[str]:
+    """Every module that one imports, also in functions and for types; `from a import b` as `a.b`."""
+    for node in ast.walk(MODULES[module]):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
+            assert node.level == 0, f"{module}: relative import"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def test_every_module_is_in_a_room():
-    rooms = {room(name) for name in NAMES if name.count(".") and name != "dino_sparo.__init__"}
-    assert rooms == set(ROOMS)
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_go_up_the_stairway(path):
-    if path == PACKAGE / "__init__.py":  # its public names are imported when they are used
-        return
-    own = room(".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts))
-    for name in imports(path):
+@pytest.mark.parametrize(
+    "module", MODULES.keys() - {"__init__"}
+)  # whose names are imported when they are used
+def test_imports_go_up_the_stairway(module):
+    own = room(module)
+    for name in imports(module):
         assert not name.startswith(("eval.", "tests.", "dino_sparo.__main__"))
-        if name.startswith("torch.distributed"):
-            assert own == "parallel", f"{name} outside of parallel/"
+        assert not name.startswith("torch.distributed") or module.startswith("parallel.")
         if name.startswith("dino_sparo.") and name != "dino_sparo.__version__":
-            assert ROOMS.index(room(name)) <= ROOMS.index(own), f"{own} imports {name}"
-
-
-MAY_SEE_OPTIONS = ("cli", "recipe", "runs", "check", "study")  # and the entry of training
+            assert room(name.removeprefix("dino_sparo.")) <= own, f"{module} imports {name}"
 
 
 def test_functions_take_what_they_need():
     """No function sees a command's options or the whole recipe, but those that are about a run as a whole."""
-    in_cli = {
+    whole = {"Recipe"} | {
         node.name
-        for path in (PACKAGE / "cli").glob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.ClassDef) and node.name.endswith("Options")
+        for module, tree in MODULES.items()
+        for node in ast.walk(tree)
+        if module.startswith("cli.") and isinstance(node, ast.ClassDef) and node.name.endswith("Options")
     }
-    whole = in_cli | {"Recipe"}
-    assert {"Recipe", "PretrainOptions", "KnnOptions"} <= whole
-    seeing = set()
-    for path in MODULES:
-        module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
-        if path.name == "__init__.py" or room(module) in MAY_SEE_OPTIONS:
+    assert {"PretrainOptions", "KnnOptions"} <= whole
+    for module, tree in MODULES.items():
+        if module.startswith((*MAY_SEE_OPTIONS, "training.pretrain")):
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-                types = [ast.unparse(one.annotation) for one in given if one.annotation is not None]
-                if whole & {word for one in types for word in re.findall(r"\w+", one)}:
-                    seeing.add(f"{module}.{node.name}")
-    allowed = {name for name in seeing if name.startswith("dino_sparo.training.pretrain.")}
-    assert seeing - allowed == set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.arg) and node.annotation is not None:
+                seen = whole & set(re.findall(r"\w+", ast.unparse(node.annotation)))
+                assert not seen, f"{module} takes {seen} as {node.arg}"
 
 
-def test_the_scan_sees_imports_of_all_kinds(tmp_path):
-    source = (
-        "import a.b\nfrom c import d\ndef f():\n    from e import f\nif TYPE_CHECKING:\n    from g import h\n"
-    )
-    (tmp_path / "x.py").write_text(source)
-    assert sorted(imports(tmp_path / "x.py")) == ["a.b", "c.d", "e.f", "g.h"]
-
-
-@pytest.mark.parametrize(("function", "file"), [("Image.open", "decode.py"), ("torch.compile", "device.py")])
-def test_what_strangers_could_misuse_is_called_in_one_place(function, file):
+@pytest.mark.parametrize(
+    ("function", "home"), [("Image.open", "data.decode"), ("torch.compile", "parallel.device")]
+)
+def test_what_strangers_could_misuse_is_called_in_one_place(function, home):
     """One starts Ghostscript without a list of formats, one unpickles what lies in a shared folder."""
-    calling = {
-        path.name
-        for path in MODULES
-        for node in ast.walk(ast.parse(path.read_text()))
+    calls = {
+        module
+        for module, tree in MODULES.items()
+        for node in ast.walk(tree)
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(function)
     }
-    assert calling == {file}
-    assert not [
-        name for path in MODULES for name in imports(path) if name in ("PIL.Image.open", "torch.compile")
-    ]
+    assert calls == {home}
+    assert not {"PIL.Image.open", "torch.compile"} & {name for module in MODULES for name in imports(module)}
 
 
 def test_what_is_imported_is_a_dependency():
@@ -111,6 +89,6 @@ def test_what_is_imported_is_a_dependency():
     extras = [line for lines in project["optional-dependencies"].values() for line in lines]
     declared = {re.split(r"[\[><=]", line)[0] for line in [*project["dependencies"], *extras]}
     named = {"PIL": "pillow", "docstring_parser": "docstring-parser", "faiss": "faiss-cpu", "yaml": "pyyaml"}
-    imported = {name.partition(".")[0] for path in MODULES for name in imports(path)}
+    imported = {name.partition(".")[0] for module in MODULES for name in imports(module)}
     foreign = imported - set(sys.stdlib_module_names) - {"dino_sparo"}
     assert foreign and {named.get(name, name) for name in foreign} <= declared

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.running import finished
 from tests.tiny import TINY, write_pictures
 
 ROOT = Path(__file__).parent.parent
@@ -45,16 +46,9 @@ def pip(python: str, *arguments: str) -> None:
 
 def run(programs: Path, folder: Path, program: str, *arguments: str) -> str:
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(
-        [str(programs / program), *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
+    done = finished([str(programs / program), *arguments], cwd=folder, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_the_three_uses_run_from_an_empty_folder(elsewhere, tmp_path):

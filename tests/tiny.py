@@ -41,6 +41,9 @@ TINY = {
     "monitor.knn_every_epochs": "0",
     "log.log_every_steps": "1",
 }
+CLS = {f"model__readout__{key}": "null" for key in ("num_slots", "slot_dim", "key_dim", "group_size")} | {
+    "model__readout__name": "cls"
+}  # changes for `tiny_arguments`: the control without slots
 
 
 def write_pictures(folder: Path, count: int, side: int = 24, classes: int = 1) -> None:

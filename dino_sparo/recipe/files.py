@@ -2,7 +2,7 @@
 
 from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -36,25 +36,6 @@ def find_recipe(name: str) -> Path:
     )
 
 
-def values_of_file(path: Path, keys: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a YAML file by dotted key.
-
-    Args:
-        keys: dotted key -> type of all that may be in it.
-
-    Raises:
-        UserError: it is no YAML, a key is unknown or given twice, or a section is none.
-    """
-    try:
-        with open(path) as file:  # an open file, so that messages name it
-            content = yaml.load(file, Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected sections with keys, as in the shipped recipes")
-    return checked_keys(content, keys, f"{path}: key")
-
-
 def checked_keys(content: Mapping[str, Any], keys: Mapping[str, Any], what: str) -> dict[str, Any]:
     """Nested values by dotted key; `what` stands before a key in messages.
 
@@ -64,48 +45,32 @@ def checked_keys(content: Mapping[str, Any], keys: Mapping[str, Any], what: str)
     values: dict[str, Any] = {}
 
     def walk(prefix: str, section: Mapping[Any, Any]) -> None:
-        for name, value in as_of_today(prefix, section).items():
+        for name, value in section.items():
             key = f"{prefix}{name}"
             inside = [known.rpartition(".")[2] for known in keys if known.startswith(f"{key}.")]
             if key not in keys and not inside:
                 raise unknown(f"{what} {key!r}", key, keys)
             if isinstance(value, dict) and inside:
                 walk(f"{key}.", value)
-            elif isinstance(value, dict):
-                raise UserError(f"{what} {key!r} is a section here; expected {expected(keys[key])}")
-            elif key not in keys:
-                raise UserError(f"{what} {key!r} is {value!r}; expected a section with {', '.join(inside)}")
             elif key in values:  # once in its section and once with a dot
                 raise UserError(f"{what} {key!r} is given twice; give it once")
-            else:
-                values[key] = value
+            elif isinstance(value, dict) or key not in keys:
+                wanted = expected(keys[key]) if key in keys else f"a section with {', '.join(inside)}"
+                raise UserError(f"{what} {key!r} is {value!r}; expected {wanted}")
+            else:  # older files may have views by tensors on a CPU
+                values[key] = "pil" if (key, value) == ("machine.views", "tensor") else value
 
     walk("", content)
     return values
 
 
-def as_of_today(prefix: str, section: Mapping[Any, Any]) -> Mapping[Any, Any]:
-    """A section as this version has it, of a file of any version.
-
-    Older files may have `machine.views: tensor`, views by tensors on a CPU. Fields of other read-outs, which
-    they have as null, are left out by `build`; fields that they do not have yet have a default.
-    """
-    if prefix == "machine." and section.get("views") == "tensor":
-        return {**section, "views": "pil"}
-    return section
-
-
 def comparable(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain nested values such that files of all versions that stand for one recipe are equal."""
-    recipe = {
-        name: as_of_today(f"{name}.", section) if isinstance(section, Mapping) else section
-        for name, section in content.items()
-    }
-    model = recipe.get("model")
-    if isinstance(model, Mapping) and isinstance(model.get("readout"), Mapping):
-        readout = {name: value for name, value in model["readout"].items() if value is not None}
-        recipe["model"] = {**model, "readout": readout}
-    return recipe
+    """A stored recipe as plain nested values, without the read-out fields that are null."""
+    model = content.get("model")
+    if not isinstance(model, Mapping) or not isinstance(model.get("readout"), Mapping):
+        return dict(content)
+    readout = {name: value for name, value in model["readout"].items() if value is not None}
+    return {**content, "model": {**model, "readout": readout}}
 
 
 def merged(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,25 +93,32 @@ def stored_recipe(content: Mapping[str, Any], where: str) -> Recipe:
     Raises:
         UserError: it is no recipe.
     """
-    keys = leaf_keys(Recipe)
-    values = checked_keys(content, keys, f"{where}: key")
+    values = checked_keys(content, leaf_keys(Recipe), f"{where}: key")
     try:
-        recipe: Recipe = build(Recipe, values, dict.fromkeys(values, where))
+        return cast(Recipe, build(Recipe, values, dict.fromkeys(values, where)))
     except MissingError as error:
-        raise UserError(f"{where} lacks {', '.join(error.keys)}") from error
-    return recipe
+        raise UserError(f"{where}: {error}") from error
 
 
-def named_recipe(name: str, over: Mapping[str, Any]) -> Recipe:
+def named_recipe(name: str, over: Mapping[str, Any], options_class: type = Recipe) -> Any:
     """A shipped recipe or that of a file, with these values by dotted key over its own.
 
+    Args:
+        options_class: what the file holds, if it is not a recipe alone.
+
     Raises:
-        UserError: there is none, or a value is wrong or missing.
+        UserError: there is none, it is no YAML, or a key or value is wrong or missing.
     """
     path = find_recipe(name)
-    values = values_of_file(path, leaf_keys(Recipe))
-    recipe: Recipe = build(Recipe, merged(values, over), dict.fromkeys(values.keys() - over, str(path)))
-    return recipe
+    try:
+        with open(path) as file:  # an open file, so that messages name it
+            content = yaml.load(file, Loader=_UniqueKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected sections with keys, as in the shipped recipes")
+    values = checked_keys(content, leaf_keys(options_class), f"{path}: key")
+    return build(options_class, merged(values, over), dict.fromkeys(values.keys() - over, str(path)))
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -154,16 +126,12 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
+        for key_node in (key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"):
             key = self.construct_object(key_node, deep=deep)
             if not isinstance(key, Hashable):
                 break  # the base class names the line
             if key in seen:
-                mark = key_node.start_mark
-                raise UserError(
-                    f"{mark.name}, line {mark.line + 1}: key {key!r} is given twice; give it once"
-                )
+                where = f"{key_node.start_mark.name}, line {key_node.start_mark.line + 1}"
+                raise UserError(f"{where}: key {key!r} is given twice; give it once")
             seen.add(key)
         return super().construct_mapping(node, deep)

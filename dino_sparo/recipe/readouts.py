@@ -51,11 +51,11 @@ class SparoOptions(SlotReadoutOptions):
 
     def __post_init__(self) -> None:
         needed, other = ("num_heads", "group_size") if self.heads == "multi" else ("group_size", "num_heads")
-        kind = "sparo with multi heads" if self.heads == "multi" else "sparo"
+        kind = f"'sparo' with {self.heads or 'separate'} heads"
         if getattr(self, other) is not None:
             raise UserError(
-                f"model.readout.{other} is {getattr(self, other)}, but model.readout.name is 'sparo' with "
-                f"{self.heads or 'separate'} heads, which has {needed} instead; set it to null"
+                f"model.readout.{other} is {getattr(self, other)}, but model.readout.name is {kind}, which "
+                f"has {needed} instead; set it to null"
             )
         if getattr(self, needed) is None:
             raise UserError(f"model.readout.{needed} is missing; {kind} needs it")

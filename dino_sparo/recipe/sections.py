@@ -6,13 +6,15 @@ field.
 
 import json
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from dino_sparo.errors import UserError
 from dino_sparo.recipe.readouts import READOUTS, ReadoutOptions
-from dino_sparo.recipe.typed import BY_NAME, Amount, BelowOne, Count, Seed, Share
+from dino_sparo.recipe.typed import BY_NAME, Amount, BelowOne, Count, Range, Seed, Share
 
-MAX_DATA_TIMEOUT = 1500
+AreaShare = Annotated[float, Range("above 0 and at most 1", lambda number: 0 < number <= 1)]
+HueShift = Annotated[float, Range("from 0 to 0.5, half the color circle", lambda number: 0 <= number <= 0.5)]
+Timeout = Annotated[int, Range("from 1 to 1500", lambda number: 1 <= number <= 1500)]
 
 
 @dataclass(kw_only=True)
@@ -40,11 +42,11 @@ class ViewOptions:
 
     global_size: int
     """Side of a global crop in pixels; the position embedding is native at it."""
-    global_scale: tuple[float, float]
+    global_scale: tuple[AreaShare, AreaShare]
     """Share of the image area in a global crop, lowest and highest."""
     local_size: int
     """Side of a local crop in pixels."""
-    local_scale: tuple[float, float]
+    local_scale: tuple[AreaShare, AreaShare]
     """Share of the image area in a local crop, lowest and highest."""
     num_local_crops: Count
     """Local crops an image."""
@@ -52,7 +54,7 @@ class ViewOptions:
     """Probability of a horizontal flip."""
     jitter_probability: Share
     """Probability of color jitter."""
-    jitter_strength: tuple[Amount, Amount, Amount, Amount]
+    jitter_strength: tuple[Amount, Amount, Amount, HueShift]
     """Strength of brightness, contrast, saturation and hue jitter."""
     grayscale_probability: Share
     """Probability of grayscale."""
@@ -64,16 +66,10 @@ class ViewOptions:
     """Probability of solarization for first global, second global and local crops."""
 
     def __post_init__(self) -> None:
-        for name, unit in (("global_scale", ""), ("local_scale", ""), ("blur_radius", ", in pixels")):
+        for name in ("global_scale", "local_scale", "blur_radius"):
             low, high = getattr(self, name)
-            if low > high or (not unit and high > 1):
-                most = unit or ", both above 0 and at most 1"
-                raise UserError(f"views.{name} is {[low, high]}; expected the lowest, then the highest{most}")
-        if self.jitter_strength[3] > 0.5:
-            raise UserError(
-                f"views.jitter_strength is {list(self.jitter_strength)}; expected its last number (hue) to "
-                f"be at most 0.5, half the color circle"
-            )
+            if low > high:
+                raise UserError(f"views.{name} is {[low, high]}; expected the lowest, then the highest")
 
 
 @dataclass
@@ -106,7 +102,6 @@ class ModelOptions:
     drop_path_rate: BelowOne
     """Stochastic depth of the student's last block, rising linearly from 0; the teacher has none."""
     readout: ReadoutOptions = field(metadata={BY_NAME: {name: one.options for name, one in READOUTS.items()}})
-    """The read-out."""
 
     def __post_init__(self) -> None:
         reads_instead = READOUTS[self.readout.name].has_slots and not getattr(
@@ -224,15 +219,9 @@ class MachineOptions:
     a core and shares them among the training processes, at most 16 each."""
     prefetch_batches: int = 2
     """Batches that each worker prepares ahead."""
-    data_timeout_seconds: int = 600
-    """Without a batch of images for so long the run ends, naming the files being read."""
-
-    def __post_init__(self) -> None:
-        if self.data_timeout_seconds > MAX_DATA_TIMEOUT:
-            raise UserError(
-                f"machine.data_timeout_seconds is {self.data_timeout_seconds}; expected at most "
-                f"{MAX_DATA_TIMEOUT}, since other processes wait for this one for 30 minutes"
-            )
+    data_timeout_seconds: Timeout = 600
+    """Without a batch of images for so long the run ends, naming the files being read. Other processes wait
+    for this one for 30 minutes."""
 
 
 @dataclass
@@ -256,28 +245,19 @@ class Recipe:
     seed: Seed
     """Seed of every random number of the run."""
     data: DataOptions
-    """The images to learn from."""
     views: ViewOptions
-    """The random views of an image."""
     model: ModelOptions
-    """Student and teacher."""
     head: HeadOptions
-    """The DINO projection head."""
     loss: LossOptions
-    """Temperatures and center."""
     optim: OptimOptions
-    """Optimization."""
     init: str | None = None
     """Starting weights: a run folder, a checkpoint or exported encoder, or a ViT of the official DINO code
     or of timm (a file, or `timm:NAME`, which timm downloads). Blocks that the recipe builds, and whatever
     else fits, are taken; what is not there begins fresh, and the log says so. A resumed run does not need the
     file again. null begins with random weights."""
     monitor: MonitorOptions = field(default_factory=MonitorOptions)
-    """k-NN while training."""
     machine: MachineOptions = field(default_factory=MachineOptions)
-    """What belongs to the machine."""
     log: LogOptions = field(default_factory=LogOptions)
-    """Log and checkpoints."""
 
     def __post_init__(self) -> None:
         patch, epochs = self.model.patch_size, self.optim.epochs
@@ -288,11 +268,11 @@ class Recipe:
                     f"views.{name} is {size}, not divisible by model.patch_size {patch}; use a multiple, "
                     f"such as {max(1, round(size / patch)) * patch}"
                 )
-        for key, value in (
-            ("optim.warmup_epochs", self.optim.warmup_epochs),
-            ("loss.warmup_teacher_temp_epochs", self.loss.warmup_teacher_temp_epochs),
-            ("optim.freeze_last_layer_epochs", self.optim.freeze_last_layer_epochs),
-        ):
+        for key, value in {
+            "optim.warmup_epochs": self.optim.warmup_epochs,
+            "loss.warmup_teacher_temp_epochs": self.loss.warmup_teacher_temp_epochs,
+            "optim.freeze_last_layer_epochs": self.optim.freeze_last_layer_epochs,
+        }.items():
             if value > epochs:
                 raise UserError(
                     f"{key} is {value}, longer than the run: optim.epochs is {epochs}; use at most {epochs}"
@@ -339,24 +319,20 @@ def split_batch(global_batch_size: int, batch_size_per_gpu: int | None, processe
         UserError: they cannot; it proposes values that can.
     """
     if global_batch_size % processes:
-        near = [n for n in range(1, global_batch_size + 1) if global_batch_size % n == 0]
-        near = sorted(near, key=lambda n: abs(n - processes))[:3]
         multiple = max(1, round(global_batch_size / processes)) * processes
         raise UserError(
             f"optim.global_batch_size is {global_batch_size}, not divisible by {processes} processes; use "
-            f"{_either(near)} processes, or a batch of {multiple} (another experiment)"
+            f"{_divisors(global_batch_size, processes)} processes, or a batch of {multiple} (another "
+            f"experiment)"
         )
     share = global_batch_size // processes
     if batch_size_per_gpu is None:
         return share, 1
     if share % batch_size_per_gpu:
-        near = sorted(
-            (n for n in range(1, share + 1) if share % n == 0), key=lambda n: abs(n - batch_size_per_gpu)
-        )[:3]
         raise UserError(
             f"machine.batch_size_per_gpu is {batch_size_per_gpu}, which does not divide {share}, the "
             f"share of each of {processes} processes in optim.global_batch_size {global_batch_size}; use "
-            f"{_either(near)}"
+            f"{_divisors(share, batch_size_per_gpu)}"
         )
     return batch_size_per_gpu, share // batch_size_per_gpu
 
@@ -366,5 +342,7 @@ def smaller_batch(share: int, batch_size: int) -> int:
     return max(size for size in range(1, max(1, batch_size // 2) + 1) if share % size == 0)
 
 
-def _either(numbers: list[int]) -> str:
-    return " or ".join(map(str, sorted(numbers)))
+def _divisors(number: int, near: int) -> str:
+    """The three divisors nearest to another number, as `1 or 2 or 4`."""
+    divisors = [one for one in range(1, number + 1) if number % one == 0]
+    return " or ".join(map(str, sorted(sorted(divisors, key=lambda one: abs(one - near))[:3])))

@@ -6,43 +6,46 @@ A number is finite and above 0 unless the type of its field says otherwise, by o
 import difflib
 import math
 import typing
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
-from functools import cache
-from types import UnionType
-from typing import Annotated, Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
 
 from dino_sparo.errors import UserError
 
 
 @dataclass(frozen=True)
 class Range:
-    """What a number may be, from `low` to `high`, with or without the ends, and that in words."""
+    """What a number may be, in words and as a test."""
 
     words: str
-    low: float = 0
-    high: float = math.inf
-    with_low: bool = True
-    with_high: bool = True
-
-    def has(self, number: float) -> bool:
-        """Whether a number is finite and within the range."""
-        above = number > self.low or (self.with_low and number == self.low)
-        below = number < self.high or (self.with_high and number == self.high)
-        return math.isfinite(number) and above and below
+    holds: Callable[[float], bool]
 
 
 BY_NAME = "by name"  # in the metadata of a field: the sections among which the one's `name` chooses
-POSITIVE = Range("above 0", with_low=False)
-Count = Annotated[int, Range("of at least 0")]
-Amount = Annotated[float, Range("of at least 0")]
-Share = Annotated[float, Range("from 0 to 1", high=1)]
-BelowOne = Annotated[float, Range("of at least 0 and below 1", high=1, with_high=False)]
-Seed = Annotated[int, Range("from 0 to 2**63 - 1", high=2**63, with_high=False)]
+POSITIVE = Range("above 0", lambda number: number > 0)
+AT_LEAST_0 = Range("of at least 0", lambda number: number >= 0)
+Count = Annotated[int, AT_LEAST_0]
+Amount = Annotated[float, AT_LEAST_0]
+Share = Annotated[float, Range("from 0 to 1", lambda number: 0 <= number <= 1)]
+BelowOne = Annotated[float, Range("of at least 0 and below 1", lambda number: 0 <= number < 1)]
+Seed = Annotated[int, Range("from 0 to 2**63 - 1", lambda number: 0 <= number < 2**63)]
+
+
+class MissingError(UserError):
+    """Required values are missing; the message lists their keys.
+
+    Attributes:
+        keys: the dotted keys.
+    """
+
+    def __init__(self, keys: list[str]) -> None:
+        more = f" and {len(keys) - 6} more" if len(keys) > 6 else ""
+        super().__init__(f"missing: {', '.join(keys[:6])}{more}")
+        self.keys = keys
 
 
 def build(options_class: type, values: Mapping[str, Any], origin: Mapping[str, str] | None = None) -> Any:
@@ -57,55 +60,26 @@ def build(options_class: type, values: Mapping[str, Any], origin: Mapping[str, s
         MissingError: values are missing.
     """
     missing: list[str] = []
-    built = _build(options_class, _with_sections(options_class, values), origin or {}, "", missing)
+
+    def section_at(section: type, prefix: str) -> Any:
+        arguments = {}
+        for field in fields(section):
+            key, inner = f"{prefix}{field.name}", section_of(field.type)
+            if BY_NAME in field.metadata:
+                inner = _section_by_name(key, values, field.metadata[BY_NAME])
+            if inner and (is_dataclass(field.type) or any(name.startswith(f"{key}.") for name in values)):
+                arguments[field.name] = section_at(inner, f"{key}.")
+            elif key in values:
+                where = f"{origin[key]}: " if origin and key in origin else ""
+                arguments[field.name] = value_of(f"{where}{key}", values[key], field.type)
+            elif field.default is MISSING and field.default_factory is MISSING:
+                missing.append(key)
+        return None if missing else section(**arguments)
+
+    built = section_at(options_class, "")
     if missing:
         raise MissingError(missing)
     return built
-
-
-def _with_sections(options_class: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values, with a section that is given as text, such as `{width: 64, depth: 3}`, as its fields."""
-    keys, expanded = leaf_keys(options_class), dict(values)
-    for key, value in values.items():
-        if section_of(keys[key]) is not None and isinstance(value, str) and value.startswith("{"):
-            with suppress(yaml.YAMLError):
-                for name, inner in yaml.safe_load(value).items():
-                    if f"{key}.{name}" not in keys:
-                        raise unknown(f"option --{key}.{name}", f"{key}.{name}", keys)
-                    expanded[f"{key}.{name}"] = inner
-                del expanded[key]
-    return expanded
-
-
-class MissingError(UserError):
-    """Required values are missing.
-
-    Attributes:
-        keys: the dotted keys.
-    """
-
-    def __init__(self, keys: list[str]) -> None:
-        super().__init__(f"missing: {', '.join(keys)}")
-        self.keys = keys
-
-
-def _build(
-    options_class: type, values: Mapping[str, Any], origin: Mapping[str, str], prefix: str, missing: list[str]
-) -> Any:
-    arguments = {}
-    for field in fields(options_class):
-        key, section = f"{prefix}{field.name}", section_of(field.type)
-        if BY_NAME in field.metadata:
-            section = _section_by_name(key, values, field.metadata[BY_NAME])
-        given = any(name.startswith(f"{key}.") for name in values)
-        if section is not None and (given or is_dataclass(field.type)):
-            arguments[field.name] = _build(section, values, origin, f"{key}.", missing)
-        elif key in values:
-            where = f"{origin[key]}: " if key in origin else ""
-            arguments[field.name] = value_of(f"{where}{key}", values[key], field.type)
-        elif field.default is MISSING and field.default_factory is MISSING:
-            missing.append(key)
-    return None if missing else options_class(**arguments)
 
 
 def _section_by_name(key: str, values: Mapping[str, Any], sections: Mapping[str, type]) -> type:
@@ -113,18 +87,15 @@ def _section_by_name(key: str, values: Mapping[str, Any], sections: Mapping[str,
     name = values.get(f"{key}.name")
     if not isinstance(name, str) or name not in sections:  # missing, or refused with what was expected
         return next(iter(sections.values()))
-    own = [field.name for field in fields(sections[name]) if field.name != "name"]
-    others = [
-        given.removeprefix(f"{key}.")
+    own = {f"{key}.{field.name}" for field in fields(sections[name])}
+    wrong = {
+        given: value
         for given, value in values.items()
-        if given.startswith(f"{key}.") and value not in (None, "null")
-    ]
-    if wrong := [field for field in others if field not in [*own, "name"]]:
-        given = ", ".join(f"{key}.{field} is {values[f'{key}.{field}']}" for field in wrong)
-        raise UserError(
-            f"{given}, but {key}.name is {name!r}, which has {', '.join(own) or 'no further fields'}; set "
-            f"{'it' if len(wrong) == 1 else 'them'} to null"
-        )
+        if given.startswith(f"{key}.") and given not in own and value not in (None, "null")
+    }
+    if wrong:
+        given = ", ".join(f"{one} is {value}" for one, value in wrong.items())
+        raise UserError(f"{given}, but {key}.name is {name!r}, which has no such field; set it to null")
     return sections[name]
 
 
@@ -134,73 +105,61 @@ def value_of(key: str, value: Any, kind: Any) -> Any:
     Raises:
         UserError: it is of another type or out of range.
     """
-    if value == "":  # an unset variable of the shell would mean the current folder
-        raise UserError(f"{key} is empty; give a value or leave the option out")
-    try:
-        converted = _converter(kind).parse_object({"value": value}).value
-    except ArgumentError:
-        converted = MISSING
-    if converted == [] and kind != list[str]:
+    # An unset variable of the shell would mean the current folder.
+    if value == "" or (value in ("[]", []) and kind != list[str]):
         raise UserError(f"{key} is empty; give at least one value or leave the option out")
-    wrong = converted is MISSING or (converted is None and type(None) not in _alternatives(kind))
-    if wrong or not all(allowed.has(number) for number, allowed in _numbers(converted, kind)):
-        raise UserError(f"{key} is {value}; expected {expected(kind)}")
-    return converted
+    try:
+        return _converted(value, kind)
+    except (ValueError, yaml.YAMLError):
+        raise UserError(f"{key} is {value}; expected {expected(kind)}") from None
 
 
-@cache
-def _converter(kind: Any) -> ArgumentParser:
-    parser = ArgumentParser(exit_on_error=False, add_help=False)
-    parser.add_argument("--value", type=_without_sections(kind))
-    return parser
-
-
-def _without_sections(kind: Any) -> Any:
-    """The type without dataclasses, whose fields are built by themselves."""
-    kinds = [one for one in _alternatives(kind) if not is_dataclass(one)]
-    return typing.Union[tuple(kinds)] if len(kinds) > 1 else kinds[0]  # noqa: UP007 of a list
-
-
-def _alternatives(kind: Any) -> tuple[Any, ...]:
-    return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, UnionType) else (kind,)
-
-
-def _numbers(value: Any, kind: Any) -> Iterator[tuple[float, Range]]:
-    """All numbers of a value with what each may be."""
-    if isinstance(value, bool) or not isinstance(value, int | float | list | tuple):
-        return
-    for one in _alternatives(kind):
-        inner = typing.get_args(one)
-        if isinstance(value, list | tuple) and typing.get_origin(one) in (list, tuple):
-            kinds = inner if len(inner) == len(value) else inner[:1] * len(value)
-            for number, of_number in zip(value, kinds, strict=True):
-                yield from _numbers(number, of_number)
-        elif isinstance(value, int | float) and typing.get_origin(one) is Annotated:
-            yield value, inner[1]
-        elif isinstance(value, int | float) and one in (int, float):
-            yield value, POSITIVE
+def _converted(value: Any, kind: Any) -> Any:
+    """As `value_of`, without a message. Raises ValueError, YAMLError."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, UnionType):
+        for one in sorted(inner, key=lambda one: one is not NoneType):
+            with suppress(ValueError, yaml.YAMLError):
+                return _converted(value, one)
+    elif (kind is str and isinstance(value, str)) or (origin is Literal and value in inner):
+        return value
+    elif isinstance(value, str) and kind is not str and origin is not Literal:
+        parsed = yaml.safe_load(value)
+        # YAML takes 1e-6 for text, since it has no dot.
+        return _converted(float(parsed) if isinstance(parsed, str) else parsed, kind)
+    elif origin in (list, tuple) and isinstance(value, list | tuple) and (value or kind == list[str]):
+        kinds = inner if origin is tuple else inner * len(value)
+        return origin(_converted(*each) for each in zip(value, kinds, strict=True))
+    elif kind in (bool, NoneType) and type(value) is kind:
+        return value
+    else:
+        number_kind, allowed = inner if origin is Annotated else (kind, POSITIVE)
+        if number_kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is number_kind and abs(value) < math.inf and allowed.holds(value):
+            return value
+    raise ValueError
 
 
 def expected(kind: Any) -> str:  # noqa: PLR0911 one for each kind of type
     """A type in words."""
-    words = {str: "text", bool: "true or false", type(None): "null"}
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
     numbers = {int: "a whole number", float: "a number"}
-    inner = typing.get_args(kind)
-    if kind in words:
-        return words[kind]
-    if kind in numbers:
-        return f"{numbers[kind]} {POSITIVE.words}"
     if is_dataclass(kind):
         return f"a section with {', '.join(field.name for field in fields(kind))}"
-    if typing.get_origin(kind) is Annotated:
+    if origin is Annotated:
         return f"{numbers[inner[0]]} {inner[1].words}"
-    if typing.get_origin(kind) is typing.Literal:
+    if origin is Literal:
         return f"one of {', '.join(map(str, inner))}"
-    if typing.get_origin(kind) is tuple:
-        return f"a list of {len(inner)}: {', '.join(map(expected, inner))}"
-    if typing.get_origin(kind) is list:
+    if origin is tuple:
+        return f"a list [{', '.join(map(expected, inner))}]"
+    if origin is list:
         return f"a list, each {expected(inner[0])}"
-    return " or ".join(map(expected, inner))
+    if kind in numbers:
+        return f"{numbers[kind]} {POSITIVE.words}"
+    return {str: "text", bool: "true or false", NoneType: "null"}.get(kind) or " or ".join(
+        map(expected, inner)
+    )
 
 
 def section_of(kind: Any) -> type | None:
@@ -211,21 +170,20 @@ def section_of(kind: Any) -> type | None:
 
 def leaf_keys(options_class: type) -> dict[str, Any]:
     """Dotted key -> type of every option."""
-    return {key: field.type for key, field, _ in leaves(options_class)}
+    return {key: field.type for key, (field, _) in leaves(options_class).items()}
 
 
-def leaves(options_class: type, prefix: str = "") -> Iterator[tuple[str, Field[Any], type]]:
-    """Every option: its dotted key, its field, and the dataclass that has the field."""
+def leaves(options_class: type, prefix: str = "") -> dict[str, tuple[Field[Any], type]]:
+    """Every option by dotted key: its field, and the dataclass that has the field."""
+    found: dict[str, tuple[Field[Any], type]] = {}
     for field in fields(options_class):
         section = section_of(field.type)
         if section is not field.type:
-            yield f"{prefix}{field.name}", field, options_class
-        sections = field.metadata.get(BY_NAME, {"": section} if section else {}).values()
-        seen = set()
-        for leaf in (leaf for one in sections for leaf in leaves(one, f"{prefix}{field.name}.")):
-            if leaf[0] not in seen:
-                seen.add(leaf[0])
-                yield leaf
+            found[f"{prefix}{field.name}"] = field, options_class
+        for one in filter(None, field.metadata.get(BY_NAME, {"": section}).values()):
+            for key, leaf in leaves(one, f"{prefix}{field.name}.").items():
+                found.setdefault(key, leaf)
+    return found
 
 
 def unknown(what: str, key: str, keys: Collection[str]) -> UserError:
@@ -241,13 +199,14 @@ def unknown(what: str, key: str, keys: Collection[str]) -> UserError:
 
 def flattened(config: Mapping[str, Any], *, without: Collection[str] = ()) -> dict[str, Any]:
     """Fields of a nested recipe by dotted key, leaving out these fields and sections."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        if name in without:
-            continue
-        if isinstance(value, Mapping):
-            inner = [key.removeprefix(f"{name}.") for key in without if key.startswith(f"{name}.")]
-            flat |= {f"{name}.{key}": field for key, field in flattened(value, without=inner).items()}
-        else:
-            flat[name] = value
-    return flat
+
+    def walk(prefix: str, section: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        for name, value in section.items():
+            if f"{prefix}{name}" in without:
+                continue
+            if isinstance(value, Mapping):
+                yield from walk(f"{prefix}{name}.", value)
+            else:
+                yield f"{prefix}{name}", value
+
+    return dict(walk("", config))
