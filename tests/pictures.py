@@ -1,5 +1,8 @@
 """Pictures like photographs for tests of views: soft shapes, hard edges, noise, flat and grey parts."""
 
+from io import BytesIO
+from typing import Any
+
 import numpy as np
 from PIL import Image
 
@@ -15,6 +18,13 @@ def photo(width: int = 120, height: int = 90, seed: int = 0) -> Image.Image:
     pixels[-height // 6 :] = pixels[-height // 6 :, :, :1]  # grey
     pixels[height // 2 :, -width // 7 :] = (255, 0, 3)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def encoded(image: Image.Image | np.ndarray, kind: str, **options: Any) -> bytes:
+    """The content of an image file."""
+    file = BytesIO()
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(file, kind, **options)
+    return file.getvalue()
 
 
 def recipes(
@@ -39,15 +49,8 @@ def recipes(
 
 
 def views_of(image: Image.Image, crops: list[CropRecipe], sample: int) -> list[View]:
+    size = {"image_width": image.width, "image_height": image.height}
     return [
-        draw_view(
-            recipe,
-            seed=0,
-            epoch=0,
-            sample=sample,
-            crop=crop,
-            image_width=image.width,
-            image_height=image.height,
-        )
+        draw_view(recipe, seed=0, epoch=0, sample=sample, crop=crop, **size)
         for crop, recipe in enumerate(crops)
     ]

@@ -6,7 +6,6 @@ import os
 import struct
 import zlib
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -17,33 +16,26 @@ from PIL import EpsImagePlugin, Image
 from dino_sparo.cli.pretraining import pretrain as pretrain_by
 from dino_sparo.data import pil_views
 from dino_sparo.data.decode import PROBLEMS
-from dino_sparo.data.images import CenterCrops, to_tensor
-from dino_sparo.data.scan import scan_images
-from dino_sparo.data.scan_report import copies_inside
+from dino_sparo.data.images import evaluation_crop, to_tensor
+from dino_sparo.data.scan import find_copies, scan_images
 from dino_sparo.data.sources import open_images
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.features import extract_features
 from dino_sparo.models import build_encoder
 from dino_sparo.training import bad_images as list_of_bad_images
+from tests.pictures import encoded
 from tests.tiny import tiny_options
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
 LONG_SIDE, SHORT_SIDE = 20_000, 10
 
 
-def encoded(image: Image.Image, kind: str) -> bytes:
-    buffer = BytesIO()
-    image.save(buffer, kind)
-    return buffer.getvalue()
-
-
 def bomb() -> bytes:
     """A PNG of a few hundred bytes that says it has 20,000 x 20,000 pixels."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-        )
+        checksum = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + checksum
 
     header = struct.pack(">IIBBBBB", 20_000, 20_000, 1, 0, 0, 0, 0)
     rows = zlib.compress(bytes(100 * (1 + 20_000 // 8)))
@@ -100,9 +92,7 @@ def write(folder: Path, *kinds: str) -> Path:
     """A folder with four good pictures and a file of each of these kinds."""
     folder.mkdir()
     for number in range(4):
-        (folder / f"good{number}.png").write_bytes(
-            PNG if number == 0 else encoded(PICTURE.rotate(90 * number), "PNG")
-        )
+        (folder / f"good{number}.png").write_bytes(encoded(PICTURE.rotate(90 * number), "PNG"))
     for kind in kinds:
         path = folder / KINDS[kind].name
         if kind == "loop":
@@ -141,16 +131,9 @@ def nothing_starts_ghostscript(monkeypatch, tmp_path_factory):
 
 def pretrain(data: Path, run_dir: Path, on_bad_image: str) -> list[dict[str, str]]:
     """Train for one epoch with the whole folder as a batch; what is listed as bad."""
-    changes = {"optim__global_batch_size": len(open_images(str(data))), "optim__epochs": 1}
-    options = tiny_options(
-        data,
-        run_dir,
-        data__on_bad_image=on_bad_image,
-        optim__warmup_epochs=0,
-        optim__freeze_last_layer_epochs=0,
-        **changes,
-    )
-    pretrain_by(options)
+    changes = {"optim__global_batch_size": len(open_images(str(data))), "data__on_bad_image": on_bad_image}
+    changes |= {"optim__epochs": 1, "optim__warmup_epochs": 0, "optim__freeze_last_layer_epochs": 0}
+    pretrain_by(tiny_options(data, run_dir, **changes))
     path = run_dir / list_of_bad_images.FILE
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -158,6 +141,12 @@ def pretrain(data: Path, run_dir: Path, on_bad_image: str) -> list[dict[str, str
 def features(data: Path) -> torch.Tensor:
     encoder = build_encoder({"width": 16, "depth": 2, "num_heads": 2}, 8, 16, readout="cls").eval()
     return extract_features(encoder, open_images(str(data)), image_size=16)
+
+
+def check_named(message: str, data: Path, kind: str) -> None:
+    assert message.startswith(f"{data / KINDS[kind].name}: the image cannot be read (")
+    assert KINDS[kind].reason in message and "\n" not in message
+    assert message.count(KINDS[kind].name) == 1  # the reason does not name it again
 
 
 # --- Training
@@ -179,10 +168,7 @@ def test_training_stops_at_an_unreadable_file_by_its_name(tmp_path, kind):
     data = write(tmp_path / "data", kind)
     with pytest.raises(UserError) as raised:
         pretrain(data, tmp_path / "run", "stop")
-    message = str(raised.value)
-    assert message.startswith(f"{data / KINDS[kind].name}: the image cannot be read (")
-    assert KINDS[kind].reason in message and "\n" not in message
-    assert message.count(KINDS[kind].name) == 1  # the reason does not name it again
+    check_named(str(raised.value), data, kind)
 
 
 def test_training_takes_all_others(tmp_path):
@@ -208,46 +194,24 @@ def test_evaluation_counts_every_image_or_stops_by_name(tmp_path, kind):
     if kind in UNREADABLE:
         with pytest.raises(UserError) as raised:
             features(data)
-        assert str(raised.value).startswith(f"{data / KINDS[kind].name}: the image cannot be read (")
-        assert KINDS[kind].reason in str(raised.value)
+        check_named(str(raised.value), data, kind)
     else:
         found = features(data)
         assert len(found) == 4 + (kind in READABLE) and found.isfinite().all()
 
 
-class Pictures(list):
-    """A source of pictures in memory."""
-
-    def load(self, index, max_side=None):
-        return self[index]
-
-
-def noise(width: int, height: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
 @pytest.mark.parametrize(
     ("size", "tolerance"),  # where the resized long side is no whole number, the scale differs a little
     [
-        ((1000, 10), 0),
-        ((10, 1000), 0),
-        ((103 * 17, 17), 0),
-        ((17, 104 * 17), 0),
-        ((4099, 31), 3),
-        ((36, 2203), 3),
+        *[((32 * 13, 13), 0), ((13, 33 * 13 - 1), 0), ((1000, 10), 0), ((10, 1000), 0)],
+        *[((103 * 17, 17), 0), ((17, 104 * 17), 0), ((4099, 31), 3), ((36, 2203), 3)],
     ],
 )
 @pytest.mark.parametrize("crop_size", [48, 224])
 def test_the_crop_of_a_very_long_image_is_that_of_the_whole_one(size, tolerance, crop_size):
-    image = noise(*size)
-    crop, whole = CenterCrops(Pictures([image]), crop_size)[0], pil_views.center_crop(image, crop_size)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    crop, whole = evaluation_crop(image, crop_size), pil_views.center_crop(image, crop_size)
     assert (crop.int() - to_tensor(whole).int()).abs().max() <= tolerance
-
-
-def test_the_crop_of_an_image_up_to_32_times_as_long_as_wide_is_the_official_one():
-    for size in ((32 * 13, 13), (13, 33 * 13 - 1)):
-        crop = CenterCrops(Pictures([noise(*size)]), 224)[0]
-        assert torch.equal(crop, to_tensor(pil_views.center_crop(noise(*size), 224)))
 
 
 @pytest.mark.parametrize("size", [(LONG_SIDE, SHORT_SIDE), (SHORT_SIDE, LONG_SIDE), (100_000, 1)])
@@ -259,7 +223,7 @@ def test_a_very_long_image_is_never_resized_as_a_whole(size, monkeypatch):
         return image
 
     monkeypatch.setattr(pil_views, "center_crop", center_crop)
-    CenterCrops(Pictures([Image.new("RGB", size)]), 224)[0]
+    evaluation_crop(Image.new("RGB", size), 224)
     assert max(resized[0]) < 36 * min(size) and min(resized[0]) == min(size)
 
 
@@ -276,5 +240,5 @@ def test_the_scan_lists_what_cannot_be_read_and_what_is_there_twice(tmp_path, ki
         for file in files.first:
             assert f"/{KINDS[kind].name}: " in file and KINDS[kind].reason in file
     assert found.report.images == 4 + (kind in READABLE) + (kind in UNREADABLE)
-    again = [[Path(name).name for name in group.first] for group in copies_inside(found).largest]
+    again = [[Path(name).name for name in group.first] for group in find_copies(found).largest]
     assert again == ([["again.png", "good0.png"]] if kind == "duplicate" else [])

@@ -9,10 +9,8 @@ from dino_sparo import terminal
 from dino_sparo.__main__ import main
 from dino_sparo.check import measure
 from dino_sparo.check.measure import bytes_of_training
-from dino_sparo.cli.pretraining import PretrainOptions
-from dino_sparo.training.schedules import Schedules
 from dino_sparo.training.setup import build_schedules
-from tests.tiny import build_state, parse_options, tiny_arguments, tiny_options, write_pictures
+from tests.tiny import build_state, tiny_arguments, tiny_options, write_pictures
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +59,7 @@ def test_plan_tells_what_the_run_would_be_and_writes_nothing(tmp_path, capsys):
 def test_schedules_at_a_few_points(tmp_path, capsys):
     write_pictures(tmp_path / "data", count=20, side=32, classes=2)
     options = tiny_options(tmp_path / "data", tmp_path / "run")
-    schedules: Schedules = build_schedules(options.optim, options.loss, 5)
+    schedules = build_schedules(options.optim, options.loss, 5)
     _, _, out = plan(tiny_arguments(tmp_path / "data", tmp_path / "run"), capsys)
     for name, step in {"start": 0, "1/4": 3, "warm-up's end": 5, "1/2": 7, "3/4": 11, "end": 14}.items():
         line = next(line for line in out.splitlines() if line.startswith(f"{name} "))
@@ -95,27 +93,18 @@ def test_full_disk_is_told(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expected"),
+    ("command", "world_size", "says"),
     [
-        (
-            ["knn", "RUN", "--data.path", "x", "--dry-run"],
-            "--dry-run is for pretrain, check, sweep, study, not for knn",
-        ),
-        (
-            ["pretrain", "--config", "demo", "--run_dir", "x", "--nproc", "7", "--dry-run"],
-            "not divisible",
-        ),
+        ("knn RUN --data.path x --dry-run", 1, "--dry-run is for pretrain, check, sweep, study, not for knn"),
+        ("pretrain --config demo --run_dir x --nproc 7 --dry-run", 1, "not divisible"),
+        ("pretrain --config demo --run_dir x --dry-run", 2, "torchrun has started several"),
+        ("check --config demo", 2, "check runs in one process"),
     ],
 )
-def test_mistakes(capsys, arguments, expected):
-    assert main(arguments) == 2
-    assert expected in capsys.readouterr().err
-
-
-def test_several_processes_are_refused(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["pretrain", "--config", "demo", "--run_dir", "x", "--dry-run"]) == 2
-    assert "torchrun has started several" in capsys.readouterr().err
+def test_mistakes(capsys, monkeypatch, command, world_size, says):
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    assert main(command.split()) == 2
+    assert says in capsys.readouterr().err
 
 
 def test_sweep_lists_its_runs(tmp_path, capsys):
@@ -127,10 +116,7 @@ def test_sweep_lists_its_runs(tmp_path, capsys):
 
 
 def test_memory_grows_with_the_batch_alone_and_mixed_precision_needs_less(tmp_path):
-    import torch
-
-    options = parse_options(PretrainOptions, tiny_arguments(tmp_path / "data", tmp_path / "run"), usage="")
-    state = build_state(options, torch.device("cpu"))
+    state = build_state(tiny_options(tmp_path / "data", tmp_path / "run"))
     sizes = [(2, 16), (2, 8)]
     of = {size: bytes_of_training(state, sizes, size, mixed=False) for size in (1, 2, 3)}
     assert of[3] - of[2] == of[2] - of[1] > 0

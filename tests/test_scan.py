@@ -1,6 +1,7 @@
-"""The scan of a data set: each kind of bad file, and workers that fail."""
+"""The scan of a data set: bad files, copies, classes, its words, and workers that fail."""
 
 import hashlib
+import json
 import logging
 import multiprocessing
 import os
@@ -12,7 +13,6 @@ import time
 import warnings
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +20,11 @@ import pytest
 from PIL import Image
 
 from dino_sparo.data import scan
-from dino_sparo.data.scan import scan_images
+from dino_sparo.data.generated import shapes_source
+from dino_sparo.data.scan import Copies, compare_splits, data_report, describe, find_copies, scan_images
 from dino_sparo.data.sources import open_images
 from dino_sparo.errors import UserError
+from tests.pictures import encoded
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
 
@@ -42,15 +44,7 @@ class Files:
         return str(self.paths[index])
 
     def read(self, index):
-        if self.paths[index].name == "locked.jpg":  # permissions do not bind the superuser, who may run this
-            raise PermissionError(13, "Permission denied")
         return self.paths[index].read_bytes()
-
-
-def encoded(kind: str, pixels: np.ndarray = PIXELS, **options) -> bytes:
-    buffer = BytesIO()
-    Image.fromarray(pixels).save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def write(folder: Path, **contents: bytes) -> Files:
@@ -66,90 +60,63 @@ def scanned(source, num_workers: int = 0):
     return scan_images(source, num_workers=num_workers, description="train")
 
 
-def problems(source) -> dict[str, list[str]]:
-    """Kind -> names of files."""
-    found = scanned(source).report.problems
-    return {kind: [Path(file.split(": ")[0]).name for file in files.first] for kind, files in found.items()}
+# --- Bad files (test_bad_images.py has more kinds)
 
-
-# --- Kinds of bad files
-
+JPEG, PNG, TIFF = (encoded(PIXELS, kind) for kind in ("JPEG", "PNG", "TIFF"))
 GOOD = {
-    "jpeg__jpg": encoded("JPEG"),
-    "jpeg__png": encoded("JPEG"),
-    "grey__jpg": encoded("JPEG", PIXELS[..., 0]),
-    "deep__png": encoded("PNG", PIXELS[..., 0].astype(np.uint16) * 256),
-    "webp__webp": encoded("WEBP"),
+    "jpeg__jpg": JPEG,
+    "jpeg__png": JPEG,
+    "grey__jpg": encoded(PIXELS[..., 0], "JPEG"),
+    "deep__png": encoded(PIXELS[..., 0].astype(np.uint16) * 256, "PNG"),
+    "webp__webp": encoded(PIXELS, "WEBP"),
 }
-HALVES = {
-    "half__jpg": encoded("JPEG"),
-    "progressive__jpg": encoded("JPEG", progressive=True),
-    "half__png": encoded("PNG"),
-    "half__bmp": encoded("BMP"),
-    "half__ppm": encoded("PPM"),
-    "half__tif": encoded("TIFF"),
-    "lzw__tif": encoded("TIFF", compression="tiff_lzw"),
-    "half__webp": encoded("WEBP"),
+WHOLE = {
+    "half__jpg": JPEG,
+    "progressive__jpg": encoded(PIXELS, "JPEG", progressive=True),
+    "half__png": PNG,
+    "half__bmp": encoded(PIXELS, "BMP"),
+    "half__ppm": encoded(PIXELS, "PPM"),
+    "half__tif": TIFF,
+    "lzw__tif": encoded(PIXELS, "TIFF", compression="tiff_lzw"),
+    "half__webp": encoded(PIXELS, "WEBP"),
 }
+CUT = {name: content[: len(content) // 2] for name, content in WHOLE.items()}
+CUT |= {"header__jpg": JPEG[:170], "start__jpg": JPEG[:25], "start__tif": TIFF[:99]}
 
 
 def test_good_files_are_read_with_sizes_and_hashes(tmp_path):
-    source = write(tmp_path, **GOOD, high__png=encoded("PNG", PIXELS[:, :10]))
+    source = write(tmp_path, **GOOD, high__png=encoded(PIXELS[:, :10], "PNG"))
     result = scanned(source)
     report = result.report
-    assert report.images == report.readable == 6
-    assert all(files.count == 0 for files in report.problems.values())
+    assert report.images == report.readable == 6 and report.unreadable == 0
     assert (report.short_side, report.long_side) == (scan.Spread(10, 40, 40), scan.Spread(40, 56, 56))
     assert report.total_bytes == sum(path.stat().st_size for path in source.paths)
     hashes = [hashlib.blake2b(path.read_bytes(), digest_size=16).digest() for path in source.paths]
     assert [row.tobytes() for row in result.hashes] == hashes
 
 
-@pytest.mark.parametrize("name", HALVES)
-def test_half_a_file_is_truncated(tmp_path, name):
-    source = write(tmp_path, whole=HALVES[name], **{name: HALVES[name][: len(HALVES[name]) // 2]})
-    assert problems(source)["truncated"] == [source.paths[1].name]
+def test_a_file_that_is_cut_is_truncated(tmp_path):
+    source = write(tmp_path, **CUT)
+    report = scanned(source).report
+    names = [Path(file.split(": ")[0]) for file in report.problems["truncated"].first]
+    assert names == source.paths and report.unreadable == len(CUT)
 
 
-def test_a_file_cut_in_its_header_is_truncated(tmp_path):
-    source = write(
-        tmp_path, a__jpg=encoded("JPEG")[:170], b__jpg=encoded("JPEG")[:25], c__tif=encoded("TIFF")[:99]
-    )
-    assert problems(source)["truncated"] == ["a.jpg", "b.jpg", "c.tif"]
-
-
-def test_empty_foreign_and_unreadable_files(tmp_path, monkeypatch):
-    damaged = bytearray(encoded("PNG"))
+def test_damaged_files_and_what_is_no_file_are_unreadable(tmp_path, monkeypatch):
+    damaged = bytearray(PNG)
     damaged[len(damaged) // 2] ^= 255
-    huge = encoded("PNG", np.zeros((300, 300), dtype=np.uint8))
-    source = write(
-        tmp_path, empty__jpg=b"", text__jpg=b"404 not found", damaged__png=bytes(damaged), huge__png=huge
-    )
+    source = write(tmp_path, a__png=bytes(damaged), b__png=encoded(np.zeros((300, 300), np.uint8), "PNG"))
     (tmp_path / "link.jpg").symlink_to("nowhere.jpg")
     (tmp_path / "folder.jpg").mkdir()
-    source.paths += [tmp_path / "link.jpg", tmp_path / "folder.jpg", tmp_path / "locked.jpg"]
-    (tmp_path / "locked.jpg").write_bytes(GOOD["jpeg__jpg"])
-
+    source.paths += [tmp_path / "link.jpg", tmp_path / "folder.jpg"]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
-    report = scanned(source).report
-    assert report.readable == 0
-    assert {kind: files.count for kind, files in report.problems.items()} == {
-        "zero_byte": 1,
-        "not_an_image": 1,
-        "truncated": 0,
-        "unreadable": 5,
-    }
-    assert report.problems["zero_byte"].first == (f"{tmp_path}/empty.jpg: the file is empty",)
-    assert report.problems["not_an_image"].first == (f"{tmp_path}/text.jpg: no known kind of image",)
-    reasons = ["broken", "exceeds limit", "No such file", "Is a directory", "Permission denied"]
-    assert all(
-        reason in file for reason, file in zip(reasons, report.problems["unreadable"].first, strict=True)
-    )
+    found = scanned(source).report.problems["unreadable"].first
+    reasons = ["broken", "exceeds limit", "No such file", "Is a directory"]
+    assert all(reason in file for reason, file in zip(reasons, found, strict=True))
 
 
 def test_readable_is_what_can_be_loaded(tmp_path):
-    halves = {name: content[: len(content) // 2] for name, content in HALVES.items()}
-    write(tmp_path / "train" / "a", **GOOD, **halves)
+    write(tmp_path / "train" / "a", **GOOD, **CUT)
     write(tmp_path / "train" / "b", empty__jpg=b"", text__jpg=b"404 not found")
     source = open_images(str(tmp_path))
 
@@ -173,7 +140,7 @@ def test_lists_are_bounded_and_names_printable(tmp_path):
 
 def test_workers_find_what_one_process_finds(tmp_path):
     numbers = range(3 * scan.BATCH_FILES + 5)
-    files = {f"{n:03d}__png": encoded("PNG", np.full((9, 8 + n % 3), n, dtype=np.uint8)) for n in numbers}
+    files = {f"{n:03d}__png": encoded(np.full((9, 8 + n % 3), n, dtype=np.uint8), "PNG") for n in numbers}
     source = write(tmp_path, **(files | {f"{n:03d}__png": b"no image" for n in numbers[1::3]}))
     alone, together = scanned(source), scanned(source, num_workers=2)
     assert alone.report.problems["not_an_image"].count == 34
@@ -195,30 +162,28 @@ def wait_for_reader(fifo: Path) -> int:
 @pytest.fixture
 def with_hanging_file(tmp_path) -> Files:
     """An image, then a named pipe: reading it waits for ever."""
-    source = write(tmp_path, a__jpg=GOOD["jpeg__jpg"])
+    source = write(tmp_path, a__jpg=JPEG)
     os.mkfifo(tmp_path / "b.jpg")
     source.paths.append(tmp_path / "b.jpg")
     return source
 
 
-def send_when_reading(fifo: Path, number: signal.Signals) -> None:
-    """Sends a signal to the only worker as soon as it is at this file."""
-    wait_for_reader(fifo)
-    os.kill(multiprocessing.active_children()[0].pid, number)
-
-
-def test_a_worker_that_hangs_ends_the_scan(with_hanging_file):
+@pytest.mark.parametrize(
+    ("number", "timeout_seconds", "says"),
     # Ctrl-C reaches workers too, and must not make them print a traceback.
-    threading.Thread(target=send_when_reading, args=(with_hanging_file.paths[1], signal.SIGINT)).start()
-    with pytest.raises(UserError, match=r"no batch of images came within .* 1\.5 while at .*/b\.jpg; repair"):
-        scan_images(with_hanging_file, num_workers=1, description="train", timeout_seconds=1.5)
-    assert not multiprocessing.active_children()
+    [
+        (signal.SIGINT, 1.5, r"came within .* 1\.5 "),
+        (signal.SIGKILL, 60, r"has died \(DataLoader worker .*\) "),
+    ],
+)
+def test_a_worker_that_hangs_or_dies_ends_the_scan(with_hanging_file, number, timeout_seconds, says):
+    def send_when_reading() -> None:
+        wait_for_reader(with_hanging_file.paths[1])
+        os.kill(multiprocessing.active_children()[0].pid, number)
 
-
-def test_a_worker_that_dies_ends_the_scan(with_hanging_file):
-    threading.Thread(target=send_when_reading, args=(with_hanging_file.paths[1], signal.SIGKILL)).start()
-    with pytest.raises(UserError, match=r"has died \(DataLoader worker .*\) while at .*/b\.jpg; repair"):
-        scan_images(with_hanging_file, num_workers=1, description="train")
+    threading.Thread(target=send_when_reading).start()
+    with pytest.raises(UserError, match=rf"{says}while at .*/b\.jpg; repair"):
+        scan_images(with_hanging_file, num_workers=1, description="train", timeout_seconds=timeout_seconds)
     assert not multiprocessing.active_children()
 
 
@@ -258,9 +223,87 @@ def test_ctrl_c_ends_the_scan_and_its_workers(with_hanging_file, at_start):
 
 def test_progress_is_logged_without_a_terminal(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(scan, "LOG_EVERY_SECONDS", 0.0)
-    source = write(tmp_path, a__jpg=GOOD["jpeg__jpg"])
+    source = write(tmp_path, a__jpg=JPEG)
     with caplog.at_level(logging.INFO, "dino_sparo"):
         scanned(Files(source.paths * (scan.BATCH_FILES + 1)))
     first, last = (record.getMessage() for record in caplog.records)
     assert first.startswith("train: 32 of 33 images, ")
     assert last.startswith("train: 33 of 33 images, ") and last.endswith("left 0:00:00")
+
+
+# --- Copies, classes, and the report
+
+
+@pytest.fixture
+def copied(tmp_path) -> tuple[Files, Files]:
+    """Train: a three times, b twice, c, and two equal bad files; val: c twice, b, d and the bad file."""
+    a, b, c, d = (encoded(PIXELS[:, 4 * i :], "PNG") for i in range(4))
+    train = write(
+        tmp_path / "train", **{"1": b, "2": a, "3": c, "4": a, "5": b, "6": a, "7": b"bad", "8": b"bad"}
+    )
+    val = write(tmp_path / "val", **{"1": c, "2": b"bad", "3": d, "4": c, "5": b})
+    return train, val
+
+
+def test_many_groups_are_bounded_and_bad_files_are_no_copies(tmp_path):
+    files = {f"{n:02d}": encoded(np.full((8, 8), n // 2, dtype=np.uint8), "PNG") for n in range(60)}
+    copies = find_copies(scanned(write(tmp_path, **files)))
+    assert (copies.groups, copies.images, len(copies.largest)) == (30, 60, 20)
+    assert [Path(group.first[0]).name for group in copies.largest] == [f"{2 * n:02d}" for n in range(20)]
+    nothing = scanned(write(tmp_path, a__jpg=b"", b__jpg=b""))
+    assert find_copies(nothing) == find_copies(nothing, nothing) == Copies(0, 0, ())
+
+
+def test_classes_are_compared():
+    train = Files([Path()] * 6, np.array([0, 0, 0, 1, 2, 2]), ("cat", "dog", "eel"))
+    val = Files([Path()] * 3, np.array([1, 3, 3]), ("cat", "dog", "eel", "fox"))
+    comparison = compare_splits(train, val)
+    assert comparison.train == scan.ClassCounts(True, 3, scan.Spread(1, 2, 3), scan.Listing(1, ("dog",)))
+    assert comparison.val.classes == 2
+    assert comparison.only_in_train == scan.Listing(2, ("cat", "eel"))
+    assert comparison.only_in_val == scan.Listing(1, ("fox",))
+    unlabelled = compare_splits(Files([Path()]), train)
+    assert unlabelled.train == scan.ClassCounts(False, 0, None, scan.Listing(0, ()))
+    assert unlabelled.only_in_val.count == 0
+
+
+def test_report_in_words_and_as_json(copied):
+    train, val = copied
+    train.labels, train.classes = np.array([0, 0, 0, 0, 0, 0, 1, 1]), ("cat", "dog")
+    val.labels, val.classes = np.zeros(5, dtype=np.int64), ("cow",)
+    report = data_report(scanned(train), scanned(val))
+    lines = describe(report)
+    assert lines[0].startswith("train: 8 images, 2 of them bad, ")
+    assert [line for line in lines if "images/s" not in line] == [
+        "  short side 40, long side 48 to 56 (median 54) pixels",
+        "  not_an_image: 2",
+        f"    {train.name(6)}: no known kind of image",
+        f"    {train.name(7)}: no known kind of image",
+        "  short side 40, long side 44 to 52 (median 48) pixels",
+        "  not_an_image: 1",
+        f"    {val.name(1)}: no known kind of image",
+        "copies within train: 5 images, groups of equal content: 2",
+        f"    {train.name(1)} = {train.name(3)} = {train.name(5)}",
+        f"    {train.name(0)} = {train.name(4)}",
+        "copies within val: 2 images, groups of equal content: 1",
+        f"    {val.name(0)} = {val.name(3)}",
+        "val images that are in train too: 3 images, groups of equal content: 2",
+        f"    {train.name(0)} = {val.name(4)} and 1 more",
+        f"    {train.name(2)} = {val.name(3)} and 1 more",
+        "classes in train: 2 with 2 to 6 (median 4) images each, fewest in dog",
+        "classes in val: 1 with 5 images each",
+        "classes only in train: 2 (cat, dog)",
+        "classes only in val: 1 (cow)",
+    ]
+    plain = json.loads(json.dumps(asdict(report)))
+    assert plain["train"]["problems"]["not_an_image"]["count"] == 2
+    assert plain["val_in_train"]["images"] == 3
+
+
+def test_report_without_val_and_of_generated_pictures(copied):
+    report = data_report(scanned(copied[0]), None)
+    assert report.val is None and report.copies_in_val is None and report.val_in_train is None
+    assert describe(report)[-1] == "classes in train: unknown, as the images do not lie in class folders"
+    report = data_report(scanned(shapes_source("val")), None)
+    assert report.train.readable == 0 and report.copies_in_train is None
+    assert describe(report)[0] == "train: 1,000 images, not scanned: generated pictures are no files"

@@ -1,24 +1,18 @@
 """What a terminal gets and a file does not; what `--quiet` leaves."""
 
 import json
+import logging
 import os
 import pty
 import subprocess
 import sys
 import termios
-from pathlib import Path
 
 import pytest
 import yaml
 
 from dino_sparo import terminal
 from tests.tiny import tiny_arguments, write_pictures
-
-
-@pytest.fixture
-def data(tmp_path) -> Path:
-    write_pictures(tmp_path / "data", count=24, side=32, classes=2)
-    return tmp_path / "data"
 
 
 def pretrain(*arguments: str, on_terminal: bool, **environment: str) -> tuple[int, str]:
@@ -45,16 +39,22 @@ def pretrain(*arguments: str, on_terminal: bool, **environment: str) -> tuple[in
     return process.wait(), shown.decode()
 
 
-def test_file_gets_plain_lines(data, tmp_path):
-    arguments = tiny_arguments(data, tmp_path / "run", optim__epochs=1, monitor__knn_every_epochs=1)
+@pytest.fixture
+def arguments(tmp_path) -> list[str]:
+    """A run of six steps."""
+    write_pictures(tmp_path / "data", count=24, side=32, classes=2)
+    changes = {"optim__epochs": 1, "monitor__knn_every_epochs": 1}
+    return tiny_arguments(tmp_path / "data", tmp_path / "run", **changes)
+
+
+def test_file_gets_plain_lines(arguments):
     status, shown = pretrain(*arguments, on_terminal=False)
     assert status == 0
     assert "\r" not in shown and "\033" not in shown
     assert "epoch 1/1 step 6/6  loss" in shown and "after epoch 1: knn20_top1" in shown
 
 
-def test_quiet_run_shows_nothing_on_a_terminal_and_logs_all(data, tmp_path):
-    arguments = tiny_arguments(data, tmp_path / "run", optim__epochs=1, monitor__knn_every_epochs=1)
+def test_quiet_run_shows_nothing_on_a_terminal_and_logs_all(arguments, tmp_path):
     assert pretrain(*arguments, "--quiet", on_terminal=True) == (0, "")
     entries = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in entries if "loss" in entry] == [1, 2, 3, 4, 5, 6]
@@ -62,15 +62,13 @@ def test_quiet_run_shows_nothing_on_a_terminal_and_logs_all(data, tmp_path):
 
 
 @pytest.mark.long
-def test_terminal_gets_a_bar(data, tmp_path):
-    arguments = tiny_arguments(data, tmp_path / "run", optim__epochs=1)
+def test_terminal_gets_a_bar(arguments):
     status, shown = pretrain(*arguments, on_terminal=True)
     assert status == 0 and "\r" in shown and "epoch 1/1:" in shown
 
 
 @pytest.mark.long
-def test_quiet_holds_for_all_processes(data, tmp_path):
-    arguments = tiny_arguments(data, tmp_path / "run", optim__epochs=1)
+def test_quiet_holds_for_all_processes(arguments):
     assert pretrain(*arguments, "--nproc", "2", "--quiet", on_terminal=False) == (0, "")
 
 
@@ -86,8 +84,6 @@ def test_mistake_is_red_on_terminals_alone(on_terminal, environment, coloured):
 
 
 def test_warnings_are_yellow_and_other_entries_plain(monkeypatch):
-    import logging
-
     monkeypatch.setattr(terminal.sys, "stderr", type("Terminal", (), {"isatty": lambda self: True})())
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)

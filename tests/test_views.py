@@ -11,19 +11,10 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from dino_sparo.data.pil_views import center_crop, execute
-from dino_sparo.data.views import CropRecipe, crop_recipes, draw_view, sample_order
+from dino_sparo.data.views import draw_view
+from tests.pictures import photo, recipes
 
-RECIPE = CropRecipe(
-    size=24,
-    scale=(0.05, 0.4),
-    flip_probability=0.5,
-    jitter_probability=0.8,
-    jitter_strength=(0.4, 0.4, 0.2, 0.1),
-    grayscale_probability=0.2,
-    blur_probability=0.5,
-    blur_radius=(0.1, 2.0),
-    solarize_probability=0.2,
-)
+RECIPE = replace(recipes()[2], solarize_probability=0.2)
 
 
 def draw(recipe=RECIPE, *, seed=0, epoch=0, sample=0, crop=0, width=80, height=60):
@@ -32,21 +23,14 @@ def draw(recipe=RECIPE, *, seed=0, epoch=0, sample=0, crop=0, width=80, height=6
     )
 
 
-def photo(width=80, height=60) -> Image.Image:
-    rng = np.random.default_rng(0)
-    small = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8))
-    return small.resize((width, height), Image.Resampling.BICUBIC)
-
-
 def test_numbers_are_a_pure_function_of_seed_epoch_sample_crop():
-    first = draw(seed=3, epoch=2, sample=11, crop=4)
+    given = {"seed": 3, "epoch": 2, "sample": 11, "crop": 4}
+    first = draw(**given)
     np.random.seed(99)
     random.seed(99)
     draw(sample=5)
-    assert draw(seed=3, epoch=2, sample=11, crop=4) == first
-    others = [draw(seed=4, epoch=2, sample=11, crop=4), draw(seed=3, epoch=3, sample=11, crop=4)]
-    others += [draw(seed=3, epoch=2, sample=12, crop=4), draw(seed=3, epoch=2, sample=11, crop=5)]
-    assert all(other != first for other in others)
+    assert draw(**given) == first
+    assert all(draw(**given | {name: value + 1}) != first for name, value in given.items())
     assert draw(seed=2, epoch=3, sample=4, crop=11) != first  # none of them may be summed or swapped
 
 
@@ -60,8 +44,7 @@ def test_drawn_frequencies_and_ranges():
         "solarize": np.mean([v.solarize for v in views]),
     }
     expected = {"flip": 0.5, "jitter": 0.8, "grayscale": 0.2, "blur": 0.5, "solarize": 0.2}
-    for name, probability in expected.items():  # 4 standard deviations of 4000 draws: 0.032 at most
-        assert share[name] == pytest.approx(probability, abs=0.032), name
+    assert share == pytest.approx(expected, abs=0.032)  # 4 standard deviations of 4000 draws at most
     factors = np.array([v.jitter_factors for v in views])
     np.testing.assert_allclose(factors.min(0), [0.6, 0.6, 0.8, -0.1], atol=2e-3)
     np.testing.assert_allclose(factors.max(0), [1.4, 1.4, 1.2, 0.1], atol=2e-3)
@@ -80,8 +63,7 @@ def test_drawn_frequencies_and_ranges():
 
 @pytest.mark.parametrize(("width", "height"), [(2000, 10), (10, 2000), (1, 1), (3, 500)])
 def test_fallback_is_torchvisions_central_crop(width, height):
-    impossible = replace(RECIPE, scale=(0.95, 1.0))
-    view = draw(impossible, width=width, height=height)
+    view = draw(replace(RECIPE, scale=(0.95, 1.0)), width=width, height=height)
     # A scale above the image's own leaves torchvision nothing but its fallback.
     top, left, crop_height, crop_width = transforms.RandomResizedCrop.get_params(
         Image.new("RGB", (width, height)), scale=[4.0, 4.0], ratio=[3 / 4, 4 / 3]
@@ -90,21 +72,16 @@ def test_fallback_is_torchvisions_central_crop(width, height):
     assert (view.top, view.left, view.height, view.width) == expected
 
 
-class GivenRandomNumbers:
-    """Lets torchvision's random transforms draw the numbers of a view."""
-
-    def __init__(self, view, monkeypatch):
-        boxes = (view.top, view.left, view.height, view.width)
-        monkeypatch.setattr(transforms.RandomResizedCrop, "get_params", staticmethod(lambda *_: boxes))
-        jitter = (torch.tensor(view.jitter_order), *view.jitter_factors)
-        monkeypatch.setattr(transforms.ColorJitter, "get_params", staticmethod(lambda *_: jitter))
-
-
 @pytest.mark.usefixtures("horizontal_first")
 @pytest.mark.parametrize("sample", range(40))
 def test_pil_executor_equals_torchvisions_transforms(sample, monkeypatch):
     view = draw(sample=sample)
-    GivenRandomNumbers(view, monkeypatch)
+    box, jitter = (
+        (view.top, view.left, view.height, view.width),
+        (torch.tensor(view.jitter_order), *view.jitter_factors),
+    )
+    monkeypatch.setattr(transforms.RandomResizedCrop, "get_params", staticmethod(lambda *_: box))
+    monkeypatch.setattr(transforms.ColorJitter, "get_params", staticmethod(lambda *_: jitter))
     blur = transforms.Lambda(lambda x: x.filter(ImageFilter.GaussianBlur(view.blur_radius)))
     official = transforms.Compose(
         [
@@ -116,53 +93,16 @@ def test_pil_executor_equals_torchvisions_transforms(sample, monkeypatch):
             *([transforms.Lambda(lambda x: ImageOps.solarize(x, 128))] if view.solarize else []),
         ]
     )
-    image = photo()
+    image = photo(80, 60)
     np.testing.assert_array_equal(np.array(execute(image, view)), np.array(official(image)))
 
 
-def test_every_field_of_a_view_changes_the_picture():
-    plain = draw(replace(RECIPE, flip_probability=0, jitter_probability=0, grayscale_probability=0,
-                         blur_probability=0, solarize_probability=0))  # fmt: skip
-    reference = np.array(execute(photo(), plain))
-    changes = [
-        {"flip": True},
-        {"grayscale": True},
-        {"blur_radius": 1.5},
-        {"solarize": True},
-        {"top": plain.top + 3},
-    ]
-    changes += [{"jitter_order": (i,), "jitter_factors": (1.3, 1.3, 1.3, 0.1)} for i in range(4)]
-    for change in changes:
-        assert (np.array(execute(photo(), replace(plain, **change))) != reference).any(), change
-
-
-def test_crop_recipes_in_order():
-    recipes = crop_recipes(
-        global_size=32,
-        global_scale=(0.4, 1.0),
-        local_size=16,
-        local_scale=(0.05, 0.4),
-        num_local_crops=3,
-        flip_probability=0.5,
-        jitter_probability=0.8,
-        jitter_strength=(0.4, 0.4, 0.2, 0.1),
-        grayscale_probability=0.2,
-        blur_probability=(1.0, 0.1, 0.5),
-        blur_radius=(0.1, 2.0),
-        solarize_probability=(0.0, 0.2, 0.0),
-    )
-    assert [r.size for r in recipes] == [32, 32, 16, 16, 16]
-    assert [r.blur_probability for r in recipes] == [1.0, 0.1, 0.5, 0.5, 0.5]
-    assert [r.solarize_probability for r in recipes] == [0.0, 0.2, 0.0, 0.0, 0.0]
-    assert recipes[1].scale == (0.4, 1.0) and recipes[2].scale == (0.05, 0.4)
-
-
-def test_order_of_samples_is_a_permutation_of_its_own_for_each_epoch():
-    orders = [sample_order(seed=0, epoch=epoch, num_samples=100) for epoch in range(3)]
-    assert all(sorted(order) == list(range(100)) for order in orders)
-    assert (orders[0] != orders[1]).any() and (orders[1] != orders[2]).any()
-    np.testing.assert_array_equal(orders[1], sample_order(seed=0, epoch=1, num_samples=100))
-    assert (orders[0] != sample_order(seed=1, epoch=0, num_samples=100)).any()
+def test_the_three_kinds_of_crops_have_their_own_probabilities():
+    first, second, *local = recipes()
+    assert [first.size, second.size, *(r.size for r in local)] == [48, 48, 24, 24]
+    assert [r.blur_probability for r in (first, second, *local)] == [1.0, 0.1, 0.5, 0.5]
+    assert [r.solarize_probability for r in (first, second, *local)] == [0.0, 0.2, 0.0, 0.0]
+    assert second.scale == (0.4, 1.0) and local[0].scale == (0.05, 0.4)
 
 
 @pytest.mark.usefixtures("horizontal_first")

@@ -14,76 +14,59 @@ from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.data import workers
 from dino_sparo.data.loader import BatchOrder, CropsDataset, crop_batches
 from dino_sparo.data.sources import open_images
-from dino_sparo.data.views import crop_recipes
 from dino_sparo.data.workers import default_workers
 from dino_sparo.errors import StuckError, UserError
 from dino_sparo.evaluation.features import extract_features
 from dino_sparo.models import build_encoder
-from tests.test_loader import VIEWS
+from tests.pictures import recipes
 from tests.tiny import tiny_options, write_pictures
 
 BAD = "005.png"
-
-
-def hang(path: str) -> None:
-    time.sleep(600)
-
-
-def die(path: str) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+SAYS = {
+    "hang": r"no batch of images came within machine\.data_timeout_seconds 2 while at .*005\.png",
+    "die": r"a process that loads images has died .*while at .*005\.png",
+}
+BOTH = pytest.mark.parametrize("behavior", SAYS)
 
 
 @pytest.fixture
-def broken_disk(tmp_path, monkeypatch):
+def broken_disk(tmp_path, monkeypatch, behavior):
     """Pictures of which one makes whoever opens it hang or die."""
     write_pictures(tmp_path / "data", 12)
     original = builtins.open
 
-    def make(behaviour):
-        def opening(path, *args, **kwargs):
-            if str(path).endswith(BAD):
-                behaviour(path)
-            return original(path, *args, **kwargs)
+    def opening(path, *args, **kwargs):
+        if str(path).endswith(BAD):
+            time.sleep(600) if behavior == "hang" else os.kill(os.getpid(), signal.SIGKILL)
+        return original(path, *args, **kwargs)
 
-        monkeypatch.setattr(builtins, "open", opening)
-        return tmp_path / "data"
-
-    return make
+    monkeypatch.setattr(builtins, "open", opening)
+    return tmp_path / "data"
 
 
-SAYS = {
-    hang: r"no batch of images came within machine\.data_timeout_seconds 2 while at .*005\.png",
-    die: r"a process that loads images has died .*while at .*005\.png",
-}
-
-
-@pytest.mark.parametrize("behaviour", [hang, die])
-def test_training_ends_and_names_the_file(behaviour, broken_disk, tmp_path):
-    options = tiny_options(
-        broken_disk(behaviour),
-        tmp_path / "run",
-        machine__num_workers=2,
-        machine__data_timeout_seconds=2,
-    )
+@BOTH
+def test_training_ends_and_names_the_file(behavior, broken_disk, tmp_path):
+    changes = {"machine__num_workers": 2, "machine__data_timeout_seconds": 2}
     started = time.monotonic()
-    with pytest.raises(UserError, match=SAYS[behaviour]) as caught:
-        pretrain(options)
+    with pytest.raises(UserError, match=SAYS[behavior]) as caught:
+        pretrain(tiny_options(broken_disk, tmp_path / "run", **changes))
     assert time.monotonic() - started < 60
     assert "\n" not in str(caught.value) and str(caught.value).endswith("then start again")
 
 
-@pytest.mark.parametrize("behaviour", [hang, die])
-def test_evaluation_ends_and_names_the_file(behaviour, broken_disk):
+@BOTH
+def test_evaluation_ends_and_names_the_file(behavior, broken_disk):
     encoder = build_encoder({"width": 16, "depth": 2, "num_heads": 2}, 8, 16, readout="cls").eval()
-    source = open_images(str(broken_disk(behaviour)))
-    with pytest.raises(UserError, match=SAYS[behaviour]):
-        extract_features(encoder, source, image_size=16, num_workers=2, timeout_seconds=2)
+    with pytest.raises(UserError, match=SAYS[behavior]):
+        extract_features(
+            encoder, open_images(str(broken_disk)), image_size=16, num_workers=2, timeout_seconds=2
+        )
 
 
-def batches_of(folder, timeout_seconds):
+def batches_of(folder, timeout_seconds=60):
     write_pictures(folder, 12)
     return crop_batches(
-        CropsDataset(open_images(str(folder)), crop_recipes(**VIEWS), 0),
+        CropsDataset(open_images(str(folder)), recipes(16, 8), 0),
         BatchOrder(num_samples=12, global_batch_size=2, epochs=2, seed=0),
         num_workers=2,
         prefetch_batches=2,
@@ -94,54 +77,48 @@ def batches_of(folder, timeout_seconds):
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="elsewhere no batch needs its maker")
 def test_a_worker_that_stops_while_it_hands_over_ends_the_run_in_time(tmp_path):
-    batches = iter(batches_of(tmp_path, timeout_seconds=1))
+    loader = batches_of(tmp_path, timeout_seconds=1)
+    batches = iter(loader)
     next(batches)
     time.sleep(1)  # both workers have put batches into the queue
     workers = active_children()
     for worker in workers:
         os.kill(worker.pid, signal.SIGSTOP)
     started = time.monotonic()
-    with pytest.raises(StuckError, match="no batch of images came within"):
+    with pytest.raises(StuckError, match="no batch of images came within"), loader.failures_explained():
         list(batches)  # first those that had been received before
     assert time.monotonic() - started < 10
     assert not any(worker.is_alive() for worker in workers)  # torch would wait for each of them
 
 
-def test_no_alarm_is_left_behind(tmp_path):
-    before = signal.getsignal(signal.SIGALRM)
-    assert len(list(batches_of(tmp_path, timeout_seconds=60))) == 12
-    assert signal.getsignal(signal.SIGALRM) is before
+def test_loading_leaves_alarm_and_random_numbers_as_they_were(tmp_path):
+    alarm, random_state = signal.getsignal(signal.SIGALRM), torch.get_rng_state()
+    assert len(list(batches_of(tmp_path))) == 12
+    assert signal.getsignal(signal.SIGALRM) is alarm
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
-
-
-def test_loading_draws_nothing_from_the_generator_of_training(tmp_path):
-    before = torch.get_rng_state()
-    next(iter(batches_of(tmp_path, timeout_seconds=60)))
-    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(torch.get_rng_state(), random_state)
 
 
 def test_another_thread_loads_without_an_alarm(tmp_path):
     with ThreadPoolExecutor(1) as threads:
-        assert len(threads.submit(list, batches_of(tmp_path, timeout_seconds=60)).result()) == 12
+        assert len(threads.submit(list, batches_of(tmp_path)).result()) == 12
 
 
 def test_an_error_ends_the_workers_of_its_loader_at_once_and_no_others(tmp_path):
-    good, bad = (batches_of(tmp_path / name, timeout_seconds=60) for name in ("good", "bad"))
+    good, bad = batches_of(tmp_path / "good"), batches_of(tmp_path / "bad")
     (tmp_path / "bad" / "train" / "class0" / BAD).write_bytes(b"no picture")
-    good, bad = iter(good), iter(bad)
+    good, of_bad = iter(good), iter(bad)
     next(good)
     before, started = len(active_children()), time.monotonic()
-    with pytest.raises(UserError, match=r"005\.png"):
-        for _ in bad:
-            pass
+    with pytest.raises(UserError, match=r"005\.png"), bad.failures_explained():
+        list(of_bad)
     assert time.monotonic() - started < 5  # which torch would wait for each
     assert 0 < len(active_children()) < before
     next(good)
 
 
 def test_other_errors_pass_unchanged(tmp_path):
-    batches = batches_of(tmp_path, timeout_seconds=5)
-    with pytest.raises(RuntimeError, match="of the network"), batches.failures_explained():
+    with pytest.raises(RuntimeError, match="of the network"), batches_of(tmp_path).failures_explained():
         raise RuntimeError("of the network")
 
 

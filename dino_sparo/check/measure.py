@@ -1,9 +1,8 @@
-"""What a run will cost on this machine, measured: loader, step, parameters, FLOPs and checkpoint."""
+"""What a run will cost on this machine, measured: loader, step, FLOPs and memory."""
 
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from itertools import repeat
 from multiprocessing import active_children
 from pathlib import Path
@@ -11,9 +10,9 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from dino_sparo.data.device_views import ahead, repeated
-from dino_sparo.data.images import normalize
+from dino_sparo.data.device_views import repeated
 from dino_sparo.data.loader import Crops, PhotoBatch, crops_of
 from dino_sparo.data.views import CropRecipe
 from dino_sparo.data.workers import WatchedLoader
@@ -21,66 +20,44 @@ from dino_sparo.models.cost import bytes_saved_for_backward, counting_flops
 from dino_sparo.models.encoder import DinoModel
 from dino_sparo.parallel.device import wait_for
 from dino_sparo.parallel.precision import DTYPES, autocast, plain_attention
-from dino_sparo.training.pretrain import train_step
+from dino_sparo.training.pretrain import Batch, crops_on_device, normalized, train_step
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.state import TrainState
 
 MATRIX_SIDE = {"cuda": 8192, "cpu": 2048}  # of the product that measures the peak
 
 
-@dataclass(frozen=True)
-class Loading:
-    """How fast all workers of this machine together load images, and make views if that is theirs to do."""
-
-    images_per_second: float
-    workers: int
-    worker_bytes: int
-    """Memory of the largest worker that no other process has; 0 without workers."""
-    batch: Crops | PhotoBatch
-    """The last one."""
-
-
-@dataclass(frozen=True)
-class Stepping:
-    """Whole training steps of one process on one device."""
-
-    images_per_second: float
-    batch_size: int
-    loss: float
-    memory_gib: float | None = None
-    """Peak on a GPU; None on the CPU."""
-    gpu_memory_gib: float | None = None
-    """All that the GPU has."""
-
-
-def measure_loading(batches: WatchedLoader, *, seconds: float) -> Loading:
+def measure_loading(batches: WatchedLoader, *, seconds: float) -> tuple[dict[str, Any], Batch]:
     """Take batches for so many seconds, after each worker has made the two that start-up delays.
+
+    Returns:
+        What all workers of this machine together reach: images_per_second, their number (workers), and
+        worker_bytes, the memory of the largest that no other process has; and the last batch.
 
     Raises:
         UserError: an image cannot be read, or a worker fails.
     """
     workers = batches.num_workers
     with batches.failures_explained():
-        batch, iterator = None, iter(batches)
+        iterator = iter(batches)
         for _ in range(2 * max(1, workers)):
             batch = next(iterator)
         images, started = 0, time.monotonic()
         while (elapsed := time.monotonic() - started) < seconds or not images:
             batch = next(iterator)
             images += num_images(batch)
-        own = [private_bytes(child.pid) for child in active_children()] if workers else []
-    assert batch is not None
-    return Loading(images / elapsed, workers, max(own, default=0), batch)
+        own = [private_bytes(child.pid) for child in active_children()] if workers else [0]
+    return {"images_per_second": images / elapsed, "workers": workers, "worker_bytes": max(own)}, batch
 
 
-def num_images(batch: Crops | PhotoBatch) -> int:
+def num_images(batch: Batch) -> int:
     """Images in a batch."""
     return len(batch.photos.places) if isinstance(batch, PhotoBatch) else batch.global_crops.shape[1]
 
 
 def measure_steps(
     state: TrainState,
-    batch: Crops | PhotoBatch,
+    batch: Batch,
     recipes: Sequence[CropRecipe],
     batch_size: int,
     hyper: Hyperparameters,
@@ -89,21 +66,28 @@ def measure_steps(
     clip_norm: float,
     precision: str,
     device: torch.device,
-) -> Stepping:
+) -> dict[str, Any]:
     """Time whole steps on `batch_size` images, repeated from the batch, after two that warm up.
 
     Views that the device makes are made anew for each step.
 
+    Returns:
+        images_per_second of this process, batch_size, loss, and of a GPU the peak and all of its memory
+        (memory_gib, gpu_memory_gib; None on a CPU).
+
     Raises:
         torch.OutOfMemoryError: the batch does not fit.
     """
-    same = _enlarged(batch, batch_size)
-    if isinstance(same, Crops):
-        same = crops_of(same, recipes, device)
-    crops = ahead(repeat(same), lambda one: crops_of(one, recipes, device), device)
-    batches = ([normalize(x) for x in (c.global_crops, c.local_crops) if x.numel()] for c in crops)
+    if isinstance(batch, PhotoBatch):
+        batch = PhotoBatch(repeated(batch.photos, batch_size))
+    else:
+        chosen = torch.arange(batch_size) % num_images(batch)
+        batch = Crops(batch.global_crops[:, chosen], batch.local_crops[:, chosen])
+        batch = crops_of(batch, recipes, device)
+    batches = map(normalized, crops_on_device(repeat(batch), recipes, device))
     mixed = autocast(precision, device)
-    if device.type == "cuda":
+    on_gpu = device.type == "cuda"
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     for number in range(steps + 2):
         if number == 2:
@@ -112,38 +96,34 @@ def measure_steps(
         with plain_attention(precision, device):
             output = train_step(state, batches, 1, hyper, clip_norm=clip_norm, autocast=mixed)
     wait_for(device)
-    elapsed = time.monotonic() - started
-    measured = Stepping(steps * batch_size / elapsed, batch_size, output.loss.item())
-    if device.type == "cpu":
-        return measured
-    total = torch.cuda.get_device_properties(device).total_memory
-    peak = torch.cuda.max_memory_allocated(device)
-    return replace(measured, memory_gib=peak / 2**30, gpu_memory_gib=total / 2**30)
+    return {
+        "images_per_second": steps * batch_size / (time.monotonic() - started),
+        "batch_size": batch_size,
+        "loss": output.loss.item(),
+        "memory_gib": torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else None,
+        "gpu_memory_gib": torch.cuda.get_device_properties(device).total_memory / 2**30 if on_gpu else None,
+    }
 
 
 def count_flops(student: DinoModel, sizes: list[tuple[int, int]]) -> dict[str, float]:
-    """Floating point operations an image (a multiply-add is two), on the CPU.
+    """Floating point operations per image (a multiply-add is two), on the CPU.
 
     sizes: (crops, side) of the global and of the local crops. `encoder` is one pass on a global crop,
-    `training` what a step takes an image: student forward and backward on all, teacher forward on the
-    global crops.
+    `training` what a step takes: student forward and backward on all, teacher forward on the global crops.
     """
     groups = [torch.zeros(crops, 1, 3, side, side) for crops, side in sizes if crops]
 
-    def flops(*, forward: Any, backward: bool) -> float:
+    def flops(forward: Callable[[], Tensor], *, backward: bool = False) -> float:
         with counting_flops() as counter, torch.set_grad_enabled(backward):
             output = forward()
             if backward:
                 output.sum().backward()
         return float(counter.get_total_flops())
 
-    counted = {
-        "encoder": flops(forward=lambda: student.encoder(groups[0][0]), backward=False),
-        "training": flops(forward=lambda: student(groups)[0], backward=True)
-        + flops(forward=lambda: student(groups[:1])[0], backward=False),
-    }
+    of_student = flops(lambda: student(groups)[0], backward=True)
     student.zero_grad(set_to_none=True)
-    return counted
+    of_teacher = flops(lambda: student(groups[:1])[0])
+    return {"encoder": flops(lambda: student.encoder(groups[0][0])), "training": of_student + of_teacher}
 
 
 def bytes_of_training(
@@ -192,12 +172,6 @@ def measured_peak(device: torch.device, precision: str, rounds: int = 5) -> floa
     return 2 * side**3 / median(seconds[2:])
 
 
-def existing_folder(folder: Path) -> Path:
-    """The folder, or the nearest above it that exists."""
-    folder = folder.absolute()
-    return next(place for place in (folder, *folder.parents) if place.exists())
-
-
 def private_bytes(pid: int | None) -> int:
     """Memory of a process that no other has; 0 where the system does not tell."""
     try:
@@ -205,14 +179,6 @@ def private_bytes(pid: int | None) -> int:
     except OSError:
         return 0
     return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("Private_", "Swap:")))
-
-
-def _enlarged(batch: Crops | PhotoBatch, batch_size: int) -> Crops | PhotoBatch:
-    """The same images over and over, so many."""
-    if isinstance(batch, PhotoBatch):
-        return PhotoBatch(repeated(batch.photos, batch_size))
-    chosen = torch.arange(batch_size) % num_images(batch)
-    return Crops(batch.global_crops[:, chosen], batch.local_crops[:, chosen])
 
 
 def memory_free() -> int:

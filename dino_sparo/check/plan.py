@@ -8,13 +8,7 @@ from typing import Any
 
 import torch
 
-from dino_sparo.check.measure import (
-    bytes_of_training,
-    count_flops,
-    existing_folder,
-    measured_peak,
-    memory_free,
-)
+from dino_sparo.check.measure import bytes_of_training, count_flops, measured_peak, memory_free
 from dino_sparo.data.loader import Executor, choose_executor
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.views import NUM_GLOBAL_CROPS
@@ -30,7 +24,6 @@ from dino_sparo.runs.checkpoint import latest_step, most_kept
 from dino_sparo.runs.rundir import check_same_experiment
 from dino_sparo.terminal import table
 from dino_sparo.training.monitor import KnnImages
-from dino_sparo.training.schedules import Schedules
 from dino_sparo.training.setup import build_schedules, bytes_of_image, open_data, start_state
 from dino_sparo.training.state import TrainState, build_state, checkpoint_bytes
 
@@ -40,15 +33,19 @@ SHARES_OF_PEAK = {"cpu": (0.3, 0.9), "cuda": (0.2, 0.5)}
 GIB = 2**30
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """A run that could start: all that is known of it without training a step.
 
     Attributes:
         num_workers: of each process.
         batch_size, accumulation: images that a process takes at once, and micro-batches per step.
-        state: the networks, on the CPU.
-        image_bytes: what a worker hands over for one image.
+        state: the networks as the run starts, on the CPU.
+        prefetched_bytes: what the images that all workers prepare ahead take, at most.
+        disk_bytes: what all checkpoints that are kept take, at most.
+        disk_free_bytes: free where the run folder is or would be.
+        steps_done: of an earlier start, by the names of its checkpoints.
+        weights: what the run begins with.
         problems: what would end the run at its start, or before its end.
     """
 
@@ -64,7 +61,11 @@ class Plan:
     source: ImageSource
     monitor: KnnImages | None
     state: TrainState
-    image_bytes: int
+    prefetched_bytes: int
+    disk_bytes: int
+    disk_free_bytes: int
+    steps_done: int
+    weights: str
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -83,25 +84,8 @@ class Plan:
         views = self.recipe.views
         return [(NUM_GLOBAL_CROPS, views.global_size), (views.num_local_crops, views.local_size)]
 
-    @property
-    def prefetched_bytes(self) -> int:
-        """What the images that all workers prepare ahead take, at most."""
-        batches = self.num_processes * self.num_workers * self.recipe.machine.prefetch_batches
-        return batches * self.batch_size * self.image_bytes
-
-    @property
-    def disk_bytes(self) -> int:
-        """What all checkpoints that are kept take, at most."""
-        recipe = self.recipe
-        return most_kept(recipe.optim.epochs, recipe.log.keep_every_epochs) * checkpoint_bytes(self.state)
-
     @cached_property
-    def disk_free_bytes(self) -> int:
-        """Free where the run folder is or would be."""
-        return shutil.disk_usage(existing_folder(self.run_dir)).free
-
-    @cached_property
-    def cost(self) -> dict[str, Any]:
+    def cost(self) -> dict[str, int]:
         """Parameters and operations of the encoder."""
         return encoder_cost(self.state.teacher.encoder, self.recipe.views.global_size)
 
@@ -110,37 +94,30 @@ class Plan:
         """Operations of one pass of the encoder, and of a training step per image."""
         return count_flops(self.state.student, self.crop_sizes)
 
-    @cached_property
-    def start(self) -> str:
-        """What the run begins with; adds to the problems what is wrong with a file of starting weights."""
-        init = self.recipe.init
-        if init is None:
-            return "random at the start"
-        if latest_step(self.run_dir):
-            return f"of {init} at the start"
-        try:
-            return start_state(
-                *(self.state, init, self.recipe.encoder_arguments()),
-                norm_last_layer=self.recipe.head.norm_last_layer,
-                frozen=self.recipe.optim.freeze_backbone,
-            )
-        except UserError as error:
-            self.problems.append(str(error))
-            return f"{init}: refused"
-
     def as_dict(self) -> dict[str, Any]:
         """The numbers, as JSON holds them."""
         return {
-            "images": len(self.source),
-            "steps_per_epoch": self.steps_per_epoch,
-            "steps": self.total_steps,
-            "processes": self.num_processes,
-            "batch_size_per_gpu": self.batch_size,
-            "accumulation": self.accumulation,
-            "disk_bytes": self.disk_bytes,
-            "disk_free_bytes": self.disk_free_bytes,
-            "prefetched_bytes": self.prefetched_bytes,
-            "shared_memory_free_bytes": shared_memory_free(),
+            "problems": self.problems,
+            "remarks": [],
+            "run": {
+                "images": len(self.source),
+                "steps_per_epoch": self.steps_per_epoch,
+                "steps": self.total_steps,
+                "processes": self.num_processes,
+                "batch_size_per_gpu": self.batch_size,
+                "accumulation": self.accumulation,
+                "disk_bytes": self.disk_bytes,
+                "disk_free_bytes": self.disk_free_bytes,
+                "prefetched_bytes": self.prefetched_bytes,
+                "shared_memory_free_bytes": shared_memory_free(),
+            },
+            "parameters": {
+                "encoder": self.cost["parameters"],
+                "readout": self.cost["readout_parameters"],
+                "head": count_parameters(self.state.student.head),
+            },
+            "flops_per_image": self.flops_per_image | {"readout": float(self.cost["readout_flops"])},
+            "checkpoint_bytes": checkpoint_bytes(self.state),
         }
 
 
@@ -153,15 +130,56 @@ def make_plan(recipe: Recipe, run_dir: Path, num_processes: int) -> Plan:
     machine, optim = recipe.machine, recipe.optim
     device = choose_device(machine.device)
     set_numerics(tf32=machine.tf32, deterministic=machine.deterministic)
-    workers = default_workers(num_processes) if machine.num_workers is None else machine.num_workers
+    num_workers = default_workers(num_processes) if machine.num_workers is None else machine.num_workers
     batch_size, accumulation = split_batch(optim.global_batch_size, machine.batch_size_per_gpu, num_processes)
     source, monitor = open_data(recipe.data, recipe.monitor, optim.global_batch_size)
     executor = choose_executor(machine.views, device, max_side=recipe.data.max_side)
-    plan = Plan(
+    state = build_state(
+        **recipe.state_arguments(),
+        device=torch.device("cpu"),
+        activation_checkpointing=machine.activation_checkpointing,
+    )
+    image_bytes = bytes_of_image(recipe.views, recipe.data.max_side, source, executor)
+    prefetched_bytes = num_processes * num_workers * machine.prefetch_batches * batch_size * image_bytes
+    disk_bytes = most_kept(optim.epochs, recipe.log.keep_every_epochs) * checkpoint_bytes(state)
+    existing = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
+    disk_free_bytes = shutil.disk_usage(existing).free
+    steps_done = latest_step(run_dir)
+
+    problems, weights = [], "random at the start"
+    try:
+        check_same_experiment(run_dir, recipe)
+    except UserError as error:
+        problems.append(str(error))
+    try:
+        check_shared_memory(prefetched_bytes)
+    except UserError as error:
+        problems.append(str(error))
+    if device.type == "cuda" and num_processes > torch.cuda.device_count():
+        gpus = torch.cuda.device_count()
+        problems.append(f"nproc is {num_processes}, but this machine has {gpus} GPUs")
+    if disk_bytes > disk_free_bytes and not steps_done:
+        problems.append(
+            f"run_dir {str(run_dir)!r}: checkpoints need {size(disk_bytes)}, {size(disk_free_bytes)} are "
+            f"free; use another disk or a larger log.keep_every_epochs"
+        )
+    if recipe.init is not None and steps_done:
+        weights = f"of {recipe.init} at the start"
+    elif recipe.init is not None:
+        try:
+            weights = start_state(
+                *(state, recipe.init, recipe.encoder_arguments()),
+                norm_last_layer=recipe.head.norm_last_layer,
+                frozen=optim.freeze_backbone,
+            )
+        except UserError as error:
+            problems.append(str(error))
+            weights = f"{recipe.init}: refused"
+    return Plan(
         recipe=recipe,
         run_dir=run_dir,
         num_processes=num_processes,
-        num_workers=workers,
+        num_workers=num_workers,
         batch_size=batch_size,
         accumulation=accumulation,
         device=device,
@@ -169,55 +187,31 @@ def make_plan(recipe: Recipe, run_dir: Path, num_processes: int) -> Plan:
         executor=executor,
         source=source,
         monitor=monitor,
-        state=build_state(
-            **recipe.state_arguments(),
-            device=torch.device("cpu"),
-            activation_checkpointing=machine.activation_checkpointing,
-        ),
-        image_bytes=bytes_of_image(recipe.views, recipe.data.max_side, source, executor),
+        state=state,
+        prefetched_bytes=prefetched_bytes,
+        disk_bytes=disk_bytes,
+        disk_free_bytes=disk_free_bytes,
+        steps_done=steps_done,
+        weights=weights,
+        problems=problems,
     )
-    plan.problems.extend(_problems(plan))
-    assert plan.start
-    return plan
-
-
-def _problems(plan: Plan) -> list[str]:
-    """What of folder and machine would end the run at its start, or before its end."""
-    problems = []
-    try:
-        check_same_experiment(plan.run_dir, plan.recipe)
-    except UserError as error:
-        problems.append(str(error))
-    try:
-        check_shared_memory(plan.prefetched_bytes)
-    except UserError as error:
-        problems.append(str(error))
-    if plan.device.type == "cuda" and plan.num_processes > torch.cuda.device_count():
-        gpus = torch.cuda.device_count()
-        problems.append(f"nproc is {plan.num_processes}, but this machine has {gpus} GPUs")
-    if plan.disk_bytes > plan.disk_free_bytes and not latest_step(plan.run_dir):
-        problems.append(
-            f"run_dir {str(plan.run_dir)!r}: checkpoints need {size(plan.disk_bytes)}, "
-            f"{size(plan.disk_free_bytes)} are free; use another disk or a larger log.keep_every_epochs"
-        )
-    return problems
 
 
 def plan_text(plan: Plan, recipe_name: str | None) -> str:
     """The plan as a table, and what the schedules say at some steps."""
     recipe, views = plan.recipe, plan.recipe.views
-    per_step = f"{plan.num_processes} x {plan.batch_size}"
-    per_step += f" x {plan.accumulation} micro-batches" if plan.accumulation > 1 else ""
+    micro_batches = f" x {plan.accumulation} micro-batches" if plan.accumulation > 1 else ""
     who = {"device": "the training device", "pil": "PIL"}[plan.executor]
     memory = bytes_of_training(plan.state, plan.crop_sizes, plan.batch_size, mixed=plan.precision != "fp32")
     rows = {
-        "run": _start(plan),
+        "run": f"{plan.run_dir}: {_start(plan)}",
         "recipe": _recipe(recipe, recipe_name),
-        "weights": plan.start,
+        "weights": plan.weights,
         "images": _images(plan),
         "views": f"{NUM_GLOBAL_CROPS} of {views.global_size} and {views.num_local_crops} of "
         f"{views.local_size} pixels by {who}; {plan.num_workers} workers per process",
-        "batch": f"{recipe.optim.global_batch_size} images: {per_step}",
+        "batch": f"{recipe.optim.global_batch_size} images: {plan.num_processes} x {plan.batch_size}"
+        f"{micro_batches}",
         "steps": f"{plan.steps_per_epoch:,} per epoch, {plan.total_steps:,} in all "
         f"({recipe.optim.epochs} epochs)",
         "encoder": f"read-out {recipe.model.readout.name}, {describe_cost(plan.cost)}",
@@ -230,22 +224,19 @@ def plan_text(plan: Plan, recipe_name: str | None) -> str:
         f"{size(plan.disk_free_bytes)} free",
         "time": _time(plan),
     }
-    schedules = build_schedules(recipe.optim, recipe.loss, plan.steps_per_epoch)
-    lines = schedule_table(schedules, recipe.optim.warmup_epochs * plan.steps_per_epoch)
-    return "\n".join([table(rows, 12, indent=""), "", *lines])
+    return "\n".join([table(rows, 12, indent=""), "", *_schedule_table(plan)])
 
 
 def _start(plan: Plan) -> str:
-    """Whether the run would start, resume or be complete, by the names of its checkpoints."""
-    done = latest_step(plan.run_dir)
+    """Whether the run would start, resume or be complete."""
+    done = plan.steps_done
     if not done:
-        return f"{plan.run_dir}: would start"
+        return "would start"
     if plan.problems:
-        return f"{plan.run_dir}: holds a run of {done:,} steps"
+        return f"holds a run of {done:,} steps"
     if done >= plan.total_steps:
-        return f"{plan.run_dir}: is complete, {done:,} steps are done"
-    of_all = f"{done:,} of {plan.total_steps:,}"
-    return f"{plan.run_dir}: would resume after step {of_all}, if that checkpoint is whole"
+        return f"is complete, {done:,} steps are done"
+    return f"would resume after step {done:,} of {plan.total_steps:,}, if that checkpoint is whole"
 
 
 def _recipe(recipe: Recipe, name: str | None) -> str:
@@ -268,21 +259,19 @@ def _recipe(recipe: Recipe, name: str | None) -> str:
 def _images(plan: Plan) -> str:
     """How many images of how many classes, and what is measured on them while training."""
     source, monitor = plan.source, plan.monitor
-    classes = f", {len(source.classes):,} classes" if source.labels is not None else ", without labels"
+    classes = f"{len(source.classes):,} classes" if source.labels is not None else "without labels"
     knn = "no k-NN while training"
     if monitor is not None:
-        knn = (
-            f"k-NN every {plan.recipe.monitor.knn_every_epochs} epochs: {len(monitor.test):,} images among "
-            f"{len(monitor.train):,}"
-        )
-    return f"{len(source):,} of {plan.recipe.data.path}{classes}; {knn}"
+        every = plan.recipe.monitor.knn_every_epochs
+        knn = f"k-NN every {every} epochs: {len(monitor.test):,} images among {len(monitor.train):,}"
+    return f"{len(source):,} of {plan.recipe.data.path}, {classes}; {knn}"
 
 
 def _time(plan: Plan) -> str:
     """An estimate from the speed of a matrix product."""
     devices = plan.num_processes if plan.device.type == "cuda" else 1  # processes on a CPU share its cores
     peak = measured_peak(plan.device, plan.precision, rounds=3)
-    images = max(0, plan.total_steps - latest_step(plan.run_dir)) * plan.recipe.optim.global_batch_size
+    images = max(0, plan.total_steps - plan.steps_done) * plan.recipe.optim.global_batch_size
     hours = images * plan.flops_per_image["training"] / (devices * peak) / 3600
     low, high = SHARES_OF_PEAK[plan.device.type]
     return (
@@ -292,18 +281,17 @@ def _time(plan: Plan) -> str:
     )
 
 
-def schedule_table(schedules: Schedules, warmup_steps: int) -> list[str]:
+def _schedule_table(plan: Plan) -> list[str]:
     """What the schedules say at some steps, a line each."""
-    total = len(schedules.lr)
-    points = {"start": 0, "warm-up's end": warmup_steps}
-    points |= {name: total * part // 4 for part, name in enumerate(("1/4", "1/2", "3/4"), start=1)}
-    points["end"] = total - 1
+    optim, total = plan.recipe.optim, plan.total_steps
+    schedules = build_schedules(optim, plan.recipe.loss, plan.steps_per_epoch)
+    points = {"start": 0, "1/4": total // 4, "1/2": total // 2, "3/4": 3 * total // 4, "end": total - 1}
+    if 0 < optim.warmup_epochs * plan.steps_per_epoch < total:
+        points["warm-up's end"] = optim.warmup_epochs * plan.steps_per_epoch
     lines = [
         f"{'':<14}{'step':>8}{'lr':>11}{'decay':>9}{'momentum':>10}{'teacher temp.':>15}{'last layer':>12}"
     ]
     for name, step in sorted(points.items(), key=lambda point: point[1]):
-        if name == "warm-up's end" and not 0 < step < total:
-            continue
         at = schedules.at(step)
         lines.append(
             f"{name:<14}{step:>8,}{at.lr:>11.4g}{at.weight_decay:>9.4g}{at.momentum:>10.6g}"

@@ -12,26 +12,19 @@ from typing import Any
 
 import torch
 
-from dino_sparo.check.measure import (
-    Loading,
-    Stepping,
-    measure_loading,
-    measure_steps,
-    memory_free,
-    private_bytes,
-)
+from dino_sparo.check.measure import measure_loading, measure_steps, memory_free, private_bytes
 from dino_sparo.check.plan import Plan, duration, make_plan, plan_text, size
-from dino_sparo.data.loader import BatchOrder, CropsDataset, crop_batches
-from dino_sparo.data.scan import scan_images
-from dino_sparo.data.scan_report import DataReport, data_report, describe
+from dino_sparo.data.loader import BatchOrder, crop_batches
+from dino_sparo.data.scan import DataReport, ScanResult, data_report, describe, scan_images
 from dino_sparo.data.sources import ImageSource, open_val
 from dino_sparo.data.views import crop_recipes
 from dino_sparo.errors import EXIT_PROBLEM, UserError
-from dino_sparo.models.cost import count_parameters
 from dino_sparo.recipe.sections import Recipe, smaller_batch
+from dino_sparo.terminal import table
 from dino_sparo.training.bad_images import too_many
+from dino_sparo.training.pretrain import Batch
 from dino_sparo.training.setup import build_schedules, dataset_of
-from dino_sparo.training.state import build_state, checkpoint_bytes
+from dino_sparo.training.state import build_state
 
 log = logging.getLogger("dino_sparo")
 
@@ -63,130 +56,95 @@ def check(
     say = (lambda text: print(text, file=sys.stderr)) if as_json else print
     plan = make_plan(recipe, run_dir, num_processes)
     say(plan_text(plan, recipe_name))
-    report: dict[str, Any] = {
-        "problems": plan.problems,
-        "remarks": [],
-        "run": plan.as_dict(),
-        "parameters": {
-            "encoder": plan.cost["parameters"],
-            "readout": plan.cost["readout_parameters"],
-            "head": count_parameters(plan.state.student.head),
-        },
-        "flops_per_image": plan.flops_per_image | {"readout": float(plan.cost["readout_flops"])},
-        "checkpoint_bytes": checkpoint_bytes(plan.state),
-    }
+    report = plan.as_dict()
+    problems, remarks = report["problems"], report["remarks"]
     if plan.monitor is None:
-        report["remarks"].append("no k-NN while training: monitor.knn_path can name a labeled folder")
+        remarks.append("no k-NN while training: monitor.knn_path can name a labeled folder")
     if scan:
-        data = scan_data(recipe, plan.source, max(1, plan.num_workers) * num_processes)
+        data = scan_data(plan)
         report["data"] = asdict(data)
-        problems, remarks = data_findings(data, recipe)
-        report["problems"] += problems
-        report["remarks"] += remarks
+        look_at_data(data, recipe, problems, remarks)
         say("\n" + "\n".join(describe(data)))
-    if measure and not plan.problems:
+    else:
+        remarks.append("files not read: --scan")
+    if not measure:
+        remarks.append("speed not measured: --measure")
+    elif not problems:
         try:
             report |= measured(plan)
             report["run"] |= projection(plan, report)
-            report["problems"] += machine_problems(plan, report)
-            say("\n" + "\n".join(summary(plan, report)))
+            problems += machine_problems(plan, report)
+            say("\n" + summary(plan, report))
         except UserError as error:  # what was found so far is worth telling
-            report["problems"].append(str(error))
-    for asked, done in (("files not read: --scan", scan), ("speed not measured: --measure", measure)):
-        report["remarks"] += [] if done else [asked]
-    remarks = [f"REMARK: {remark}" for remark in report["remarks"]]
-    problems = [f"PROBLEM: {problem}" for problem in report["problems"]]
-    say("\n" + "\n".join([*remarks, *(problems or ["no problems found"])]))
+            problems.append(str(error))
+    lines = [f"REMARK: {remark}" for remark in remarks] + [f"PROBLEM: {problem}" for problem in problems]
+    say("\n" + "\n".join(lines if problems else [*lines, "no problems found"]))
     if as_json:
         print(json.dumps(report, indent=1))
-    return EXIT_PROBLEM if report["problems"] else 0
+    return EXIT_PROBLEM if problems else 0
 
 
-def scan_data(recipe: Recipe, source: ImageSource, num_workers: int) -> DataReport:
+def scan_data(plan: Plan) -> DataReport:
     """Every file of train and, if there is one, of val."""
-    timeout = recipe.machine.data_timeout_seconds
-    val = open_val(recipe.monitor.knn_path or recipe.data.path)
-    scans = [
-        scan_images(images, num_workers=num_workers, description=f"scanning {name}", timeout_seconds=timeout)
-        for name, images in (("train", source), ("val", val))
-        if images is not None
-    ]
-    return data_report(scans[0], scans[1] if val is not None else None)
+
+    def scanned(name: str, source: ImageSource) -> ScanResult:
+        return scan_images(
+            source,
+            num_workers=max(1, plan.num_workers) * plan.num_processes,
+            description=f"scanning {name}",
+            timeout_seconds=plan.recipe.machine.data_timeout_seconds,
+        )
+
+    val = open_val(plan.recipe.monitor.knn_path or plan.recipe.data.path)
+    return data_report(scanned("train", plan.source), None if val is None else scanned("val", val))
 
 
-def data_findings(data: DataReport, recipe: Recipe) -> tuple[list[str], list[str]]:
-    """Problems, which would stop the run, and remarks, of the data."""
-    problems, remarks, of_val = [], [], []
-    bad = _unreadable(data.train.problems)
-    if bad and recipe.data.on_bad_image == "stop":
+def look_at_data(data: DataReport, recipe: Recipe, problems: list[str], remarks: list[str]) -> None:
+    """Add to the problems what would stop the run, and to the remarks what else is wrong with the data."""
+    bad, images = data.train.unreadable, data.train.images
+    if (bad and recipe.data.on_bad_image == "stop") or too_many(bad, images):
         problems.append(
-            f"{_images(bad)} of train cannot be read: repair or remove them, or set data.on_bad_image "
-            f"substitute"
+            f"images of train that cannot be read: {bad} of {images}; repair or remove them, or set "
+            f"data.on_bad_image substitute if they are at most one in a hundred"
         )
-    elif too_many(bad, data.train.images):
-        problems.append(
-            f"{bad} of {data.train.images} images of train cannot be read, more than one in a hundred: "
-            f"repair or remove them"
-        )
-    if data.val and (bad := _unreadable(data.val.problems)):
-        of_val.append(f"{_images(bad)} of val cannot be read: repair or remove them")
-    if missing := data.classes.only_in_val.count:
-        of_val.append(f"{missing} {'class' if missing == 1 else 'classes'} of val not in train")
+    of_val = problems if recipe.monitor.knn_every_epochs else remarks  # the monitor stops at them
+    if data.val and data.val.unreadable:
+        of_val.append(f"images of val that cannot be read: {data.val.unreadable}; repair or remove them")
+    if data.classes.only_in_val.count:
+        of_val.append(f"classes of val that train lacks: {data.classes.only_in_val.count}")
     if data.val and data.val_in_train and (leaked := data.val_in_train.images):
         remarks.append(
             f"{leaked} of {data.val.images} images of val are in train too: k-NN and linear probe may come "
             f"out up to {100 * leaked / data.val.images:.2f} points too high"
         )
-    if recipe.monitor.knn_every_epochs:  # the monitor stops at them
-        return problems + of_val, remarks
-    return problems, of_val + remarks
-
-
-def _unreadable(problems: dict[str, Any]) -> int:
-    return sum(listing.count for listing in problems.values())
-
-
-def _images(count: int) -> str:
-    return "1 image" if count == 1 else f"{count} images"
 
 
 def measured(plan: Plan) -> dict[str, Any]:
     """The speed of all workers of this machine together, and of steps on one device."""
     log.info("measuring the loader for %.0f seconds, and %d steps ...", LOADING_SECONDS, STEPS)
-    recipe = plan.recipe
+    recipe, machine = plan.recipe, plan.recipe.machine
     data = replace(recipe.data, on_bad_image="substitute")  # bad images are told by the scan
-    dataset = dataset_of(data, recipe.views, recipe.seed, plan.source, plan.executor)
-    loading = load(plan, dataset)
-    stepping = steps_of(plan, loading)
-    loader = {key: value for key, value in vars(loading).items() if key != "batch"}
-    return {
-        "loader": loader | {"views": dataset.executor},
-        "step": asdict(stepping) | {"precision": plan.precision},
-    }
-
-
-def load(plan: Plan, dataset: CropsDataset) -> Loading:
-    """The speed of all workers of this machine together."""
-    machine = plan.recipe.machine
     order = BatchOrder(
-        num_samples=len(dataset.source),
-        global_batch_size=min(LOADING_BATCH, len(dataset.source)),
+        num_samples=len(plan.source),
+        global_batch_size=min(LOADING_BATCH, len(plan.source)),
         epochs=10**6,
-        seed=plan.recipe.seed,
+        seed=recipe.seed,
     )
     warnings.filterwarnings("ignore", message="This DataLoader will create")  # as many as were asked for
     batches = crop_batches(
-        dataset,
+        dataset_of(data, recipe.views, recipe.seed, plan.source, plan.executor),
         order,
         num_workers=plan.num_workers * plan.num_processes,
         prefetch_batches=machine.prefetch_batches,
         pin_memory=False,
         timeout_seconds=machine.data_timeout_seconds,
     )
-    return measure_loading(batches, seconds=LOADING_SECONDS)
+    loader, batch = measure_loading(batches, seconds=LOADING_SECONDS)
+    step = steps_of(plan, batch)
+    return {"loader": loader | {"views": plan.executor}, "step": step | {"precision": plan.precision}}
 
 
-def steps_of(plan: Plan, loading: Loading) -> Stepping:
+def steps_of(plan: Plan, batch: Batch) -> dict[str, Any]:
     """The speed of whole steps, on as many images at once as fit."""
     recipe, device = plan.recipe, plan.device
     state = build_state(
@@ -196,20 +154,18 @@ def steps_of(plan: Plan, loading: Loading) -> Stepping:
         activation_checkpointing=recipe.machine.activation_checkpointing,
         compiled=recipe.machine.compile,
     )
-    for network in ("student", "teacher"):  # what the run starts from
-        getattr(state, network).load_state_dict(getattr(plan.state, network).state_dict())
-    hyper = replace(
-        build_schedules(recipe.optim, recipe.loss, steps_per_epoch=1).at(0), freeze_last_layer=False
-    )
+    state.student.load_state_dict(plan.state.student.state_dict())
+    state.teacher.load_state_dict(plan.state.teacher.state_dict())
+    schedules = build_schedules(recipe.optim, recipe.loss, steps_per_epoch=1)
     tried = plan.batch_size if device.type == "cuda" else min(plan.batch_size, CPU_BATCH)
     while True:
         try:
             return measure_steps(
                 state,
-                loading.batch,
+                batch,
                 crop_recipes(**asdict(recipe.views)),
                 tried,
-                hyper,
+                replace(schedules.at(0), freeze_last_layer=False),
                 steps=STEPS,
                 clip_norm=recipe.optim.clip_norm,
                 precision=plan.precision,
@@ -259,34 +215,27 @@ def machine_problems(plan: Plan, report: dict[str, Any]) -> list[str]:
     return problems
 
 
-def summary(plan: Plan, report: dict[str, Any]) -> list[str]:
+def summary(plan: Plan, report: dict[str, Any]) -> str:
     """What was measured, as lines of text."""
     run, step, loader = report["run"], report["step"], report["loader"]
     networks, speed = run["networks_images_per_second"], run["images_per_second"]
-    memory = ""
+    on_gpu, in_shared = "", ""
     if step["memory_gib"] is not None:
-        memory = f", {step['memory_gib']:.1f} of {step['gpu_memory_gib']:.0f} GiB of GPU memory"
-    limits = {
-        "network": "the networks: the loader could feed {:.1f} times as many images",
-        "loader": "loading images: the networks could take {:.1f} times as many; more cores shorten the run",
-    }
-    faster = max(networks, loader["images_per_second"]) / speed
-    free = run["shared_memory_free_bytes"]
-    shared = f" of {size(free)} free in /dev/shm" if free is not None else ""
-    seconds = step["batch_size"] / step["images_per_second"]
-    ln_k = math.log(plan.recipe.head.num_prototypes)
-    ln_k = math.log(plan.recipe.head.num_prototypes)
-    return [
-        "measured:",
-        f"loader      {loader['images_per_second']:,.0f} images/s with {loader['workers']} workers",
-        f"step        {step['images_per_second']:,.1f} images/s on one {plan.device.type}, "
-        f"{step['precision']}: {seconds:.3f} s for {step['batch_size']} images at once{memory}",
-        f"loss        {step['loss']:.2f} at the start, ln K is {ln_k:.2f}",
-        f"speed       {speed:,.1f} images/s: the smaller of loader and networks ({networks:,.1f})",
-        f"time        {duration(run['hours'])} for {plan.recipe.optim.epochs} epochs, without k-NN and "
+        on_gpu = f", {step['memory_gib']:.1f} of {step['gpu_memory_gib']:.0f} GiB of GPU memory"
+    if run["shared_memory_free_bytes"] is not None:
+        in_shared = f" of {size(run['shared_memory_free_bytes'])} free in /dev/shm"
+    rows = {
+        "loader": f"{loader['images_per_second']:,.0f} images/s with {loader['workers']} workers",
+        "step": f"{step['images_per_second']:,.1f} images/s on one {plan.device.type}, {step['precision']}: "
+        f"{step['batch_size'] / step['images_per_second']:.3f} s for {step['batch_size']} images at once"
+        f"{on_gpu}",
+        "loss": f"{step['loss']:.2f} at the start, ln K is {math.log(plan.recipe.head.num_prototypes):.2f}",
+        "speed": f"{speed:,.1f} images/s, limited by the {run['limited_by']}: all networks together take "
+        f"{networks:,.1f}, the loader gives {loader['images_per_second']:,.1f}",
+        "time": f"{duration(run['hours'])} for {plan.recipe.optim.epochs} epochs, without k-NN and "
         f"communication between GPUs",
-        f"memory      {size(run['memory_bytes'])} of {size(run['memory_free_bytes'])} free: "
+        "memory": f"{size(run['memory_bytes'])} of {size(run['memory_free_bytes'])} free: "
         f"{plan.num_processes} x {size(run['process_bytes'])}, {loader['workers']} workers of "
-        f"{size(loader['worker_bytes'])}, {size(run['prefetched_bytes'])} of prefetched views{shared}",
-        f"limit       {limits[run['limited_by']].format(faster)}",
-    ]
+        f"{size(loader['worker_bytes'])}, {size(run['prefetched_bytes'])} of prefetched views{in_shared}",
+    }
+    return f"measured:\n{table(rows, 12, indent='')}"

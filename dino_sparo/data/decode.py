@@ -36,9 +36,7 @@ SIGNATURES = (
 class UnreadableImageError(UserError):
     """An image that cannot be read: its name, the reason, and what to do about it."""
 
-    def __init__(
-        self, name: str, reason: str, remedy: str = "repair or remove the file, then start again"
-    ) -> None:
+    def __init__(self, name: str, reason: str, remedy: str = "repair or remove it, then start again") -> None:
         super().__init__(name, reason, remedy)  # all three, so that a worker process can send it
         self.name, self.reason, self.remedy = name, reason, remedy
 
@@ -109,9 +107,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Any image as 8-bit RGB; alpha is dropped as torchvision's loader does, 16 bits become 8."""
     if image.mode.startswith("I") or image.mode == "F":  # PIL would clip these to white
         values = np.asarray(image, dtype=np.float64)
-        image = Image.fromarray(
-            (values * _to_8_bits(image.mode, values)).round().clip(0, 255).astype(np.uint8)
-        )
+        values = values * _to_8_bits(image.mode, values)
+        image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")

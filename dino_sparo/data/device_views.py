@@ -101,7 +101,10 @@ def make_crops(photos: Photos, groups: Sequence[Sequence[CropRecipe]], device: t
     resized: list[list[Tensor]] = [[] for _ in groups]
     for first in range(0, len(shapes), IMAGES_AT_ONCE):
         part = slice(first, first + IMAGES_AT_ONCE)
-        canvas = _canvas(pixels, places[part], _sides(shapes[part]))
+        height, width = (
+            -(-max(side) // CANVAS_STEP) * CANVAS_STEP for side in zip(*shapes[part], strict=True)
+        )
+        canvas = _canvas(pixels, places[part], height, width)
         crop = 0
         for group, done in zip(groups, resized, strict=True):
             boxes = numbers[crop : crop + len(group), part, : FLIP + 1].transpose(0, 1)
@@ -130,16 +133,22 @@ def ahead(items: Iterable[Item], make: Callable[[Item], Made], device: torch.dev
         yield from map(make, items)
         return
     stream = torch.cuda.Stream(device)
-    waiting: tuple[Made, torch.cuda.Event] | None = None
-    for item in items:
+
+    def begin(item: Item) -> tuple[Made, torch.cuda.Event]:
         with torch.cuda.stream(stream):
-            made = make(item)
-            ready = stream.record_event()
-        if waiting is not None:
-            yield _taken_over(waiting, device)
-        waiting = made, ready
-    if waiting is not None:
-        yield _taken_over(waiting, device)
+            return make(item), stream.record_event()
+
+    begun = map(begin, items)
+    ahead_of_use = next(begun, None)
+    while ahead_of_use is not None:
+        made, ready = ahead_of_use
+        ahead_of_use = next(begun, None)
+        current = torch.cuda.current_stream(device)
+        current.wait_event(ready)
+        for value in made:
+            if isinstance(value, Tensor):
+                value.record_stream(current)
+        yield made
 
 
 def resize_weights(
@@ -175,17 +184,13 @@ def _kernel(x: Tensor, interpolation: str) -> Tensor:
     return torch.where(x < 1, inner, torch.where(x < 2, outer, 0))
 
 
-def _sides(sizes: Sequence[Sequence[int]]) -> tuple[int, int]:
-    """Height and width of the canvas for images of these sizes."""
-    height, width = (-(-max(side) // CANVAS_STEP) * CANVAS_STEP for side in zip(*sizes, strict=True))
-    return height, width
-
-
-def _canvas(pixels: Tensor, places: Tensor, sides: tuple[int, int]) -> Tensor:
+def _canvas(pixels: Tensor, places: Tensor, height: int, width: int) -> Tensor:
     """Images out of the flat pixels, float32 (B, 3, H, W); beyond its edges an image's last pixels go on."""
-    y, x = (torch.arange(side, device=pixels.device) for side in sides)
-    start, height, width = (column[:, None, None] for column in places.unbind(1))
-    number = start + torch.minimum(y[:, None], height - 1) * width + torch.minimum(x, width - 1)  # (B, H, W)
+    y, x = (torch.arange(side, device=pixels.device) for side in (height, width))
+    start, rows, columns = (column[:, None, None] for column in places.unbind(1))
+    number = (
+        start + torch.minimum(y[:, None], rows - 1) * columns + torch.minimum(x, columns - 1)
+    )  # (B, H, W)
     return pixels.view(-1, 3)[number].permute(0, 3, 1, 2).float().contiguous()
 
 
@@ -247,13 +252,3 @@ def _fast_products(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def _taken_over(waiting: tuple[Made, torch.cuda.Event], device: torch.device) -> Made:
-    made, ready = waiting
-    stream = torch.cuda.current_stream(device)
-    stream.wait_event(ready)
-    for value in made:
-        if isinstance(value, Tensor):
-            value.record_stream(stream)
-    return made

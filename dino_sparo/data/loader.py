@@ -27,8 +27,6 @@ from dino_sparo.errors import UserError
 SUBSTITUTE_TRIES = 10
 
 Executor = Literal["pil", "device"]  # of views: workers by PIL, or the training device
-
-
 Replaced = tuple[str, str]  # name of an image for which another one stands in, and why it cannot be read
 
 
@@ -83,16 +81,9 @@ class CropsDataset(Dataset):
     def __getitem__(self, item: tuple[int, int]) -> LoadedImage:
         epoch, sample = item
         image, replaced = self._load(epoch, sample)
+        size = {"image_width": image.width, "image_height": image.height}
         views = [
-            draw_view(
-                recipe,
-                seed=self.seed,
-                epoch=epoch,
-                sample=sample,
-                crop=crop,
-                image_width=image.width,
-                image_height=image.height,
-            )
+            draw_view(recipe, seed=self.seed, epoch=epoch, sample=sample, crop=crop, **size)
             for crop, recipe in enumerate(self.crop_recipes)
         ]
         if self.executor == "pil":
@@ -101,27 +92,20 @@ class CropsDataset(Dataset):
         return LoadedImage((to_pixels(image), numbers), replaced)
 
     def _load(self, epoch: int, sample: int) -> tuple[Image.Image, list[Replaced]]:
-        """An image or one that stands in for it, and what was replaced on the way.
-
-        Raises:
-            UnreadableImageError: it cannot be read, and none stands in.
-        """
+        """An image or one that stands in for it, and what was replaced on the way."""
         errors: list[UnreadableImageError] = []
-        number = sample
+        number, num_samples = sample, len(self.source)
         while True:
             try:
                 image = self.source.load(number, self.max_side)
                 return image, [(error.name, error.reason) for error in errors]
             except UnreadableImageError as error:
                 errors.append(error)
-            if not self.substitute or len(errors) == SUBSTITUTE_TRIES:
+            attempt = len(errors)
+            if not self.substitute or attempt == SUBSTITUTE_TRIES:
                 raise errors[0]
             number = substitute_sample(
-                seed=self.seed,
-                epoch=epoch,
-                sample=sample,
-                attempt=len(errors),
-                num_samples=len(self.source),
+                seed=self.seed, epoch=epoch, sample=sample, attempt=attempt, num_samples=num_samples
             )
 
 
@@ -213,29 +197,20 @@ def crop_batches(
 
 def collate_crops(images: list[LoadedImage]) -> Crops | PhotoBatch:
     """The crops of images -> one batch, crop-major."""
-    readable, photos, replaced = [], [], []
-    for image in images:
-        if isinstance(image.made, tuple):
-            photos.append(image.made)
-        else:
-            readable.append(image.made)
-        replaced += image.replaced
-    if photos:
-        return PhotoBatch(collate_photos(photos), tuple(replaced))
-    by_crop = [torch.stack(crops) for crops in zip(*readable, strict=True)]
-    groups = [torch.stack(list(crops)) for crops in _in_groups(by_crop)]
-    return _as_crops(groups, tuple(replaced))
+    made: list[Any] = [image.made for image in images]
+    replaced = tuple(one for image in images for one in image.replaced)
+    if isinstance(made[0], tuple):
+        return PhotoBatch(collate_photos(made), replaced)
+    groups = _in_groups([torch.stack(crops) for crops in zip(*made, strict=True)])
+    return _as_crops([torch.stack(list(group)) for group in groups], replaced)
 
 
 def crops_of(batch: Crops | PhotoBatch, recipes: Sequence[CropRecipe], device: torch.device) -> Crops:
     """The crops of a batch on the device, made there if they are not made yet."""
     if isinstance(batch, PhotoBatch):
         return _as_crops(make_crops(batch.photos, _in_groups(recipes), device), batch.replaced)
-    return Crops(
-        batch.global_crops.to(device, non_blocking=True),
-        batch.local_crops.to(device, non_blocking=True),
-        batch.replaced,
-    )
+    global_crops, local_crops = (crops.to(device, non_blocking=True) for crops in batch[:2])
+    return Crops(global_crops, local_crops, batch.replaced)
 
 
 def _in_groups(by_crop: Sequence[Any]) -> list[Sequence[Any]]:
@@ -245,18 +220,13 @@ def _in_groups(by_crop: Sequence[Any]) -> list[Sequence[Any]]:
 
 
 def _as_crops(groups: Sequence[Tensor], replaced: tuple[Replaced, ...]) -> Crops:
-    images, device = groups[0].shape[1], groups[0].device
-    no_crops = torch.empty(0, images, 3, 0, 0, dtype=torch.uint8, device=device)
+    no_crops = groups[0].new_empty(0, groups[0].shape[1], 3, 0, 0)
     return Crops(groups[0], groups[1] if len(groups) > 1 else no_crops, replaced)
 
 
 def crops_picture(crops: Crops, num_images: int = 4) -> Tensor:
     """The crops of the first images, one row an image: float (3, height, width) in 0..1."""
-    side = crops.global_crops.shape[-1]
-    tiles = []
-    for image in range(min(num_images, crops.global_crops.shape[1])):
-        for crop in (*crops.global_crops[:, image], *crops.local_crops[:, image]):
-            margin = side - crop.shape[-1]
-            tiles.append(F.pad(crop, (0, margin, 0, margin), value=255))
-    per_row = crops.global_crops.shape[0] + crops.local_crops.shape[0]
-    return make_grid(torch.stack(tiles).float() / 255, nrow=per_row, pad_value=1.0)
+    margin = crops.global_crops.shape[-1] - crops.local_crops.shape[-1]
+    local_crops = F.pad(crops.local_crops, (0, margin, 0, margin), value=255)
+    by_image = torch.cat([crops.global_crops, local_crops])[:, :num_images].transpose(0, 1)  # (B, C, ...)
+    return make_grid(by_image.flatten(0, 1).float() / 255, nrow=by_image.shape[1], pad_value=1.0)

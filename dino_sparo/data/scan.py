@@ -1,4 +1,4 @@
-"""Reads, hashes and decodes every image once, in parallel: damaged files and sizes.
+"""Reads, hashes and decodes every image once, in parallel: damaged files, copies, sizes and classes.
 
 Of what is read 25 bytes an image are kept. N: images.
 """
@@ -27,7 +27,7 @@ from dino_sparo.terminal import shows_bars
 
 log = logging.getLogger("dino_sparo")
 
-MAX_LISTED = 20
+MAX_LISTED, MAX_SHOWN = 20, 5  # in a report, and in its text
 BATCH_FILES = 32
 HASH_BYTES = 16
 LOG_EVERY_SECONDS = 30.0
@@ -52,44 +52,52 @@ class Listing:
 
 @dataclass(frozen=True)
 class ScanReport:
-    """What a scan found, in plain values."""
+    """What a scan found, in plain values.
+
+    Attributes:
+        problems: each of PROBLEMS -> the files that have it, with the reason.
+        short_side, long_side: in pixels, of readable images; None without any.
+        skipped: why nothing was scanned; empty after a scan.
+    """
 
     images: int
     readable: int
     problems: dict[str, Listing]
-    """Each of PROBLEMS -> the files that have it, with the reason."""
     short_side: Spread | None
-    """In pixels, of readable images; None without any."""
     long_side: Spread | None
-    """In pixels, of readable images; None without any."""
     total_bytes: int
     seconds: float
     skipped: str
-    """Why nothing was scanned; empty after a scan."""
+
+    @property
+    def unreadable(self) -> int:
+        """Images with any problem."""
+        return sum(listing.count for listing in self.problems.values())
 
 
 @dataclass(frozen=True, eq=False)
 class ScanResult:
-    """A scan's report, and what it takes to find copies."""
+    """A scan's report, and what it takes to find copies.
+
+    Attributes:
+        readable: (N,).
+        hashes: BLAKE2b of each file, (N, 16); zeros where the file could not be read.
+    """
 
     report: ScanReport
     source: ImageSource
     readable: NDArray[np.bool_]
-    """(N,)"""
     hashes: NDArray[np.uint8]
-    """BLAKE2b of each file: (N, 16); zeros where the file could not be read."""
 
 
 class Finding(NamedTuple):
-    """What was found in a file."""
+    """What was found in a file; zeros stand for what could not be read."""
 
     num_bytes: int
-    digest: bytes = bytes(HASH_BYTES)
-    """Zeros if it could not be read."""
-    sides: tuple[int, int] = (0, 0)
-    """Short and long side in pixels, zeros if it could not be decoded."""
-    problem: tuple[str, str] | None = None
-    """Kind, one of PROBLEMS, and name with the reason."""
+    digest: bytes
+    sides: tuple[int, int] = (0, 0)  # short and long
+    problem: str = ""  # one of PROBLEMS
+    told: str = ""  # name and reason
 
 
 class _Files(Dataset):
@@ -112,10 +120,8 @@ class _Files(Dataset):
             return Finding(len(data), digest, (short, long))
         except Exception as error:  # a damaged file makes PIL raise anything, and must not end the scan
             kind, reason = problem_of(data, error)
-            return Finding(len(data), digest, problem=(kind, f"{self.name(index)}: {reason}"))
-
-    def name(self, index: int) -> str:
-        return printable(self.source.name(index))
+            name = printable(self.source.name(index))
+            return Finding(len(data), digest, problem=kind, told=f"{name}: {reason}")
 
 
 def scan_images(
@@ -132,18 +138,18 @@ def scan_images(
     Raises:
         StuckError: a worker has died or hangs; the message names the file that it was at.
     """
-    skipped = _why_skipped(source)
+    skipped = "generated pictures are no files" if isinstance(source, ShapesSource) else ""
+    skipped = "torchvision has compared their checksum" if isinstance(source, ArraySource) else skipped
     sides = np.zeros((len(source), 2), dtype=np.int32)
     hashes = np.zeros((len(source), HASH_BYTES), dtype=np.uint8)
-    total_bytes, done = 0, 0
+    total_bytes = done = 0
     problems: dict[str, list[str]] = {kind: [] for kind in PROBLEMS}
     started = time.monotonic()
     if not skipped:
-        files = _Files(source)
         batches = WatchedLoader(
-            files,
+            _Files(source),
             image_of=int,
-            name=files.name,
+            name=lambda index: printable(source.name(index)),
             num_workers=min(num_workers, -(-len(source) // BATCH_FILES)),
             timeout_seconds=timeout_seconds,
             collate=list,
@@ -151,45 +157,26 @@ def scan_images(
         )
         with batches.failures_explained(), _progress(description, len(source)) as advance:
             for findings in batches:
-                for number, finding in enumerate(findings, done):
-                    sides[number] = finding.sides
-                    hashes[number] = np.frombuffer(finding.digest, np.uint8)
+                for finding in findings:
+                    sides[done] = finding.sides
+                    hashes[done] = np.frombuffer(finding.digest, np.uint8)
                     total_bytes += finding.num_bytes
-                    if finding.problem is not None:
-                        problems[finding.problem[0]].append(finding.problem[1])
-                done += len(findings)
+                    if finding.problem:
+                        problems[finding.problem].append(finding.told)
+                    done += 1
                 advance(len(findings))
     readable = sides[:, 0] > 0
     report = ScanReport(
         images=len(source),
         readable=int(readable.sum()),
-        problems={kind: listing(found) for kind, found in problems.items()},
-        short_side=spread(sides[readable, 0]),
-        long_side=spread(sides[readable, 1]),
+        problems={kind: _listing(found) for kind, found in problems.items()},
+        short_side=_spread(sides[readable, 0]),
+        long_side=_spread(sides[readable, 1]),
         total_bytes=total_bytes,
         seconds=time.monotonic() - started,
         skipped=skipped,
     )
     return ScanResult(report, source, readable, hashes)
-
-
-def _why_skipped(source: ImageSource) -> str:
-    """Why images have no files to read; empty if they have."""
-    if isinstance(source, ShapesSource):
-        return "generated pictures are no files"
-    return "torchvision has compared their checksum" if isinstance(source, ArraySource) else ""
-
-
-def listing(names: list[str]) -> Listing:
-    """How many names there are, and the first of them."""
-    return Listing(len(names), tuple(names[:MAX_LISTED]))
-
-
-def spread(numbers: NDArray[np.integer]) -> Spread | None:
-    """Of numbers (n,); None without any."""
-    if len(numbers) == 0:
-        return None
-    return Spread(int(numbers.min()), round(float(np.median(numbers))), int(numbers.max()))
 
 
 @contextmanager
@@ -212,6 +199,201 @@ def _progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
         yield advance
 
 
+def _listing(names: list[str]) -> Listing:
+    return Listing(len(names), tuple(names[:MAX_LISTED]))
+
+
+def _spread(numbers: NDArray[np.integer]) -> Spread | None:
+    """Of numbers (n,); None without any."""
+    if len(numbers) == 0:
+        return None
+    return Spread(int(numbers.min()), round(float(np.median(numbers))), int(numbers.max()))
+
+
 def printable(name: str) -> str:
     """A file name as text, also one that is not valid in the file system's encoding."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+# --- Copies and classes
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Images of equal content.
+
+    Attributes:
+        groups: contents that occur more than once, or in both splits.
+        images: in these groups; of val against train those of val.
+        largest: the 20 largest groups; of val against train one image of train and one of val each.
+    """
+
+    groups: int
+    images: int
+    largest: tuple[Listing, ...]
+
+
+@dataclass(frozen=True)
+class ClassCounts:
+    """The classes that have images, and those with the fewest; without labels there are none."""
+
+    labelled: bool
+    classes: int
+    images_per_class: Spread | None
+    fewest: Listing
+
+
+@dataclass(frozen=True)
+class SplitComparison:
+    """The classes of train and val; the last two are empty unless both are labelled."""
+
+    train: ClassCounts
+    val: ClassCounts | None
+    only_in_train: Listing
+    only_in_val: Listing
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What there is to know of a data set before training on it; None is what concerns a split that is not
+    there, and copies where nothing was scanned."""
+
+    train: ScanReport
+    val: ScanReport | None
+    copies_in_train: Copies | None
+    copies_in_val: Copies | None
+    val_in_train: Copies | None
+    classes: SplitComparison
+
+
+def data_report(train: ScanResult, val: ScanResult | None) -> DataReport:
+    """Scans, copies and classes together; `dataclasses.asdict` makes plain values of it."""
+
+    def copies(one: ScanResult | None, *others: ScanResult | None) -> Copies | None:
+        scanned = [scan for scan in (one, *others) if scan is not None and not scan.report.skipped]
+        return find_copies(*scanned) if len(scanned) == 1 + len(others) else None
+
+    return DataReport(
+        train=train.report,
+        val=val.report if val else None,
+        copies_in_train=copies(train),
+        copies_in_val=copies(val),
+        val_in_train=copies(train, val),
+        classes=compare_splits(train.source, val.source if val else None),
+    )
+
+
+def find_copies(train: ScanResult, val: ScanResult | None = None) -> Copies:
+    """Readable images of equal content in one scan; with val those of val whose content is in train as well,
+    so that an evaluation has seen them."""
+    scans = [train, val] if val else [train]
+    numbers = np.concatenate([np.flatnonzero(scan.readable) for scan in scans])
+    num_train = train.report.readable
+    halves = np.concatenate([scan.hashes[scan.readable] for scan in scans]).view(np.uint64)
+    order = np.lexsort(halves.T)  # equal rows side by side, those of train first
+    differ = (halves[order][1:] != halves[order][:-1]).any(axis=1)
+    starts = np.concatenate([[0], np.flatnonzero(differ) + 1, [len(order)]])
+    sizes = counted = np.diff(starts)
+    is_group = sizes > 1
+    if val:
+        from_val = np.concatenate([[0], np.cumsum(order >= num_train)])
+        counted = np.diff(from_val[starts])
+        is_group = (counted > 0) & (counted < sizes)
+
+    def name(row: int) -> str:
+        return printable(scans[int(row >= num_train)].source.name(int(numbers[row])))
+
+    def members(group: int) -> Listing:
+        rows = order[starts[group] : starts[group + 1]]
+        return Listing(len(rows), tuple(map(name, rows[[0, -1]] if val else rows[:MAX_LISTED])))
+
+    groups = np.flatnonzero(is_group)
+    largest = groups[np.lexsort([order[starts[groups]], -sizes[groups]])][:MAX_LISTED]
+    return Copies(len(groups), int(counted[groups].sum()), tuple(map(members, largest)))
+
+
+def compare_splits(train: ImageSource, val: ImageSource | None) -> SplitComparison:
+    """Classes that have images in either split, how many images they have, and where they are missing."""
+    of_train, of_val = _images_per_class(train), _images_per_class(val)
+    both = bool(of_train and of_val)
+    return SplitComparison(
+        train=_count_classes(of_train),
+        val=None if val is None else _count_classes(of_val),
+        only_in_train=_listing([name for name in of_train if both and name not in of_val]),
+        only_in_val=_listing([name for name in of_val if both and name not in of_train]),
+    )
+
+
+def _images_per_class(source: ImageSource | None) -> dict[str, int]:
+    """Images of each class that has any; nothing without labels."""
+    if source is None or source.labels is None:
+        return {}
+    counts = np.bincount(source.labels, minlength=len(source.classes)).tolist()
+    return {printable(name): count for name, count in zip(source.classes, counts, strict=True) if count}
+
+
+def _count_classes(images: dict[str, int]) -> ClassCounts:
+    smallest = min(images.values(), default=0)
+    return ClassCounts(
+        labelled=bool(images),
+        classes=len(images),
+        images_per_class=_spread(np.array([*images.values()], dtype=np.int64)),
+        fewest=_listing([name for name, count in images.items() if count == smallest]),
+    )
+
+
+# --- The report in words
+
+
+def describe(report: DataReport) -> list[str]:
+    """The report as lines of text; of long lists the first five."""
+    lines = []
+    for split, scan in (("train", report.train), ("val", report.val)):
+        lines += _describe_scan(split, scan) if scan else []
+    for what, copies in (
+        ("copies within train", report.copies_in_train),
+        ("copies within val", report.copies_in_val),
+        ("val images that are in train too", report.val_in_train),
+    ):
+        if copies is not None:
+            lines.append(f"{what}: {copies.images:,} images, groups of equal content: {copies.groups:,}")
+            lines += [f"    {_few(group, ' = ')}" for group in copies.largest[:MAX_SHOWN]]
+    for split, counts in (("train", report.classes.train), ("val", report.classes.val)):
+        if counts and counts.images_per_class:
+            images = _range(counts.images_per_class)
+            fewest = "" if counts.fewest.count == counts.classes else f", fewest in {_few(counts.fewest)}"
+            lines.append(f"classes in {split}: {counts.classes:,} with {images} images each{fewest}")
+        elif counts:
+            lines.append(f"classes in {split}: unknown, as the images do not lie in class folders")
+    for split, only in (("train", report.classes.only_in_train), ("val", report.classes.only_in_val)):
+        if only.count:
+            lines.append(f"classes only in {split}: {only.count:,} ({_few(only)})")
+    return lines
+
+
+def _describe_scan(split: str, report: ScanReport) -> list[str]:
+    if report.skipped:
+        return [f"{split}: {report.images:,} images, not scanned: {report.skipped}"]
+    bad = f"{report.unreadable:,} of them bad" if report.unreadable else "all readable"
+    lines = [
+        f"{split}: {report.images:,} images, {bad}, {report.total_bytes / 1e6:,.1f} MB, "
+        f"read at {report.images / report.seconds:,.0f} images/s"
+    ]
+    if report.short_side and report.long_side:
+        lines.append(f"  short side {_range(report.short_side)}, long side {_range(report.long_side)} pixels")
+    for kind, files in report.problems.items():
+        if files.count:
+            lines += [f"  {kind}: {files.count:,}", *(f"    {file}" for file in files.first[:MAX_SHOWN])]
+    return lines
+
+
+def _range(spread: Spread) -> str:
+    if spread.smallest == spread.largest:
+        return f"{spread.smallest:,}"
+    return f"{spread.smallest:,} to {spread.largest:,} (median {spread.median:,})"
+
+
+def _few(listing: Listing, separator: str = ", ") -> str:
+    shown = listing.first[:MAX_SHOWN]
+    more = listing.count - len(shown)
+    return separator.join(shown) + (f" and {more:,} more" if more else "")

@@ -36,8 +36,7 @@ class WatchedLoader:
         collate: makes a batch of a list of items.
         loader_options: all other arguments of torch's DataLoader.
 
-    A UserError of the dataset in a worker is raised where the batches are taken, as it was: torch would make
-    another one of it, whose message is a traceback.
+    A UserError of the dataset is raised where the batches are taken, without a traceback in its message.
     """
 
     def __init__(
@@ -73,49 +72,41 @@ class WatchedLoader:
 
     def _in_time(self, batches: Iterator[Any]) -> Iterator[Any]:
         for _ in range(len(self.loader)):
-            try:
-                with at_most(self.timeout_seconds if self.num_workers else 0, self._too_late):
-                    batch = next(batches)
-            except StuckError:
-                _end(self._workers)  # which torch would wait for, one after the other
-                raise
+            with _at_most(self.timeout_seconds if self.num_workers else 0, self._too_late):
+                batch = next(batches)
             if isinstance(batch, UserError):
-                _end(self._workers)  # which torch would wait for, up to five seconds each
                 raise batch
             yield batch
 
     @contextmanager
     def failures_explained(self) -> Iterator[None]:
-        """Turn a worker's death, which torch reports wherever the program is, into one sentence; end all
-        workers at once on Ctrl-C.
+        """Turn a worker's death, which torch reports wherever the program is, into one sentence; and end all
+        workers at once on any error of the user's and on Ctrl-C, as torch would wait for one after the other.
 
         Raises:
             StuckError: a worker has died.
         """
         try:
             yield
-        except KeyboardInterrupt:
-            _end(self._workers)  # which torch would wait for
+        except (KeyboardInterrupt, UserError):
+            _end(self._workers)
             raise
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
                 raise
-            what = f"a process that loads images has died ({error})"
-            remedy = "repair the file, or give fewer machine.num_workers if memory or shared memory ran out"
             _end(self._workers)
-            self._fail(what, remedy, error)
+            raise self._stuck(f"a process that loads images has died ({error})") from error
 
     def _too_late(self) -> NoReturn:
-        what = f"no batch of images came within machine.data_timeout_seconds {self.timeout_seconds:g}"
-        self._fail(what, "repair the file or its disk, or allow more time")
+        seconds = f"machine.data_timeout_seconds {self.timeout_seconds:g}"
+        raise self._stuck(f"no batch of images came within {seconds}")
 
-    def _fail(self, what: str, remedy: str, cause: Exception | None = None) -> NoReturn:
+    def _stuck(self, what: str) -> StuckError:
         names = [self.name(number) for number in self.at.tolist() if number != IDLE]
-        at = f"while at {', '.join(names)}"
-        if not names:  # then they were handing over what they had made
-            at = "while at no file"
-            remedy = "memory or shared memory (/dev/shm) may have run out: give fewer machine.num_workers"
-        raise StuckError(f"{what} {at}; {remedy}, then start again") from cause
+        return StuckError(
+            f"{what} while at {', '.join(names) or 'no file'}; repair the file or its disk, allow more time, "
+            f"or give fewer machine.num_workers if memory or /dev/shm ran out, then start again"
+        )
 
 
 class _Noting(Dataset):
@@ -161,7 +152,7 @@ def _collate(collate: Callable[[list[Any]], Any], items: list[Any]) -> Any:
 
 
 @contextmanager
-def at_most(seconds: float, too_late: Callable[[], NoReturn]) -> Iterator[None]:
+def _at_most(seconds: float, too_late: Callable[[], NoReturn]) -> Iterator[None]:
     """Call what raises if the block is not done after so many seconds (0: never).
 
     By an alarm, which ends any wait: torch's own timeout does not end one for a worker that stops while
