@@ -14,10 +14,10 @@ from typing import IO
 
 from tqdm import tqdm
 
-from dino_sparo.data.imagenet import WNID_TAR, Images, Layout, explain, is_image, recognise
+from dino_sparo.data.imagenet import WNID_TAR, Images, Layout, explain, recognise
 from dino_sparo.data.tars import TarFile, damage_named, tar_files
 from dino_sparo.data.val_labels import DEVKIT, SOLUTION, image_classes
-from dino_sparo.data.walk import walk
+from dino_sparo.data.walk import is_image, walk
 from dino_sparo.errors import UserError
 from dino_sparo.files import atomic_write
 from dino_sparo.parallel.processes import only_writer

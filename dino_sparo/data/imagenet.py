@@ -1,15 +1,13 @@
 """ImageNet as people have it: class folders, the official tars or what was in them, Kaggle's layout."""
 
-import os
 import re
 import shlex
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 from dino_sparo.data.val_labels import labels_near
-from dino_sparo.data.walk import EXTENSIONS
+from dino_sparo.data.walk import PROBED_ENTRIES, is_image, list_folder
 from dino_sparo.errors import UserError, UserFileNotFoundError
 
 WNID, WNID_TAR = re.compile(r"n\d{8}"), re.compile(r"(n\d{8})\.tar")
@@ -18,7 +16,6 @@ TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 TRAIN_FOLDERS, VAL_FOLDERS = ("train", "ILSVRC2012_img_train"), ("val", "ILSVRC2012_img_val")
 KAGGLE_FOLDERS = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
 TOP_ENTRIES = 4096  # enough for a thousand class folders and their tars; a flat folder shows at once
-PROBED_ENTRIES = 64  # some class folders may be empty
 PROBED_BELOW = 8
 RECOGNISED = (
     f"class folders (train/<class>, val/<class>), Kaggle's layout (ILSVRC/Data/CLS-LOC), {TRAIN_TAR} and "
@@ -111,11 +108,6 @@ def explain(layout: Layout) -> str:
     )
 
 
-def is_image(name: str) -> bool:
-    """Whether a file of this name is taken for an image."""
-    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-
-
 # --- How images lie in a folder
 
 
@@ -132,9 +124,9 @@ def _form(folder: Path) -> Form | None:
     """How images lie in a folder; None if there is no such folder or no image in it."""
     if not folder.is_dir():
         return None
-    folders, files = _top(folder, TOP_ENTRIES)
+    folders, files = list_folder(folder, TOP_ENTRIES)
     tars = {match[1] for file in files if (match := WNID_TAR.fullmatch(file))}
-    if closed := sorted(tars - folders):
+    if closed := sorted(tars - set(folders)):
         if opened := sorted(name for name in folders if WNID.fullmatch(name)):
             raise UserError(
                 f"{folder} holds class folders ({opened[0]}) and class tars without a folder "
@@ -147,26 +139,9 @@ def _form(folder: Path) -> Form | None:
     return "class folders" if held else None
 
 
-def _top(folder: Path, limit: int) -> tuple[set[str], set[str]]:
-    """Names of some of the folders and files of a folder, hidden ones left out."""
-    folders: set[str] = set()
-    files: set[str] = set()
-    try:
-        with os.scandir(folder) as entries:
-            for entry in islice(entries, limit):
-                if not entry.name.startswith("."):
-                    is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
-                    (folders if is_folder else files).add(entry.name)
-    except OSError as error:
-        raise UserError(
-            f"{folder}: the folder cannot be read ({error.strerror}); repair its permissions"
-        ) from error
-    return folders, files
-
-
 def _holds_image(folder: Path, levels: int = 2) -> bool:
     """Whether one of a folder's first entries is an image, or there is one in a folder below."""
-    folders, files = _top(folder, PROBED_ENTRIES)
+    folders, files = list_folder(folder, PROBED_ENTRIES)
     if any(is_image(file) for file in files):
         return True
     return levels > 0 and any(
@@ -176,7 +151,7 @@ def _holds_image(folder: Path, levels: int = 2) -> bool:
 
 def _holds_val(folder: Path) -> bool:
     """Whether the folder's images have the names of ImageNet's validation images."""
-    return any(VAL_IMAGE.fullmatch(file) for file in _top(folder, PROBED_ENTRIES)[1])
+    return any(VAL_IMAGE.fullmatch(file) for file in list_folder(folder, PROBED_ENTRIES)[1])
 
 
 def _name(base: Path, train: Images | None, val: Images | None, labels: Path | None) -> str:
