@@ -213,20 +213,16 @@ class Shard(NamedTuple):
     names: bytes
     offsets: NDArray[np.int64]
     sizes: NDArray[np.int64]
-    folders: list[str]
-    """Their top folders, "" for none."""
     classes: list[str | None]
     """What their .cls say."""
 
     @classmethod
     def of(cls, images: Sequence[ImageOfShard]) -> "Shard":
         """The images of a shard in its order."""
-        names = [image.name for image in images]
         return cls(
-            "\0".join(names).encode("utf-8", "surrogateescape"),
+            "\0".join(image.name for image in images).encode("utf-8", "surrogateescape"),
             np.array([image.offset for image in images], np.int64),
             np.array([image.size for image in images], np.int64),
-            [name.partition("/")[0] if "/" in name else "" for name in names],
             [image.class_text for image in images],
         )
 
@@ -243,26 +239,27 @@ def pack_shards(root: Path, known: Mapping[str, Shard] | None = None) -> list[by
         read = pool.map(lambda name: (known or {}).get(name) or read_shard(root, name), names)
         bar = tqdm(read, f"indexing {root}", len(names), unit="shard", leave=False, disable=not shows_bars())
         shards = list(bar)
-    counts = [len(shard.offsets) for shard in shards]
-    if not sum(counts):
+    if not sum(len(shard.sizes) for shard in shards):
         raise UserFileNotFoundError(
             f"{root}: no images found in {len(names)} shards; expected members ending in "
             f"{' '.join(EXTENSIONS)}"
         )
+    packed = b"\0".join(shard.names for shard in shards if len(shard.sizes))
+    folders = [name.rpartition(b"/")[0].partition(b"/")[0] for name in packed.split(b"\0")]
     classes, labels = _classes(
-        [folder for shard in shards for folder in shard.folders],
+        [folder.decode("utf-8", "surrogateescape") for folder in folders],
         [text for shard in shards for text in shard.classes],
     )
     return index_parts(
         root,
-        b"\0".join(shard.names for shard in shards if len(shard.offsets)),
+        packed,
         [(*state, 0) for state in states],
         header={"classes": classes, "shards": names},
         arrays={
             "offsets": np.concatenate([shard.offsets for shard in shards]),
             "sizes": np.concatenate([shard.sizes for shard in shards]),
             "labels": labels,
-            "firsts": np.cumsum([0, *counts[:-1]]),
+            "firsts": np.cumsum([0, *(len(shard.sizes) for shard in shards[:-1])]),
         },
     )
 
