@@ -11,10 +11,10 @@ import shlex
 import shutil
 import signal
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Generator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import groupby
@@ -61,7 +61,6 @@ class Split:
 
     @property
     def num_shards(self) -> int:
-        """How many there will be."""
         return -(-len(self.source) // self.images_per_shard)
 
     def shard(self, number: int) -> Path:
@@ -121,9 +120,8 @@ def shard(
 def _plan(source: str, out: Path, short_side: int | None, images_per_shard: int) -> list[Split]:
     """The splits of a source, train last. All is checked here that can be before `out` is looked at."""
     train, val = open_images(source, key="DIR"), open_val(source)
-    found = {"val": val, "train": train}  # in the order in which they are finished: with train all is there
     splits = []
-    for name, images in found.items():
+    for name, images in (("val", val), ("train", train)):  # with train all is there
         if images is None:
             continue
         if not isinstance(images, FolderSource | TableSource):
@@ -260,27 +258,26 @@ def _write_shards(split: Split, num_workers: int) -> dict[str, Shard]:
     written: dict[str, Shard] = {}
     with (
         tqdm(desc="shards", total=total, initial=done, unit="img", disable=not shows_bars()) as bar,
-        _writers(split, min(num_workers, len(todo))) as write,
+        closing(_write(split, todo, min(num_workers, len(todo)))) as shards,
     ):
-        for name, shard in write(todo):
+        for name, shard in shards:
             written[name] = shard
             bar.update(len(shard.sizes))
     return written
 
 
-@contextmanager
-def _writers(split: Split, num_workers: int) -> Iterator[Callable[[list[int]], Iterator[tuple[str, Shard]]]]:
-    """What writes shards by number, and yields each when it is done; after an error no process continues."""
+def _write(split: Split, numbers: list[int], num_workers: int) -> Generator[tuple[str, Shard], None, None]:
+    """Write shards and yield each when it is done; after an error no process continues."""
     if num_workers == 0:
-        yield lambda numbers: (_write_shard(split, number) for number in numbers)
+        for number in numbers:
+            yield _write_shard(split, number)
         return
     others = multiprocessing.active_children()
     context = multiprocessing.get_context("spawn")  # a fork would inherit locks of threads
     pool = ProcessPoolExecutor(num_workers, context, _start_worker, (split,))
     try:
-        yield lambda numbers: (
-            done.result() for done in as_completed([pool.submit(_write_one, n) for n in numbers])
-        )
+        for done in as_completed([pool.submit(_write_one, number) for number in numbers]):
+            yield done.result()
     except BrokenProcessPool as error:
         raise UserError(
             "a process that writes shards has died; give fewer --num-workers if memory ran out, then the "

@@ -125,10 +125,8 @@ def open_val(path: str) -> ImageSource | None:
         return open_tables(root, "val")
     if holds_shards(root / "val"):
         return open_shards(root / "val")
-    try:
-        val = recognise(root).val
-    except UserFileNotFoundError:
-        return None
+    layout = recognise(root)
+    val = layout.val if layout else None
     return open_folder(val.path) if val and val.is_readable and val.path != root else None
 
 
@@ -282,10 +280,8 @@ def _labelled_val(path: str, train: OnDisk) -> OnDisk | None:
 
 def _explained(path: str) -> str:
     """What to do about a layout of ImageNet that is not usable as it is; empty if there is nothing to say."""
-    try:
-        return explain(recognise(Path(path)))
-    except UserFileNotFoundError:
-        return ""
+    layout = recognise(Path(path))
+    return explain(layout) if layout else ""
 
 
 def _warn_of_empty_classes(source: OnDisk) -> None:
