@@ -100,13 +100,11 @@ def _check_out(out: Path, layout: Layout) -> None:
     for images in (layout.train, layout.val):
         if images and out.resolve().is_relative_to(images.path.resolve()):
             raise UserError(
-                f"--out {str(out)!r} lies among the images of {images.path}; choose a folder outside"
+                f"--out {str(out)!r} lies among the images of {images.path}; choose another folder"
             )
     there = [name for name in os.listdir(out) if not name.startswith(".")] if out.is_dir() else []
     if foreign := sorted(set(there) - set(SPLITS)):
-        raise UserError(
-            f"--out {str(out)!r} holds other things ({foreign[0]}); choose another or a new folder"
-        )
+        raise UserError(f"--out {str(out)!r} holds other things ({foreign[0]}); choose another")
 
 
 def _summary(out: Path, counts: dict[str, Counter[str]]) -> str:
@@ -247,11 +245,7 @@ def _fill(split: Split, partial: Path, out: Path) -> int:
 
 
 def class_tars(images: Images) -> Iterator[TarFile]:
-    """Every class with its tar, from a folder of them or from the tar of them all.
-
-    Raises:
-        UserError: see `tar_files`.
-    """
+    """Every class with its tar, from a folder of them or from the tar of them all. Raises as `tar_files`."""
     if images.form == "class tars":
         for name in sorted(os.listdir(images.path)):
             if match := WNID_TAR.fullmatch(name):
@@ -268,8 +262,7 @@ def unpack(tar: IO[bytes], where: Path, targets: Path | dict[str, Path], unfinis
     """Unpack the images of a tar that are not there in full size yet; returns how many images it holds.
 
     Args:
-        tar: the open tar.
-        where: what to call it in a message.
+        where: what to call the tar in a message.
         targets: folder of the images, or the path of every image by its file name.
         unfinished: where an image is written before it gets its name; on the same file system.
         bar: progress in bytes.
@@ -327,5 +320,5 @@ def _count(split: Path) -> Counter[str]:
     """Number of images of every class folder; of those outside of class folders under an empty name."""
     counts: Counter[str] = Counter()
     for folder in walk(split):
-        counts[folder.below.partition("/")[0]] += folder.num_images
+        counts[folder.top] += folder.num_images
     return counts

@@ -414,32 +414,11 @@ def test_a_link_to_another_preparation_is_not_taken_for_its_own(tmp_path, source
     refused(r"val exists and was not made by", source, out)
 
 
-@pytest.mark.parametrize("name", ["unpacked", "tars"])
-@pytest.mark.parametrize("finished", [True, False])
-def test_a_split_of_other_labels(source, out, name, finished):
-    LAYOUTS[name](source)
-    if finished:
-        prepare(str(source), str(out))
-    else:
-        killed(source, out, 2)
-    mini.write(source, {"labels.txt": mini.labels_list().replace(b"n01440764", b"n02084071")})
-    message = rf"out/\.?val.* was made of other images or labels, or {source}/"
-    refused(message, source, out, source / "labels.txt")
-
-
 def test_links_to_other_files_of_the_same_names(tmp_path, source, out):
     unpacked(source)
     prepare(str(source), str(out))
     shutil.copytree(source, tmp_path / "copy")
     refused("val was made of other images", tmp_path / "copy", out)
-
-
-@pytest.mark.parametrize("name", ["unpacked", "tars"])
-def test_a_split_that_lost_images(source, out, name):
-    LAYOUTS[name](source)
-    prepare(str(source), str(out))
-    (out / "val" / "n01440764" / "ILSVRC2012_val_00000001.JPEG").unlink()
-    refused(r"val holds 4 images, not the 5 of .*; remove it and prepare again", source, out)
 
 
 def test_an_unfinished_split_with_other_images_in_it(source, out):
@@ -449,14 +428,6 @@ def test_an_unfinished_split_with_other_images_in_it(source, out):
     with pytest.raises(UserError, match=r"\.val\.partial holds 6 images, not the 5 of .*; remove it"):
         prepare(str(source), str(out))
     assert (out / ".val.partial" / "n01440764" / "mine.jpg").exists()
-
-
-@pytest.mark.parametrize("record", ["", "[]", '{"source": ""}'])
-def test_a_damaged_record(source, out, record):
-    all_tars(source)
-    prepare(str(source), str(out))
-    (out / "train" / RECORD).write_text(record)
-    refused(r"train exists and was not made by `prepare`", source, out)
 
 
 def test_two_at_once(source, out):
@@ -469,13 +440,48 @@ def test_two_at_once(source, out):
     prepare(str(source), str(out))
 
 
+def lose(path: Path) -> None:
+    path.unlink()
+
+
+def age(path: Path) -> None:
+    """Images of a damaged tar that was replaced may have the right size, so they are not kept."""
+    os.utime(path, (1, 1))
+
+
+def empty(path: Path) -> None:
+    path.write_text("{}")
+
+
+LOST = "out/val/n01440764/ILSVRC2012_val_00000001.JPEG"
+
+
 @pytest.mark.parametrize(
-    ("name", "tar", "split"),
-    [("tars", TRAIN_TAR, "train"), ("tars", VAL_TAR, "val"), ("class tars", "train/n01440764.tar", "train")],
+    ("name", "change", "path", "said"),
+    [
+        ("unpacked", lose, LOST, "val holds 4 images, not the 5 of .*; remove it and prepare again"),
+        ("tars", lose, LOST, "val holds 4 images, not the 5 of .*; remove it and prepare again"),
+        ("tars", empty, f"out/train/{RECORD}", "train exists and was not made by `prepare`"),
+        ("tars", age, f"source/{TRAIN_TAR}", "train was made of other images or labels, or .* has changed"),
+        ("tars", age, f"source/{VAL_TAR}", "val was made of other images or labels, or .* has changed since"),
+        ("class tars", age, "source/train/n01440764.tar", "train was made of other images or labels"),
+    ],
 )
-def test_a_tar_that_was_replaced(source, out, name, tar, split):
-    """Images of a damaged tar may have the right size, so they are not kept."""
+def test_what_has_changed_since(tmp_path, source, out, name, change, path, said):
     LAYOUTS[name](source)
     prepare(str(source), str(out))
-    os.utime(source / tar, (1, 1))
-    refused(rf"{split} was made of other images or labels, or {source}/.* has changed since", source, out)
+    change(tmp_path / path)
+    refused(said, source, out)
+
+
+@pytest.mark.parametrize("name", ["unpacked", "tars"])
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_split_of_other_labels(source, out, name, finished):
+    LAYOUTS[name](source)
+    if finished:
+        prepare(str(source), str(out))
+    else:
+        killed(source, out, 2)
+    mini.write(source, {"labels.txt": mini.labels_list().replace(b"n01440764", b"n02084071")})
+    message = rf"out/\.?val.* was made of other images or labels, or {source}/"
+    refused(message, source, out, source / "labels.txt")

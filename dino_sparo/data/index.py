@@ -277,7 +277,8 @@ class FolderSource(IndexedSource[FolderIndex]):
 
 def _pack(root: Path, folders: list[Folder]) -> list[bytes]:
     """The parts of the file. Raises UserFileNotFoundError if there is no image."""
-    folders = sorted(folders, key=_torchvision_order)
+    # As `torchvision.datasets.ImageFolder` sorts images: by class, then by folder, then by name.
+    folders = sorted(folders, key=lambda folder: (folder.top, folder.below.rstrip("/")))
     full = [folder for folder in folders if folder.num_images]
     if not full:
         raise UserFileNotFoundError(
@@ -287,7 +288,7 @@ def _pack(root: Path, folders: list[Folder]) -> list[bytes]:
     num_loose = 0 if full[0].below else full[0].num_images
     class_sizes = [
         sum(folder.num_images for folder in folders_of_class)
-        for _, folders_of_class in groupby(full, key=lambda folder: folder.below.split("/", 1)[0])
+        for _, folders_of_class in groupby(full, key=lambda folder: folder.top)
     ]
     return index_parts(
         root,
@@ -297,12 +298,6 @@ def _pack(root: Path, folders: list[Folder]) -> list[bytes]:
         class_starts=[0, *([] if num_loose else np.cumsum(class_sizes))],
         folders="".join(f"{folder.below}\0" for folder in folders),
     )
-
-
-def _torchvision_order(folder: Folder) -> tuple[str, str]:
-    """Class, then folder, as `torchvision.datasets.ImageFolder` sorts images; then their names follow."""
-    path = folder.below.rstrip("/")
-    return path.split("/", 1)[0], path
 
 
 def index_parts(
@@ -316,14 +311,12 @@ def index_parts(
     header: Mapping[str, Any] | None = None,
     arrays: Mapping[str, NDArray[Any]] | None = None,
 ) -> list[bytes]:
-    """The parts of the file of an index.
+    """The parts of the file of an index of the images below `root`, their names in order joined by NUL.
 
     Args:
-        root: the folder of the images, for people.
-        names: of all images in order, joined by NUL.
         states: of the folders or shards, by which a change is seen.
-        num_loose: images in the folder itself.
-        class_starts: the first image of each class and the end of the last; of none where images are loose.
+        num_loose: images in `root` itself.
+        class_starts: the first image of each class and the end of the last; no class where images are loose.
         folders: paths of the folders, each with a NUL behind it.
         header, arrays: what another kind of index holds besides.
     """

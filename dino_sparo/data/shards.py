@@ -141,11 +141,6 @@ def holds_shards(folder: Path) -> bool:
     return any(map(is_shard, files))
 
 
-def is_finished(root: Path) -> bool:
-    """Whether an index lies beside the shards and they are those that it was made of."""
-    return current_index(ShardIndex, root / INDEX_FILE, root) is not None
-
-
 # --- What is in shards, by their headers
 
 

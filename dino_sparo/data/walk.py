@@ -43,6 +43,11 @@ class Folder:
     num_images: int = 0
     names: bytes = b""
 
+    @property
+    def top(self) -> str:
+        """The folder below the root that it lies in, or is; empty for the root."""
+        return self.below.partition("/")[0]
+
 
 def is_image(name: str) -> bool:
     """Whether a file of this name is taken for an image."""
