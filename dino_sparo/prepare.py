@@ -14,11 +14,11 @@ from typing import IO
 
 from tqdm import tqdm
 
-from dino_sparo.data.imagenet import WNID_TAR, Images, Layout, explain, is_image, recognise
+from dino_sparo.data.imagenet import LAYOUTS, WNID_TAR, Images, Layout, explain, recognise
 from dino_sparo.data.tars import TarFile, damage_named, tar_files
 from dino_sparo.data.val_labels import DEVKIT, SOLUTION, image_classes
-from dino_sparo.data.walk import walk
-from dino_sparo.errors import UserError
+from dino_sparo.data.walk import is_image, walk
+from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.files import atomic_write
 from dino_sparo.parallel.processes import only_writer
 from dino_sparo.terminal import shows_bars
@@ -81,6 +81,8 @@ def prepare(source: str, out: str, labels: str | None = None) -> str:
     """
     folder = Path(out)
     layout = recognise(Path(source))
+    if layout is None:
+        raise UserFileNotFoundError(f"{source}: no images recognized; expected a folder of one of: {LAYOUTS}")
     log.info("%s: %s%s", source, layout.name, "" if explain(layout) else "; usable as it is")
     _check_out(folder, layout)
     splits = _plan(layout, folder, labels)
@@ -98,13 +100,11 @@ def _check_out(out: Path, layout: Layout) -> None:
     for images in (layout.train, layout.val):
         if images and out.resolve().is_relative_to(images.path.resolve()):
             raise UserError(
-                f"--out {str(out)!r} lies among the images of {images.path}; choose a folder outside"
+                f"--out {str(out)!r} lies among the images of {images.path}; choose another folder"
             )
     there = [name for name in os.listdir(out) if not name.startswith(".")] if out.is_dir() else []
     if foreign := sorted(set(there) - set(SPLITS)):
-        raise UserError(
-            f"--out {str(out)!r} holds other things ({foreign[0]}); choose another or a new folder"
-        )
+        raise UserError(f"--out {str(out)!r} holds other things ({foreign[0]}); choose another")
 
 
 def _summary(out: Path, counts: dict[str, Counter[str]]) -> str:
@@ -114,19 +114,14 @@ def _summary(out: Path, counts: dict[str, Counter[str]]) -> str:
     ]
     for here, other in (SPLITS, SPLITS[::-1]) if len(counts) == len(SPLITS) else ():
         if missing := sorted(counts[here].keys() - counts[other].keys()):
-            shown = ", ".join([*missing[:SHOWN_CLASSES], *(["..."] if len(missing) > SHOWN_CLASSES else [])])
-            lines.append(f"classes of {here} that {other} does not have: {len(missing)} ({shown})")
+            shown = [*missing[:SHOWN_CLASSES], *(["..."] if len(missing) > SHOWN_CLASSES else [])]
+            lines.append(f"classes of {here} that {other} does not have: {len(missing)} ({', '.join(shown)})")
     path = shlex.quote(str(out))
-    if "train" in counts:
-        lines.append(
-            f"next: dino-sparo pretrain --config imagenet_vits16_sparo --data.path {path} "
-            f"--run_dir runs/sparo"
-        )
+    if "train" not in counts:
+        next_step = f"prepare DIR --out {path}, DIR being where the training images are"
     else:
-        lines.append(
-            f"no training images yet; next: dino-sparo prepare DIR --out {path}, DIR being where they are"
-        )
-    return "\n".join(lines)
+        next_step = f"pretrain --config imagenet_vits16_sparo --data.path {path} --run_dir runs/sparo"
+    return "\n".join([*lines, f"next: dino-sparo {next_step}"])
 
 
 # --- What is to be made
@@ -158,7 +153,7 @@ def _plan(layout: Layout, out: Path, labels: str | None) -> list[Split]:
 def _plan_split(name: str, images: Images, out: Path, labels: Path | None) -> Split:
     """List what a split will hold."""
     path = images.path
-    if images.form == "class tars" or (images.form == "tar" and name == "train"):
+    if images.form == "class tars" or (images.form == "the official tar" and name == "train"):
         entries = {wnid: size for wnid, size, _ in class_tars(images)}
         if not entries:
             raise UserError(f"{path} holds no class tars (n01440764.tar ...); download it again")
@@ -170,7 +165,7 @@ def _plan_split(name: str, images: Images, out: Path, labels: Path | None) -> Sp
             f"{path}: nothing says the classes of these validation images; give by --labels Kaggle's "
             f"{SOLUTION}, the devkit {DEVKIT}.tar.gz, or lines of `file_name class`"
         )
-    if images.form == "tar":
+    if images.form == "the official tar":
         with open(path, "rb") as file:
             sizes = {image: size for image, size, _ in tar_files(file, path) if is_image(image)}
         made_of = _last_changes(images)
@@ -185,7 +180,7 @@ def _plan_split(name: str, images: Images, out: Path, labels: Path | None) -> Sp
 
 
 def _last_changes(images: Images) -> str:
-    tars = [images.path] if images.form == "tar" else sorted(images.path.glob("*.tar"))
+    tars = [images.path] if images.form == "the official tar" else sorted(images.path.glob("*.tar"))
     return " ".join(str(tar.stat().st_mtime_ns) for tar in tars)
 
 
@@ -210,28 +205,19 @@ def _make(split: Split, out: Path) -> Counter[str]:
         elif final.resolve() != source.resolve():
             raise UserError(f"{final} exists and is not {source}; choose another --out")
         return _count(final)
-    is_made = os.path.lexists(final)
-    folder = final if is_made else partial
-    if is_made:
-        expected = _recorded(split, final)
+    if os.path.lexists(final):
+        return _counted(split, final, _recorded(split, final))
+    partial.mkdir(exist_ok=True)
+    if (partial / RECORD).exists():
+        _recorded(split, partial)
     else:
-        partial.mkdir(exist_ok=True)
-        if (partial / RECORD).exists():
-            _recorded(split, partial)
-        else:
-            _record(split, partial, None)
-        expected = _fill(split, partial, out)
-    images = _count(folder)
-    if images.total() != expected:
-        raise UserError(
-            f"{folder} holds {images.total()} images, not the {expected} of {source}; remove it and prepare "
-            f"again"
-        )
-    if not is_made:
-        _record(split, partial, expected)
-        if not split.images.is_readable:
-            os.sync()  # a power cut must not leave empty images under the final name
-        os.rename(partial, final)
+        _record(split, partial, None)
+    expected = _fill(split, partial, out)
+    images = _counted(split, partial, expected)
+    _record(split, partial, expected)
+    if not split.images.is_readable:
+        os.sync()  # a power cut must not leave empty images under the final name
+    os.rename(partial, final)
     return images
 
 
@@ -240,7 +226,7 @@ def _fill(split: Split, partial: Path, out: Path) -> int:
     path, unfinished, hidden = split.images.path, partial / UNFINISHED_FILE, not shows_bars()
     for name in split.class_names:
         (partial / name).mkdir(exist_ok=True)
-    if split.images.form == "flat":
+    if split.images.is_readable:
         target = _link_target(path, out, below=2)
         for entry in tqdm(split.entries, f"link {split.name}", unit="img", disable=hidden):
             if not os.path.lexists(partial / entry):
@@ -259,11 +245,7 @@ def _fill(split: Split, partial: Path, out: Path) -> int:
 
 
 def class_tars(images: Images) -> Iterator[TarFile]:
-    """Every class with its tar, from a folder of them or from the tar of them all.
-
-    Raises:
-        UserError: see `tar_files`.
-    """
+    """Every class with its tar, from a folder of them or from the tar of them all. Raises as `tar_files`."""
     if images.form == "class tars":
         for name in sorted(os.listdir(images.path)):
             if match := WNID_TAR.fullmatch(name):
@@ -280,8 +262,7 @@ def unpack(tar: IO[bytes], where: Path, targets: Path | dict[str, Path], unfinis
     """Unpack the images of a tar that are not there in full size yet; returns how many images it holds.
 
     Args:
-        tar: the open tar.
-        where: what to call it in a message.
+        where: what to call the tar in a message.
         targets: folder of the images, or the path of every image by its file name.
         unfinished: where an image is written before it gets its name; on the same file system.
         bar: progress in bytes.
@@ -324,9 +305,20 @@ def _recorded(split: Split, folder: Path) -> int | None:
     return count
 
 
+def _counted(split: Split, folder: Path, expected: int | None) -> Counter[str]:
+    """The number of images in a folder by class. Raises UserError: there are others than expected."""
+    images = _count(folder)
+    if images.total() != expected:
+        raise UserError(
+            f"{folder} holds {images.total()} images, not the {expected} of {split.images.path}; remove it "
+            f"and prepare again"
+        )
+    return images
+
+
 def _count(split: Path) -> Counter[str]:
     """Number of images of every class folder; of those outside of class folders under an empty name."""
     counts: Counter[str] = Counter()
     for folder in walk(split):
-        counts[folder.below.partition("/")[0]] += folder.num_images
+        counts[folder.top] += folder.num_images
     return counts

@@ -11,10 +11,10 @@ import shlex
 import shutil
 import signal
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Generator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import groupby
@@ -25,14 +25,13 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dino_sparo.data.decode import UNREADABLE, UnreadableImageError, decode, open_image, problem_of
-from dino_sparo.data.index import FolderSource, keep_index
+from dino_sparo.data.index import FolderSource, current_index, keep_index
 from dino_sparo.data.shards import (
     INDEX_FILE,
     RECORD,
     ImageOfShard,
     Shard,
     ShardIndex,
-    is_finished,
     is_plain,
     is_shard,
     key_of,
@@ -41,12 +40,11 @@ from dino_sparo.data.shards import (
 from dino_sparo.data.sources import open_images, open_val
 from dino_sparo.data.tables import TableSource
 from dino_sparo.errors import UserError
-from dino_sparo.files import atomic_write
+from dino_sparo.files import atomic_write, write_file
 from dino_sparo.parallel.processes import end_with_parent, only_writer
 from dino_sparo.terminal import shows_bars
 
 IMAGES_PER_SHARD = 2000  # of ImageNet 220 MB, so that it has 641 shards
-UNFINISHED_RECORD = f"{RECORD}.part"
 JPEG_QUALITY = 95
 
 
@@ -61,7 +59,6 @@ class Split:
 
     @property
     def num_shards(self) -> int:
-        """How many there will be."""
         return -(-len(self.source) // self.images_per_shard)
 
     def shard(self, number: int) -> Path:
@@ -121,9 +118,8 @@ def shard(
 def _plan(source: str, out: Path, short_side: int | None, images_per_shard: int) -> list[Split]:
     """The splits of a source, train last. All is checked here that can be before `out` is looked at."""
     train, val = open_images(source, key="DIR"), open_val(source)
-    found = {"val": val, "train": train}  # in the order in which they are finished: with train all is there
     splits = []
-    for name, images in found.items():
+    for name, images in (("val", val), ("train", train)):  # with train all is there
         if images is None:
             continue
         if not isinstance(images, FolderSource | TableSource):
@@ -132,7 +128,7 @@ def _plan(source: str, out: Path, short_side: int | None, images_per_shard: int)
             )
         if out.resolve().is_relative_to(images.root.resolve()):
             raise UserError(
-                f"--out {str(out)!r} lies among the images of {images.root}; choose a folder outside"
+                f"--out {str(out)!r} lies among the images of {images.root}; choose another folder"
             )
         _check_names(images, short_side)
         folder = out / name if val is not None else out
@@ -160,12 +156,11 @@ def _check_out(out: Path, splits: list[Split]) -> None:
         raise UserError(f"--out {str(out)!r} is a file; give a folder")
     folders = {split.folder for split in splits}
     for folder in {out, *folders}:
-        there = sorted(os.listdir(folder)) if folder.is_dir() else []
-        ours = {UNFINISHED_RECORD, *(inner.name for inner in folders if inner.parent == folder)}
-        if RECORD in there:
-            ours |= {name for name in there if is_shard(name) or name.startswith((".", INDEX_FILE))}
-        foreign = [name for name in there if name not in ours]
-        if foreign:
+        there = {name for name in os.listdir(folder) if name[0] != "."} if folder.is_dir() else set()
+        there -= {inner.name for inner in folders if inner.parent == folder}
+        if (folder / RECORD).exists():
+            there = {name for name in there if not is_shard(name) and not name.startswith(INDEX_FILE)}
+        if foreign := sorted(there):
             raise UserError(
                 f"--out {str(out)!r} holds other things ({folder / foreign[0]}); choose another or a new "
                 f"folder"
@@ -197,8 +192,7 @@ def _begin(split: Split) -> NDArray[np.int64]:
             )
     else:
         split.folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path, path.with_name(UNFINISHED_RECORD)) as file:
-            file.write(json.dumps(record).encode())
+        write_file(path, json.dumps(record))
     return stats[:, 0]
 
 
@@ -223,12 +217,13 @@ def _check_space(out: Path, splits: list[Split], sizes: list[NDArray[np.int64]])
 def _finish(split: Split, written: dict[str, Shard]) -> None:
     """Write the index of the shards, unless it is there; with it they can be read. Only those that an earlier
     start wrote are looked at again."""
-    if is_finished(split.folder):
+    path = split.folder / INDEX_FILE
+    if current_index(ShardIndex, path, split.folder) is not None:
         return
-    index = keep_index(ShardIndex, split.folder / INDEX_FILE, pack_shards(split.folder, written))
+    index = keep_index(ShardIndex, path, pack_shards(split.folder, written))
     same = split.short_side is not None or index.fingerprint == split.source.fingerprint()
     if len(index) != len(split.source) or not same:
-        (split.folder / INDEX_FILE).unlink()
+        path.unlink()
         raise UserError(
             f"{split.folder} holds {len(index)} images that are not the {len(split.source)} of "
             f"{split.source.root}; remove it and write it again"
@@ -249,38 +244,32 @@ def _summary(out: str, splits: list[Split]) -> str:
 
 
 def _write_shards(split: Split, num_workers: int) -> dict[str, Shard]:
-    """Write all shards that are not there yet, in so many processes, 0: in this one; what is in them by name.
-
-    Raises:
-        UserError: an image cannot be read, or a process has died.
-        OSError: a shard cannot be written.
-    """
+    """Write all shards that are not there yet, in so many processes, 0: in this one; by name what is in them."""
     todo, total = split.missing(), len(split.source)
     done = total - sum(len(split.images(number)) for number in todo)
     written: dict[str, Shard] = {}
     with (
         tqdm(desc="shards", total=total, initial=done, unit="img", disable=not shows_bars()) as bar,
-        _writers(split, min(num_workers, len(todo))) as write,
+        closing(_write(split, todo, min(num_workers, len(todo)))) as shards,
     ):
-        for name, shard in write(todo):
+        for name, shard in shards:
             written[name] = shard
             bar.update(len(shard.sizes))
     return written
 
 
-@contextmanager
-def _writers(split: Split, num_workers: int) -> Iterator[Callable[[list[int]], Iterator[tuple[str, Shard]]]]:
-    """What writes shards by number, and yields each when it is done; after an error no process continues."""
+def _write(split: Split, numbers: list[int], num_workers: int) -> Generator[tuple[str, Shard], None, None]:
+    """Write shards and yield each when it is done; after an error no process continues."""
     if num_workers == 0:
-        yield lambda numbers: (_write_shard(split, number) for number in numbers)
+        for number in numbers:
+            yield _write_shard(split, number)
         return
     others = multiprocessing.active_children()
     context = multiprocessing.get_context("spawn")  # a fork would inherit locks of threads
     pool = ProcessPoolExecutor(num_workers, context, _start_worker, (split,))
     try:
-        yield lambda numbers: (
-            done.result() for done in as_completed([pool.submit(_write_one, n) for n in numbers])
-        )
+        for done in as_completed([pool.submit(_write_one, number) for number in numbers]):
+            yield done.result()
     except BrokenProcessPool as error:
         raise UserError(
             "a process that writes shards has died; give fewer --num-workers if memory ran out, then the "

@@ -1,13 +1,13 @@
 """Folders of small pictures, and tars of them as other people make them."""
 
 import io
-import tarfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from dino_sparo.shard import shard
+from tests.imagenet_layouts import tar_of
 
 LONG = "b b/" + "long" * 40 + ".bmp"
 NAMES = ("a/1.jpg", "a/10.PNG", "a/2.Jpeg", "b b/ü.png", LONG, "b b/in/12.30.jpg", "c/x.webp")
@@ -28,14 +28,18 @@ def write(root: Path, *names: str, **how) -> Path:
     return root
 
 
+def touch(root: Path, *names: str) -> Path:
+    """Empty files."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return root
+
+
 def write_tar(path: Path, **members: bytes) -> Path:
-    """A tar as other people make them; `a__jpg` for a.jpg."""
+    """A tar as other people make them; `a__jpg` for a.jpg. Its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for name, data in members.items():
-            member = tarfile.TarInfo(name.replace("__", "."))
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
+    path.write_bytes(tar_of({name.replace("__", "."): data for name, data in members.items()}))
     return path.parent
 
 

@@ -29,15 +29,15 @@ from tests.tiny import tiny_options
 FILE = "train-00000-of-00001.parquet"
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("DINO_SPARO_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 @pytest.fixture
 def root(tmp_path) -> Path:
     return tmp_path / "data"
+
+
+def set_of(path: Path, count: int, classes: str | None = None, first: int = 0, **how) -> Path:
+    """A file of pictures from the first on, of classes by turns; its folder."""
+    labels = [i % len(classes) for i in range(count)] if classes else None
+    return write_parquet(path, images(count, first), labels, classes, **how)
 
 
 def images(count: int, first: int = 0) -> list[dict]:
@@ -62,7 +62,7 @@ def images(count: int, first: int = 0) -> list[dict]:
 )
 def test_splits_are_in_the_names_of_files(root, files, train, val):
     for number, name in enumerate(files):
-        write_parquet(root / f"{name}.parquet", images(3, 3 * number), [0, 1, 0], ["a", "b"])
+        set_of(root / f"{name}.parquet", 3, "ab", first=3 * number)
     (root / "README.md").touch()
     assert len(open_images(str(root))) == 3 * train
     found = open_val(str(root))
@@ -72,18 +72,17 @@ def test_splits_are_in_the_names_of_files(root, files, train, val):
     assert (len(gallery), len(test)) == expected
 
 
-@pytest.mark.parametrize(
-    "present", [["train-00001-of-00002"], ["train-00000-of-00002", "train-00000-of-00001"]]
-)
-def test_files_that_are_not_all_there(root, present):
-    for name in present:
-        write_parquet(root / f"{name}.parquet", images(3), [0, 1, 0], ["a", "b"])
-    with pytest.raises(UserError, match=rf"holds {len(present)} of .*2 parquet files, .*download the others"):
+def test_files_that_are_not_all_there(root):
+    set_of(root / "train-00000-of-00002.parquet", 3)
+    with pytest.raises(UserError, match=r"holds 1 of 2 parquet files, .*download the others"):
+        open_images(str(root))
+    set_of(root / "train-00000-of-00001.parquet", 3)
+    with pytest.raises(UserError, match="holds 2 of 1 or 2 parquet files"):
         open_images(str(root))
 
 
 def test_a_test_split_without_labels_is_no_val(root):
-    write_parquet(root / "train-0.parquet", images(5), [0, 1, 0, 1, 0], ["a", "b"])
+    set_of(root / "train-0.parquet", 5, "ab")
     write_parquet(root / "test-0.parquet", images(5, 5), [-1] * 5, ["a", "b"])
     train, test = open_labelled(str(root))
     assert (len(train), len(test)) == (4, 1) and open_val(str(root)).labels is None
@@ -152,20 +151,19 @@ def test_rows_in_any_order(root):
 
 
 def test_the_index_is_kept_until_a_file_changes(root, monkeypatch):
-    write_parquet(root / FILE, images(3), [0, 1, 1], ["a", "b"])
-    before = open_images(str(root)).fingerprint()
+    set_of(root / FILE, 3, "ab")
+    source = open_images(str(root))
     with monkeypatch.context() as patch:
         patch.setattr(tables, "index_parts", lambda *_: pytest.fail("made anew"))
-        assert open_images(str(root)).fingerprint() == before
-    source = open_images(str(root))
-    write_parquet(root / FILE, images(4), [0, 1, 1, 0], ["a", "b"])
-    copy = Path(source.place(0).path)
+        assert open_images(str(root)).fingerprint() == source.fingerprint()
+    set_of(root / FILE, 4, "ab")
+    (copy,) = map(Path, source.index.shards)
     copy.write_bytes(copy.read_bytes()[:-1])
     with pytest.raises(UnreadableImageError, match=r"train-.*row 0: .*has changed since it was indexed"):
         source.load(0)
     assert len(open_images(str(root))) == 4
-    write_parquet(root / "train-1.parquet", images(1), [0], ["a", "b"])
-    assert len(open_images(str(root))) == 5
+    set_of(root / "train-1.parquet", 2, "ab")
+    assert len(open_images(str(root))) == 6
 
 
 def test_scan_reads_every_row_and_names_the_bad_ones(root):
@@ -177,14 +175,10 @@ def test_scan_reads_every_row_and_names_the_bad_ones(root):
         found = sorted(text for listing in report.problems.values() for text in listing.first)
         assert [text.split(": ")[0] for text in found] == [f"{root}/{FILE}, row {row}" for row in (3, 4, 5)]
         assert "the row holds no image, or only its path" in found[1]
-
-
-def test_a_bad_row_ends_training_by_its_name_or_another_stands_in(root, tmp_path):
-    write_parquet(root / FILE, [*images(4), {"bytes": b"no image", "path": "x.png"}])
     with pytest.raises(
-        UserError, match=rf"{FILE}, row 4: the image cannot be read \(no known kind of image\)"
+        UnreadableImageError, match=rf"{FILE}, row 4: the image cannot be read \(the row holds"
     ):
-        pretrain(tiny_options(root, tmp_path / "run", optim__global_batch_size=5))
+        open_images(str(root)).load(4)
 
 
 @pytest.mark.parametrize("short_side", [None, 9])
@@ -210,81 +204,61 @@ def test_odd_paths_stay_names_of_files_in_shards(root, tmp_path):
 # --- Mistakes
 
 
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-9])
+def spoil(path: Path) -> None:
+    """Break the header of the first page; the footer is whole."""
+    data = path.read_bytes()
+    path.write_bytes(data[:4] + b"\xff" * 40 + data[44:])
 
 
 def other(path: Path, **columns) -> None:
     parquet.write_table(pa.table(columns), path)
 
 
-@pytest.mark.parametrize(
-    ("damage", "said"),
-    [
-        (cut, r"train-1\.parquet is no whole parquet file \(.*\); download it again"),
-        (lambda path: path.write_bytes(b""), r"train-1\.parquet is no whole parquet file"),
-        (lambda path: path.write_text("version https://git-lfs"), r"git lfs pull"),
-        (
-            lambda path: other(path, text=["x"]),
-            r"train-1\.parquet has no column of images among 'text'; expec",
-        ),
-        (
-            lambda path: other(path, a=pa.array([None], IMAGE), b=pa.array([None], IMAGE)),
-            r"columns 'a', 'b' of",
-        ),
-        (
-            lambda path: write_parquet(path, images(1), [0], ["x"]),
-            r"has other names of the classes than train-0",
-        ),
-        (
-            lambda path: write_parquet(path, images(1), image="y"),
-            r"has columns 'y' and None, others than train-0",
-        ),
-        (
-            lambda path: write_parquet(path, images(1), [2], ["a", "b"]),
-            r"class number 2, .* name only 2 classes",
-        ),
-    ],
-)
-def test_mistakes_are_one_sentence(root, damage, said):
-    for number in range(2):
-        write_parquet(root / f"train-{number}.parquet", images(3), [0, 1, 1], ["a", "b"])
-    damage(root / "train-1.parquet")
+DAMAGES = {
+    r"train-1\.parquet is no readable parquet file \(.*\); download": lambda path: path.write_bytes(b"PAR1"),
+    r"train-1\.parquet is no readable parquet file \(.*git lfs pull": lambda path: path.write_text(
+        "version h"
+    ),
+    r"train-1\.parquet is no readable parquet file": spoil,
+    r"train-1\.parquet has no column of images among 'text'; expec": lambda path: other(path, text=["x"]),
+    r"train-1\.parquet has the columns 'a', 'b' of": lambda path: other(
+        path, a=pa.array([None], IMAGE), b=pa.array([None], IMAGE)
+    ),
+    r"train-1\.parquet .* has other columns or names of classes than": lambda path: set_of(path, 1, "x"),
+    r"train-1\.parquet \(columns 'y' and None\) has other": lambda path: set_of(path, 1, image="y"),
+    r"data: an image has class number 2, .* name only 2 classes": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("said", DAMAGES)
+def test_mistakes_are_one_sentence(root, said):
+    write_parquet(root / "train-0.parquet", images(3), [0, 1, 2], ["a", "b"])
+    set_of(root / "train-1.parquet", 3, "ab")
+    DAMAGES[said](root / "train-1.parquet")
     with pytest.raises(UserError, match=said) as caught:
         open_images(str(root))
     assert "\n" not in str(caught.value)
 
 
 def test_nothing_in_them(root):
-    write_parquet(root / "validation.parquet", images(1))
+    set_of(root / "validation.parquet", 1)
     with pytest.raises(UserFileNotFoundError, match="but none of train; expected train-"):
         open_images(str(root))
     write_parquet(root / FILE, [])
-    with pytest.raises(UserFileNotFoundError, match="no images found in 1 parquet files"):
+    with pytest.raises(UserFileNotFoundError, match="no images found in its tables"):
         open_images(str(root))
 
 
 @pytest.mark.parametrize("missing", ["pyarrow", "datasets"])
 def test_without_the_library_its_name_is_told(root, monkeypatch, missing):
-    write_parquet(root / FILE, images(1))
+    set_of(root / FILE, 1)
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(UserError, match=r"need a package .* pip install datasets"):
         open_images(str(root))
 
 
-def test_a_damaged_row_group_is_told_by_the_name_of_its_file(root):
-    write_parquet(root / "train-0.parquet", images(4))
-    write_parquet(root / "train-1.parquet", images(4))
-    with open(root / "train-1.parquet", "r+b") as file:  # the header of the first page
-        file.seek(4)
-        file.write(b"\xff" * 40)
-    with pytest.raises(UserError, match=r"train-1\.parquet is no whole parquet file \(") as caught:
-        open_images(str(root))
-    assert "\n" not in str(caught.value)
-
-
 def test_starts_at_once_make_one_copy(root, caplog):
-    write_parquet(root / FILE, images(4))
+    set_of(root / FILE, 4)
     context = multiprocessing.get_context("fork")
     starts = [context.Process(target=open_images, args=(str(root),)) for _ in range(3)]
     for start in starts:
@@ -304,12 +278,7 @@ def test_starts_at_once_make_one_copy(root, caplog):
 def saved(tmp_path):
     """A set with train, validation and test, its files in the layout of the hub."""
     for number, split in enumerate(("train", "validation", "test")):
-        write_parquet(
-            tmp_path / f"hub/data/{split}-00000-of-00001.parquet",
-            images(4, 4 * number),
-            [0, 1, 1, 0],
-            ["a", "b"],
-        )
+        set_of(tmp_path / f"hub/data/{split}-00000-of-00001.parquet", 4, "ab", first=4 * number)
     return tmp_path / "hub"
 
 
@@ -321,14 +290,14 @@ def test_a_set_that_was_saved_is_read_where_it_lies(saved, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "dino_sparo"):
         train, val = open_labelled(str(tmp_path / "both"))
         one = open_images(str(tmp_path / "one"))
-    assert "copy" not in caplog.text and train.place(0).path.startswith(str(tmp_path / "both" / "train"))
+    assert "copy" not in caplog.text and train.root == tmp_path / "both" / "train"
     assert [s.read(i) for s in (train, one) for i in range(4)] == 2 * list(map(picture, range(4)))
     assert [val.read(i) for i in range(4)] == list(map(picture, range(4, 8)))
-    assert train.labels.tolist() == [0, 1, 1, 0] and train.classes == val.classes == ("a", "b")
+    assert train.labels.tolist() == [0, 1, 0, 1] and train.classes == val.classes == ("a", "b")
     assert train.fingerprint() == one.fingerprint() == open_images(str(saved)).fingerprint()
     assert train.name(1) == f"{tmp_path / 'both'}/train, row 1"
     (tmp_path / "one" / "data-00001-of-00002.arrow").write_bytes(b"no table")
-    with pytest.raises(UserError, match=r"data-00001-of-00002\.arrow is no whole Arrow file"):
+    with pytest.raises(UserError, match=r"data-00001-of-00002\.arrow is no readable Arrow file"):
         open_images(str(tmp_path / "one"))
 
 
@@ -362,7 +331,7 @@ def test_a_set_of_the_hub_without_its_test_split(hub, saved, caplog):
     assert hub == [("owner/set", "plain", "main")] * 2
     assert [train.read(i) for i in range(4)] == list(map(picture, range(4)))
     assert [val.read(i) for i in range(4)] == list(map(picture, range(4, 8)))
-    assert train.labels.tolist() == [0, 1, 1, 0] and train.classes == ("a", "b")
+    assert train.labels.tolist() == [0, 1, 0, 1] and train.classes == ("a", "b")
     assert train.name(3) == "hub:owner/set:plain@main/train, row 3" and train.index.commit == "0123abc"
     assert "hub:owner/set:plain@main, train: commit 0123abc" in caplog.text and "copy" in caplog.text
     again = pickle.loads(pickle.dumps(open_images("hub:owner/set:plain@main")))
@@ -378,17 +347,13 @@ def test_a_set_of_the_hub_without_validation_holds_images_out(hub):
 @pytest.mark.parametrize(
     ("path", "said"),
     [
-        (
-            "hub:owner/other",
-            r"^hub:owner/other cannot be had from the hub \(Couldn't find .*\)",
-        ),
+        ("hub:owner/other", r"^hub:owner/other cannot be had from the hub \(Couldn't find [^\n]*$"),
         ("hub:", r"expected hub:OWNER/NAME\[:CONFIG\]\[@REVISION\]"),
     ],
 )
 def test_a_hub_that_does_not_answer_is_one_sentence(hub, path, said):
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=said):
         open_images(path)
-    assert "\n" not in str(caught.value)
 
 
 def test_pretrain_takes_a_set_of_the_hub(hub, tmp_path):

@@ -1,28 +1,55 @@
 """`prepare` makes the same two splits of every layout, whatever happens, and touches nothing else."""
 
+import fcntl
 import json
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from torchvision.datasets import ImageFolder
 
 from dino_sparo.__main__ import main
 from dino_sparo.data.imagenet import explain, recognise
-from dino_sparo.errors import UserError
+from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.prepare import RECORD, UNFINISHED_FILE, prepare
 from tests import imagenet_layouts as mini
-from tests.prepare_cases import (
-    LAYOUTS,
-    all_tars,
-    class_folders,
-    class_tars_and_flat_val,
-    images,
-    killed,
-    state,
-    unpacked_with_solution,
-)
+
+SOLUTION, TRAIN_TAR, VAL_TAR = "LOC_val_solution.csv", "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+
+
+def class_folders(folder: Path) -> None:
+    mini.write_classes(folder / "train", mini.TRAIN)
+    mini.write_classes(folder / "val", mini.SORTED_VAL)
+
+
+def all_tars(folder: Path) -> None:
+    mini.official_tars(folder)
+    mini.devkit_archive(folder)
+
+
+def class_tars_and_flat_val(folder: Path) -> None:
+    mini.write(folder / "train", mini.class_tars() | {"notes.txt": b"", "n1.tar": b""})
+    mini.write(folder / "val", mini.VAL)
+    mini.devkit(folder)
+
+
+def unpacked(folder: Path) -> None:
+    mini.unpacked(folder)
+    mini.solution(folder)
+
+
+LAYOUTS = {
+    "class folders": class_folders,
+    "Kaggle": mini.kaggle,
+    "tars": all_tars,
+    "class tars": class_tars_and_flat_val,
+    "unpacked": unpacked,
+}
 
 
 @pytest.fixture
@@ -33,6 +60,57 @@ def source(tmp_path):
 @pytest.fixture
 def out(tmp_path):
     return tmp_path / "out"
+
+
+def images(split: Path) -> dict[str, dict[str, bytes]]:
+    """Contents by class and file name, read through links; hidden files must be the record alone."""
+    hidden = [path.name for path in split.rglob(".*")]
+    assert hidden in ([], [RECORD])
+    return {
+        folder.name: {file.name: file.read_bytes() for file in folder.iterdir()}
+        for folder in split.iterdir()
+        if not folder.name.startswith(".")
+    }
+
+
+def is_made(out: Path) -> bool:
+    """Whether both splits are there as they should be, and nothing else."""
+    splits = images(out / "train"), images(out / "val")
+    return splits == (mini.TRAIN, mini.SORTED_VAL) and sorted(os.listdir(out)) == ["train", "val"]
+
+
+def state(folder: Path) -> dict[str, tuple]:
+    """Whatever would change if a file or link below the folder were touched."""
+    found = {}
+    for path in sorted([folder, *folder.rglob("*")]) if os.path.lexists(folder) else ():
+        status = path.lstat()
+        link = os.readlink(path) if path.is_symlink() else None
+        found[str(path)] = (status.st_mode, status.st_ino, status.st_mtime_ns, status.st_size, link)
+    return found
+
+
+KILLED = """
+import os, shutil, signal, sys
+copy, link, left = shutil.copyfileobj, os.symlink, int(sys.argv[3])
+def die_in_time(target=None):
+    global left
+    left -= 1
+    if left == 0:
+        if target:
+            target.write(bytes(100))
+            target.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+shutil.copyfileobj = lambda source, target: die_in_time(target) or copy(source, target)
+os.symlink = lambda target, path: die_in_time() or link(target, path)
+from dino_sparo.prepare import prepare
+prepare(sys.argv[1], sys.argv[2])
+"""
+
+
+def killed(source: Path, out: Path, image: int) -> None:
+    """Prepare in a process that is killed while it makes an image, having written a part of it."""
+    result = subprocess.run([sys.executable, "-c", KILLED, source, out, str(image)], check=False)
+    assert result.returncode == -signal.SIGKILL
 
 
 # --- Every layout
@@ -46,10 +124,7 @@ def test_all_layouts_become_the_same_class_folders(source, out, name, caplog):
         said = prepare(str(source), str(out))
     usable = "; usable as it is" if name == "class folders" else ""
     assert caplog.messages[0] == f"{source}: {recognise(source).name}{usable}"
-    assert images(out / "train") == mini.TRAIN
-    assert images(out / "val") == mini.SORTED_VAL
-    assert sorted(os.listdir(out)) == ["train", "val"]
-    assert state(source) == before
+    assert is_made(out) and state(source) == before
     assert explain(recognise(out)) == ""
     assert (len(ImageFolder(str(out / "train"))), len(ImageFolder(str(out / "val")))) == (7, 5)
     assert said.splitlines() == [
@@ -57,40 +132,34 @@ def test_all_layouts_become_the_same_class_folders(source, out, name, caplog):
         f"{out}/train: 7 images, 3 classes",
         f"next: dino-sparo pretrain --config imagenet_vits16_sparo --data.path {out} --run_dir runs/sparo",
     ]
-
     done = state(out)
     prepare(str(source), str(out))
-    assert state(out) == done
-    assert state(source) == before
+    assert state(out) == done and state(source) == before
 
 
-def test_links_and_no_copies(source, out):
-    unpacked_with_solution(source)
+def test_neighbors_are_linked_relatively_and_can_move_together(tmp_path, source, out):
+    unpacked(source)
     prepare(str(source), str(out))
     assert os.readlink(out / "train") == "../source/train"
     link = out / "val" / "n01440764" / "ILSVRC2012_val_00000001.JPEG"
     assert os.readlink(link) == "../../../source/val/ILSVRC2012_val_00000001.JPEG"
-
-
-def test_neighbors_can_move_together(tmp_path, source, out):
-    unpacked_with_solution(source)
-    prepare(str(source), str(out))
     (tmp_path / "elsewhere").mkdir()
     for folder in (source, out):
         shutil.move(folder, tmp_path / "elsewhere" / folder.name)
-    moved = tmp_path / "elsewhere" / "out"
-    assert (images(moved / "train"), images(moved / "val")) == (mini.TRAIN, mini.SORTED_VAL)
-    prepare(str(tmp_path / "elsewhere" / "source"), str(moved))
+    assert is_made(tmp_path / "elsewhere" / "out")
+    prepare(str(tmp_path / "elsewhere" / "source"), str(tmp_path / "elsewhere" / "out"))
 
 
 def test_links_to_far_away_are_absolute_and_resolved(tmp_path, source):
-    unpacked_with_solution(source)
+    unpacked(source)
     (tmp_path / "alias").symlink_to("source")
-    out = tmp_path / "a" / "b" / "c" / "out"
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("a/b")
+    out = tmp_path / "link" / "c" / "out"
     prepare(str(tmp_path / "alias"), str(out))
     assert os.readlink(out / "train") == str(source.resolve() / "train")
     assert os.readlink(out / "val/n01440764/ILSVRC2012_val_00000001.JPEG").startswith(str(source.resolve()))
-    assert images(out / "val") == mini.SORTED_VAL
+    assert is_made(out)
 
 
 def test_class_folders_that_are_their_own_out(source):
@@ -100,39 +169,23 @@ def test_class_folders_that_are_their_own_out(source):
     assert state(source) == before
 
 
-def test_blanks_in_names_are_quoted(source, tmp_path):
-    mini.kaggle(source)
-    said = prepare(str(source), str(tmp_path / "my out"))
-    assert f"--data.path '{tmp_path}/my out' --run_dir" in said
-
-
-def test_out_below_a_link(tmp_path, source):
-    unpacked_with_solution(source)
-    (tmp_path / "disk" / "deep").mkdir(parents=True)
-    (tmp_path / "link").symlink_to("disk/deep")
-    prepare(str(source), str(tmp_path / "link" / "out"))
-    assert images(tmp_path / "disk/deep/out/val") == mini.SORTED_VAL
-
-
-def test_val_first_and_train_later(source, out):
+def test_val_first_and_train_later(source, tmp_path):
     all_tars(source)
-    (source / "ILSVRC2012_img_train.tar").rename(source / "later.tar")
+    out = tmp_path / "my out"
+    (source / TRAIN_TAR).rename(source / "later.tar")
     said = prepare(str(source), str(out))
-    assert f"no training images yet; next: dino-sparo prepare DIR --out {out}" in said
+    assert f"next: dino-sparo prepare DIR --out '{out}', DIR being where the training images are" in said
     done = state(out / "val")
-    (source / "later.tar").rename(source / "ILSVRC2012_img_train.tar")
-    (source / "ILSVRC2012_img_val.tar").unlink()
+    (source / "later.tar").rename(source / TRAIN_TAR)
+    (source / VAL_TAR).unlink()
     said = prepare(str(source), str(out))
-    assert state(out / "val") == done
-    assert (images(out / "train"), images(out / "val")) == (mini.TRAIN, mini.SORTED_VAL)
-    assert f"{out}/val: 5 images" in said
+    assert state(out / "val") == done and is_made(out)
+    assert f"{out}/val: 5 images" in said and f"--data.path '{out}' --run_dir" in said
 
 
 def test_tars_with_folders_and_other_files(source, out):
     files = {f"./val/{name}": content for name, content in mini.VAL.items()}
-    mini.write(
-        source, {"ILSVRC2012_img_val.tar": mini.tar_of(files | {"./val/README": b"x", "._1.JPEG": b"x"})}
-    )
+    mini.write(source, {VAL_TAR: mini.tar_of(files | {"./val/README": b"x", "._1.JPEG": b"x"})})
     mini.solution(source)
     prepare(str(source), str(out))
     assert images(out / "val") == mini.SORTED_VAL
@@ -141,16 +194,12 @@ def test_tars_with_folders_and_other_files(source, out):
 # --- Labels
 
 
-@pytest.mark.parametrize("separator", [" ", ",", "\t"])
-def test_given_labels_win_over_those_found(source, out, separator):
-    unpacked_with_solution(source)
-    swapped = mini.labels_list(separator).replace(b"n01440764", b"n02084071")
-    mini.write(source, {"labels.txt": swapped})
+def test_given_labels_win_over_those_found(source, out):
+    unpacked(source)
+    mini.write(source, {"labels.txt": mini.labels_list().replace(b"n01440764", b"n02084071")})
     prepare(str(source), str(out), labels=str(source / "labels.txt"))
-    assert {name: len(files) for name, files in images(out / "val").items()} == {
-        "n02123045": 2,
-        "n02084071": 3,
-    }
+    found = {name: len(files) for name, files in images(out / "val").items()}
+    assert found == {"n02123045": 2, "n02084071": 3}
 
 
 @pytest.mark.parametrize("split", ["val", "train"])
@@ -165,23 +214,21 @@ def test_other_flat_images_with_a_list(source, out, split):
     assert images(out / split) == {"cat": {"my photo.jpg": b"1"}, "dog": {"b.png": b"2"}}
 
 
-def test_labels_are_not_for_flat_train_beside_val(source, out):
+def test_flat_training_images_are_only_linked(source, out, tmp_path):
+    """Labels that lie there are of the validation images."""
     mini.write(source / "train", {"a.jpg": b"1"})
     mini.write(source / "val", mini.VAL)
     mini.solution(source)
     prepare(str(source), str(out))
     assert os.readlink(out / "train") == "../source/train"
     assert images(out / "val") == mini.SORTED_VAL
-
-
-def test_flat_images_without_labels_are_only_linked(source, out):
-    mini.write(source, {"a.jpg": b"1", "b.jpg": b"2"})
-    assert f"{out}/train: 2 images, 0 classes" in prepare(str(source), str(out))
-    assert os.readlink(out / "train") == "../source"
+    mini.write(tmp_path / "flat", {"a.jpg": b"1", "b.jpg": b"2"})
+    assert "/train: 2 images, 0 classes" in prepare(str(tmp_path / "flat"), str(tmp_path / "other"))
+    assert os.readlink(tmp_path / "other" / "train") == "../flat"
 
 
 def test_how_the_classes_differ_is_said(source, out):
-    unpacked_with_solution(source)
+    unpacked(source)
     shutil.rmtree(source / "train" / "n01440764")
     mini.write_classes(source / "train", {f"n0000000{i}": {"1.JPEG": b""} for i in range(5)})
     assert prepare(str(source), str(out)).splitlines()[2:4] == [
@@ -199,23 +246,21 @@ def test_killed_and_started_again(tmp_path, source, out, name):
     prepare(str(source), str(tmp_path / "whole"))
     killed(source, out, 3)  # in val
     assert os.listdir(out) == [".val.partial"]
-    killed(source, out, 5)  # in train: three of val are to do
+    killed(source, out, 6)  # in train: three of val are to do
     assert sorted(os.listdir(out)) == [".train.partial", "val"]
-    killed(source, out, 3)
     unfinished = out / ".train.partial"
     assert (unfinished / UNFINISHED_FILE).stat().st_size == 100
     whole = list(unfinished.rglob("*.JPEG"))
-    assert len(whole) == 3
+    assert len(whole) == 2
     for path in whole:
         assert path.read_bytes() == mini.TRAIN[path.parent.name][path.name]
     inodes = {path.name: path.stat().st_ino for path in whole}
     prepare(str(source), str(out))
-    assert (images(out / "train"), images(out / "val")) == (mini.TRAIN, mini.SORTED_VAL)
+    assert is_made(out)
     for path in (out / "train").rglob("*.JPEG"):  # not written again
         assert inodes.get(path.name, path.stat().st_ino) == path.stat().st_ino
     records = [json.loads((tmp_path / folder / "train" / RECORD).read_text()) for folder in ("out", "whole")]
     assert records[0] == records[1]
-    assert sorted(os.listdir(out)) == ["train", "val"]
 
 
 def test_killed_while_the_record_was_written(source, out):
@@ -223,23 +268,21 @@ def test_killed_while_the_record_was_written(source, out):
     (out / ".train.partial").mkdir(parents=True)
     (out / ".train.partial" / UNFINISHED_FILE).write_text('{"sour')
     prepare(str(source), str(out))
-    assert images(out / "train") == mini.TRAIN
+    assert is_made(out)
 
 
 def test_unpacked_images_are_on_the_disk_before_the_split_has_its_name(source, out, monkeypatch):
     there = []
-    monkeypatch.setattr(
-        os, "sync", lambda: there.append([(out / split).exists() for split in ("val", "train")])
-    )
+    splits = [out / "val", out / "train"]
+    monkeypatch.setattr(os, "sync", lambda: there.append([split.exists() for split in splits]))
     all_tars(source)
     prepare(str(source), str(out))
-    assert there == [[False, False], [True, False]]
     prepare(str(source), str(out))
-    assert len(there) == 2
+    assert there == [[False, False], [True, False]]
 
 
 def test_a_file_system_that_refuses(source, out, monkeypatch, capsys):
-    unpacked_with_solution(source)
+    unpacked(source)
 
     def full(target, path):
         raise OSError(28, "No space left on device", str(path))
@@ -247,30 +290,198 @@ def test_a_file_system_that_refuses(source, out, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(os, "symlink", full)
         assert main(["prepare", str(source), "--out", str(out)]) == 2
-    told = capsys.readouterr().err
-    assert re.search(
-        r"out/\.val\.partial/.*\.JPEG cannot be read or written \(No space left on device\); make", told
-    )
+    told = r"out/\.val\.partial/.*\.JPEG cannot be read or written \(No space left on device\); make"
+    assert re.search(told, capsys.readouterr().err)
     prepare(str(source), str(out))
-    assert images(out / "val") == mini.SORTED_VAL
+    assert is_made(out)
 
 
-def test_an_incomplete_tar_leaves_no_split(source, out):
+@pytest.mark.parametrize(("name", "tar"), [("tars", TRAIN_TAR), ("class tars", "train/n02084071.tar")])
+def test_a_damaged_tar_is_named_and_leaves_no_split(source, out, name, tar):
+    LAYOUTS[name](source)
+    (source / tar).write_bytes((source / tar).read_bytes()[:600] + bytes(2_000_000))
+    with pytest.raises(UserError, match=rf"{tar}: the tar is damaged or incomplete"):
+        prepare(str(source), str(out))
+    assert not (out / "train").exists() and (out / "val").exists() == (name == "class tars")
+
+
+# --- Mistakes
+
+
+def refused(message: str, source: Path, out: Path, labels: Path | None = None) -> None:
+    """A mistake is named and changes nothing in `out`."""
+    before = state(out)
+    with pytest.raises(UserError, match=message):
+        prepare(str(source), str(out), labels and str(labels))
+    assert state(out) == before
+
+
+def other_labels(folder: Path) -> None:
+    unpacked(folder)
+    mini.write(folder, {"labels": "".join(f"{name} {i}\n" for i, name in enumerate(mini.VAL)).encode()})
+
+
+def lacks_an_image(folder: Path) -> None:
+    unpacked(folder)
+    (folder / "val" / "ILSVRC2012_val_00000003.JPEG").unlink()
+
+
+@pytest.mark.parametrize(
+    ("make", "labels", "said"),
+    [
+        (Path.mkdir, None, "no images recognized; expected a folder of one of: class folders"),
+        (mini.unpacked, None, rf"val: nothing says the classes .*--labels .*{SOLUTION}"),
+        (lacks_an_image, None, rf"{SOLUTION} line 4: .* has no image 'ILSVRC2012_val_00000003'"),
+        (class_folders, "none.txt", r"--labels '.*' is of no use: .*source has training images"),
+        (
+            lambda folder: mini.write(folder, mini.class_tars()),
+            *("none.txt", r"--labels '.*' is of no use: .*source has training images"),
+        ),
+        (other_labels, "labels", r"labels: its classes \(0, \.\.\.\) are none of .*'s \(n01440764, \.\.\.\)"),
+        (
+            lambda folder: mini.write(folder, {TRAIN_TAR: mini.tar_of(mini.VAL)}),
+            *(None, "img_train.tar holds no class tars"),
+        ),
+        (
+            lambda folder: mini.write(folder, {VAL_TAR: mini.tar_of({"notes.txt": b""}), "none.txt": b""}),
+            *("none.txt", "img_val.tar holds no images"),
+        ),
+    ],
+)
+def test_sources_and_labels_that_are_refused(source, out, make, labels, said):
+    make(source)
+    refused(said, source, out, source / labels if labels else None)
+    assert not out.exists()
+
+
+def test_no_source(source, out):
+    with pytest.raises(UserFileNotFoundError, match="missing: no images recognized"):
+        prepare(str(source / "missing"), str(out))
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "n01440764", "test"])
+def test_out_that_holds_other_things(source, out, name):
+    mini.kaggle(source)
+    (out / name).mkdir(parents=True)
+    refused(rf"--out '.*out' holds other things \({name}\); choose", source, out)
+
+
+def test_out_that_is_a_file(source, out):
+    mini.kaggle(source)
+    out.write_text("mine")
+    refused("--out '.*out' is a file; give a folder", source, out)
+    with pytest.raises(NotADirectoryError, match="out/deep"):
+        prepare(str(source), str(out / "deep"), None)
+    assert out.read_text() == "mine"
+
+
+def test_out_among_the_images(source, out):
+    unpacked(source)
+    (source / "val" / "sorted").mkdir()
+    out.symlink_to("source/val/sorted")
+    before = state(source)
+    for among in (source / "train", source / "val/sorted", source / "train/n01440764", out):
+        refused("lies among the images", source, among)
+    assert state(source) == before
+    for _ in range(2):
+        prepare(str(source), str(source / "beside"))
+    assert is_made(source / "beside")
+
+
+@pytest.mark.parametrize("name", ["unpacked", "tars", "class folders"])
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_splits_that_are_the_users(tmp_path, source, out, name, kind):
+    LAYOUTS[name](source)
+    out.mkdir()
+    if kind == "file":
+        (out / "train").write_text("mine")
+    else:
+        mine = out / "train" if kind == "folder" else tmp_path / "mine"
+        mini.write_classes(mine, {"a": {"1.jpg": b""}})
+    if kind == "link":
+        (out / "train").symlink_to("../mine")
+    before = state(out / "train")
+    with pytest.raises(UserError, match=r"train exists and (was not made by|is not )"):
+        prepare(str(source), str(out))
+    assert state(out / "train") == before
+
+
+def test_a_link_to_another_preparation_is_not_taken_for_its_own(tmp_path, source, out):
     all_tars(source)
-    tar = source / "ILSVRC2012_img_train.tar"
-    whole = tar.read_bytes()
-    tar.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"img_train\.tar: the tar is damaged or incomplete"):
-        prepare(str(source), str(out))
-    tar.write_bytes(whole)
+    prepare(str(source), str(tmp_path / "other"))
+    out.mkdir()
+    (out / "val").symlink_to("../other/val")
+    refused(r"val exists and was not made by", source, out)
+
+
+def test_links_to_other_files_of_the_same_names(tmp_path, source, out):
+    unpacked(source)
     prepare(str(source), str(out))
-    assert images(out / "train") == mini.TRAIN
+    shutil.copytree(source, tmp_path / "copy")
+    refused("val was made of other images", tmp_path / "copy", out)
 
 
-def test_a_damaged_class_tar_is_named(source, out):
-    class_tars_and_flat_val(source)
-    tar = source / "train" / "n02084071.tar"
-    tar.write_bytes(tar.read_bytes()[:600] + bytes(2_000_000))
-    with pytest.raises(UserError, match=r"train/n02084071\.tar: the tar is damaged"):
+def test_an_unfinished_split_with_other_images_in_it(source, out):
+    all_tars(source)
+    killed(source, out, 2)
+    mini.write(out / ".val.partial" / "n01440764", {"mine.jpg": b""})
+    with pytest.raises(UserError, match=r"\.val\.partial holds 6 images, not the 5 of .*; remove it"):
         prepare(str(source), str(out))
-    assert sorted(os.listdir(out)) == [".train.partial", "val"]
+    assert (out / ".val.partial" / "n01440764" / "mine.jpg").exists()
+
+
+def test_two_at_once(source, out):
+    mini.kaggle(source)
+    out.mkdir()
+    descriptor = os.open(out, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    refused("is being written by another process; wait", source, out)
+    os.close(descriptor)
+    prepare(str(source), str(out))
+
+
+def lose(path: Path) -> None:
+    path.unlink()
+
+
+def age(path: Path) -> None:
+    """Images of a damaged tar that was replaced may have the right size, so they are not kept."""
+    os.utime(path, (1, 1))
+
+
+def empty(path: Path) -> None:
+    path.write_text("{}")
+
+
+LOST = "out/val/n01440764/ILSVRC2012_val_00000001.JPEG"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "path", "said"),
+    [
+        ("unpacked", lose, LOST, "val holds 4 images, not the 5 of .*; remove it and prepare again"),
+        ("tars", lose, LOST, "val holds 4 images, not the 5 of .*; remove it and prepare again"),
+        ("tars", empty, f"out/train/{RECORD}", "train exists and was not made by `prepare`"),
+        ("tars", age, f"source/{TRAIN_TAR}", "train was made of other images or labels, or .* has changed"),
+        ("tars", age, f"source/{VAL_TAR}", "val was made of other images or labels, or .* has changed since"),
+        ("class tars", age, "source/train/n01440764.tar", "train was made of other images or labels"),
+    ],
+)
+def test_what_has_changed_since(tmp_path, source, out, name, change, path, said):
+    LAYOUTS[name](source)
+    prepare(str(source), str(out))
+    change(tmp_path / path)
+    refused(said, source, out)
+
+
+@pytest.mark.parametrize("name", ["unpacked", "tars"])
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_split_of_other_labels(source, out, name, finished):
+    LAYOUTS[name](source)
+    if finished:
+        prepare(str(source), str(out))
+    else:
+        killed(source, out, 2)
+    mini.write(source, {"labels.txt": mini.labels_list().replace(b"n01440764", b"n02084071")})
+    message = rf"out/\.?val.* was made of other images or labels, or {source}/"
+    refused(message, source, out, source / "labels.txt")

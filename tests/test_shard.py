@@ -23,12 +23,6 @@ from tests.running import family, is_gone
 from tests.shard_files import shards_of, write, write_folder
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("DINO_SPARO_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 @pytest.fixture
 def folder(tmp_path) -> Path:
     return write_folder(tmp_path / "data")
@@ -64,49 +58,34 @@ def test_unreadable_image_ends_a_reduction_by_its_name_and_copies_pass(folder, t
     assert open_images(str(tmp_path / "out")).read(6) == b"no image"
 
 
-def test_any_number_of_processes_writes_the_same(folder, out, tmp_path):
-    shard(str(folder), str(tmp_path / "two"), num_workers=2, images_per_shard=3)
-    for path in sorted((out / "train").glob("*.tar")):
-        assert path.read_bytes() == (tmp_path / "two" / "train" / path.name).read_bytes()
-
-
 class KilledError(BaseException):
     pass
 
 
-def killed_before(rename: int, folder: Path, target: Path, monkeypatch) -> bool:
-    """Write shards and die before a rename, by its number; False if there are not so many."""
-    done, original = [], os.replace
+def test_resumes_after_a_kill_and_half_is_never_taken_for_whole(folder, out, tmp_path, monkeypatch):
+    """Killed before each rename: of two records, four shards, two indexes."""
+    for moment in range(8):
+        again, left, replace = tmp_path / f"again{moment}", [None] * moment, os.replace
 
-    def replace(before, after):
-        if len(done) == rename:
-            raise KilledError
-        done.append(after)
-        original(before, after)
+        def die(before, after, left=left, replace=replace):
+            if not left:
+                raise KilledError
+            left.pop()
+            replace(before, after)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", replace)
-        try:
-            shard(str(folder), str(target), num_workers=0, images_per_shard=3)
-        except KilledError:
-            return True
-    return False
-
-
-def test_goes_on_after_a_kill_and_half_is_never_taken_for_whole(folder, out, tmp_path, monkeypatch):
-    moments = 0
-    while killed_before(moments, folder, again := tmp_path / f"again{moments}", monkeypatch):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", die)
+            with pytest.raises(KilledError):
+                shards_of(folder, again)
         with pytest.raises(UserError):
             open_images(str(again))
         before = {path: path.stat().st_mtime_ns for path in again.rglob("0*.tar")}
-        shard(str(folder), str(again), num_workers=0, images_per_shard=3)
+        shards_of(folder, again)
         assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in before.items())
         for path in sorted(out.rglob("*.tar")):
             assert path.read_bytes() == (again / path.relative_to(out)).read_bytes()
         assert open_images(str(again)).fingerprint() == open_images(str(folder)).fingerprint()
         assert not [*again.rglob("*.part")]
-        moments += 1
-    assert moments >= 8  # two records, four shards, two indexes
 
 
 def test_the_index_is_what_the_headers_say_and_only_those_of_an_earlier_start_are_read(
@@ -114,17 +93,18 @@ def test_the_index_is_what_the_headers_say_and_only_those_of_an_earlier_start_ar
 ):
     read, original = [], headers.read_shard
     monkeypatch.setattr(headers, "read_shard", lambda root, name: read.append(name) or original(root, name))
-    for number, options in enumerate(({}, {"short_side": 9}, {"num_workers": 2})):
+    for number, options in enumerate(({"num_workers": 0, "short_side": 9}, {"num_workers": 2})):
         again = tmp_path / f"again{number}"
-        shard(str(folder), str(again), images_per_shard=3, **{"num_workers": 0} | options)
+        shard(str(folder), str(again), images_per_shard=3, **options)
         assert read == []
         for split in ("train", "val"):
-            written = again / split / INDEX_FILE
-            assert written.read_bytes() == b"".join(pack_shards(again / split))
+            assert (again / split / INDEX_FILE).read_bytes() == b"".join(pack_shards(again / split))
         read.clear()
+    for path in out.rglob("*.tar"):  # any number of processes writes the same
+        assert path.read_bytes() == (again / path.relative_to(out)).read_bytes()
     (out / "train" / "000001.tar").unlink()
     (out / "train" / INDEX_FILE).unlink()
-    shard(str(folder), str(out), num_workers=0, images_per_shard=3)
+    shards_of(folder, out)
     assert sorted(read) == ["000000.tar", "000002.tar"]
 
 
@@ -157,11 +137,6 @@ def test_command_writes_once_and_says_what_is_there(folder, tmp_path, capsys):
     assert written[0] == written[1]
 
 
-def shard_and_change(data: Path, out: Path) -> None:
-    shard(str(data), str(out), num_workers=0)
-    os.utime(data / "val" / "c" / "y.png", ns=(1, 1))
-
-
 @pytest.mark.parametrize(
     ("change", "options", "said"),
     [
@@ -169,7 +144,14 @@ def shard_and_change(data: Path, out: Path) -> None:
         (lambda data, out: write(out, "train/0.tar"), {}, r"holds other things \(.*train/0\.tar\)"),
         (lambda data, out: out.touch(), {}, r"is a file; give a folder"),
         (lambda data, out: shard(str(data), str(out), 9, 0), {}, r"was made with --short-side 9"),
-        (shard_and_change, {}, r"with other images, or .*/data/val has changed"),
+        (
+            lambda data, out: (
+                shard(str(data), str(out), None, 0),
+                os.utime(data / "val/c/y.png", ns=(1, 1)),
+            ),
+            {},
+            r"with other images, or .*/data/val has changed",
+        ),
         (lambda data, out: write(data, "train/a/1.seg.png"), {}, r"a/1\.jpg and 'a/1\.seg\.png' would"),
         (lambda data, out: write(data, "train/a/1.png"), {"short_side": 9}, r"would be one sample"),
         (lambda data, out: None, {"short_side": 0}, r"--short-side is 0; expected"),
@@ -190,4 +172,4 @@ def test_other_mistakes(folder, out, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
     with pytest.raises(UserError, match=r"shards need about 0\.0 GB more, and 0\.0 GB are free; make"):
         shard(str(folder), str(tmp_path / "x"))
-    shard(str(folder), str(out), num_workers=0, images_per_shard=3)  # nothing is left to write
+    shards_of(folder, out)  # nothing is left to write

@@ -1,11 +1,10 @@
 """Sets by name: torchvision's own download and unpacking, from a server of our own, of tiny sets."""
 
+import gzip
 import hashlib
-import io
 import json
 import multiprocessing
 import pickle
-import tarfile
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +19,7 @@ from dino_sparo.data.scan import scan_images
 from dino_sparo.data.sources import is_set, open_images, open_labelled, open_val
 from dino_sparo.errors import UserError
 from dino_sparo.shard import shard
+from tests.imagenet_layouts import tar_of
 from tests.tiny import tiny_arguments
 
 SIZES = {"train": 5, "unlabeled": 4, "test": 3}
@@ -52,7 +52,7 @@ def server(tmp_path, monkeypatch, cache):
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     for kind, files in ((CIFAR10, cifar10_files()), (STL10, stl10_files())):
         archive = tmp_path / "served" / kind.filename
-        write_archive(archive, kind.base_folder, files)
+        archive.write_bytes(gzip.compress(tar_of({f"{kind.base_folder}/{n}": d for n, d in files.items()})))
         monkeypatch.setattr(kind, "url", f"http://127.0.0.1:{server.server_port}/{kind.filename}")
         monkeypatch.setattr(kind, "tgz_md5", md5(archive.read_bytes()))
         for name in ("train_list", "test_list"):
@@ -66,14 +66,6 @@ def server(tmp_path, monkeypatch, cache):
 
 def md5(data: bytes) -> str:
     return hashlib.md5(data).hexdigest()
-
-
-def write_archive(path: Path, folder: str, files: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w:gz") as archive:
-        for name, data in files.items():
-            member = tarfile.TarInfo(f"{folder}/{name}")
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
 
 
 def cifar10_files() -> dict[str, bytes]:
@@ -152,29 +144,22 @@ def test_two_starts_at_once_download_once(server, cache):
     assert len([path for path in server.asked if path.endswith("gz")]) == 2  # the redirects, the file
 
 
-def failing(server, monkeypatch, how: str) -> None:
-    if how == "no network":
-        monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar.tar.gz")
-    elif how == "not there":
-        monkeypatch.setattr(CIFAR10, "url", CIFAR10.url + "x")
-    elif how == "other content":
-        monkeypatch.setattr(CIFAR10, "tgz_md5", "0" * 32)
-    else:  # unpacks to other files
-        monkeypatch.setattr(CIFAR10, "train_list", [["data_batch_1", "0" * 32]])
-
-
 @pytest.mark.parametrize(
-    ("how", "said"),
+    ("attribute", "value", "said"),
     [
-        ("no network", "refused"),
-        ("not there", "not found"),
-        ("other content", "corrupted"),
-        ("x", "corrupted"),
+        ("url", "http://127.0.0.1:9/cifar.tar.gz", "refused"),
+        ("filename", "x", "not found"),
+        ("tgz_md5", "0" * 32, "corrupted"),
+        ("train_list", [["data_batch_1", "0" * 32]], "corrupted"),  # unpacks to other files
     ],
 )
-def test_a_failed_download_is_one_sentence_and_leaves_nothing(server, cache, monkeypatch, how, said):
+def test_a_failed_download_is_one_sentence_and_leaves_nothing(
+    server, cache, monkeypatch, attribute, value, said
+):
     with monkeypatch.context() as patch:
-        failing(server, patch, how)
+        patch.setattr(CIFAR10, attribute, value)
+        if attribute == "filename":
+            patch.setattr(CIFAR10, "url", f"{CIFAR10.url}x")
         told = rf"^cifar10 could not be downloaded from 127\.0\.0\.1 \(.*{said}.*\); run .* network"
         with pytest.raises(UserError, match=told):
             open_images("cifar10")

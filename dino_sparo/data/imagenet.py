@@ -1,16 +1,14 @@
 """ImageNet as people have it: class folders, the official tars or what was in them, Kaggle's layout."""
 
-import os
 import re
 import shlex
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 from dino_sparo.data.val_labels import labels_near
-from dino_sparo.data.walk import EXTENSIONS
-from dino_sparo.errors import UserError, UserFileNotFoundError
+from dino_sparo.data.walk import PROBED_ENTRIES, is_image, list_folder
+from dino_sparo.errors import UserError
 
 WNID, WNID_TAR = re.compile(r"n\d{8}"), re.compile(r"(n\d{8})\.tar")
 VAL_IMAGE = re.compile(r"ILSVRC2012_val_\d{8}\.JPEG")
@@ -18,20 +16,13 @@ TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 TRAIN_FOLDERS, VAL_FOLDERS = ("train", "ILSVRC2012_img_train"), ("val", "ILSVRC2012_img_val")
 KAGGLE_FOLDERS = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
 TOP_ENTRIES = 4096  # enough for a thousand class folders and their tars; a flat folder shows at once
-PROBED_ENTRIES = 64  # some class folders may be empty
 PROBED_BELOW = 8
-RECOGNISED = (
+LAYOUTS = (
     f"class folders (train/<class>, val/<class>), Kaggle's layout (ILSVRC/Data/CLS-LOC), {TRAIN_TAR} and "
     f"{VAL_TAR}, a folder of class tars (n01440764.tar ...), a flat folder of images"
 )
 
-Form = Literal["class folders", "flat", "tar", "class tars"]
-IN_WORDS: dict[Form, str] = {
-    "class folders": "in class folders",
-    "flat": "in a flat folder",
-    "tar": "in the official tar",
-    "class tars": "in one tar per class",
-}
+Form = Literal["class folders", "a flat folder", "the official tar", "class tars"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +35,7 @@ class Images:
     @property
     def is_readable(self) -> bool:
         """Whether the images are files in folders, not in tars."""
-        return self.form in ("class folders", "flat")
+        return self.form in ("class folders", "a flat folder")
 
 
 @dataclass(frozen=True)
@@ -58,27 +49,31 @@ class Layout:
     labels: Path | None
 
 
-def recognise(root: Path) -> Layout:
+def recognise(root: Path) -> Layout | None:
     """How the images below a folder are laid out, from a look at a few entries of a few folders.
 
+    None if there is no such folder, or it is none of `LAYOUTS`.
+
     Raises:
-        UserFileNotFoundError: there is no such folder, or nothing in it is recognized.
-        UserError: classes lie partly in folders, partly in tars.
+        UserError: classes lie partly in folders, partly in tars, or a folder cannot be read.
     """
-    if not root.is_dir():
-        raise UserFileNotFoundError(f"{root} is no folder; give the folder that holds the images or the tars")
     base = next((root / below for below in KAGGLE_FOLDERS if (root / below).is_dir()), root)
     train, val = _split(base, TRAIN_FOLDERS, TRAIN_TAR), _split(base, VAL_FOLDERS, VAL_TAR)
     form = None if train and val else _form(base)  # some unpack right into the folder
-    if form == "flat" and _holds_val(base):
+    if form == "a flat folder" and _holds_val(base):
         val = val or Images(base, form)
     elif form == "class tars" or (form and not train and not val):
         train = train or Images(base, form)
     if train is None and val is None:
-        raise UserFileNotFoundError(f"{root}: no images recognized; expected one of: {RECOGNISED}")
-    is_official = val and (val.form == "tar" or (val.form == "flat" and _holds_val(val.path)))
-    labels = labels_near(val.path) if val and is_official else None
-    return Layout(root, _name(base, train, val, labels), train, val, labels)
+        return None
+    labels = None
+    if val and (val.form == "the official tar" or (val.form == "a flat folder" and _holds_val(val.path))):
+        labels = labels_near(val.path)
+    parts = [f"training images in {train.form}"] if train else []
+    parts += [f"validation images in {val.form}"] if val else []
+    parts += [f"their labels in {labels.name}"] if labels else []
+    kaggle = "Kaggle's ImageNet: " if base.absolute().name == "CLS-LOC" else ""
+    return Layout(root, kaggle + ", ".join(parts), train, val, labels)
 
 
 def training_folder(root: Path) -> Path | None:
@@ -86,13 +81,10 @@ def training_folder(root: Path) -> Path | None:
 
     None if they are in tars or nothing is recognized. Raises as `recognise`.
     """
-    try:
-        layout = recognise(root)
-    except UserFileNotFoundError:
-        return None
-    if layout.train:
+    layout = recognise(root)
+    if layout and layout.train:
         return layout.train.path if layout.train.is_readable else None
-    return root if layout.val == Images(root, "flat") else None
+    return root if layout and layout.val == Images(root, "a flat folder") else None
 
 
 def explain(layout: Layout) -> str:
@@ -101,19 +93,14 @@ def explain(layout: Layout) -> str:
     train_is_usable = train is None or (train.is_readable and train.path in (root, root / "train"))
     if train_is_usable and val in (None, Images(root / "val", "class folders")):
         return ""
-    splits = [name for name, images in (("train", train), ("val", val)) if images]
-    needs_list = val is not None and val.form in ("flat", "tar") and layout.labels is None
+    made = " and ".join(f"OUT/{name}/<class>" for name, images in (("train", train), ("val", val)) if images)
+    sentence = f"{root} holds {layout.name}; `dino-sparo prepare {shlex.quote(str(root))} --out OUT"
+    if val is None or val.form == "class folders" or layout.labels:
+        return f"{sentence}` makes {made} of it"
     return (
-        f"{root} holds {layout.name}; `dino-sparo prepare {shlex.quote(str(root))} --out OUT"
-        f"{' --labels FILE' if needs_list else ''}` makes "
-        f"{' and '.join(f'OUT/{split}/<class>' for split in splits)} of it"
-        f"{', FILE having a line `file_name class` for every validation image' if needs_list else ''}"
+        f"{sentence} --labels FILE` makes {made} of it, FILE having a line `file_name class` for every "
+        f"validation image"
     )
-
-
-def is_image(name: str) -> bool:
-    """Whether a file of this name is taken for an image."""
-    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
 
 
 # --- How images lie in a folder
@@ -124,17 +111,15 @@ def _split(base: Path, folders: tuple[str, ...], tar: str) -> Images | None:
         if form := _form(base / folder):
             return Images(base / folder, form)
         if (base / folder / tar).is_file():
-            return Images(base / folder / tar, "tar")
-    return Images(base / tar, "tar") if (base / tar).is_file() else None
+            return Images(base / folder / tar, "the official tar")
+    return Images(base / tar, "the official tar") if (base / tar).is_file() else None
 
 
 def _form(folder: Path) -> Form | None:
     """How images lie in a folder; None if there is no such folder or no image in it."""
-    if not folder.is_dir():
-        return None
-    folders, files = _top(folder, TOP_ENTRIES)
+    folders, files = list_folder(folder, TOP_ENTRIES)
     tars = {match[1] for file in files if (match := WNID_TAR.fullmatch(file))}
-    if closed := sorted(tars - folders):
+    if closed := sorted(tars - set(folders)):
         if opened := sorted(name for name in folders if WNID.fullmatch(name)):
             raise UserError(
                 f"{folder} holds class folders ({opened[0]}) and class tars without a folder "
@@ -142,31 +127,14 @@ def _form(folder: Path) -> Form | None:
             )
         return "class tars"
     if any(is_image(file) for file in files):
-        return "flat"
+        return "a flat folder"
     held = any(_holds_image(folder / name) for name in sorted(folders)[:PROBED_ENTRIES])
     return "class folders" if held else None
 
 
-def _top(folder: Path, limit: int) -> tuple[set[str], set[str]]:
-    """Names of some of the folders and files of a folder, hidden ones left out."""
-    folders: set[str] = set()
-    files: set[str] = set()
-    try:
-        with os.scandir(folder) as entries:
-            for entry in islice(entries, limit):
-                if not entry.name.startswith("."):
-                    is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
-                    (folders if is_folder else files).add(entry.name)
-    except OSError as error:
-        raise UserError(
-            f"{folder}: the folder cannot be read ({error.strerror}); repair its permissions"
-        ) from error
-    return folders, files
-
-
 def _holds_image(folder: Path, levels: int = 2) -> bool:
     """Whether one of a folder's first entries is an image, or there is one in a folder below."""
-    folders, files = _top(folder, PROBED_ENTRIES)
+    folders, files = list_folder(folder, PROBED_ENTRIES)
     if any(is_image(file) for file in files):
         return True
     return levels > 0 and any(
@@ -176,14 +144,4 @@ def _holds_image(folder: Path, levels: int = 2) -> bool:
 
 def _holds_val(folder: Path) -> bool:
     """Whether the folder's images have the names of ImageNet's validation images."""
-    return any(VAL_IMAGE.fullmatch(file) for file in _top(folder, PROBED_ENTRIES)[1])
-
-
-def _name(base: Path, train: Images | None, val: Images | None, labels: Path | None) -> str:
-    """A layout in words."""
-    parts = [f"training images {IN_WORDS[train.form]}"] if train else []
-    parts += [f"validation images {IN_WORDS[val.form]}"] if val else []
-    parts += [f"their labels in {labels.name}"] if labels else []
-    if base.absolute().name == "CLS-LOC":
-        parts[0] = f"Kaggle's ImageNet: {parts[0]}"
-    return ", ".join(parts)
+    return any(VAL_IMAGE.fullmatch(file) for file in list_folder(folder, PROBED_ENTRIES)[1])

@@ -11,7 +11,7 @@ import logging
 import mmap
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -32,7 +32,6 @@ log = logging.getLogger("dino_sparo")
 
 MAGIC = b"dino_sparo index 1\n"  # with the number of the format
 ALIGNMENT = 64
-NAMES_AT_ONCE = 10_000
 STAT_THREADS, STAT_FILES = 16, 4096
 
 
@@ -71,20 +70,19 @@ class FolderIndex:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the top folders by number; none if images lie in the folder itself."""
+        """Class names by number, those of the top folders; none if images lie in the folder itself."""
         return tuple(self.name(first).split("/", 1)[0] for first in self.arrays["class_starts"][:-1])
 
     def labels(self) -> NDArray[np.int64] | None:
-        """Class numbers (len(self),), made at each call; None if images lie in the folder itself."""
+        """Class numbers (len(self),), made at each call; None if they are unknown."""
         sizes = np.diff(self.arrays["class_starts"])
         return np.repeat(np.arange(len(sizes)), sizes) if len(sizes) else None
 
     def fingerprint_of(self, positions: NDArray[np.int64]) -> str:
         """SHA-256 of the names at these positions joined by NUL; `fingerprint` is that of all."""
         digest = hashlib.sha256()
-        for first in range(0, len(positions), NAMES_AT_ONCE):
-            some = positions[first : first + NAMES_AT_ONCE].tolist()
-            digest.update(b"\0" * (first > 0) + b"\0".join(map(self._packed, some)))
+        for number, position in enumerate(positions.tolist()):
+            digest.update(b"\0" * (number > 0) + self._packed(position))
         return digest.hexdigest()
 
     def is_current(self, root: Path) -> bool:
@@ -128,8 +126,8 @@ def cached_index(kind: type[Index], root: Path, ending: str, make: Callable[[], 
     """
     name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:32] + ending
     chosen, spare = cache_folder(), temporary_folder()
-    for path in (chosen / name, spare / name):
-        index = current_index(kind, path, root)
+    for folder in (chosen, spare):
+        index = current_index(kind, folder / name, root)
         if index is not None:
             return index
     parts = make()
@@ -183,11 +181,7 @@ def _reopen(kind: type[Index], path: Path, fingerprint: str) -> Index:
 
 
 def keep_index(kind: type[Index], path: Path, parts: list[bytes]) -> Index:
-    """Write under another name, then rename: a reader sees all or nothing, who has the old one keeps it.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write an index and map it; who has the old one keeps it. Raises OSError."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.writelines(parts)
@@ -283,49 +277,68 @@ class FolderSource(IndexedSource[FolderIndex]):
 
 def _pack(root: Path, folders: list[Folder]) -> list[bytes]:
     """The parts of the file. Raises UserFileNotFoundError if there is no image."""
-    folders = sorted(folders, key=_torchvision_order)
+    # As `torchvision.datasets.ImageFolder` sorts images: by class, then by folder, then by name.
+    folders = sorted(folders, key=lambda folder: (folder.top, folder.below.rstrip("/")))
     full = [folder for folder in folders if folder.num_images]
     if not full:
         raise UserFileNotFoundError(
             f"{root}: no images found; expected files ending in {' '.join(EXTENSIONS)}, "
             f"directly or in folders below"
         )
-    names = b"\0".join(folder.names for folder in full)
-    name_ends = np.flatnonzero(np.frombuffer(names, np.uint8) == 0)
     num_loose = 0 if full[0].below else full[0].num_images
     class_sizes = [
         sum(folder.num_images for folder in folders_of_class)
-        for _, folders_of_class in groupby(full, key=lambda folder: folder.below.split("/", 1)[0])
+        for _, folders_of_class in groupby(full, key=lambda folder: folder.top)
     ]
-    paths = "".join(f"{folder.below}\0" for folder in folders)
     return index_parts(
-        {
-            "root": os.path.realpath(root),  # for people
-            "num_loose": num_loose,
-            "fingerprint": hashlib.sha256(names).hexdigest(),
-        },
-        {
-            "names": np.frombuffer(names, np.uint8),
-            "starts": np.concatenate([[0], name_ends + 1, [len(names) + 1]]),
-            "class_starts": np.cumsum([0] if num_loose else [0, *class_sizes]),
-            "folders": np.frombuffer(paths.encode("utf-8", "surrogateescape"), np.uint8),
-            "states": np.array([folder.state for folder in folders], np.uint64).ravel(),
-        },
+        root,
+        b"\0".join(folder.names for folder in full),
+        [folder.state for folder in folders],
+        num_loose=num_loose,
+        class_starts=[0, *([] if num_loose else np.cumsum(class_sizes))],
+        folders="".join(f"{folder.below}\0" for folder in folders),
     )
 
 
-def _torchvision_order(folder: Folder) -> tuple[str, str]:
-    """Class, then folder, as `torchvision.datasets.ImageFolder` sorts images; then their names follow."""
-    path = folder.below.rstrip("/")
-    return path.split("/", 1)[0], path
+def index_parts(
+    root: Path,
+    names: bytes,
+    states: Sequence[tuple[int, int, int]],
+    *,
+    num_loose: int = 0,
+    class_starts: Sequence[int] = (0,),
+    folders: str = "",
+    header: Mapping[str, Any] | None = None,
+    arrays: Mapping[str, NDArray[Any]] | None = None,
+) -> list[bytes]:
+    """The parts of the file of an index of the images below `root`, their names in order joined by NUL.
 
-
-def index_parts(header: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> list[bytes]:
-    """The parts of the file of an index with such a header and arrays (any,)."""
-    header["arrays"], offset = {}, 0
+    Args:
+        states: of the folders or shards, by which a change is seen.
+        num_loose: images in `root` itself.
+        class_starts: the first image of each class and the end of the last; no class where images are loose.
+        folders: paths of the folders, each with a NUL behind it.
+        header, arrays: what another kind of index holds besides.
+    """
+    ends = np.flatnonzero(np.frombuffer(names, np.uint8) == 0)
+    arrays = {
+        "names": np.frombuffer(names, np.uint8),
+        "starts": np.concatenate([[0], ends + 1, [len(names) + 1]]),
+        "class_starts": np.array(class_starts, np.int64),
+        "folders": np.frombuffer(folders.encode("utf-8", "surrogateescape"), np.uint8),
+        "states": np.array(states, np.uint64).ravel(),
+    } | dict(arrays or {})
+    header = {
+        "root": os.path.realpath(root),
+        "num_loose": num_loose,
+        "fingerprint": hashlib.sha256(names).hexdigest(),
+        **(header or {}),
+        "arrays": (layout := {}),
+    }
+    offset = 0
     data: list[bytes] = []
     for name, array in arrays.items():
-        header["arrays"][name] = (array.dtype.str, len(array), offset)
+        layout[name] = (array.dtype.str, len(array), offset)
         size = _aligned(array.nbytes)
         data.append(array.tobytes().ljust(size, b"\0"))
         offset += size

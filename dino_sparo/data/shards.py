@@ -5,7 +5,6 @@ A sample is a run of members of one key: `KEY.jpg` (or another kind of image) an
 the folder that the shards were made of, so that order, names and classes are those of that folder.
 """
 
-import hashlib
 import os
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -21,17 +20,16 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dino_sparo.data.imagenet import TRAIN_TAR, VAL_TAR, WNID_TAR, is_image
+from dino_sparo.data.imagenet import TRAIN_TAR, VAL_TAR, WNID_TAR
 from dino_sparo.data.index import FolderIndex, IndexedSource, cached_index, current_index, index_parts
 from dino_sparo.data.tars import tar_members
-from dino_sparo.data.walk import EXTENSIONS, THREADS
+from dino_sparo.data.walk import EXTENSIONS, PROBED_ENTRIES, THREADS, is_image, list_folder
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.terminal import shows_bars
 
 INDEX_FILE = "shards.index"  # beside the shards, written last by our command
 RECORD = ".shards.json"  # beside the shards, written first by our command
 PACKED = (".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tar.zst", ".tar.lz4")
-PROBED_ENTRIES = 64  # a folder of a million images is not listed to see that it has no shards
 OPEN_SHARDS = 128  # in each process
 PACKED_STARTS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 LONGEST_CLASS = 256  # bytes
@@ -39,79 +37,49 @@ LONGEST_CLASS = 256  # bytes
 State = tuple[int, int]  # of a shard: size in bytes, time of the last change in ns
 
 
-class Place(NamedTuple):
-    """Where an image lies: in which shard, as it was when it was indexed, and at which bytes."""
-
-    name: str
-    path: str
-    state: State
-    offset: int
-    size: int
-
-    def read(self) -> bytes:
-        """The image's file. Raises OSError: the shard is gone, has changed or cannot be read."""
-        if self.size < 0:
-            raise OSError("the row holds no image, or only its path")
-        data = os.pread(_opened(self.path, self.state).descriptor, self.size, self.offset)
-        if len(data) < self.size:
-            raise OSError("the shard ends before the image does")
-        return data
-
-
-class _OpenShard:
-    """A shard that is open until nobody uses it any more. Reading by offset, processes can share it."""
-
-    def __init__(self, path: str, state: State) -> None:
-        self.descriptor = -1
-        self.descriptor = os.open(path, os.O_RDONLY)
-        if state_of(os.fstat(self.descriptor)) != state:
-            raise OSError(f"{path} has changed since it was indexed")
-
-    def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-
-
-_opened = lru_cache(OPEN_SHARDS)(_OpenShard)
+@lru_cache(OPEN_SHARDS)
+def _opened(path: str, state: State) -> BinaryIO:
+    """An open shard, closed when nobody uses it any more. Reading by offset, processes can share it."""
+    file = open(path, "rb", buffering=0)  # noqa: SIM115
+    if state_of(os.fstat(file.fileno())) != state:
+        raise OSError(f"{path} has changed since it was indexed")
+    return file
 
 
 class ShardIndex(FolderIndex):
     """Names, classes and places of the images in shards, read from a mapped file as those of a folder are."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
-        """Map `file`, an intact index of shards that lies at `path`."""
         super().__init__(path, file)
         self.shards: list[str] = self.header["shards"]
         self._class_names = tuple(self.header["classes"])
-        self._numbers, self._firsts = self.arrays["labels"], self.arrays["firsts"]
-        self._offsets, self._sizes = self.arrays["offsets"], self.arrays["sizes"]
+        self._firsts, self._offsets, self._sizes = (
+            self.arrays[name] for name in ("firsts", "offsets", "sizes")
+        )
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes by number; none if they are unknown."""
+        """Class names by number; none if they are unknown."""
         return self._class_names
 
     def labels(self) -> NDArray[np.int64] | None:
-        """Class numbers (len(self),), made at each call; None if they are unknown."""
-        return self._numbers.astype(np.int64) if self._class_names else None
+        return self.arrays["labels"].astype(np.int64) if self._class_names else None
 
-    def place(self, root: Path, position: int) -> Place:
-        """Where an image lies. Raises IndexError for a position that is none."""
-        position = range(len(self))[position]
-        number = int(np.searchsorted(self._firsts, position, side="right")) - 1
-        size, changed, _ = self.states[number].tolist()
-        return Place(
-            self.place_name(root, position),
-            os.path.join(root, self.shards[number]),
-            (size, changed),
-            int(self._offsets[position]),
-            int(self._sizes[position]),
-        )
+    def read(self, root: Path, position: int) -> bytes:
+        """An image's file. Raises OSError: its shard is gone, has changed or cannot be read."""
+        number, size = self._shard_of(position), int(self._sizes[position])
+        if size < 0:
+            raise OSError("the row holds no image, or only its path")
+        state = tuple(self.states[number, :2].tolist())
+        shard = _opened(os.path.join(root, self.shards[number]), state)
+        data = os.pread(shard.fileno(), size, int(self._offsets[position]))
+        if len(data) < size:
+            raise OSError("the shard ends before the image does")
+        return data
 
     def place_name(self, root: Path, position: int) -> str:
         """What to call an image in a message."""
-        number = int(np.searchsorted(self._firsts, position, side="right")) - 1
-        return f"{root}/{self.shards[number]}: {self.name(position)}"
+        return f"{root}/{self.shards[self._shard_of(position)]}: {self.name(position)}"
 
     def stats(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Size in bytes, time of the last change in ns of its shard, and offset there (len(positions), 3)."""
@@ -121,23 +89,21 @@ class ShardIndex(FolderIndex):
 
     def is_current(self, root: Path) -> bool:
         """Whether the shards are those that were indexed, by name, size and time."""
-        states = self.states[:, :2].tolist()
-        return list_shards(root) == self.shards and list(map(list, states_of(root, self.shards))) == states
+        return list_shards(root) == self.shards and has_states(root, self.shards, self.states[:, :2])
+
+    def _shard_of(self, position: int) -> int:
+        return int(np.searchsorted(self._firsts, position, side="right")) - 1
 
 
 @dataclass(frozen=True, eq=False)
 class ShardSource(IndexedSource[ShardIndex]):
     """Images in the shards of a folder, in their order."""
 
-    def place(self, index: int) -> Place:
-        """Where an image lies."""
-        return self.index.place(self.root, self.position(index))
-
     def name(self, index: int) -> str:
-        return self.place(index).name
+        return self.index.place_name(self.root, self.position(index))
 
     def read(self, index: int) -> bytes:
-        return self.place(index).read()
+        return self.index.read(self.root, self.position(index))
 
     def stats(self) -> NDArray[np.int64]:
         return self.index.stats(np.arange(len(self.index)) if self.chosen is None else self.chosen)
@@ -166,24 +132,13 @@ def holds_shards(folder: Path) -> bool:
     Raises:
         UserError: its tars are compressed.
     """
-    try:
-        with os.scandir(folder) as scan:
-            entries = list(
-                islice((entry for entry in scan if not entry.name.startswith(".")), PROBED_ENTRIES)
-            )
-        if any(is_image(entry.name) or entry.is_dir() for entry in entries):
-            return False
-    except OSError:  # who opens the folder will say so
+    folders, files = list_folder(folder, PROBED_ENTRIES)
+    if folders or any(map(is_image, files)):
         return False
-    packed = sorted(entry.name for entry in entries if entry.name.lower().endswith(PACKED))
+    packed = sorted(name for name in files if name.lower().endswith(PACKED))
     if packed and not packed[0].startswith("ILSVRC"):  # ImageNet's devkit is no shard
         raise compressed(folder / packed[0])
-    return any(is_shard(entry.name) for entry in entries)
-
-
-def is_finished(root: Path) -> bool:
-    """Whether an index lies beside the shards and they are those that it was made of."""
-    return current_index(ShardIndex, root / INDEX_FILE, root) is not None
+    return any(map(is_shard, files))
 
 
 # --- What is in shards, by their headers
@@ -191,10 +146,7 @@ def is_finished(root: Path) -> bool:
 
 def list_shards(root: Path) -> list[str]:
     """File names of a folder's shards, in order. Raises UserError if the folder cannot be read."""
-    try:
-        return sorted(name for name in os.listdir(root) if is_shard(name))
-    except OSError as error:
-        raise UserError(f"{root}: the folder cannot be read ({error.strerror}); mend its rights") from error
+    return sorted(filter(is_shard, list_folder(root)[1]))
 
 
 def is_shard(name: str) -> bool:
@@ -216,6 +168,11 @@ def states_of(root: Path, shards: Sequence[str]) -> list[State]:
 
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(state, shards))
+
+
+def has_states(root: Path, files: Sequence[str], states: NDArray[np.uint64]) -> bool:
+    """Whether files have the states (files, 2) still."""
+    return list(map(list, states_of(root, files))) == states.tolist()
 
 
 def key_of(name: str) -> str:
@@ -251,20 +208,16 @@ class Shard(NamedTuple):
     names: bytes
     offsets: NDArray[np.int64]
     sizes: NDArray[np.int64]
-    folders: list[str]
-    """Their top folders, "" for none."""
     classes: list[str | None]
     """What their .cls say."""
 
     @classmethod
     def of(cls, images: Sequence[ImageOfShard]) -> "Shard":
         """The images of a shard in its order."""
-        names = [image.name for image in images]
         return cls(
-            "\0".join(names).encode("utf-8", "surrogateescape"),
+            "\0".join(image.name for image in images).encode("utf-8", "surrogateescape"),
             np.array([image.offset for image in images], np.int64),
             np.array([image.size for image in images], np.int64),
-            [name.partition("/")[0] if "/" in name else "" for name in names],
             [image.class_text for image in images],
         )
 
@@ -281,36 +234,27 @@ def pack_shards(root: Path, known: Mapping[str, Shard] | None = None) -> list[by
         read = pool.map(lambda name: (known or {}).get(name) or read_shard(root, name), names)
         bar = tqdm(read, f"indexing {root}", len(names), unit="shard", leave=False, disable=not shows_bars())
         shards = list(bar)
-    counts = [len(shard.offsets) for shard in shards]
-    if not sum(counts):
+    if not sum(len(shard.sizes) for shard in shards):
         raise UserFileNotFoundError(
             f"{root}: no images found in {len(names)} shards; expected members ending in "
             f"{' '.join(EXTENSIONS)}"
         )
-    packed = b"\0".join(shard.names for shard in shards if len(shard.offsets))
-    ends = np.flatnonzero(np.frombuffer(packed, np.uint8) == 0)
+    packed = b"\0".join(shard.names for shard in shards if len(shard.sizes))
+    folders = [name.rpartition(b"/")[0].partition(b"/")[0] for name in packed.split(b"\0")]
     classes, labels = _classes(
-        [folder for shard in shards for folder in shard.folders],
+        [folder.decode("utf-8", "surrogateescape") for folder in folders],
         [text for shard in shards for text in shard.classes],
     )
     return index_parts(
-        {
-            "root": os.path.realpath(root),  # for people
-            "num_loose": 0,
-            "fingerprint": hashlib.sha256(packed).hexdigest(),
-            "classes": classes,
-            "shards": names,
-        },
-        {
-            "names": np.frombuffer(packed, np.uint8),
-            "starts": np.concatenate([[0], ends + 1, [len(packed) + 1]]),
-            "class_starts": np.zeros(1, np.int64),
-            "folders": np.empty(0, np.uint8),
-            "states": np.array([(*state, 0) for state in states], np.uint64).ravel(),
+        root,
+        packed,
+        [(*state, 0) for state in states],
+        header={"classes": classes, "shards": names},
+        arrays={
             "offsets": np.concatenate([shard.offsets for shard in shards]),
             "sizes": np.concatenate([shard.sizes for shard in shards]),
             "labels": labels,
-            "firsts": np.cumsum([0, *counts[:-1]]),
+            "firsts": np.cumsum([0, *(len(shard.sizes) for shard in shards[:-1])]),
         },
     )
 
@@ -355,9 +299,8 @@ def _images(file: BinaryIO) -> Iterator[ImageOfShard]:
         # Beside x.jpg, x.seg.png is no image of its own; 12.30.jpg beside 12.31.jpg is.
         for name in [name for name in images if is_plain(name)] or images:
             text = members.get(f"{name.rpartition('.')[0]}.cls", members.get(f"{key}.cls"))
-            class_text = _class_text(file, text.offset, text.size) if text else None
+            class_text = None
+            if text:
+                said = os.pread(file.fileno(), min(text.size, LONGEST_CLASS), text.offset)
+                class_text = said.decode("utf-8", "replace").strip()
             yield ImageOfShard(*members[name], class_text)
-
-
-def _class_text(file: BinaryIO, offset: int, size: int) -> str:
-    return os.pread(file.fileno(), min(size, LONGEST_CLASS), offset).decode("utf-8", "replace").strip()

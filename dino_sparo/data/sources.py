@@ -17,7 +17,8 @@ from dino_sparo.data.imagenet import explain, recognise, training_folder
 from dino_sparo.data.index import FolderSource, open_index
 from dino_sparo.data.shards import ShardSource, holds_shards, open_shards
 from dino_sparo.data.tables import HUB, Split, TableSource, holds_tables, open_hub, open_tables
-from dino_sparo.data.torchvision_sets import NAMES, open_set
+from dino_sparo.data.torchvision_sets import NAMES, Part, open_set
+from dino_sparo.data.walk import list_folder
 from dino_sparo.errors import UnlabelledError, UserError, UserFileNotFoundError
 
 log = logging.getLogger("dino_sparo")
@@ -85,7 +86,7 @@ def open_folder(root: Path, split: Split = "train") -> OnDisk:
     if holds_shards(root):
         return open_shards(root)
     if holds_tables(root):
-        images = open_tables(root, split) or (open_tables(root, "train") if split == "val" else None)
+        images = open_tables(root, split) or open_tables(root, "train")
         if images is None:
             raise UserFileNotFoundError(
                 f"{root} holds parquet files, but none of train; expected train-*.parquet; download these too"
@@ -93,7 +94,9 @@ def open_folder(root: Path, split: Split = "train") -> OnDisk:
         return images
     index = open_index(root)
     if 0 < index.num_loose < len(index):
-        _warn_of_loose_images(root, index.name(0))
+        _warn(
+            f"{root} holds images ({index.name(0)}) beside folders of images; all are taken, without labels"
+        )
     return FolderSource.of_all(root, index)
 
 
@@ -105,24 +108,7 @@ def open_images(path: str, max_images: int | None = None, key: str = "data.path"
     Raises:
         UserFileNotFoundError: no such folder, or no image in it.
     """
-    source: ImageSource
-    if path == SHAPES:
-        source = shapes_source("train")
-    elif is_set(path):
-        source = open_set(path, "pretrain")
-    elif path.startswith(HUB):
-        source = open_hub_train(path)
-    else:
-        folder = _train_folder(path, key)
-        if folder == Path(path) and (folder / "val").is_dir():  # its images would be learnt from too
-            raise UserError(
-                f"{key} {path!r} has a val folder, but no train folder; expected train/<class>/<image>; "
-                f"move the images to train on into {folder / 'train'}"
-            )
-        try:
-            source = open_folder(folder)
-        except UserFileNotFoundError as error:  # the images may lie in tars
-            raise UserFileNotFoundError(_explained(path) or str(error)) from error
+    source = _open_named(path, "pretrain") or _open_train(path, key)
     if max_images is not None and max_images < len(source):
         source = source.subset(np.linspace(0, len(source) - 1, max_images).round().astype(np.int64))
     return source
@@ -130,26 +116,18 @@ def open_images(path: str, max_images: int | None = None, key: str = "data.path"
 
 def open_val(path: str) -> ImageSource | None:
     """The validation images of a folder, labelled by their own class folders or not at all; None without."""
-    if path == SHAPES:
-        return shapes_source("val")
-    if is_set(path):
-        return open_set(path, "test")
+    if named := _open_named(path, "test"):
+        return named
     if path.startswith(HUB):
         return open_hub(path, "val")
     root = Path(path)
     if holds_tables(root) or holds_tables(root / "train"):
         return open_tables(root, "val")
-    folder = root / "val" if holds_shards(root / "val") else _val_folder(root)
-    return open_folder(folder) if folder else None
-
-
-def _val_folder(root: Path) -> Path | None:
-    """Where the validation images of any layout lie as files in folders; None if they do not."""
-    try:
-        val = recognise(root).val
-    except UserFileNotFoundError:
-        return None
-    return val.path if val and val.is_readable and val.path != root else None
+    if holds_shards(root / "val"):
+        return open_shards(root / "val")
+    layout = recognise(root)
+    val = layout.val if layout else None
+    return open_folder(val.path) if val and val.is_readable and val.path != root else None
 
 
 def open_labelled(path: str, key: str = "data.path") -> tuple[ImageSource, ImageSource]:
@@ -162,19 +140,16 @@ def open_labelled(path: str, key: str = "data.path") -> tuple[ImageSource, Image
         UserFileNotFoundError: no such folder, or no image in it.
         UserError: images are not in class folders, or val has a class that train lacks.
     """
-    if path == SHAPES:
-        return shapes_source("train"), shapes_source("val")
-    if is_set(path):
-        return open_set(path, "train"), open_set(path, "test")
+    if (named := _open_named(path, "train")) and (test := _open_named(path, "test")):
+        return named, test
     train: OnDisk
     if path.startswith(HUB):
-        train = open_hub_train(path)
+        train = _open_hub_train(path)
     else:
-        train_folder = _train_folder(path, key)
-        explained = _explained(path)
-        if explained:
+        folder = _train_folder(path, key)
+        if explained := _explained(path):
             raise UnlabelledError(explained)
-        train = open_folder(train_folder)
+        train = open_folder(folder)
     if train.labels is None:
         raise unlabelled(
             train,
@@ -196,14 +171,6 @@ def open_labelled(path: str, key: str = "data.path") -> tuple[ImageSource, Image
     return train, replace(val, classes=train.classes, class_numbers=to_train)
 
 
-def open_hub_train(path: str) -> TableSource:
-    """The training images of a set of the hub. Raises UserError: it has none."""
-    train = open_hub(path, "train")
-    if train is None:
-        raise UserError(f"{path} has no split named train; name another set or configuration")
-    return train
-
-
 def hold_out(source: ImageSource) -> tuple[ImageSource, ImageSource]:
     """The images to learn from, and every fifth, to test on."""
     held_out = np.arange(len(source)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
@@ -212,9 +179,82 @@ def hold_out(source: ImageSource) -> tuple[ImageSource, ImageSource]:
 
 def is_set(path: str) -> bool:
     """Whether a path is the name of a set that torchvision downloads; a folder of that name goes first."""
-    if path in NAMES and os.path.lexists(path):
-        _warn_of_name(path)
-    return path in NAMES and not os.path.lexists(path)
+    if path not in NAMES or not os.path.lexists(path):
+        return path in NAMES
+    _warn(f"the folder {path} here is taken, not the set of this name that torchvision downloads")
+    return False
+
+
+def unlabelled(source: OnDisk, remedy: str = "") -> UnlabelledError:
+    """The error about images whose classes are needed and unknown."""
+    if isinstance(source, TableSource):
+        return UnlabelledError(
+            f"{source.root}: the tables do not tell the class of every image; expected a column label "
+            f"or labels of integers from 0, or one column of the hub's type ClassLabel"
+        )
+    if isinstance(source, ShardSource):
+        return UnlabelledError(
+            f"{source.root}: not every image of these shards has a class; expected KEY.cls beside "
+            f"each image, as `dino-sparo shard` writes it for images in class folders"
+        )
+    return UnlabelledError(
+        f"{source.root}: the images are not in class folders; expected {source.root}/<class>/<image>{remedy}"
+    )
+
+
+def per_class(source: ImageSource, images_per_class: int) -> ImageSource:
+    """At most so many images of every class, evenly spread over the class."""
+    labels = source.labels
+    assert labels is not None
+    by_class = np.argsort(labels, kind="stable")
+    firsts = np.searchsorted(labels[by_class], np.arange(1, len(source.classes)))
+    chosen = []
+    for members in np.split(by_class, firsts):
+        spread = np.linspace(0, len(members) - 1, min(images_per_class, len(members)))
+        chosen.append(members[spread.round().astype(np.int64)])
+    return source.subset(np.sort(np.concatenate(chosen)))
+
+
+def _open_named(path: str, part: Part) -> ImageSource | None:
+    """A part of the generated pictures or of a set that torchvision downloads; None if a path is none."""
+    if path == SHAPES:
+        return shapes_source("val" if part == "test" else "train")
+    return open_set(path, part) if is_set(path) else None
+
+
+def _open_train(path: str, key: str) -> OnDisk:
+    """The images to pretrain on, of the hub or on disk."""
+    if path.startswith(HUB):
+        return _open_hub_train(path)
+    folder = _train_folder(path, key)
+    if folder == Path(path) and (folder / "val").is_dir():  # its images would be learnt from too
+        raise UserError(
+            f"{key} {path!r} has a val folder, but no train folder; expected train/<class>/<image>; "
+            f"move the images to train on into {folder / 'train'}"
+        )
+    try:
+        return open_folder(folder)
+    except UserFileNotFoundError as error:  # the images may lie in tars
+        raise UserFileNotFoundError(_explained(path) or str(error)) from error
+
+
+def _open_hub_train(path: str) -> TableSource:
+    train = open_hub(path, "train")
+    if train is None:
+        raise UserError(f"{path} has no split named train; name another set or configuration")
+    return train
+
+
+def _train_folder(path: str, key: str) -> Path:
+    root = Path(path)
+    if not root.exists():
+        raise UserFileNotFoundError(
+            f"{key} {path!r} does not exist; give an existing folder of images, or a name: "
+            f"{', '.join((SHAPES, *NAMES))}"
+        )
+    if not root.is_dir():
+        raise UserFileNotFoundError(f"{key} {path!r} is a file; give the folder that holds the images")
+    return root / "train" if (root / "train").is_dir() else training_folder(root) or root
 
 
 def _labelled_val(path: str, train: OnDisk) -> OnDisk | None:
@@ -238,71 +278,21 @@ def _labelled_val(path: str, train: OnDisk) -> OnDisk | None:
     return val
 
 
-def unlabelled(source: OnDisk, remedy: str = "") -> UnlabelledError:
-    """The error about images whose classes are needed and unknown."""
-    if isinstance(source, TableSource):
-        return UnlabelledError(
-            f"{source.root}: the tables do not tell the class of every image; expected a column label "
-            f"or labels of integers from 0, or one column of the hub's type ClassLabel"
-        )
-    if isinstance(source, ShardSource):
-        return UnlabelledError(
-            f"{source.root}: not every image of these shards has a class; expected KEY.cls beside "
-            f"each image, as `dino-sparo shard` writes it for images in class folders"
-        )
-    return UnlabelledError(
-        f"{source.root}: the images are not in class folders; expected {source.root}/<class>/<image>{remedy}"
-    )
+def _explained(path: str) -> str:
+    """What to do about a layout of ImageNet that is not usable as it is; empty if there is nothing to say."""
+    layout = recognise(Path(path))
+    return explain(layout) if layout else ""
 
 
 def _warn_of_empty_classes(source: OnDisk) -> None:
     """A class folder without an image is no class; it may have been meant to be one."""
     if isinstance(source, TableSource):
         return
-    folders = sorted(entry.name for entry in os.scandir(source.root) if entry.is_dir())
-    empty = [name for name in folders if name not in source.classes and not name.startswith(".")]
+    empty = sorted(set(list_folder(source.root)[0]) - set(source.classes))
     if empty:
         log.warning("WARNING: %s: %d class folders have no image (%s ...)", source.root, len(empty), empty[0])
 
 
-def per_class(source: ImageSource, images_per_class: int) -> ImageSource:
-    """At most so many images of every class, evenly spread over the class."""
-    labels = source.labels
-    assert labels is not None
-    by_class = np.argsort(labels, kind="stable")
-    firsts = np.searchsorted(labels[by_class], np.arange(1, len(source.classes)))
-    chosen = []
-    for members in np.split(by_class, firsts):
-        spread = np.linspace(0, len(members) - 1, min(images_per_class, len(members)))
-        chosen.append(members[spread.round().astype(np.int64)])
-    return source.subset(np.sort(np.concatenate(chosen)))
-
-
-def _train_folder(path: str, key: str) -> Path:
-    root = Path(path)
-    if not root.exists():
-        raise UserFileNotFoundError(
-            f"{key} {path!r} does not exist; give an existing folder of images, or a name: "
-            f"{', '.join((SHAPES, *NAMES))}"
-        )
-    if not root.is_dir():
-        raise UserFileNotFoundError(f"{key} {path!r} is a file; give the folder that holds the images")
-    return root / "train" if (root / "train").is_dir() else training_folder(root) or root
-
-
-def _explained(path: str) -> str:
-    """What to do about a layout of ImageNet that is not usable as it is; empty if there is nothing to say."""
-    try:
-        return explain(recognise(Path(path)))
-    except UserFileNotFoundError:
-        return ""
-
-
-@cache
-def _warn_of_name(path: str) -> None:
-    log.warning("the folder %s here is taken, not the set of this name that torchvision downloads", path)
-
-
-@cache  # said once a process and folder, however often that is opened
-def _warn_of_loose_images(root: Path, example: str) -> None:
-    log.warning("%s holds images (%s) beside folders of images; all are taken, without labels", root, example)
+@cache  # said once a process, however often a folder is opened
+def _warn(text: str) -> None:
+    log.warning(text)

@@ -6,7 +6,6 @@ Hugging Face's library `datasets` keeps an Arrow copy of them, in which the byte
 the other, so that they are read by offset as those in shards: as quick in a random order as in sequence.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -16,28 +15,16 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from dino_sparo.data.arrow import (
-    Columns,
-    Rows,
-    check_readable,
-    image_places,
-    import_arrow,
-    import_datasets,
-    read_arrow,
-    read_parquet,
-)
-from dino_sparo.data.imagenet import is_image
+from dino_sparo.data.arrow import Columns, Rows, first_line, import_datasets, read_arrow, read_footer
 from dino_sparo.data.index import cached_index, index_parts
-from dino_sparo.data.shards import ShardIndex, ShardSource, states_of
-from dino_sparo.data.walk import THREADS
+from dino_sparo.data.shards import ShardIndex, ShardSource, has_states, states_of
+from dino_sparo.data.walk import PROBED_ENTRIES, THREADS, is_image, list_folder
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.terminal import shows_bars
 
@@ -51,19 +38,13 @@ WORDS: dict[Split, tuple[str, ...]] = HUB_WORDS | {"val": (*HUB_WORDS["val"], "t
 NAMED = re.compile(r"(train|validation|valid|val|test)([-_.].*)?\.parquet")
 OF_TOTAL = re.compile(r"-of-(\d+)\b")  # how many files of a split there are
 FOLDERS = ("", "data/")  # where the hub keeps them
-SAVED, SAVED_INFO, SAVED_SPLITS = (
-    "state.json",
-    "dataset_info.json",
-    "dataset_dict.json",
-)  # what save_to_disk writes
-PROBED_ENTRIES = 64  # a folder of a million images is not listed to see that it has no parquet files
+SAVED, SAVED_INFO, SAVED_SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"  # of save_to_disk
 
 
 class TableIndex(ShardIndex):
     """Names, classes and places of the images of a split; the Arrow files of the copy are its shards."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
-        """Map `file`, an intact index of tables that lies at `path`."""
         super().__init__(path, file)
         self.files: list[str] = self.header["files"]
         self.commit: str = self.header["commit"]
@@ -76,14 +57,17 @@ class TableIndex(ShardIndex):
 
     def is_current(self, root: Path) -> bool:
         """Whether files and copy are those that were indexed, by name, size and time."""
-        files, split = self.header["files"], self.header["split"]
-        if self.header["kind"] == "parquet":
+        split, kind = self.header["split"], self.header["kind"]
+        if kind == "parquet":
             states = self.arrays["file_states"].reshape(-1, 2).tolist()
-            if list_parquet(root, split) != files or list(map(list, states_of(root, files))) != states:
+            if (
+                list_parquet(root, split) != self.files
+                or list(map(list, states_of(root, self.files))) != states
+            ):
                 return False
-        elif self.header["kind"] == "saved" and _saved_files(root, split) != self.shards:
+        elif kind == "saved" and _saved_files(root, split) != self.shards:
             return False
-        return list(map(list, states_of(root, self.shards))) == self.states[:, :2].tolist()
+        return has_states(root, self.shards, self.states[:, :2])
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +83,7 @@ def holds_tables(root: Path) -> bool:
     if (root / SAVED_SPLITS).is_file() or all((root / name).is_file() for name in (SAVED, SAVED_INFO)):
         return True
     for folder in FOLDERS:
-        names, below = _entries(root / folder, PROBED_ENTRIES)
+        below, names = list_folder(root / folder, PROBED_ENTRIES)
         if any(map(NAMED.fullmatch, names)):
             return True
         if any(map(_is_parquet, names)) and not below and not any(map(is_image, names)):
@@ -122,7 +106,6 @@ def open_tables(root: Path, split: Split) -> TableSource | None:
         make = partial(_pack_parquet, root, split)
     else:
         return None
-    import_arrow()
     return TableSource.of_all(root, cached_index(TableIndex, root, f".{split}.arrow", make))
 
 
@@ -140,8 +123,7 @@ def open_hub(path: str, split: Split) -> TableSource | None:
         raise UserError(
             f"data.path {path!r} is no set of the hub; expected hub:OWNER/NAME[:CONFIG][@REVISION]"
         )
-    datasets = import_datasets()
-    key = Path(datasets.config.HF_DATASETS_CACHE).absolute() / path
+    key = Path(import_datasets().config.HF_DATASETS_CACHE).absolute() / path
     try:
         make = partial(_pack_hub, path, split, **match.groupdict())
         index = cached_index(TableIndex, key, f".{split}.arrow", make)
@@ -164,16 +146,16 @@ def list_parquet(root: Path, split: Split) -> list[str]:
     """Parquet files of a split, relative to the folder and in order; files without a split in
     their names or that of their folder are train's."""
     for folder in FOLDERS:
-        names = [name for name in _entries(root / folder, None)[0] if _is_parquet(name)]
+        names = sorted(filter(_is_parquet, list_folder(root / folder)[1]))
         named = {name: match[1] for name in names if (match := NAMED.fullmatch(name))}
-        for word in WORDS[split] if named else ():
-            if found := sorted(name for name in named if named[name] == word):
-                return [folder + name for name in found]
+        for word in WORDS[split]:
+            if found := [folder + name for name in named if named[name] == word]:
+                return found
         if names:
-            return sorted(folder + name for name in names) if split == "train" and not named else []
+            return [folder + name for name in names] if split == "train" and not named else []
     for word in WORDS[split]:  # as the hub converts sets itself: train/0000.parquet
-        if names := [name for name in _entries(root / word, None)[0] if _is_parquet(name)]:
-            return sorted(f"{word}/{name}" for name in names)
+        if names := sorted(filter(_is_parquet, list_folder(root / word)[1])):
+            return [f"{word}/{name}" for name in names]
     return []
 
 
@@ -193,22 +175,8 @@ def _saved_files(root: Path, split: Split) -> list[str]:
     return []
 
 
-def _entries(folder: Path, limit: int | None) -> tuple[list[str], list[str]]:
-    """Names of files and of folders in a folder, hidden ones left out; none if it cannot be listed."""
-    files: list[str] = []
-    folders: list[str] = []
-    try:
-        with os.scandir(folder) as scan:
-            for entry in islice(scan, limit):
-                if not entry.name.startswith("."):
-                    (folders if entry.is_dir() else files).append(entry.name)
-    except OSError:  # who opens the folder will say so
-        pass
-    return files, folders
-
-
 def _is_parquet(name: str) -> bool:
-    return name.endswith(".parquet") and not name.startswith(".")
+    return name.endswith(".parquet")
 
 
 # --- What the index of a split is made of
@@ -221,44 +189,45 @@ class _NoSplitError(Exception):
 def _pack_parquet(root: Path, split: Split) -> list[bytes]:
     """The parts of an index file of the parquet files of a split, once their copy is made."""
     files = list_parquet(root, split)
+    paths = [root / name for name in files]
     _check_complete(root, files)
+    datasets = import_datasets()
     states = states_of(root, files)  # before they are read: a change after that is seen the next time
     with ThreadPoolExecutor(THREADS) as pool:
-        read = pool.map(lambda name: read_parquet(root / name), files)
-        bar = tqdm(read, f"indexing {root}", len(files), unit="file", leave=False, disable=not shows_bars())
-        tables = list(bar)
-    columns = tables[0].columns
-    for name, table in zip(files, tables, strict=True):
-        if table.columns != columns:
+        footers = list(pool.map(read_footer, paths))
+    columns = footers[0].columns
+    for name, footer in zip(files, footers, strict=True):
+        if footer.columns != columns:
             raise UserError(
-                f"{root / name} has {_differences(table.columns, columns)} than {files[0]}; all files of a "
-                f"set need the same columns and classes; keep those of another set in a folder of their own"
+                f"{root / name} (columns {footer.columns.image!r} and {footer.columns.label!r}) has other "
+                f"columns or names of classes than {files[0]} (columns {columns.image!r} and "
+                f"{columns.label!r}); keep those of another set in a folder of their own"
             )
-    if not sum(len(table.paths) for table in tables):
-        raise UserFileNotFoundError(
-            f"{root}: no images found in {len(files)} parquet files; download them again"
-        )
-    datasets = import_datasets()
+    counts = [footer.num_rows for footer in footers]
+    if not sum(counts):
+        raise _nothing_in(root)
+    features = {columns.image: datasets.Image(decode=False)}
+    if columns.label:
+        features[columns.label] = datasets.Value("int64")
     builder = datasets.load_dataset_builder(
         "parquet",
-        data_files={split: [str((root / name).absolute()) for name in files]},
-        columns=[columns.image],
-        features=datasets.Features({columns.image: datasets.Image(decode=False)}),
+        data_files={split: [str(path.absolute()) for path in paths]},
+        columns=list(features),
+        features=datasets.Features(features),
     )
     try:
-        arrow = _prepared(builder, split, str(root), sum(table.num_bytes for table in tables))
-    except UserError as error:
-        for name in files:
-            check_readable(root / name, columns.image, error)
+        arrow = _prepared(builder, split, str(root), sum(footer.num_bytes for footer in footers))
+    except UserError:
+        for path in paths:  # a damaged one is named
+            read_footer(path, all_of=list(features))
         raise
-    return _parts(root, split, "parquet", tables, files, arrow, states)
+    return _parts(root, split, "parquet", files, arrow, columns, counts, states)
 
 
 def _pack_saved(root: Path, split: Split) -> list[bytes]:
     """The parts of an index file of what `save_to_disk` has written; no copy is made."""
     files = _saved_files(root, split)
-    where = os.path.dirname(files[0])
-    return _parts(root, split, "saved", [read_arrow(root, files)], [where], files)
+    return _parts(root, split, "saved", [os.path.dirname(files[0])], files)
 
 
 def _pack_hub(
@@ -277,7 +246,7 @@ def _pack_hub(
         if word is None:
             raise _NoSplitError
         urls = [str(url) for url in found[word]]
-        if not all(_is_parquet(os.path.basename(url)) for url in urls):
+        if not all(map(_is_parquet, urls)):
             raise UserError(
                 f"{path}: the repository does not hold parquet files; the hub's own conversion may be there: "
                 f"{HUB}{repository}@refs/convert/parquet"
@@ -289,12 +258,11 @@ def _pack_hub(
     except (UserError, _NoSplitError):
         raise
     except Exception as error:  # of several libraries for the network
-        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
         raise UserError(
-            f"{path} cannot be had from the hub ({reason}); check the name, or fetch it where there is a "
-            f"network and copy the folders HF_HOME and DINO_SPARO_CACHE"
+            f"{path} cannot be had from the hub ({first_line(error)}); check the name, or fetch it where "
+            f"there is a network and copy the folders HF_HOME and DINO_SPARO_CACHE"
         ) from error
-    return _parts(Path(path), split, "hub", [read_arrow(Path(), arrow)], [split], arrow, commit=commit)
+    return _parts(Path(path), split, "hub", [split], arrow, commit=commit)
 
 
 def _prepared(builder: Any, split: str, what: str, num_bytes: int | None) -> list[str]:
@@ -318,7 +286,7 @@ def _prepared(builder: Any, split: str, what: str, num_bytes: int | None) -> lis
         return [file["filename"] for file in builder.as_dataset(split=split).cache_files]
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error  # a DatasetGenerationError says nothing itself
-        reason = getattr(cause, "strerror", None) or str(cause).partition("\n")[0].rstrip(".")
+        reason = getattr(cause, "strerror", None) or first_line(cause)
         raise UserError(
             f"{what}: the copy in {builder.cache_dir} cannot be made ({reason}); make room, or let "
             f"HF_DATASETS_CACHE name a folder that can be written"
@@ -329,52 +297,50 @@ def _parts(
     root: Path,
     split: Split,
     kind: Literal["parquet", "saved", "hub"],
-    tables: list[Rows],
     files: list[str],
     arrow: list[str],
+    columns: Columns | None = None,
+    counts: Sequence[int] = (),
     file_states: Sequence[tuple[int, int]] = (),
     commit: str = "",
 ) -> list[bytes]:
-    """The parts of an index file: images named by the rows of `files`, which lie in the files of `arrow`."""
-    columns = tables[0].columns
-    counts = [len(table.paths) for table in tables]
-    if not sum(counts):
-        raise UserFileNotFoundError(f"{root}: no images found in its tables; download them again")
+    """The parts of an index file of the images in the files of `arrow`, below `root` unless absolute.
+
+    Their names in messages are the rows of `files`, of which each has so many; of one file all.
+    """
+    states = states_of(root, arrow)
+    tables: list[Rows] = []
+    for name in arrow:
+        tables.append(read_arrow(root / name, columns or (tables[0].columns if tables else None)))
+    columns = columns or tables[0].columns
+    counts = counts or [sum(len(table.paths) for table in tables)]
+    paths = [path for table in tables for path in table.paths]
+    if not paths:
+        raise _nothing_in(root)
+    if len(paths) != sum(counts):
+        raise UserError(f"{root} has changed while it was indexed; start again")
     labels = [table.labels for table in tables if table.labels is not None]
     numbers = np.concatenate(labels) if len(labels) == len(tables) else None
     classes, numbers = _classes(root, columns.classes, numbers)
-    packed = b"\0".join(_names(files, tables, classes, numbers))
-    ends = np.flatnonzero(np.frombuffer(packed, np.uint8) == 0)
-    states = states_of(root, arrow)
-    places = [image_places(root / name, columns.image) for name in arrow]
-    if sum(len(sizes) for _, sizes in places) != len(ends) + 1:
-        raise UserError(f"{root} has changed while it was indexed; start again")
+    header = {"classes": classes, "shards": arrow, "files": files, "split": split, "kind": kind}
     return index_parts(
-        {
-            "root": os.path.realpath(root),  # for people
-            "num_loose": 0,
-            "fingerprint": hashlib.sha256(packed).hexdigest(),
-            "classes": classes,
-            "shards": arrow,
-            "files": files,
-            "split": split,
-            "kind": kind,
-            "commit": commit,
-        },
-        {
-            "names": np.frombuffer(packed, np.uint8),
-            "starts": np.concatenate([[0], ends + 1, [len(packed) + 1]]),
-            "class_starts": np.zeros(1, np.int64),
-            "folders": np.empty(0, np.uint8),
-            "states": np.array([(*state, 0) for state in states], np.uint64).ravel(),
+        root,
+        b"\0".join(_names(files, counts, paths, classes, numbers)),
+        [(*state, 0) for state in states],
+        header=header | {"commit": commit},
+        arrays={
             "labels": np.empty(0, np.int32) if numbers is None else numbers.astype(np.int32),
-            "firsts": np.cumsum([0, *(len(sizes) for _, sizes in places[:-1])]),
-            "offsets": np.concatenate([offsets for offsets, _ in places]),
-            "sizes": np.concatenate([sizes for _, sizes in places]),
+            "firsts": np.cumsum([0, *(len(table.sizes) for table in tables[:-1])]),
+            "offsets": np.concatenate([table.offsets for table in tables]),
+            "sizes": np.concatenate([table.sizes for table in tables]),
             "file_firsts": np.cumsum([0, *counts[:-1]]),
             "file_states": np.array(file_states, np.uint64).ravel(),
         },
     )
+
+
+def _nothing_in(root: Path) -> UserFileNotFoundError:
+    return UserFileNotFoundError(f"{root}: no images found in its tables; download them again")
 
 
 def _check_complete(root: Path, files: Sequence[str]) -> None:
@@ -385,13 +351,6 @@ def _check_complete(root: Path, files: Sequence[str]) -> None:
             f"{root} holds {len(files)} of {' or '.join(map(str, sorted(totals)))} parquet files, such as "
             f"{files[0]}; download the others, or remove -of- and what follows from the names to take these"
         )
-
-
-def _differences(columns: Columns, first: Columns) -> str:
-    """What differs between two files, for a message."""
-    if columns.image != first.image or columns.label != first.label:
-        return f"columns {columns.image!r} and {columns.label!r}, others"
-    return "other names of the classes" if columns.classes != first.classes else "images with other fields"
 
 
 def _classes(
@@ -416,7 +375,11 @@ def _classes(
 
 
 def _names(
-    files: list[str], tables: list[Rows], classes: list[str], numbers: NDArray[np.int64] | None
+    files: list[str],
+    counts: Sequence[int],
+    paths: list[str | None],
+    classes: list[str],
+    numbers: NDArray[np.int64] | None,
 ) -> Iterator[bytes]:
     """For each image its path in the class folders that the files may have been made of: `<class>/<file>`.
 
@@ -424,11 +387,13 @@ def _names(
     decoding looks at the content.
     """
     folders = [name.replace("/", "_") for name in classes]
-    labels = None if numbers is None else iter(numbers.tolist())
-    for file, table in zip(files, tables, strict=True):
-        stem = Path(file).stem or "row"
-        for row, path in enumerate(table.paths):
-            name = (path or "").rpartition("/")[2].lstrip(".").replace("\0", "") or f"{stem}-{row:06d}"
-            name = name if is_image(name) else f"{name}.png"
-            name = name if labels is None else f"{folders[next(labels)]}/{name}"
-            yield name.encode("utf-8", "surrogateescape")
+    rows = (
+        (Path(file).stem or "row", row)
+        for file, count in zip(files, counts, strict=True)
+        for row in range(count)
+    )
+    for image, (path, (stem, row)) in enumerate(zip(paths, rows, strict=True)):
+        name = (path or "").rpartition("/")[2].lstrip(".").replace("\0", "") or f"{stem}-{row:06d}"
+        name = name if is_image(name) else f"{name}.png"
+        name = name if numbers is None else f"{folders[numbers[image]]}/{name}"
+        yield name.encode("utf-8", "surrogateescape")

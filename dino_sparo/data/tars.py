@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, BinaryIO, NamedTuple
 
-from dino_sparo.data.imagenet import is_image
+from dino_sparo.data.walk import is_image
 from dino_sparo.errors import UserError
 from dino_sparo.files import named
 

@@ -10,7 +10,7 @@ from errno import EACCES, EDQUOT, ENOSPC, EPERM, EROFS
 from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -27,18 +27,10 @@ log = logging.getLogger("dino_sparo")
 ROOM = {"cifar10": 0.4, "stl10": 5.8}  # GB, archive and files
 NAMES = tuple(ROOM)
 STALLED_SECONDS = 60.0  # without a byte from the network
+NO_LABEL = -1
 STL10_SHAPE = (3, 96, 96)  # of an image in its files: channels, columns, rows
 
 Part = Literal["pretrain", "train", "test"]
-
-
-class _Opened(NamedTuple):
-    """A set as it lies in memory or in mapped files: arrays (n, height, width, 3) of train, of the images
-    without labels, of test; labels of train and of test; names of the classes."""
-
-    images: list[NDArray[np.uint8]]
-    labels: dict[str, NDArray[np.int64]]
-    classes: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +51,7 @@ class ArraySource:
 
     def load(self, index: int, max_side: int | None = None) -> Image.Image:
         number = int(self.indices[index])
-        for images in _opened(self.set_name, self.folder).images:
+        for images in _opened(self.set_name, self.folder)[0]:
             if number < len(images):
                 break
             number -= len(images)
@@ -89,22 +81,18 @@ def open_set(name: str, part: Part) -> ArraySource:
     Raises:
         UserError: it cannot be downloaded or kept, or what is kept is damaged.
     """
-    folder = _place(name)
+    folder = cache_folder() / "torchvision" / _torchvision(name).base_folder
     try:
         if not folder.is_dir():
             folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with FileLock(folder.with_name(f"{folder.name}.lock")):
                 if not folder.is_dir():  # another process has had the lock
                     _download(name, folder)
-    except NotImplementedError as error:  # of filelock
+    except (OSError, NotImplementedError) as error:  # filelock's, where the file system has no locks
         raise UserError(
-            f"{folder.parent}: the file system has no locks, so that two processes could download {name} at "
-            f"once; set DINO_SPARO_CACHE to a folder elsewhere"
-        ) from error
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or folder.parent}: {name} cannot be kept there ({error.strerror or error}); "
-            f"set DINO_SPARO_CACHE to a folder that can be written and has {ROOM[name]} GB free"
+            f"{getattr(error, 'filename', None) or folder.parent}: {name} cannot be kept there "
+            f"({getattr(error, 'strerror', None) or error}); set DINO_SPARO_CACHE to a folder that can be "
+            f"written, has locks and {ROOM[name]} GB free"
         ) from error
     try:
         images, labels, classes = _opened(name, folder)
@@ -114,16 +102,11 @@ def open_set(name: str, part: Part) -> ArraySource:
             f"{folder}: what was kept of {name} is damaged ({reason}); remove this folder, and the same "
             f"command downloads it again"
         ) from error
-    total, num_train, num_test = sum(map(len, images)), len(labels["train"]), len(labels["test"])
-    first, end = {
-        "pretrain": (0, total - num_test),
-        "train": (0, num_train),
-        "test": (total - num_test, total),
-    }[part]
-    known = labels["test" if part == "test" else "train"]
-    return ArraySource(
-        name, folder, np.arange(first, end), known if len(known) == end - first else None, classes
-    )
+    num_train, num_unlabelled, _ = map(len, images)
+    ends = {"pretrain": num_train + num_unlabelled, "train": num_train, "test": len(labels)}
+    indices = np.arange(num_train + num_unlabelled if part == "test" else 0, ends[part])
+    known = labels[indices]
+    return ArraySource(name, folder, indices, None if (known == NO_LABEL).any() else known, classes)
 
 
 def _torchvision(name: str) -> Any:
@@ -131,11 +114,6 @@ def _torchvision(name: str) -> Any:
     from torchvision.datasets import CIFAR10, STL10
 
     return {"cifar10": CIFAR10, "stl10": STL10}[name]
-
-
-def _place(name: str) -> Path:
-    """The folder that torchvision unpacks a set into."""
-    return cache_folder() / "torchvision" / _torchvision(name).base_folder
 
 
 def _download(name: str, folder: Path) -> None:
@@ -167,21 +145,20 @@ def _download(name: str, folder: Path) -> None:
 
 
 @lru_cache
-def _opened(name: str, folder: Path) -> _Opened:
-    """A set that torchvision has unpacked."""
+def _opened(name: str, folder: Path) -> tuple[list[NDArray[np.uint8]], NDArray[np.int64], tuple[str, ...]]:
+    """A set that torchvision has unpacked, in memory or mapped: images (n, height, width, 3) of train, those
+    without labels, and of test; labels of them all; names of the classes."""
     if name == "cifar10":
         train, test = (_torchvision(name)(folder.parent, train=is_train) for is_train in (True, False))
-        targets = {"train": np.array(train.targets, np.int64), "test": np.array(test.targets, np.int64)}
-        return _Opened([train.data, test.data], targets, tuple(train.classes))
+        labels = np.array([*train.targets, *test.targets], np.int64)
+        return [train.data, train.data[:0], test.data], labels, tuple(train.classes)
     # Mapped, since torchvision would take 6 GB of memory for the images without labels.
     images = [
         np.memmap(folder / f"{part}_X.bin", np.uint8, "r").reshape(-1, *STL10_SHAPE).transpose(0, 3, 2, 1)
         for part in ("train", "unlabeled", "test")
     ]
-    labels = {
-        part: np.fromfile(folder / f"{part}_y.bin", np.uint8).astype(np.int64) - 1  # from 0
-        for part in ("train", "test")
-    }
-    if (len(images[0]), len(images[2])) != (len(labels["train"]), len(labels["test"])):
+    of_train, of_test = (np.fromfile(folder / f"{part}_y.bin", np.uint8) for part in ("train", "test"))
+    if (len(of_train), len(of_test)) != (len(images[0]), len(images[2])):
         raise ValueError("its parts do not fit together")
-    return _Opened(images, labels, tuple((folder / "class_names.txt").read_text().splitlines()))
+    labels = np.concatenate([of_train, np.zeros(len(images[1]), np.uint8), of_test]).astype(np.int64)
+    return images, labels - 1, tuple((folder / "class_names.txt").read_text().splitlines())

@@ -81,7 +81,7 @@ def _read_list(path: Path) -> dict[str, Label]:
             continue
         if is_kaggle:  # a class and four numbers for every box; the first box says the class
             image, _, boxes = line.partition(",")
-            name = boxes.partition(" ")[0].strip()
+            name = boxes.partition(" ")[0]
         else:
             separator = next((sign for sign in (",", "\t") if sign in line), None)
             image, name = (*line.rsplit(separator, 1), "")[:2]
@@ -107,25 +107,25 @@ def _read_devkit(path: Path) -> dict[str, Label]:
     validation image i."""
     try:
         if path.is_dir():
-            truth, meta = (path / GROUND_TRUTH).read_bytes(), (path / META).read_bytes()
+            files = {name: (path / name).read_bytes() for name in (GROUND_TRUTH, META)}
         else:
             whole = gzip.decompress(path.read_bytes())  # 2.5 MB, and by this its checksum is compared
             with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
                 files = {
-                    name: tar.extractfile(member)
+                    name: tar.extractfile(member).read()  # type: ignore[union-attr]
                     for member in tar
                     for name in (GROUND_TRUTH, META)
                     if member.isfile() and f"/{member.name}".endswith(f"/{name}")
                 }
-                truth, meta = (files[name].read() for name in (GROUND_TRUTH, META))  # type: ignore[union-attr]
+        classes = _devkit_classes(files[META], path / META)
+        truth = files[GROUND_TRUTH].decode("ascii", "replace")
     except (OSError, EOFError, KeyError, tarfile.TarError, zlib.error) as error:
         raise UserError(
             f"{path}: no readable devkit ({error}); expected {GROUND_TRUTH} and {META} in it, "
             f"download {DEVKIT}.tar.gz again or give other labels by --labels"
         ) from error
-    classes = _devkit_classes(meta, path / META)
     known = {}
-    for number, line in enumerate(truth.decode("ascii", "replace").splitlines(), 1):
+    for number, line in enumerate(truth.splitlines(), 1):
         if not line.strip().isdecimal() or int(line) not in classes:
             raise UserError(
                 f"{path / GROUND_TRUTH} line {number}: {line!r} is no class; expected an ILSVRC2012_ID of "
@@ -149,10 +149,10 @@ def _devkit_classes(meta: bytes, path: Path) -> dict[int, str]:
         keys = (synsets["ILSVRC2012_ID"], synsets["WNID"], synsets["num_children"])
         rows = zip(*keys, strict=True)
         classes = {int(number): str(wnid) for number, wnid, num_children in rows if num_children == 0}
+        if not classes or not all(map(_can_be_folder, classes.values())):
+            raise ValueError("it names no classes")
     except Exception as error:  # scipy raises anything on a damaged file
         raise UserError(
             f"{path} is no meta.mat of the devkit ({error}); download {DEVKIT}.tar.gz again"
         ) from error
-    if not classes or not all(_can_be_folder(name) for name in classes.values()):
-        raise UserError(f"{path} names no classes; download {DEVKIT}.tar.gz again")
     return classes

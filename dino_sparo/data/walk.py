@@ -2,11 +2,11 @@
 
 import logging
 import os
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
@@ -17,9 +17,9 @@ from dino_sparo.terminal import shows_bars
 log = logging.getLogger("dino_sparo")
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+PROBED_ENTRIES = 64  # a folder of a million images is not listed to see what it holds
 THREADS = 8  # a network file system answers many questions in the time of one
 FOLDERS_AT_ONCE = 8 * THREADS  # so few that an interrupted walk ends soon
-IMAGES_A_REPORT = 10_000
 SLOW_SECONDS = 5.0  # a walk that takes longer says how far it is
 
 # A folder when it was read: inode, last change of the content and last change of any kind in ns.
@@ -28,6 +28,9 @@ NO_FOLDER: State = (0, 0, 0)
 DISTRUSTED: State = (0, 0, 1)  # no folder's
 # Two changes within one tick of a file system's clock leave the same time; the coarsest tick in use is 2 s.
 CLOCK_TICK_NS = 2 * 10**9
+
+# A folder still to be read: its path from the root as `Folder.below`, device and inode of those above it.
+Unread = tuple[str, tuple[tuple[int, int], ...]]
 
 
 @dataclass(frozen=True)
@@ -40,88 +43,95 @@ class Folder:
     num_images: int = 0
     names: bytes = b""
 
-
-@dataclass(frozen=True)
-class _Unread:
-    """A folder still to be read, with device and inode of those above it."""
-
-    below: str
-    ancestors: tuple[tuple[int, int], ...] = ()
+    @property
+    def top(self) -> str:
+        """The folder below the root that it lies in, or is; empty for the root."""
+        return self.below.partition("/")[0]
 
 
-class _Progress:
-    """How far a walk is: a bar on a terminal, else a line in the log now and then."""
+def is_image(name: str) -> bool:
+    """Whether a file of this name is taken for an image."""
+    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.num_images, self.started, self.next_line = 0, time.monotonic(), SLOW_SECONDS
-        self.lock = threading.Lock()
-        self.bar = tqdm(
-            desc=f"indexing {root}",
-            unit=" images",
-            bar_format="{desc}: {n_fmt}{unit} [{elapsed}, {rate_fmt}]",
-            leave=False,
-            disable=not shows_bars(),
-        )
 
-    def add(self, num_images: int) -> None:
-        """Count images, from any thread."""
-        with self.lock:
-            self.num_images += num_images
-            self.bar.update(num_images)
-            elapsed = time.monotonic() - self.started
-            if self.bar.disable and elapsed > self.next_line:
-                self.next_line = 2 * elapsed
-                log.info("indexing %s: %d images in %.0f s", self.root, self.num_images, elapsed)
+def list_folder(folder: Path, limit: int | None = None) -> tuple[list[str], list[str]]:
+    """Names of the folders and files in the first entries of a folder, hidden ones left out; none without it.
+
+    Raises:
+        UserError: the folder cannot be read.
+    """
+    folders: list[str] = []
+    files: list[str] = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in islice(entries, limit):
+                if not entry.name.startswith("."):
+                    (folders if _is_folder(entry) else files).append(entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    return folders, files
 
 
 def walk(root: Path) -> list[Folder]:
-    """All folders below `root`, level by level; hidden ones ignored, looping links not followed."""
-    progress = _Progress(root)
-    read = partial(_read_folder, root, progress, time.time_ns())
-    folders, level = [], [_Unread("")]
-    with ThreadPoolExecutor(THREADS) as pool, progress.bar:
+    """All folders below `root`, level by level; hidden ones ignored, looping links not followed.
+
+    A bar on a terminal, else a line in the log now and then, says how far it is.
+    """
+    read = partial(_read_folder, root, time.time_ns())
+    folders: list[Folder] = []
+    level: list[Unread] = [("", ())]
+    started, next_line = time.monotonic(), SLOW_SECONDS
+    form = "{desc}: {n_fmt}{unit} [{elapsed}, {rate_fmt}]"
+    bar = tqdm(
+        desc=f"indexing {root}", unit=" images", bar_format=form, leave=False, disable=not shows_bars()
+    )
+    num_images = 0
+    with ThreadPoolExecutor(THREADS) as pool, bar:
         while level:
-            deeper: list[_Unread] = []
+            deeper: list[Unread] = []
             for first in range(0, len(level), FOLDERS_AT_ONCE):
                 for found, inner in pool.map(read, level[first : first + FOLDERS_AT_ONCE]):
                     folders += found
                     deeper += inner
+                    num_images += found[0].num_images
+                    bar.update(found[0].num_images)
+                elapsed = time.monotonic() - started
+                if bar.disable and elapsed > next_line:
+                    next_line = 2 * elapsed
+                    log.info("indexing %s: %d images in %.0f s", root, num_images, elapsed)
             level = deeper
     return folders
 
 
-def _read_folder(
-    root: Path, progress: _Progress, started_ns: int, unread: _Unread
-) -> tuple[list[Folder], list[_Unread]]:
+def _read_folder(root: Path, started_ns: int, unread: Unread) -> tuple[list[Folder], list[Unread]]:
     """The folder, with links to nowhere in it, which may become folders; and the folders to read next."""
-    below, path = unread.below, os.path.join(root, unread.below)
+    below, ancestors = unread
     names: list[str] = []
     nowhere: list[Folder] = []
-    inner: list[_Unread] = []
+    inner: list[Unread] = []
     try:
-        here = os.stat(path)  # before the list: a change between the two is seen the next time
+        here = os.stat(root / below)  # before the list: a change between the two is seen the next time
         identity = (here.st_dev, here.st_ino)
-        if identity not in unread.ancestors:
-            for entry in os.scandir(path):
-                if entry.name.startswith("."):
-                    continue
-                if _is_folder(entry):
-                    inner.append(_Unread(f"{below}{entry.name}/", (*unread.ancestors, identity)))
-                elif entry.name.lower().endswith(EXTENSIONS):
-                    names.append(entry.name)
-                    if len(names) % IMAGES_A_REPORT == 0:
-                        progress.add(IMAGES_A_REPORT)
-                elif entry.is_symlink():
-                    nowhere.append(Folder(f"{below}{entry.name}/", NO_FOLDER))
+        for entry in os.scandir(root / below) if identity not in ancestors else ():
+            if entry.name.startswith("."):
+                continue
+            if _is_folder(entry):
+                inner.append((f"{below}{entry.name}/", (*ancestors, identity)))
+            elif is_image(entry.name):
+                names.append(entry.name)
+            elif entry.is_symlink():
+                nowhere.append(Folder(f"{below}{entry.name}/", NO_FOLDER))
     except OSError as error:
-        raise UserError(
-            f"{root / below}: the folder cannot be read ({error.strerror}); repair or remove it"
-        ) from error
-    progress.add(len(names) % IMAGES_A_REPORT)
+        raise _unreadable(root / below, error) from error
     packed = "\0".join(below + name for name in sorted(names)).encode("utf-8", "surrogateescape")
     trusted = 0 < max(here.st_mtime_ns, here.st_ctime_ns) < started_ns - CLOCK_TICK_NS
     return [Folder(below, _state(here) if trusted else DISTRUSTED, len(names), packed), *nowhere], inner
+
+
+def _unreadable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"{folder}: the folder cannot be read ({error.strerror}); repair its permissions")
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
