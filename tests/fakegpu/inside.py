@@ -1,4 +1,4 @@
-"""What tests run in a process of its own with a simulated GPU: `inside.py FUNCTION ARGUMENTS`, JSON in and out."""
+"""What tests run in a process with a simulated GPU: `inside.py FUNCTION ARGUMENTS`, JSON in and out."""
 
 import ctypes
 import json

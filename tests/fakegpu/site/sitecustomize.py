@@ -1,4 +1,4 @@
-"""On the simulated GPU, which has no cuDNN, the patch convolution is one matrix product and attention is flash."""
+"""The simulated GPU has no cuDNN: the patch convolution is one matrix product, and attention is flash."""
 
 import os
 import sys
