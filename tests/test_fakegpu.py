@@ -1,0 +1,171 @@
+"""The whole GPU path on a simulated device that computes nothing: waits, launches, memory, processes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dino_sparo.runs.checkpoint import load_latest
+from tests.running import environment_of, family, is_gone, wait_for_step
+from tests.tiny import tiny_arguments, write_pictures
+
+FAKEGPU = Path(__file__).parent / "fakegpu"
+ROOT = Path(__file__).parents[1]
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(
+        shutil.which("g++") is None or torch.version.cuda is None,
+        reason="the simulated GPU needs g++ and a CUDA build of torch",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def gpus(tmp_path_factory):
+    """The start of a command that runs Python with simulated GPUs, and its environment."""
+    library = tmp_path_factory.mktemp("fakegpu")
+    environment = {
+        **os.environ,
+        "FAKEGPU_LIB": str(library),
+        "FAKEGPU_DEVICES": "2",
+        "PYTHONPATH": str(ROOT),
+        "TORCHINDUCTOR_CACHE_DIR": str(library / "inductor"),
+    }
+    subprocess.run(["bash", FAKEGPU / "build.sh", sys.executable, library], check=True)
+    return ["bash", str(FAKEGPU / "run"), sys.executable], environment
+
+
+@pytest.fixture
+def inside(gpus):
+    """Call a function of tests/fakegpu/inside.py with a simulated GPU."""
+    start, environment = gpus
+
+    def call(function, **arguments):
+        command = [*start, str(FAKEGPU / "inside.py"), function, json.dumps(arguments)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return call
+
+
+@pytest.fixture
+def program(gpus):
+    """Run a command of dino-sparo with simulated GPUs."""
+    start, environment = gpus
+
+    def run(*arguments, **more):
+        command = [*start, "-m", "dino_sparo", *map(str, arguments)]
+        return subprocess.run(command, check=False, env=environment | more, capture_output=True, text=True)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_pictures(folder, 24, classes=3)
+    return folder
+
+
+@pytest.mark.parametrize("processes", [1, 8])
+def test_the_full_step_never_waits_and_keeps_its_size(processes, inside):
+    found = inside("full_step", processes=processes)
+    assert found["waits"] == 0
+    assert found["launches"] < 2200
+    assert found["peak_gib"] < 7.5
+    assert found["nccl_calls"] == (3 if processes > 1 else 0)  # gradients, center, whether a loss is finite
+
+
+def test_a_wait_within_a_step_is_seen(inside):
+    assert inside("full_step", images=2, wait=True)["waits"] == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"precision": "fp32"},
+        {"precision": "fp16"},
+        {"activation_checkpointing": True},
+        {"deterministic": True},
+    ],
+)
+def test_every_way_of_taking_a_step_in_eight_processes_never_waits(changes, inside):
+    assert inside("full_step", images=2, processes=8, **changes)["waits"] == 0
+
+
+def run_arguments(data, run_dir, **changes):
+    """A tiny run on GPUs, in two processes."""
+    return ["pretrain", *tiny_arguments(data, run_dir, machine__device="cuda", **changes), "--nproc=2"]
+
+
+def test_two_processes_train_stop_and_resume(data, gpus, program, tmp_path):
+    start, environment = gpus
+    arguments = run_arguments(data, tmp_path / "run", optim__epochs=12)
+    with subprocess.Popen([*start, "-m", "dino_sparo", *arguments], env=environment) as process:
+        wait_for_step(10, tmp_path / "run", process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 75
+    assert 10 <= load_latest(tmp_path / "run")["step"] < 72
+    done = program(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert load_latest(tmp_path / "run")["step"] == 72
+
+
+def test_a_killed_process_ends_the_run(data, gpus, tmp_path):
+    """Within 30 seconds, with one message, and nobody stays behind."""
+    start, environment = gpus
+    arguments = run_arguments(data, tmp_path / "run", optim__epochs=4000)
+    command = [*start, "-m", "dino_sparo", *arguments]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        wait_for_step(5, tmp_path / "run", process)
+        members = family(process.pid)
+        victim = next(pid for pid in members if environment_of(pid).get("RANK") == "1")
+        os.kill(victim, signal.SIGKILL)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert errors.count("process 1 of 2 was ended by SIGKILL") == 1
+    assert all(is_gone(pid) for pid in members)
+
+
+@pytest.mark.parametrize(
+    ("gib", "changes"),
+    [(0.01, {}), (0.2, {"views__global_size": 224, "optim__global_batch_size": 24})],
+    ids=["networks", "step"],
+)
+def test_what_does_not_fit_into_memory_is_one_sentence(gib, changes, data, program, tmp_path):
+    arguments = tiny_arguments(data, tmp_path / "run", machine__device="cuda", **changes)
+    done = program("pretrain", *arguments, FAKEGPU_MEMORY_GIB=str(gib))
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr and "memory" in done.stderr.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def trained(data, gpus, tmp_path_factory):
+    """A run on the simulated GPU; its weights are what the device's copies give, zeros."""
+    start, environment = gpus
+    run_dir = tmp_path_factory.mktemp("trained") / "run"
+    arguments = tiny_arguments(data, run_dir, machine__device="cuda", optim__epochs=1, optim__warmup_epochs=0)
+    subprocess.run([*start, "-m", "dino_sparo", "pretrain", *arguments], env=environment, check=True)
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "knn {run} --data.path {data}",
+        "linear {run} --data.path {data} --epochs 1 --batch_size 20",
+        "slots maps {run} --data.path {data}",
+        "slots health {run} --data.path {data}",
+        "export {run} --out {out}",
+    ],
+)
+def test_other_commands_run_on_a_gpu(command, trained, data, program, tmp_path):
+    words = command.format(run=trained, data=data, out=tmp_path / "out").split()
+    done = program(*words)
+    assert done.returncode == 0, done.stderr
