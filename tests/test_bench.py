@@ -37,7 +37,7 @@ from dino_sparo.training.loss import DINOLoss
 from dino_sparo.training.pretrain import train_step
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.state import state_of
-from tests.recipes import EXPERIMENT, content
+from tests.recipes import content
 from tests.test_trajectory import KEY_BIAS_TOLERANCE, TOLERANCE
 from tests.tiny import tiny_options, write_pictures
 
@@ -230,7 +230,7 @@ def recipe(tmp_path_factory):
     """A tiny recipe as a file."""
     options = tiny_options("x", "y").as_dict()
     path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
-    path.write_text(yaml.safe_dump({key: options[key] for key in (*EXPERIMENT, "seed", "machine")}))
+    path.write_text(yaml.safe_dump({key: options[key] for key in content()}))
     return str(path)
 
 
