@@ -20,7 +20,7 @@ from dino_sparo.errors import (
     StoppedError,
     StuckError,
     UserError,
-    files_told,
+    told_to_user,
 )
 from dino_sparo.parallel.processes import end_at_once, end_with_launcher, first_to_fail, leave_note
 from dino_sparo.recipe.typed import value_of
@@ -59,7 +59,7 @@ def answer(arguments: list[str]) -> int:
     if "RANK" in os.environ:
         end_with_launcher()
     try:
-        with files_told():
+        with told_to_user():
             status = run_command(arguments)
         if RANK == 0:
             leave_note("done", status == 0)

@@ -244,7 +244,7 @@ def _summary(out: str, splits: list[Split]) -> str:
 
 
 def _write_shards(split: Split, num_workers: int) -> dict[str, Shard]:
-    """Write all shards that are not there yet, in so many processes (0: in this one); by name what they hold."""
+    """Write all missing shards, in so many processes (0: in this one); by name what they hold."""
     todo, total = split.missing(), len(split.source)
     done = total - sum(len(split.images(number)) for number in todo)
     written: dict[str, Shard] = {}

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dino_sparo.errors import EXIT_USER_ERROR, PeerLostError, StoppedError, UserError, files_told
+from dino_sparo.errors import EXIT_USER_ERROR, PeerLostError, StoppedError, UserError, told_to_user
 from dino_sparo.parallel.processes import PeerWatch, end_at_once, first_to_fail, leave_note
 from dino_sparo.terminal import coloured
 
@@ -82,7 +82,7 @@ def process_group(device: torch.device) -> Iterator[Group]:
     """
     group = Group()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        with files_told():
+        with told_to_user():
             yield group
         return
     store, number, size = next(dist.rendezvous("env://", timeout=PATIENCE))
@@ -96,7 +96,7 @@ def process_group(device: torch.device) -> Iterator[Group]:
     peers = {n: pid for n, (where, pid) in enumerate(everyone) if where == machine and n != number}
     watch = PeerWatch(peers, lambda gone: _end_without(group.lost(gone)))
     try:
-        with files_told():
+        with told_to_user():
             yield group
         dist.barrier()
     except StoppedError:
@@ -220,7 +220,7 @@ def first_rank_first(work: Callable[[], Result]) -> Result:
 
     def keep() -> None:
         try:
-            with files_told():
+            with told_to_user():
                 done.set_result(work())
         except BaseException as error:
             done.set_exception(error)

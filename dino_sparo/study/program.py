@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dino_sparo.data.sources import open_labelled
-from dino_sparo.errors import EXIT_PROBLEM, UserError, files_told
+from dino_sparo.errors import EXIT_PROBLEM, UserError, told_to_user
 from dino_sparo.evaluation.compare import Group, Measure, Run
 from dino_sparo.evaluation.features import hash_of_images
 from dino_sparo.evaluation.knn import HEADLINE_K
@@ -56,7 +56,7 @@ def study(
         errors.pop(variant.folder, None)  # another process has trained it
         log.info("evaluating %s", variant.folder)
         # Another process may evaluate it too.
-        with training.failure_noted(variant, errors), files_told(), alone_in(variant.run_dir):
+        with training.failure_noted(variant, errors), told_to_user(), alone_in(variant.run_dir):
             measured[variant.folder] = {
                 name: measure(variant, data, name, fractions=train_fractions, unverified=unverified)
                 for name, data in data_sets.items()
