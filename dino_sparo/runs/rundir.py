@@ -82,16 +82,12 @@ def check_same_experiment(run_dir: Path, recipe: Recipe) -> None:
             changed = [*changed[:SHOWN_CHANGES], f"also changed: {', '.join(rest)}"]
         raise UserError(
             f"run_dir {str(run_dir)!r} holds another experiment ({'; '.join(changed)}); set these "
-            f"fields back to go on with it, or choose another run_dir"
+            f"fields back to resume it, or choose another run_dir"
         )
 
 
 def start_run_dir(run_dir: Path, recipe: Recipe, machine: dict[str, Any]) -> None:
-    """Write the resolved recipe, add this start, on this machine, to the list of starts, remove the marker.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
+    """Write the resolved recipe, add this start to the list of starts, remove the marker. Raises OSError."""
     start = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
