@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -140,14 +140,8 @@ def hold(run_dir: Path) -> Iterator[None]:
 
 def _git_state() -> str | None:
     """Commit of the checkout that the package runs from, marked if it has changes; None outside of one."""
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return described.stdout.strip()
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    with suppress(OSError, subprocess.CalledProcessError):
+        where = Path(__file__).parent
+        return subprocess.check_output(command, cwd=where, text=True, stderr=subprocess.DEVNULL).strip()
+    return None
