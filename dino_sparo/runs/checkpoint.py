@@ -60,8 +60,8 @@ def save_checkpoint(state: dict[str, Any], run_dir: Path, *, step: int, keep_eve
     except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
         raise UserError(
-            f"{path} ({num_bytes(state)} bytes) cannot be written ({reason}); make room or give rights "
-            f"there, then the same command goes on from the checkpoint before"
+            f"{path} ({num_bytes(state)} bytes) cannot be written ({reason}); make room or give permission "
+            f"there, then the same command resumes from the checkpoint before"
         ) from error
     for old in _list(run_dir)[:-KEEP_LAST]:
         if not (keep_every_steps and _step(old) % keep_every_steps == 0):
@@ -78,11 +78,7 @@ class Saver:
         self.thread, self.writing = thread, list[Future]()  # the last one, or none
 
     def save(self, state: dict[str, Any], step: int) -> None:
-        """Copy the state and return; waits for the checkpoint before, if that is still being written.
-
-        Raises:
-            UserError: the one before could not be written.
-        """
+        """Copy the state and return, after the checkpoint before is written; raises as `wait`."""
         self.wait()
         if step == self.saved > 0:
             return
@@ -91,11 +87,7 @@ class Saver:
         self.writing = [self.thread.submit(write, _copied(state), self.run_dir)]
 
     def wait(self) -> None:
-        """Until the last checkpoint is on disk.
-
-        Raises:
-            UserError: it could not be written.
-        """
+        """Until the last checkpoint is on disk. Raises UserError if it could not be written."""
         for writing in self.writing:
             writing.result()
 
@@ -121,11 +113,7 @@ def saving(run_dir: Path, *, keep_every_steps: int, saved: int) -> Iterator[Save
 
 
 def check_room(run_dir: Path, size: int) -> None:
-    """Refuse to begin what the disk cannot hold.
-
-    Raises:
-        UserError: naming the folder, and bytes needed and free.
-    """
+    """Raise a UserError if the disk of a run cannot hold so many bytes."""
     left = run_dir / FOLDER / TEMPORARY  # by a save that was killed; it will be written over
     free = shutil.disk_usage(run_dir).free + (left.stat().st_size if left.exists() else 0)
     if size > free:
@@ -198,11 +186,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def check_hash(path: Path) -> None:
-    """Refuse a file that differs from the SHA-256 beside it, if there is one.
-
-    Raises:
-        UserError: it differs.
-    """
+    """Raise a UserError for a file that differs from the SHA-256 beside it, if there is one."""
     hash_file = _hash_file(path)
     if not hash_file.exists():
         return
@@ -219,11 +203,7 @@ def warn_of_missing_hash(path: Path) -> None:
 
 
 def check_format(content: Any, path: Path) -> None:
-    """Refuse what is no checkpoint of this project, or one of another format.
-
-    Raises:
-        UserError: it is none.
-    """
+    """Raise a UserError for what is no checkpoint of this project, or one of another format."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is no checkpoint of dino-sparo with format {FORMAT}")
 

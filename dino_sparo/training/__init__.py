@@ -1,1 +1,1 @@
-"""Learning: loss, schedules, optimiser, teacher, checkpoints and the loop."""
+"""Learning: loss, schedules, optimizer, teacher, checkpoints and the loop."""

@@ -137,7 +137,7 @@ def report_bad_steps(run: Run, saver: Saver, run_log: RunLog) -> None:
             gather_objects(None)  # none ends while the first one writes
             remedy = "" if run.precision == "fp32" else "machine.precision fp32, "
             raise UserError(
-                f"{listed}, and the state before it is saved; look at them, then go on with {remedy}"
+                f"{listed}, and the state before it is saved; look at them, then resume with {remedy}"
                 f"optim.max_bad_steps {number} to skip such steps, or start in a new run_dir with "
                 f"a lower optim.lr_per_256"
             )

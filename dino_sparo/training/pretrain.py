@@ -92,10 +92,10 @@ def train_step(
     autocast: AbstractContextManager[Any],
     statistics: TeacherStatistics | None = None,
 ) -> StepOutput:
-    """One optimiser step on `accumulation` micro-batches.
+    """One optimizer step on `accumulation` micro-batches.
 
     A micro-batch is groups of crops (C_i, B, 3, side, side), the two global crops first. A step whose loss
-    or gradients are not finite in any process changes neither student nor teacher nor centre; only the
+    or gradients are not finite in any process changes neither student nor teacher nor center; only the
     device knows. The statistics, if they are wanted of this step, are added to. Its parts are named ranges
     for `torch.profiler`, as `dino-sparo bench` reads them.
     """

@@ -17,7 +17,7 @@ from dino_sparo.training.stopping import BadSteps
 
 @dataclass(frozen=True)
 class TrainState:
-    """Student, teacher, centre (in the loss), optimiser and loss scale."""
+    """Student, teacher, center (in the loss), optimizer and loss scale."""
 
     student: DinoModel
     teacher: DinoModel
