@@ -99,28 +99,26 @@ def make_crops(photos: Photos, groups: Sequence[Sequence[CropRecipe]], device: t
     shapes = photos.places[:, 1:].tolist()  # on the host
     pixels, places, numbers = (x.to(device, non_blocking=True) for x in photos)
     resized: list[list[Tensor]] = [[] for _ in groups]
+    of_groups = numbers.split([len(group) for group in groups])  # (C_i, B, 26 + taps) each
     for first in range(0, len(shapes), IMAGES_AT_ONCE):
         part = slice(first, first + IMAGES_AT_ONCE)
         height, width = (
             -(-max(side) // CANVAS_STEP) * CANVAS_STEP for side in zip(*shapes[part], strict=True)
         )
         canvas = _canvas(pixels, places[part], height, width)
-        crop = 0
-        for group, done in zip(groups, resized, strict=True):
-            boxes = numbers[crop : crop + len(group), part, : FLIP + 1].transpose(0, 1)
+        for group, of_group, done in zip(groups, of_groups, resized, strict=True):
+            boxes = of_group[:, part, : FLIP + 1].transpose(0, 1)
             with _fast_products(device):
                 resize = _fast(_resized_crops, device)
                 done.append(resize(canvas, boxes, group[0].size, group[0].interpolation))
-            crop += len(group)
-    crops, crop = [], 0
-    for group, done in zip(groups, resized, strict=True):
+    crops = []
+    for group, of_group, done in zip(groups, of_groups, resized, strict=True):
         images = torch.cat(done, dim=1)
-        flat = numbers[crop : crop + len(group)].flatten(0, 1)
         if any(map(_has_colors, group)):
+            flat = of_group.flatten(0, 1)
             steps = flat[:, JITTER], flat[:, BLUR], flat[:, SOLARIZE]
             images = _fast(_colors, device)(images.flatten(0, 1), *steps).view_as(images)
         crops.append(images)
-        crop += len(group)
     return crops
 
 

@@ -143,11 +143,7 @@ def _crop_box(
             top = int(place[0] * (image_height - height + 1))
             left = int(place[1] * (image_width - width + 1))
             return top, left, height, width
-    return _central_crop(image_width, image_height)
-
-
-def _central_crop(image_width: int, image_height: int) -> tuple[int, int, int, int]:
-    """torchvision's fallback: the largest central crop within the aspect ratios."""
+    # torchvision's fallback: the largest central crop within the aspect ratios.
     width, height = image_width, image_height
     if image_width / image_height < ASPECT_RATIO[0]:
         height = min(image_height, round(width / ASPECT_RATIO[0]))
