@@ -31,11 +31,11 @@ from dino_sparo.data.shards import (
     RECORD,
     ImageOfShard,
     Shard,
-    ShardIndex,
     is_plain,
     is_shard,
     key_of,
     pack_shards,
+    shards_are_current,
 )
 from dino_sparo.data.sources import open_images, open_val
 from dino_sparo.data.tables import TableSource
@@ -218,9 +218,9 @@ def _finish(split: Split, written: dict[str, Shard]) -> None:
     """Write the index of the shards, unless it is there; with it they can be read. Only those that an earlier
     start wrote are looked at again."""
     path = split.folder / INDEX_FILE
-    if current_index(ShardIndex, path, split.folder) is not None:
+    if current_index(path, split.folder, shards_are_current) is not None:
         return
-    index = keep_index(ShardIndex, path, pack_shards(split.folder, written))
+    index = keep_index(path, pack_shards(split.folder, written))
     same = split.short_side is not None or index.fingerprint == split.source.fingerprint()
     if len(index) != len(split.source) or not same:
         path.unlink()
@@ -244,7 +244,7 @@ def _summary(out: str, splits: list[Split]) -> str:
 
 
 def _write_shards(split: Split, num_workers: int) -> dict[str, Shard]:
-    """Write all shards that are not there yet, in so many processes, 0: in this one; by name what is in them."""
+    """Write all shards that are not there yet; what is in them by their names."""
     todo, total = split.missing(), len(split.source)
     done = total - sum(len(split.images(number)) for number in todo)
     written: dict[str, Shard] = {}

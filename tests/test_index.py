@@ -18,7 +18,7 @@ import pytest
 
 from dino_sparo.data import index as index_module
 from dino_sparo.data import walk as walk_module
-from dino_sparo.data.index import FolderIndex, open_index
+from dino_sparo.data.index import Index, open_index
 from dino_sparo.data.sources import open_images, open_labelled
 from dino_sparo.errors import UserError
 from tests.shard_files import touch
@@ -46,7 +46,7 @@ def settle() -> None:
     time.sleep(3 * TICK_SECONDS)
 
 
-def names(index: FolderIndex) -> list[str]:
+def names(index: Index) -> list[str]:
     return [index.name(position) for position in range(len(index))]
 
 
