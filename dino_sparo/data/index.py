@@ -134,20 +134,21 @@ def cached_index(
         index = current_index(folder / name, root, is_current)
         if index is not None:
             return index
-    parts = make()
-    try:
-        return keep_index(chosen / name, parts)
-    except OSError as error:
-        reason = f"{chosen}: the index of the images cannot be kept there ({error.strerror})"
-    try:
-        index = keep_index(spare / name, parts)
-    except OSError as error:
-        raise UserError(
-            f"{reason}, nor in {spare} ({error.strerror}); set DINO_SPARO_CACHE to a folder that can be "
-            f"written and has room for {sum(map(len, parts)) / 1e6:.1f} MB"
-        ) from error
-    log.warning("%s; it is in %s, DINO_SPARO_CACHE can name another folder", reason, spare)
-    return index
+    parts, refused = make(), []
+    for folder in (chosen, spare):
+        try:
+            index = keep_index(folder / name, parts)
+        except OSError as error:
+            refused.append(f"{folder} ({error.strerror})")
+            continue
+        if refused:
+            text = "the index of the images is in %s, as it cannot be kept in %s; set DINO_SPARO_CACHE"
+            log.warning(text, spare, refused[0])
+        return index
+    raise UserError(
+        f"the index of the images can be kept neither in {' nor in '.join(refused)}; set DINO_SPARO_CACHE to "
+        f"a folder that can be written and has room for {sum(map(len, parts)) / 1e6:.1f} MB"
+    )
 
 
 def current_index(path: Path, root: Path, is_current: Callable[[Index, Path], bool]) -> Index | None:
