@@ -327,26 +327,23 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> int:
 
 
 def _sample(split: Split, image: int) -> tuple[str, bytes]:
-    """Name and bytes of an image in a shard."""
-    name, data = split.source.index.name(image), b""
+    """Name and bytes of an image in a shard: the file as it is, or a JPEG file at the short side."""
+    name, data, limit = split.source.index.name(image), b"", split.short_side
     try:
         data = split.source.read(image)
-        return (name, data) if split.short_side is None else _reduced(name, data, split.short_side)
+        if limit is None:
+            return name, data
+        with open_image(data) as opened:
+            short, long = sorted(opened.size)
+        if short <= limit:
+            return name, data
+        buffer = BytesIO()
+        decode(data, max(limit, round(long * limit / short))).save(buffer, "JPEG", quality=JPEG_QUALITY)
     except UNREADABLE as error:
         raise UnreadableImageError(
             split.source.name(image),
             problem_of(data, error)[1],
             "repair or remove the file, then start again with a new --out if that changes the images",
         ) from error
-
-
-def _reduced(name: str, data: bytes, short_side: int) -> tuple[str, bytes]:
-    """The image itself unless its short side is longer; else a JPEG file of it at that short side."""
-    with open_image(data) as image:
-        short, long = sorted(image.size)
-    if short <= short_side:
-        return name, data
-    buffer = BytesIO()
-    decode(data, max(short_side, round(long * short_side / short))).save(buffer, "JPEG", quality=JPEG_QUALITY)
     stem, _, ending = name.rpartition(".")
     return name if ending.lower() in ("jpg", "jpeg") else f"{stem}.jpg", buffer.getvalue()

@@ -187,16 +187,15 @@ def _pack_parquet(root: Path, split: Split) -> list[bytes]:
     datasets = import_datasets()
     states = states_of(root, files)  # before they are read: a change after that is seen the next time
     with ThreadPoolExecutor(THREADS) as pool:
-        footers = list(pool.map(read_footer, paths))
-    columns = footers[0].columns
-    for name, footer in zip(files, footers, strict=True):
-        if footer.columns != columns:
+        found, counts, sizes = zip(*pool.map(read_footer, paths), strict=True)
+    columns = found[0]
+    for name, other in zip(files, found, strict=True):
+        if other != columns:
             raise UserError(
-                f"{root / name} (columns {footer.columns.image!r} and {footer.columns.label!r}) has other "
-                f"columns or names of classes than {files[0]} (columns {columns.image!r} and "
-                f"{columns.label!r}); keep those of another set in a folder of their own"
+                f"{root / name} (columns {other.image!r} and {other.label!r}) has other columns or names of "
+                f"classes than {files[0]} (columns {columns.image!r} and {columns.label!r}); keep those of "
+                f"another set in a folder of their own"
             )
-    counts = [footer.num_rows for footer in footers]
     if not sum(counts):
         raise _nothing_in(root)
     features = {columns.image: datasets.Image(decode=False)}
@@ -209,7 +208,7 @@ def _pack_parquet(root: Path, split: Split) -> list[bytes]:
         features=datasets.Features(features),
     )
     try:
-        arrow = _prepared(builder, split, str(root), sum(footer.num_bytes for footer in footers))
+        arrow = _prepared(builder, split, str(root), sum(sizes))
     except UserError:
         for path in paths:  # a damaged one is named
             read_footer(path, all_of=list(features))
