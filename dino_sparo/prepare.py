@@ -14,9 +14,18 @@ from typing import IO
 
 from tqdm import tqdm
 
-from dino_sparo.data.imagenet import LAYOUTS, WNID_TAR, Images, Layout, explain, recognise
+from dino_sparo.data.imagenet import (
+    DEVKIT,
+    LAYOUTS,
+    SOLUTION,
+    WNID_TAR,
+    Images,
+    Layout,
+    explain,
+    image_classes,
+    recognise,
+)
 from dino_sparo.data.tars import TarFile, damage_named, tar_files
-from dino_sparo.data.val_labels import DEVKIT, SOLUTION, image_classes
 from dino_sparo.data.walk import is_image, walk
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.files import atomic_write
@@ -68,7 +77,7 @@ def prepare(source: str, out: str, labels: str | None = None) -> str:
     Args:
         source: folder of the images or tars, see `dino_sparo.data.imagenet.recognise`.
         out: folder for the two splits; created if it does not exist.
-        labels: classes of a flat folder's images, see `dino_sparo.data.val_labels.image_classes`; None takes
+        labels: classes of a flat folder's images, see `dino_sparo.data.imagenet.image_classes`; None takes
             those that lie near ImageNet's validation images.
 
     Returns:
