@@ -7,7 +7,7 @@ import os
 import shlex
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -93,7 +93,7 @@ def prepare(source: str, out: str, labels: str | None = None) -> str:
     if layout is None:
         raise UserFileNotFoundError(f"{source}: no images recognized; expected a folder of one of: {LAYOUTS}")
     log.info("%s: %s%s", source, layout.name, "" if explain(layout) else "; usable as it is")
-    _check_out(folder, layout)
+    check_out(folder, [one.path for one in (layout.train, layout.val) if one], SPLITS.__contains__)
     splits = _plan(layout, folder, labels)
     folder.mkdir(parents=True, exist_ok=True)
     with only_writer(folder):
@@ -102,17 +102,16 @@ def prepare(source: str, out: str, labels: str | None = None) -> str:
     return _summary(folder, counts | {name: _count(folder / name) for name in others})
 
 
-def _check_out(out: Path, layout: Layout) -> None:
-    """Refuse a folder that holds something else or lies among the images."""
+def check_out(out: Path, images: Iterable[Path], is_ours: Callable[[str], bool]) -> None:
+    """Refuse a folder for output that is a file, lies among images, or holds visible names not `is_ours`."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {str(out)!r} is a file; give a folder")
-    for images in (layout.train, layout.val):
-        if images and out.resolve().is_relative_to(images.path.resolve()):
-            raise UserError(
-                f"--out {str(out)!r} lies among the images of {images.path}; choose another folder"
-            )
-    there = [name for name in os.listdir(out) if not name.startswith(".")] if out.is_dir() else []
-    if foreign := sorted(set(there) - set(SPLITS)):
+    for folder in images:
+        if out.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"--out {str(out)!r} lies among the images of {folder}; choose another")
+    there = sorted(os.listdir(out)) if out.is_dir() else []
+    foreign = [name for name in there if not name.startswith(".") and not is_ours(name)]
+    if foreign:
         raise UserError(f"--out {str(out)!r} holds other things ({foreign[0]}); choose another")
 
 

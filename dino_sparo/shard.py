@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from itertools import groupby
 from pathlib import Path
@@ -42,6 +43,7 @@ from dino_sparo.data.tables import TableSource
 from dino_sparo.errors import UserError
 from dino_sparo.files import atomic_write, write_file
 from dino_sparo.parallel.processes import end_with_parent, only_writer
+from dino_sparo.prepare import check_out
 from dino_sparo.terminal import shows_bars
 
 IMAGES_PER_SHARD = 2000  # of ImageNet 220 MB, so that it has 641 shards
@@ -105,7 +107,9 @@ def shard(
         raise UserError(f"--short-side is {short_side}; expected a number of pixels above 0, or null")
     splits = _plan(source, Path(out), short_side, images_per_shard)
     workers = len(os.sched_getaffinity(0)) if num_workers is None else num_workers
-    _check_out(Path(out), splits)
+    folders = {Path(out)} | {split.folder for split in splits}
+    for folder in folders:
+        check_out(folder, [split.source.root for split in splits], partial(_is_ours, folder, folders))
     Path(out).mkdir(parents=True, exist_ok=True)
     with only_writer(Path(out)):
         sizes = [_begin(split) for split in splits]
@@ -126,14 +130,16 @@ def _plan(source: str, out: Path, short_side: int | None, images_per_shard: int)
             raise UserError(
                 f"DIR {source!r} is no folder of images, but shards, generated pictures or a set by name"
             )
-        if out.resolve().is_relative_to(images.root.resolve()):
-            raise UserError(
-                f"--out {str(out)!r} lies among the images of {images.root}; choose another folder"
-            )
         _check_names(images, short_side)
         folder = out / name if val is not None else out
         splits.append(Split(images, folder, short_side, images_per_shard))
     return splits
+
+
+def _is_ours(folder: Path, folders: set[Path], name: str) -> bool:
+    """Whether a name is of one of our folders or, where shards were begun, of a shard or their index."""
+    is_file = is_shard(name) or name.startswith(INDEX_FILE)
+    return folder / name in folders or (is_file and (folder / RECORD).exists())
 
 
 def _check_names(source: FolderSource | TableSource, short_side: int | None) -> None:
@@ -147,23 +153,6 @@ def _check_names(source: FolderSource | TableSource, short_side: int | None) -> 
             raise UserError(
                 f"{source.root / one} and {other!r} would be one sample of a shard, as the first dot ends "
                 f"its key; rename one of them"
-            )
-
-
-def _check_out(out: Path, splits: list[Split]) -> None:
-    """Refuse a folder that holds something else."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {str(out)!r} is a file; give a folder")
-    folders = {split.folder for split in splits}
-    for folder in {out, *folders}:
-        there = {name for name in os.listdir(folder) if name[0] != "."} if folder.is_dir() else set()
-        there -= {inner.name for inner in folders if inner.parent == folder}
-        if (folder / RECORD).exists():
-            there = {name for name in there if not is_shard(name) and not name.startswith(INDEX_FILE)}
-        if foreign := sorted(there):
-            raise UserError(
-                f"--out {str(out)!r} holds other things ({folder / foreign[0]}); choose another or a new "
-                f"folder"
             )
 
 
