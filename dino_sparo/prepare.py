@@ -108,11 +108,11 @@ def check_out(out: Path, images: Iterable[Path], is_ours: Callable[[str], bool])
         raise UserError(f"--out {str(out)!r} is a file; give a folder")
     for folder in images:
         if out.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"--out {str(out)!r} lies among the images of {folder}; choose another")
+            raise UserError(f"--out {str(out)!r} lies among the images of {folder}; choose another --out")
     there = sorted(os.listdir(out)) if out.is_dir() else []
     foreign = [name for name in there if not name.startswith(".") and not is_ours(name)]
     if foreign:
-        raise UserError(f"--out {str(out)!r} holds other things ({foreign[0]}); choose another")
+        raise UserError(f"--out {str(out)!r} holds other things ({foreign[0]}); choose another --out")
 
 
 def _summary(out: Path, counts: dict[str, Counter[str]]) -> str:
