@@ -157,7 +157,7 @@ def test_the_index_is_kept_until_a_file_changes(root, monkeypatch):
         patch.setattr(tables, "index_parts", lambda *_: pytest.fail("made anew"))
         assert open_images(str(root)).fingerprint() == source.fingerprint()
     set_of(root / FILE, 4, "ab")
-    (copy,) = map(Path, source.index.shards)
+    (copy,) = map(Path, source.index.header["shards"])
     copy.write_bytes(copy.read_bytes()[:-1])
     with pytest.raises(UnreadableImageError, match=r"train-.*row 0: .*has changed since it was indexed"):
         source.load(0)
@@ -332,7 +332,7 @@ def test_a_set_of_the_hub_without_its_test_split(hub, saved, caplog):
     assert [train.read(i) for i in range(4)] == list(map(picture, range(4)))
     assert [val.read(i) for i in range(4)] == list(map(picture, range(4, 8)))
     assert train.labels.tolist() == [0, 1, 0, 1] and train.classes == ("a", "b")
-    assert train.name(3) == "hub:owner/set:plain@main/train, row 3" and train.index.commit == "0123abc"
+    assert train.name(3) == "hub:owner/set:plain@main/train, row 3" and train.commit == "0123abc"
     assert "hub:owner/set:plain@main, train: commit 0123abc" in caplog.text and "copy" in caplog.text
     again = pickle.loads(pickle.dumps(open_images("hub:owner/set:plain@main")))
     assert len(hub) == 2 and again.read(2) == picture(2)  # nobody has asked the hub again
