@@ -2,7 +2,7 @@
 
 A counter-based generator (Philox) is keyed by (seed, epoch) and counts by (sample, crop), so neither the
 number of workers or processes nor a resume changes what is drawn. How the numbers become pixels is the
-business of an executor (`pil_views`). Source: official `DataAugmentationDINO`.
+business of an executor (`pil_views`, `device_views`). Source: official `DataAugmentationDINO`.
 """
 
 import math
