@@ -27,7 +27,7 @@ from dino_sparo.data.loader import (
     crops_picture,
 )
 from dino_sparo.data.tables import commit_of
-from dino_sparo.data.views import CropRecipe
+from dino_sparo.data.views import CropKind
 from dino_sparo.data.workers import check_shared_memory, default_workers
 from dino_sparo.errors import UserError
 from dino_sparo.models.cost import describe_cost, encoder_cost
@@ -362,7 +362,7 @@ def train(run: Run, batches: Iterator[Batch], signals: StopSignals, group: Group
 
 def on_device(run: Run, batches: Iterator[Batch], run_log: RunLog) -> Iterator[list[Tensor]]:
     """Micro-batches of workers, made `readable` -> `crops_on_device` -> `normalized` groups of crops."""
-    all_crops = crops_on_device(readable(run, batches, run_log), run.dataset.crop_recipes, run.device)
+    all_crops = crops_on_device(readable(run, batches, run_log), run.dataset.crop_kinds, run.device)
     for number, crops in enumerate(all_crops):
         run.bad_images.add(crops.replaced)
         if number == 0 and run.first_step == 0:
@@ -383,7 +383,7 @@ def readable(run: Run, batches: Iterator[Batch], run_log: RunLog) -> Iterator[Ba
 
 
 def crops_on_device(
-    batches: Iterable[Batch], recipes: Sequence[CropRecipe], device: torch.device
+    batches: Iterable[Batch], recipes: Sequence[CropKind], device: torch.device
 ) -> Iterator[Crops]:
     """Batches from workers -> their crops on the device, made or copied one batch ahead of their use."""
     return ahead(batches, lambda batch: crops_of(batch, recipes, device), device)
