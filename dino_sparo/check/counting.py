@@ -22,8 +22,8 @@ from torch.utils.flop_counter import flop_registry
 
 from dino_sparo.check.gpus import Gpu
 from dino_sparo.data.color import blur_taps
-from dino_sparo.data.device_views import Photos
-from dino_sparo.data.loader import PhotoBatch, crops_of
+from dino_sparo.data.device_views import BLUR, Photos
+from dino_sparo.data.loader import Crops, PhotoBatch, crops_of
 from dino_sparo.data.views import CropRecipe
 from dino_sparo.parallel.precision import LossScale, autocast
 from dino_sparo.training.pretrain import normalized, train_step
@@ -31,7 +31,7 @@ from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.state import TrainState
 
 BANDWIDTH_SHARE, PEAK_SHARE = 0.8, 0.6  # of what is published that operators reach: assumed
-LAUNCH_SECONDS = 2.5e-6  # that an operator takes at least: assumed
+OPERATOR_SECONDS = 2.5e-6  # that an operator takes at least: assumed
 HALF = (torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
 aten = torch.ops.aten
@@ -179,15 +179,26 @@ def count_step(
     return counted
 
 
-def count_views(recipes: Sequence[CropRecipe], batch_size: int, side: int) -> Operators:
-    """The operators of making and normalizing crops of square images of this side on a GPU, compiled."""
+def count_views(
+    recipes: Sequence[CropRecipe], sizes: list[tuple[int, int]], batch_size: int, max_side: int | None
+) -> Operators:
+    """The operators that make crops on a GPU by compiled code, and normalize them.
+
+    Args:
+        recipes, sizes: of the crops, and (crops, side) of the global and of the local ones.
+        max_side: of the images, which are taken to be so large; None if workers make the crops.
+    """
     meta, counted = torch.device("meta"), Operators(fused=True)
-    taps = max(blur_taps(recipe.blur_radius[1]) for recipe in recipes)
-    places = torch.tensor([(number * side**2, side, side) for number in range(batch_size)])
-    pixels = torch.empty(batch_size * 3 * side**2, dtype=torch.uint8, device=meta)
-    numbers = torch.empty(len(recipes), batch_size, 26 + taps, device=meta)
+    pixels = [torch.empty(count, batch_size, 3, side, side, dtype=torch.uint8) for count, side in sizes]
+    batch: Crops | PhotoBatch = Crops(pixels[0], pixels[1])
+    if max_side:
+        taps = max(blur_taps(recipe.blur_radius[1]) for recipe in recipes)
+        places = torch.tensor([(number * max_side**2, max_side, max_side) for number in range(batch_size)])
+        photos = torch.empty(batch_size * 3 * max_side**2, dtype=torch.uint8, device=meta)
+        numbers = torch.empty(len(recipes), batch_size, BLUR.start + taps, device=meta)
+        batch = PhotoBatch(Photos(photos, places, numbers))
     with counted:
-        crops = crops_of(PhotoBatch(Photos(pixels, places, numbers)), recipes, meta)
+        crops = crops_of(batch, recipes, meta)
         counted.fused = False
         normalized(crops)
     return counted
@@ -200,7 +211,7 @@ def seconds_on(gpu: Gpu, operators: Sequence[Operator], *, tf32: bool) -> float:
         max(
             operator.bytes / (BANDWIDTH_SHARE * gpu.bandwidth),
             operator.flops / (PEAK_SHARE * peaks[operator.half]),
-            LAUNCH_SECONDS,
+            OPERATOR_SECONDS,
         )
         for operator in operators
     )

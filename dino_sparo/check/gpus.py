@@ -1,5 +1,6 @@
 """What makers publish of their GPUs: dense figures, without sparsity."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from dino_sparo.errors import UserError
@@ -43,7 +44,7 @@ def find_gpu(name: str) -> str | None:
     return next((kind for kind, gpu in GPUS.items() if gpu.part in name), None)
 
 
-def check_gpus(kinds: list[str]) -> None:
+def check_gpus(kinds: Sequence[str]) -> None:
     """Raises UserError if a kind of GPU is unknown."""
     for kind in kinds:
         if kind not in GPUS:
