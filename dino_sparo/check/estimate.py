@@ -143,11 +143,9 @@ def memory_problems(runs: Sequence[GpuRun], global_batch_size: int, num_processe
 
 def describe_runs(name: str, runs: Sequence[GpuRun], num_processes: int) -> str:
     """A table with a column for each."""
-    plural = "s" if num_processes > 1 else ""
+    of_gpus = f"{num_processes} GPU{'s' * (num_processes > 1)}"
     cells = {
-        f"images/s, {num_processes} GPU{plural}": [
-            f"{num_processes * r.images_per_second:,.0f}" for r in runs
-        ],
+        f"images/s, {of_gpus}": [f"{num_processes * run.images_per_second:,.0f}" for run in runs],
         "hours": [f"{run.hours:,.1f}" for run in runs],
         "memory per GPU, GiB": [f"{run.memory_bytes / 2**30:.1f}" for run in runs],
         "cores to decode": [f"{run.cores:,.1f}" for run in runs],
