@@ -24,7 +24,7 @@ from dino_sparo.errors import (
 )
 from dino_sparo.parallel.processes import end_at_once, end_with_launcher, first_to_fail, leave_note
 from dino_sparo.recipe.typed import value_of
-from dino_sparo.terminal import coloured, set_up_log
+from dino_sparo.terminal import colored, set_up_log
 
 RANK = int(os.environ.get("RANK", "0"))  # as torchrun sets it
 
@@ -89,7 +89,7 @@ def report(error: UserError) -> None:
 
         distributed.report(error)
     elif first_to_fail():
-        print(coloured(f"dino-sparo: error: {error}", "red"), file=sys.stderr)
+        print(colored(f"dino-sparo: error: {error}", "red"), file=sys.stderr)
 
 
 def speaks_for_all() -> bool:

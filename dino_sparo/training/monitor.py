@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino_sparo.data.sources import ImageSource, open_labelled, per_class
+from dino_sparo.data.sources import ImageSource, open_labeled, per_class
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.knn import HEADLINE_K, NoDirectionError, evaluate_knn
 from dino_sparo.models import Encoder
@@ -69,7 +69,7 @@ class TeacherStatistics:
 
         - entropy_teacher: mean entropy of the teacher's rows, in nats; ln K is uniform, 0 one-hot.
         - entropy_mean: entropy of the mean row; if it falls to entropy_teacher, all images get one answer.
-        - feature_std: standard deviation of l2-normalised encodings over the batch, times sqrt(E): near 1
+        - feature_std: standard deviation of l2-normalized encodings over the batch, times sqrt(E): near 1
           when they spread over the sphere, 0 when all are equal.
         """
         rows, entropy, encodings, squares = map(sum_over_ranks, self._sums)
@@ -86,7 +86,7 @@ class CollapseAlarm:
     """Says once when the teacher's answers have collapsed and stayed so; the run goes on.
 
     They have when every log entry of 30 steps, three at least, shows one of the signs. Which one may change:
-    the centre takes up a constant answer, which makes one-hot rows uniform. So a collapse is told within 50
+    the center takes up a constant answer, which makes one-hot rows uniform. So a collapse is told within 50
     steps if every twelfth step is logged or more often; else by the third or fourth entry that shows it.
 
     Args:
@@ -159,7 +159,7 @@ def open_knn_images(path: str | None, data_path: str, images_per_class: int | No
         UserError: `path` is given, but is no labeled folder with at least 20 gallery images.
     """
     try:
-        train, test = open_labelled(path or data_path, "data.path" if path is None else "monitor.knn_path")
+        train, test = open_labeled(path or data_path, "data.path" if path is None else "monitor.knn_path")
         if path is None and len(train.classes) == 1:
             raise UserError(f"{data_path} has one class only")
         if images_per_class is not None:
