@@ -24,7 +24,7 @@ from dino_sparo.check.gpus import Gpu
 from dino_sparo.data.color import blur_taps
 from dino_sparo.data.device_views import BLUR, Photos
 from dino_sparo.data.loader import Crops, PhotoBatch, crops_of
-from dino_sparo.data.views import CropRecipe
+from dino_sparo.data.views import CropKind
 from dino_sparo.parallel.precision import LossScale, autocast
 from dino_sparo.training.pretrain import normalized, train_step
 from dino_sparo.training.schedules import Hyperparameters
@@ -180,25 +180,25 @@ def count_step(
 
 
 def count_views(
-    recipes: Sequence[CropRecipe], sizes: list[tuple[int, int]], batch_size: int, max_side: int | None
+    kinds: Sequence[CropKind], sizes: list[tuple[int, int]], batch_size: int, max_side: int | None
 ) -> Operators:
     """The operators that make crops on a GPU by compiled code, and normalize them.
 
     Args:
-        recipes, sizes: of the crops, and (crops, side) of the global and of the local ones.
+        kinds, sizes: of all crops, and (crops, side) of the global and of the local ones.
         max_side: of the images, which are taken to be so large; None if workers make the crops.
     """
     meta, counted = torch.device("meta"), Operators(fused=True)
     pixels = [torch.empty(count, batch_size, 3, side, side, dtype=torch.uint8) for count, side in sizes]
     batch: Crops | PhotoBatch = Crops(pixels[0], pixels[1])
     if max_side:
-        taps = max(blur_taps(recipe.blur_radius[1]) for recipe in recipes)
+        taps = max(blur_taps(kind.blur_radius[1]) for kind in kinds)
         places = torch.tensor([(number * max_side**2, max_side, max_side) for number in range(batch_size)])
         photos = torch.empty(batch_size * 3 * max_side**2, dtype=torch.uint8, device=meta)
-        numbers = torch.empty(len(recipes), batch_size, BLUR.start + taps, device=meta)
+        numbers = torch.empty(len(kinds), batch_size, BLUR.start + taps, device=meta)
         batch = PhotoBatch(Photos(photos, places, numbers))
     with counted:
-        crops = crops_of(batch, recipes, meta)
+        crops = crops_of(batch, kinds, meta)
         counted.fused = False
         normalized(crops)
     return counted

@@ -17,7 +17,7 @@ from dino_sparo.check.counting import (
 )
 from dino_sparo.check.gpus import GPUS
 from dino_sparo.data.loader import Executor, choose_executor
-from dino_sparo.data.views import NUM_GLOBAL_CROPS, crop_recipes
+from dino_sparo.data.views import NUM_GLOBAL_CROPS, crop_kinds
 from dino_sparo.recipe.sections import Recipe, smaller_batch, split_batch
 from dino_sparo.terminal import markdown_table
 from dino_sparo.training.setup import build_schedules
@@ -87,7 +87,7 @@ def estimate(
     hyper = replace(build_schedules(optim, recipe.loss, 1).at(0), freeze_last_layer=False)
     executor = executor_on_gpu(recipe)
     max_side = recipe.data.max_side if executor == "device" else None  # of the canvas
-    making = count_views(crop_recipes(**asdict(views)), sizes, batch_size, max_side)
+    making = count_views(crop_kinds(**asdict(views)), sizes, batch_size, max_side)
     per_image = ASSUMED_DECODE_MS[executor] if decode_ms is None else decode_ms
 
     @cache
