@@ -41,7 +41,8 @@ class GpuRun:
         host_ms: that the host launches the operators of the step; None if measured.
         images_per_second: of one GPU.
         hours: of the whole run, if loading keeps up.
-        memory_bytes: of one GPU.
+        memory_bytes: of one GPU, in a step and in the views made beside it; if measured, of all tensors at
+            once.
         decode_ms, cores: of one core per image, and cores that decode for all GPUs.
         decode_measured: on this machine; else assumed.
     """
@@ -164,7 +165,7 @@ def describe_assumptions(run: GpuRun) -> str:
         f"published bandwidth, FLOP at {100 * PEAK_SHARE:.0f} % of the dense published peak, at least "
         f"{1e6 * OPERATOR_SECONDS:g} µs each. Decoding: {run.decode_ms:.1f} ms per image on one core "
         f"({'measured here' if run.decode_measured else 'assumed'}). Launches: {1000 * HOST_MS:g} µs of the "
-        f"host per operator (assumed); a GPU that is faster waits for them. Not in it: communication between "
-        f"GPUs, k-NN, waiting for images. torch's allocator takes about a tenth more memory, CUDA some 0.5 "
-        f"GiB."
+        f"host per operator (assumed); a faster GPU waits for them. Memory: that of a step and of the views "
+        f"made beside it; torch's allocator takes about a tenth more, CUDA some 0.5 GiB. Not in it: "
+        f"communication between GPUs, k-NN, waiting for images."
     )
