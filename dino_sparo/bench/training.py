@@ -19,6 +19,7 @@ from torch import Tensor
 from dino_sparo.bench.loading import end_to_end, image_stages, warmed_up
 from dino_sparo.bench.plain import PlainState, PlainViews, plain_batches, plain_state, plain_step
 from dino_sparo.bench.timing import host_waits, interleaved, profiled, range_seconds, spread, spread_of_ratios
+from dino_sparo.check.gpus import GPUS, find_gpu
 from dino_sparo.check.measure import count_flops, measured_peak
 from dino_sparo.data.device_views import Photos
 from dino_sparo.data.loader import (
@@ -42,11 +43,6 @@ log = logging.getLogger("dino_sparo")
 VIEWED_IMAGES = 16  # at least so many, for times per image
 EPOCHS = 1_000_000  # more than any benchmark sees
 PROFILED_STEPS = 3  # in a trace
-# Dense bfloat16 products in FLOP/s (float16 on a V100), *published* by the maker; the first name that fits.
-PUBLISHED_PEAKS = (
-    *(("B200", 2250e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H200", 989e12), ("H100", 989e12)),
-    *(("A100", 312e12), ("L40S", 362e12), ("V100", 125e12)),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,8 +262,8 @@ def published_peak(device: torch.device, precision: str) -> float | None:
     """FLOP/s of half-precision products as published for this GPU; None where none is known here."""
     if device.type != "cuda" or precision == "fp32":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PUBLISHED_PEAKS if part in name), None)
+    kind = find_gpu(torch.cuda.get_device_name(device))
+    return GPUS[kind].half if kind else None
 
 
 def _machine(bench: Bench) -> dict[str, Any]:
