@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from dino_sparo.data import imagenet
-from dino_sparo.data.imagenet import Images, explain, recognise, training_folder
+from dino_sparo.data import imagenet, splits, walk
+from dino_sparo.data.imagenet import Images, explain, recognise
+from dino_sparo.data.splits import Part, Splits, find_splits
 from dino_sparo.errors import UserError
 from tests import imagenet_layouts as mini
 
@@ -113,10 +114,10 @@ def test_layouts_are_recognized_and_explained(name, tmp_path):
     assert (found.root, found.train, found.val, found.labels) == (root, train, val, labels)
     assert ("Kaggle" in found.name) == name.startswith("Kaggle")
 
-    expected = train.path if train and name in LEARNABLE else None
+    if name in LEARNABLE:
+        assert find_splits(root).train == Part(train.path)
     if name in ("val images alone", "only val of Kaggle"):  # a flat folder like any other
-        expected = root
-    assert training_folder(root) == expected
+        assert find_splits(root).train == Part(root)
 
     sentence = explain(found)
     if name in USABLE:
@@ -145,7 +146,7 @@ def test_relative_folders(tmp_path, monkeypatch):
     assert recognise(Path()).labels == tmp_path / "LOC_val_solution.csv"
     assert recognise(Path()).name.startswith("Kaggle")
     monkeypatch.chdir(tmp_path / CLS / "val")
-    assert training_folder(Path()) == Path()
+    assert find_splits(Path()).train == Part(Path())
 
 
 def test_empty_class_folders_hidden_files_and_links_to_nowhere_are_passed_over(tmp_path):
@@ -173,7 +174,7 @@ def test_nothing_recognized(tmp_path, files):
     mini.write(tmp_path, files)
     mini.write_classes(tmp_path, {".hidden": {"1.jpg": b""}})
     for root in (tmp_path, tmp_path / "missing"):
-        assert recognise(root) is None and training_folder(root) is None
+        assert recognise(root) is None
 
 
 @pytest.fixture
@@ -210,15 +211,15 @@ def test_a_look_is_cheap(tmp_path, monkeypatch, read):
     mini.write(tmp_path / "val", {f"ILSVRC2012_val_{number:08d}.JPEG": b"" for number in range(400)})
     layout = recognise(tmp_path)
     assert (layout.train.form, layout.val.form) == (FOLDERS, FLAT)
-    # train and two of its folders, val as a whole and for the names in it
-    assert (read["folders"], read["entries"]) == (3 + 2, 90 + len(mini.VAL) + 100 + 64)
+    # the folder, train and two of its folders, val as a whole and for the names in it
+    assert (read["folders"], read["entries"]) == (1 + 3 + 2, 2 + 90 + len(mini.VAL) + 100 + 64)
 
 
 def test_a_look_at_other_folders_ends_soon(tmp_path, monkeypatch, read):
-    monkeypatch.setattr(imagenet, "PROBED_ENTRIES", 6)
-    monkeypatch.setattr(imagenet, "PROBED_BELOW", 2)
+    monkeypatch.setattr(splits, "PROBED_ENTRIES", 6)
+    monkeypatch.setattr(walk, "PROBED_BELOW", 2)
     for number in range(8):
         for below in range(3):
             (tmp_path / f"{number}" / f"{below}" / "deeper" / "deepest").mkdir(parents=True)
-    assert training_folder(tmp_path) is None
-    assert read["folders"] == 1 + 6 * (1 + 2 + 2) + 4  # train and val by each name, which are not there
+    assert find_splits(tmp_path) == Splits(Part(tmp_path))
+    assert read["folders"] < 100

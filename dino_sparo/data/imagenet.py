@@ -6,17 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dino_sparo.data.val_labels import labels_near
-from dino_sparo.data.walk import PROBED_ENTRIES, is_image, list_folder
+from dino_sparo.data.split_names import splits_of_folders
+from dino_sparo.data.val_labels import ANNOTATIONS, labels_near
+from dino_sparo.data.walk import PROBED_ENTRIES, holds, is_image, list_folder
 from dino_sparo.errors import UserError
 
 WNID, WNID_TAR = re.compile(r"n\d{8}"), re.compile(r"(n\d{8})\.tar")
 VAL_IMAGE = re.compile(r"ILSVRC2012_val_\d{8}\.JPEG")
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
-TRAIN_FOLDERS, VAL_FOLDERS = ("train", "ILSVRC2012_img_train"), ("val", "ILSVRC2012_img_val")
 KAGGLE_FOLDERS = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
 TOP_ENTRIES = 4096  # enough for a thousand class folders and their tars; a flat folder shows at once
-PROBED_BELOW = 8
 LAYOUTS = (
     f"class folders (train/<class>, val/<class>), Kaggle's layout (ILSVRC/Data/CLS-LOC), {TRAIN_TAR} and "
     f"{VAL_TAR}, a folder of class tars (n01440764.tar ...), a flat folder of images"
@@ -58,7 +57,10 @@ def recognise(root: Path) -> Layout | None:
         UserError: classes lie partly in folders, partly in tars, or a folder cannot be read.
     """
     base = next((root / below for below in KAGGLE_FOLDERS if (root / below).is_dir()), root)
-    train, val = _split(base, TRAIN_FOLDERS, TRAIN_TAR), _split(base, VAL_FOLDERS, VAL_TAR)
+    named = splits_of_folders(list_folder(base, TOP_ENTRIES)[0])
+    train, val = _split(base, named.get("train", []), TRAIN_TAR), _split(base, named.get("val", []), VAL_TAR)
+    if val and (val.path / ANNOTATIONS).is_file() and _form(val.path / "images") == "a flat folder":
+        val = Images(val.path / "images", "a flat folder")  # Tiny ImageNet
     form = None if train and val else _form(base)  # some unpack right into the folder
     if form == "a flat folder" and _holds_val(base):
         val = val or Images(base, form)
@@ -67,8 +69,8 @@ def recognise(root: Path) -> Layout | None:
     if train is None and val is None:
         return None
     labels = None
-    if val and (val.form == "the official tar" or (val.form == "a flat folder" and _holds_val(val.path))):
-        labels = labels_near(val.path)
+    if val and val.form != "class folders":
+        labels = labels_near(val.path, val.form == "the official tar" or _holds_val(val.path))
     parts = [f"training images in {train.form}"] if train else []
     parts += [f"validation images in {val.form}"] if val else []
     parts += [f"their labels in {labels.name}"] if labels else []
@@ -76,22 +78,10 @@ def recognise(root: Path) -> Layout | None:
     return Layout(root, kaggle + ", ".join(parts), train, val, labels)
 
 
-def training_folder(root: Path) -> Path | None:
-    """The folder whose images can be learned from as they are: train of any layout, or all of a flat folder.
-
-    None if they are in tars or nothing is recognized. Raises as `recognise`.
-    """
-    layout = recognise(root)
-    if layout and layout.train:
-        return layout.train.path if layout.train.is_readable else None
-    return root if layout and layout.val == Images(root, "a flat folder") else None
-
-
 def explain(layout: Layout) -> str:
     """One sentence: what was recognized and the command that makes it usable; empty if it is as it is."""
     root, train, val = layout.root, layout.train, layout.val
-    train_is_usable = train is None or (train.is_readable and train.path in (root, root / "train"))
-    if train_is_usable and val in (None, Images(root / "val", "class folders")):
+    if (train is None or train.is_readable) and (val is None or val.form == "class folders"):
         return ""
     made = " and ".join(f"OUT/{name}/<class>" for name, images in (("train", train), ("val", val)) if images)
     sentence = f"{root} holds {layout.name}; `dino-sparo prepare {shlex.quote(str(root))} --out OUT"
@@ -106,7 +96,7 @@ def explain(layout: Layout) -> str:
 # --- How images lie in a folder
 
 
-def _split(base: Path, folders: tuple[str, ...], tar: str) -> Images | None:
+def _split(base: Path, folders: list[str], tar: str) -> Images | None:
     for folder in folders:
         if form := _form(base / folder):
             return Images(base / folder, form)
@@ -128,18 +118,8 @@ def _form(folder: Path) -> Form | None:
         return "class tars"
     if any(is_image(file) for file in files):
         return "a flat folder"
-    held = any(_holds_image(folder / name) for name in sorted(folders)[:PROBED_ENTRIES])
+    held = any(holds(folder / name) for name in sorted(folders)[:PROBED_ENTRIES])
     return "class folders" if held else None
-
-
-def _holds_image(folder: Path, levels: int = 2) -> bool:
-    """Whether one of a folder's first entries is an image, or there is one in a folder below."""
-    folders, files = list_folder(folder, PROBED_ENTRIES)
-    if any(is_image(file) for file in files):
-        return True
-    return levels > 0 and any(
-        _holds_image(folder / name, levels - 1) for name in sorted(folders)[:PROBED_BELOW]
-    )
 
 
 def _holds_val(folder: Path) -> bool:

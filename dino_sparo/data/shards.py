@@ -21,9 +21,24 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dino_sparo.data.imagenet import TRAIN_TAR, VAL_TAR, WNID_TAR
-from dino_sparo.data.index import FolderIndex, IndexedSource, cached_index, current_index, index_parts
+from dino_sparo.data.index import (
+    FolderIndex,
+    IndexedSource,
+    cached_index,
+    current_index,
+    index_parts,
+    key_of_names,
+)
 from dino_sparo.data.tars import tar_members
-from dino_sparo.data.walk import EXTENSIONS, PROBED_ENTRIES, THREADS, is_image, list_folder
+from dino_sparo.data.walk import (
+    EXTENSIONS,
+    PROBED_BELOW,
+    PROBED_ENTRIES,
+    THREADS,
+    holds,
+    is_image,
+    list_folder,
+)
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.terminal import shows_bars
 
@@ -89,7 +104,8 @@ class ShardIndex(FolderIndex):
 
     def is_current(self, root: Path) -> bool:
         """Whether the shards are those that were indexed, by name, size and time."""
-        return list_shards(root) == self.shards and has_states(root, self.shards, self.states[:, :2])
+        listed = self.header.get("chosen") or list_shards(root) == self.shards
+        return listed and has_states(root, self.shards, self.states[:, :2])
 
     def _shard_of(self, position: int) -> int:
         return int(np.searchsorted(self._firsts, position, side="right")) - 1
@@ -109,8 +125,9 @@ class ShardSource(IndexedSource[ShardIndex]):
         return self.index.stats(np.arange(len(self.index)) if self.chosen is None else self.chosen)
 
 
-def open_shards(root: Path) -> ShardSource:
-    """The images in the shards of a folder; an index that is not there, or not up to date, is made and kept.
+def open_shards(root: Path, names: Sequence[str] = ()) -> ShardSource:
+    """The images in the shards of a folder, or in these of it; an index that is not there, or not current, is
+    made and kept.
 
     Ours lies beside the shards; others are kept where those of folders are, see `open_index`.
 
@@ -120,33 +137,53 @@ def open_shards(root: Path) -> ShardSource:
     """
     if (root / RECORD).exists() and not (root / INDEX_FILE).exists():
         raise UserError(f"{root}: not all shards are written yet; let `dino-sparo shard` do so first")
-    index = current_index(ShardIndex, root / INDEX_FILE, root)
+    index = None if names else current_index(ShardIndex, root / INDEX_FILE, root)
     if index is None:
-        index = cached_index(ShardIndex, root, ".shards", partial(pack_shards, root))
+        make = partial(pack_shards, root, chosen=names)
+        index = cached_index(ShardIndex, root, f"{key_of_names(names)}.shards", make)
     return ShardSource.of_all(root, index)
 
 
 def holds_shards(folder: Path) -> bool:
-    """Whether a folder is one of shards, by a look at some entries: tars, but neither images nor folders.
+    """Whether a folder is one of shards, by a look at some entries: tars, here or one folder deeper, but no
+    folders of images and fewer images beside them than tars.
 
     Raises:
-        UserError: its tars are compressed.
+        UserError: its tars are compressed, or not more than the images beside them.
     """
     folders, files = list_folder(folder, PROBED_ENTRIES)
-    if folders or any(map(is_image, files)):
+    shards, images = list(filter(is_shard, files)), list(filter(is_image, files))
+    if not files and folders:
+        below = [list_folder(folder / name, PROBED_ENTRIES) for name in sorted(folders)[:PROBED_BELOW]]
+        is_other = any(deeper or any(map(is_image, here)) for deeper, here in below)
+        return not is_other and any(is_shard(name) for _, here in below for name in here)
+    if len(images) > len(shards) or any(holds(folder / name) for name in sorted(folders)[:PROBED_BELOW]):
         return False
     packed = sorted(name for name in files if name.lower().endswith(PACKED))
-    if packed and not packed[0].startswith("ILSVRC"):  # ImageNet's devkit is no shard
+    if packed and not images and not packed[0].startswith("ILSVRC"):  # ImageNet's devkit is no shard
         raise compressed(folder / packed[0])
-    return any(map(is_shard, files))
+    if shards and images:
+        raise UserError(
+            f"{folder} holds shards ({min(shards)}) and images ({min(images)}) side by side; move one of the "
+            f"two into a folder of its own"
+        )
+    return bool(shards)
 
 
 # --- What is in shards, by their headers
 
 
 def list_shards(root: Path) -> list[str]:
-    """File names of a folder's shards, in order. Raises UserError if the folder cannot be read."""
-    return sorted(filter(is_shard, list_folder(root)[1]))
+    """Names of a folder's shards in order, those one folder deeper if there are none.
+
+    Raises UserError if a folder cannot be read.
+    """
+    folders, files = list_folder(root)
+    return sorted(filter(is_shard, files)) or [
+        f"{folder}/{name}"
+        for folder in sorted(folders)
+        for name in sorted(filter(is_shard, list_folder(root / folder)[1]))
+    ]
 
 
 def is_shard(name: str) -> bool:
@@ -222,13 +259,16 @@ class Shard(NamedTuple):
         )
 
 
-def pack_shards(root: Path, known: Mapping[str, Shard] | None = None) -> list[bytes]:
-    """The parts of an index file, from the headers of all shards but those `known` by their file's name.
+def pack_shards(
+    root: Path, known: Mapping[str, Shard] | None = None, chosen: Sequence[str] = ()
+) -> list[bytes]:
+    """The parts of an index file, from the headers of all or the chosen shards but those `known` by their
+    file's name.
 
     Raises:
         UserFileNotFoundError, UserError: as `open_shards`.
     """
-    names = list_shards(root)
+    names = list(chosen) or list_shards(root)
     states = states_of(root, names)  # before they are read: a change after that is seen the next time
     with ThreadPoolExecutor(THREADS) as pool:
         read = pool.map(lambda name: (known or {}).get(name) or read_shard(root, name), names)
@@ -249,7 +289,7 @@ def pack_shards(root: Path, known: Mapping[str, Shard] | None = None) -> list[by
         root,
         packed,
         [(*state, 0) for state in states],
-        header={"classes": classes, "shards": names},
+        header={"classes": classes, "shards": names, "chosen": bool(chosen)},
         arrays={
             "offsets": np.concatenate([shard.offsets for shard in shards]),
             "sizes": np.concatenate([shard.sizes for shard in shards]),

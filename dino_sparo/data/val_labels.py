@@ -14,6 +14,7 @@ from dino_sparo.errors import UserError, UserFileNotFoundError
 
 DEVKIT = "ILSVRC2012_devkit_t12"
 GROUND_TRUTH, META = "data/ILSVRC2012_validation_ground_truth.txt", "data/meta.mat"
+ANNOTATIONS = "val_annotations.txt"  # of Tiny ImageNet, beside its folder of images
 SOLUTION, SOLUTION_HEADER = "LOC_val_solution.csv", "ImageId,PredictionString"
 LEVELS_TO_LABELS = 4  # from Kaggle's val folder up to where its solution file lies
 
@@ -25,8 +26,13 @@ class Label(NamedTuple):
     line: int
 
 
-def labels_near(images: Path) -> Path | None:
-    """Labels of ImageNet's validation images in their folder or a little above it, None if there are none."""
+def labels_near(images: Path, are_imagenet: bool = True) -> Path | None:
+    """Labels of validation images beside their folder, or for ImageNet's in it or a little above it; None if
+    there are none."""
+    if (images.parent / ANNOTATIONS).is_file():
+        return images.parent / ANNOTATIONS
+    if not are_imagenet:
+        return None
     places = [images.absolute(), *images.absolute().parents[:LEVELS_TO_LABELS]]
     # Kaggle's first: they need no scipy
     for name, proof in ((SOLUTION, ""), (DEVKIT, GROUND_TRUTH), (f"{DEVKIT}.tar.gz", "")):
@@ -84,7 +90,8 @@ def _read_list(path: Path) -> dict[str, Label]:
             name = boxes.partition(" ")[0]
         else:
             separator = next((sign for sign in (",", "\t") if sign in line), None)
-            image, name = (*line.rsplit(separator, 1), "")[:2]
+            columns = line.split("\t")  # of Tiny ImageNet: file name, class, and a box
+            image, name = columns[:2] if len(columns) == 6 else (*line.rsplit(separator, 1), "")[:2]
         image, name = image.strip().rpartition("/")[2], name.strip()
         if not image or not _can_be_folder(name):
             expected = "ImageId,class and box" if is_kaggle else "file_name class"

@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ log = logging.getLogger("dino_sparo")
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 PROBED_ENTRIES = 64  # a folder of a million images is not listed to see what it holds
+PROBED_BELOW = 8  # folders
 THREADS = 8  # a network file system answers many questions in the time of one
 FOLDERS_AT_ONCE = 8 * THREADS  # so few that an interrupted walk ends soon
 SLOW_SECONDS = 5.0  # a walk that takes longer says how far it is
@@ -74,14 +76,23 @@ def list_folder(folder: Path, limit: int | None = None) -> tuple[list[str], list
     return folders, files
 
 
-def walk(root: Path) -> list[Folder]:
-    """All folders below `root`, level by level; hidden ones ignored, looping links not followed.
+def holds(folder: Path, wanted: Callable[[str], bool] = is_image, levels: int = 2) -> bool:
+    """Whether one of a folder's first entries is an image, or what is wanted, or one in a folder below."""
+    folders, files = list_folder(folder, PROBED_ENTRIES)
+    return any(map(wanted, files)) or (
+        levels > 0
+        and any(holds(folder / name, wanted, levels - 1) for name in sorted(folders)[:PROBED_BELOW])
+    )
+
+
+def walk(root: Path, names: Sequence[str] = ()) -> list[Folder]:
+    """All folders below `root`, or these in it, level by level; no hidden ones, looping links not followed.
 
     A bar on a terminal, else a line in the log now and then, says how far it is.
     """
     read = partial(_read_folder, root, time.time_ns())
     folders: list[Folder] = []
-    level: list[Unread] = [("", ())]
+    level: list[Unread] = [(f"{name}/", ()) for name in names] or [("", ())]
     started, next_line = time.monotonic(), SLOW_SECONDS
     form = "{desc}: {n_fmt}{unit} [{elapsed}, {rate_fmt}]"
     bar = tqdm(

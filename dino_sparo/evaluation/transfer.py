@@ -21,7 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dino_sparo.data.sources import ImageSource, open_folder, open_labelled, unlabelled
+from dino_sparo.data.sources import AS_FOUND, ImageSource, open_folder, open_labelled, unlabelled
+from dino_sparo.data.split_names import same_name
+from dino_sparo.data.splits import Choice
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.parallel.distributed import first_rank_first
 
@@ -66,12 +68,14 @@ class TestSet:
         return f"{self.name}: {'; '.join(parts)}" if parts else ""
 
 
-def open_train_and_tests(path: str, further: Sequence[str] = ()) -> tuple[ImageSource, list[TestSet]]:
+def open_train_and_tests(
+    path: str, further: Sequence[str] = (), choice: Choice = AS_FOUND
+) -> tuple[ImageSource, list[TestSet]]:
     """The train images of a labeled folder, and its test images with the `further` test sets, each NAME=DIR.
 
     Every process calls it. Raises UserError as `open_labelled` and `open_test_sets` do.
     """
-    train, val = first_rank_first(lambda: open_labelled(path))
+    train, val = first_rank_first(lambda: open_labelled(path, choice=choice))
     others = first_rank_first(lambda: open_test_sets(further, train.classes))
     return train, [*as_test_sets(val, train.classes), *others]
 
@@ -145,8 +149,8 @@ def _open_test_set(name: str, text: str, root: Path, train_classes: tuple[str, .
                 f"as in training"
             )
     else:
-        numbers = {one: number for number, one in enumerate(train_classes)}
-        to_train = np.array([numbers.get(folder, -1) for folder in folders])
+        numbers = {same_name(one): number for number, one in enumerate(train_classes)}
+        to_train = np.array([numbers.get(same_name(folder), -1) for folder in folders])
     if (to_train < 0).all():
         raise UserError(
             f"test {text!r}: none of the {len(folders)} class folders ({_some(folders)}) is a class of "
