@@ -20,11 +20,11 @@ from dino_sparo.errors import (
     StoppedError,
     StuckError,
     UserError,
-    files_told,
+    told_to_user,
 )
 from dino_sparo.parallel.processes import end_at_once, end_with_launcher, first_to_fail, leave_note
 from dino_sparo.recipe.typed import value_of
-from dino_sparo.terminal import coloured, set_up_log
+from dino_sparo.terminal import colored, set_up_log
 
 RANK = int(os.environ.get("RANK", "0"))  # as torchrun sets it
 
@@ -59,7 +59,7 @@ def answer(arguments: list[str]) -> int:
     if "RANK" in os.environ:
         end_with_launcher()
     try:
-        with files_told():
+        with told_to_user():
             status = run_command(arguments)
         if RANK == 0:
             leave_note("done", status == 0)
@@ -89,7 +89,7 @@ def report(error: UserError) -> None:
 
         distributed.report(error)
     elif first_to_fail():
-        print(coloured(f"dino-sparo: error: {error}", "red"), file=sys.stderr)
+        print(colored(f"dino-sparo: error: {error}", "red"), file=sys.stderr)
 
 
 def speaks_for_all() -> bool:

@@ -33,10 +33,18 @@ REMEDIES = {
 
 
 @contextmanager
-def files_told() -> Iterator[None]:
-    """Make a UserError of an error that names a file; others pass."""
+def told_to_user() -> Iterator[None]:
+    """Make a UserError of an error that names a file, and of a full GPU; others pass."""
     try:
         yield
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's own, without importing torch
+            raise
+        reason = str(error).split(". ")[0]
+        raise UserError(
+            f"the memory of the GPU is too small for this ({reason}); give smaller batches or a smaller "
+            f"model, or end other programs that use the GPU"
+        ) from error
     except OSError as error:
         if isinstance(error, UserError) or error.filename is None:
             raise
@@ -51,7 +59,7 @@ class UserFileNotFoundError(UserError, FileNotFoundError):
     """A file or folder that the user named does not exist or holds nothing usable."""
 
 
-class UnlabelledError(UserError):
+class UnlabeledError(UserError):
     """Images whose classes are needed are in no class folders, or their files do not tell all classes."""
 
 

@@ -7,16 +7,25 @@ import os
 import shlex
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
 from tqdm import tqdm
 
-from dino_sparo.data.imagenet import LAYOUTS, WNID_TAR, Images, Layout, explain, recognise
+from dino_sparo.data.imagenet import (
+    DEVKIT,
+    LAYOUTS,
+    SOLUTION,
+    WNID_TAR,
+    Images,
+    Layout,
+    explain,
+    image_classes,
+    recognize,
+)
 from dino_sparo.data.tars import TarFile, damage_named, tar_files
-from dino_sparo.data.val_labels import DEVKIT, SOLUTION, image_classes
 from dino_sparo.data.walk import is_image, walk
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.files import atomic_write
@@ -66,9 +75,9 @@ def prepare(source: str, out: str, labels: str | None = None) -> str:
     call resumes where it was killed, and does nothing if all is done. Nothing else is changed.
 
     Args:
-        source: folder of the images or tars, see `dino_sparo.data.imagenet.recognise`.
+        source: folder of the images or tars, see `dino_sparo.data.imagenet.recognize`.
         out: folder for the two splits; created if it does not exist.
-        labels: classes of a flat folder's images, see `dino_sparo.data.val_labels.image_classes`; None takes
+        labels: classes of a flat folder's images, see `dino_sparo.data.imagenet.image_classes`; None takes
             those that lie near ImageNet's validation images.
 
     Returns:
@@ -80,11 +89,11 @@ def prepare(source: str, out: str, labels: str | None = None) -> str:
         OSError: the file system refuses.
     """
     folder = Path(out)
-    layout = recognise(Path(source))
+    layout = recognize(Path(source))
     if layout is None:
         raise UserFileNotFoundError(f"{source}: no images recognized; expected a folder of one of: {LAYOUTS}")
     log.info("%s: %s%s", source, layout.name, "" if explain(layout) else "; usable as it is")
-    _check_out(folder, layout)
+    check_out(folder, [one.path for one in (layout.train, layout.val) if one], SPLITS.__contains__)
     splits = _plan(layout, folder, labels)
     folder.mkdir(parents=True, exist_ok=True)
     with only_writer(folder):
@@ -93,18 +102,17 @@ def prepare(source: str, out: str, labels: str | None = None) -> str:
     return _summary(folder, counts | {name: _count(folder / name) for name in others})
 
 
-def _check_out(out: Path, layout: Layout) -> None:
-    """Refuse a folder that holds something else or lies among the images."""
+def check_out(out: Path, images: Iterable[Path], is_ours: Callable[[str], bool]) -> None:
+    """Refuse a folder for output that is a file, lies among images, or holds visible names not `is_ours`."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {str(out)!r} is a file; give a folder")
-    for images in (layout.train, layout.val):
-        if images and out.resolve().is_relative_to(images.path.resolve()):
-            raise UserError(
-                f"--out {str(out)!r} lies among the images of {images.path}; choose another folder"
-            )
-    there = [name for name in os.listdir(out) if not name.startswith(".")] if out.is_dir() else []
-    if foreign := sorted(set(there) - set(SPLITS)):
-        raise UserError(f"--out {str(out)!r} holds other things ({foreign[0]}); choose another")
+    for folder in images:
+        if out.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"--out {str(out)!r} lies among the images of {folder}; choose another --out")
+    there = sorted(os.listdir(out)) if out.is_dir() else []
+    foreign = [name for name in there if not name.startswith(".") and not is_ours(name)]
+    if foreign:
+        raise UserError(f"--out {str(out)!r} holds other things ({foreign[0]}); choose another --out")
 
 
 def _summary(out: Path, counts: dict[str, Counter[str]]) -> str:

@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from itertools import groupby
 from pathlib import Path
@@ -31,17 +32,18 @@ from dino_sparo.data.shards import (
     RECORD,
     ImageOfShard,
     Shard,
-    ShardIndex,
     is_plain,
     is_shard,
     key_of,
     pack_shards,
+    shards_are_current,
 )
 from dino_sparo.data.sources import open_images, open_val
 from dino_sparo.data.tables import TableSource
 from dino_sparo.errors import UserError
 from dino_sparo.files import atomic_write, write_file
 from dino_sparo.parallel.processes import end_with_parent, only_writer
+from dino_sparo.prepare import check_out
 from dino_sparo.terminal import shows_bars
 
 IMAGES_PER_SHARD = 2000  # of ImageNet 220 MB, so that it has 641 shards
@@ -105,7 +107,9 @@ def shard(
         raise UserError(f"--short-side is {short_side}; expected a number of pixels above 0, or null")
     splits = _plan(source, Path(out), short_side, images_per_shard)
     workers = len(os.sched_getaffinity(0)) if num_workers is None else num_workers
-    _check_out(Path(out), splits)
+    folders = {Path(out)} | {split.folder for split in splits}
+    for folder in folders:
+        check_out(folder, [split.source.root for split in splits], partial(_is_ours, folder, folders))
     Path(out).mkdir(parents=True, exist_ok=True)
     with only_writer(Path(out)):
         sizes = [_begin(split) for split in splits]
@@ -126,14 +130,16 @@ def _plan(source: str, out: Path, short_side: int | None, images_per_shard: int)
             raise UserError(
                 f"DIR {source!r} is no folder of images, but shards, generated pictures or a set by name"
             )
-        if out.resolve().is_relative_to(images.root.resolve()):
-            raise UserError(
-                f"--out {str(out)!r} lies among the images of {images.root}; choose another folder"
-            )
         _check_names(images, short_side)
         folder = out / name if val is not None else out
         splits.append(Split(images, folder, short_side, images_per_shard))
     return splits
+
+
+def _is_ours(folder: Path, folders: set[Path], name: str) -> bool:
+    """Whether a name is of one of our folders or, where shards were begun, of a shard or their index."""
+    is_file = is_shard(name) or name.startswith(INDEX_FILE)
+    return folder / name in folders or (is_file and (folder / RECORD).exists())
 
 
 def _check_names(source: FolderSource | TableSource, short_side: int | None) -> None:
@@ -147,23 +153,6 @@ def _check_names(source: FolderSource | TableSource, short_side: int | None) -> 
             raise UserError(
                 f"{source.root / one} and {other!r} would be one sample of a shard, as the first dot ends "
                 f"its key; rename one of them"
-            )
-
-
-def _check_out(out: Path, splits: list[Split]) -> None:
-    """Refuse a folder that holds something else."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {str(out)!r} is a file; give a folder")
-    folders = {split.folder for split in splits}
-    for folder in {out, *folders}:
-        there = {name for name in os.listdir(folder) if name[0] != "."} if folder.is_dir() else set()
-        there -= {inner.name for inner in folders if inner.parent == folder}
-        if (folder / RECORD).exists():
-            there = {name for name in there if not is_shard(name) and not name.startswith(INDEX_FILE)}
-        if foreign := sorted(there):
-            raise UserError(
-                f"--out {str(out)!r} holds other things ({folder / foreign[0]}); choose another or a new "
-                f"folder"
             )
 
 
@@ -218,9 +207,9 @@ def _finish(split: Split, written: dict[str, Shard]) -> None:
     """Write the index of the shards, unless it is there; with it they can be read. Only those that an earlier
     start wrote are looked at again."""
     path = split.folder / INDEX_FILE
-    if current_index(ShardIndex, path, split.folder) is not None:
+    if current_index(path, split.folder, shards_are_current) is not None:
         return
-    index = keep_index(ShardIndex, path, pack_shards(split.folder, written))
+    index = keep_index(path, pack_shards(split.folder, written))
     same = split.short_side is not None or index.fingerprint == split.source.fingerprint()
     if len(index) != len(split.source) or not same:
         path.unlink()
@@ -244,7 +233,7 @@ def _summary(out: str, splits: list[Split]) -> str:
 
 
 def _write_shards(split: Split, num_workers: int) -> dict[str, Shard]:
-    """Write all shards that are not there yet, in so many processes, 0: in this one; by name what is in them."""
+    """Write all shards that are not there yet; what is in them by their names."""
     todo, total = split.missing(), len(split.source)
     done = total - sum(len(split.images(number)) for number in todo)
     written: dict[str, Shard] = {}
@@ -327,26 +316,23 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> int:
 
 
 def _sample(split: Split, image: int) -> tuple[str, bytes]:
-    """Name and bytes of an image in a shard."""
-    name, data = split.source.index.name(image), b""
+    """Name and bytes of an image in a shard: the file as it is, or a JPEG file at the short side."""
+    name, data, limit = split.source.index.name(image), b"", split.short_side
     try:
         data = split.source.read(image)
-        return (name, data) if split.short_side is None else _reduced(name, data, split.short_side)
+        if limit is None:
+            return name, data
+        with open_image(data) as opened:
+            short, long = sorted(opened.size)
+        if short <= limit:
+            return name, data
+        buffer = BytesIO()
+        decode(data, max(limit, round(long * limit / short))).save(buffer, "JPEG", quality=JPEG_QUALITY)
     except UNREADABLE as error:
         raise UnreadableImageError(
             split.source.name(image),
             problem_of(data, error)[1],
             "repair or remove the file, then start again with a new --out if that changes the images",
         ) from error
-
-
-def _reduced(name: str, data: bytes, short_side: int) -> tuple[str, bytes]:
-    """The image itself unless its short side is longer; else a JPEG file of it at that short side."""
-    with open_image(data) as image:
-        short, long = sorted(image.size)
-    if short <= short_side:
-        return name, data
-    buffer = BytesIO()
-    decode(data, max(short_side, round(long * short_side / short))).save(buffer, "JPEG", quality=JPEG_QUALITY)
     stem, _, ending = name.rpartition(".")
     return name if ending.lower() in ("jpg", "jpeg") else f"{stem}.jpg", buffer.getvalue()

@@ -1,4 +1,4 @@
-"""What a person reads in a terminal: progress bars and colours, which a file does not get, and tables."""
+"""What a person reads in a terminal: progress bars and colors, which a file does not get, and tables."""
 
 import logging
 import os
@@ -18,19 +18,19 @@ def shows_bars() -> bool:
     return sys.stderr.isatty() and logging.getLogger("dino_sparo").level <= logging.INFO
 
 
-def coloured(text: str, colour: Literal["red", "yellow"]) -> str:
+def colored(text: str, color: Literal["red", "yellow"]) -> str:
     """Text for standard error; plain where that is no terminal, or NO_COLOR (no-color.org) is set."""
     if not sys.stderr.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return text
-    return f"\033[{ESCAPES[colour]}m{text}\033[0m"
+    return f"\033[{ESCAPES[color]}m{text}\033[0m"
 
 
 class Lines(logging.Formatter):
-    """Log entries as they are, warnings in colour."""
+    """Log entries as they are, warnings in color."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
-        return coloured(text, "yellow") if record.levelno >= logging.WARNING else text
+        return colored(text, "yellow") if record.levelno >= logging.WARNING else text
 
 
 def set_up_log(level: int) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
-from dino_sparo.data.val_labels import DEVKIT, GROUND_TRUTH, META
+from dino_sparo.data.imagenet import DEVKIT, GROUND_TRUTH, META
 
 WNIDS = ("n02123045", "n01440764", "n02084071")  # in the order of their ILSVRC2012_ID, which is not theirs
 VAL_IDS = (2, 1, 3, 2, 1)

@@ -17,7 +17,7 @@ from dino_sparo.runs.checkpoint import load_latest
 from dino_sparo.training.schedules import Hyperparameters
 from tests.tiny import TINY, build_state, tiny_options, write_pictures
 
-ARGUMENTS = [f"--{key}={value}" for key, value in TINY.items()]
+ARGUMENTS = {f"--{key}": value for key, value in TINY.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -37,8 +37,9 @@ def data(tmp_path):
 @pytest.fixture
 def checked(data, capsys):
     def check(*arguments: str, status: int = 0, look=("--measure", "--scan")) -> dict:
-        command = ["check", "--config", "demo", f"--data.path={data}", *ARGUMENTS, "--json"]
-        assert main([*command, *look, *arguments]) == status
+        given = ARGUMENTS | dict(argument.split("=") for argument in arguments)
+        options = [f"{key}={value}" for key, value in given.items()]
+        assert main(["check", "--config=demo", f"--data.path={data}", "--json", *look, *options]) == status
         return json.loads(capsys.readouterr().out)
 
     return check
@@ -92,9 +93,7 @@ def test_flops_of_a_vision_transformer_are_the_published_ones():
     ("bad", "on_bad_image", "is_problem"),
     [(1, "stop", True), (1, "substitute", False), (2, "substitute", True), (24, "stop", True)],
 )
-def test_bad_images_are_a_problem_unless_others_stand_in_for_few(
-    checked, data, bad, on_bad_image, is_problem
-):
+def test_bad_images_are_a_problem_unless_few_are_replaced(checked, data, bad, on_bad_image, is_problem):
     for path in sorted((data / "train").rglob("*.png"))[:bad]:
         path.write_bytes(b"")
     report = checked(f"--data.on_bad_image={on_bad_image}", status=int(is_problem))
@@ -202,8 +201,8 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(checked, monkeypatch)
 def test_text_says_all_of_it_and_nothing_is_written(data, tmp_path, capsys, monkeypatch, views):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    given = [f"--data.path={data}", *ARGUMENTS, f"--machine.views={views}", "--measure", "--scan"]
-    assert main(["check", "--config", "demo", *given]) == 0
+    options = [f"{key}={value}" for key, value in (ARGUMENTS | {"--machine.views": views}).items()]
+    assert main(["check", "--config=demo", f"--data.path={data}", "--measure", "--scan", *options]) == 0
     shown = capsys.readouterr().out
     for words in (
         *("train: 24 images, all readable", "val images that are in train too: 24", "M parameters"),

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from dino_sparo.data import imagenet, splits, walk
-from dino_sparo.data.imagenet import Images, explain, recognise
+from dino_sparo.data.imagenet import Images, explain, recognize
 from dino_sparo.data.splits import Part, Splits, find_splits
+from dino_sparo.data.walk import list_folder
 from dino_sparo.errors import UserError
 from tests import imagenet_layouts as mini
 
@@ -110,7 +111,7 @@ def test_layouts_are_recognized_and_explained(name, tmp_path):
     root = Path(os.path.normpath(tmp_path / given))
     train, val = (images_of(root, split) for split in splits)
     labels = labels and Path(os.path.normpath(root / labels))
-    found = recognise(root)
+    found = recognize(root)
     assert (found.root, found.train, found.val, found.labels) == (root, train, val, labels)
     assert ("Kaggle" in found.name) == name.startswith("Kaggle")
 
@@ -132,7 +133,7 @@ def test_layouts_are_recognized_and_explained(name, tmp_path):
 
 def test_names_in_words_and_quoted(tmp_path):
     mini.kaggle(tmp_path / "my images")
-    layout = recognise(tmp_path / "my images")
+    layout = recognize(tmp_path / "my images")
     assert layout.name == (
         "Kaggle's ImageNet: training images in class folders, validation images in a flat folder, "
         "their labels in LOC_val_solution.csv"
@@ -143,8 +144,8 @@ def test_names_in_words_and_quoted(tmp_path):
 def test_relative_folders(tmp_path, monkeypatch):
     mini.kaggle(tmp_path)
     monkeypatch.chdir(tmp_path / CLS)
-    assert recognise(Path()).labels == tmp_path / "LOC_val_solution.csv"
-    assert recognise(Path()).name.startswith("Kaggle")
+    assert recognize(Path()).labels == tmp_path / "LOC_val_solution.csv"
+    assert recognize(Path()).name.startswith("Kaggle")
     monkeypatch.chdir(tmp_path / CLS / "val")
     assert find_splits(Path()).train == Part(Path())
 
@@ -156,7 +157,7 @@ def test_empty_class_folders_hidden_files_and_links_to_nowhere_are_passed_over(t
     mini.write(tmp_path / "train" / "b", {"1.jpg": b""})
     for name, target in (("loop", "loop"), ("nowhere", "nothing"), ("up", "..")):
         (tmp_path / "train" / name).symlink_to(target)
-    assert recognise(tmp_path).train == Images(tmp_path / "train", FOLDERS)
+    assert recognize(tmp_path).train == Images(tmp_path / "train", FOLDERS)
 
 
 def test_half_unpacked_class_tars(tmp_path):
@@ -165,7 +166,7 @@ def test_half_unpacked_class_tars(tmp_path):
     with pytest.raises(
         UserError, match=r"class folders \(n01440764\) and class tars .*\(n02084071\.tar\); finish"
     ):
-        recognise(tmp_path)
+        recognize(tmp_path)
 
 
 @pytest.mark.parametrize("files", [{}, {"notes.txt": b""}, {"train.zip": b""}, {"n01440764": b""}])
@@ -174,52 +175,23 @@ def test_nothing_recognized(tmp_path, files):
     mini.write(tmp_path, files)
     mini.write_classes(tmp_path, {".hidden": {"1.jpg": b""}})
     for root in (tmp_path, tmp_path / "missing"):
-        assert recognise(root) is None
+        assert recognize(root) is None
 
 
-@pytest.fixture
-def read(monkeypatch):
-    """Numbers of folders and entries that were read."""
-    original, read = os.scandir, {"folders": 0, "entries": 0}
-
-    class Counted:
-        def __init__(self, path):
-            read["folders"] += 1
-            self.entries = original(path)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.entries.close()
-
-        def __iter__(self):
-            for entry in self.entries:
-                read["entries"] += 1
-                yield entry
-
-    monkeypatch.setattr(os, "scandir", Counted)
-    return read
-
-
-def test_a_look_is_cheap(tmp_path, monkeypatch, read):
-    """A class folder or two are looked into; of many flat images some are read."""
-    monkeypatch.setattr(imagenet, "TOP_ENTRIES", 100)
-    for number in range(90):
-        (tmp_path / "train" / f"n{number:08d}").mkdir(parents=True)
-    mini.write_classes(tmp_path / "train", {"n00000001": mini.VAL})
-    mini.write(tmp_path / "val", {f"ILSVRC2012_val_{number:08d}.JPEG": b"" for number in range(400)})
-    layout = recognise(tmp_path)
-    assert (layout.train.form, layout.val.form) == (FOLDERS, FLAT)
-    # the folder, train and two of its folders, val as a whole and for the names in it
-    assert (read["folders"], read["entries"]) == (1 + 3 + 2, 2 + 90 + len(mini.VAL) + 100 + 64)
-
-
-def test_a_look_at_other_folders_ends_soon(tmp_path, monkeypatch, read):
+def test_a_look_at_many_folders_ends_soon(tmp_path, monkeypatch):
+    """Of many folders some are looked into, of many files some are read."""
+    looked, original = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: looked.append(path) or original(path))
     monkeypatch.setattr(splits, "PROBED_ENTRIES", 6)
+    monkeypatch.setattr(imagenet, "PROBED_ENTRIES", 6)
     monkeypatch.setattr(walk, "PROBED_BELOW", 2)
     for number in range(8):
         for below in range(3):
-            (tmp_path / f"{number}" / f"{below}" / "deeper" / "deepest").mkdir(parents=True)
-    assert find_splits(tmp_path) == Splits(Part(tmp_path))
-    assert read["folders"] < 100
+            (tmp_path / "many" / f"{number}" / f"{below}" / "deeper" / "deepest").mkdir(parents=True)
+    assert find_splits(tmp_path / "many") == Splits(Part(tmp_path / "many"))
+    assert recognize(tmp_path / "many") is None
+    assert len(looked) < 150
+    mini.write(tmp_path / "flat", {f"ILSVRC2012_val_{number:08d}.JPEG": b"" for number in range(400)})
+    assert len(list_folder(tmp_path / "flat", 100)[1]) == 100
+    looked.clear()
+    assert recognize(tmp_path / "flat").val.form == FLAT and len(looked) <= 7

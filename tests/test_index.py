@@ -18,8 +18,8 @@ import pytest
 
 from dino_sparo.data import index as index_module
 from dino_sparo.data import walk as walk_module
-from dino_sparo.data.index import FolderIndex, open_index
-from dino_sparo.data.sources import open_images, open_labelled
+from dino_sparo.data.index import Index, open_index
+from dino_sparo.data.sources import open_images, open_labeled
 from dino_sparo.errors import UserError
 from tests.shard_files import touch
 
@@ -48,7 +48,7 @@ def settle() -> None:
     time.sleep(3 * TICK_SECONDS)
 
 
-def names(index: FolderIndex) -> list[str]:
+def names(index: Index) -> list[str]:
     return [index.name(position) for position in range(len(index))]
 
 
@@ -122,7 +122,7 @@ def test_training_and_evaluation_share_a_walk(tmp_path, walks):
     root = touch(tmp_path / "root", "train/a/1.jpg", "train/b/2.jpg", "val/a/3.jpg")
     settle()
     open_images(str(root))
-    open_labelled(str(root))
+    open_labeled(str(root))
     assert walks == [root / "train", root / "val"]
 
 
@@ -260,7 +260,7 @@ def test_unwritable_place_is_said_once(tmp_path, walks, unwritable, caplog):
     for _ in range(2):
         assert open_index(root).path.parent == spare
     assert len(walks) == len(caplog.records) == 1
-    assert "file/cache: the index of the images cannot be kept there (Not a directory)" in caplog.text
+    assert f"in {spare}, as it cannot be kept in {tmp_path}/file/cache (Not a directory)" in caplog.text
     assert spare.stat().st_mode & 0o777 == 0o700
 
 
@@ -278,7 +278,7 @@ def test_temporary_index_of_another_user_is_not_read(tmp_path, walks, unwritable
 def test_no_place_at_all(tmp_path, unwritable):
     root = touch(tmp_path / "root", "a/1.jpg")
     touch(unwritable, f"dino_sparo-{os.getuid()}")
-    with pytest.raises(UserError, match=r"file/cache: .*nor in .*; set DINO_SPARO_CACHE to .* 0\.0 MB"):
+    with pytest.raises(UserError, match=r"in .*file/cache .* nor in .*; set DINO_SPARO_CACHE to .* 0\.0 MB"):
         open_index(root)
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import logging
 import math
 import sys
@@ -17,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.data.loader import BatchOrder
 from dino_sparo.errors import UserError
+from dino_sparo.files import read_lines
 from dino_sparo.runs import checkpoint
 from dino_sparo.runs.checkpoint import load_latest
 from dino_sparo.runs.rundir import read_starts
@@ -80,7 +80,7 @@ def test_plain_lines_where_the_output_is_no_terminal(tmp_path, caplog):
         assert word in lines[0]
 
 
-def test_the_curve_is_about_the_centre_that_the_loss_used(tmp_path):
+def test_the_curve_is_about_the_center_that_the_loss_used(tmp_path):
     state = build_state(tiny_options(tmp_path, tmp_path / "run"))
     before = state.loss_fn.center.normal_().clone()
     output = one_step(state, [torch.randn(2, 3, 3, 16, 16)])
@@ -183,11 +183,11 @@ def test_a_step_whose_numbers_go_wrong_ends_the_run_and_the_state_before_it_is_k
         pretrain(options)
     kept, expected = load_latest(tmp_path / "run"), tmp_path / "whole" / "checkpoints" / "step_000000003.pt"
     assert state_hash(kept) == state_hash(torch.load(expected))
-    noted = [json.loads(line) for line in (tmp_path / "run" / "bad_steps.jsonl").read_text().splitlines()]
-    assert [(entry["step"], entry["cause"]) for entry in noted] == [(4, what)]
+    (noted,) = read_lines(tmp_path / "run" / "bad_steps.jsonl")
+    assert (noted["step"], noted["cause"]) == (4, what)
     order = BatchOrder(num_samples=8, global_batch_size=4, epochs=3, seed=options.seed, first_step=3)
-    assert noted[0]["samples"] == [number for _, number in next(iter(order))]
-    assert [Path(name).name for name in noted[0]["images"]] == [f"{n:03d}.png" for n in noted[0]["samples"]]
+    assert noted["samples"] == [number for _, number in next(iter(order))]
+    assert [Path(name).name for name in noted["images"]] == [f"{n:03d}.png" for n in noted["samples"]]
     pretrain(options)  # the cause is gone
     assert state_hash(load_latest(tmp_path / "run")) == state_hash(load_latest(tmp_path / "whole"))
 
@@ -221,8 +221,8 @@ def test_a_bad_step_that_comes_again_at_each_start_can_be_skipped(eight, tmp_pat
         assert load_latest(tmp_path / "run")["step"] == 3
     pretrain(eight("run", optim__max_bad_steps=1))
     assert state_hash(load_latest(tmp_path / "run")) == state_hash(load_latest(tmp_path / "uninterrupted"))
-    lines = (tmp_path / "run" / "bad_steps.jsonl").read_text().splitlines()
-    assert [(json.loads(line)["step"], json.loads(line)["cause"]) for line in lines] == [(4, "loss")] * 3
+    noted = read_lines(tmp_path / "run" / "bad_steps.jsonl")
+    assert [(entry["step"], entry["cause"]) for entry in noted] == [(4, "loss")] * 3
 
 
 def test_bad_steps_are_read_in_order_and_once():

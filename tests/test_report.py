@@ -14,7 +14,7 @@ from PIL import Image
 from dino_sparo.__main__ import main
 from dino_sparo.errors import UserError
 from dino_sparo.interop.load import load_encoder
-from dino_sparo.slots.page import FILES, Subject, picture_uri, write_page
+from dino_sparo.slots.page import FILES, GALLERY_BYTES, PICTURE_BYTES, Subject, picture_uri, write_page
 from tests.tiny import write_pictures
 
 MACHINE = ("--device=cpu", "--num_workers=0")
@@ -203,6 +203,8 @@ def test_a_big_picture_gets_smaller(tmp_path):
     assert len(content) > 1_000_000
     assert len(picture_uri(content, 60_000)) < 80_050
     assert picture_uri(content, 10_000_000).startswith("data:image/png;base64,")
+    # The page holds eight galleries and six other pictures, in base64.
+    assert (8 * GALLERY_BYTES + 6 * PICTURE_BYTES) * 4 / 3 < 14_500_000
 
 
 def test_report_of_a_run_without_analyses(run_dir, capsys):

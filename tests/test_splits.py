@@ -6,7 +6,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from dino_sparo.data.sources import AS_FOUND, open_images, open_labelled, open_val, say_found
+from dino_sparo.data.sources import AS_FOUND, open_images, open_labeled, open_val, say_found
 from dino_sparo.data.split_names import splits_of_files, splits_of_folders
 from dino_sparo.data.splits import Choice, find_splits
 from dino_sparo.errors import UserError, UserFileNotFoundError
@@ -175,7 +175,7 @@ FOLDERS = {
 def test_folders(tmp_path, lines, name):
     files, line = FOLDERS[name]
     touch(tmp_path, *files)
-    train, test = open_labelled(str(tmp_path))
+    train, test = open_labeled(str(tmp_path))
     assert lines() == [line.replace("ROOT", str(tmp_path))]
     assert len(train.classes) == 2 and set(train.labels) == {0, 1}
     assert len(train) == (10 if "; val: 4 " in line else 8)
@@ -206,7 +206,7 @@ def test_images_without_classes_are_learned_from_without_val(tmp_path, lines, fi
     say_found(str(tmp_path), open_images(str(tmp_path)), AS_FOUND)
     assert lines() == [line.replace("ROOT", str(tmp_path))]
     with pytest.raises(UserError):
-        open_labelled(str(tmp_path))
+        open_labeled(str(tmp_path))
 
 
 @pytest.mark.parametrize("held_out", ["val", "validation", "Test"])
@@ -220,7 +220,7 @@ def test_one_class_is_no_evaluation(tmp_path):
     touch(tmp_path, *flat("cats"))
     assert len(open_images(str(tmp_path))) == 5
     with pytest.raises(UserError, match=r"has one class only \(cats\).*data.train"):
-        open_labelled(str(tmp_path))
+        open_labeled(str(tmp_path))
 
 
 # --- Shards and tables
@@ -252,7 +252,7 @@ def tars(root: Path, **names: int) -> Path:
 )
 def test_shards(tmp_path, lines, names, train, val, note):
     tars(tmp_path, **names)
-    gallery, test = open_labelled(str(tmp_path))
+    gallery, test = open_labeled(str(tmp_path))
     assert len(open_images(str(tmp_path))) == train
     assert (len(gallery), len(test)) == ((train, val) if val else (train - train // 5, train // 5))
     assert (line := lines()[0]).startswith(f"train: {train} images in 2 classes") and line.endswith(
@@ -291,7 +291,7 @@ def parquets(root: Path, **names: int) -> Path:
     ],
 )
 def test_parquet_files(tmp_path, names, train, val):
-    gallery, test = open_labelled(str(parquets(tmp_path, **names)))
+    gallery, test = open_labeled(str(parquets(tmp_path, **names)))
     assert (len(gallery), len(test)) == (train, val)
 
 
@@ -303,7 +303,7 @@ def test_what_save_to_disk_has_written(tmp_path, names):
     datasets.load_dataset("parquet", data_files=files, cache_dir=tmp_path / "hf").save_to_disk(
         tmp_path / "saved"
     )
-    assert tuple(map(len, open_labelled(str(tmp_path / "saved")))) == (5, 4)
+    assert tuple(map(len, open_labeled(str(tmp_path / "saved")))) == (5, 4)
 
 
 # --- What the user says
@@ -332,7 +332,7 @@ def test_train_and_val_can_be_named(tmp_path, choice, train, val):
 
 def test_named_shards(tmp_path):
     tars(tmp_path, a_0=6, b_0=4)
-    train, val = open_labelled(str(tmp_path), choice=Choice(train="a_*.tar", val="b_*.tar"))
+    train, val = open_labeled(str(tmp_path), choice=Choice(train="a_*.tar", val="b_*.tar"))
     assert (len(train), len(val)) == (6, 4)
 
 

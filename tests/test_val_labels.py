@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dino_sparo.data.val_labels import DEVKIT, GROUND_TRUTH, META, image_classes, labels_near
+from dino_sparo.data.imagenet import DEVKIT, GROUND_TRUTH, META, image_classes, recognize
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from tests import imagenet_layouts as mini
 
@@ -56,19 +56,17 @@ def test_lists_of_any_images(tmp_path, lines, expected):
 # --- Where they lie
 
 
-def test_labels_near_prefers_what_needs_no_scipy(tmp_path):
+def test_labels_nearby_that_need_no_scipy_go_first(tmp_path):
     folder = tmp_path / "ILSVRC/Data/CLS-LOC/val"
-    folder.mkdir(parents=True)
-    assert labels_near(folder) is None
+    mini.write(folder, mini.VAL)
+    assert recognize(folder).labels is None
     mini.devkit_archive(tmp_path)
-    assert labels_near(folder) == tmp_path / f"{DEVKIT}.tar.gz"
     (folder / DEVKIT).mkdir()  # empty: not unpacked
-    assert labels_near(folder) == tmp_path / f"{DEVKIT}.tar.gz"
+    assert recognize(folder).labels == tmp_path / f"{DEVKIT}.tar.gz"
     mini.devkit(tmp_path)
-    assert labels_near(folder) == tmp_path / DEVKIT
+    assert recognize(folder).labels == tmp_path / DEVKIT
     mini.solution(tmp_path)
-    assert labels_near(folder) == tmp_path / "LOC_val_solution.csv"
-    assert labels_near(folder / "deeper") is None
+    assert recognize(folder).labels == tmp_path / "LOC_val_solution.csv"
 
 
 # --- Mistakes

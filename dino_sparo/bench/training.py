@@ -88,7 +88,7 @@ class Bench:
             timeout_seconds=self.timeout_seconds,
         )
         with loader.failures_explained():
-            for crops in crops_on_device(iter(loader), self.dataset.crop_recipes, self.device):
+            for crops in crops_on_device(iter(loader), self.dataset.crop_kinds, self.device):
                 yield normalized(crops)
 
     def new_plain_state(self, device: torch.device) -> PlainState:
@@ -109,7 +109,7 @@ class Bench:
     def plain_batches(self) -> Generator[list[Tensor]]:
         """The same batches by plain code, with as many workers."""
         return plain_batches(
-            PlainViews(self.dataset.source, self.dataset.crop_recipes),
+            PlainViews(self.dataset.source, self.dataset.crop_kinds),
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             prefetch_batches=self.prefetch_batches,
@@ -119,7 +119,7 @@ class Bench:
     def photos(self) -> PhotoBatch:
         """The first images, decoded, and the numbers of their views, as workers hand them over."""
         of, size = self.dataset, len(self.dataset.source)
-        dataset = CropsDataset(of.source, of.crop_recipes, of.seed, executor="device", max_side=of.max_side)
+        dataset = CropsDataset(of.source, of.crop_kinds, of.seed, executor="device", max_side=of.max_side)
         batch = collate_crops([dataset[0, number % size] for number in range(self.batch_size)])
         assert isinstance(batch, PhotoBatch)
         if self.device.type == "cpu":
@@ -148,7 +148,7 @@ def measure(
     log.info("views")
     of_images = image_stages(bench.dataset, max(rounds, VIEWED_IMAGES))
     stages = {name: spread(times, 1) for name, times in of_images.items()}
-    make = partial(crops_of, bench.photos(), bench.dataset.crop_recipes, device)
+    make = partial(crops_of, bench.photos(), bench.dataset.crop_kinds, device)
     stages["views on the device"] = spread(interleaved({"": make}, rounds, device)[""], batch_size)
     groups = normalized(make())
 
@@ -238,7 +238,7 @@ def _compared(
 def _utilization(bench: Bench, speeds: dict[str, dict[str, float] | None]) -> dict[str, Any]:
     """Operations of the networks' products, the peaks of this device, and the share of each known peak that
     the products take at these speeds."""
-    sizes = [recipe.size for recipe in bench.dataset.crop_recipes]
+    sizes = [recipe.size for recipe in bench.dataset.crop_kinds]
     counted = bench.new_state(torch.device("cpu")).student
     counted.encoder.backbone.activation_checkpointing = False  # it would count twice
     num_local = len(sizes) - NUM_GLOBAL_CROPS

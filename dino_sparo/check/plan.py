@@ -1,7 +1,7 @@
 """What a run would be, told in seconds: nothing is trained, written, or started."""
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,38 +35,26 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A run that could start: all that is known of it without training a step.
-
-    Attributes:
-        num_workers: of each process.
-        batch_size, accumulation: images that a process takes at once, and micro-batches per step.
-        state: the networks as the run starts, on the CPU.
-        prefetched_bytes: what the images that all workers prepare ahead take, at most.
-        disk_bytes: what all checkpoints that are kept take, at most.
-        disk_free_bytes: free where the run folder is or would be.
-        steps_done: of an earlier start, by the names of its checkpoints.
-        weights: what the run begins with.
-        problems: what would end the run at its start, or before its end.
-    """
+    """A run that could start: all that is known of it without training a step."""
 
     recipe: Recipe
     run_dir: Path
     num_processes: int
-    num_workers: int
-    batch_size: int
-    accumulation: int
+    num_workers: int  # of each process
+    batch_size: int  # images that a process takes at once
+    accumulation: int  # micro-batches per step
     device: torch.device
     precision: str
     executor: Executor
     source: ImageSource
     monitor: KnnImages | None
-    state: TrainState
-    prefetched_bytes: int
-    disk_bytes: int
-    disk_free_bytes: int
-    steps_done: int
-    weights: str
-    problems: list[str] = field(default_factory=list)
+    state: TrainState  # as the run starts, on the CPU
+    prefetched_bytes: int  # of the images that all workers prepare ahead, at most
+    disk_bytes: int  # of all checkpoints that are kept, at most
+    disk_free_bytes: int  # where the run folder is or would be
+    steps_done: int  # of earlier starts, by the names of their checkpoints
+    weights: str  # what the run begins with
+    problems: list[str]  # what would end the run at its start, or before its end
 
     @property
     def steps_per_epoch(self) -> int:

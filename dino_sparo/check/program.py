@@ -18,7 +18,7 @@ from dino_sparo.data.loader import BatchOrder, crop_batches
 from dino_sparo.data.scan import DataReport, ScanResult, data_report, describe, scan_images
 from dino_sparo.data.sources import ImageSource, open_val
 from dino_sparo.data.splits import Choice
-from dino_sparo.data.views import crop_recipes
+from dino_sparo.data.views import crop_kinds
 from dino_sparo.errors import EXIT_PROBLEM, UserError
 from dino_sparo.recipe.sections import Recipe, smaller_batch
 from dino_sparo.terminal import table
@@ -165,7 +165,7 @@ def steps_of(plan: Plan, batch: Batch) -> dict[str, Any]:
             return measure_steps(
                 state,
                 batch,
-                crop_recipes(**asdict(recipe.views)),
+                crop_kinds(**asdict(recipe.views)),
                 tried,
                 replace(schedules.at(0), freeze_last_layer=False),
                 steps=STEPS,

@@ -128,7 +128,7 @@ COMMANDS = {
     "slots gallery": Command(
         slots.SlotGalleryOptions,
         slots.gallery,
-        "the images that each slot responds to most, and their neighbours within it",
+        "the images that each slot responds to most, and their neighbors within it",
         ("slots gallery runs/sparo --data.path photos --slots '[0,5]'",),
     ),
     "slots rank": Command(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dino_sparo.cli.pretraining import PretrainOptions
 from dino_sparo.recipe.files import named_recipe
+from dino_sparo.recipe.readouts import READOUTS
 from dino_sparo.recipe.sections import Recipe
 
 NUM_KNN_IMAGES = 2000
@@ -26,10 +27,11 @@ def demo(options: PretrainOptions) -> None:
     recipe = options if options.data.path == SHAPES else fitted_to_folder(options)
     pretrain(recipe, Path(options.run_dir), resume_unverified=options.resume_unverified)
     show_run(
-        *(Path(options.run_dir), recipe.data.path),
+        Path(options.run_dir),
+        recipe.data.path,
         max_images=recipe.data.max_images,
         image_size=recipe.views.global_size,
-        with_slots=recipe.model.readout.name == "sparo",
+        with_slots=READOUTS[recipe.model.readout.name].has_slots,
     )
 
 

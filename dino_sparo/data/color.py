@@ -31,8 +31,13 @@ def jitter(images: Tensor, steps: Tensor) -> Tensor:
     """
     columns = steps[:, :, None, None].unbind(1)
     rgb = [x.float() for x in images.unbind(1)]  # apart, or the compiler would not make one kernel
-    rgb = _contrast(_adjusted(rgb, columns[BEFORE]), columns[CONTRAST_FACTOR])
-    return _finished(_adjusted(rgb, columns[AFTER]), columns[GRAYSCALE])
+    rgb = _adjusted(rgb, columns[BEFORE])
+    total = _luma(*rgb).to(torch.int32).sum(dim=(1, 2), keepdim=True)  # float32 would not hold it
+    mean = (total.double() / rgb[0][0].numel() + 0.5).floor().float()
+    rgb = _adjusted([_blend(x, mean, columns[CONTRAST_FACTOR]) for x in rgb], columns[AFTER])
+    luma = _luma(*rgb)
+    rgb = [torch.where(columns[GRAYSCALE] == 1, luma, x) for x in rgb]
+    return torch.stack([x.to(torch.uint8) for x in rgb], dim=1)
 
 
 def solarize(images: Tensor, chosen: Tensor) -> Tensor:
@@ -100,18 +105,6 @@ def _adjusted(rgb: list[Tensor], columns: Sequence[Tensor]) -> list[Tensor]:
     shifted = _shift_hue(red, green, blue, shift)
     rgb = [torch.where(shift == NO_SHIFT, x, y) for x, y in zip(rgb, shifted, strict=True)]
     return _blends(rgb, columns, BLENDS_AFTER)
-
-
-def _contrast(rgb: list[Tensor], factor: Tensor) -> list[Tensor]:
-    luma = _luma(*rgb)
-    total = luma.to(torch.int32).sum(dim=(1, 2), keepdim=True)  # float32 would not hold it
-    mean = (total.double() / luma[0].numel() + 0.5).floor().float()
-    return [_blend(x, mean, factor) for x in rgb]
-
-
-def _finished(rgb: list[Tensor], grayscale: Tensor) -> Tensor:
-    luma = _luma(*rgb)
-    return torch.stack([torch.where(grayscale == 1, luma, x).to(torch.uint8) for x in rgb], dim=1)
 
 
 def _luma(red: Tensor, green: Tensor, blue: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from dino_sparo.data import color
-from dino_sparo.data.views import CropRecipe, View
+from dino_sparo.data.views import CropKind, View
 from dino_sparo.parallel.device import compiled
 
 log = logging.getLogger("dino_sparo")
@@ -94,33 +94,31 @@ def repeated(photos: Photos, batch_size: int) -> Photos:
     return Photos(photos.pixels, photos.places[chosen], photos.numbers[:, chosen])
 
 
-def make_crops(photos: Photos, groups: Sequence[Sequence[CropRecipe]], device: torch.device) -> list[Tensor]:
+def make_crops(photos: Photos, groups: Sequence[Sequence[CropKind]], device: torch.device) -> list[Tensor]:
     """All crops, uint8 on the device: (C_i, B, 3, S, S) for each group of equally large ones. Never waits."""
     shapes = photos.places[:, 1:].tolist()  # on the host
     pixels, places, numbers = (x.to(device, non_blocking=True) for x in photos)
     resized: list[list[Tensor]] = [[] for _ in groups]
+    of_groups = numbers.split([len(group) for group in groups])  # (C_i, B, 26 + taps) each
     for first in range(0, len(shapes), IMAGES_AT_ONCE):
         part = slice(first, first + IMAGES_AT_ONCE)
         height, width = (
             -(-max(side) // CANVAS_STEP) * CANVAS_STEP for side in zip(*shapes[part], strict=True)
         )
         canvas = _canvas(pixels, places[part], height, width)
-        crop = 0
-        for group, done in zip(groups, resized, strict=True):
-            boxes = numbers[crop : crop + len(group), part, : FLIP + 1].transpose(0, 1)
+        for group, of_group, done in zip(groups, of_groups, resized, strict=True):
+            boxes = of_group[:, part, : FLIP + 1].transpose(0, 1)
             with _fast_products(device):
                 resize = _fast(_resized_crops, device)
                 done.append(resize(canvas, boxes, group[0].size, group[0].interpolation))
-            crop += len(group)
-    crops, crop = [], 0
-    for group, done in zip(groups, resized, strict=True):
+    crops = []
+    for group, of_group, done in zip(groups, of_groups, resized, strict=True):
         images = torch.cat(done, dim=1)
-        flat = numbers[crop : crop + len(group)].flatten(0, 1)
         if any(map(_has_colors, group)):
+            flat = of_group.flatten(0, 1)
             steps = flat[:, JITTER], flat[:, BLUR], flat[:, SOLARIZE]
             images = _fast(_colors, device)(images.flatten(0, 1), *steps).view_as(images)
         crops.append(images)
-        crop += len(group)
     return crops
 
 
@@ -212,7 +210,7 @@ def _rounded(x: Tensor) -> Tensor:
     return (x + 0.5).floor().clamp(0, 255)
 
 
-def _has_colors(recipe: CropRecipe) -> bool:
+def _has_colors(recipe: CropKind) -> bool:
     """Whether anything follows the crop."""
     probabilities = recipe.jitter_probability, recipe.grayscale_probability, recipe.blur_probability
     return max(*probabilities, recipe.solarize_probability) > 0

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, Self, TypeVar
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,11 +36,11 @@ ALIGNMENT = 64
 STAT_THREADS, STAT_FILES = 16, 4096
 
 
-class FolderIndex:
-    """Names and classes of the images below a folder, in torchvision's order, read from a mapped file.
+class Index:
+    """Names and classes of images in their order, read from a mapped file.
 
     A fork shares the mapping, and a pickle holds only where the file is: neither copies a name. `header` and
-    `arrays` are what `index_parts` was given; those of another kind of index hold more.
+    `arrays` are what `index_parts` was given: those of shards and tables hold more than those of folders.
     """
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
@@ -63,7 +63,7 @@ class FolderIndex:
         return len(self._starts) - 1
 
     def __reduce__(self) -> tuple:
-        return _reopen, (type(self), self.path, self.fingerprint)
+        return _reopen, (self.path, self.fingerprint)
 
     def name(self, position: int) -> str:
         """Name of an image, relative to the folder. Raises IndexError for a position that is none."""
@@ -71,12 +71,16 @@ class FolderIndex:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names by number, those of the top folders; none if images lie in the folder itself."""
+        """Class names by number; none if they are unknown, as where images lie in the folder itself."""
+        if "classes" in self.header:
+            return tuple(self.header["classes"])
         level = self.header.get("class_level", 0)
         return tuple(self.name(first).split("/")[level] for first in self.arrays["class_starts"][:-1])
 
     def labels(self) -> NDArray[np.int64] | None:
         """Class numbers (len(self),), made at each call; None if they are unknown."""
+        if "classes" in self.header:
+            return self.arrays["labels"].astype(np.int64) if self.header["classes"] else None
         sizes = np.diff(self.arrays["class_starts"])
         return np.repeat(np.arange(len(sizes)), sizes) if len(sizes) else None
 
@@ -87,27 +91,11 @@ class FolderIndex:
             digest.update(b"\0" * (number > 0) + self._packed(position))
         return digest.hexdigest()
 
-    def is_current(self, root: Path) -> bool:
-        """Whether every folder below `root` is as it was: a look at each, none is listed."""
-        folders = self.arrays["folders"].tobytes().decode("utf-8", "surrogateescape").split("\0")[:-1]
-
-        def unchanged(first: int) -> bool:
-            return all(
-                state_now(os.path.join(root, folders[i])) == tuple(self.states[i].tolist())
-                for i in range(first, len(folders), THREADS)
-            )
-
-        with ThreadPoolExecutor(THREADS) as pool:
-            return all(pool.map(unchanged, range(THREADS)))
-
     def _packed(self, position: int) -> bytes:
         return self._names[self._starts[position] : self._starts[position + 1] - 1].tobytes()
 
 
-Index = TypeVar("Index", bound=FolderIndex)
-
-
-def open_index(root: Path, names: Sequence[str] = ()) -> FolderIndex:
+def open_index(root: Path, names: Sequence[str] = ()) -> Index:
     """The index of the images below `root`: the one that is kept if no folder has changed, else a new one.
 
     Args:
@@ -118,7 +106,7 @@ def open_index(root: Path, names: Sequence[str] = ()) -> FolderIndex:
         UserError: a folder cannot be read, or the index cannot be kept.
     """
     ending = f"{key_of_names(names)}.index"
-    return cached_index(FolderIndex, root, ending, lambda: _pack(root, walk(root, names), names))
+    return cached_index(root, ending, _folders_are_current, lambda: _pack(root, walk(root, names), names))
 
 
 def key_of_names(names: Sequence[str]) -> str:
@@ -126,7 +114,23 @@ def key_of_names(names: Sequence[str]) -> str:
     return f".{hashlib.sha256(os.fsencode(chr(0).join(names))).hexdigest()[:16]}" if names else ""
 
 
-def cached_index(kind: type[Index], root: Path, ending: str, make: Callable[[], list[bytes]]) -> Index:
+def _folders_are_current(index: Index, root: Path) -> bool:
+    """Whether every folder below `root` is as it was: a look at each, none is listed."""
+    folders = index.arrays["folders"].tobytes().decode("utf-8", "surrogateescape").split("\0")[:-1]
+
+    def unchanged(first: int) -> bool:
+        return all(
+            state_now(os.path.join(root, folders[i])) == tuple(index.states[i].tolist())
+            for i in range(first, len(folders), THREADS)
+        )
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return all(pool.map(unchanged, range(THREADS)))
+
+
+def cached_index(
+    root: Path, ending: str, is_current: Callable[[Index, Path], bool], make: Callable[[], list[bytes]]
+) -> Index:
     """The index of `root` that is kept if it is current, else a new one of the parts that `make` gives.
 
     It is kept in `$DINO_SPARO_CACHE`, else in `dino_sparo` below `$XDG_CACHE_HOME` or `~/.cache`; where that
@@ -138,32 +142,33 @@ def cached_index(kind: type[Index], root: Path, ending: str, make: Callable[[], 
     name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:32] + ending
     chosen, spare = cache_folder(), temporary_folder()
     for folder in (chosen, spare):
-        index = current_index(kind, folder / name, root)
+        index = current_index(folder / name, root, is_current)
         if index is not None:
             return index
-    parts = make()
-    try:
-        return keep_index(kind, chosen / name, parts)
-    except OSError as error:
-        reason = f"{chosen}: the index of the images cannot be kept there ({error.strerror})"
-    try:
-        index = keep_index(kind, spare / name, parts)
-    except OSError as error:
-        raise UserError(
-            f"{reason}, nor in {spare} ({error.strerror}); set DINO_SPARO_CACHE to a folder that can be "
-            f"written and has room for {sum(map(len, parts)) / 1e6:.1f} MB"
-        ) from error
-    log.warning("%s; it is in %s, DINO_SPARO_CACHE can name another folder", reason, spare)
-    return index
+    parts, refused = make(), []
+    for folder in (chosen, spare):
+        try:
+            index = keep_index(folder / name, parts)
+        except OSError as error:
+            refused.append(f"{folder} ({error.strerror})")
+            continue
+        if refused:
+            text = "the index of the images is in %s, as it cannot be kept in %s; set DINO_SPARO_CACHE"
+            log.warning(text, spare, refused[0])
+        return index
+    raise UserError(
+        f"the index of the images can be kept neither in {' nor in '.join(refused)}; set DINO_SPARO_CACHE to "
+        f"a folder that can be written and has room for {sum(map(len, parts)) / 1e6:.1f} MB"
+    )
 
 
-def current_index(kind: type[Index], path: Path, root: Path) -> Index | None:
+def current_index(path: Path, root: Path, is_current: Callable[[Index, Path], bool]) -> Index | None:
     """The index in a file if it is intact and `root` is still what it was made of."""
-    index = _open_intact(kind, path)
-    return index if index is not None and index.is_current(root) else None
+    index = _open_intact(path)
+    return index if index is not None and is_current(index, root) else None
 
 
-def _open_intact(kind: type[Index], path: Path) -> Index | None:
+def _open_intact(path: Path) -> Index | None:
     """The index in a file; None if there is none, or one that is damaged or of another format."""
     try:
         if path.parent == temporary_folder() and path.parent.lstat().st_uid != os.getuid():
@@ -175,14 +180,14 @@ def _open_intact(kind: type[Index], path: Path) -> Index | None:
             checksum = 0
             while chunk := file.read(1 << 20):
                 checksum = zlib.crc32(chunk, checksum)
-            return kind(path, file) if checksum == stored else None
+            return Index(path, file) if checksum == stored else None
     except OSError:
         return None
 
 
-def _reopen(kind: type[Index], path: Path, fingerprint: str) -> Index:
+def _reopen(path: Path, fingerprint: str) -> Index:
     """What a pickle calls in a data worker that was not forked."""
-    index = _open_intact(kind, path)
+    index = _open_intact(path)
     if index is None or index.fingerprint != fingerprint:
         raise UserError(
             f"{path}: this index of images is gone or another one by now, since the folder was changed while "
@@ -191,20 +196,20 @@ def _reopen(kind: type[Index], path: Path, fingerprint: str) -> Index:
     return index
 
 
-def keep_index(kind: type[Index], path: Path, parts: list[bytes]) -> Index:
+def keep_index(path: Path, parts: list[bytes]) -> Index:
     """Write an index and map it; who has the old one keeps it. Raises OSError."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.writelines(parts)
         file.flush()
-        return kind(path, file)
+        return Index(path, file)
 
 
 # --- Images that are listed in an index
 
 
 @dataclass(frozen=True, eq=False)
-class IndexedSource(Generic[Index]):
+class IndexedSource:
     """Images in the order of an index; an `ImageSource` but for where their bytes are.
 
     It holds no names, only the index of all images and the positions in it of those chosen (None: of all).
@@ -264,8 +269,8 @@ class IndexedSource(Generic[Index]):
 
 
 @dataclass(frozen=True, eq=False)
-class FolderSource(IndexedSource[FolderIndex]):
-    """Images below a folder, in torchvision's order; labelled by the top folder of each image."""
+class FolderSource(IndexedSource):
+    """Images below a folder, in torchvision's order; labeled by the top folder of each image."""
 
     def name(self, index: int) -> str:
         return str(self.root / self.index.name(self.position(index)))

@@ -5,6 +5,7 @@ Axis letters: B images, C crops.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
@@ -20,7 +21,7 @@ from dino_sparo.data.decode import UnreadableImageError
 from dino_sparo.data.device_views import Photos, collate_photos, make_crops, numbers_of, to_pixels
 from dino_sparo.data.images import to_tensor
 from dino_sparo.data.sources import ImageSource
-from dino_sparo.data.views import NUM_GLOBAL_CROPS, CropRecipe, draw_view, sample_order, substitute_sample
+from dino_sparo.data.views import NUM_GLOBAL_CROPS, CropKind, draw_view, sample_order, substitute_sample
 from dino_sparo.data.workers import WatchedLoader
 from dino_sparo.errors import UserError
 
@@ -52,6 +53,7 @@ class LoadedImage(NamedTuple):
     replaced: list[Replaced]
 
 
+@dataclass(eq=False)
 class CropsDataset(Dataset):
     """Item (epoch, sample) -> the crops of one image.
 
@@ -60,23 +62,16 @@ class CropsDataset(Dataset):
     raised. An image with a longer side than `max_side` is reduced to it before anything else.
     """
 
-    def __init__(
-        self,
-        source: ImageSource,
-        crop_recipes: Sequence[CropRecipe],
-        seed: int,
-        *,
-        substitute: bool = False,
-        executor: Executor = "pil",
-        max_side: int | None = None,
-    ) -> None:
-        self.source = source
-        self.crop_recipes = crop_recipes
-        self.seed = seed
-        self.substitute = substitute
-        self.executor = executor
-        self.max_side = max_side
-        self.blur_taps = max(color.blur_taps(recipe.blur_radius[1]) for recipe in crop_recipes)
+    source: ImageSource
+    crop_kinds: Sequence[CropKind]
+    seed: int
+    _: KW_ONLY
+    substitute: bool = False
+    executor: Executor = "pil"
+    max_side: int | None = None
+
+    def __post_init__(self) -> None:
+        self.blur_taps = max(color.blur_taps(recipe.blur_radius[1]) for recipe in self.crop_kinds)
 
     def __getitem__(self, item: tuple[int, int]) -> LoadedImage:
         epoch, sample = item
@@ -84,7 +79,7 @@ class CropsDataset(Dataset):
         size = {"image_width": image.width, "image_height": image.height}
         views = [
             draw_view(recipe, seed=self.seed, epoch=epoch, sample=sample, crop=crop, **size)
-            for crop, recipe in enumerate(self.crop_recipes)
+            for crop, recipe in enumerate(self.crop_kinds)
         ]
         if self.executor == "pil":
             return LoadedImage([to_tensor(pil_views.execute(image, view)) for view in views], replaced)
@@ -109,6 +104,7 @@ class CropsDataset(Dataset):
             )
 
 
+@dataclass(kw_only=True, eq=False)
 class BatchOrder(Sampler):
     """Yields each micro-batch's (epoch, sample) pairs from a given optimizer step to the end of the run.
 
@@ -117,24 +113,19 @@ class BatchOrder(Sampler):
     many processes there are, all together see the same global batches.
     """
 
-    def __init__(
-        self,
-        *,
-        num_samples: int,
-        global_batch_size: int,
-        epochs: int,
-        seed: int,
-        first_step: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        accumulation: int = 1,
-    ) -> None:
-        assert global_batch_size % (world_size * accumulation) == 0
-        self.num_samples, self.global_batch_size, self.epochs = num_samples, global_batch_size, epochs
-        self.seed, self.first_step, self.rank = seed, first_step, rank
-        self.accumulation = accumulation
-        self.micro_batch_size = global_batch_size // (world_size * accumulation)
-        self.steps_per_epoch = num_samples // global_batch_size
+    num_samples: int
+    global_batch_size: int
+    epochs: int
+    seed: int
+    first_step: int = 0
+    rank: int = 0
+    world_size: int = 1
+    accumulation: int = 1
+
+    def __post_init__(self) -> None:
+        assert self.global_batch_size % (self.world_size * self.accumulation) == 0
+        self.micro_batch_size = self.global_batch_size // (self.world_size * self.accumulation)
+        self.steps_per_epoch = self.num_samples // self.global_batch_size
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for epoch in range(self.first_step // self.steps_per_epoch, self.epochs):
@@ -205,7 +196,7 @@ def collate_crops(images: list[LoadedImage]) -> Crops | PhotoBatch:
     return _as_crops([torch.stack(list(group)) for group in groups], replaced)
 
 
-def crops_of(batch: Crops | PhotoBatch, recipes: Sequence[CropRecipe], device: torch.device) -> Crops:
+def crops_of(batch: Crops | PhotoBatch, recipes: Sequence[CropKind], device: torch.device) -> Crops:
     """The crops of a batch on the device, made there if they are not made yet."""
     if isinstance(batch, PhotoBatch):
         return _as_crops(make_crops(batch.photos, _in_groups(recipes), device), batch.replaced)

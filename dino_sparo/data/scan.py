@@ -52,22 +52,16 @@ class Listing:
 
 @dataclass(frozen=True)
 class ScanReport:
-    """What a scan found, in plain values.
-
-    Attributes:
-        problems: each of PROBLEMS -> the files that have it, with the reason.
-        short_side, long_side: in pixels, of readable images; None without any.
-        skipped: why nothing was scanned; empty after a scan.
-    """
+    """What a scan found, in plain values."""
 
     images: int
     readable: int
-    problems: dict[str, Listing]
-    short_side: Spread | None
+    problems: dict[str, Listing]  # each of PROBLEMS -> the files that have it, with the reason
+    short_side: Spread | None  # in pixels, of readable images; None without any
     long_side: Spread | None
     total_bytes: int
     seconds: float
-    skipped: str
+    skipped: str  # why nothing was scanned; empty after a scan
 
     @property
     def unreadable(self) -> int:
@@ -77,17 +71,12 @@ class ScanReport:
 
 @dataclass(frozen=True, eq=False)
 class ScanResult:
-    """A scan's report, and what it takes to find copies.
-
-    Attributes:
-        readable: (N,).
-        hashes: BLAKE2b of each file, (N, 16); zeros where the file could not be read.
-    """
+    """A scan's report, and what it takes to find copies."""
 
     report: ScanReport
     source: ImageSource
-    readable: NDArray[np.bool_]
-    hashes: NDArray[np.uint8]
+    readable: NDArray[np.bool_]  # (N,)
+    hashes: NDArray[np.uint8]  # (N, 16), BLAKE2b of each file; zeros where it could not be read
 
 
 class Finding(NamedTuple):
@@ -220,24 +209,18 @@ def printable(name: str) -> str:
 
 @dataclass(frozen=True)
 class Copies:
-    """Images of equal content.
-
-    Attributes:
-        groups: contents that occur more than once, or in both splits.
-        images: in these groups; of val against train those of val.
-        largest: the 20 largest groups; of val against train one image of train and one of val each.
-    """
+    """Images of equal content: contents that occur more than once, or in both train and val."""
 
     groups: int
-    images: int
-    largest: tuple[Listing, ...]
+    images: int  # in these groups; of val against train those of val
+    largest: tuple[Listing, ...]  # of the groups; of val against train one image of each
 
 
 @dataclass(frozen=True)
 class ClassCounts:
     """The classes that have images, and those with the fewest; without labels there are none."""
 
-    labelled: bool
+    labeled: bool
     classes: int
     images_per_class: Spread | None
     fewest: Listing
@@ -245,7 +228,7 @@ class ClassCounts:
 
 @dataclass(frozen=True)
 class SplitComparison:
-    """The classes of train and val; the last two are empty unless both are labelled."""
+    """The classes of train and val; the last two are empty unless both are labeled."""
 
     train: ClassCounts
     val: ClassCounts | None
@@ -335,7 +318,7 @@ def _images_per_class(source: ImageSource | None) -> dict[str, int]:
 def _count_classes(images: dict[str, int]) -> ClassCounts:
     smallest = min(images.values(), default=0)
     return ClassCounts(
-        labelled=bool(images),
+        labeled=bool(images),
         classes=len(images),
         images_per_class=_spread(np.array([*images.values()], dtype=np.int64)),
         fewest=_listing([name for name, count in images.items() if count == smallest]),

@@ -21,14 +21,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dino_sparo.data.imagenet import TRAIN_TAR, VAL_TAR, WNID_TAR
-from dino_sparo.data.index import (
-    FolderIndex,
-    IndexedSource,
-    cached_index,
-    current_index,
-    index_parts,
-    key_of_names,
-)
+from dino_sparo.data.index import Index, IndexedSource, cached_index, current_index, index_parts, key_of_names
 from dino_sparo.data.tars import tar_members
 from dino_sparo.data.walk import (
     EXTENSIONS,
@@ -61,68 +54,38 @@ def _opened(path: str, state: State) -> BinaryIO:
     return file
 
 
-class ShardIndex(FolderIndex):
-    """Names, classes and places of the images in shards, read from a mapped file as those of a folder are."""
+@dataclass(frozen=True, eq=False)
+class ShardSource(IndexedSource):
+    """Images in the shards of a folder, in their order."""
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
-        super().__init__(path, file)
-        self.shards: list[str] = self.header["shards"]
-        self._class_names = tuple(self.header["classes"])
-        self._firsts, self._offsets, self._sizes = (
-            self.arrays[name] for name in ("firsts", "offsets", "sizes")
-        )
+    def name(self, index: int) -> str:
+        position = self.position(index)
+        shard = self.index.header["shards"][self._rank(position, "firsts")]
+        return f"{self.root}/{shard}: {self.index.name(position)}"
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Class names by number; none if they are unknown."""
-        return self._class_names
-
-    def labels(self) -> NDArray[np.int64] | None:
-        return self.arrays["labels"].astype(np.int64) if self._class_names else None
-
-    def read(self, root: Path, position: int) -> bytes:
-        """An image's file. Raises OSError: its shard is gone, has changed or cannot be read."""
-        number, size = self._shard_of(position), int(self._sizes[position])
+    def read(self, index: int) -> bytes:
+        position, arrays = self.position(index), self.index.arrays
+        number, size = self._rank(position, "firsts"), int(arrays["sizes"][position])
         if size < 0:
             raise OSError("the row holds no image, or only its path")
-        state = tuple(self.states[number, :2].tolist())
-        shard = _opened(os.path.join(root, self.shards[number]), state)
-        data = os.pread(shard.fileno(), size, int(self._offsets[position]))
+        path = os.path.join(self.root, self.index.header["shards"][number])
+        shard = _opened(path, tuple(self.index.states[number, :2].tolist()))
+        data = os.pread(shard.fileno(), size, int(arrays["offsets"][position]))
         if len(data) < size:
             raise OSError("the shard ends before the image does")
         return data
 
-    def place_name(self, root: Path, position: int) -> str:
-        """What to call an image in a message."""
-        return f"{root}/{self.shards[self._shard_of(position)]}: {self.name(position)}"
-
-    def stats(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Size in bytes, time of the last change in ns of its shard, and offset there (len(positions), 3)."""
-        numbers = np.searchsorted(self._firsts, positions, side="right") - 1
-        changed = self.states[numbers, 1].astype(np.int64)
-        return np.stack([self._sizes[positions], changed, self._offsets[positions]], axis=1)
-
-    def is_current(self, root: Path) -> bool:
-        """Whether the shards are those that were indexed, by name, size and time."""
-        listed = self.header.get("chosen") or list_shards(root) == self.shards
-        return listed and has_states(root, self.shards, self.states[:, :2])
-
-    def _shard_of(self, position: int) -> int:
-        return int(np.searchsorted(self._firsts, position, side="right")) - 1
-
-
-@dataclass(frozen=True, eq=False)
-class ShardSource(IndexedSource[ShardIndex]):
-    """Images in the shards of a folder, in their order."""
-
-    def name(self, index: int) -> str:
-        return self.index.place_name(self.root, self.position(index))
-
-    def read(self, index: int) -> bytes:
-        return self.index.read(self.root, self.position(index))
-
     def stats(self) -> NDArray[np.int64]:
-        return self.index.stats(np.arange(len(self.index)) if self.chosen is None else self.chosen)
+        """Size in bytes, time of the last change in ns of its shard, and offset there (len(self), 3)."""
+        arrays, chosen = self.index.arrays, slice(None) if self.chosen is None else self.chosen
+        offsets, sizes = arrays["offsets"][chosen], arrays["sizes"][chosen]
+        positions = np.arange(len(self.index))[chosen]
+        numbers = np.searchsorted(arrays["firsts"], positions, side="right") - 1
+        return np.stack([sizes, self.index.states[numbers, 1].astype(np.int64), offsets], axis=1)
+
+    def _rank(self, position: int, firsts: str) -> int:
+        """In which shard or file an image lies, by the array of the first position in each."""
+        return int(np.searchsorted(self.index.arrays[firsts], position, side="right")) - 1
 
 
 def open_shards(root: Path, names: Sequence[str] = ()) -> ShardSource:
@@ -137,10 +100,10 @@ def open_shards(root: Path, names: Sequence[str] = ()) -> ShardSource:
     """
     if (root / RECORD).exists() and not (root / INDEX_FILE).exists():
         raise UserError(f"{root}: not all shards are written yet; let `dino-sparo shard` do so first")
-    index = None if names else current_index(ShardIndex, root / INDEX_FILE, root)
+    index = None if names else current_index(root / INDEX_FILE, root, shards_are_current)
     if index is None:
         make = partial(pack_shards, root, chosen=names)
-        index = cached_index(ShardIndex, root, f"{key_of_names(names)}.shards", make)
+        index = cached_index(root, f"{key_of_names(names)}.shards", shards_are_current, make)
     return ShardSource.of_all(root, index)
 
 
@@ -168,6 +131,13 @@ def holds_shards(folder: Path) -> bool:
             f"two into a folder of its own"
         )
     return bool(shards)
+
+
+def shards_are_current(index: Index, root: Path) -> bool:
+    """Whether the shards are those that were indexed, by name, size and time."""
+    shards = index.header["shards"]
+    listed = index.header.get("chosen") or list_shards(root) == shards
+    return listed and has_states(root, shards, index.states[:, :2])
 
 
 # --- What is in shards, by their headers

@@ -1,4 +1,4 @@
-"""Where images come from: folders (labelled by class folder or flat), shards, parquet files, sets by name and
+"""Where images come from: folders (labeled by class folder or flat), shards, parquet files, sets by name and
 generated pictures."""
 
 import logging
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dino_sparo.data.generated import SHAPES, shapes_source
-from dino_sparo.data.imagenet import explain, recognise
+from dino_sparo.data.imagenet import explain, recognize
 from dino_sparo.data.index import FolderSource, open_index
 from dino_sparo.data.shards import ShardSource, holds_shards, is_shard, open_shards
 from dino_sparo.data.split_names import same_name, splits_of_files
@@ -32,7 +32,7 @@ from dino_sparo.data.tables import (
 from dino_sparo.data.torchvision_sets import NAMES, open_set
 from dino_sparo.data.torchvision_sets import Part as PartOfSet
 from dino_sparo.data.walk import list_folder
-from dino_sparo.errors import UnlabelledError, UserError, UserFileNotFoundError
+from dino_sparo.errors import UnlabeledError, UserError, UserFileNotFoundError
 
 log = logging.getLogger("dino_sparo")
 
@@ -142,15 +142,15 @@ def open_images(
 
 
 def open_val(path: str, choice: Choice = AS_FOUND) -> ImageSource | None:
-    """The validation images of a folder, labelled by their own class folders or not at all, else its labelled
+    """The validation images of a folder, labeled by their own class folders or not at all, else its labeled
     test images; None without."""
     return _open_named(path, "test", choice) or _open_val(path, _splits(path, "data.path", choice), choice)
 
 
-def open_labelled(
+def open_labeled(
     path: str, key: str = "data.path", choice: Choice = AS_FOUND
 ) -> tuple[ImageSource, ImageSource]:
-    """Labelled images for evaluation: gallery and test images, with the same classes.
+    """Labeled images for evaluation: gallery and test images, with the same classes.
 
     They are train and val of what `find_splits` finds; without val every fifth image is held out for testing.
     `key` is the option that an error about the path names.
@@ -164,15 +164,15 @@ def open_labelled(
         return named, test
     splits = _splits(path, key, choice)
     if choice.val is None and (explained := _explained(path)):
-        raise UnlabelledError(explained)
+        raise UnlabeledError(explained)
     train = _open_train(path, splits, choice)
     if train.labels is None:
-        raise unlabelled(
+        raise unlabeled(
             train,
             f". With a list of their classes `dino-sparo prepare {path} --out OUT --labels FILE` makes them",
         )
     if len(train.classes) < 2:
-        raise UnlabelledError(
+        raise UnlabeledError(
             f"{train.root} has one class only ({train.classes[0]}), in which no encoder makes a mistake; "
             f"expected two class folders or more, in this folder or in one that {key} or data.train names"
         )
@@ -182,7 +182,7 @@ def open_labelled(
         say_splits(path, train, None, splits)
         return hold_out(train)
     if val.labels is None:
-        raise unlabelled(val)
+        raise unlabeled(val)
     numbers = {same_name(name): number for number, name in enumerate(train.classes)}
     unknown = sorted(name for name in val.classes if same_name(name) not in numbers)
     if unknown:
@@ -248,19 +248,19 @@ def is_set(path: str) -> bool:
     return False
 
 
-def unlabelled(source: OnDisk, remedy: str = "") -> UnlabelledError:
+def unlabeled(source: OnDisk, remedy: str = "") -> UnlabeledError:
     """The error about images whose classes are needed and unknown."""
     if isinstance(source, TableSource):
-        return UnlabelledError(
+        return UnlabeledError(
             f"{source.root}: the tables do not tell the class of every image; expected a column label "
             f"or labels of integers from 0, or one column of the hub's type ClassLabel"
         )
     if isinstance(source, ShardSource):
-        return UnlabelledError(
+        return UnlabeledError(
             f"{source.root}: not every image of these shards has a class; expected KEY.cls beside "
             f"each image, as `dino-sparo shard` writes it for images in class folders"
         )
-    return UnlabelledError(
+    return UnlabeledError(
         f"{source.root}: the images are not in class folders; expected {source.root}/<class>/<image>{remedy}"
     )
 
@@ -342,7 +342,7 @@ def _open_val(path: str, splits: Splits, choice: Choice, train: OnDisk | None = 
 
 def _explained(path: str) -> str:
     """What to do about a layout of ImageNet that is not usable as it is; empty if there is nothing to say."""
-    layout = recognise(Path(path))
+    layout = recognize(Path(path))
     return explain(layout) if layout else ""
 
 

@@ -16,14 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dino_sparo.data.arrow import Columns, Rows, first_line, import_datasets, read_arrow, read_footer
-from dino_sparo.data.index import cached_index, index_parts, key_of_names
-from dino_sparo.data.shards import ShardIndex, ShardSource, has_states, states_of
+from dino_sparo.data.index import Index, cached_index, index_parts, key_of_names
+from dino_sparo.data.shards import ShardSource, has_states, states_of
 from dino_sparo.data.split_names import splits_of_files, splits_of_folders
 from dino_sparo.data.walk import PROBED_BELOW, PROBED_ENTRIES, THREADS, holds, is_image, list_folder
 from dino_sparo.errors import UserError, UserFileNotFoundError
@@ -38,35 +38,31 @@ OF_TOTAL = re.compile(r"-of-(\d+)\b")  # how many files of a split there are
 SAVED, SAVED_INFO = "state.json", "dataset_info.json"  # of save_to_disk
 
 
-class TableIndex(ShardIndex):
-    """Names, classes and places of the images of a split; the Arrow files of the copy are its shards."""
-
-    def __init__(self, path: Path, file: BinaryIO) -> None:
-        super().__init__(path, file)
-        self.files: list[str] = self.header["files"]
-        self.commit: str = self.header["commit"]
-        """Of the hub's repository; empty for what is on disk."""
-
-    def place_name(self, root: Path, position: int) -> str:
-        firsts = self.arrays["file_firsts"]
-        number = int(np.searchsorted(firsts, position, side="right")) - 1
-        return f"{os.path.join(root, self.files[number]).rstrip('/')}, row {position - int(firsts[number])}"
-
-    def is_current(self, root: Path) -> bool:
-        """Whether files and copy are those that were indexed, by name, size and time."""
-        if self.header["kind"] == "parquet":  # which files is part of the name of the index
-            if not has_states(root, self.files, self.arrays["file_states"].reshape(-1, 2)):
-                return False
-        elif self.header["kind"] == "saved" and _saved_files(root) != self.shards:
-            return False
-        return has_states(root, self.shards, self.states[:, :2])
-
-
 @dataclass(frozen=True, eq=False)
 class TableSource(ShardSource):
-    """Images in the tables of a split, in their order."""
+    """Images in the tables of a split, in their order; the Arrow files of the copy are the shards."""
 
-    index: TableIndex
+    @property
+    def commit(self) -> str:
+        """Of the hub's repository; empty for what is on disk."""
+        return self.index.header["commit"]
+
+    def name(self, index: int) -> str:
+        position = self.position(index)
+        number = self._rank(position, "file_firsts")
+        row = position - int(self.index.arrays["file_firsts"][number])
+        return f"{os.path.join(self.root, self.index.header['files'][number]).rstrip('/')}, row {row}"
+
+
+def _tables_are_current(index: Index, root: Path) -> bool:
+    """Whether files and copy are those that were indexed, by name, size and time."""
+    kind, files, shards = (index.header[key] for key in ("kind", "files", "shards"))
+    if kind == "parquet":  # which files these are is part of the name of the index
+        if not has_states(root, files, index.arrays["file_states"].reshape(-1, 2)):
+            return False
+    elif kind == "saved" and _saved_files(root) != shards:
+        return False
+    return has_states(root, shards, index.states[:, :2])
 
 
 def holds_tables(root: Path) -> bool:
@@ -110,7 +106,7 @@ def open_tables(
         names = names or list_parquet(root)
         key += key_of_names(names)
         make = partial(_pack_parquet, root, split, names, label_column)
-    return TableSource.of_all(root, cached_index(TableIndex, root, f"{key}.{split}.arrow", make))
+    return TableSource.of_all(root, cached_index(root, f"{key}.{split}.arrow", _tables_are_current, make))
 
 
 def open_hub(
@@ -134,16 +130,17 @@ def open_hub(
     try:
         make = partial(_pack_hub, path, split, name, label_column, **match.groupdict())
         names = [text for text in (name, label_column) if text]
-        index = cached_index(TableIndex, key, f"{key_of_names(names)}.{split}.arrow", make)
+        index = cached_index(key, f"{key_of_names(names)}.{split}.arrow", _tables_are_current, make)
     except _NoSplitError:
         return None
-    log.info("%s, %s: commit %s", path, split, index.commit)
-    return TableSource.of_all(Path(path), index)
+    images = TableSource.of_all(Path(path), index)
+    log.info("%s, %s: commit %s", path, split, images.commit)
+    return images
 
 
 def commit_of(source: object) -> dict[str, str]:
     """The commit of the hub's repository that images are from, for the list of a run's starts."""
-    commit = source.index.commit if isinstance(source, TableSource) else ""
+    commit = source.commit if isinstance(source, TableSource) else ""
     return {"data_commit": commit} if commit else {}
 
 
@@ -181,16 +178,16 @@ def _pack_parquet(root: Path, split: Split, files: Sequence[str], label_column: 
     datasets = import_datasets()
     states = states_of(root, files)  # before they are read: a change after that is seen the next time
     with ThreadPoolExecutor(THREADS) as pool:
-        footers = list(pool.map(partial(read_footer, label_column=label_column), paths))
-    columns = footers[0].columns
-    for name, footer in zip(files, footers, strict=True):
-        if footer.columns[:4] != columns[:4]:
+        read = partial(read_footer, label_column=label_column)
+        found, counts, sizes = zip(*pool.map(read, paths), strict=True)
+    columns = found[0]
+    for name, other in zip(files, found, strict=True):
+        if other[:4] != columns[:4]:
             raise UserError(
-                f"{root / name} (columns {footer.columns.image!r} and {footer.columns.label!r}) has other "
-                f"columns or names of classes than {files[0]} (columns {columns.image!r} and "
-                f"{columns.label!r}); keep those of another set in a folder of their own"
+                f"{root / name} (columns {other.image!r} and {other.label!r}) has other columns or names of "
+                f"classes than {files[0]} (columns {columns.image!r} and {columns.label!r}); keep those of "
+                f"another set in a folder of their own"
             )
-    counts = [footer.num_rows for footer in footers]
     if not sum(counts):
         raise _nothing_in(root)
     features = {columns.image: datasets.Image(decode=False)}
@@ -203,7 +200,7 @@ def _pack_parquet(root: Path, split: Split, files: Sequence[str], label_column: 
         features=datasets.Features(features),
     )
     try:
-        arrow = _prepared(builder, split, str(root), sum(footer.num_bytes for footer in footers))
+        arrow = _prepared(builder, split, str(root), sum(sizes))
     except UserError:
         for path in paths:  # a damaged one is named
             read_footer(path, all_of=list(features))

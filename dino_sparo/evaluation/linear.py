@@ -192,10 +192,10 @@ class ProbeTraining:
         self.probes, self.folder, self.settings = probes, folder, settings
         self.names: list[str] = settings["probes"]
         self.epochs, self.batch_size = settings["epochs"], settings["batch_size"]
-        self.optimizer = probes.optimizer(self.batch_size)
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.epochs)
-        self.learning: dict[str, Any] = {"probes": probes, "optimizer": self.optimizer}
-        self.learning["schedule"] = self.schedule
+        optimizer = probes.optimizer(self.batch_size)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs)
+        self.optimizer, self.schedule = optimizer, schedule
+        self.learning: dict[str, Any] = {"probes": probes, "optimizer": optimizer, "schedule": schedule}
         self.epochs_done, self.steps_per_epoch = 0, steps_per_epoch
         self.best: list[tuple[float, int]] = [(-1.0, 0)] * len(self.names)
 

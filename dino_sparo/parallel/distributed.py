@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dino_sparo.errors import EXIT_USER_ERROR, PeerLostError, StoppedError, UserError, files_told
+from dino_sparo.errors import EXIT_USER_ERROR, PeerLostError, StoppedError, UserError, told_to_user
 from dino_sparo.parallel.processes import PeerWatch, end_at_once, first_to_fail, leave_note
-from dino_sparo.terminal import coloured
+from dino_sparo.terminal import colored
 
 Result = TypeVar("Result")
 
@@ -82,7 +82,7 @@ def process_group(device: torch.device) -> Iterator[Group]:
     """
     group = Group()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        with files_told():
+        with told_to_user():
             yield group
         return
     store, number, size = next(dist.rendezvous("env://", timeout=PATIENCE))
@@ -96,7 +96,7 @@ def process_group(device: torch.device) -> Iterator[Group]:
     peers = {n: pid for n, (where, pid) in enumerate(everyone) if where == machine and n != number}
     watch = PeerWatch(peers, lambda gone: _end_without(group.lost(gone)))
     try:
-        with files_told():
+        with told_to_user():
             yield group
         dist.barrier()
     except StoppedError:
@@ -127,7 +127,7 @@ def _end_without(error: PeerLostError) -> None:
 def report(error: UserError) -> None:
     """Show what ends the run, if this process speaks for all; our launcher knows more of a lost one."""
     if speaks_for_all() and not (isinstance(error, PeerLostError) and leave_note("lost", error.at)):
-        print(coloured(f"dino-sparo: error: {error}", "red"), file=sys.stderr)
+        print(colored(f"dino-sparo: error: {error}", "red"), file=sys.stderr)
 
 
 def speaks_for_all() -> bool:
@@ -220,7 +220,7 @@ def first_rank_first(work: Callable[[], Result]) -> Result:
 
     def keep() -> None:
         try:
-            with files_told():
+            with told_to_user():
                 done.set_result(work())
         except BaseException as error:
             done.set_exception(error)

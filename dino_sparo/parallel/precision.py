@@ -61,7 +61,7 @@ class LossScale:
     """Dynamic loss scaling, all on the device: halved by a step that overflows, doubled after 2000 others.
 
     The rule is that of `torch.amp.GradScaler`; here one flag, computed for every precision, holds back
-    optimiser, teacher and centre together. Without scaling the scale stays 1.
+    optimizer, teacher and center together. Without scaling the scale stays 1.
     """
 
     def __init__(self, device: torch.device, enabled: bool) -> None:

@@ -33,8 +33,9 @@ KEEP_LAST = 2
 def save_checkpoint(state: dict[str, Any], run_dir: Path, *, step: int, keep_every_steps: int = 0) -> Path:
     """Write `run_dir/checkpoints/step_<step>.pt` and its SHA-256, then remove old ones.
 
-    The file is written to a temporary name, flushed to disk and renamed, so a crash leaves either the
-    whole file or none. The last two are kept, and those at multiples of `keep_every_steps`.
+    The data reach the disk under a temporary name, then the hash gets its name, then the data, then the
+    folder is flushed: a crash leaves either the whole file or none. The last two are kept, and those at
+    multiples of `keep_every_steps`.
 
     Raises:
         UserError: there is no room, or the file cannot be written; the older ones are still there.
@@ -47,7 +48,7 @@ def save_checkpoint(state: dict[str, Any], run_dir: Path, *, step: int, keep_eve
         with atomic_write(path, folder / TEMPORARY, durable=False) as file:
             torch.save({"format": FORMAT, **state}, file)
             file.flush()
-            os.fsync(file.fileno())  # before its hash is there
+            os.fsync(file.fileno())
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
             with atomic_write(_hash_file(path), folder / f"{TEMPORARY}.sha256") as hash_file:
@@ -60,8 +61,8 @@ def save_checkpoint(state: dict[str, Any], run_dir: Path, *, step: int, keep_eve
     except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
         raise UserError(
-            f"{path} ({num_bytes(state)} bytes) cannot be written ({reason}); make room or give rights "
-            f"there, then the same command goes on from the checkpoint before"
+            f"{path} ({num_bytes(state)} bytes) cannot be written ({reason}); make room or give permission "
+            f"there, then the same command resumes from the checkpoint before"
         ) from error
     for old in _list(run_dir)[:-KEEP_LAST]:
         if not (keep_every_steps and _step(old) % keep_every_steps == 0):
@@ -74,32 +75,24 @@ class Saver:
     """Writes the checkpoints of a run in a thread, one at a time; made by `saving`."""
 
     def __init__(self, run_dir: Path, thread: Executor, *, keep_every_steps: int, saved: int) -> None:
-        self.run_dir, self.keep_every_steps, self.saved = run_dir, keep_every_steps, saved
+        self.run_dir, self.keep_every_steps, self.begun = run_dir, keep_every_steps, saved
         self.thread, self.writing = thread, list[Future]()  # the last one, or none
 
     def save(self, state: dict[str, Any], step: int) -> None:
-        """Copy the state and return; waits for the checkpoint before, if that is still being written.
-
-        Raises:
-            UserError: the one before could not be written.
-        """
+        """Copy the state and return, after the checkpoint before is written; raises as `wait`."""
         self.wait()
-        if step == self.saved > 0:
+        if step == self.begun > 0:
             return
-        self.saved = step
+        self.begun = step
         write = partial(save_checkpoint, step=step, keep_every_steps=self.keep_every_steps)
         self.writing = [self.thread.submit(write, _copied(state), self.run_dir)]
 
     def wait(self) -> None:
-        """Until the last checkpoint is on disk.
-
-        Raises:
-            UserError: it could not be written.
-        """
+        """Until the last checkpoint is on disk. Raises UserError if it could not be written."""
         for writing in self.writing:
             writing.result()
 
-    def check(self) -> None:
+    def raise_if_failed(self) -> None:
         """Raise what went wrong with the last checkpoint, if that is known; waits for nothing."""
         if all(writing.done() for writing in self.writing):
             self.wait()
@@ -121,11 +114,7 @@ def saving(run_dir: Path, *, keep_every_steps: int, saved: int) -> Iterator[Save
 
 
 def check_room(run_dir: Path, size: int) -> None:
-    """Refuse to begin what the disk cannot hold.
-
-    Raises:
-        UserError: naming the folder, and bytes needed and free.
-    """
+    """Raise a UserError if the disk of a run cannot hold so many bytes."""
     left = run_dir / FOLDER / TEMPORARY  # by a save that was killed; it will be written over
     free = shutil.disk_usage(run_dir).free + (left.stat().st_size if left.exists() else 0)
     if size > free:
@@ -198,11 +187,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def check_hash(path: Path) -> None:
-    """Refuse a file that differs from the SHA-256 beside it, if there is one.
-
-    Raises:
-        UserError: it differs.
-    """
+    """Raise a UserError for a file that differs from the SHA-256 beside it, if there is one."""
     hash_file = _hash_file(path)
     if not hash_file.exists():
         return
@@ -219,11 +204,7 @@ def warn_of_missing_hash(path: Path) -> None:
 
 
 def check_format(content: Any, path: Path) -> None:
-    """Refuse what is no checkpoint of this project, or one of another format.
-
-    Raises:
-        UserError: it is none.
-    """
+    """Raise a UserError for what is no checkpoint of this project, or one of another format."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is no checkpoint of dino-sparo with format {FORMAT}")
 

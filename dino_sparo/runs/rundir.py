@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -82,16 +82,12 @@ def check_same_experiment(run_dir: Path, recipe: Recipe) -> None:
             changed = [*changed[:SHOWN_CHANGES], f"also changed: {', '.join(rest)}"]
         raise UserError(
             f"run_dir {str(run_dir)!r} holds another experiment ({'; '.join(changed)}); set these "
-            f"fields back to go on with it, or choose another run_dir"
+            f"fields back to resume it, or choose another run_dir"
         )
 
 
 def start_run_dir(run_dir: Path, recipe: Recipe, machine: dict[str, Any]) -> None:
-    """Write the resolved recipe, add this start, on this machine, to the list of starts, remove the marker.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
+    """Write the resolved recipe, add this start to the list of starts, remove the marker. Raises OSError."""
     start = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -144,14 +140,8 @@ def hold(run_dir: Path) -> Iterator[None]:
 
 def _git_state() -> str | None:
     """Commit of the checkout that the package runs from, marked if it has changes; None outside of one."""
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return described.stdout.strip()
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    with suppress(OSError, subprocess.CalledProcessError):
+        where = Path(__file__).parent
+        return subprocess.check_output(command, cwd=where, text=True, stderr=subprocess.DEVNULL).strip()
+    return None

@@ -5,9 +5,9 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from dino_sparo.data.sources import AS_FOUND, open_labelled
+from dino_sparo.data.sources import AS_FOUND, open_labeled
 from dino_sparo.data.splits import Choice
-from dino_sparo.errors import EXIT_PROBLEM, UserError, files_told
+from dino_sparo.errors import EXIT_PROBLEM, UserError, told_to_user
 from dino_sparo.evaluation.compare import Group, Measure, Run
 from dino_sparo.evaluation.features import hash_of_images
 from dino_sparo.evaluation.knn import HEADLINE_K
@@ -57,7 +57,7 @@ def study(
         errors.pop(variant.folder, None)  # another process has trained it
         log.info("evaluating %s", variant.folder)
         # Another process may evaluate it too.
-        with training.failure_noted(variant, errors), files_told(), alone_in(variant.run_dir):
+        with training.failure_noted(variant, errors), told_to_user(), alone_in(variant.run_dir):
             measured[variant.folder] = {
                 name: measure(variant, data, name, fractions=train_fractions, unverified=unverified)
                 for name, data in data_sets.items()
@@ -177,7 +177,7 @@ def _with_known(folder: Path, data_sets: dict[str, str], hashes: dict[str, str])
 
 def _hash_of(name: str, folder: str, choice: Choice) -> str:
     """Of the train and the test images of a data set, which must have enough."""
-    train, test = open_labelled(folder, key="data.path" if name == VAL else "transfer", choice=choice)
+    train, test = open_labeled(folder, key="data.path" if name == VAL else "transfer", choice=choice)
     if len(train) < HEADLINE_K:
         raise UserError(f"{folder} has {len(train)} train images; {HEADLINE_K}-NN needs {HEADLINE_K}")
     return f"{hash_of_images(train)} {hash_of_images(test)}"

@@ -1,1 +1,1 @@
-"""Learning: loss, schedules, optimiser, teacher, checkpoints and the loop."""
+"""Learning: the step and the loop, loss, schedules, optimizer, teacher, and what watches them."""

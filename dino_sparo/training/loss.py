@@ -1,4 +1,4 @@
-"""The DINO loss and its centre. Source: official `DINOLoss`.
+"""The DINO loss and its center. Source: official `DINOLoss`.
 
 Axis letters: B images, C crops, K prototypes.
 """
@@ -18,7 +18,7 @@ class DINOLoss(nn.Module):
     Args:
         num_prototypes: K.
         student_temp: temperature of the student's softmax.
-        center_momentum: share of the old centre kept at an update.
+        center_momentum: share of the old center kept at an update.
     """
 
     center: Tensor
@@ -42,26 +42,26 @@ class DINOLoss(nn.Module):
         )
 
         # A global crop is compared with the other global crop's teacher, a local crop with both.
-        log_normaliser_CB = scaled_CBK.logsumexp(dim=-1)
-        to_global = 1 * log_normaliser_CB[:2].sum() - (teacher_2BK.flip(0) * scaled_CBK[:2]).sum()
-        to_local = 2 * log_normaliser_CB[2:].sum() - (teacher_2BK.sum(0) * scaled_CBK[2:]).sum()
+        log_normalizer_CB = scaled_CBK.logsumexp(dim=-1)
+        to_global = 1 * log_normalizer_CB[:2].sum() - (teacher_2BK.flip(0) * scaled_CBK[:2]).sum()
+        to_local = 2 * log_normalizer_CB[2:].sum() - (teacher_2BK.sum(0) * scaled_CBK[2:]).sum()
         num_pairs = 2 * (num_crops - 1)
         return (to_global + to_local) / (num_pairs * batch)
 
     def update_center(self, teacher_logits: Tensor) -> None:
-        """Move the centre towards the mean of all ranks' teacher logits (2*B, K)."""
+        """Move the center towards the mean of all ranks' teacher logits (2*B, K)."""
         self.add_to_center(teacher_logits)
         self.commit_center()
 
     @torch.no_grad()
     def add_to_center(self, teacher_logits: Tensor) -> None:
-        """Note a micro-batch's teacher logits (2*B, K) for the next centre: their sum, not themselves."""
+        """Note a micro-batch's teacher logits (2*B, K) for the next center: their sum, not themselves."""
         self._sum += teacher_logits.float().sum(dim=0, keepdim=True)
         self._num_rows += len(teacher_logits)
 
     @torch.no_grad()
     def commit_center(self, finite: Tensor | bool = True) -> None:
-        """Move the centre towards the mean of all rows noted by all ranks, if `finite`; once a step."""
+        """Move the center towards the mean of all rows noted by all ranks, if `finite`; once a step."""
         mean_1K = sum_over_ranks(self._sum) / (self._num_rows * world_size())
         moved_1K = self.center_momentum * self.center + (1 - self.center_momentum) * mean_1K
         self.center.copy_(torch.where(torch.as_tensor(finite, device=moved_1K.device), moved_1K, self.center))
@@ -70,5 +70,5 @@ class DINOLoss(nn.Module):
 
 
 def teacher_probabilities(teacher_logits: Tensor, center: Tensor, teacher_temp: float) -> Tensor:
-    """Centred and sharpened teacher rows, float32, same shape as the logits; no gradient."""
+    """Centered and sharpened teacher rows, float32, same shape as the logits; no gradient."""
     return ((teacher_logits.detach().float() - center) / teacher_temp).softmax(dim=-1)

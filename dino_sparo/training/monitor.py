@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino_sparo.data.sources import AS_FOUND, ImageSource, open_labelled, per_class
+from dino_sparo.data.sources import AS_FOUND, ImageSource, open_labeled, per_class
 from dino_sparo.data.splits import Choice
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.knn import HEADLINE_K, NoDirectionError, evaluate_knn
@@ -70,7 +70,7 @@ class TeacherStatistics:
 
         - entropy_teacher: mean entropy of the teacher's rows, in nats; ln K is uniform, 0 one-hot.
         - entropy_mean: entropy of the mean row; if it falls to entropy_teacher, all images get one answer.
-        - feature_std: standard deviation of l2-normalised encodings over the batch, times sqrt(E): near 1
+        - feature_std: standard deviation of l2-normalized encodings over the batch, times sqrt(E): near 1
           when they spread over the sphere, 0 when all are equal.
         """
         rows, entropy, encodings, squares = map(sum_over_ranks, self._sums)
@@ -87,7 +87,7 @@ class CollapseAlarm:
     """Says once when the teacher's answers have collapsed and stayed so; the run goes on.
 
     They have when every log entry of 30 steps, three at least, shows one of the signs. Which one may change:
-    the centre takes up a constant answer, which makes one-hot rows uniform. So a collapse is told within 50
+    the center takes up a constant answer, which makes one-hot rows uniform. So a collapse is told within 50
     steps if every twelfth step is logged or more often; else by the third or fourth entry that shows it.
 
     Args:
@@ -164,9 +164,9 @@ def open_knn_images(
     """
     try:
         if path is None:
-            train, test = open_labelled(data_path, choice=choice)
+            train, test = open_labeled(data_path, choice=choice)
         else:
-            train, test = open_labelled(path, "monitor.knn_path")
+            train, test = open_labeled(path, "monitor.knn_path")
         if images_per_class is not None:
             train, test = per_class(train, images_per_class), per_class(test, images_per_class)
         if len(train) < HEADLINE_K or not len(test):

@@ -17,7 +17,7 @@ from dino_sparo.training.stopping import BadSteps
 
 @dataclass(frozen=True)
 class TrainState:
-    """Student, teacher, centre (in the loss), optimiser and loss scale."""
+    """Student, teacher, center (in the loss), optimizer and loss scale."""
 
     student: DinoModel
     teacher: DinoModel
@@ -27,8 +27,8 @@ class TrainState:
     overflows: Tensor  # int64 (2,), steps skipped since fp16 overflowed: in all, and the latest in a row
     bad_steps: BadSteps  # steps whose numbers went wrong otherwise, since this start
 
-    def check_finite(self, finite_loss: Tensor, finite_gradients: Tensor) -> Tensor:
-        """Whether a step may change anything; counts it if not. All are scalars, alike in all processes.
+    def count_step(self, finite_loss: Tensor, finite_gradients: Tensor) -> Tensor:
+        """Whether a step may change anything; if not, it is counted. All are scalars, alike in all processes.
 
         With loss scaling, gradients that are not finite are an overflow, which only lowers the scale.
         """
@@ -125,7 +125,7 @@ def capture_state(state: TrainState) -> dict[str, Any]:
         "center": state.loss_fn.center,
         "optimizer": state.optimizer.state_dict(),
         "loss_scale": state.loss_scale.state_dict(),
-        "skipped": state.overflows,
+        "skipped": state.overflows,  # files keep the former name
     }
 
 
