@@ -1,17 +1,26 @@
 """Which images are train and which are val: by names, alike for folders, shards, tables, and the hub."""
 
+import json
 import logging
 from pathlib import Path
 
 import datasets
+import numpy as np
+import pyarrow as pa
 import pytest
+import yaml
+from pyarrow import parquet
 
-from dino_sparo.data.sources import AS_FOUND, open_images, open_labeled, open_val, say_found
+from dino_sparo.data.sources import AS_FOUND, absolute_path, open_images, open_labeled, open_val, say_found
 from dino_sparo.data.split_names import splits_of_files, splits_of_folders
 from dino_sparo.data.splits import Choice, find_splits
 from dino_sparo.errors import UserError, UserFileNotFoundError
+from dino_sparo.evaluation.transfer import open_test_sets
+from dino_sparo.prepare import prepare
+from dino_sparo.training.pretrain import pretrain
 from tests.containers import write_parquet
-from tests.shard_files import picture, touch, write_tar
+from tests.shard_files import picture, touch, write, write_tar
+from tests.tiny import prepared, tiny_options, write_pictures
 
 CLASSES = ("cat", "dog")
 
@@ -350,3 +359,160 @@ def test_splits_are_looked_for_again_when_a_part_is_added(tmp_path):
     touch(tmp_path, *classes("train.2", 1))
     assert len(open_images(str(tmp_path))) == 12
     assert find_splits(tmp_path).train.names == ("train.1", "train.2")
+
+
+# --- What is there
+
+
+def test_other_endings_are_counted(tmp_path, lines):
+    touch(
+        tmp_path, *classes("."), *flat("cat", 2, ".gif"), *flat("dog", 1, ".JFIF"), "cat/notes.txt", "a/x.dcm"
+    )
+    open_labeled(str(tmp_path))
+    assert lines()[0].endswith("; files not read: 2 ending in .gif, 1 ending in .dcm, 1 ending in .jfif")
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["a/x.gif", "a/y.gif", "b/z.JFIF"], r"files, 2 ending in \.gif, 1 ending in \.jfif \(in a/ first\)"),
+        (["a/data-00000-of-00001.arrow"], r"files, 1 ending in \.arrow \(in a/ first\)"),
+        (["train/a.zip"], r"files, 1 ending in \.zip"),
+        (["README"], "files, 1 without an ending"),
+        ([f"x.{end}" for end in "abcdef"], r"1 ending in \.d, and 2 more endings"),
+        ([".hidden/x.jpg"], "there are no files"),
+    ],
+)
+def test_no_images_says_what_there_is(tmp_path, names, said):
+    touch(tmp_path, *names)
+    with pytest.raises(UserFileNotFoundError, match=said):
+        open_images(str(tmp_path))
+
+
+def test_shards_without_images_say_what_they_hold(tmp_path):
+    write_tar(tmp_path / "0.tar", a__gif=b"", b__gif=b"", c__txt=b"")
+    with pytest.raises(
+        UserFileNotFoundError, match=r"in 0\.tar there are 2 ending in \.gif, 1 ending in \.txt"
+    ):
+        open_images(str(tmp_path))
+
+
+def test_one_class_names_the_folder_that_was_probably_meant(tmp_path):
+    touch(tmp_path, *classes("train"), "train/cat/only/1.jpg", "train/dog/few/1.jpg")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one/dog").symlink_to(tmp_path / "train")
+    touch(tmp_path, "train/cover.jpg")
+    with pytest.raises(
+        UserError, match=r"data\.path: .*one has one class only \(dog\).*, as .*one/dog has, or"
+    ):
+        open_labeled(str(tmp_path / "one"))
+
+
+def test_class_names_that_print_alike_are_one_class(tmp_path):
+    one, other = "caf\u00e9", "cafe\u0301"
+    touch(tmp_path / "both", *classes("train", names=(one, other, "dog")), *classes("val", 2, (other, "dog")))
+    train, val = open_labeled(str(tmp_path / "both"))
+    assert len(train.classes) == 2 and len(train) == 15 and len(val) == 4
+    assert np.bincount(train.labels).tolist() == [10, 5] and np.bincount(val.labels).tolist() == [2, 2]
+    touch(tmp_path / "test", *classes(".", 3, (one, other)))
+    (further,) = open_test_sets([f"t={tmp_path / 'test'}"], train.classes)
+    assert further.labels.tolist() == [0] * 6 and further.unknown == ()
+
+
+# --- Paths
+
+
+def test_paths_are_expanded_and_stored_as_absolute_ones(tmp_path, monkeypatch):
+    write_pictures(tmp_path / "data", 8, classes=2)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(open_images("~/data")) == 8 and absolute_path("~/data") == str(tmp_path / "data")
+    assert [absolute_path(path) for path in ("cifar10", "shapes", "hub:a/b", "none")] == [
+        *("cifar10", "shapes", "hub:a/b", "none")
+    ]
+    run_dir = tmp_path / "run"
+    pretrain(tiny_options(Path("data"), run_dir, optim__epochs=1, optim__warmup_epochs=0), run_dir)
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["data"]["path"] == str(tmp_path / "data")
+
+
+def test_a_run_that_learned_from_other_images_of_the_folder_is_told_how_to_resume(tmp_path):
+    write_pictures(tmp_path / "data", 8, classes=2)
+    write_pictures(tmp_path / "other", 4, classes=2)
+    changes = {"optim__epochs": 1, "optim__warmup_epochs": 0}
+    (tmp_path / "other/train").rename(tmp_path / "data/validation")
+    pretrain(tiny_options(tmp_path / "data", tmp_path / "run", data__train=".", **changes), tmp_path / "run")
+    with pytest.raises(
+        UserError, match=r"trained on 12 images, and these 8 .*--data\.train '\.' gives those"
+    ):
+        prepared(tiny_options(tmp_path / "data", tmp_path / "run", **changes))
+    run = prepared(tiny_options(tmp_path / "data", tmp_path / "run", data__train=".", **changes))
+    assert run.first_step == run.total_steps
+
+
+# --- Columns of classes
+
+
+def labels_of(path: Path, column: str | None) -> tuple[list[int], tuple[str, ...]]:
+    source = open_images(str(path), choice=Choice(label_column=column))
+    return source.labels.tolist(), source.classes
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_the_column_of_classes_can_be_chosen(tmp_path, saved):
+    pictures = [{"bytes": picture(i), "path": f"{i}.png"} for i in range(4)]
+    columns = {
+        "image": pa.array(pictures),
+        "species": ["owl", "cat", "owl", "dog"],
+        "coded": pa.array(["b", "a", "a", "b"]).dictionary_encode(),
+        "coarse": [0, 1, 1, 0],
+        "fine": [2, 1, 2, 0],
+        "weight": [0.5, 0.1, 0.2, 0.3],
+    }
+    names = {"coarse": ["x", "y"], "fine": ["p", "q", "r"]}
+    features = {column: {"_type": "ClassLabel", "names": known} for column, known in names.items()}
+    about = {"huggingface": json.dumps({"info": {"features": features | {"image": {"_type": "Image"}}}})}
+    table = pa.table(columns).replace_schema_metadata(about)
+    root = tmp_path / "set"
+    root.mkdir()
+    if saved:
+        dataset = datasets.Dataset(table.replace_schema_metadata(None))
+        kinds = {"image": datasets.Image()} | {c: datasets.ClassLabel(names=n) for c, n in names.items()}
+        dataset.cast(datasets.Features(dataset.features | kinds)).save_to_disk(root)
+    else:
+        parquet.write_table(table, root / "train-0.parquet")
+    assert open_images(str(root)).labels is None
+    with pytest.raises(
+        UserError, match=r"data\.label_column; it can be 'species' or 'coded' or 'coarse' or 'fine'"
+    ):
+        open_labeled(str(root))
+    assert labels_of(root, "species") == ([2, 0, 2, 1], ("cat", "dog", "owl"))
+    assert labels_of(root, "coded") == ([1, 0, 0, 1], ("a", "b"))
+    assert labels_of(root, "coarse") == ([0, 1, 1, 0], ("x", "y"))
+    assert labels_of(root, "fine") == ([2, 1, 2, 0], ("p", "q", "r"))
+    with pytest.raises(
+        UserError, match=r"data\.label_column 'weight': .* its columns are 'image', 'species'"
+    ):
+        labels_of(root, "weight")
+    write(tmp_path / "folder", "a/1.png")
+    with pytest.raises(UserError, match=r"data\.label_column 'fine': .*folder holds no tables"):
+        labels_of(tmp_path / "folder", "fine")
+
+
+# --- Tiny ImageNet
+
+
+def test_tiny_imagenet_is_prepared_with_its_annotations(tmp_path):
+    root, out = tmp_path / "tiny", tmp_path / "out"
+    write(
+        root, *(name.replace("/", "/images/").replace("train/images", "train") for name in classes("train"))
+    )
+    write(root, *flat("val/images", 4), *flat("test/images", 3))
+    (root / "val/val_annotations.txt").write_text(
+        "".join(f"{i}.jpg\t{CLASSES[i % 2]}\t0\t0\t9\t9\n" for i in range(4))
+    )
+    assert len(open_images(str(root))) == 10
+    with pytest.raises(UserError, match=r"labels in val_annotations\.txt; `dino-sparo prepare .* --out OUT`"):
+        open_labeled(str(root))
+    prepare(str(root), str(out))
+    train, val = open_labeled(str(out))
+    assert (len(train), val.labels.tolist()) == (10, [0, 0, 1, 1])

@@ -11,6 +11,7 @@ import logging
 import mmap
 import os
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -25,7 +26,7 @@ from PIL import Image
 
 from dino_sparo.data.decode import UNREADABLE, UnreadableImageError, decode, problem_of
 from dino_sparo.data.split_names import same_name
-from dino_sparo.data.walk import EXTENSIONS, THREADS, Folder, state_now, walk
+from dino_sparo.data.walk import EXTENSIONS, THREADS, Folder, named_by_ending, state_now, walk
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.files import atomic_write, cache_folder, temporary_folder
 
@@ -304,15 +305,17 @@ def _pack(root: Path, folders: list[Folder], names: Sequence[str]) -> list[bytes
         return folder.below.split("/")[level]  # of the folder that holds the classes, empty
 
     # As `torchvision.datasets.ImageFolder` sorts images: by class, then by folder, then by name.
-    folders = sorted(
-        (folder for folder in folders if folder.below or not names),
-        key=lambda folder: (class_of(folder), folder.below.rstrip("/")),
-    )
+    folders = sorted(folders, key=lambda folder: (class_of(folder), folder.below.rstrip("/")))
     full = [folder for folder in folders if folder.num_images]
+    others: Counter[str] = Counter()
+    for folder in folders:
+        others.update(folder.others)
     if not full:
+        where = next((folder.below for folder in folders if folder.others), "")
+        there = f"there are files, {named_by_ending(others)}" if others else "there are no files"
         raise UserFileNotFoundError(
-            f"{root}: no images found; expected files ending in {' '.join(EXTENSIONS)}, "
-            f"directly or in folders below"
+            f"{root}: no images found; expected files ending in {' '.join(EXTENSIONS)}, directly or in "
+            f"folders below; {there}{f' (in {where} first)' if where else ''}"
         )
     num_loose = sum(folder.num_images for folder in full if not class_of(folder))
     class_sizes = [
@@ -326,7 +329,7 @@ def _pack(root: Path, folders: list[Folder], names: Sequence[str]) -> list[bytes
         num_loose=num_loose,
         class_starts=[0, *([] if num_loose else np.cumsum(class_sizes))],
         folders="".join(f"{folder.below}\0" for folder in folders),
-        header={"class_level": level},
+        header={"class_level": level, "others": others},
     )
 
 

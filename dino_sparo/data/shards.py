@@ -7,6 +7,7 @@ the folder that the shards were made of, so that order, names and classes are th
 
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -31,6 +32,7 @@ from dino_sparo.data.walk import (
     holds,
     is_image,
     list_folder,
+    named_by_ending,
 )
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.terminal import shows_bars
@@ -247,7 +249,7 @@ def pack_shards(
     if not sum(len(shard.sizes) for shard in shards):
         raise UserFileNotFoundError(
             f"{root}: no images found in {len(names)} shards; expected members ending in "
-            f"{' '.join(EXTENSIONS)}"
+            f"{' '.join(EXTENSIONS)}; in {names[0]} there are {_endings(root / names[0])}"
         )
     packed = b"\0".join(shard.names for shard in shards if len(shard.sizes))
     folders = [name.rpartition(b"/")[0].partition(b"/")[0] for name in packed.split(b"\0")]
@@ -299,6 +301,13 @@ def read_shard(root: Path, name: str) -> Shard:
         ) from error
     except OSError as error:
         raise UserError(f"{path}: the shard cannot be read ({error.strerror}); repair it") from error
+
+
+def _endings(path: Path) -> str:
+    """How many members of a shard end in what."""
+    with open(path, "rb") as file:
+        endings = Counter(os.path.splitext(member.name)[1].lower() for member in tar_members(file))
+    return named_by_ending(endings) or "no members"
 
 
 def _images(file: BinaryIO) -> Iterator[ImageOfShard]:

@@ -3,6 +3,7 @@ generated pictures."""
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -18,7 +19,7 @@ from dino_sparo.data.imagenet import explain, recognize
 from dino_sparo.data.index import FolderSource, open_index
 from dino_sparo.data.shards import ShardSource, holds_shards, is_shard, open_shards
 from dino_sparo.data.split_names import same_name, splits_of_files
-from dino_sparo.data.splits import Choice, Part, Splits, find_splits
+from dino_sparo.data.splits import Choice, Part, Splits, find_splits, probably_meant
 from dino_sparo.data.tables import (
     HUB,
     Split,
@@ -31,7 +32,7 @@ from dino_sparo.data.tables import (
 )
 from dino_sparo.data.torchvision_sets import NAMES, open_set
 from dino_sparo.data.torchvision_sets import Part as PartOfSet
-from dino_sparo.data.walk import list_folder
+from dino_sparo.data.walk import list_folder, named_by_ending
 from dino_sparo.errors import UnlabeledError, UserError, UserFileNotFoundError
 
 log = logging.getLogger("dino_sparo")
@@ -88,6 +89,26 @@ class ImageSource(Protocol):
 
 
 AS_FOUND = Choice()
+NOTES = frozenset(  # endings of files about images
+    (
+        *(
+            ".txt",
+            ".json",
+            ".jsonl",
+            ".xml",
+            ".csv",
+            ".tsv",
+            ".md",
+            ".html",
+            ".yaml",
+            ".yml",
+            ".py",
+            ".log",
+            ".pdf",
+        ),
+        *(".pkl", ".mat", ".db", ".ini", ".cls", ".md5", ".sh", ".lst", ""),
+    )
+)
 
 
 def open_folder(
@@ -173,8 +194,8 @@ def open_labeled(
         )
     if len(train.classes) < 2:
         raise UnlabeledError(
-            f"{train.root} has one class only ({train.classes[0]}), in which no encoder makes a mistake; "
-            f"expected two class folders or more, in this folder or in one that {key} or data.train names"
+            f"{key}: {train.root} has one class only ({train.classes[0]}), and no encoder mistakes it; "
+            f"expected two class folders or more{probably_meant(train.root)}, or data.train naming such"
         )
     _warn_of_empty_classes(train)
     val = _open_val(path, splits, choice, train)
@@ -230,8 +251,26 @@ def say_splits(
         of_val = f"({val_at})"
     else:
         of_val = f"{f'every {ORDINAL} image of train' if held_out else 'none'} ({why})"
-    notes = [] if splits is None else list(splits.notes)
+    notes = [] if splits is None else [*splits.notes, *_not_read(train, val)]
     _say("; ".join([f"train: {len(train):,} images {classes} ({train_at})", f"val: {of_val}", *notes]))
+
+
+def _not_read(*sources: ImageSource | None) -> list[str]:
+    """How many files below folders of images are not read, but for notes on images."""
+    others: Counter[str] = Counter()
+    for source in sources:
+        if isinstance(source, FolderSource):
+            others.update(source.index.header.get("others", {}))
+    others = Counter({ending: count for ending, count in others.items() if ending not in NOTES})
+    return [f"files not read: {named_by_ending(others)}"] if others else []
+
+
+def absolute_path(path: str) -> str:
+    """A path that means the same from any folder; names of sets, and of what does not exist, stay as is."""
+    expanded = os.path.expanduser(path)
+    if path == SHAPES or path.startswith(HUB) or is_set(path) or not os.path.exists(expanded):
+        return path
+    return os.path.abspath(expanded)
 
 
 def hold_out(source: ImageSource) -> tuple[ImageSource, ImageSource]:
@@ -251,9 +290,11 @@ def is_set(path: str) -> bool:
 def unlabeled(source: OnDisk, remedy: str = "") -> UnlabeledError:
     """The error about images whose classes are needed and unknown."""
     if isinstance(source, TableSource):
+        columns = " or ".join(map(repr, source.index.header.get("label_columns", [])))
         return UnlabeledError(
             f"{source.root}: the tables do not tell the class of every image; expected a column label "
-            f"or labels of integers from 0, or one column of the hub's type ClassLabel"
+            f"or labels of integers from 0, or one column of the hub's type ClassLabel, or a column named by "
+            f"data.label_column; {f'it can be {columns}' if columns else 'no column can be it'}"
         )
     if isinstance(source, ShardSource):
         return UnlabeledError(
@@ -342,7 +383,7 @@ def _open_val(path: str, splits: Splits, choice: Choice, train: OnDisk | None = 
 
 def _explained(path: str) -> str:
     """What to do about a layout of ImageNet that is not usable as it is; empty if there is nothing to say."""
-    layout = recognize(Path(path))
+    layout = recognize(Path(path).expanduser())
     return explain(layout) if layout else ""
 
 

@@ -84,6 +84,16 @@ def find_splits(root: Path, key: str = "data.path", choice: Choice = Choice()) -
     return found
 
 
+def probably_meant(root: Path) -> str:
+    """Where a folder of one class has others beside it or in it, in words; empty if there are none."""
+    around = [(root.absolute().parent, list_folder(root.absolute().parent, TOP_ENTRIES)[0])]
+    around += [(root / name, list_folder(root / name, TOP_ENTRIES)[0]) for name in list_folder(root, 2)[0]]
+    found = next(
+        (folder for folder, below in reversed(around) if len(_full(folder, sorted(below), 2)) > 1), None
+    )
+    return f", as {found} has" if found else ""
+
+
 def _chosen(root: Path, text: str, key: str) -> Part:
     """What a path, relative to the root or not, or a pattern of names in the root stands for."""
     for folder in (root / text, Path(text).expanduser()):

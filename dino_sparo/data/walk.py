@@ -3,9 +3,10 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -20,6 +21,7 @@ log = logging.getLogger("dino_sparo")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 PROBED_ENTRIES = 64  # a folder of a million images is not listed to see what it holds
 PROBED_BELOW = 8  # folders
+SHOWN_ENDINGS = 4
 THREADS = 8  # a network file system answers many questions in the time of one
 FOLDERS_AT_ONCE = 8 * THREADS  # so few that an interrupted walk ends soon
 SLOW_SECONDS = 5.0  # a walk that takes longer says how far it is
@@ -44,6 +46,8 @@ class Folder:
     state: State
     num_images: int = 0
     names: bytes = b""
+    others: Counter[str] = field(default_factory=Counter)
+    """Other files by the end of their names."""
 
     @property
     def top(self) -> str:
@@ -54,6 +58,16 @@ class Folder:
 def is_image(name: str) -> bool:
     """Whether a file of this name is taken for an image."""
     return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+
+
+def named_by_ending(others: Mapping[str, int], limit: int = SHOWN_ENDINGS) -> str:
+    """Numbers of files by the end of their names, most first: 2 ending in .gif, 1 without an ending."""
+    most = sorted(others.items(), key=lambda one: (-one[1], one[0]))
+    shown = [
+        f"{number:,} {f'ending in {end}' if end else 'without an ending'}" for end, number in most[:limit]
+    ]
+    more = len(most) - limit
+    return ", ".join([*shown, *([f"and {more} more endings"] if more > 0 else [])])
 
 
 def list_folder(folder: Path, limit: int | None = None) -> tuple[list[str], list[str]]:
@@ -122,6 +136,7 @@ def _read_folder(root: Path, started_ns: int, unread: Unread) -> tuple[list[Fold
     names: list[str] = []
     nowhere: list[Folder] = []
     inner: list[Unread] = []
+    others: Counter[str] = Counter()
     try:
         here = os.stat(root / below)  # before the list: a change between the two is seen the next time
         identity = (here.st_dev, here.st_ino)
@@ -134,11 +149,14 @@ def _read_folder(root: Path, started_ns: int, unread: Unread) -> tuple[list[Fold
                 names.append(entry.name)
             elif entry.is_symlink():
                 nowhere.append(Folder(f"{below}{entry.name}/", NO_FOLDER))
+            else:
+                others[os.path.splitext(entry.name)[1].lower()] += 1
     except OSError as error:
         raise _unreadable(root / below, error) from error
     packed = "\0".join(below + name for name in sorted(names)).encode("utf-8", "surrogateescape")
     trusted = 0 < max(here.st_mtime_ns, here.st_ctime_ns) < started_ns - CLOCK_TICK_NS
-    return [Folder(below, _state(here) if trusted else DISTRUSTED, len(names), packed), *nowhere], inner
+    state = _state(here) if trusted else DISTRUSTED
+    return [Folder(below, state, len(names), packed, others), *nowhere], inner
 
 
 def _unreadable(folder: Path, error: OSError) -> UserError:

@@ -97,7 +97,7 @@ def open_test_sets(given: Sequence[str], train_classes: Sequence[str]) -> list[T
         name, folder = named_folder(text, "test", EXPECTED)
         if name in test_sets:
             raise UserError(f"test {text!r}: the name {name!r} is given twice; give each test set its own")
-        test_sets[name] = _open_test_set(name, text, Path(folder), tuple(train_classes))
+        test_sets[name] = _open_test_set(name, text, Path(folder).expanduser(), tuple(train_classes))
     return list(test_sets.values())
 
 
@@ -157,7 +157,7 @@ def _open_test_set(name: str, text: str, root: Path, train_classes: tuple[str, .
             f"training ({_some(train_classes)}); {EXPECTED}, named as in training"
         )
     kept = np.flatnonzero(to_train[labels] >= 0)
-    source = replace(source, classes=train_classes, class_numbers=to_train)
+    source = replace(source, classes=train_classes, class_numbers=to_train[source.class_numbers])
     if len(kept) < len(source):
         source = source.subset(kept)
     unknown = tuple(folders[number] for number in np.flatnonzero(to_train < 0).tolist())
