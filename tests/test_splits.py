@@ -134,7 +134,7 @@ FOLDERS = {
     ),
     "something beside": (
         [*classes("train"), *classes("val", 2), *flat("drafts", 3), "cover.jpg"],
-        BOTH.format("train", "val") + "; left out: drafts (3 images); left out: 1 images in ROOT itself",
+        BOTH.format("train", "val") + "; left out: drafts (3 images); left out: 1 image in ROOT itself",
     ),
     "single classes": (
         [*flat("bullet_train", 5), *flat("test_tube", 5)],
@@ -201,7 +201,7 @@ def test_folders(tmp_path, lines, name):
             [*flat("train2017"), *flat("val2017", 2)],
             "train: 5 images without classes (ROOT/train2017); val: (ROOT/val2017)",
         ),
-        (flat("photos"), "train: 5 images in 1 classes (ROOT); val: none (no val or test found)"),
+        (flat("photos"), "train: 5 images in 1 class (ROOT); val: none (no val or test found)"),
         (
             [*flat("trainA", 3), *flat("trainB", 2), *flat("testA"), *flat("testB")],
             "train: 5 images without classes (ROOT: trainA … trainB); val: none (the classes of ROOT: testA "

@@ -117,6 +117,8 @@ def key_of_names(names: Sequence[str]) -> str:
 
 def _folders_are_current(index: Index, root: Path) -> bool:
     """Whether every folder below `root` is as it was: a look at each, none is listed."""
+    if "others" not in index.header:  # one of an earlier version, which did not count them
+        return False
     folders = index.arrays["folders"].tobytes().decode("utf-8", "surrogateescape").split("\0")[:-1]
 
     def unchanged(first: int) -> bool:

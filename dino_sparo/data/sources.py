@@ -19,7 +19,7 @@ from dino_sparo.data.imagenet import explain, recognize
 from dino_sparo.data.index import FolderSource, open_index
 from dino_sparo.data.shards import ShardSource, holds_shards, is_shard, open_shards
 from dino_sparo.data.split_names import same_name, splits_of_files
-from dino_sparo.data.splits import Choice, Part, Splits, find_splits, probably_meant
+from dino_sparo.data.splits import Choice, Part, Splits, counted, find_splits, probably_meant
 from dino_sparo.data.tables import (
     HUB,
     Split,
@@ -194,7 +194,7 @@ def open_labeled(
         )
     if len(train.classes) < 2:
         raise UnlabeledError(
-            f"{key}: {train.root} has one class only ({train.classes[0]}), and no encoder mistakes it; "
+            f"{key}: {train.root} has one class only ({train.classes[0]}), on which any encoder has 100 %; "
             f"expected two class folders or more{probably_meant(train.root)}, or data.train naming such"
         )
     _warn_of_empty_classes(train)
@@ -241,7 +241,9 @@ def say_splits(
     train_at, val_at = path, path
     if splits is not None:
         train_at, val_at = str(splits.train), str(splits.val or splits.test or "")
-    classes = f"in {len(train.classes):,} classes" if train.labels is not None else "without classes"
+    classes = (
+        "without classes" if train.labels is None else f"in {counted(len(train.classes), 'class', 'es')}"
+    )
     why = "no val or test found"
     if splits is not None and (splits.val or splits.test):
         why = f"the classes of {val_at} are unknown or others"
@@ -252,7 +254,9 @@ def say_splits(
     else:
         of_val = f"{f'every {ORDINAL} image of train' if held_out else 'none'} ({why})"
     notes = [] if splits is None else [*splits.notes, *_not_read(train, val)]
-    _say("; ".join([f"train: {len(train):,} images {classes} ({train_at})", f"val: {of_val}", *notes]))
+    _say(
+        "; ".join([f"train: {counted(len(train), 'image')} {classes} ({train_at})", f"val: {of_val}", *notes])
+    )
 
 
 def _not_read(*sources: ImageSource | None) -> list[str]:

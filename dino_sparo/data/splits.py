@@ -84,14 +84,19 @@ def find_splits(root: Path, key: str = "data.path", choice: Choice = Choice()) -
     return found
 
 
-def probably_meant(root: Path) -> str:
-    """Where a folder of one class has others beside it or in it, in words; empty if there are none."""
-    around = [(root.absolute().parent, list_folder(root.absolute().parent, TOP_ENTRIES)[0])]
-    around += [(root / name, list_folder(root / name, TOP_ENTRIES)[0]) for name in list_folder(root, 2)[0]]
-    found = next(
-        (folder for folder, below in reversed(around) if len(_full(folder, sorted(below), 2)) > 1), None
-    )
-    return f", as {found} has" if found else ""
+def probably_meant(root: Path, levels: int = WRAPPED) -> str:
+    """Where below a folder of one class there are more, in words; empty if there are none."""
+    for name in sorted(list_folder(root, TOP_ENTRIES)[0])[:PROBED_ENTRIES] if levels else ():
+        if len(_full(root / name, sorted(list_folder(root / name, TOP_ENTRIES)[0]), 2)) > 1:
+            return f", as {root / name} has"
+        if found := probably_meant(root / name, levels - 1):
+            return found
+    return ""
+
+
+def counted(number: int, what: str, plural: str = "s") -> str:
+    """A number of things in words."""
+    return f"{number:,} {what}{plural * (number != 1)}"
 
 
 def _chosen(root: Path, text: str, key: str) -> Part:
@@ -167,7 +172,10 @@ def _by_folder(root: Path, folders: Sequence[str], files: Sequence[str], key: st
         notes = _listed("looks like a split, not used", _full(root, looks))
         left_out = _left_out(root, [name for name in others if not meaning(name)])
         pictures = len(list(filter(is_image, files)))
-        notes += (*left_out, *([f"left out: {pictures} images in {root} itself"] if pictures else []))
+        notes += (
+            *left_out,
+            *([f"left out: {counted(pictures, 'image')} in {root} itself"] if pictures else []),
+        )
         parts = {split: _part(root, here) for split, here in (full | {"train": train}).items()}
         return Splits(**parts, notes=notes)
     if held_out and ("val" in named or any(_holds_classes(root / name) for name in held_out)):
@@ -271,4 +279,4 @@ def _count(folder: Path) -> str:
             yield from files(folder / name)
 
     found = Counter(map(_is_data, islice(files(folder), COUNTED)))
-    return f"{found[True]:,}{' or more' * (found.total() == COUNTED)} images"
+    return f"{counted(found[True], 'image')}{' or more' * (found.total() == COUNTED)}"
