@@ -11,6 +11,7 @@ import pytest
 import yaml
 from pyarrow import parquet
 
+from dino_sparo.__main__ import main
 from dino_sparo.data.sources import AS_FOUND, absolute_path, open_images, open_labeled, open_val, say_found
 from dino_sparo.data.split_names import splits_of_files, splits_of_folders
 from dino_sparo.data.splits import Choice, find_splits
@@ -20,7 +21,7 @@ from dino_sparo.prepare import prepare
 from dino_sparo.training.pretrain import pretrain
 from tests.containers import write_parquet
 from tests.shard_files import picture, touch, write, write_tar
-from tests.tiny import prepared, tiny_options, write_pictures
+from tests.tiny import prepared, tiny_arguments, tiny_options, write_pictures
 
 CLASSES = ("cat", "dog")
 
@@ -516,3 +517,34 @@ def test_tiny_imagenet_is_prepared_with_its_annotations(tmp_path):
     prepare(str(root), str(out))
     train, val = open_labeled(str(out))
     assert (len(train), val.labels.tolist()) == (10, [0, 0, 1, 1])
+
+
+# --- What the commands say
+
+
+def test_pretrain_check_knn_and_linear_say_it_in_one_line(tmp_path, lines):
+    write_pictures(tmp_path / "data", 24, classes=2)
+    write_pictures(tmp_path / "more", 6, classes=2)
+    (tmp_path / "more/train").rename(tmp_path / "data/Validation")
+    run = tmp_path / "run"
+    for command, options in {
+        "pretrain": tiny_arguments(tmp_path / "pretrain", run, optim__epochs=1, optim__warmup_epochs=0),
+        "check": tiny_arguments(tmp_path / "check", run, optim__epochs=1, optim__warmup_epochs=0),
+        "knn": [str(run), f"--data.path={tmp_path / 'knn'}", "--device=cpu", "--num_workers=0"],
+        "linear": [
+            str(run),
+            f"--data.path={tmp_path / 'linear'}",
+            "--cached",
+            "--epochs=1",
+            "--batch_size=4",
+        ],
+    }.items():
+        (tmp_path / command).symlink_to(tmp_path / "data")
+        assert main([command, *options]) == 0
+        place, number = (
+            tmp_path / command,
+            "" if command in ("pretrain", "check") else "6 ",
+        )  # k-NN is off there
+        expected = f"train: 24 images in 2 classes ({place}/train); val: {number}({place}/Validation)"
+        assert lines()[-1] == expected
+    assert len(lines()) == 4
