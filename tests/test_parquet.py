@@ -334,6 +334,8 @@ def test_a_set_of_the_hub_without_its_test_split(hub, saved, caplog):
     assert train.labels.tolist() == [0, 1, 0, 1] and train.classes == ("a", "b")
     assert train.name(3) == "hub:owner/set:plain@main/train, row 3" and train.commit == "0123abc"
     assert "hub:owner/set:plain@main, train: commit 0123abc" in caplog.text and "copy" in caplog.text
+    places = ("hub:owner/set:plain@main, train", "hub:owner/set:plain@main, validation")
+    assert "train: 4 images in 2 classes ({}); val: 4 ({})".format(*places) in caplog.text
     again = pickle.loads(pickle.dumps(open_images("hub:owner/set:plain@main")))
     assert len(hub) == 2 and again.read(2) == picture(2)  # nobody has asked the hub again
     assert open_val("hub:owner/set:plain@main").read(0) == picture(4)

@@ -18,6 +18,7 @@ from dino_sparo.data.splits import Choice, find_splits
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.evaluation.transfer import open_test_sets
 from dino_sparo.prepare import prepare
+from dino_sparo.shard import shard
 from dino_sparo.training.pretrain import pretrain
 from tests.containers import write_parquet
 from tests.shard_files import picture, touch, write, write_tar
@@ -231,6 +232,12 @@ def test_one_class_is_no_evaluation(tmp_path):
     assert len(open_images(str(tmp_path))) == 5
     with pytest.raises(UserError, match=r"has one class only \(cats\).*data.train"):
         open_labeled(str(tmp_path))
+
+
+def test_shards_of_a_split_in_several_folders_are_refused(tmp_path):
+    write(tmp_path, "train.1/cat/0.jpg", "train.2/cat/1.jpg", "val.1/cat/0.jpg")
+    with pytest.raises(UserError, match=r"train lies in several folders, such as train\.1/cat/0\.jpg"):
+        shard(str(tmp_path), str(tmp_path / "out"), num_workers=0)
 
 
 # --- Shards and tables

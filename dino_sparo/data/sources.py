@@ -247,6 +247,12 @@ def say_splits(
     why = "no val or test found"
     if splits is not None and (splits.val or splits.test):
         why = f"the classes of {val_at} are unknown or others"
+    if path.startswith(HUB):
+        train_at, val_at = (
+            f"{path}, {one.index.header['files'][0]}" if isinstance(one, TableSource) else ""
+            for one in (train, val)
+        )
+        why = "no val or labeled test found" if held_out else "not looked for"
     if val is not None:
         of_val = f"{len(val):,} ({val_at})"
     elif not held_out and splits is not None and splits.val:
@@ -339,7 +345,7 @@ def _options(choice: Choice) -> str:
 def _splits(path: str, key: str, choice: Choice) -> Splits:
     """What is train and val of a folder, or of a set of the hub."""
     if path.startswith(HUB):
-        return Splits(Part(Path(f"{path}, train")), Part(Path(f"{path}, val or test")))
+        return Splits(Part(Path(path)))
     root = Path(path).expanduser()
     if not root.exists():
         raise UserFileNotFoundError(
