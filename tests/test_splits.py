@@ -69,7 +69,9 @@ def lines(caplog):
         ("train train_extra val", "train", "val", ""),
         ("bullet_train train_interior test_tube dog", "", "", ""),
         ("training_shoe valley evaluator tested", "", "", ""),
-        ("train_val_2017", "", "", ""),
+        ("train_val2018 test2018", "train_val2018", "", "test2018"),
+        ("TrainVal Test", "TrainVal", "", "Test"),
+        ("train_test_2017", "", "", ""),
         ("cat dog", "", "", ""),
     ],
 )
@@ -175,6 +177,10 @@ FOLDERS = {
         [*classes("img"), *flat("thumbs", 2), *flat("masks", 3)],
         ALL.format("/img") + "; left out: masks (3 images), thumbs (2 images)",
     ),
+    "a folder of splits beside one of masks": (
+        [*classes("leftImg8bit/train"), *classes("leftImg8bit/val", 2), *classes("gtFine/train", 2)],
+        BOTH.format("leftImg8bit/train", "leftImg8bit/val") + "; left out: gtFine (4 images)",
+    ),
     "masks beside classes": (
         [*flat("with_mask"), *flat("without_mask")],
         ALL.format("") + "; taken as classes: with_mask, without_mask",
@@ -225,6 +231,22 @@ def test_val_without_train_is_named(tmp_path, held_out):
     touch(tmp_path, *classes("."), *classes(held_out))
     with pytest.raises(UserError, match=f"a {held_out} folder, but no train folder.*data.train"):
         open_images(str(tmp_path))
+
+
+def test_several_folders_of_splits_are_no_classes(tmp_path):
+    touch(
+        tmp_path,
+        *(
+            name
+            for of in ("rgb", "depth")
+            for split in ("train", "test")
+            for name in classes(f"{of}/{split}")
+        ),
+    )
+    with pytest.raises(UserError, match=r"depth and rgb both hold folders of train and val.*data\.train"):
+        open_images(str(tmp_path))
+    assert len(open_images(str(tmp_path), choice=Choice(train="."))) == 40
+    assert len(open_images(str(tmp_path / "rgb"))) == 10
 
 
 def test_one_class_is_no_evaluation(tmp_path):

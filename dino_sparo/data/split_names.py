@@ -38,7 +38,8 @@ class Meaning(NamedTuple):
 
 def words(name: str) -> tuple[str, ...]:
     """The words of a name in lower case, without digits: `imagenet1k-trainA` gives imagenet, k, train, a."""
-    return tuple(word.lower() for word in re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)))
+    found = re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name))
+    return tuple(re.sub(r"\btrain val\b", "trainval", " ".join(found).lower()).split())
 
 
 def meaning(name: str) -> Meaning | None:

@@ -210,27 +210,40 @@ def _part(root: Path, names: Sequence[str]) -> Part:
 
 def _wrapped(root: Path, folders: Sequence[str], levels: int = WRAPPED) -> tuple[str | None, list[str]]:
     """The folder in which all classes or splits lie, if there is one, and what stands beside it."""
-    wrapper = [name for name in folders if words(name) and WRAPPERS.issuperset(words(name))]
-    about = [name for name in folders if is_about_images(words(name))] if len(wrapper) == 1 else []
+    about = [name for name in folders if is_about_images(words(name))]
     full = _full(root, [name for name in folders if name not in about], 2)
-    if len(full) != 1:
+    if not full:
         return None, []
-    about = _full(root, about)
-    if full == wrapper and about:
-        return full[0], about
     inner = root / full[0]
-    below, files = list_folder(inner, PROBED_ENTRIES)
-    if any(map(is_image, files)):
+    if len(full) > 1:
+        if all(_holds_splits(root / name) for name in full):
+            raise UserError(
+                f"{root}: {full[0]} and {full[1]} both hold folders of train and val; give one of them as "
+                f"data.path, or take all by data.train '.'"
+            )
         return None, []
-    if holds_tables(inner) or holds_shards(inner):
-        return full[0], []
-    full_below = _full(inner, sorted(below), 2)
-    is_wrapper = (
-        len(full_below) > 1
-        or splits_of_folders(full_below)
-        or (levels and _wrapped(inner, below, levels - 1)[0])
-    )
-    return (full[0] if is_wrapper else None), []
+    if about := _full(root, about):
+        is_wrapper = WRAPPERS.issuperset(words(full[0])) or _holds_splits(inner)
+        return (full[0] if is_wrapper else None), about
+    return (full[0] if _holds_several(inner, levels) else None), []
+
+
+def _holds_several(folder: Path, levels: int) -> bool:
+    """Whether a folder holds shards, tables, splits, or several classes, maybe in one folder more."""
+    below, files = list_folder(folder, PROBED_ENTRIES)
+    if any(map(is_image, files)):
+        return False
+    if holds_tables(folder) or holds_shards(folder):
+        return True
+    full = _full(folder, sorted(below), 2)
+    is_wrapper = len(full) > 1 or bool(splits_of_folders(full))
+    return is_wrapper or (levels > 0 and _wrapped(folder, sorted(below), levels - 1)[0] is not None)
+
+
+def _holds_splits(folder: Path) -> bool:
+    """Whether there are folders of train and of val or test in a folder."""
+    found = splits_of_folders(list_folder(folder, TOP_ENTRIES)[0])
+    return "train" in found and len(found) > 1
 
 
 # --- What folders hold, and what is left out
