@@ -27,6 +27,7 @@ from dino_sparo.check.plan import Plan, duration, make_plan, plan_text, size
 from dino_sparo.data.loader import BatchOrder, crop_batches
 from dino_sparo.data.scan import DataReport, ScanResult, data_report, describe, scan_images
 from dino_sparo.data.sources import ImageSource, open_val
+from dino_sparo.data.splits import Choice
 from dino_sparo.data.views import crop_kinds
 from dino_sparo.errors import EXIT_PROBLEM, UserError
 from dino_sparo.recipe.sections import Recipe, smaller_batch
@@ -116,7 +117,8 @@ def scan_data(plan: Plan) -> DataReport:
             timeout_seconds=plan.recipe.machine.data_timeout_seconds,
         )
 
-    val = open_val(plan.recipe.monitor.knn_path or plan.recipe.data.path)
+    knn_path, data = plan.recipe.monitor.knn_path, plan.recipe.data
+    val = open_val(knn_path) if knn_path else open_val(data.path, Choice.of(data))
     return data_report(scanned("train", plan.source), None if val is None else scanned("val", val))
 
 

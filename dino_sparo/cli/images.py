@@ -18,3 +18,10 @@ class LabeledDataOptions:
     path: str
     """Folder with train/<class>/... and val/<class>/..., shards or parquet files of such, `cifar10`, `stl10`
     or `shapes`; without val every fifth image is held out."""
+    train: str | None = None
+    """What of `path` to learn from: a folder, or a pattern of names in it such as 'train-*.tar'; null finds
+    it by names, `.` takes all."""
+    val: str | None = None
+    """What of `path`, or beside it, to test on; null finds it by names."""
+    label_column: str | None = None
+    """Column of parquet files that holds the classes; null takes `label`, `labels` or the only ClassLabel."""

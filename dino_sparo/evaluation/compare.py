@@ -23,7 +23,19 @@ from dino_sparo.recipe.typed import flattened
 from dino_sparo.runs.rundir import CONFIG_FILE
 from dino_sparo.terminal import markdown_table
 
-NOT_RECIPE = ("seed", "run_dir", "nproc", "machine", "log", "monitor", "data.path", "data.on_bad_image")
+NOT_RECIPE = (
+    "seed",
+    "run_dir",
+    "nproc",
+    "machine",
+    "log",
+    "monitor",
+    "data.path",
+    "data.train",
+    "data.val",
+    "data.label_column",
+    "data.on_bad_image",
+)
 READOUT = "model.readout.name"
 SHOWN_DIFFERENCES = 3
 
