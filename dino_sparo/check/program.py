@@ -83,16 +83,16 @@ def check(
         say("\n" + "\n".join(describe(data)))
     else:
         remarks.append("files not read: --scan")
-    if not measure:
-        remarks.append("speed not measured: --measure")
-    elif not problems:
+    if measure:
         try:
             report |= measured(plan)
             report["run"] |= projection(plan, report)
             problems += machine_problems(plan, report)
             say("\n" + summary(plan, report))
         except UserError as error:  # what was found so far is worth telling
-            problems.append(str(error))
+            problems.append(f"speed not measured: {error}")
+    else:
+        remarks.append("speed not measured: --measure")
     if gpus:
         runs = gpu_runs(plan, report, gpus, here)
         report["gpus"] = [asdict(run) for run in runs]

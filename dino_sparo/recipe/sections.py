@@ -56,7 +56,7 @@ class ViewOptions:
     local_scale: tuple[AreaShare, AreaShare]
     """Share of the image area in a local crop, lowest and highest."""
     num_local_crops: Count
-    """Local crops an image."""
+    """Local crops per image."""
     flip_probability: Share
     """Probability of a horizontal flip."""
     jitter_probability: Share
