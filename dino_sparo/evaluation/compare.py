@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.evaluation.results import Result, read_results, results_folder
 from dino_sparo.recipe.files import comparable
-from dino_sparo.recipe.typed import flattened
+from dino_sparo.recipe.typed import flattened, read_yaml
 from dino_sparo.runs.rundir import CONFIG_FILE
 from dino_sparo.terminal import markdown_table
 
@@ -276,12 +275,13 @@ def read_run(given: str) -> Run:
     path = folder / CONFIG_FILE
     if not path.exists():
         return Run(folder, None, None, headline)
+    remedy = "restore the recipe of this run, or remove it to compare without"
     try:
-        config = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
-        config = None
+        config = read_yaml(path)
+    except UserError as error:
+        raise UserError(f"{error}; {remedy}") from error
     if not isinstance(config, dict):
-        raise UserError(f"{path} is damaged; restore the recipe of this run, or remove it to compare without")
+        raise UserError(f"{path} is damaged; {remedy}")
     recipe = comparable(config)
     return Run(folder, flattened(recipe, without=NOT_RECIPE), recipe.get("seed"), headline)
 

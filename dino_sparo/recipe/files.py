@@ -1,14 +1,12 @@
 """Recipes in files: the shipped ones, YAML, and what older versions wrote."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
-
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.recipe.sections import Recipe
-from dino_sparo.recipe.typed import MissingError, build, expected, leaf_keys, unknown
+from dino_sparo.recipe.typed import MissingError, build, expected, leaf_keys, read_yaml, unknown
 
 
 def recipes() -> dict[str, Path]:
@@ -110,28 +108,8 @@ def named_recipe(name: str, over: Mapping[str, Any], options_class: type = Recip
         UserError: there is none, it is no YAML, or a key or value is wrong or missing.
     """
     path = find_recipe(name)
-    try:
-        with open(path) as file:  # an open file, so that messages name it
-            content = yaml.load(file, Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected sections with keys, as in the shipped recipes")
     values = checked_keys(content, leaf_keys(options_class), f"{path}: key")
     return build(options_class, merged(values, over), dict.fromkeys(values.keys() - over, str(path)))
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML's safe loader, but a key given twice is an error instead of a silent choice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
-        for key_node in (key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"):
-            key = self.construct_object(key_node, deep=deep)
-            if not isinstance(key, Hashable):
-                break  # the base class names the line
-            if key in seen:
-                where = f"{key_node.start_mark.name}, line {key_node.start_mark.line + 1}"
-                raise UserError(f"{where}: key {key!r} is given twice; give it once")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
