@@ -108,7 +108,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     entries = []
     for line in path.read_bytes().splitlines() if path.exists() else ():
         with suppress(ValueError):
-            entries.append(json.loads(line))
+            entries.append(parsed_json(line))
     return entries
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dino_sparo.errors import UserError, UserFileNotFoundError
-from dino_sparo.files import write_file
+from dino_sparo.files import parsed_json, write_file
 
 if TYPE_CHECKING:
     from dino_sparo.evaluation.transfer import TestSet  # needs torch, of which `compare` needs nothing
@@ -151,7 +151,7 @@ def read_results(folder: Path) -> list[Result]:
             f"`dino-sparo knn` or `dino-sparo linear`"
         )
     try:
-        content = json.loads(path.read_bytes())
+        content = parsed_json(path.read_bytes())
         if content["format"] != FORMAT:
             raise UserError(
                 f"{path} has format {content['format']!r}, expected {FORMAT}; read it with the version of "
@@ -198,9 +198,10 @@ def _from_json(entry: dict[str, Any]) -> Result:
     for name in ("protocol", "name", "test_set", "weights", "images"):
         if not isinstance(values[name], str):
             raise ValueError(f"{name} is {values[name]!r}, no text")
-    packed = zlib.decompress(base64.b64decode(values["correct"], validate=True))
     count = int(values["num_images"])
-    if len(packed) != -(-count // 8):
+    unpacker = zlib.decompressobj()
+    packed = unpacker.decompress(base64.b64decode(values["correct"], validate=True), 2 + abs(count) // 8)
+    if len(packed) != -(-count // 8) or not unpacker.eof:
         raise ValueError(f"correct has {len(packed)} bytes for {count} images")
     values["correct"] = np.unpackbits(np.frombuffer(packed, np.uint8), count=count).astype(bool)
     numbers = {name: float(values[name]) for name in ("top1", "top5")}

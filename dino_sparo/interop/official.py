@@ -7,6 +7,7 @@ only ones that the official code reads; both are read.
 
 import io
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ WRAPPERS = ("state_dict", "model")  # keys under which other programs keep a sin
 PREFIXES = ("module.", "backbone.")  # of data-parallel training, and of the wrapper around backbone and head
 HEADS = ("head.", "fc_norm.")  # of DINO, and of a classifier
 BACKBONE = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
+BLOCK = re.compile(r"blocks\.([0-9]{1,3})\.")
 READOUT = "readout."
 NEEDED = ("cls_token", "pos_embed", "patch_embed.proj.weight")
 READOUT_NEEDED = ("readout.query", "readout.key_proj.weight", "readout.value_proj.weight")
@@ -80,10 +82,10 @@ def _encoder(
             f"parameters; give a whole state dict"
         )
     width, patch_size, image_size = _sizes(weights, path)
-    if not isinstance(num_heads, int):
+    if num_heads is None:
         num_heads = _num_heads(width, arch, path)
-    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
-    depth = 1 + max((int(block) for block in blocks if block.isdecimal()), default=-1)
+    blocks = [BLOCK.match(name) for name in weights]  # what is no number of a block will not fit
+    depth = 1 + max((int(found[1]) for found in blocks if found), default=-1)
     readout = _readout(weights, path)
     return StoredEncoder(
         path=path,
@@ -170,7 +172,7 @@ def _readout(weights: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 def _shape(value: Any) -> tuple[int, ...]:
     """The shape of a tensor; none of anything else."""
-    return tuple(value.shape) if isinstance(value, Tensor) else ()
+    return tuple(value.shape) if isinstance(value, Tensor) and not value.is_nested else ()
 
 
 # --- Out

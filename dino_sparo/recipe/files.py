@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from dino_sparo.errors import UserError, UserFileNotFoundError
-from dino_sparo.recipe.sections import Recipe
+from dino_sparo.recipe.sections import EncoderOptions, Recipe
 from dino_sparo.recipe.typed import MissingError, build, expected, leaf_keys, read_yaml, unknown
+
+SIZES = {"num_slots": 64, "slot_dim": 64}
 
 
 def recipes() -> dict[str, Path]:
@@ -96,6 +98,24 @@ def stored_recipe(content: Mapping[str, Any], where: str) -> Recipe:
         return cast(Recipe, build(Recipe, values, dict.fromkeys(values, where)))
     except MissingError as error:
         raise UserError(f"{where}: {error}") from error
+
+
+def checked_encoder(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `build_encoder` that a file holds, by the rules for those of a recipe.
+
+    Raises:
+        UserError: one is missing, unknown or out of its range, or some do not fit together.
+    """
+    readout = {"image_size": 224, "patch_size": 16} | dict(arguments)
+    values: dict[str, Any] = {"image_size": readout.pop("image_size"), "model": {"drop_path_rate": 0.0}}
+    values["model"] |= {key: readout.pop(key) for key in ("arch", "patch_size") if key in readout}
+    name = readout.pop("readout", None)
+    # What `build_encoder` and timm take for sizes that are left out.
+    sizes = {"sparo": SIZES | {"key_dim": 64}, "pooler": SIZES}.get(str(name), {})
+    one = {"group_size": 1} if name == "sparo" and readout.get("heads") != "multi" else {}
+    values["model"]["readout"] = {"name": name, **sizes, **one, **readout}
+    options = build(EncoderOptions, checked_keys(values, leaf_keys(EncoderOptions), "key"))
+    return options.model.encoder_arguments(options.image_size)
 
 
 def named_recipe(name: str, over: Mapping[str, Any], options_class: type = Recipe) -> Any:

@@ -28,12 +28,24 @@ class Range:
     holds: Callable[[float], bool]
 
 
+def up_to(most: int, least: int = 1) -> Range:
+    """The range of a size or number from 0 or 1: far more than anybody uses, and no danger."""
+    words = "of at least 0" if least == 0 else "above 0"
+    return Range(f"{words} and at most {most:,}", lambda number: least <= number <= most)
+
+
 BY_NAME = "by name"  # in the metadata of a field: the sections among which the one's `name` chooses
 POSITIVE = Range("above 0", lambda number: number > 0)
 AT_LEAST_0 = Range("of at least 0", lambda number: number >= 0)
 Count = Annotated[int, AT_LEAST_0]
 Amount = Annotated[float, AT_LEAST_0]
 Share = Annotated[float, Range("from 0 to 1", lambda number: 0 <= number <= 1)]
+Batch = Annotated[int, up_to(1_048_576)]
+Epochs = Annotated[int, up_to(100_000)]
+Processes = Annotated[int, up_to(256)]
+Workers = Annotated[int, up_to(1_024, least=0)]
+Heads = Annotated[int, up_to(1_024)]
+Width = Annotated[int, up_to(65_536)]
 BelowOne = Annotated[float, Range("of at least 0 and below 1", lambda number: 0 <= number < 1)]
 Seed = Annotated[int, Range("from 0 to 2**63 - 1", lambda number: 0 <= number < 2**63)]
 

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from PIL import Image
 from dino_sparo.data.decode import open_image
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.results import RESULTS_FILE, read_results, results_folder
-from dino_sparo.files import write_file
+from dino_sparo.files import parsed_json, write_file
 from dino_sparo.models import Encoder
 from dino_sparo.recipe.typed import read_yaml
 from dino_sparo.runs.rundir import CONFIG_FILE, read_starts
@@ -103,7 +102,7 @@ class Subject:
             return None, "Not made yet:"
         asked = {"which": self.which, "control": self.control, "data": self.data}
         with _damage_told(path, self.command(part)):
-            content = dict(json.loads(path.read_bytes()).items())
+            content = dict(parsed_json(path.read_bytes()).items())
         others = [
             f"{key} {content[key]}"
             for key, value in asked.items()

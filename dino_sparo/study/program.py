@@ -12,7 +12,7 @@ from dino_sparo.evaluation.features import hash_of_images
 from dino_sparo.evaluation.knn import HEADLINE_K
 from dino_sparo.evaluation.results import Result, alone_in
 from dino_sparo.evaluation.transfer import EXPECTED_BOTH, VAL, named_folder
-from dino_sparo.files import write_file
+from dino_sparo.files import parsed_json, write_file
 from dino_sparo.recipe.typed import flattened
 from dino_sparo.runs.checkpoint import latest_step
 from dino_sparo.runs.rundir import CONFIG_FILE, check_same_experiment
@@ -155,7 +155,7 @@ def _with_known(folder: Path, data_sets: dict[str, str], hashes: dict[str, str])
     """These hashes and those of the study's other data sets; refuses others than when it began."""
     path = folder / IMAGES_FILE
     try:
-        known: dict[str, str] = dict(json.loads(path.read_text()).items())
+        known: dict[str, str] = dict(parsed_json(path.read_text()).items())
     except (FileNotFoundError, NotADirectoryError):
         known = {}
     except (OSError, ValueError, AttributeError) as error:
