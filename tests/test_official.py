@@ -130,9 +130,7 @@ def test_arch_must_fit(file, state):
     ):
         with pytest.raises(UserError, match=part):
             load_encoder(file, arch=arch)
-    assert "not divisible by model.arch.num_heads 3" in refused(
-        file, state, arch={**SIZES, "num_heads": 3}
-    )
+    assert "not divisible by model.arch.num_heads 3" in refused(file, state, arch={**SIZES, "num_heads": 3})
 
 
 def test_which_model(file, state):

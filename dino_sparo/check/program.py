@@ -20,7 +20,7 @@ from dino_sparo.data.sources import ImageSource, open_val
 from dino_sparo.data.views import crop_recipes
 from dino_sparo.errors import EXIT_PROBLEM, UserError
 from dino_sparo.recipe.sections import Recipe, smaller_batch
-from dino_sparo.terminal import table
+from dino_sparo.terminal import sentence, table
 from dino_sparo.training.bad_images import too_many
 from dino_sparo.training.pretrain import Batch
 from dino_sparo.training.setup import build_schedules, dataset_of
@@ -64,7 +64,7 @@ def check(
         data = scan_data(plan)
         report["data"] = asdict(data)
         look_at_data(data, recipe, problems, remarks)
-        say("\n" + "\n".join(describe(data)))
+        say("\n" + "\n".join(map(sentence, describe(data))))
     else:
         remarks.append("files not read: --scan")
     if not measure:
@@ -77,7 +77,8 @@ def check(
             say("\n" + summary(plan, report))
         except UserError as error:  # what was found so far is worth telling
             problems.append(str(error))
-    lines = [f"REMARK: {remark}" for remark in remarks] + [f"PROBLEM: {problem}" for problem in problems]
+    lines = [f"REMARK: {sentence(remark)}" for remark in remarks]
+    lines += [f"PROBLEM: {sentence(problem)}" for problem in problems]
     say("\n" + "\n".join(lines if problems else [*lines, "no problems found"]))
     if as_json:
         print(json.dumps(report, indent=1))

@@ -20,7 +20,7 @@ from dino_sparo.evaluation.results import Result, read_results, results_folder
 from dino_sparo.recipe.files import comparable
 from dino_sparo.recipe.typed import flattened, read_yaml
 from dino_sparo.runs.rundir import CONFIG_FILE
-from dino_sparo.terminal import markdown_table
+from dino_sparo.terminal import markdown_table, sentence, shown
 
 NOT_RECIPE = ("seed", "run_dir", "nproc", "machine", "log", "monitor", "data.path", "data.on_bad_image")
 READOUT = "model.readout.name"
@@ -87,16 +87,22 @@ class Comparison:
 
     def text(self) -> str:
         """Aligned for a terminal."""
-        lines = [self.header, *self.rows]
+        lines = [[shown(cell) for cell in line] for line in (self.header, *self.rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         aligned = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
         rule = "  ".join("-" * width for width in widths)
-        return "\n".join([aligned[0], rule, *aligned[1:], "", *self.notes])
+        return "\n".join([aligned[0], rule, *aligned[1:], "", *(sentence(note) for note in self.notes)])
 
     def markdown(self) -> str:
         """A Markdown table, and the notes as a list."""
         rows = [[cell.strip() for cell in line] for line in self.rows]
-        return "\n".join([markdown_table(self.header, rows), "", *(f"- {note}" for note in self.notes)])
+        return "\n".join(
+            [
+                markdown_table(self.header, rows),
+                "",
+                *(f"- {sentence(note)}" for note in self.notes),
+            ]
+        )
 
 
 def compare_runs(runs: Sequence[str], control: str | None = None) -> Comparison:

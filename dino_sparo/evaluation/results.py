@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.files import parsed_json, write_file
+from dino_sparo.terminal import sentence, shown
 
 if TYPE_CHECKING:
     from dino_sparo.evaluation.transfer import TestSet  # needs torch, of which `compare` needs nothing
@@ -94,12 +95,12 @@ def accuracies(
 ) -> list[str]:
     """Lines of text: for each test set a heading, and below it its results, each with a remark."""
     lines: list[str] = []
-    width = max(len(result.name) for result in results)
+    width = max(len(shown(result.name)) for result in results)
     for _, group in groupby(results, key=lambda result: result.test_set):
         of_set = list(group)
-        lines += filter(None, [heading(of_set[0]), of_set[0].details["remark"]])
+        lines += filter(None, [sentence(heading(of_set[0])), shown(of_set[0].details["remark"])])
         lines += [
-            f"{result.name:<{width}}   top-1 {result.top1:6.2f} %   top-5 {result.top5:6.2f} %"
+            f"{shown(result.name):<{width}}   top-1 {result.top1:6.2f} %   top-5 {result.top5:6.2f} %"
             f"{remark(result)}{'   <- headline' if result.headline else ''}"
             for result in of_set
         ]

@@ -21,6 +21,7 @@ from dino_sparo.interop.stored import MODELS, StoredEncoder
 from dino_sparo.interop.timm_folder import is_plain_sparo
 from dino_sparo.models.encoder import architecture
 from dino_sparo.models.head import OLD_NAMES
+from dino_sparo.terminal import shown
 
 SUFFIX = ".pth"
 HEAD_DIM = 64  # numbers per attention head, in every ViT of the official code
@@ -112,10 +113,12 @@ def _split(state: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], dict[s
             name = name.partition(".")[2]
         place = beside if name.startswith(HEADS) else weights
         if name in place:
-            raise UserError(f"{path} holds {name!r} twice, once as {str(key)!r}; give one state dict")
+            raise UserError(
+                f"{path} holds {shown(name)!r} twice, once as {shown(key)!r}; give one state dict"
+            )
         place[name] = value
     if not any(name.startswith(BACKBONE) for name in weights):
-        held = ", ".join(repr(str(key)) for key in list(state)[:SHOWN_KEYS])
+        held = ", ".join(repr(shown(key)) for key in list(state)[:SHOWN_KEYS])
         more = ", ..." if len(state) > SHOWN_KEYS else ""
         raise UserError(
             f"{path} holds no parameter of a ViT backbone, but {len(state)} entries: {held or 'none'}{more}; "

@@ -12,6 +12,7 @@ from dino_sparo.errors import UserError
 from dino_sparo.models import Encoder, build_encoder
 from dino_sparo.models.encoder import architecture
 from dino_sparo.recipe.files import checked_encoder
+from dino_sparo.terminal import shown
 
 MODELS = ("teacher", "student")
 SHOWN_NAMES = 20
@@ -113,7 +114,7 @@ def in_words(arch: str | Mapping[str, int]) -> str:
 
 
 def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN_NAMES]) + (", ..." if len(names) > SHOWN_NAMES else "")
+    return ", ".join(map(shown, names[:SHOWN_NAMES])) + (", ..." if len(names) > SHOWN_NAMES else "")
 
 
 def _kind(value: Any) -> str:

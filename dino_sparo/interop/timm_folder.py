@@ -25,6 +25,7 @@ from dino_sparo.interop.stored import MODELS, StoredEncoder, in_words
 from dino_sparo.models import Encoder
 from dino_sparo.models.encoder import ARCHITECTURES, architecture
 from dino_sparo.recipe.typed import Seed, value_of
+from dino_sparo.terminal import shown
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -236,7 +237,7 @@ def _model_card(stored: StoredEncoder, encoder: Encoder, name: str, measured: Se
         encoding += f", {encoder.num_slots} slots of {width} one after the other"
     text = CARD.format(
         tags="- sparo\n" if encoder.readout_name == "sparo" else "",
-        name=name,
+        name=shown(name),
         which=stored.which,
         readout=READOUTS.get(encoder.readout_name, f"with the read-out {encoder.readout_name}"),
         arch=in_words(stored.arguments["arch"]),

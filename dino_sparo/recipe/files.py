@@ -7,6 +7,7 @@ from typing import Any, cast
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.recipe.sections import EncoderOptions, Recipe
 from dino_sparo.recipe.typed import MissingError, build, expected, leaf_keys, read_yaml, unknown
+from dino_sparo.terminal import shown
 
 SIZES = {"num_slots": 64, "slot_dim": 64}
 
@@ -56,7 +57,7 @@ def checked_keys(content: Mapping[str, Any], keys: Mapping[str, Any], what: str)
                 raise UserError(f"{what} {key!r} is given twice; give it once")
             elif isinstance(value, dict) or key not in keys:
                 wanted = expected(keys[key]) if key in keys else f"a section with {', '.join(inside)}"
-                raise UserError(f"{what} {key!r} is {value!r}; expected {wanted}")
+                raise UserError(f"{what} {key!r} is {shown(repr(value))}; expected {wanted}")
             else:  # older files may have views by tensors on a CPU
                 values[key] = "pil" if (key, value) == ("machine.views", "tensor") else value
 

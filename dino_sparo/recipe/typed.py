@@ -18,6 +18,7 @@ import yaml
 
 from dino_sparo.errors import UserError
 from dino_sparo.files import read_small
+from dino_sparo.terminal import shown
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def value_of(key: str, value: Any, kind: Any) -> Any:
     try:
         return _converted(value, kind)
     except (ValueError, OverflowError):
-        raise UserError(f"{key} is {value}; expected {expected(kind)}") from None
+        raise UserError(f"{key} is {shown(value)}; expected {expected(kind)}") from None
 
 
 def _converted(value: Any, kind: Any) -> Any:
@@ -210,13 +211,14 @@ def leaves(options_class: type, prefix: str = "") -> dict[str, tuple[Field[Any],
 
 def unknown(what: str, key: str, keys: Collection[str]) -> UserError:
     """`what` is unknown, and the nearest valid key to it: by its whole name or by its last part."""
+    key = key[:100]
     inside = [known for known in keys if known.startswith(f"{key}.")]
     near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6) or inside[:1]
     if not near:
         last = {known.rpartition(".")[2]: known for known in keys}
         near = [last[match] for match in difflib.get_close_matches(key.rpartition(".")[2], last, n=1)]
     hint = f"did you mean {near[0]!r}?" if near else "see --help for all keys"
-    return UserError(f"{what} is unknown; {hint}")
+    return UserError(f"{shown(what)} is unknown; {hint}")
 
 
 def flattened(config: Mapping[str, Any], *, without: Collection[str] = ()) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dino_sparo.errors import UserError
+from dino_sparo.terminal import shown
 
 MOST_PICKLE = 2 * 2**20  # bytes that describe the tensors; those of a ViT-B with optimizer are 0.2 MB
 LONG_PICKLE = f"it describes its content in more than {MOST_PICKLE} bytes"
@@ -43,8 +44,8 @@ def read_plain(path: Path, *, allow_namespace: bool = False) -> Any:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
             raise UserError(
-                f"{path} is refused: it would load {refused[1]}, which may run any code; expected tensors "
-                f"and plain values only, so save its state dict alone with torch.save"
+                f"{path} is refused: it would load {shown(refused[1])}, which may run any code; expected "
+                f"tensors and plain values only, so save its state dict alone with torch.save"
             ) from error
         raise UserError(
             f"{path} is no readable weights file: either torch.save did not write it, or it holds more than "

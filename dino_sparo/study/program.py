@@ -20,6 +20,7 @@ from dino_sparo.study import training
 from dino_sparo.study.measuring import Measured, choose, measure
 from dino_sparo.study.report import PAGE, write_report
 from dino_sparo.study.variants import Variant
+from dino_sparo.terminal import sentence, shown
 
 log = logging.getLogger("dino_sparo")
 
@@ -101,8 +102,8 @@ def print_plan(variants: Sequence[Variant], recipe_name: str | None) -> int:
     for variant in variants:
         done = latest_step(variant.run_dir)
         state = f"{done:,} steps are done" if done else "would start"
-        print(f"  {variant.folder}: {state if variant.chosen else 'left out by --only'}")
-    print("\n".join(f"PROBLEM: {problem}" for problem in problems) or "no problems found")
+        print(f"  {shown(variant.folder)}: {state if variant.chosen else 'left out by --only'}")
+    print("\n".join(f"PROBLEM: {sentence(problem)}" for problem in problems) or "no problems found")
     return EXIT_PROBLEM if problems else 0
 
 
