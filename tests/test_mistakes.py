@@ -3,8 +3,10 @@
 import pytest
 
 from dino_sparo.cli.evaluating import KnnOptions
+from dino_sparo.errors import UserError
 from dino_sparo.recipe.files import recipes
 from tests.recipes import REQUIRED, changed, content, parse, refusal, refused
+from tests.tiny import build_state
 
 PHOTOS = recipes()["photos_sparo"].read_text()
 NO_KEYS = {"key_dim": None, "group_size": None}
@@ -42,7 +44,6 @@ NO_SLOTS = {"num_slots": None, "slot_dim": None, **NO_KEYS}
         ("machine.prefetch_batches", [10**9], "a whole number above 0 and at most 1,024"),
         ("machine.batch_size_per_gpu", [10**12], "a whole number above 0 and at most 1,048,576 or null"),
         ("log.log_every_steps", [10**30], "a whole number above 0"),
-        ("optim.lr_per_256", [10**400], "a number above 0"),
         ("loss.teacher_temp", [float("inf")], "a number above 0"),
         ("views.flip_probability", [1.5, float("nan")], "a number from 0 to 1"),
         ("views.local_scale", [[0.1, 1.1]], "a list [a number above 0 and at most 1, a num"),
@@ -205,3 +206,11 @@ def test_recipe_that_is_not_there(tmp_path, monkeypatch, name):
 @pytest.mark.parametrize("value", ["[]", "[ ]", "[0]", "[a]", "[2.5]"])
 def test_neighbours_that_are_no_numbers(value):
     assert "k is " in refusal("--run", "x", "--data.path", "y", "--k", value, options_class=KnnOptions)
+
+
+@pytest.mark.parametrize("size", ["model.arch={width: 65536, depth: 256, num_heads: 64}", "optim.epochs=9"])
+def test_a_model_larger_than_the_memory(size):
+    more = ("--head.num_prototypes=16777216", "--head.bottleneck_dim=65536", "--model.drop_path_rate=0")
+    recipe = parse("--config", "photos_sparo", *REQUIRED, f"--{size}", *more)
+    with pytest.raises(UserError, match=r"student and teacher need [0-9,]+ GiB of memory"):
+        build_state(recipe)
