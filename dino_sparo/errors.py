@@ -59,7 +59,7 @@ class UserFileNotFoundError(UserError, FileNotFoundError):
     """A file or folder that the user named does not exist or holds nothing usable."""
 
 
-class UnlabelledError(UserError):
+class UnlabeledError(UserError):
     """Images whose classes are needed are in no class folders, or their files do not tell all classes."""
 
 

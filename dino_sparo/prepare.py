@@ -23,7 +23,7 @@ from dino_sparo.data.imagenet import (
     Layout,
     explain,
     image_classes,
-    recognise,
+    recognize,
 )
 from dino_sparo.data.tars import TarFile, damage_named, tar_files
 from dino_sparo.data.walk import is_image, walk
@@ -75,7 +75,7 @@ def prepare(source: str, out: str, labels: str | None = None) -> str:
     call resumes where it was killed, and does nothing if all is done. Nothing else is changed.
 
     Args:
-        source: folder of the images or tars, see `dino_sparo.data.imagenet.recognise`.
+        source: folder of the images or tars, see `dino_sparo.data.imagenet.recognize`.
         out: folder for the two splits; created if it does not exist.
         labels: classes of a flat folder's images, see `dino_sparo.data.imagenet.image_classes`; None takes
             those that lie near ImageNet's validation images.
@@ -89,7 +89,7 @@ def prepare(source: str, out: str, labels: str | None = None) -> str:
         OSError: the file system refuses.
     """
     folder = Path(out)
-    layout = recognise(Path(source))
+    layout = recognize(Path(source))
     if layout is None:
         raise UserFileNotFoundError(f"{source}: no images recognized; expected a folder of one of: {LAYOUTS}")
     log.info("%s: %s%s", source, layout.name, "" if explain(layout) else "; usable as it is")

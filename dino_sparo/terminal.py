@@ -1,4 +1,4 @@
-"""What a person reads in a terminal: progress bars and colours, which a file does not get, and tables."""
+"""What a person reads in a terminal: progress bars and colors, which a file does not get, and tables."""
 
 import logging
 import os
@@ -21,11 +21,11 @@ def shows_bars() -> bool:
     return sys.stderr.isatty() and logging.getLogger("dino_sparo").level <= logging.INFO
 
 
-def coloured(text: str, colour: Literal["red", "yellow"]) -> str:
+def colored(text: str, color: Literal["red", "yellow"]) -> str:
     """Text for standard error; plain where that is no terminal, or NO_COLOR (no-color.org) is set."""
     if not sys.stderr.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return text
-    return f"\033[{ESCAPES[colour]}m{text}\033[0m"
+    return f"\033[{ESCAPES[color]}m{text}\033[0m"
 
 
 def shown(text: object, most: int = MOST_SHOWN) -> str:
@@ -45,11 +45,11 @@ def sentence(text: object) -> str:
 
 def error_line(error: Exception) -> str:
     """What ends a program, for standard error."""
-    return coloured(f"dino-sparo: error: {sentence(error)}", "red")
+    return colored(f"dino-sparo: error: {sentence(error)}", "red")
 
 
 class Lines(logging.Formatter):
-    """Log entries, what is put into them escaped by `shown`, and warnings in colour."""
+    """Log entries, what is put into them escaped by `shown`, and warnings in color."""
 
     def format(self, record: logging.LogRecord) -> str:
         if isinstance(record.args, tuple):
@@ -57,7 +57,7 @@ class Lines(logging.Formatter):
             args = (sentence(one) if isinstance(one, texts) else one for one in record.args)
             record = logging.makeLogRecord({**vars(record), "args": tuple(args)})
         text = "\n".join(sentence(line) for line in super().format(record).split("\n"))
-        return coloured(text, "yellow") if record.levelno >= logging.WARNING else text
+        return colored(text, "yellow") if record.levelno >= logging.WARNING else text
 
 
 def set_up_log(level: int) -> None:

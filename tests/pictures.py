@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dino_sparo.data.views import CropRecipe, View, crop_recipes, draw_view
+from dino_sparo.data.views import CropKind, View, crop_kinds, draw_view
 
 
 def photo(width: int = 120, height: int = 90, seed: int = 0) -> Image.Image:
@@ -29,9 +29,9 @@ def encoded(image: Image.Image | np.ndarray, kind: str, **options: Any) -> bytes
 
 def recipes(
     global_size: int = 48, local_size: int = 24, blur_radius: tuple[float, float] = (0.1, 2.0), **changes: str
-) -> list[CropRecipe]:
+) -> list[CropKind]:
     """Those of the ImageNet recipe at another size, with two local crops."""
-    return crop_recipes(
+    return crop_kinds(
         global_size=global_size,
         global_scale=(0.4, 1.0),
         local_size=local_size,
@@ -48,7 +48,7 @@ def recipes(
     )
 
 
-def views_of(image: Image.Image, crops: list[CropRecipe], sample: int) -> list[View]:
+def views_of(image: Image.Image, crops: list[CropKind], sample: int) -> list[View]:
     size = {"image_width": image.width, "image_height": image.height}
     return [
         draw_view(recipe, seed=0, epoch=0, sample=sample, crop=crop, **size)

@@ -30,7 +30,7 @@ from dino_sparo.check import measure
 from dino_sparo.data.images import normalize
 from dino_sparo.data.loader import CropsDataset
 from dino_sparo.data.sources import open_images
-from dino_sparo.data.views import crop_recipes
+from dino_sparo.data.views import crop_kinds
 from dino_sparo.models import DINOHead, DinoModel, Sparo, build_encoder
 from dino_sparo.models.cost import bytes_saved_for_backward
 from dino_sparo.training.loss import DINOLoss
@@ -155,7 +155,7 @@ def test_plain_views_without_chance_are_those_of_training(tmp_path):
     certain |= {"global_scale": (1.0, 1.0), "local_scale": (1.0, 1.0), "blur_radius": (1.0, 1.0)}
     certain |= {"flip_probability": 1.0, "grayscale_probability": 1.0, "jitter_probability": 0.0}
     sizes = {"global_size": 16, "local_size": 8, "num_local_crops": 2}
-    recipes = crop_recipes(**(content("demo")["views"] | sizes | certain))
+    recipes = crop_kinds(**(content("demo")["views"] | sizes | certain))
     plain = PlainViews(source, recipes)
     ours = CropsDataset(source, recipes, seed=5)
     for mine, theirs in zip(plain[2], ours[0, 2].made, strict=True):

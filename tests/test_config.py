@@ -69,7 +69,8 @@ def test_recipe_has_the_published_numbers():
 def test_recipes_differ_from_their_controls_in_one_setting_alone():
     readout = {f"model.readout.{key}": None for key in ("num_slots", "slot_dim", "key_dim", "group_size")}
     readout["model.readout.name"] = "cls"
-    assert differences(SPARO, DINO) == differences("photos_sparo", "photos_dino") == readout
+    for sparo in (SPARO, "imagenet_vitb16_sparo", "imagenet_vits8_sparo", "photos_sparo"):
+        assert differences(sparo, sparo.replace("sparo", "dino")) == readout
     assert read_variants("readouts", [])["cls"] == readout
     assert differences(SPARO, LONG) == {
         "optim.epochs": 300,

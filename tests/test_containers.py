@@ -6,7 +6,7 @@ import torch
 
 from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.data.loader import BatchOrder, CropsDataset, crop_batches
-from dino_sparo.data.sources import ImageSource, open_images, open_labelled, open_val
+from dino_sparo.data.sources import ImageSource, open_images, open_labeled, open_val
 from dino_sparo.runs.checkpoint import load_latest
 from dino_sparo.shard import shard
 from tests.containers import parquet_of, write_parquet
@@ -56,9 +56,7 @@ def test_equal_batches_of_crops_for_the_same_seed(containers, kind, num_workers)
 
 @OTHERS
 def test_equal_order_labels_classes_bytes_and_fingerprint(containers, kind):
-    for ours, theirs in zip(
-        open_labelled(containers[kind]), open_labelled(containers["folder"]), strict=True
-    ):
+    for ours, theirs in zip(open_labeled(containers[kind]), open_labeled(containers["folder"]), strict=True):
         assert ours.labels.tolist() == theirs.labels.tolist() and ours.classes == theirs.classes
         assert [ours.read(i) for i in range(len(ours))] == [theirs.read(i) for i in range(len(theirs))]
         assert ours.fingerprint() == theirs.fingerprint()

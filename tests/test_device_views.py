@@ -124,7 +124,7 @@ def loaded(folder, executor, *, num_workers=0, **options):
     batches = crop_batches(
         dataset, order, num_workers=num_workers, prefetch_batches=2, pin_memory=False, timeout_seconds=60
     )
-    return [crops_of(batch, dataset.crop_recipes, CPU) for batch in batches]
+    return [crops_of(batch, dataset.crop_kinds, CPU) for batch in batches]
 
 
 @pytest.fixture(scope="module")

@@ -16,16 +16,16 @@ from dino_sparo.slots.parts import columns_of, fit_discriminant, moments
 
 CPU = torch.device("cpu")
 SLOTS, WIDTH = 4, 6
-NUM_PLANTED = {"colour": 8, "size": 3}
+NUM_PLANTED = {"color": 8, "size": 3}
 
 
 def planted(count, seed):
-    """Slot 2 tells colour only; one number of slot 1 grows with size; all else is noise."""
+    """Slot 2 tells color only; one number of slot 1 grows with size; all else is noise."""
     rng = np.random.default_rng(seed)
     values = {name: rng.integers(number, size=count) for name, number in NUM_PLANTED.items()}
     features = rng.normal(size=(count, SLOTS, WIDTH))
-    colours = np.random.default_rng(0).normal(size=(8, WIDTH))
-    features[:, 2] = colours[values["colour"]] + 0.1 * features[:, 2]
+    colors = np.random.default_rng(0).normal(size=(8, WIDTH))
+    features[:, 2] = colors[values["color"]] + 0.1 * features[:, 2]
     features[:, 1, 3] = values["size"] + 0.1 * features[:, 1, 3]
     return features.reshape(count, -1).astype(np.float32), values
 
@@ -37,10 +37,10 @@ def scores(train=None, test=None, num_values=NUM_PLANTED, num_parts=SLOTS):
 
 def test_planted_factors_are_found_in_their_slots():
     alone, whole = scores()
-    colour, size = np.array(alone).T
-    assert colour[2] > 97 and (np.delete(colour, 2) < 100 / 8 + 8).all()
+    color, size = np.array(alone).T
+    assert color[2] > 97 and (np.delete(color, 2) < 100 / 8 + 8).all()
     assert size[1] > 97 and (np.delete(size, 1) < 100 / 3 + 9).all()  # also the size between the others
-    assert whole["colour"] > 97 and whole["size"] > 97
+    assert whole["color"] > 97 and whole["size"] > 97
     (as_one,), same = scores(num_parts=1)
     assert same == pytest.approx(whole) and as_one == list(same.values())
 
@@ -50,10 +50,10 @@ def test_the_ridge_is_the_one_that_fits_pictures_held_out(monkeypatch):
     values = rng.integers(2, size=600)
     features = (rng.normal(size=(600, 90)) + 0.25 * values[:, None]).astype(np.float32)
     # little more pictures to learn from than numbers
-    train, test = ((features[rows], {"colour": values[rows]}) for rows in (slice(120), slice(120, 600)))
+    train, test = ((features[rows], {"color": values[rows]}) for rows in (slice(120), slice(120, 600)))
 
     def score():
-        return scores(train, test, {"colour": 2}, num_parts=1)[1]["colour"]
+        return scores(train, test, {"color": 2}, num_parts=1)[1]["color"]
 
     chosen, found = score(), []
     for ridge in factors.RIDGES:
@@ -66,20 +66,20 @@ def test_test_values_change_nothing_that_is_learnt():
     test, values = planted(300, seed=2)
     changed = {name: (number - 1) - values[name] for name, number in NUM_PLANTED.items()}
     alone, _ = scores(test=(test, changed))
-    assert alone[2][0] < 3  # 8 colours, none of which is its own opposite
+    assert alone[2][0] < 3  # 8 colors, none of which is its own opposite
 
 
 @pytest.mark.parametrize("subset", [[1], [2], [0, 3]])
 def test_the_discriminant_is_that_of_the_formula(subset):
     features, values = planted(600, seed=1)
     probe = fit_discriminant(
-        moments(features, values["colour"], num_classes=8, device=CPU),
+        moments(features, values["color"], num_classes=8, device=CPU),
         columns_of(SLOTS * WIDTH, SLOTS, subset),
         ridge=0,
     )
     rows = features.reshape(-1, SLOTS, WIDTH)[:, subset].reshape(len(features), -1).astype(np.float64)
-    labels = values["colour"]
-    means = np.stack([rows[labels == colour].mean(axis=0) for colour in range(8)])
+    labels = values["color"]
+    means = np.stack([rows[labels == color].mean(axis=0) for color in range(8)])
     apart = rows - means[labels]
     precision = np.linalg.inv(apart.T @ apart / len(rows))
     shares = np.bincount(labels) / len(rows)
@@ -94,10 +94,10 @@ def test_numbers_that_never_vary_and_values_that_never_occur_do_no_harm():
     features, values = planted(400, seed=1)
     features[:, 2 * WIDTH] = 5
     features[:, 2 * WIDTH + 1] = 0
-    sums = moments(features, values["colour"], num_classes=9, device=CPU)
+    sums = moments(features, values["color"], num_classes=9, device=CPU)
     probe = fit_discriminant(sums, columns_of(SLOTS * WIDTH, SLOTS, [2]), ridge=0.01)
     scored = torch.from_numpy(features[:, 2 * WIDTH : 3 * WIDTH]) @ probe.weight + probe.bias
-    assert (scored.argmax(1).numpy() == values["colour"]).mean() > 0.9
+    assert (scored.argmax(1).numpy() == values["color"]).mean() > 0.9
     assert probe.weight.isfinite().all() and (scored[:, 8] == -torch.inf).all()
 
 
@@ -120,7 +120,7 @@ def test_the_command_beside_a_control(slot_runs, tmp_path, capsys):
     found = json.loads((tmp_path / "factors" / "factors.json").read_text())
     assert (found["num_train"], found["num_test"]) == (200, 100)
     assert found["factors"]["count"] == 3 and found["chance"] == pytest.approx(chance())
-    assert found["chance"]["colour"] == 12.5
+    assert found["chance"]["color"] == 12.5
     ours, other = found["encoders"]
     assert (ours["name"], other["name"]) == ("sparo", "control (cls)")
     assert np.array(ours["alone"]).shape == (3, 7) and other["alone"] == []

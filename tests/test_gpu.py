@@ -60,9 +60,9 @@ def test_deterministic_runs_are_bit_equal(precision, tmp_path):
 
 
 def test_views_of_whole_batches_are_pils():
-    crop_recipes = recipes(224, 96)
+    crop_kinds = recipes(224, 96)
     images = [photo(*((500, 375), (300, 420), (640, 200))[number % 3], seed=number) for number in range(40)]
-    views = [views_of(image, crop_recipes, sample) for sample, image in enumerate(images)]
+    views = [views_of(image, crop_kinds, sample) for sample, image in enumerate(images)]
     photos = collate_photos(
         [
             (to_pixels(image), [numbers_of(view, 3) for view in row])
@@ -71,7 +71,7 @@ def test_views_of_whole_batches_are_pils():
     )
     device = torch.device("cuda", 0)
     made = ahead(
-        [photos], lambda one: tuple(make_crops(one, [crop_recipes[:2], crop_recipes[2:]], device)), device
+        [photos], lambda one: tuple(make_crops(one, [crop_kinds[:2], crop_kinds[2:]], device)), device
     )
     ((large, small),) = made
     for number, (image, row) in enumerate(zip(images, views, strict=True)):
@@ -81,13 +81,13 @@ def test_views_of_whole_batches_are_pils():
             assert difference.mean() < 1, (number, view)
 
 
-def whole_images(crop_recipes, count):
+def whole_images(crop_kinds, count):
     """A batch of images whose crops are still to be made, where the loader would put it."""
     images = [photo(*((64, 48), (40, 72))[number % 2], seed=number) for number in range(count)]
-    taps = max(blur_taps(recipe.blur_radius[1]) for recipe in crop_recipes)
+    taps = max(blur_taps(recipe.blur_radius[1]) for recipe in crop_kinds)
     photos = collate_photos(
         [
-            (to_pixels(image), [numbers_of(view, taps) for view in views_of(image, crop_recipes, sample)])
+            (to_pixels(image), [numbers_of(view, taps) for view in views_of(image, crop_kinds, sample)])
             for sample, image in enumerate(images)
         ]
     )
@@ -128,9 +128,9 @@ def test_a_step_with_its_views_never_lets_the_host_wait(tmp_path):
     )
     device = torch.device("cuda", 0)
     state = build_state(options, device)
-    crop_recipes = recipes(16, 8)
-    batch, hyper = whole_images(crop_recipes, 8), build_schedules(options.optim, options.loss, 10).at(15)
-    made = ahead(repeat(batch), lambda one: crops_of(one, crop_recipes, device), device)
+    crop_kinds = recipes(16, 8)
+    batch, hyper = whole_images(crop_kinds, 8), build_schedules(options.optim, options.loss, 10).at(15)
+    made = ahead(repeat(batch), lambda one: crops_of(one, crop_kinds, device), device)
     groups = ([normalize(crops.global_crops), normalize(crops.local_crops)] for crops in made)
 
     def step():
@@ -153,7 +153,7 @@ def test_accumulation_is_near_the_whole_batch(tmp_path):
     torch.testing.assert_close(whole["center"], parts["center"], atol=1e-3, rtol=1e-3)
 
 
-def test_search_on_a_gpu_finds_the_same_neighbours():
+def test_search_on_a_gpu_finds_the_same_neighbors():
     rng = np.random.default_rng(0)
     train, test = (rng.normal(size=(number, 64)).astype(np.float16) for number in (5000, 300))
     on_cpu = nearest(train, test, 200, by_faiss=False)

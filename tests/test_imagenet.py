@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dino_sparo.data import imagenet
-from dino_sparo.data.imagenet import Images, explain, recognise, training_folder
+from dino_sparo.data.imagenet import Images, explain, recognize, training_folder
 from dino_sparo.data.walk import list_folder
 from dino_sparo.errors import UserError
 from tests import imagenet_layouts as mini
@@ -110,7 +110,7 @@ def test_layouts_are_recognized_and_explained(name, tmp_path):
     root = Path(os.path.normpath(tmp_path / given))
     train, val = (images_of(root, split) for split in splits)
     labels = labels and Path(os.path.normpath(root / labels))
-    found = recognise(root)
+    found = recognize(root)
     assert (found.root, found.train, found.val, found.labels) == (root, train, val, labels)
     assert ("Kaggle" in found.name) == name.startswith("Kaggle")
 
@@ -132,7 +132,7 @@ def test_layouts_are_recognized_and_explained(name, tmp_path):
 
 def test_names_in_words_and_quoted(tmp_path):
     mini.kaggle(tmp_path / "my images")
-    layout = recognise(tmp_path / "my images")
+    layout = recognize(tmp_path / "my images")
     assert layout.name == (
         "Kaggle's ImageNet: training images in class folders, validation images in a flat folder, "
         "their labels in LOC_val_solution.csv"
@@ -143,8 +143,8 @@ def test_names_in_words_and_quoted(tmp_path):
 def test_relative_folders(tmp_path, monkeypatch):
     mini.kaggle(tmp_path)
     monkeypatch.chdir(tmp_path / CLS)
-    assert recognise(Path()).labels == tmp_path / "LOC_val_solution.csv"
-    assert recognise(Path()).name.startswith("Kaggle")
+    assert recognize(Path()).labels == tmp_path / "LOC_val_solution.csv"
+    assert recognize(Path()).name.startswith("Kaggle")
     monkeypatch.chdir(tmp_path / CLS / "val")
     assert training_folder(Path()) == Path()
 
@@ -156,7 +156,7 @@ def test_empty_class_folders_hidden_files_and_links_to_nowhere_are_passed_over(t
     mini.write(tmp_path / "train" / "b", {"1.jpg": b""})
     for name, target in (("loop", "loop"), ("nowhere", "nothing"), ("up", "..")):
         (tmp_path / "train" / name).symlink_to(target)
-    assert recognise(tmp_path).train == Images(tmp_path / "train", FOLDERS)
+    assert recognize(tmp_path).train == Images(tmp_path / "train", FOLDERS)
 
 
 def test_half_unpacked_class_tars(tmp_path):
@@ -165,7 +165,7 @@ def test_half_unpacked_class_tars(tmp_path):
     with pytest.raises(
         UserError, match=r"class folders \(n01440764\) and class tars .*\(n02084071\.tar\); finish"
     ):
-        recognise(tmp_path)
+        recognize(tmp_path)
 
 
 @pytest.mark.parametrize("files", [{}, {"notes.txt": b""}, {"train.zip": b""}, {"n01440764": b""}])
@@ -174,7 +174,7 @@ def test_nothing_recognized(tmp_path, files):
     mini.write(tmp_path, files)
     mini.write_classes(tmp_path, {".hidden": {"1.jpg": b""}})
     for root in (tmp_path, tmp_path / "missing"):
-        assert recognise(root) is None and training_folder(root) is None
+        assert recognize(root) is None and training_folder(root) is None
 
 
 def test_a_look_at_many_folders_ends_soon(tmp_path, monkeypatch):
@@ -191,4 +191,4 @@ def test_a_look_at_many_folders_ends_soon(tmp_path, monkeypatch):
     mini.write(tmp_path / "flat", {f"ILSVRC2012_val_{number:08d}.JPEG": b"" for number in range(400)})
     assert len(list_folder(tmp_path / "flat", 100)[1]) == 100
     looked.clear()
-    assert recognise(tmp_path / "flat").val.form == FLAT and len(looked) <= 7
+    assert recognize(tmp_path / "flat").val.form == FLAT and len(looked) <= 7

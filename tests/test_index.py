@@ -19,7 +19,7 @@ import pytest
 from dino_sparo.data import index as index_module
 from dino_sparo.data import walk as walk_module
 from dino_sparo.data.index import Index, open_index
-from dino_sparo.data.sources import open_images, open_labelled
+from dino_sparo.data.sources import open_images, open_labeled
 from dino_sparo.errors import UserError
 from tests.shard_files import touch
 
@@ -120,7 +120,7 @@ def test_training_and_evaluation_share_a_walk(tmp_path, walks):
     root = touch(tmp_path / "root", "train/a/1.jpg", "train/b/2.jpg", "val/a/3.jpg")
     settle()
     open_images(str(root))
-    open_labelled(str(root))
+    open_labeled(str(root))
     assert walks == [root / "train", root / "val"]
 
 

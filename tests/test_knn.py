@@ -95,7 +95,7 @@ def test_of_equally_near_images_the_first_comes_first(by_faiss):
     assert numbers[0, :3].tolist() == [1, 2, 4] and cosines[0].tolist() == [1, 1, 1, 0]
 
 
-def test_features_stay_on_disk_and_all_neighbours_can_be_asked_for(features, tmp_path):
+def test_features_stay_on_disk_and_all_neighbors_can_be_asked_for(features, tmp_path):
     train = np.memmap(tmp_path / "train", np.float16, mode="w+", shape=features[0].shape)
     train[:] = features[0]
     _, numbers = nearest(train, torch.from_numpy(features[1]), TRAIN, train_chunk=10)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dino_sparo.__main__ import main
-from dino_sparo.data.sources import open_labelled
+from dino_sparo.data.sources import open_labeled
 from dino_sparo.evaluation.knn import evaluate_knn
 from dino_sparo.evaluation.results import read_results
 from dino_sparo.interop.load import load_encoder
@@ -53,7 +53,7 @@ def alone(trained, tmp_path_factory) -> tuple[Path, str]:
 
 def test_results_are_those_of_the_votes(trained, alone):
     data, run = trained
-    train, val = open_labelled(str(data))
+    train, val = open_labeled(str(data))
     encoder = load_encoder(run)
     expected = evaluate_knn(encoder, train, val, k=KS)
     results = {result.name: result for result in read_results(alone[0]) if result.test_set == "val"}
@@ -130,5 +130,5 @@ def test_damaged_weights_are_told(trained, tmp_path, capsys):
     zero = str(tmp_path / "zero.pt")
     assert main(["knn", zero, "--data.path", str(data), "--k=1", "--num-workers=0"]) == 2
     said = capsys.readouterr().err
-    assert f"feature 'encoding' of {open_labelled(str(data))[1].name(0)} is zero: the weights of" in said
+    assert f"feature 'encoding' of {open_labeled(str(data))[1].name(0)} is zero: the weights of" in said
     assert not (tmp_path / "zero_evaluation" / "results.json").exists()

@@ -16,7 +16,7 @@ from torchvision.transforms import functional as TF
 from dino_sparo.cli import evaluating
 from dino_sparo.data import pil_views
 from dino_sparo.data.images import normalize, to_tensor
-from dino_sparo.data.sources import open_labelled
+from dino_sparo.data.sources import open_labeled
 from dino_sparo.data.views import draw_view, sample_order
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation import classifiers
@@ -64,7 +64,7 @@ def uninterrupted(pretrained, data, tmp_path_factory) -> Path:
 
 def reference(pretrained: Path, data: Path, learning_rate: float) -> torch.nn.Linear:
     """The protocol as a plain loop."""
-    encoder, (train, _) = load_encoder(pretrained), open_labelled(str(data))
+    encoder, (train, _) = load_encoder(pretrained), open_labeled(str(data))
     classifier = torch.nn.Linear(encoder.probe_features(torch.zeros(1, 3, 16, 16), 3).shape[1], 3)
     torch.nn.init.normal_(classifier.weight, 0.0, 0.01, generator=torch.Generator().manual_seed(0))
     torch.nn.init.zeros_(classifier.bias)
@@ -125,7 +125,7 @@ def test_results(pretrained, data, uninterrupted, capsys):
     assert (official.protocol, official.test_set, official.weights) == ("linear", "val", "teacher")
     assert official.headline and not results["3 blocks both lr 1"].headline
     assert (official.num_images, official.num_classes) == (NUM_VAL, 3)
-    encoder, (_, val) = load_encoder(pretrained), open_labelled(str(data))
+    encoder, (_, val) = load_encoder(pretrained), open_labeled(str(data))
     for name, result in results.items():
         weight, bias = weights(uninterrupted / "linear", name)
         crops = torch.stack([to_tensor(pil_views.center_crop(val.load(i), 16)) for i in range(NUM_VAL)])
@@ -144,7 +144,7 @@ def test_results(pretrained, data, uninterrupted, capsys):
 
 def test_a_prediction_is_a_class_of_the_test_set(data, monkeypatch):
     monkeypatch.setattr(classifiers, "ROWS_AT_ONCE", 2)
-    _, val = open_labelled(str(data))
+    _, val = open_labeled(str(data))
     probes = Probes([Probe("cls", 1, 0.1)], width=3, embed_dim=1, num_classes=3)
     probes.load_state_dict({"classifiers.0.weight": torch.eye(3), "classifiers.0.bias": torch.zeros(3)})
     features = {"blocks": np.array([[3, 2, 1]] * 5, np.float16), "encoding": np.zeros((5, 1), np.float16)}
@@ -262,7 +262,7 @@ def test_three_processes_are_the_same_probe_and_resume_bit_for_bit(pretrained, d
 
 def test_in_a_notebook(pretrained, data, uninterrupted, tmp_path):
     """Without options or a cache: the same probe."""
-    train, val = open_labelled(str(data))
+    train, val = open_labeled(str(data))
     found = linear_probe(load_encoder(pretrained), train, val, tmp_path, epochs=3, batch_size=BATCH_SIZE)
     expected = read_results(uninterrupted)[0]
     assert [(one.name, one.top1) for one in found] == [(OFFICIAL, expected.top1)]
@@ -301,7 +301,7 @@ def test_a_sweep_holds_the_official_probe_as_it_is_alone(pretrained, data, unint
 
 
 def test_a_fraction_is_balanced_seeded_and_nested(data, tmp_path):
-    train, _ = open_labelled(str(data))  # 8, 7 and 7 images
+    train, _ = open_labeled(str(data))  # 8, 7 and 7 images
     least, half = (balanced_fraction(train, fraction, seed=0) for fraction in (0.01, 0.5))
     assert np.bincount(least.labels).tolist() == [1, 1, 1]
     assert np.bincount(half.labels).tolist() == [4, 4, 4]
@@ -311,7 +311,7 @@ def test_a_fraction_is_balanced_seeded_and_nested(data, tmp_path):
     assert names != [other.name(i) for i in range(len(other))]
     write_colors(tmp_path / "train", 2, ("red", "blue"))
     write_colors(tmp_path / "train", 9, ("green",))
-    few, _ = open_labelled(str(tmp_path))  # no val folder: some are held out
+    few, _ = open_labeled(str(tmp_path))  # no val folder: some are held out
     assert np.bincount(balanced_fraction(few, 1.0, seed=0).labels, minlength=3).min() == 1
 
 
@@ -368,7 +368,7 @@ def test_an_unreadable_image_is_named_and_costs_nothing(pretrained, tmp_path):
     write_colors(tmp_path / "data" / "val", NUM_VAL)
     first, second = (sample_order(seed=0, epoch=epoch, num_samples=NUM_TRAIN) for epoch in (0, 1))
     bad = next(sample for sample in second[:16] if sample in first[16:])  # epoch 1 drops it
-    train, _ = open_labelled(str(tmp_path / "data"))
+    train, _ = open_labeled(str(tmp_path / "data"))
     path = Path(train.name(int(bad)))
     whole = path.read_bytes()
     path.write_bytes(b"no picture")

@@ -1,4 +1,4 @@
-"""Loss, gradient and centre against the official loss, and against all pairs written out."""
+"""Loss, gradient and center against the official loss, and against all pairs written out."""
 
 import numpy as np
 import pytest
@@ -7,10 +7,10 @@ import torch
 from dino_sparo.training.loss import DINOLoss
 
 
-def test_golden_loss_gradient_and_centre(golden):
+def test_golden_loss_gradient_and_center(golden):
     arrays = golden("loss")
     loss_fn = DINOLoss(num_prototypes=256)
-    for epoch in (0, 1, 5):  # each begins with the same centre
+    for epoch in (0, 1, 5):  # each begins with the same center
         loss_fn.center.copy_(torch.from_numpy(arrays["center_before"]))
         student = torch.from_numpy(arrays[f"student.{epoch}"]).requires_grad_()
         teacher = torch.from_numpy(arrays[f"teacher.{epoch}"])

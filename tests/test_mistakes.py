@@ -204,7 +204,7 @@ def test_recipe_that_is_not_there(tmp_path, monkeypatch, name):
 
 
 @pytest.mark.parametrize("value", ["[]", "[ ]", "[0]", "[a]", "[2.5]"])
-def test_neighbours_that_are_no_numbers(value):
+def test_neighbors_that_are_no_numbers(value):
     assert "k is " in refusal("--run", "x", "--data.path", "y", "--k", value, options_class=KnnOptions)
 
 

@@ -147,7 +147,7 @@ def test_alarm_is_armed_after_warm_up_and_comes_again_after_recovery():
 
 
 def constant(logits):
-    return 10 * torch.eye(logits.shape[1])[0].expand_as(logits)  # the centre will take it up
+    return 10 * torch.eye(logits.shape[1])[0].expand_as(logits)  # the center will take it up
 
 
 INJECTED_AT, NUM_STEPS = 31, 81

@@ -9,7 +9,7 @@ import torch
 
 from dino_sparo.data.images import normalize, to_tensor
 from dino_sparo.data.pil_views import center_crop
-from dino_sparo.data.sources import open_labelled
+from dino_sparo.data.sources import open_labeled
 from dino_sparo.errors import UserError
 from dino_sparo.interop.load import load_encoder
 from tests.probing import linear, write_data
@@ -53,7 +53,7 @@ def test_weights_are_scored_and_nothing_is_trained(encoder, data, tmp_path, caps
     content = official()
     out = tmp_path / "out"
     results = linear(encoder, data, out, evaluate=written(tmp_path, content))
-    _, val = open_labelled(str(data))
+    _, val = open_labeled(str(data))
     pictures = [center_crop(val.load(number), 32) for number in range(len(val))]
     images = normalize(torch.stack([to_tensor(picture) for picture in pictures]))
     state = content["state_dict"]

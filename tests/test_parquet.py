@@ -18,7 +18,7 @@ from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.data import tables
 from dino_sparo.data.decode import UnreadableImageError
 from dino_sparo.data.scan import scan_images
-from dino_sparo.data.sources import open_images, open_labelled, open_val
+from dino_sparo.data.sources import open_images, open_labeled, open_val
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.evaluation.transfer import open_test_sets
 from dino_sparo.shard import shard
@@ -67,7 +67,7 @@ def test_splits_are_in_the_names_of_files(root, files, train, val):
     assert len(open_images(str(root))) == 3 * train
     found = open_val(str(root))
     assert found is None if val is None else len(found) == 3 * val
-    gallery, test = open_labelled(str(root))
+    gallery, test = open_labeled(str(root))
     expected = (3 * train, 3 * val) if val else (3 * train - 3 * train // 5, 3 * train // 5)
     assert (len(gallery), len(test)) == expected
 
@@ -84,7 +84,7 @@ def test_files_that_are_not_all_there(root):
 def test_a_test_split_without_labels_is_no_val(root):
     set_of(root / "train-0.parquet", 5, "ab")
     write_parquet(root / "test-0.parquet", images(5, 5), [-1] * 5, ["a", "b"])
-    train, test = open_labelled(str(root))
+    train, test = open_labeled(str(root))
     assert (len(train), len(test)) == (4, 1) and open_val(str(root)).labels is None
 
 
@@ -104,14 +104,14 @@ def test_columns_of_any_name_and_the_only_class_label(root):
     assert source.read(1) == picture(1)
 
 
-def test_without_names_numbers_are_names_and_without_a_column_it_is_unlabelled(root, tmp_path):
+def test_without_names_numbers_are_names_and_without_a_column_it_is_unlabeled(root, tmp_path):
     write_parquet(root / FILE, images(3), [7, 30, 7])
     source = open_images(str(root))
     assert source.classes == ("7", "30") and source.labels.tolist() == [0, 1, 0]
     write_parquet(tmp_path / "other" / FILE, images(3), [7, 30, 7], label="number")
     assert open_images(str(tmp_path / "other")).labels is None
     with pytest.raises(UserError, match=r"do not tell the class of every image; expected a column label"):
-        open_labelled(str(tmp_path / "other"))
+        open_labeled(str(tmp_path / "other"))
 
 
 def test_rows_without_a_path_have_names_of_their_own(root):
@@ -288,7 +288,7 @@ def test_a_set_that_was_saved_is_read_where_it_lies(saved, tmp_path, caplog):
     whole.save_to_disk(tmp_path / "both")
     whole["train"].save_to_disk(tmp_path / "one", num_shards=2)
     with caplog.at_level(logging.INFO, "dino_sparo"):
-        train, val = open_labelled(str(tmp_path / "both"))
+        train, val = open_labeled(str(tmp_path / "both"))
         one = open_images(str(tmp_path / "one"))
     assert "copy" not in caplog.text and train.root == tmp_path / "both" / "train"
     assert [s.read(i) for s in (train, one) for i in range(4)] == 2 * list(map(picture, range(4)))
@@ -327,7 +327,7 @@ def hub(saved, monkeypatch, tmp_path):
 
 def test_a_set_of_the_hub_without_its_test_split(hub, saved, caplog):
     with caplog.at_level(logging.INFO, "dino_sparo"):
-        train, val = open_labelled("hub:owner/set:plain@main")
+        train, val = open_labeled("hub:owner/set:plain@main")
     assert hub == [("owner/set", "plain", "main")] * 2
     assert [train.read(i) for i in range(4)] == list(map(picture, range(4)))
     assert [val.read(i) for i in range(4)] == list(map(picture, range(4, 8)))
@@ -340,7 +340,7 @@ def test_a_set_of_the_hub_without_its_test_split(hub, saved, caplog):
 
 
 def test_a_set_of_the_hub_without_validation_holds_images_out(hub):
-    train, held_out = open_labelled("hub:owner/set:without_val")
+    train, held_out = open_labeled("hub:owner/set:without_val")
     assert (len(train), len(held_out)) == (4, 0) and open_val("hub:owner/set:without_val") is None
 
 

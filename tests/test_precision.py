@@ -74,7 +74,7 @@ def test_the_scale_follows_torchs_rule(monkeypatch):
     assert max(seen) == 4 * INITIAL_SCALE and seen[-1] == INITIAL_SCALE
 
 
-def test_an_overflow_skips_optimiser_teacher_and_centre_together_and_is_counted(state):
+def test_an_overflow_skips_optimizer_teacher_and_center_together_and_is_counted(state):
     step(state)
     assert state.overflows.tolist() == [0, 0]
     before = state_hash(snapshot(state))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from torchvision.datasets import ImageFolder
 
-from dino_sparo.data.imagenet import explain, recognise
+from dino_sparo.data.imagenet import explain, recognize
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.prepare import RECORD, UNFINISHED_FILE, prepare
 from tests import imagenet_layouts as mini
@@ -121,9 +121,9 @@ def test_all_layouts_become_the_same_class_folders(source, out, name, caplog):
     with caplog.at_level("INFO"):
         said = prepare(str(source), str(out))
     usable = "; usable as it is" if name == "class folders" else ""
-    assert caplog.messages[0] == f"{source}: {recognise(source).name}{usable}"
+    assert caplog.messages[0] == f"{source}: {recognize(source).name}{usable}"
     assert is_made(out) and state(source) == before
-    assert explain(recognise(out)) == ""
+    assert explain(recognize(out)) == ""
     assert (len(ImageFolder(str(out / "train"))), len(ImageFolder(str(out / "val")))) == (7, 5)
     assert said.splitlines() == [
         f"{out}/val: 5 images, 3 classes",

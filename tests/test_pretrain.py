@@ -80,7 +80,7 @@ def test_plain_lines_where_the_output_is_no_terminal(tmp_path, caplog):
         assert word in lines[0]
 
 
-def test_the_curve_is_about_the_centre_that_the_loss_used(tmp_path):
+def test_the_curve_is_about_the_center_that_the_loss_used(tmp_path):
     state = build_state(tiny_options(tmp_path, tmp_path / "run"))
     before = state.loss_fn.center.normal_().clone()
     output = one_step(state, [torch.randn(2, 3, 3, 16, 16)])

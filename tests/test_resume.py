@@ -92,8 +92,8 @@ def test_damaged_checkpoint_costs_time_but_changes_nothing(
 
 
 def test_monitoring_and_logging_change_nothing(pictures, uninterrupted, tmp_path):
-    write_pictures(tmp_path / "labelled", 60, classes=3)
-    changes = {"monitor__knn_path": tmp_path / "labelled", "monitor__knn_every_epochs": 1}
+    write_pictures(tmp_path / "labeled", 60, classes=3)
+    changes = {"monitor__knn_path": tmp_path / "labeled", "monitor__knn_every_epochs": 1}
     pretrain(tiny_options(pictures, tmp_path / "run", log__log_every_steps=4, **changes))
     assert state_hash(load_latest(tmp_path / "run")) == state_hash(load_latest(uninterrupted))
     evaluations = [entry for entry in read_metrics(tmp_path / "run") if "knn20_top1" in entry]
@@ -103,8 +103,8 @@ def test_monitoring_and_logging_change_nothing(pictures, uninterrupted, tmp_path
 @pytest.mark.parametrize("step", [2, 6])
 def test_killed_in_an_evaluation(step, pictures, uninterrupted, tmp_path, monkeypatch):
     """The checkpoint is written before it, and the next start makes up for it."""
-    write_pictures(tmp_path / "labelled", 30, classes=3)
-    changes = {"monitor__knn_path": tmp_path / "labelled", "monitor__knn_every_epochs": 1}
+    write_pictures(tmp_path / "labeled", 30, classes=3)
+    changes = {"monitor__knn_path": tmp_path / "labeled", "monitor__knn_every_epochs": 1}
     pretrain(tiny_options(pictures, tmp_path / "whole", **changes))
     options, original = tiny_options(pictures, tmp_path / "run", **changes), program.evaluate
 

@@ -248,9 +248,9 @@ def test_classes_are_compared():
     assert comparison.val.classes == 2
     assert comparison.only_in_train == scan.Listing(2, ("cat", "eel"))
     assert comparison.only_in_val == scan.Listing(1, ("fox",))
-    unlabelled = compare_splits(Files([Path()]), train)
-    assert unlabelled.train == scan.ClassCounts(False, 0, None, scan.Listing(0, ()))
-    assert unlabelled.only_in_val.count == 0
+    unlabeled = compare_splits(Files([Path()]), train)
+    assert unlabeled.train == scan.ClassCounts(False, 0, None, scan.Listing(0, ()))
+    assert unlabeled.only_in_val.count == 0
 
 
 def test_report_in_words_and_as_json(copied):

@@ -13,7 +13,7 @@ from dino_sparo.data.shapes import FACTORS, MAX_OBJECTS, Factors, draw_factors, 
 
 COUNTS = {**{name: len(values) for name, values in FACTORS.items()}, "num_objects": MAX_OBJECTS}
 DIAMETERS = (0.40, 0.52, 0.64)
-# The colours in other words, so that an edit of their table that breaks their names is seen.
+# The colors in other words, so that an edit of their table that breaks their names is seen.
 NAMES = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
 HUES = dict(zip(NAMES, (0, 26, 53, 130, 182, 225, 275, 326), strict=True))
 
@@ -75,7 +75,7 @@ def test_picture_shows_its_factors(index):
     hues = [colorsys.rgb_to_hsv(*rgb)[0] for rgb in np.asarray(picture)[rows, columns] / 255.0]
     turned = np.exp(2j * math.pi * np.array(hues)).sum()
     nearest = min(HUES, key=lambda name: abs(np.exp(1j * math.radians(HUES[name])) - turned / abs(turned)))
-    assert nearest == FACTORS["colour"][factors.colour]
+    assert nearest == FACTORS["color"][factors.color]
 
 
 def test_main_object_is_distinctly_the_largest():
@@ -83,15 +83,15 @@ def test_main_object_is_distinctly_the_largest():
         *others, main = scene_of(4, index).objects
         for other in others:
             assert other.radius < 0.6 * main.radius
-            assert math.dist(other.centre, main.centre) > 0.8 * (main.radius + other.radius)
+            assert math.dist(other.center, main.center) > 0.8 * (main.radius + other.radius)
 
 
 @pytest.mark.parametrize("shape", range(8))
 def test_main_object_is_visible_on_every_background(shape):
-    # A centred circle of 40 % of the side covers 12.6 % of the picture; the leanest shape a third of that.
-    for background, colour, texture in itertools.product(range(6), range(8), (0, 3)):
-        factors = Factors(shape, colour, 0, 4, texture, background, 1)
-        scene = shapes.sample_scene(np.random.default_rng(colour), factors)
+    # A centered circle of 40 % of the side covers 12.6 % of the picture; the leanest shape a third of that.
+    for background, color, texture in itertools.product(range(6), range(8), (0, 3)):
+        factors = Factors(shape, color, 0, 4, texture, background, 1)
+        scene = shapes.sample_scene(np.random.default_rng(color), factors)
         assert main_pixels(scene, 48, threshold=30).mean() > 0.04
 
 
@@ -103,7 +103,7 @@ def test_main_object_has_the_stated_size(size):
 
 
 def test_shapes_differ_in_outline_and_textures_darken_their_share():
-    item = dataclasses.replace(scene_of(0, 0).objects[-1], centre=(0.5, 0.5), radius=0.26, angle=0.0)
+    item = dataclasses.replace(scene_of(0, 0).objects[-1], center=(0.5, 0.5), radius=0.26, angle=0.0)
     masks = [shapes.mask(dataclasses.replace(item, shape=shape), 48) for shape in range(8)]
     for one, two in itertools.combinations(masks, 2):
         assert np.abs(one - two).sum() / np.maximum(one, two).sum() > 0.15
@@ -130,6 +130,6 @@ def test_light_is_a_strong_nuisance_that_no_factor_tells():
     means = np.array([np.asarray(draw_picture(0, index, size=16)).mean() for index in range(300)])
     dark, bright = np.quantile(means, [0.05, 0.95])
     assert bright > 2 * dark
-    colours = np.array([draw_factors(0, index).colour for index in range(300)])
-    by_colour = [means[colours == colour].mean() for colour in range(len(FACTORS["colour"]))]
-    assert np.std(by_colour) < 0.5 * means.std()
+    colors = np.array([draw_factors(0, index).color for index in range(300)])
+    by_color = [means[colors == color].mean() for color in range(len(FACTORS["color"]))]
+    assert np.std(by_color) < 0.5 * means.std()

@@ -13,7 +13,7 @@ from dino_sparo.data import shards
 from dino_sparo.data.decode import UnreadableImageError
 from dino_sparo.data.scan import scan_images
 from dino_sparo.data.shards import INDEX_FILE, RECORD, ShardSource
-from dino_sparo.data.sources import open_images, open_labelled, open_val
+from dino_sparo.data.sources import open_images, open_labeled, open_val
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.shard import shard
 from tests.shard_files import picture, shards_of, write, write_folder, write_tar
@@ -46,7 +46,7 @@ def test_a_shard_source_is_that_of_its_folder_under_other_names(folder, out):
         assert one.stats()[:, 0].tolist() == other.stats()[:, 0].tolist()
 
 
-def test_flat_folder_is_unlabelled(tmp_path):
+def test_flat_folder_is_unlabeled(tmp_path):
     source = write(tmp_path / "data", "b.png", "a.png", "more/c.png")
     shard(str(source), str(tmp_path / "out"), num_workers=0)
     ours, theirs = open_images(str(tmp_path / "out")), open_images(str(source))
@@ -54,7 +54,7 @@ def test_flat_folder_is_unlabelled(tmp_path):
     with tarfile.open(tmp_path / "out" / "000000.tar") as archive:
         assert archive.getnames() == ["a.png", "b.png", "more/c.png"]
     with pytest.raises(UserError, match=r"not every image of these shards has a class; expected KEY\.cls"):
-        open_labelled(str(tmp_path / "out"))
+        open_labeled(str(tmp_path / "out"))
 
 
 def test_members_are_those_that_webdataset_expects(out):
@@ -108,7 +108,7 @@ def test_classes_by_number_in_any_order(tmp_path):
     assert [source.read(i) for i in range(3)] == [picture(0), picture(1), picture(2)]
     assert [source.name(i).split(": ")[1] for i in range(3)] == ["07.jpg", "08.png", "09.JPEG"]
     assert not (root / INDEX_FILE).exists()
-    train, val = open_labelled(str(tmp_path / "w"))
+    train, val = open_labeled(str(tmp_path / "w"))
     assert train.classes == val.classes == ("9", "10")
     assert train.labels.tolist() == [1, 0, 1] and val.labels.tolist() == [0, 1]
 

@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from dino_sparo.data.index import FolderSource
-from dino_sparo.data.sources import open_images, open_labelled, per_class
+from dino_sparo.data.sources import open_images, open_labeled, per_class
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from tests.shard_files import touch
 
@@ -41,12 +41,12 @@ def test_same_files_order_labels_and_classes_as_torchvision(tmp_path, prefix):
 
 
 @pytest.mark.parametrize("prefix", ["train/", ""])
-def test_flat_folder_is_unlabelled(tmp_path, prefix):
+def test_flat_folder_is_unlabeled(tmp_path, prefix):
     source = source_of(tmp_path, f"{prefix}b.jpg", f"{prefix}a.png", f"{prefix}more/c.jpg")
     assert files(source) == ("a.png", "b.jpg", "more/c.jpg")
     assert source.labels is None
     with pytest.raises(UserError, match=r"not in class folders.*dino-sparo prepare"):
-        open_labelled(str(tmp_path))
+        open_labeled(str(tmp_path))
 
 
 def test_links_are_followed_but_no_loops_and_nothing_hidden(tmp_path):
@@ -112,11 +112,11 @@ def test_names_in_another_encoding(tmp_path):
     assert source.fingerprint() == hashlib.sha256(b"a/caf\xe9.png").hexdigest()
 
 
-# --- Labelled folders
+# --- Labeled folders
 
 
 def test_without_val_every_fifth_image_is_held_out(tmp_path):
-    train, test = open_labelled(str(touch(tmp_path, *(f"{i // 6}/{i:02}.jpg" for i in range(12)))))
+    train, test = open_labeled(str(touch(tmp_path, *(f"{i // 6}/{i:02}.jpg" for i in range(12)))))
     assert files(test) == ("0/04.jpg", "1/09.jpg")
     assert len(train) == 10 and not set(files(train)) & set(files(test))
     assert train.classes == test.classes == ("0", "1")
@@ -125,7 +125,7 @@ def test_without_val_every_fifth_image_is_held_out(tmp_path):
 
 def test_val_classes_are_mapped_by_name(tmp_path):
     touch(tmp_path, "train/a/1.jpg", "train/b/2.jpg", "train/c/3.jpg", "val/c/4.jpg", "val/b/5.jpg")
-    train, test = open_labelled(str(tmp_path))
+    train, test = open_labeled(str(tmp_path))
     assert files(train) == ("a/1.jpg", "b/2.jpg", "c/3.jpg") and train.labels.tolist() == [0, 1, 2]
     assert files(test) == ("b/5.jpg", "c/4.jpg") and test.labels.tolist() == [1, 2]
     assert test.classes == train.classes == ("a", "b", "c")
@@ -135,17 +135,17 @@ def test_val_classes_are_mapped_by_name(tmp_path):
 
 def test_class_folders_that_do_not_match(tmp_path, caplog):
     touch(tmp_path, "train/a/1.jpg", "train/b/2.jpg", "train/empty/notes.txt", "train/.hidden/x")
-    open_labelled(str(tmp_path))
+    open_labeled(str(tmp_path))
     assert f"{tmp_path / 'train'}: 1 class folders have no image (empty ...)" in caplog.text
     touch(tmp_path, "val/empty/3.jpg")
     with pytest.raises(UserError, match=r"class folder 'empty' has no image in .*train; both need the same"):
-        open_labelled(str(tmp_path))
+        open_labeled(str(tmp_path))
     touch(tmp_path, "val/another/4.jpg")
     with pytest.raises(UserError, match=r"'another' does not exist in .*train"):
-        open_labelled(str(tmp_path))
+        open_labeled(str(tmp_path))
 
 
-@pytest.mark.parametrize("open_any", [open_images, open_labelled])
+@pytest.mark.parametrize("open_any", [open_images, open_labeled])
 def test_val_without_train_is_never_learnt_from(tmp_path, open_any):
     touch(tmp_path, "a/1.jpg", "b/2.jpg", "val/a/3.jpg", "val/b/4.jpg")
     with pytest.raises(UserError, match="a val folder, but no train folder"):
@@ -166,7 +166,7 @@ def test_per_class_takes_evenly_from_every_class_in_any_order(tmp_path):
     assert np.bincount(chosen.labels).tolist() == [4, 1, 4]
 
 
-@pytest.mark.parametrize("open_any", [open_images, open_labelled])
+@pytest.mark.parametrize("open_any", [open_images, open_labeled])
 @pytest.mark.parametrize(
     ("name", "remedy"),
     [
@@ -234,10 +234,10 @@ def test_more_than_8_bits_become_8_and_never_turn_white(tmp_path, kind, name, hi
     np.testing.assert_allclose(load(tmp_path / name), np.stack([expected] * 3, axis=-1), atol=0.5)
 
 
-@pytest.mark.parametrize("colour", [(255, 0, 0), (0, 200, 30), (10, 20, 240), (255, 255, 255), (0, 0, 0)])
-def test_cmyk_jpeg(tmp_path, colour):
-    Image.new("RGB", (16, 16), colour).convert("CMYK").save(tmp_path / "x.jpg", quality=95)
+@pytest.mark.parametrize("color", [(255, 0, 0), (0, 200, 30), (10, 20, 240), (255, 255, 255), (0, 0, 0)])
+def test_cmyk_jpeg(tmp_path, color):
+    Image.new("RGB", (16, 16), color).convert("CMYK").save(tmp_path / "x.jpg", quality=95)
     with Image.open(tmp_path / "x.jpg") as image:
         assert image.mode == "CMYK"
-    # JPEG's quantisation of a flat colour moves each channel by at most 2 or 3 levels.
-    np.testing.assert_allclose(load(tmp_path / "x.jpg"), np.broadcast_to(colour, (16, 16, 3)), atol=4)
+    # JPEG's quantisation of a flat color moves each channel by at most 2 or 3 levels.
+    np.testing.assert_allclose(load(tmp_path / "x.jpg"), np.broadcast_to(color, (16, 16, 3)), atol=4)

@@ -39,7 +39,7 @@ def imports(module: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    "module", MODULES.keys() - {"__init__"}
+    "module", sorted(MODULES.keys() - {"__init__"})
 )  # whose names are imported when they are used
 def test_imports_go_up_the_stairway(module):
     own = room(module)

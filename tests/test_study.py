@@ -37,7 +37,7 @@ VARIANTS = {
 TWO, FEW = '--only=["cls", "sparo"]', "--train_fractions=[1.0, 0.2]"
 
 
-def write_labelled(folder: Path, seed: int) -> None:
+def write_labeled(folder: Path, seed: int) -> None:
     """Two classes that an encoder can often tell apart: darker and lighter pictures."""
     rng = np.random.default_rng(seed)
     for split, count in (("train", 40), ("val", 10)):
@@ -68,8 +68,8 @@ def run_study(folder: Path, *more: str, **changes) -> int:
 def studied(tmp_path_factory):
     """A study of two read-outs and two seeds, and the folder it lies in."""
     folder = tmp_path_factory.mktemp("study")
-    write_labelled(folder / "data", 0)
-    write_labelled(folder / "other", 1)
+    write_labeled(folder / "data", 0)
+    write_labeled(folder / "other", 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measuring, "EPOCHS", 3)
         patch.setattr(sys, "argv", ["dino-sparo", "study", "of", "a b"])
@@ -261,7 +261,7 @@ def test_a_failed_run_is_on_the_page_with_its_reason(studied, monkeypatch, capsy
 
 
 def test_a_study_in_a_place_that_cannot_be_is_answered_in_a_sentence(tmp_path, capsys):
-    write_labelled(tmp_path / "data", 0)
+    write_labeled(tmp_path / "data", 0)
     (tmp_path / "study").write_text("a file")
     assert main(["study", *arguments(tmp_path)]) == 2
     assert f"error: {tmp_path / 'study'} cannot be read or written (File exists)" in capsys.readouterr().err
@@ -289,7 +289,7 @@ def test_data_sets_of_two_commands_at_once_are_both_remembered(tmp_path):
 
 def test_what_another_process_has_trained_has_not_failed(tmp_path, monkeypatch):
     """Its folder was in use when this one came to it; it is complete now."""
-    write_labelled(tmp_path / "data", 0)
+    write_labeled(tmp_path / "data", 0)
     busy = {"cls_seed=0": "in use", "cls_seed=1": "in use"}
     evaluated: list[str] = []
 

@@ -82,14 +82,14 @@ def test_quiet_holds_for_all_processes(arguments):
 
 
 @pytest.mark.parametrize(
-    ("on_terminal", "environment", "coloured"),
+    ("on_terminal", "environment", "colored"),
     [(True, {}, True), (True, {"NO_COLOR": "1"}, False), (True, {"TERM": "dumb"}, False), (False, {}, False)],
 )
-def test_mistake_is_red_on_terminals_alone(on_terminal, environment, coloured):
+def test_mistake_is_red_on_terminals_alone(on_terminal, environment, colored):
     status, shown = pretrain("--nothing", on_terminal=on_terminal, **environment)
     assert status == 2
-    assert shown.startswith("\033[31mdino-sparo: error: " if coloured else "dino-sparo: error: ")
-    assert ("\033" in shown) == coloured
+    assert shown.startswith("\033[31mdino-sparo: error: " if colored else "dino-sparo: error: ")
+    assert ("\033" in shown) == colored
 
 
 def test_warnings_are_yellow_and_other_entries_plain(monkeypatch):

@@ -16,7 +16,7 @@ from torchvision.datasets import CIFAR10, STL10
 
 from dino_sparo.__main__ import main
 from dino_sparo.data.scan import scan_images
-from dino_sparo.data.sources import is_set, open_images, open_labelled, open_val
+from dino_sparo.data.sources import is_set, open_images, open_labeled, open_val
 from dino_sparo.errors import UserError
 from dino_sparo.shard import shard
 from tests.imagenet_layouts import tar_of
@@ -95,7 +95,7 @@ def pixels(source) -> np.ndarray:
 
 
 def test_cifar10_is_what_torchvision_reads(server, tmp_path):
-    train, test = open_labelled("cifar10")
+    train, test = open_labeled("cifar10")
     for ours, is_train in ((train, True), (test, False)):
         theirs = CIFAR10(tmp_path / "theirs", train=is_train, download=True)
         np.testing.assert_array_equal(pixels(ours), theirs.data)
@@ -105,7 +105,7 @@ def test_cifar10_is_what_torchvision_reads(server, tmp_path):
 
 
 def test_stl10_is_what_torchvision_reads_with_all_images_for_pretraining(server, tmp_path):
-    train, test = open_labelled("stl10")
+    train, test = open_labeled("stl10")
     every = open_images("stl10")
     for ours, split in ((train, "train"), (test, "test"), (every, "train+unlabeled")):
         theirs = STL10(tmp_path / "theirs", split=split, download=True)
@@ -126,7 +126,7 @@ def test_downloaded_once_and_only_the_unpacked_files_stay(server, cache, name):
     open_images(name)
     asked = len(server.asked)
     open_images(name)
-    open_labelled(name)
+    open_labeled(name)
     assert len(server.asked) == asked > 0
     files = cifar10_files() if name == "cifar10" else stl10_files()
     (folder,) = kept(cache)

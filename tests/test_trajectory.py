@@ -1,4 +1,4 @@
-"""Five optimiser steps of our own training step against the official code's."""
+"""Five optimizer steps of our own training step against the official code's."""
 
 import contextlib
 
@@ -97,7 +97,7 @@ def test_every_parameter(trained, who):
         assert_near(name, value, torch.from_numpy(arrays[f"{who}_after.{official_name(name)}"]), TOLERANCE)
 
 
-def test_centre(trained):
+def test_center(trained):
     arrays, state, _ = trained
     np.testing.assert_allclose(state.loss_fn.center, arrays["center_after"], atol=TOLERANCE, rtol=0)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dino_sparo.data.shards import ShardSource
-from dino_sparo.data.sources import open_labelled
+from dino_sparo.data.sources import open_labeled
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.evaluation.transfer import TestSet, as_test_set, open_test_sets, restrict
 from dino_sparo.shard import shard
@@ -80,7 +80,7 @@ def test_missing_and_unknown_are_said_in_one_sentence(tmp_path):
 def test_val_keeps_every_class_possible(tmp_path):
     """A val folder that lacks a class changes nothing of the official figure, but is said."""
     touch(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "train/c/1.jpg", "val/c/1.jpg", "val/b/1.jpg")
-    train, val = open_labelled(str(tmp_path))
+    train, val = open_labeled(str(tmp_path))
     test = as_test_set("val", val, train.classes)
     assert by_file(test) == {"b/1.jpg": 1, "c/1.jpg": 2}
     assert test.classes.tolist() == [0, 1, 2] and test.missing == ("a",) and test.source is val
@@ -129,9 +129,9 @@ def test_shards_are_a_test_set_as_their_folder_is(tmp_path):
     assert ours.source.fingerprint() == theirs.source.fingerprint()
     assert ours.describe() == theirs.describe() and ours.unknown == ("x",) and ours.missing == ("b",)
     flat = touch(tmp_path / "flat", "1.jpg")
-    shard(str(flat), str(tmp_path / "unlabelled"), num_workers=0)
-    with pytest.raises(UserError, match=r"test 'new=.*unlabelled': .* has a class; expected KEY\.cls"):
-        only(tmp_path / "unlabelled")
+    shard(str(flat), str(tmp_path / "unlabeled"), num_workers=0)
+    with pytest.raises(UserError, match=r"test 'new=.*unlabeled': .* has a class; expected KEY\.cls"):
+        only(tmp_path / "unlabeled")
 
 
 def test_restricted_scores_predict_only_these_classes():

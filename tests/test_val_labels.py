@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dino_sparo.data.imagenet import DEVKIT, GROUND_TRUTH, META, image_classes, recognise
+from dino_sparo.data.imagenet import DEVKIT, GROUND_TRUTH, META, image_classes, recognize
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from tests import imagenet_layouts as mini
 
@@ -59,14 +59,14 @@ def test_lists_of_any_images(tmp_path, lines, expected):
 def test_labels_nearby_that_need_no_scipy_go_first(tmp_path):
     folder = tmp_path / "ILSVRC/Data/CLS-LOC/val"
     mini.write(folder, mini.VAL)
-    assert recognise(folder).labels is None
+    assert recognize(folder).labels is None
     mini.devkit_archive(tmp_path)
     (folder / DEVKIT).mkdir()  # empty: not unpacked
-    assert recognise(folder).labels == tmp_path / f"{DEVKIT}.tar.gz"
+    assert recognize(folder).labels == tmp_path / f"{DEVKIT}.tar.gz"
     mini.devkit(tmp_path)
-    assert recognise(folder).labels == tmp_path / DEVKIT
+    assert recognize(folder).labels == tmp_path / DEVKIT
     mini.solution(tmp_path)
-    assert recognise(folder).labels == tmp_path / "LOC_val_solution.csv"
+    assert recognize(folder).labels == tmp_path / "LOC_val_solution.csv"
 
 
 # --- Mistakes

@@ -85,7 +85,7 @@ def _stage_seconds(dataset: CropsDataset, sample: int) -> list[float]:
     marks.append(time.perf_counter())
     numbers = {"seed": dataset.seed, "epoch": 0, "sample": sample}
     size = {"image_width": image.width, "image_height": image.height}
-    views = [draw_view(r, **numbers, **size, crop=crop) for crop, r in enumerate(dataset.crop_recipes)]
+    views = [draw_view(r, **numbers, **size, crop=crop) for crop, r in enumerate(dataset.crop_kinds)]
     marks.append(time.perf_counter())
     for view in views:
         to_tensor(pil_views.execute(image, view))

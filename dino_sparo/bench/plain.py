@@ -209,11 +209,11 @@ class PlainViews(Dataset):
 
     Args:
         source: has a length, and `load(number)` gives an RGB image of PIL.
-        crop_recipes: the fields of one crop's augmentation each, by the names of torchvision and DINO.
+        crop_kinds: the fields of one crop's augmentation each, by the names of torchvision and DINO.
     """
 
-    def __init__(self, source: Any, crop_recipes: Sequence[Any]) -> None:
-        self.source, self.transforms = source, [_transform(recipe) for recipe in crop_recipes]
+    def __init__(self, source: Any, crop_kinds: Sequence[Any]) -> None:
+        self.source, self.transforms = source, [_transform(recipe) for recipe in crop_kinds]
 
     def __len__(self) -> int:
         return len(self.source)

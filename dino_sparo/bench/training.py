@@ -19,6 +19,7 @@ from torch import Tensor
 from dino_sparo.bench.loading import end_to_end, image_stages, warmed_up
 from dino_sparo.bench.plain import PlainState, PlainViews, plain_batches, plain_state, plain_step
 from dino_sparo.bench.timing import host_waits, interleaved, profiled, range_seconds, spread, spread_of_ratios
+from dino_sparo.check.gpus import GPUS, find_gpu
 from dino_sparo.check.measure import count_flops, measured_peak
 from dino_sparo.data.device_views import Photos
 from dino_sparo.data.loader import (
@@ -42,11 +43,6 @@ log = logging.getLogger("dino_sparo")
 VIEWED_IMAGES = 16  # at least so many, for times per image
 EPOCHS = 1_000_000  # more than any benchmark sees
 PROFILED_STEPS = 3  # in a trace
-# Dense bfloat16 products in FLOP/s (float16 on a V100), *published* by the maker; the first name that fits.
-PUBLISHED_PEAKS = (
-    *(("B200", 2250e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H200", 989e12), ("H100", 989e12)),
-    *(("A100", 312e12), ("L40S", 362e12), ("V100", 125e12)),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +84,7 @@ class Bench:
             timeout_seconds=self.timeout_seconds,
         )
         with loader.failures_explained():
-            for crops in crops_on_device(iter(loader), self.dataset.crop_recipes, self.device):
+            for crops in crops_on_device(iter(loader), self.dataset.crop_kinds, self.device):
                 yield normalized(crops)
 
     def new_plain_state(self, device: torch.device) -> PlainState:
@@ -109,7 +105,7 @@ class Bench:
     def plain_batches(self) -> Generator[list[Tensor]]:
         """The same batches by plain code, with as many workers."""
         return plain_batches(
-            PlainViews(self.dataset.source, self.dataset.crop_recipes),
+            PlainViews(self.dataset.source, self.dataset.crop_kinds),
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             prefetch_batches=self.prefetch_batches,
@@ -119,7 +115,7 @@ class Bench:
     def photos(self) -> PhotoBatch:
         """The first images, decoded, and the numbers of their views, as workers hand them over."""
         of, size = self.dataset, len(self.dataset.source)
-        dataset = CropsDataset(of.source, of.crop_recipes, of.seed, executor="device", max_side=of.max_side)
+        dataset = CropsDataset(of.source, of.crop_kinds, of.seed, executor="device", max_side=of.max_side)
         batch = collate_crops([dataset[0, number % size] for number in range(self.batch_size)])
         assert isinstance(batch, PhotoBatch)
         if self.device.type == "cpu":
@@ -148,7 +144,7 @@ def measure(
     log.info("views")
     of_images = image_stages(bench.dataset, max(rounds, VIEWED_IMAGES))
     stages = {name: spread(times, 1) for name, times in of_images.items()}
-    make = partial(crops_of, bench.photos(), bench.dataset.crop_recipes, device)
+    make = partial(crops_of, bench.photos(), bench.dataset.crop_kinds, device)
     stages["views on the device"] = spread(interleaved({"": make}, rounds, device)[""], batch_size)
     groups = normalized(make())
 
@@ -238,7 +234,7 @@ def _compared(
 def _utilization(bench: Bench, speeds: dict[str, dict[str, float] | None]) -> dict[str, Any]:
     """Operations of the networks' products, the peaks of this device, and the share of each known peak that
     the products take at these speeds."""
-    sizes = [recipe.size for recipe in bench.dataset.crop_recipes]
+    sizes = [recipe.size for recipe in bench.dataset.crop_kinds]
     counted = bench.new_state(torch.device("cpu")).student
     counted.encoder.backbone.activation_checkpointing = False  # it would count twice
     num_local = len(sizes) - NUM_GLOBAL_CROPS
@@ -266,8 +262,8 @@ def published_peak(device: torch.device, precision: str) -> float | None:
     """FLOP/s of half-precision products as published for this GPU; None where none is known here."""
     if device.type != "cuda" or precision == "fp32":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PUBLISHED_PEAKS if part in name), None)
+    kind = find_gpu(torch.cuda.get_device_name(device))
+    return GPUS[kind].half if kind else None
 
 
 def _machine(bench: Bench) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dino_sparo.data.device_views import repeated
 from dino_sparo.data.loader import Crops, PhotoBatch, crops_of
-from dino_sparo.data.views import CropRecipe
+from dino_sparo.data.views import CropKind
 from dino_sparo.data.workers import WatchedLoader
 from dino_sparo.models.cost import bytes_saved_for_backward, counting_flops
 from dino_sparo.models.encoder import DinoModel
@@ -58,7 +58,7 @@ def num_images(batch: Batch) -> int:
 def measure_steps(
     state: TrainState,
     batch: Batch,
-    recipes: Sequence[CropRecipe],
+    recipes: Sequence[CropKind],
     batch_size: int,
     hyper: Hyperparameters,
     *,

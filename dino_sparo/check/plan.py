@@ -185,12 +185,15 @@ def make_plan(recipe: Recipe, run_dir: Path, num_processes: int) -> Plan:
     )
 
 
-def plan_text(plan: Plan, recipe_name: str | None) -> str:
-    """The plan as a table, and what the schedules say at some steps."""
+def plan_text(plan: Plan, recipe_name: str | None, *, with_cost: bool = True) -> str:
+    """The plan as a table, and what the schedules say at some steps.
+
+    Args:
+        with_cost: estimate memory and time on this machine.
+    """
     recipe, views = plan.recipe, plan.recipe.views
     micro_batches = f" x {plan.accumulation} micro-batches" if plan.accumulation > 1 else ""
     who = {"device": "the training device", "pil": "PIL"}[plan.executor]
-    memory = bytes_of_training(plan.state, plan.crop_sizes, plan.batch_size, mixed=plan.precision != "fp32")
     rows = {
         "run": f"{plan.run_dir}: {_start(plan)}",
         "recipe": _recipe(recipe, recipe_name),
@@ -206,12 +209,18 @@ def plan_text(plan: Plan, recipe_name: str | None) -> str:
         "head": f"{count_parameters(plan.state.student.head) / 1e6:.1f} M parameters, "
         f"{recipe.head.num_prototypes:,} prototypes",
         "training": f"{plan.flops_per_image['training'] / 1e9:.3g} GFLOPs per image (a multiply-add is two)",
-        "memory": f"about {size(memory)} for the networks of each process, {plan.precision} (estimate, "
-        f"without workers; {size(memory_free())} of this machine's are free)",
         "checkpoint": f"{size(checkpoint_bytes(plan.state))} each, {size(plan.disk_bytes)} at most, "
         f"{size(plan.disk_free_bytes)} free",
-        "time": _time(plan),
     }
+    if with_cost:
+        memory = bytes_of_training(
+            plan.state, plan.crop_sizes, plan.batch_size, mixed=plan.precision != "fp32"
+        )
+        rows["memory"] = (
+            f"about {size(memory)} for the networks of each process, {plan.precision} (estimate, "
+            f"without workers; {size(memory_free())} of this machine's are free)"
+        )
+        rows["time"] = _time(plan)
     return "\n".join([table(rows, 12, indent=""), "", *_schedule_table(plan)])
 
 

@@ -6,18 +6,28 @@ import math
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dino_sparo.check.estimate import (
+    GpuRun,
+    describe_assumptions,
+    describe_runs,
+    estimate,
+    executor_on_gpu,
+    memory_problems,
+)
+from dino_sparo.check.gpus import check_gpus, find_gpu
 from dino_sparo.check.measure import measure_loading, measure_steps, memory_free, private_bytes
 from dino_sparo.check.plan import Plan, duration, make_plan, plan_text, size
 from dino_sparo.data.loader import BatchOrder, crop_batches
 from dino_sparo.data.scan import DataReport, ScanResult, data_report, describe, scan_images
 from dino_sparo.data.sources import ImageSource, open_val
-from dino_sparo.data.views import crop_recipes
+from dino_sparo.data.views import crop_kinds
 from dino_sparo.errors import EXIT_PROBLEM, UserError
 from dino_sparo.recipe.sections import Recipe, smaller_batch
 from dino_sparo.terminal import sentence, table
@@ -43,19 +53,24 @@ def check(
     measure: bool = False,
     scan: bool = False,
     as_json: bool = False,
+    gpus: Sequence[str] = (),
 ) -> int:
     """Print the plan of a run, as text or JSON; 0 if no problem is found, else 1.
 
     Args:
         measure: time the loader and some steps.
         scan: read every file of the images.
+        gpus: kinds of GPUs to estimate the run for; if none are given, that of this machine.
 
     Raises:
         UserError: for a mistake in recipe or data, as at the start of the run.
     """
     say = (lambda text: print(text, file=sys.stderr)) if as_json else print
+    check_gpus(gpus)
     plan = make_plan(recipe, run_dir, num_processes)
-    say(plan_text(plan, recipe_name))
+    here = torch.cuda.get_device_name(plan.device) if plan.device.type == "cuda" else ""
+    gpus = gpus or [kind for kind in [find_gpu(here)] if kind]
+    say(plan_text(plan, recipe_name, with_cost=not gpus))
     report = plan.as_dict()
     problems, remarks = report["problems"], report["remarks"]
     if plan.monitor is None:
@@ -77,6 +92,12 @@ def check(
             say("\n" + summary(plan, report))
         except UserError as error:  # what was found so far is worth telling
             problems.append(str(error))
+    if gpus:
+        runs = gpu_runs(plan, report, gpus, here)
+        report["gpus"] = [asdict(run) for run in runs]
+        problems += memory_problems(runs, recipe.optim.global_batch_size, num_processes)
+        say("\n" + describe_runs(recipe_name or "recipe", runs, num_processes))
+        say(describe_assumptions(runs[0]))
     lines = [f"REMARK: {sentence(remark)}" for remark in remarks]
     lines += [f"PROBLEM: {sentence(problem)}" for problem in problems]
     say("\n" + "\n".join(lines if problems else [*lines, "no problems found"]))
@@ -164,7 +185,7 @@ def steps_of(plan: Plan, batch: Batch) -> dict[str, Any]:
             return measure_steps(
                 state,
                 batch,
-                crop_recipes(**asdict(recipe.views)),
+                crop_kinds(**asdict(recipe.views)),
                 tried,
                 replace(schedules.at(0), freeze_last_layer=False),
                 steps=STEPS,
@@ -177,6 +198,72 @@ def steps_of(plan: Plan, batch: Batch) -> dict[str, Any]:
                 raise UserError("the GPU's memory does not hold a step on one image") from None
             log.info("%d images at once do not fit into the GPU's memory; trying fewer", tried)
             tried = smaller_batch(recipe.optim.global_batch_size // plan.num_processes, tried)
+
+
+def gpu_runs(plan: Plan, report: dict[str, Any], kinds: Sequence[str], here: str) -> list[GpuRun]:
+    """The run on each kind of GPU, estimated, and as it was measured on the one that is called `here`."""
+    step, loader, decode_ms = report.get("step"), report.get("loader"), None
+    if loader and plan.executor == executor_on_gpu(plan.recipe):
+        busy = min(max(1, loader["workers"]), os.cpu_count() or 1)
+        decode_ms = 1000 * busy / loader["images_per_second"]
+    images = max(0, plan.total_steps - plan.steps_done) * plan.recipe.optim.global_batch_size
+    given: dict[str, Any] = {
+        "num_processes": plan.num_processes,
+        "num_images": images,
+        "decode_ms": decode_ms,
+    }
+    runs = estimate(plan.recipe, plan.state, kinds, **given)
+    if not step or step["memory_gib"] is None:
+        return runs
+    speed = step["images_per_second"]
+    measured = replace(
+        runs[0],
+        gpu=here,
+        measured=True,
+        precision=step["precision"],
+        batch_size=step["batch_size"],
+        host_ms=None,
+        step_ms=1000 * step["batch_size"] * plan.accumulation / speed,
+        images_per_second=speed,
+        hours=images / (speed * plan.num_processes) / 3600,
+        memory_bytes=int(step["memory_gib"] * 2**30),
+        cores=speed * plan.num_processes * runs[0].decode_ms / 1000,
+    )
+    return [*runs, measured]
+
+
+def estimate_only(
+    recipe: Recipe,
+    gpus: Sequence[str],
+    num_images: int,
+    *,
+    num_processes: int = 1,
+    recipe_name: str | None = None,
+    as_json: bool = False,
+) -> int:
+    """Print what a run on so many images would be on these kinds of GPUs; as `check`, without any images.
+
+    Raises:
+        UserError: for a mistake in the recipe, or no known GPU.
+    """
+    here = find_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    gpus = gpus or [here or ""]
+    check_gpus(gpus)
+    state = build_state(
+        **recipe.state_arguments(),
+        device=torch.device("cpu"),
+        activation_checkpointing=recipe.machine.activation_checkpointing,
+    )
+    batch_size = recipe.optim.global_batch_size
+    images = num_images // batch_size * batch_size * recipe.optim.epochs
+    runs = estimate(recipe, state, gpus, num_processes=num_processes, num_images=images)
+    problems = memory_problems(runs, batch_size, num_processes)
+    if as_json:
+        print(json.dumps({"gpus": [asdict(run) for run in runs], "problems": problems}, indent=1))
+    else:
+        lines = [describe_runs(recipe_name or "recipe", runs, num_processes), describe_assumptions(runs[0])]
+        print("\n".join([*lines, *(f"PROBLEM: {problem}" for problem in problems)]))
+    return EXIT_PROBLEM if problems else 0
 
 
 def projection(plan: Plan, report: dict[str, Any]) -> dict[str, Any]:

@@ -67,6 +67,8 @@ COMMANDS = {
         "before a run: the plan, and if asked for its speed and memory, and a look at every file",
         (
             "check --config imagenet_vits16_sparo --data.path /data/imagenet --nproc 8",
+            "check --config imagenet_vits16_sparo --data.path /data/imagenet --nproc 8 --gpu h100 a100  # "
+            "an estimate for these",
             "check --config photos_sparo --data.path photos --measure --scan  # speed and memory, and "
             "every file",
         ),
@@ -128,7 +130,7 @@ COMMANDS = {
     "slots gallery": Command(
         slots.SlotGalleryOptions,
         slots.gallery,
-        "the images that each slot responds to most, and their neighbours within it",
+        "the images that each slot responds to most, and their neighbors within it",
         ("slots gallery runs/sparo --data.path photos --slots '[0,5]'",),
     ),
     "slots rank": Command(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dino_sparo.cli.images import LabelledDataOptions
+from dino_sparo.cli.images import LabeledDataOptions
 from dino_sparo.errors import UserError
 from dino_sparo.recipe.typed import Batch, Epochs, Processes, Seed, Workers
 
@@ -24,8 +24,8 @@ class EvaluationOptions:
 
     run: str
     """Run folder or weights file."""
-    data: LabelledDataOptions
-    """The labelled images."""
+    data: LabeledDataOptions
+    """The labeled images."""
     which: Literal["teacher", "student"] = "teacher"
     """Whose weights to evaluate."""
     untrained: bool = False
@@ -33,7 +33,7 @@ class EvaluationOptions:
     arch: Literal["vit_tiny", "vit_small", "vit_base"] | None = None
     """Architecture that the weights must have; null tells it from the file."""
     test: list[str] = field(default_factory=list)
-    """Further labelled folders to classify, each NAME=DIR; classes are matched by the names of folders."""
+    """Further labeled folders to classify, each NAME=DIR; classes are matched by the names of folders."""
     out: str | None = None
     """Folder for results.json, and for what linear writes below it: log, checkpoints and classifiers; null
     takes the run folder, or one beside a weights file."""
@@ -52,7 +52,7 @@ class KnnOptions(EvaluationOptions):
     """k-NN accuracy of a trained encoder."""
 
     k: int | list[int] | None = None
-    """Numbers of neighbours; 20 is the headline. null takes those of 10, 20, 100, 200 that the gallery
+    """Numbers of neighbors; 20 is the headline. null takes those of 10, 20, 100, 200 that the gallery
     has images for."""
     feature: Literal["encoding", "cls", "patch_mean", "probe"] = "encoding"
     """What to compare: the encoding (all slots, or the CLS token without slots), the CLS token, the mean
@@ -86,7 +86,7 @@ class LinearOptions(EvaluationOptions):
     """Where these three are null take all features, 1 and 4 blocks, learning rates 0.001, 0.01 and 0.1: with
     slots 12 probes, for about the time of one."""
     cached: bool = False
-    """Learn from features of centre crops, computed once: seconds instead of hours, but not the official
+    """Learn from features of center crops, computed once: seconds instead of hours, but not the official
     protocol."""
     train_fraction: float = 1.0
     """Share of the train images to learn from, the same number of each class."""

@@ -12,8 +12,8 @@ class ImagesOptions:
 
 
 @dataclass
-class LabelledDataOptions:
-    """A labelled image folder."""
+class LabeledDataOptions:
+    """A labeled image folder."""
 
     path: str
     """Folder with train/<class>/... and val/<class>/..., shards or parquet files of such, `cifar10`, `stl10`

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dino_sparo.recipe.sections import Recipe
 from dino_sparo.recipe.typed import Processes
@@ -37,6 +37,11 @@ class CheckOptions(Recipe):
     """Folder that the run would have; it and its disk are looked at, nothing is written."""
     nproc: Processes = 1
     """Processes that the run would have on this machine, one per GPU."""
+    gpu: list[str] = field(default_factory=list)
+    """Estimate speed, hours, and memory for these GPUs, which need not be here: h100, h200, a100, v100, l40s,
+    a100-40gb, h100-pcie, h100-nvl, or b200; without any for the GPU of this machine, if it is one of them."""
+    num_images: int | None = None
+    """Estimate for so many images alone: nothing is looked at, also not data.path."""
     measure: bool = False
     """Time the loader and some training steps."""
     scan: bool = False
@@ -86,18 +91,18 @@ def plan(options: PretrainOptions, recipe_name: str | None) -> int:
 
 
 def check(options: CheckOptions, recipe_name: str | None) -> int:
-    """Print the plan; measure and scan if that is asked for."""
-    from dino_sparo.check.program import check
+    """Print the plan; estimate, measure and scan if that is asked for."""
+    from dino_sparo.check.program import check, estimate_only
 
-    return check(
-        options,
-        Path(options.run_dir),
-        num_processes=options.nproc,
-        recipe_name=recipe_name,
-        measure=options.measure,
-        scan=options.scan,
-        as_json=options.json,
-    )
+    shown: dict[str, Any] = {
+        "num_processes": options.nproc,
+        "recipe_name": recipe_name,
+        "as_json": options.json,
+    }
+    if options.num_images is not None:
+        return estimate_only(options, options.gpu, options.num_images, **shown)
+    looks: dict[str, Any] = {"measure": options.measure, "scan": options.scan, "gpus": options.gpu}
+    return check(options, Path(options.run_dir), **shown, **looks)
 
 
 def study(options: StudyOptions) -> int:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dino_sparo.cli.images import ImagesOptions, LabelledDataOptions
-from dino_sparo.errors import UnlabelledError, UserError
+from dino_sparo.cli.images import ImagesOptions, LabeledDataOptions
+from dino_sparo.errors import UnlabeledError, UserError
 from dino_sparo.recipe.typed import Batch, Count, Epochs, Seed, Workers
 
 if TYPE_CHECKING:
@@ -87,10 +87,10 @@ class SlotGalleryOptions(CachedSlotsOptions):
 class SlotRankOptions(ComparedSlotsOptions):
     """Each slot alone by k-NN and by a linear probe, and accuracy against the number of slots kept."""
 
-    data: LabelledDataOptions
-    """The labelled images: slots are chosen on a part of train, and reported on val."""
+    data: LabeledDataOptions
+    """The labeled images: slots are chosen on a part of train, and reported on val."""
     k: int = 20
-    """Neighbours of the k-NN."""
+    """Neighbors of the k-NN."""
     select_fraction: float = 0.2
     """Share of the train images on which slots are scored and chosen."""
     seed: Seed = 0
@@ -101,10 +101,10 @@ class SlotRankOptions(ComparedSlotsOptions):
 class SlotMaskOptions(ComparedSlotsOptions):
     """A mask over slots or over single numbers of the encoding, learned with a frozen encoder."""
 
-    data: LabelledDataOptions
-    """The labelled images to learn the mask on."""
+    data: LabeledDataOptions
+    """The labeled images to learn the mask on."""
     transfer: str | None = None
-    """A second labelled folder, NAME=DIR, on which the learned mask is tried."""
+    """A second labeled folder, NAME=DIR, on which the learned mask is tried."""
     epochs: Epochs = 100
     """Passes over the train images."""
     lr: float = 0.02
@@ -137,8 +137,8 @@ class SlotFactorsOptions(ComparedSlotsOptions):
 class SlotReportOptions(SlotsOptions):
     """One HTML page of a run, that opens from a file without network."""
 
-    data: LabelledDataOptions | None = None
-    """Labelled images: analyses that the run folder does not hold yet are made with them; null shows what is
+    data: LabeledDataOptions | None = None
+    """Labeled images: analyses that the run folder does not hold yet are made with them; null shows what is
     there."""
     control: str | None = None
     """A run without slots, for those analyses."""
@@ -183,12 +183,12 @@ def gallery(options: SlotGalleryOptions) -> None:
 
 def rank(options: SlotRankOptions) -> None:
     """Each slot alone, and accuracy against the number of slots kept: rank.json, curve.png and a table."""
-    from dino_sparo.data.sources import open_labelled
+    from dino_sparo.data.sources import open_labeled
     from dino_sparo.slots.rank import rank_slots, table
 
     folder = _folder(options) / "rank"
     result = rank_slots(
-        *(_cut(options), *open_labelled(options.data.path), folder),
+        *(_cut(options), *open_labeled(options.data.path), folder),
         k=options.k,
         select_fraction=options.select_fraction,
         seed=options.seed,
@@ -199,15 +199,15 @@ def rank(options: SlotRankOptions) -> None:
 
 def mask(options: SlotMaskOptions) -> None:
     """Masks learned with a frozen encoder: mask.json, mask.png and a table."""
-    from dino_sparo.data.sources import open_labelled
+    from dino_sparo.data.sources import open_labeled
     from dino_sparo.evaluation.transfer import EXPECTED_BOTH, VAL, named_folder
     from dino_sparo.slots.mask import mask_slots, table
 
     folder = _folder(options) / "mask"
-    data = {VAL: open_labelled(options.data.path)}
+    data = {VAL: open_labeled(options.data.path)}
     if options.transfer:
         name, other = named_folder(options.transfer, "transfer", EXPECTED_BOTH)
-        data[name] = open_labelled(other, key="transfer")
+        data[name] = open_labeled(other, key="transfer")
     result = mask_slots(
         *(_cut(options), data, folder),
         epochs=options.epochs,
@@ -258,7 +258,7 @@ def factors(options: SlotFactorsOptions) -> None:
 
 def report(options: SlotReportOptions) -> None:
     """Make what is missing or about others if there is data for it, then write `report.html` beside it."""
-    from dino_sparo.data.sources import open_labelled
+    from dino_sparo.data.sources import open_labeled
     from dino_sparo.slots.page import FILES, OF_CLASSES, Subject, write_page
 
     encoder = _open(options)
@@ -267,8 +267,8 @@ def report(options: SlotReportOptions) -> None:
     data, no_classes = options.data.path if options.data else None, ""
     if data:
         try:
-            open_labelled(data)
-        except UnlabelledError as error:
+            open_labeled(data)
+        except UnlabeledError as error:
             no_classes = str(error)
     subject = Subject(options.run, options.out, options.which, data, options.control, not no_classes)
     if data:
@@ -295,17 +295,17 @@ def _make_missing(options: SlotReportOptions, subject: "Subject", data: str, num
         name: getattr(options, name)
         for name in ("run", "which", "out", "device", "num_workers", "batch_size")
     }
-    images, labelled = ImagesOptions(data), LabelledDataOptions(data)
+    images, labeled = ImagesOptions(data), LabeledDataOptions(data)
     compared = common | {"control": options.control}
 
     def lacks(part: str) -> bool:
         return subject.find(part)[0] is None
 
     if subject.has_classes and lacks("rank"):
-        rank(SlotRankOptions(**compared, data=labelled))
+        rank(SlotRankOptions(**compared, data=labeled))
     slots = subject.slots_to_show(num_slots)
     if subject.has_classes and lacks("mask"):
-        mask(SlotMaskOptions(**compared, data=labelled))
+        mask(SlotMaskOptions(**compared, data=labeled))
     if lacks("health"):
         health(SlotHealthOptions(**common, data=images))
     if lacks("maps"):

@@ -1,1 +1,1 @@
-"""Pictures in, crops out."""
+"""Images in, crops out."""

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from dino_sparo.data import color
-from dino_sparo.data.views import CropRecipe, View
+from dino_sparo.data.views import CropKind, View
 from dino_sparo.parallel.device import compiled
 
 log = logging.getLogger("dino_sparo")
@@ -94,7 +94,7 @@ def repeated(photos: Photos, batch_size: int) -> Photos:
     return Photos(photos.pixels, photos.places[chosen], photos.numbers[:, chosen])
 
 
-def make_crops(photos: Photos, groups: Sequence[Sequence[CropRecipe]], device: torch.device) -> list[Tensor]:
+def make_crops(photos: Photos, groups: Sequence[Sequence[CropKind]], device: torch.device) -> list[Tensor]:
     """All crops, uint8 on the device: (C_i, B, 3, S, S) for each group of equally large ones. Never waits."""
     shapes = photos.places[:, 1:].tolist()  # on the host
     pixels, places, numbers = (x.to(device, non_blocking=True) for x in photos)
@@ -210,7 +210,7 @@ def _rounded(x: Tensor) -> Tensor:
     return (x + 0.5).floor().clamp(0, 255)
 
 
-def _has_colors(recipe: CropRecipe) -> bool:
+def _has_colors(recipe: CropKind) -> bool:
     """Whether anything follows the crop."""
     probabilities = recipe.jitter_probability, recipe.grayscale_probability, recipe.blur_probability
     return max(*probabilities, recipe.solarize_probability) > 0

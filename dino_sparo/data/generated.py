@@ -20,7 +20,7 @@ class ShapesSource:
     seed: int
     indices: NDArray[np.int64]
     labels: NDArray[np.int64]
-    classes: tuple[str, ...] = FACTORS["colour"]
+    classes: tuple[str, ...] = FACTORS["color"]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -45,8 +45,8 @@ class ShapesSource:
 
 
 def shapes_source(split: str) -> ShapesSource:
-    """The generated pictures of a split, labelled by the main object's colour."""
+    """The generated pictures of a split, labeled by the main object's color."""
     first = 0 if split == "train" else SHAPES_SIZES["train"]
     indices = np.arange(first, first + SHAPES_SIZES[split])
-    labels = np.array([draw_factors(0, int(i)).colour for i in indices], dtype=np.int64)
+    labels = np.array([draw_factors(0, int(i)).color for i in indices], dtype=np.int64)
     return ShapesSource(0, indices, labels)

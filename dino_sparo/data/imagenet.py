@@ -61,7 +61,7 @@ class Layout:
     labels: Path | None
 
 
-def recognise(root: Path) -> Layout | None:
+def recognize(root: Path) -> Layout | None:
     """How the images below a folder are laid out, from a look at a few entries of a few folders.
 
     None if there is no such folder, or it is none of `LAYOUTS`.
@@ -91,9 +91,9 @@ def recognise(root: Path) -> Layout | None:
 def training_folder(root: Path) -> Path | None:
     """The folder whose images can be learned from as they are: train of any layout, or all of a flat folder.
 
-    None if they are in tars or nothing is recognized. Raises as `recognise`.
+    None if they are in tars or nothing is recognized. Raises as `recognize`.
     """
-    layout = recognise(root)
+    layout = recognize(root)
     if layout and layout.train:
         return layout.train.path if layout.train.is_readable else None
     return root if layout and layout.val == Images(root, "a flat folder") else None

@@ -254,7 +254,7 @@ class IndexedSource:
 
 @dataclass(frozen=True, eq=False)
 class FolderSource(IndexedSource):
-    """Images below a folder, in torchvision's order; labelled by the top folder of each image."""
+    """Images below a folder, in torchvision's order; labeled by the top folder of each image."""
 
     def name(self, index: int) -> str:
         return str(self.root / self.index.name(self.position(index)))

@@ -21,7 +21,7 @@ from dino_sparo.data.decode import UnreadableImageError
 from dino_sparo.data.device_views import Photos, collate_photos, make_crops, numbers_of, to_pixels
 from dino_sparo.data.images import to_tensor
 from dino_sparo.data.sources import ImageSource
-from dino_sparo.data.views import NUM_GLOBAL_CROPS, CropRecipe, draw_view, sample_order, substitute_sample
+from dino_sparo.data.views import NUM_GLOBAL_CROPS, CropKind, draw_view, sample_order, substitute_sample
 from dino_sparo.data.workers import WatchedLoader
 from dino_sparo.errors import UserError
 
@@ -63,7 +63,7 @@ class CropsDataset(Dataset):
     """
 
     source: ImageSource
-    crop_recipes: Sequence[CropRecipe]
+    crop_kinds: Sequence[CropKind]
     seed: int
     _: KW_ONLY
     substitute: bool = False
@@ -71,7 +71,7 @@ class CropsDataset(Dataset):
     max_side: int | None = None
 
     def __post_init__(self) -> None:
-        self.blur_taps = max(color.blur_taps(recipe.blur_radius[1]) for recipe in self.crop_recipes)
+        self.blur_taps = max(color.blur_taps(recipe.blur_radius[1]) for recipe in self.crop_kinds)
 
     def __getitem__(self, item: tuple[int, int]) -> LoadedImage:
         epoch, sample = item
@@ -79,7 +79,7 @@ class CropsDataset(Dataset):
         size = {"image_width": image.width, "image_height": image.height}
         views = [
             draw_view(recipe, seed=self.seed, epoch=epoch, sample=sample, crop=crop, **size)
-            for crop, recipe in enumerate(self.crop_recipes)
+            for crop, recipe in enumerate(self.crop_kinds)
         ]
         if self.executor == "pil":
             return LoadedImage([to_tensor(pil_views.execute(image, view)) for view in views], replaced)
@@ -196,7 +196,7 @@ def collate_crops(images: list[LoadedImage]) -> Crops | PhotoBatch:
     return _as_crops([torch.stack(list(group)) for group in groups], replaced)
 
 
-def crops_of(batch: Crops | PhotoBatch, recipes: Sequence[CropRecipe], device: torch.device) -> Crops:
+def crops_of(batch: Crops | PhotoBatch, recipes: Sequence[CropKind], device: torch.device) -> Crops:
     """The crops of a batch on the device, made there if they are not made yet."""
     if isinstance(batch, PhotoBatch):
         return _as_crops(make_crops(batch.photos, _in_groups(recipes), device), batch.replaced)

@@ -220,7 +220,7 @@ class Copies:
 class ClassCounts:
     """The classes that have images, and those with the fewest; without labels there are none."""
 
-    labelled: bool
+    labeled: bool
     classes: int
     images_per_class: Spread | None
     fewest: Listing
@@ -228,7 +228,7 @@ class ClassCounts:
 
 @dataclass(frozen=True)
 class SplitComparison:
-    """The classes of train and val; the last two are empty unless both are labelled."""
+    """The classes of train and val; the last two are empty unless both are labeled."""
 
     train: ClassCounts
     val: ClassCounts | None
@@ -318,7 +318,7 @@ def _images_per_class(source: ImageSource | None) -> dict[str, int]:
 def _count_classes(images: dict[str, int]) -> ClassCounts:
     smallest = min(images.values(), default=0)
     return ClassCounts(
-        labelled=bool(images),
+        labeled=bool(images),
         classes=len(images),
         images_per_class=_spread(np.array([*images.values()], dtype=np.int64)),
         fewest=_listing([name for name, count in images.items() if count == smallest]),

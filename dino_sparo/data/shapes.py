@@ -21,10 +21,10 @@ Rgb = tuple[float, float, float]
 
 FACTORS: dict[str, tuple[str, ...]] = {
     "shape": ("circle", "square", "triangle", "star", "cross", "ring", "heart", "crescent"),
-    "colour": ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink"),
+    "color": ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink"),
     "size": ("small", "medium", "large"),
     "position": (
-        *("top-left", "top", "top-right", "left", "centre"),
+        *("top-left", "top", "top-right", "left", "center"),
         *("right", "bottom-left", "bottom", "bottom-right"),
     ),
     "texture": ("plain", "stripes", "dots", "checks"),
@@ -37,14 +37,14 @@ MIN_PICTURE_SIZE = 16
 _DOMAIN = 0x5348_4150_4553
 _SUPERSAMPLE = 3
 _COUNTS = {name: len(values) for name, values in FACTORS.items()}
-# (hue, saturation, value) of each colour, in the order of FACTORS["colour"].
+# (hue, saturation, value) of each color, in the order of FACTORS["color"].
 _HSV = (
     *((0.0, 0.88, 0.86), (0.072, 0.92, 0.98), (0.147, 0.90, 0.97), (0.36, 0.80, 0.66)),
     *((0.505, 0.80, 0.88), (0.625, 0.85, 0.86), (0.765, 0.75, 0.66), (0.905, 0.58, 0.98)),
 )
 # Diameters of the main object, as fractions of the picture's side.
 _DIAMETERS = (0.40, 0.52, 0.64)
-# Brightness of the light, a nuisance: it hides the colours from an encoder that has learned nothing.
+# Brightness of the light, a nuisance: it hides the colors from an encoder that has learned nothing.
 _LIGHT = (0.35, 1.1)
 _TEXTURE_PERIOD = 0.125
 _NOISE_CELLS = 24
@@ -55,7 +55,7 @@ class Factors:
     """Hold one picture's factors: value numbers of ``FACTORS`` for the main object, and a count of 1..3."""
 
     shape: int
-    colour: int
+    color: int
     size: int
     position: int
     texture: int
@@ -70,7 +70,7 @@ class _Object:
     shape: int
     rgb: Rgb
     texture: int
-    centre: tuple[float, float]
+    center: tuple[float, float]
     radius: float
     angle: float
     phase: tuple[float, float]
@@ -114,7 +114,7 @@ def generator(seed: int, index: int) -> np.random.Generator:
     for name, value in (("seed", seed), ("index", index)):
         if not 0 <= value < 2**64:
             raise ValueError(f"{name} is {value}, expected 0 <= {name} < 2**64; pass a non-negative integer")
-    # Philox counts up from the first counter word, so an index in the third can never run into its neighbour.
+    # Philox counts up from the first counter word, so an index in the third can never run into its neighbor.
     key = np.array([seed, _DOMAIN], dtype=np.uint64)
     counter = np.array([0, 0, index, 0], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
@@ -131,12 +131,12 @@ def sample_scene(rng: np.random.Generator, factors: Factors) -> _Scene:
     reach = min(0.26, 0.5 - 0.88 * radius)
     row, column = divmod(factors.position, 3)
     dx, dy = rng.uniform(-0.03, 0.03, 2)
-    centre = (0.5 + reach * (column - 1) + dx, 0.5 + reach * (row - 1) + dy)
-    main = _sample_object(rng, [factors.shape, factors.colour, factors.texture], centre, radius)
+    center = (0.5 + reach * (column - 1) + dx, 0.5 + reach * (row - 1) + dy)
+    main = _sample_object(rng, [factors.shape, factors.color, factors.texture], center, radius)
     placed = [main]
     for _ in range(factors.num_objects - 1):
         small = rng.uniform(0.085, 0.11)
-        kind = rng.integers(0, (_COUNTS["shape"], _COUNTS["colour"], _COUNTS["texture"])).tolist()
+        kind = rng.integers(0, (_COUNTS["shape"], _COUNTS["color"], _COUNTS["texture"])).tolist()
         spot = _free_spot(rng, placed, small)
         placed.append(_sample_object(rng, kind, spot, small))
     tint = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.03, 0.16), rng.uniform(0.66, 0.86))
@@ -146,21 +146,21 @@ def sample_scene(rng: np.random.Generator, factors: Factors) -> _Scene:
 
 
 def _sample_object(
-    rng: np.random.Generator, kind: list[int], centre: tuple[float, float], radius: float
+    rng: np.random.Generator, kind: list[int], center: tuple[float, float], radius: float
 ) -> _Object:
-    """Return an object of ``kind`` (shape, colour, texture) with jittered hue, brightness, angle, phase."""
-    shape, colour, texture = kind
-    hue, saturation, value = _HSV[colour]
+    """Return an object of ``kind`` (shape, color, texture) with jittered hue, brightness, angle, phase."""
+    shape, color, texture = kind
+    hue, saturation, value = _HSV[color]
     hue_shift, scale, turn, u, v = rng.uniform((-0.012, 0.92, -20.0, 0.0, 0.0), (0.012, 1.02, 20.0, 1.0, 1.0))
     rgb = colorsys.hsv_to_rgb((hue + hue_shift) % 1.0, saturation, value * scale)
-    return _Object(shape, rgb, texture, centre, radius, math.radians(turn), (u, v))
+    return _Object(shape, rgb, texture, center, radius, math.radians(turn), (u, v))
 
 
 def _free_spot(rng: np.random.Generator, placed: list[_Object], radius: float) -> tuple[float, float]:
     """Return the first of some random places that touches no placed object, or else the clearest."""
     spots = rng.uniform(radius, 1.0 - radius, (24, 2)).tolist()
     # Square corners reach beyond the nominal radius, hence a margin.
-    clearances = [min(math.dist(s, o.centre) - 1.12 * (o.radius + radius) for o in placed) for s in spots]
+    clearances = [min(math.dist(s, o.center) - 1.12 * (o.radius + radius) for o in placed) for s in spots]
     best = next((i for i, c in enumerate(clearances) if c > 0.0), int(np.argmax(clearances)))
     return spots[best][0], spots[best][1]
 
@@ -179,7 +179,7 @@ def paint(scene: _Scene, size: int) -> Image.Image:
 
 @lru_cache(maxsize=8)
 def _axes(size: int) -> tuple[Array, Array]:
-    """Return the pixel centres' x, shape (1, size), and y, shape (size, 1), as fractions of the side."""
+    """Return the pixel centers' x, shape (1, size), and y, shape (size, 1), as fractions of the side."""
     axis = (np.arange(size, dtype=np.float32) + np.float32(0.5)) / np.float32(size)
     return axis[None, :], axis[:, None]
 
@@ -255,6 +255,6 @@ def mask(item: _Object, size: int) -> Array:
     pen = ImageDraw.Draw(canvas)
     turn = item.radius * np.exp(1j * item.angle)
     for part, ink in zip(_outlines()[item.shape], (255, 0), strict=False):
-        points = side * (part * turn + complex(*item.centre)) - (0.5 + 0.5j)
+        points = side * (part * turn + complex(*item.center)) - (0.5 + 0.5j)
         pen.polygon(points.view(np.float64).tolist(), fill=ink)
     return np.asarray(canvas.reduce(_SUPERSAMPLE), dtype=np.float32) / np.float32(255.0)

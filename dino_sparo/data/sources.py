@@ -1,4 +1,4 @@
-"""Where images come from: folders (labelled by class folder or flat), shards, parquet files, sets by name and
+"""Where images come from: folders (labeled by class folder or flat), shards, parquet files, sets by name and
 generated pictures."""
 
 import logging
@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dino_sparo.data.generated import SHAPES, shapes_source
-from dino_sparo.data.imagenet import explain, recognise, training_folder
+from dino_sparo.data.imagenet import explain, recognize, training_folder
 from dino_sparo.data.index import FolderSource, open_index
 from dino_sparo.data.shards import ShardSource, holds_shards, open_shards
 from dino_sparo.data.tables import HUB, Split, TableSource, holds_tables, open_hub, open_tables
 from dino_sparo.data.torchvision_sets import NAMES, Part, open_set
 from dino_sparo.data.walk import list_folder
-from dino_sparo.errors import UnlabelledError, UserError, UserFileNotFoundError
+from dino_sparo.errors import UnlabeledError, UserError, UserFileNotFoundError
 
 log = logging.getLogger("dino_sparo")
 
@@ -115,7 +115,7 @@ def open_images(path: str, max_images: int | None = None, key: str = "data.path"
 
 
 def open_val(path: str) -> ImageSource | None:
-    """The validation images of a folder, labelled by their own class folders or not at all; None without."""
+    """The validation images of a folder, labeled by their own class folders or not at all; None without."""
     if named := _open_named(path, "test"):
         return named
     if path.startswith(HUB):
@@ -125,13 +125,13 @@ def open_val(path: str) -> ImageSource | None:
         return open_tables(root, "val")
     if holds_shards(root / "val"):
         return open_shards(root / "val")
-    layout = recognise(root)
+    layout = recognize(root)
     val = layout.val if layout else None
     return open_folder(val.path) if val and val.is_readable and val.path != root else None
 
 
-def open_labelled(path: str, key: str = "data.path") -> tuple[ImageSource, ImageSource]:
-    """Labelled images for evaluation: gallery and test images, with the same classes.
+def open_labeled(path: str, key: str = "data.path") -> tuple[ImageSource, ImageSource]:
+    """Labeled images for evaluation: gallery and test images, with the same classes.
 
     `path/train` and `path/val`; without a val folder every fifth image is held out for testing. `key` is
     the option that an error about the path names.
@@ -148,15 +148,15 @@ def open_labelled(path: str, key: str = "data.path") -> tuple[ImageSource, Image
     else:
         folder = _train_folder(path, key)
         if explained := _explained(path):
-            raise UnlabelledError(explained)
+            raise UnlabeledError(explained)
         train = open_folder(folder)
     if train.labels is None:
-        raise unlabelled(
+        raise unlabeled(
             train,
             f". With a list of their classes `dino-sparo prepare {path} --out OUT --labels FILE` makes them",
         )
     _warn_of_empty_classes(train)
-    val = _labelled_val(path, train)
+    val = _labeled_val(path, train)
     if val is None:
         return hold_out(train)
     unknown = sorted(set(val.classes) - set(train.classes))
@@ -185,19 +185,19 @@ def is_set(path: str) -> bool:
     return False
 
 
-def unlabelled(source: OnDisk, remedy: str = "") -> UnlabelledError:
+def unlabeled(source: OnDisk, remedy: str = "") -> UnlabeledError:
     """The error about images whose classes are needed and unknown."""
     if isinstance(source, TableSource):
-        return UnlabelledError(
+        return UnlabeledError(
             f"{source.root}: the tables do not tell the class of every image; expected a column label "
             f"or labels of integers from 0, or one column of the hub's type ClassLabel"
         )
     if isinstance(source, ShardSource):
-        return UnlabelledError(
+        return UnlabeledError(
             f"{source.root}: not every image of these shards has a class; expected KEY.cls beside "
             f"each image, as `dino-sparo shard` writes it for images in class folders"
         )
-    return UnlabelledError(
+    return UnlabeledError(
         f"{source.root}: the images are not in class folders; expected {source.root}/<class>/<image>{remedy}"
     )
 
@@ -257,8 +257,8 @@ def _train_folder(path: str, key: str) -> Path:
     return root / "train" if (root / "train").is_dir() else training_folder(root) or root
 
 
-def _labelled_val(path: str, train: OnDisk) -> OnDisk | None:
-    """The labelled validation images beside those of training; None without. Parquet files of a test split
+def _labeled_val(path: str, train: OnDisk) -> OnDisk | None:
+    """The labeled validation images beside those of training; None without. Parquet files of a test split
     whose classes are unknown are none.
 
     Raises:
@@ -274,13 +274,13 @@ def _labelled_val(path: str, train: OnDisk) -> OnDisk | None:
         raise UserError(f"{root}: there is a val folder, but no train folder; expected train/<class>/<image>")
     val = open_folder(root / "val")
     if val.labels is None:
-        raise unlabelled(val)
+        raise unlabeled(val)
     return val
 
 
 def _explained(path: str) -> str:
     """What to do about a layout of ImageNet that is not usable as it is; empty if there is nothing to say."""
-    layout = recognise(Path(path))
+    layout = recognize(Path(path))
     return explain(layout) if layout else ""
 
 

@@ -102,9 +102,9 @@ def open_set(name: str, part: Part) -> ArraySource:
             f"{folder}: what was kept of {name} is damaged ({reason}); remove this folder, and the same "
             f"command downloads it again"
         ) from error
-    num_train, num_unlabelled, _ = map(len, images)
-    ends = {"pretrain": num_train + num_unlabelled, "train": num_train, "test": len(labels)}
-    indices = np.arange(num_train + num_unlabelled if part == "test" else 0, ends[part])
+    num_train, num_unlabeled, _ = map(len, images)
+    ends = {"pretrain": num_train + num_unlabeled, "train": num_train, "test": len(labels)}
+    indices = np.arange(num_train + num_unlabeled if part == "test" else 0, ends[part])
     known = labels[indices]
     return ArraySource(name, folder, indices, None if (known == NO_LABEL).any() else known, classes)
 

@@ -2,7 +2,7 @@
 
 A counter-based generator (Philox) is keyed by (seed, epoch) and counts by (sample, crop), so neither the
 number of workers or processes nor a resume changes what is drawn. How the numbers become pixels is the
-business of an executor (`pil_views`). Source: official `DataAugmentationDINO`.
+business of an executor (`pil_views`, `device_views`). Source: official `DataAugmentationDINO`.
 """
 
 import math
@@ -21,7 +21,7 @@ _ORDER_OF_SAMPLES, _CROPS, _SUBSTITUTES = 1, 2, 3  # kinds of draw, kept apart i
 
 
 @dataclass(frozen=True, kw_only=True)
-class CropRecipe:
+class CropKind:
     """How one kind of crop (first global, second global or local) is drawn."""
 
     size: int
@@ -56,7 +56,7 @@ class View:
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
 
 
-def crop_recipes(
+def crop_kinds(
     *,
     global_size: int,
     global_scale: tuple[float, float],
@@ -66,14 +66,14 @@ def crop_recipes(
     blur_probability: tuple[float, float, float],
     solarize_probability: tuple[float, float, float],
     **common: Any,
-) -> list[CropRecipe]:
+) -> list[CropKind]:
     """One recipe a crop: first global, second global, then the local ones.
 
     Probabilities of three are for these three kinds; `common` holds the fields that all kinds share.
     """
 
-    def recipe(kind: int) -> CropRecipe:
-        return CropRecipe(
+    def recipe(kind: int) -> CropKind:
+        return CropKind(
             size=local_size if kind == 2 else global_size,
             scale=local_scale if kind == 2 else global_scale,
             blur_probability=blur_probability[kind],
@@ -96,7 +96,7 @@ def substitute_sample(*, seed: int, epoch: int, sample: int, attempt: int, num_s
 
 
 def draw_view(
-    recipe: CropRecipe, *, seed: int, epoch: int, sample: int, crop: int, image_width: int, image_height: int
+    recipe: CropKind, *, seed: int, epoch: int, sample: int, crop: int, image_width: int, image_height: int
 ) -> View:
     """The numbers of one crop of an image of this size."""
     uniform = np.random.Generator(_philox(seed, epoch, _CROPS, sample, crop)).random(2 * CROP_TRIES + 13)

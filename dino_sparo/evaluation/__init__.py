@@ -1,1 +1,1 @@
-"""Measuring: k-NN on frozen encoders."""
+"""Measuring frozen encoders: features, k-NN, linear probes, results, comparisons."""

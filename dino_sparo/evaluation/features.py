@@ -27,7 +27,7 @@ from dino_sparo.models import Encoder
 from dino_sparo.parallel.distributed import gather_objects, gather_rows, local_world_size, rank, world_size
 from dino_sparo.terminal import shows_bars
 
-TRANSFORM = "short side to round(S * 256 / 224) bicubic, centre crop S, ImageNet mean and std"
+TRANSFORM = "short side to round(S * 256 / 224) bicubic, center crop S, ImageNet mean and std"
 FLUSH_SECONDS = 5.0  # work that a power cut may cost
 KEY_DIGITS = 16
 

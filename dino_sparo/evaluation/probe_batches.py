@@ -25,7 +25,7 @@ from dino_sparo.data.loader import (
     crops_of,
 )
 from dino_sparo.data.sources import ImageSource
-from dino_sparo.data.views import CropRecipe
+from dino_sparo.data.views import CropKind
 from dino_sparo.evaluation.probes import INPUTS, MAX_BLOCKS
 from dino_sparo.models import Encoder
 from dino_sparo.parallel.precision import autocast
@@ -39,9 +39,9 @@ Features = Mapping[str, NDArray[Any]]  # of the images of a set, each (N, F), by
 Batch = tuple[dict[str, Tensor], Tensor]  # features (B, F) by name, float32, and labels (B,)
 
 
-def training_crop(image_size: int) -> CropRecipe:
+def training_crop(image_size: int) -> CropKind:
     """torchvision's RandomResizedCrop and RandomHorizontalFlip at their defaults, but for the size."""
-    return CropRecipe(
+    return CropKind(
         size=image_size,
         scale=(0.08, 1.0),
         flip_probability=0.5,

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dino_sparo.data.sources import ImageSource, open_folder, open_labelled, unlabelled
+from dino_sparo.data.sources import ImageSource, open_folder, open_labeled, unlabeled
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.parallel.distributed import first_rank_first
 
@@ -69,9 +69,9 @@ class TestSet:
 def open_train_and_tests(path: str, further: Sequence[str] = ()) -> tuple[ImageSource, list[TestSet]]:
     """The train images of a labeled folder, and its test images with the `further` test sets, each NAME=DIR.
 
-    Every process calls it. Raises UserError as `open_labelled` and `open_test_sets` do.
+    Every process calls it. Raises UserError as `open_labeled` and `open_test_sets` do.
     """
-    train, val = first_rank_first(lambda: open_labelled(path))
+    train, val = first_rank_first(lambda: open_labeled(path))
     others = first_rank_first(lambda: open_test_sets(further, train.classes))
     return train, [*as_test_sets(val, train.classes), *others]
 
@@ -135,7 +135,7 @@ def _open_test_set(name: str, text: str, root: Path, train_classes: tuple[str, .
     source = open_folder(root, "val")
     labels, folders = source.labels, source.classes
     if labels is None:
-        raise UserError(f"test {text!r}: {unlabelled(source)}")
+        raise UserError(f"test {text!r}: {unlabeled(source)}")
     if all(map(_is_number, folders)) and not all(map(_is_number, train_classes)):
         to_train = np.array([int(folder) for folder in folders])
         if max(to_train) >= len(train_classes) or len(set(to_train)) < len(to_train):

@@ -156,7 +156,7 @@ class HeadOptions:
     hidden_dim: Width
     """Width of the two hidden layers."""
     bottleneck_dim: Width
-    """Width of the l2-normalised bottleneck."""
+    """Width of the l2-normalized bottleneck."""
     norm_last_layer: bool
     """Fix the prototypes' length at 1; steadier, official for ViT-S at 100 epochs."""
 
@@ -184,7 +184,7 @@ class OptimOptions:
     epochs: Epochs
     """Passes over the images."""
     global_batch_size: Batch
-    """Images an optimiser step, over all processes and micro-batches; the last partial batch of an epoch is
+    """Images an optimizer step, over all processes and micro-batches; the last partial batch of an epoch is
     dropped."""
     lr_per_256: float
     """Peak learning rate for a batch of 256; scaled linearly with global_batch_size."""
@@ -217,7 +217,7 @@ class MonitorOptions:
     knn_every_epochs: Count = 10
     """20-NN of the teacher every so many epochs, also before the first and after the last; 0: never."""
     knn_path: str | None = None
-    """Labelled folder (train/<class>, val/<class>) for it; null takes data.path if it is labelled."""
+    """Labeled folder (train/<class>, val/<class>) for it; null takes data.path if it is labeled."""
     knn_images_per_class: int | None = 50
     """Gallery and test images a class at most, evenly spread; null takes all."""
 

@@ -33,8 +33,9 @@ KEEP_LAST = 2
 def save_checkpoint(state: dict[str, Any], run_dir: Path, *, step: int, keep_every_steps: int = 0) -> Path:
     """Write `run_dir/checkpoints/step_<step>.pt` and its SHA-256, then remove old ones.
 
-    The file is written to a temporary name, flushed to disk and renamed, so a crash leaves either the
-    whole file or none. The last two are kept, and those at multiples of `keep_every_steps`.
+    The data reach the disk under a temporary name, then the hash gets its name, then the data, then the
+    folder is flushed: a crash leaves either the whole file or none. The last two are kept, and those at
+    multiples of `keep_every_steps`.
 
     Raises:
         UserError: there is no room, or the file cannot be written; the older ones are still there.
@@ -47,7 +48,7 @@ def save_checkpoint(state: dict[str, Any], run_dir: Path, *, step: int, keep_eve
         with atomic_write(path, folder / TEMPORARY, durable=False) as file:
             torch.save({"format": FORMAT, **state}, file)
             file.flush()
-            os.fsync(file.fileno())  # before its hash is there
+            os.fsync(file.fileno())
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
             with atomic_write(_hash_file(path), folder / f"{TEMPORARY}.sha256") as hash_file:
@@ -74,15 +75,15 @@ class Saver:
     """Writes the checkpoints of a run in a thread, one at a time; made by `saving`."""
 
     def __init__(self, run_dir: Path, thread: Executor, *, keep_every_steps: int, saved: int) -> None:
-        self.run_dir, self.keep_every_steps, self.saved = run_dir, keep_every_steps, saved
+        self.run_dir, self.keep_every_steps, self.begun = run_dir, keep_every_steps, saved
         self.thread, self.writing = thread, list[Future]()  # the last one, or none
 
     def save(self, state: dict[str, Any], step: int) -> None:
         """Copy the state and return, after the checkpoint before is written; raises as `wait`."""
         self.wait()
-        if step == self.saved > 0:
+        if step == self.begun > 0:
             return
-        self.saved = step
+        self.begun = step
         write = partial(save_checkpoint, step=step, keep_every_steps=self.keep_every_steps)
         self.writing = [self.thread.submit(write, _copied(state), self.run_dir)]
 
@@ -91,7 +92,7 @@ class Saver:
         for writing in self.writing:
             writing.result()
 
-    def check(self) -> None:
+    def raise_if_failed(self) -> None:
         """Raise what went wrong with the last checkpoint, if that is known; waits for nothing."""
         if all(writing.done() for writing in self.writing):
             self.wait()

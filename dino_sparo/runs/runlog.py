@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from dino_sparo.files import named, read_lines, write_file
-from dino_sparo.terminal import coloured, shows_bars
+from dino_sparo.terminal import colored, shows_bars
 
 log = logging.getLogger("dino_sparo")
 
@@ -147,7 +147,7 @@ class RunLog:
     def alarm(self, step: int, text: str) -> None:
         """Show a warning, and keep it among the texts of TensorBoard."""
         if not self.silent:
-            tqdm.write(coloured(f"WARNING: step {step}: {text}", "yellow"), file=sys.stderr)
+            tqdm.write(colored(f"WARNING: step {step}: {text}", "yellow"), file=sys.stderr)
             self._events.add_text("alarm", text, step)
 
     def picture(self, step: int, name: str, image: Tensor) -> None:

@@ -87,7 +87,7 @@ def factor_pictures(first: int, count: int) -> tuple[ShapesSource, dict[str, NDA
     drawn = [asdict(draw_factors(PICTURES_SEED, int(index))) for index in indices]
     values = {name: np.array([factors[name] for factors in drawn], np.int64) for name in FACTORS}
     values["count"] = np.array([factors["num_objects"] - 1 for factors in drawn], np.int64)
-    return ShapesSource(PICTURES_SEED, indices, values["colour"]), values
+    return ShapesSource(PICTURES_SEED, indices, values["color"]), values
 
 
 def score_factors(

@@ -1,7 +1,7 @@
 """A mask learned over slots or numbers of a frozen encoding, and its transfer.
 
 Source: SPARO, section 5.2, appendix C.1, table 5. The mask is m = sigmoid(s/4 theta), s = max(100, e^alpha).
-The paper learns it by CLIP's objective; here, for labelled images, by cross-entropy over
+The paper learns it by CLIP's objective; here, for labeled images, by cross-entropy over
 s cos(m * y, m * class mean), y the encoding and the class means those of the train images. Where the paper is
 silent: theta begins at 0, where the mask is even and so changes no cosine, and e^alpha at 100; both are
 learned, at a constant rate; the last batch of an epoch may be smaller.
@@ -57,7 +57,7 @@ def mask_slots(
 
     Args:
         encoders: one with slots, and controls.
-        data: labelled train and test images by name. Masks are learned on the first train images, and tried
+        data: labeled train and test images by name. Masks are learned on the first train images, and tried
             on all test images, with the class means of the train images beside them.
         seed: of the order of images.
 

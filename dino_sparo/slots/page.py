@@ -34,7 +34,7 @@ TITLES = {
     "factors": "Known factors",
 }
 FILES = {part: f"{part}/{part}.json" for part in TITLES}
-OF_CLASSES = ("rank", "mask")  # analyses that need labelled images
+OF_CLASSES = ("rank", "mask")  # analyses that need labeled images
 COMPARING = ("rank", "mask", "factors")  # analyses that take a control
 CURVES = ("loss", "knn20_top1", "knn20_top5", "entropy_teacher", "entropy_mean", "feature_std")
 HEALTH = ("entropy", "effective_patches", "cls_share", "response_std", "overlap", "agreement")
@@ -49,7 +49,7 @@ Content = Mapping[str, Any]  # of the JSON of an analysis
 @dataclass(frozen=True)
 class Subject:
     """What a page is about, as given to the command; analyses of other weights, images or controls are not
-    shown. `has_classes`: whether the images are labelled."""
+    shown. `has_classes`: whether the images are labeled."""
 
     run: str
     out: str | None = None

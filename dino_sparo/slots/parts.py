@@ -93,7 +93,7 @@ def remarks_on_parts(encoders: Sequence[CutEncoder]) -> list[str]:
 
 
 def labels_of(source: ImageSource) -> NDArray[np.int64]:
-    """Class numbers of labelled images, (n,)."""
+    """Class numbers of labeled images, (n,)."""
     assert source.labels is not None
     return source.labels
 

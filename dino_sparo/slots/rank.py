@@ -66,7 +66,7 @@ def rank_slots(
 
     Args:
         encoders: one with slots, and controls.
-        train, val: labelled by the same classes.
+        train, val: labeled by the same classes.
         k: neighbors.
         select_fraction: share of the train images on which parts are scored and chosen.
         seed: of that share.

@@ -1,6 +1,6 @@
 """What a study measures of an encoder: 20-NN, and linear probes, of which one is chosen.
 
-Probes learn from cached centre crops. Each is trained twice: on four fifths of the train images and scored on
+Probes learn from cached center crops. Each is trained twice: on four fifths of the train images and scored on
 the others, which chooses a probe; and on all of them and scored on the test images, which is reported. So no
 test image chooses anything. A share is drawn from those four fifths, and from all, alike.
 """
@@ -50,7 +50,7 @@ def measure(
     Features are kept in the run folder, and probes that are trained already are not trained again.
 
     Args:
-        data: labelled images, with train and test images.
+        data: labeled images, with train and test images.
         name: of the data set.
         fractions: shares of the train images, above 0 and at most 1.
         unverified: resume probes from checkpoints whose SHA-256 is missing.

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from dino_sparo.data.sources import open_labelled
+from dino_sparo.data.sources import open_labeled
 from dino_sparo.errors import EXIT_PROBLEM, UserError, told_to_user
 from dino_sparo.evaluation.compare import Group, Measure, Run
 from dino_sparo.evaluation.features import hash_of_images
@@ -174,7 +174,7 @@ def _with_known(folder: Path, data_sets: dict[str, str], hashes: dict[str, str])
 
 def _hash_of(name: str, folder: str) -> str:
     """Of the train and the test images of a data set, which must have enough."""
-    train, test = open_labelled(folder, key="data.path" if name == VAL else "transfer")
+    train, test = open_labeled(folder, key="data.path" if name == VAL else "transfer")
     if len(train) < HEADLINE_K:
         raise UserError(f"{folder} has {len(train)} train images; {HEADLINE_K}-NN needs {HEADLINE_K}")
     return f"{hash_of_images(train)} {hash_of_images(test)}"

@@ -113,7 +113,7 @@ def about(run_dirs: Sequence[Path]) -> list[str]:
         f"This page is by `{PROGRAM} {shlex.join(sys.argv[1:])}`, its runs by",
         "\n".join(f"- `{PROGRAM} {command}`" for command in commands),
         "\n".join(f"- {one}" for one in sorted(made)),
-        f"Teachers are evaluated. Probes learn from cached centre crops for {EPOCHS} epochs, which is not "
+        f"Teachers are evaluated. Probes learn from cached center crops for {EPOCHS} epochs, which is not "
         f"the official protocol. The one that is shown was the best, in the mean over seeds, on a fifth of "
         f"the train images held out, with all of their labels also where it learns from a share. An encoder "
         f"with slots has more probes to choose from than one without: encoding, tokens of blocks, or both.",
@@ -173,14 +173,14 @@ def curves_picture(groups: Sequence[Group], trainings: dict[Path, Training]) -> 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axis = figure.subplots()
     for number, group in enumerate(groups):
-        colour = f"C{number % 10}"
+        color = f"C{number % 10}"
         label = f"{group.label} ({len(group.runs)} seed{'s' if len(group.runs) > 1 else ''})"
         curves = [trainings[run.folder].curve for run in group.runs]
         shared = sorted(set.intersection(*(set(curve) for curve in curves)))
         means = [statistics.fmean(curve[epoch] for curve in curves) for epoch in shared]
-        axis.plot(shared, means, "o-", color=colour, linewidth=2, markersize=4, label=label)
+        axis.plot(shared, means, "o-", color=color, linewidth=2, markersize=4, label=label)
         for curve in curves if len(curves) > 1 else ():
-            axis.plot(list(curve), list(curve.values()), color=colour, linewidth=0.7, alpha=0.5)
+            axis.plot(list(curve), list(curve.values()), color=color, linewidth=0.7, alpha=0.5)
     axis.set(xlabel="epoch", ylabel="20-NN top-1, per cent", title="20-NN of the teacher while training")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)

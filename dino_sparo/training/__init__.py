@@ -1,1 +1,1 @@
-"""Learning: loss, schedules, optimizer, teacher, checkpoints and the loop."""
+"""Learning: the step and the loop, loss, schedules, optimizer, teacher, and what watches them."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino_sparo.data.sources import ImageSource, open_labelled, per_class
+from dino_sparo.data.sources import ImageSource, open_labeled, per_class
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.knn import HEADLINE_K, NoDirectionError, evaluate_knn
 from dino_sparo.models import Encoder
@@ -159,7 +159,7 @@ def open_knn_images(path: str | None, data_path: str, images_per_class: int | No
         UserError: `path` is given, but is no labeled folder with at least 20 gallery images.
     """
     try:
-        train, test = open_labelled(path or data_path, "data.path" if path is None else "monitor.knn_path")
+        train, test = open_labeled(path or data_path, "data.path" if path is None else "monitor.knn_path")
         if path is None and len(train.classes) == 1:
             raise UserError(f"{data_path} has one class only")
         if images_per_class is not None:

@@ -152,14 +152,14 @@ def save(run: Run, saver: Saver, run_log: RunLog, step: int) -> None:
 
 
 def write_checkpoint(run: Run, saver: Saver, run_log: RunLog, step: int) -> None:
-    """Begin to write the state as that after `step`; steps since then have changed nothing that learns."""
+    """Begin to write the state after `step`, the last one that has changed anything that learns."""
     run_log.flush()
     run.bad_images.share()
     state = run.state
     learned = [*state.student.parameters(), *state.teacher.parameters(), state.loss_fn.center]
     if not torch.stack(torch._foreach_norm(learned)).isfinite().all():
         raise diverged(run, step, "a parameter is no longer finite")
-    if step:  # a later step, which changed nothing else, has set its own
+    if step:  # later steps changed nothing but these two, which the optimizer stores
         hyper = run.schedules.at(step - 1)
         set_hyperparameters(state.optimizer, lr=hyper.lr, weight_decay=hyper.weight_decay)
     if rank() == 0:

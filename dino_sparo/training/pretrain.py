@@ -27,7 +27,7 @@ from dino_sparo.data.loader import (
     crops_picture,
 )
 from dino_sparo.data.tables import commit_of
-from dino_sparo.data.views import CropRecipe
+from dino_sparo.data.views import CropKind
 from dino_sparo.data.workers import check_shared_memory, default_workers
 from dino_sparo.errors import UserError
 from dino_sparo.models.cost import describe_cost, encoder_cost
@@ -124,7 +124,7 @@ def train_step(
     with record_function("gradient clipping"):
         state.loss_scale.unscale([p.grad for p in state.student.parameters() if p.grad is not None])
         gradient_norms = clip_gradients_per_parameter(state.student.parameters(), clip_norm)
-    finite = state.check_finite(
+    finite = state.count_step(
         sum_over_ranks((~loss_of_step.isfinite()).int()) == 0,
         gradient_norms.isfinite().all(),  # in all processes alike: they share the gradients
     )
@@ -331,7 +331,7 @@ def train(run: Run, batches: Iterator[Batch], signals: StopSignals, group: Group
         if evaluation_is_missing(run):
             evaluate(run, run_log, run.first_step)
         micro_batches = on_device(run, batches, run_log)
-        for step in range(run.first_step + 1, last_step + 1):
+        for step in range(run.first_step + 1, last_step + 1):  # schedules and seeds count from 0
             if to_stop.ask(bool(signals.received)):
                 stop(run, saver, run_log, step - 1, signals.received)
             group.at = f"step {step}"
@@ -349,7 +349,7 @@ def train(run: Run, batches: Iterator[Batch], signals: StopSignals, group: Group
                     statistics=statistics,
                 )
             run_log.step_done(step)
-            saver.check()
+            saver.raise_if_failed()
 
             save_now = due(step, checkpoint_every_steps, last_step) or due(step, keep_every_steps, last_step)
             if statistics is not None:
@@ -367,8 +367,8 @@ def train(run: Run, batches: Iterator[Batch], signals: StopSignals, group: Group
 
 
 def on_device(run: Run, batches: Iterator[Batch], run_log: RunLog) -> Iterator[list[Tensor]]:
-    """Micro-batches as groups of normalized crops on the training device."""
-    all_crops = crops_on_device(readable(run, batches, run_log), run.dataset.crop_recipes, run.device)
+    """Micro-batches of workers, made `readable` -> `crops_on_device` -> `normalized` groups of crops."""
+    all_crops = crops_on_device(readable(run, batches, run_log), run.dataset.crop_kinds, run.device)
     for number, crops in enumerate(all_crops):
         run.bad_images.add(crops.replaced)
         if number == 0 and run.first_step == 0:
@@ -389,7 +389,7 @@ def readable(run: Run, batches: Iterator[Batch], run_log: RunLog) -> Iterator[Ba
 
 
 def crops_on_device(
-    batches: Iterable[Batch], recipes: Sequence[CropRecipe], device: torch.device
+    batches: Iterable[Batch], recipes: Sequence[CropKind], device: torch.device
 ) -> Iterator[Crops]:
     """Batches from workers -> their crops on the device, made or copied one batch ahead of their use."""
     return ahead(batches, lambda batch: crops_of(batch, recipes, device), device)

@@ -11,7 +11,7 @@ import torch
 from dino_sparo.data.decode import size_of
 from dino_sparo.data.loader import BatchOrder, CropsDataset, Executor
 from dino_sparo.data.sources import ImageSource, open_images
-from dino_sparo.data.views import NUM_GLOBAL_CROPS, crop_recipes
+from dino_sparo.data.views import NUM_GLOBAL_CROPS, crop_kinds
 from dino_sparo.errors import UserError
 from dino_sparo.interop.start import read_networks, start_networks
 from dino_sparo.parallel.distributed import first_rank_first, gather_objects
@@ -98,7 +98,7 @@ def dataset_of(
     """The images with their views."""
     return CropsDataset(
         source,
-        crop_recipes(**asdict(views)),
+        crop_kinds(**asdict(views)),
         seed,
         substitute=data.on_bad_image == "substitute",
         executor=executor,

@@ -29,8 +29,8 @@ class TrainState:
     overflows: Tensor  # int64 (2,), steps skipped since fp16 overflowed: in all, and the latest in a row
     bad_steps: BadSteps  # steps whose numbers went wrong otherwise, since this start
 
-    def check_finite(self, finite_loss: Tensor, finite_gradients: Tensor) -> Tensor:
-        """Whether a step may change anything; counts it if not. All are scalars, alike in all processes.
+    def count_step(self, finite_loss: Tensor, finite_gradients: Tensor) -> Tensor:
+        """Whether a step may change anything; if not, it is counted. All are scalars, alike in all processes.
 
         With loss scaling, gradients that are not finite are an overflow, which only lowers the scale.
         """
@@ -138,7 +138,7 @@ def capture_state(state: TrainState) -> dict[str, Any]:
         "center": state.loss_fn.center,
         "optimizer": state.optimizer.state_dict(),
         "loss_scale": state.loss_scale.state_dict(),
-        "skipped": state.overflows,
+        "skipped": state.overflows,  # files keep the former name
     }
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from dino_sparo.check.counting import Operators
 from dino_sparo.cli.pretraining import PretrainOptions
 from dino_sparo.parallel.precision import autocast, set_numerics
 from dino_sparo.training.pretrain import train_step
@@ -29,10 +30,12 @@ def full_step(
     activation_checkpointing: bool = False,
     deterministic: bool = False,
     wait: bool = False,
+    operators: bool = False,
 ) -> dict:
     """Launches, waits of the host and copies of one step of the paper's experiment; its peak memory.
 
     Of `processes`, this is the first; the simulated NCCL needs no others. `wait` puts one into the step.
+    `operators` counts bytes and FLOP of those that run.
     """
     if processes > 1:
         distributed_c10d._store_based_barrier = lambda *_, **__: None
@@ -72,7 +75,12 @@ def full_step(
         "copies": counters.fakegpu_copies() / STEPS,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
     }
-    return found | {"nccl_calls": calls("nccl") / STEPS}
+    found["nccl_calls"] = calls("nccl") / STEPS
+    if operators:
+        with Operators() as counted:
+            step()
+        found |= {"bytes": counted.bytes, "flops": counted.flops}
+    return found
 
 
 def calls(kind: str) -> int:

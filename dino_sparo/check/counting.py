@@ -1,0 +1,217 @@
+"""What a training step moves and computes on a GPU, counted operator by operator without one.
+
+The step is the eager `train_step`, run on fake tensors of the CPU: they have shapes and no memory. What
+differs from CUDA is put right: `CudaAutocast` computes in float32 what autocast does there, and torch's fused
+attention of the CPU reads and writes what the fused kernels of a GPU do.
+"""
+
+import copy
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import repeat
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import flop_registry
+
+from dino_sparo.check.gpus import Gpu
+from dino_sparo.data.color import blur_taps
+from dino_sparo.data.device_views import BLUR, Photos
+from dino_sparo.data.loader import Crops, PhotoBatch, crops_of
+from dino_sparo.data.views import CropKind
+from dino_sparo.parallel.precision import LossScale, autocast
+from dino_sparo.training.pretrain import normalized, train_step
+from dino_sparo.training.schedules import Hyperparameters
+from dino_sparo.training.state import TrainState
+
+BANDWIDTH_SHARE, PEAK_SHARE = 0.8, 0.6  # of what is published that operators reach: assumed
+OPERATOR_SECONDS = 2.5e-6  # that an operator takes at least: assumed
+HALF = (torch.bfloat16, torch.float16)
+CPU = torch.device("cpu")
+aten = torch.ops.aten
+FLOPS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        aten._scaled_dot_product_flash_attention_backward
+    ],
+}
+
+
+class Operator(NamedTuple):
+    """One operator that reads or writes memory: its bytes, FLOP, and whether they are in half precision."""
+
+    bytes: int
+    flops: int
+    half: bool
+
+
+class Operators(TorchDispatchMode):
+    """Notes every operator that runs in it, and the most bytes of tensors alive at once.
+
+    Args:
+        fused: pointwise operators count nothing, as if all were part of the kernels beside them.
+    """
+
+    def __init__(self, *, fused: bool = False) -> None:
+        super().__init__()
+        self.fused = fused
+        self.found: list[Operator] = []
+        self.alive: set[int] = set()
+        self.live_bytes = self.peak_bytes = 0
+
+    @property
+    def bytes(self) -> int:
+        """All that is read and written."""
+        return sum(operator.bytes for operator in self.found)
+
+    @property
+    def flops(self) -> int:
+        """All that is computed in products and attention; a multiply-add is two."""
+        return sum(operator.flops for operator in self.found)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default:
+            return 0  # nobody computes it
+        if func.namespace != "aten":
+            return func(*args, **kwargs)
+        with self:
+            parts = func.decompose(*args, **kwargs)  # what inference mode leaves whole
+        if parts is not NotImplemented:
+            return parts
+        outputs = func(*args, **kwargs)
+        read, written = _tensors((args, kwargs)), _tensors(outputs)
+        if func._schema.is_mutable and not written:  # lists, in place
+            inputs = zip(func._schema.arguments, args, strict=False)
+            written = _tensors([given for of, given in inputs if of.alias_info and of.alias_info.is_write])
+        for tensor in (*read, *written):
+            self._note(tensor)
+        own = {_storage(tensor) for tensor in read}
+        is_view = not func._schema.is_mutable and all(_storage(tensor) in own for tensor in written)
+        if is_view or "empty" in func.__name__ or (self.fused and torch.Tag.pointwise in func.tags):
+            return outputs
+        distinct = {(_storage(t), t.storage_offset(), t.numel()): _bytes(t) for t in read}
+        flops = 0
+        if func._overloadpacket in FLOPS:
+            flops = FLOPS[func._overloadpacket](*args, **kwargs, out_val=outputs)
+        half = any(tensor.dtype in HALF for tensor in read[:1])
+        moved = sum(distinct.values()) + sum(map(_bytes, written))
+        self.found.append(Operator(moved, flops, half))
+        return outputs
+
+    def _note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.alive:
+            return
+        num_bytes = -(-storage.nbytes() // 512) * 512  # as CUDA's allocator rounds
+        self.alive.add(key)
+        self.live_bytes += num_bytes
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        weakref.finalize(storage, self._freed, key, num_bytes)
+
+    def _freed(self, key: int, num_bytes: int) -> None:
+        self.alive.discard(key)
+        self.live_bytes -= num_bytes
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _bytes(tensor: Tensor) -> int:
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+class CudaAutocast(TorchFunctionMode):
+    """Mixed precision of the CPU as that of CUDA: some functions compute in float32."""
+
+    IN_FLOAT32 = frozenset({"layer_norm", "softmax", "log_softmax", "sum", "norm", "pow", "exp"})
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in self.IN_FLOAT32 and torch.is_autocast_enabled("cpu"):
+            args = tree_map(lambda x: x.float() if isinstance(x, Tensor) and x.dtype in HALF else x, args)
+        return func(*args, **(kwargs or {}))
+
+
+def count_step(
+    state: TrainState,
+    sizes: list[tuple[int, int]],
+    batch_size: int,
+    accumulation: int,
+    hyper: Hyperparameters,
+    *,
+    clip_norm: float,
+    precision: str,
+) -> Operators:
+    """The operators of one step of a run of this state, which stays as it is; seconds on a CPU.
+
+    Args:
+        sizes: (crops, side) of the global and of the local crops.
+        batch_size, accumulation: images at once, and micro-batches.
+    """
+    state = replace(state, loss_scale=LossScale(CPU, enabled=precision == "fp16"))
+    fake, counted = FakeTensorMode(), Operators()
+    with FakeCopyMode(fake):
+        state = copy.deepcopy(state)
+    with fake, counted, CudaAutocast():
+        crops = [torch.empty(count, batch_size, 3, side, side) for count, side in sizes if count]
+        for _ in range(2):  # the first one makes the optimizer's state
+            counted.found.clear()
+            counted.peak_bytes = 0
+            mixed = autocast(precision, CPU)
+            train_step(state, repeat(crops), accumulation, hyper, clip_norm=clip_norm, autocast=mixed)
+    return counted
+
+
+def count_views(
+    kinds: Sequence[CropKind], sizes: list[tuple[int, int]], batch_size: int, max_side: int | None
+) -> Operators:
+    """The operators that make crops on a GPU by compiled code, and normalize them.
+
+    Args:
+        kinds, sizes: of all crops, and (crops, side) of the global and of the local ones.
+        max_side: of the images, which are taken to be so large; None if workers make the crops.
+    """
+    meta, counted = torch.device("meta"), Operators(fused=True)
+    pixels = [torch.empty(count, batch_size, 3, side, side, dtype=torch.uint8) for count, side in sizes]
+    batch: Crops | PhotoBatch = Crops(pixels[0], pixels[1])
+    if max_side:
+        taps = max(blur_taps(kind.blur_radius[1]) for kind in kinds)
+        places = torch.tensor([(number * max_side**2, max_side, max_side) for number in range(batch_size)])
+        photos = torch.empty(batch_size * 3 * max_side**2, dtype=torch.uint8, device=meta)
+        numbers = torch.empty(len(kinds), batch_size, BLUR.start + taps, device=meta)
+        batch = PhotoBatch(Photos(photos, places, numbers))
+    with counted:
+        crops = crops_of(batch, kinds, meta)
+        counted.fused = False
+        normalized(crops)
+    return counted
+
+
+def seconds_on(gpu: Gpu, operators: Sequence[Operator], *, tf32: bool) -> float:
+    """The time that operators take one after the other on a GPU, estimated from bytes and FLOP."""
+    peaks = {True: gpu.half, False: gpu.tf32 if tf32 else gpu.fp32}
+    return sum(
+        max(
+            operator.bytes / (BANDWIDTH_SHARE * gpu.bandwidth),
+            operator.flops / (PEAK_SHARE * peaks[operator.half]),
+            OPERATOR_SECONDS,
+        )
+        for operator in operators
+    )

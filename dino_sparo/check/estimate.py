@@ -1,0 +1,171 @@
+"""What a run would be on GPUs that need not be here: speed, hours, memory, and cores to decode, estimated."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+
+import torch
+
+from dino_sparo.check.counting import (
+    BANDWIDTH_SHARE,
+    OPERATOR_SECONDS,
+    PEAK_SHARE,
+    Operators,
+    count_step,
+    count_views,
+    seconds_on,
+)
+from dino_sparo.check.gpus import GPUS
+from dino_sparo.data.loader import Executor, choose_executor
+from dino_sparo.data.views import NUM_GLOBAL_CROPS, crop_kinds
+from dino_sparo.recipe.sections import Recipe, smaller_batch, split_batch
+from dino_sparo.terminal import markdown_table
+from dino_sparo.training.setup import build_schedules
+from dino_sparo.training.state import TrainState
+
+# Of one core for an image of 500 x 375 pixels: read, decode, and draw its views, or make them by PIL too.
+# Measured: 1.7 and 15.5 ms of CPU time.
+ASSUMED_DECODE_MS: dict[Executor, float] = {"device": 2.0, "pil": 16.0}
+HOST_MS = 0.025  # per operator: 49 ms for the 2,055 of a step and its views were measured on one core
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuRun:
+    """A run on GPUs of one kind.
+
+    Attributes:
+        gpu: its kind, or the name of one that was measured.
+        measured: on the GPU at hand; else estimated.
+        batch_size: images that a GPU takes at once.
+        step_ms: of one step with its views.
+        host_ms: that the host launches the operators of the step; None if measured.
+        images_per_second: of one GPU.
+        hours: of the whole run, if loading keeps up.
+        memory_bytes: of one GPU, in a step and in the views made beside it; if measured, of all tensors at
+            once.
+        decode_ms, cores: of one core per image, and cores that decode for all GPUs.
+        decode_measured: on this machine; else assumed.
+    """
+
+    gpu: str
+    measured: bool
+    precision: str
+    batch_size: int
+    step_ms: float
+    host_ms: float | None
+    images_per_second: float
+    hours: float
+    memory_bytes: int
+    decode_ms: float
+    decode_measured: bool
+    cores: float
+
+
+def executor_on_gpu(recipe: Recipe) -> Executor:
+    """Who makes the views of a run on GPUs."""
+    return choose_executor(recipe.machine.views, torch.device("cuda"), max_side=recipe.data.max_side)
+
+
+def estimate(
+    recipe: Recipe,
+    state: TrainState,
+    kinds: Sequence[str],
+    *,
+    num_processes: int,
+    num_images: int,
+    decode_ms: float | None = None,
+) -> list[GpuRun]:
+    """The run on each kind of GPU, one GPU per process.
+
+    Args:
+        state: of the recipe, on the CPU; it stays as it is.
+        num_images: that the run still has to take, over all epochs.
+        decode_ms: of one core per image, if it was measured.
+    """
+    machine, optim, views = recipe.machine, recipe.optim, recipe.views
+    batch_size, accumulation = split_batch(optim.global_batch_size, machine.batch_size_per_gpu, num_processes)
+    sizes = [(NUM_GLOBAL_CROPS, views.global_size), (views.num_local_crops, views.local_size)]
+    hyper = replace(build_schedules(optim, recipe.loss, 1).at(0), freeze_last_layer=False)
+    executor = executor_on_gpu(recipe)
+    max_side = recipe.data.max_side if executor == "device" else None  # of the canvas
+    making = count_views(crop_kinds(**asdict(views)), sizes, batch_size, max_side)
+    per_image = ASSUMED_DECODE_MS[executor] if decode_ms is None else decode_ms
+
+    @cache
+    def counted(micro_batches: int, precision: str) -> Operators:
+        return count_step(
+            *(state, sizes, batch_size, micro_batches, hyper),
+            clip_norm=optim.clip_norm,
+            precision=precision,
+        )
+
+    def on(kind: str) -> GpuRun:
+        gpu = GPUS[kind]
+        precision = gpu.half_precision if machine.precision == "auto" else machine.precision
+        few, more = counted(1, precision), max(0, accumulation - 1)
+        step = seconds_on(gpu, few.found, tf32=machine.tf32)
+        operators, peak = len(few.found), few.peak_bytes
+        if more:  # micro-batches, each of which takes the same
+            two = counted(2, precision)
+            step += more * (seconds_on(gpu, two.found, tf32=machine.tf32) - step)
+            operators += more * (len(two.found) - operators)
+            peak = two.peak_bytes
+        step += accumulation * seconds_on(gpu, making.found, tf32=True)
+        speed = batch_size * accumulation / step
+        return GpuRun(
+            gpu=kind,
+            measured=False,
+            precision=precision,
+            batch_size=batch_size,
+            step_ms=1000 * step,
+            host_ms=HOST_MS * (operators + accumulation * len(making.found)),
+            images_per_second=speed,
+            hours=num_images / (speed * num_processes) / 3600,
+            memory_bytes=peak + making.peak_bytes,
+            decode_ms=per_image,
+            decode_measured=decode_ms is not None,
+            cores=speed * num_processes * per_image / 1000,
+        )
+
+    return [on(kind) for kind in kinds]
+
+
+def memory_problems(runs: Sequence[GpuRun], global_batch_size: int, num_processes: int) -> list[str]:
+    """Which GPUs do not hold the run, by the estimate."""
+    return [
+        f"{run.gpu}: {run.batch_size} images at once need about {run.memory_bytes / 2**30:.0f} GiB of GPU "
+        f"memory (estimated), it has {GPUS[run.gpu].memory_gb}; give machine.batch_size_per_gpu "
+        f"{smaller_batch(global_batch_size // num_processes, run.batch_size)}, or "
+        f"machine.activation_checkpointing true"
+        for run in runs
+        if not run.measured and run.memory_bytes > GPUS[run.gpu].memory_gb * 2**30
+    ]
+
+
+def describe_runs(name: str, runs: Sequence[GpuRun], num_processes: int) -> str:
+    """A table with a column for each."""
+    of_gpus = f"{num_processes} GPU{'s' * (num_processes > 1)}"
+    cells = {
+        f"images/s, {of_gpus}": [f"{num_processes * run.images_per_second:,.0f}" for run in runs],
+        "hours": [f"{run.hours:,.1f}" for run in runs],
+        "memory per GPU, GiB": [f"{run.memory_bytes / 2**30:.1f}" for run in runs],
+        "cores to decode": [f"{run.cores:,.1f}" for run in runs],
+        "images at once": [f"{run.batch_size}, {run.precision}" for run in runs],
+        "step, ms": [f"{run.step_ms:,.1f}" for run in runs],
+        "its launches, ms": ["" if run.host_ms is None else f"{run.host_ms:,.0f}" for run in runs],
+    }
+    header = [name, *(f"{run.gpu}, {'measured' if run.measured else 'estimated'}" for run in runs)]
+    return markdown_table(header, [[row, *columns] for row, columns in cells.items()])
+
+
+def describe_assumptions(run: GpuRun) -> str:
+    """What an estimate assumes, in a few sentences."""
+    return (
+        f"Estimated by counting the operators of one step: bytes at {100 * BANDWIDTH_SHARE:.0f} % of the "
+        f"published bandwidth, FLOP at {100 * PEAK_SHARE:.0f} % of the dense published peak, at least "
+        f"{1e6 * OPERATOR_SECONDS:g} µs each. Decoding: {run.decode_ms:.1f} ms per image on one core "
+        f"({'measured here' if run.decode_measured else 'assumed'}). Launches: {1000 * HOST_MS:g} µs of the "
+        f"host per operator (assumed); a faster GPU waits for them. Memory: that of a step and of the views "
+        f"made beside it; torch's allocator takes about a tenth more, CUDA some 0.5 GiB. Not in it: "
+        f"communication between GPUs, k-NN, waiting for images."
+    )
