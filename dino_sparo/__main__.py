@@ -24,7 +24,7 @@ from dino_sparo.errors import (
 )
 from dino_sparo.parallel.processes import end_at_once, end_with_launcher, first_to_fail, leave_note
 from dino_sparo.recipe.typed import value_of
-from dino_sparo.terminal import colored, set_up_log
+from dino_sparo.terminal import error_line, sentence, set_up_log
 
 RANK = int(os.environ.get("RANK", "0"))  # as torchrun sets it
 
@@ -69,7 +69,10 @@ def answer(arguments: list[str]) -> int:
         return leave(EXIT_USER_ERROR, at_once=isinstance(error, StuckError))
     except StoppedError as stopped:
         if RANK == 0:
-            print(f"dino-sparo: {stopped}; the same command resumes from there", file=sys.stderr)
+            print(
+                f"dino-sparo: {sentence(stopped)}; the same command resumes from there",
+                file=sys.stderr,
+            )
             leave_note("stopped", str(stopped))
         return leave(EXIT_STOPPED, at_once=True)
     except KeyboardInterrupt:
@@ -89,7 +92,7 @@ def report(error: UserError) -> None:
 
         distributed.report(error)
     elif first_to_fail():
-        print(colored(f"dino-sparo: error: {error}", "red"), file=sys.stderr)
+        print(error_line(error), file=sys.stderr)
 
 
 def speaks_for_all() -> bool:

@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from dino_sparo.errors import UserError
+
 log = logging.getLogger("dino_sparo")
 
 COMPILED = "TORCHINDUCTOR_CACHE_DIR"  # environment variable; torch sets it too, when its compiler is imported
@@ -74,6 +76,27 @@ def write_file(path: Path, content: str | bytes) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+def read_small(path: Path, most: int) -> bytes:
+    """The content of a regular file of at most so many bytes. Raises UserError, OSError."""
+    if path.exists() and not path.is_file():  # reading a pipe would wait, a device may never end
+        raise UserError(f"{path} is no regular file; give another")
+    with open(path, "rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise UserError(
+            f"{path} is larger than {most:,} bytes, too large for what it should hold; give another"
+        )
+    return content
+
+
+def parsed_json(text: str | bytes) -> Any:
+    """What JSON text holds. Raises ValueError, also for text that is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def append_line(path: Path, entry: Mapping[str, object]) -> None:
     """Add an object to a file of JSON lines. Raises OSError."""
     with named(path), open(path, "a") as file:
@@ -85,7 +108,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     entries = []
     for line in path.read_bytes().splitlines() if path.exists() else ():
         with suppress(ValueError):
-            entries.append(json.loads(line))
+            entries.append(parsed_json(line))
     return entries
 
 

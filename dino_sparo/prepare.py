@@ -28,7 +28,7 @@ from dino_sparo.data.imagenet import (
 from dino_sparo.data.tars import TarFile, damage_named, tar_files
 from dino_sparo.data.walk import is_image, walk
 from dino_sparo.errors import UserError, UserFileNotFoundError
-from dino_sparo.files import atomic_write
+from dino_sparo.files import atomic_write, parsed_json
 from dino_sparo.parallel.processes import only_writer
 from dino_sparo.terminal import shows_bars
 
@@ -301,7 +301,7 @@ def _record(split: Split, folder: Path, count: int | None) -> None:
 def _recorded(split: Split, folder: Path) -> int | None:
     """Refuse a folder that `prepare` did not begin so; its number of images, None while it is unfinished."""
     try:
-        record = json.loads("" if folder.is_symlink() else (folder / RECORD).read_text())
+        record = parsed_json("" if folder.is_symlink() else (folder / RECORD).read_text())
         source, contents, count = record["source"], record["contents"], record["images"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder} exists and was not made by `prepare`; choose another --out") from error

@@ -41,7 +41,7 @@ from dino_sparo.data.shards import (
 from dino_sparo.data.sources import open_images, open_val
 from dino_sparo.data.tables import TableSource
 from dino_sparo.errors import UserError
-from dino_sparo.files import atomic_write, write_file
+from dino_sparo.files import atomic_write, parsed_json, write_file
 from dino_sparo.parallel.processes import end_with_parent, only_writer
 from dino_sparo.prepare import check_out
 from dino_sparo.terminal import shows_bars
@@ -174,7 +174,7 @@ def _begin(split: Split) -> NDArray[np.int64]:
     path = split.folder / RECORD
     if path.exists():
         try:
-            before = json.loads(path.read_text())
+            before = parsed_json(path.read_text())
             differ = [name for name in record if name != "source" and before[name] != record[name]]
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} is damaged; remove {split.folder} and write it again") from error

@@ -7,10 +7,13 @@ import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal
 
 LAST_COLUMN = 120  # longer lines are hard to read
 ESCAPES = {"red": "31", "yellow": "33"}
+MOST_SHOWN = 200  # characters of a name, a key or a value
+MOST_OF_MESSAGE = 4000
 
 
 def shows_bars() -> bool:
@@ -25,11 +28,35 @@ def colored(text: str, color: Literal["red", "yellow"]) -> str:
     return f"\033[{ESCAPES[color]}m{text}\033[0m"
 
 
+def shown(text: object, most: int = MOST_SHOWN) -> str:
+    """Text of files, folders and recipes for a person: at most so long, and nothing that moves the cursor,
+    changes a color or begins a line: what cannot be printed is escaped, as the end of a line is (`\\n`)."""
+    text = str(text)
+    text = text if len(text) <= most else f"{text[:most]}..."
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+
+
+def sentence(text: object) -> str:
+    """A whole message, in which foreign text may stand, as `shown` shows it."""
+    return shown(text, MOST_OF_MESSAGE)
+
+
+def error_line(error: Exception) -> str:
+    """What ends a program, for standard error."""
+    return colored(f"dino-sparo: error: {sentence(error)}", "red")
+
+
 class Lines(logging.Formatter):
-    """Log entries as they are, warnings in color."""
+    """Log entries, what is put into them escaped by `shown`, and warnings in color."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
+        if isinstance(record.args, tuple):
+            texts = (str, Path, Exception, list, tuple)
+            args = (sentence(one) if isinstance(one, texts) else one for one in record.args)
+            record = logging.makeLogRecord({**vars(record), "args": tuple(args)})
+        text = "\n".join(sentence(line) for line in super().format(record).split("\n"))
         return colored(text, "yellow") if record.levelno >= logging.WARNING else text
 
 
@@ -70,7 +97,7 @@ def table(rows: Mapping[str, str], name_width: int, indent: str = "  ") -> str:
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose columns are aligned, so that it reads well in a terminal too."""
-    cells = [[cell.replace("|", "\\|") for cell in line] for line in (header, *rows)]
+    cells = [[shown(cell).replace("|", "\\|") for cell in line] for line in (header, *rows)]
     widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
     lines = [cells[0], ["-" * width for width in widths], *cells[1:]]
     return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)

@@ -125,9 +125,17 @@ def test_damaged_or_missing_files(exported):
     ("key", "value", "message"),
     [
         ("arch", "vit_small", "does not fit an encoder with width 384"),
-        ("arch", {"width": 16}, "describes no encoder of dino-sparo: arch is {'width': 16}, expected one of"),
+        (
+            "arch",
+            {"width": 16},
+            "encoder of dino-sparo: missing: model.arch.depth, model.arch.num_heads",
+        ),
         ("arch", {"width": 10**9, "depth": 3, "num_heads": 2}, "describes no encoder of dino-sparo: "),
-        ("readout", ["cls"], "describes no encoder of dino-sparo: readout is ['cls'], expected one of"),
+        (
+            "readout",
+            ["cls"],
+            "encoder of dino-sparo: model.readout.name is ['cls']; expected one of",
+        ),
         ("num_slots", 4, "misshapen (readout.query (2, 4) instead of (4, 4)"),
         ("patch_size", 0, "describes no encoder of dino-sparo: "),
     ],

@@ -3,8 +3,10 @@
 import pytest
 
 from dino_sparo.cli.evaluating import KnnOptions
+from dino_sparo.errors import UserError
 from dino_sparo.recipe.files import recipes
 from tests.recipes import REQUIRED, changed, content, parse, refusal, refused
+from tests.tiny import build_state
 
 PHOTOS = recipes()["photos_sparo"].read_text()
 NO_KEYS = {"key_dim": None, "group_size": None}
@@ -29,7 +31,19 @@ NO_SLOTS = {"num_slots": None, "slot_dim": None, **NO_KEYS}
         ("monitor", [None], "a section with knn_every_epochs"),
         ("seed", [-1, 2**63], "a whole number from 0 to 2**63 - 1"),
         ("optim.clip_norm", [-3.0], "a number of at least 0"),
-        ("machine.num_workers", [-1], "a whole number of at least 0 or null"),
+        ("machine.num_workers", [-1, 10**7], "a whole number of at least 0 and at most 1,024 or null"),
+        ("optim.epochs", [100_001, 10**8, 10**12], "a whole number above 0 and at most 100,000"),
+        ("optim.global_batch_size", [10**12], "a whole number above 0 and at most 1,048,576"),
+        ("model.readout.num_slots", [10**9], "a whole number above 0 and at most 65,536"),
+        ("model.patch_size", [3000], "a whole number above 0 and at most 1,024"),
+        ("model.arch.width", [10**6], "a whole number above 0 and at most 65,536"),
+        ("model.arch.depth", [10**8], "a whole number above 0 and at most 256"),
+        ("head.num_prototypes", [10**12], "a whole number above 0 and at most 16,777,216"),
+        ("views.num_local_crops", [10**9], "a whole number of at least 0 and at most 100"),
+        ("views.global_size", [16 * 10**8], "a whole number above 0 and at most 16,384"),
+        ("machine.prefetch_batches", [10**9], "a whole number above 0 and at most 1,024"),
+        ("machine.batch_size_per_gpu", [10**12], "a whole number above 0 and at most 1,048,576 or null"),
+        ("log.log_every_steps", [10**30], "a whole number above 0"),
         ("loss.teacher_temp", [float("inf")], "a number above 0"),
         ("views.flip_probability", [1.5, float("nan")], "a number from 0 to 1"),
         ("views.local_scale", [[0.1, 1.1]], "a list [a number above 0 and at most 1, a num"),
@@ -192,3 +206,11 @@ def test_recipe_that_is_not_there(tmp_path, monkeypatch, name):
 @pytest.mark.parametrize("value", ["[]", "[ ]", "[0]", "[a]", "[2.5]"])
 def test_neighbors_that_are_no_numbers(value):
     assert "k is " in refusal("--run", "x", "--data.path", "y", "--k", value, options_class=KnnOptions)
+
+
+@pytest.mark.parametrize("size", ["model.arch={width: 65536, depth: 256, num_heads: 64}", "optim.epochs=9"])
+def test_a_model_larger_than_the_memory(size):
+    more = ("--head.num_prototypes=16777216", "--head.bottleneck_dim=65536", "--model.drop_path_rate=0")
+    recipe = parse("--config", "photos_sparo", *REQUIRED, f"--{size}", *more)
+    with pytest.raises(UserError, match=r"student and teacher need [0-9,]+ GiB of memory"):
+        build_state(recipe)

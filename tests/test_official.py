@@ -130,7 +130,7 @@ def test_arch_must_fit(file, state):
     ):
         with pytest.raises(UserError, match=part):
             load_encoder(file, arch=arch)
-    assert "width 128 is not divisible by num_heads 3" in refused(file, state, arch={**SIZES, "num_heads": 3})
+    assert "not divisible by model.arch.num_heads 3" in refused(file, state, arch={**SIZES, "num_heads": 3})
 
 
 def test_which_model(file, state):
@@ -151,7 +151,7 @@ def changed(name, change):
     ("change", "message"),
     [
         (without("norm2.bias"), "3 missing (backbone.blocks.0.norm2.bias, "),
-        (without("blocks."), "at least one transformer block"),
+        (without("blocks."), "model.arch.depth is 0"),
         (without("cls_token"), "only a part of a ViT backbone: cls_token missing"),
         (lambda state: state | {"mask_token": torch.zeros(1)}, "1 unexpected (backbone.mask_token)"),
         (lambda state: state | {"epoch": 3}, "1 unexpected (backbone.epoch)"),

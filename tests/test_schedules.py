@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from dino_sparo.training.schedules import cosine_schedule, teacher_temp_schedule
+from dino_sparo.recipe.files import named_recipe, recipes
+from dino_sparo.training.schedules import Cosine, Linear, cosine_schedule, teacher_temp_schedule
 from dino_sparo.training.setup import build_schedules
 from tests.tiny import tiny_options
 
@@ -39,3 +40,38 @@ def test_schedules_of_a_run_follow_the_recipe():
     assert [hyper.freeze_last_layer for hyper in at.values()] == [True, True, False, False]
     assert at[0].momentum == options.optim.teacher_momentum
     assert at[29].weight_decay == pytest.approx(0.4, abs=0.002)
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_a_run_takes_the_numbers_of_the_arrays_bit_for_bit(name):
+    recipe, steps_per_epoch = named_recipe(name, {"data.path": "x"}), 37
+    optim, loss, total = recipe.optim, recipe.loss, recipe.optim.epochs * steps_per_epoch
+    schedules = build_schedules(optim, loss, steps_per_epoch)
+    peak = optim.lr_per_256 * optim.global_batch_size / 256
+    temps = (loss.warmup_teacher_temp, loss.teacher_temp, loss.warmup_teacher_temp_epochs, optim.epochs)
+    expected = {
+        "lr": cosine_schedule(peak, optim.final_lr, total, optim.warmup_epochs * steps_per_epoch),
+        "weight_decay": cosine_schedule(optim.weight_decay, optim.final_weight_decay, total),
+        "momentum": cosine_schedule(optim.teacher_momentum, 1.0, total),
+        "teacher_temp": teacher_temp_schedule(*temps).repeat(steps_per_epoch),
+    }
+    at = [schedules.at(step) for step in range(total)]
+    for field, numbers in expected.items():
+        assert np.array_equal(numbers, [getattr(hyper, field) for hyper in at])
+
+
+def test_one_number_at_a_time_is_the_array_bit_for_bit():
+    rng = np.random.default_rng(0)
+    for total, warmup in [(0, 0), (1, 0), (1, 1), (2, 1), (3, 2), (500, 1), (500, 2), (499, 499), (700, 33)]:
+        for base, final, start in [(0.0, 0.0, 0.0), (1.0, 1.0, 1.0), *rng.uniform(0, 2, (4, 3)).tolist()]:
+            one, two = Cosine(base, final, total, warmup, start), Linear(base, final, warmup)
+            numbers = cosine_schedule(base, final, total, warmup, start)
+            assert np.array_equal(numbers, [one.at(step) for step in range(total)])
+            numbers = teacher_temp_schedule(base, final, warmup, total)
+            assert np.array_equal(numbers, [two.at(step) for step in range(total)])
+
+
+def test_a_long_run_takes_no_memory_for_its_schedules():
+    optim = named_recipe("photos_sparo", {"data.path": "x", "optim.epochs": 100_000}).optim
+    schedules = build_schedules(optim, named_recipe("photos_sparo", {"data.path": "x"}).loss, 10**9)
+    assert schedules.at(10**14 - 1).momentum == 1.0 == pytest.approx(schedules.at(10**13).momentum, abs=0.1)

@@ -184,3 +184,33 @@ def test_contents_are_never_in_memory_as_a_whole(tmp_path):
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
     assert (tmp_path / "big.JPEG").stat().st_size == member.size and peak < 2**22
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"size": "9" * 50},
+        {"size": "-" + "9" * 50},
+        {"size": "9" * 5000},
+        {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9" * 50},
+        {"GNU.sparse.size": "x", "GNU.sparse.numblocks": "1", "GNU.sparse.map": "0,x"},
+    ],
+    ids=range(5),
+)
+def test_headers_that_are_none(header):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        add(archive, "a.jpg", b"a" * 700, pax_headers=header)
+        add(archive, "b.jpg", b"b" * 700)
+    with pytest.raises(tarfile.TarError):
+        members_of(file.getvalue())
+    with pytest.raises(UserError, match=r"images\.tar: "):
+        contents(file.getvalue())
+
+
+def test_headers_upon_headers():
+    block = tarfile.TarInfo("x")
+    block.type, block.size = tarfile.GNUTYPE_LONGNAME, 512
+    tar = (block.tobuf(tarfile.GNU_FORMAT) + bytes(512)) * 5000
+    with pytest.raises(tarfile.TarError):
+        members_of(tar)

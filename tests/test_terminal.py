@@ -7,11 +7,20 @@ import pty
 import subprocess
 import sys
 import termios
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
-from dino_sparo import terminal
+from dino_sparo import load_encoder, terminal
+from dino_sparo.__main__ import main
+from dino_sparo.errors import UserError
+from dino_sparo.evaluation.compare import Comparison
+from dino_sparo.evaluation.knn import table as knn_table
+from dino_sparo.slots.drawing import draw_grid
+from tests.test_results import result as made_result
 from tests.tiny import tiny_arguments, write_pictures
 
 
@@ -98,3 +107,72 @@ def test_warnings_are_yellow_and_other_entries_plain(monkeypatch):
 def test_a_markdown_table_is_aligned_and_text_cannot_add_columns():
     lines = terminal.markdown_table(("name", "x"), [("a|b c", "1"), ("d", "22")]).splitlines()
     assert lines == ["| name   | x   |", "| ------ | --- |", "| a\\|b c | 1   |", "| d      | 22  |"]
+
+
+HOSTILE = "\x1b[2J\rdino-sparo: error: fake\nnext\u202eleft\u200b\x9b\udcff"
+ESCAPED = r"\x1b[2J\rdino-sparo: error: fake\nnext\u202eleft\u200b\x9b\udcff"
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        ("a \u00e9 \u4e2d | $x$", "a \u00e9 \u4e2d | $x$"),
+        (HOSTILE, ESCAPED),
+        ("k" * 10_000_000, "k" * 200 + "..."),
+        ("\x1b" * 300, r"\x1b" * 200 + "..."),
+        (b"\x1b", r"b'\x1b'"),
+        (None, "None"),
+    ],
+    ids=range(6),
+)
+def test_foreign_text_is_escaped_and_short(text, seen):
+    assert terminal.shown(text) == seen
+
+
+@pytest.mark.parametrize("level", [logging.INFO, logging.WARNING])
+def test_a_log_line_is_one_line_whatever_is_put_into_it(level):
+    values = (HOSTILE, Path(HOSTILE), UserError(HOSTILE), [HOSTILE], 7, 0.5)
+    record = logging.LogRecord("x", level, "", 0, "ours\n%s %s %s %s %d %.2f", values, None)
+    listed = repr([HOSTILE])
+    assert terminal.Lines("%(message)s").format(record) == f"ours\n{' '.join([ESCAPED] * 3)} {listed} 7 0.50"
+    plain = logging.LogRecord("x", level, "", 0, f"a\n{HOSTILE[:5]}", (), None)
+    assert terminal.Lines("%(message)s").format(plain) == "a\n" + r"\x1b[2J\r"
+
+
+def test_tables_and_errors_show_foreign_text_escaped(capsys, tmp_path):
+    assert ESCAPED in terminal.markdown_table(("name",), [(HOSTILE,)])
+    assert terminal.error_line(UserError(HOSTILE)) == f"dino-sparo: error: {ESCAPED}"
+    name = HOSTILE.replace("\udcff", "")
+    assert main(["pretrain", "--config", name, "--data.path", "x", "--run_dir", str(tmp_path)]) == 2
+    assert main(["pretrain", "--config", "demo", "--data.path", name, f"--run_dir={tmp_path}"]) == 2
+    assert main(["knn", name, "--data.path", "x"]) == 2
+    assert main(["pretrain", f"--{name}"]) == 2
+    told = capsys.readouterr()
+    lines = told.err.splitlines()
+    assert all(one.isprintable() for one in lines) and len(lines) == 4
+    assert all(line.startswith("dino-sparo: error: ") and len(line) < 5000 for line in lines)
+
+
+def test_results_of_hostile_names(tmp_path, capsys):
+    details = {"num_train": 1, "top1_by_class": {HOSTILE: 1.0}, "remark": HOSTILE}
+    one = made_result([True], name=HOSTILE, test_set=HOSTILE, weights=HOSTILE, details=details)
+    compared = Comparison([HOSTILE], [[HOSTILE]], [HOSTILE])
+    for text in (knn_table(HOSTILE, [one]), compared.text(), compared.markdown()):
+        assert ESCAPED in text and all(line.isprintable() for line in text.split("\n"))
+
+
+def test_weights_of_hostile_names(tmp_path):
+    path = tmp_path / "x.pth"
+    cut = HOSTILE.replace("\udcff", "")
+    for state in ({cut: 1}, {"k" * 1_500_000: 1}, {"cls_token": 1, cut: 2, "a" * 1_000_000: 3}):
+        torch.save(state, path)
+        with pytest.raises(UserError, match=r"x\.pth holds") as caught:
+            load_encoder(path)
+        assert len(str(caught.value)) < 1000 and str(caught.value).isprintable()
+
+
+def test_titles_of_pictures_are_no_formulas(tmp_path):
+    pictures = [[np.zeros((4, 4, 3))]]
+    titles = [[f"{HOSTILE} $\\frac$ $x"]]
+    draw_grid(pictures, titles, tmp_path / "x.png", heading="$\\nothing{$" + "k" * 1_000_000)
+    assert (tmp_path / "x.png").stat().st_size > 100

@@ -31,7 +31,7 @@ from dino_sparo.data.splits import Choice
 from dino_sparo.data.views import crop_kinds
 from dino_sparo.errors import EXIT_PROBLEM, UserError
 from dino_sparo.recipe.sections import Recipe, smaller_batch
-from dino_sparo.terminal import table
+from dino_sparo.terminal import sentence, table
 from dino_sparo.training.bad_images import too_many
 from dino_sparo.training.pretrain import Batch
 from dino_sparo.training.setup import build_schedules, dataset_of
@@ -80,7 +80,7 @@ def check(
         data = scan_data(plan)
         report["data"] = asdict(data)
         look_at_data(data, recipe, problems, remarks)
-        say("\n" + "\n".join(describe(data)))
+        say("\n" + "\n".join(map(sentence, describe(data))))
     else:
         remarks.append("files not read: --scan")
     if measure:
@@ -99,7 +99,8 @@ def check(
         problems += memory_problems(runs, recipe.optim.global_batch_size, num_processes)
         say("\n" + describe_runs(recipe_name or "recipe", runs, num_processes))
         say(describe_assumptions(runs[0]))
-    lines = [f"REMARK: {remark}" for remark in remarks] + [f"PROBLEM: {problem}" for problem in problems]
+    lines = [f"REMARK: {sentence(remark)}" for remark in remarks]
+    lines += [f"PROBLEM: {sentence(problem)}" for problem in problems]
     say("\n" + "\n".join(lines if problems else [*lines, "no problems found"]))
     if as_json:
         print(json.dumps(report, indent=1))

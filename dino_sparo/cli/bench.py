@@ -13,7 +13,7 @@ from dino_sparo.cli.images import ImagesOptions
 from dino_sparo.errors import UserError
 from dino_sparo.recipe.files import named_recipe
 from dino_sparo.recipe.sections import Recipe
-from dino_sparo.recipe.typed import Count
+from dino_sparo.recipe.typed import Batch, Workers
 
 if TYPE_CHECKING:
     from dino_sparo.bench.training import Bench
@@ -41,7 +41,7 @@ class BenchOptions:
     size, 500 x 375 pixels, in the folder for temporary files: small files decode too cheaply."""
     num_images: int = 256
     """Images to read, at least a batch."""
-    batch_size: int = 16
+    batch_size: Batch = 16
     """Images per step, or per pass."""
     rounds: int = 15
     """Interleaved rounds; the medians are reported."""
@@ -56,7 +56,7 @@ class BenchOptions:
     often the host waits."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """As machine.precision; auto takes the recipe's."""
-    num_workers: Count | None = None
+    num_workers: Workers | None = None
     """As machine.num_workers; null takes the recipe's."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto takes CUDA where there is a GPU, else the CPU."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dino_sparo.cli.images import LabeledDataOptions
 from dino_sparo.errors import UserError
-from dino_sparo.recipe.typed import Count, Seed
+from dino_sparo.recipe.typed import Batch, Epochs, Processes, Seed, Workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -41,9 +41,9 @@ class EvaluationOptions:
     """Folder for features on disk, shared by all machines; null takes `features` beside the results."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto takes CUDA where there is a GPU, else the CPU."""
-    num_workers: Count | None = None
+    num_workers: Workers | None = None
     """Processes that load images, for each process; null takes one per core, at most 16 in all."""
-    nproc: int = 1
+    nproc: Processes = 1
     """Processes to start on this machine, one per GPU; under torchrun leave it out."""
 
 
@@ -62,7 +62,7 @@ class KnnOptions(EvaluationOptions):
     are exact. On macOS faiss may crash beside torch."""
     cache_precision: Literal["float16", "float32"] = "float16"
     """Of the features on disk."""
-    batch_size: int = 64
+    batch_size: Batch = 64
     """Images per forward pass."""
 
 
@@ -70,9 +70,9 @@ class KnnOptions(EvaluationOptions):
 class LinearOptions(EvaluationOptions):
     """Linear probes on a frozen encoder: by default exactly the official one."""
 
-    epochs: int = 100
+    epochs: Epochs = 100
     """Passes over the train images; the learning rate falls to 0 over them, along a cosine."""
-    batch_size: int = 1024
+    batch_size: Batch = 1024
     """Images per step, of all processes together; a learning rate is for 256 and grows with it."""
     learning_rates: list[float] | None = None
     """A probe for each, for a batch of 256; null takes the official 0.001."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dino_sparo.recipe.typed import Count
+from dino_sparo.recipe.typed import Workers
 
 
 @dataclass
@@ -16,7 +16,7 @@ class ShardOptions:
     short_side: int | None = None
     """Reduce images to this short side in pixels if theirs is longer, as JPEG files of quality 95; null
     copies all files as they are."""
-    num_workers: Count | None = None
+    num_workers: Workers | None = None
     """Processes that read and write, each one shard at a time; null takes one per core."""
 
 

@@ -4,12 +4,10 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-import yaml
-
 from dino_sparo.errors import UserError
 from dino_sparo.recipe.files import checked_keys, named_recipe, recipes
 from dino_sparo.recipe.sections import Recipe
-from dino_sparo.recipe.typed import MissingError, build, leaf_keys, section_of, unknown, value_of
+from dino_sparo.recipe.typed import MissingError, build, leaf_keys, load_yaml, section_of, unknown, value_of
 
 FLAGS = {"quiet": bool, "dry_run": bool}  # of the program, not of a command
 NOT_IN_RECIPES = {"run_dir", "data.path"}
@@ -70,10 +68,10 @@ def options_of(options_class: type, given: Mapping[str, Any]) -> Any:
     values = dict(given)
     for key, value in given.items():  # a section as text, `{width: 64, depth: 3}`
         if section_of(keys.get(key)) and isinstance(value, str) and value.startswith("{"):
-            with suppress(yaml.YAMLError):  # which is then refused with what was expected
-                section = yaml.safe_load(value)
-                del values[key]
-                values |= checked_keys({key: section}, keys, "option")
+            with suppress(UserError):  # the text is then refused with what was expected
+                values[key] = load_yaml(value, key)
+            if isinstance(values[key], dict):
+                values |= checked_keys({key: values.pop(key)}, keys, "option")
     try:
         if "config" in keys or "config" not in given:  # `bench` only looks at a recipe
             return build(options_class, values)

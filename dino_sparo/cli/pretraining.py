@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dino_sparo.recipe.sections import Recipe
+from dino_sparo.recipe.typed import Processes
 
 if TYPE_CHECKING:
     from dino_sparo.study.variants import Variant
@@ -24,7 +25,7 @@ class RunOptions(Recipe):
 class PretrainOptions(RunOptions):
     """Pretrain an encoder with DINO."""
 
-    nproc: int = 1
+    nproc: Processes = 1
     """Processes to start on this machine, one per GPU; torchrun starts them too, also on several machines."""
 
 
@@ -34,7 +35,7 @@ class CheckOptions(Recipe):
 
     run_dir: str = "runs/new"
     """Folder that the run would have; it and its disk are looked at, nothing is written."""
-    nproc: int = 1
+    nproc: Processes = 1
     """Processes that the run would have on this machine, one per GPU."""
     gpu: list[str] = field(default_factory=list)
     """Estimate speed, hours, and memory for these GPUs, which need not be here: h100, h200, a100, v100, l40s,

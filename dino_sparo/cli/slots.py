@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dino_sparo.cli.images import ImagesOptions, LabeledDataOptions
 from dino_sparo.errors import UnlabeledError, UserError
-from dino_sparo.recipe.typed import Count, Seed
+from dino_sparo.recipe.typed import Batch, Count, Epochs, Seed, Workers
 
 if TYPE_CHECKING:
     from dino_sparo.models import Encoder
@@ -28,9 +28,9 @@ class SlotsOptions:
     """Folder for what is written; null takes `slots` in the run folder, or beside a weights file."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto takes CUDA where there is a GPU, else the CPU."""
-    num_workers: Count | None = None
+    num_workers: Workers | None = None
     """Processes that load images; null takes one a core, at most 16."""
-    batch_size: int = 64
+    batch_size: Batch = 64
     """Images a forward pass."""
 
 
@@ -105,11 +105,11 @@ class SlotMaskOptions(ComparedSlotsOptions):
     """The labeled images to learn the mask on."""
     transfer: str | None = None
     """A second labeled folder, NAME=DIR, on which the learned mask is tried."""
-    epochs: int = 100
+    epochs: Epochs = 100
     """Passes over the train images."""
     lr: float = 0.02
     """Learning rate of the mask."""
-    learning_batch_size: int = 1024
+    learning_batch_size: Batch = 1024
     """Images a step of learning."""
     seed: Seed = 0
     """Of the order of images."""

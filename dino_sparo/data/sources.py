@@ -350,7 +350,7 @@ def _splits(path: str, key: str, choice: Choice) -> Splits:
     if not root.exists():
         raise UserFileNotFoundError(
             f"{key} {path!r} does not exist; give an existing folder of images, or a name: "
-            f"{', '.join((SHAPES, *NAMES))}"
+            f"{', '.join((SHAPES, *NAMES))}, hub:OWNER/NAME"
         )
     if not root.is_dir():
         raise UserFileNotFoundError(f"{key} {path!r} is a file; give the folder that holds the images")

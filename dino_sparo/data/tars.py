@@ -32,16 +32,38 @@ def tar_members(file: BinaryIO) -> Iterator[Member]:
         tarfile.TarError: the tar is damaged or incomplete, or an image in it is no plain file.
         OSError: it cannot be read.
     """
+    end = file.seek(0, os.SEEK_END)
     file.seek(0)
-    with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
+    with (
+        _odd_headers(),
+        tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as archive,
+    ):
         while member := archive.next():
             archive.members.clear()  # type: ignore[attr-defined]  # which would hold all of them
+            _check_size(member, end)
             name = _visible(member.name)
             if name and is_image(name) and (not member.isreg() or member.issparse()):
                 raise tarfile.ReadError(f"{name!r} is no plain file in it")
             if name and member.isreg():
                 yield Member(name, member.offset_data, member.size)
         _check_end(file, archive)
+
+
+@contextmanager
+def _odd_headers() -> Iterator[None]:
+    """Make a tarfile.ReadError of what Python's reader of tars raises for headers that are none."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise tarfile.ReadError("a header is none") from error
+
+
+def _check_size(member: tarfile.TarInfo, end: int) -> None:
+    """Raises tarfile.ReadError: more is claimed than the tar can hold."""
+    if not 0 <= member.size <= end:
+        raise tarfile.ReadError(f"{member.name!r} claims {member.size} bytes, the tar ends at {end}")
 
 
 def _check_end(file: IO[bytes], archive: tarfile.TarFile) -> None:
@@ -63,8 +85,11 @@ def tar_files(tar: IO[bytes], where: Path) -> Iterator[TarFile]:
     Raises:
         UserError: the tar is damaged or ends early, or a member is neither file nor folder or leads outside.
     """
-    with damage_named(where), tarfile.open(fileobj=tar, mode="r:") as archive:
+    start, end = tar.tell(), tar.seek(0, os.SEEK_END)
+    tar.seek(start)
+    with damage_named(where), _odd_headers(), tarfile.open(fileobj=tar, mode="r:") as archive:
         for member in archive:
+            _check_size(member, end)
             path = PurePosixPath(member.name)
             if member.isdir():
                 continue

@@ -33,10 +33,12 @@ from dino_sparo.evaluation.probes import (
 )
 from dino_sparo.evaluation.results import Result, result_on
 from dino_sparo.evaluation.transfer import TestSet, as_test_sets, restrict
-from dino_sparo.files import write_file
+from dino_sparo.files import parsed_json, write_file
+from dino_sparo.interop.stored import check_finite, check_stored, is_plain
 from dino_sparo.models import Encoder
 from dino_sparo.parallel.distributed import gather_rows, rank, world_size
 from dino_sparo.runs.plain_file import read_plain
+from dino_sparo.terminal import shown
 
 METADATA_KEY = "dino_sparo_linear"
 FORMAT = 1
@@ -113,10 +115,11 @@ def load_classifier(path: Path) -> SavedClassifier:
     _check_is_there(path)
     try:
         with safe_open(path, "pt") as file:
-            content = json.loads((file.metadata() or {})[METADATA_KEY])
+            content = parsed_json((file.metadata() or {})[METADATA_KEY])
             weight, bias = (file.get_tensor(name) for name in ("weight", "bias"))
         if content["format"] != FORMAT or weight.shape != (len(content["classes"]), weight.shape[1]):
             raise ValueError("another format")
+        check_finite({"weight": weight, "bias": bias}, f"evaluate {str(path)!r}")
         return SavedClassifier(
             Probe(content["feature"], content["num_blocks"], content["learning_rate"]),
             weight,
@@ -125,6 +128,8 @@ def load_classifier(path: Path) -> SavedClassifier:
             content["encoder"],
             content["details"],
         )
+    except UserError:
+        raise
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"evaluate {str(path)!r} is no whole safetensors file ({error}); save it anew"
@@ -156,14 +161,16 @@ def load_official(
     found: dict[str, Any] = {
         str(key).removeprefix("module.").removeprefix("linear."): value for key, value in state.items()
     }
-    tensors = [found[name] for name in ("weight", "bias") if isinstance(found.get(name), Tensor)]
+    tensors = [found[name] for name in ("weight", "bias") if is_plain(found.get(name))]
     if len(found) != 2 or [tensor.ndim for tensor in tensors] != [2, 1]:
-        held = ", ".join([*found][:SHOWN_KEYS]) or type(content).__name__
+        held = ", ".join(map(shown, [*found][:SHOWN_KEYS])) or type(content).__name__
         held += ", ..." if len(found) > SHOWN_KEYS else ""
         raise UserError(
             f"evaluate {str(path)!r} holds no linear classifier, but {held}; expected a state_dict of "
             f"module.linear.weight and module.linear.bias, as the official eval_linear.py writes it"
         )
+    check_stored(found, f"evaluate {str(path)!r}")
+    check_finite(found, f"evaluate {str(path)!r}")
     weight, bias = (tensor.float() for tensor in tensors)
     if len(weight) != len(bias):
         raise UserError(

@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.evaluation.results import Result, read_results, results_folder
 from dino_sparo.recipe.files import comparable
-from dino_sparo.recipe.typed import flattened
+from dino_sparo.recipe.typed import flattened, read_yaml
 from dino_sparo.runs.rundir import CONFIG_FILE
-from dino_sparo.terminal import markdown_table
+from dino_sparo.terminal import markdown_table, sentence, shown
 
 NOT_RECIPE = (
     "seed",
@@ -100,16 +99,22 @@ class Comparison:
 
     def text(self) -> str:
         """Aligned for a terminal."""
-        lines = [self.header, *self.rows]
+        lines = [[shown(cell) for cell in line] for line in (self.header, *self.rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         aligned = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
         rule = "  ".join("-" * width for width in widths)
-        return "\n".join([aligned[0], rule, *aligned[1:], "", *self.notes])
+        return "\n".join([aligned[0], rule, *aligned[1:], "", *(sentence(note) for note in self.notes)])
 
     def markdown(self) -> str:
         """A Markdown table, and the notes as a list."""
         rows = [[cell.strip() for cell in line] for line in self.rows]
-        return "\n".join([markdown_table(self.header, rows), "", *(f"- {note}" for note in self.notes)])
+        return "\n".join(
+            [
+                markdown_table(self.header, rows),
+                "",
+                *(f"- {sentence(note)}" for note in self.notes),
+            ]
+        )
 
 
 def compare_runs(runs: Sequence[str], control: str | None = None) -> Comparison:
@@ -288,12 +293,13 @@ def read_run(given: str) -> Run:
     path = folder / CONFIG_FILE
     if not path.exists():
         return Run(folder, None, None, headline)
+    remedy = "restore the recipe of this run, or remove it to compare without"
     try:
-        config = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
-        config = None
+        config = read_yaml(path)
+    except UserError as error:
+        raise UserError(f"{error}; {remedy}") from error
     if not isinstance(config, dict):
-        raise UserError(f"{path} is damaged; restore the recipe of this run, or remove it to compare without")
+        raise UserError(f"{path} is damaged; {remedy}")
     recipe = comparable(config)
     return Run(folder, flattened(recipe, without=NOT_RECIPE), recipe.get("seed"), headline)
 

@@ -21,6 +21,7 @@ from dino_sparo.evaluation.results import Result, accuracies, result_on
 from dino_sparo.evaluation.transfer import VAL, TestSet, as_test_sets, restrict
 from dino_sparo.models import Encoder
 from dino_sparo.parallel.distributed import gather_rows, rank, world_size
+from dino_sparo.terminal import shown
 
 log = logging.getLogger("dino_sparo")
 
@@ -190,8 +191,8 @@ def table(run: str, results: Sequence[Result]) -> str:
         ),
     )
     worst = sorted(results[0].details["top1_by_class"].items(), key=lambda item: item[1])[:SHOWN_CLASSES]
-    shown = ", ".join(f"{name} {accuracy:.1f} %" for name, accuracy in worst)
-    return "\n".join([*lines, f"hardest classes of {results[0].test_set}: {shown}"])
+    hardest = ", ".join(f"{shown(name)} {accuracy:.1f} %" for name, accuracy in worst)
+    return "\n".join([*lines, f"hardest classes of {shown(results[0].test_set)}: {hardest}"])
 
 
 def _check_k(ks: Sequence[int], num_train: int) -> None:

@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dino_sparo.errors import UserError, UserFileNotFoundError
-from dino_sparo.files import write_file
+from dino_sparo.files import parsed_json, write_file
+from dino_sparo.terminal import sentence, shown
 
 if TYPE_CHECKING:
     from dino_sparo.evaluation.transfer import TestSet  # needs torch, of which `compare` needs nothing
@@ -94,12 +95,12 @@ def accuracies(
 ) -> list[str]:
     """Lines of text: for each test set a heading, and below it its results, each with a remark."""
     lines: list[str] = []
-    width = max(len(result.name) for result in results)
+    width = max(len(shown(result.name)) for result in results)
     for _, group in groupby(results, key=lambda result: result.test_set):
         of_set = list(group)
-        lines += filter(None, [heading(of_set[0]), of_set[0].details["remark"]])
+        lines += filter(None, [sentence(heading(of_set[0])), shown(of_set[0].details["remark"])])
         lines += [
-            f"{result.name:<{width}}   top-1 {result.top1:6.2f} %   top-5 {result.top5:6.2f} %"
+            f"{shown(result.name):<{width}}   top-1 {result.top1:6.2f} %   top-5 {result.top5:6.2f} %"
             f"{remark(result)}{'   <- headline' if result.headline else ''}"
             for result in of_set
         ]
@@ -151,7 +152,7 @@ def read_results(folder: Path) -> list[Result]:
             f"`dino-sparo knn` or `dino-sparo linear`"
         )
     try:
-        content = json.loads(path.read_bytes())
+        content = parsed_json(path.read_bytes())
         if content["format"] != FORMAT:
             raise UserError(
                 f"{path} has format {content['format']!r}, expected {FORMAT}; read it with the version of "
@@ -198,9 +199,10 @@ def _from_json(entry: dict[str, Any]) -> Result:
     for name in ("protocol", "name", "test_set", "weights", "images"):
         if not isinstance(values[name], str):
             raise ValueError(f"{name} is {values[name]!r}, no text")
-    packed = zlib.decompress(base64.b64decode(values["correct"], validate=True))
     count = int(values["num_images"])
-    if len(packed) != -(-count // 8):
+    unpacker = zlib.decompressobj()
+    packed = unpacker.decompress(base64.b64decode(values["correct"], validate=True), 2 + abs(count) // 8)
+    if len(packed) != -(-count // 8) or not unpacker.eof:
         raise ValueError(f"correct has {len(packed)} bytes for {count} images")
     values["correct"] = np.unpackbits(np.frombuffer(packed, np.uint8), count=count).astype(bool)
     numbers = {name: float(values[name]) for name in ("top1", "top5")}

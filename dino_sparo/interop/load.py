@@ -110,8 +110,8 @@ def _of_checkpoint(state: Mapping[str, Any], path: Path, which: str) -> StoredEn
             which=which,
             weights={k.removeprefix(ENCODER): v for k, v in network.items() if k.startswith(ENCODER)},
             beside={k: v for k, v in network.items() if not k.startswith(ENCODER)},
-            epochs=state["step"] // (state["images"]["num_images"] // batch_size),
+            epochs=int(state["step"] // (state["images"]["num_images"] // batch_size)),
         )
-    except (AttributeError, KeyError, TypeError, ZeroDivisionError, UserError) as error:
+    except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = error if isinstance(error, UserError) else repr(error)
         raise UserError(f"{path} is no whole checkpoint of dino-sparo ({reason}); give another") from error

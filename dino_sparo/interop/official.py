@@ -7,6 +7,7 @@ only ones that the official code reads; both are read.
 
 import io
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from dino_sparo.interop.stored import MODELS, StoredEncoder
 from dino_sparo.interop.timm_folder import is_plain_sparo
 from dino_sparo.models.encoder import architecture
 from dino_sparo.models.head import OLD_NAMES
+from dino_sparo.terminal import shown
 
 SUFFIX = ".pth"
 HEAD_DIM = 64  # numbers per attention head, in every ViT of the official code
@@ -30,6 +32,7 @@ WRAPPERS = ("state_dict", "model")  # keys under which other programs keep a sin
 PREFIXES = ("module.", "backbone.")  # of data-parallel training, and of the wrapper around backbone and head
 HEADS = ("head.", "fc_norm.")  # of DINO, and of a classifier
 BACKBONE = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
+BLOCK = re.compile(r"blocks\.([0-9]{1,3})\.")
 READOUT = "readout."
 NEEDED = ("cls_token", "pos_embed", "patch_embed.proj.weight")
 READOUT_NEEDED = ("readout.query", "readout.key_proj.weight", "readout.value_proj.weight")
@@ -80,10 +83,10 @@ def _encoder(
             f"parameters; give a whole state dict"
         )
     width, patch_size, image_size = _sizes(weights, path)
-    if not isinstance(num_heads, int):
+    if num_heads is None:
         num_heads = _num_heads(width, arch, path)
-    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
-    depth = 1 + max((int(block) for block in blocks if block.isdecimal()), default=-1)
+    blocks = [BLOCK.match(name) for name in weights]  # what is no number of a block will not fit
+    depth = 1 + max((int(found[1]) for found in blocks if found), default=-1)
     readout = _readout(weights, path)
     return StoredEncoder(
         path=path,
@@ -110,10 +113,12 @@ def _split(state: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], dict[s
             name = name.partition(".")[2]
         place = beside if name.startswith(HEADS) else weights
         if name in place:
-            raise UserError(f"{path} holds {name!r} twice, once as {str(key)!r}; give one state dict")
+            raise UserError(
+                f"{path} holds {shown(name)!r} twice, once as {shown(key)!r}; give one state dict"
+            )
         place[name] = value
     if not any(name.startswith(BACKBONE) for name in weights):
-        held = ", ".join(repr(str(key)) for key in list(state)[:SHOWN_KEYS])
+        held = ", ".join(repr(shown(key)) for key in list(state)[:SHOWN_KEYS])
         more = ", ..." if len(state) > SHOWN_KEYS else ""
         raise UserError(
             f"{path} holds no parameter of a ViT backbone, but {len(state)} entries: {held or 'none'}{more}; "
@@ -170,7 +175,7 @@ def _readout(weights: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 def _shape(value: Any) -> tuple[int, ...]:
     """The shape of a tensor; none of anything else."""
-    return tuple(value.shape) if isinstance(value, Tensor) else ()
+    return tuple(value.shape) if isinstance(value, Tensor) and not value.is_nested else ()
 
 
 # --- Out

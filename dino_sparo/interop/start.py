@@ -24,7 +24,7 @@ from torch import Tensor
 from dino_sparo.errors import UserError
 from dino_sparo.interop.load import networks_in, one_of
 from dino_sparo.interop.official import NUM_HEADS, read_official
-from dino_sparo.interop.stored import StoredEncoder, misfits
+from dino_sparo.interop.stored import StoredEncoder, check_finite, check_stored, misfits
 from dino_sparo.models import DinoModel
 from dino_sparo.models.encoder import WITH_SLOTS, architecture
 from dino_sparo.models.head import OLD_NAMES
@@ -155,6 +155,8 @@ def _taken(
         kinds = [name.partition(".")[0] for name in stored.beside]
         unused += [f"{kind} ({kinds.count(kind)} tensors)" for kind in dict.fromkeys(kinds)]
     else:
+        check_stored(head, f"init {stored.path}")
+        check_finite(head, f"init {stored.path}")
         parameters |= {f"head.{name}": value for name, value in head.items()}
     told = [
         f"fresh: {', '.join(fresh) or 'nothing'}",

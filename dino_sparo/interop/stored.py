@@ -11,9 +11,12 @@ from torch import Tensor
 from dino_sparo.errors import UserError
 from dino_sparo.models import Encoder, build_encoder
 from dino_sparo.models.encoder import architecture
+from dino_sparo.recipe.files import checked_encoder
+from dino_sparo.terminal import shown
 
 MODELS = ("teacher", "student")
 SHOWN_NAMES = 20
+NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # in which weights may be stored
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,13 @@ class StoredEncoder:
             UserError: it cannot be built so, or the weights do not fit (all that is missing, unexpected or
                 misshapen in one message, also if untrained) or are not finite.
         """
-        with torch.random.fork_rng(devices=[]):
-            try:
-                torch.manual_seed(self.seed)
-                encoder = build_encoder(**self.arguments)
-            # A description may be anything.
-            except (KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
-                raise UserError(f"{self.path} describes no encoder of dino-sparo: {error}") from error
+        check_stored(self.weights, str(self.path))
+        try:
+            arguments = checked_encoder(self.arguments)
+            with torch.device("meta"):  # no memory before names, shapes and what is really there agree
+                encoder = build_encoder(**arguments)
+        except (RuntimeError, TypeError, ValueError) as error:  # a description may be anything
+            raise UserError(f"{self.path} describes no encoder of dino-sparo: {error}") from error
         expected = encoder.state_dict()
         if listed := misfits(self.weights, expected):
             raise UserError(
@@ -60,15 +63,35 @@ class StoredEncoder:
                 f"{self.arguments['readout']!r}: {listed} of {len(expected)} parameters; give the whole "
                 f"weights of such an encoder"
             )
-        if not untrained:
-            wrong = [name for name, value in self.weights.items() if not value.isfinite().all()]
-            if wrong:
-                raise UserError(
-                    f"{self.path} holds numbers that are not finite, in {len(wrong)} parameters "
-                    f"({_first(wrong)}); give weights of a training that has not diverged"
-                )
-            encoder.load_state_dict(self.weights)
+        if untrained:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                return build_encoder(**arguments).eval()
+        encoder.to_empty(device="cpu").load_state_dict(self.weights)
+        check_finite(encoder.state_dict(), str(self.path))
         return encoder.eval()
+
+
+def check_stored(weights: Mapping[str, Any], what: str) -> None:
+    """Refuse tensors that repeat fewer numbers than they claim to have. Raises UserError."""
+    plain = [value for value in weights.values() if is_plain(value)]
+    claimed = sum(value.nbytes for value in plain)
+    storages = [value.untyped_storage() for value in plain]
+    held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    if claimed > held:
+        raise UserError(
+            f"{what} claims {claimed} bytes of weights, but holds {held}: some repeat others; save a copy of "
+            f"each tensor (tensor.clone())"
+        )
+
+
+def check_finite(weights: Mapping[str, Tensor], what: str) -> None:
+    """Refuse numbers that are not finite in float32. Raises UserError."""
+    if wrong := [name for name, value in weights.items() if not value.float().isfinite().all()]:
+        raise UserError(
+            f"{what} holds numbers that are not finite, in {len(wrong)} parameters ({_first(wrong)}), or "
+            f"too large for float32; give weights of a training that has not diverged"
+        )
 
 
 def misfits(given: Mapping[str, Any], expected: Mapping[str, Tensor]) -> str:
@@ -91,14 +114,26 @@ def in_words(arch: str | Mapping[str, int]) -> str:
 
 
 def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN_NAMES]) + (", ..." if len(names) > SHOWN_NAMES else "")
+    return ", ".join(map(shown, names[:SHOWN_NAMES])) + (", ..." if len(names) > SHOWN_NAMES else "")
 
 
 def _kind(value: Any) -> str:
     """Shape of a tensor, and what else sets it apart from a plain one of real numbers on the CPU."""
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}"
+    shape = "nested" if value.is_nested else tuple(value.shape)
     layout = "" if value.layout == torch.strided else f" as {value.layout}"
-    numbers = "" if value.is_floating_point() else f" of {value.dtype}"
+    numbers = "" if value.dtype in NUMBERS else f" of {value.dtype}"
     place = "" if value.device.type == "cpu" else f" on {value.device.type}"
-    return f"{tuple(value.shape)}{layout}{numbers}{place}"
+    return f"{shape}{layout}{numbers}{place}"
+
+
+def is_plain(value: Any) -> bool:
+    """Whether this is a dense tensor on the CPU, of a kind of numbers in which weights are stored."""
+    return (
+        isinstance(value, Tensor)
+        and not value.is_nested
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and value.dtype in NUMBERS
+    )

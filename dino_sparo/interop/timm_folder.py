@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -20,10 +20,12 @@ from timm.models import PretrainedCfg
 from torch import Tensor
 
 from dino_sparo.errors import UserError, UserFileNotFoundError
-from dino_sparo.files import write_file
-from dino_sparo.interop.stored import StoredEncoder, in_words
+from dino_sparo.files import parsed_json, read_small, write_file
+from dino_sparo.interop.stored import MODELS, StoredEncoder, in_words
 from dino_sparo.models import Encoder
 from dino_sparo.models.encoder import ARCHITECTURES, architecture
+from dino_sparo.recipe.typed import Seed, value_of
+from dino_sparo.terminal import shown
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -31,6 +33,7 @@ CARD_FILE = "README.md"
 OUR_KEY = "dino_sparo"  # of config.json, beside those of timm
 FORMAT = 2
 READABLE = (1, FORMAT)  # format 1 was what is now under our key, alone
+MOST_JSON = 1_000_000  # bytes of config.json; ours has 1,500
 KINDS = {"format": int, "weights": str, "seed": int, "encoder": dict}  # of what is under it
 
 TIMM_POOLING: dict[str, dict[str, Any]] = {  # by the read-outs that timm's own ViT has
@@ -131,7 +134,7 @@ def read_exported(weights: Mapping[str, Tensor], path: Path) -> StoredEncoder | 
     """
     path_of_config = path.with_name(CONFIG_FILE)
     try:
-        config = json.loads(path_of_config.read_text())
+        config = parsed_json(read_small(path_of_config, MOST_JSON))
     except FileNotFoundError:
         if "cls_token" in weights:
             return None
@@ -157,7 +160,11 @@ def read_exported(weights: Mapping[str, Tensor], path: Path) -> StoredEncoder | 
         )
     if _is_plain(ours["encoder"]):  # format 1 had the prefix already
         weights = {f"{PREFIX}{name.removeprefix(PREFIX)}": value for name, value in weights.items()}
-    return StoredEncoder(path, ours["encoder"], ours["seed"], ours["weights"], dict(weights))
+    seed, which = (
+        value_of(f"{path_of_config}: {key}", ours[key], kind)
+        for key, kind in (("seed", Seed), ("weights", Literal[MODELS]))
+    )
+    return StoredEncoder(path, ours["encoder"], seed, which, dict(weights))
 
 
 # --- What timm is told
@@ -230,7 +237,7 @@ def _model_card(stored: StoredEncoder, encoder: Encoder, name: str, measured: Se
         encoding += f", {encoder.num_slots} slots of {width} one after the other"
     text = CARD.format(
         tags="- sparo\n" if encoder.readout_name == "sparo" else "",
-        name=name,
+        name=shown(name),
         which=stored.which,
         readout=READOUTS.get(encoder.readout_name, f"with the read-out {encoder.readout_name}"),
         arch=in_words(stored.arguments["arch"]),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dino_sparo.errors import EXIT_USER_ERROR, PeerLostError, StoppedError, UserError, told_to_user
 from dino_sparo.parallel.processes import PeerWatch, end_at_once, first_to_fail, leave_note
-from dino_sparo.terminal import colored
+from dino_sparo.terminal import error_line
 
 Result = TypeVar("Result")
 
@@ -127,7 +127,7 @@ def _end_without(error: PeerLostError) -> None:
 def report(error: UserError) -> None:
     """Show what ends the run, if this process speaks for all; our launcher knows more of a lost one."""
     if speaks_for_all() and not (isinstance(error, PeerLostError) and leave_note("lost", error.at)):
-        print(colored(f"dino-sparo: error: {error}", "red"), file=sys.stderr)
+        print(error_line(error), file=sys.stderr)
 
 
 def speaks_for_all() -> bool:

@@ -1,14 +1,15 @@
 """Recipes in files: the shipped ones, YAML, and what older versions wrote."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
-
 from dino_sparo.errors import UserError, UserFileNotFoundError
-from dino_sparo.recipe.sections import Recipe
-from dino_sparo.recipe.typed import MissingError, build, expected, leaf_keys, unknown
+from dino_sparo.recipe.sections import EncoderOptions, Recipe
+from dino_sparo.recipe.typed import MissingError, build, expected, leaf_keys, read_yaml, unknown
+from dino_sparo.terminal import shown
+
+SIZES = {"num_slots": 64, "slot_dim": 64}
 
 
 def recipes() -> dict[str, Path]:
@@ -56,7 +57,7 @@ def checked_keys(content: Mapping[str, Any], keys: Mapping[str, Any], what: str)
                 raise UserError(f"{what} {key!r} is given twice; give it once")
             elif isinstance(value, dict) or key not in keys:
                 wanted = expected(keys[key]) if key in keys else f"a section with {', '.join(inside)}"
-                raise UserError(f"{what} {key!r} is {value!r}; expected {wanted}")
+                raise UserError(f"{what} {key!r} is {shown(repr(value))}; expected {wanted}")
             else:  # older files may have views by tensors on a CPU
                 values[key] = "pil" if (key, value) == ("machine.views", "tensor") else value
 
@@ -100,6 +101,24 @@ def stored_recipe(content: Mapping[str, Any], where: str) -> Recipe:
         raise UserError(f"{where}: {error}") from error
 
 
+def checked_encoder(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `build_encoder` that a file holds, by the rules for those of a recipe.
+
+    Raises:
+        UserError: one is missing, unknown or out of its range, or some do not fit together.
+    """
+    readout = {"image_size": 224, "patch_size": 16} | dict(arguments)
+    values: dict[str, Any] = {"image_size": readout.pop("image_size"), "model": {"drop_path_rate": 0.0}}
+    values["model"] |= {key: readout.pop(key) for key in ("arch", "patch_size") if key in readout}
+    name = readout.pop("readout", None)
+    # What `build_encoder` and timm take for sizes that are left out.
+    sizes = {"sparo": SIZES | {"key_dim": 64}, "pooler": SIZES}.get(str(name), {})
+    one = {"group_size": 1} if name == "sparo" and readout.get("heads") != "multi" else {}
+    values["model"]["readout"] = {"name": name, **sizes, **one, **readout}
+    options = build(EncoderOptions, checked_keys(values, leaf_keys(EncoderOptions), "key"))
+    return options.model.encoder_arguments(options.image_size)
+
+
 def named_recipe(name: str, over: Mapping[str, Any], options_class: type = Recipe) -> Any:
     """A shipped recipe or that of a file, with these values by dotted key over its own.
 
@@ -110,28 +129,8 @@ def named_recipe(name: str, over: Mapping[str, Any], options_class: type = Recip
         UserError: there is none, it is no YAML, or a key or value is wrong or missing.
     """
     path = find_recipe(name)
-    try:
-        with open(path) as file:  # an open file, so that messages name it
-            content = yaml.load(file, Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected sections with keys, as in the shipped recipes")
     values = checked_keys(content, leaf_keys(options_class), f"{path}: key")
     return build(options_class, merged(values, over), dict.fromkeys(values.keys() - over, str(path)))
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML's safe loader, but a key given twice is an error instead of a silent choice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
-        for key_node in (key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"):
-            key = self.construct_object(key_node, deep=deep)
-            if not isinstance(key, Hashable):
-                break  # the base class names the line
-            if key in seen:
-                where = f"{key_node.start_mark.name}, line {key_node.start_mark.line + 1}"
-                raise UserError(f"{where}: key {key!r} is given twice; give it once")
-            seen.add(key)
-        return super().construct_mapping(node, deep)

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from dino_sparo.errors import UserError
+from dino_sparo.recipe.typed import Heads, Width
 
 
 @dataclass(kw_only=True)
@@ -26,9 +27,9 @@ class ReadoutOptions:
 class SlotReadoutOptions(ReadoutOptions):
     """What read-outs with slots have in common."""
 
-    num_slots: int
+    num_slots: Width
     """SPARO and pooler: number of slots L."""
-    slot_dim: int
+    slot_dim: Width
     """SPARO and pooler: numbers per slot V."""
     after_last_block: bool | None = None
     """SPARO and pooler: true keeps the last transformer block and reads after it; else it is replaced."""
@@ -40,13 +41,13 @@ class SlotReadoutOptions(ReadoutOptions):
 class SparoOptions(SlotReadoutOptions):
     """SPARO, and its form in which all slots share the heads (Table 6)."""
 
-    key_dim: int
+    key_dim: Width
     """SPARO: width of keys and queries of a head."""
-    group_size: int | None = None
+    group_size: Width | None = None
     """SPARO with separate heads: slots that share one key projection; must divide num_slots."""
     heads: Literal["separate", "multi"] | None = None
     """SPARO: a head of its own for each slot (also if null), or all `num_heads` for every slot."""
-    num_heads: int | None = None
+    num_heads: Heads | None = None
     """Pooler, and SPARO with multi heads: attention heads; they must divide the pooler's slot_dim."""
 
     def __post_init__(self) -> None:
@@ -70,7 +71,7 @@ class SparoOptions(SlotReadoutOptions):
 class PoolerOptions(SlotReadoutOptions):
     """Attentional pooler (Table 6)."""
 
-    num_heads: int
+    num_heads: Heads
     """Pooler, and SPARO with multi heads: attention heads; they must divide the pooler's slot_dim."""
 
     def __post_init__(self) -> None:
@@ -85,9 +86,9 @@ class PoolerOptions(SlotReadoutOptions):
 class BottleneckOptions(ReadoutOptions):
     """Two linear layers on the class token (appendix B.2)."""
 
-    bottleneck_dim: int
+    bottleneck_dim: Width
     """Bottleneck: width m of the narrow layer."""
-    encoding_dim: int
+    encoding_dim: Width
     """Bottleneck: width M of the encoding."""
 
 

@@ -10,10 +10,25 @@ from typing import Annotated, Any, Literal
 
 from dino_sparo.errors import UserError
 from dino_sparo.recipe.readouts import READOUTS, ReadoutOptions
-from dino_sparo.recipe.typed import BY_NAME, Amount, BelowOne, Count, Range, Seed, Share
+from dino_sparo.recipe.typed import (
+    BY_NAME,
+    Amount,
+    Batch,
+    BelowOne,
+    Count,
+    Epochs,
+    Heads,
+    Range,
+    Seed,
+    Share,
+    Width,
+    Workers,
+    up_to,
+)
 
 AreaShare = Annotated[float, Range("above 0 and at most 1", lambda number: 0 < number <= 1)]
 HueShift = Annotated[float, Range("from 0 to 0.5, half the color circle", lambda number: 0 <= number <= 0.5)]
+Side = Annotated[int, up_to(16_384)]  # pixels
 Timeout = Annotated[int, Range("from 1 to 1500", lambda number: 1 <= number <= 1500)]
 
 
@@ -47,15 +62,15 @@ class ViewOptions:
     """The random views of an image: two global crops and some local ones. Lists of three are for the
     first global, the second global and the local crops."""
 
-    global_size: int
+    global_size: Side
     """Side of a global crop in pixels; the position embedding is native at it."""
     global_scale: tuple[AreaShare, AreaShare]
     """Share of the image area in a global crop, lowest and highest."""
-    local_size: int
+    local_size: Side
     """Side of a local crop in pixels."""
     local_scale: tuple[AreaShare, AreaShare]
     """Share of the image area in a local crop, lowest and highest."""
-    num_local_crops: Count
+    num_local_crops: Annotated[int, up_to(100, least=0)]
     """Local crops per image."""
     flip_probability: Share
     """Probability of a horizontal flip."""
@@ -83,11 +98,11 @@ class ViewOptions:
 class ArchOptions:
     """A ViT of any size."""
 
-    width: int
+    width: Width
     """Token width."""
-    depth: int
+    depth: Annotated[int, up_to(256)]
     """Blocks of the plain ViT; SPARO replaces the last of them."""
-    num_heads: int
+    num_heads: Heads
     """Attention heads; must divide the width."""
 
     def __post_init__(self) -> None:
@@ -104,7 +119,7 @@ class ModelOptions:
 
     arch: Literal["vit_tiny", "vit_small", "vit_base"] | ArchOptions
     """Named size, or width, depth and num_heads."""
-    patch_size: int
+    patch_size: Annotated[int, up_to(1_024)]
     """Side of a patch in pixels; must divide both crop sizes."""
     drop_path_rate: BelowOne
     """Stochastic depth of the student's last block, rising linearly from 0; the teacher has none."""
@@ -120,16 +135,34 @@ class ModelOptions:
                 f"replaces the last block"
             )
 
+    def encoder_arguments(self, image_size: int) -> dict[str, Any]:
+        """The arguments of `build_encoder` at this native image size, without stochastic depth."""
+        return {
+            "arch": self.arch if isinstance(self.arch, str) else asdict(self.arch),
+            "patch_size": self.patch_size,
+            "image_size": image_size,
+            **self.readout.arguments(),
+        }
+
+
+@dataclass
+class EncoderOptions:
+    """An encoder as files describe it."""
+
+    image_size: Side
+    """Side in pixels at which the position embedding is native."""
+    model: ModelOptions
+
 
 @dataclass
 class HeadOptions:
     """The DINO projection head."""
 
-    num_prototypes: int
+    num_prototypes: Annotated[int, up_to(16_777_216)]
     """Outputs of the head, K."""
-    hidden_dim: int
+    hidden_dim: Width
     """Width of the two hidden layers."""
-    bottleneck_dim: int
+    bottleneck_dim: Width
     """Width of the l2-normalized bottleneck."""
     norm_last_layer: bool
     """Fix the prototypes' length at 1; steadier, official for ViT-S at 100 epochs."""
@@ -155,9 +188,9 @@ class LossOptions:
 class OptimOptions:
     """Optimization."""
 
-    epochs: int
+    epochs: Epochs
     """Passes over the images."""
-    global_batch_size: int
+    global_batch_size: Batch
     """Images an optimizer step, over all processes and micro-batches; the last partial batch of an epoch is
     dropped."""
     lr_per_256: float
@@ -202,7 +235,7 @@ class MachineOptions:
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto takes CUDA where there is a GPU, else the CPU."""
-    batch_size_per_gpu: int | None = None
+    batch_size_per_gpu: Batch | None = None
     """Images a process takes at once; gradient accumulation makes up for what is missing to
     optim.global_batch_size, so that the experiment stays the same. null takes its whole share at once."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -221,10 +254,10 @@ class MachineOptions:
     compile: bool = False
     """Compile the backbones of student and teacher: minutes at every start, for 3 per cent of speed on two
     CPU cores; not measured on a GPU."""
-    num_workers: Count | None = None
+    num_workers: Workers | None = None
     """Processes that load images, for each training process; 0 loads in the training process, null takes one
     a core and shares them among the training processes, at most 16 each."""
-    prefetch_batches: int = 2
+    prefetch_batches: Annotated[int, up_to(1_024)] = 2
     """Batches that each worker prepares ahead."""
     data_timeout_seconds: Timeout = 600
     """Without a batch of images for so long the run ends, naming the files being read. Other processes wait
@@ -292,13 +325,7 @@ class Recipe:
 
     def encoder_arguments(self) -> dict[str, Any]:
         """The arguments of `build_encoder`, without stochastic depth."""
-        arch = self.model.arch
-        return {
-            "arch": arch if isinstance(arch, str) else asdict(arch),
-            "patch_size": self.model.patch_size,
-            "image_size": self.views.global_size,
-            **self.model.readout.arguments(),
-        }
+        return self.model.encoder_arguments(self.views.global_size)
 
     def state_arguments(self) -> dict[str, Any]:
         """The arguments of `training.state.build_state`, but those of the machine."""

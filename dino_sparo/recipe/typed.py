@@ -5,16 +5,20 @@ A number is finite and above 0 unless the type of its field says otherwise, by o
 
 import difflib
 import math
+import re
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal
 
 import yaml
 
 from dino_sparo.errors import UserError
+from dino_sparo.files import read_small
+from dino_sparo.terminal import shown
 
 
 @dataclass(frozen=True)
@@ -25,14 +29,32 @@ class Range:
     holds: Callable[[float], bool]
 
 
+def up_to(most: int, least: int = 1) -> Range:
+    """The range of a size or number from 0 or 1: far more than anybody uses, and no danger."""
+    words = "of at least 0" if least == 0 else "above 0"
+    return Range(f"{words} and at most {most:,}", lambda number: least <= number <= most)
+
+
 BY_NAME = "by name"  # in the metadata of a field: the sections among which the one's `name` chooses
 POSITIVE = Range("above 0", lambda number: number > 0)
 AT_LEAST_0 = Range("of at least 0", lambda number: number >= 0)
 Count = Annotated[int, AT_LEAST_0]
 Amount = Annotated[float, AT_LEAST_0]
 Share = Annotated[float, Range("from 0 to 1", lambda number: 0 <= number <= 1)]
+Batch = Annotated[int, up_to(1_048_576)]
+Epochs = Annotated[int, up_to(100_000)]
+Processes = Annotated[int, up_to(256)]
+Workers = Annotated[int, up_to(1_024, least=0)]
+Heads = Annotated[int, up_to(1_024)]
+Width = Annotated[int, up_to(65_536)]
 BelowOne = Annotated[float, Range("of at least 0 and below 1", lambda number: 0 <= number < 1)]
 Seed = Annotated[int, Range("from 0 to 2**63 - 1", lambda number: 0 <= number < 2**63)]
+
+
+# YAML takes numbers such as 1e-6 for text, since they have no dot or no sign behind the e.
+EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
+MOST_TEXT = 100_000  # bytes of a YAML file; the shipped recipes have 4,000
+MOST_NESTED = 20
 
 
 class MissingError(UserError):
@@ -110,23 +132,24 @@ def value_of(key: str, value: Any, kind: Any) -> Any:
         raise UserError(f"{key} is empty; give at least one value or leave the option out")
     try:
         return _converted(value, kind)
-    except (ValueError, yaml.YAMLError):
-        raise UserError(f"{key} is {value}; expected {expected(kind)}") from None
+    except (ValueError, OverflowError):
+        raise UserError(f"{key} is {shown(value)}; expected {expected(kind)}") from None
 
 
 def _converted(value: Any, kind: Any) -> Any:
-    """As `value_of`, without a message. Raises ValueError, YAMLError."""
+    """As `value_of`, without a message. Raises ValueError, OverflowError."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, UnionType):
         for one in sorted(inner, key=lambda one: one is not NoneType):
-            with suppress(ValueError, yaml.YAMLError):
+            with suppress(ValueError, OverflowError):
                 return _converted(value, one)
     elif (kind is str and isinstance(value, str)) or (origin is Literal and value in inner):
         return value
     elif isinstance(value, str) and kind is not str and origin is not Literal:
-        parsed = yaml.safe_load(value)
-        # YAML takes 1e-6 for text, since it has no dot.
-        return _converted(float(parsed) if isinstance(parsed, str) else parsed, kind)
+        parsed = float(value) if EXPONENT.fullmatch(value) else load_yaml(value, "text")
+        if isinstance(parsed, str):
+            raise ValueError
+        return _converted(parsed, kind)
     elif origin in (list, tuple) and isinstance(value, list | tuple) and (value or kind == list[str]):
         kinds = inner if origin is tuple else inner * len(value)
         return origin(_converted(*each) for each in zip(value, kinds, strict=True))
@@ -188,13 +211,14 @@ def leaves(options_class: type, prefix: str = "") -> dict[str, tuple[Field[Any],
 
 def unknown(what: str, key: str, keys: Collection[str]) -> UserError:
     """`what` is unknown, and the nearest valid key to it: by its whole name or by its last part."""
+    key = key[:100]
     inside = [known for known in keys if known.startswith(f"{key}.")]
     near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6) or inside[:1]
     if not near:
         last = {known.rpartition(".")[2]: known for known in keys}
         near = [last[match] for match in difflib.get_close_matches(key.rpartition(".")[2], last, n=1)]
     hint = f"did you mean {near[0]!r}?" if near else "see --help for all keys"
-    return UserError(f"{what} is unknown; {hint}")
+    return UserError(f"{shown(what)} is unknown; {hint}")
 
 
 def flattened(config: Mapping[str, Any], *, without: Collection[str] = ()) -> dict[str, Any]:
@@ -210,3 +234,75 @@ def flattened(config: Mapping[str, Any], *, without: Collection[str] = ()) -> di
                 yield f"{prefix}{name}", value
 
     return dict(walk("", config))
+
+
+# --- YAML
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds. Raises UserError as `load_yaml`, and OSError."""
+    try:
+        text = read_small(path, MOST_TEXT).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no valid YAML: it is no UTF-8 text") from error
+    return load_yaml(text, str(path))
+
+
+def load_yaml(text: str, name: str) -> Any:
+    """What YAML text holds: plain values, lists, and mappings whose keys are there once.
+
+    Numbers are decimal: `010`, `0x10`, `1_000` and `1:30` stay text, as dates do.
+
+    Raises:
+        UserError: it is no YAML, or has aliases, tags, or too much; the message begins with `name`.
+    """
+    try:
+        return yaml.load(text, Loader=_PlainLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the second for !!int and dates
+        raise UserError(f"{name} is no valid YAML: {' '.join(str(error).split())}") from error
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML's safe loader without what makes a short text large or a value something else."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 as the base class has it
+        first: [one for one in resolvers if one[0].rpartition(":")[2] in ("null", "bool", "merge")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()
+        line = f"line {event.start_mark.line + 1}"
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError(f"{line}: *{event.anchor} is an alias; write the value itself there")
+        if getattr(event, "tag", None) not in (None, "!"):
+            raise yaml.YAMLError(f"{line}: {event.tag!r} is a tag; leave it out")
+        if self.depth == MOST_NESTED:
+            raise yaml.YAMLError(f"{line}: more than {MOST_NESTED} sections or lists within each other")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key_node in (key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"):
+            key = self.construct_object(key_node, deep=deep)
+            if not isinstance(key, Hashable):
+                break  # the base class names the line
+            if key in seen:
+                line = f"line {key_node.start_mark.line + 1}"
+                raise yaml.YAMLError(f"{line}: key {key!r} is given twice; give it once")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_PlainLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9]{0,18})$"), list("-+0123456789")
+)
+_PlainLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+][0-9]+)?$|[-+]?\.inf$|\.nan$"),
+    list("-+0123456789."),
+)

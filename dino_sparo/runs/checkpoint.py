@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dino_sparo.errors import UserError
-from dino_sparo.files import atomic_write
+from dino_sparo.files import atomic_write, read_small
 from dino_sparo.models import Encoder, build_encoder
 from dino_sparo.parallel.processes import finished_first
 from dino_sparo.recipe.sections import Recipe
@@ -193,7 +193,7 @@ def check_hash(path: Path) -> None:
         return
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if hash_file.read_bytes().split()[:1] != [digest.encode()]:
+    if read_small(hash_file, 4096).split()[:1] != [digest.encode()]:
         raise UserError(f"{path} is damaged: its SHA-256 differs from {hash_file.name}")
 
 
@@ -205,7 +205,8 @@ def warn_of_missing_hash(path: Path) -> None:
 
 def check_format(content: Any, path: Path) -> None:
     """Raise a UserError for what is no checkpoint of this project, or one of another format."""
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    told = content.get("format") if isinstance(content, dict) else None
+    if not isinstance(told, int) or told != FORMAT:
         raise UserError(f"{path} is no checkpoint of dino-sparo with format {FORMAT}")
 
 
@@ -238,7 +239,9 @@ def _copied(value: Any) -> Any:
 def _list(run_dir: Path) -> list[Path]:
     """Checkpoints of a run, oldest first."""
     paths = (run_dir / FOLDER).glob("step_*.pt")
-    return sorted((path for path in paths if re.fullmatch(r"step_\d+\.pt", path.name)), key=_step)
+    return sorted(
+        (path for path in paths if re.fullmatch(r"step_\d+\.pt", path.name) and path.is_file()), key=_step
+    )
 
 
 def _step(path: Path) -> int:

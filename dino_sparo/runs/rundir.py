@@ -21,7 +21,7 @@ from dino_sparo.errors import UserError
 from dino_sparo.files import append_line, named, read_lines, write_file
 from dino_sparo.recipe.files import stored_recipe
 from dino_sparo.recipe.sections import Recipe
-from dino_sparo.recipe.typed import flattened
+from dino_sparo.recipe.typed import flattened, read_yaml
 
 CONFIG_FILE = "config.yaml"
 STARTS_FILE = "starts.jsonl"
@@ -61,14 +61,13 @@ def check_same_experiment(run_dir: Path, recipe: Recipe) -> None:
                 f"choose another folder or an empty one"
             )
         return
+    remedy = f"start the same recipe in another run_dir and copy its {CONFIG_FILE} here"
     try:
-        stored = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
-        stored = None
+        stored = read_yaml(path)
+    except UserError as error:
+        raise UserError(f"{error}; {remedy}") from error
     if not isinstance(stored, dict):
-        raise UserError(
-            f"{path} is damaged; start the same recipe in another run_dir and copy its {CONFIG_FILE} here"
-        )
+        raise UserError(f"{path} is damaged; {remedy}")
     recipes = stored_recipe(stored, str(path)), recipe
     before, now = (flattened(each.as_dict(), without=NOT_EXPERIMENT) for each in recipes)
     changed = [

@@ -18,6 +18,7 @@ from dino_sparo.data.images import normalize
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.workers import WatchedLoader, default_workers
 from dino_sparo.errors import UserError
+from dino_sparo.terminal import shown
 
 TIMEOUT_SECONDS = 600.0  # for one image to come
 DPI = 110
@@ -142,6 +143,7 @@ def draw_grid(
 
     Pictures of a row may differ in shape, and rows in length.
     """
+    heading, titles = _plain(heading), [[*map(_plain, of_row)] for of_row in titles]
     columns = max(map(len, rows))
     width = GAP_INCHES + columns * (CELL_INCHES + GAP_INCHES)
     lines = heading.split("\n") if heading else []
@@ -159,7 +161,9 @@ def draw_grid(
     figure = Figure(figsize=(page_width, page_height))
     if heading:
         below_edge = 1 - GAP_INCHES / page_height
-        figure.text(0.5, below_edge, heading, ha="center", va="top", fontsize=HEADING_POINTS)
+        figure.text(
+            0.5, below_edge, heading, parse_math=False, ha="center", va="top", fontsize=HEADING_POINTS
+        )
     for pictures, of_row, height, title_height in zip(rows, titles, heights, above, strict=True):
         top += title_height + height
         left = (page_width - width) / 2 + GAP_INCHES
@@ -168,7 +172,7 @@ def draw_grid(
             axis: Any = figure.add_axes(box)
             axis.set_axis_off()
             axis.imshow(picture)
-            axis.set_title(title, fontsize=TITLE_POINTS, pad=2)
+            axis.set_title(title, parse_math=False, fontsize=TITLE_POINTS, pad=2)
             left += CELL_INCHES + GAP_INCHES
     figure.savefig(path, dpi=DPI)
 
@@ -178,3 +182,8 @@ def remove_other_pictures(folder: Path, pattern: str, names: Collection[str]) ->
     for path in folder.glob(pattern):
         if path.name not in names:
             path.unlink(missing_ok=True)
+
+
+def _plain(text: str) -> str:
+    """Lines of names that a figure can show."""
+    return "\n".join(map(shown, text.split("\n")))

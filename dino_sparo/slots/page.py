@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 from PIL import Image
@@ -20,8 +18,9 @@ from PIL import Image
 from dino_sparo.data.decode import open_image
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.results import RESULTS_FILE, read_results, results_folder
-from dino_sparo.files import write_file
+from dino_sparo.files import parsed_json, write_file
 from dino_sparo.models import Encoder
+from dino_sparo.recipe.typed import read_yaml
 from dino_sparo.runs.rundir import CONFIG_FILE, read_starts
 from dino_sparo.runs.runlog import METRICS_FILE, read_metrics
 from dino_sparo.slots.rank import WAYS
@@ -76,7 +75,7 @@ class Subject:
         if not path.is_file():
             return {}
         with _damage_told(path, "dino-sparo pretrain"):
-            return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+            return dict(read_yaml(path))
 
     def command(self, part: str) -> str:
         """The command line that makes a part of the page, on the given images if they will do."""
@@ -103,7 +102,7 @@ class Subject:
             return None, "Not made yet:"
         asked = {"which": self.which, "control": self.control, "data": self.data}
         with _damage_told(path, self.command(part)):
-            content = dict(json.loads(path.read_bytes()).items())
+            content = dict(parsed_json(path.read_bytes()).items())
         others = [
             f"{key} {content[key]}"
             for key, value in asked.items()
@@ -128,7 +127,7 @@ def _damage_told(path: Path, command: str) -> Iterator[None]:
     """Name the file that does not hold what it should, and the command that makes it again."""
     try:
         yield
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, yaml.YAMLError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise UserError(
             f"{path} is damaged ({reason}); remove it, and make it again with `{command}`"

@@ -13,7 +13,7 @@ from dino_sparo.evaluation.features import hash_of_images
 from dino_sparo.evaluation.knn import HEADLINE_K
 from dino_sparo.evaluation.results import Result, alone_in
 from dino_sparo.evaluation.transfer import EXPECTED_BOTH, VAL, named_folder
-from dino_sparo.files import write_file
+from dino_sparo.files import parsed_json, write_file
 from dino_sparo.recipe.typed import flattened
 from dino_sparo.runs.checkpoint import latest_step
 from dino_sparo.runs.rundir import CONFIG_FILE, check_same_experiment
@@ -21,6 +21,7 @@ from dino_sparo.study import training
 from dino_sparo.study.measuring import Measured, choose, measure
 from dino_sparo.study.report import PAGE, write_report
 from dino_sparo.study.variants import Variant
+from dino_sparo.terminal import sentence, shown
 
 log = logging.getLogger("dino_sparo")
 
@@ -102,8 +103,8 @@ def print_plan(variants: Sequence[Variant], recipe_name: str | None) -> int:
     for variant in variants:
         done = latest_step(variant.run_dir)
         state = f"{done:,} steps are done" if done else "would start"
-        print(f"  {variant.folder}: {state if variant.chosen else 'left out by --only'}")
-    print("\n".join(f"PROBLEM: {problem}" for problem in problems) or "no problems found")
+        print(f"  {shown(variant.folder)}: {state if variant.chosen else 'left out by --only'}")
+    print("\n".join(f"PROBLEM: {sentence(problem)}" for problem in problems) or "no problems found")
     return EXIT_PROBLEM if problems else 0
 
 
@@ -159,7 +160,7 @@ def _with_known(folder: Path, data_sets: dict[str, str], hashes: dict[str, str])
     """These hashes and those of the study's other data sets; refuses others than when it began."""
     path = folder / IMAGES_FILE
     try:
-        known: dict[str, str] = dict(json.loads(path.read_text()).items())
+        known: dict[str, str] = dict(parsed_json(path.read_text()).items())
     except (FileNotFoundError, NotADirectoryError):
         known = {}
     except (OSError, ValueError, AttributeError) as error:

@@ -7,12 +7,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.recipe.files import checked_keys, merged, recipes
 from dino_sparo.recipe.sections import Recipe
-from dino_sparo.recipe.typed import build, flattened, leaf_keys
+from dino_sparo.recipe.typed import build, flattened, leaf_keys, read_yaml
 
 VARIANTS_FOLDER = "variants"
 Changes = dict[str, Any]
@@ -94,10 +92,7 @@ def read_variants(name: str | None, only: Sequence[str]) -> dict[str, Changes]:
             f"variants {name!r} does not exist; give a YAML file or one of the shipped ones: "
             f"{', '.join(sorted(shipped))}"
         )
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no valid YAML ({' '.join(str(error).split())})") from error
+    content = read_yaml(path)
     if not isinstance(content, dict) or not all(isinstance(value, dict) for value in content.values()):
         raise UserError(f"{path}: expected names of variants, each with a section of section.key: value")
     variants = {str(key): value for key, value in content.items()}

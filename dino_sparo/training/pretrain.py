@@ -234,7 +234,13 @@ def prepare(recipe: Recipe, run_dir: Path, device: torch.device, *, unverified: 
                 f"images, and these {len(source)} are not the same ones (file names differ); "
                 f"{remedy or 'give the same folder'}, or choose another run_dir"
             )
-        restore_state(state, checkpoint)
+        try:
+            restore_state(state, checkpoint)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(
+                f"run_dir {str(run_dir)!r} has a checkpoint of step {first_step} that does not fit its "
+                f"recipe ({' '.join(str(error).split())}); restore the folder, or choose another"
+            ) from error
         before = [start["views"] for start in read_starts(run_dir) if "views" in start][-1:]
         if before and before != [executor]:
             log.warning(

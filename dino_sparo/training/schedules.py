@@ -1,6 +1,7 @@
-"""Schedules as arrays, one number a step or an epoch. Source: official `cosine_scheduler`, `DINOLoss`."""
+"""Schedules, as arrays and as the number of one step. Source: official `cosine_scheduler`, `DINOLoss`."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +21,7 @@ def cosine_schedule(
         raise ValueError(f"warmup_steps is {warmup_steps}, expected 0 to total_steps = {total_steps}")
     warmup = np.linspace(warmup_start, base, warmup_steps)
     progress = np.arange(total_steps - warmup_steps) / max(1, total_steps - warmup_steps)
-    cosine = final + 0.5 * (base - final) * (1 + np.cos(np.pi * progress))
-    return np.concatenate((warmup, cosine))
+    return np.concatenate((warmup, _half_cosine(base, final, progress)))
 
 
 def teacher_temp_schedule(start: float, final: float, warmup_epochs: int, epochs: int) -> NDArray[np.float64]:
@@ -33,6 +33,48 @@ def teacher_temp_schedule(start: float, final: float, warmup_epochs: int, epochs
     if not 0 <= warmup_epochs <= epochs:
         raise ValueError(f"warmup_epochs is {warmup_epochs}, expected 0 to epochs = {epochs}")
     return np.concatenate((np.linspace(start, final, warmup_epochs), np.full(epochs - warmup_epochs, final)))
+
+
+def _half_cosine(base: float, final: float, progress: Any) -> Any:
+    """From `base` at progress 0 towards `final` at 1, of a number or an array."""
+    return final + 0.5 * (base - final) * (1 + np.cos(np.pi * progress))
+
+
+@dataclass(frozen=True)
+class Linear:
+    """`np.linspace(start, final, count)`, bit for bit, then `final`: one number at a time."""
+
+    start: float
+    final: float
+    count: int
+
+    def at(self, number: int) -> float:
+        """Number `number`, counted from 0."""
+        if number == 0 < self.count:
+            return self.start
+        if number >= self.count - 1:
+            return self.final
+        change, last = self.final - self.start, self.count - 1
+        step = change / last
+        return (number * step if step else number / last * change) + self.start
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """`cosine_schedule` of the same arguments, bit for bit: one number at a time."""
+
+    base: float
+    final: float
+    total_steps: int
+    warmup_steps: int = 0
+    warmup_start: float = 0.0
+
+    def at(self, step: int) -> float:
+        """For step number `step`, counted from 0."""
+        if step < self.warmup_steps:
+            return Linear(self.warmup_start, self.base, self.warmup_steps).at(step)
+        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        return float(_half_cosine(self.base, self.final, progress))
 
 
 @dataclass(frozen=True)
@@ -50,10 +92,10 @@ class Hyperparameters:
 class Schedules:
     """Every schedule of a run: by step, the teacher temperature by epoch."""
 
-    lr: NDArray[np.float64]
-    weight_decay: NDArray[np.float64]
-    momentum: NDArray[np.float64]
-    teacher_temp: NDArray[np.float64]
+    lr: Cosine
+    weight_decay: Cosine
+    momentum: Cosine
+    teacher_temp: Linear
     freeze_last_layer_epochs: int
     steps_per_epoch: int
 
@@ -61,9 +103,9 @@ class Schedules:
         """For step number `step`, counted from 0."""
         epoch = step // self.steps_per_epoch
         return Hyperparameters(
-            lr=float(self.lr[step]),
-            weight_decay=float(self.weight_decay[step]),
-            momentum=float(self.momentum[step]),
-            teacher_temp=float(self.teacher_temp[epoch]),
+            lr=self.lr.at(step),
+            weight_decay=self.weight_decay.at(step),
+            momentum=self.momentum.at(step),
+            teacher_temp=self.teacher_temp.at(epoch),
             freeze_last_layer=epoch < self.freeze_last_layer_epochs,
         )

@@ -26,7 +26,7 @@ from dino_sparo.recipe.sections import (
 )
 from dino_sparo.training.bad_images import BadImages
 from dino_sparo.training.monitor import CollapseAlarm, KnnImages, open_knn_images
-from dino_sparo.training.schedules import Schedules, cosine_schedule, teacher_temp_schedule
+from dino_sparo.training.schedules import Cosine, Linear, Schedules
 from dino_sparo.training.state import TrainState
 
 SIZED_IMAGES = 32  # whose sizes stand for all
@@ -172,12 +172,10 @@ def build_schedules(optim: OptimOptions, loss: LossOptions, steps_per_epoch: int
     total = optim.epochs * steps_per_epoch
     peak_lr = optim.lr_per_256 * optim.global_batch_size / 256
     return Schedules(
-        lr=cosine_schedule(peak_lr, optim.final_lr, total, optim.warmup_epochs * steps_per_epoch),
-        weight_decay=cosine_schedule(optim.weight_decay, optim.final_weight_decay, total),
-        momentum=cosine_schedule(optim.teacher_momentum, 1.0, total),
-        teacher_temp=teacher_temp_schedule(
-            loss.warmup_teacher_temp, loss.teacher_temp, loss.warmup_teacher_temp_epochs, optim.epochs
-        ),
+        lr=Cosine(peak_lr, optim.final_lr, total, optim.warmup_epochs * steps_per_epoch),
+        weight_decay=Cosine(optim.weight_decay, optim.final_weight_decay, total),
+        momentum=Cosine(optim.teacher_momentum, 1.0, total),
+        teacher_temp=Linear(loss.warmup_teacher_temp, loss.teacher_temp, loss.warmup_teacher_temp_epochs),
         freeze_last_layer_epochs=optim.freeze_last_layer_epochs,
         steps_per_epoch=steps_per_epoch,
     )

@@ -1,11 +1,13 @@
 """All that learning changes, built by a recipe, taken into a checkpoint and restored from it."""
 
+import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dino_sparo.errors import UserError
 from dino_sparo.models import DINOHead, DinoModel, build_encoder
 from dino_sparo.parallel.precision import LossScale
 from dino_sparo.recipe.sections import HeadOptions, LossOptions
@@ -73,13 +75,24 @@ def build_state(
         encoder: arguments of `build_encoder`, but `drop_path_rate`, which is the student's.
         max_bad_steps: so many steps whose numbers are not finite may be skipped.
         loss_scaling: as fp16 needs it.
+
+    Raises:
+        UserError: the networks are larger than the memory of this machine.
     """
-    torch.manual_seed(seed)
 
     def network(drop_path_rate: float) -> DinoModel:
         built = build_encoder(drop_path_rate=drop_path_rate, **encoder)
         return DinoModel(built, DINOHead(built.embed_dim, **asdict(head)))
 
+    with torch.device("meta"):
+        needed = 2 * num_bytes(network(0.0).state_dict())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise UserError(
+            f"model: student and teacher need {needed / 2**30:,.0f} GiB of memory, but this machine has "
+            f"{memory / 2**30:,.0f} GiB; choose smaller sizes in model and head"
+        )
+    torch.manual_seed(seed)
     student = network(drop_path_rate)
     student.encoder.backbone.requires_grad_(not freeze_backbone)  # then no graph of it is kept either
     teacher = network(0.0)
