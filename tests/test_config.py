@@ -95,8 +95,10 @@ def test_help_shows_every_option_and_what_it_is(name, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert main([*name.split(), "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for key in leaf_keys(COMMANDS[name].options):
-        assert f"--{key} VALUE " in shown and f"--{key} VALUE (" not in shown  # what it takes comes last
+    for key, kind in leaf_keys(COMMANDS[name].options).items():
+        value = "[VALUE]" if kind is bool else "VALUE"
+        # What it takes comes last.
+        assert f"--{key} {value} " in shown and f"--{key} {value} (" not in shown
 
 
 def test_experiment_has_no_defaults():

@@ -189,7 +189,7 @@ def test_malformed_command_line(arguments, expected):
 
 def test_missing_options():
     message = refusal("--config", "photos_sparo")
-    assert message == "missing: data.path, run_dir; give each as --KEY VALUE"
+    assert message == "missing: data.path, run_dir; give --data.path VALUE --run_dir VALUE"
     message = refusal()
     assert message.startswith("missing: seed, data.path, ") and " more; start from a recipe" in message
     assert all(name in message for name in recipes())

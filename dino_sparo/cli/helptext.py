@@ -88,7 +88,7 @@ def page(name: str) -> str:
     command, width = COMMANDS[name], width_of_terminal()
     parser = argparse.ArgumentParser(
         add_help=False,
-        usage=usage(name),
+        usage=textwrap.fill(usage(name), width - 8, subsequent_indent="    ", break_on_hyphens=False),
         description=f"{textwrap.fill(command.summary, width)}\n\nexamples:\n{copyable(command.examples)}",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
             prog, max_help_position=34 if width > 100 else 26, width=width

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ COMPARING = ("rank", "mask", "factors")  # analyses that take a control
 CURVES = ("loss", "knn20_top1", "knn20_top5", "entropy_teacher", "entropy_mean", "feature_std")
 HEALTH = ("entropy", "effective_patches", "cls_share", "response_std", "overlap", "agreement")
 NUM_BEST = 4  # slots shown from either end of the ranking
-GALLERY_BYTES, PICTURE_BYTES = 400_000, 1_200_000  # so that the page is under 15 MB
+OVERLAY_BYTES, GALLERY_BYTES, PICTURE_BYTES = 60_000, 400_000, 1_200_000  # so that the page is under 15 MB
+MAP_IMAGES = 6  # whose overlays are shown
 SIDES = (1600, 1200, 900, 600, 400, 250)  # pixels of the longer side that a smaller picture may have
 JPEG_QUALITY = 82
 
@@ -232,15 +234,15 @@ class Section:
         table = {"caption": caption, "source": self.source(self.path), "header": header, "rows": cells}
         self.tables.append(table | {"folded": folded})
 
-    def add_picture(self, file: str, caption: str, max_bytes: int = PICTURE_BYTES) -> None:
-        """A file beside the section's; one that cannot be read leaves a note."""
+    def add_picture(self, file: str, caption: str, max_bytes: int = PICTURE_BYTES, kind: str = "") -> None:
+        """A file beside the section's, in the style of its kind; one that cannot be read leaves a note."""
         source = self.source(self.path.with_name(file))
         try:
             uri = picture_uri(self.path.with_name(file).read_bytes(), max_bytes)
         except OSError:
             self.notes.append((f"{source} is missing or no picture.", ""))
         else:
-            self.pictures.append({"uri": uri, "caption": caption, "source": source})
+            self.pictures.append({"uri": uri, "caption": caption, "source": source, "kind": kind})
 
 
 def _cell(value: float | str | None) -> str:
@@ -315,7 +317,7 @@ def _curves(subject: Subject) -> Section:
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110)
     picture = {"caption": "Over epochs", "source": section.source(section.path)}
-    section.pictures.append(picture | {"uri": picture_uri(buffer.getvalue(), PICTURE_BYTES)})
+    section.pictures.append(picture | {"uri": picture_uri(buffer.getvalue(), PICTURE_BYTES), "kind": ""})
     return section
 
 
@@ -329,11 +331,12 @@ def _accuracy(subject: Subject) -> Section:
     if not results:
         return section
     section.tell_age("knn", "linear")
-    header = ("protocol", "setting", "test set", "weights", "share of labels", "top-1 %", "top-5 %", "images")
+    header = ("protocol", "setting", "test set", "weights", "labels used %", "top-1 %", "top-5 %", "images")
     for headline, caption in ((True, "Official settings"), (False, "All other settings")):
         rows = [
             [
-                *(result.protocol, result.name, result.test_set, result.weights, result.train_fraction),
+                *(result.protocol, result.name, result.test_set, result.weights),
+                100 * result.train_fraction,
                 *(result.top1, result.top5, result.num_images),
             ]
             for result in results
@@ -378,9 +381,14 @@ def _fill_health(section: Section, found: Content, _shown: list[int]) -> None:
 
 
 def _fill_maps(section: Section, found: Content, shown: list[int]) -> None:
-    """The grid of attention maps."""
+    """The grid of attention maps, and overlays of the best and worst slots."""
     section.intro = f"Attention ({found['which']}) over images of {found['data']}."
     section.add_picture(found["grid"], "Images, CLS token, slots")
+    overlays = zip(found["overlays"].values(), found["images"], strict=True)
+    for files, image in islice(overlays, MAP_IMAGES):
+        for slot in shown:
+            if str(slot) in files:
+                section.add_picture(files[str(slot)], f"Slot {slot}, {image}", OVERLAY_BYTES, "small")
     if absent := ", ".join(str(slot) for slot in shown if slot not in found["slots"]):
         command = f"{section.subject.command('maps')} --slots '{shown}'"
         section.notes.append((f"No maps of slots {absent}; they are drawn by", command))
