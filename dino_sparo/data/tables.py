@@ -6,7 +6,6 @@ Hugging Face's library `datasets` keeps an Arrow copy of them, in which the byte
 the other, so that they are read by offset as those in shards: as quick in a random order as in sequence.
 """
 
-import json
 import logging
 import os
 import re
@@ -26,6 +25,7 @@ from dino_sparo.data.index import Index, cached_index, index_parts
 from dino_sparo.data.shards import ShardSource, has_states, states_of
 from dino_sparo.data.walk import PROBED_ENTRIES, THREADS, is_image, list_folder
 from dino_sparo.errors import UserError, UserFileNotFoundError
+from dino_sparo.files import parsed_json
 from dino_sparo.terminal import shows_bars
 
 log = logging.getLogger("dino_sparo")
@@ -157,7 +157,7 @@ def _saved_files(root: Path, split: Split) -> list[str]:
     places = ["", *WORDS["train"]] if split == "train" else WORDS["val"]
     for place in places:
         try:
-            state = json.loads((root / place / SAVED).read_text())
+            state = parsed_json((root / place / SAVED).read_text())
             return [os.path.join(place, file["filename"]) for file in state["_data_files"]]
         except OSError:
             continue
