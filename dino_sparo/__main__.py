@@ -70,14 +70,14 @@ def answer(arguments: list[str]) -> int:
     except StoppedError as stopped:
         if RANK == 0:
             print(
-                f"dino-sparo: {sentence(stopped)}; the same command goes on from there",
+                f"dino-sparo: {sentence(stopped)}; the same command resumes from there",
                 file=sys.stderr,
             )
             leave_note("stopped", str(stopped))
         return leave(EXIT_STOPPED, at_once=True)
     except KeyboardInterrupt:
         if RANK == 0:
-            print("dino-sparo: interrupted; the same command goes on from what is on disk", file=sys.stderr)
+            print("dino-sparo: interrupted; the same command resumes from what is on disk", file=sys.stderr)
         return leave(EXIT_INTERRUPTED)
     except Exception:
         if speaks_for_all():

@@ -130,6 +130,11 @@ def _plan(source: str, out: Path, short_side: int | None, images_per_shard: int)
             raise UserError(
                 f"DIR {source!r} is no folder of images, but shards, generated pictures or a set by name"
             )
+        if images.index.header.get("class_level"):
+            raise UserError(
+                f"DIR {source!r}: {name} lies in several folders, such as {images.index.name(0)}, which "
+                f"shards would take for classes; link what is in them into one folder"
+            )
         _check_names(images, short_side)
         folder = out / name if val is not None else out
         splits.append(Split(images, folder, short_side, images_per_shard))

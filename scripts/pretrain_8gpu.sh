@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's experiment on one machine with 8 GPUs; the same line goes on after an interruption.
+# The paper's experiment on one machine with 8 GPUs; the same line resumes after an interruption.
 # Usage: scripts/pretrain_8gpu.sh /data/imagenet [--section.key VALUE ...]
 # The environment may name others: RECIPE, RUN_DIR, NPROC (processes, one a GPU).
 data=${1?usage: scripts/pretrain_8gpu.sh DATA [--section.key VALUE ...]}

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from dino_sparo.data import imagenet
-from dino_sparo.data.imagenet import Images, explain, recognize, training_folder
+from dino_sparo.data import imagenet, splits, walk
+from dino_sparo.data.imagenet import Images, explain, recognize
+from dino_sparo.data.splits import Part, Splits, find_splits
 from dino_sparo.data.walk import list_folder
 from dino_sparo.errors import UserError
 from tests import imagenet_layouts as mini
@@ -114,10 +115,10 @@ def test_layouts_are_recognized_and_explained(name, tmp_path):
     assert (found.root, found.train, found.val, found.labels) == (root, train, val, labels)
     assert ("Kaggle" in found.name) == name.startswith("Kaggle")
 
-    expected = train.path if train and name in LEARNABLE else None
+    if name in LEARNABLE:
+        assert find_splits(root).train == Part(train.path)
     if name in ("val images alone", "only val of Kaggle"):  # a flat folder like any other
-        expected = root
-    assert training_folder(root) == expected
+        assert find_splits(root).train == Part(root)
 
     sentence = explain(found)
     if name in USABLE:
@@ -146,7 +147,7 @@ def test_relative_folders(tmp_path, monkeypatch):
     assert recognize(Path()).labels == tmp_path / "LOC_val_solution.csv"
     assert recognize(Path()).name.startswith("Kaggle")
     monkeypatch.chdir(tmp_path / CLS / "val")
-    assert training_folder(Path()) == Path()
+    assert find_splits(Path()).train == Part(Path())
 
 
 def test_empty_class_folders_hidden_files_and_links_to_nowhere_are_passed_over(tmp_path):
@@ -174,20 +175,22 @@ def test_nothing_recognized(tmp_path, files):
     mini.write(tmp_path, files)
     mini.write_classes(tmp_path, {".hidden": {"1.jpg": b""}})
     for root in (tmp_path, tmp_path / "missing"):
-        assert recognize(root) is None and training_folder(root) is None
+        assert recognize(root) is None
 
 
 def test_a_look_at_many_folders_ends_soon(tmp_path, monkeypatch):
     """Of many folders some are looked into, of many files some are read."""
     looked, original = [], os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: looked.append(path) or original(path))
+    monkeypatch.setattr(splits, "PROBED_ENTRIES", 6)
     monkeypatch.setattr(imagenet, "PROBED_ENTRIES", 6)
-    monkeypatch.setattr(imagenet, "PROBED_BELOW", 2)
+    monkeypatch.setattr(walk, "PROBED_BELOW", 2)
     for number in range(8):
         for below in range(3):
             (tmp_path / "many" / f"{number}" / f"{below}" / "deeper" / "deepest").mkdir(parents=True)
-    assert training_folder(tmp_path / "many") is None
-    assert len(looked) == 1 + 6 * (1 + 2 + 2) + 4  # train and val by each name, which are not there
+    assert find_splits(tmp_path / "many") == Splits(Part(tmp_path / "many"))
+    assert recognize(tmp_path / "many") is None
+    assert len(looked) < 150
     mini.write(tmp_path / "flat", {f"ILSVRC2012_val_{number:08d}.JPEG": b"" for number in range(400)})
     assert len(list_folder(tmp_path / "flat", 100)[1]) == 100
     looked.clear()

@@ -36,7 +36,9 @@ def cache(tmp_path, monkeypatch) -> Path:
 def walks(monkeypatch) -> list[Path]:
     """The walks that there are; the file system's clock is taken to be a fine one."""
     done = []
-    monkeypatch.setattr(index_module, "walk", lambda root: done.append(root) or walk_module.walk(root))
+    monkeypatch.setattr(
+        index_module, "walk", lambda root, *names: done.append(root) or walk_module.walk(root)
+    )
     monkeypatch.setattr(walk_module, "CLOCK_TICK_NS", int(TICK_SECONDS * 1e9))
     return done
 

@@ -85,7 +85,7 @@ def test_a_test_split_without_labels_is_no_val(root):
     set_of(root / "train-0.parquet", 5, "ab")
     write_parquet(root / "test-0.parquet", images(5, 5), [-1] * 5, ["a", "b"])
     train, test = open_labeled(str(root))
-    assert (len(train), len(test)) == (4, 1) and open_val(str(root)).labels is None
+    assert (len(train), len(test)) == (4, 1) and open_val(str(root)) is None
 
 
 def test_image_folders_with_a_list_in_parquet_stay_image_folders(root):
@@ -305,7 +305,6 @@ def test_a_set_that_was_saved_is_read_where_it_lies(saved, tmp_path, caplog):
 def hub(saved, monkeypatch, tmp_path):
     """A stand-in for the hub that holds the set at commit 0123abc; the arguments of each call to it."""
     real, calls = datasets.load_dataset_builder, []
-    (saved / "data/test-00000-of-00001.parquet").unlink()  # nobody may want it
     commit = tmp_path / "commit@0123abc"
     commit.symlink_to(saved)
 
@@ -326,6 +325,7 @@ def hub(saved, monkeypatch, tmp_path):
 
 
 def test_a_set_of_the_hub_without_its_test_split(hub, saved, caplog):
+    (saved / "data/test-00000-of-00001.parquet").unlink()  # nobody may want it
     with caplog.at_level(logging.INFO, "dino_sparo"):
         train, val = open_labeled("hub:owner/set:plain@main")
     assert hub == [("owner/set", "plain", "main")] * 2
@@ -334,14 +334,19 @@ def test_a_set_of_the_hub_without_its_test_split(hub, saved, caplog):
     assert train.labels.tolist() == [0, 1, 0, 1] and train.classes == ("a", "b")
     assert train.name(3) == "hub:owner/set:plain@main/train, row 3" and train.commit == "0123abc"
     assert "hub:owner/set:plain@main, train: commit 0123abc" in caplog.text and "copy" in caplog.text
+    places = ("hub:owner/set:plain@main, train", "hub:owner/set:plain@main, validation")
+    assert "train: 4 images in 2 classes ({}); val: 4 ({})".format(*places) in caplog.text
     again = pickle.loads(pickle.dumps(open_images("hub:owner/set:plain@main")))
     assert len(hub) == 2 and again.read(2) == picture(2)  # nobody has asked the hub again
     assert open_val("hub:owner/set:plain@main").read(0) == picture(4)
 
 
-def test_a_set_of_the_hub_without_validation_holds_images_out(hub):
-    train, held_out = open_labeled("hub:owner/set:without_val")
-    assert (len(train), len(held_out)) == (4, 0) and open_val("hub:owner/set:without_val") is None
+def test_a_set_of_the_hub_without_validation_is_tested_on_its_labeled_test_split(hub, saved):
+    train, test = open_labeled("hub:owner/set:without_val")
+    assert [test.read(i) for i in range(4)] == list(map(picture, range(8, 12)))
+    write_parquet(saved / "data/test-00000-of-00001.parquet", images(5, 5), [-1] * 5, ["a", "b"])
+    train, held_out = open_labeled("hub:owner/set:without_val@other")
+    assert (len(train), len(held_out)) == (4, 0) and open_val("hub:owner/set:without_val@other") is None
 
 
 @pytest.mark.parametrize(

@@ -218,5 +218,5 @@ def test_the_start_of_a_run_tells_its_cost(tmp_path, caplog):
     write_pictures(tmp_path / "data", 4)
     with caplog.at_level("INFO", "dino_sparo"):
         pretrain(tiny_options(tmp_path / "data", tmp_path / "run", optim__epochs=1))
-    (line,) = [text for text in caplog.messages if "GFLOPs an image" in text]
+    (line,) = [text for text in caplog.messages if "GFLOPs per image" in text]
     assert line.startswith("encoder with read-out sparo: 0.01 M parameters (0.00 M in the read-out), ")

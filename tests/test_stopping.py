@@ -1,4 +1,4 @@
-"""A run that is told to stop saves, says so, leaves nothing behind, and goes on bit for bit."""
+"""A run that is told to stop saves, says so, leaves nothing behind, and resumes bit for bit."""
 
 import json
 import signal
@@ -67,7 +67,7 @@ def test_a_signal_in_mid_epoch(processes, workers, sent, pictures, uninterrupted
         said = process.communicate(timeout=60)[1]
     stopped_at = load_latest(tmp_path)["step"]
     assert process.returncode == STOPPED
-    assert said.count("; the same command goes on from there") == 1 and "Traceback" not in said
+    assert said.count("; the same command resumes from there") == 1 and "Traceback" not in said
     assert f"stopped by {sent.name} after step {stopped_at} of 180" in said
     assert len(everyone) == (1 if processes == 1 else 1 + processes) + processes * workers
     assert all(is_gone(member) for member in everyone)

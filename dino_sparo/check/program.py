@@ -27,6 +27,7 @@ from dino_sparo.check.plan import Plan, duration, make_plan, plan_text, size
 from dino_sparo.data.loader import BatchOrder, crop_batches
 from dino_sparo.data.scan import DataReport, ScanResult, data_report, describe, scan_images
 from dino_sparo.data.sources import ImageSource, open_val
+from dino_sparo.data.splits import Choice
 from dino_sparo.data.views import crop_kinds
 from dino_sparo.errors import EXIT_PROBLEM, UserError
 from dino_sparo.recipe.sections import Recipe, smaller_batch
@@ -82,16 +83,16 @@ def check(
         say("\n" + "\n".join(map(sentence, describe(data))))
     else:
         remarks.append("files not read: --scan")
-    if not measure:
-        remarks.append("speed not measured: --measure")
-    elif not problems:
+    if measure:
         try:
             report |= measured(plan)
             report["run"] |= projection(plan, report)
             problems += machine_problems(plan, report)
             say("\n" + summary(plan, report))
         except UserError as error:  # what was found so far is worth telling
-            problems.append(str(error))
+            problems.append(f"speed not measured: {error}")
+    else:
+        remarks.append("speed not measured: --measure")
     if gpus:
         runs = gpu_runs(plan, report, gpus, here)
         report["gpus"] = [asdict(run) for run in runs]
@@ -117,7 +118,8 @@ def scan_data(plan: Plan) -> DataReport:
             timeout_seconds=plan.recipe.machine.data_timeout_seconds,
         )
 
-    val = open_val(plan.recipe.monitor.knn_path or plan.recipe.data.path)
+    knn_path, data = plan.recipe.monitor.knn_path, plan.recipe.data
+    val = open_val(knn_path) if knn_path else open_val(data.path, Choice.of(data))
     return data_report(scanned("train", plan.source), None if val is None else scanned("val", val))
 
 

@@ -1,12 +1,13 @@
 """The table of all commands: their options, what runs them, and examples. Needs no torch."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from dino_sparo.cli import bench, demo, evaluating, exporting, making, pretraining, slots
+from dino_sparo.cli.parsing import NOT_IN_RECIPES
 from dino_sparo.recipe.sections import Recipe
-from dino_sparo.recipe.typed import leaf_keys
+from dino_sparo.recipe.typed import leaf_keys, leaves
 
 
 @dataclass(frozen=True)
@@ -195,8 +196,19 @@ COMMANDS = {
 
 
 def usage(name: str) -> str:
-    """How a command is called, in one line."""
+    """How a command is called, in one line, with what it needs."""
     command = COMMANDS[name]
-    recipe = "--config RECIPE" if command.of_run else ""
-    words = ["dino-sparo", name, (command.positional or "").upper(), recipe, "[--key VALUE ...]"]
-    return " ".join(filter(None, words))
+    optional = {field.name for field in fields(command.options) if field.default is not field.default_factory}
+    needed = [
+        f"--{key} {key.rpartition('.')[2].upper()}"
+        for key, (field, _) in leaves(command.options).items()
+        if field.default is field.default_factory  # MISSING
+        and key != command.positional
+        and key.partition(".")[0] not in optional
+        and (not command.of_run or key in NOT_IN_RECIPES)
+    ]
+    if command.of_run:
+        needed = [] if name == "demo" else ["--config RECIPE", *needed]
+    return " ".join(
+        filter(None, ["dino-sparo", name, (command.positional or "").upper(), *needed, "[--key VALUE ...]"])
+    )

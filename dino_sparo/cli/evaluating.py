@@ -183,6 +183,7 @@ def compare(options: CompareOptions) -> None:
 @contextmanager
 def _opened(options: EvaluationOptions) -> "Iterator[tuple[Encoder, ImageSource, list[TestSet]]]":
     """Encoder, train images and test sets, in a group of all processes."""
+    from dino_sparo.data.splits import Choice
     from dino_sparo.evaluation.transfer import open_train_and_tests
     from dino_sparo.interop.load import load_encoder
     from dino_sparo.parallel.device import choose_device
@@ -190,7 +191,7 @@ def _opened(options: EvaluationOptions) -> "Iterator[tuple[Encoder, ImageSource,
 
     device = choose_device(options.device, local_rank())
     with process_group(device):
-        train, test_sets = open_train_and_tests(options.data.path, options.test)
+        train, test_sets = open_train_and_tests(options.data.path, options.test, Choice.of(options.data))
         encoder = load_encoder(options.run, options.which, untrained=options.untrained, arch=options.arch)
         yield encoder.to(device).requires_grad_(False), train, test_sets
 

@@ -106,7 +106,12 @@ def page(name: str) -> str:
     for key, (field, owner) in keys.items():
         group = groups[key.partition(".")[0] if "." in key or key in groups else ""]
         text = f"{docstrings(owner)[field.name]} ({_values(key, field, command.of_run)})"
-        group.add_argument(f"--{key}", metavar="VALUE", help=" ".join(text.split()).replace("%", "%%"))
+        group.add_argument(
+            f"--{key}",
+            nargs="?" if field.type is bool else None,  # a flag may stand alone
+            metavar="VALUE",
+            help=" ".join(text.split()).replace("%", "%%"),
+        )
     return parser.format_help().rstrip("\n")
 
 

@@ -77,7 +77,7 @@ def options_of(options_class: type, given: Mapping[str, Any]) -> Any:
             return build(options_class, values)
         return named_recipe(values.pop("config"), values, options_class)
     except MissingError as error:
-        remedy = "give each as --KEY VALUE"
+        remedy = f"give {' '.join(f'--{key} VALUE' for key in error.keys[:6])}"
         if issubclass(options_class, Recipe) and not NOT_IN_RECIPES.issuperset(error.keys):
             remedy = f"start from a recipe that has them: --config NAME, one of {', '.join(recipes())}"
         raise UserError(f"{error}; {remedy}") from error

@@ -184,11 +184,12 @@ def gallery(options: SlotGalleryOptions) -> None:
 def rank(options: SlotRankOptions) -> None:
     """Each slot alone, and accuracy against the number of slots kept: rank.json, curve.png and a table."""
     from dino_sparo.data.sources import open_labeled
+    from dino_sparo.data.splits import Choice
     from dino_sparo.slots.rank import rank_slots, table
 
     folder = _folder(options) / "rank"
     result = rank_slots(
-        *(_cut(options), *open_labeled(options.data.path), folder),
+        *(_cut(options), *open_labeled(options.data.path, choice=Choice.of(options.data)), folder),
         k=options.k,
         select_fraction=options.select_fraction,
         seed=options.seed,
@@ -200,11 +201,12 @@ def rank(options: SlotRankOptions) -> None:
 def mask(options: SlotMaskOptions) -> None:
     """Masks learned with a frozen encoder: mask.json, mask.png and a table."""
     from dino_sparo.data.sources import open_labeled
+    from dino_sparo.data.splits import Choice
     from dino_sparo.evaluation.transfer import EXPECTED_BOTH, VAL, named_folder
     from dino_sparo.slots.mask import mask_slots, table
 
     folder = _folder(options) / "mask"
-    data = {VAL: open_labeled(options.data.path)}
+    data = {VAL: open_labeled(options.data.path, choice=Choice.of(options.data))}
     if options.transfer:
         name, other = named_folder(options.transfer, "transfer", EXPECTED_BOTH)
         data[name] = open_labeled(other, key="transfer")

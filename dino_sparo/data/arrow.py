@@ -21,6 +21,10 @@ class Columns(NamedTuple):
     label: str | None
     classes: list[str] | None
     """Names of the classes by number; None if there are none."""
+    is_text: bool
+    """Whether the label is the name of the class."""
+    label_columns: tuple[str, ...]
+    """All columns that could be the label."""
 
 
 class Rows(NamedTuple):
@@ -28,8 +32,8 @@ class Rows(NamedTuple):
 
     columns: Columns
     paths: list[str | None]
-    labels: NDArray[np.int64] | None
-    """None if one is missing or negative, as in test sets."""
+    labels: NDArray[Any] | None
+    """Numbers or names; None if one is missing or negative, as in test sets."""
     offsets: NDArray[np.int64]
     sizes: NDArray[np.int64]
     """-1 of a row without an image."""
@@ -48,7 +52,9 @@ def import_datasets() -> Any:
     return datasets
 
 
-def read_footer(path: Path, all_of: Sequence[str] = ()) -> tuple[Columns, int, int]:
+def read_footer(
+    path: Path, all_of: Sequence[str] = (), label_column: str | None = None
+) -> tuple[Columns, int, int]:
     """Columns, rows and size in bytes of a parquet file, after a look at all data in the columns `all_of`.
 
     Raises:
@@ -63,7 +69,7 @@ def read_footer(path: Path, all_of: Sequence[str] = ()) -> tuple[Columns, int, i
             pass
         groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
         num_bytes = sum(group.total_byte_size for group in groups)
-        return _columns(path, file.schema_arrow), file.metadata.num_rows, num_bytes
+        return _columns(path, file.schema_arrow, label_column), file.metadata.num_rows, num_bytes
     except (pa.ArrowException, OSError) as error:
         raise UserError(
             f"{path} is no readable parquet file ({first_line(error)}); download it again (of a git clone: "
@@ -71,7 +77,7 @@ def read_footer(path: Path, all_of: Sequence[str] = ()) -> tuple[Columns, int, i
         ) from error
 
 
-def read_arrow(path: Path, columns: Columns | None = None) -> Rows:
+def read_arrow(path: Path, columns: Columns | None = None, label_column: str | None = None) -> Rows:
     """The rows of an Arrow file, which is mapped; None takes the columns that its schema names.
 
     Raises:
@@ -87,7 +93,7 @@ def read_arrow(path: Path, columns: Columns | None = None) -> Rows:
         raise UserError(
             f"{path} is no readable Arrow file ({first_line(error)}); remove its folder, then start again"
         ) from error
-    columns = columns or _columns(path, table.schema)
+    columns = columns or _columns(path, table.schema, label_column)
     images = table.column(columns.image)
     places = [(np.empty(0, np.int64), np.empty(0, np.int64))]
     places += [_places(path, chunk, content.address) for chunk in images.chunks]
@@ -95,8 +101,11 @@ def read_arrow(path: Path, columns: Columns | None = None) -> Rows:
     paths = struct_field(images, "path").to_pylist() if has_path else [None] * len(images)
     labels = None
     if columns.label and not table.column(columns.label).null_count:
-        labels = table.column(columns.label).to_numpy().astype(np.int64)
-    labels = None if labels is None or (labels < 0).any() else labels
+        column = table.column(columns.label)
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        labels = np.array(column.to_pylist()) if columns.is_text else column.to_numpy().astype(np.int64)
+    labels = None if labels is None or (not columns.is_text and (labels < 0).any()) else labels
     return Rows(columns, paths, labels, *map(np.concatenate, zip(*places, strict=True)))
 
 
@@ -114,8 +123,12 @@ def _places(path: Path, images: Any, start: int) -> tuple[NDArray[np.int64], NDA
     return bounds[:-1] + offset, np.where(there, np.diff(bounds), NO_IMAGE)
 
 
-def _columns(path: Path, schema: Any) -> Columns:
-    """The columns of images and classes. Raises UserError: there is not exactly one of images."""
+def _columns(path: Path, schema: Any, label_column: str | None) -> Columns:
+    """The columns of images and classes.
+
+    The label is the one that is asked for, else `label` or `labels` of integers, else the only ClassLabel.
+    Raises UserError: there is not exactly one column of images, or not the label that is asked for.
+    """
     from pyarrow import types
 
     images = [field.name for field in schema if _is_image_column(field.type)]
@@ -126,9 +139,23 @@ def _columns(path: Path, schema: Any) -> Columns:
     integers = [field.name for field in schema if types.is_integer(field.type)]
     classes = [name for name in integers if features.get(name, {}).get("_type") == "ClassLabel"]
     named = [name for name in ("label", "labels") if name in integers]
-    label = named[0] if named else classes[0] if len(classes) == 1 else None
+    text = [field.name for field in schema if _is_text(field.type)]
+    possible = tuple(name for name in schema.names if name in (*integers, *text))
+    if label_column is not None and label_column not in possible:
+        raise UserError(
+            f"data.label_column {label_column!r}: {path} has no such column of integers or text; its columns "
+            f"are {_listed(schema.names)}"
+        )
+    label = label_column or (named[0] if named else classes[0] if len(classes) == 1 else None)
     names = features.get(label or "", {}).get("names")
-    return Columns(images[0], label, list(map(str, names)) if names else None)
+    return Columns(images[0], label, list(map(str, names)) if names else None, label in text, possible)
+
+
+def _is_text(kind: Any) -> bool:
+    from pyarrow import types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return types.is_string(kind) or types.is_large_string(kind)
 
 
 def _is_image_column(kind: Any) -> bool:

@@ -14,16 +14,15 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from dino_sparo.data.walk import PROBED_ENTRIES, is_image, list_folder
+from dino_sparo.data.split_names import splits_of_folders
+from dino_sparo.data.walk import PROBED_ENTRIES, holds, is_image, list_folder
 from dino_sparo.errors import UserError, UserFileNotFoundError
 
 WNID, WNID_TAR = re.compile(r"n\d{8}"), re.compile(r"(n\d{8})\.tar")
 VAL_IMAGE = re.compile(r"ILSVRC2012_val_\d{8}\.JPEG")
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
-TRAIN_FOLDERS, VAL_FOLDERS = ("train", "ILSVRC2012_img_train"), ("val", "ILSVRC2012_img_val")
 KAGGLE_FOLDERS = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
 TOP_ENTRIES = 4096  # enough for a thousand class folders and their tars; a flat folder shows at once
-PROBED_BELOW = 8
 LAYOUTS = (
     f"class folders (train/<class>, val/<class>), Kaggle's layout (ILSVRC/Data/CLS-LOC), {TRAIN_TAR} and "
     f"{VAL_TAR}, a folder of class tars (n01440764.tar ...), a flat folder of images"
@@ -31,6 +30,7 @@ LAYOUTS = (
 
 DEVKIT = "ILSVRC2012_devkit_t12"
 GROUND_TRUTH, META = "data/ILSVRC2012_validation_ground_truth.txt", "data/meta.mat"
+ANNOTATIONS = "val_annotations.txt"  # of Tiny ImageNet, beside its folder of images
 SOLUTION, SOLUTION_HEADER = "LOC_val_solution.csv", "ImageId,PredictionString"
 LEVELS_TO_LABELS = 4  # from Kaggle's val folder up to where its solution file lies
 
@@ -70,7 +70,10 @@ def recognize(root: Path) -> Layout | None:
         UserError: classes lie partly in folders, partly in tars, or a folder cannot be read.
     """
     base = next((root / below for below in KAGGLE_FOLDERS if (root / below).is_dir()), root)
-    train, val = _split(base, TRAIN_FOLDERS, TRAIN_TAR), _split(base, VAL_FOLDERS, VAL_TAR)
+    named = splits_of_folders(list_folder(base, TOP_ENTRIES)[0])
+    train, val = _split(base, named.get("train", []), TRAIN_TAR), _split(base, named.get("val", []), VAL_TAR)
+    if val and (val.path / ANNOTATIONS).is_file() and _form(val.path / "images") == "a flat folder":
+        val = Images(val.path / "images", "a flat folder")  # Tiny ImageNet
     form = None if train and val else _form(base)  # some unpack right into the folder
     if form == "a flat folder" and _holds_val(base):
         val = val or Images(base, form)
@@ -79,8 +82,8 @@ def recognize(root: Path) -> Layout | None:
     if train is None and val is None:
         return None
     labels = None
-    if val and (val.form == "the official tar" or (val.form == "a flat folder" and _holds_val(val.path))):
-        labels = _labels_near(val.path)
+    if val and val.form != "class folders":
+        labels = _labels_near(val.path, val.form == "the official tar" or _holds_val(val.path))
     parts = [f"training images in {train.form}"] if train else []
     parts += [f"validation images in {val.form}"] if val else []
     parts += [f"their labels in {labels.name}"] if labels else []
@@ -88,22 +91,10 @@ def recognize(root: Path) -> Layout | None:
     return Layout(root, kaggle + ", ".join(parts), train, val, labels)
 
 
-def training_folder(root: Path) -> Path | None:
-    """The folder whose images can be learned from as they are: train of any layout, or all of a flat folder.
-
-    None if they are in tars or nothing is recognized. Raises as `recognize`.
-    """
-    layout = recognize(root)
-    if layout and layout.train:
-        return layout.train.path if layout.train.is_readable else None
-    return root if layout and layout.val == Images(root, "a flat folder") else None
-
-
 def explain(layout: Layout) -> str:
     """One sentence: what was recognized and the command that makes it usable; empty if it is as it is."""
     root, train, val = layout.root, layout.train, layout.val
-    train_is_usable = train is None or (train.is_readable and train.path in (root, root / "train"))
-    if train_is_usable and val in (None, Images(root / "val", "class folders")):
+    if (train is None or train.is_readable) and (val is None or val.form == "class folders"):
         return ""
     made = " and ".join(f"OUT/{name}/<class>" for name, images in (("train", train), ("val", val)) if images)
     sentence = f"{root} holds {layout.name}; `dino-sparo prepare {shlex.quote(str(root))} --out OUT"
@@ -118,7 +109,7 @@ def explain(layout: Layout) -> str:
 # --- How images lie in a folder
 
 
-def _split(base: Path, folders: tuple[str, ...], tar: str) -> Images | None:
+def _split(base: Path, folders: list[str], tar: str) -> Images | None:
     for folder in folders:
         if form := _form(base / folder):
             return Images(base / folder, form)
@@ -140,18 +131,8 @@ def _form(folder: Path) -> Form | None:
         return "class tars"
     if any(is_image(file) for file in files):
         return "a flat folder"
-    held = any(_holds_image(folder / name) for name in sorted(folders)[:PROBED_ENTRIES])
+    held = any(holds(folder / name) for name in sorted(folders)[:PROBED_ENTRIES])
     return "class folders" if held else None
-
-
-def _holds_image(folder: Path, levels: int = 2) -> bool:
-    """Whether one of a folder's first entries is an image, or there is one in a folder below."""
-    folders, files = list_folder(folder, PROBED_ENTRIES)
-    if any(is_image(file) for file in files):
-        return True
-    return levels > 0 and any(
-        _holds_image(folder / name, levels - 1) for name in sorted(folders)[:PROBED_BELOW]
-    )
 
 
 def _holds_val(folder: Path) -> bool:
@@ -159,8 +140,13 @@ def _holds_val(folder: Path) -> bool:
     return any(VAL_IMAGE.fullmatch(file) for file in list_folder(folder, PROBED_ENTRIES)[1])
 
 
-def _labels_near(images: Path) -> Path | None:
-    """Labels of ImageNet's validation images in their folder or a little above it, None if there are none."""
+def _labels_near(images: Path, are_imagenet: bool) -> Path | None:
+    """Labels of validation images beside their folder, or for ImageNet's in it or a little above it; None if
+    there are none."""
+    if (images.parent / ANNOTATIONS).is_file():
+        return images.parent / ANNOTATIONS
+    if not are_imagenet:
+        return None
     places = [images.absolute(), *images.absolute().parents[:LEVELS_TO_LABELS]]
     # Kaggle's first: they need no scipy
     for name, proof in ((SOLUTION, ""), (DEVKIT, GROUND_TRUTH), (f"{DEVKIT}.tar.gz", "")):
@@ -228,7 +214,8 @@ def _read_list(path: Path) -> dict[str, Label]:
             name = boxes.partition(" ")[0]
         else:
             separator = next((sign for sign in (",", "\t") if sign in line), None)
-            image, name = (*line.rsplit(separator, 1), "")[:2]
+            columns = line.split("\t")  # of Tiny ImageNet: file name, class, and a box
+            image, name = columns[:2] if len(columns) == 6 else (*line.rsplit(separator, 1), "")[:2]
         image, name = image.strip().rpartition("/")[2], name.strip()
         if not image or not _can_be_folder(name):
             expected = "ImageId,class and box" if is_kaggle else "file_name class"

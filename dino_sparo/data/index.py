@@ -11,6 +11,7 @@ import logging
 import mmap
 import os
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -24,7 +25,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dino_sparo.data.decode import UNREADABLE, UnreadableImageError, decode, problem_of
-from dino_sparo.data.walk import EXTENSIONS, THREADS, Folder, state_now, walk
+from dino_sparo.data.split_names import same_name
+from dino_sparo.data.walk import EXTENSIONS, THREADS, Folder, named_by_ending, state_now, walk
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.files import atomic_write, cache_folder, temporary_folder
 
@@ -73,7 +75,8 @@ class Index:
         """Class names by number; none if they are unknown, as where images lie in the folder itself."""
         if "classes" in self.header:
             return tuple(self.header["classes"])
-        return tuple(self.name(first).split("/", 1)[0] for first in self.arrays["class_starts"][:-1])
+        level = self.header.get("class_level", 0)
+        return tuple(self.name(first).split("/")[level] for first in self.arrays["class_starts"][:-1])
 
     def labels(self) -> NDArray[np.int64] | None:
         """Class numbers (len(self),), made at each call; None if they are unknown."""
@@ -93,18 +96,29 @@ class Index:
         return self._names[self._starts[position] : self._starts[position + 1] - 1].tobytes()
 
 
-def open_index(root: Path) -> Index:
+def open_index(root: Path, names: Sequence[str] = ()) -> Index:
     """The index of the images below `root`: the one that is kept if no folder has changed, else a new one.
+
+    Args:
+        names: folders in `root` that hold the images, if not all do; classes are the folders in these.
 
     Raises:
         UserFileNotFoundError: there is no image.
         UserError: a folder cannot be read, or the index cannot be kept.
     """
-    return cached_index(root, ".index", _folders_are_current, lambda: _pack(root, walk(root)))
+    ending = f"{key_of_names(names)}.index"
+    return cached_index(root, ending, _folders_are_current, lambda: _pack(root, walk(root, names), names))
+
+
+def key_of_names(names: Sequence[str]) -> str:
+    """A part of the name of an index file that tells apart those of several splits in one folder."""
+    return f".{hashlib.sha256(os.fsencode(chr(0).join(names))).hexdigest()[:16]}" if names else ""
 
 
 def _folders_are_current(index: Index, root: Path) -> bool:
     """Whether every folder below `root` is as it was: a look at each, none is listed."""
+    if "others" not in index.header:  # one of an earlier version, which did not count them
+        return False
     folders = index.arrays["folders"].tobytes().decode("utf-8", "surrogateescape").split("\0")[:-1]
 
     def unchanged(first: int) -> bool:
@@ -213,8 +227,13 @@ class IndexedSource:
 
     @classmethod
     def of_all(cls, root: Path, index: Index) -> Self:
-        """All images of an index, with its own classes."""
-        return cls(root, index, index.classes, np.arange(len(index.classes)))
+        """All images of an index, with its own classes; those whose names print alike are one."""
+        first: dict[str, str] = {}
+        for name in index.classes:
+            first.setdefault(same_name(name), name)
+        numbers = {name: number for number, name in enumerate(first)}
+        class_numbers = np.array([numbers[same_name(name)] for name in index.classes], np.int64)
+        return cls(root, index, tuple(first.values()), class_numbers)
 
     def __len__(self) -> int:
         return len(self.index if self.chosen is None else self.chosen)
@@ -280,20 +299,30 @@ class FolderSource(IndexedSource):
 # --- The file: MAGIC, checksum of what follows, length of the header, header in JSON, arrays
 
 
-def _pack(root: Path, folders: list[Folder]) -> list[bytes]:
+def _pack(root: Path, folders: list[Folder], names: Sequence[str]) -> list[bytes]:
     """The parts of the file. Raises UserFileNotFoundError if there is no image."""
+    level = 1 if names else 0
+
+    def class_of(folder: Folder) -> str:
+        return folder.below.split("/")[level]  # of the folder that holds the classes, empty
+
     # As `torchvision.datasets.ImageFolder` sorts images: by class, then by folder, then by name.
-    folders = sorted(folders, key=lambda folder: (folder.top, folder.below.rstrip("/")))
+    folders = sorted(folders, key=lambda folder: (class_of(folder), folder.below.rstrip("/")))
     full = [folder for folder in folders if folder.num_images]
+    others: Counter[str] = Counter()
+    for folder in folders:
+        others.update(folder.others)
     if not full:
+        where = next((folder.below for folder in folders if folder.others), "")
+        there = f"there are files, {named_by_ending(others)}" if others else "there are no files"
         raise UserFileNotFoundError(
-            f"{root}: no images found; expected files ending in {' '.join(EXTENSIONS)}, "
-            f"directly or in folders below"
+            f"{root}: no images found; expected files ending in {' '.join(EXTENSIONS)}, directly or in "
+            f"folders below; {there}{f' (in {where} first)' if where else ''}"
         )
-    num_loose = 0 if full[0].below else full[0].num_images
+    num_loose = sum(folder.num_images for folder in full if not class_of(folder))
     class_sizes = [
         sum(folder.num_images for folder in folders_of_class)
-        for _, folders_of_class in groupby(full, key=lambda folder: folder.top)
+        for _, folders_of_class in groupby(full, key=class_of)
     ]
     return index_parts(
         root,
@@ -302,6 +331,7 @@ def _pack(root: Path, folders: list[Folder]) -> list[bytes]:
         num_loose=num_loose,
         class_starts=[0, *([] if num_loose else np.cumsum(class_sizes))],
         folders="".join(f"{folder.below}\0" for folder in folders),
+        header={"class_level": level, "others": others},
     )
 
 

@@ -7,6 +7,7 @@ the folder that the shards were made of, so that order, names and classes are th
 
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -21,9 +22,18 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dino_sparo.data.imagenet import TRAIN_TAR, VAL_TAR, WNID_TAR
-from dino_sparo.data.index import Index, IndexedSource, cached_index, current_index, index_parts
+from dino_sparo.data.index import Index, IndexedSource, cached_index, current_index, index_parts, key_of_names
 from dino_sparo.data.tars import tar_members
-from dino_sparo.data.walk import EXTENSIONS, PROBED_ENTRIES, THREADS, is_image, list_folder
+from dino_sparo.data.walk import (
+    EXTENSIONS,
+    PROBED_BELOW,
+    PROBED_ENTRIES,
+    THREADS,
+    holds,
+    is_image,
+    list_folder,
+    named_by_ending,
+)
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.terminal import shows_bars
 
@@ -80,8 +90,9 @@ class ShardSource(IndexedSource):
         return int(np.searchsorted(self.index.arrays[firsts], position, side="right")) - 1
 
 
-def open_shards(root: Path) -> ShardSource:
-    """The images in the shards of a folder; an index that is not there, or not up to date, is made and kept.
+def open_shards(root: Path, names: Sequence[str] = ()) -> ShardSource:
+    """The images in the shards of a folder, or in these of it; an index that is not there, or not current, is
+    made and kept.
 
     Ours lies beside the shards; others are kept where those of folders are, see `open_index`.
 
@@ -91,39 +102,60 @@ def open_shards(root: Path) -> ShardSource:
     """
     if (root / RECORD).exists() and not (root / INDEX_FILE).exists():
         raise UserError(f"{root}: not all shards are written yet; let `dino-sparo shard` do so first")
-    index = current_index(root / INDEX_FILE, root, shards_are_current)
+    index = None if names else current_index(root / INDEX_FILE, root, shards_are_current)
     if index is None:
-        index = cached_index(root, ".shards", shards_are_current, partial(pack_shards, root))
+        make = partial(pack_shards, root, chosen=names)
+        index = cached_index(root, f"{key_of_names(names)}.shards", shards_are_current, make)
     return ShardSource.of_all(root, index)
 
 
 def holds_shards(folder: Path) -> bool:
-    """Whether a folder is one of shards, by a look at some entries: tars, but neither images nor folders.
+    """Whether a folder is one of shards, by a look at some entries: tars, here or one folder deeper, but no
+    folders of images and fewer images beside them than tars.
 
     Raises:
-        UserError: its tars are compressed.
+        UserError: its tars are compressed, or not more than the images beside them.
     """
     folders, files = list_folder(folder, PROBED_ENTRIES)
-    if folders or any(map(is_image, files)):
+    shards, images = list(filter(is_shard, files)), list(filter(is_image, files))
+    if not files and folders:
+        below = [list_folder(folder / name, PROBED_ENTRIES) for name in sorted(folders)[:PROBED_BELOW]]
+        is_other = any(deeper or any(map(is_image, here)) for deeper, here in below)
+        return not is_other and any(is_shard(name) for _, here in below for name in here)
+    if len(images) > len(shards) or any(holds(folder / name) for name in sorted(folders)[:PROBED_BELOW]):
         return False
     packed = sorted(name for name in files if name.lower().endswith(PACKED))
-    if packed and not packed[0].startswith("ILSVRC"):  # ImageNet's devkit is no shard
+    if packed and not images and not packed[0].startswith("ILSVRC"):  # ImageNet's devkit is no shard
         raise compressed(folder / packed[0])
-    return any(map(is_shard, files))
+    if shards and images:
+        raise UserError(
+            f"{folder} holds shards ({min(shards)}) and images ({min(images)}) side by side; move one of the "
+            f"two into a folder of its own"
+        )
+    return bool(shards)
 
 
 def shards_are_current(index: Index, root: Path) -> bool:
     """Whether the shards are those that were indexed, by name, size and time."""
     shards = index.header["shards"]
-    return list_shards(root) == shards and has_states(root, shards, index.states[:, :2])
+    listed = index.header.get("chosen") or list_shards(root) == shards
+    return listed and has_states(root, shards, index.states[:, :2])
 
 
 # --- What is in shards, by their headers
 
 
 def list_shards(root: Path) -> list[str]:
-    """File names of a folder's shards, in order. Raises UserError if the folder cannot be read."""
-    return sorted(filter(is_shard, list_folder(root)[1]))
+    """Names of a folder's shards in order, those one folder deeper if there are none.
+
+    Raises UserError if a folder cannot be read.
+    """
+    folders, files = list_folder(root)
+    return sorted(filter(is_shard, files)) or [
+        f"{folder}/{name}"
+        for folder in sorted(folders)
+        for name in sorted(filter(is_shard, list_folder(root / folder)[1]))
+    ]
 
 
 def is_shard(name: str) -> bool:
@@ -199,13 +231,16 @@ class Shard(NamedTuple):
         )
 
 
-def pack_shards(root: Path, known: Mapping[str, Shard] | None = None) -> list[bytes]:
-    """The parts of an index file, from the headers of all shards but those `known` by their file's name.
+def pack_shards(
+    root: Path, known: Mapping[str, Shard] | None = None, chosen: Sequence[str] = ()
+) -> list[bytes]:
+    """The parts of an index file, from the headers of all or the chosen shards but those `known` by their
+    file's name.
 
     Raises:
         UserFileNotFoundError, UserError: as `open_shards`.
     """
-    names = list_shards(root)
+    names = list(chosen) or list_shards(root)
     states = states_of(root, names)  # before they are read: a change after that is seen the next time
     with ThreadPoolExecutor(THREADS) as pool:
         read = pool.map(lambda name: (known or {}).get(name) or read_shard(root, name), names)
@@ -214,7 +249,7 @@ def pack_shards(root: Path, known: Mapping[str, Shard] | None = None) -> list[by
     if not sum(len(shard.sizes) for shard in shards):
         raise UserFileNotFoundError(
             f"{root}: no images found in {len(names)} shards; expected members ending in "
-            f"{' '.join(EXTENSIONS)}"
+            f"{' '.join(EXTENSIONS)}; in {names[0]} there are {_endings(root / names[0])}"
         )
     packed = b"\0".join(shard.names for shard in shards if len(shard.sizes))
     folders = [name.rpartition(b"/")[0].partition(b"/")[0] for name in packed.split(b"\0")]
@@ -226,7 +261,7 @@ def pack_shards(root: Path, known: Mapping[str, Shard] | None = None) -> list[by
         root,
         packed,
         [(*state, 0) for state in states],
-        header={"classes": classes, "shards": names},
+        header={"classes": classes, "shards": names, "chosen": bool(chosen)},
         arrays={
             "offsets": np.concatenate([shard.offsets for shard in shards]),
             "sizes": np.concatenate([shard.sizes for shard in shards]),
@@ -266,6 +301,13 @@ def read_shard(root: Path, name: str) -> Shard:
         ) from error
     except OSError as error:
         raise UserError(f"{path}: the shard cannot be read ({error.strerror}); repair it") from error
+
+
+def _endings(path: Path) -> str:
+    """How many members of a shard end in what."""
+    with open(path, "rb") as file:
+        endings = Counter(os.path.splitext(member.name)[1].lower() for member in tar_members(file))
+    return named_by_ending(endings) or "no members"
 
 
 def _images(file: BinaryIO) -> Iterator[ImageOfShard]:

@@ -3,6 +3,8 @@ generated pictures."""
 
 import logging
 import os
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,18 +15,30 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dino_sparo.data.generated import SHAPES, shapes_source
-from dino_sparo.data.imagenet import explain, recognize, training_folder
+from dino_sparo.data.imagenet import explain, recognize
 from dino_sparo.data.index import FolderSource, open_index
-from dino_sparo.data.shards import ShardSource, holds_shards, open_shards
-from dino_sparo.data.tables import HUB, Split, TableSource, holds_tables, open_hub, open_tables
-from dino_sparo.data.torchvision_sets import NAMES, Part, open_set
-from dino_sparo.data.walk import list_folder
+from dino_sparo.data.shards import ShardSource, holds_shards, is_shard, open_shards
+from dino_sparo.data.split_names import same_name, splits_of_files
+from dino_sparo.data.splits import Choice, Part, Splits, counted, find_splits, probably_meant
+from dino_sparo.data.tables import (
+    HUB,
+    Split,
+    TableSource,
+    holds_tables,
+    is_parquet,
+    list_parquet,
+    open_hub,
+    open_tables,
+)
+from dino_sparo.data.torchvision_sets import NAMES, open_set
+from dino_sparo.data.torchvision_sets import Part as PartOfSet
+from dino_sparo.data.walk import list_folder, named_by_ending
 from dino_sparo.errors import UnlabeledError, UserError, UserFileNotFoundError
 
 log = logging.getLogger("dino_sparo")
 
 OnDisk = FolderSource | ShardSource | TableSource
-HELD_OUT_EVERY = 5  # without a val folder every fifth image is held out
+HELD_OUT_EVERY, ORDINAL = 5, "fifth"  # without a val folder every fifth image is held out
 
 
 class ImageSource(Protocol):
@@ -74,25 +88,52 @@ class ImageSource(Protocol):
         ...
 
 
-def open_folder(root: Path, split: Split = "train") -> OnDisk:
+AS_FOUND = Choice()
+NOTES = frozenset(  # endings of files about images
+    (
+        *(
+            ".txt",
+            ".json",
+            ".jsonl",
+            ".xml",
+            ".csv",
+            ".tsv",
+            ".md",
+            ".html",
+            ".yaml",
+            ".yml",
+            ".py",
+            ".log",
+            ".pdf",
+        ),
+        *(".pkl", ".mat", ".db", ".ini", ".cls", ".md5", ".sh", ".lst", ""),
+    )
+)
+
+
+def open_folder(
+    root: Path, split: Split = "train", names: Sequence[str] = (), label_column: str | None = None
+) -> OnDisk:
     """The images in the shards or parquet files of a folder if it holds such, else those in files below it.
 
-    `split` tells which of parquet files, where one folder holds those of all; without val it is train.
+    Args:
+        split: which of parquet files that are named by split; without val it is test, and else train.
+        names: folders, shards, or parquet files in `root` that hold the images, if not all do.
+        label_column: of tables, see `open_tables`.
 
     Raises:
         UserFileNotFoundError: there is no image.
         UserError: a folder or file cannot be read, or the index cannot be kept.
     """
-    if holds_shards(root):
-        return open_shards(root)
-    if holds_tables(root):
-        images = open_tables(root, split) or open_tables(root, "train")
-        if images is None:
-            raise UserFileNotFoundError(
-                f"{root} holds parquet files, but none of train; expected train-*.parquet; download these too"
-            )
-        return images
-    index = open_index(root)
+    if is_parquet(names[0]) if names else holds_tables(root):
+        found = {} if names else splits_of_files(list_parquet(root))
+        chosen = found.get(split) or (split == "val" and found.get("test")) or found.get("train") or names
+        return open_tables(root, split, chosen, label_column)
+    if label_column is not None:
+        raise UserError(f"data.label_column {label_column!r}: {root} holds no tables; leave it out")
+    if is_shard(names[0]) if names else holds_shards(root):
+        return open_shards(root, names)
+    index = open_index(root, names)
     if 0 < index.num_loose < len(index):
         _warn(
             f"{root} holds images ({index.name(0)}) beside folders of images; all are taken, without labels"
@@ -100,66 +141,71 @@ def open_folder(root: Path, split: Split = "train") -> OnDisk:
     return FolderSource.of_all(root, index)
 
 
-def open_images(path: str, max_images: int | None = None, key: str = "data.path") -> ImageSource:
-    """The images to pretrain on: of `path/train` if there is one, of Kaggle's train, else of `path`.
+def open_images(
+    path: str, max_images: int | None = None, key: str = "data.path", choice: Choice = AS_FOUND
+) -> ImageSource:
+    """The images to pretrain on: train of what `find_splits` finds, else all.
 
     `key` is the option that an error about the path names.
 
     Raises:
         UserFileNotFoundError: no such folder, or no image in it.
     """
-    source = _open_named(path, "pretrain") or _open_train(path, key)
+    source = _open_named(path, "pretrain", choice)
+    if source is None:
+        try:
+            source = _open_train(path, _splits(path, key, choice), choice)
+        except UserFileNotFoundError as error:  # the images may lie in tars
+            raise UserFileNotFoundError(_explained(path) or str(error)) from error
     if max_images is not None and max_images < len(source):
         source = source.subset(np.linspace(0, len(source) - 1, max_images).round().astype(np.int64))
     return source
 
 
-def open_val(path: str) -> ImageSource | None:
-    """The validation images of a folder, labeled by their own class folders or not at all; None without."""
-    if named := _open_named(path, "test"):
-        return named
-    if path.startswith(HUB):
-        return open_hub(path, "val")
-    root = Path(path)
-    if holds_tables(root) or holds_tables(root / "train"):
-        return open_tables(root, "val")
-    if holds_shards(root / "val"):
-        return open_shards(root / "val")
-    layout = recognize(root)
-    val = layout.val if layout else None
-    return open_folder(val.path) if val and val.is_readable and val.path != root else None
+def open_val(path: str, choice: Choice = AS_FOUND) -> ImageSource | None:
+    """The validation images of a folder, labeled by their own class folders or not at all, else its labeled
+    test images; None without."""
+    return _open_named(path, "test", choice) or _open_val(path, _splits(path, "data.path", choice), choice)
 
 
-def open_labeled(path: str, key: str = "data.path") -> tuple[ImageSource, ImageSource]:
+def open_labeled(
+    path: str, key: str = "data.path", choice: Choice = AS_FOUND
+) -> tuple[ImageSource, ImageSource]:
     """Labeled images for evaluation: gallery and test images, with the same classes.
 
-    `path/train` and `path/val`; without a val folder every fifth image is held out for testing. `key` is
-    the option that an error about the path names.
+    They are train and val of what `find_splits` finds; without val every fifth image is held out for testing.
+    `key` is the option that an error about the path names.
 
     Raises:
         UserFileNotFoundError: no such folder, or no image in it.
-        UserError: images are not in class folders, or val has a class that train lacks.
+        UserError: images are not in class folders, or in fewer than two, or val has a class that train lacks.
     """
-    if (named := _open_named(path, "train")) and (test := _open_named(path, "test")):
+    if (named := _open_named(path, "train", choice)) and (test := _open_named(path, "test", choice)):
+        say_splits(path, named, test)
         return named, test
-    train: OnDisk
-    if path.startswith(HUB):
-        train = _open_hub_train(path)
-    else:
-        folder = _train_folder(path, key)
-        if explained := _explained(path):
-            raise UnlabeledError(explained)
-        train = open_folder(folder)
+    splits = _splits(path, key, choice)
+    if choice.val is None and (explained := _explained(path)):
+        raise UnlabeledError(explained)
+    train = _open_train(path, splits, choice)
     if train.labels is None:
         raise unlabeled(
             train,
             f". With a list of their classes `dino-sparo prepare {path} --out OUT --labels FILE` makes them",
         )
+    if len(train.classes) < 2:
+        raise UnlabeledError(
+            f"{key}: {train.root} has one class only ({train.classes[0]}), on which any encoder has 100 %; "
+            f"expected two class folders or more{probably_meant(train.root)}, or data.train naming such"
+        )
     _warn_of_empty_classes(train)
-    val = _labeled_val(path, train)
+    val = _open_val(path, splits, choice, train)
     if val is None:
+        say_splits(path, train, None, splits)
         return hold_out(train)
-    unknown = sorted(set(val.classes) - set(train.classes))
+    if val.labels is None:
+        raise unlabeled(val)
+    numbers = {same_name(name): number for number, name in enumerate(train.classes)}
+    unknown = sorted(name for name in val.classes if same_name(name) not in numbers)
     if unknown:
         problem = "has no image" if (train.root / unknown[0]).is_dir() else "does not exist"
         raise UserError(
@@ -167,8 +213,74 @@ def open_labeled(path: str, key: str = "data.path") -> tuple[ImageSource, ImageS
             f"both need the same classes ({len(unknown)} unknown)"
         )
     _warn_of_empty_classes(val)
-    to_train = np.array([train.classes.index(name) for name in val.classes], dtype=np.int64)
-    return train, replace(val, classes=train.classes, class_numbers=to_train)
+    say_splits(path, train, val, splits)
+    to_train = np.array([numbers[same_name(name)] for name in val.classes], dtype=np.int64)
+    return train, replace(val, classes=train.classes, class_numbers=to_train[val.class_numbers])
+
+
+def say_found(path: str, train: ImageSource, choice: Choice) -> None:
+    """`say_splits` for images to pretrain on; those of val are not opened for it."""
+    is_named = path == SHAPES or is_set(path)
+    say_splits(path, train, None, None if is_named else _splits(path, "data.path", choice), held_out=False)
+
+
+def say_splits(
+    path: str,
+    train: ImageSource,
+    val: ImageSource | None,
+    splits: Splits | None = None,
+    *,
+    held_out: bool = True,
+) -> None:
+    """Log which images are train and which are val, and what is neither.
+
+    Args:
+        splits: what was decided; None of a set by name.
+        held_out: whether images of train are val where there are no others.
+    """
+    train_at, val_at = path, path
+    if splits is not None:
+        train_at, val_at = str(splits.train), str(splits.val or splits.test or "")
+    classes = (
+        "without classes" if train.labels is None else f"in {counted(len(train.classes), 'class', 'es')}"
+    )
+    why = "no val or test found"
+    if splits is not None and (splits.val or splits.test):
+        why = f"the classes of {val_at} are unknown or others"
+    if path.startswith(HUB):
+        train_at, val_at = (
+            f"{path}, {one.index.header['files'][0]}" if isinstance(one, TableSource) else ""
+            for one in (train, val)
+        )
+        why = "no val or labeled test found" if held_out else "not looked for"
+    if val is not None:
+        of_val = f"{len(val):,} ({val_at})"
+    elif not held_out and splits is not None and splits.val:
+        of_val = f"({val_at})"
+    else:
+        of_val = f"{f'every {ORDINAL} image of train' if held_out else 'none'} ({why})"
+    notes = [] if splits is None else [*splits.notes, *_not_read(train, val)]
+    _say(
+        "; ".join([f"train: {counted(len(train), 'image')} {classes} ({train_at})", f"val: {of_val}", *notes])
+    )
+
+
+def _not_read(*sources: ImageSource | None) -> list[str]:
+    """How many files below folders of images are not read, but for notes on images."""
+    others: Counter[str] = Counter()
+    for source in sources:
+        if isinstance(source, FolderSource):
+            others.update(source.index.header.get("others", {}))
+    others = Counter({ending: count for ending, count in others.items() if ending not in NOTES})
+    return [f"files not read: {named_by_ending(others)}"] if others else []
+
+
+def absolute_path(path: str) -> str:
+    """A path that means the same from any folder; names of sets, and of what does not exist, stay as is."""
+    expanded = os.path.expanduser(path)
+    if path == SHAPES or path.startswith(HUB) or is_set(path) or not os.path.exists(expanded):
+        return path
+    return os.path.abspath(expanded)
 
 
 def hold_out(source: ImageSource) -> tuple[ImageSource, ImageSource]:
@@ -188,9 +300,11 @@ def is_set(path: str) -> bool:
 def unlabeled(source: OnDisk, remedy: str = "") -> UnlabeledError:
     """The error about images whose classes are needed and unknown."""
     if isinstance(source, TableSource):
+        columns = " or ".join(map(repr, source.index.header.get("label_columns", [])))
         return UnlabeledError(
             f"{source.root}: the tables do not tell the class of every image; expected a column label "
-            f"or labels of integers from 0, or one column of the hub's type ClassLabel"
+            f"or labels of integers from 0, or one column of the hub's type ClassLabel, or a column named by "
+            f"data.label_column; {f'it can be {columns}' if columns else 'no column can be it'}"
         )
     if isinstance(source, ShardSource):
         return UnlabeledError(
@@ -215,78 +329,77 @@ def per_class(source: ImageSource, images_per_class: int) -> ImageSource:
     return source.subset(np.sort(np.concatenate(chosen)))
 
 
-def _open_named(path: str, part: Part) -> ImageSource | None:
+def _open_named(path: str, part: PartOfSet, choice: Choice) -> ImageSource | None:
     """A part of the generated pictures or of a set that torchvision downloads; None if a path is none."""
-    if path == SHAPES:
-        return shapes_source("val" if part == "test" else "train")
-    return open_set(path, part) if is_set(path) else None
+    if path != SHAPES and not is_set(path):
+        return None
+    if choice != AS_FOUND:
+        raise UserError(f"data.path {path!r} has splits and labels of its own; leave out {_options(choice)}")
+    return shapes_source("val" if part == "test" else "train") if path == SHAPES else open_set(path, part)
 
 
-def _open_train(path: str, key: str) -> OnDisk:
-    """The images to pretrain on, of the hub or on disk."""
+def _options(choice: Choice) -> str:
+    return ", ".join(f"data.{name}" for name, value in choice._asdict().items() if value is not None)
+
+
+def _splits(path: str, key: str, choice: Choice) -> Splits:
+    """What is train and val of a folder, or of a set of the hub."""
     if path.startswith(HUB):
-        return _open_hub_train(path)
-    folder = _train_folder(path, key)
-    if folder == Path(path) and (folder / "val").is_dir():  # its images would be learnt from too
-        raise UserError(
-            f"{key} {path!r} has a val folder, but no train folder; expected train/<class>/<image>; "
-            f"move the images to train on into {folder / 'train'}"
-        )
-    try:
-        return open_folder(folder)
-    except UserFileNotFoundError as error:  # the images may lie in tars
-        raise UserFileNotFoundError(_explained(path) or str(error)) from error
-
-
-def _open_hub_train(path: str) -> TableSource:
-    train = open_hub(path, "train")
-    if train is None:
-        raise UserError(f"{path} has no split named train; name another set or configuration")
-    return train
-
-
-def _train_folder(path: str, key: str) -> Path:
-    root = Path(path)
+        return Splits(Part(Path(path)))
+    root = Path(path).expanduser()
     if not root.exists():
         raise UserFileNotFoundError(
             f"{key} {path!r} does not exist; give an existing folder of images, or a name: "
-            f"{', '.join((SHAPES, *NAMES))}"
+            f"{', '.join((SHAPES, *NAMES))}, hub:OWNER/NAME"
         )
     if not root.is_dir():
         raise UserFileNotFoundError(f"{key} {path!r} is a file; give the folder that holds the images")
-    return root / "train" if (root / "train").is_dir() else training_folder(root) or root
+    return find_splits(root, key, choice)
 
 
-def _labeled_val(path: str, train: OnDisk) -> OnDisk | None:
-    """The labeled validation images beside those of training; None without. Parquet files of a test split
-    whose classes are unknown are none.
+def _open_train(path: str, splits: Splits, choice: Choice) -> OnDisk:
+    if not path.startswith(HUB):
+        return open_folder(splits.train.folder, "train", splits.train.names, choice.label_column)
+    train = open_hub(path, "train", choice.train, choice.label_column)
+    if train is None:
+        raise UserError(
+            f"{path} has no split named {choice.train or 'train'}; name another set or configuration, or "
+            f"another split by data.train"
+        )
+    return train
+
+
+def _open_val(path: str, splits: Splits, choice: Choice, train: OnDisk | None = None) -> OnDisk | None:
+    """The validation images, else test images of known classes; None without.
 
     Raises:
-        UserError: they have no classes, or those of training are not in a folder of their own.
+        UserError: they cannot be read.
     """
-    root = Path(path)
-    if isinstance(train, TableSource):
-        of_split = open_hub(path, "val") if path.startswith(HUB) else open_tables(root, "val")
-        return of_split if of_split is not None and of_split.labels is not None else None
-    if not (root / "val").is_dir():
+    val: OnDisk | None
+    if path.startswith(HUB):
+        val = open_hub(path, "val", choice.val, choice.label_column)
+    elif part := splits.val or splits.test:
+        val = open_folder(part.folder, "val", part.names, choice.label_column)
+    else:
         return None
-    if train.root == root:  # its images would be in the gallery too, as a class named val
-        raise UserError(f"{root}: there is a val folder, but no train folder; expected train/<class>/<image>")
-    val = open_folder(root / "val")
-    if val.labels is None:
-        raise unlabeled(val)
+    may_lack = isinstance(val, TableSource) or splits.val is None
+    if val is None or (may_lack and val.labels is None):
+        return None
+    if splits.val is None and train is not None:  # folders of a test set need not be classes
+        known = set(map(same_name, train.classes))
+        return val if known.intersection(map(same_name, val.classes)) else None
     return val
 
 
 def _explained(path: str) -> str:
     """What to do about a layout of ImageNet that is not usable as it is; empty if there is nothing to say."""
-    layout = recognize(Path(path))
+    layout = recognize(Path(path).expanduser())
     return explain(layout) if layout else ""
 
 
 def _warn_of_empty_classes(source: OnDisk) -> None:
     """A class folder without an image is no class; it may have been meant to be one."""
-    if isinstance(source, TableSource):
+    if not isinstance(source, FolderSource) or source.index.header.get("class_level"):
         return
     empty = sorted(set(list_folder(source.root)[0]) - set(source.classes))
     if empty:
@@ -296,3 +409,8 @@ def _warn_of_empty_classes(source: OnDisk) -> None:
 @cache  # said once a process, however often a folder is opened
 def _warn(text: str) -> None:
     log.warning(text)
+
+
+@cache
+def _say(text: str) -> None:
+    log.info(text)

@@ -21,9 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dino_sparo.data.arrow import Columns, Rows, first_line, import_datasets, read_arrow, read_footer
-from dino_sparo.data.index import Index, cached_index, index_parts
+from dino_sparo.data.index import Index, cached_index, index_parts, key_of_names
 from dino_sparo.data.shards import ShardSource, has_states, states_of
-from dino_sparo.data.walk import PROBED_ENTRIES, THREADS, is_image, list_folder
+from dino_sparo.data.split_names import splits_of_files, splits_of_folders
+from dino_sparo.data.walk import PROBED_BELOW, PROBED_ENTRIES, THREADS, holds, is_image, list_folder
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.files import parsed_json
 from dino_sparo.terminal import shows_bars
@@ -33,12 +34,8 @@ log = logging.getLogger("dino_sparo")
 Split = Literal["train", "val"]
 HUB = "hub:"
 HUB_NAME = re.compile(r"hub:(?P<repository>[^:@]+)(:(?P<config>[^@]+))?(@(?P<revision>.+))?")
-HUB_WORDS: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("validation", "valid", "val")}
-WORDS: dict[Split, tuple[str, ...]] = HUB_WORDS | {"val": (*HUB_WORDS["val"], "test")}
-NAMED = re.compile(r"(train|validation|valid|val|test)([-_.].*)?\.parquet")
 OF_TOTAL = re.compile(r"-of-(\d+)\b")  # how many files of a split there are
-FOLDERS = ("", "data/")  # where the hub keeps them
-SAVED, SAVED_INFO, SAVED_SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"  # of save_to_disk
+SAVED, SAVED_INFO = "state.json", "dataset_info.json"  # of save_to_disk
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,53 +56,67 @@ class TableSource(ShardSource):
 
 def _tables_are_current(index: Index, root: Path) -> bool:
     """Whether files and copy are those that were indexed, by name, size and time."""
-    split, kind, files, shards = (index.header[key] for key in ("split", "kind", "files", "shards"))
-    if kind == "parquet":
-        states = index.arrays["file_states"].reshape(-1, 2)
-        if list_parquet(root, split) != files or not has_states(root, files, states):
+    kind, files, shards = (index.header[key] for key in ("kind", "files", "shards"))
+    if kind == "parquet":  # which files these are is part of the name of the index
+        if not has_states(root, files, index.arrays["file_states"].reshape(-1, 2)):
             return False
-    elif kind == "saved" and _saved_files(root, split) != shards:
+    elif kind == "saved" and _saved_files(root) != shards:
         return False
     return has_states(root, shards, index.states[:, :2])
 
 
 def holds_tables(root: Path) -> bool:
-    """Whether a folder is one of tables, by a look at some entries: saved, or parquet files named by split,
-    or nothing but parquet files."""
-    if (root / SAVED_SPLITS).is_file() or all((root / name).is_file() for name in (SAVED, SAVED_INFO)):
+    """Whether a folder is one of tables, by a look at some entries: saved, or parquet files that are named
+    by split, or with neither images nor folders of images beside them."""
+    if is_saved(root):
         return True
-    for folder in FOLDERS:
-        below, names = list_folder(root / folder, PROBED_ENTRIES)
-        if any(map(NAMED.fullmatch, names)):
-            return True
-        if any(map(_is_parquet, names)) and not below and not any(map(is_image, names)):
-            return True
-    return False
+    folders, files = list_folder(root, PROBED_ENTRIES)
+    found = list(filter(is_parquet, files))
+    if not found or splits_of_files(found):
+        return bool(found)
+    return not (
+        any(map(is_image, files)) or any(holds(root / name) for name in sorted(folders)[:PROBED_BELOW])
+    )
 
 
-def open_tables(root: Path, split: Split) -> TableSource | None:
-    """The images of a split in the tables of a folder; None if there are none of this split.
+def is_saved(root: Path) -> bool:
+    """Whether `save_to_disk` has written a folder."""
+    return all((root / name).is_file() for name in (SAVED, SAVED_INFO))
+
+
+def open_tables(
+    root: Path, split: Split, names: Sequence[str] = (), label_column: str | None = None
+) -> TableSource:
+    """The images of a split in the tables of a folder, or in these parquet files of it.
 
     The first time `datasets` makes an Arrow copy of parquet files, where it keeps all of them ($HF_HOME).
 
+    Args:
+        label_column: holds the classes; None takes the one that `Columns` describes.
+
     Raises:
         UserFileNotFoundError: there is no image in them.
-        UserError: `datasets` is missing, a file is damaged or has no images, or copy or index cannot be kept.
+        UserError: `datasets` is missing, a file is damaged or has no images, there is no such column, or copy
+            or index cannot be kept.
     """
-    if _saved_files(root, split):
-        make = partial(_pack_saved, root, split)
-    elif list_parquet(root, split):
-        make = partial(_pack_parquet, root, split)
+    key = key_of_names([label_column] if label_column else ())
+    if is_saved(root):
+        make = partial(_pack_saved, root, split, label_column)
     else:
-        return None
-    return TableSource.of_all(root, cached_index(root, f".{split}.arrow", _tables_are_current, make))
+        names = names or list_parquet(root)
+        key += key_of_names(names)
+        make = partial(_pack_parquet, root, split, names, label_column)
+    return TableSource.of_all(root, cached_index(root, f"{key}.{split}.arrow", _tables_are_current, make))
 
 
-def open_hub(path: str, split: Split) -> TableSource | None:
+def open_hub(
+    path: str, split: Split, name: str | None = None, label_column: str | None = None
+) -> TableSource | None:
     """The images of a split of `hub:OWNER/NAME[:CONFIG][@REVISION]`; None if it has no such split.
 
-    Neither a test split nor code of the repository is ever fetched. What was fetched once is used without a
-    look at the hub, so that a run goes on from the same commit; another commit is named as @REVISION.
+    val is test where there is no val. Code of the repository is never fetched. What was fetched once is used
+    without a look at the hub, so that a run resumes from the same commit; another one is named as @REVISION.
+    `name` is that of the split on the hub, if it is not to be found by its words.
 
     Raises:
         UserError: as `open_tables`, or the hub cannot be reached.
@@ -117,8 +128,9 @@ def open_hub(path: str, split: Split) -> TableSource | None:
         )
     key = Path(import_datasets().config.HF_DATASETS_CACHE).absolute() / path
     try:
-        make = partial(_pack_hub, path, split, **match.groupdict())
-        index = cached_index(key, f".{split}.arrow", _tables_are_current, make)
+        make = partial(_pack_hub, path, split, name, label_column, **match.groupdict())
+        names = [text for text in (name, label_column) if text]
+        index = cached_index(key, f"{key_of_names(names)}.{split}.arrow", _tables_are_current, make)
     except _NoSplitError:
         return None
     images = TableSource.of_all(Path(path), index)
@@ -135,40 +147,20 @@ def commit_of(source: object) -> dict[str, str]:
 # --- Which files
 
 
-def list_parquet(root: Path, split: Split) -> list[str]:
-    """Parquet files of a split, relative to the folder and in order; files without a split in
-    their names or that of their folder are train's."""
-    for folder in FOLDERS:
-        names = sorted(filter(_is_parquet, list_folder(root / folder)[1]))
-        named = {name: match[1] for name in names if (match := NAMED.fullmatch(name))}
-        for word in WORDS[split]:
-            if found := [folder + name for name in named if named[name] == word]:
-                return found
-        if names:
-            return [folder + name for name in names] if split == "train" and not named else []
-    for word in WORDS[split]:  # as the hub converts sets itself: train/0000.parquet
-        if names := sorted(filter(_is_parquet, list_folder(root / word)[1])):
-            return [f"{word}/{name}" for name in names]
-    return []
+def list_parquet(root: Path) -> list[str]:
+    """Names of a folder's parquet files in order."""
+    return sorted(filter(is_parquet, list_folder(root)[1]))
 
 
-def _saved_files(root: Path, split: Split) -> list[str]:
-    """Arrow files of a split that `save_to_disk` has written, relative to the folder and in order."""
-    places = ["", *WORDS["train"]] if split == "train" else WORDS["val"]
-    for place in places:
-        try:
-            state = parsed_json((root / place / SAVED).read_text())
-            return [os.path.join(place, file["filename"]) for file in state["_data_files"]]
-        except OSError:
-            continue
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{root / place / SAVED} is not as save_to_disk writes it; save the set again"
-            ) from error
-    return []
+def _saved_files(root: Path) -> list[str]:
+    """Arrow files that `save_to_disk` has written into a folder, in order."""
+    try:
+        return [file["filename"] for file in parsed_json((root / SAVED).read_text())["_data_files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{root / SAVED} is not as save_to_disk writes it; save the set again") from error
 
 
-def _is_parquet(name: str) -> bool:
+def is_parquet(name: str) -> bool:
     return name.endswith(".parquet")
 
 
@@ -179,18 +171,18 @@ class _NoSplitError(Exception):
     """A set of the hub has no such split."""
 
 
-def _pack_parquet(root: Path, split: Split) -> list[bytes]:
+def _pack_parquet(root: Path, split: Split, files: Sequence[str], label_column: str | None) -> list[bytes]:
     """The parts of an index file of the parquet files of a split, once their copy is made."""
-    files = list_parquet(root, split)
     paths = [root / name for name in files]
     _check_complete(root, files)
     datasets = import_datasets()
     states = states_of(root, files)  # before they are read: a change after that is seen the next time
     with ThreadPoolExecutor(THREADS) as pool:
-        found, counts, sizes = zip(*pool.map(read_footer, paths), strict=True)
+        read = partial(read_footer, label_column=label_column)
+        found, counts, sizes = zip(*pool.map(read, paths), strict=True)
     columns = found[0]
     for name, other in zip(files, found, strict=True):
-        if other != columns:
+        if other[:4] != columns[:4]:
             raise UserError(
                 f"{root / name} (columns {other.image!r} and {other.label!r}) has other columns or names of "
                 f"classes than {files[0]} (columns {columns.image!r} and {columns.label!r}); keep those of "
@@ -200,7 +192,7 @@ def _pack_parquet(root: Path, split: Split) -> list[bytes]:
         raise _nothing_in(root)
     features = {columns.image: datasets.Image(decode=False)}
     if columns.label:
-        features[columns.label] = datasets.Value("int64")
+        features[columns.label] = datasets.Value("string" if columns.is_text else "int64")
     builder = datasets.load_dataset_builder(
         "parquet",
         data_files={split: [str(path.absolute()) for path in paths]},
@@ -213,17 +205,22 @@ def _pack_parquet(root: Path, split: Split) -> list[bytes]:
         for path in paths:  # a damaged one is named
             read_footer(path, all_of=list(features))
         raise
-    return _parts(root, split, "parquet", files, arrow, columns, counts, states)
+    return _parts(root, split, "parquet", list(files), arrow, columns, counts, states)
 
 
-def _pack_saved(root: Path, split: Split) -> list[bytes]:
+def _pack_saved(root: Path, split: Split, label_column: str | None) -> list[bytes]:
     """The parts of an index file of what `save_to_disk` has written; no copy is made."""
-    files = _saved_files(root, split)
-    return _parts(root, split, "saved", [os.path.dirname(files[0])], files)
+    return _parts(root, split, "saved", [""], _saved_files(root), label_column=label_column)
 
 
 def _pack_hub(
-    path: str, split: Split, repository: str, config: str | None, revision: str | None
+    path: str,
+    split: Split,
+    name: str | None,
+    label_column: str | None,
+    repository: str,
+    config: str | None,
+    revision: str | None,
 ) -> list[bytes]:
     """The parts of an index file of a split of the hub, of which only this split is fetched.
 
@@ -234,11 +231,14 @@ def _pack_hub(
     try:
         whole = datasets.load_dataset_builder(repository, config, revision=revision)
         found = whole.config.data_files or {}
-        word = next((word for word in HUB_WORDS[split] if word in found), None)
-        if word is None:
+        by_split = splits_of_folders(found)
+        words = by_split.get(split) or (by_split.get("test", []) if split == "val" else [])
+        words = words if name is None else [one for one in found if one == name]
+        if not words:
             raise _NoSplitError
-        urls = [str(url) for url in found[word]]
-        if not all(map(_is_parquet, urls)):
+        word = words[0]
+        urls = [str(url) for word in words for url in found[word]]
+        if not all(map(is_parquet, urls)):
             raise UserError(
                 f"{path}: the repository does not hold parquet files; the hub's own conversion may be there: "
                 f"{HUB}{repository}@refs/convert/parquet"
@@ -254,7 +254,7 @@ def _pack_hub(
             f"{path} cannot be had from the hub ({first_line(error)}); check the name, or fetch it where "
             f"there is a network and copy the folders HF_HOME and DINO_SPARO_CACHE"
         ) from error
-    return _parts(Path(path), split, "hub", [split], arrow, commit=commit)
+    return _parts(Path(path), split, "hub", [word], arrow, commit=commit, label_column=label_column)
 
 
 def _prepared(builder: Any, split: str, what: str, num_bytes: int | None) -> list[str]:
@@ -295,6 +295,7 @@ def _parts(
     counts: Sequence[int] = (),
     file_states: Sequence[tuple[int, int]] = (),
     commit: str = "",
+    label_column: str | None = None,
 ) -> list[bytes]:
     """The parts of an index file of the images in the files of `arrow`, below `root` unless absolute.
 
@@ -303,7 +304,8 @@ def _parts(
     states = states_of(root, arrow)
     tables: list[Rows] = []
     for name in arrow:
-        tables.append(read_arrow(root / name, columns or (tables[0].columns if tables else None)))
+        known = columns or (tables[0].columns if tables else None)
+        tables.append(read_arrow(root / name, known, label_column))
     columns = columns or tables[0].columns
     counts = counts or [sum(len(table.paths) for table in tables)]
     paths = [path for table in tables for path in table.paths]
@@ -314,7 +316,8 @@ def _parts(
     labels = [table.labels for table in tables if table.labels is not None]
     numbers = np.concatenate(labels) if len(labels) == len(tables) else None
     classes, numbers = _classes(root, columns.classes, numbers)
-    header = {"classes": classes, "shards": arrow, "files": files, "split": split, "kind": kind}
+    header: dict[str, Any] = {"classes": classes, "shards": arrow, "files": files, "split": split}
+    header |= {"kind": kind, "label_columns": columns.label_columns}
     return index_parts(
         root,
         b"\0".join(_names(files, counts, paths, classes, numbers)),

@@ -3,8 +3,10 @@
 import logging
 import os
 import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,6 +20,8 @@ log = logging.getLogger("dino_sparo")
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 PROBED_ENTRIES = 64  # a folder of a million images is not listed to see what it holds
+PROBED_BELOW = 8  # folders
+SHOWN_ENDINGS = 4
 THREADS = 8  # a network file system answers many questions in the time of one
 FOLDERS_AT_ONCE = 8 * THREADS  # so few that an interrupted walk ends soon
 SLOW_SECONDS = 5.0  # a walk that takes longer says how far it is
@@ -42,6 +46,8 @@ class Folder:
     state: State
     num_images: int = 0
     names: bytes = b""
+    others: Counter[str] = field(default_factory=Counter)
+    """Other files by the end of their names."""
 
     @property
     def top(self) -> str:
@@ -52,6 +58,16 @@ class Folder:
 def is_image(name: str) -> bool:
     """Whether a file of this name is taken for an image."""
     return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+
+
+def named_by_ending(others: Mapping[str, int], limit: int = SHOWN_ENDINGS) -> str:
+    """Numbers of files by the end of their names, most first: 2 ending in .gif, 1 without an ending."""
+    most = sorted(others.items(), key=lambda one: (-one[1], one[0]))
+    shown = [
+        f"{number:,} {f'ending in {end}' if end else 'without an ending'}" for end, number in most[:limit]
+    ]
+    more = len(most) - limit
+    return ", ".join([*shown, *([f"and {more} more endings"] if more > 0 else [])])
 
 
 def list_folder(folder: Path, limit: int | None = None) -> tuple[list[str], list[str]]:
@@ -74,14 +90,23 @@ def list_folder(folder: Path, limit: int | None = None) -> tuple[list[str], list
     return folders, files
 
 
-def walk(root: Path) -> list[Folder]:
-    """All folders below `root`, level by level; hidden ones ignored, looping links not followed.
+def holds(folder: Path, wanted: Callable[[str], bool] = is_image, levels: int = 2) -> bool:
+    """Whether one of a folder's first entries is an image, or what is wanted, or one in a folder below."""
+    folders, files = list_folder(folder, PROBED_ENTRIES)
+    return any(map(wanted, files)) or (
+        levels > 0
+        and any(holds(folder / name, wanted, levels - 1) for name in sorted(folders)[:PROBED_BELOW])
+    )
+
+
+def walk(root: Path, names: Sequence[str] = ()) -> list[Folder]:
+    """All folders below `root`, or these in it, level by level; no hidden ones, looping links not followed.
 
     A bar on a terminal, else a line in the log now and then, says how far it is.
     """
     read = partial(_read_folder, root, time.time_ns())
     folders: list[Folder] = []
-    level: list[Unread] = [("", ())]
+    level: list[Unread] = [(f"{name}/", ()) for name in names] or [("", ())]
     started, next_line = time.monotonic(), SLOW_SECONDS
     form = "{desc}: {n_fmt}{unit} [{elapsed}, {rate_fmt}]"
     bar = tqdm(
@@ -111,6 +136,7 @@ def _read_folder(root: Path, started_ns: int, unread: Unread) -> tuple[list[Fold
     names: list[str] = []
     nowhere: list[Folder] = []
     inner: list[Unread] = []
+    others: Counter[str] = Counter()
     try:
         here = os.stat(root / below)  # before the list: a change between the two is seen the next time
         identity = (here.st_dev, here.st_ino)
@@ -123,11 +149,14 @@ def _read_folder(root: Path, started_ns: int, unread: Unread) -> tuple[list[Fold
                 names.append(entry.name)
             elif entry.is_symlink():
                 nowhere.append(Folder(f"{below}{entry.name}/", NO_FOLDER))
+            else:
+                others[os.path.splitext(entry.name)[1].lower()] += 1
     except OSError as error:
         raise _unreadable(root / below, error) from error
     packed = "\0".join(below + name for name in sorted(names)).encode("utf-8", "surrogateescape")
     trusted = 0 < max(here.st_mtime_ns, here.st_ctime_ns) < started_ns - CLOCK_TICK_NS
-    return [Folder(below, _state(here) if trusted else DISTRUSTED, len(names), packed), *nowhere], inner
+    state = _state(here) if trusted else DISTRUSTED
+    return [Folder(below, state, len(names), packed, others), *nowhere], inner
 
 
 def _unreadable(folder: Path, error: OSError) -> UserError:

@@ -22,7 +22,19 @@ from dino_sparo.recipe.typed import flattened, read_yaml
 from dino_sparo.runs.rundir import CONFIG_FILE
 from dino_sparo.terminal import markdown_table, sentence, shown
 
-NOT_RECIPE = ("seed", "run_dir", "nproc", "machine", "log", "monitor", "data.path", "data.on_bad_image")
+NOT_RECIPE = (
+    "seed",
+    "run_dir",
+    "nproc",
+    "machine",
+    "log",
+    "monitor",
+    "data.path",
+    "data.train",
+    "data.val",
+    "data.label_column",
+    "data.on_bad_image",
+)
 READOUT = "model.readout.name"
 SHOWN_DIFFERENCES = 3
 

@@ -21,7 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dino_sparo.data.sources import ImageSource, open_folder, open_labeled, unlabeled
+from dino_sparo.data.sources import AS_FOUND, ImageSource, open_folder, open_labeled, unlabeled
+from dino_sparo.data.split_names import same_name
+from dino_sparo.data.splits import Choice
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.parallel.distributed import first_rank_first
 
@@ -66,12 +68,14 @@ class TestSet:
         return f"{self.name}: {'; '.join(parts)}" if parts else ""
 
 
-def open_train_and_tests(path: str, further: Sequence[str] = ()) -> tuple[ImageSource, list[TestSet]]:
+def open_train_and_tests(
+    path: str, further: Sequence[str] = (), choice: Choice = AS_FOUND
+) -> tuple[ImageSource, list[TestSet]]:
     """The train images of a labeled folder, and its test images with the `further` test sets, each NAME=DIR.
 
     Every process calls it. Raises UserError as `open_labeled` and `open_test_sets` do.
     """
-    train, val = first_rank_first(lambda: open_labeled(path))
+    train, val = first_rank_first(lambda: open_labeled(path, choice=choice))
     others = first_rank_first(lambda: open_test_sets(further, train.classes))
     return train, [*as_test_sets(val, train.classes), *others]
 
@@ -93,7 +97,7 @@ def open_test_sets(given: Sequence[str], train_classes: Sequence[str]) -> list[T
         name, folder = named_folder(text, "test", EXPECTED)
         if name in test_sets:
             raise UserError(f"test {text!r}: the name {name!r} is given twice; give each test set its own")
-        test_sets[name] = _open_test_set(name, text, Path(folder), tuple(train_classes))
+        test_sets[name] = _open_test_set(name, text, Path(folder).expanduser(), tuple(train_classes))
     return list(test_sets.values())
 
 
@@ -145,15 +149,15 @@ def _open_test_set(name: str, text: str, root: Path, train_classes: tuple[str, .
                 f"as in training"
             )
     else:
-        numbers = {one: number for number, one in enumerate(train_classes)}
-        to_train = np.array([numbers.get(folder, -1) for folder in folders])
+        numbers = {same_name(one): number for number, one in enumerate(train_classes)}
+        to_train = np.array([numbers.get(same_name(folder), -1) for folder in folders])
     if (to_train < 0).all():
         raise UserError(
             f"test {text!r}: none of the {len(folders)} class folders ({_some(folders)}) is a class of "
             f"training ({_some(train_classes)}); {EXPECTED}, named as in training"
         )
     kept = np.flatnonzero(to_train[labels] >= 0)
-    source = replace(source, classes=train_classes, class_numbers=to_train)
+    source = replace(source, classes=train_classes, class_numbers=to_train[source.class_numbers])
     if len(kept) < len(source):
         source = source.subset(kept)
     unknown = tuple(folders[number] for number in np.flatnonzero(to_train < 0).tolist())

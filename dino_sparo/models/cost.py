@@ -76,6 +76,6 @@ def describe_cost(cost: dict[str, int]) -> str:
     """The numbers of `encoder_cost` in words."""
     return (
         f"{cost['parameters'] / 1e6:.2f} M parameters ({cost['readout_parameters'] / 1e6:.2f} M in the "
-        f"read-out), {cost['flops'] / 1e9:.3g} GFLOPs an image "
+        f"read-out), {cost['flops'] / 1e9:.3g} GFLOPs per image "
         f"({cost['readout_flops'] / 1e9:.2g} in the read-out)"
     )

@@ -40,6 +40,13 @@ class DataOptions:
     """Folder of images (train/<class>/..., <class>/... or flat), of tar shards or of parquet files of the
     Hugging Face hub; `hub:OWNER/NAME` for a set there; `cifar10` or `stl10`, which torchvision downloads;
     `shapes` for generated pictures."""
+    train: str | None = None
+    """What of `path` to learn from: a folder, or a pattern of names in it such as 'train-*.tar'; null finds
+    it by names, `.` takes all."""
+    val: str | None = None
+    """What of `path`, or beside it, is held out for k-NN while training; null finds it by names."""
+    label_column: str | None = None
+    """Column of parquet files that holds the classes; null takes `label`, `labels` or the only ClassLabel."""
     max_images: int | None = None
     """Learn from this many images only, evenly spread over the folder; null takes all."""
     max_side: int | None = None
@@ -64,7 +71,7 @@ class ViewOptions:
     local_scale: tuple[AreaShare, AreaShare]
     """Share of the image area in a local crop, lowest and highest."""
     num_local_crops: Annotated[int, up_to(100, least=0)]
-    """Local crops an image."""
+    """Local crops per image."""
     flip_probability: Share
     """Probability of a horizontal flip."""
     jitter_probability: Share

@@ -35,7 +35,7 @@ NOT_EXPERIMENT = (
     "monitor",
     "machine",
     "log",
-    "data.path",
+    *("data.path", "data.train", "data.val", "data.label_column"),
     "data.on_bad_image",
     "optim.max_bad_steps",
 )

@@ -5,7 +5,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from dino_sparo.data.sources import open_labeled
+from dino_sparo.data.sources import AS_FOUND, open_labeled
+from dino_sparo.data.splits import Choice
 from dino_sparo.errors import EXIT_PROBLEM, UserError, told_to_user
 from dino_sparo.evaluation.compare import Group, Measure, Run
 from dino_sparo.evaluation.features import hash_of_images
@@ -135,7 +136,10 @@ def check_study(
         if name in data_sets:
             raise UserError(f"transfer {text!r}: the name {name!r} is given twice; give each folder its own")
         data_sets[name] = place
-    hashes = {name: _hash_of(name, place) for name, place in data_sets.items()}
+    choice = Choice.of(variants[0].base.data)
+    hashes = {
+        name: _hash_of(name, place, choice if name == VAL else AS_FOUND) for name, place in data_sets.items()
+    }
     _with_known(folder, data_sets, hashes)
     return data_sets, hashes
 
@@ -172,9 +176,9 @@ def _with_known(folder: Path, data_sets: dict[str, str], hashes: dict[str, str])
     return known
 
 
-def _hash_of(name: str, folder: str) -> str:
+def _hash_of(name: str, folder: str, choice: Choice) -> str:
     """Of the train and the test images of a data set, which must have enough."""
-    train, test = open_labeled(folder, key="data.path" if name == VAL else "transfer")
+    train, test = open_labeled(folder, key="data.path" if name == VAL else "transfer", choice=choice)
     if len(train) < HEADLINE_K:
         raise UserError(f"{folder} has {len(train)} train images; {HEADLINE_K}-NN needs {HEADLINE_K}")
     return f"{hash_of_images(train)} {hash_of_images(test)}"

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino_sparo.data.sources import ImageSource, open_labeled, per_class
+from dino_sparo.data.sources import AS_FOUND, ImageSource, open_labeled, per_class
+from dino_sparo.data.splits import Choice
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.knn import HEADLINE_K, NoDirectionError, evaluate_knn
 from dino_sparo.models import Encoder
@@ -152,16 +153,20 @@ def evaluate_teacher(encoder: Encoder, images: KnnImages, **loading: Any) -> dic
     return {f"knn{HEADLINE_K}_top1": result.top1, f"knn{HEADLINE_K}_top5": result.top5}
 
 
-def open_knn_images(path: str | None, data_path: str, images_per_class: int | None) -> KnnImages | None:
+def open_knn_images(
+    path: str | None, data_path: str, images_per_class: int | None, choice: Choice = AS_FOUND
+) -> KnnImages | None:
     """Those of `path`, or of `data_path` if that is labeled; None if there is nothing to measure on.
+    `choice` is about `data_path`.
 
     Raises:
         UserError: `path` is given, but is no labeled folder with at least 20 gallery images.
     """
     try:
-        train, test = open_labeled(path or data_path, "data.path" if path is None else "monitor.knn_path")
-        if path is None and len(train.classes) == 1:
-            raise UserError(f"{data_path} has one class only")
+        if path is None:
+            train, test = open_labeled(data_path, choice=choice)
+        else:
+            train, test = open_labeled(path, "monitor.knn_path")
         if images_per_class is not None:
             train, test = per_class(train, images_per_class), per_class(test, images_per_class)
         if len(train) < HEADLINE_K or not len(test):

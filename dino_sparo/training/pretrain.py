@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,13 @@ from dino_sparo.training.periodic import (
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.setup import (
     Run,
+    absolute_paths,
     build_schedules,
     bytes_of_image,
     check_all_agree,
+    chosen_before,
     dataset_of,
+    identity_of,
     open_data,
     start_state,
 )
@@ -148,6 +152,7 @@ def pretrain(recipe: Recipe, run_dir: Path, *, resume_unverified: bool = False) 
         UserError: for a mistake in options or data; nothing has been written then.
         StoppedError: a signal has told the run to stop; it is saved.
     """
+    recipe = replace(recipe, **absolute_paths(recipe.data, recipe.monitor))
     device = choose_device(recipe.machine.device, local_rank())
     with StopSignals() as signals, process_group(device) as group, ExitStack() as held:
         signals.listen()  # not before: a process that waits for the others to join could not act on it
@@ -201,7 +206,7 @@ def prepare(recipe: Recipe, run_dir: Path, device: torch.device, *, unverified: 
     source, knn_images = first_rank_first(
         lambda: open_data(recipe.data, recipe.monitor, optim.global_batch_size)
     )
-    images = {"num_images": len(source), "fingerprint": source.fingerprint()}
+    images = identity_of(source)
     executor = choose_executor(machine.views, device, max_side=recipe.data.max_side)
     image_bytes = bytes_of_image(recipe.views, recipe.data.max_side, source, executor)
     check_shared_memory(
@@ -223,10 +228,11 @@ def prepare(recipe: Recipe, run_dir: Path, device: torch.device, *, unverified: 
     first_step = int(checkpoint["step"]) if checkpoint else 0
     if checkpoint:
         if checkpoint["images"] != images:
+            remedy = chosen_before(recipe.data, checkpoint["images"])
             raise UserError(
                 f"data.path: run_dir {str(run_dir)!r} was trained on {checkpoint['images']['num_images']} "
-                f"images, and these {len(source)} are not the same ones (file names differ); give the same "
-                f"folder, or choose another run_dir"
+                f"images, and these {len(source)} are not the same ones (file names differ); "
+                f"{remedy or 'give the same folder'}, or choose another run_dir"
             )
         try:
             restore_state(state, checkpoint)

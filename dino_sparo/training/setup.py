@@ -1,7 +1,7 @@
 """What a run is made of, before its first step: images, views, schedules, starting weights."""
 
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ import torch
 
 from dino_sparo.data.decode import size_of
 from dino_sparo.data.loader import BatchOrder, CropsDataset, Executor
-from dino_sparo.data.sources import ImageSource, open_images
+from dino_sparo.data.sources import ImageSource, absolute_path, open_images, say_found
+from dino_sparo.data.splits import Choice
 from dino_sparo.data.views import NUM_GLOBAL_CROPS, crop_kinds
 from dino_sparo.errors import UserError
 from dino_sparo.interop.start import read_networks, start_networks
@@ -81,15 +82,42 @@ def open_data(
     Raises:
         UserError: there are none, or too few.
     """
-    source = open_images(data.path, data.max_images)
+    choice = Choice.of(data)
+    source = open_images(data.path, data.max_images, choice=choice)
     if len(source) < batch_size:
         raise UserError(
             f"data.path {data.path!r} gives {len(source)} images, fewer than one batch: "
             f"optim.global_batch_size is {batch_size}; use more images or a smaller batch"
         )
-    if not monitor.knn_every_epochs:
-        return source, None
-    return source, open_knn_images(monitor.knn_path, data.path, monitor.knn_images_per_class)
+    images = None
+    if monitor.knn_every_epochs:
+        images = open_knn_images(monitor.knn_path, data.path, monitor.knn_images_per_class, choice)
+    if images is None or monitor.knn_path is not None:  # else this was said of those for k-NN
+        say_found(data.path, source, choice)
+    return source, images
+
+
+def identity_of(source: ImageSource) -> dict[str, Any]:
+    """Number and fingerprint of images, by which a run knows them again."""
+    return {"num_images": len(source), "fingerprint": source.fingerprint()}
+
+
+def chosen_before(data: DataOptions, images: dict[str, Any]) -> str:
+    """What gives the images that a run had when other names of splits were known; empty if nothing does."""
+    for choice in (".", "train", "*.parquet"):
+        with suppress(UserError):
+            source = open_images(data.path, data.max_images, choice=Choice(choice, None, data.label_column))
+            if identity_of(source) == images:
+                return f"--data.train {choice!r} gives those, which an earlier version took"
+    return ""
+
+
+def absolute_paths(data: DataOptions, monitor: MonitorOptions) -> dict[str, Any]:
+    """The two sections with folders of images that mean the same from any folder."""
+    return {
+        "data": replace(data, path=absolute_path(data.path)),
+        "monitor": replace(monitor, knn_path=monitor.knn_path and absolute_path(monitor.knn_path)),
+    }
 
 
 def dataset_of(

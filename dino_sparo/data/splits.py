@@ -1,0 +1,295 @@
+"""Which images of a folder are train and which are val, and what of it is neither: one decision, by names."""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatch
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dino_sparo.data.shards import holds_shards, is_shard, list_shards
+from dino_sparo.data.split_names import (
+    WRAPPERS,
+    is_about_images,
+    meaning,
+    splits_of_files,
+    splits_of_folders,
+    words,
+)
+from dino_sparo.data.tables import holds_tables, is_parquet, list_parquet
+from dino_sparo.data.walk import PROBED_ENTRIES, holds, is_image, list_folder
+from dino_sparo.errors import UserError, UserFileNotFoundError
+
+TOP_ENTRIES = 4096  # more than any set has folders beside its splits; a flat folder shows at once
+WRAPPED = 4  # folders, as in ILSVRC/Data/CLS-LOC/train
+COUNTED = 10_000  # entries of what is left out
+SHOWN = 3
+
+
+class Part(NamedTuple):
+    """Images of a split: all of a folder, or those of some folders, shards, or tables in it."""
+
+    folder: Path
+    names: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if len(self.names) > 1:
+            return f"{self.folder}: {self.names[0]} … {self.names[-1]}"
+        return str(self.folder.joinpath(*self.names))
+
+
+class Splits(NamedTuple):
+    """What was decided about a folder, and why."""
+
+    train: Part
+    val: Part | None = None
+    test: Part | None = None
+    """Stands for val where there is none, if its classes are known."""
+    notes: tuple[str, ...] = ()
+    """What looks like a split and is not used, and what is left out."""
+
+
+class Choice(NamedTuple):
+    """What the user says about images, over what is found."""
+
+    train: str | None = None
+    val: str | None = None
+    label_column: str | None = None
+
+    @classmethod
+    def of(cls, section: Any) -> "Choice":
+        """That of a section of options that has these fields."""
+        return cls(*(getattr(section, name) for name in cls._fields))
+
+
+def find_splits(root: Path, key: str = "data.path", choice: Choice = Choice()) -> Splits:  # noqa: B008
+    """The splits of an existing folder, from a look at some entries.
+
+    Args:
+        key: the option that an error names.
+        choice: folders or patterns that are train and val, whatever is found.
+
+    Raises:
+        UserError: there is val, but no train; shards and images lie side by side; a folder cannot be read.
+        UserFileNotFoundError: nothing is what was chosen.
+    """
+    if choice.train is not None:
+        train = _chosen(root, choice.train, "data.train")
+        found = Splits(train)
+    else:
+        found = _found(root, key)
+    if choice.val is not None:
+        return found._replace(val=_chosen(root, choice.val, "data.val"), test=None)
+    return found
+
+
+def probably_meant(root: Path, levels: int = WRAPPED) -> str:
+    """Where below a folder of one class there are more, in words; empty if there are none."""
+    for name in sorted(list_folder(root, TOP_ENTRIES)[0])[:PROBED_ENTRIES] if levels else ():
+        if len(_full(root / name, sorted(list_folder(root / name, TOP_ENTRIES)[0]), 2)) > 1:
+            return f", as {root / name} has"
+        if found := probably_meant(root / name, levels - 1):
+            return found
+    return ""
+
+
+def counted(number: int, what: str, plural: str = "s") -> str:
+    """A number of things in words."""
+    return f"{number:,} {what}{plural * (number != 1)}"
+
+
+def _chosen(root: Path, text: str, key: str) -> Part:
+    """What a path, relative to the root or not, or a pattern of names in the root stands for."""
+    for folder in (root / text, Path(text).expanduser()):
+        if folder.is_dir():
+            return Part(Path(os.path.normpath(folder)))
+    names = sorted(name for group in list_folder(root) for name in group if fnmatch(name, text))
+    if not names:
+        raise UserFileNotFoundError(
+            f"{key} {text!r} is no folder, and no name in {root} fits it; expected a folder, or a pattern "
+            f"such as 'train-*.tar' for folders, shards, or parquet files in it"
+        )
+    return _part(root, names)
+
+
+def _found(root: Path, key: str) -> Splits:
+    notes: list[str] = []
+    for _ in range(WRAPPED):
+        folders, files = list_folder(root, TOP_ENTRIES)
+        # In a flat folder of more images splits come to light by their plain names.
+        folders = sorted({*folders, *(name for name in ("train", "val", "test") if (root / name).is_dir())})
+        by_file = _by_file(root) if any(map(_is_data, files)) else None
+        splits = by_file or _by_folder(root, folders, files, key) or _by_file(root)
+        inner, beside = (None, []) if splits or any(map(is_image, files)) else _wrapped(root, folders)
+        if splits or inner is None:
+            notes += splits.notes if splits else _taken(root, folders)
+            return (splits or Splits(Part(root)))._replace(notes=tuple(notes))
+        notes += _left_out(root, beside)
+        root = root / inner
+    return Splits(Part(root), notes=tuple(notes))
+
+
+def _by_file(root: Path) -> Splits | None:
+    """Splits of a folder of shards or parquet files; None if it is none."""
+    if holds_tables(root):
+        names = list_parquet(root)
+    elif holds_shards(root):
+        names = list_shards(root)
+    else:
+        return None
+    found = splits_of_files(names)
+    if "train" not in found:
+        if found and names and is_parquet(names[0]):
+            raise UserFileNotFoundError(
+                f"{root} holds parquet files, but none of train; expected train-*.parquet; download these "
+                f"too, or name those to learn from by data.train"
+            )
+        return Splits(Part(root), notes=_listed("taken as train", list(filter(meaning, names))))
+    used = _used(found)
+    rest = [name for name in names if name not in used]
+    notes = _listed("looks like a split, not used", list(filter(meaning, rest)))
+    notes += _listed("left out", [name for name in rest if not meaning(name)])
+    return Splits(**{split: _part(root, here) for split, here in found.items()}, notes=notes)
+
+
+def _by_folder(root: Path, folders: Sequence[str], files: Sequence[str], key: str) -> Splits | None:
+    """Splits that are folders in a folder; None if there are none."""
+    named = splits_of_folders(folders)
+    full = {split: here for split, names in named.items() if (here := _full(root, names))}
+    listed = {name for names in named.values() for name in names}
+    others = [name for name in folders if name not in listed]
+    train, held_out = full.get("train"), full.get("val") or full.get("test")
+    if not held_out and (train or named.get("train")):
+        # A class may be called train: it holds images itself, and other classes stand beside it.
+        has_classes = any(_holds_classes(root / name) for name in train or ())
+        if not has_classes and _full(root, others, 1):
+            return None
+        train = train or named["train"]
+    if train:
+        used = _used({"train": train} | full)
+        looks = [name for name in folders if name not in used and meaning(name)]
+        notes = _listed("looks like a split, not used", _full(root, looks))
+        left_out = _left_out(root, [name for name in others if not meaning(name)])
+        pictures = len(list(filter(is_image, files)))
+        notes += (
+            *left_out,
+            *([f"left out: {counted(pictures, 'image')} in {root} itself"] if pictures else []),
+        )
+        parts = {split: _part(root, here) for split, here in (full | {"train": train}).items()}
+        return Splits(**parts, notes=notes)
+    if held_out and ("val" in named or any(_holds_classes(root / name) for name in held_out)):
+        name = held_out[0]
+        if "val" in named or _full(root, others, 1):
+            raise UserError(
+                f"{key} {str(root)!r} has a {name} folder, but no train folder; expected "
+                f"train/<class>/<image>; move the images to train on into {root / 'train'}, or name them by "
+                f"data.train"
+            )
+    return None
+
+
+def _used(splits: dict[str, list[str]]) -> set[str]:
+    """Names that count: of train and val, of test where there is no val."""
+    return {*splits.get("train", []), *(splits.get("val") or splits.get("test", []))}
+
+
+def _part(root: Path, names: Sequence[str]) -> Part:
+    """Folders, shards, or tables of a split; of several folders of shards or tables these."""
+    if len(names) == 1 and (root / names[0]).is_dir():
+        folder = root / names[0]  # train/train/<class> and train/images/<class> come of archives
+        inner = _wrapped(folder, list_folder(folder, PROBED_ENTRIES)[0])[0]
+        is_wrapper = inner and (inner == names[0] or WRAPPERS.issuperset(words(inner)))
+        return Part(folder / inner if inner and is_wrapper else folder)
+    for is_one, listed in ((is_shard, list_shards), (is_parquet, list_parquet)):
+        below = () if is_one(names[0]) else [f"{name}/{one}" for name in names for one in listed(root / name)]
+        if below:
+            return Part(root, tuple(below))
+    return Part(root, tuple(names))
+
+
+def _wrapped(root: Path, folders: Sequence[str], levels: int = WRAPPED) -> tuple[str | None, list[str]]:
+    """The folder in which all classes or splits lie, if there is one, and what stands beside it."""
+    about = [name for name in folders if is_about_images(words(name))]
+    full = _full(root, [name for name in folders if name not in about], 2)
+    if not full:
+        return None, []
+    inner = root / full[0]
+    if len(full) > 1:
+        if all(_holds_splits(root / name) for name in full):
+            raise UserError(
+                f"{root}: {full[0]} and {full[1]} both hold folders of train and val; give one of them as "
+                f"data.path, or take all by data.train '.'"
+            )
+        return None, []
+    if about := _full(root, about):
+        is_wrapper = WRAPPERS.issuperset(words(full[0])) or _holds_splits(inner)
+        return (full[0] if is_wrapper else None), about
+    return (full[0] if _holds_several(inner, levels) else None), []
+
+
+def _holds_several(folder: Path, levels: int) -> bool:
+    """Whether a folder holds shards, tables, splits, or several classes, maybe in one folder more."""
+    below, files = list_folder(folder, PROBED_ENTRIES)
+    if any(map(is_image, files)):
+        return False
+    if holds_tables(folder) or holds_shards(folder):
+        return True
+    full = _full(folder, sorted(below), 2)
+    is_wrapper = len(full) > 1 or bool(splits_of_folders(full))
+    return is_wrapper or (levels > 0 and _wrapped(folder, sorted(below), levels - 1)[0] is not None)
+
+
+def _holds_splits(folder: Path) -> bool:
+    """Whether there are folders of train and of val or test in a folder."""
+    found = splits_of_folders(list_folder(folder, TOP_ENTRIES)[0])
+    return "train" in found and len(found) > 1
+
+
+# --- What folders hold, and what is left out
+
+
+def _is_data(name: str) -> bool:
+    return is_image(name) or name.endswith((".tar", ".parquet", ".arrow"))
+
+
+def _full(root: Path, names: Iterable[str], limit: int | None = None) -> list[str]:
+    """The first of these folders that hold images, or files of images."""
+    probed = islice(names, PROBED_ENTRIES)
+    return list(islice((name for name in probed if holds(root / name, _is_data, WRAPPED)), limit))
+
+
+def _holds_classes(folder: Path) -> bool:
+    """Whether there are folders of images in a folder, but for one that only wraps them."""
+    below = [name for name in list_folder(folder, TOP_ENTRIES)[0] if not WRAPPERS.issuperset(words(name))]
+    return bool(_full(folder, sorted(below), 1))
+
+
+def _taken(root: Path, folders: Sequence[str]) -> tuple[str, ...]:
+    """What is taken for classes and may not have been meant to be."""
+    looks = [name for name in folders if meaning(name) or is_about_images(words(name))]
+    return _listed("taken as classes", _full(root, looks))
+
+
+def _left_out(root: Path, folders: Sequence[str]) -> tuple[str, ...]:
+    """What else lies beside the images, with numbers."""
+    full = _full(root, folders)
+    return _listed("left out", [f"{name} ({_count(root / name)})" for name in full[:SHOWN]] + full[SHOWN:])
+
+
+def _listed(what: str, names: Sequence[str]) -> tuple[str, ...]:
+    more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return (f"{what}: {', '.join(names[:SHOWN])}{more}",) if names else ()
+
+
+def _count(folder: Path) -> str:
+    """How many images there are in a folder and those below, up to a limit."""
+
+    def files(folder: Path) -> Iterator[str]:
+        below, names = list_folder(folder, COUNTED)
+        yield from names
+        for name in below:
+            yield from files(folder / name)
+
+    found = Counter(map(_is_data, islice(files(folder), COUNTED)))
+    return f"{counted(found[True], 'image')}{' or more' * (found.total() == COUNTED)}"
