@@ -1,6 +1,5 @@
 """Tables of images: which columns are what, paths and labels of their rows, where the bytes of images lie."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dino_sparo.errors import UserError
+from dino_sparo.files import parsed_json
 
 NO_IMAGE = -1  # in place of a size
 EXPECTED = "expected one column of type struct{bytes, path}, as the Hugging Face hub ships images"
@@ -170,7 +170,7 @@ def _is_image_column(kind: Any) -> bool:
 def _features(metadata: dict[bytes, bytes]) -> dict[str, dict[str, Any]]:
     """What the hub's library has written about each column; nothing if another one has written the file."""
     try:
-        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+        features = parsed_json(metadata[b"huggingface"])["info"]["features"]
         return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
     except (KeyError, ValueError, TypeError, AttributeError):
         return {}

@@ -6,7 +6,6 @@ Hugging Face's library `datasets` keeps an Arrow copy of them, in which the byte
 the other, so that they are read by offset as those in shards: as quick in a random order as in sequence.
 """
 
-import json
 import logging
 import os
 import re
@@ -27,6 +26,7 @@ from dino_sparo.data.shards import ShardSource, has_states, states_of
 from dino_sparo.data.split_names import splits_of_files, splits_of_folders
 from dino_sparo.data.walk import PROBED_BELOW, PROBED_ENTRIES, THREADS, holds, is_image, list_folder
 from dino_sparo.errors import UserError, UserFileNotFoundError
+from dino_sparo.files import parsed_json
 from dino_sparo.terminal import shows_bars
 
 log = logging.getLogger("dino_sparo")
@@ -155,7 +155,7 @@ def list_parquet(root: Path) -> list[str]:
 def _saved_files(root: Path) -> list[str]:
     """Arrow files that `save_to_disk` has written into a folder, in order."""
     try:
-        return [file["filename"] for file in json.loads((root / SAVED).read_text())["_data_files"]]
+        return [file["filename"] for file in parsed_json((root / SAVED).read_text())["_data_files"]]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{root / SAVED} is not as save_to_disk writes it; save the set again") from error
 

@@ -17,7 +17,6 @@ from typing import Annotated, Any, Literal
 import yaml
 
 from dino_sparo.errors import UserError
-from dino_sparo.files import read_small
 from dino_sparo.terminal import shown
 
 
@@ -241,6 +240,8 @@ def flattened(config: Mapping[str, Any], *, without: Collection[str] = ()) -> di
 
 def read_yaml(path: Path) -> Any:
     """What a YAML file holds. Raises UserError as `load_yaml`, and OSError."""
+    from dino_sparo.files import read_small  # which pages of help do not need
+
     try:
         text = read_small(path, MOST_TEXT).decode()
     except UnicodeDecodeError as error:
@@ -273,13 +274,15 @@ class _PlainLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()
-        line = f"line {event.start_mark.line + 1}"
+        wrong = None
         if isinstance(event, yaml.AliasEvent):
-            raise yaml.YAMLError(f"{line}: *{event.anchor} is an alias; write the value itself there")
-        if getattr(event, "tag", None) not in (None, "!"):
-            raise yaml.YAMLError(f"{line}: {event.tag!r} is a tag; leave it out")
-        if self.depth == MOST_NESTED:
-            raise yaml.YAMLError(f"{line}: more than {MOST_NESTED} sections or lists within each other")
+            wrong = f"*{event.anchor} is an alias; write the value itself there"
+        elif getattr(event, "tag", None) not in (None, "!"):
+            wrong = f"{event.tag!r} is a tag; leave it out"
+        elif self.depth == MOST_NESTED:
+            wrong = f"more than {MOST_NESTED} sections or lists within each other"
+        if wrong:
+            raise yaml.YAMLError(f"line {event.start_mark.line + 1}: {wrong}")
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
