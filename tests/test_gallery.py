@@ -105,7 +105,7 @@ def test_the_program_end_to_end(run_dir, pictures, tmp_path, capsys, monkeypatch
                 assert abs(rows[row][place] - expected).max() <= 1  # batches round differently
                 assert titles[row][place].endswith(f"class{number // 3}")
         assert titles[0][0].startswith(f"response {entry['top'][0]['response']:.2f}")
-        assert titles[1][0].startswith(f"cosine {entry['top'][0]['neighbors'][0]['cosine']:.3f}")
+        assert titles[1][0].startswith(f"cosine {entry['top'][0]['neighbours'][0]['cosine']:.3f}")
         picture = np.asarray(Image.open(tmp_path / "gallery" / entry["picture"]).convert("RGB"))
         assert min(picture.shape[:2]) > 3 * 100 and picture.std() > 10  # three columns of three
     assert f"2 slots over 6 images: {tmp_path / 'gallery'}" in capsys.readouterr().out
