@@ -187,6 +187,7 @@ def interrupt(fifo, at_start):
     os.killpg(0, signal.SIGINT)
 
 fifo = Path(sys.argv[1])
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job does not have
 threading.Thread(target=interrupt, args=(fifo, sys.argv[2] == "True"), daemon=True).start()
 try:
     scan_images(Files([fifo] * 200), num_workers=2, description="train")

@@ -129,7 +129,6 @@ def test_variants_of_a_file_and_some_of_them(data, tmp_path):
         ([], ["model.readout.group_size=3"], "'group_size=3': model.readout.group_size is 3, which does"),
         ([], ["seed=0", "seed=1"], "vary names a key twice"),
         ([], ["seed=0,0"], "run 'seed=0' is planned twice"),
-        ([], ["seed=1,01"], "seed 1 of 'recipe' is planned twice; give it once"),
         ([], ["seed=1,"], "vary has 'seed=1,'; expected section.key=VALUE,VALUE"),
         (["--variants=nope"], [], "variants 'nope' does not exist; give a YAML file or one of .*: readouts"),
         (['--only=["cls"]'], [], "only is .'cls'., but variants is not given"),

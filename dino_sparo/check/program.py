@@ -83,16 +83,18 @@ def check(
         say("\n" + "\n".join(map(sentence, describe(data))))
     else:
         remarks.append("files not read: --scan")
-    if measure:
+    if not measure:
+        remarks.append("speed not measured: --measure")
+    elif problems:
+        remarks.append("speed not measured, since the run would end; solve the problems first")
+    else:
         try:
             report |= measured(plan)
             report["run"] |= projection(plan, report)
             problems += machine_problems(plan, report)
             say("\n" + summary(plan, report))
         except UserError as error:  # what was found so far is worth telling
-            problems.append(f"speed not measured: {error}")
-    else:
-        remarks.append("speed not measured: --measure")
+            problems.append(str(error))
     if gpus:
         runs = gpu_runs(plan, report, gpus, here)
         report["gpus"] = [asdict(run) for run in runs]
