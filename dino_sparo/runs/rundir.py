@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -27,6 +28,7 @@ CONFIG_FILE = "config.yaml"
 STARTS_FILE = "starts.jsonl"
 LOCK_FILE = ".lock"
 MARKER_FILE = "stopped.json"
+LOCK_SECONDS = 3.0  # a killed process may hold its lock so long, while the system takes its memory back
 log = logging.getLogger("dino_sparo")
 
 SHOWN_CHANGES = 4
@@ -120,17 +122,23 @@ def hold(run_dir: Path) -> Iterator[None]:
         file.write(" ")  # what a full disk refuses
         file.flush()
     with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process; data workers do not share it
-        except BlockingIOError as error:
-            file.seek(0)
-            other = file.read().strip() or "another process"
-            raise UserError(
-                f"run_dir {str(run_dir)!r} is in use: {other} trains there; "
-                f"wait until it has ended or stop it, or choose another folder"
-            ) from error
-        except OSError:
-            log.warning("WARNING: %s: this file system has no locks; start only one run there", run_dir)
+        give_up = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process, not of its data workers
+            except BlockingIOError as error:
+                if time.monotonic() < give_up:
+                    time.sleep(0.05)
+                    continue
+                file.seek(0)
+                other = file.read().strip() or "another process"
+                raise UserError(
+                    f"run_dir {str(run_dir)!r} is in use: {other} trains there; "
+                    f"wait until it has ended or stop it, or choose another folder"
+                ) from error
+            except OSError:
+                log.warning("WARNING: %s: this file system has no locks; start only one run there", run_dir)
+            break
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()
