@@ -37,8 +37,8 @@ class GpuRun:
         gpu: its kind, or the name of one that was measured.
         measured: on the GPU at hand; else estimated.
         batch_size: images that a GPU takes at once.
-        step_ms: of one step with its views.
-        host_ms: that the host launches the operators of the step; None if measured.
+        step_ms: of the GPU for one step with its views.
+        host_ms: of the host, to launch the operators of the step; None if measured. The longer one counts.
         images_per_second: of one GPU.
         hours: of the whole run, if loading keeps up.
         memory_bytes: of one GPU, in a step and in the views made beside it; if measured, of all tensors at
@@ -111,14 +111,15 @@ def estimate(
             operators += more * (len(two.found) - operators)
             peak = two.peak_bytes
         step += accumulation * seconds_on(gpu, making.found, tf32=True)
-        speed = batch_size * accumulation / step
+        launches = HOST_MS / 1000 * (operators + accumulation * len(making.found))
+        speed = batch_size * accumulation / max(step, launches)  # a faster GPU waits for the host
         return GpuRun(
             gpu=kind,
             measured=False,
             precision=precision,
             batch_size=batch_size,
             step_ms=1000 * step,
-            host_ms=HOST_MS * (operators + accumulation * len(making.found)),
+            host_ms=1000 * launches,
             images_per_second=speed,
             hours=num_images / (speed * num_processes) / 3600,
             memory_bytes=peak + making.peak_bytes,
@@ -165,7 +166,8 @@ def describe_assumptions(run: GpuRun) -> str:
         f"published bandwidth, FLOP at {100 * PEAK_SHARE:.0f} % of the dense published peak, at least "
         f"{1e6 * OPERATOR_SECONDS:g} µs each. Decoding: {run.decode_ms:.1f} ms per image on one core "
         f"({'measured here' if run.decode_measured else 'assumed'}). Launches: {1000 * HOST_MS:g} µs of the "
-        f"host per operator (assumed); a faster GPU waits for them. Memory: that of a step and of the views "
-        f"made beside it; torch's allocator takes about a tenth more, CUDA some 0.5 GiB. Not in it: "
+        f"host per operator (assumed), which decide where they take longer than the step. Memory: that of a "
+        f"step and of the views made beside it; torch's allocator takes about a tenth more, CUDA some 0.5 "
+        f"GiB. Not in it: "
         f"communication between GPUs, k-NN, waiting for images."
     )

@@ -89,26 +89,10 @@ class ImageSource(Protocol):
 
 
 AS_FOUND = Choice()
-NOTES = frozenset(  # endings of files about images
-    (
-        *(
-            ".txt",
-            ".json",
-            ".jsonl",
-            ".xml",
-            ".csv",
-            ".tsv",
-            ".md",
-            ".html",
-            ".yaml",
-            ".yml",
-            ".py",
-            ".log",
-            ".pdf",
-        ),
-        *(".pkl", ".mat", ".db", ".ini", ".cls", ".md5", ".sh", ".lst", ""),
-    )
-)
+NOTES = {  # endings of files about images
+    *("", ".txt", ".json", ".jsonl", ".xml", ".csv", ".tsv", ".md", ".html", ".yaml", ".yml", ".py", ".log"),
+    *(".pdf", ".pkl", ".mat", ".db", ".ini", ".cls", ".md5", ".sh", ".lst"),
+}
 
 
 def open_folder(
