@@ -77,12 +77,51 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.parametrize("processes", [1, 8])
+def test_the_full_step_as_a_graph_is_launched_at_once(processes, inside):
+    """Beside it are a seed and an offset of random numbers, and the crops."""
+    found = inside("full_step", processes=processes, capture=True)
+    assert found["calls"]["graph"] == 1 and found["launches"] <= 4
+    assert found["waits"] == 0
+    assert found["peak_gib"] < 7.5
+    assert found["calls"]["kernel"] + found["calls"]["gemm"] < 2250
+    assert found["calls"].get("nccl", 0) == (3 if processes > 1 else 0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"precision": "fp32"},
+        {"precision": "fp16", "accumulation": 2},
+        {"activation_checkpointing": True},
+        {"deterministic": True},
+    ],
+)
+def test_every_way_of_taking_a_step_can_be_captured(changes, inside):
+    found = inside("full_step", images=2, processes=8, capture=True, **changes)
+    assert found["calls"]["graph"] == 1 and found["waits"] == 0
+
+
+def test_a_step_that_cannot_be_captured_is_taken_without(inside):
+    found = inside("full_step", images=2, capture=True, wait=True)
+    assert "graph" not in found["calls"] and found["waits"] == 1
+
+
+def test_an_entry_of_the_log_never_waits(data, inside, tmp_path):
+    found = inside("log_entry", data=str(data), run_dir=str(tmp_path / "run"))
+    assert found["entries"] == [1, 4, 7, 10, 13, 16, 19]
+    assert found["waits"] == 0
+    assert found["launches"] < 30
+
+
+@pytest.mark.parametrize("processes", [1, 8])
 def test_the_full_step_never_waits_and_keeps_its_size(processes, inside):
     found = inside("full_step", processes=processes)
     assert found["waits"] == 0
     assert found["launches"] < 2200
     assert found["peak_gib"] < 7.5
-    assert found["nccl_calls"] == (3 if processes > 1 else 0)  # gradients, center, whether a loss is finite
+    assert found["calls"].get("nccl", 0) == (
+        3 if processes > 1 else 0
+    )  # gradients, center, whether a loss is finite
 
 
 def test_a_wait_within_a_step_is_seen(inside):
@@ -126,9 +165,10 @@ def run_arguments(data, run_dir, **changes):
     return ["pretrain", *tiny_arguments(data, run_dir, machine__device="cuda", **changes), "--nproc=2"]
 
 
-def test_two_processes_train_stop_and_resume(data, gpus, program, tmp_path):
+@pytest.mark.parametrize("capture", ["false", "true"])
+def test_two_processes_train_stop_and_resume(capture, data, gpus, program, tmp_path):
     start, environment = gpus
-    arguments = run_arguments(data, tmp_path / "run", optim__epochs=12)
+    arguments = run_arguments(data, tmp_path / "run", optim__epochs=12, machine__capture=capture)
     with subprocess.Popen([*start, "-m", "dino_sparo", *arguments], env=environment) as process:
         wait_for_step(10, tmp_path / "run", process)
         process.send_signal(signal.SIGTERM)
@@ -136,7 +176,16 @@ def test_two_processes_train_stop_and_resume(data, gpus, program, tmp_path):
     assert 10 <= load_latest(tmp_path / "run")["step"] < 72
     done = program(*arguments)
     assert done.returncode == 0, done.stderr
+    assert "captured" not in done.stderr
     assert load_latest(tmp_path / "run")["step"] == 72
+
+
+def test_processes_go_on_together_if_one_cannot_capture(data, program, tmp_path):
+    arguments = run_arguments(data, tmp_path / "run", machine__capture="true", machine__views="pil")
+    done = program(*arguments, FAKEGPU_NO_CAPTURE="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("could not be captured as a CUDA graph in 1 processes") == 1
+    assert load_latest(tmp_path / "run")["step"] == 18
 
 
 def test_a_killed_process_ends_the_run(data, gpus, tmp_path):

@@ -146,6 +146,41 @@ def test_a_step_with_its_views_never_lets_the_host_wait(tmp_path):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"machine__precision": "bf16"},
+        {"machine__precision": "fp16"},
+        {"machine__precision": "fp32"},
+        {"machine__precision": "bf16", "machine__batch_size_per_gpu": 1},
+        {"machine__precision": "bf16", "machine__activation_checkpointing": "true"},
+        {"machine__precision": "bf16", "optim__freeze_last_layer_epochs": 2},
+    ],
+)
+def test_captured_steps_are_the_eager_ones(changes, tmp_path, caplog):
+    """Bit for bit in deterministic runs: 45 steps with stochastic depth, all but the first ones captured."""
+    changes |= {"machine__deterministic": "true"}
+    try:
+        hashes = {
+            state_hash(run(tmp_path, capture, machine__capture=capture, **changes))
+            for capture in ("false", "true")
+        }
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(hashes) == 1
+    assert "could not be captured" not in caplog.text
+    entries = [read_metrics(tmp_path / name) for name in ("false", "true")]
+    assert [entry["loss"] for entry in entries[0]] == [entry["loss"] for entry in entries[1]]
+
+
+def test_captured_steps_are_near_the_eager_ones(tmp_path):
+    changes = {"machine__precision": "fp32", "optim__epochs": 1, "optim__warmup_epochs": 0}
+    eager = run(tmp_path, "eager", **changes)
+    captured = run(tmp_path, "captured", machine__capture="true", **changes)
+    for name, value in eager["student"].items():
+        torch.testing.assert_close(captured["student"][name], value, rtol=1e-5, atol=1e-5)
+
+
 def test_accumulation_is_near_the_whole_batch(tmp_path):
     common = {"model__drop_path_rate": 0.0, "machine__precision": "fp32"}
     whole = run(tmp_path, "whole", **common)

@@ -32,9 +32,12 @@ SCALARS = {
     "seconds",
     *("loss", "lr", "weight_decay", "momentum", "teacher_temp", "student_temp", "gradient_norm"),
     *("gradient_norm_max", "entropy_teacher", "entropy_mean", "kl", "center_norm", "feature_std"),
-    *("images_per_second", "data_wait_share", "log_share", "memory_gib", "slot_entropy", "slot_cls_share"),
-    *("slot_effective_patches", "slots_dead", "slots_duplicate", "slot_agreement"),
+    *("images_per_second", "data_wait_share", "log_share", "memory_gib"),
     *("loss_scale", "overflows", "bad_steps", "bad_images"),
+}
+OF_SLOTS = {  # at the end of an epoch
+    *("slot_entropy", "slot_cls_share", "slot_effective_patches", "slots_dead", "slots_duplicate"),
+    "slot_agreement",
 }
 
 
@@ -51,7 +54,7 @@ def test_tensorboard_has_every_scalar_and_one_picture(finished):
     events = EventAccumulator(str(finished / "tensorboard"), size_guidance={"images": 0}).Reload()
     tags = events.Tags()
     knn = {"evaluation/knn20_top1", "evaluation/knn20_top5"}
-    assert set(tags["scalars"]) == {f"train/{name}" for name in SCALARS} | knn
+    assert set(tags["scalars"]) == {f"train/{name}" for name in SCALARS | OF_SLOTS} | knn
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
     assert tags["images"] == ["first_crops"]
     picture = events.Images("first_crops")[0]
@@ -66,7 +69,9 @@ def test_metrics_file_has_the_same(finished):
     for entry in curve:
         assert entry["kl"] == pytest.approx(entry["loss"] - entry["entropy_teacher"], abs=1e-6)
         assert entry["gradient_norm"] >= entry["gradient_norm_max"] > 0
-    assert all(entry.keys() == SCALARS | {"step", "epoch"} for entry in curve)
+    for entry in curve:
+        expected = SCALARS | {"step", "epoch"} | (set() if entry["step"] % 2 else OF_SLOTS)
+        assert entry.keys() == expected
     assert [(e["step"], e["epoch"]) for e in entries if "knn20_top1" in e] == [(0, 0), (4, 2), (6, 3)]
 
 
@@ -124,7 +129,7 @@ def test_speed_and_waiting_share_leave_evaluation_out(tmp_path):
         with run_log.waiting_for_data():
             time.sleep(0.2)
         time.sleep(0.2)
-        run_log.scalars(4, {"loss": 1.0}, batch_size=10)
+        run_log.scalars(4, {"loss": 1.0, **run_log.speed(4, batch_size=10)})
     (entry,) = read_metrics(tmp_path)
     # 40 images in 0.4 s, half of them waiting; a busy machine makes it slower, never twice as fast
     assert 40 < entry["images_per_second"] <= 100
@@ -142,7 +147,7 @@ def test_progress_bar_on_a_terminal(tmp_path, monkeypatch):
         for step in (1, 2, 3):
             time.sleep(0.15)  # the bar redraws every 0.1 s
             run_log.step_done(step)
-            run_log.scalars(step, {"loss": 1.25}, batch_size=10)
+            run_log.scalars(step, {"loss": 1.25, **run_log.speed(step, batch_size=10)})
     shown = terminal.getvalue()
     for words in ("epoch 1/2", "epoch 2/2", "loss=1.250", "img/s=", "run left=0:00:0", "<00:00"):
         assert words in shown, words

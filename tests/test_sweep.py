@@ -203,8 +203,8 @@ def test_a_signal_stops_all_and_the_same_command_goes_on(data, monkeypatch):
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     scalars, logged = RunLog.scalars, []
 
-    def stop_in_the_second_run(self, step, values, *, batch_size):
-        scalars(self, step, values, batch_size=batch_size)
+    def stop_in_the_second_run(self, step, values):
+        scalars(self, step, values)
         logged.append(step)
         if len(logged) == 12 + 3:
             os.kill(os.getpid(), signal.SIGTERM)

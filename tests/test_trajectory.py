@@ -1,6 +1,8 @@
 """Five optimizer steps of our own training step against the official code's."""
 
 import contextlib
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from dino_sparo.training.optim import parameter_groups
 from dino_sparo.training.pretrain import train_step
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.state import state_of
+from dino_sparo.training.steps import NUMBERS, Steps
 from tests.conftest import load_golden_arrays
 
 NUM_STEPS = 5
@@ -48,7 +51,19 @@ def load_golden(model: DinoModel, arrays: dict[str, np.ndarray]) -> None:
     )
 
 
-@pytest.fixture(scope="module", params=["as it is", pytest.param("compiled", marks=pytest.mark.long)])
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        "as it is",
+        "numbers on the device",
+        pytest.param("compiled", marks=pytest.mark.long),
+        pytest.param("GPU", marks=ON_GPU),
+        pytest.param("captured", marks=ON_GPU),
+    ],
+)
 def trained(request):
     arrays = load_golden_arrays("trajectory")
     student, teacher = golden_model(), golden_model()
@@ -58,10 +73,17 @@ def trained(request):
         student.compile_backbone()
         teacher.compile_backbone()
     loss_fn = DINOLoss(num_prototypes=256)
-    state = state_of(student, teacher, loss_fn, torch.device("cpu"), loss_scaling=False)
+    device = torch.device("cuda" if request.param in ("GPU", "captured") else "cpu")
+    state = state_of(student, teacher, loss_fn, device, loss_scaling=False)
+    plain = contextlib.nullcontext()
+    step_of_state = partial(train_step, state, clip_norm=float(arrays["clip_norm"]), autocast=plain)
+    steps = Steps(step_of_state, device, 1, capture=request.param == "captured")
     losses = []
     for step in range(NUM_STEPS):
-        crops = [torch.from_numpy(arrays[f"{kind}_crops.{step}"]).float() for kind in ("global", "local")]
+        crops = [
+            torch.from_numpy(arrays[f"{kind}_crops.{step}"]).float().to(device)
+            for kind in ("global", "local")
+        ]
         hyper = Hyperparameters(
             lr=float(arrays["lr"][step]),
             weight_decay=float(arrays["weight_decay"][step]),
@@ -69,16 +91,13 @@ def trained(request):
             teacher_temp=float(arrays["teacher_temp"][step]),
             freeze_last_layer=step < 1,
         )
-        output = train_step(
-            state,
-            iter([crops]),
-            1,
-            hyper,
-            clip_norm=float(arrays["clip_norm"]),
-            autocast=contextlib.nullcontext(),
-        )
+        if request.param == "numbers on the device":
+            numbers = {name: torch.tensor(getattr(hyper, name), dtype=torch.float64) for name in NUMBERS}
+            hyper = replace(hyper, **numbers)
+        output = steps.take(iter([crops]), hyper, logged=False)
         losses.append(output.loss.item())
-    return arrays, state, losses
+    steps.close()
+    return arrays, state_of(student, teacher, loss_fn, torch.device("cpu"), loss_scaling=False), losses
 
 
 def test_losses(trained):

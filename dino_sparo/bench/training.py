@@ -36,7 +36,8 @@ from dino_sparo.parallel.device import wait_for
 from dino_sparo.parallel.precision import autocast, plain_attention
 from dino_sparo.training.pretrain import crops_on_device, normalized, train_step
 from dino_sparo.training.schedules import Hyperparameters
-from dino_sparo.training.state import TrainState
+from dino_sparo.training.state import StepOutput, TrainState
+from dino_sparo.training.steps import EAGER_STEPS, Steps
 
 log = logging.getLogger("dino_sparo")
 
@@ -64,9 +65,20 @@ class Bench:
 
     def our_step(self, state: TrainState, groups: list[Tensor]) -> None:
         """One step of training on groups of normalized crops."""
-        mixed = autocast(self.precision, self.device)
         with plain_attention(self.precision, self.device):
-            train_step(state, repeat(groups), 1, self.hyper, clip_norm=self.clip_norm, autocast=mixed)
+            self._step_of(state)(repeat(groups), 1, self.hyper)
+
+    def captured_step(self, state: TrainState, groups: list[Tensor]) -> Callable[[], object]:
+        """The same step, to be called again and again, as a CUDA graph, which is captured here."""
+        steps = Steps(self._step_of(state), self.device, 1, capture=True)
+        step = partial(steps.take, repeat(groups), self.hyper, logged=False)
+        for _ in range(EAGER_STEPS + 1):
+            step()
+        return step
+
+    def _step_of(self, state: TrainState) -> Callable[..., StepOutput]:
+        mixed = autocast(self.precision, self.device)
+        return partial(train_step, state, clip_norm=self.clip_norm, autocast=mixed)
 
     def our_batches(self) -> Generator[list[Tensor]]:
         """Endless groups of normalized crops (C_i, B, 3, side, side) on the device, as in training."""
@@ -158,13 +170,18 @@ def measure(
     for who, (new_state, step, _) in implementations.items():
         state, memory[who] = _state_and_memory(new_state, step, groups)
         steps[who] = partial(step, state)
-    times = interleaved({who: partial(step, groups) for who, step in steps.items()}, rounds, device)
+    to_time: dict[str, Callable[[], object]] = {k: partial(step, groups) for k, step in steps.items()}
+    if device.type == "cuda":
+        to_time["captured"] = bench.captured_step(steps["ours"].args[0], groups)
+    times = interleaved(to_time, rounds, device)
     one_step = partial(steps["ours"], groups)
     profiles = [profiled(one_step, 1, device) for _ in range(rounds + 1)][1:]  # the first warms up
     of_ranges = [range_seconds(events, device.type) for events in profiles]
     for name in of_ranges[0]:
         stages[name] = spread([seconds_of[name] for seconds_of in of_ranges], batch_size)
     stages["whole step"] = spread(times["ours"], batch_size)
+    if "captured" in times:
+        stages["whole step, captured"] = spread(times["captured"], batch_size)
 
     from_files = {}
     prefetched = bench.num_workers * bench.prefetch_batches

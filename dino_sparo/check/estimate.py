@@ -111,6 +111,9 @@ def estimate(
             operators += more * (len(two.found) - operators)
             peak = two.peak_bytes
         step += accumulation * seconds_on(gpu, making.found, tf32=True)
+        if machine.capture:  # one launch, and crops that the graph keeps
+            operators = 1
+            peak += accumulation * sum(12 * count * batch_size * side**2 for count, side in sizes)
         launches = HOST_MS / 1000 * (operators + accumulation * len(making.found))
         speed = batch_size * accumulation / max(step, launches)  # a faster GPU waits for the host
         return GpuRun(

@@ -296,7 +296,7 @@ class ProbeTraining:
                 mean_P = (mean_over_ranks(total_P.clone()) / step).tolist()
                 values = {"loss": float(np.mean(mean_P)), "lr": self.optimizer.param_groups[0]["lr"]}
                 values |= self._by_probe("loss", mean_P) if len(mean_P) > 1 else {}
-                run_log.scalars(done, values, batch_size=self.batch_size)
+                run_log.scalars(done, values | run_log.speed(done, batch_size=self.batch_size))
 
     def _by_probe(self, what: str, values: Any) -> dict[str, float]:
         """A number of each probe under its name."""

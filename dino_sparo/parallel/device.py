@@ -1,12 +1,16 @@
 """Which device to compute on, waiting for it, and compiling for it."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from dino_sparo.errors import UserError
+from dino_sparo.errors import StuckError, UserError
 from dino_sparo.files import keep_compiled_code
+
+PATIENCE_SECONDS = 30 * 60.0  # for a step to end, or for the other processes; all work alike
+POLL_SECONDS = 0.0005
 
 
 def choose_device(name: str, number: int = 0) -> torch.device:
@@ -41,6 +45,35 @@ def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
 
 
 def wait_for(device: torch.device) -> None:
-    """Until a GPU has done all that it was given; a CPU always has."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    """Until a GPU has done all that it was given in the current stream; a CPU always has.
+
+    Raises:
+        StuckError: it has not after half an hour.
+    """
+    wait_for_event(end_of_work(device))
+
+
+def end_of_work(device: torch.device) -> torch.cuda.Event | None:
+    """The end of all that a GPU was given in the current stream; None on a CPU, which has done it."""
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+
+def is_past(event: torch.cuda.Event | None) -> bool:
+    """Whether a GPU has come to this event."""
+    return event is None or event.query()
+
+
+def wait_for_event(event: torch.cuda.Event | None) -> None:
+    """Until a GPU has come to this event, by asking: nobody else watches the collectives of a CUDA graph.
+
+    Raises:
+        StuckError: it has not after half an hour.
+    """
+    until = time.monotonic() + PATIENCE_SECONDS
+    while not is_past(event):
+        if time.monotonic() > until:
+            raise StuckError(
+                f"the GPU has not finished a step for {PATIENCE_SECONDS / 60:.0f} minutes: it, or another "
+                f"process of the run, is stuck; the same command resumes from the last checkpoint"
+            )
+        time.sleep(POLL_SECONDS)

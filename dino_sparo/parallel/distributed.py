@@ -17,12 +17,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dino_sparo.errors import EXIT_USER_ERROR, PeerLostError, StoppedError, UserError, told_to_user
+from dino_sparo.parallel.device import PATIENCE_SECONDS
 from dino_sparo.parallel.processes import PeerWatch, end_at_once, first_to_fail, leave_note
 from dino_sparo.terminal import error_line
 
 Result = TypeVar("Result")
 
-PATIENCE = timedelta(minutes=30)  # how long a process waits for the others; they all work alike
+PATIENCE = timedelta(seconds=PATIENCE_SECONDS)
 HEARTBEAT_SECONDS = 5.0
 LOST_SECONDS = 2.0  # between an error of the connection and the end of the process that caused it
 FAILED = "failed"  # key in the store: the number of the process that speaks about a failure

@@ -55,6 +55,7 @@ def set_numerics(*, tf32: bool, deterministic: bool) -> None:
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what cuBLAS needs to be deterministic
     torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a help for bugs
 
 
 class LossScale:

@@ -5,17 +5,20 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from dino_sparo.files import named, read_lines, write_file
+from dino_sparo.parallel.device import is_past, wait_for_event
 from dino_sparo.terminal import colored, shows_bars
 
 log = logging.getLogger("dino_sparo")
@@ -45,6 +48,7 @@ class RunLog:
         self.seconds_waited = self.seconds_logging = 0.0
         self._bar: tqdm | None = None
         self._postfix: dict[str, str] = {}
+        self._postponed: tuple[Callable[[], None], torch.cuda.Event | None] | None = None
         self.silent, self.path = silent, run_dir / METRICS_FILE
         if silent:
             return
@@ -88,7 +92,9 @@ class RunLog:
         self.last_time += time.monotonic() - started
 
     def step_done(self, step: int) -> None:
-        """Advance the bar; `step` counts the steps done so far."""
+        """Advance the bar, `step` counts the steps done so far; write what was postponed if it is there."""
+        if self._postponed is not None and is_past(self._postponed[1]):
+            self._write_postponed()
         if not shows_bars():
             return
         done = self._step_in_epoch(step)
@@ -107,8 +113,25 @@ class RunLog:
             self._bar.close()
             self._bar = None
 
-    def scalars(self, step: int, values: dict[str, float], *, batch_size: int) -> None:
-        """Log one entry of the training curve, with the speed since the entry before."""
+    def postpone(self, write: Callable[[], None], until: torch.cuda.Event | None) -> None:
+        """Have an entry written when a GPU has its numbers, before anything else is logged or saved.
+
+        What `write` does must not involve other processes: they may come to it at another step.
+        """
+        self._write_postponed()
+        self._postponed = write, until
+        if until is None:
+            self._write_postponed()
+
+    def _write_postponed(self) -> None:
+        if self._postponed is not None:
+            write, until = self._postponed
+            wait_for_event(until)
+            self._postponed = None
+            write()
+
+    def speed(self, step: int, *, batch_size: int) -> dict[str, float]:
+        """What an entry says of the time since the entry before; once for each."""
         now = time.monotonic()
         seconds = max(1e-9, now - self.last_time)
         images_per_second = batch_size * (step - self.last_step) / seconds
@@ -118,10 +141,14 @@ class RunLog:
             "data_wait_share": self.seconds_waited / seconds,
             "log_share": self.seconds_logging / seconds,
         }
-        self._write("train", step, values | speed)
         self.last_time, self.last_step = now, step
         self.seconds_waited = self.seconds_logging = 0.0
+        return speed
 
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Log one entry of the training curve, with its speed."""
+        self._write("train", step, values)
+        now, images_per_second = time.monotonic(), values["images_per_second"]
         seconds_per_step = (now - self.started) / max(1, step - self.first_step)
         run_left = _duration(seconds_per_step * (self.total_steps - step))
         self._postfix = {
@@ -139,6 +166,7 @@ class RunLog:
 
     def evaluation(self, step: int, values: dict[str, float], shown: str | None = None) -> None:
         """Log the result of an evaluation, in per cent, and show it, or what stands for it."""
+        self._write_postponed()
         self._write("evaluation", step, values)
         shown = shown or "  ".join(f"{name} {value:.2f} %" for name, value in values.items())
         if log.isEnabledFor(logging.INFO):
@@ -157,6 +185,7 @@ class RunLog:
 
     def flush(self) -> None:
         """Bring all entries to disk, before a checkpoint says that these steps are done."""
+        self._write_postponed()
         if not self.silent:
             with named(self.path):
                 self._metrics.flush()
@@ -176,8 +205,9 @@ class RunLog:
         with named(self.path):
             self._metrics.write(json.dumps(entry) + "\n")
             self._metrics.flush()
-            for name, value in values.items():
-                self._events.add_scalar(f"{group}/{name}", value, step)
+            scalars = [Summary.Value(tag=f"{group}/{k}", simple_value=v) for k, v in values.items()]
+            writer: Any = self._events.file_writer
+            writer.add_summary(Summary(value=scalars), step)  # at once: a tenth of the time
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

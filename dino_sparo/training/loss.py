@@ -30,9 +30,8 @@ class DINOLoss(nn.Module):
         self.center_momentum = center_momentum
         self.register_buffer("center", torch.zeros(1, num_prototypes))
         self.register_buffer("_sum", torch.zeros(1, num_prototypes), persistent=False)
-        self._num_rows = 0
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, teacher_temp: float) -> Tensor:
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, teacher_temp: float | Tensor) -> Tensor:
         """Student logits (C*B, K) crop-major, global crops first; teacher logits (2*B, K) -> scalar."""
         batch = len(teacher_logits) // 2
         num_crops = len(student_logits) // batch
@@ -51,24 +50,22 @@ class DINOLoss(nn.Module):
     def update_center(self, teacher_logits: Tensor) -> None:
         """Move the center towards the mean of all ranks' teacher logits (2*B, K)."""
         self.add_to_center(teacher_logits)
-        self.commit_center()
+        self.commit_center(len(teacher_logits))
 
     @torch.no_grad()
     def add_to_center(self, teacher_logits: Tensor) -> None:
         """Note a micro-batch's teacher logits (2*B, K) for the next center: their sum, not themselves."""
         self._sum += teacher_logits.float().sum(dim=0, keepdim=True)
-        self._num_rows += len(teacher_logits)
 
     @torch.no_grad()
-    def commit_center(self, finite: Tensor | bool = True) -> None:
-        """Move the center towards the mean of all rows noted by all ranks, if `finite`; once a step."""
-        mean_1K = sum_over_ranks(self._sum) / (self._num_rows * world_size())
+    def commit_center(self, num_rows: int, finite: Tensor | bool = True) -> None:
+        """Move the center towards the mean of the rows noted, `num_rows` by each rank, if `finite`."""
+        mean_1K = sum_over_ranks(self._sum) / (num_rows * world_size())
         moved_1K = self.center_momentum * self.center + (1 - self.center_momentum) * mean_1K
         self.center.copy_(torch.where(torch.as_tensor(finite, device=moved_1K.device), moved_1K, self.center))
         self._sum.zero_()
-        self._num_rows = 0
 
 
-def teacher_probabilities(teacher_logits: Tensor, center: Tensor, teacher_temp: float) -> Tensor:
+def teacher_probabilities(teacher_logits: Tensor, center: Tensor, teacher_temp: float | Tensor) -> Tensor:
     """Centered and sharpened teacher rows, float32, same shape as the logits; no gradient."""
     return ((teacher_logits.detach().float() - center) / teacher_temp).softmax(dim=-1)

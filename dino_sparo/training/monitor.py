@@ -126,7 +126,7 @@ class CollapseAlarm:
 
 
 def _entropy(probabilities: Tensor) -> Tensor:
-    return torch.special.entr(probabilities).sum(dim=-1)
+    return -torch.xlogy(probabilities, probabilities).sum(dim=-1)
 
 
 def peak_memory_gib(device: torch.device) -> float:

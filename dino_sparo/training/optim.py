@@ -26,15 +26,30 @@ def build_optimizer(module: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameter_groups(module), lr=0.0, betas=(0.9, 0.999), fused=True)
 
 
-def set_hyperparameters(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: float) -> None:
+def set_hyperparameters(optimizer: torch.optim.Optimizer, *, lr: float | Tensor, weight_decay: float) -> None:
     """Set the step's learning rate in all groups and its weight decay in the first."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+        group["capturable"] = isinstance(lr, Tensor)
     optimizer.param_groups[0]["weight_decay"] = weight_decay
 
 
-def step_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
-    """One step, undone on the device if `finite` (a scalar) is false: AdamW then does not even count it."""
+def step_if_finite(
+    optimizer: torch.optim.Optimizer, finite: Tensor, *, lr: float | Tensor, weight_decay: float | Tensor
+) -> None:
+    """One step, undone on the device if `finite` (a scalar) is false: AdamW then does not even count it.
+
+    Rate and decay are numbers, or float64 scalars on the device. Fused AdamW takes the rate from there, but
+    not the decay, which is then an operation of its own before it.
+    """
+    if isinstance(lr, Tensor):
+        decaying = [p for p in optimizer.param_groups[0]["params"] if p.grad is not None]
+        with torch.no_grad():
+            torch._foreach_mul_(decaying, torch.where(finite, 1 - lr * weight_decay, 1.0).float())
+        set_hyperparameters(optimizer, lr=lr.float(), weight_decay=0.0)
+    else:
+        assert isinstance(weight_decay, float)
+        set_hyperparameters(optimizer, lr=lr, weight_decay=weight_decay)
     optimizer.found_inf = 1 - finite.float()  # type: ignore[attr-defined]  # fused AdamW's contract
     optimizer.step()
     del optimizer.found_inf  # type: ignore[attr-defined]

@@ -8,13 +8,14 @@ import torch
 
 from dino_sparo.errors import StoppedError, UserError
 from dino_sparo.files import append_line, write_file
+from dino_sparo.parallel.device import end_of_work, wait_for
 from dino_sparo.parallel.distributed import first_rank_decides, gather_objects, mean_over_ranks, rank
 from dino_sparo.parallel.precision import autocast
 from dino_sparo.runs.checkpoint import Saver
 from dino_sparo.runs.rundir import MARKER_FILE
 from dino_sparo.runs.runlog import RunLog, read_metrics
 from dino_sparo.slots.statistics import slot_health
-from dino_sparo.training.monitor import TeacherStatistics, evaluate_teacher, peak_memory_gib
+from dino_sparo.training.monitor import evaluate_teacher, peak_memory_gib
 from dino_sparo.training.optim import set_hyperparameters
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.setup import Run
@@ -36,6 +37,7 @@ def evaluate(run: Run, run_log: RunLog, step: int) -> None:
     """k-NN of the teacher into the log, if there are labeled images; all processes share the work."""
     if run.knn_images is None:
         return
+    wait_for(run.device)
     with run_log.not_training():
         accuracies = evaluate_teacher(
             run.state.teacher.encoder,
@@ -63,18 +65,20 @@ def log_step(
     step: int,
     hyper: Hyperparameters,
     output: StepOutput,
-    statistics: TeacherStatistics,
 ) -> None:
-    """One entry of the training curve; before it, in `evaluate` and in `save` the host waits for the device.
+    """One entry of the training curve, written when the device has computed its numbers: on a GPU later.
 
-    kl is the mean KL divergence from teacher to student over all pairs; gradient_norm is of all gradients
-    before clipping, gradient_norm_max of the largest tensor.
+    Slots are looked at in the last entry of an epoch. kl is the mean KL divergence from teacher to student
+    over all pairs; gradient_norm is of all gradients before clipping, gradient_norm_max of one tensor.
     """
-    state = run.state
-    with autocast(run.precision, run.device):
-        encoders = state.teacher.encoder, state.student.encoder
-        slots = slot_health(*encoders, output.images[:HEALTH_IMAGES])
-    loss, of_teacher = mean_over_ranks(output.loss), statistics.metrics()
+    state, epoch_of_next = run.state, (step - 1 + run.recipe.log.log_every_steps) // run.order.steps_per_epoch
+    slots = {}
+    if epoch_of_next > (step - 1) // run.order.steps_per_epoch or step == run.total_steps:
+        with autocast(run.precision, run.device):
+            encoders = state.teacher.encoder, state.student.encoder
+            slots = slot_health(*encoders, output.images[:HEALTH_IMAGES])
+    assert output.statistics is not None
+    loss, of_teacher = mean_over_ranks(output.loss), output.statistics.metrics()
     overflows, overflows_in_a_row = state.overflows.float()
     on_device = {
         "loss": loss,
@@ -89,10 +93,9 @@ def log_step(
         "bad_steps": state.bad_steps.total.float(),
         "in_a_row": overflows_in_a_row,
     }
-    metrics = dict(zip(on_device, torch.stack(list(on_device.values())).tolist(), strict=True))
-    in_a_row = metrics.pop("in_a_row")
+    values = torch.stack(list(on_device.values())).to("cpu", non_blocking=True)
     run.bad_images.share()
-    metrics |= {
+    of_host = {
         "lr": hyper.lr,
         "weight_decay": hyper.weight_decay,
         "momentum": hyper.momentum,
@@ -100,13 +103,21 @@ def log_step(
         "student_temp": run.recipe.loss.student_temp,
         "memory_gib": peak_memory_gib(run.device),
         "bad_images": len(run.bad_images),
+        **run_log.speed(step, batch_size=run.recipe.optim.global_batch_size),
     }
-    run_log.scalars(step, metrics, batch_size=run.recipe.optim.global_batch_size)
-    alarm = run.alarm.check(step, metrics["entropy_teacher"], metrics["entropy_mean"])
-    if alarm:
-        run_log.alarm(step, alarm)
-    if in_a_row >= MAX_OVERFLOWS:
-        raise diverged(run, step, f"fp16 has overflowed in {MAX_OVERFLOWS} steps in a row")
+
+    def write() -> None:
+        metrics = dict(zip(on_device, values.tolist(), strict=True))
+        in_a_row = metrics.pop("in_a_row")
+        state.bad_steps.known = int(metrics["bad_steps"])
+        run_log.scalars(step, metrics | of_host)
+        alarm = run.alarm.check(step, metrics["entropy_teacher"], metrics["entropy_mean"])
+        if alarm:
+            run_log.alarm(step, alarm)
+        if in_a_row >= MAX_OVERFLOWS:
+            raise diverged(run, step, f"fp16 has overflowed in {MAX_OVERFLOWS} steps in a row")
+
+    run_log.postpone(write, end_of_work(run.device))
 
 
 def diverged(run: Run, step: int, what: str) -> UserError:
@@ -124,6 +135,7 @@ def report_bad_steps(run: Run, saver: Saver, run_log: RunLog) -> None:
     Raises:
         UserError: they are; what was before the last of them is saved.
     """
+    wait_for(run.device)
     for number, step, what in run.state.bad_steps.new(run.first_step):
         samples = run.order.global_batch(step)
         if rank() == 0:

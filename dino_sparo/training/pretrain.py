@@ -5,9 +5,10 @@ Axis letters: B images, C crops, K prototypes.
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from dino_sparo.data.views import CropKind
 from dino_sparo.data.workers import check_shared_memory, default_workers
 from dino_sparo.errors import UserError
 from dino_sparo.models.cost import describe_cost, encoder_cost
-from dino_sparo.parallel.device import choose_device, wait_for
+from dino_sparo.parallel.device import choose_device
 from dino_sparo.parallel.distributed import (
     Agreement,
     Group,
@@ -54,7 +55,7 @@ from dino_sparo.runs.runlog import RunLog
 from dino_sparo.training.bad_images import BadImages
 from dino_sparo.training.loss import teacher_probabilities
 from dino_sparo.training.monitor import CollapseAlarm, TeacherStatistics
-from dino_sparo.training.optim import clip_gradients_per_parameter, set_hyperparameters, step_if_finite
+from dino_sparo.training.optim import clip_gradients_per_parameter, step_if_finite
 from dino_sparo.training.periodic import (
     due,
     evaluate,
@@ -78,6 +79,7 @@ from dino_sparo.training.setup import (
     start_state,
 )
 from dino_sparo.training.state import StepOutput, TrainState, build_state, checkpoint_bytes, restore_state
+from dino_sparo.training.steps import Steps
 from dino_sparo.training.stopping import StopSignals
 from dino_sparo.training.teacher import update_teacher
 
@@ -103,7 +105,6 @@ def train_step(
     device knows. The statistics, if they are wanted of this step, are added to. Its parts are named ranges
     for `torch.profiler`, as `dino-sparo bench` reads them.
     """
-    set_hyperparameters(state.optimizer, lr=hyper.lr, weight_decay=hyper.weight_decay)
     state.optimizer.zero_grad(set_to_none=True)
     loss_of_step = torch.zeros((), device=state.loss_fn.center.device)
 
@@ -137,12 +138,12 @@ def train_step(
             parameter.grad = None  # AdamW then neither decays it nor counts a step
 
     with record_function("optimizer"):
-        step_if_finite(state.optimizer, finite)
+        step_if_finite(state.optimizer, finite, lr=hyper.lr, weight_decay=hyper.weight_decay)
     with record_function("teacher update"):
         update_teacher(state.teacher, state.student, hyper.momentum, finite)
     center = state.loss_fn.center.clone()
-    state.loss_fn.commit_center(finite)
-    return StepOutput(loss_of_step, crop_groups[0][0], center, gradient_norms)
+    state.loss_fn.commit_center(accumulation * len(teacher_logits), finite)
+    return StepOutput(loss_of_step, crop_groups[0][0], center, gradient_norms, statistics)
 
 
 def pretrain(recipe: Recipe, run_dir: Path, *, resume_unverified: bool = False) -> None:
@@ -333,6 +334,7 @@ def train(run: Run, batches: Iterator[Batch], signals: StopSignals, group: Group
             total_steps=last_step,
             silent=rank() > 0,
         ) as run_log,
+        closing(Steps(step_of(run), run.device, order.accumulation, capture=recipe.machine.capture)) as steps,
     ):
         if evaluation_is_missing(run):
             evaluate(run, run_log, run.first_step)
@@ -342,27 +344,19 @@ def train(run: Run, batches: Iterator[Batch], signals: StopSignals, group: Group
                 stop(run, saver, run_log, step - 1, signals.received)
             group.at = f"step {step}"
             hyper = run.schedules.at(step - 1)
-            statistics = TeacherStatistics() if due(step, recipe.log.log_every_steps, last_step) else None
+            log_now = due(step, recipe.log.log_every_steps, last_step)
             torch.manual_seed(step_seed(recipe.seed, step - 1, rank()))  # for stochastic depth
             with plain_attention(run.precision, run.device):
-                output = train_step(
-                    run.state,
-                    micro_batches,
-                    order.accumulation,
-                    hyper,
-                    clip_norm=recipe.optim.clip_norm,
-                    autocast=autocast(run.precision, run.device),
-                    statistics=statistics,
-                )
+                output = steps.take(micro_batches, hyper, logged=log_now)
             run_log.step_done(step)
             saver.raise_if_failed()
 
             save_now = due(step, checkpoint_every_steps, last_step) or due(step, keep_every_steps, last_step)
-            if statistics is not None:
-                report_bad_steps(run, saver, run_log)
-                wait_for(run.device)  # for the steps themselves: what follows is the cost of logging
+            if log_now:
                 with run_log.logging():
-                    log_step(run, run_log, step, hyper, output, statistics)
+                    log_step(run, run_log, step, hyper, output)
+                if run.state.bad_steps.some_are_new():
+                    report_bad_steps(run, saver, run_log)
                 minutes = (time.monotonic() - last_save) / 60
                 save_now |= first_rank_decides(0 < recipe.log.checkpoint_every_minutes <= minutes)
             if save_now:
@@ -370,6 +364,12 @@ def train(run: Run, batches: Iterator[Batch], signals: StopSignals, group: Group
                 last_save = time.monotonic()
             if due(step, knn_every_steps, last_step):
                 evaluate(run, run_log, step)
+
+
+def step_of(run: Run) -> Callable[..., StepOutput]:
+    """`train_step` of the run's state, without what changes from step to step."""
+    mixed = autocast(run.precision, run.device)
+    return partial(train_step, run.state, clip_norm=run.recipe.optim.clip_norm, autocast=mixed)
 
 
 def on_device(run: Run, batches: Iterator[Batch], run_log: RunLog) -> Iterator[list[Tensor]]:

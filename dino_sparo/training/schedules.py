@@ -79,7 +79,7 @@ class Cosine:
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """What the schedules say for one step."""
+    """What the schedules say for one step; `Steps` has its numbers as float64 scalars on a GPU."""
 
     lr: float
     weight_decay: float

@@ -13,6 +13,7 @@ from dino_sparo.parallel.precision import LossScale
 from dino_sparo.recipe.sections import HeadOptions, LossOptions
 from dino_sparo.runs.checkpoint import num_bytes
 from dino_sparo.training.loss import DINOLoss
+from dino_sparo.training.monitor import TeacherStatistics
 from dino_sparo.training.optim import build_optimizer
 from dino_sparo.training.stopping import BadSteps
 
@@ -53,6 +54,7 @@ class StepOutput:
     images: Tensor  # first global crops of the last micro-batch
     center: Tensor  # the one that the loss used
     gradient_norms: Tensor  # (P,), before clipping
+    statistics: TeacherStatistics | None = None
 
 
 def build_state(

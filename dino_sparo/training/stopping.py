@@ -57,6 +57,10 @@ class BadSteps:
     Args:
         device: of the tensors.
         allowed: so many may be skipped; after one more nothing changes any more.
+
+    Attributes:
+        total: how many there have been since this start, on the device.
+        known: how many the log has told the host of.
     """
 
     def __init__(self, device: torch.device, allowed: int) -> None:
@@ -64,7 +68,7 @@ class BadSteps:
         self.total = torch.zeros((), dtype=torch.int64, device=device)  # since this start
         self._steps = torch.zeros_like(self.total)  # since this start
         self._latest = torch.zeros(LISTED_BAD_STEPS, 2, dtype=torch.int64, device=device)  # step, finite loss
-        self._read = 0
+        self.known = self._read = 0
 
     def going_on(self) -> Tensor:
         """Whether steps may still change anything: a scalar on the device."""
@@ -76,6 +80,10 @@ class BadSteps:
         row = torch.stack([self._steps, finite_loss.long()])
         self._latest.copy_(torch.where(bad, torch.cat([self._latest[1:], row[None]]), self._latest))
         self.total += bad
+
+    def some_are_new(self) -> bool:
+        """Whether the log has told of some that have not been read."""
+        return self.known > self._read
 
     def new(self, first_step: int) -> list[tuple[int, int, str]]:
         """Those not read before, the last 1000 of them: how many it made, its step, what was not finite.

@@ -5,15 +5,16 @@ from torch import Tensor, nn
 
 
 @torch.no_grad()
-def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float, finite: Tensor) -> None:
+def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float | Tensor, finite: Tensor) -> None:
     """teacher <- momentum * teacher + (1 - momentum) * student, all that the student learns, in place.
 
     What it does not learn (a frozen backbone, fixed lengths of the prototypes) is the same in both. If the
-    step was not `finite` (a scalar on the device) the teacher stays; the host need not know.
+    step was not `finite` (a scalar on the device) the teacher stays; the host need not know. The momentum is
+    a number, or a float64 scalar on the device.
     """
     both = zip(teacher.parameters(), student.parameters(), strict=True)
     pairs = [(of_teacher, of_student) for of_teacher, of_student in both if of_student.requires_grad]
     averaged: list[Tensor] = [of_teacher for of_teacher, _ in pairs]
     current: list[Tensor] = [of_student for _, of_student in pairs]
-    torch._foreach_mul_(averaged, torch.where(finite, momentum, 1.0))
-    torch._foreach_add_(averaged, torch._foreach_mul(current, torch.where(finite, 1 - momentum, 0.0)))
+    torch._foreach_mul_(averaged, torch.where(finite, momentum, 1.0).float())
+    torch._foreach_add_(averaged, torch._foreach_mul(current, torch.where(finite, 1 - momentum, 0.0).float()))

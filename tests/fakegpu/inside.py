@@ -3,6 +3,10 @@
 import ctypes
 import json
 import sys
+import time
+from collections import Counter
+from itertools import repeat
+from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 import torch
@@ -12,8 +16,12 @@ from torch.distributed import distributed_c10d
 from dino_sparo.check.counting import Operators
 from dino_sparo.cli.pretraining import PretrainOptions
 from dino_sparo.parallel.precision import autocast, set_numerics
-from dino_sparo.training.pretrain import train_step
+from dino_sparo.runs.runlog import RunLog, read_metrics
+from dino_sparo.training import steps as training_steps
+from dino_sparo.training.periodic import log_step
+from dino_sparo.training.pretrain import prepare, step_of, train_step
 from dino_sparo.training.setup import build_schedules
+from dino_sparo.training.steps import EAGER_STEPS, Steps
 from tests.tiny import build_state, parse_options
 
 counters = ctypes.CDLL("libcuda.so.1")
@@ -29,17 +37,20 @@ def full_step(
     processes: int = 1,
     activation_checkpointing: bool = False,
     deterministic: bool = False,
+    accumulation: int = 1,
+    capture: bool = False,
     wait: bool = False,
     operators: bool = False,
 ) -> dict:
     """Launches, waits of the host and copies of one step of the paper's experiment; its peak memory.
 
     Of `processes`, this is the first; the simulated NCCL needs no others. `wait` puts one into the step.
-    `operators` counts bytes and FLOP of those that run.
+    `operators` counts bytes and FLOP of those that run. A step is captured if `capture`.
     """
     if processes > 1:
         distributed_c10d._store_based_barrier = lambda *_, **__: None
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=processes)
+        training_steps.sum_over_ranks = lambda values: values  # no others to vote
     recipe = parse_options(
         PretrainOptions, ["--config", "imagenet_vits16_sparo", "--data.path", "x", "--run_dir", "x"]
     )
@@ -54,28 +65,33 @@ def full_step(
     hyper = build_schedules(recipe.optim, recipe.loss, 2500).at(5000)
     crops = [torch.zeros(count, images, 3, side, side, device=device) for count, side in ((2, 224), (8, 96))]
 
-    def batches():
-        while True:
-            if wait:
-                crops[0].sum().item()
-            yield crops
+    def step_of_state(*args, **kwargs):
+        if wait:
+            crops[0].sum().item()
+        return train_step(state, *args, clip_norm=3.0, autocast=autocast(precision, device), **kwargs)
+
+    steps = Steps(step_of_state, device, accumulation, capture=capture)
 
     def step():
-        train_step(state, batches(), 1, hyper, clip_norm=3.0, autocast=autocast(precision, device))
+        torch.manual_seed(0)
+        steps.take(repeat(crops), hyper, logged=False)
 
-    for _ in range(2):  # which set things up
+    for _ in range(EAGER_STEPS):  # which set things up
         step()
     torch.cuda.reset_peak_memory_stats()
+    step()  # which is captured, if any is
     counters.fakegpu_reset()
+    started = time.process_time()
     for _ in range(STEPS):
         step()
     found = {
+        "host_ms": 1000 * (time.process_time() - started) / STEPS,
         "launches": counters.fakegpu_launches() / STEPS,
         "waits": counters.fakegpu_waits() / STEPS,
         "copies": counters.fakegpu_copies() / STEPS,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
     }
-    found["nccl_calls"] = calls("nccl") / STEPS
+    found["calls"] = calls()
     if operators:
         with Operators() as counted:
             step()
@@ -83,12 +99,42 @@ def full_step(
     return found
 
 
-def calls(kind: str) -> int:
-    """How often something of this kind has been called since the last reset."""
+def log_entry(data: str, run_dir: str) -> dict:
+    """Host time, waits and launches of an entry of the paper's experiment in the log, without slots."""
+    Path(run_dir).mkdir()
+    recipe = parse_options(
+        PretrainOptions,
+        f"--config=imagenet_vits16_sparo --data.path={data} --run_dir={run_dir} --optim.global_batch_size=8 "
+        "--monitor.knn_every_epochs=0 --machine.num_workers=0 --log.log_every_steps=1 "
+        "--machine.precision=bf16".split(),
+    )
+    device = torch.device("cuda", 0)
+    run = prepare(recipe, Path(run_dir), device)
+    crops = [torch.zeros(count, 8, 3, side, side, device=device) for count, side in ((2, 224), (8, 96))]
+    steps, hyper = Steps(step_of(run), device, 1, capture=False), run.schedules.at(100)
+    times = []
+    with RunLog(Path(run_dir), first_step=0, steps_per_epoch=3, total_steps=300) as run_log:
+        for step in (1, 4, 7, 10, 13, 16, 19):  # not the last one of an epoch
+            output = steps.take(repeat(crops), hyper, logged=True)
+            counters.fakegpu_reset()
+            started = time.process_time()
+            log_step(run, run_log, step, hyper, output)
+            run_log.step_done(step)
+            times.append(1000 * (time.process_time() - started))
+            waits, launches = counters.fakegpu_waits(), counters.fakegpu_launches()
+    entries = [entry["step"] for entry in read_metrics(Path(run_dir))]
+    return {"host_ms": sorted(times)[3], "waits": waits, "launches": launches, "entries": entries}
+
+
+def calls() -> Counter:
+    """Calls a step by kind since the last reset: launch, and of nodes of graphs kernel, gemm, nccl, ..."""
+    found = Counter()
     with NamedTemporaryFile("r") as dump:
         counters.fakegpu_dump(dump.name.encode())
-        rows = [line.split("\t") for line in dump]
-    return sum(int(row[2]) for row in rows if row[1] == kind)
+        for line in dump:
+            _, kind, number, _ = line.split("\t", 3)
+            found[kind] += int(number) / STEPS
+    return found
 
 
 if __name__ == "__main__":

@@ -1,0 +1,125 @@
+"""Taking steps on a device: one after the other, or on a GPU as replays of one CUDA graph.
+
+A step launches about two thousand kernels, which takes a processor longer than a fast GPU needs to run them.
+A graph of them is launched at once. What a captured step reads and leaves behind are tensors of its own:
+crops and hyperparameters are copied into it, and its output is overwritten by the next step. Random numbers
+are those of an eager step, since a replay takes seed and offset of torch's generator as they are then.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dino_sparo.parallel.device import end_of_work, wait_for_event
+from dino_sparo.parallel.distributed import sum_over_ranks
+from dino_sparo.training.monitor import TeacherStatistics
+from dino_sparo.training.schedules import Hyperparameters
+from dino_sparo.training.state import StepOutput
+
+log = logging.getLogger("dino_sparo")
+
+STEPS_AHEAD = 2  # of the GPU; more would only fill memory with batches
+EAGER_STEPS = 3  # before a capture: they load kernels, connect the processes and make the optimizer's state
+NUMBERS = ("lr", "weight_decay", "momentum", "teacher_temp")
+
+
+class Steps:
+    """Takes the steps of a run.
+
+    With `capture`, steps on a GPU are replays of a graph, but for the first three and those that freeze the
+    last layer. If any process cannot capture, all go on without, and the log says so.
+
+    Args:
+        step: `train_step` of a state, which is left to give micro-batches, their number and hyperparameters.
+        device: of the state.
+        accumulation: micro-batches of a step.
+        capture: whether to capture the step.
+    """
+
+    def __init__(
+        self, step: Callable[..., StepOutput], device: torch.device, accumulation: int, *, capture: bool
+    ) -> None:
+        self._step, self._device, self._accumulation = step, device, accumulation
+        self._on_gpu = device.type == "cuda"
+        self._capture, self._taken = capture and self._on_gpu, 0
+        self._numbers = torch.zeros(len(NUMBERS), dtype=torch.float64, device=device)
+        self._ends: deque[torch.cuda.Event | None] = deque()
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: list[list[Tensor]] = []  # of the graph, by micro-batch and size of crops
+        if capture and not self._on_gpu:
+            log.info("machine.capture is for a GPU; this run takes its steps on the %s", device.type)
+
+    def take(
+        self, micro_batches: Iterator[list[Tensor]], hyper: Hyperparameters, *, logged: bool
+    ) -> StepOutput:
+        """The next step; its output has statistics if it is to be `logged`.
+
+        Raises:
+            StuckError: the GPU has not finished a step for so long that it never will.
+        """
+        if not self._on_gpu:
+            return self._eagerly(micro_batches, hyper, logged=logged)
+        hyper = self._on_device(hyper)
+        self._taken += 1
+        if self._capture and self._taken > EAGER_STEPS and not hyper.freeze_last_layer:
+            output = self._replayed([next(micro_batches) for _ in range(self._accumulation)], hyper)
+        else:
+            output = self._eagerly(micro_batches, hyper, logged=logged)
+        self._ends.append(end_of_work(self._device))
+        if len(self._ends) > STEPS_AHEAD:
+            wait_for_event(self._ends.popleft())
+        return output
+
+    def close(self) -> None:
+        """Free the graph: NCCL does not leave a process group that one still refers to."""
+        if self._graph is not None:
+            self._graph.reset()
+            self._graph = None
+
+    def _eagerly(
+        self, micro_batches: Iterator[list[Tensor]], hyper: Hyperparameters, *, logged: bool
+    ) -> StepOutput:
+        statistics = TeacherStatistics() if logged else None
+        return self._step(micro_batches, self._accumulation, hyper, statistics=statistics)
+
+    def _on_device(self, hyper: Hyperparameters) -> Hyperparameters:
+        """Hyperparameters as scalars on the GPU, by one copy, for which nobody waits."""
+        values = torch.tensor([getattr(hyper, name) for name in NUMBERS], dtype=torch.float64)
+        self._numbers.copy_(values.pin_memory(), non_blocking=True)
+        on_device: dict[str, Any] = dict(zip(NUMBERS, self._numbers.unbind(), strict=True))
+        return replace(hyper, **on_device)
+
+    def _replayed(self, batches: list[list[Tensor]], hyper: Hyperparameters) -> StepOutput:
+        if self._graph is None and not self._captured(batches, hyper):
+            return self._eagerly(iter(batches), hyper, logged=True)
+        for inputs, groups in zip(self._inputs, batches, strict=True):
+            torch._foreach_copy_(inputs, groups)
+        assert self._graph is not None
+        self._graph.replay()
+        return self._output
+
+    def _captured(self, batches: list[list[Tensor]], hyper: Hyperparameters) -> bool:
+        """Capture a step on such batches, which changes nothing yet; whether all processes could."""
+        graph, reason = torch.cuda.CUDAGraph(), ""
+        self._inputs = [[torch.empty_like(group) for group in groups] for groups in batches]
+        try:  # other threads, which load images, may use CUDA meanwhile
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._output = self._eagerly(iter(self._inputs), hyper, logged=True)
+        except RuntimeError as error:  # of CUDA, or that the graph's own memory is not there
+            reason = str(error.__context__ or error).splitlines()[0]  # the first one ends the capture badly
+        failed = int(sum_over_ranks(torch.tensor([int(bool(reason))])))
+        if not failed:
+            self._graph = graph
+            return True
+        self._capture, self._inputs = False, []
+        log.warning(
+            "WARNING: the training step could not be captured as a CUDA graph in %d processes (%s); the run "
+            "goes on without, which is slower",
+            *(failed, reason or "the others could"),
+        )
+        return False
