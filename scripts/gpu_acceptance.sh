@@ -51,6 +51,8 @@ for file in sorted(out.glob("*.json")):
 tests = out / "tests.txt"
 result["tests"] = tests.read_text().strip().splitlines()[-1] if tests.exists() else "failed, see tests.txt.log"
 print(f"tests marked gpu: {result['tests']}")
+if "passed" in result["tests"] and "failed" not in result["tests"]:
+    print("captured steps are the eager ones: train with --machine.capture true")
 for name in ("sparo", "dino", "flash"):
     found = result.get(name)
     if found is None:

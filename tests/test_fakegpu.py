@@ -204,6 +204,23 @@ def test_a_killed_process_ends_the_run(data, gpus, tmp_path):
     assert all(is_gone(pid) for pid in members)
 
 
+def test_a_stuck_process_ends_the_run(data, gpus, tmp_path):
+    """The one that waits for it gives up, in the time that it is given."""
+    start, environment = gpus
+    changes = {"optim__epochs": 4000, "machine__capture": "true", "machine__views": "pil"}
+    command = [*start, "-m", "dino_sparo", *run_arguments(data, tmp_path / "run", **changes)]
+    environment = environment | {"FAKEGPU_PATIENCE": "20"}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        wait_for_step(5, tmp_path / "run", process)
+        members = family(process.pid)
+        victim = next(pid for pid in members if environment_of(pid).get("RANK") == "1")
+        os.kill(victim, signal.SIGSTOP)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert errors.count("process 0 has waited") == 1 and "Traceback" not in errors
+    assert all(is_gone(pid) for pid in members)
+
+
 @pytest.mark.parametrize(
     ("gib", "changes"),
     [(0.01, {}), (0.2, {"views__global_size": 224, "optim__global_batch_size": 24})],

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dino_sparo.cli.pretraining import pretrain
-from dino_sparo.parallel import precision
+from dino_sparo.errors import StuckError
+from dino_sparo.parallel import device, precision
 from dino_sparo.parallel.precision import (
     INITIAL_SCALE,
     LossScale,
@@ -173,6 +174,23 @@ def test_a_run_may_change_its_precision(tmp_path, monkeypatch):
         assert run.first_step == first_step and run.precision == name
         assert run.state.loss_scale.scale.item() == (INITIAL_SCALE if name == "fp16" else 1)
         pretrain_until(1, options, monkeypatch)
+
+
+def test_a_gpu_that_never_finishes_ends_the_run(monkeypatch):
+    class Event:
+        asked = 0
+
+        def query(self):
+            self.asked += 1
+            return self.asked == finished
+
+    monkeypatch.setattr(device, "PATIENCE_SECONDS", 0.05)
+    finished = 3
+    device.wait_for_event(Event())
+    device.wait_for_event(None)  # of a CPU
+    finished = -1
+    with pytest.raises(StuckError, match="has not finished a step"):
+        device.wait_for_event(Event())
 
 
 def test_mixed_precision_on_a_cpu_takes_plain_attention_and_sets_all_back():

@@ -16,7 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dino_sparo.errors import EXIT_USER_ERROR, PeerLostError, StoppedError, UserError, told_to_user
+from dino_sparo.errors import (
+    EXIT_USER_ERROR,
+    PeerLostError,
+    StoppedError,
+    StuckError,
+    UserError,
+    told_to_user,
+)
 from dino_sparo.parallel.device import PATIENCE_SECONDS
 from dino_sparo.parallel.processes import PeerWatch, end_at_once, first_to_fail, leave_note
 from dino_sparo.terminal import error_line
@@ -111,7 +118,13 @@ def process_group(device: torch.device) -> Iterator[Group]:
         gone = watch.gone(wait_seconds=LOST_SECONDS)
         elsewhere = size > local_world_size() and ("gloo" in str(error) or isinstance(error, dist.DistError))
         if not gone and not elsewhere:
-            raise
+            if "timed out" not in str(error).lower():
+                raise
+            raise StuckError(
+                f"process {number} has waited {PATIENCE.total_seconds() / 60:.0f} minutes for the others"
+                f"{f' at {group.at}' if group.at else ''}: one of them is stuck or stopped; the same command "
+                f"resumes from the last checkpoint"
+            ) from error
         raise group.lost(gone) from error
     # Only after the end: on an error the other processes may never come.
     watch.close()

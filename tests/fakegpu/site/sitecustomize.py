@@ -2,6 +2,7 @@
 
 import os
 import sys
+from datetime import timedelta
 from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
 
@@ -22,6 +23,11 @@ def without_cudnn(module):
         return torch.nn.functional.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
     module.PatchEmbed.forward = forward
+    if "FAKEGPU_PATIENCE" in os.environ:
+        from dino_sparo.parallel import device, distributed
+
+        device.PATIENCE_SECONDS = float(os.environ["FAKEGPU_PATIENCE"])
+        distributed.PATIENCE = timedelta(seconds=device.PATIENCE_SECONDS)
     if "RANK" in os.environ and os.environ["RANK"] == os.environ.get("FAKEGPU_NO_CAPTURE"):
         torch.cuda.CUDAGraph.capture_begin = no_capture
 
