@@ -136,6 +136,41 @@ def test_speed_and_waiting_share_leave_evaluation_out(tmp_path):
     assert 0.2 < entry["data_wait_share"] < 0.8
 
 
+class Event:
+    """Of a GPU that comes to it when it has been asked so often."""
+
+    def __init__(self, asked: int) -> None:
+        self.asked = asked
+
+    def query(self) -> bool:
+        self.asked -= 1
+        return self.asked <= 0
+
+
+@pytest.mark.parametrize("what", ["next entry", "evaluation", "flush"])
+def test_an_entry_whose_numbers_come_late_is_written_before_anything_else(what, tmp_path):
+    with RunLog(tmp_path, first_step=0, steps_per_epoch=4, total_steps=8) as run_log:
+
+        def entry(step):
+            values = {"loss": 1.0, **run_log.speed(step, batch_size=10)}
+            return lambda: run_log.scalars(step, values)
+
+        run_log.postpone(entry(1), Event(asked=4))
+        run_log.step_done(1)
+        run_log.step_done(2)
+        assert read_metrics(tmp_path) == []
+        if what == "next entry":
+            run_log.postpone(entry(2), Event(asked=1))
+            assert [entry["step"] for entry in read_metrics(tmp_path)] == [1]
+            run_log.step_done(3)
+        elif what == "evaluation":
+            run_log.evaluation(2, {"knn20_top1": 0.0})
+        else:
+            run_log.flush()
+        steps = [entry["step"] for entry in read_metrics(tmp_path)]
+    assert steps == [1] if what == "flush" else steps == [1, 2]
+
+
 def test_progress_bar_on_a_terminal(tmp_path, monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

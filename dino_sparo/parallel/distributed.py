@@ -118,7 +118,7 @@ def process_group(device: torch.device) -> Iterator[Group]:
         gone = watch.gone(wait_seconds=LOST_SECONDS)
         elsewhere = size > local_world_size() and ("gloo" in str(error) or isinstance(error, dist.DistError))
         if not gone and not elsewhere:
-            if "timed out" not in str(error).lower():
+            if not any(word in str(error).lower() for word in ("timed out", "timeout")):
                 raise
             raise StuckError(
                 f"process {number} has waited {PATIENCE.total_seconds() / 60:.0f} minutes for the others"
