@@ -69,8 +69,10 @@ def wait_for_event(event: torch.cuda.Event | None) -> None:
     Raises:
         StuckError: it has not after half an hour.
     """
+    if event is None:
+        return
     until = time.monotonic() + PATIENCE_SECONDS
-    while not is_past(event):
+    while not event.query():
         if time.monotonic() > until:
             raise StuckError(
                 f"the GPU has not finished a step for {PATIENCE_SECONDS / 60:.0f} minutes: it, or another "

@@ -120,6 +120,7 @@ def process_group(device: torch.device) -> Iterator[Group]:
         if not gone and not elsewhere:
             if not any(word in str(error).lower() for word in ("timed out", "timeout")):
                 raise
+            leave_note("stuck", group.at)
             raise StuckError(
                 f"process {number} has waited {PATIENCE.total_seconds() / 60:.0f} minutes for the others"
                 f"{f' at {group.at}' if group.at else ''}: one of them is stuck or stopped; the same command "

@@ -76,10 +76,10 @@ def status_after(error: ChildFailedError, num_processes: int, notes: Path) -> in
         UserError: one was ended by a signal that is not the launcher's, and could not report it.
     """
     somebody_spoke = any(failure.exitcode > 0 for failure in error.failures.values())
-    at = read_note(notes, "lost")
-    by_us = [-signal.SIGTERM] if at else [-signal.SIGTERM, -signal.SIGKILL]  # the latter one that is stuck
+    by_us = [-signal.SIGTERM, -signal.SIGKILL] if read_note(notes, "stuck") else [-signal.SIGTERM]
     for number, failure in error.failures.items():  # the first one first; torch then ends the others
         if failure.exitcode < 0 and not (somebody_spoke and failure.exitcode in by_us):
+            at = read_note(notes, "lost")
             raise UserError(
                 f"process {number} of {num_processes} was ended by {failure.signal_name()}"
                 f"{f' at {at}' if at else ''}, often out of memory; the same command resumes from the last "
