@@ -32,6 +32,8 @@ bench dino.json imagenet_vits16_dino --seconds null
 export TORCH_CUDNN_SDPA_DEPRIORITIZED=1
 bench flash.json imagenet_vits16_sparo --seconds null
 unset TORCH_CUDNN_SDPA_DEPRIORITIZED
+part estimate.txt 180 "${python[@]}" -m dino_sparo check --config imagenet_vits16_sparo --data.path "$data" --measure \
+  --optim.global_batch_size 64 --monitor.knn_every_epochs 0 --gpu h100 h200 a100 v100 l40s
 if [ "$gpus" -gt 1 ]; then
   part several.txt 240 "${python[@]}" -m dino_sparo pretrain --nproc "$gpus" --config imagenet_vits16_sparo \
     --data.path "$data" --run_dir "$out/several" --optim.epochs 1 --optim.warmup_epochs 0 \
@@ -69,6 +71,10 @@ for name in ("sparo", "dino", "flash"):
         print("  end to end {images_per_second:.1f} images/s, waiting {data_wait_share:.3f}".format(**found["end_to_end"]))
     if found["compare"]:
         print(f"  plain / ours: step {found['compare']['step']['median']:.2f}, memory {found['compare']['memory']}")
+estimate = out / "estimate.txt"
+if estimate.exists():
+    print("one GPU measured, beside what is estimated for others:")
+    print("\n".join(line for line in estimate.read_text().splitlines() if line.startswith("|")))
 run = out / "several" / "metrics.jsonl"
 if run.exists():
     entries = [json.loads(line) for line in run.read_text().splitlines()]
