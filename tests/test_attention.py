@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm import layers
 
 from dino_sparo.models import build_encoder
 from dino_sparo.slots.attention import cls_attention, distinct_slots, slot_attention
@@ -40,6 +41,7 @@ def test_cls_row_is_that_of_the_explicit_softmax(depth):
     attention = encoder.backbone.blocks[-1].attn
     attention.fused_attn = False  # timm's explicit softmax then passes through attn_drop
     attention.attn_drop.register_forward_hook(lambda module, given, weights: seen.append(weights))
+    attention.register_forward_pre_hook(lambda module, given: layers.Attention.forward(module, given[0]))
     encoder(images)
     row = seen[-1][:, :, 0]
     maps = cls_attention(encoder, images)

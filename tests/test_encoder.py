@@ -85,3 +85,30 @@ def test_grouped_crops_equal_single_crops():
 def test_unknown_names(arguments, message):
     with pytest.raises(ValueError, match=message):
         build_encoder(**arguments)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_in_mixed_precision_all_weights_are_cast_at_once_and_give_the_numbers_of_autocast(frozen):
+    """But for SPARO's keys, used twice: autocast casts their gradients before they are added."""
+    model = DinoModel(small_encoder("sparo"), DINOHead(24, 8, hidden_dim=16, bottleneck_dim=4)).train()
+    model.encoder.backbone.requires_grad_(not frozen)
+    groups = [torch.randn(2, 3, 3, 32, 32), torch.randn(4, 3, 3, 16, 16)]
+
+    def by_autocast():
+        tokens = model.encoder.backbone.tokens_of_sizes([crops.flatten(0, 1) for crops in groups])
+        return model.head(torch.cat([model.encoder.read(tokens_BND) for tokens_BND in tokens]))
+
+    found = []
+    for logits_of in (by_autocast, lambda: model(groups)[0]):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = logits_of()
+        (logits**2).mean().backward()
+        found.append({name: p.grad for name, p in model.named_parameters()} | {"logits": logits})
+    assert (found[0]["encoder.backbone.cls_token"] is None) == frozen
+    for name, theirs in found[0].items():
+        ours = found[1][name]
+        if "key_proj" in name:
+            torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.01 * theirs.abs().max().item())
+        else:
+            assert ours is theirs is None or torch.equal(ours, theirs), name

@@ -39,3 +39,24 @@ def test_equals_all_pairs_written_out(num_crops):
                 pairs.append(-(q * log_p).sum(-1).mean())
     expected = torch.stack(pairs).mean()
     torch.testing.assert_close(loss_fn(student, teacher, 0.05).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_is_autograds_to_the_bit():
+    student, teacher = torch.randn(10 * 3, 7).requires_grad_(), torch.randn(2, 3, 7)
+    DINOLoss(7)(student, teacher.flatten(0, 1), 0.04).backward()
+    answers = (teacher / 0.04).softmax(-1)
+    plain = student.detach().requires_grad_()
+    scaled = (plain / 0.1).unflatten(0, (10, 3))
+    normalizers = scaled.logsumexp(-1)
+    globals_ = normalizers[:2].sum() - (answers.flip(0) * scaled[:2]).sum()
+    locals_ = 2 * normalizers[2:].sum() - (answers.sum(0) * scaled[2:]).sum()
+    ((globals_ + locals_) / (2 * 9 * 3)).backward()
+    assert torch.equal(student.grad, plain.grad)
+
+
+def test_the_gradient_is_computed_once():
+    student = torch.randn(4, 7).requires_grad_()
+    loss = DINOLoss(7)(student, torch.randn(4, 7), 0.04)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -89,10 +89,11 @@ class Operators(TorchDispatchMode):
         if parts is not NotImplemented:
             return parts
         outputs = func(*args, **kwargs)
-        read, written = _tensors((args, kwargs)), _tensors(outputs)
+        given = {name: value for name, value in kwargs.items() if name != "out"}
+        read, written = _tensors((args, given)), _tensors(outputs)
         if func._schema.is_mutable and not written:  # lists, in place
             inputs = zip(func._schema.arguments, args, strict=False)
-            written = _tensors([given for of, given in inputs if of.alias_info and of.alias_info.is_write])
+            written = _tensors([value for of, value in inputs if of.alias_info and of.alias_info.is_write])
         for tensor in (*read, *written):
             self._note(tensor)
         own = {_storage(tensor) for tensor in read}

@@ -6,13 +6,16 @@ The blocks are timm's; where timm's habits differ from the official model, the o
 Axis letters: B images, N tokens (CLS first, then patches row by row), D width.
 """
 
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
-from timm.models.vision_transformer import Block
+from timm import layers
+from timm.models import vision_transformer
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 
@@ -61,6 +64,7 @@ class VisionTransformer(nn.Module):
                 qkv_bias=True,
                 drop_path=drop_path_rate * index / max(1, depth - 1),
                 norm_layer=partial(nn.LayerNorm, eps=1e-6),  # type: ignore[arg-type]
+                attn_layer=Attention,
                 mlp_layer=FrugalMlp,
             )
             for index in range(depth)
@@ -84,16 +88,60 @@ class VisionTransformer(nn.Module):
 
     def block_outputs(self, images: Tensor, last: int) -> list[Tensor]:
         """Unnormalized tokens (B, N, D) after each of the `last` blocks, earliest first."""
-        x_BND = self.embed(images)
+        return self._through_blocks(self.embed(images), None, last)
+
+    def tokens_of_sizes(self, groups: Sequence[Tensor]) -> list[Tensor]:
+        """Groups of images, each (B, 3, height, width) of a size of its own -> the tokens (B, N, D) of each.
+
+        What `forward` gives for each group, but all tokens are rows of one tensor, so that every layer runs
+        once and only attention runs for each size. Sums over rows, as in gradients, round in another way.
+        """
+        if len(groups) == 1:
+            return [self(groups[0])]
+        tokens = [self.embed(images) for images in groups]
+        shapes = [x_BND.shape for x_BND in tokens]
+        x_TD = torch.cat([x_BND.flatten(0, 1) for x_BND in tokens])
+        rows = self.norm(self._through_blocks(x_TD, shapes, last=1)[0])
+        parts = rows.split([num_images * num_tokens for num_images, num_tokens, _ in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def _through_blocks(self, x: Tensor, shapes: list[torch.Size] | None, last: int) -> list[Tensor]:
+        """Tokens (B, N, D), or rows (T, D) of tensors of these shapes, after each of the `last` blocks."""
+        scales = self._branch_scales(x, shapes) if self.training else None
         outputs = []
-        for block in self.blocks:
-            if self.activation_checkpointing and x_BND.requires_grad:
-                x_BND = checkpoint(block, x_BND, use_reentrant=False)
+        for index, block in enumerate(self.blocks):
+            of_block = (None, None) if scales is None else (scales[2 * index], scales[2 * index + 1])
+            if self.activation_checkpointing and x.requires_grad:
+                weights = dict(block.named_parameters())  # those in use, which may be others than its own
+                given = (block, weights, (x, shapes, of_block))
+                x = checkpoint(functional_call, *given, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_BND = block(x_BND)
-            outputs.append(x_BND)
+                x = block(x, shapes, of_block)
+            outputs.append(x)
             del outputs[:-last]
         return outputs
+
+    def _branch_scales(self, x: Tensor, shapes: list[torch.Size] | None) -> Tensor | None:
+        """Stochastic depth: for each branch of each block, 0 or 1 / (share that is kept) for each image.
+
+        Of shape (2 * blocks, B, 1, 1), or (2 * blocks, T, 1) for rows; None if every branch is kept.
+        """
+        rates = [
+            getattr(drop, "drop_prob", 0.0) for b in self.blocks for drop in (b.drop_path1, b.drop_path2)
+        ]
+        if not any(rates):
+            return None
+        num_images = len(x) if shapes is None else sum(shape[0] for shape in shapes)
+        scales = torch.ones(len(rates), num_images, device=x.device)
+        for of_branch, rate in zip(scales, rates, strict=True):
+            if rate:
+                of_branch.bernoulli_(1 - rate)
+        torch._foreach_div_(list(scales), [1 - rate for rate in rates])
+        if shapes is None:
+            return scales[:, :, None, None]
+        parts = scales.split([shape[0] for shape in shapes], dim=1)
+        of_rows = [part.repeat_interleave(shape[1], dim=1) for part, shape in zip(parts, shapes, strict=True)]
+        return torch.cat(of_rows, dim=1)[:, :, None]
 
     def embed(self, images: Tensor) -> Tensor:
         """Images (B, 3, height, width) -> tokens (B, N, D) with CLS and position embedding added."""
@@ -125,7 +173,83 @@ class VisionTransformer(nn.Module):
         return torch.cat((cls_11D, resized_1ND), dim=1)
 
 
-class FrugalMlp(Mlp):
+class Block(vision_transformer.Block):
+    """timm's block, on tokens of one size or of several."""
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        shapes: list[torch.Size] | None = None,
+        scales: tuple[Tensor | None, Tensor | None] = (None, None),
+    ) -> Tensor:
+        """Tokens (B, N, D), or rows (T, D) of tokens of these shapes -> the same; scales of both branches."""
+        x = add_branch(x, self.attn(self.norm1(x), shapes), scales[0])
+        return add_branch(x, self.mlp(self.norm2(x)), scales[1])
+
+
+class Attention(layers.Attention):
+    """timm's attention, on tokens of one size or of several."""
+
+    def forward(self, x: Tensor, shapes: list[torch.Size] | None = None) -> Tensor:  # type: ignore[override]
+        """Tokens (B, N, D), or rows (T, D) of tokens of these shapes -> the same."""
+        heads = SplitHeads.apply(self.qkv(x), shapes or [x.shape], self.num_heads)
+        attended = [
+            F.scaled_dot_product_attention(*heads[start : start + 3]).transpose(1, 2).flatten(2)
+            for start in range(0, len(heads), 3)
+        ]
+        if shapes is None:
+            return self.proj(attended[0])
+        return self.proj(torch.cat([part.flatten(0, 1) for part in attended]))
+
+
+class SplitHeads(torch.autograd.Function):
+    """Rows (..., 3 * D) of tokens of some shapes (B, N, D) -> for each shape query, key and value, as views.
+
+    They are (B, heads, N, D / heads). Their gradients are put side by side in one copy; autograd makes three.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, shapes: list[torch.Size], num_heads: int) -> tuple[Tensor, ...]:
+        ctx.shapes, ctx.like = shapes, qkv.shape
+        parts = qkv.flatten(0, -2).split([shape[0] * shape[1] for shape in shapes])
+        views = [part.view(*shape[:2], 3, num_heads, -1) for part, shape in zip(parts, shapes, strict=True)]
+        return tuple(x.transpose(1, 2) for view in views for x in view.unbind(2))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        of_qkv = gradients[0].new_empty(ctx.like)
+        parts = of_qkv.flatten(0, -2).split([shape[0] * shape[1] for shape in ctx.shapes])
+        for number, part in enumerate(parts):
+            of_part = [x.transpose(1, 2) for x in gradients[3 * number : 3 * number + 3]]
+            batch, num_tokens, num_heads, width = of_part[0].shape
+            torch.stack(of_part, dim=2, out=part.view(batch, num_tokens, 3, num_heads, width))
+        return of_qkv, None, None
+
+
+def add_branch(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
+    """x + branch * scale, where the scale (0, or what makes up for it) is that of each image."""
+    return x + branch if scale is None else AddBranch.apply(x, branch, scale)
+
+
+class AddBranch(torch.autograd.Function):
+    """x + branch * scale; of a branch in half precision without copies of it in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        ctx.dtype = branch.dtype
+        if branch.dtype == x.dtype:  # addcmul would round once
+            return x + branch * scale
+        return torch.addcmul(x, branch, scale, out=torch.empty_like(x))  # autocast would copy the branch
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        (scale,) = ctx.saved_tensors
+        of_branch = torch.empty_like(gradient, dtype=ctx.dtype)
+        return gradient, torch.mul(gradient, scale, out=of_branch), None
+
+
+class FrugalMlp(layers.Mlp):
     """timm's MLP, which keeps the input of GELU for the backward pass and computes its output again.
 
     A quarter of what a block keeps, for a hundredth of its time (measured on a CPU); the numbers stay.
@@ -134,11 +258,26 @@ class FrugalMlp(Mlp):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.fc1(x)
         if not hidden.requires_grad:
-            return self._project(hidden)
-        return checkpoint(self._project, hidden, use_reentrant=False, preserve_rng_state=False)
+            return self.fc2(self.act(hidden))
+        return GeluLinear.apply(hidden, self.fc2.weight, self.fc2.bias)
 
-    def _project(self, hidden: Tensor) -> Tensor:
-        return self.fc2(self.act(hidden))  # recomputed up to what fc2 keeps
+
+class GeluLinear(torch.autograd.Function):
+    """A linear layer on GELU of hidden rows (..., H); the rows are kept, not their GELU."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        return F.linear(F.gelu(hidden), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        hidden, weight = ctx.saved_tensors
+        rows = gradient.flatten(0, -2)
+        of_output = gradient @ weight.to(gradient.dtype)
+        of_hidden = torch.ops.aten.gelu_backward(of_output, hidden)
+        of_weight = rows.T @ F.gelu(hidden).flatten(0, -2)
+        return of_hidden, of_weight.to(weight.dtype), rows.sum(0).to(weight.dtype)
 
 
 class PatchEmbed(nn.Module):

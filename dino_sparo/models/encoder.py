@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from dino_sparo.errors import UserError
 from dino_sparo.models.backbone import VisionTransformer
@@ -156,19 +157,63 @@ class DinoModel(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.head = head
-        self._tokens: Callable[[Tensor], Tensor] = encoder.tokens
+        self._tokens: Callable[[Sequence[Tensor]], list[Tensor]] = encoder.backbone.tokens_of_sizes
 
     def compile_backbone(self) -> None:
         """Compile the backbone for what this model does with it; evaluations use the encoder as it is."""
-        self._tokens = compiled(self.encoder.tokens, dynamic=False)
+        self._tokens = compiled(self.encoder.backbone.tokens_of_sizes, dynamic=False)
 
     def forward(self, crop_groups: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Groups of equally sized crops, each (C_i, B, 3, side, side) -> logits (C*B, K), encodings.
 
-        Each group goes through the encoder as one batch, the head runs once on all. Rows are crop-major.
+        Rows are crop-major; the head runs once on all. In mixed precision the backbone too runs once on all
+        groups, and all weights are cast at once. In float32 it takes one group after the other, as in the
+        official code, so that sums over rows round as in its numbers.
         """
-        encodings = torch.cat([self.encoder.read(self._tokens(crops.flatten(0, 1))) for crops in crop_groups])
+        batches = [crops.flatten(0, 1) for crops in crop_groups]
+        device = batches[0].device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            full = {name: weight for name, weight in self._weights().items() if weight.dtype != dtype}
+            if full:
+                weights = dict(zip(full, CastTogether.apply(dtype, *full.values()), strict=True))
+                return functional_call(self, weights, (crop_groups,))
+            tokens = self._tokens(batches)
+        else:
+            tokens = [tokens_BND for batch in batches for tokens_BND in self._tokens([batch])]
+        encodings = torch.cat([self.encoder.read(tokens_BND) for tokens_BND in tokens])
         return self.head(encodings), encodings
+
+    def _weights(self) -> dict[str, Tensor]:
+        """What autocast casts of a linear layer or convolution at every use; not the head's last layer."""
+        return {
+            f"{name}.{of_layer}": weight
+            for name, layer in self.named_modules()
+            if isinstance(layer, nn.Linear | nn.Conv2d)
+            for of_layer, weight in layer.named_parameters(recurse=False)
+        }
+
+
+class CastTogether(torch.autograd.Function):
+    """Tensors in another precision by one operator, and so their gradients, when all of them are there."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        cast = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+        torch._foreach_copy_(cast, tensors)
+        both = zip(cast, tensors, strict=True)
+        ctx.mark_non_differentiable(*(copied for copied, tensor in both if not tensor.requires_grad))
+        ctx.dtype = tensors[0].dtype
+        return tuple(cast)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = [gradient for gradient in gradients if gradient is not None]
+        cast = [torch.empty_like(gradient, dtype=ctx.dtype) for gradient in given]
+        torch._foreach_copy_(cast, given)
+        in_order = iter(cast)
+        return None, *(None if gradient is None else next(in_order) for gradient in gradients)
 
 
 def build_encoder(

@@ -3,6 +3,8 @@
 Axis letters: B images, C crops, K prototypes.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -11,9 +13,6 @@ from dino_sparo.parallel.distributed import sum_over_ranks, world_size
 
 class DINOLoss(nn.Module):
     """Cross-entropy between teacher and student views of the same image, all pairs of different crops.
-
-    Each teacher row sums to one, so a pair costs logsumexp(s / temp) - q . s / temp: nothing of the
-    logits' size is stored but the scaled logits themselves.
 
     Args:
         num_prototypes: K.
@@ -33,19 +32,9 @@ class DINOLoss(nn.Module):
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, teacher_temp: float | Tensor) -> Tensor:
         """Student logits (C*B, K) crop-major, global crops first; teacher logits (2*B, K) -> scalar."""
-        batch = len(teacher_logits) // 2
-        num_crops = len(student_logits) // batch
-        scaled_CBK = (student_logits.float() / self.student_temp).unflatten(0, (num_crops, batch))
-        teacher_2BK = teacher_probabilities(teacher_logits, self.center, teacher_temp).unflatten(
-            0, (2, batch)
-        )
-
-        # A global crop is compared with the other global crop's teacher, a local crop with both.
-        log_normalizer_CB = scaled_CBK.logsumexp(dim=-1)
-        to_global = 1 * log_normalizer_CB[:2].sum() - (teacher_2BK.flip(0) * scaled_CBK[:2]).sum()
-        to_local = 2 * log_normalizer_CB[2:].sum() - (teacher_2BK.sum(0) * scaled_CBK[2:]).sum()
-        num_pairs = 2 * (num_crops - 1)
-        return (to_global + to_local) / (num_pairs * batch)
+        teacher = teacher_probabilities(teacher_logits, self.center, teacher_temp)
+        teacher_2BK = teacher.unflatten(0, (2, len(teacher) // 2))
+        return CrossEntropy.apply(student_logits.float(), teacher_2BK, self.student_temp)
 
     def update_center(self, teacher_logits: Tensor) -> None:
         """Move the center towards the mean of all ranks' teacher logits (2*B, K)."""
@@ -64,6 +53,36 @@ class DINOLoss(nn.Module):
         moved_1K = self.center_momentum * self.center + (1 - self.center_momentum) * mean_1K
         self.center.copy_(torch.where(torch.as_tensor(finite, device=moved_1K.device), moved_1K, self.center))
         self._sum.zero_()
+
+
+class CrossEntropy(torch.autograd.Function):
+    """The mean over all pairs, with student logits (C*B, K), teacher rows (2, B, K), and a temperature.
+
+    Each teacher row sums to one, so a pair costs logsumexp(s / temp) - q . s / temp: nothing of the logits'
+    size is stored but the scaled logits themselves, and the gradient takes their place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student_logits: Tensor, teacher_2BK: Tensor, student_temp: float) -> Tensor:
+        batch = teacher_2BK.shape[1]
+        num_crops = len(student_logits) // batch
+        scaled_CBK = (student_logits / student_temp).unflatten(0, (num_crops, batch))
+        # A global crop is compared with the other global crop's teacher, a local crop with both.
+        log_normalizer_CB = scaled_CBK.logsumexp(dim=-1)
+        to_global = 1 * log_normalizer_CB[:2].sum() - (teacher_2BK.flip(0) * scaled_CBK[:2]).sum()
+        to_local = 2 * log_normalizer_CB[2:].sum() - (teacher_2BK.sum(0) * scaled_CBK[2:]).sum()
+        ctx.save_for_backward(scaled_CBK, log_normalizer_CB, teacher_2BK)
+        ctx.student_temp, ctx.num_terms = student_temp, 2 * (num_crops - 1) * batch
+        return (to_global + to_local) / ctx.num_terms
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        scaled_CBK, log_normalizer_CB, teacher_2BK = ctx.saved_tensors
+        of_term = gradient / ctx.num_terms
+        of_logits = scaled_CBK.sub_(log_normalizer_CB[:, :, None]).exp_()  # the student's probabilities
+        of_logits[:2].mul_(of_term).sub_(teacher_2BK.flip(0) * of_term)
+        of_logits[2:].mul_(2 * of_term).sub_(teacher_2BK.sum(0) * of_term)
+        return of_logits.div_(ctx.student_temp).flatten(0, 1), None, None
 
 
 def teacher_probabilities(teacher_logits: Tensor, center: Tensor, teacher_temp: float | Tensor) -> Tensor:
