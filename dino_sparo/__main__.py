@@ -22,6 +22,7 @@ from dino_sparo.errors import (
     UserError,
     told_to_user,
 )
+from dino_sparo.files import can_build_c
 from dino_sparo.parallel.processes import end_at_once, end_with_launcher, first_to_fail, leave_note
 from dino_sparo.recipe.typed import value_of
 from dino_sparo.terminal import error_line, sentence, set_up_log
@@ -32,6 +33,8 @@ RANK = int(os.environ.get("RANK", "0"))  # as torchrun sets it
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status, one of EXIT_STATUSES."""
     os.environ["PYTHONSAFEPATH"] = "1"  # processes that are started import nothing from the working directory
+    if not can_build_c():
+        os.environ.setdefault("TORCH_DISABLE_NATIVE_JIT", "1")  # else torch fails within a step on a GPU
     try:
         status = answer(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()

@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 
 from dino_sparo.data.images import normalize, to_tensor
 from dino_sparo.data.pil_views import center_crop
-from dino_sparo.data.sources import open_images
+from dino_sparo.data.sources import ImageSource, open_images
+from dino_sparo.data.splits import Choice
 from dino_sparo.evaluation.knn import HEADLINE_K
 from dino_sparo.interop.load import load_encoder
 from dino_sparo.runs.runlog import read_metrics
@@ -21,7 +22,13 @@ KNN = f"knn{HEADLINE_K}_top1"
 
 
 def show_run(
-    run_dir: Path, data_path: str, *, max_images: int | None, image_size: int, with_slots: bool
+    run_dir: Path,
+    data_path: str,
+    *,
+    choice: Choice,
+    max_images: int | None,
+    image_size: int,
+    with_slots: bool,
 ) -> None:
     """Print the k-NN accuracies of a complete run, and write `curve.png` and with slots `slots.png` there.
 
@@ -32,7 +39,8 @@ def show_run(
     draw_curve(metrics, run_dir / "curve.png")
     print(f"\nlearning curve: {run_dir / 'curve.png'}")
     if with_slots:
-        draw_maps(run_dir, data_path, run_dir / "slots.png", max_images=max_images, image_size=image_size)
+        source = open_images(data_path, max_images, choice=choice)
+        draw_maps(run_dir, source, run_dir / "slots.png", image_size=image_size)
         print(f"where slots look: {run_dir / 'slots.png'}")
         arguments = ["slots", "report", str(run_dir), "--data.path", data_path]
         print(f"all about slots, as a page: dino-sparo {shlex.join(arguments)}")
@@ -66,9 +74,8 @@ def draw_curve(metrics: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def draw_maps(run_dir: Path, data_path: str, path: Path, *, max_images: int | None, image_size: int) -> None:
+def draw_maps(run_dir: Path, source: ImageSource, path: Path, *, image_size: int) -> None:
     """Attention of some slots of the teacher over some images."""
-    source = open_images(data_path, max_images)
     chosen = np.linspace(0, len(source) - 1, NUM_PICTURES).round().astype(int)
     crops = [to_tensor(center_crop(source.load(int(i)), image_size)) for i in chosen]
     maps, _ = slot_attention(load_encoder(str(run_dir)), normalize(torch.stack(crops)))

@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import stat
+import sysconfig
 import tempfile
 import time
 import uuid
@@ -154,6 +155,12 @@ def keep_compiled_code() -> None:
         folder = Path(tempfile.mkdtemp(prefix="dino_sparo-compiled-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ[COMPILED] = str(folder)
+
+
+def can_build_c() -> bool:
+    """Whether there are a C compiler and Python's headers, which code for a GPU needs when it is compiled."""
+    compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    return any(map(shutil.which, compilers)) and Path(sysconfig.get_path("include"), "Python.h").exists()
 
 
 def _is_private(folder: Path) -> bool:

@@ -170,7 +170,7 @@ def test_files_get_the_usual_area_and_keep_their_shape(tmp_path):
         (tmp_path / name).mkdir()
     Image.new("RGB", (30, 90)).save(tmp_path / "data" / "a.png")
     Image.new("RGB", (50, 50)).save(tmp_path / "data" / "b.png")
-    encoded = jpeg_files(str(tmp_path / "data"), 3, tmp_path / "encoded")
+    encoded = jpeg_files(open_images(str(tmp_path / "data")), 3, tmp_path / "encoded")
     sizes = [encoded.load(number).size for number in range(3)]
     assert sizes == [(250, 750), (433, 433), (250, 750)]
     assert encoded.read(0)[:2] == b"\xff\xd8"
@@ -299,6 +299,7 @@ def test_table_of_own_files_as_they_are(recipe, tmp_path, capfd):
         (["--rounds=0"], "rounds"),
         (["--config=no_such"], "no_such"),
         (["--data.path=/nowhere"], "data.path '/nowhere'"),
+        (["--data.path=.", "--data.train=none"], "data.train 'none'"),
         (["--keep_files"], "keep_files"),
         (["--profile=/nowhere/trace.json"], "/nowhere/trace.json"),
         (["--data.path=.", "--keep_files"], "gives 1 images, fewer than batch_size 16"),

@@ -56,26 +56,43 @@ def check_against_pil(groups, images, views, near):
             assert near((ours.int() - theirs.int()).abs().float())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # a CPU's and a GPU's
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_whole_batches_are_pils(interpolation, monkeypatch):
+def test_whole_batches_are_pils(interpolation, dtype, monkeypatch):
     monkeypatch.setattr(device_views, "IMAGES_AT_ONCE", 5)
     crops, images = recipes(interpolation=interpolation), photos(12)
     views = [views_of(image, crops, sample) for sample, image in enumerate(images)]
-    groups = make_crops(batch_of(images, views), [crops[:2], crops[2:]], CPU)
+    groups = make_crops(batch_of(images, views), [crops[:2], crops[2:]], CPU, dtype)
     assert groups[0].shape == (2, 12, 3, 48, 48) and groups[1].shape == (2, 12, 3, 24, 24)
     assert groups[0].dtype == groups[1].dtype == torch.uint8
     check_against_pil(groups, images, views, lambda apart: apart.mean() < 1)
 
 
-def test_crop_resize_and_flip_of_whole_batches():
-    crops, images = recipes(), photos(4)
+def resized_only(images, crops):
+    """Views without colors, the first image's flipped."""
     plain = {"jitter_order": (), "grayscale": False, "blur_radius": 0.0, "solarize": False}
-    views = [
+    return [
         [replace(view, **plain, flip=number == 0) for view in views_of(image, crops, 5)]
         for number, image in enumerate(images)
     ]
-    groups = make_crops(batch_of(images, views), [crops[:2], crops[2:]], CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_crop_resize_and_flip_of_whole_batches(dtype):
+    crops, images = recipes(), photos(4)
+    views = resized_only(images, crops)
+    groups = make_crops(batch_of(images, views), [crops[:2], crops[2:]], CPU, dtype)
     check_against_pil(groups, images, views, lambda apart: apart.max() <= 2)
+
+
+def test_half_precision_changes_few_pixels_and_those_little():
+    """Weights are rounded, sums are not."""
+    crops, images = recipes(), photos(4)
+    batch = batch_of(images, resized_only(images, crops))
+    one, half = (make_crops(batch, [crops[:2], crops[2:]], CPU, dtype) for dtype in (None, torch.float16))
+    for group, other in zip(one, half, strict=True):
+        apart = (group.int() - other.int()).abs()
+        assert apart.max() <= 2 and 0 < apart.float().mean() < 0.05
 
 
 @pytest.mark.long  # compiles, as on a GPU
@@ -184,6 +201,23 @@ def test_who_makes_the_views():
     assert chosen("tensor", gpu) == "pil"
     with pytest.raises(UserError, match=r"machine.views device .* give data.max_side 1024"):
         chosen("device", max_side=None)
+
+
+def test_without_a_compiler_many_workers_make_the_views(monkeypatch, caplog):
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr("dino_sparo.data.loader.why_not_compiled", lambda: "no gcc")
+
+    def chosen(name, num_workers):
+        caplog.clear()
+        return choose_executor(name, gpu, max_side=1024, num_workers=num_workers)
+
+    assert chosen("auto", 16) == "pil" and "16 workers make the views by PIL" in caplog.text
+    assert "no gcc" in caplog.text
+    for name, num_workers in (("auto", 8), ("device", 16)):
+        assert chosen(name, num_workers) == "device"
+        assert "cannot be compiled (no gcc) and takes about ten times as long" in caplog.text
+    assert chosen("pil", 8) == "pil" and not caplog.text
+    assert chosen("auto", None) == "device" and not caplog.text  # of a GPU that is not here
 
 
 def test_a_run_that_resumes_with_other_views_says_so_once(tmp_path, monkeypatch, caplog):

@@ -164,6 +164,26 @@ def test_a_step_that_is_counted_without_a_gpu_is_the_one_that_runs_on_it(changes
     assert 0.95 * found["peak_gib"] < counted.peak_bytes / 2**30 < found["peak_gib"]
 
 
+@pytest.mark.parametrize("images", [64, 33])
+def test_views_are_compiled_before_the_first_batch_and_never_again(images, inside):
+    found = inside("views", images=images)
+    assert found["prepared"] == found["graphs"] == 2  # crop and resize; what follows
+    assert found["waits"] == 0
+    assert found["launches"] < 70
+    assert found["peak_gib"] < 1.2
+
+
+def test_views_without_a_compiler_are_said_to_be_slow_at_the_start(data, program, tmp_path):
+    changes = {"machine__device": "cuda", "machine__views": "device"}
+    arguments = tiny_arguments(data, tmp_path / "run", optim__epochs=1, optim__warmup_epochs=0, **changes)
+    (tmp_path / "cache").mkdir()
+    without = {"CC": "/nowhere/cc", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    done = program("pretrain", *arguments, **without)
+    assert done.returncode == 0, done.stderr
+    warning = done.stderr.index("about ten times as long")
+    assert done.stderr.count("cannot be compiled") == 1 and warning < done.stderr.index("starting at step 0")
+
+
 def run_arguments(data, run_dir, **changes):
     """A tiny run on GPUs, in two processes."""
     return ["pretrain", *tiny_arguments(data, run_dir, machine__device="cuda", **changes), "--nproc=2"]

@@ -41,6 +41,11 @@ def test_images_that_are_not_there(refused, tmp_path, command):
     assert str(tmp_path / "empty") in refused(command, data=str(tmp_path / "empty"))
 
 
+@pytest.mark.parametrize("command", ["maps", "gallery", "rank", "mask", "health", "report"])
+def test_what_is_taken_of_the_images_can_be_chosen(refused, command):
+    assert "data.train 'none*' is no folder" in refused(command, "--data.train=none*")
+
+
 @pytest.mark.parametrize("command", ["rank", "mask"])
 def test_images_without_classes(refused, slot_runs, command):
     assert "not in class folders" in refused(command, data=str(slot_runs["data"] / "train" / "class0"))

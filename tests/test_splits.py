@@ -12,7 +12,17 @@ import yaml
 from pyarrow import parquet
 
 from dino_sparo.__main__ import main
-from dino_sparo.data.sources import AS_FOUND, absolute_path, open_images, open_labeled, open_val, say_found
+from dino_sparo.cli.evaluating import CompareOptions
+from dino_sparo.cli.pretraining import PretrainOptions
+from dino_sparo.data.sources import (
+    AS_FOUND,
+    absolute_path,
+    decide,
+    open_images,
+    open_labeled,
+    open_val,
+    say_splits,
+)
 from dino_sparo.data.split_names import splits_of_files, splits_of_folders
 from dino_sparo.data.splits import Choice, find_splits
 from dino_sparo.errors import UserError, UserFileNotFoundError
@@ -22,7 +32,7 @@ from dino_sparo.shard import shard
 from dino_sparo.training.pretrain import pretrain
 from tests.containers import write_parquet
 from tests.shard_files import picture, touch, write, write_tar
-from tests.tiny import prepared, tiny_arguments, tiny_options, write_pictures
+from tests.tiny import parse_options, prepared, tiny_arguments, tiny_options, write_pictures
 
 CLASSES = ("cat", "dog")
 
@@ -220,7 +230,8 @@ def test_folders(tmp_path, lines, name):
 )
 def test_images_without_classes_are_learned_from_without_val(tmp_path, lines, files, line):
     touch(tmp_path, *files)
-    say_found(str(tmp_path), open_images(str(tmp_path)), AS_FOUND)
+    splits = decide(str(tmp_path), AS_FOUND)
+    say_splits(str(tmp_path), open_images(str(tmp_path), splits=splits), None, splits, held_out=False)
     assert lines() == [line.replace("ROOT", str(tmp_path))]
     with pytest.raises(UserError):
         open_labeled(str(tmp_path))
@@ -332,6 +343,14 @@ def parquets(root: Path, **names: int) -> Path:
 def test_parquet_files(tmp_path, names, train, val):
     gallery, test = open_labeled(str(parquets(tmp_path, **names)))
     assert (len(gallery), len(test)) == (train, val)
+
+
+def test_configurations_of_a_set_are_named(tmp_path):
+    parquets(tmp_path, **{"plain_text__train-0": 6, "plain_text__test-0": 4, "cropped__train-0": 6})
+    for opened in (open_images, open_labeled):
+        with pytest.raises(UserError, match=r"cropped and plain_text both hold parquet files.*as data\.path"):
+            opened(str(tmp_path))
+    assert len(open_images(str(tmp_path / "cropped"))) == 6
 
 
 @pytest.mark.parametrize("names", [("train", "test"), ("training", "dev")])
@@ -449,6 +468,24 @@ def test_class_names_that_print_alike_are_one_class(tmp_path):
     assert further.labels.tolist() == [0] * 6 and further.unknown == ()
 
 
+@pytest.mark.parametrize(
+    ("files", "folder"),
+    [
+        (classes("."), ""),
+        (classes("images"), "/images"),
+        ([*classes("val"), *flat("masks")], "/val"),
+        ([*classes("set/train"), *classes("set/val")], "/set/val"),
+        ([*classes("train"), *classes("test")], "/test"),
+        (classes("train"), "/train"),
+        ([*classes("."), *flat("val")], ""),  # a class of that name
+    ],
+)
+def test_a_further_test_set_is_found_in_its_folder(tmp_path, files, folder):
+    touch(tmp_path, *files)
+    (test,) = open_test_sets([f"t={tmp_path}"], CLASSES)
+    assert len(test.source) == 10 and str(test.source.root) == f"{tmp_path}{folder}"
+
+
 # --- Paths
 
 
@@ -463,6 +500,16 @@ def test_paths_are_expanded_and_stored_as_absolute_ones(tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
     pretrain(tiny_options(Path("data"), run_dir, optim__epochs=1, optim__warmup_epochs=0), run_dir)
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["data"]["path"] == str(tmp_path / "data")
+
+
+def test_paths_of_all_options_may_begin_with_the_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    given = ["--run_dir=~/run", "--init=~/w.pt", "--data.path", "~/data", "--monitor.knn_path=~/val"]
+    options = parse_options(PretrainOptions, ["--config", "demo", *given])
+    paths = [options.run_dir, options.init, options.data.path, options.monitor.knn_path]
+    assert paths == [f"/home/somebody/{name}" for name in ("run", "w.pt", "data", "val")]
+    compared = parse_options(CompareOptions, ["--runs", "~/one", "~/two", "~three"])
+    assert compared.runs == ["/home/somebody/one", "/home/somebody/two", "~three"]
 
 
 def test_a_run_that_learned_from_other_images_of_the_folder_is_told_how_to_resume(tmp_path):

@@ -106,14 +106,14 @@ def test_several_in_their_order(tmp_path):
         (["new=ROOT/good/a/1.jpg"], UserFileNotFoundError, "1.jpg' is a file"),
         (["new=ROOT/empty"], UserFileNotFoundError, "no images found"),
         (["new=ROOT/flat"], UserError, "images are not in class folders; expected .*flat/<class>/<image>"),
-        (["new=ROOT/above"], UserError, r"none of the 2 class folders \(train, val\) is a class of training"),
+        (["new=ROOT/above"], UserError, r"none of the 2 class folders \(one, two\) is a class of training"),
         (["new=ROOT/numbers"], UserError, "numbered up to 2, but training has 2 classes, so that numbers do"),
         (["new=ROOT/twice"], UserError, "numbered up to 1, but training has 2 classes"),
     ],
 )
 def test_mistakes(tmp_path, given, kind, expected):
     touch(tmp_path, "good/a/1.jpg", "other/a/1.jpg", "flat/1.jpg", "flat/a/1.jpg", "numbers/2/1.jpg")
-    touch(tmp_path, "above/val/a/1.jpg", "above/train/a/1.jpg", "twice/01/1.jpg", "twice/1/1.jpg")
+    touch(tmp_path, "above/one/a/1.jpg", "above/two/a/1.jpg", "twice/01/1.jpg", "twice/1/1.jpg")
     (tmp_path / "empty").mkdir()
     with pytest.raises(kind, match=expected) as caught:
         open_test_sets([text.replace("ROOT", str(tmp_path)) for text in given], ("a", "b"))

@@ -28,15 +28,14 @@ WIDTH, HEIGHT, QUALITY = 500, 375, 90
 FINEST_CELLS = 256  # across a generated picture
 
 
-def jpeg_files(data: str | None, num_images: int, folder: Path) -> ImageSource:
-    """So many JPEG files in the folder, of the images of `data` or generated ones (None).
+def jpeg_files(source: ImageSource | None, num_images: int, folder: Path) -> ImageSource:
+    """So many JPEG files in the folder, of the images of a source or generated ones (None).
 
     An image keeps its shape and gets the area of 500 x 375 pixels; images are repeated if there are fewer.
 
     Raises:
-        UserError: no such images, or one that cannot be read.
+        UserError: an image cannot be read.
     """
-    source = None if data is None else open_images(data, num_images)
     for number in range(num_images):
         image = generated_photo(number) if source is None else source.load(number % len(source))
         scale = math.sqrt(WIDTH * HEIGHT / (image.width * image.height))

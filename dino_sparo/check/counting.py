@@ -56,7 +56,8 @@ class Operators(TorchDispatchMode):
     """Notes every operator that runs in it, and the most bytes of tensors alive at once.
 
     Args:
-        fused: pointwise operators count nothing, as if all were part of the kernels beside them.
+        fused: pointwise operators and conversions to larger types count nothing, as if all were part of the
+            kernels beside them.
     """
 
     def __init__(self, *, fused: bool = False) -> None:
@@ -98,7 +99,7 @@ class Operators(TorchDispatchMode):
             self._note(tensor)
         own = {_storage(tensor) for tensor in read}
         is_view = not func._schema.is_mutable and all(_storage(tensor) in own for tensor in written)
-        if is_view or "empty" in func.__name__ or (self.fused and torch.Tag.pointwise in func.tags):
+        if is_view or "empty" in func.__name__ or (self.fused and _is_fused(func, read, written)):
             return outputs
         distinct = {(_storage(t), t.storage_offset(), t.numel()): _bytes(t) for t in read}
         flops = 0
@@ -123,6 +124,12 @@ class Operators(TorchDispatchMode):
     def _freed(self, key: int, num_bytes: int) -> None:
         self.alive.discard(key)
         self.live_bytes -= num_bytes
+
+
+def _is_fused(func: Any, read: Sequence[Tensor], written: Sequence[Tensor]) -> bool:
+    if func is aten._to_copy.default:
+        return written[0].element_size() > read[0].element_size()
+    return torch.Tag.pointwise in func.tags
 
 
 def _tensors(values: Any) -> list[Tensor]:

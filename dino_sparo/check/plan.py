@@ -121,7 +121,7 @@ def make_plan(recipe: Recipe, run_dir: Path, num_processes: int) -> Plan:
     num_workers = default_workers(num_processes) if machine.num_workers is None else machine.num_workers
     batch_size, accumulation = split_batch(optim.global_batch_size, machine.batch_size_per_gpu, num_processes)
     source, monitor = open_data(recipe.data, recipe.monitor, optim.global_batch_size)
-    executor = choose_executor(machine.views, device, max_side=recipe.data.max_side)
+    executor = choose_executor(machine.views, device, max_side=recipe.data.max_side, num_workers=num_workers)
     state = build_state(
         **recipe.state_arguments(),
         device=torch.device("cpu"),

@@ -104,31 +104,30 @@ def bench_training(options: BenchOptions) -> None:
     from dino_sparo.bench.loading import HEIGHT, QUALITY, WIDTH, jpeg_files
     from dino_sparo.bench.report import report
     from dino_sparo.bench.training import measure
-    from dino_sparo.data.sources import open_images
+    from dino_sparo.cli.images import open_chosen
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # each profile would be told at its start and end
     if options.profile is not None and not Path(options.profile).absolute().parent.is_dir():
         raise UserError(f"profile {options.profile!r} is in no existing folder; give a file in one")
-    path = options.data.path if options.data else None
-    if options.keep_files and path is None:
+    if options.keep_files and options.data is None:
         raise UserError("keep_files needs images of yours; give --data.path DIR, or leave keep_files out")
     machine = {"device": options.device, "precision": options.precision, "num_workers": options.num_workers}
     over = {f"machine.{key}": value for key, value in machine.items() if value not in (None, "auto")}
     recipe = named_recipe(options.config, {"data.path": "x"} | over)
     num_images = max(options.num_images, options.batch_size)
     with tempfile.TemporaryDirectory(prefix="dino_sparo_") as folder:
-        if options.keep_files and path is not None:
-            source = open_images(path, num_images)
+        source = open_chosen(options.data, num_images) if options.data else None
+        what = options.data.path if options.data else "generated pictures"
+        if options.keep_files and source is not None:
             if len(source) < options.batch_size:
                 raise UserError(
-                    f"data.path {path!r} gives {len(source)} images, fewer than batch_size "
+                    f"data.path {what!r} gives {len(source)} images, fewer than batch_size "
                     f"{options.batch_size}; use more images or a smaller batch"
                 )
-            data = f"{len(source)} images of {path} as they are"
+            data = f"{len(source)} images of {what} as they are"
         else:
             log.info("writing %d JPEG files", num_images)
-            source = jpeg_files(path, num_images, Path(folder))
-            what = path or "generated pictures"
+            source = jpeg_files(source, num_images, Path(folder))
             data = f"{num_images} images, {what} as JPEG of {WIDTH}x{HEIGHT} pixels, quality {QUALITY}"
         result = measure(
             bench_of(recipe, source, options.batch_size),
@@ -157,7 +156,8 @@ def bench_of(recipe: Recipe, source: "ImageSource", batch_size: int) -> "Bench":
     device = choose_device(machine.device)
     set_numerics(tf32=machine.tf32, deterministic=machine.deterministic)
     precision = choose_precision(machine.precision, device)
-    executor = choose_executor(machine.views, device, max_side=recipe.data.max_side)
+    num_workers = default_workers() if machine.num_workers is None else machine.num_workers
+    executor = choose_executor(machine.views, device, max_side=recipe.data.max_side, num_workers=num_workers)
     schedules = build_schedules(recipe.optim, recipe.loss, STEPS_PER_EPOCH)
     return Bench(
         new_state=lambda on: build_state(
@@ -173,7 +173,7 @@ def bench_of(recipe: Recipe, source: "ImageSource", batch_size: int) -> "Bench":
         device=device,
         precision=precision,
         batch_size=batch_size,
-        num_workers=default_workers() if machine.num_workers is None else machine.num_workers,
+        num_workers=num_workers,
         prefetch_batches=machine.prefetch_batches,
         timeout_seconds=machine.data_timeout_seconds,
     )

@@ -21,6 +21,7 @@ def demo(options: PretrainOptions) -> None:
     With the user's own folder the number of steps stays the recipe's, so that the demo stays as short.
     """
     from dino_sparo.data.generated import SHAPES
+    from dino_sparo.data.splits import Choice
     from dino_sparo.demo import show_run
     from dino_sparo.training.pretrain import pretrain
 
@@ -29,6 +30,7 @@ def demo(options: PretrainOptions) -> None:
     show_run(
         Path(options.run_dir),
         recipe.data.path,
+        choice=Choice.of(recipe.data),
         max_images=recipe.data.max_images,
         image_size=recipe.views.global_size,
         with_slots=READOUTS[recipe.model.readout.name].has_slots,
@@ -43,11 +45,12 @@ def fitted_to_folder(given: Recipe) -> Recipe:
     """
     from dino_sparo.data.generated import SHAPES_SIZES
     from dino_sparo.data.sources import open_images
+    from dino_sparo.data.splits import Choice
     from dino_sparo.evaluation.knn import HEADLINE_K
 
     recipe = named_recipe("demo", {})
     optim, monitor, data = replace(given.optim), replace(given.monitor), replace(given.data)
-    source = open_images(data.path, data.max_images)
+    source = open_images(data.path, data.max_images, choice=Choice.of(data))
     if monitor.knn_images_per_class == recipe.monitor.knn_images_per_class:
         monitor.knn_images_per_class = max(HEADLINE_K, NUM_KNN_IMAGES // max(1, len(source.classes)))
     if optim.epochs == recipe.optim.epochs:

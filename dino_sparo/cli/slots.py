@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dino_sparo.cli.images import ImagesOptions, LabeledDataOptions
+from dino_sparo.cli.images import ImagesOptions, LabeledDataOptions, open_chosen
 from dino_sparo.errors import UnlabeledError, UserError
 from dino_sparo.recipe.typed import Batch, Count, Epochs, Seed, Workers
 
@@ -146,12 +146,11 @@ class SlotReportOptions(SlotsOptions):
 
 def maps(options: SlotMapsOptions) -> None:
     """Attention of chosen slots over chosen images: maps.json, grid.png and an overlay for each."""
-    from dino_sparo.data.sources import open_images
     from dino_sparo.slots.maps import slot_maps
 
     folder = _folder(options) / "maps"
     content = slot_maps(
-        *(_open(options), open_images(options.data.path), folder),
+        *(_open(options), open_chosen(options.data), folder),
         slots=options.slots,
         images=options.images,
         num_images=options.num_images,
@@ -166,11 +165,10 @@ def maps(options: SlotMapsOptions) -> None:
 
 def gallery(options: SlotGalleryOptions) -> None:
     """The images that each slot responds to most: gallery.json and a picture for each slot."""
-    from dino_sparo.data.sources import open_images
     from dino_sparo.slots.gallery import slot_gallery
 
     folder = _folder(options) / "gallery"
-    source = open_images(options.data.path)
+    source = open_chosen(options.data)
     entries = slot_gallery(
         *(_cut(options)[0], source, folder),
         slots=options.slots,
@@ -223,11 +221,10 @@ def mask(options: SlotMaskOptions) -> None:
 
 def health(options: SlotHealthOptions) -> None:
     """Entropy of attention, dead and duplicate slots: health.json, health.png and a table."""
-    from dino_sparo.data.sources import open_images
     from dino_sparo.slots.health import as_entries, draw_health, measure_health, summarize, table
 
     folder = _folder(options) / "health"
-    encoder, source = _open(options), open_images(options.data.path, options.num_images)
+    encoder, source = _open(options), open_chosen(options.data, options.num_images)
     measured = measure_health(
         *(encoder, source),
         other=_other_weights(options, encoder),
@@ -261,32 +258,36 @@ def factors(options: SlotFactorsOptions) -> None:
 def report(options: SlotReportOptions) -> None:
     """Make what is missing or about others if there is data for it, then write `report.html` beside it."""
     from dino_sparo.data.sources import open_labeled
+    from dino_sparo.data.splits import Choice
     from dino_sparo.slots.page import FILES, OF_CLASSES, Subject, write_page
 
     encoder = _open(options)
     if options.control:
         _open_control(options.control, options.which)
-    data, no_classes = options.data.path if options.data else None, ""
+    data, no_classes = options.data, ""
     if data:
         try:
-            open_labeled(data)
+            open_labeled(data.path, choice=Choice.of(data))
         except UnlabeledError as error:
             no_classes = str(error)
-    subject = Subject(options.run, options.out, options.which, data, options.control, not no_classes)
+    path = data.path if data else None
+    subject = Subject(options.run, options.out, options.which, path, options.control, not no_classes)
     if data:
         _make_missing(options, subject, data, encoder.num_slots)
-    path = subject.slots / "report.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_page(path, subject, encoder)
+    page = subject.slots / "report.html"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_page(page, subject, encoder)
     for name, file in FILES.items():
         if not (subject.slots / file).is_file() and not (no_classes and name in OF_CLASSES):
             print(f"not on the page: {name}; made by  {subject.command(name)}")
     if no_classes:
         print(f"rank and mask are left out, since they need classes: {no_classes}")
-    print(f"report ({path.stat().st_size / 1e6:.1f} MB): {path}")
+    print(f"report ({page.stat().st_size / 1e6:.1f} MB): {page}")
 
 
-def _make_missing(options: SlotReportOptions, subject: "Subject", data: str, num_slots: int) -> None:
+def _make_missing(
+    options: SlotReportOptions, subject: "Subject", labeled: LabeledDataOptions, num_slots: int
+) -> None:
     """Run the commands whose results are not there; the ranking first, as it chooses what is drawn.
 
     What needs classes is left out for images without, and factors for pictures whose factors are unknown.
@@ -297,7 +298,7 @@ def _make_missing(options: SlotReportOptions, subject: "Subject", data: str, num
         name: getattr(options, name)
         for name in ("run", "which", "out", "device", "num_workers", "batch_size")
     }
-    images, labeled = ImagesOptions(data), LabeledDataOptions(data)
+    images = ImagesOptions(labeled.path, labeled.train)
     compared = common | {"control": options.control}
 
     def lacks(part: str) -> bool:
@@ -314,7 +315,7 @@ def _make_missing(options: SlotReportOptions, subject: "Subject", data: str, num
         maps(SlotMapsOptions(**common, data=images, slots=slots))
     if lacks("gallery"):
         gallery(SlotGalleryOptions(**common, data=images, slots=slots))
-    if SHAPES in (subject.config.get("data", {}).get("path"), data) and lacks("factors"):
+    if SHAPES in (subject.config.get("data", {}).get("path"), labeled.path) and lacks("factors"):
         factors(SlotFactorsOptions(**compared))
 
 

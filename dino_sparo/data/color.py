@@ -49,11 +49,11 @@ def solarize(images: Tensor, chosen: Tensor) -> Tensor:
 
 def blur(images: Tensor, weights: Tensor) -> Tensor:
     """PIL's Gaussian blur by the weights (n, taps) of `blur_weights`: three passes in each direction."""
-    x, rows = images.float(), weights[:, :, None, None, None].unbind(1)
+    rows = weights[:, :, None, None, None].unbind(1)
     for dim in (3, 2):
         for _ in range(PASSES):
-            x = _box_blur(x, rows, dim)
-    return x.to(torch.uint8)
+            images = _box_blur(images, rows, dim)
+    return images
 
 
 def blur_weights(radius: float, taps: int) -> list[float]:
@@ -80,21 +80,17 @@ def _box_radius(radius: float) -> float:
     return whole + part / (6 * (variance - (whole + 1) ** 2))
 
 
-def _box_blur(x: Tensor, rows: Sequence[Tensor], dim: int) -> Tensor:
-    """One pass along a dimension; beyond the edge lies the edge's pixel."""
-    reach, size = len(rows) - 1, x.shape[dim]
-    at = torch.arange(size, device=x.device)
-    if dim == 3:  # neighbors by their numbers, or F.pad, would not be vectorized; whole lines are
-        first, last = x[..., :1], x[..., -1:]
-        padded = torch.cat([first] * reach + [x] + [last] * reach, dim)
-    blurred = rows[0] * x
-    for distance in range(1, reach + 1):
-        if dim == 3:
-            before, after = (padded.narrow(dim, reach + way, size) for way in (-distance, distance))
-        else:
-            before, after = (x[:, :, (at + way).clamp(0, size - 1)] for way in (-distance, distance))
-        blurred = blurred + rows[distance] * (before + after)
-    return (blurred + 0.5).floor()
+def _box_blur(images: Tensor, rows: Sequence[Tensor], dim: int) -> Tensor:
+    """One pass along a dimension, uint8 to uint8; beyond the edge lies the edge's pixel."""
+    at = torch.arange(images.shape[dim], device=images.device)
+    blurred = rows[0] * images
+    for distance, weight in enumerate(rows[1:], start=1):
+        before, after = (
+            images.index_select(dim, (at + way).clamp(0, images.shape[dim] - 1)).float()
+            for way in (-distance, distance)
+        )
+        blurred = blurred + weight * (before + after)
+    return (blurred + 0.5).floor().to(torch.uint8)
 
 
 def _adjusted(rgb: list[Tensor], columns: Sequence[Tensor]) -> list[Tensor]:

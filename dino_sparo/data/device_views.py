@@ -8,7 +8,6 @@ Axis letters: B images, C crops, S side of a crop, H and W sides of the canvas t
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cache
 from itertools import accumulate
 from typing import Any, NamedTuple, TypeVar
@@ -20,15 +19,20 @@ from torch import Tensor
 
 from dino_sparo.data import color
 from dino_sparo.data.views import CropKind, View
-from dino_sparo.parallel.device import compiled
+from dino_sparo.parallel.device import compiled, why_not_compiled
 
 log = logging.getLogger("dino_sparo")
 
 Item = TypeVar("Item")
 Made = TypeVar("Made", bound=tuple[Any, ...])
 
+CANVAS_TO_COMPILE = 416, 608  # as large as no crop: sizes that are equal then would have to stay so
 IMAGES_AT_ONCE = 32  # share a canvas, which is as large as the largest of them
 CANVAS_STEP = 32  # pixels; sides are multiples, so that matrix products are fast and few shapes occur
+UNCOMPILED = (  # estimated by the bytes that are moved
+    "WARNING: what makes views on the GPU cannot be compiled (%s) and takes about ten times as long: 0.5 ms "
+    "per image on an H200, as long as its step; install a C compiler and Python's headers"
+)
 TOP, LEFT, HEIGHT, WIDTH, FLIP, SOLARIZE = range(6)
 JITTER = slice(6, 26)
 BLUR = slice(26, None)
@@ -94,30 +98,49 @@ def repeated(photos: Photos, batch_size: int) -> Photos:
     return Photos(photos.pixels, photos.places[chosen], photos.numbers[:, chosen])
 
 
-def make_crops(photos: Photos, groups: Sequence[Sequence[CropKind]], device: torch.device) -> list[Tensor]:
-    """All crops, uint8 on the device: (C_i, B, 3, S, S) for each group of equally large ones. Never waits."""
+def compile_views(groups: Sequence[Sequence[CropKind]], batch_size: int, device: torch.device) -> None:
+    """Compile on a GPU what makes crops of so many images of any size; else the first batch waits for it."""
+    taps = max(color.blur_taps(kind.blur_radius[1]) for group in groups for kind in group)
+    numbers = [[1.0] * (BLUR.start + taps)] * sum(map(len, groups))
+    image = torch.zeros(*CANVAS_TO_COMPILE, 3, dtype=torch.uint8), numbers
+    with torch.cuda.device(device):  # in any thread
+        make_crops(repeated(collate_photos([image]), batch_size), groups, device)
+
+
+def make_crops(
+    photos: Photos,
+    groups: Sequence[Sequence[CropKind]],
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """All crops, uint8 on the device: (C_i, B, 3, S, S) for each group of equally large ones. Never waits.
+
+    Args:
+        dtype: of pixels and weights in products, whose sums are float32; None takes half precision on a GPU.
+            float16 holds every pixel exactly, and a weight to 2^-11 of it, as TF32 does.
+    """
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.float16)
+    sizes = [kind[0].size for kind in groups]
+    interpolations = [kind[0].interpolation for kind in groups]
+    num_images = len(photos.places)
     shapes = photos.places[:, 1:].tolist()  # on the host
     pixels, places, numbers = (x.to(device, non_blocking=True) for x in photos)
-    resized: list[list[Tensor]] = [[] for _ in groups]
     of_groups = numbers.split([len(group) for group in groups])  # (C_i, B, 26 + taps) each
-    for first in range(0, len(shapes), IMAGES_AT_ONCE):
-        part = slice(first, first + IMAGES_AT_ONCE)
-        height, width = (
-            -(-max(side) // CANVAS_STEP) * CANVAS_STEP for side in zip(*shapes[part], strict=True)
-        )
-        canvas = _canvas(pixels, places[part], height, width)
-        for group, of_group, done in zip(groups, of_groups, resized, strict=True):
-            boxes = of_group[:, part, : FLIP + 1].transpose(0, 1)
-            with _fast_products(device):
-                resize = _fast(_resized_crops, device)
-                done.append(resize(canvas, boxes, group[0].size, group[0].interpolation))
+    resize, color_all = (_fast(function, device) for function in (_resized_crops, _colors))
+    done = []
+    num_parts = -(-num_images // IMAGES_AT_ONCE)
+    for number in range(num_parts):
+        part = slice(number * num_images // num_parts, (number + 1) * num_images // num_parts)
+        canvas = [-(-max(sides) // CANVAS_STEP) * CANVAS_STEP for sides in zip(*shapes[part], strict=True)]
+        boxes = [of_group[:, part, : FLIP + 1].transpose(0, 1) for of_group in of_groups]
+        done.append(resize(pixels, places[part], boxes, sizes, interpolations, *canvas, dtype))
     crops = []
-    for group, of_group, done in zip(groups, of_groups, resized, strict=True):
-        images = torch.cat(done, dim=1)
+    for group, of_group, parts in zip(groups, of_groups, zip(*done, strict=True), strict=True):
+        images = torch.cat(parts, dim=1)
         if any(map(_has_colors, group)):
             flat = of_group.flatten(0, 1)
             steps = flat[:, JITTER], flat[:, BLUR], flat[:, SOLARIZE]
-            images = _fast(_colors, device)(images.flatten(0, 1), *steps).view_as(images)
+            images = color_all(images.flatten(0, 1), *steps).view_as(images)
         crops.append(images)
     return crops
 
@@ -182,28 +205,51 @@ def _kernel(x: Tensor, interpolation: str) -> Tensor:
     return torch.where(x < 1, inner, torch.where(x < 2, outer, 0))
 
 
-def _canvas(pixels: Tensor, places: Tensor, height: int, width: int) -> Tensor:
-    """Images out of the flat pixels, float32 (B, 3, H, W); beyond its edges an image's last pixels go on."""
-    y, x = (torch.arange(side, device=pixels.device) for side in (height, width))
-    start, rows, columns = (column[:, None, None] for column in places.unbind(1))
-    number = (
-        start + torch.minimum(y[:, None], rows - 1) * columns + torch.minimum(x, columns - 1)
-    )  # (B, H, W)
-    return pixels.view(-1, 3)[number].permute(0, 3, 1, 2).float().contiguous()
+def _canvas(pixels: Tensor, places: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Images out of the flat pixels, (B, 3, H, W); beyond its edges an image's last pixels go on."""
+    y, x = (torch.arange(side, device=pixels.device, dtype=torch.int32) for side in (height, width))
+    rows, columns = (column[:, None, None].int() for column in places[:, 1:].unbind(1))
+    within = torch.minimum(y[:, None], rows - 1) * columns + torch.minimum(x, columns - 1)
+    number = places[:, :1, None] + within  # (B, H, W)
+    return pixels.view(-1, 3)[number].permute(0, 3, 1, 2).to(dtype).contiguous()
 
 
-def _resized_crops(canvas: Tensor, boxes: Tensor, size: int, interpolation: str) -> Tensor:
-    """Crops (C, B, 3, S, S) uint8 of the canvas (B, 3, H, W); boxes (B, C, 5): place, size and flip."""
-    images, _, height, width = canvas.shape
-    crops = boxes.shape[1]
-    columns = resize_weights(boxes[..., LEFT : WIDTH + 1 : 2], size, width, interpolation, boxes[..., FLIP])
-    rows = resize_weights(boxes[..., TOP : HEIGHT + 1 : 2], size, height, interpolation)
-    # First all lines (B, 3 * H, C * S), rounded as PIL does between its passes, then all columns.
-    lines = _rounded(torch.bmm(canvas.flatten(1, 2), columns.flatten(1, 2).transpose(1, 2)))
-    by_crop = lines.view(images, 3, height, crops, size).permute(0, 3, 2, 1, 4)  # (B, C, H, 3, S)
-    done = torch.bmm(rows.flatten(0, 1), by_crop.reshape(images * crops, height, 3 * size))
-    pixels = _rounded(done).to(torch.uint8).view(images, crops, size, 3, size)
-    return pixels.permute(1, 0, 3, 2, 4).contiguous()
+def _resized_crops(
+    pixels: Tensor,
+    places: Tensor,
+    boxes: Sequence[Tensor],
+    sizes: Sequence[int],
+    interpolations: Sequence[str],
+    height: int,
+    width: int,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """Crops (C_i, B, 3, S, S) uint8 of each group; its boxes (B, C_i, 5) are place, size and flip."""
+    canvas = _canvas(pixels, places, height, width, dtype)
+    # First all lines (B, C * S, 3 * H) of all groups, rounded as PIL does between its passes, then columns.
+    weights = [
+        resize_weights(box[..., LEFT : WIDTH + 1 : 2], size, width, interpolation, box[..., FLIP])
+        .flatten(1, 2)
+        .to(dtype)
+        for box, size, interpolation in zip(boxes, sizes, interpolations, strict=True)
+    ]
+    all_lines = _product(torch.cat(weights, dim=1), canvas.flatten(1, 2).transpose(1, 2))
+    crops = []
+    of_groups = all_lines.split([one.shape[1] for one in weights], dim=1)
+    for box, size, interpolation, lines in zip(boxes, sizes, interpolations, of_groups, strict=True):
+        by_column = _rounded(lines).to(dtype).reshape(-1, size * 3, height)  # (B * C, S * 3, H)
+        rows = resize_weights(box[..., TOP : HEIGHT + 1 : 2], size, height, interpolation).to(dtype)
+        done = _product(by_column, rows.flatten(0, 1).transpose(1, 2))  # (B * C, S * 3, S)
+        made = _rounded(done).to(torch.uint8).view(len(places), -1, size, 3, size)
+        crops.append(made.permute(1, 0, 3, 4, 2).contiguous())
+    return crops
+
+
+def _product(one: Tensor, other: Tensor) -> Tensor:
+    """Products of a batch, with sums in float32."""
+    if one.dtype == torch.float32 or one.device.type == "cpu":
+        return torch.bmm(one.float(), other.float())
+    return torch.bmm(one, other, out_dtype=torch.float32)
 
 
 def _rounded(x: Tensor) -> Tensor:
@@ -222,31 +268,22 @@ def _colors(images: Tensor, jitter: Tensor, blur: Tensor, solarize: Tensor) -> T
 
 
 @cache
-def _fast(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
-    """A few compiled kernels on a GPU, one for all sizes; without a compiler it is only slower."""
-    if device.type != "cuda":
+def _fast(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """A few compiled kernels on a GPU, one graph for all sizes; without a compiler it is only slower."""
+    if device.type != "cuda" or why_not_compiled():
         return function
     fast = compiled(function, fullgraph=True, dynamic=True)
-    numbers = torch.ones(2, 26, device=device)
-    try:
-        if function is _colors:
-            images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8, device=device)
-            fast(images, numbers[:, JITTER], numbers[:, :3], numbers[:, SOLARIZE])
-        else:
-            fast(torch.zeros(2, 3, 64, 96, device=device), numbers.view(2, 2, 13)[..., :5], 48, "bicubic")
-    except Exception as error:  # whatever is wrong with the compiler, training can go on
-        log.warning("WARNING: the views cannot be compiled and are slower (%s)", str(error).split("\n")[0])
-        return function
-    return fast
 
+    def run(*arguments: Any) -> Any:
+        nonlocal fast
+        try:
+            return fast(*arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever is wrong with the compiler, training can go on
+            if fast is not function:
+                log.warning(UNCOMPILED, str(error).split("\n")[0])
+            fast = function
+            return function(*arguments)
 
-@contextmanager
-def _fast_products(device: torch.device) -> Iterator[None]:
-    """TF32 on a GPU: pixels are exact in it, and weights by a thousandth."""
-    before = torch.get_float32_matmul_precision()
-    try:
-        if device.type == "cuda":
-            torch.set_float32_matmul_precision("high")
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    return run

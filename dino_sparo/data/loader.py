@@ -4,6 +4,7 @@ Workers hand over uint8 pixels: crops, or whole images where the training device
 Axis letters: B images, C crops.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from operator import itemgetter
@@ -18,14 +19,27 @@ from torchvision.utils import make_grid
 
 from dino_sparo.data import color, pil_views
 from dino_sparo.data.decode import UnreadableImageError
-from dino_sparo.data.device_views import Photos, collate_photos, make_crops, numbers_of, to_pixels
+from dino_sparo.data.device_views import (
+    UNCOMPILED,
+    Photos,
+    collate_photos,
+    compile_views,
+    make_crops,
+    numbers_of,
+    to_pixels,
+)
 from dino_sparo.data.images import to_tensor
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.views import NUM_GLOBAL_CROPS, CropKind, draw_view, sample_order, substitute_sample
 from dino_sparo.data.workers import WatchedLoader
 from dino_sparo.errors import UserError
+from dino_sparo.parallel.device import why_not_compiled
+from dino_sparo.parallel.distributed import first_rank_first
+
+log = logging.getLogger("dino_sparo")
 
 SUBSTITUTE_TRIES = 10
+WORKERS_FOR_PIL = 16  # at 16 ms per image; a step with views that are not compiled takes about 1 ms of a GPU
 
 Executor = Literal["pil", "device"]  # of views: workers by PIL, or the training device
 Replaced = tuple[str, str]  # name of an image for which another one stands in, and why it cannot be read
@@ -148,9 +162,18 @@ class BatchOrder(Sampler):
 
 
 def choose_executor(
-    name: Literal["auto", "pil", "tensor", "device"], device: torch.device, *, max_side: int | None
+    name: Literal["auto", "pil", "tensor", "device"],
+    device: torch.device,
+    *,
+    max_side: int | None,
+    num_workers: int | None = None,
 ) -> Executor:
     """`auto` is the GPU where there is one and the size of images is bounded, else PIL, and so is `tensor`.
+
+    Where code for the GPU cannot be compiled, `auto` is PIL if there are workers enough to be faster.
+
+    Args:
+        num_workers: of this process; None for a GPU that need not be here.
 
     Raises:
         UserError: crops are to be made on the device of images of any size.
@@ -160,7 +183,27 @@ def choose_executor(
             "machine.views device makes crops of a batch of whole images, which data.max_side null does not "
             "bound; give data.max_side 1024, or machine.views pil"
         )
-    return "device" if name == "device" or ((name, device.type) == ("auto", "cuda") and max_side) else "pil"
+    if name != "device" and ((name, device.type) != ("auto", "cuda") or not max_side):
+        return "pil"
+    if num_workers is not None and device.type == "cuda" and (reason := why_not_compiled()):
+        if name == "auto" and num_workers >= WORKERS_FOR_PIL:
+            log.warning(
+                "WARNING: %d workers make the views by PIL, since code for the GPU cannot be compiled (%s); "
+                "with a C compiler and Python's headers an eighth of the workers suffice",
+                *(num_workers, reason),
+            )
+            return "pil"
+        log.warning(UNCOMPILED, reason)
+    return "device"
+
+
+def prepare_device(
+    recipes: Sequence[CropKind], executor: Executor, batch_size: int, device: torch.device
+) -> None:
+    """Compile what makes these crops on a GPU: one process of a machine first, the others find its code."""
+    if executor == "device" and device.type == "cuda" and not why_not_compiled():
+        log.info("compiling what makes the views on the GPU: up to a minute if it is not found compiled")
+        first_rank_first(lambda: compile_views(_in_groups(recipes), batch_size, device))
 
 
 def crop_batches(

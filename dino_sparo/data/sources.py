@@ -126,11 +126,17 @@ def open_folder(
 
 
 def open_images(
-    path: str, max_images: int | None = None, key: str = "data.path", choice: Choice = AS_FOUND
+    path: str,
+    max_images: int | None = None,
+    key: str = "data.path",
+    choice: Choice = AS_FOUND,
+    splits: Splits | None = None,
 ) -> ImageSource:
     """The images to pretrain on: train of what `find_splits` finds, else all.
 
-    `key` is the option that an error about the path names.
+    Args:
+        key: the option that an error about the path names.
+        splits: what `decide` has found, if it was called before.
 
     Raises:
         UserFileNotFoundError: no such folder, or no image in it.
@@ -138,7 +144,7 @@ def open_images(
     source = _open_named(path, "pretrain", choice)
     if source is None:
         try:
-            source = _open_train(path, _splits(path, key, choice), choice)
+            source = _open_train(path, splits or _splits(path, key, choice), choice)
         except UserFileNotFoundError as error:  # the images may lie in tars
             raise UserFileNotFoundError(_explained(path) or str(error)) from error
     if max_images is not None and max_images < len(source):
@@ -153,12 +159,12 @@ def open_val(path: str, choice: Choice = AS_FOUND) -> ImageSource | None:
 
 
 def open_labeled(
-    path: str, key: str = "data.path", choice: Choice = AS_FOUND
+    path: str, key: str = "data.path", choice: Choice = AS_FOUND, splits: Splits | None = None
 ) -> tuple[ImageSource, ImageSource]:
     """Labeled images for evaluation: gallery and test images, with the same classes.
 
     They are train and val of what `find_splits` finds; without val every fifth image is held out for testing.
-    `key` is the option that an error about the path names.
+    `key` and `splits` are as in `open_images`.
 
     Raises:
         UserFileNotFoundError: no such folder, or no image in it.
@@ -167,7 +173,7 @@ def open_labeled(
     if (named := _open_named(path, "train", choice)) and (test := _open_named(path, "test", choice)):
         say_splits(path, named, test)
         return named, test
-    splits = _splits(path, key, choice)
+    splits = splits or _splits(path, key, choice)
     if choice.val is None and (explained := _explained(path)):
         raise UnlabeledError(explained)
     train = _open_train(path, splits, choice)
@@ -202,10 +208,9 @@ def open_labeled(
     return train, replace(val, classes=train.classes, class_numbers=to_train[val.class_numbers])
 
 
-def say_found(path: str, train: ImageSource, choice: Choice) -> None:
-    """`say_splits` for images to pretrain on; those of val are not opened for it."""
-    is_named = path == SHAPES or is_set(path)
-    say_splits(path, train, None, None if is_named else _splits(path, "data.path", choice), held_out=False)
+def decide(path: str, choice: Choice) -> Splits | None:
+    """What is train and val of `data.path`; None of a set by name."""
+    return None if path == SHAPES or is_set(path) else _splits(path, "data.path", choice)
 
 
 def say_splits(
@@ -220,7 +225,7 @@ def say_splits(
 
     Args:
         splits: what was decided; None of a set by name.
-        held_out: whether images of train are val where there are no others.
+        held_out: whether images of train are val where there are no others; not where val is not opened.
     """
     train_at, val_at = path, path
     if splits is not None:

@@ -84,6 +84,16 @@ def find_splits(root: Path, key: str = "data.path", choice: Choice = Choice()) -
     return found
 
 
+def find_test(root: Path, key: str) -> Part:
+    """The images of an existing folder to test on: its val, else its test, else train, else all.
+
+    Raises:
+        UserError: as `find_splits`, but for a folder without train.
+    """
+    found = _found(root, key, needs_train=False)
+    return found.val or found.test or found.train
+
+
 def probably_meant(root: Path, levels: int = WRAPPED) -> str:
     """Where below a folder of one class there are more, in words; empty if there are none."""
     for name in sorted(list_folder(root, TOP_ENTRIES)[0])[:PROBED_ENTRIES] if levels else ():
@@ -113,24 +123,31 @@ def _chosen(root: Path, text: str, key: str) -> Part:
     return _part(root, names)
 
 
-def _found(root: Path, key: str) -> Splits:
+def _found(root: Path, key: str, *, needs_train: bool = True) -> Splits:
     notes: list[str] = []
     for _ in range(WRAPPED):
         folders, files = list_folder(root, TOP_ENTRIES)
         # In a flat folder of more images splits come to light by their plain names.
         folders = sorted({*folders, *(name for name in ("train", "val", "test") if (root / name).is_dir())})
-        by_file = _by_file(root) if any(map(_is_data, files)) else None
-        splits = by_file or _by_folder(root, folders, files, key) or _by_file(root)
+        by_file = _by_file(root, needs_train) if any(map(_is_data, files)) else None
+        by_name = by_file or _by_folder(root, folders, files, key, needs_train)
+        splits = by_name or _by_file(root, needs_train)
         inner, beside = (None, []) if splits or any(map(is_image, files)) else _wrapped(root, folders)
         if splits or inner is None:
             notes += splits.notes if splits else _taken(root, folders)
+            tables = [] if splits else [name for name in _full(root, folders, 2) if holds_tables(root / name)]
+            if len(tables) > 1:
+                raise UserError(
+                    f"{root}: {tables[0]} and {tables[1]} both hold parquet files, as configurations of a "
+                    f"set do; give one of them as {key}"
+                )
             return (splits or Splits(Part(root)))._replace(notes=tuple(notes))
         notes += _left_out(root, beside)
         root = root / inner
     return Splits(Part(root), notes=tuple(notes))
 
 
-def _by_file(root: Path) -> Splits | None:
+def _by_file(root: Path, needs_train: bool) -> Splits | None:
     """Splits of a folder of shards or parquet files; None if it is none."""
     if holds_tables(root):
         names = list_parquet(root)
@@ -140,7 +157,7 @@ def _by_file(root: Path) -> Splits | None:
         return None
     found = splits_of_files(names)
     if "train" not in found:
-        if found and names and is_parquet(names[0]):
+        if needs_train and found and is_parquet(names[0]):
             raise UserFileNotFoundError(
                 f"{root} holds parquet files, but none of train; expected train-*.parquet; download these "
                 f"too, or name those to learn from by data.train"
@@ -153,7 +170,9 @@ def _by_file(root: Path) -> Splits | None:
     return Splits(**{split: _part(root, here) for split, here in found.items()}, notes=notes)
 
 
-def _by_folder(root: Path, folders: Sequence[str], files: Sequence[str], key: str) -> Splits | None:
+def _by_folder(
+    root: Path, folders: Sequence[str], files: Sequence[str], key: str, needs_train: bool
+) -> Splits | None:
     """Splits that are folders in a folder; None if there are none."""
     named = splits_of_folders(folders)
     full = {split: here for split, names in named.items() if (here := _full(root, names))}
@@ -178,7 +197,10 @@ def _by_folder(root: Path, folders: Sequence[str], files: Sequence[str], key: st
         )
         parts = {split: _part(root, here) for split, here in (full | {"train": train}).items()}
         return Splits(**parts, notes=notes)
-    if held_out and ("val" in named or any(_holds_classes(root / name) for name in held_out)):
+    has_classes = any(_holds_classes(root / name) for name in held_out or ())
+    if held_out and has_classes and not needs_train:
+        return Splits(_part(root, held_out))
+    if held_out and needs_train and ("val" in named or has_classes):
         name = held_out[0]
         if "val" in named or _full(root, others, 1):
             raise UserError(

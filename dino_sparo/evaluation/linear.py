@@ -161,11 +161,12 @@ def linear_probe(
         if cached:
             opened = nullcontext(features_of_rows(found[-1], train, order, run_log, encoder.device))
         else:
+            workers = default_workers(local_world_size()) if num_workers is None else num_workers
             opened = features_of_crops(
                 *(encoder, train, order, run_log),
                 precision=choose_precision(precision, encoder.device),
-                executor=choose_executor(views, encoder.device, max_side=MAX_SIDE),
-                num_workers=default_workers(local_world_size()) if num_workers is None else num_workers,
+                executor=choose_executor(views, encoder.device, max_side=MAX_SIDE, num_workers=workers),
+                num_workers=workers,
             )
         every_epochs = 10 if cached else 1  # on cached features one takes less time than a checkpoint
         with run_log, opened as batches:

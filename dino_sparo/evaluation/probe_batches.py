@@ -23,6 +23,7 @@ from dino_sparo.data.loader import (
     PhotoBatch,
     crop_batches,
     crops_of,
+    prepare_device,
 )
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.views import CropKind
@@ -79,6 +80,8 @@ def features_of_crops(
         pin_memory=device.type == "cuda",
         timeout_seconds=TIMEOUT_SECONDS,
     )
+
+    prepare_device(recipes, executor, min(IMAGES_AT_ONCE, order.micro_batch_size), device)
 
     def readable() -> Iterator[Crops | PhotoBatch]:
         loaded = iter(loader)

@@ -11,6 +11,7 @@ stays possible, also one without a val image, which is the official figure.
 Axis letters: B test images, S classes of training.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,9 +24,11 @@ from torch import Tensor
 
 from dino_sparo.data.sources import AS_FOUND, ImageSource, open_folder, open_labeled, unlabeled
 from dino_sparo.data.split_names import same_name
-from dino_sparo.data.splits import Choice
+from dino_sparo.data.splits import Choice, Part, find_test
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.parallel.distributed import first_rank_first
+
+log = logging.getLogger("dino_sparo")
 
 VAL = "val"
 SHOWN_NAMES = 3
@@ -136,7 +139,10 @@ def _open_test_set(name: str, text: str, root: Path, train_classes: tuple[str, .
     if not root.is_dir():
         problem = "is a file" if root.exists() else "does not exist"
         raise UserFileNotFoundError(f"test {text!r}: {str(root)!r} {problem}; {EXPECTED}")
-    source = open_folder(root, "val")
+    part = find_test(root, "test")
+    source = open_folder(part.folder, "val", part.names)
+    if part != Part(root):
+        log.info("test %s: %s images in %s classes (%s)", name, len(source), len(source.classes), part)
     labels, folders = source.labels, source.classes
     if labels is None:
         raise UserError(f"test {text!r}: {unlabeled(source)}")

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -42,6 +43,20 @@ def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
     if hasattr(inductor_config, "cpp_cache_precompile_headers"):  # they would stay in torch's own folder
         inductor_config.cpp_cache_precompile_headers = False
     return torch.compile(function, **options)
+
+
+@cache
+def why_not_compiled() -> str:
+    """What keeps `compiled` from making code for the GPU here, in words; empty if nothing does."""
+    if not torch.cuda.is_available():
+        return ""
+    try:
+        from torch.utils._triton import triton_backend
+
+        triton_backend()  # compiles a little C by itself, or finds that of before
+    except Exception as error:  # whatever is wrong with the compiler
+        return str(error).split("\n")[0] or repr(error)
+    return ""
 
 
 def wait_for(device: torch.device) -> None:

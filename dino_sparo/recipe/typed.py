@@ -5,6 +5,7 @@ A number is finite and above 0 unless the type of its field says otherwise, by o
 
 import difflib
 import math
+import os
 import re
 import typing
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
@@ -123,6 +124,8 @@ def _section_by_name(key: str, values: Mapping[str, Any], sections: Mapping[str,
 def value_of(key: str, value: Any, kind: Any) -> Any:
     """A value as the type of its field has it: text is read as YAML unless the field is text.
 
+    Text of a field that begins with ~/ is a path below the user's home.
+
     Raises:
         UserError: it is of another type or out of range.
     """
@@ -143,7 +146,7 @@ def _converted(value: Any, kind: Any) -> Any:
             with suppress(ValueError, OverflowError):
                 return _converted(value, one)
     elif (kind is str and isinstance(value, str)) or (origin is Literal and value in inner):
-        return value
+        return os.path.expanduser(value) if str(value).startswith("~/") else value
     elif isinstance(value, str) and kind is not str and origin is not Literal:
         parsed = float(value) if EXPONENT.fullmatch(value) else load_yaml(value, "text")
         if isinstance(parsed, str):

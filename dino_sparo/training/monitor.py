@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino_sparo.data.sources import AS_FOUND, ImageSource, open_labeled, per_class
-from dino_sparo.data.splits import Choice
+from dino_sparo.data.splits import Choice, Splits
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.knn import HEADLINE_K, NoDirectionError, evaluate_knn
 from dino_sparo.models import Encoder
@@ -154,17 +154,21 @@ def evaluate_teacher(encoder: Encoder, images: KnnImages, **loading: Any) -> dic
 
 
 def open_knn_images(
-    path: str | None, data_path: str, images_per_class: int | None, choice: Choice = AS_FOUND
+    path: str | None,
+    data_path: str,
+    images_per_class: int | None,
+    choice: Choice = AS_FOUND,
+    splits: Splits | None = None,
 ) -> KnnImages | None:
     """Those of `path`, or of `data_path` if that is labeled; None if there is nothing to measure on.
-    `choice` is about `data_path`.
+    `choice` and `splits` are about `data_path`.
 
     Raises:
         UserError: `path` is given, but is no labeled folder with at least 20 gallery images.
     """
     try:
         if path is None:
-            train, test = open_labeled(data_path, choice=choice)
+            train, test = open_labeled(data_path, choice=choice, splits=splits)
         else:
             train, test = open_labeled(path, "monitor.knn_path")
         if images_per_class is not None:

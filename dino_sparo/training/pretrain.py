@@ -27,6 +27,7 @@ from dino_sparo.data.loader import (
     crop_batches,
     crops_of,
     crops_picture,
+    prepare_device,
 )
 from dino_sparo.data.tables import commit_of
 from dino_sparo.data.views import CropKind
@@ -181,6 +182,7 @@ def pretrain(recipe: Recipe, run_dir: Path, *, resume_unverified: bool = False) 
             timeout_seconds=recipe.machine.data_timeout_seconds,
         )
         try:
+            prepare_device(run.dataset.crop_kinds, run.dataset.executor, run.order.micro_batch_size, device)
             with batches.failures_explained():
                 train(run, iter(batches), signals, group)
         except torch.OutOfMemoryError as error:
@@ -208,7 +210,7 @@ def prepare(recipe: Recipe, run_dir: Path, device: torch.device, *, unverified: 
         lambda: open_data(recipe.data, recipe.monitor, optim.global_batch_size)
     )
     images = identity_of(source)
-    executor = choose_executor(machine.views, device, max_side=recipe.data.max_side)
+    executor = choose_executor(machine.views, device, max_side=recipe.data.max_side, num_workers=num_workers)
     image_bytes = bytes_of_image(recipe.views, recipe.data.max_side, source, executor)
     check_shared_memory(
         local_world_size() * num_workers * machine.prefetch_batches * batch_size * image_bytes

@@ -10,7 +10,7 @@ import torch
 
 from dino_sparo.data.decode import size_of
 from dino_sparo.data.loader import BatchOrder, CropsDataset, Executor
-from dino_sparo.data.sources import ImageSource, absolute_path, open_images, say_found
+from dino_sparo.data.sources import ImageSource, absolute_path, decide, open_images, say_splits
 from dino_sparo.data.splits import Choice
 from dino_sparo.data.views import NUM_GLOBAL_CROPS, crop_kinds
 from dino_sparo.errors import UserError
@@ -83,7 +83,8 @@ def open_data(
         UserError: there are none, or too few.
     """
     choice = Choice.of(data)
-    source = open_images(data.path, data.max_images, choice=choice)
+    splits = decide(data.path, choice)
+    source = open_images(data.path, data.max_images, choice=choice, splits=splits)
     if len(source) < batch_size:
         raise UserError(
             f"data.path {data.path!r} gives {len(source)} images, fewer than one batch: "
@@ -91,9 +92,9 @@ def open_data(
         )
     images = None
     if monitor.knn_every_epochs:
-        images = open_knn_images(monitor.knn_path, data.path, monitor.knn_images_per_class, choice)
+        images = open_knn_images(monitor.knn_path, data.path, monitor.knn_images_per_class, choice, splits)
     if images is None or monitor.knn_path is not None:  # else this was said of those for k-NN
-        say_found(data.path, source, choice)
+        say_splits(data.path, source, None, splits, held_out=False)
     return source, images
 
 

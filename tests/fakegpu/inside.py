@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from collections import Counter
+from dataclasses import asdict
 from itertools import repeat
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -15,7 +16,12 @@ from torch.distributed import distributed_c10d
 
 from dino_sparo.check.counting import Operators
 from dino_sparo.cli.pretraining import PretrainOptions
+from dino_sparo.data.color import blur_taps
+from dino_sparo.data.device_views import Photos, collate_photos, numbers_of
+from dino_sparo.data.loader import PhotoBatch, crops_of, prepare_device
+from dino_sparo.data.views import crop_kinds, draw_view
 from dino_sparo.parallel.precision import autocast, set_numerics
+from dino_sparo.recipe.files import named_recipe
 from dino_sparo.runs.runlog import RunLog, read_metrics
 from dino_sparo.training import steps as training_steps
 from dino_sparo.training.periodic import log_step
@@ -124,6 +130,41 @@ def log_entry(data: str, run_dir: str) -> dict:
             waits, launches = counters.fakegpu_waits(), counters.fakegpu_launches()
     entries = [entry["step"] for entry in read_metrics(Path(run_dir))]
     return {"host_ms": sorted(times)[3], "waits": waits, "launches": launches, "entries": entries}
+
+
+def views(images: int) -> dict:
+    """Graphs compiled for the views of the paper's experiment: before the first batch, and in all.
+
+    Batches are of images of many sizes; launches, waits of the host and peak memory are those of the last.
+    """
+    kinds = crop_kinds(**asdict(named_recipe("imagenet_vits16_sparo", {"data.path": "x"}).views))
+    device = torch.device("cuda", 0)
+    graphs = torch._dynamo.utils.counters["stats"]
+    prepare_device(kinds, "device", images, device)
+    prepared = graphs["unique_graphs"]
+    taps = max(blur_taps(kind.blur_radius[1]) for kind in kinds)
+    for sizes in [(500, 375)], [(96, 96)], [(224, 512)], [(500, 500), (224, 224)], [(1024, 1024)]:
+        loaded = []
+        for number in range(images):
+            height, width = sizes[number % len(sizes)]
+            size = {"image_width": width, "image_height": height}
+            drawn = [
+                draw_view(kind, seed=0, epoch=0, sample=number, crop=crop, **size)
+                for crop, kind in enumerate(kinds)
+            ]
+            pixels = torch.zeros(height, width, 3, dtype=torch.uint8)
+            loaded.append((pixels, [numbers_of(view, taps) for view in drawn]))
+        batch = PhotoBatch(Photos(*(values.pin_memory() for values in collate_photos(loaded))))
+        torch.cuda.reset_peak_memory_stats()
+        counters.fakegpu_reset()
+        crops_of(batch, kinds, device)
+    return {
+        "prepared": prepared,
+        "graphs": graphs["unique_graphs"],
+        "launches": counters.fakegpu_launches(),
+        "waits": counters.fakegpu_waits(),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+    }
 
 
 def calls() -> Counter:
