@@ -3,36 +3,32 @@
 import shlex
 from pathlib import Path
 
-import numpy as np
-import torch
 from matplotlib.figure import Figure
 
-from dino_sparo.data.images import normalize, to_tensor
-from dino_sparo.data.pil_views import center_crop
 from dino_sparo.data.sources import open_images
 from dino_sparo.evaluation.knn import HEADLINE_K
 from dino_sparo.interop.load import load_encoder
 from dino_sparo.runs.runlog import read_metrics
-from dino_sparo.slots.attention import distinct_slots, slot_attention
-from dino_sparo.slots.drawing import draw_slot_maps
+from dino_sparo.slots.maps import look, spread_evenly
 
-NUM_PICTURES, NUM_SLOTS = 6, 8
+NUM_PICTURES, NUM_SLOTS = 6, 6
 KNN = f"knn{HEADLINE_K}_top1"
 
 
-def show_run(
-    run_dir: Path, data_path: str, *, max_images: int | None, image_size: int, with_slots: bool
-) -> None:
+def show_run(run_dir: Path, data_path: str, *, max_images: int | None, with_slots: bool) -> None:
     """Print the k-NN accuracies of a complete run, and write `curve.png` and with slots `slots.png` there.
 
-    Attention is drawn over some of at most `max_images` images of `data_path`, `image_size` pixels wide.
+    Attention of the slots that look at the most different places is drawn over some of at most `max_images`
+    images of `data_path`.
     """
     metrics = read_metrics(run_dir)
     print_table(metrics)
     draw_curve(metrics, run_dir / "curve.png")
     print(f"\nlearning curve: {run_dir / 'curve.png'}")
     if with_slots:
-        draw_maps(run_dir, data_path, run_dir / "slots.png", max_images=max_images, image_size=image_size)
+        source = open_images(data_path, max_images)
+        numbers = spread_evenly(source, NUM_PICTURES)
+        look(load_encoder(run_dir), source, numbers, num_slots=NUM_SLOTS).draw(run_dir / "slots.png")
         print(f"where slots look: {run_dir / 'slots.png'}")
         arguments = ["slots", "report", str(run_dir), "--data.path", data_path]
         print(f"all about slots, as a page: dino-sparo {shlex.join(arguments)}")
@@ -64,12 +60,3 @@ def draw_curve(metrics: list[dict[str, float]], path: Path) -> None:
         axis.set_xlabel("epoch")
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
-
-
-def draw_maps(run_dir: Path, data_path: str, path: Path, *, max_images: int | None, image_size: int) -> None:
-    """Attention of some slots of the teacher over some images."""
-    source = open_images(data_path, max_images)
-    chosen = np.linspace(0, len(source) - 1, NUM_PICTURES).round().astype(int)
-    crops = [to_tensor(center_crop(source.load(int(i)), image_size)) for i in chosen]
-    maps, _ = slot_attention(load_encoder(str(run_dir)), normalize(torch.stack(crops)))
-    draw_slot_maps(crops, list(maps), distinct_slots(list(maps), NUM_SLOTS), path)

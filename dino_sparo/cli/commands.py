@@ -126,7 +126,10 @@ COMMANDS = {
         slots.SlotMapsOptions,
         slots.maps,
         "where slots look: attention drawn over images",
-        ("slots maps runs/sparo --data.path photos --short-side 448",),
+        (
+            "slots maps runs/sparo --data.path photos --short-side 448",
+            "slots maps dino_deitsmall16_pretrain.pth --data.path photos  # heads of official weights",
+        ),
     ),
     "slots gallery": Command(
         slots.SlotGalleryOptions,

@@ -30,7 +30,6 @@ def demo(options: PretrainOptions) -> None:
         Path(options.run_dir),
         recipe.data.path,
         max_images=recipe.data.max_images,
-        image_size=recipe.views.global_size,
         with_slots=READOUTS[recipe.model.readout.name].has_slots,
     )
 

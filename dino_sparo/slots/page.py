@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +35,11 @@ TITLES = {
 }
 FILES = {part: f"{part}/{part}.json" for part in TITLES}
 OF_CLASSES = ("rank", "mask")  # analyses that need labeled images
-COMPARING = ("rank", "mask", "factors")  # analyses that take a control
+COMPARING = ("rank", "maps", "mask", "factors")  # analyses that take a control
 CURVES = ("loss", "knn20_top1", "knn20_top5", "entropy_teacher", "entropy_mean", "feature_std")
 HEALTH = ("entropy", "effective_patches", "cls_share", "response_std", "overlap", "agreement")
 NUM_BEST = 4  # slots shown from either end of the ranking
-OVERLAY_BYTES, GALLERY_BYTES, PICTURE_BYTES = 60_000, 400_000, 1_200_000  # so that the page is under 15 MB
-MAP_IMAGES = 6  # whose overlays are shown
+GALLERY_BYTES, PICTURE_BYTES = 400_000, 1_200_000  # so that the page is under 15 MB
 SIDES = (1600, 1200, 900, 600, 400, 250)  # pixels of the longer side that a smaller picture may have
 JPEG_QUALITY = 82
 
@@ -234,15 +232,15 @@ class Section:
         table = {"caption": caption, "source": self.source(self.path), "header": header, "rows": cells}
         self.tables.append(table | {"folded": folded})
 
-    def add_picture(self, file: str, caption: str, max_bytes: int = PICTURE_BYTES, kind: str = "") -> None:
-        """A file beside the section's, in the style of its kind; one that cannot be read leaves a note."""
+    def add_picture(self, file: str, caption: str, max_bytes: int = PICTURE_BYTES) -> None:
+        """A file beside the section's; one that cannot be read leaves a note."""
         source = self.source(self.path.with_name(file))
         try:
             uri = picture_uri(self.path.with_name(file).read_bytes(), max_bytes)
         except OSError:
             self.notes.append((f"{source} is missing or no picture.", ""))
         else:
-            self.pictures.append({"uri": uri, "caption": caption, "source": source, "kind": kind})
+            self.pictures.append({"uri": uri, "caption": caption, "source": source})
 
 
 def _cell(value: float | str | None) -> str:
@@ -317,7 +315,7 @@ def _curves(subject: Subject) -> Section:
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110)
     picture = {"caption": "Over epochs", "source": section.source(section.path)}
-    section.pictures.append(picture | {"uri": picture_uri(buffer.getvalue(), PICTURE_BYTES), "kind": ""})
+    section.pictures.append(picture | {"uri": picture_uri(buffer.getvalue(), PICTURE_BYTES)})
     return section
 
 
@@ -381,14 +379,13 @@ def _fill_health(section: Section, found: Content, _shown: list[int]) -> None:
 
 
 def _fill_maps(section: Section, found: Content, shown: list[int]) -> None:
-    """The grid of attention maps, and overlays of the best and worst slots."""
+    """The grid of attention maps, and that of the control's heads."""
     section.intro = f"Attention ({found['which']}) over images of {found['data']}."
     section.add_picture(found["grid"], "Images, CLS token, slots")
-    overlays = zip(found["overlays"].values(), found["images"], strict=True)
-    for files, image in islice(overlays, MAP_IMAGES):
-        for slot in shown:
-            if str(slot) in files:
-                section.add_picture(files[str(slot)], f"Slot {slot}, {image}", OVERLAY_BYTES, "small")
+    if found.get("control_grid"):
+        section.add_picture(
+            found["control_grid"], f"Heads of the CLS token of {found['control']}, without slots"
+        )
     if absent := ", ".join(str(slot) for slot in shown if slot not in found["slots"]):
         command = f"{section.subject.command('maps')} --slots '{shown}'"
         section.notes.append((f"No maps of slots {absent}; they are drawn by", command))
