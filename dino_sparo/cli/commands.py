@@ -189,6 +189,12 @@ COMMANDS = {
             "export runs/sparo --out sparo.pth --format official",
         ),
     ),
+    "embed": Command(
+        exporting.EmbedOptions,
+        exporting.embed,
+        "features of a folder of images as a file for numpy, with the names of the images",
+        ("embed runs/sparo --data.path photos --out features.npz",),
+    ),
     "bench": Command(
         bench.BenchOptions,
         bench.bench,

@@ -3,12 +3,11 @@
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -20,6 +19,9 @@ from dino_sparo.data.workers import WatchedLoader, default_workers
 from dino_sparo.errors import UserError
 from dino_sparo.slots.attention import FULL, strength, times_uniform
 from dino_sparo.terminal import shown
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TIMEOUT_SECONDS = 600.0  # for one image to come
 MAX_ASPECT = 16  # a longer image would have more tokens than one can see or compute
@@ -163,7 +165,7 @@ def draw_attention(picture: Tensor, attention: Tensor) -> Picture:
     Returns:
         uint8 (height, width, 3).
     """
-    times = times_uniform(attention.float().cpu())[None, None]
+    times = times_uniform(attention.float().cpu().nan_to_num())[None, None]
     times = F.interpolate(times, size=picture.shape[1:], mode="bicubic", align_corners=False)[0, 0]
     opacity = (OPACITY * strength(times)).numpy()[..., None]
     luminance = as_picture(picture) @ np.array([0.299, 0.587, 0.114])
@@ -200,6 +202,8 @@ def draw_grid(
         inches: width of a picture.
         scale: whether there is attention in the pictures, whose colors are to be explained.
     """
+    from matplotlib.figure import Figure  # takes a while, and training only makes pictures without titles
+
     heading, titles = _plain(heading), [[*map(_plain, of_row)] for of_row in titles]
     columns = max(map(len, rows))
     width = GAP_INCHES + columns * (inches + GAP_INCHES)
@@ -237,7 +241,7 @@ def draw_grid(
     figure.savefig(path, dpi=DPI)
 
 
-def _draw_scale(figure: Figure, left: float, top: float, page_width: float, page_height: float) -> None:
+def _draw_scale(figure: "Figure", left: float, top: float, page_width: float, page_height: float) -> None:
     """What the color means, `left` and `top` inches from the page's corner."""
     width, height, _ = SCALE_INCHES
     box = left + 0.25, page_height - top - height, width, height

@@ -18,6 +18,7 @@ from dino_sparo.slots.drawing import (
     SeenImages,
     as_picture,
     attention_of_each,
+    beside,
     check_numbers,
     draw_attention,
     draw_grid,
@@ -105,6 +106,11 @@ class Rows(NamedTuple):
     plain: list[Picture]
     drawn: list[list[Picture]]
     titles: dict[str, str]
+
+    def as_one(self) -> Picture:
+        """All rows of square pictures as one picture, without titles."""
+        rows = [beside(plain, *drawn) for plain, drawn in zip(self.plain, self.drawn, strict=True)]
+        return np.concatenate(rows)
 
     def draw(self, path: Path) -> None:
         """Write a PNG: one row an image, the plain image first."""
