@@ -8,23 +8,21 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 
 from dino_sparo.data.sources import ImageSource, open_images
 from dino_sparo.evaluation.features import extract_features
 from dino_sparo.evaluation.knn import HEADLINE_K
 from dino_sparo.evaluation.results import standard_error
 from dino_sparo.interop.load import load_encoder
-from dino_sparo.runs.rundir import read_starts
+from dino_sparo.runs.rundir import num_knn_images
 from dino_sparo.runs.runlog import read_metrics
+from dino_sparo.slots.curves import KNN, draw_curve
 from dino_sparo.slots.drawing import SeenImages, as_picture, draw_grid, file_name, load_images
 from dino_sparo.slots.maps import look, spread_evenly
 from dino_sparo.terminal import program
 
 NUM_PICTURES, NUM_SLOTS = 6, 6
 NUM_QUERIES, NUM_NEIGHBORS, NUM_SEARCHED = 4, 5, 1000
-LEAST_SPAN = 20  # points of accuracy on the axis of a curve, so that noise does not look like a rise
-KNN = f"knn{HEADLINE_K}_top1"
 CONTROL = (  # as in the header of the recipe
     "the same without slots, measured once: 38.7 %, from 37.7 % untrained (the CLS token's teacher collapses "
     "by these settings, which were chosen for slots)"
@@ -47,8 +45,7 @@ def show_run(
     """
     metrics = read_metrics(run_dir)
     evaluations = [entry for entry in metrics if KNN in entry]
-    counts = [start["knn_images"] for start in read_starts(run_dir) if start.get("knn_images")]
-    num_test = counts[-1][1] if counts else None
+    num_test = num_knn_images(run_dir)
     source = open_images(data_path, max_images)
     print()
     if evaluations:
@@ -90,30 +87,6 @@ def table(evaluations: Sequence[Mapping[str, Any]], num_test: int | None) -> str
         if abs(gain) < chance:
             lines.append(f"within chance: so few test images may differ by {chance:.1f} points")
     return "\n".join(lines)
-
-
-def draw_curve(metrics: Sequence[Mapping[str, Any]], num_test: int | None, path: Path) -> None:
-    """Loss, and where it was measured 20-NN accuracy with its standard error, over epochs."""
-    titles = {"loss": "DINO loss", KNN: f"{HEADLINE_K}-NN top-1, per cent"}
-    curves = {key: [entry for entry in metrics if key in entry] for key in titles}
-    curves = {key: entries for key, entries in curves.items() if entries}
-    figure = Figure(figsize=(3.5 * len(curves), 3), layout="constrained")
-    axes: Any = figure.subplots(1, len(curves), squeeze=False)[0]
-    for axis, (key, entries) in zip(axes, curves.items(), strict=True):
-        epochs, values = (np.array([entry[name] for entry in entries]) for name in ("epoch", key))
-        if key == KNN:
-            errors = [standard_error(value, num_test) for value in values] if num_test else None
-            axis.errorbar(epochs, values, errors, marker="o", markersize=4, capsize=3)
-            low, high = axis.get_ylim()
-            wider = max(0.0, LEAST_SPAN - (high - low)) / 2
-            axis.set_ylim(low - wider, high + wider)
-        else:
-            axis.plot(epochs, values)
-        on = f" of {num_test} images" if key == KNN and num_test else ""
-        axis.set_title(titles[key] + on, fontsize=10)
-        axis.set_xlabel("epoch")
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
 
 
 def draw_neighbors(run_dir: Path, source: ImageSource, path: Path) -> None:
