@@ -21,6 +21,15 @@ def shows_bars() -> bool:
     return sys.stderr.isatty() and logging.getLogger("dino_sparo").level <= logging.INFO
 
 
+def program(name: str) -> str:
+    """How a shell here finds a program of this installation: by its name, or by its path."""
+    beside = Path(sys.executable).with_name(name)
+    found = shutil.which(name)
+    if not beside.exists() or (found and os.path.samefile(found, beside)):
+        return name
+    return str(beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside)
+
+
 def colored(text: str, color: Literal["red", "yellow"]) -> str:
     """Text for standard error; plain where that is no terminal, or NO_COLOR (no-color.org) is set."""
     if not sys.stderr.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":

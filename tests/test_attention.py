@@ -6,9 +6,10 @@ import torch
 from PIL import Image
 from timm import layers
 
+from dino_sparo.data.sources import open_images
 from dino_sparo.models import build_encoder
-from dino_sparo.slots.attention import cls_attention, distinct_slots, slot_attention
-from dino_sparo.slots.drawing import COLORS, OPACITIES, draw_slot_maps, overlay
+from dino_sparo.slots.attention import FULL, cls_attention, distinct_slots, slot_attention
+from dino_sparo.slots.drawing import COLOR, OPACITY, SeenImages, draw_attention
 from tests.test_readout import FLOAT64_TOLERANCE, golden_sparo
 
 SMALL = {"width": 48, "depth": 3, "num_heads": 3}
@@ -87,29 +88,39 @@ def test_distinct_slots_prefers_different_places():
     assert distinct_slots(list(maps), 9) == [0, 2, 3, 1]
 
 
-def test_picture_is_bright_where_the_slot_looks(tmp_path):
-    pixels = torch.full((1, 3, 32, 32), 40, dtype=torch.uint8)
-    maps = torch.zeros(1, 1, 4, 4)
-    maps[0, 0, 0, 3] = 1.0
-    draw_slot_maps(list(pixels), list(maps), [0], tmp_path / "slots.png")
-    picture = np.asarray(Image.open(tmp_path / "slots.png").convert("L"), dtype=float)
-    height, width = picture.shape
-    overlay = np.where(picture == 255, 0, picture)[height // 4 :, width // 2 :]  # without margin and title
-    row, column = np.unravel_index(overlay.argmax(), overlay.shape)
-    assert row < overlay.shape[0] / 2
-    assert column > overlay.shape[1] / 2
+def test_slots_that_show_little_come_after_all_that_differ():
+    maps = torch.full((1, 4, 4, 4), 1 / 17)
+    maps[0, 1, 0, 0], maps[0, 2, 3, 3], maps[0, 3, 0, 3] = 0.3, 0.2, 0.065
+    assert distinct_slots(list(maps), 4) == [1, 2, 3, 0]
 
 
-def test_overlay_has_the_images_size_and_colors_by_the_peak():
-    pixels = torch.full((3, 24, 40), 100, dtype=torch.uint8)
-    attention = torch.zeros(3, 5)
-    attention[2, 1] = 0.4
-    bright, half = (overlay(pixels, attention, peak).sum(2, dtype=int) for peak in (0.4, 0.8))
-    assert bright.shape == (24, 40)
-    assert bright[16:, 8:16].min() > bright[:8].max()
-    assert bright.max() > half.max() > half.min() == bright.min()
-    assert (overlay(pixels, attention * 0, 0.0).sum(2, dtype=int) == bright.min()).all()  # looks at CLS only
-    least, most = OPACITIES
-    quarter = overlay(pixels, torch.full((3, 5), 0.1), 0.4)[0, 0]  # of the peak: halfway up the colors
-    middle, opacity = 255 * np.asarray(COLORS(0.5))[:3], (least + most) / 2
-    np.testing.assert_allclose(quarter, (1 - opacity) * 100 + opacity * middle, atol=1)
+def test_color_tells_attention_relative_to_uniform_and_the_rest_is_gray():
+    picture = torch.zeros(3, 240, 400, dtype=torch.uint8)
+    picture[0] = 200  # red
+    attention = torch.full((3, 5), 1 / 16)  # uniform over 15 patches and CLS
+    attention[0, 4], attention[2, 0], attention[2, 4] = FULL / 16, 3 * FULL / 16, FULL**0.5 / 16
+    attention[0, 0] = 0
+    drawn = draw_attention(picture, attention).astype(int)
+    assert drawn.shape == (240, 400, 3)
+    uniform, none, half, full, more = (
+        drawn[place] for place in ((120, 200), (40, 40), (200, 360), (40, 360), (200, 40))
+    )
+    assert uniform.max() == uniform.min() and (none == uniform).all()
+    assert (full == more).all()
+    np.testing.assert_allclose(full, (1 - OPACITY) * uniform + OPACITY * np.array(COLOR), atol=1)
+    np.testing.assert_allclose(half, (uniform + full) / 2, atol=1)
+
+
+def test_photograph_is_drawn_at_its_own_resolution_where_the_encoder_sees_it(tmp_path):
+    image = Image.new("RGB", (600, 300))
+    image.paste((255, 255, 255), (300, 0, 600, 300))
+    image.save(tmp_path / "0.png")
+    source = open_images(str(tmp_path))
+    for short_side, size in ((None, (262, 262)), (32, (300, 600))):  # 7 / 8 of 300; whole patches
+        seen = SeenImages(source, 8, 48, short_side)[0]
+        assert seen.pixels.shape == ((3, 48, 48) if short_side is None else (3, 32, 64))
+        assert seen.picture.shape[1:] == size
+        middle = size[1] // 2
+        assert seen.picture[..., : middle - 3].max() == 0 and seen.picture[..., middle + 3 :].min() == 255
+    Image.new("RGB", (40, 40)).save(tmp_path / "0.png")
+    assert SeenImages(source, 8, 48)[0].picture.shape[1:] == (224, 224)  # small ones are enlarged

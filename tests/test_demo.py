@@ -1,5 +1,9 @@
 """The demo end to end at toy size: table, curve and slot maps, on generated pictures and on a folder."""
 
+import re
+import shlex
+import shutil
+
 import numpy as np
 import pytest
 import yaml
@@ -8,6 +12,7 @@ from PIL import Image
 from dino_sparo.__main__ import main
 from dino_sparo.cli.demo import fitted_to_folder
 from dino_sparo.data.generated import SHAPES_SIZES
+from dino_sparo.demo import table
 from tests.tiny import CLS, tiny_arguments, tiny_options, write_pictures
 
 
@@ -27,7 +32,8 @@ def test_generated_pictures(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "20-NN top-1" in shown
     assert "trained over untrained encoder" in shown
-    assert len([line for line in shown.splitlines() if line.endswith("%") and "." in line]) == 4  # 0 to 3
+    assert len([line for line in shown.splitlines() if " % ± " in line]) == 4  # epochs 0 to 3
+    assert re.search(r"on \d+ test images", shown)
     for name in ("curve.png", "slots.png"):
         assert_is_picture(tmp_path / name)
 
@@ -51,8 +57,35 @@ def test_own_flat_folder(tmp_path, monkeypatch, capsys):
     run_demo(tmp_path / "data" / "train" / "class0", tmp_path / "run", optim__epochs=8)
     optim = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["optim"]
     assert optim["epochs"] == round(8 * 5 / 7)
-    assert "20-NN" not in capsys.readouterr().out
-    assert_is_picture(tmp_path / "run" / "slots.png")
+    shown = capsys.readouterr().out
+    assert "no 20-NN accuracy, which needs class folders" in shown and "test images" not in shown
+    for name in ("slots.png", "curve.png", "neighbors.png"):
+        assert_is_picture(tmp_path / "run" / name)
+        assert str(tmp_path / "run" / name) in shown
+
+
+def test_the_commands_that_it_prints_can_be_pasted(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_pictures(tmp_path / "data", 7)
+    flat, run = tmp_path / "data" / "train" / "class0", tmp_path / "run"
+    run_demo(flat, run, optim__epochs=1)
+    lines = [line for line in capsys.readouterr().out.splitlines() if ": " in line]
+    commands = [shlex.split(line.split(": ", 1)[1]) for line in lines if "--data.path" in line]
+    assert [words[1] for words in commands] == ["slots", "embed"]
+    for program, *arguments in commands:
+        assert shutil.which(program), f"no shell finds {program}"
+        assert main([*arguments, "--device=cpu", "--num_workers=0"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "images", "chance"),
+    [(62.1, 64.7, 153, True), (52.2, 84.4, 1000, False), (62.1, 64.7, None, False)],
+)
+def test_a_gain_within_chance_is_said_to_be(first, last, images, chance):
+    shown = table([{"epoch": 0, "knn20_top1": first}, {"epoch": 8, "knn20_top1": last}], images)
+    assert ("within chance" in shown) == chance
+    assert f"{last - first:+.1f} points" in shown
+    assert ("± 3.9" in shown and "153 test images" in shown) == (images == 153)
 
 
 def test_read_out_without_slots_has_no_slot_maps(tmp_path, capsys):

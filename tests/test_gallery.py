@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from dino_sparo.__main__ import main
-from dino_sparo.data.images import CenterCrops, normalize
+from dino_sparo.data.images import normalize
 from dino_sparo.data.sources import open_images
 from dino_sparo.interop.load import load_encoder
 from dino_sparo.slots.attention import slot_attention
-from dino_sparo.slots.drawing import draw_grid, overlay
+from dino_sparo.slots.drawing import SeenImages, as_picture, draw_attention, draw_grid
 from dino_sparo.slots.gallery import neighbors, strongest
 from tests.tiny import write_pictures
 
@@ -66,9 +66,9 @@ def read(out: Path) -> dict:
 def test_the_program_end_to_end(run_dir, pictures, tmp_path, capsys, monkeypatch):
     drawn = {}
 
-    def draw(rows, titles, path, heading):
+    def draw(rows, titles, path, heading, **options):
         drawn[path.name] = rows, titles, heading
-        draw_grid(rows, titles, path, heading)
+        draw_grid(rows, titles, path, heading, **options)
 
     monkeypatch.setattr("dino_sparo.slots.gallery.draw_grid", draw)
     assert run(run_dir, pictures, tmp_path, "--num_images=3", "--num_neighbours=2") == 0
@@ -76,7 +76,9 @@ def test_the_program_end_to_end(run_dir, pictures, tmp_path, capsys, monkeypatch
     assert (content["run"], content["data"]) == (str(run_dir), str(pictures))
     source, encoder = open_images(str(pictures)), load_encoder(run_dir)
     names = [source.name(number) for number in range(len(source))]
-    pixels = torch.stack([CenterCrops(source, 16)[number] for number in range(len(source))])
+    crops = SeenImages(source, 8, 16)
+    seen = [crops[number] for number in range(len(source))]
+    pixels = torch.stack([one.pixels for one in seen])
     maps, _ = slot_attention(encoder, normalize(pixels))
     with torch.no_grad():
         slots = encoder(normalize(pixels)).view(6, 2, 4).double()
@@ -85,11 +87,10 @@ def test_the_program_end_to_end(run_dir, pictures, tmp_path, capsys, monkeypatch
     assert [entry["slot"] for entry in content["slots"]] == [0, 1]
     for slot, entry in enumerate(content["slots"]):
         rows, titles, heading = drawn[entry["picture"]]
-        assert heading.startswith(f"slot {slot}\n")
+        assert heading.startswith(f"Slot {slot}: ")
         strongest_three = responses[:, slot].argsort(descending=True)[:3].tolist()
         assert [top["image"] for top in entry["top"]] == [names[number] for number in strongest_three]
-        columns = []
-        for number, top in zip(strongest_three, entry["top"], strict=True):
+        for row, (number, top) in enumerate(zip(strongest_three, entry["top"], strict=True)):
             assert top["response"] == pytest.approx(float(responses[number, slot]), rel=1e-3)
             cosines = torch.cosine_similarity(slots[:, slot], slots[number, slot][None])
             cosines[number] = -2
@@ -97,17 +98,17 @@ def test_the_program_end_to_end(run_dir, pictures, tmp_path, capsys, monkeypatch
             assert [near["image"] for near in top["neighbours"]] == [names[other] for other in nearest]
             found = [near["cosine"] for near in top["neighbours"]]
             assert found == pytest.approx(cosines[nearest].tolist(), abs=1e-3)
-            columns.append([number, *nearest])
-        peak = float(maps[np.concatenate(columns), slot].max())
-        for place, column in enumerate(columns):
-            for row, number in enumerate(column):
-                expected = overlay(pixels[number], maps[number, slot], peak).astype(int)
-                assert abs(rows[row][place] - expected).max() <= 1  # batches round differently
-                assert titles[row][place].endswith(f"class{number // 3}")
-        assert titles[0][0].startswith(f"response {entry['top'][0]['response']:.2f}")
-        assert titles[1][0].startswith(f"cosine {entry['top'][0]['neighbours'][0]['cosine']:.3f}")
+            for column, other in enumerate((number, *nearest)):
+                plain, drawn_over = np.split(rows[row][column][:, [*range(224), *range(-224, 0)]], 2, axis=1)
+                assert (plain == as_picture(seen[other].picture)).all()
+                expected = draw_attention(seen[other].picture, maps[other, slot]).astype(int)
+                assert abs(drawn_over - expected).max() <= 1  # batches round differently
+                name, text = titles[row][column].split("\n")
+                assert name == Path(names[other]).name and text.endswith(f"class{other // 3}")
+        assert f"response {entry['top'][0]['response']:.2f}" in titles[0][0]
+        assert f"cosine {entry['top'][0]['neighbours'][0]['cosine']:.3f}" in titles[0][1]
         picture = np.asarray(Image.open(tmp_path / "gallery" / entry["picture"]).convert("RGB"))
-        assert min(picture.shape[:2]) > 3 * 100 and picture.std() > 10  # three columns of three
+        assert min(picture.shape[:2]) > 3 * 100 and picture.std() > 10  # three rows of three
     assert f"2 slots over 6 images: {tmp_path / 'gallery'}" in capsys.readouterr().out
 
 

@@ -28,17 +28,24 @@ from dino_sparo.training.setup import build_schedules
 from dino_sparo.training.stopping import BadSteps
 from tests.tiny import build_state, one_step, state_hash, tiny_options, write_pictures
 
-SCALARS = {
-    "seconds",
-    *("loss", "lr", "weight_decay", "momentum", "teacher_temp", "student_temp", "gradient_norm"),
-    *("gradient_norm_max", "entropy_teacher", "entropy_mean", "kl", "center_norm", "feature_std"),
-    *("images_per_second", "data_wait_share", "log_share", "memory_gib"),
-    *("loss_scale", "overflows", "bad_steps", "bad_images"),
+GROUPS = {
+    "loss": {
+        *("loss", "kl", "entropy_teacher", "entropy_mean", "feature_std", "center_norm", "gradient_norm"),
+        "gradient_norm_max",
+    },
+    "knn": {"knn20_top1", "knn20_top5"},
+    "slots": {
+        *("slot_entropy", "slot_cls_share", "slot_effective_patches", "slots_dead", "slots_duplicate"),
+        "slot_agreement",
+    },
+    "schedule": {"lr", "weight_decay", "momentum", "teacher_temp", "student_temp"},
+    "machine": {
+        *("seconds", "images_per_second", "data_wait_share", "log_share", "memory_gib", "loss_scale"),
+        *("overflows", "bad_steps", "bad_images"),
+    },
 }
-OF_SLOTS = {  # at the end of an epoch
-    *("slot_entropy", "slot_cls_share", "slot_effective_patches", "slots_dead", "slots_duplicate"),
-    "slot_agreement",
-}
+OF_SLOTS = GROUPS["slots"]  # at the end of an epoch
+SCALARS = set().union(*(GROUPS[group] for group in ("loss", "schedule", "machine")))
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +57,16 @@ def finished(tmp_path_factory):
     return folder / "run"
 
 
-def test_tensorboard_has_every_scalar_and_one_picture(finished):
+def test_tensorboard_has_every_scalar_by_group_the_first_crops_and_maps_of_slots(finished):
     events = EventAccumulator(str(finished / "tensorboard"), size_guidance={"images": 0}).Reload()
     tags = events.Tags()
-    knn = {"evaluation/knn20_top1", "evaluation/knn20_top5"}
-    assert set(tags["scalars"]) == {f"train/{name}" for name in SCALARS | OF_SLOTS} | knn
-    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
-    assert tags["images"] == ["first_crops"]
+    grouped = {f"{group}/{name}" for group, names in GROUPS.items() for name in names}
+    assert set(tags["scalars"]) == grouped
+    assert [event.step for event in events.Scalars("loss/loss")] == [1, 2, 3, 4, 5, 6]
+    assert sorted(tags["images"]) == ["first_crops", "slots/maps"]
+    maps = events.Images("slots/maps")
+    assert [event.step for event in maps] == [0, 4, 6]
+    assert (maps[0].width, maps[0].height) == (4 * 224 + 3 * 3, 4 * 224)  # image, CLS, two slots
     picture = events.Images("first_crops")[0]
     assert (picture.width, picture.height) == (2 + 4 * (16 + 2), 2 + 4 * (16 + 2))  # four images, four crops
 

@@ -14,6 +14,7 @@ from PIL import Image
 from dino_sparo.__main__ import main
 from dino_sparo.errors import UserError
 from dino_sparo.interop.load import load_encoder
+from dino_sparo.slots.findings import of_health, training
 from dino_sparo.slots.page import FILES, GALLERY_BYTES, PICTURE_BYTES, Subject, picture_uri, write_page
 from tests.tiny import write_pictures
 
@@ -120,7 +121,55 @@ def test_tables_hold_the_numbers_of_the_files(reported):
     for slot in read(reported, "health")["slots"]:
         assert any(row[0] == str(slot["slot"]) and f"{slot['overlap']:.4g}" in row for row in rows)
     for result in json.loads((reported / "results.json").read_text())["results"]:
-        assert [f"{result['top1']:.4g}", f"{result['top5']:.4g}", "12"] in [row[5:] for row in rows]
+        top1, top5 = result["top1"], result["top5"]
+        error = (top1 * (100 - top1) / 12) ** 0.5
+        assert [f"{top1:.4g}", f"{error:.4g}", f"{top5:.4g}", "12"] in [row[5:] for row in rows]
+
+
+def test_the_page_begins_with_what_was_trained_then_says_what_was_found(reported):
+    text = (reported / "slots" / "report.html").read_text()
+    ranked, known = read(reported, "rank"), read(reported, "factors")
+    one = ranked["encoders"][0]
+    order = [
+        "A ViT of 2 blocks, 16 wide, with 3 slots of 4 numbers, pretrained for 1 epochs (2 steps of 24",
+        "No 20-NN accuracy was measured while training: that needs class folders.",
+        "Loss and 20-NN accuracy over epochs",
+        "Where slots look, beside the CLS token in the last block",
+        f"What slot {one['orders']['knn'][0]} responds to most",
+        "What was found",
+        "of 3 slots, ",
+        f"Alone, slot {one['orders']['knn'][0]} tells most ({max(one['alone']['knn']):.1f} %)",
+        "A slot spreads its attention over",
+        "A learned mask over slots takes nearest class means from",
+        "Of the known factors",
+        'id="curves"',
+        'id="about"',
+        "2 steps</dd>",
+    ]
+    places = [text.index(part) for part in order]
+    assert places == sorted(places)
+    assert any(f"Of the known factors {name} is told best" in text for name in known["factors"])
+
+
+def test_a_gain_within_chance_and_dead_slots_are_said(reported):
+    encoder = load_encoder(reported)
+    metrics = [{"epoch": at, "step": at, "knn20_top1": top1} for at, top1 in ((0, 62.1), (8, 64.7))]
+    config = {"optim": {"global_batch_size": 4}, "data": {"path": "photos"}}
+    _, told = training(encoder, config, metrics, 153)
+    assert told == (
+        "20-NN accuracy: 62.1 % untrained, 64.7 % trained (± 3.9, one standard error), on 153 test images; "
+        "so small a difference is within chance."
+    )
+    assert "chance" not in training(encoder, config, metrics, 10**5)[1]
+    slot = {"dead": True, "duplicate": True}
+    content = {
+        "slots": [slot | {"slot": 0, "nearest": 2}, slot | {"slot": 2, "nearest": 0, "dead": False}],
+        "summary": {"mean_effective_patches": 3.0, "num_patches": 4, "mean_cls_share": 0.5},
+    }
+    assert of_health(content)[:2] == [
+        "Dead slots, which do not vary over images: 0.",
+        "Slots that look at the same places: 0 and 2.",
+    ]
 
 
 def test_each_missing_part_tells_its_command(copied):

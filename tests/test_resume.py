@@ -41,8 +41,8 @@ def curve(run_dir: Path) -> list[tuple[int, float]]:
 def event_steps(run_dir: Path) -> list[int]:
     """Steps that TensorBoard shows."""
     events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
-    found = "train/loss" in events.Tags()["scalars"]
-    return [event.step for event in events.Scalars("train/loss")] if found else []
+    found = "loss/loss" in events.Tags()["scalars"]
+    return [event.step for event in events.Scalars("loss/loss")] if found else []
 
 
 def assert_as_uninterrupted(run_dir: Path, uninterrupted: Path) -> None:

@@ -9,11 +9,12 @@ import torch
 from PIL import Image
 
 from dino_sparo.__main__ import main
-from dino_sparo.data.images import normalize, to_tensor
-from dino_sparo.data.pil_views import center_crop
+from dino_sparo.data.images import normalize
+from dino_sparo.data.sources import open_images
 from dino_sparo.interop.load import load_encoder
+from dino_sparo.models import build_encoder
 from dino_sparo.slots.attention import cls_attention, slot_attention
-from dino_sparo.slots.drawing import overlay
+from dino_sparo.slots.drawing import SeenImages, draw_attention
 
 SIDES = (24, 16, 40)  # of the pictures, whose widths are these and whose heights are 24
 
@@ -58,26 +59,50 @@ def test_center_crops(run_dir, pictures, tmp_path, capsys):
     grid = read(folder / "grid.png")
     assert grid.shape[1] > 4 * 100 and grid.std() > 10  # image, CLS and two slots
     assert str(folder / "grid.png") in capsys.readouterr().out
-    opened = [Image.open(pictures / f"{number}.png") for number in (2, 0)]
-    pixels = torch.stack([to_tensor(center_crop(image, 16)) for image in opened])
     encoder = load_encoder(run_dir)
+    crops = SeenImages(open_images(str(pictures)), 8, 16)  # what the encoder was trained at
+    seen = [crops[number] for number in (2, 0)]
+    pixels = torch.stack([one.pixels for one in seen])
     of_slots, _ = slot_attention(encoder, normalize(pixels))
     of_cls = cls_attention(encoder, normalize(pixels)).mean(dim=1)
     maps = {"cls": of_cls, "slot00": of_slots[:, 0], "slot01": of_slots[:, 1]}
     for row, number in enumerate((2, 0)):
         for name, of_images in maps.items():
-            expected = overlay(pixels[row], of_images[row], float(of_images.max())).astype(int)
+            expected = draw_attention(seen[row].picture, of_images[row]).astype(int)
             found = read(folder / f"image{number}_{name}.png").astype(int)
-            assert found.shape == (16, 16, 3)  # what the encoder was trained at
             assert abs(found - expected).max() <= 1  # batches round differently
+
+
+def test_without_slots_every_head_of_the_cls_token_is_drawn(run_dir, slot_runs, pictures, tmp_path, capsys):
+    assert run(slot_runs["cls"], pictures, tmp_path, "--images=[1]") == 0
+    content = json.loads((tmp_path / "maps" / "maps.json").read_text())
+    assert content["slots"] == []
+    assert content["overlays"] == {"1": {key: f"image1_{key}.png" for key in ("cls", "head0", "head1")}}
+    vit = build_encoder({"width": 128, "depth": 2, "num_heads": 2}, 8, 16, readout="cls")
+    torch.save(vit.backbone.state_dict(), tmp_path / "official.pth")
+    assert run(tmp_path / "official.pth", pictures, tmp_path / "official", "--images=[1]") == 0
+    other = json.loads((tmp_path / "official" / "maps" / "maps.json").read_text())
+    assert other["overlays"] == content["overlays"]
+    assert run(slot_runs["cls"], pictures, tmp_path / "out", "--slots=[0]") == 2
+    assert "slots is [0], but the encoder has none (read-out cls)" in capsys.readouterr().err
+    control = f"--control={slot_runs['cls']}"
+    assert run(run_dir, pictures, tmp_path / "both", control, "--images=[1]", "--slots=[0]") == 0
+    content = json.loads((tmp_path / "both" / "maps" / "maps.json").read_text())
+    assert (content["slots"], content["control"]) == ([0], str(slot_runs["cls"]))
+    grids = [
+        read(folder / "maps" / name)
+        for folder, name in ((tmp_path, "grid.png"), (tmp_path / "both", "control.png"))
+    ]
+    assert (grids[0] == grids[1]).all()
 
 
 def test_whole_images_that_are_not_square(run_dir, pictures, tmp_path):
     assert run(run_dir, pictures, tmp_path, "--short_side=32", "--batch_size=2") == 0
     content = json.loads((tmp_path / "maps" / "maps.json").read_text())
     assert sorted(content["slots"]) == [0, 1]  # all there are
-    # 24x24 -> 32x32; 16 wide, 24 high -> 32, 48; 40 wide, 24 high -> 53, 32, of which 48 are whole patches
-    shapes = {"0": (32, 32), "1": (48, 32), "2": (32, 48)}
+    # 24x24 -> 32x32; 16 wide, 24 high -> 32, 48; 40 wide, 24 high -> 53, 32, of which 48 are whole patches;
+    # all drawn 7 times as large, so that the short side has 224 pixels
+    shapes = {"0": (224, 224), "1": (336, 224), "2": (224, 336)}
     for number, names in content["overlays"].items():
         assert {read(tmp_path / "maps" / name).shape[:2] for name in names.values()} == {shapes[number]}
 

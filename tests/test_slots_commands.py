@@ -22,13 +22,13 @@ def refused(slot_runs, tmp_path, capsys):
     return run
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "maps"])
 def test_an_encoder_without_slots(refused, slot_runs, command):
     said = refused(command, run="cls")
     assert f"{slot_runs['cls']} has no slots (read-out cls), expected one with slots" in said
 
 
-@pytest.mark.parametrize("command", ["rank", "mask", "factors", "report"])
+@pytest.mark.parametrize("command", ["maps", "rank", "mask", "factors", "report"])
 def test_a_control_has_no_slots(refused, slot_runs, command):
     said = refused(command, f"--control={slot_runs['sparo']}")
     assert "has slots (read-out sparo), expected a run without" in said

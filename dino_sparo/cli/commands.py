@@ -126,7 +126,10 @@ COMMANDS = {
         slots.SlotMapsOptions,
         slots.maps,
         "where slots look: attention drawn over images",
-        ("slots maps runs/sparo --data.path photos --short-side 448",),
+        (
+            "slots maps runs/sparo --data.path photos --short-side 448",
+            "slots maps dino_deitsmall16_pretrain.pth --data.path photos  # heads of official weights",
+        ),
     ),
     "slots gallery": Command(
         slots.SlotGalleryOptions,
@@ -185,6 +188,12 @@ COMMANDS = {
             "export runs/sparo --out sparo_onnx --format onnx",
             "export runs/sparo --out sparo.pth --format official",
         ),
+    ),
+    "embed": Command(
+        exporting.EmbedOptions,
+        exporting.embed,
+        "features of a folder of images as a file for numpy, with the names of the images",
+        ("embed runs/sparo --data.path photos --out features.npz",),
     ),
     "bench": Command(
         bench.BenchOptions,

@@ -8,6 +8,7 @@ from dino_sparo.cli.pretraining import PretrainOptions
 from dino_sparo.recipe.files import named_recipe
 from dino_sparo.recipe.readouts import READOUTS
 from dino_sparo.recipe.sections import Recipe
+from dino_sparo.recipe.typed import flattened
 
 NUM_KNN_IMAGES = 2000
 MIN_EPOCHS = 4  # on a folder of any size; the prototypes are frozen in the first
@@ -22,7 +23,7 @@ def demo(options: PretrainOptions) -> None:
     """
     from dino_sparo.data.generated import SHAPES
     from dino_sparo.data.splits import Choice
-    from dino_sparo.demo import show_run
+    from dino_sparo.demo import CONTROL, show_run
     from dino_sparo.training.pretrain import pretrain
 
     recipe = options if options.data.path == SHAPES else fitted_to_folder(options)
@@ -32,9 +33,17 @@ def demo(options: PretrainOptions) -> None:
         recipe.data.path,
         choice=Choice.of(recipe.data),
         max_images=recipe.data.max_images,
-        image_size=recipe.views.global_size,
         with_slots=READOUTS[recipe.model.readout.name].has_slots,
+        control=CONTROL if recipe.data.path == SHAPES and _is_shipped(recipe) else "",
     )
+
+
+def _is_shipped(recipe: Recipe) -> bool:
+    """Whether the experiment is that of the recipe as it is."""
+    from dino_sparo.runs.rundir import NOT_EXPERIMENT
+
+    both = (flattened(each.as_dict(), without=NOT_EXPERIMENT) for each in (recipe, named_recipe("demo", {})))
+    return len({tuple(sorted(map(str, one.items()))) for one in both}) == 1
 
 
 def fitted_to_folder(given: Recipe) -> Recipe:

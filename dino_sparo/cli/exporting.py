@@ -1,7 +1,12 @@
-"""The commands that make other files of images or weights: `prepare` and `export`."""
+"""The commands that make other files of images or weights: `prepare`, `export` and `embed`."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+from dino_sparo.cli.images import ImagesOptions
+from dino_sparo.errors import UserError
+from dino_sparo.recipe.typed import Batch, Workers
 
 
 @dataclass
@@ -35,6 +40,30 @@ class ExportOptions:
     numbers of width."""
 
 
+@dataclass(kw_only=True)
+class EmbedOptions:
+    """Features of a folder of images, with the names of their files, for search, clustering or labels of your
+    own: numpy.load(FILE) gives `features`, float32, and `names`."""
+
+    run: str
+    """Run folder or weights file."""
+    data: ImagesOptions
+    """The images."""
+    out: str
+    """New file, NAME.npz."""
+    what: Literal["encoding", "slots", "cls", "tokens"] = "encoding"
+    """The encoding (slots one after the other, or the CLS token without slots), `slots` each for itself, the
+    CLS token, or all tokens with CLS first."""
+    which: Literal["teacher", "student"] = "teacher"
+    """Whose weights to use."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto takes CUDA where there is a GPU, else the CPU."""
+    num_workers: Workers | None = None
+    """Processes that load images; null takes one a core, at most 16."""
+    batch_size: Batch = 64
+    """Images a forward pass."""
+
+
 def prepare(options: PrepareOptions) -> None:
     """`dino-sparo prepare`."""
     from dino_sparo.prepare import prepare as make_class_folders
@@ -47,3 +76,30 @@ def export(options: ExportOptions) -> None:
     from dino_sparo.export import export as write
 
     print(write(options.run, options.out, options.format, which=options.which, arch=options.arch))
+
+
+def embed(options: EmbedOptions) -> None:
+    """`dino-sparo embed`."""
+    import numpy as np
+
+    from dino_sparo.data.sources import AS_FOUND, open_images, say_found
+    from dino_sparo.evaluation.features import embed as features_of
+    from dino_sparo.files import atomic_write
+    from dino_sparo.interop.load import load_encoder
+    from dino_sparo.parallel.device import choose_device
+    from dino_sparo.parallel.distributed import local_rank
+
+    out = Path(options.out)
+    if out.suffix != ".npz" or not out.parent.is_dir():
+        raise UserError(f"out is {options.out!r}, expected NAME.npz in a folder that exists")
+    device = choose_device(options.device, local_rank())
+    encoder = load_encoder(options.run, options.which).to(device)
+    source = open_images(options.data.path)
+    say_found(options.data.path, source, AS_FOUND)
+    features = features_of(
+        *(encoder, source, options.what), batch_size=options.batch_size, num_workers=options.num_workers
+    )
+    names = np.array([source.name(number) for number in range(len(source))])
+    with atomic_write(out) as file:
+        np.savez(file, features=features, names=names)
+    print(f"features {features.shape} and names of their images: {out}")

@@ -54,7 +54,9 @@ class ComparedSlotsOptions(CachedSlotsOptions):
 
 @dataclass(kw_only=True)
 class SlotMapsOptions(SlotsOptions):
-    """Where slots look: attention over images, beside that of the CLS token in the last block."""
+    """Where slots look: attention over images, beside that of the CLS token in the last block.
+
+    Of a ViT without slots, official and timm weights too: where each head of its CLS token looks."""
 
     data: ImagesOptions
     """The images."""
@@ -67,6 +69,8 @@ class SlotMapsOptions(SlotsOptions):
     short_side: int | None = None
     """Whole images with this short side in pixels; null takes center crops of the size that the encoder was
     trained at."""
+    control: str | None = None
+    """A run or weights without slots, whose heads of the CLS token are drawn over the same images."""
 
 
 @dataclass(kw_only=True)
@@ -149,18 +153,23 @@ def maps(options: SlotMapsOptions) -> None:
     from dino_sparo.slots.maps import slot_maps
 
     folder = _folder(options) / "maps"
+    encoder = _open(options, with_slots=False)
+    control = _open_control(options.control, options.which) if options.control else None
     content = slot_maps(
-        *(_open(options), open_chosen(options.data), folder),
+        *(encoder, open_chosen(options.data), folder),
         slots=options.slots,
         images=options.images,
         num_images=options.num_images,
         short_side=options.short_side,
+        control=control.to(encoder.device) if control else None,
         batch_size=options.batch_size,
         num_workers=options.num_workers,
     )
     _write(options, folder / "maps.json", content)
-    slots = ", ".join(map(str, content["slots"]))
-    print(f"slots {slots} on {len(content['images'])} images: {folder / 'grid.png'}")
+    drawn = f"slots {', '.join(map(str, content['slots']))}" if content["slots"] else "heads of the CLS token"
+    print(f"{drawn} on {len(content['images'])} images: {folder / 'grid.png'}")
+    if control:
+        print(f"heads of the control's CLS token: {folder / 'control.png'}")
 
 
 def gallery(options: SlotGalleryOptions) -> None:
@@ -312,18 +321,18 @@ def _make_missing(
     if lacks("health"):
         health(SlotHealthOptions(**common, data=images))
     if lacks("maps"):
-        maps(SlotMapsOptions(**common, data=images, slots=slots))
+        maps(SlotMapsOptions(**compared, data=images, slots=slots))
     if lacks("gallery"):
         gallery(SlotGalleryOptions(**common, data=images, slots=slots))
     if SHAPES in (subject.config.get("data", {}).get("path"), labeled.path) and lacks("factors"):
         factors(SlotFactorsOptions(**compared))
 
 
-def _open(options: SlotsOptions) -> "Encoder":
+def _open(options: SlotsOptions, *, with_slots: bool = True) -> "Encoder":
     """The encoder of `options.run` in evaluation mode, on the device.
 
     Raises:
-        UserError: its read-out has no slots, or the weights or the device cannot be had.
+        UserError: its read-out has no slots and should, or the weights or the device cannot be had.
     """
     from dino_sparo.interop.load import load_encoder
     from dino_sparo.parallel.device import choose_device
@@ -331,7 +340,7 @@ def _open(options: SlotsOptions) -> "Encoder":
 
     device = choose_device(options.device, local_rank())
     encoder = load_encoder(options.run, options.which)
-    if not encoder.num_slots:
+    if with_slots and not encoder.num_slots:
         raise UserError(
             f"{options.run} has no slots (read-out {encoder.readout_name}), expected one with slots; "
             f"give a run whose recipe has model.readout.name sparo"

@@ -49,6 +49,27 @@ def extract_features(encoder: Encoder, source: ImageSource, **settings: Any) -> 
     return torch.from_numpy(found["encoding"])
 
 
+def embed(encoder: Encoder, source: ImageSource, what: str = "encoding", **settings: Any) -> NDArray[Any]:
+    """What an encoder makes of images, float32, in their order; settings as of `cached_features`.
+
+    Args:
+        what: encoding (num_images, embed_dim), slots (num_images, L, V), cls (num_images, D), or tokens
+            (num_images, N, D), normalized, CLS first.
+
+    Raises:
+        UserError: an image cannot be read, or slots are asked for and there are none.
+    """
+    if what == "slots" and not encoder.num_slots:
+        raise UserError(
+            f"what is slots, but the encoder has none (read-out {encoder.readout_name}); give encoding, cls "
+            f"or tokens"
+        )
+    name = "encoding" if what == "slots" else what
+    rows = cached_features(encoder, [Wanted(source)], [name], **settings)[0][name]
+    shapes = {"slots": (encoder.num_slots, -1), "tokens": (-1, encoder.width)}
+    return rows.reshape(len(rows), *shapes.get(what, (-1,)))
+
+
 @torch.no_grad()
 def cached_features(
     encoder: Encoder,

@@ -156,6 +156,7 @@ def linear_probe(
             steps_per_epoch=steps_per_epoch,
             total_steps=epochs * steps_per_epoch,
             silent=rank() > 0,
+            group="probe",
         )
         opened: AbstractContextManager[Iterator[Batch]]
         if cached:

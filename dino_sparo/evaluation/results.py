@@ -107,6 +107,11 @@ def accuracies(
     return lines
 
 
+def standard_error(accuracy: float, num_images: int) -> float:
+    """Of an accuracy in per cent over so many images, in points."""
+    return (accuracy * (100 - accuracy) / num_images) ** 0.5
+
+
 def results_folder(run: str) -> Path:
     """Where results about RUN go: a run folder itself; for a weights file `<stem>_evaluation` beside it."""
     path = Path(run)

@@ -24,7 +24,7 @@ ARCHITECTURES: dict[str, dict[str, int]] = {
     "vit_base": {"width": 768, "depth": 12, "num_heads": 12},
 }
 WITH_SLOTS = tuple(name for name, readout in READOUTS.items() if readout.has_slots)
-FEATURES = ("encoding", "cls", "patch_mean", "blocks", "probe")
+FEATURES = ("encoding", "cls", "patch_mean", "tokens", "blocks", "probe")
 
 
 def architecture(arch: str | Mapping[str, int]) -> dict[str, int]:
@@ -122,6 +122,7 @@ class Encoder(nn.Module):
 
         - encoding: what `forward` gives.
         - cls, patch_mean: the normalized CLS token, and the mean normalized patch token.
+        - tokens: all normalized tokens, one after the other.
         - blocks: that token (patch_mean for `gap`, else cls) after each of the last `num_blocks` blocks, or
           of all if there are fewer, earliest first.
         - probe: as `probe_features`.
@@ -144,6 +145,7 @@ class Encoder(nn.Module):
             "encoding": encoding,
             "cls": tokens[-1][:, 0],
             "patch_mean": tokens[-1][:, 1:].mean(dim=1),
+            "tokens": tokens[-1].flatten(1),
             "blocks": torch.cat(blocks, dim=-1),
             "probe": torch.cat(of_probe, dim=-1),
         }

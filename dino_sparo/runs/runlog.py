@@ -25,6 +25,13 @@ log = logging.getLogger("dino_sparo")
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FOLDER = "tensorboard"
+GROUPS = {  # of the curves in TensorBoard, by how their names begin; all others are about the machine
+    "machine": ("loss_scale",),
+    "loss": ("loss", "kl", "entropy", "feature_std", "center_norm", "gradient_norm"),
+    "knn": ("knn",),
+    "slots": ("slot",),
+    "schedule": ("lr", "weight_decay", "momentum", "teacher_temp", "student_temp"),
+}
 
 
 class RunLog:
@@ -37,11 +44,20 @@ class RunLog:
         first_step: steps already done.
         steps_per_epoch, total_steps: for the bar and the times left.
         silent: write nothing, in all processes but the first, whose log alone is shown.
+        group: of all curves in TensorBoard; None takes that of `GROUPS`.
     """
 
     def __init__(
-        self, run_dir: Path, *, first_step: int, steps_per_epoch: int, total_steps: int, silent: bool = False
+        self,
+        run_dir: Path,
+        *,
+        first_step: int,
+        steps_per_epoch: int,
+        total_steps: int,
+        silent: bool = False,
+        group: str | None = None,
     ) -> None:
+        self.group = group
         self.steps_per_epoch, self.total_steps = steps_per_epoch, total_steps
         self.first_step = self.last_step = first_step
         self.started = self.last_time = time.monotonic()
@@ -147,7 +163,7 @@ class RunLog:
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Log one entry of the training curve, with its speed."""
-        self._write("train", step, values)
+        self._write(step, values)
         now, images_per_second = time.monotonic(), values["images_per_second"]
         seconds_per_step = (now - self.started) / max(1, step - self.first_step)
         run_left = _duration(seconds_per_step * (self.total_steps - step))
@@ -167,7 +183,7 @@ class RunLog:
     def evaluation(self, step: int, values: dict[str, float], shown: str | None = None) -> None:
         """Log the result of an evaluation, in per cent, and show it, or what stands for it."""
         self._write_postponed()
-        self._write("evaluation", step, values)
+        self._write(step, values)
         shown = shown or "  ".join(f"{name} {value:.2f} %" for name, value in values.items())
         if log.isEnabledFor(logging.INFO):
             tqdm.write(f"after epoch {step // self.steps_per_epoch}: {shown}", file=sys.stderr)
@@ -179,7 +195,7 @@ class RunLog:
             self._events.add_text("alarm", text, step)
 
     def picture(self, step: int, name: str, image: Tensor) -> None:
-        """Log a picture, float (3, height, width) in 0..1."""
+        """Log a picture, (3, height, width): float in 0..1, or uint8."""
         if not self.silent:
             self._events.add_image(name, image, step)
 
@@ -198,16 +214,24 @@ class RunLog:
     def _epoch_of(self, step: int) -> str:
         return f"epoch {(step - 1) // self.steps_per_epoch + 1}/{self.total_steps // self.steps_per_epoch}"
 
-    def _write(self, group: str, step: int, values: dict[str, float]) -> None:
+    def _write(self, step: int, values: dict[str, float]) -> None:
         if self.silent:
             return
         entry = {"step": step, "epoch": round(step / self.steps_per_epoch, 4), **values}
         with named(self.path):
             self._metrics.write(json.dumps(entry) + "\n")
             self._metrics.flush()
-            scalars = [Summary.Value(tag=f"{group}/{k}", simple_value=v) for k, v in values.items()]
+            scalars = [
+                Summary.Value(tag=f"{self.group or group_of(name)}/{name}", simple_value=value)
+                for name, value in values.items()
+            ]
             writer: Any = self._events.file_writer
             writer.add_summary(Summary(value=scalars), step)  # at once: a tenth of the time
+
+
+def group_of(name: str) -> str:
+    """The group of a curve in TensorBoard."""
+    return next((group for group, begins in GROUPS.items() if name.startswith(begins)), "machine")
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

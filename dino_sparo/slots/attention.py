@@ -3,6 +3,7 @@
 Axis letters: B images, L slots, N tokens, D width.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino_sparo.models import Encoder
+
+FULL = 4.0  # times uniform attention that is drawn in the full color
 
 
 @torch.no_grad()
@@ -56,16 +59,29 @@ def _on_grid(attn_BxN: Tensor, encoder: Encoder, images: Tensor) -> Tensor:
     return attn_BxN[:, :, 1:].unflatten(-1, (images.shape[-2] // patch, images.shape[-1] // patch))
 
 
-def distinct_slots(maps: Sequence[Tensor], count: int) -> list[int]:
-    """`count` slots that look at places as different as possible, the most focused one first.
+def times_uniform(attention: Tensor) -> Tensor:
+    """Shares of patches (..., rows, columns) as multiples of uniform attention, 1 / N over all N tokens."""
+    return attention * (attention.shape[-2] * attention.shape[-1] + 1)
 
-    maps: of each image (L, rows, columns). Each next slot is the one least similar to those already chosen.
+
+def strength(times: Tensor) -> Tensor:
+    """What is seen of attention in a picture, 0..1: nothing up to uniform, all from `FULL` times uniform, and
+    in proportion to the logarithm between."""
+    return (times.clamp(min=1).log2() / math.log2(FULL)).clamp(max=1)
+
+
+def distinct_slots(maps: Sequence[Tensor], count: int) -> list[int]:
+    """`count` slots whose pictures differ as much as possible, the most focused one first.
+
+    maps: of each image (L, rows, columns). Each next slot is the one whose picture is least like those
+    already chosen; one that shows little comes late.
     """
-    flat_LX = F.normalize(torch.cat([map_Lrc.flatten(1) for map_Lrc in maps], dim=1), dim=1)
+    flat_LX = torch.cat([strength(times_uniform(map_Lrc)).flatten(1) for map_Lrc in maps], dim=1)
+    shown_L, unit_LX = flat_LX.norm(dim=1), F.normalize(flat_LX, dim=1)
     focus_L = torch.stack([map_Lrc.amax(dim=(1, 2)) for map_Lrc in maps]).mean(dim=0)
     chosen = [int(focus_L.argmax())]
     while len(chosen) < min(count, len(flat_LX)):
-        similarity_L = (flat_LX @ flat_LX[chosen].T).amax(dim=1)
-        similarity_L[chosen] = torch.inf
-        chosen.append(int(similarity_L.argmin()))
+        difference_L = (1 - (unit_LX @ unit_LX[chosen].T).amax(dim=1)) * shown_L
+        difference_L[chosen] = -1
+        chosen.append(int(difference_L.argmax()))
     return chosen

@@ -1,35 +1,99 @@
-"""Pictures of attention: images to draw on, maps drawn over them, and grids of such pictures with titles."""
+"""Pictures of attention: photographs in gray, in color where a slot looks, and grids of them with titles."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dino_sparo.data.images import normalize
+from dino_sparo.data.images import evaluation_crop, normalize, to_tensor
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.workers import WatchedLoader, default_workers
 from dino_sparo.errors import UserError
+from dino_sparo.slots.attention import FULL, strength, times_uniform
 from dino_sparo.terminal import shown
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 TIMEOUT_SECONDS = 600.0  # for one image to come
+MAX_ASPECT = 16  # a longer image would have more tokens than one can see or compute
+SIDES = 224, 448  # least and most pixels of the short side of a picture; between them it has the image's own
+GRAY, LIGHTEST = 0.3, 0.92  # of 255: what black and white of the photograph become
+COLOR = 255, 80, 0  # orange: told from gray by everybody, whatever the color vision
+OPACITY = 0.75  # of the full color, so that the photograph stays visible
 DPI = 110
-CELL_INCHES, GAP_INCHES = 1.35, 0.06  # width of a picture in a grid, and between two
-TITLE_POINTS, TITLE_LINE_INCHES = 8, 0.15  # above a picture
+CELL_INCHES, GAP_INCHES = 1.6, 0.06  # width of a picture in a grid, and between two
+TITLE_POINTS, TITLE_LINE_INCHES, TITLE_LETTERS_PER_INCH = 8, 0.15, 14  # above a picture
 HEADING_POINTS, HEADING_LINE_INCHES, LETTER_INCHES = 9, 0.17, 0.078  # above the grid
+SCALE_INCHES = 2.2, 0.12, 0.34  # of the scale: width, height, and height with its numbers
 LONGEST = 3.0  # a picture in a grid is at most so many times as high as wide
-COLORS = matplotlib.colormaps["inferno"]
-OPACITIES = 0.4, 0.75  # of the color: without attention the image stays visible
+SCALE_TEXT = "attention on a patch, as a multiple of uniform attention"
 
 Picture = NDArray[np.uint8]
+
+
+class Seen(NamedTuple):
+    """An image as the encoder sees it, and the same part of it at the image's own resolution, as far as
+    `SIDES` allow, to draw on: both uint8 (3, height, width)."""
+
+    pixels: Tensor
+    picture: Tensor
+
+
+class SeenImages(Dataset):
+    """Item -> `Seen` of the evaluation crop, pixels (3, size, size), or of the whole image, its short side
+    resized to `short_side` (bicubic).
+
+    What both sides of a whole image have beyond multiples of the patch is cut off, the same on either side.
+    An image that is smaller than a patch or too long to look at raises a UserError.
+    """
+
+    def __init__(
+        self, source: ImageSource, patch_size: int, size: int, short_side: int | None = None
+    ) -> None:
+        if short_side is not None and short_side < patch_size:
+            raise UserError(
+                f"short_side is {short_side}, expected at least the {patch_size} pixels of a patch; give more"
+            )
+        self.source, self.patch_size, self.size, self.short_side = source, patch_size, size, short_side
+
+    def __getitem__(self, index: int) -> Seen:
+        image = self.source.load(index)
+        short = min(image.size)
+        expected = ""
+        if short < self.patch_size:
+            expected = f"at least a patch of {self.patch_size}"
+        elif self.short_side is not None and max(image.size) > MAX_ASPECT * short:
+            expected = f"at most {MAX_ASPECT} times as long as wide"
+        if expected:
+            raise UserError(
+                f"{self.source.name(index)} has {image.width}x{image.height} pixels, expected {expected}; "
+                f"choose other images"
+            )
+        least, most = SIDES
+        if self.short_side is None:
+            side = min(max(least, round(short * 224 / 256)), most)
+            return Seen(evaluation_crop(image, self.size), evaluation_crop(image, side))
+        scale = self.short_side / short
+        width, height = (round(side * scale) for side in image.size)
+        wide, high = (side // self.patch_size * self.patch_size for side in (width, height))
+        left, top = (width - wide) // 2, (height - high) // 2
+        box = left, top, left + wide, top + high
+        pixels = to_tensor(image.resize((width, height), Image.Resampling.BICUBIC).crop(box))
+        zoom = min(max(least, short), most) / min(wide, high)
+        sides = round(zoom * wide), round(zoom * high)
+        across, down = image.width / width, image.height / height
+        own = left * across, top * down, (left + wide) * across, (top + high) * down
+        picture = image.resize(sides, Image.Resampling.BICUBIC, box=own)
+        return Seen(pixels, to_tensor(picture))
 
 
 def check_numbers(key: str, numbers: Sequence[int], count: int) -> None:
@@ -46,8 +110,8 @@ def check_numbers(key: str, numbers: Sequence[int], count: int) -> None:
 
 def load_images(
     dataset: Dataset, source: ImageSource, numbers: Sequence[int], num_workers: int | None = 0
-) -> Iterator[Tensor]:
-    """The pixels, uint8 (3, height, width), that a dataset over `source` gives for these images, in order.
+) -> Iterator[Any]:
+    """What a dataset over `source` gives for these images, in order.
 
     num_workers: None takes one per core, at most 16.
 
@@ -88,93 +152,118 @@ def as_picture(pixels: Tensor) -> Picture:
     return pixels.permute(1, 2, 0).numpy()
 
 
-def overlay(pixels: Tensor, attention: Tensor, peak: float) -> Picture:
-    """A map drawn over its image, at the image's own size, brighter with the square root of the share.
+def draw_attention(picture: Tensor, attention: Tensor) -> Picture:
+    """A map drawn over its image: in gray, and in color where there is more attention than uniform.
 
-    In proportion to the share, one patch far above all others would leave the rest without color.
+    The color is as strong as `strength` says, on one scale for all pictures; where there is none, attention
+    is uniform or less.
 
     Args:
-        pixels: uint8 (3, height, width).
-        attention: (rows, columns), the share of each patch.
-        peak: the share that gets the brightest color; where one slot's maps on several images have the
-            same, their colors are comparable.
+        picture: uint8 (3, height, width), of any size.
+        attention: (rows, columns), the share of each patch of all attention, CLS included.
 
     Returns:
-        uint8 (height, width, 3), bright where the attention is.
+        uint8 (height, width, 3).
     """
-    enlarged = F.interpolate(attention[None, None].float().cpu(), size=pixels.shape[1:], mode="bilinear")
-    heat = (enlarged[0, 0] / peak if peak > 0 else enlarged[0, 0]).clamp(0, 1).sqrt().numpy()
-    least, most = OPACITIES
-    opacity = least + (most - least) * heat[..., None]
-    mixed = (1 - opacity) * as_picture(pixels) + opacity * 255 * np.asarray(COLORS(heat))[..., :3]
-    return mixed.round().astype(np.uint8)
+    times = times_uniform(attention.float().cpu().nan_to_num())[None, None]
+    times = F.interpolate(times, size=picture.shape[1:], mode="bicubic", align_corners=False)[0, 0]
+    opacity = (OPACITY * strength(times)).numpy()[..., None]
+    luminance = as_picture(picture) @ np.array([0.299, 0.587, 0.114])
+    gray = (GRAY * 255 + (LIGHTEST - GRAY) * luminance)[..., None]
+    return ((1 - opacity) * gray + opacity * np.array(COLOR)).round().astype(np.uint8)
 
 
-def draw_slot_maps(
-    pixels: Sequence[Tensor], maps: Sequence[Tensor], slots: Sequence[int], path: Path
-) -> None:
-    """Write a PNG: one row an image, uint8 (3, height, width), then each slot's attention over it.
-
-    maps: of each image (L, rows, columns); the brightest color of a slot is its largest share in any image.
-    """
-    peaks = peaks_of(maps)
-    rows = [
-        [as_picture(image), *(overlay(image, of_image[slot], peaks[slot]) for slot in slots)]
-        for image, of_image in zip(pixels, maps, strict=True)
-    ]
-    titles = [["image", *(f"slot {slot}" for slot in slots)]]
-    draw_grid(rows, titles + [[""] * len(titles[0])] * (len(rows) - 1), path)
+def beside(*pictures: Picture) -> Picture:
+    """Pictures of one height as one, side by side."""
+    gap = np.full((len(pictures[0]), max(1, len(pictures[0]) // 60), 3), 255, np.uint8)
+    return np.concatenate([part for picture in pictures for part in (gap, picture)][1:], axis=1)
 
 
-def peaks_of(maps: Sequence[Tensor]) -> list[float]:
-    """The largest share of a patch in any image, for each slot: maps are (L, rows, columns) of each image."""
-    return np.max([of_image.amax(dim=(1, 2)).cpu().numpy() for of_image in maps], axis=0).tolist()
-
-
-def share(peak: float) -> str:
-    """A share in per cent, of two digits."""
-    return f"{100 * peak:.0f} %" if peak >= 0.0995 else f"{100 * peak:.1f} %"
+def file_name(name: str, inches: float = CELL_INCHES) -> str:
+    """The last part of a name, as much of it as fits above a picture."""
+    name, most = Path(name).name, round(inches * TITLE_LETTERS_PER_INCH)
+    return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-(most - most // 2) :]}"
 
 
 def draw_grid(
-    rows: Sequence[Sequence[Picture]], titles: Sequence[Sequence[str]], path: Path, heading: str = ""
+    rows: Sequence[Sequence[Picture]],
+    titles: Sequence[Sequence[str]],
+    path: Path,
+    heading: str = "",
+    *,
+    inches: float = CELL_INCHES,
+    scale: bool = True,
 ) -> None:
-    """Write a PNG of rows of pictures, each (height, width, 3), below titles and a heading of several lines.
+    """Write a PNG of rows of pictures, each (height, width, 3), below titles, a heading and the color scale.
 
     Pictures of a row may differ in shape, and rows in length.
+
+    Args:
+        inches: width of a picture.
+        scale: whether there is attention in the pictures, whose colors are to be explained.
     """
+    from matplotlib.figure import Figure  # takes a while, and training only makes pictures without titles
+
     heading, titles = _plain(heading), [[*map(_plain, of_row)] for of_row in titles]
     columns = max(map(len, rows))
-    width = GAP_INCHES + columns * (CELL_INCHES + GAP_INCHES)
+    width = GAP_INCHES + columns * (inches + GAP_INCHES)
     lines = heading.split("\n") if heading else []
-    page_width = max(width, LETTER_INCHES * max(map(len, lines), default=0))
+    letters = max([*map(len, lines), len(SCALE_TEXT) + 30 if scale else 0], default=0)
+    page_width = max(width, LETTER_INCHES * letters)
     heights = [
-        CELL_INCHES * min(LONGEST, max(picture.shape[0] / picture.shape[1] for picture in row))
-        for row in rows
+        inches * min(LONGEST, max(picture.shape[0] / picture.shape[1] for picture in row)) for row in rows
     ]
     above = [
         TITLE_LINE_INCHES * max(title.count("\n") + bool(title) for title in of_row) + GAP_INCHES
         for of_row in titles
     ]
     top = HEADING_LINE_INCHES * len(lines) + GAP_INCHES
+    scale_top = top
+    top += scale * SCALE_INCHES[2]
     page_height = top + sum(heights) + sum(above) + GAP_INCHES
     figure = Figure(figsize=(page_width, page_height))
+    left = GAP_INCHES
     if heading:
-        below_edge = 1 - GAP_INCHES / page_height
-        figure.text(
-            0.5, below_edge, heading, parse_math=False, ha="center", va="top", fontsize=HEADING_POINTS
-        )
+        at = left / page_width, 1 - GAP_INCHES / page_height
+        figure.text(*at, heading, parse_math=False, va="top", fontsize=HEADING_POINTS)
+    if scale:
+        _draw_scale(figure, left, scale_top, page_width, page_height)
     for pictures, of_row, height, title_height in zip(rows, titles, heights, above, strict=True):
         top += title_height + height
-        left = (page_width - width) / 2 + GAP_INCHES
+        left = GAP_INCHES
         for picture, title in zip(pictures, of_row, strict=True):
-            box = left / page_width, 1 - top / page_height, CELL_INCHES / page_width, height / page_height
-            axis: Any = figure.add_axes(box)
+            box = left / page_width, 1 - top / page_height, inches / page_width, height / page_height
+            axis: Any = figure.add_axes(box, anchor="N")
             axis.set_axis_off()
             axis.imshow(picture)
             axis.set_title(title, parse_math=False, fontsize=TITLE_POINTS, pad=2)
-            left += CELL_INCHES + GAP_INCHES
+            left += inches + GAP_INCHES
     figure.savefig(path, dpi=DPI)
+
+
+def _draw_scale(figure: "Figure", left: float, top: float, page_width: float, page_height: float) -> None:
+    """What the color means, `left` and `top` inches from the page's corner."""
+    width, height, _ = SCALE_INCHES
+    box = left + 0.25, page_height - top - height, width, height
+    axis: Any = figure.add_axes(
+        (box[0] / page_width, box[1] / page_height, box[2] / page_width, box[3] / page_height)
+    )
+    weight = np.linspace(0, OPACITY, 100)[:, None]
+    middle = (GRAY + LIGHTEST) / 2 * 255
+    axis.imshow(
+        ((1 - weight) * middle + weight * np.array(COLOR)).round().astype(np.uint8)[None],
+        aspect="auto",
+        extent=(0, 1, 0, 1),
+    )
+    steps = 2.0 ** np.arange(np.log2(FULL) + 1)
+    labels = [f"{step:.0f}" for step in steps]
+    axis.set_xticks(
+        np.log(steps) / np.log(FULL), [f"{labels[0]} or less", *labels[1:-1], f"{labels[-1]} or more"]
+    )
+    axis.set_yticks([])
+    axis.tick_params(labelsize=TITLE_POINTS, length=2, pad=1)
+    text = (left + width + 0.75) / page_width, 1 - (top + height / 2) / page_height
+    figure.text(*text, SCALE_TEXT, va="center", fontsize=HEADING_POINTS)
 
 
 def remove_other_pictures(folder: Path, pattern: str, names: Collection[str]) -> None:

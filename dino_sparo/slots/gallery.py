@@ -13,23 +13,26 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dino_sparo.data.images import CenterCrops
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.evaluation.knn import Rows, k_best
 from dino_sparo.slots.attention import slot_attention
 from dino_sparo.slots.drawing import (
+    Picture,
+    SeenImages,
+    as_picture,
     attention_of_each,
+    beside,
     check_numbers,
+    draw_attention,
     draw_grid,
+    file_name,
     load_images,
-    overlay,
-    peaks_of,
     remove_other_pictures,
-    share,
 )
 from dino_sparo.slots.parts import CutEncoder, chunks
 
-TITLE_LETTERS = 18  # of a class name above a picture
+TITLE_LETTERS = 14  # of a class name above a picture
+PAIR_INCHES = 2.6  # width of an image and the map on it
 
 
 def slot_gallery(
@@ -60,15 +63,15 @@ def slot_gallery(
     found = strongest(features, num_slots, min(num_images, len(source)), device=device)
     cosines, near = neighbors(features, found, min(num_neighbors, len(source) - 1), device=device)
     shown = torch.cat((found.images[:, :, None], near), dim=2).cpu()  # (L, T, 1 + neighbors)
-    crops = CenterCrops(source, encoder.image_size)
-    pixels = load_images(crops, source, shown[chosen].flatten().tolist(), one.num_workers)
+    crops = SeenImages(source, encoder.backbone.patch_size, encoder.image_size)
+    loaded = load_images(crops, source, shown[chosen].flatten().tolist(), one.num_workers)
     folder.mkdir(parents=True, exist_ok=True)
     entries: list[dict[str, Any]] = []
     for slot in chosen:
-        images = list(islice(pixels, shown[slot].numel()))
+        images = list(islice(loaded, shown[slot].numel()))
         maps = attention_of_each(
             lambda x, slot=slot: slot_attention(encoder, x)[0][:, slot : slot + 1],  # type: ignore[misc]
-            *(images, one.batch_size, device),
+            *([image.pixels for image in images], one.batch_size, device),
         )
         top = [
             {
@@ -84,8 +87,12 @@ def slot_gallery(
             )
         ]
         entries.append({"slot": slot, "picture": f"slot{slot:02d}.png", "top": top})
-        classes = [[_class_of(source, number) for number in column] for column in shown[slot].tolist()]
-        _draw(folder, entries[-1], images, maps, classes)
+        pairs = [
+            beside(as_picture(image.picture), draw_attention(image.picture, of_image[0]))
+            for image, of_image in zip(images, maps, strict=True)
+        ]
+        classes = [[_class_of(source, number) for number in row] for row in shown[slot].tolist()]
+        _draw(folder, entries[-1], pairs, classes)
     remove_other_pictures(folder, "slot*.png", {entry["picture"] for entry in entries})
     return entries
 
@@ -156,30 +163,22 @@ def neighbors(
     return best[0].unflatten(0, (num_slots, shown)), best[1].unflatten(0, (num_slots, shown))
 
 
-def _draw(
-    folder: Path,
-    entry: dict[str, Any],
-    images: Sequence[Tensor],
-    maps: Sequence[Tensor],
-    classes: list[list[str]],
-) -> None:
-    """One column for each of the strongest images: it on top, its neighbors below, the map on each."""
-    peak = peaks_of(maps)[0]
-    drawn = iter([overlay(image, of_image[0], peak) for image, of_image in zip(images, maps, strict=True)])
-    columns = [list(islice(drawn, len(column))) for column in classes]
+def _draw(folder: Path, entry: dict[str, Any], pairs: list[Picture], classes: list[list[str]]) -> None:
+    """One row for each of the strongest images: it first, then its neighbors, each beside the map on it."""
     titles = []
-    for top, column in zip(entry["top"], classes, strict=True):
+    for top, row in zip(entry["top"], classes, strict=True):
+        names = [file_name(one["image"], PAIR_INCHES) for one in (top, *top["neighbours"])]
         values = [f"response {top['response']:.2f}"]
         values += [f"cosine {near['cosine']:.3f}" for near in top["neighbours"]]
-        titles.append([f"{value}\n{name}".rstrip() for value, name in zip(values, column, strict=True)])
+        told = [", ".join(filter(None, pair)) for pair in zip(values, row, strict=True)]
+        titles.append([f"{name}\n{text}" for name, text in zip(names, told, strict=True)])
+    columns = len(titles[0])
     heading = (
-        f"slot {entry['slot']}\n"
-        "top: the images it responds to most (1 is usual)\n"
-        "below each: its nearest neighbors within the slot\n"
-        f"color: where the slot looks, brightest at {share(peak)} of its attention on one patch"
+        f"Slot {entry['slot']}: each row is one of the images to which it responds most (1 is usual), "
+        "and its nearest neighbors within the slot"
     )
-    path = folder / entry["picture"]
-    draw_grid(list(zip(*columns, strict=True)), list(zip(*titles, strict=True)), path, heading)
+    rows = [pairs[start : start + columns] for start in range(0, len(pairs), columns)]
+    draw_grid(rows, titles, folder / entry["picture"], heading, inches=PAIR_INCHES)
 
 
 def _class_of(source: ImageSource, number: int) -> str:

@@ -14,6 +14,7 @@ from dino_sparo.data.images import CenterCrops, normalize
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.errors import UserError
 from dino_sparo.models import Encoder
+from dino_sparo.slots.curves import COLORS
 from dino_sparo.slots.drawing import load_images
 from dino_sparo.slots.statistics import (
     DEAD_RELATIVE_STD,
@@ -127,14 +128,14 @@ def draw_health(slots: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], 
             axis.set_axis_off()
             continue
         low, high = bounds or (0.0, 1.1 * max(numbers) or 1.0)
-        axis.hist(numbers, bins=NUM_BINS, range=(low, high), color="tab:blue", edgecolor="white")
+        axis.hist(numbers, bins=NUM_BINS, range=(low, high), color=COLORS[0], edgecolor="white")
         axis.set_xlim(low, high)
     dead_below = DEAD_RELATIVE_STD * median(slot["response_std"] for slot in slots)
     for axis, at, label in (
         (axes[1][0], dead_below, "dead below"),
         (axes[1][1], DUPLICATE_OVERLAP, "duplicate above"),
     ):
-        axis.axvline(at, color="tab:red", linestyle="--", label=label)
-        axis.legend(fontsize=8, loc="upper left" if at > 0.5 else "upper right")
+        axis.axvline(at, color=COLORS[1], linestyle="--")
+        axis.set_xlabel(f"dashed: {label}", fontsize=8)
     figure.supylabel("slots", fontsize=9)
     figure.savefig(path, dpi=110)

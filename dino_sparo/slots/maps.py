@@ -1,33 +1,34 @@
-"""Attention of chosen slots over chosen images, beside that of the CLS token."""
+"""Attention of chosen slots over chosen images, beside that of the CLS token; without slots, of its heads."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from dino_sparo.data.images import evaluation_crop, to_tensor
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.errors import UserError
 from dino_sparo.models import Encoder
 from dino_sparo.slots.attention import cls_attention, distinct_slots, slot_attention
 from dino_sparo.slots.drawing import (
+    Picture,
+    SeenImages,
     as_picture,
     attention_of_each,
+    beside,
     check_numbers,
+    draw_attention,
     draw_grid,
+    file_name,
     load_images,
-    overlay,
-    peaks_of,
     remove_other_pictures,
-    share,
 )
 
 NUM_SLOTS = 8  # where none are named
-MAX_ASPECT = 16  # a longer image would have more tokens than one can see or compute
+HEADING = "Where {} look: the photograph in gray, with color where there is more attention than uniform"
 
 
 def slot_maps(
@@ -39,117 +40,130 @@ def slot_maps(
     images: Sequence[int] | None = None,
     num_images: int = 6,
     short_side: int | None = None,
+    control: Encoder | None = None,
     batch_size: int = 64,
     num_workers: int | None = 0,
 ) -> dict[str, Any]:
-    """Write grid.png and an overlay for each image and slot into the folder; others of this name go.
-
-    In grid and overlays the brightest color of a slot is its largest share of a patch in all images shown.
+    """Write grid.png and a picture for each image and slot into the folder; others of this name go.
 
     Args:
-        encoder: with slots, in evaluation mode, used on its device.
+        encoder: in evaluation mode, used on its device. Without slots every head of the CLS token is drawn.
         slots: numbers of slots; None takes eight that look at different places.
         images: numbers of images; None takes `num_images` spread evenly.
         short_side: draw whole images with this short side in pixels; None takes the evaluation's crops.
+        control: likewise, an encoder without slots, whose heads are drawn into control.png.
 
     Returns:
-        plain values: names of images, slots, and the pictures' files: `grid`, and `overlays` by image number,
-        then `cls` or the slot.
+        plain values: names of images, slots, and the pictures' files: `grid`, `control`, and `overlays` by
+        image number, then `cls`, the slot, or `head0` and so on.
 
     Raises:
         UserError: a number is not that of a slot or an image, or an image cannot be read or is too small.
     """
     if slots is not None:
+        if not encoder.num_slots:
+            raise UserError(
+                f"slots is {list(slots)}, but the encoder has none (read-out {encoder.readout_name}); leave "
+                f"slots out to see the heads of its CLS token"
+            )
         check_numbers("slots", slots, encoder.num_slots)
     if images is not None:
         check_numbers("images", images, len(source))
-    spread = np.linspace(0, len(source) - 1, min(num_images, len(source))).round().astype(int).tolist()
-    numbers = spread if images is None else list(images)
-    dataset = MapImages(source, encoder.backbone.patch_size, encoder.image_size, short_side)
-    pixels = list(load_images(dataset, source, numbers, num_workers))
-    of_slots, of_cls = (
-        attention_of_each(attention, pixels, batch_size, encoder.device)
-        for attention in (
-            lambda x: slot_attention(encoder, x)[0],
-            lambda x: cls_attention(encoder, x).mean(dim=1, keepdim=True),
-        )
-    )
-    chosen = list(slots or distinct_slots(of_slots, NUM_SLOTS))
+    numbers = spread_evenly(source, num_images) if images is None else list(images)
+    loading = {"short_side": short_side, "batch_size": batch_size, "num_workers": num_workers}
+    rows = look(encoder, source, numbers, slots=slots, **loading)  # type: ignore[arg-type]
     folder.mkdir(parents=True, exist_ok=True)
-    overlays = _draw(folder, pixels, numbers, of_cls, [maps[chosen] for maps in of_slots], chosen)
+    rows.draw(folder / "grid.png")
+    overlays: dict[str, dict[str, str]] = {}
+    for number, drawn in zip(numbers, rows.drawn, strict=True):
+        files = {key: f"image{number}_{_file_part(key)}.png" for key in rows.titles}
+        for picture, file in zip(drawn, files.values(), strict=True):
+            Image.fromarray(picture).save(folder / file)
+        overlays[str(number)] = files
     names = {name for of_image in overlays.values() for name in of_image.values()}
     remove_other_pictures(folder, "image*_*.png", names)
+    if control is not None:
+        look(control, source, numbers, **loading).draw(folder / "control.png")  # type: ignore[arg-type]
     return {
         "images": [source.name(number) for number in numbers],
-        "slots": chosen,
+        "slots": [int(key) for key in rows.titles if key.isdecimal()],
         "grid": "grid.png",
+        "control_grid": None if control is None else "control.png",
         "overlays": overlays,
     }
 
 
-class MapImages(Dataset):
-    """Item -> the evaluation crop of an image, uint8 (3, size, size), or the whole image, uint8 (3, height,
-    width), its short side resized to `short_side` (bicubic).
+def spread_evenly(source: ImageSource, count: int) -> list[int]:
+    """Numbers of at most `count` images of a source, the first and the last among them."""
+    return np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int).tolist()
 
-    What both sides of a whole image have beyond multiples of the patch is cut off, the same on either side.
-    An image that is smaller than a patch or too long to look at raises a UserError.
+
+class Rows(NamedTuple):
+    """Images, and attention drawn over each: names, plain pictures, drawn ones of each image by column, and
+    titles of the columns by key: `cls`, the number of a slot, or `head0` and so on."""
+
+    names: list[str]
+    plain: list[Picture]
+    drawn: list[list[Picture]]
+    titles: dict[str, str]
+
+    def as_one(self) -> Picture:
+        """All rows of square pictures as one picture, without titles."""
+        rows = [beside(plain, *drawn) for plain, drawn in zip(self.plain, self.drawn, strict=True)]
+        return np.concatenate(rows)
+
+    def draw(self, path: Path) -> None:
+        """Write a PNG: one row an image, the plain image first."""
+        first, *others = [[file_name(name), *[""] * len(self.titles)] for name in self.names]
+        titles = [[first[0], *self.titles.values()], *others]
+        rows = [[plain, *drawn] for plain, drawn in zip(self.plain, self.drawn, strict=True)]
+        looking = "slots" if any(key.isdecimal() for key in self.titles) else "the heads of the CLS token"
+        draw_grid(rows, titles, path, HEADING.format(looking))
+
+
+def look(
+    encoder: Encoder,
+    source: ImageSource,
+    numbers: Sequence[int],
+    *,
+    slots: Sequence[int] | None = None,
+    num_slots: int = NUM_SLOTS,
+    short_side: int | None = None,
+    batch_size: int = 64,
+    num_workers: int | None = 0,
+) -> Rows:
+    """Attention over some images of a source, drawn: arguments as for `slot_maps`.
+
+    num_slots: how many slots, which look at different places, are taken where none are named.
     """
+    dataset = SeenImages(source, encoder.backbone.patch_size, encoder.image_size, short_side)
+    seen = list(load_images(dataset, source, numbers, num_workers))
 
-    def __init__(self, source: ImageSource, patch_size: int, size: int, short_side: int | None) -> None:
-        if short_side is not None and short_side < patch_size:
-            raise UserError(
-                f"short_side is {short_side}, expected at least the {patch_size} pixels of a patch; give more"
-            )
-        self.source, self.patch_size, self.size, self.short_side = source, patch_size, size, short_side
+    def maps_of(attention: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        return attention_of_each(attention, [one.pixels for one in seen], batch_size, encoder.device)
 
-    def __getitem__(self, index: int) -> Tensor:
-        image = self.source.load(index)
-        expected = ""
-        if min(image.size) < self.patch_size:
-            expected = f"at least a patch of {self.patch_size}"
-        elif self.short_side is not None and max(image.size) > MAX_ASPECT * min(image.size):
-            expected = f"at most {MAX_ASPECT} times as long as wide"
-        if expected:
-            raise UserError(
-                f"{self.source.name(index)} has {image.width}x{image.height} pixels, expected {expected}; "
-                f"choose other images"
-            )
-        if self.short_side is None:
-            return evaluation_crop(image, self.size)
-        scale = self.short_side / min(image.size)
-        width, height = (round(side * scale) for side in image.size)
-        wide, high = (side // self.patch_size * self.patch_size for side in (width, height))
-        left, top = (width - wide) // 2, (height - high) // 2
-        resized = image.resize((width, height), Image.Resampling.BICUBIC)
-        return to_tensor(resized.crop((left, top, left + wide, top + high)))
-
-
-def _draw(
-    folder: Path,
-    pixels: list[Tensor],
-    numbers: list[int],
-    of_cls: list[Tensor],
-    of_slots: list[Tensor],
-    slots: list[int],
-) -> dict[str, dict[str, str]]:
-    """Write the overlays and the grid; the names of the overlays by image number, then `cls` or the slot."""
-    names = ["cls", *(f"slot{slot:02d}" for slot in slots)]
-    titles = ["CLS, last block", *(f"slot {slot}" for slot in slots)]
-    peaks = [*peaks_of(of_cls), *peaks_of(of_slots)]
-    overlays: dict[str, dict[str, str]] = {}
-    rows = []
-    for image, number, cls, chosen in zip(pixels, numbers, of_cls, of_slots, strict=True):
-        drawn = [overlay(image, one, peak) for one, peak in zip([*cls, *chosen], peaks, strict=True)]
-        files = [f"image{number}_{name}.png" for name in names]
-        for picture, file in zip(drawn, files, strict=True):
-            Image.fromarray(picture).save(folder / file)
-        overlays[str(number)] = dict(zip(["cls", *map(str, slots)], files, strict=True))
-        rows.append([as_picture(image), *drawn])
-    above = [f"{title}\nup to {share(peak)}" for title, peak in zip(titles, peaks, strict=True)]
-    first = [f"image {numbers[0]}\n", *above]
-    others = [[f"image {number}", *[""] * len(titles)] for number in numbers[1:]]
-    heading = (
-        "where CLS and slots look: the brightest color of a column is the share of one patch named above it"
+    heads = maps_of(lambda images: cls_attention(encoder, images))
+    maps = [of_image.mean(dim=0, keepdim=True) for of_image in heads]
+    titles = {"cls": "CLS, mean of heads"}
+    if encoder.num_slots:
+        of_slots = maps_of(lambda images: slot_attention(encoder, images)[0])
+        chosen = list(slots or distinct_slots(of_slots, num_slots))
+        titles |= {str(slot): f"slot {slot}" for slot in chosen}
+        beside = [of_image[chosen] for of_image in of_slots]
+    else:
+        titles |= {f"head{head}": f"CLS, head {head}" for head in range(encoder.backbone.num_heads)}
+        beside = heads
+    maps = [torch.cat(pair) for pair in zip(maps, beside, strict=True)]
+    return Rows(
+        [source.name(number) for number in numbers],
+        [as_picture(one.picture) for one in seen],
+        [
+            [draw_attention(one.picture, of_column) for of_column in of_image]
+            for one, of_image in zip(seen, maps, strict=True)
+        ],
+        titles,
     )
-    draw_grid(rows, [first, *others], folder / "grid.png", heading)
-    return overlays
+
+
+def _file_part(key: str) -> str:
+    return f"slot{int(key):02d}" if key.isdecimal() else key

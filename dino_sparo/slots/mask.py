@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dino_sparo.data.sources import ImageSource
+from dino_sparo.slots.curves import COLORS
 from dino_sparo.slots.parts import CutEncoder, chunks, labels_of, remarks_on_parts
 from dino_sparo.terminal import markdown_table
 
@@ -216,8 +217,8 @@ def draw_masks(masks: Mapping[str, list[float]], parts: Mapping[str, int], path:
     """Write a PNG: one row an encoder, its mask over slots as bars and that over dimensions as an image."""
     figure = Figure(figsize=(10, 3.2 * len(parts)), layout="constrained")
     axes = figure.subplots(len(parts), 2, squeeze=False)
-    for (bars, picture), (name, num_parts) in zip(axes, parts.items(), strict=True):
-        bars.bar(range(num_parts), masks[f"{name} slots"])
+    for (bars, picture), (name, num_parts), color in zip(axes, parts.items(), COLORS, strict=False):
+        bars.bar(range(num_parts), masks[f"{name} slots"], color=color)
         bars.set(title=f"{name}: over slots", xlabel="slot", ylabel="mask", ylim=(0, 1))
         of_dimensions = np.array(masks[f"{name} dimensions"]).reshape(num_parts, -1)
         shown = picture.imshow(of_dimensions, vmin=0, vmax=1, cmap="viridis", aspect="auto")

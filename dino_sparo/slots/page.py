@@ -8,22 +8,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib.figure import Figure
 from PIL import Image
 
 from dino_sparo.data.decode import open_image
 from dino_sparo.errors import UserError
-from dino_sparo.evaluation.results import RESULTS_FILE, read_results, results_folder
+from dino_sparo.evaluation.results import RESULTS_FILE, read_results, results_folder, standard_error
 from dino_sparo.files import parsed_json, write_file
 from dino_sparo.models import Encoder
 from dino_sparo.recipe.typed import read_yaml
-from dino_sparo.runs.rundir import CONFIG_FILE, read_starts
+from dino_sparo.runs.rundir import CONFIG_FILE, num_knn_images, read_starts
 from dino_sparo.runs.runlog import METRICS_FILE, read_metrics
+from dino_sparo.slots.curves import draw_all, draw_curve
+from dino_sparo.slots.findings import FINDINGS, Finding, training
 from dino_sparo.slots.rank import WAYS
 
 TITLES = {
@@ -36,12 +36,11 @@ TITLES = {
 }
 FILES = {part: f"{part}/{part}.json" for part in TITLES}
 OF_CLASSES = ("rank", "mask")  # analyses that need labeled images
-COMPARING = ("rank", "mask", "factors")  # analyses that take a control
-CURVES = ("loss", "knn20_top1", "knn20_top5", "entropy_teacher", "entropy_mean", "feature_std")
+COMPARING = ("rank", "maps", "mask", "factors")  # analyses that take a control
+LEADING = ("curves", "maps", "gallery")  # sections whose first picture is on the first screen
 HEALTH = ("entropy", "effective_patches", "cls_share", "response_std", "overlap", "agreement")
 NUM_BEST = 4  # slots shown from either end of the ranking
-OVERLAY_BYTES, GALLERY_BYTES, PICTURE_BYTES = 60_000, 400_000, 1_200_000  # so that the page is under 15 MB
-MAP_IMAGES = 6  # whose overlays are shown
+GALLERY_BYTES, PICTURE_BYTES = 400_000, 1_200_000  # so that the page is under 15 MB
 SIDES = (1600, 1200, 900, 600, 400, 250)  # pixels of the longer side that a smaller picture may have
 JPEG_QUALITY = 82
 
@@ -152,10 +151,15 @@ def write_page(path: Path, subject: Subject, encoder: Encoder) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    sections = _sections(subject, encoder.num_slots)
+    leading = [section for section in sections if section.leads]
     page = environment.get_template("report.html.jinja").render(
         title=Path(subject.run).resolve().name,
+        lead=training(encoder, subject.config, _epochs(subject), num_knn_images(subject.folder)),
+        pictures=[(section, section.pictures.pop(0)) for section in leading],
+        findings=[finding for section in sections for finding in section.findings],
         facts=_facts(subject, encoder),
-        sections=_sections(subject, encoder.num_slots),
+        sections=sections,
         config=(subject.folder / CONFIG_FILE).read_text(encoding="utf-8") if subject.config else None,
         written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     )
@@ -200,6 +204,7 @@ class Section:
     Attributes:
         path: the file that the numbers come from; `made`: when it was written.
         notes: lines of text, each with a command or an empty text.
+        findings: sentences for the top of the page.
     """
 
     subject: Subject
@@ -211,6 +216,12 @@ class Section:
     notes: list[tuple[str, str]] = field(default_factory=list)
     pictures: list[dict[str, str]] = field(default_factory=list)
     tables: list[dict[str, Any]] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+    @cached_property
+    def leads(self) -> bool:
+        """Whether its first picture stands at the top of the page."""
+        return self.anchor in LEADING and bool(self.pictures)
 
     def source(self, path: Path) -> str:
         """A file as captions call it: within the results of the run if it lies there."""
@@ -234,15 +245,15 @@ class Section:
         table = {"caption": caption, "source": self.source(self.path), "header": header, "rows": cells}
         self.tables.append(table | {"folded": folded})
 
-    def add_picture(self, file: str, caption: str, max_bytes: int = PICTURE_BYTES, kind: str = "") -> None:
-        """A file beside the section's, in the style of its kind; one that cannot be read leaves a note."""
+    def add_picture(self, file: str, caption: str, max_bytes: int = PICTURE_BYTES) -> None:
+        """A file beside the section's; one that cannot be read leaves a note."""
         source = self.source(self.path.with_name(file))
         try:
             uri = picture_uri(self.path.with_name(file).read_bytes(), max_bytes)
         except OSError:
             self.notes.append((f"{source} is missing or no picture.", ""))
         else:
-            self.pictures.append({"uri": uri, "caption": caption, "source": source, "kind": kind})
+            self.pictures.append({"uri": uri, "caption": caption, "source": source})
 
 
 def _cell(value: float | str | None) -> str:
@@ -288,41 +299,31 @@ def _sections(subject: Subject, num_slots: int) -> list[Section]:
         section.tell_age(part)
         with _damage_told(section.path, subject.command(part)):
             fill(section, found, shown)
+            if part in FINDINGS:
+                section.findings = [Finding(sentence, part) for sentence in FINDINGS[part](found)]
     return sections
 
 
 def _curves(subject: Subject) -> Section:
     """Loss, 20-NN and a few numbers of health over epochs, from metrics.jsonl."""
-    section = Section(subject, "curves", "Training curves", subject.folder / METRICS_FILE)
+    section = Section(subject, "curves", "Training", subject.folder / METRICS_FILE)
     entries = _epochs(subject)
-    of_slots = sorted({key for entry in entries for key in entry if key.startswith(("slot_", "slots_"))})
-    curves = {}
-    for key in (*CURVES, *of_slots):
-        points = [(entry["epoch"], entry[key]) for entry in entries if entry.get(key) is not None]
-        if points:
-            curves[key] = points
-    if not curves:
+    if not any("loss" in entry for entry in entries):
         section.notes.append((f"No {METRICS_FILE} here: only the folder of a training run holds curves.", ""))
         return section
     section.tell_age()
-    rows = -(-len(curves) // 3)
-    figure = Figure(figsize=(10, 2.2 * rows), layout="constrained")
-    axes = figure.subplots(rows, 3).flat
-    for (key, points), axis in zip(curves.items(), axes, strict=False):
-        axis.plot(*zip(*points, strict=True), ".-" if len(points) <= 40 else "-")
-        axis.set_title(f"{key}: {points[-1][1]:.4g} at the end", fontsize=9)
-        axis.grid(alpha=0.3)
-    for axis in axes:  # those that are left
-        axis.set_axis_off()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110)
-    picture = {"caption": "Over epochs", "source": section.source(section.path)}
-    section.pictures.append(picture | {"uri": picture_uri(buffer.getvalue(), PICTURE_BYTES), "kind": ""})
+    first, every = io.BytesIO(), io.BytesIO()
+    draw_curve(entries, num_knn_images(subject.folder), first)
+    draw_all(entries, every)
+    captions = "Loss and 20-NN accuracy over epochs", "Numbers of health over epochs"
+    for buffer, caption in zip((first, every), captions, strict=True):
+        uri = picture_uri(buffer.getvalue(), PICTURE_BYTES)
+        section.pictures.append({"uri": uri, "caption": caption, "source": section.source(section.path)})
     return section
 
 
 def _accuracy(subject: Subject) -> Section:
-    """k-NN and linear accuracies from results.json: the official settings, then all others."""
+    """k-NN and linear accuracies from results.json: the settings to compare by, then all others."""
     section = Section(subject, "accuracy", "Accuracy", subject.folder / RESULTS_FILE)
     results = read_results(subject.folder) if section.path.is_file() else []
     for part in ("knn", "linear"):
@@ -331,13 +332,24 @@ def _accuracy(subject: Subject) -> Section:
     if not results:
         return section
     section.tell_age("knn", "linear")
-    header = ("protocol", "setting", "test set", "weights", "labels used %", "top-1 %", "top-5 %", "images")
-    for headline, caption in ((True, "Official settings"), (False, "All other settings")):
+    header = (
+        "protocol",
+        "setting",
+        "test set",
+        "weights",
+        "labels used %",
+        "top-1 %",
+        "± one standard error",
+        "top-5 %",
+        "images",
+    )
+    for headline, caption in ((True, "Settings to compare by"), (False, "All other settings")):
         rows = [
             [
                 *(result.protocol, result.name, result.test_set, result.weights),
                 100 * result.train_fraction,
-                *(result.top1, result.top5, result.num_images),
+                *(result.top1, standard_error(result.top1, result.num_images)),
+                *(result.top5, result.num_images),
             ]
             for result in results
             if result.headline == headline
@@ -381,14 +393,13 @@ def _fill_health(section: Section, found: Content, _shown: list[int]) -> None:
 
 
 def _fill_maps(section: Section, found: Content, shown: list[int]) -> None:
-    """The grid of attention maps, and overlays of the best and worst slots."""
+    """The grid of attention maps, and that of the control's heads."""
     section.intro = f"Attention ({found['which']}) over images of {found['data']}."
-    section.add_picture(found["grid"], "Images, CLS token, slots")
-    overlays = zip(found["overlays"].values(), found["images"], strict=True)
-    for files, image in islice(overlays, MAP_IMAGES):
-        for slot in shown:
-            if str(slot) in files:
-                section.add_picture(files[str(slot)], f"Slot {slot}, {image}", OVERLAY_BYTES, "small")
+    section.add_picture(found["grid"], "Where slots look, beside the CLS token in the last block")
+    if found.get("control_grid"):
+        section.add_picture(
+            found["control_grid"], f"Heads of the CLS token of {found['control']}, without slots"
+        )
     if absent := ", ".join(str(slot) for slot in shown if slot not in found["slots"]):
         command = f"{section.subject.command('maps')} --slots '{shown}'"
         section.notes.append((f"No maps of slots {absent}; they are drawn by", command))
@@ -403,7 +414,7 @@ def _fill_gallery(section: Section, found: Content, shown: list[int]) -> None:
     pictures = {entry["slot"]: entry["picture"] for entry in found["slots"]}
     for slot in shown:
         if slot in pictures:
-            section.add_picture(pictures[slot], f"Slot {slot}", GALLERY_BYTES)
+            section.add_picture(pictures[slot], f"What slot {slot} responds to most", GALLERY_BYTES)
     if absent := ", ".join(str(slot) for slot in shown if slot not in pictures):
         section.notes.append((f"No gallery of slots {absent}; made by", section.subject.command("gallery")))
 

@@ -23,6 +23,7 @@ from dino_sparo.data.sources import ImageSource
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.knn import NoDirectionError
 from dino_sparo.evaluation.transfer import draw_by_class
+from dino_sparo.slots.curves import COLORS
 from dino_sparo.slots.parts import (
     CutEncoder,
     Picked,
@@ -293,7 +294,7 @@ def table(result: dict[str, Any]) -> str:
 
 def draw_curve(encoders: Sequence[dict[str, Any]], path: Path) -> None:
     """Write a PNG: accuracy on val against the number of parts kept, k-NN left and linear right."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
     axes = figure.subplots(1, 2)
     styles = dict(zip(WAYS, ("o-", "s--", "^:"), strict=True))
     for axis, (name, title) in zip(axes, MEASURES.items(), strict=True):
@@ -303,7 +304,7 @@ def draw_curve(encoders: Sequence[dict[str, Any]], path: Path) -> None:
                     [at["kept"] for at in points],
                     [at[name] for at in points],
                     styles[way],
-                    color=f"C{number}",
+                    color=COLORS[number % len(COLORS)],
                     markersize=4,
                     label=f"{one['name']}, {WAYS[way]}",
                 )
@@ -313,5 +314,5 @@ def draw_curve(encoders: Sequence[dict[str, Any]], path: Path) -> None:
         axis.minorticks_off()
         axis.set(title=title, xlabel="parts kept", ylabel="top-1 on val, per cent")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=110)

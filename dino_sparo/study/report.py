@@ -24,6 +24,7 @@ from dino_sparo.evaluation.compare import (
 )
 from dino_sparo.runs.rundir import read_starts
 from dino_sparo.runs.runlog import read_metrics
+from dino_sparo.slots.curves import COLORS, MARKERS
 from dino_sparo.study.measuring import EPOCHS
 from dino_sparo.study.training import KNN, SIZES, sizes, write_files
 from dino_sparo.terminal import markdown_table
@@ -173,16 +174,16 @@ def curves_picture(groups: Sequence[Group], trainings: dict[Path, Training]) -> 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axis = figure.subplots()
     for number, group in enumerate(groups):
-        color = f"C{number % 10}"
+        color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
         label = f"{group.label} ({len(group.runs)} seed{'s' if len(group.runs) > 1 else ''})"
         curves = [trainings[run.folder].curve for run in group.runs]
         shared = sorted(set.intersection(*(set(curve) for curve in curves)))
         means = [statistics.fmean(curve[epoch] for curve in curves) for epoch in shared]
-        axis.plot(shared, means, "o-", color=color, linewidth=2, markersize=4, label=label)
+        axis.plot(shared, means, marker=marker, color=color, linewidth=2, markersize=4, label=label)
         for curve in curves if len(curves) > 1 else ():
             axis.plot(list(curve), list(curve.values()), color=color, linewidth=0.7, alpha=0.5)
     axis.set(xlabel="epoch", ylabel="20-NN top-1, per cent", title="20-NN of the teacher while training")
-    axis.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     axis.grid(alpha=0.3)
     picture = BytesIO()
     figure.savefig(picture, dpi=110, format="png")

@@ -14,6 +14,7 @@ from dino_sparo.parallel.precision import autocast
 from dino_sparo.runs.checkpoint import Saver
 from dino_sparo.runs.rundir import MARKER_FILE
 from dino_sparo.runs.runlog import RunLog, read_metrics
+from dino_sparo.slots.maps import look, spread_evenly
 from dino_sparo.slots.statistics import slot_health
 from dino_sparo.training.monitor import evaluate_teacher, peak_memory_gib
 from dino_sparo.training.optim import set_hyperparameters
@@ -26,6 +27,7 @@ log = logging.getLogger("dino_sparo")
 
 MAX_OVERFLOWS = 30  # in a row; a loss scale that begins too high needs fewer
 HEALTH_IMAGES = 8
+MAP_IMAGES, MAP_SLOTS = 4, 8
 
 
 def due(step: int, every_steps: int, last_step: int) -> bool:
@@ -34,11 +36,14 @@ def due(step: int, every_steps: int, last_step: int) -> bool:
 
 
 def evaluate(run: Run, run_log: RunLog, step: int) -> None:
-    """k-NN of the teacher into the log, if there are labeled images; all processes share the work."""
-    if run.knn_images is None:
-        return
+    """Into the log: where slots look, on the same images each time, and if there are labeled images k-NN of
+    the teacher, whose work all processes share."""
     wait_for(run.device)
     with run_log.not_training():
+        if rank() == 0:
+            draw_slots(run, run_log, step)
+        if run.knn_images is None:
+            return
         accuracies = evaluate_teacher(
             run.state.teacher.encoder,
             run.knn_images,
@@ -47,6 +52,20 @@ def evaluate(run: Run, run_log: RunLog, step: int) -> None:
             timeout_seconds=run.recipe.machine.data_timeout_seconds,
         )
         run_log.evaluation(step, accuracies)
+
+
+def draw_slots(run: Run, run_log: RunLog, step: int) -> None:
+    """A picture of the first slots over images spread over all; one that cannot be read is left out."""
+    encoder = run.state.teacher.encoder
+    slots = range(min(MAP_SLOTS, encoder.num_slots))
+    if not slots:
+        return
+    try:
+        rows = look(encoder, run.source, spread_evenly(run.source, MAP_IMAGES), slots=slots)
+    except UserError as error:
+        log.info("no slot maps in TensorBoard: %s", error)
+    else:
+        run_log.picture(step, "slots/maps", torch.from_numpy(rows.as_one()).permute(2, 0, 1))
 
 
 def evaluation_is_missing(run: Run) -> bool:

@@ -301,6 +301,7 @@ def machine_of(run: Run) -> dict[str, Any]:
         "batch_size_per_gpu": run.order.micro_batch_size,
         "accumulation": run.order.accumulation,
         "views": run.dataset.executor,
+        "knn_images": run.knn_images and [len(source) for source in run.knn_images],
     } | commit_of(run.source)
 
 
