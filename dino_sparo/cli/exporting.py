@@ -82,7 +82,7 @@ def embed(options: EmbedOptions) -> None:
     """`dino-sparo embed`."""
     import numpy as np
 
-    from dino_sparo.data.sources import AS_FOUND, open_images, say_found
+    from dino_sparo.cli.images import open_chosen
     from dino_sparo.evaluation.features import embed as features_of
     from dino_sparo.files import atomic_write
     from dino_sparo.interop.load import load_encoder
@@ -94,8 +94,7 @@ def embed(options: EmbedOptions) -> None:
         raise UserError(f"out is {options.out!r}, expected NAME.npz in a folder that exists")
     device = choose_device(options.device, local_rank())
     encoder = load_encoder(options.run, options.which).to(device)
-    source = open_images(options.data.path)
-    say_found(options.data.path, source, AS_FOUND)
+    source = open_chosen(options.data)
     features = features_of(
         *(encoder, source, options.what), batch_size=options.batch_size, num_workers=options.num_workers
     )
