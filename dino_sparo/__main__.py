@@ -31,11 +31,12 @@ from dino_sparo.parallel.processes import (
     told,
 )
 from dino_sparo.recipe.typed import value_of
-from dino_sparo.terminal import error_line, sentence, set_up_log
+from dino_sparo.terminal import error_line, open_outputs, sentence, set_up_log
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status, one of EXIT_STATUSES."""
+    open_outputs()
     os.environ["PYTHONSAFEPATH"] = "1"  # processes that are started import nothing from the working directory
     try:
         status = answer(sys.argv[1:] if arguments is None else arguments)

@@ -1,18 +1,21 @@
 """Programs that were started by something else: what the environment says about processes, ports, outputs."""
 
+import errno
 import os
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from dino_sparo.__main__ import main
-from dino_sparo.errors import UserError
+from dino_sparo.data.workers import WatchedLoader
+from dino_sparo.errors import UserError, told_to_user
 from dino_sparo.parallel import distributed
 from dino_sparo.parallel.processes import COPIES, NUMBERS, check_environment
-from tests.running import command, family, wait_for_step
+from tests.running import command, family, finished, wait_for_step
 from tests.tiny import tiny_arguments, write_pictures
 
 WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
@@ -141,3 +144,82 @@ def test_no_port_is_open_to_other_machines(processes, addresses, tmp_path):
         found = listening(process.pid)
         process.kill()
     assert found <= addresses
+
+
+# --- Outputs
+
+
+def in_python(code: str, redirect: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """A program that a shell starts with streams closed."""
+    code = f"import os, sys; from dino_sparo.terminal import open_outputs; open_outputs(); {code}"
+    shell = f'exec "$0" -c "$1" {redirect}'
+    arguments = ["bash", "-c", shell, sys.executable, code]
+    return finished(arguments, env=os.environ | environment)
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_stand_for_nothing_and_no_file_takes_their_numbers(closed, tmp_path):
+    code = f"print('out'); print('err', file=sys.stderr); file = open('{tmp_path / 'x'}', 'w')"
+    done = in_python(f"{code}; file.write(str(file.fileno()))", closed)
+    assert done.returncode == 0 and int((tmp_path / "x").read_text()) > 2
+    assert done.stdout == ("" if " >&-" in f" {closed}" else "out\n")
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["knn", "--help"]])
+def test_commands_end_well_without_an_output(arguments):
+    done = finished(["bash", "-c", 'exec "$0" -m dino_sparo "$@" >&-', sys.executable, *arguments])
+    assert done.returncode == 0 and done.stderr == ""
+
+
+def test_characters_that_an_output_does_not_have_are_escaped():
+    done = in_python("print('caf\u00e9')", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and done.stdout == "caf\\xe9\n"
+
+
+def test_shared_memory_that_cannot_be_written_is_named(monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != "/dev/shm")
+    with pytest.raises(UserError, match="/dev/shm cannot be written, by which"):
+        WatchedLoader([], image_of=int, name=str, num_workers=1, timeout_seconds=1)
+    WatchedLoader([], image_of=int, name=str, num_workers=0, timeout_seconds=1)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_told_also_where_no_file_is_named(code):
+    with pytest.raises(UserError, match=r"a file cannot be read or written \("), told_to_user():
+        raise OSError(code, os.strerror(code))
+    with pytest.raises(OSError, match="of the network"), told_to_user():
+        raise OSError(errno.ECONNRESET, "of the network")
+
+
+# --- Evaluations where nothing can be written
+
+
+def evaluate(run_dir: Path, folder: Path, *more: str) -> int:
+    """k-NN on pictures that are drawn into a folder."""
+    write_pictures(folder / "data", 10, classes=2)
+    data = ["--data.path", str(folder / "data"), "--num_workers", "0"]
+    return main(["knn", str(run_dir), *data, "--k", "1", *more])
+
+
+def test_a_run_folder_that_cannot_be_written_is_refused_at_once(run_dir, tmp_path, monkeypatch, capsys):
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != run_dir and access(path, mode))
+    monkeypatch.setattr("dino_sparo.interop.load.load_encoder", None)  # not called
+    assert evaluate(run_dir, tmp_path) == 2
+    assert f"{run_dir} cannot be written, and is where results would go; name" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != run_dir and access(path, mode))
+    assert evaluate(run_dir, tmp_path, "--out", str(tmp_path / "out")) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"features", "results.json"}
+
+
+def test_numbers_are_printed_before_they_are_saved(run_dir, tmp_path, monkeypatch, capsys):
+    def full(folder, results):
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder / "results.json"))
+
+    monkeypatch.setattr("dino_sparo.evaluation.results.save_results", full)
+    assert evaluate(run_dir, tmp_path) == 2
+    told = capsys.readouterr()
+    assert "top-1" in told.out
+    assert "results.json cannot be written (No space left on device), so that the results above" in told.err
+    assert "name another folder by --out" in told.err

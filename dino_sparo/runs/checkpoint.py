@@ -59,7 +59,8 @@ def save_checkpoint(state: dict[str, Any], run_dir: Path, *, step: int, keep_eve
         finally:
             os.close(descriptor)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
-        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        reasons = (getattr(each, "strerror", None) for each in (error, error.__context__))
+        reason = next(filter(None, reasons), "torch has not written it whole")
         raise UserError(
             f"{path} ({num_bytes(state)} bytes) cannot be written ({reason}); make room or give permission "
             f"there, then the same command resumes from the checkpoint before"
