@@ -130,14 +130,14 @@ def test_files_without_damage_are_left_alone(tmp_path):
 def test_logs_of_any_length_are_read_line_by_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     entry = {"step": 1, "epoch": 0.5} | {f"a number with a long name {number}": 0.25 for number in range(20)}
-    path.write_text(f"{json.dumps(entry)}\n" * 4000 + "9" * 2**22)
+    path.write_text(f"{json.dumps(entry)}\n" * 8000 + "9" * 2**18)
     tracemalloc.start()
     try:
-        assert sum(1 for _ in each_metric(tmp_path)) == 4000
+        assert sum(1 for _ in each_metric(tmp_path)) == 8000
         assert any(read_lines(path))
         with RunLog(tmp_path, first_step=1, steps_per_epoch=2, total_steps=2):
             pass
-        assert tracemalloc.get_traced_memory()[1] < path.stat().st_size / 2 + 3 * 2**22
+        assert tracemalloc.get_traced_memory()[1] < path.stat().st_size / 2
     finally:
         tracemalloc.stop()
-    assert len(read_metrics(tmp_path)) == 4000
+    assert len(read_metrics(tmp_path)) == 8000
