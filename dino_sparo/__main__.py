@@ -23,15 +23,21 @@ from dino_sparo.errors import (
     told_to_user,
 )
 from dino_sparo.files import can_build_c
-from dino_sparo.parallel.processes import end_at_once, end_with_launcher, first_to_fail, leave_note
+from dino_sparo.parallel.processes import (
+    check_environment,
+    end_at_once,
+    end_with_launcher,
+    first_to_fail,
+    leave_note,
+    told,
+)
 from dino_sparo.recipe.typed import value_of
-from dino_sparo.terminal import error_line, sentence, set_up_log
-
-RANK = int(os.environ.get("RANK", "0"))  # as torchrun sets it
+from dino_sparo.terminal import error_line, open_outputs, sentence, set_up_log
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status, one of EXIT_STATUSES."""
+    open_outputs()
     os.environ["PYTHONSAFEPATH"] = "1"  # processes that are started import nothing from the working directory
     if not can_build_c():
         os.environ.setdefault("TORCH_DISABLE_NATIVE_JIT", "1")  # else torch fails within a step on a GPU
@@ -59,19 +65,18 @@ def answer(arguments: list[str]) -> int:
         torch = importlib.metadata.version("torch")
         print(f"dino-sparo {__version__} (torch {torch}, Python {platform.python_version()})")
         return 0
-    if "RANK" in os.environ:
-        end_with_launcher()
+    end_with_launcher()
     try:
         with told_to_user():
             status = run_command(arguments)
-        if RANK == 0:
+        if told("RANK") == 0:
             leave_note("done", status == 0)
         return status
     except UserError as error:
         report(error)
         return leave(EXIT_USER_ERROR, at_once=isinstance(error, StuckError))
     except StoppedError as stopped:
-        if RANK == 0:
+        if told("RANK") == 0:
             print(
                 f"dino-sparo: {sentence(stopped)}; the same command resumes from there",
                 file=sys.stderr,
@@ -79,7 +84,7 @@ def answer(arguments: list[str]) -> int:
             leave_note("stopped", str(stopped))
         return leave(EXIT_STOPPED, at_once=True)
     except KeyboardInterrupt:
-        if RANK == 0:
+        if told("RANK") == 0:
             print("dino-sparo: interrupted; the same command resumes from what is on disk", file=sys.stderr)
         return leave(EXIT_INTERRUPTED)
     except Exception:
@@ -112,7 +117,7 @@ def leave(status: int, *, at_once: bool = False) -> int:
 
     An open connection may not let one of several processes go, nor a data worker whose disk hangs.
     """
-    if "RANK" in os.environ or at_once:
+    if told("WORLD_SIZE", 1) > 1 or at_once:
         end_at_once(status)
     return status
 
@@ -137,9 +142,10 @@ def run_command(arguments: list[str]) -> int:
         print(page(name) if name in COMMANDS else overview(group))
         return 0
     command = COMMANDS[name]
+    check_environment()
     given, options = parsed(name, rest)
     quiet, dry_run = (value_of(flag, given.get(flag, False), bool) for flag in FLAGS)
-    set_up_log(logging.ERROR if RANK > 0 else logging.WARNING if quiet else logging.INFO)
+    set_up_log(logging.ERROR if told("RANK") else logging.WARNING if quiet else logging.INFO)
     if dry_run or command.function == command.plan:
         only_one_process("--dry-run" if dry_run else name)
         if command.plan is None:
@@ -152,7 +158,7 @@ def run_command(arguments: list[str]) -> int:
     if num_processes > 1:
         if not command.distributed:
             raise UserError(f"--nproc is {num_processes}, but {name} runs in one process; leave it out")
-        if "RANK" in os.environ:
+        if told("WORLD_SIZE", 1) > 1:
             raise UserError(
                 f"--nproc {num_processes} under torchrun would start processes twice; leave it out"
             )
@@ -180,7 +186,7 @@ def parsed(name: str, arguments: list[str]) -> tuple[dict[str, Any], Any]:
 
 def only_one_process(what: str) -> None:
     """Refuse to run in several processes that torchrun has started. Raises UserError."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if told("WORLD_SIZE", 1) > 1:
         raise UserError(
             f"{what} runs in one process, torchrun has started several; start it without torchrun"
         )

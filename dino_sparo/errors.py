@@ -27,6 +27,7 @@ class UserError(ValueError):
 
 REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room there"),
+    errno.EFBIG: "allow larger files there (ulimit -f)",
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give permission there or name another place"),
     **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST), "name another place"),
 }
@@ -34,7 +35,7 @@ REMEDIES = {
 
 @contextmanager
 def told_to_user() -> Iterator[None]:
-    """Make a UserError of an error that names a file, and of a full GPU; others pass."""
+    """Make a UserError of an error that names a file, of a full disk and of a full GPU; others pass."""
     try:
         yield
     except RuntimeError as error:
@@ -46,13 +47,13 @@ def told_to_user() -> Iterator[None]:
             f"model, or end other programs that use the GPU"
         ) from error
     except OSError as error:
-        if isinstance(error, UserError) or error.filename is None:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if isinstance(error, UserError) or (error.filename is None and not full):
             raise
+        name = "a file" if error.filename is None else os.fsdecode(error.filename)
         reason = error.strerror or type(error).__name__
         remedy = REMEDIES.get(error.errno or 0, "repair it")
-        raise UserError(
-            f"{os.fsdecode(error.filename)} cannot be read or written ({reason}); {remedy}, then start again"
-        ) from error
+        raise UserError(f"{name} cannot be read or written ({reason}); {remedy}, then start again") from error
 
 
 class UserFileNotFoundError(UserError, FileNotFoundError):

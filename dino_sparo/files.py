@@ -13,8 +13,10 @@ import sysconfig
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +26,7 @@ log = logging.getLogger("dino_sparo")
 
 COMPILED = "TORCHINDUCTOR_CACHE_DIR"  # environment variable; torch sets it too, when its compiler is imported
 ABANDONED_SECONDS = 3600.0  # after which a temporary file belongs to a process that was killed
+MOST_LINE = 2**24  # bytes of a line of JSON; the longest are bad steps, which name the images of a batch
 OF_TORCH = "torchinductor_"  # followed by the user's name, the folder that torch chooses
 
 
@@ -104,13 +107,73 @@ def append_line(path: Path, entry: Mapping[str, object]) -> None:
         file.write(json.dumps(entry) + "\n")
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All objects of a file of JSON lines; none without the file, and none from a line that is not whole."""
-    entries = []
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        with suppress(ValueError):
-            entries.append(parsed_json(line))
-    return entries
+def read_lines(path: Path, is_whole: Callable[[dict[str, Any]], bool] = bool) -> Iterator[dict[str, Any]]:
+    """The objects of a file of JSON lines, one after the other; none without the file.
+
+    Lines that are damaged, or not whole by that rule, are passed over, and a warning tells how many.
+    """
+    damaged = 0
+    for entry in _lines(path, is_whole):
+        if entry:
+            yield entry
+        else:
+            damaged += 1
+    if damaged:
+        log.warning("WARNING: %s: %s", path, _told(path, damaged))
+
+
+def clean_lines(
+    path: Path,
+    is_whole: Callable[[dict[str, Any]], bool] = bool,
+    keep: Callable[[dict[str, Any]], bool] | None = None,
+) -> None:
+    """Write a file of JSON lines anew with those that are whole and to be kept; for its only writer.
+
+    A file with damaged lines is set aside before. Without those, and without `keep`, nothing is written.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if keep is None and all(_lines(path, is_whole)):
+        return
+    damaged = 0
+    with atomic_write(path) as file:
+        for entry in _lines(path, is_whole):
+            damaged += not entry
+            if entry and (keep is None or keep(entry)):
+                file.write(f"{json.dumps(entry)}\n".encode())
+        if damaged:
+            set_aside(path, _told(path, damaged))
+
+
+def _lines(path: Path, is_whole: Callable[[dict[str, Any]], bool]) -> Iterator[dict[str, Any] | None]:
+    """The objects of a file of JSON lines; None for what is none."""
+    if not path.is_file():
+        yield from [None] * path.exists()
+        return
+    with open(path, "rb") as file:
+        for line in iter(partial(file.readline, MOST_LINE), b""):
+            entry = None
+            with suppress(ValueError):
+                entry = parsed_json(line)
+            yield entry if isinstance(entry, dict) and is_whole(entry) else None
+
+
+def _told(path: Path, damaged: int) -> str:
+    lines = f"{damaged} of its lines cannot be read, the others are kept"
+    return lines if path.is_file() else "it is no regular file"
+
+
+def set_aside(path: Path, reason: str = "it is no regular file") -> None:
+    """Rename what this program has written and cannot read: NAME.damaged, or NAME.damaged-2, and so on.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    names = (f"{path.name}.damaged{f'-{number}' if number > 1 else ''}" for number in count(1))
+    aside = next(name for name in names if not os.path.lexists(path.with_name(name)))
+    os.rename(path, path.with_name(aside))
+    log.warning("WARNING: %s: %s; it is set aside as %s", path, reason, aside)
 
 
 def cache_folder() -> Path:

@@ -1,5 +1,6 @@
 """What a person reads in a terminal: progress bars and colors, which a file does not get, and tables."""
 
+import io
 import logging
 import os
 import shutil
@@ -14,6 +15,21 @@ LAST_COLUMN = 120  # longer lines are hard to read
 ESCAPES = {"red": "31", "yellow": "33"}
 MOST_SHOWN = 200  # characters of a name, a key or a value
 MOST_OF_MESSAGE = 4000
+
+
+def open_outputs() -> None:
+    """Let standard streams be there that were closed, so that no other file gets their numbers, and let
+    characters that an output does not have be escaped."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:  # the lowest number that is free is this one
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def shows_bars() -> bool:

@@ -250,7 +250,7 @@ def test_nothing_is_imported_from_where_the_user_stands(pictures, tmp_path):
 
 
 def test_nproc_under_torchrun_is_refused(pictures, tmp_path):
-    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "2"}
+    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
     finished = running.finished(command(2, pictures, tmp_path), env=environment)
     assert finished.returncode == 2 and "under torchrun would start processes twice" in finished.stderr
 

@@ -268,24 +268,6 @@ def test_a_small_disk_is_told_before_the_first_step(pictures, tmp_path, monkeypa
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_nothing_listens_on_a_port(pictures, tmp_path):
-    with subprocess.Popen(
-        command(pictures, tmp_path, machine__num_workers=1, **LONG), stderr=subprocess.DEVNULL
-    ) as process:
-        wait_for_step(2, tmp_path, process)
-        listening = set()
-        for table in ("tcp", "tcp6"):
-            lines = Path(f"/proc/{process.pid}/net/{table}").read_text().splitlines()[1:]
-            listening |= {line.split()[9] for line in lines if line.split()[3] == "0A"}
-        sockets = set()
-        for pid in family(process.pid):
-            for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-                target = os.readlink(descriptor) if descriptor.is_symlink() else ""
-                sockets |= {target[8:-1]} if target.startswith("socket:[") else set()
-        process.kill()
-    assert not listening & sockets
-
-
 # --- A loss that is not finite in one of two processes
 
 

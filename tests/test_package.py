@@ -1,6 +1,7 @@
 """The package as one imports it: quickly, with its public names, and typed."""
 
 import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 import dino_sparo
 from tests.running import finished
+from tests.slurm import ROOT
 
 IMPORT = """
 import sys, time
@@ -65,3 +67,9 @@ def test_types_reach_the_user(tmp_path):
     assert 'Revealed type is "dino_sparo.models.encoder.Encoder"' in done.stdout
     assert '"Encoder" has no attribute "no_such_name"' in done.stdout or "not callable" in done.stdout
     assert 'Argument 1 to "load_encoder" has incompatible type "int"' in done.stdout
+
+
+def test_tests_that_pages_name_are_there():
+    for page in (ROOT / "README.md", ROOT / "scripts" / "README.md"):
+        named = set(re.findall(r"`(test_\w+\.py)`", page.read_text()))
+        assert named and all((ROOT / "tests" / name).is_file() for name in named), page

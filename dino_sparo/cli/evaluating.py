@@ -1,5 +1,6 @@
 """The commands `knn`, `linear` and `compare`: their options, and what they run."""
 
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +39,8 @@ class EvaluationOptions:
     """Folder for results.json, and for what linear writes below it: log, checkpoints and classifiers; null
     takes the run folder, or one beside a weights file."""
     cache: str | None = None
-    """Folder for features on disk, shared by all machines; null takes `features` beside the results."""
+    """Folder for features on disk, shared by all machines; null takes `features` in the run folder, or beside
+    the results if that cannot be written."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto takes CUDA where there is a GPU, else the CPU."""
     num_workers: Workers | None = None
@@ -190,6 +192,7 @@ def _opened(options: EvaluationOptions) -> "Iterator[tuple[Encoder, ImageSource,
     from dino_sparo.parallel.distributed import local_rank, process_group
 
     device = choose_device(options.device, local_rank())
+    _check_writable(_folder(options))
     with process_group(device):
         train, test_sets = open_train_and_tests(options.data.path, options.test, Choice.of(options.data))
         encoder = load_encoder(options.run, options.which, untrained=options.untrained, arch=options.arch)
@@ -202,13 +205,29 @@ def _folder(options: EvaluationOptions) -> Path:
     return Path(options.out or results_folder(options.run))
 
 
+def _is_writable(folder: Path) -> bool:
+    """Whether files can be made there, as far as the system tells; the folder need not exist."""
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    return os.access(there, os.W_OK | os.X_OK)
+
+
+def _check_writable(folder: Path) -> None:
+    """Refuse at once a folder for results that cannot be written. Raises UserError."""
+    if not _is_writable(folder):
+        raise UserError(
+            f"{folder} cannot be written, and is where results would go; name another folder by --out"
+        )
+
+
 def _common(options: EvaluationOptions) -> dict[str, Any]:
     """Arguments of all evaluations."""
     from dino_sparo.evaluation.results import results_folder
 
+    beside = results_folder(options.run)
+    beside = beside if _is_writable(beside) else _folder(options)
     return {
         "weights": "untrained" if options.untrained else options.which,
-        "cache": Path(options.cache or results_folder(options.run) / "features"),
+        "cache": Path(options.cache or beside / "features"),
         "num_workers": options.num_workers,
     }
 
@@ -216,13 +235,19 @@ def _common(options: EvaluationOptions) -> dict[str, Any]:
 def _report(
     options: EvaluationOptions, results: "list[Result]", table: "Callable[[str, list[Result]], str]"
 ) -> None:
-    """Save the results and print their table, in one of the processes."""
+    """Print the table of the results, then save them, in one of the processes."""
     from dino_sparo.evaluation.results import save_results
     from dino_sparo.parallel.distributed import rank
 
     if rank() == 0:
-        save_results(_folder(options), results)
-        print(table(options.run, results))
+        print(table(options.run, results), flush=True)
+        try:
+            save_results(_folder(options), results)
+        except OSError as error:
+            raise UserError(
+                f"{error.filename} cannot be written ({error.strerror}), so that the results above are not "
+                f"saved; name another folder by --out"
+            ) from error
 
 
 def _check_nothing_is_trained(options: LinearOptions) -> None:

@@ -50,6 +50,11 @@ class WatchedLoader:
         collate: Callable[[list[Any]], Any] = default_collate,
         **loader_options: Any,
     ) -> None:
+        if num_workers and os.path.exists("/dev/shm") and not os.access("/dev/shm", os.W_OK):
+            raise UserError(
+                "/dev/shm cannot be written, by which processes that load images hand them over; give "
+                "permission there, or num_workers 0 (machine.num_workers in a recipe)"
+            )
         self.name, self.num_workers, self.timeout_seconds = name, num_workers, timeout_seconds
         self._workers: list[BaseProcess] = []
         self.at: Tensor = torch.full((num_workers,), IDLE).share_memory_()

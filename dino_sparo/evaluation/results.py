@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dino_sparo.errors import UserError, UserFileNotFoundError
-from dino_sparo.files import parsed_json, write_file
+from dino_sparo.files import parsed_json, set_aside, write_file
 from dino_sparo.terminal import sentence, shown
 
 if TYPE_CHECKING:
@@ -134,9 +134,8 @@ def save_results(folder: Path, results: Sequence[Result]) -> None:
         try:
             before = read_results(folder) if path.exists() else []
         except UserError as error:
-            before, aside = [], path.with_name(f"{RESULTS_FILE}.damaged")
-            os.replace(path, aside)
-            log.warning("WARNING: %s; it is now %s, and the new results are in a new file", error, aside.name)
+            before = []
+            set_aside(path, str(error))
         new = {_key(result): result for result in results}
         kept = [result for result in before if _key(result) not in new]
         lines = ",\n".join(json.dumps(_to_json(result)) for result in [*kept, *new.values()])

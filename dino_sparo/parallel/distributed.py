@@ -3,9 +3,12 @@
 Processes are torchrun's: one a GPU, numbered by the environment it sets.
 """
 
+import logging
 import os
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
@@ -25,13 +28,25 @@ from dino_sparo.errors import (
     told_to_user,
 )
 from dino_sparo.parallel.device import PATIENCE_SECONDS
-from dino_sparo.parallel.processes import PeerWatch, end_at_once, first_to_fail, leave_note
+from dino_sparo.parallel.processes import (
+    NOTES,
+    PeerWatch,
+    end_at_once,
+    first_to_fail,
+    leave_note,
+    machine_name,
+    told,
+)
 from dino_sparo.terminal import error_line
+
+log = logging.getLogger("dino_sparo")
 
 Result = TypeVar("Result")
 
 PATIENCE = timedelta(seconds=PATIENCE_SECONDS)
 HEARTBEAT_SECONDS = 5.0
+SAY_SECONDS = 10.0  # after which a process that waits for others says so
+POLL_SECONDS = 0.05
 LOST_SECONDS = 2.0  # between an error of the connection and the end of the process that caused it
 FAILED = "failed"  # key in the store: the number of the process that speaks about a failure
 
@@ -50,12 +65,12 @@ def world_size() -> int:
 
 def local_rank() -> int:
     """Number of this process on its machine, as torchrun sets it."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return told("LOCAL_RANK")
 
 
 def local_world_size() -> int:
     """Number of processes on this machine, as torchrun sets it."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return told("LOCAL_WORLD_SIZE", 1)
 
 
 class Group:
@@ -89,17 +104,18 @@ def process_group(device: torch.device) -> Iterator[Group]:
         PeerLostError: another process has ended without a word.
     """
     group = Group()
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    number, size = told("RANK"), told("WORLD_SIZE", 1)
+    if size == 1:
         with told_to_user():
             yield group
         return
-    store, number, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+    store = _meet(number, size)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend, store=dist.PrefixStore("group", store), rank=number, world_size=size, timeout=PATIENCE
     )
     _store.append(store)
-    machine = os.environ.get("GROUP_RANK", "0")
+    machine = machine_name()
     everyone = gather_objects((machine, os.getpid()))
     peers = {n: pid for n, (where, pid) in enumerate(everyone) if where == machine and n != number}
     watch = PeerWatch(peers, lambda gone: _end_without(group.lost(gone)))
@@ -133,6 +149,68 @@ def process_group(device: torch.device) -> Iterator[Group]:
     dist.destroy_process_group()
 
 
+def _meet(number: int, size: int) -> dist.Store:
+    """What all processes of the run write to: a file of our launcher, so that no port is opened, else the
+    server of torchrun, or that of process 0. Process 0 returns when all have come.
+
+    Raises:
+        UserError: not all have come in time, or there can be no server.
+    """
+    everyone = [f"process {each}" for each in range(size)]
+    host, port = os.environ.get("MASTER_ADDR", ""), told("MASTER_PORT")
+    hosts = number == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+    def server() -> str:
+        try:
+            socket.create_connection((host, port), timeout=SAY_SECONDS).close()
+        except OSError as error:
+            return f"process 0 at {host}, port {port} ({error.strerror or error})"
+        return ""
+
+    def others() -> str:
+        return ", ".join(name for name in everyone if not store.check([name]))
+
+    store: dist.Store
+    if notes := os.environ.get(NOTES):
+        store = dist.FileStore(os.path.join(notes, "store"), size)
+    else:
+        if not hosts:
+            _wait_for(server, everyone[number], size)
+        try:
+            socket.getaddrinfo(host, port)  # of a wrong name torch would not say so
+            store = dist.TCPStore(
+                *(host, port, size, hosts, PATIENCE), wait_for_workers=False, multi_tenant=True
+            )
+        except (OSError, dist.DistError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"{everyone[number]} of {size} cannot use MASTER_ADDR {host!r}, MASTER_PORT {port} "
+                f"({reason}); give an address of the machine of process 0, and a port that is free there"
+            ) from error
+    store.set(everyone[number], "")
+    if number == 0:
+        _wait_for(others, everyone[0], size)
+    return store
+
+
+def _wait_for(missing: Callable[[], str], name: str, size: int) -> None:
+    """Until nobody is missing; says so after some seconds, then half as often each time.
+
+    Raises:
+        UserError: somebody has not come in time.
+    """
+    began, next_word = time.monotonic(), SAY_SECONDS
+    while who := missing():
+        waited = time.monotonic() - began
+        text = f"{name} of {size} has waited {waited:.0f} s for {who}"
+        if waited > PATIENCE.total_seconds():
+            raise UserError(f"{text}; see what became of it, then start all processes again")
+        if waited > next_word:
+            log.error("%s; it gives up after %.0f minutes", text, PATIENCE.total_seconds() / 60)
+            next_word *= 2
+        time.sleep(POLL_SECONDS)
+
+
 def _end_without(error: PeerLostError) -> None:
     """End this process, wherever it is, since it would wait for one that is gone."""
     report(error)
@@ -157,7 +235,7 @@ def speaks_for_all() -> bool:
     number = str(rank())
     try:
         return _store[0].compare_set(FAILED, "", number) == number.encode()
-    except dist.DistError:  # the launcher, which keeps the store, is gone
+    except RuntimeError:  # the launcher, which keeps the store, is gone
         return number == "0"
 
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 import uuid
@@ -39,6 +40,10 @@ def launch(num_processes: int, arguments: list[str]) -> int:
     PContext.close.__defaults__ = (None, KILL_SECONDS)  # torch has no option for its 30 s
     with tempfile.TemporaryDirectory(prefix="dino_sparo_") as folder:
         os.environ |= {NOTES: folder, LAUNCHER: str(os.getpid())}
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # nothing is to listen beyond this machine
+        for loopback in {"lo", "lo0"} & {name for _, name in socket.if_nameindex()}:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
         on_stop_signals(_stop_all)
         config = LaunchConfig(
             min_nodes=1,
@@ -46,7 +51,8 @@ def launch(num_processes: int, arguments: list[str]) -> int:
             nproc_per_node=num_processes,
             run_id=uuid.uuid4().hex,
             rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
+            rdzv_endpoint=os.path.join(folder, "rendezvous"),
+            rdzv_configs={"store_type": "file"},
             max_restarts=0,
             signals_to_handle="SIGQUIT",  # torch's way would let a third signal leave the processes behind
             logs_specs=DefaultLogsSpecs(log_dir=folder),  # nothing is kept there, but the folder must be

@@ -6,6 +6,7 @@ import json
 import logging
 import multiprocessing
 import os
+import platform
 import select
 import signal
 import sys
@@ -17,6 +18,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from dino_sparo.errors import UserError
+from dino_sparo.terminal import shown
 
 log = logging.getLogger("dino_sparo")
 
@@ -26,8 +28,61 @@ GRACE_SECONDS = 5.0  # for the main thread to see by itself that another process
 FINISH_SECONDS = 16.0  # for a checkpoint that is being written when another process is lost
 NOTES = "DINO_SPARO_NOTES"  # environment variable: where processes leave notes for `launch`
 LAUNCHER = "DINO_SPARO_LAUNCHER"  # environment variable: the process of `launch`
+NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")  # as torchrun sets them
+COPIES = {  # what starts a program several times, and its variables for how many there are, and which this is
+    "srun": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+    "mpirun": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    "mpiexec": ("PMI_SIZE", "PMI_RANK"),
+}
 
 _unfinished: list[Callable[[float], object]] = []
+
+
+def told(name: str, default: int = 0) -> int:
+    """The number in an environment variable, which is checked by `check_environment`."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else default
+
+
+def check_environment() -> None:
+    """Refuse an environment that does not tell which of how many processes this is.
+
+    Empty variables are taken away: they stand for nothing, as where a template has not been filled in. After
+    an error this process counts as the only one, or as the task of `srun` that it is, so that it reports it.
+
+    Raises:
+        UserError: a variable is no number, or missing, or a program was only started several times.
+    """
+    for name in (*NUMBERS, "MASTER_ADDR"):
+        if not os.environ.get(name, "").strip():
+            os.environ.pop(name, None)
+    odd = next((name for name in NUMBERS if not os.environ.get(name, "0").isdecimal()), None)
+    size, needed = told("WORLD_SIZE", 1), ("RANK", "MASTER_ADDR", "MASTER_PORT")
+    wrong = None
+    if odd:
+        wrong = f"{odd} is {shown(repr(os.environ[odd]))}, expected a number"
+    elif size > 1 and (missing := [name for name in needed if name not in os.environ]):
+        wrong = f"WORLD_SIZE is {size}, but there is no {' and no '.join(missing)}"
+    elif told("MASTER_PORT") >= 2**16:
+        wrong = f"MASTER_PORT is {told('MASTER_PORT')}, expected less than {2**16}"
+    elif told("RANK") >= size:
+        of = f"WORLD_SIZE is {size}" if "WORLD_SIZE" in os.environ else "there is no WORLD_SIZE"
+        wrong = f"RANK is {told('RANK')}, but {of}"
+    if wrong:
+        for name in ("RANK", "WORLD_SIZE"):
+            os.environ.pop(name, None)
+        raise UserError(
+            f"environment variables do not tell which of how many processes this is: {wrong}; torchrun sets "
+            f"all of them, and without any there is one process, which --nproc multiplies"
+        )
+    for starter, (of_size, of_rank) in COPIES.items():
+        if told(of_size, 1) > 1 and "WORLD_SIZE" not in os.environ:
+            os.environ["RANK"] = os.environ.get(of_rank, "0")
+            raise UserError(
+                f"{starter} has started this program {told(of_size)} times, and each would do the whole "
+                f"work; start torchrun once on each machine, as scripts/pretrain_slurm.sbatch does, or one "
+                f"process with --nproc; if each is to work alone, set WORLD_SIZE=1"
+            )
 
 
 def on_stop_signals(handler: Callable[[int, FrameType | None], None]) -> dict[signal.Signals, Any]:
@@ -44,10 +99,19 @@ def end_with_parent(number: signal.Signals) -> None:
 
 
 def end_with_launcher() -> None:
-    """Get a SIGTERM when the launcher ends, also one that has ended already."""
+    """Get a SIGTERM when the launcher, if one has started this process, ends, or has ended already."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
     end_with_parent(signal.SIGTERM)
     if os.environ.get(LAUNCHER, str(os.getppid())) != str(os.getppid()):
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def machine_name() -> tuple[str, ...]:
+    """What is the same for processes that know each other by their identifiers: machine and container."""
+    with suppress(OSError):  # not Linux
+        return os.environ.get("GROUP_RANK", ""), platform.node(), os.readlink("/proc/self/ns/pid")
+    return os.environ.get("GROUP_RANK", ""), platform.node()
 
 
 class PeerWatch:
@@ -118,7 +182,7 @@ def first_to_fail() -> bool:
     """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # one a process, in folders of one folder
     if not error_file:
-        return os.environ.get("RANK", "0") == "0"
+        return told("RANK") == 0
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
@@ -126,7 +190,7 @@ def first_to_fail() -> bool:
     except FileExistsError:
         return False
     except OSError:  # the launcher, which keeps the folder, is gone
-        return os.environ.get("RANK") == "0"
+        return told("RANK") == 0
     return True
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dino_sparo.errors import UserError
-from dino_sparo.files import atomic_write, read_small
+from dino_sparo.files import atomic_write, read_small, set_aside
 from dino_sparo.models import Encoder, build_encoder
 from dino_sparo.parallel.processes import finished_first
 from dino_sparo.recipe.sections import Recipe
@@ -59,7 +59,8 @@ def save_checkpoint(state: dict[str, Any], run_dir: Path, *, step: int, keep_eve
         finally:
             os.close(descriptor)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
-        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        reasons = (getattr(each, "strerror", None) for each in (error, error.__context__))
+        reason = next(filter(None, reasons), "torch has not written it whole")
         raise UserError(
             f"{path} ({num_bytes(state)} bytes) cannot be written ({reason}); make room or give permission "
             f"there, then the same command resumes from the checkpoint before"
@@ -145,8 +146,13 @@ def load_latest(run_dir: Path, *, unverified: bool = False) -> dict[str, Any] | 
         UserError: there are checkpoints, but all are damaged; or one has no SHA-256 beside it.
     """
     paths = _list(run_dir)
+    if (run_dir / FOLDER).exists() and not (run_dir / FOLDER).is_dir():
+        raise UserError(
+            f"{run_dir / FOLDER} is no folder; restore it from a backup, or choose another run_dir to start "
+            f"anew"
+        )
     for path in reversed(paths):
-        if not unverified and not _hash_file(path).exists():
+        if not unverified and path.is_file() and not _hash_file(path).exists():
             raise UserError(
                 f"{path}: {_hash_file(path).name} is missing, without which a damaged checkpoint cannot be "
                 f"told from a whole one; restore that file, or pass --resume_unverified to use the "
@@ -170,7 +176,7 @@ def set_damaged_aside(run_dir: Path, step: int) -> None:
         if _step(path) > step:
             for file in (path, _hash_file(path)):
                 if file.exists():
-                    os.replace(file, file.with_name(file.name + ".damaged"))
+                    set_aside(file, "it was passed over")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -189,6 +195,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def check_hash(path: Path) -> None:
     """Raise a UserError for a file that differs from the SHA-256 beside it, if there is one."""
     hash_file = _hash_file(path)
+    if not path.is_file():
+        raise UserError(f"{path} is no regular file")
     if not hash_file.exists():
         return
     with open(path, "rb") as file:
@@ -239,9 +247,7 @@ def _copied(value: Any) -> Any:
 def _list(run_dir: Path) -> list[Path]:
     """Checkpoints of a run, oldest first."""
     paths = (run_dir / FOLDER).glob("step_*.pt")
-    return sorted(
-        (path for path in paths if re.fullmatch(r"step_\d+\.pt", path.name) and path.is_file()), key=_step
-    )
+    return sorted((path for path in paths if re.fullmatch(r"step_\d+\.pt", path.name)), key=_step)
 
 
 def _step(path: Path) -> int:

@@ -19,15 +19,17 @@ import yaml
 
 from dino_sparo import __version__
 from dino_sparo.errors import UserError
-from dino_sparo.files import append_line, named, read_lines, write_file
+from dino_sparo.files import append_line, clean_lines, named, read_lines, set_aside, write_file
 from dino_sparo.recipe.files import stored_recipe
 from dino_sparo.recipe.sections import Recipe
 from dino_sparo.recipe.typed import flattened, read_yaml
+from dino_sparo.runs.checkpoint import FOLDER, TEMPORARY
 
 CONFIG_FILE = "config.yaml"
 STARTS_FILE = "starts.jsonl"
 LOCK_FILE = ".lock"
 MARKER_FILE = "stopped.json"
+BAD_IMAGES_FILE, BAD_STEPS_FILE = "bad_images.jsonl", "bad_steps.jsonl"
 LOCK_SECONDS = 3.0  # a killed process may hold its lock so long, while the system takes its memory back
 log = logging.getLogger("dino_sparo")
 
@@ -66,11 +68,11 @@ def check_same_experiment(run_dir: Path, recipe: Recipe) -> None:
     remedy = f"start the same recipe in another run_dir and copy its {CONFIG_FILE} here"
     try:
         stored = read_yaml(path)
+        if not isinstance(stored, dict):
+            raise UserError("it has no sections")
+        recipes = stored_recipe(stored, str(path)), recipe
     except UserError as error:
-        raise UserError(f"{error}; {remedy}") from error
-    if not isinstance(stored, dict):
-        raise UserError(f"{path} is damaged; {remedy}")
-    recipes = stored_recipe(stored, str(path)), recipe
+        raise UserError(f"{path} is damaged or of another version ({error}); {remedy}") from error
     before, now = (flattened(each.as_dict(), without=NOT_EXPERIMENT) for each in recipes)
     changed = [
         f"{key} was {before.get(key, 'not set')}, is now {now.get(key, 'not set')}"
@@ -104,7 +106,36 @@ def start_run_dir(run_dir: Path, recipe: Recipe, machine: dict[str, Any]) -> Non
 
 def read_starts(run_dir: Path) -> list[dict[str, Any]]:
     """All starts of a run, oldest first."""
-    return read_lines(run_dir / STARTS_FILE)
+    return list(read_lines(run_dir / STARTS_FILE, _is_start))
+
+
+def _is_start(entry: dict[str, Any]) -> bool:
+    """Whether an entry has what is read of a start."""
+    kinds = {"time": str, "command": list, "versions": dict, "device": str, "processes": int}
+    return all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
+
+
+def mend(run_dir: Path) -> None:
+    """Set aside what earlier starts have written and nobody can read, where a run can do without it.
+
+    For the process that holds the folder. Metrics are the business of `RunLog`, checkpoints of `load_latest`;
+    a run cannot do without its recipe.
+
+    Raises:
+        OSError: something cannot be renamed or written.
+    """
+    clean_lines(run_dir / STARTS_FILE, _is_start)
+    clean_lines(run_dir / BAD_IMAGES_FILE, is_bad_image)
+    clean_lines(run_dir / BAD_STEPS_FILE)
+    temporary = run_dir / FOLDER / TEMPORARY
+    for path in (run_dir / MARKER_FILE, temporary, temporary.with_name(f"{TEMPORARY}.sha256")):
+        if path.is_dir():
+            set_aside(path)
+
+
+def is_bad_image(entry: dict[str, Any]) -> bool:
+    """Whether an entry has what is read of an image that was replaced."""
+    return isinstance(entry.get("name"), str) and isinstance(entry.get("reason"), str)
 
 
 def num_knn_images(run_dir: Path) -> int | None:
@@ -124,6 +155,8 @@ def hold(run_dir: Path) -> Iterator[None]:
     path = run_dir / LOCK_FILE
     with named(path):
         run_dir.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            set_aside(path)
         file = open(path, "a+")  # noqa: SIM115 closed below
         file.write(" ")  # what a full disk refuses
         file.flush()

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from dino_sparo.files import named, read_lines, write_file
+from dino_sparo.files import clean_lines, named, read_lines, set_aside
 from dino_sparo.parallel.device import is_past, wait_for_event
 from dino_sparo.terminal import colored, shows_bars
 
@@ -68,11 +68,13 @@ class RunLog:
         self.silent, self.path = silent, run_dir / METRICS_FILE
         if silent:
             return
-        kept = [entry for entry in read_metrics(run_dir) if entry["step"] <= first_step and first_step]
-        write_file(self.path, "".join(f"{json.dumps(entry)}\n" for entry in kept))
+        clean_lines(self.path, _is_whole, keep=lambda entry: 0 < first_step >= entry["step"])
+        events = run_dir / EVENTS_FOLDER
+        if events.exists() and not events.is_dir():
+            set_aside(events, "it is no folder")
         self._metrics = open(self.path, "a")  # noqa: SIM115 closed by __exit__
         cut_from = first_step + 1 if first_step else 0
-        self._events = SummaryWriter(str(run_dir / EVENTS_FOLDER), purge_step=cut_from, flush_secs=30)
+        self._events = SummaryWriter(str(events), purge_step=cut_from, flush_secs=30)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -236,7 +238,17 @@ def group_of(name: str) -> str:
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """All entries of a run's metrics.jsonl, oldest first."""
-    return read_lines(run_dir / METRICS_FILE)
+    return list(each_metric(run_dir))
+
+
+def each_metric(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """The entries of a run's metrics.jsonl, oldest first, one at a time: there may be millions."""
+    return read_lines(run_dir / METRICS_FILE, _is_whole)
+
+
+def _is_whole(entry: dict[str, Any]) -> bool:
+    """Whether an entry is one of a log: numbers by name, with step and epoch."""
+    return {"step", "epoch"} <= entry.keys() and all(isinstance(one, int | float) for one in entry.values())
 
 
 def _duration(seconds: float) -> str:

@@ -23,7 +23,7 @@ from dino_sparo.evaluation.compare import (
     title,
 )
 from dino_sparo.runs.rundir import read_starts
-from dino_sparo.runs.runlog import read_metrics
+from dino_sparo.runs.runlog import each_metric
 from dino_sparo.slots.curves import COLORS, MARKERS
 from dino_sparo.study.measuring import EPOCHS
 from dino_sparo.study.training import KNN, SIZES, sizes, write_files
@@ -55,7 +55,7 @@ def training_of(run: Run) -> Training:
     assert run.recipe is not None
     batch_size = run.recipe["optim.global_batch_size"]
     curve, seconds, images, steps = {}, 0.0, 0.0, 0
-    for entry in read_metrics(run.folder):
+    for entry in each_metric(run.folder):
         if KNN in entry:
             curve[float(entry["epoch"])] = entry[KNN]
         if "seconds" in entry:

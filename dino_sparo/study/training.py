@@ -16,7 +16,7 @@ from dino_sparo.models.cost import encoder_cost
 from dino_sparo.recipe.sections import Recipe
 from dino_sparo.runs.checkpoint import encoder_of, latest_step
 from dino_sparo.runs.rundir import check_same_experiment
-from dino_sparo.runs.runlog import read_metrics
+from dino_sparo.runs.runlog import each_metric
 from dino_sparo.study.variants import Variant
 from dino_sparo.terminal import markdown_table
 from dino_sparo.training.pretrain import pretrain
@@ -159,5 +159,5 @@ def write_files(folder: Path, contents: Mapping[str, str | bytes]) -> None:
 
 def final_knn(run_dir: Path, epochs: int) -> float | None:
     """The monitor's 20-NN after the last epoch; None before there is one, and the last checkpoint."""
-    found = [entry for entry in read_metrics(run_dir) if KNN in entry and entry["epoch"] >= epochs]
+    found = [entry for entry in each_metric(run_dir) if KNN in entry and entry["epoch"] >= epochs]
     return found[-1][KNN] if found and latest_step(run_dir) >= found[-1]["step"] else None

@@ -7,8 +7,8 @@ from dino_sparo.data.loader import Replaced
 from dino_sparo.errors import UserError
 from dino_sparo.files import read_lines, write_file
 from dino_sparo.parallel.distributed import gather_objects, rank
+from dino_sparo.runs.rundir import BAD_IMAGES_FILE, is_bad_image
 
-FILE = "bad_images.jsonl"
 MAX_SHARE = 0.01
 
 
@@ -26,10 +26,10 @@ class BadImages:
     """
 
     def __init__(self, run_dir: Path, num_images: int) -> None:
-        self.path, self.num_images = run_dir / FILE, num_images
+        self.path, self.num_images = run_dir / BAD_IMAGES_FILE, num_images
         self._pending: list[Replaced] = []
         self._met: set[str] = set()  # since this start: those listed before may have been repaired
-        self._reasons = {entry["name"]: entry["reason"] for entry in read_lines(self.path)}
+        self._reasons = {each["name"]: each["reason"] for each in read_lines(self.path, is_bad_image)}
 
     def __len__(self) -> int:
         return len(self._reasons)

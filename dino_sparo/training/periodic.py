@@ -12,8 +12,8 @@ from dino_sparo.parallel.device import end_of_work, wait_for
 from dino_sparo.parallel.distributed import first_rank_decides, gather_objects, mean_over_ranks, rank
 from dino_sparo.parallel.precision import autocast
 from dino_sparo.runs.checkpoint import Saver
-from dino_sparo.runs.rundir import MARKER_FILE
-from dino_sparo.runs.runlog import RunLog, read_metrics
+from dino_sparo.runs.rundir import BAD_STEPS_FILE, MARKER_FILE
+from dino_sparo.runs.runlog import RunLog, each_metric
 from dino_sparo.slots.maps import look, spread_evenly
 from dino_sparo.slots.statistics import slot_health
 from dino_sparo.training.monitor import evaluate_teacher, peak_memory_gib
@@ -21,7 +21,6 @@ from dino_sparo.training.optim import set_hyperparameters
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.setup import Run
 from dino_sparo.training.state import StepOutput, capture_state
-from dino_sparo.training.stopping import BAD_STEPS_FILE
 
 log = logging.getLogger("dino_sparo")
 
@@ -73,7 +72,7 @@ def evaluation_is_missing(run: Run) -> bool:
     every_steps = run.recipe.monitor.knn_every_epochs * run.order.steps_per_epoch
     if run.knn_images is None or not due(run.first_step, every_steps, run.total_steps):
         return False
-    logged = read_metrics(run.run_dir) if run.first_step and rank() == 0 else []
+    logged = each_metric(run.run_dir) if run.first_step and rank() == 0 else []
     found = any(entry["step"] == run.first_step and "knn20_top1" in entry for entry in logged)
     return first_rank_decides(not found)
 

@@ -51,7 +51,7 @@ from dino_sparo.parallel.distributed import (
 from dino_sparo.parallel.precision import autocast, choose_precision, plain_attention, set_numerics
 from dino_sparo.recipe.sections import Recipe, smaller_batch, split_batch
 from dino_sparo.runs.checkpoint import check_room, load_latest, saving, set_damaged_aside
-from dino_sparo.runs.rundir import CONFIG_FILE, check_same_experiment, hold, read_starts, start_run_dir
+from dino_sparo.runs.rundir import CONFIG_FILE, check_same_experiment, hold, mend, read_starts, start_run_dir
 from dino_sparo.runs.runlog import RunLog
 from dino_sparo.training.bad_images import BadImages
 from dino_sparo.training.loss import teacher_probabilities
@@ -161,6 +161,7 @@ def pretrain(recipe: Recipe, run_dir: Path, *, resume_unverified: bool = False) 
         is_run = (run_dir / CONFIG_FILE).exists()
         if rank() == 0 and is_run:  # before another start could change what is read
             held.enter_context(hold(run_dir))
+            mend(run_dir)
         run = prepare(recipe, run_dir, device, unverified=resume_unverified)
         if run.first_step == run.total_steps and not evaluation_is_missing(run):
             log.info("%s is complete: all %d epochs are done", run_dir, recipe.optim.epochs)

@@ -11,7 +11,6 @@ from torch import Tensor
 from dino_sparo.errors import StoppedError, StuckError
 from dino_sparo.parallel.processes import on_stop_signals
 
-BAD_STEPS_FILE = "bad_steps.jsonl"
 LISTED_BAD_STEPS = 1000  # between two looks at them
 
 
