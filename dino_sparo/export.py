@@ -37,11 +37,13 @@ def export(
     """
     networks = networks_in(run, arch)
     stored, where, check = one_of(networks, which, arch), out, ""
+    if stored.epochs is None and (left_out := stored.left_out()):
+        check = f"; left out: {', '.join(left_out)}"
     if format == "official":
         return f"{out}: {write_official(stored, networks, Path(out))} of {run}"
     if format == "onnx":
         path, difference = write_onnx(stored, Path(out))
-        where, check = str(path), f"; differs from torch by {difference:.1e} at most"
+        where, check = str(path), f"; differs from torch by {difference:.1e} at most{check}"
     else:
         source = Path(run).resolve()
         name = source.stem if source.is_file() else source.name

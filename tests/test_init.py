@@ -157,6 +157,12 @@ def test_a_plain_vit_starts_a_sparo_encoder(tmp_path, extra):
     assert ("head (1 tensors), fc_norm (1 tensors)" in said) == bool(extra)
 
 
+def test_a_head_is_taken_and_what_else_lies_beside_is_listed(tmp_path):
+    source = plain(1)
+    _, said = started(tmp_path, named(source) | {"masked_embed": torch.zeros(1, 16)}, **CLS)
+    assert "fresh: nothing; unused of the file: masked_embed (1 tensors)" in said
+
+
 def test_a_readout_after_the_last_block_takes_all_blocks(tmp_path):
     source = plain(1)
     state, said = started(tmp_path, bare(source), model__readout__after_last_block="true")
@@ -260,7 +266,11 @@ def test_a_frozen_backbone_is_the_teachers_in_both(tmp_path):
             {"model__readout__num_slots": 4, "model__readout__key_dim": 8},
             "a read-out sparo with key_dim 4 (the recipe has 8), num_slots 2 (the recipe has 4)",
         ),
-        (lambda: bare(plain(1)) | {"blocks.2.ls1.gamma": torch.zeros(16)}, {}, "1 unexpected (backbone.b"),
+        (
+            lambda: bare(plain(1)) | {"blocks.2.ls1.gamma": torch.zeros(16)},
+            {},
+            "1 unexpected (blocks.2.ls1.gamma)",
+        ),
         (lambda: full(network(1, head={"num_prototypes": 8}), network(2)), {}, "student and teacher differ"),
         (
             lambda: bare(plain(1)) | {"norm.bias": torch.full((16,), torch.nan)},

@@ -1,5 +1,6 @@
 """Encoders from files: our runs and checkpoints, exported folders, official DINO weights, timm's ViTs."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from dino_sparo.models.encoder import architecture
 from dino_sparo.recipe.files import stored_recipe
 from dino_sparo.runs.checkpoint import check_format, check_hash, load_latest, warn_of_missing_hash
 from dino_sparo.runs.plain_file import read_plain
+
+log = logging.getLogger("dino_sparo")
 
 EXPECTED = "expected a run folder, an exported folder, or a weights file"
 ENCODER = "encoder."  # of its parameters in our checkpoints
@@ -41,7 +44,10 @@ def load_encoder(
         UserFileNotFoundError: there is no such file, or no checkpoint in the folder.
         UserError: the file is damaged or refused, does not hold what is asked for, or does not fit.
     """
-    return one_of(networks_in(path, arch), which, arch).build(untrained=untrained)
+    stored = one_of(networks_in(path, arch), which, arch)
+    if stored.epochs is None and (left_out := stored.left_out()):  # every run has a head
+        log.info("%s: left out: %s", path, ", ".join(left_out))
+    return stored.build(untrained=untrained)
 
 
 def networks_in(path: str | Path, arch: str | Mapping[str, int] | None = None) -> dict[str, StoredEncoder]:

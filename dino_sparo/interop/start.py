@@ -152,12 +152,13 @@ def _taken(
     head = {name.removeprefix("head."): v for name, v in stored.beside.items() if name.startswith("head.")}
     if reason := _why_not_head(head, model, same_readout=same_readout, norm_last_layer=norm_last_layer):
         fresh.append(f"head ({reason})")
-        kinds = [name.partition(".")[0] for name in stored.beside]
-        unused += [f"{kind} ({kinds.count(kind)} tensors)" for kind in dict.fromkeys(kinds)]
+        head = {}
     else:
         check_stored(head, f"init {stored.path}")
         check_finite(head, f"init {stored.path}")
-        parameters |= {f"head.{name}": value for name, value in head.items()}
+    head = {f"head.{name}": value for name, value in head.items()}
+    unused += stored.left_out(head)
+    parameters |= head
     told = [
         f"fresh: {', '.join(fresh) or 'nothing'}",
         f"unused of the file: {', '.join(unused) or 'nothing'}",

@@ -1,6 +1,6 @@
 """An encoder as a file holds it: how to build it, and weights that must fit it exactly."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ class StoredEncoder:
         which: whose weights they are, teacher or student.
         weights: state dict of the Encoder, not checked yet: anything may be among its values.
         beside: what else the network has in the file, by name, not checked either: the DINO head
-            (`head.mlp.0.weight`, ...), or the classifier of a plain ViT.
+            (`head.mlp.0.weight`, ...), the classifier of a plain ViT, or what masks and decodes.
         epochs: whole epochs that a run has trained them; None if they are not of a run.
     """
 
@@ -41,6 +41,11 @@ class StoredEncoder:
     weights: dict[str, Any]
     beside: dict[str, Any] = field(default_factory=dict)
     epochs: int | None = None
+
+    def left_out(self, taken: Collection[str] = ()) -> list[str]:
+        """What lies beside the encoder and is not among the names `taken`, as `head (8 tensors)`."""
+        kinds = [name.partition(".")[0] for name in self.beside if name not in taken]
+        return [f"{shown(kind)} ({kinds.count(kind)} tensors)" for kind in dict.fromkeys(kinds)]
 
     def build(self, *, untrained: bool = False) -> Encoder:
         """The encoder in evaluation mode, on the CPU, with these weights or its initial ones.
