@@ -73,8 +73,10 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 encoding = model(transform(Image.open("IMAGE").convert("RGB"))[None])  # (1, {length})
 ```
 
-`dino_sparo.load_encoder("FOLDER")` gives the encoder itself.
+`dino_sparo.load_encoder("FOLDER")` gives the encoder itself.{other_sizes}
 """
+OTHER_SIZES = """ It takes images of any size; timm's ViT gives the same
+encodings at {image_size} pixels only: it resizes the position embedding differently from the DINO code."""
 READOUTS = {
     "sparo": "with the SPARO read-out (arXiv 2404.15721)",
     "cls": "read out by its CLS token",
@@ -235,6 +237,7 @@ def _model_card(stored: StoredEncoder, encoder: Encoder, name: str, measured: Se
     if encoder.num_slots:
         width = encoder.embed_dim // encoder.num_slots
         encoding += f", {encoder.num_slots} slots of {width} one after the other"
+    size = stored.arguments["image_size"]
     text = CARD.format(
         tags="- sparo\n" if encoder.readout_name == "sparo" else "",
         name=shown(name),
@@ -242,9 +245,10 @@ def _model_card(stored: StoredEncoder, encoder: Encoder, name: str, measured: Se
         readout=READOUTS.get(encoder.readout_name, f"with the read-out {encoder.readout_name}"),
         arch=in_words(stored.arguments["arch"]),
         patch_size=stored.arguments["patch_size"],
-        image_size=stored.arguments["image_size"],
+        image_size=size,
         encoding=encoding,
         length=encoder.embed_dim,
+        other_sizes=OTHER_SIZES.format(image_size=size) if _is_plain(stored.arguments) else "",
         imports="" if _is_plain(stored.arguments) else IMPORT,
     )
     return text + ("\n## Measured\n\n" + "".join(f"- {line}\n" for line in measured) if measured else "")
