@@ -283,6 +283,7 @@ def test_what_the_rules_do_not_explain_is_refused(tmp_path, content, changes, me
     assert message in refusal(tmp_path, content(), **changes)
 
 
-def test_a_frozen_backbone_needs_weights(tmp_path):
-    with pytest.raises(UserError, match="freeze_backbone is true, but init is null: a backbone that has lea"):
-        tiny_options(tmp_path / "data", tmp_path / "run", optim__freeze_backbone="true")
+@pytest.mark.parametrize(("name", "value"), [("freeze_backbone", "true"), ("freeze_backbone_epochs", 1)])
+def test_a_frozen_backbone_needs_weights(tmp_path, name, value):
+    with pytest.raises(UserError, match=f"{name} is {value}, but init is null: a backbone that has learned"):
+        tiny_options(tmp_path / "data", tmp_path / "run", **{f"optim__{name}": value})
