@@ -8,12 +8,13 @@ import torch
 from safetensors.torch import save_file
 
 from dino_sparo import load_encoder
+from dino_sparo.__main__ import main
 from dino_sparo.errors import UserError
 from dino_sparo.models import DINOHead, DinoModel, build_encoder
 from dino_sparo.training.setup import start_state
 from dino_sparo.training.state import TrainState
 from tests.test_official import prefixed
-from tests.tiny import build_state, tiny_options
+from tests.tiny import build_state, tiny_options, write_pictures
 
 ARCH = {"width": 16, "depth": 3, "num_heads": 2}
 HEAD = {"num_prototypes": 16, "hidden_dim": 8, "bottleneck_dim": 4}
@@ -192,6 +193,35 @@ def test_timms_own_model_by_file_and_by_name(tmp_path, monkeypatch, caplog):
         started_from(tmp_path, init, **CLS)
     with pytest.raises(UserError, match=r"init timm:vit holds attention heads 2 \(the recipe has 4\)"):
         started_from(tmp_path, "timm:vit", **CLS, model__arch__num_heads=4)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["hf-hub:someone/model", "local-dir:.", "hf_hub:x", "../vit", "someone/vit", "C:\\vit", ""],
+)
+def test_timm_is_asked_for_its_own_models_alone(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("timm was asked"))
+    for ask in (lambda: load_encoder(f"timm:{name}"), lambda: started_from(tmp_path, f"timm:{name}")):
+        with pytest.raises(UserError, match="names no model of timm itself; expected a name of") as caught:
+            ask()
+        assert "\n" not in str(caught.value)
+
+
+@torch.no_grad()
+def test_a_model_of_timm_stands_wherever_a_run_does(tmp_path, monkeypatch, capsys):
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 5}
+    model = timm.models.VisionTransformer(**sizes).eval()
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: {"vit_x.dino": model}[name])
+    images = torch.randn(2, 3, 16, 16)
+    expected = model.forward_features(images)[:, 0]
+    torch.testing.assert_close(load_encoder("timm:vit_x.dino")(images), expected, atol=1e-5, rtol=1e-5)
+    write_pictures(tmp_path / "data", 60, classes=2)
+    monkeypatch.chdir(tmp_path)
+    assert main(["knn", "timm:vit_x.dino", "--data.path", "data", "--num_workers", "0"]) == 0
+    assert (tmp_path / "timm_vit_x.dino_evaluation" / "results.json").is_file()
+    assert main(["export", "timm:vit_x.dino", "--out", "out"]) == 0
+    assert "left out: head (2 tensors)" in capsys.readouterr().out
+    torch.testing.assert_close(load_encoder("out")(images), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_what_timm_cannot_give_is_one_sentence(tmp_path, monkeypatch):

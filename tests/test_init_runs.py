@@ -9,6 +9,7 @@ import torch
 from dino_sparo import load_encoder
 from dino_sparo.__main__ import main
 from dino_sparo.cli.pretraining import pretrain
+from dino_sparo.errors import UserError
 from dino_sparo.runs.checkpoint import load_latest, num_bytes
 from dino_sparo.training import periodic, state
 from tests.running import command
@@ -103,6 +104,11 @@ def test_a_run_resumes_without_the_file_bit_for_bit(finished, pictures, step, tm
     pretrain(options)
     assert state_hash(load_latest(tmp_path / "run")) == state_hash(load_latest(run_dir))
     assert load_latest(tmp_path / "run")["config"]["init"] == str(file)
+
+
+def test_a_finished_run_asked_for_more_epochs_names_the_way(run_dir):
+    with pytest.raises(UserError, match=r"optim.epochs was 3, is now 5.*with --init .*/run begins with"):
+        pretrain(tiny_options(run_dir.parent / "data", run_dir, optim__epochs=5))
 
 
 def test_a_run_and_an_exported_encoder_start_another_run(run_dir, pictures, tmp_path):

@@ -23,7 +23,7 @@ class EvaluationOptions:
     """What the evaluations of one encoder share."""
 
     run: str
-    """Run folder or weights file."""
+    """Run folder, weights file, or `timm:NAME`."""
     data: LabeledDataOptions
     """The labeled images."""
     which: Literal["teacher", "student"] = "teacher"

@@ -22,7 +22,7 @@ class ExportOptions:
     """An encoder for other programs: a folder that timm reads, ONNX, or a file in the official style."""
 
     run: str
-    """Run folder, checkpoint file, exported folder, or official DINO weights of a ViT."""
+    """Run folder, checkpoint file, exported folder, official DINO weights of a ViT, or `timm:NAME`."""
     out: str
     """`timm`: new folder; `onnx`: folder that gets model.onnx; `official`: new file, NAME.pth."""
     format: Literal["timm", "onnx", "official"] = "timm"
