@@ -33,6 +33,9 @@ class ExportOptions:
     arch: Literal["vit_tiny", "vit_small", "vit_base"] | None = None
     """Architecture of official weights, which do not tell their number of heads; null takes one for 64
     numbers of width."""
+    license: str | None = None
+    """Of the weights, by its name on the hub, such as apache-2.0, for the model card and ONNX; null: not
+    stated."""
 
 
 def prepare(options: PrepareOptions) -> None:
@@ -46,4 +49,13 @@ def export(options: ExportOptions) -> None:
     """`dino-sparo export`."""
     from dino_sparo.export import export as write
 
-    print(write(options.run, options.out, options.format, which=options.which, arch=options.arch))
+    print(
+        write(
+            options.run,
+            options.out,
+            options.format,
+            which=options.which,
+            arch=options.arch,
+            license=options.license,
+        )
+    )

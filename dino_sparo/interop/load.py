@@ -1,5 +1,6 @@
 """Encoders from files: our runs and checkpoints, exported folders, official DINO weights, timm's ViTs."""
 
+import json
 import logging
 import re
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ log = logging.getLogger("dino_sparo")
 EXPECTED = "expected a run folder, an exported folder, a weights file, or timm:NAME"
 TIMM = "timm:"
 NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)  # of timm's own models: no place from which it would load another
+OF_EXPERIMENT = ("seed", "views", "model", "head", "loss", "optim")  # in a recipe, but for its data
 ENCODER = "encoder."  # of its parameters in our checkpoints
 
 
@@ -142,6 +144,11 @@ def one_of(
     return stored
 
 
+def _name_of(path: str) -> str:
+    """A folder or file without where it lies on this machine; a set by name as it is."""
+    return shown(path if path.startswith(("hub:", TIMM)) else Path(path).name)
+
+
 def _of_checkpoint(state: Mapping[str, Any], path: Path, which: str) -> StoredEncoder:
     """One network of a checkpoint of ours."""
     try:
@@ -154,7 +161,15 @@ def _of_checkpoint(state: Mapping[str, Any], path: Path, which: str) -> StoredEn
             which=which,
             weights={k.removeprefix(ENCODER): v for k, v in network.items() if k.startswith(ENCODER)},
             beside={k: v for k, v in network.items() if not k.startswith(ENCODER)},
-            epochs=int(state["step"] // (state["images"]["num_images"] // batch_size)),
+            epochs=(epochs := int(state["step"] // (state["images"]["num_images"] // batch_size))),
+            trained={
+                "data": f"{_name_of(recipe.data.path)}, {state['images']['num_images']} images",
+                "epochs": str(epochs),
+                "recipe": json.dumps(
+                    {name: value for name, value in recipe.as_dict().items() if name in OF_EXPERIMENT}
+                    | {"init": recipe.init and _name_of(recipe.init)}
+                ),
+            },
         )
     except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = error if isinstance(error, UserError) else repr(error)
