@@ -190,7 +190,8 @@ def _sizes(weights: Mapping[str, Any], path: Path) -> tuple[int, int, int]:
     grid = math.isqrt(max(0, num_patches))
     if grid < 1 or grid**2 != num_patches:
         raise UserError(
-            f"{path}: pos_embed is {position_shape}; expected (1, 1 + a square number of patches, width)"
+            f"{path}: pos_embed is {position_shape}; expected (1, 1 + a square number of patches, width); "
+            f"{PLAIN}"
         )
     return patch_shape[0], patch_shape[2], grid * patch_shape[2]
 
