@@ -90,6 +90,11 @@ def _unwrapped(content: Any, deep: int) -> dict[str, Any]:
     return {"teacher": content} if wrapped is None else _unwrapped(wrapped, deep - 1)
 
 
+def without_wrapping(key: Any) -> str:
+    """The name of a parameter without what compiled and parallel modules put into it."""
+    return ".".join(part for part in str(key).split(".") if part not in WRAPPING)
+
+
 def _encoder(
     state: Any, path: Path, which: str, arch: str | Mapping[str, int] | None, num_heads: Any
 ) -> StoredEncoder:
@@ -130,7 +135,7 @@ def _split(state: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], dict[s
     weights: dict[str, Any] = {}
     beside: dict[str, Any] = {}
     for key, value in state.items():
-        name = ".".join(part for part in str(key).split(".") if part not in WRAPPING)
+        name = without_wrapping(key)
         while name.startswith(PREFIXES):
             name = name.partition(".")[2]
         place = beside if name.startswith(BESIDE) else weights
