@@ -1,6 +1,5 @@
 """Runs that begin with weights from a file, and runs whose backbone is frozen: saved, killed, resumed."""
 
-import re
 import shutil
 import subprocess
 
@@ -161,9 +160,7 @@ def test_two_processes_with_a_frozen_backbone(pictures, tmp_path):
 def test_check_tries_the_starting_weights(pictures, tmp_path, capsys):
     arguments = tiny_arguments(pictures, tmp_path / "run", init=pictures / "vit.pth", **FROZEN)
     assert main(["check", *arguments]) == 0
-    shown = capsys.readouterr().out
-    assert "vit.pth: 0.01 million parameters taken" in " ".join(shown.split())
-    assert re.search(r"teacher temp. +last layer +backbone\n.* fixed\n", shown)
+    assert "vit.pth: 0.01 million parameters taken" in " ".join(capsys.readouterr().out.split())
     torch.save(bare(plain(1, patch_size=4)), tmp_path / "other.pth")
     assert main(["check", *tiny_arguments(pictures, tmp_path / "run", init=tmp_path / "other.pth")]) == 1
     assert "other.pth holds patch size 4" in capsys.readouterr().out

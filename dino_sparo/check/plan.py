@@ -287,14 +287,12 @@ def _schedule_table(plan: Plan) -> list[str]:
         points["warm-up's end"] = optim.warmup_epochs * plan.steps_per_epoch
     lines = [
         f"{'':<14}{'step':>8}{'lr':>11}{'decay':>9}{'momentum':>10}{'teacher temp.':>15}{'last layer':>12}"
-        f"{'backbone':>10}"
     ]
     for name, step in sorted(points.items(), key=lambda point: point[1]):
         at = schedules.at(step)
         lines.append(
             f"{name:<14}{step:>8,}{at.lr:>11.4g}{at.weight_decay:>9.4g}{at.momentum:>10.6g}"
             f"{at.teacher_temp:>15.4g}{'fixed' if at.freeze_last_layer else 'learns':>12}"
-            f"{'fixed' if optim.freeze_backbone or at.freeze_backbone else 'learns':>10}"
         )
     return lines
 
