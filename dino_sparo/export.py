@@ -18,6 +18,7 @@ def export(
     *,
     which: str = "teacher",
     arch: str | Mapping[str, int] | None = None,
+    license: str | None = None,
 ) -> str:
     """Write an encoder for other programs.
 
@@ -27,6 +28,7 @@ def export(
             names: of a run both networks with heads, else the encoder.
         which: whose weights, teacher or student; a file by the official names of a run holds both.
         arch: as for `load_encoder`.
+        license: of the weights, for the model card and ONNX.
 
     Returns:
         One line: what was written where.
@@ -37,15 +39,18 @@ def export(
     """
     networks = networks_in(run, arch)
     stored, where, check = one_of(networks, which, arch), out, ""
+    if stored.epochs is None and (left_out := stored.left_out()):
+        check = f"; left out: {', '.join(left_out)}"
     if format == "official":
         return f"{out}: {write_official(stored, networks, Path(out))} of {run}"
+    measured = measured_lines(run, which)
     if format == "onnx":
-        path, difference = write_onnx(stored, Path(out))
-        where, check = str(path), f"; differs from torch by {difference:.1e} at most"
+        path, difference = write_onnx(stored, Path(out), license=license, measured=measured)
+        where, check = str(path), f"; differs from torch by {difference:.1e} at most{check}"
     else:
         source = Path(run).resolve()
         name = source.stem if source.is_file() else source.name
-        write_exported(stored, Path(out), name=name, measured=measured_lines(run, which))
+        write_exported(stored, Path(out), name=name, license=license, measured=measured)
     count = sum(value.numel() for value in stored.weights.values())
     return f"{where}: {which} of {run}, {count / 1e6:.2f} million parameters{check}"
 

@@ -71,6 +71,7 @@ def test_recipes_differ_from_their_controls_in_one_setting_alone():
     readout["model.readout.name"] = "cls"
     for sparo in (SPARO, "imagenet_vitb16_sparo", "imagenet_vits8_sparo", "photos_sparo"):
         assert differences(sparo, sparo.replace("sparo", "dino")) == readout
+    assert differences("continue_vits16_sparo", "continue_vits16") == readout
     assert read_variants("readouts", [])["cls"] == readout
     assert differences(SPARO, LONG) == {
         "optim.epochs": 300,

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -169,7 +170,21 @@ def test_the_card_tells_how_to_use_it_and_what_was_measured(run_dir, tmp_path):
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: timm\n") and "\n# my_run\n" in card
     assert card.endswith("## Measured\n\n- 20-NN (knn) on val: 83.6 % top-1, 4 images of 2 classes\n")
-    assert "encoding: 8 numbers, 2 slots of 4 one after the other" in card
+    for line in (
+        "encoding: 8 numbers, 2 slots of 4 one after the other",
+        "preprocessing: RGB, short side to 18 pixels (bicubic), center crop of 16 x 16, divided by 255",
+        "data: data, 4 images",
+        "epochs: 3",
+        "license: not stated",
+    ):
+        assert f"- {line}" in card
+    recipe = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert recipe.pop("init") is None and recipe == {key: config[key] for key in recipe}
+    assert recipe.keys() == {"seed", "views", "model", "head", "loss", "optim"}
+    licensed = tmp_path / "licensed"
+    assert main(["export", str(run), "--out", str(licensed), "--license", "cc-by-4.0"]) == 0
+    assert (licensed / "README.md").read_text().startswith("---\nlibrary_name: timm\nlicense: cc-by-4.0\n")
     for file in ("README.md", "config.json"):
         assert str(tmp_path) not in (out / file).read_text()
 

@@ -8,12 +8,13 @@ import torch
 from safetensors.torch import save_file
 
 from dino_sparo import load_encoder
+from dino_sparo.__main__ import main
 from dino_sparo.errors import UserError
 from dino_sparo.models import DINOHead, DinoModel, build_encoder
 from dino_sparo.training.setup import start_state
 from dino_sparo.training.state import TrainState
 from tests.test_official import prefixed
-from tests.tiny import build_state, tiny_options
+from tests.tiny import build_state, tiny_options, write_pictures
 
 ARCH = {"width": 16, "depth": 3, "num_heads": 2}
 HEAD = {"num_prototypes": 16, "hidden_dim": 8, "bottleneck_dim": 4}
@@ -157,6 +158,12 @@ def test_a_plain_vit_starts_a_sparo_encoder(tmp_path, extra):
     assert ("head (1 tensors), fc_norm (1 tensors)" in said) == bool(extra)
 
 
+def test_a_head_is_taken_and_what_else_lies_beside_is_listed(tmp_path):
+    source = plain(1)
+    _, said = started(tmp_path, named(source) | {"masked_embed": torch.zeros(1, 16)}, **CLS)
+    assert "fresh: nothing; unused of the file: masked_embed (1 tensors)" in said
+
+
 def test_a_readout_after_the_last_block_takes_all_blocks(tmp_path):
     source = plain(1)
     state, said = started(tmp_path, bare(source), model__readout__after_last_block="true")
@@ -186,6 +193,35 @@ def test_timms_own_model_by_file_and_by_name(tmp_path, monkeypatch, caplog):
         started_from(tmp_path, init, **CLS)
     with pytest.raises(UserError, match=r"init timm:vit holds attention heads 2 \(the recipe has 4\)"):
         started_from(tmp_path, "timm:vit", **CLS, model__arch__num_heads=4)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["hf-hub:someone/model", "local-dir:.", "hf_hub:x", "../vit", "someone/vit", "C:\\vit", ""],
+)
+def test_timm_is_asked_for_its_own_models_alone(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("timm was asked"))
+    for ask in (lambda: load_encoder(f"timm:{name}"), lambda: started_from(tmp_path, f"timm:{name}")):
+        with pytest.raises(UserError, match="names no model of timm itself; expected a name of") as caught:
+            ask()
+        assert "\n" not in str(caught.value)
+
+
+@torch.no_grad()
+def test_a_model_of_timm_stands_wherever_a_run_does(tmp_path, monkeypatch, capsys):
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 5}
+    model = timm.models.VisionTransformer(**sizes).eval()
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: {"vit_x.dino": model}[name])
+    images = torch.randn(2, 3, 16, 16)
+    expected = model.forward_features(images)[:, 0]
+    torch.testing.assert_close(load_encoder("timm:vit_x.dino")(images), expected, atol=1e-5, rtol=1e-5)
+    write_pictures(tmp_path / "data", 60, classes=2)
+    monkeypatch.chdir(tmp_path)
+    assert main(["knn", "timm:vit_x.dino", "--data.path", "data", "--num_workers", "0"]) == 0
+    assert (tmp_path / "timm_vit_x.dino_evaluation" / "results.json").is_file()
+    assert main(["export", "timm:vit_x.dino", "--out", "out"]) == 0
+    assert "left out: head (2 tensors)" in capsys.readouterr().out
+    torch.testing.assert_close(load_encoder("out")(images), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_what_timm_cannot_give_is_one_sentence(tmp_path, monkeypatch):
@@ -260,7 +296,11 @@ def test_a_frozen_backbone_is_the_teachers_in_both(tmp_path):
             {"model__readout__num_slots": 4, "model__readout__key_dim": 8},
             "a read-out sparo with key_dim 4 (the recipe has 8), num_slots 2 (the recipe has 4)",
         ),
-        (lambda: bare(plain(1)) | {"blocks.2.ls1.gamma": torch.zeros(16)}, {}, "1 unexpected (backbone.b"),
+        (
+            lambda: bare(plain(1)) | {"blocks.2.ls1.gamma": torch.zeros(16)},
+            {},
+            "1 unexpected (blocks.2.ls1.gamma)",
+        ),
         (lambda: full(network(1, head={"num_prototypes": 8}), network(2)), {}, "student and teacher differ"),
         (
             lambda: bare(plain(1)) | {"norm.bias": torch.full((16,), torch.nan)},
@@ -273,6 +313,7 @@ def test_what_the_rules_do_not_explain_is_refused(tmp_path, content, changes, me
     assert message in refusal(tmp_path, content(), **changes)
 
 
-def test_a_frozen_backbone_needs_weights(tmp_path):
-    with pytest.raises(UserError, match="freeze_backbone is true, but init is null: a backbone that has lea"):
-        tiny_options(tmp_path / "data", tmp_path / "run", optim__freeze_backbone="true")
+@pytest.mark.parametrize(("name", "value"), [("freeze_backbone", "true"), ("freeze_backbone_epochs", 1)])
+def test_a_frozen_backbone_needs_weights(tmp_path, name, value):
+    with pytest.raises(UserError, match=f"{name} is {value}, but init is null: a backbone that has learned"):
+        tiny_options(tmp_path / "data", tmp_path / "run", **{f"optim__{name}": value})

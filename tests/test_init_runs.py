@@ -9,8 +9,9 @@ import torch
 from dino_sparo import load_encoder
 from dino_sparo.__main__ import main
 from dino_sparo.cli.pretraining import pretrain
+from dino_sparo.errors import UserError
 from dino_sparo.runs.checkpoint import load_latest, num_bytes
-from dino_sparo.training import state
+from dino_sparo.training import periodic, state
 from tests.running import command
 from tests.test_init import bare, plain
 from tests.test_resume import pretrain_until
@@ -59,6 +60,37 @@ def test_a_frozen_backbone_stays_and_all_else_learns(finished, pictures):
         assert not any(torch.equal(readout[name], fresh[name]) for name in fresh)
 
 
+def test_a_backbone_is_frozen_in_the_first_epochs_alone(pictures, tmp_path, monkeypatch):
+    changes = {"init": pictures / "vit.pth", "optim__freeze_backbone_epochs": 1, "optim__epochs": 2}
+    options = tiny_options(pictures, tmp_path / "run", **changes, log__keep_every_epochs=1)
+    pretrain(options)
+    given = torch.load(pictures / "vit.pth")
+    first, last = sorted((tmp_path / "run" / "checkpoints").glob("*.pt"))
+    for path, same in ((first, True), (last, False)):
+        backbone = load_encoder(path, "student").backbone.state_dict()
+        assert all(torch.equal(value, given[name]) == same for name, value in backbone.items())
+    fresh = load_encoder(first, untrained=True).readout.query
+    assert not torch.equal(load_encoder(first, "student").readout.query, fresh)
+    again = tiny_options(pictures, tmp_path / "again", **changes, log__checkpoint_every_minutes=1e-9)
+    pretrain_until(1, again, monkeypatch)
+    pretrain(again)
+    assert state_hash(load_latest(tmp_path / "again")) == state_hash(load_latest(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("start", [80.0, 70.0], ids=["fallen", "not fallen"])
+def test_a_run_warns_when_it_is_worse_than_its_start(pictures, tmp_path, monkeypatch, capfd, start):
+    answers = iter([start, 75.0])
+    monkeypatch.setattr(
+        periodic, "evaluate_teacher", lambda *_, **__: {"knn20_top1": next(answers), "knn20_top5": 90.0}
+    )
+    write_pictures(tmp_path / "data", 60, classes=2)
+    changes = {"monitor__knn_every_epochs": 1, "optim__epochs": 1, "optim__warmup_epochs": 0}
+    pretrain(tiny_options(tmp_path / "data", tmp_path / "run", init=pictures / "vit.pth", **changes))
+    said = capfd.readouterr().err
+    assert ("20-NN is 75.00 %, below the 80.00 % that the starting weights had" in said) == (start == 80)
+    assert ("begin again in a new run_dir with a lower optim.lr_per_256" in said) == (start == 80)
+
+
 @pytest.mark.parametrize("step", [1, 4])
 def test_a_run_resumes_without_the_file_bit_for_bit(finished, pictures, step, tmp_path, monkeypatch):
     run_dir, changes = finished
@@ -72,6 +104,11 @@ def test_a_run_resumes_without_the_file_bit_for_bit(finished, pictures, step, tm
     pretrain(options)
     assert state_hash(load_latest(tmp_path / "run")) == state_hash(load_latest(run_dir))
     assert load_latest(tmp_path / "run")["config"]["init"] == str(file)
+
+
+def test_a_finished_run_asked_for_more_epochs_names_the_way(run_dir):
+    with pytest.raises(UserError, match=r"optim.epochs was 3, is now 5.*with --init .*/run begins with"):
+        pretrain(tiny_options(run_dir.parent / "data", run_dir, optim__epochs=5))
 
 
 def test_a_run_and_an_exported_encoder_start_another_run(run_dir, pictures, tmp_path):

@@ -127,6 +127,24 @@ def test_fields_that_a_section_needs(tmp_path, key, value, missing):
 
 
 @pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            ("--model.arch", "vit_tiny", "--model.arch.width", "32"),
+            "model.arch is vit_tiny, but model.arch.width is given too; give either model.arch alone, or all "
+            "of model.arch.width, model.arch.depth, model.arch.num_heads",
+        ),
+        (  # the recipe has a name there, which this replaces
+            ("--model.arch.width", "32"),
+            "missing: model.arch.depth, model.arch.num_heads; give --model.arch.depth VALUE",
+        ),
+    ],
+)
+def test_an_arch_is_either_a_name_or_sizes(given, message):
+    assert refusal("--config", "imagenet_vits16_sparo", *REQUIRED, *given).startswith(message)
+
+
+@pytest.mark.parametrize(
     ("key", "nearest"),
     [
         ("optim.epoch", "optim.epochs"),

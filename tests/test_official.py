@@ -81,8 +81,16 @@ def same_outputs(encoder, source):
         lambda state: {"state_dict": prefixed(state, "module."), "epoch": 3},
         lambda state: {"model": state},
         lambda state: {**state, "head.weight": torch.zeros(10, 128)},
+        lambda state: prefixed(state, "_orig_mod."),
+        lambda state: prefixed(state, "module._orig_mod.backbone."),
+        lambda state: prefixed(state, "_orig_mod.module.encoder.backbone."),
+        lambda state: prefixed(state, "backbone._orig_mod.module."),
+        lambda state: {k.replace("blocks.0", "blocks.0._orig_mod"): v for k, v in state.items()},
+        lambda state: {"model_state_dict": prefixed(state, "module."), "optimizer_state_dict": {}},
+        lambda state: {"teacher": {"model_state_dict": state}, "epoch": 2},
+        lambda state: {"state_dict": {"teacher": prefixed(state, "_orig_mod."), "student": state}},
+        lambda state: {"model": {"model": {"state_dict": state}}},
     ],
-    ids=["bare", "backbone", "module", "state_dict", "model", "with a classifier"],
 )
 def test_every_wrapping_gives_the_source(file, source, state, wrap):
     torch.save(wrap(state), file)
@@ -170,6 +178,63 @@ def changed(name, change):
 )
 def test_what_does_not_fit_is_listed(file, state, change, message):
     assert message in refused(file, change(state))
+
+
+OTHERS = {  # what the training files of other programs hold beside the encoder
+    "ibot": {"masked_embed": (1, 128), "head.mlp.0.weight": (8, 128), "head.last_layer2.weight_v": (8, 4)},
+    "mae": {
+        "mask_token": (1, 1, 64),
+        "decoder_embed.weight": (64, 128),
+        "decoder_pos_embed": (1, 17, 64),
+        "decoder_blocks.0.norm1.weight": (64,),
+        "decoder_pred.bias": (192,),
+    },
+    "deit": {"head.weight": (10, 128), "head.bias": (10,)},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_lies_beside_a_plain_vit_is_left_out_and_listed(file, source, state, name, caplog):
+    torch.save({"model": state | {key: torch.zeros(shape) for key, shape in OTHERS[name].items()}}, file)
+    with caplog.at_level("INFO", "dino_sparo"):
+        same_outputs(load_encoder(file), source)
+    (said,) = [message for message in caplog.messages if "left out: " in message]
+    for kind in {key.partition(".")[0] for key in OTHERS[name]}:
+        assert f"{kind} (" in said
+
+
+@pytest.mark.parametrize(
+    ("extra", "what"),
+    [
+        ({"register_tokens": (1, 4, 128), "mask_token": (1, 128)}, "register tokens, as DINOv2"),
+        ({"blocks.0.ls1.gamma": (128,), "blocks.0.ls2.gamma": (128,)}, "LayerScale, as DINOv2, DeiT III"),
+        ({"blocks.1.gamma_1": (128,)}, "LayerScale"),
+        ({"blocks.0.mlp.w12.weight": (8, 128), "blocks.0.mlp.w3.weight": (128, 4)}, "SwiGLU, as DINOv2"),
+        ({"blocks.0.0.norm1.weight": (128,)}, "blocks in chunks, as DINOv2"),
+        ({"dist_token": (1, 1, 128), "head_dist.weight": (10, 128), "pos_embed": (1, 18, 128)}, "DeiT"),
+        ({"norm.weight": None, "norm.bias": None, "fc_norm.weight": (128,)}, "as fine-tuned MAE"),
+        ({"rope_embed.periods": (16,), "pos_embed": None, "storage_tokens": (1, 4, 128)}, "DINOv3"),
+        ({"blocks.0.attn.relative_position_bias_table": (9, 2), "pos_embed": None}, "BEiT"),
+    ],
+)
+def test_another_kind_of_vit_is_named_and_a_plain_one_offered(file, state, extra, what):
+    weights = state | {key: torch.zeros(shape) for key, shape in extra.items() if shape}
+    weights = {key: value for key, value in weights.items() if extra.get(key, True)}
+    for content in (weights, {"teacher": prefixed(weights, "backbone.")}):
+        message = refused(file, content)
+        assert what in message and "give a plain ViT, such as timm:vit_" in message
+
+
+def test_huge_vits_have_sixteen_heads(file):
+    sizes = {"width": 1280, "depth": 1, "num_heads": 16}
+    torch.save(small_encoder(arch=sizes).backbone.state_dict(), file)
+    assert load_encoder(file).backbone.num_heads == 16
+
+
+def test_a_file_that_holds_itself_is_refused(file):
+    content = {}
+    content["model"] = content
+    assert "holds no parameter of a ViT backbone, but 1 entries: 'model'" in refused(file, content)
 
 
 def test_files_without_a_backbone_say_what_they_hold(file):

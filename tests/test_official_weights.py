@@ -66,7 +66,10 @@ def test_weights_are_scored_and_nothing_is_trained(encoder, data, tmp_path, caps
     assert results[0].name == "3 blocks cls" and results[0].details["epochs"] == 100
     assert sorted(path.name for path in out.iterdir()) == ["results.json"]
     assert "linear probe of linearweights.pth, val: 7 test images, 3 classes" in capsys.readouterr().out
-    linear(encoder, data, out, evaluate=written(tmp_path, content["state_dict"]))  # the state dict alone
+    compiled = {f"_orig_mod.{name}": value for name, value in state.items()}
+    for alone in (state, compiled):
+        (again,) = linear(encoder, data, out, evaluate=written(tmp_path, alone))
+        np.testing.assert_array_equal(again.correct, expected)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Encoders as ONNX: the numbers of torch for any batch size, and nothing left when they are not."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -33,6 +35,11 @@ def test_a_run_as_onnx(needs_onnx, run_dir, tmp_path, capsys):
     model = onnx.load(out / "model.onnx")
     onnx.checker.check_model(model, full_check=True)
     assert [(x.domain, x.version) for x in model.opset_import] == [("", onnx_file.OPSET)]
+    told = {one.key: one.value for one in model.metadata_props}
+    assert told["preprocessing"].startswith("RGB, short side to 18 pixels (bicubic), center crop of 16 x 16")
+    assert (told["slots"], told["data"], told["epochs"]) == ("2", "data, 4 images", "3")
+    assert (told["accuracy"], told["license"]) == ("not measured", "not stated")
+    assert json.loads(told["recipe"])["optim"]["epochs"] == 3
     session, encoder = session_of(out / "model.onnx"), load_encoder(run_dir)
     assert [x.name for x in session.get_inputs()] == ["images"]
     assert [x.name for x in session.get_outputs()] == ["encoding", "attention"]

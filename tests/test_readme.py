@@ -77,7 +77,8 @@ def as_run_here(command: str) -> list[str]:
 
 def less(name: str, given: list[str]) -> list[str]:
     keys = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in given}
-    without = "model.readout." if "imagenet_vits16_dino" in given else None  # cls takes none of these
+    cls = {"imagenet_vits16_dino", "continue_vits16"} & {*given}
+    without = "model.readout." if cls else None  # cls takes none of these
     return [
         f"--{key}={value}"
         for key, value in LESS.get(name, {}).items()

@@ -185,6 +185,24 @@ def test_created_with_classes_or_another_size(folder, images):
 
 
 @torch.no_grad()
+def test_other_sizes_give_our_encoding_or_are_refused(folder):
+    encoder = export(folder, **SPARO)
+    x = torch.randn(2, 3, 24, 32)
+    resized = created(folder)
+    resized.set_input_size((24, 32))
+    for model in (resized, created(folder, dynamic_img_size=True), created(folder)):
+        torch.testing.assert_close(model(x), encoder(x), atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match=r"\(24, 32\), expected a square; leave it out, the model takes"):
+        created(folder, img_size=(24, 32))
+    for arguments, part in ((((24, 30),), "multiples of the patch size 4"), ((32, 8), "patch_size is 8")):
+        with pytest.raises(ValueError, match=part):
+            resized.set_input_size(*arguments)
+    export(folder / "plain", readout="cls")  # timm's own model, which cannot be told to refuse
+    assert "same\nencodings at 16 pixels only" in (folder / "plain" / "README.md").read_text()
+    assert "pixels only" not in (folder / "README.md").read_text()
+
+
+@torch.no_grad()
 def test_feature_extraction_by_timms_own_wrapper(folder, images):
     encoder = export(folder, **SPARO)
     outputs = encoder.backbone.block_outputs(images, last=2)

@@ -85,7 +85,9 @@ def estimate(
     machine, optim, views = recipe.machine, recipe.optim, recipe.views
     batch_size, accumulation = split_batch(optim.global_batch_size, machine.batch_size_per_gpu, num_processes)
     sizes = [(NUM_GLOBAL_CROPS, views.global_size), (views.num_local_crops, views.local_size)]
-    hyper = replace(build_schedules(optim, recipe.loss, 1).at(0), freeze_last_layer=False)
+    hyper = replace(
+        build_schedules(optim, recipe.loss, 1).at(0), freeze_last_layer=False, freeze_backbone=False
+    )
     executor = executor_on_gpu(recipe)
     max_side = recipe.data.max_side if executor == "device" else None  # of the canvas
     making = count_views(crop_kinds(**asdict(views)), sizes, batch_size, max_side)

@@ -191,7 +191,7 @@ def steps_of(plan: Plan, batch: Batch) -> dict[str, Any]:
                 batch,
                 crop_kinds(**asdict(recipe.views)),
                 tried,
-                replace(schedules.at(0), freeze_last_layer=False),
+                replace(schedules.at(0), freeze_last_layer=False, freeze_backbone=False),
                 steps=STEPS,
                 clip_norm=recipe.optim.clip_norm,
                 precision=plan.precision,

@@ -24,7 +24,7 @@ class EvaluationOptions:
     """What the evaluations of one encoder share."""
 
     run: str
-    """Run folder or weights file."""
+    """Run folder, weights file, or `timm:NAME`."""
     data: LabeledDataOptions
     """The labeled images."""
     which: Literal["teacher", "student"] = "teacher"
@@ -66,6 +66,9 @@ class KnnOptions(EvaluationOptions):
     """Of the features on disk."""
     batch_size: Batch = 64
     """Images per forward pass."""
+    checkpoints: Literal["newest", "all"] = "newest"
+    """Of a run folder: the newest, or all that are kept (log.keep_every_epochs), with a table and the curve
+    knn_checkpoints.png."""
 
 
 @dataclass(kw_only=True)
@@ -125,18 +128,33 @@ class CompareOptions:
 def knn(options: KnnOptions) -> None:
     """Print the k-NN accuracies of a trained encoder, and add them to results.json."""
     from dino_sparo.evaluation import knn as room
+    from dino_sparo.evaluation import series
+    from dino_sparo.parallel.distributed import rank
 
-    with _opened(options) as opened:
-        results = room.knn_results(
-            *opened,
-            k=options.k,
-            feature=options.feature,
-            by_faiss=options.search == "faiss",
-            cache_precision=options.cache_precision,
-            batch_size=options.batch_size,
-            **_common(options),
-        )
-        _report(options, results, room.table)
+    if options.untrained and options.checkpoints == "all":
+        raise UserError("checkpoints is 'all', but untrained is true: these are all alike; leave one out")
+    with _opened(options) as (encoder, train, test_sets):
+
+        def evaluate(one: "Encoder") -> "list[Result]":
+            return room.knn_results(
+                *(one.to(encoder.device).requires_grad_(False), train, test_sets),
+                k=options.k,
+                feature=options.feature,
+                by_faiss=options.search == "faiss",
+                cache_precision=options.cache_precision,
+                batch_size=options.batch_size,
+                **_common(options),
+            )
+
+        if options.checkpoints == "newest":
+            _report(options, evaluate(encoder), room.table)
+            return
+        found = series.of_checkpoints(Path(options.run), options.which, evaluate)
+        _report(options, list(found[max(found)]), room.table)
+        if rank() == 0:
+            curve = _folder(options) / series.CURVE_FILE
+            series.draw(found, curve)
+            print(f"{series.table(found)}\n{curve}")
 
 
 def linear(options: LinearOptions) -> None:

@@ -27,7 +27,7 @@ class ExportOptions:
     """An encoder for other programs: a folder that timm reads, ONNX, or a file in the official style."""
 
     run: str
-    """Run folder, checkpoint file, exported folder, or official DINO weights of a ViT."""
+    """Run folder, checkpoint file, exported folder, official DINO weights of a ViT, or `timm:NAME`."""
     out: str
     """`timm`: new folder; `onnx`: folder that gets model.onnx; `official`: new file, NAME.pth."""
     format: Literal["timm", "onnx", "official"] = "timm"
@@ -38,6 +38,9 @@ class ExportOptions:
     arch: Literal["vit_tiny", "vit_small", "vit_base"] | None = None
     """Architecture of official weights, which do not tell their number of heads; null takes one for 64
     numbers of width."""
+    license: str | None = None
+    """Of the weights, by its name on the hub, such as apache-2.0, for the model card and ONNX; null: not
+    stated."""
 
 
 @dataclass(kw_only=True)
@@ -75,7 +78,16 @@ def export(options: ExportOptions) -> None:
     """`dino-sparo export`."""
     from dino_sparo.export import export as write
 
-    print(write(options.run, options.out, options.format, which=options.which, arch=options.arch))
+    print(
+        write(
+            options.run,
+            options.out,
+            options.format,
+            which=options.which,
+            arch=options.arch,
+            license=options.license,
+        )
+    )
 
 
 def embed(options: EmbedOptions) -> None:

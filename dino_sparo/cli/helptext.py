@@ -45,7 +45,8 @@ def overview(names: Sequence[str]) -> str:
     commands = "\n".join(lines)
     if len(names) < len(COMMANDS):
         return f"usage: dino-sparo {names[0].split()[0]} COMMAND RUN [--key VALUE ...]\n\n{commands}"
-    summaries = {name: summary_of_recipe(path) for name, path in recipes().items()}
+    first = sorted(recipes().items(), key=lambda recipe: recipe[0] != "demo")
+    summaries = {name: summary_of_recipe(path) for name, path in first}
     parts = [
         f"usage: dino-sparo COMMAND [--config RECIPE] [--section.key VALUE ...]\n{commands}",
         "for every command:\n" + table(PROGRAM_OPTIONS, width),

@@ -78,6 +78,8 @@ def options_of(options_class: type, given: Mapping[str, Any]) -> Any:
         return named_recipe(values.pop("config"), values, options_class)
     except MissingError as error:
         remedy = f"give {' '.join(f'--{key} VALUE' for key in error.keys[:6])}"
-        if issubclass(options_class, Recipe) and not NOT_IN_RECIPES.issuperset(error.keys):
+        begun = {key.rpartition(".")[0] for key in given} - {""}  # sections that were given in part
+        in_begun = all(key.rpartition(".")[0] in begun for key in error.keys)
+        if issubclass(options_class, Recipe) and not (NOT_IN_RECIPES.issuperset(error.keys) or in_begun):
             remedy = f"start from a recipe that has them: --config NAME, one of {', '.join(recipes())}"
         raise UserError(f"{error}; {remedy}") from error

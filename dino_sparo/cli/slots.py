@@ -21,7 +21,7 @@ class SlotsOptions:
     """What all commands about slots take."""
 
     run: str
-    """Run folder or weights file."""
+    """Run folder, weights file, or `timm:NAME`."""
     which: Literal["teacher", "student"] = "teacher"
     """Whose weights to look at."""
     out: str | None = None

@@ -34,6 +34,7 @@ from dino_sparo.evaluation.probes import (
 from dino_sparo.evaluation.results import Result, result_on
 from dino_sparo.evaluation.transfer import TestSet, as_test_sets, restrict
 from dino_sparo.files import parsed_json, write_file
+from dino_sparo.interop.official import without_wrapping
 from dino_sparo.interop.stored import check_finite, check_stored, is_plain
 from dino_sparo.models import Encoder
 from dino_sparo.parallel.distributed import gather_rows, rank, world_size
@@ -159,7 +160,7 @@ def load_official(
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None
     state = state if isinstance(state, Mapping) else {}
     found: dict[str, Any] = {
-        str(key).removeprefix("module.").removeprefix("linear."): value for key, value in state.items()
+        without_wrapping(key).removeprefix("linear."): value for key, value in state.items()
     }
     tensors = [found[name] for name in ("weight", "bias") if is_plain(found.get(name))]
     if len(found) != 2 or [tensor.ndim for tensor in tensors] != [2, 1]:

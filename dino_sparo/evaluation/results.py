@@ -113,7 +113,10 @@ def standard_error(accuracy: float, num_images: int) -> float:
 
 
 def results_folder(run: str) -> Path:
-    """Where results about RUN go: a run folder itself; for a weights file `<stem>_evaluation` beside it."""
+    """Where results about RUN go: a run folder itself; for a weights file `<stem>_evaluation` beside it, for
+    `timm:NAME` `timm_NAME_evaluation` here."""
+    if run.startswith("timm:"):
+        return Path(f"{run.replace(':', '_')}_evaluation")
     path = Path(run)
     return path if path.is_dir() else path.with_name(f"{path.stem}_evaluation")
 

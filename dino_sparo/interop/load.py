@@ -1,11 +1,14 @@
 """Encoders from files: our runs and checkpoints, exported folders, official DINO weights, timm's ViTs."""
 
+import json
+import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dino_sparo.errors import UserError, UserFileNotFoundError
-from dino_sparo.interop.official import read_official
+from dino_sparo.interop.official import NUM_HEADS, read_official
 from dino_sparo.interop.stored import MODELS, StoredEncoder, in_words
 from dino_sparo.interop.timm_folder import CONFIG_FILE, WEIGHTS_FILE, read_exported, read_safetensors
 from dino_sparo.models import Encoder
@@ -13,8 +16,14 @@ from dino_sparo.models.encoder import architecture
 from dino_sparo.recipe.files import stored_recipe
 from dino_sparo.runs.checkpoint import check_format, check_hash, load_latest, warn_of_missing_hash
 from dino_sparo.runs.plain_file import read_plain
+from dino_sparo.terminal import shown
 
-EXPECTED = "expected a run folder, an exported folder, or a weights file"
+log = logging.getLogger("dino_sparo")
+
+EXPECTED = "expected a run folder, an exported folder, a weights file, or timm:NAME"
+TIMM = "timm:"
+NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)  # of timm's own models: no place from which it would load another
+OF_EXPERIMENT = ("seed", "views", "model", "head", "loss", "optim")  # in a recipe, but for its data
 ENCODER = "encoder."  # of its parameters in our checkpoints
 
 
@@ -30,7 +39,7 @@ def load_encoder(
     Args:
         path: run folder (its newest whole checkpoint), checkpoint file, exported folder or its
             `.safetensors` file, or a ViT's weights as the official DINO code or timm keep them (`.pth`,
-            `.bin`, `.safetensors`).
+            `.bin`, `.safetensors`); or `timm:NAME`, a pretrained ViT that timm downloads.
         which: teacher or student.
         untrained: give random weights instead, as a baseline: those that a run of this seed begins with if
             no file starts it (of an official file: seed 0).
@@ -41,7 +50,10 @@ def load_encoder(
         UserFileNotFoundError: there is no such file, or no checkpoint in the folder.
         UserError: the file is damaged or refused, does not hold what is asked for, or does not fit.
     """
-    return one_of(networks_in(path, arch), which, arch).build(untrained=untrained)
+    stored = one_of(networks_in(path, arch), which, arch)
+    if stored.epochs is None and (left_out := stored.left_out()):  # every run has a head
+        log.info("%s: left out: %s", path, ", ".join(left_out))
+    return stored.build(untrained=untrained)
 
 
 def networks_in(path: str | Path, arch: str | Mapping[str, int] | None = None) -> dict[str, StoredEncoder]:
@@ -54,6 +66,8 @@ def networks_in(path: str | Path, arch: str | Mapping[str, int] | None = None) -
     Raises:
         UserFileNotFoundError, UserError: as `load_encoder`.
     """
+    if str(path).startswith(TIMM):
+        return of_timm(str(path))
     path = Path(path)
     if (path / CONFIG_FILE).is_file():
         path = path / WEIGHTS_FILE
@@ -77,6 +91,38 @@ def networks_in(path: str | Path, arch: str | Mapping[str, int] | None = None) -
     return {which: _of_checkpoint(state, path, which) for which in MODELS}
 
 
+def of_timm(name: str, key: str = "") -> dict[str, StoredEncoder]:
+    """The pretrained ViT `timm:NAME`; timm downloads it if it is not there yet. `key` is for messages."""
+    import timm
+
+    what = f"{key}{shown(repr(name))}"
+    if not NAME.fullmatch(name.removeprefix(TIMM)):
+        raise UserError(
+            f"{what} names no model of timm itself; expected a name of timm.list_pretrained('vit*'), such as "
+            f"timm:vit_small_patch16_224.dino, or give other weights as a file"
+        )
+    try:
+        model = timm.create_model(name.removeprefix(TIMM), pretrained=True)
+    except Exception as error:  # of the network, the hub or timm: there are many kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UserError(
+            f"{what} cannot be had from timm ({reason}); check the name (timm.list_pretrained('vit*')) and "
+            f"the network, or give a weights file"
+        ) from error
+    if not isinstance(model, timm.models.VisionTransformer):
+        raise UserError(f"{what} is a {type(model).__name__}; expected a plain VisionTransformer of timm")
+    expected = {"mean": timm.data.IMAGENET_DEFAULT_MEAN, "std": timm.data.IMAGENET_DEFAULT_STD}
+    told: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    other = [f"{one} {told[one]}" for one, value in expected.items() if tuple(told.get(one, value)) != value]
+    if other:
+        log.warning(
+            "WARNING: %s%s was trained on images normalized by %s, here they are by ImageNet's",
+            *(key, name, " and ".join(other)),
+        )
+    attention: Any = model.get_submodule("blocks.0.attn")
+    return read_official({"model": model.state_dict(), NUM_HEADS: attention.num_heads}, Path(name))
+
+
 def one_of(
     networks: Mapping[str, StoredEncoder], which: str, arch: str | Mapping[str, int] | None = None
 ) -> StoredEncoder:
@@ -98,6 +144,11 @@ def one_of(
     return stored
 
 
+def _name_of(path: str) -> str:
+    """A folder or file without where it lies on this machine; a set by name as it is."""
+    return shown(path if path.startswith(("hub:", TIMM)) else Path(path).name)
+
+
 def _of_checkpoint(state: Mapping[str, Any], path: Path, which: str) -> StoredEncoder:
     """One network of a checkpoint of ours."""
     try:
@@ -110,7 +161,15 @@ def _of_checkpoint(state: Mapping[str, Any], path: Path, which: str) -> StoredEn
             which=which,
             weights={k.removeprefix(ENCODER): v for k, v in network.items() if k.startswith(ENCODER)},
             beside={k: v for k, v in network.items() if not k.startswith(ENCODER)},
-            epochs=int(state["step"] // (state["images"]["num_images"] // batch_size)),
+            epochs=(epochs := int(state["step"] // (state["images"]["num_images"] // batch_size))),
+            trained={
+                "data": f"{_name_of(recipe.data.path)}, {state['images']['num_images']} images",
+                "epochs": str(epochs),
+                "recipe": json.dumps(
+                    {name: value for name, value in recipe.as_dict().items() if name in OF_EXPERIMENT}
+                    | {"init": recipe.init and _name_of(recipe.init)}
+                ),
+            },
         )
     except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = error if isinstance(error, UserError) else repr(error)

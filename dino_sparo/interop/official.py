@@ -28,15 +28,30 @@ HEAD_DIM = 64  # numbers per attention head, in every ViT of the official code
 NUM_HEADS = "num_heads"  # beside student and teacher in files that we write: weights do not tell it
 OUR_NAMES = {f"head.{old}": f"head.{new}" for old, new in OLD_NAMES.items()}
 OFFICIAL_NAMES = {ours: official for official, ours in OUR_NAMES.items()}
-WRAPPERS = ("state_dict", "model")  # keys under which other programs keep a single state dict
-PREFIXES = ("module.", "backbone.")  # of data-parallel training, and of the wrapper around backbone and head
-HEADS = ("head.", "fc_norm.")  # of DINO, and of a classifier
+WRAPPERS = ("model_state_dict", "state_dict", "model")  # keys under which other programs keep a network
+MOST_WRAPPED = 4  # within each other; a file may hold itself
+WRAPPING = ("_orig_mod", "module", "_fsdp_wrapped_module")  # of compiled and of parallel modules, anywhere
+PREFIXES = ("backbone.", "encoder.", "model.")  # of what holds the ViT beside a head
+BESIDE = ("head.", "fc_norm.", "masked_embed", "decoder")  # heads, what iBOT masks with, MAE's decoder
+MASK_TOKEN = "mask_token"  # MAE's belongs to its decoder
 BACKBONE = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
 BLOCK = re.compile(r"blocks\.([0-9]{1,3})\.")
 READOUT = "readout."
 NEEDED = ("cls_token", "pos_embed", "patch_embed.proj.weight")
 READOUT_NEEDED = ("readout.query", "readout.key_proj.weight", "readout.value_proj.weight")
 SHOWN_KEYS = 5
+HEADS_OF_HUGE = dict.fromkeys((1280, 1408, 1664), 16)  # by width of ViT-H, g and G: more than 64 numbers each
+FOREIGN = {  # parts that a plain ViT has not, by their names
+    r"(register_tokens|reg_token|storage_tokens)$": "register tokens, as DINOv2 and DINOv3 have",
+    r"blocks\..*\.(ls[12]\.gamma|gamma_[12]|gamma1|gamma2)$": "LayerScale, as DINOv2, DeiT III and BEiT have",
+    r"blocks\..*\.mlp\.w(1|2|3|12)\.": "SwiGLU, as DINOv2 ViT-g has",
+    r"blocks\.[0-9]+\.[0-9]+\.": "blocks in chunks, as DINOv2 has in training",
+    r"dist_token$": "a distillation token, as distilled DeiT has",
+    r"fc_norm\.": "a norm behind the mean of the tokens, as fine-tuned MAE has",
+    r"(blocks\..*\.)?(rel_pos|relative_position|rope)": "relative positions, as BEiT and DINOv3 have",
+    r"norm_pre\.": "a norm before the blocks, as CLIP has",
+}
+PLAIN = "give a plain ViT, such as timm:vit_small_patch16_224.dino, which timm downloads"
 
 
 # --- In
@@ -47,10 +62,11 @@ def read_official(
 ) -> dict[str, StoredEncoder]:
     """The encoders in an official file by teacher and student; a single state dict counts as the teacher.
 
-    The encoding is that of the SPARO read-out beside the backbone, else the normalized CLS token. All sizes
-    are read from the weights, but for the number of attention heads: it is NUM_HEADS of the file, else that
-    of `arch`, if it is of this width, else one per 64 numbers of width. With a read-out the depth is that of
-    the plain ViT, one block more than there are.
+    iBOT, MAE and DeiT hold plain ViTs too; what they have beside it is left out. The encoding is that of the
+    SPARO read-out beside the backbone, else the normalized CLS token. All sizes are read from the weights,
+    but for the number of attention heads: it is NUM_HEADS of the file, else that of `arch`, if it is of this
+    width, else 16 of ViT-H and larger, else one per 64 numbers of width. With a read-out the depth is that
+    of the plain ViT, one block more than there are.
 
     Args:
         content: what the file holds.
@@ -58,15 +74,25 @@ def read_official(
         arch: named size, or width, depth and num_heads.
 
     Raises:
-        UserError: there is no backbone in the file, or only a part of one.
+        UserError: there is no backbone in the file, only a part of one, or another kind of ViT.
     """
-    held = content if isinstance(content, Mapping) else {}
-    networks = {name: held[name] for name in MODELS if name in held}
-    if not networks:
-        wrapped = (held[key] for key in WRAPPERS if isinstance(held.get(key), Mapping))
-        networks = {"teacher": next(wrapped, content)}
-    num_heads = held.get(NUM_HEADS)
+    num_heads = content.get(NUM_HEADS) if isinstance(content, Mapping) else None
+    networks = _unwrapped(content, MOST_WRAPPED)
     return {which: _encoder(state, path, which, arch, num_heads) for which, state in networks.items()}
+
+
+def _unwrapped(content: Any, deep: int) -> dict[str, Any]:
+    """The state dicts in a file by teacher and student, out of so many wrappers at most."""
+    held = content if isinstance(content, Mapping) and deep else {}
+    if networks := {name: held[name] for name in MODELS if name in held}:
+        return {name: next(iter(_unwrapped(inner, deep - 1).values())) for name, inner in networks.items()}
+    wrapped = next((held[key] for key in WRAPPERS if isinstance(held.get(key), Mapping)), None)
+    return {"teacher": content} if wrapped is None else _unwrapped(wrapped, deep - 1)
+
+
+def without_wrapping(key: Any) -> str:
+    """The name of a parameter without what compiled and parallel modules put into it."""
+    return ".".join(part for part in str(key).split(".") if part not in WRAPPING)
 
 
 def _encoder(
@@ -76,6 +102,7 @@ def _encoder(
     if not isinstance(state, Mapping):
         raise UserError(f"{path} holds a {type(state).__name__}; expected parameters by name (a state dict)")
     weights, beside = _split(state, path)
+    _check_plain(weights, beside, path)
     missing = [name for name in NEEDED if name not in weights]
     if missing:
         raise UserError(
@@ -104,14 +131,14 @@ def _encoder(
 
 
 def _split(state: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """By bare names: the parameters of backbone and read-out and whatever else is no head, then heads."""
+    """By bare names: the parameters of backbone and read-out and whatever is unknown, then BESIDE."""
     weights: dict[str, Any] = {}
     beside: dict[str, Any] = {}
     for key, value in state.items():
-        name = str(key)
+        name = without_wrapping(key)
         while name.startswith(PREFIXES):
             name = name.partition(".")[2]
-        place = beside if name.startswith(HEADS) else weights
+        place = beside if name.startswith(BESIDE) else weights
         if name in place:
             raise UserError(
                 f"{path} holds {shown(name)!r} twice, once as {shown(key)!r}; give one state dict"
@@ -122,9 +149,25 @@ def _split(state: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], dict[s
         more = ", ..." if len(state) > SHOWN_KEYS else ""
         raise UserError(
             f"{path} holds no parameter of a ViT backbone, but {len(state)} entries: {held or 'none'}{more}; "
-            f"expected names such as 'cls_token' and 'blocks.0.norm1.weight', maybe after 'backbone.'"
+            f"expected names such as 'cls_token' and 'blocks.0.norm1.weight', maybe after "
+            f"'backbone.'; {PLAIN}"
         )
+    if MASK_TOKEN in weights and any(name.startswith("decoder") for name in beside):
+        beside[MASK_TOKEN] = weights.pop(MASK_TOKEN)
     return weights, beside
+
+
+def _check_plain(weights: Mapping[str, Any], beside: Mapping[str, Any], path: Path) -> None:
+    """Refuse a ViT of another kind, and say of which. Raises UserError."""
+    names = [*weights, *(beside if "norm.weight" not in weights else ())]
+    found = {what: [name for name in names if re.match(part, name)] for part, what in FOREIGN.items()}
+    if any(found.values()):
+        listed = ", and ".join(
+            f"{what}: {len(some)} unexpected ({shown(some[0])}{', ...' * (len(some) > 1)})"
+            for what, some in found.items()
+            if some
+        )
+        raise UserError(f"{path} holds no plain ViT, but one with {listed}; {PLAIN}")
 
 
 def _num_heads(width: int, arch: str | Mapping[str, int] | None, path: Path) -> int:
@@ -132,6 +175,8 @@ def _num_heads(width: int, arch: str | Mapping[str, int] | None, path: Path) -> 
     given = {} if arch is None else architecture(arch)
     if given.get("width") == width:
         return given["num_heads"]
+    if width in HEADS_OF_HUGE:
+        return HEADS_OF_HUGE[width]
     if width % HEAD_DIM:
         raise UserError(
             f"{path} is of width {width}, no multiple of {HEAD_DIM}, so its number of heads cannot be told; "
@@ -150,7 +195,8 @@ def _sizes(weights: Mapping[str, Any], path: Path) -> tuple[int, int, int]:
     grid = math.isqrt(max(0, num_patches))
     if grid < 1 or grid**2 != num_patches:
         raise UserError(
-            f"{path}: pos_embed is {position_shape}; expected (1, 1 + a square number of patches, width)"
+            f"{path}: pos_embed is {position_shape}; expected (1, 1 + a square number of patches, width); "
+            f"{PLAIN}"
         )
     return patch_shape[0], patch_shape[2], grid * patch_shape[2]
 

@@ -6,6 +6,7 @@ Input `images` (B, 3, side, side), float32, normalized, of the encoder's native 
 
 import logging
 import warnings
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,8 +25,12 @@ BATCH_SIZES = (1, 3)  # of the check; the graph is traced with 2
 TOLERANCE = 1e-4
 
 
-def write_onnx(stored: StoredEncoder, folder: Path) -> tuple[Path, float]:
+def write_onnx(
+    stored: StoredEncoder, folder: Path, *, license: str | None = None, measured: Sequence[str] = ()
+) -> tuple[Path, float]:
     """Write `folder/model.onnx`; give its path and the largest difference to torch.
+
+    What its users must know is in its `metadata_props`, as `StoredEncoder.facts` tells it by the last two.
 
     Raises:
         UserError: a package is missing, the file is there already, or onnxruntime computes something else
@@ -41,7 +46,7 @@ def write_onnx(stored: StoredEncoder, folder: Path) -> tuple[Path, float]:
     if path.exists():
         raise UserError(f"out: {path} exists already; choose another folder or remove it")
     model, side = _Outputs(stored.build()).eval(), stored.arguments["image_size"]
-    content = to_onnx(model, side)
+    content = with_properties(to_onnx(model, side), stored.facts(license, measured))
     difference = largest_difference(content, model, side)
     if not difference <= TOLERANCE:
         raise UserError(
@@ -87,6 +92,15 @@ def to_onnx(model: "_Outputs", side: int) -> bytes:
         )
     assert program is not None
     return program.model_proto.SerializeToString()
+
+
+def with_properties(content: bytes, properties: Mapping[str, str]) -> bytes:
+    """The graph with these texts by name."""
+    import onnx
+
+    graph = onnx.load_from_string(content)
+    onnx.helper.set_model_props(graph, dict(properties))
+    return graph.SerializeToString()
 
 
 class _Outputs(nn.Module):

@@ -13,25 +13,19 @@ The rules, for student and teacher alike:
 Optimizer, center and schedules begin anew.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dino_sparo.errors import UserError
-from dino_sparo.interop.load import networks_in, one_of
-from dino_sparo.interop.official import NUM_HEADS, read_official
+from dino_sparo.interop.load import TIMM, networks_in, of_timm, one_of
 from dino_sparo.interop.stored import StoredEncoder, check_finite, check_stored, misfits
 from dino_sparo.models import DinoModel
 from dino_sparo.models.encoder import WITH_SLOTS, architecture
 from dino_sparo.models.head import OLD_NAMES
 
-log = logging.getLogger("dino_sparo")
-
-TIMM = "timm:"
 NOT_READOUT = ("arch", "patch_size", "image_size", "after_last_block")
 DEFAULTS = {"heads": "separate", "group_size": 1}  # of read-outs, where a recipe or file leaves them out
 PROTOTYPE_LENGTHS = OLD_NAMES["last_layer.weight_g"]
@@ -49,39 +43,8 @@ def read_networks(init: str, arguments: Mapping[str, Any]) -> list[StoredEncoder
     Raises:
         UserError: there is no such file or model, or it is damaged or refused.
     """
-    if init.startswith(TIMM):
-        networks = read_official(_from_timm(init.removeprefix(TIMM)), Path(init))
-    else:
-        networks = networks_in(init, arguments["arch"])
+    networks = of_timm(init, "init ") if init.startswith(TIMM) else networks_in(init, arguments["arch"])
     return [one_of(networks, "teacher"), *(networks[name] for name in networks if name == "student")]
-
-
-def _from_timm(name: str) -> dict[str, Any]:
-    """A pretrained model as official content; timm downloads it if it is not there yet."""
-    import timm
-
-    try:
-        model = timm.create_model(name, pretrained=True)
-    except Exception as error:  # of the network, the hub or timm: there are many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise UserError(
-            f"init {TIMM + name!r} cannot be had from timm ({reason}); check the name "
-            f"(timm.list_pretrained('vit*')) and the network, or give a weights file"
-        ) from error
-    if not isinstance(model, timm.models.VisionTransformer):
-        raise UserError(
-            f"init {TIMM + name!r} is a {type(model).__name__}; expected a plain VisionTransformer of timm"
-        )
-    expected = {"mean": timm.data.IMAGENET_DEFAULT_MEAN, "std": timm.data.IMAGENET_DEFAULT_STD}
-    told: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    other = [f"{key} {told[key]}" for key, value in expected.items() if tuple(told.get(key, value)) != value]
-    if other:
-        log.warning(
-            "WARNING: init %s%s was trained on images normalized by %s, here they are by ImageNet's",
-            *(TIMM, name, " and ".join(other)),
-        )
-    attention: Any = model.get_submodule("blocks.0.attn")
-    return {"model": model.state_dict(), NUM_HEADS: attention.num_heads}
 
 
 @torch.no_grad()
@@ -152,12 +115,13 @@ def _taken(
     head = {name.removeprefix("head."): v for name, v in stored.beside.items() if name.startswith("head.")}
     if reason := _why_not_head(head, model, same_readout=same_readout, norm_last_layer=norm_last_layer):
         fresh.append(f"head ({reason})")
-        kinds = [name.partition(".")[0] for name in stored.beside]
-        unused += [f"{kind} ({kinds.count(kind)} tensors)" for kind in dict.fromkeys(kinds)]
+        head = {}
     else:
         check_stored(head, f"init {stored.path}")
         check_finite(head, f"init {stored.path}")
-        parameters |= {f"head.{name}": value for name, value in head.items()}
+    head = {f"head.{name}": value for name, value in head.items()}
+    unused += stored.left_out(head)
+    parameters |= head
     told = [
         f"fresh: {', '.join(fresh) or 'nothing'}",
         f"unused of the file: {', '.join(unused) or 'nothing'}",

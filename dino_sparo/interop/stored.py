@@ -1,6 +1,6 @@
 """An encoder as a file holds it: how to build it, and weights that must fit it exactly."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dino_sparo.data.images import IMAGENET_MEAN, IMAGENET_STD
 from dino_sparo.errors import UserError
 from dino_sparo.models import Encoder, build_encoder
 from dino_sparo.models.encoder import architecture
@@ -30,8 +31,9 @@ class StoredEncoder:
         which: whose weights they are, teacher or student.
         weights: state dict of the Encoder, not checked yet: anything may be among its values.
         beside: what else the network has in the file, by name, not checked either: the DINO head
-            (`head.mlp.0.weight`, ...), or the classifier of a plain ViT.
+            (`head.mlp.0.weight`, ...), the classifier of a plain ViT, or what masks and decodes.
         epochs: whole epochs that a run has trained them; None if they are not of a run.
+        trained: what a run learned from and by what recipe, for readers of an exported file.
     """
 
     path: Path
@@ -41,6 +43,32 @@ class StoredEncoder:
     weights: dict[str, Any]
     beside: dict[str, Any] = field(default_factory=dict)
     epochs: int | None = None
+    trained: dict[str, str] = field(default_factory=dict)
+
+    def left_out(self, taken: Collection[str] = ()) -> list[str]:
+        """What lies beside the encoder and is not among the names `taken`, as `head (8 tensors)`."""
+        kinds = [name.partition(".")[0] for name in self.beside if name not in taken]
+        return [f"{shown(kind)} ({kinds.count(kind)} tensors)" for kind in dict.fromkeys(kinds)]
+
+    def facts(self, license: str | None, measured: Sequence[str]) -> dict[str, str]:
+        """What whoever uses the exported encoder must know, by short names.
+
+        Args:
+            license: of the weights.
+            measured: results, one line each.
+        """
+        side, slots = self.arguments["image_size"], self.arguments.get("num_slots")
+        return {
+            "weights": self.which,
+            "vit": f"{in_words(self.arguments['arch'])}, patches of {self.arguments['patch_size']} pixels",
+            "preprocessing": f"RGB, short side to {round(side * 256 / 224)} pixels (bicubic), center crop of "
+            f"{side} x {side}, divided by 255, minus {IMAGENET_MEAN}, divided by {IMAGENET_STD}",
+            "readout": self.arguments["readout"],
+            "slots": str(slots or 0),
+            **self.trained,
+            "accuracy": "; ".join(measured) or "not measured",
+            "license": license or "not stated",
+        }
 
     def build(self, *, untrained: bool = False) -> Encoder:
         """The encoder in evaluation mode, on the CPU, with these weights or its initial ones.

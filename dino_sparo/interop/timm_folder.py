@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from timm.models import PretrainedCfg
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.files import parsed_json, read_small, write_file
-from dino_sparo.interop.stored import MODELS, StoredEncoder, in_words
+from dino_sparo.interop.stored import MODELS, StoredEncoder
 from dino_sparo.models import Encoder
 from dino_sparo.models.encoder import ARCHITECTURES, architecture
 from dino_sparo.recipe.typed import Seed, value_of
@@ -47,7 +48,7 @@ PREFIX = "backbone."  # of all parameters of an encoder without slots; timm's ow
 CARD = """\
 ---
 library_name: timm
-pipeline_tag: image-feature-extraction
+{license}pipeline_tag: image-feature-extraction
 tags:
 - image-feature-extraction
 - timm
@@ -55,11 +56,12 @@ tags:
 {tags}---
 # {name}
 
-Vision transformer for image features, the {which} of a DINO pretraining (arXiv 2104.14294), {readout}.
+Vision transformer for image features, {origin}{readout}.
 
-- ViT: {arch}, patches of {patch_size} pixels, images of {image_size} pixels
+- ViT: {vit}, images of {image_size} pixels
 - encoding: {encoding}
-
+- preprocessing: {preprocessing}
+{trained}
 ## Use
 
 `FOLDER` is the folder of this file; from the Hugging Face hub it is `hf-hub:USER/NAME` instead.
@@ -73,8 +75,10 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 encoding = model(transform(Image.open("IMAGE").convert("RGB"))[None])  # (1, {length})
 ```
 
-`dino_sparo.load_encoder("FOLDER")` gives the encoder itself.
+`dino_sparo.load_encoder("FOLDER")` gives the encoder itself.{other_sizes}
 """
+OTHER_SIZES = """ It takes images of any size; timm's ViT gives the same
+encodings at {image_size} pixels only: it resizes the position embedding differently from the DINO code."""
 READOUTS = {
     "sparo": "with the SPARO read-out (arXiv 2404.15721)",
     "cls": "read out by its CLS token",
@@ -85,12 +89,20 @@ READOUTS = {
 IMPORT = "import dino_sparo.interop.timm_models  # registers the model with timm\n"
 
 
-def write_exported(stored: StoredEncoder, folder: Path, *, name: str, measured: Sequence[str] = ()) -> None:
+def write_exported(
+    stored: StoredEncoder,
+    folder: Path,
+    *,
+    name: str,
+    measured: Sequence[str] = (),
+    license: str | None = None,
+) -> None:
     """Write the files into a new or empty folder.
 
     Args:
         name: of the model, for its card.
         measured: lines for the card, one per result.
+        license: of the weights, by its name on the hub.
 
     Raises:
         UserError: the folder holds something already, or the weights do not fit.
@@ -105,7 +117,7 @@ def write_exported(stored: StoredEncoder, folder: Path, *, name: str, measured: 
     if any(folder.iterdir()):
         raise UserError(f"out: {folder} is not empty; choose another folder or empty it")
     write_file(folder / WEIGHTS_FILE, save(weights, metadata={"format": "pt"}))
-    write_file(folder / CARD_FILE, _model_card(stored, encoder, name, measured))
+    write_file(folder / CARD_FILE, _model_card(stored, encoder, name, measured, license))
     # Last, so that a folder with it is whole.
     write_file(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 
@@ -229,22 +241,32 @@ def _options(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in arguments.items() if key not in NOT_READOUT}
 
 
-def _model_card(stored: StoredEncoder, encoder: Encoder, name: str, measured: Sequence[str]) -> str:
+def _model_card(
+    stored: StoredEncoder, encoder: Encoder, name: str, measured: Sequence[str], license: str | None
+) -> str:
     """The text of README.md, which the hub shows."""
     encoding = f"{encoder.embed_dim} numbers"
     if encoder.num_slots:
         width = encoder.embed_dim // encoder.num_slots
         encoding += f", {encoder.num_slots} slots of {width} one after the other"
+    size, facts = stored.arguments["image_size"], stored.facts(license, measured)
+    told = ("data", "epochs", "license")
     text = CARD.format(
         tags="- sparo\n" if encoder.readout_name == "sparo" else "",
         name=shown(name),
-        which=stored.which,
+        license=f"license: {shown(license)}\n" if license else "",
+        origin=f"the {stored.which} of a DINO pretraining (arXiv 2104.14294), " if stored.trained else "",
+        trained="".join(f"- {key}: {value}\n" for key, value in facts.items() if key in told),
         readout=READOUTS.get(encoder.readout_name, f"with the read-out {encoder.readout_name}"),
-        arch=in_words(stored.arguments["arch"]),
-        patch_size=stored.arguments["patch_size"],
-        image_size=stored.arguments["image_size"],
+        vit=facts["vit"],
+        preprocessing=facts["preprocessing"],
+        image_size=size,
         encoding=encoding,
         length=encoder.embed_dim,
+        other_sizes=OTHER_SIZES.format(image_size=size) if _is_plain(stored.arguments) else "",
         imports="" if _is_plain(stored.arguments) else IMPORT,
     )
+    if stored.trained:
+        recipe = yaml.safe_dump(json.loads(facts["recipe"]), sort_keys=False)
+        text += f"\n## Recipe\n\n```yaml\n{recipe}```\n"
     return text + ("\n## Measured\n\n" + "".join(f"- {line}\n" for line in measured) if measured else "")

@@ -28,7 +28,7 @@ class SparoVisionTransformer(Encoder):
     """An Encoder with timm's interface and a classifier; its state dict is the Encoder's, and `head`.
 
     Images may have any size that the patch size divides: the position embedding is resized as the official
-    code does it.
+    code does it. So `dynamic_img_size` changes nothing.
 
     Args:
         img_size: side in pixels at which the position embedding is native.
@@ -61,12 +61,15 @@ class SparoVisionTransformer(Encoder):
         readout: Mapping[str, Any] | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        dynamic_img_size: bool = True,
     ) -> None:
         if in_chans != 3:
             raise ValueError(f"in_chans is {in_chans}, expected 3: the encoder takes RGB images only")
         sides = {img_size} if isinstance(img_size, int) else set(img_size)
         if len(sides) != 1:
-            raise ValueError(f"img_size is {img_size}, expected a square")
+            raise ValueError(
+                f"img_size is {img_size}, expected a square; leave it out, the model takes images of any size"
+            )
         sizes = {"num_slots": num_slots, "slot_dim": slot_dim, "key_dim": key_dim, "group_size": group_size}
         options = dict(readout or {"name": "sparo", **sizes})
         encoder = build_encoder(
@@ -100,6 +103,17 @@ class SparoVisionTransformer(Encoder):
         """Normalized tokens (B, N, D) -> logits, or the encodings (B, L * V) before the classifier."""
         pooled = self.head_drop(self.read(tokens_BND) if self.global_pool else tokens_BND)
         return pooled if pre_logits else self.head(pooled)
+
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """As in timm, but nothing changes: any size is taken. Raises ValueError if the patches do not fit."""
+        side = self.backbone.patch_size
+        if patch_size not in (None, side, (side, side)):
+            raise ValueError(f"patch_size is {patch_size}, expected {side}, as the weights have it")
+        sides = (img_size,) if isinstance(img_size, int) else img_size or ()
+        if any(one % side for one in sides):
+            raise ValueError(f"img_size is {img_size}, expected multiples of the patch size {side}")
 
     def slots(self, images: Tensor) -> Tensor:
         """Images (B, 3, height, width) -> slots (B, L, V). Raises ValueError if there are none."""

@@ -215,6 +215,9 @@ class OptimOptions:
     freeze_backbone: bool = False
     """With `init`: the backbones of student and teacher stay as they are, without stochastic depth; only
     read-out and head learn."""
+    freeze_backbone_epochs: Count | None = None
+    """With `init`: first epochs in which only read-out and head learn, so that fresh ones do not spoil the
+    backbone; null: none."""
 
 
 @dataclass
@@ -316,16 +319,19 @@ class Recipe:
             "optim.warmup_epochs": self.optim.warmup_epochs,
             "loss.warmup_teacher_temp_epochs": self.loss.warmup_teacher_temp_epochs,
             "optim.freeze_last_layer_epochs": self.optim.freeze_last_layer_epochs,
+            "optim.freeze_backbone_epochs": self.optim.freeze_backbone_epochs or 0,
         }.items():
             if value > epochs:
                 raise UserError(
                     f"{key} is {value}, longer than the run: optim.epochs is {epochs}; use at most {epochs}"
                 )
-        if self.optim.freeze_backbone and self.init is None:
-            raise UserError(
-                "optim.freeze_backbone is true, but init is null: a backbone that has learned nothing would "
-                "stay as it is; give its weights by init, or leave freeze_backbone out"
-            )
+        for name in ("freeze_backbone", "freeze_backbone_epochs"):
+            if getattr(self.optim, name) and self.init is None:
+                raise UserError(
+                    f"optim.{name} is {str(getattr(self.optim, name)).lower()}, but init is null: a backbone "
+                    f"that has learned nothing would stay as it is; give its weights by init, or leave "
+                    f"{name} out"
+                )
 
     def encoder_arguments(self) -> dict[str, Any]:
         """The arguments of `build_encoder`, without stochastic depth."""

@@ -89,7 +89,13 @@ def build(options_class: type, values: Mapping[str, Any], origin: Mapping[str, s
             key, inner = f"{prefix}{field.name}", section_of(field.type)
             if BY_NAME in field.metadata:
                 inner = _section_by_name(key, values, field.metadata[BY_NAME])
-            if inner and (is_dataclass(field.type) or any(name.startswith(f"{key}.") for name in values)):
+            inside = [name for name in values if name.startswith(f"{key}.")]
+            if inner and key in values and inside and not is_dataclass(field.type):
+                raise UserError(
+                    f"{key} is {shown(values[key])}, but {inside[0]} is given too; give either {key} alone, "
+                    f"or all of {', '.join(f'{key}.{one.name}' for one in fields(inner))}"
+                )
+            if inner and (is_dataclass(field.type) or inside):
                 arguments[field.name] = section_at(inner, f"{key}.")
             elif key in values:
                 where = f"{origin[key]}: " if origin and key in origin else ""

@@ -65,8 +65,8 @@ def save_checkpoint(state: dict[str, Any], run_dir: Path, *, step: int, keep_eve
             f"{path} ({num_bytes(state)} bytes) cannot be written ({reason}); make room or give permission "
             f"there, then the same command resumes from the checkpoint before"
         ) from error
-    for old in _list(run_dir)[:-KEEP_LAST]:
-        if not (keep_every_steps and _step(old) % keep_every_steps == 0):
+    for old in checkpoints_of(run_dir)[:-KEEP_LAST]:
+        if not (keep_every_steps and step_of(old) % keep_every_steps == 0):
             old.unlink(missing_ok=True)
             _hash_file(old).unlink(missing_ok=True)
     return path
@@ -145,7 +145,7 @@ def load_latest(run_dir: Path, *, unverified: bool = False) -> dict[str, Any] | 
     Raises:
         UserError: there are checkpoints, but all are damaged; or one has no SHA-256 beside it.
     """
-    paths = _list(run_dir)
+    paths = checkpoints_of(run_dir)
     if (run_dir / FOLDER).exists() and not (run_dir / FOLDER).is_dir():
         raise UserError(
             f"{run_dir / FOLDER} is no folder; restore it from a backup, or choose another run_dir to start "
@@ -172,8 +172,8 @@ def load_latest(run_dir: Path, *, unverified: bool = False) -> dict[str, Any] | 
 
 def set_damaged_aside(run_dir: Path, step: int) -> None:
     """Rename the checkpoints behind `step`, which a resume has passed over: rotation must not count them."""
-    for path in _list(run_dir):
-        if _step(path) > step:
+    for path in checkpoints_of(run_dir):
+        if step_of(path) > step:
             for file in (path, _hash_file(path)):
                 if file.exists():
                     set_aside(file, "it was passed over")
@@ -225,7 +225,7 @@ def encoder_of(recipe: Recipe, drop_path_rate: float = 0.0) -> Encoder:
 
 def latest_step(run_dir: Path) -> int:
     """Step of the newest checkpoint, by its name alone; 0 without one."""
-    return max(map(_step, _list(run_dir)), default=0)
+    return max(map(step_of, checkpoints_of(run_dir)), default=0)
 
 
 def most_kept(epochs: int, keep_every_epochs: int) -> int:
@@ -244,13 +244,14 @@ def _copied(value: Any) -> Any:
     return value
 
 
-def _list(run_dir: Path) -> list[Path]:
+def checkpoints_of(run_dir: Path) -> list[Path]:
     """Checkpoints of a run, oldest first."""
     paths = (run_dir / FOLDER).glob("step_*.pt")
-    return sorted((path for path in paths if re.fullmatch(r"step_\d+\.pt", path.name)), key=_step)
+    return sorted((path for path in paths if re.fullmatch(r"step_\d+\.pt", path.name)), key=step_of)
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """Steps that a checkpoint has behind it, by its name."""
     return int(path.stem.removeprefix("step_"))
 
 

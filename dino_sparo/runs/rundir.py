@@ -85,7 +85,8 @@ def check_same_experiment(run_dir: Path, recipe: Recipe) -> None:
             changed = [*changed[:SHOWN_CHANGES], f"also changed: {', '.join(rest)}"]
         raise UserError(
             f"run_dir {str(run_dir)!r} holds another experiment ({'; '.join(changed)}); set these "
-            f"fields back to resume it, or choose another run_dir"
+            f"fields back to resume it, or choose another run_dir, which with --init {run_dir} begins with "
+            f"the weights of this one"
         )
 
 

@@ -7,6 +7,7 @@ from typing import NoReturn
 import torch
 
 from dino_sparo.errors import StoppedError, UserError
+from dino_sparo.evaluation.knn import HEADLINE_K
 from dino_sparo.files import append_line, write_file
 from dino_sparo.parallel.device import end_of_work, wait_for
 from dino_sparo.parallel.distributed import first_rank_decides, gather_objects, mean_over_ranks, rank
@@ -27,6 +28,11 @@ log = logging.getLogger("dino_sparo")
 MAX_OVERFLOWS = 30  # in a row; a loss scale that begins too high needs fewer
 HEALTH_IMAGES = 8
 MAP_IMAGES, MAP_SLOTS = 4, 8
+KNN = f"knn{HEADLINE_K}_top1"
+GENTLER = (
+    "a lower optim.lr_per_256, optim.teacher_momentum nearer to 1, a longer optim.freeze_backbone_epochs, or "
+    "fewer head.num_prototypes for small data"
+)
 
 
 def due(step: int, every_steps: int, last_step: int) -> bool:
@@ -51,6 +57,20 @@ def evaluate(run: Run, run_log: RunLog, step: int) -> None:
             timeout_seconds=run.recipe.machine.data_timeout_seconds,
         )
         run_log.evaluation(step, accuracies)
+        if step and run.recipe.init is not None and rank() == 0:
+            warn_if_worse_than_start(run, run_log, step, accuracies[KNN])
+
+
+def warn_if_worse_than_start(run: Run, run_log: RunLog, step: int, top1: float) -> None:
+    """Say so if the 20-NN of a run that began with weights is below what these had."""
+    entries = each_metric(run.run_dir)
+    start = next((entry[KNN] for entry in entries if entry["step"] == 0 and KNN in entry), top1)
+    if top1 < start:
+        run_log.alarm(
+            step,
+            f"20-NN is {top1:.2f} %, below the {start:.2f} % that the starting weights had; if it stays so, "
+            f"begin again in a new run_dir with {GENTLER}",
+        )
 
 
 def draw_slots(run: Run, run_log: RunLog, step: int) -> None:
@@ -73,7 +93,7 @@ def evaluation_is_missing(run: Run) -> bool:
     if run.knn_images is None or not due(run.first_step, every_steps, run.total_steps):
         return False
     logged = each_metric(run.run_dir) if run.first_step and rank() == 0 else []
-    found = any(entry["step"] == run.first_step and "knn20_top1" in entry for entry in logged)
+    found = any(entry["step"] == run.first_step and KNN in entry for entry in logged)
     return first_rank_decides(not found)
 
 

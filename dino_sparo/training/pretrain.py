@@ -134,9 +134,10 @@ def train_step(
         sum_over_ranks((~loss_of_step.isfinite()).int()) == 0,
         gradient_norms.isfinite().all(),  # in all processes alike: they share the gradients
     )
-    if hyper.freeze_last_layer:
-        for parameter in state.student.head.last_layer.parameters():
-            parameter.grad = None  # AdamW then neither decays it nor counts a step
+    frozen = [state.student.head.last_layer] * hyper.freeze_last_layer
+    frozen += [state.student.encoder.backbone] * hyper.freeze_backbone
+    for parameter in (parameter for module in frozen for parameter in module.parameters()):
+        parameter.grad = None  # AdamW then neither decays it nor counts a step
 
     with record_function("optimizer"):
         step_if_finite(state.optimizer, finite, lr=hyper.lr, weight_decay=hyper.weight_decay)
@@ -272,7 +273,7 @@ def prepare(recipe: Recipe, run_dir: Path, device: torch.device, *, unverified: 
         world_size=world_size(),
         accumulation=accumulation,
     )
-    quiet_epochs = max(optim.warmup_epochs, optim.freeze_last_layer_epochs)
+    quiet_epochs = max(optim.warmup_epochs, optim.freeze_last_layer_epochs, optim.freeze_backbone_epochs or 0)
     return Run(
         recipe=recipe,
         run_dir=run_dir,

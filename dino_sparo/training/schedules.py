@@ -86,6 +86,7 @@ class Hyperparameters:
     momentum: float
     teacher_temp: float
     freeze_last_layer: bool
+    freeze_backbone: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,7 @@ class Schedules:
     momentum: Cosine
     teacher_temp: Linear
     freeze_last_layer_epochs: int
+    freeze_backbone_epochs: int
     steps_per_epoch: int
 
     def at(self, step: int) -> Hyperparameters:
@@ -108,4 +110,5 @@ class Schedules:
             momentum=self.momentum.at(step),
             teacher_temp=self.teacher_temp.at(epoch),
             freeze_last_layer=epoch < self.freeze_last_layer_epochs,
+            freeze_backbone=epoch < self.freeze_backbone_epochs,
         )

@@ -178,5 +178,6 @@ def build_schedules(optim: OptimOptions, loss: LossOptions, steps_per_epoch: int
         momentum=Cosine(optim.teacher_momentum, 1.0, total),
         teacher_temp=Linear(loss.warmup_teacher_temp, loss.teacher_temp, loss.warmup_teacher_temp_epochs),
         freeze_last_layer_epochs=optim.freeze_last_layer_epochs,
+        freeze_backbone_epochs=optim.freeze_backbone_epochs or 0,
         steps_per_epoch=steps_per_epoch,
     )

@@ -24,15 +24,16 @@ from dino_sparo.training.state import StepOutput
 log = logging.getLogger("dino_sparo")
 
 STEPS_AHEAD = 2  # of the GPU; more would only fill memory with batches
-EAGER_STEPS = 3  # before a capture: they load kernels, connect the processes and make the optimizer's state
+EAGER_STEPS = 3  # in which all learns, before a capture: they load kernels and make the optimizer's state
 NUMBERS = ("lr", "weight_decay", "momentum", "teacher_temp")
 
 
 class Steps:
     """Takes the steps of a run.
 
-    With `capture`, steps on a GPU are replays of a graph, but for the first three and those that freeze the
-    last layer. If any process cannot capture, all go on without, and the log says so.
+    With `capture`, steps on a GPU are replays of a graph, but for those that freeze the last layer or the
+    backbone, and the first three in which all learns. If any process cannot capture, all go on without, and
+    the log says so.
 
     Args:
         step: `train_step` of a state, which is left to give micro-batches, their number and hyperparameters.
@@ -65,8 +66,8 @@ class Steps:
         if not self._on_gpu:
             return self._eagerly(micro_batches, hyper, logged=logged)
         hyper = self._on_device(hyper)
-        self._taken += 1
-        if self._capture and self._taken > EAGER_STEPS and not hyper.freeze_last_layer:
+        self._taken = 0 if hyper.freeze_last_layer or hyper.freeze_backbone else self._taken + 1
+        if self._capture and self._taken > EAGER_STEPS:
             output = self._replayed([next(micro_batches) for _ in range(self._accumulation)], hyper)
         else:
             output = self._eagerly(micro_batches, hyper, logged=logged)
