@@ -17,7 +17,7 @@ from torch import Tensor
 from dino_sparo.bench.plain import direct_sparo
 from dino_sparo.bench.timing import interleaved, spread_of_ratios
 from dino_sparo.errors import UserError
-from dino_sparo.evaluation.knn import nearest
+from dino_sparo.evaluation.search import nearest
 from dino_sparo.models import Sparo
 from dino_sparo.models.cost import bytes_saved_for_backward
 from dino_sparo.models.encoder import ARCHITECTURES

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dino_sparo.data.images import CenterCrops
 from dino_sparo.data.sources import ImageSource
-from dino_sparo.evaluation.knn import Rows, k_best
+from dino_sparo.evaluation.search import Rows, k_best
 from dino_sparo.slots.attention import slot_attention
 from dino_sparo.slots.drawing import (
     attention_of_each,
