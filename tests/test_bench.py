@@ -20,6 +20,7 @@ from dino_sparo.bench.loading import HEIGHT, WIDTH, end_to_end, jpeg_files, warm
 from dino_sparo.bench.plain import (
     PlainViews,
     direct_sparo,
+    official_neighbors,
     plain_batches,
     plain_state,
     plain_step,
@@ -31,6 +32,7 @@ from dino_sparo.data.images import normalize
 from dino_sparo.data.loader import CropsDataset
 from dino_sparo.data.sources import open_images
 from dino_sparo.data.views import crop_kinds
+from dino_sparo.evaluation.search import nearest
 from dino_sparo.models import DINOHead, DinoModel, Sparo, build_encoder
 from dino_sparo.models.cost import bytes_saved_for_backward
 from dino_sparo.training.loss import DINOLoss
@@ -314,6 +316,12 @@ def test_mistakes_are_told_in_one_sentence(wrong, message, tmp_path, monkeypatch
     assert len(told) == 1 and message in told[0]
 
 
+def test_the_official_search_finds_the_same_neighbors():
+    train, test = torch.randn(400, 8), torch.randn(150, 8)
+    for ours, theirs in zip(nearest(train, test, 9), official_neighbors(train, test, 9), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
 def test_bytes_saved_are_below_those_of_the_block_and_of_the_direct_form():
     sparo, block = Sparo(384), Block(384, 6, qkv_bias=True)
     tokens = torch.randn(2, 197, 384, requires_grad=True)
@@ -329,6 +337,7 @@ def test_bytes_saved_are_below_those_of_the_block_and_of_the_direct_form():
     [
         (["readout", "--batch_size=1", "--num_tokens=5"], "SPARO, direct"),
         (["knn", "--knn_train=300", "--knn_test=10", "--knn_width=8"], "10 queries among 300 features of 8"),
+        (["knn", "--knn_train=300", "--knn_test=10", "--knn_width=8", "--compare"], "ours / official"),
     ],
 )
 def test_parts_alone(arguments, said, capsys):

@@ -13,8 +13,8 @@ from dino_sparo.data.color import blur_taps
 from dino_sparo.data.device_views import Photos, ahead, collate_photos, make_crops, numbers_of, to_pixels
 from dino_sparo.data.images import normalize, to_tensor
 from dino_sparo.data.loader import PhotoBatch, crops_of
-from dino_sparo.evaluation.knn import nearest
 from dino_sparo.evaluation.results import read_results
+from dino_sparo.evaluation.search import nearest
 from dino_sparo.parallel.precision import autocast
 from dino_sparo.runs.checkpoint import load_latest
 from dino_sparo.runs.runlog import read_metrics

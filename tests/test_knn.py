@@ -7,18 +7,21 @@ import pytest
 import torch
 
 from dino_sparo.evaluation import knn
-from dino_sparo.evaluation.knn import knn_classify, nearest
+from dino_sparo.evaluation import search as module
+from dino_sparo.evaluation.knn import knn_classify
+from dino_sparo.evaluation.search import nearest
 
 KS = [1, 10, 20, 100, 200]
 TRAIN, TEST, WIDTH, K = 57, 23, 16, 9
+SEARCHES = [{"by_faiss": True}, {"bfloat16": False}, {"bfloat16": True}]
 
 
-@pytest.mark.parametrize("by_faiss", [True, False])
+@pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("chunk_size", [1, 7, 256, 3000])
-def test_golden_accuracies(golden, chunk_size, by_faiss, monkeypatch):
+def test_golden_accuracies(golden, chunk_size, search, monkeypatch):
     arrays = golden("knn")
     chunks = {"train_chunk": chunk_size + 200, "test_chunk": chunk_size}
-    monkeypatch.setattr(knn, "nearest", partial(nearest, by_faiss=by_faiss, **chunks))
+    monkeypatch.setattr(knn, "nearest", partial(nearest, **search, **chunks))
     tensors = [
         torch.from_numpy(arrays[f"{s}_{k}"]) for s in ("train", "test") for k in ("features", "labels")
     ]
@@ -78,21 +81,59 @@ def by_sorting(train, test, k):
     )[:, :k]
 
 
-@pytest.mark.parametrize("by_faiss", [True, False])
+@pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize(("train_chunk", "test_chunk"), [(None, None), (1, 1), (5, 7), (56, 22), (57, 100)])
-def test_the_nearest_in_order(features, by_faiss, train_chunk, test_chunk):
+def test_the_nearest_in_order(features, search, train_chunk, test_chunk, monkeypatch):
+    monkeypatch.setattr(module, "COSTLY", 1)  # also in so small a gallery
     chunks = {"train_chunk": train_chunk, "test_chunk": test_chunk}
-    cosines, numbers = nearest(*features, K, by_faiss=by_faiss, **chunks)
+    cosines, numbers = nearest(*features, K, **search, **chunks)
     expected_cosines, expected_numbers = by_sorting(*features, K)
     assert torch.equal(numbers, expected_numbers)
     torch.testing.assert_close(cosines, expected_cosines.float(), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("by_faiss", [True, False])
-def test_of_equally_near_images_the_first_comes_first(by_faiss):
+@pytest.mark.parametrize("search", SEARCHES)
+def test_of_equally_near_images_the_first_comes_first(search):
     train = np.eye(4, dtype=np.float32)[[2, 0, 0, 1, 0]]
-    cosines, numbers = nearest(train, train[1:2], 4, by_faiss=by_faiss, train_chunk=2)
+    cosines, numbers = nearest(train, train[1:2], 4, **search, train_chunk=2)
     assert numbers[0, :3].tolist() == [1, 2, 4] and cosines[0].tolist() == [1, 1, 1, 0]
+
+
+def near_ties(few: bool):
+    """Images whose cosines to a test image differ by more than float32 rounds and less than bfloat16 does:
+    some of them among many others that are far away, or all."""
+    rng = np.random.default_rng(0)
+    total, width, number = 2003, 32, 6
+    basis = np.linalg.qr(rng.normal(size=(width, width)))[0]
+    test, others = basis[:number], basis[number:]
+    cosines = np.full((total, number), -0.3)
+    tied = np.array_split(rng.permutation(total)[: 240 if few else total], number)
+    for query, some in enumerate(tied):
+        cosines[some, query] = 0.02 + 2e-6 * rng.permutation(len(some))
+    aside = rng.normal(size=(total, width - number))
+    aside *= np.sqrt((1 - (cosines**2).sum(axis=1)) / (aside**2).sum(axis=1))[:, None]
+    train = cosines @ test + aside @ others
+    return train, test
+
+
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("train_chunk", [None, 400, 701])
+def test_rounding_to_bfloat16_changes_no_neighbor_also_of_near_ties(few, train_chunk):
+    train, test = near_ties(few)
+    expected_cosines, expected = by_sorting(train, test, K)
+    cosines, numbers = nearest(train, test, K, bfloat16=True, train_chunk=train_chunk)
+    assert torch.equal(numbers, expected)
+    torch.testing.assert_close(cosines, expected_cosines.float(), atol=3e-7, rtol=0)
+    rounded = [torch.from_numpy(rows / np.linalg.norm(rows, axis=1)[:, None]) for rows in (test, train)]
+    by_product = (rounded[0].bfloat16() @ rounded[1].bfloat16().T).topk(K, dim=1).indices
+    assert not torch.equal(by_product.sort().values, expected.sort().values)
+
+
+@pytest.mark.parametrize("search", SEARCHES[1:])
+def test_images_that_are_all_alike(search):
+    cosines, numbers = nearest(np.ones((3001, 3)), np.ones((5, 3)), K, train_chunk=1024, **search)
+    torch.testing.assert_close(cosines, torch.ones(5, K), atol=1e-6, rtol=0)
+    assert all(len(set(row)) == K for row in numbers.tolist())
 
 
 def test_features_stay_on_disk_and_all_neighbors_can_be_asked_for(features, tmp_path):
@@ -103,12 +144,12 @@ def test_features_stay_on_disk_and_all_neighbors_can_be_asked_for(features, tmp_
     assert isinstance(train, np.memmap) and np.array_equal(train, features[0])
 
 
-@pytest.mark.parametrize("by_faiss", [True, False])
+@pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("kind", [torch.tensor, np.array])
-def test_what_is_given_stays_as_it_is(features, by_faiss, kind):
+def test_what_is_given_stays_as_it_is(features, search, kind):
     given = [kind(rows.astype(np.float32)) for rows in features]
     before = [np.asarray(rows).copy() for rows in given]
-    nearest(*given, K, by_faiss=by_faiss)
+    nearest(*given, K, **search)
     assert all(np.array_equal(rows, old) for rows, old in zip(given, before, strict=True))
 
 

@@ -1,17 +1,22 @@
 """Many probes on one forward pass: each is what it would be alone."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from dino_sparo.data.generated import ShapesSource
+from dino_sparo.data.loader import BatchOrder
 from dino_sparo.errors import UserError
+from dino_sparo.evaluation import probe_batches
 from dino_sparo.evaluation.classifiers import (
     METADATA_KEY,
     SavedClassifier,
     load_classifier,
     save_classifier,
 )
+from dino_sparo.evaluation.probe_batches import features_of_rows
 from dino_sparo.evaluation.probes import (
     INPUTS,
     Probe,
@@ -22,6 +27,7 @@ from dino_sparo.evaluation.probes import (
     official_probe,
 )
 from dino_sparo.models import build_encoder
+from dino_sparo.runs.runlog import RunLog
 
 ARCH = {"width": 16, "depth": 6, "num_heads": 2}
 SPARO = {"readout": "sparo", "num_slots": 2, "slot_dim": 4, "key_dim": 4}
@@ -116,6 +122,37 @@ def test_a_probe_among_others_learns_as_alone():
         for name in ("weight", "bias"):
             ours = several.state_dict()[f"classifiers.{number}.{name}"]
             torch.testing.assert_close(ours, alone.state_dict()[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        [Probe("cls", 2, 0.1)],
+        [Probe("encoding", 1, 0.1)],
+        [Probe("both", 3, 0.1), Probe("both", 3, 0.2)],
+        [Probe("cls", 1, 0.1), Probe("cls", 4, 0.1), Probe("encoding", 1, 0.1), Probe("both", 2, 0.1)],
+    ],
+)
+def test_features_are_held_in_memory_where_they_fit_and_are_the_same(chosen, tmp_path, monkeypatch, caplog):
+    rng = np.random.default_rng(0)
+    features = {
+        n: rng.normal(size=(11, width)).astype(np.float16) for n, width in (("blocks", 64), ("encoding", 8))
+    }
+    source = ShapesSource(0, np.arange(11), np.arange(11) % 3)
+    several = Probes(chosen, width=16, embed_dim=8, num_classes=3)
+    found = []
+    caplog.set_level("INFO")
+    for free in (0, 10**9):
+        monkeypatch.setattr(probe_batches, "memory_free", lambda free=free: free)
+        order = BatchOrder(num_samples=11, global_batch_size=4, epochs=2, seed=0)
+        with RunLog(tmp_path, first_step=0, steps_per_epoch=2, total_steps=4, silent=True) as log:
+            found.append([*features_of_rows(features, source, order, log, torch.device("cpu"), several)])
+    assert "read from disk" in caplog.messages[0] and "held in memory" in caplog.messages[1]
+    assert len(found[0]) == 4
+    for streamed, held in zip(*found, strict=True):
+        assert streamed[0].keys() == held[0].keys() and torch.equal(streamed[1], held[1])
+        assert all(torch.equal(value, held[0][seen]) for seen, value in streamed[0].items())
+        assert streamed[2] and held[2]
 
 
 def test_hits():

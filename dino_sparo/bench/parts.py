@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
-from dino_sparo.bench.plain import direct_sparo
+from dino_sparo.bench.plain import direct_sparo, official_neighbors
 from dino_sparo.bench.timing import interleaved, spread_of_ratios
 from dino_sparo.errors import UserError
-from dino_sparo.evaluation.knn import nearest
+from dino_sparo.evaluation.search import nearest
 from dino_sparo.models import Sparo
 from dino_sparo.models.cost import bytes_saved_for_backward
 from dino_sparo.models.encoder import ARCHITECTURES
@@ -60,9 +60,11 @@ def bench_readout(*, batch_size: int, num_tokens: int, rounds: int, device: torc
         print(f"{name:<16}{median:>12.1f}{low:>9.1f}{high:>9.1f}{ratio:>11.1f}{saved:>11.1f}")
 
 
-def bench_knn(*, num_train: int, num_test: int, width: int, device: torch.device) -> None:
+def bench_knn(
+    *, num_train: int, num_test: int, width: int, device: torch.device, compare_rounds: int = 0
+) -> None:
     """Print the time of one search among generated features, float16 and mapped from disk as evaluation
-    leaves them, and what ImageNet takes at this rate.
+    leaves them, and what ImageNet takes at this rate; then its ratio to the official search, round by round.
 
     Raises:
         UserError: there are fewer features than neighbors to find.
@@ -75,6 +77,13 @@ def bench_knn(*, num_train: int, num_test: int, width: int, device: torch.device
         started = time.perf_counter()
         nearest(train, test, K, device=device)
         seconds = time.perf_counter() - started
+        contenders: dict[str, Callable[[], object]] = {
+            "ours": lambda: nearest(train, test, K, device=device),
+            "official": lambda: official_neighbors(
+                torch.from_numpy(train).to(device), torch.from_numpy(test).to(device), K
+            ),
+        }
+        times = interleaved(contenders, compare_rounds, device) if compare_rounds else {}
     hours = seconds * IMAGENET[0] * IMAGENET[1] / (num_train * num_test) / 3600
     print(
         f"{num_test} queries among {num_train} features of {width} numbers, float16 on disk, k {K}, "
@@ -82,6 +91,13 @@ def bench_knn(*, num_train: int, num_test: int, width: int, device: torch.device
         f"ImageNet ({IMAGENET[1]} among {IMAGENET[0]}) at this rate: {hours:.2f} h, "
         f"features on disk {sum(IMAGENET) * width * 2 / 1e9:.1f} GB"
     )
+    if times:
+        ratio = spread_of_ratios(times["ours"], times["official"])
+        print(
+            f"ours / official, {compare_rounds} interleaved rounds: median {ratio['median']:.2f} "
+            f"({ratio['p10']:.2f} to {ratio['p90']:.2f}); medians {statistics.median(times['ours']):.2f} and "
+            f"{statistics.median(times['official']):.2f} s"
+        )
 
 
 def _features(path: Path, number: int, width: int) -> NDArray[np.float16]:

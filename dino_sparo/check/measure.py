@@ -1,11 +1,9 @@
 """What a run will cost on this machine, measured: loader, step, FLOPs and memory."""
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from itertools import repeat
 from multiprocessing import active_children
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -20,6 +18,7 @@ from dino_sparo.models.cost import bytes_saved_for_backward, counting_flops
 from dino_sparo.models.encoder import DinoModel
 from dino_sparo.parallel.device import wait_for
 from dino_sparo.parallel.precision import DTYPES, autocast, plain_attention
+from dino_sparo.parallel.processes import private_bytes
 from dino_sparo.training.pretrain import Batch, crops_on_device, normalized, train_step
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.state import TrainState
@@ -170,21 +169,3 @@ def measured_peak(device: torch.device, precision: str, rounds: int = 5) -> floa
         wait_for(device)
         seconds.append(time.perf_counter() - started)
     return 2 * side**3 / median(seconds[2:])
-
-
-def private_bytes(pid: int | None) -> int:
-    """Memory of a process that no other has; 0 where the system does not tell."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0
-    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("Private_", "Swap:")))
-
-
-def memory_free() -> int:
-    """Bytes of memory that processes can still take, this one's own counted as free."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
-        if line.startswith("MemAvailable:"):  # also what the file cache would give back
-            free = 1024 * int(line.split()[1])
-    return free + private_bytes(os.getpid())

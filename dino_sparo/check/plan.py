@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dino_sparo.check.measure import bytes_of_training, count_flops, measured_peak, memory_free
+from dino_sparo.check.measure import bytes_of_training, count_flops, measured_peak
 from dino_sparo.data.loader import Executor, choose_executor
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.views import NUM_GLOBAL_CROPS
@@ -17,6 +17,7 @@ from dino_sparo.errors import UserError
 from dino_sparo.models.cost import count_parameters, describe_cost, encoder_cost
 from dino_sparo.parallel.device import choose_device
 from dino_sparo.parallel.precision import choose_precision, set_numerics
+from dino_sparo.parallel.processes import memory_free
 from dino_sparo.recipe.files import named_recipe
 from dino_sparo.recipe.sections import Recipe, split_batch
 from dino_sparo.recipe.typed import flattened

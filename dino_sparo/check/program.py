@@ -22,7 +22,7 @@ from dino_sparo.check.estimate import (
     memory_problems,
 )
 from dino_sparo.check.gpus import check_gpus, find_gpu
-from dino_sparo.check.measure import measure_loading, measure_steps, memory_free, private_bytes
+from dino_sparo.check.measure import measure_loading, measure_steps
 from dino_sparo.check.plan import Plan, duration, make_plan, plan_text, size
 from dino_sparo.data.loader import BatchOrder, crop_batches
 from dino_sparo.data.scan import DataReport, ScanResult, data_report, describe, scan_images
@@ -30,6 +30,7 @@ from dino_sparo.data.sources import ImageSource, open_val
 from dino_sparo.data.splits import Choice
 from dino_sparo.data.views import crop_kinds
 from dino_sparo.errors import EXIT_PROBLEM, UserError
+from dino_sparo.parallel.processes import memory_free, private_bytes
 from dino_sparo.recipe.sections import Recipe, smaller_batch
 from dino_sparo.terminal import sentence, table
 from dino_sparo.training.bad_images import too_many

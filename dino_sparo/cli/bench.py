@@ -31,7 +31,7 @@ class BenchOptions:
 
     what: Literal["training", "readout", "knn"] = "training"
     """What to measure. training takes the fields from config to device; readout takes batch_size, rounds,
-    device and num_tokens; knn those with `knn_`, and device."""
+    device and num_tokens; knn those with `knn_`, device, and rounds with compare."""
     config: str = "photos_sparo"
     """Recipe, by name or path, whose training is measured."""
     data: ImagesOptions | None = None
@@ -48,7 +48,8 @@ class BenchOptions:
     seconds: float | None = 10.0
     """Of training end to end, from files; null leaves it out."""
     compare: bool = False
-    """Measure a plain implementation beside ours, round by round, and print the ratios."""
+    """Measure a plain implementation, of knn the official one, beside ours, round by round, and print the
+    ratios."""
     json: bool = False
     """Print one JSON object; the table goes to standard error."""
     profile: str | None = None
@@ -96,6 +97,7 @@ def bench(options: BenchOptions) -> None:
             num_test=options.knn_test,
             width=options.knn_width,
             device=device,
+            compare_rounds=options.rounds if options.compare else 0,
         )
 
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from dino_sparo.data.sources import ImageSource
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.features import Wanted, cached_features, hash_of_images
 from dino_sparo.evaluation.results import Result, accuracies, result_on
+from dino_sparo.evaluation.search import NoDirectionError, nearest
 from dino_sparo.evaluation.transfer import VAL, TestSet, as_test_sets, restrict
 from dino_sparo.models import Encoder
 from dino_sparo.parallel.distributed import gather_rows, rank, world_size
@@ -30,10 +31,7 @@ PROTOCOL_K = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 TOP = 5
 SHOWN_CLASSES = 3
-VOTE_CHUNK = 256  # test images that vote at a time; like the chunks below it changes memory, not the result
-CHUNK_BYTES = 2**27  # of float32 train features at a time
-QUERY_BYTES = 2**28  # of float32 test features at a time; all train features are read once for each
-SCORES = 2**24  # similarities at a time
+VOTE_CHUNK = 256  # test images that vote at a time; it changes memory, not the result
 
 
 @dataclass(frozen=True)
@@ -248,107 +246,3 @@ def _accuracy(ranked_B5: Tensor, truth_B: Tensor) -> KnnResult:
     hits_B5 = ranked_B5 == truth_B[:, None]
     total = len(truth_B)
     return KnnResult(100 * int(hits_B5[:, 0].sum()) / total, 100 * int(hits_B5.sum()) / total, total)
-
-
-# --- The search
-
-
-class NoDirectionError(ValueError):
-    """A feature is zero or not finite, so near to nothing: of the image of this number, `train` or `test`."""
-
-    def __init__(self, side: str, number: int, kind: str) -> None:
-        super().__init__(f"the feature of {side} image {number} is {kind}; it has no direction to compare")
-        self.side, self.number, self.kind = side, number, kind
-
-
-class Rows(Protocol):
-    """Features by row: an array, in memory or mapped from a file, or a tensor."""
-
-    @property
-    def shape(self) -> Any: ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, rows: slice, /) -> Any: ...
-
-
-def nearest(
-    train: Rows,
-    test: Rows,
-    k: int,
-    *,
-    device: torch.device | None = None,
-    by_faiss: bool = False,
-    train_chunk: int | None = None,
-    test_chunk: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The k most similar train images of every test image.
-
-    Args:
-        train: (T, D) floating point of any scale, l2-normalized inside; float16 stays float16 where it lies.
-        test: (B, D).
-        k: 1 to T.
-        device: where to compute; None is the CPU.
-        by_faiss: search by faiss, on the CPU, instead of by products of matrices: an independent check.
-        train_chunk: train images at a time.
-        test_chunk: test images at a time.
-
-    Returns:
-        cosines float32 and train image numbers int64, both (B, k) on the CPU, the most similar first, of
-        equally similar ones the lower number.
-
-    Raises:
-        NoDirectionError: a feature is zero or not finite.
-    """
-    device = torch.device("cpu") if device is None or by_faiss else device
-    width = train.shape[1]
-    train_chunk = train_chunk or max(1, CHUNK_BYTES // (4 * width))
-    test_chunk = test_chunk or max(1, QUERY_BYTES // (4 * width))
-    k = min(k, len(train))
-    cosines, numbers = torch.empty(len(test), k), torch.empty(len(test), k, dtype=torch.int64)
-    for start in range(0, len(test), test_chunk):
-        queries = _directions(test, start, start + test_chunk, device, "test")
-        best_cosines = queries.new_full((len(queries), k), -torch.inf)
-        best_numbers = torch.full((len(queries), k), len(train), device=device)
-        for first in range(0, len(train), train_chunk):
-            gallery = _directions(train, first, first + train_chunk, device, "train")
-            at_once = len(queries) if by_faiss else max(1, SCORES // len(gallery))
-            for query in range(0, len(queries), at_once):
-                some = slice(query, query + at_once)
-                number_of_best = min(k, len(gallery))
-                if by_faiss:
-                    cosine_Bk, number_Bk = _by_faiss(queries[some], gallery, number_of_best)
-                else:
-                    cosine_Bk, number_Bk = (queries[some] @ gallery.T).topk(number_of_best, dim=1)
-                best = best_cosines[some], best_numbers[some]
-                best_cosines[some], best_numbers[some] = k_best(best, (cosine_Bk, number_Bk + first), k)
-        cosines[start : start + test_chunk], numbers[start : start + test_chunk] = best_cosines, best_numbers
-    return cosines, numbers
-
-
-def k_best(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """The k best of two sets of values and numbers (B, .), largest first, of equal ones the lower number."""
-    values, numbers = (torch.cat(pair, dim=1) for pair in zip(one, other, strict=True))
-    by_number = numbers.argsort(dim=1)
-    order = values.gather(1, by_number).sort(dim=1, descending=True, stable=True).indices[:, :k]
-    order = by_number.gather(1, order)
-    return values.gather(1, order), numbers.gather(1, order)
-
-
-def _directions(rows: Rows, start: int, stop: int, device: torch.device, side: str) -> Tensor:
-    """Rows as float32 of length one."""
-    chunk = torch.as_tensor(rows[start:stop]).to(device).to(torch.float32, copy=True)  # ours to change
-    length_B = torch.linalg.vector_norm(chunk, dim=1)
-    bad = (~(length_B.isfinite() & (length_B > 0))).nonzero()
-    if len(bad):
-        kind = "zero" if length_B[int(bad[0])] == 0 else "not finite"
-        raise NoDirectionError(side, start + int(bad[0]), kind)
-    return chunk.div_(length_B[:, None])
-
-
-def _by_faiss(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it tells which build it tries
-    import faiss
-
-    values, numbers = faiss.knn(queries.numpy(), gallery.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
-    return torch.from_numpy(values), torch.from_numpy(numbers)

@@ -160,11 +160,11 @@ def linear_probe(
         )
         opened: AbstractContextManager[Iterator[Batch]]
         if cached:
-            opened = nullcontext(features_of_rows(found[-1], train, order, run_log, encoder.device))
+            opened = nullcontext(features_of_rows(found[-1], train, order, run_log, encoder.device, probes))
         else:
             workers = default_workers(local_world_size()) if num_workers is None else num_workers
             opened = features_of_crops(
-                *(encoder, train, order, run_log),
+                *(encoder, train, order, run_log, probes),
                 precision=choose_precision(precision, encoder.device),
                 executor=choose_executor(views, encoder.device, max_side=MAX_SIDE, num_workers=workers),
                 num_workers=workers,
@@ -279,14 +279,14 @@ class ProbeTraining:
         total_P = torch.zeros(len(self.names), device=device)
         bad = torch.zeros((), device=device)  # features not finite; the host looks with the log
         for step in range(1, self.steps_per_epoch + 1):
-            features, labels = next(batches)
+            inputs, labels, finite = next(batches)
             self.optimizer.zero_grad(set_to_none=True)
-            loss_P = losses(self.probes(features), labels)
+            loss_P = losses(self.probes.logits(inputs), labels)
             loss_P.sum().backward()
             average_gradients(self.probes.parameters())
             self.optimizer.step()
             total_P += loss_P.detach()
-            bad += torch.stack([(~feature.isfinite()).any() for feature in features.values()]).any()
+            bad += ~finite
             done = self.steps_done + step
             run_log.step_done(done)
             if step % LOG_EVERY_STEPS == 0 or step == self.steps_per_epoch:

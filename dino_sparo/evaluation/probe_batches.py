@@ -3,7 +3,8 @@
 Axis letters: B images, F numbers of a feature, N images of a set.
 """
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,17 +28,22 @@ from dino_sparo.data.loader import (
 )
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.views import CropKind
-from dino_sparo.evaluation.probes import INPUTS, MAX_BLOCKS
+from dino_sparo.evaluation.probes import INPUTS, MAX_BLOCKS, Inputs, Probes
 from dino_sparo.models import Encoder
+from dino_sparo.parallel.distributed import local_world_size
 from dino_sparo.parallel.precision import autocast
+from dino_sparo.parallel.processes import memory_free
 from dino_sparo.runs.runlog import RunLog
 
 MAX_SIDE = 1024  # longer images are reduced to it first: no crop of a usual photograph gets larger by it
+ROWS_AT_ONCE = 4096  # that are brought into memory
 TIMEOUT_SECONDS = 600.0  # that the next images may take
 IMAGES_AT_ONCE = 64  # per forward pass of the encoder; it changes memory, not the experiment
 
+log = logging.getLogger("dino_sparo")
+
 Features = Mapping[str, NDArray[Any]]  # of the images of a set, each (N, F), by name
-Batch = tuple[dict[str, Tensor], Tensor]  # features (B, F) by name, float32, and labels (B,)
+Batch = tuple[Inputs, Tensor, Tensor]  # what probes see, float32, labels (B,), and whether all is finite
 
 
 def training_crop(image_size: int) -> CropKind:
@@ -62,6 +68,7 @@ def features_of_crops(
     source: ImageSource,
     order: BatchOrder,
     run_log: RunLog,
+    probes: Probes,
     *,
     precision: str,
     executor: Executor,
@@ -99,7 +106,8 @@ def features_of_crops(
                 with torch.no_grad(), autocast(precision, device):
                     parts.append(encoder.features(images, INPUTS, MAX_BLOCKS))
             features = {name: torch.cat([part[name].float() for part in parts]) for name in INPUTS}
-            yield features, labels[[sample for _, sample in batch]].to(device)
+            inputs = probes.inputs(features)
+            yield inputs, labels[[sample for _, sample in batch]].to(device), all_finite(inputs.values())
 
     with loader.failures_explained():
         yield batches()
@@ -121,15 +129,61 @@ class _Pieces(Sampler):
 
 
 def features_of_rows(
-    features: Features, source: ImageSource, order: BatchOrder, run_log: RunLog, device: torch.device
+    features: Features,
+    source: ImageSource,
+    order: BatchOrder,
+    run_log: RunLog,
+    device: torch.device,
+    probes: Probes,
 ) -> Iterator[Batch]:
-    """Features that have been computed before: the same in every epoch."""
+    """Features that have been computed before: the same in every epoch.
+
+    What the probes see of them is held in memory, in float32, if it takes no more than half of what is free.
+    """
     assert source.labels is not None
+    labels = torch.from_numpy(source.labels).to(device)
+    held = in_memory(features, probes, device)
+    finite = None if held is None else all_finite([held[0]])  # once for all epochs
     for batch in order:
         samples = np.array([sample for _, sample in batch])
+        rows = torch.from_numpy(samples).to(device)
         with run_log.waiting_for_data():
-            found = feature_rows(features, samples, device)
-        yield found, torch.from_numpy(source.labels[samples]).to(device)
+            if held is None:
+                inputs = probes.inputs(feature_rows(features, samples, device))
+            else:
+                found = held[0][rows]
+                inputs = {seen: found[:, columns] for seen, columns in held[1].items()}
+        yield inputs, labels[rows], all_finite(inputs.values()) if finite is None else finite
+
+
+def all_finite(tensors: Iterable[Tensor]) -> Tensor:
+    """Whether all numbers are, on their device."""
+    return torch.stack([one.sum() for one in tensors]).isfinite().all()
+
+
+def in_memory(
+    features: Features, probes: Probes, device: torch.device
+) -> tuple[Tensor, dict[tuple[str, int], slice]] | None:
+    """What probes see of all images, float32 (N, F) on the device, and the columns of each input; or None."""
+    blocks, encoding = (features[name] for name in INPUTS)
+    ranges = {probe.seen: probe.columns(probes.width, encoding.shape[1]) for probe in probes.probes}
+    first, last = min(start for start, _ in ranges.values()), max(stop for _, stop in ranges.values())
+    size = 4 * len(blocks) * (last - first)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory_free()
+    fits = 2 * size * local_world_size() <= free
+    where = "held in memory" if fits else "read from disk in every epoch, as they take too much memory"
+    log.info("train features are %s: %.2f GiB of float32", where, size / 2**30)
+    if not fits:
+        return None
+    held = torch.empty(len(blocks), last - first, device=device)
+    for start in range(0, len(blocks), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        if first < 0:
+            part = blocks[rows, blocks.shape[1] + first : blocks.shape[1] + min(last, 0)]
+            held[rows, : min(last, 0) - first] = torch.from_numpy(part).to(device)
+        if last > 0:
+            held[rows, max(first, 0) - first :] = torch.from_numpy(encoding[rows]).to(device)
+    return held, {seen: slice(start - first, stop - first) for seen, (start, stop) in ranges.items()}
 
 
 def feature_rows(features: Features, rows: NDArray[np.int64], device: torch.device) -> dict[str, Tensor]:

@@ -24,6 +24,8 @@ SWEEP_LRS = (0.001, 0.01, 0.1)
 WEIGHT_STD = 0.01
 MOMENTUM = 0.9
 
+Inputs = Mapping[tuple[str, int], Tensor]  # what probes see, each (B, F), by `Probe.seen`
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -55,6 +57,19 @@ class Probe:
         columns = (self.num_blocks - (self.feature == "both")) * width
         blocks = features["blocks"][:, features["blocks"].shape[1] - columns :]
         return torch.cat([blocks, features["encoding"]], dim=1) if self.feature == "both" else blocks
+
+    @property
+    def seen(self) -> tuple[str, int]:
+        """What it sees: the key of its input."""
+        return self.feature, self.num_blocks
+
+    def columns(self, width: int, embed_dim: int) -> tuple[int, int]:
+        """The same as a range of columns, counted from where the encoding begins; blocks are before it."""
+        if self.feature == "encoding":
+            return 0, embed_dim
+        if self.feature == "cls":
+            return -self.num_blocks * width, 0
+        return (1 - self.num_blocks) * width, embed_dim
 
     def num_inputs(self, width: int, embed_dim: int) -> int:
         """F, of an encoder with tokens of this width and an encoding of so many numbers."""
@@ -130,15 +145,25 @@ class Probes(nn.Module):
             self.classifiers.append(classifier)
 
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:
-        """Features of images, float32 -> logits (P, B, S); probes that see the same share the input."""
-        inputs: dict[tuple[str, int], Tensor] = {}
-        logits = []
-        for probe, classifier in zip(self.probes, self.classifiers, strict=True):
-            seen = (probe.feature, probe.num_blocks)
-            if seen not in inputs:
-                inputs[seen] = probe.select(features, self.width)
-            logits.append(classifier(inputs[seen]))
-        return torch.stack(logits)
+        """Features of images, float32 -> logits (P, B, S)."""
+        return self.logits(self.inputs(features))
+
+    def inputs(self, features: Mapping[str, Tensor]) -> Inputs:
+        """What the probes see of features, each once."""
+        one_of = {probe.seen: probe for probe in self.probes}
+        return {seen: probe.select(features, self.width) for seen, probe in one_of.items()}
+
+    def logits(self, inputs: Inputs) -> Tensor:
+        """Logits (P, B, S) by what the probes see; those that see the same are one product."""
+        logits_PBS: list[Tensor] = [torch.empty(0)] * len(self.probes)
+        for seen, input_BF in inputs.items():
+            numbers = [number for number, probe in enumerate(self.probes) if probe.seen == seen]
+            several = [[*self.classifiers[number].parameters()] for number in numbers]
+            weight, bias = several[0] if len(several) == 1 else map(torch.cat, zip(*several, strict=True))
+            logits_BX = F.linear(input_BF, weight, bias)
+            for number, logits_BS in zip(numbers, logits_BX.chunk(len(several), dim=1), strict=True):
+                logits_PBS[number] = logits_BS
+        return torch.stack(logits_PBS)
 
     def optimizer(self, global_batch_size: int) -> torch.optim.SGD:
         """SGD with momentum 0.9 and no weight decay, each probe at its own rate for this batch."""

@@ -23,6 +23,12 @@ def choose_precision(name: str, device: torch.device) -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether the processor itself multiplies matrices in bfloat16: by AMX, or AVX-512 with BF16."""
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch has none
+    return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
+
+
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
     """Mixed precision for forward passes; nothing for fp32."""
     if precision == "fp32":

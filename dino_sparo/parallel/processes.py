@@ -229,3 +229,21 @@ def only_writer(out: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def private_bytes(pid: int | None) -> int:
+    """Memory of a process that no other has; 0 where the system does not tell."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("Private_", "Swap:")))
+
+
+def memory_free() -> int:
+    """Bytes of memory that processes can still take, this one's own counted as free."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
+        if line.startswith("MemAvailable:"):  # also what the file cache would give back
+            free = 1024 * int(line.split()[1])
+    return free + private_bytes(os.getpid())

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dino_sparo.data.sources import ImageSource
-from dino_sparo.evaluation.knn import Rows, k_best
+from dino_sparo.evaluation.search import Rows, k_best
 from dino_sparo.slots.attention import slot_attention
 from dino_sparo.slots.drawing import (
     Picture,

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.evaluation.features import Wanted, cached_features
-from dino_sparo.evaluation.knn import (
+from dino_sparo.evaluation.knn import TEMPERATURE
+from dino_sparo.evaluation.search import (
     CHUNK_BYTES,
     QUERY_BYTES,
-    TEMPERATURE,
     NoDirectionError,
     Rows,
     k_best,

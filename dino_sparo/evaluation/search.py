@@ -1,0 +1,209 @@
+"""The nearest neighbors among features, by exact search.
+
+Axis letters: T train images, B test images, D numbers of a feature.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dino_sparo.parallel.precision import multiplies_bfloat16
+
+CHUNK_BYTES = 2**28  # of train features at a time
+CHUNK_ROWS = 2**15  # the same, of narrow ones
+QUERY_BYTES = 2**27  # of float32 test features at a time; all train features are read once for each
+SCORES = 2**23  # similarities at a time
+GROUP = 8  # similarities of which only the highest is looked at first
+COSTLY = 16  # a cosine alone takes the time of so many within a float32 product of matrices
+
+
+class NoDirectionError(ValueError):
+    """A feature is zero or not finite, so near to nothing: of the image of this number, `train` or `test`."""
+
+    def __init__(self, side: str, number: int, kind: str) -> None:
+        super().__init__(f"the feature of {side} image {number} is {kind}; it has no direction to compare")
+        self.side, self.number, self.kind = side, number, kind
+
+
+class Rows(Protocol):
+    """Features by row: an array, in memory or mapped from a file, or a tensor."""
+
+    @property
+    def shape(self) -> Any: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice, /) -> Any: ...
+
+
+def nearest(
+    train: Rows,
+    test: Rows,
+    k: int,
+    *,
+    device: torch.device | None = None,
+    by_faiss: bool = False,
+    bfloat16: bool | None = None,
+    train_chunk: int | None = None,
+    test_chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The k most similar train images of every test image.
+
+    Args:
+        train: (T, D) floating point of any scale, l2-normalized inside; float16 stays float16 where it lies.
+        test: (B, D).
+        k: 1 to T.
+        device: where to compute; None is the CPU.
+        by_faiss: search by faiss, on the CPU, instead of by products of matrices: an independent check.
+        bfloat16: find candidates by products in bfloat16, as many as its rounding may need, and compare their
+            cosines in float32: the same neighbors sooner; None does it on a CPU that multiplies bfloat16.
+        train_chunk: train images at a time.
+        test_chunk: test images at a time.
+
+    Returns:
+        cosines float32 and train image numbers int64, both (B, k) on the CPU, the most similar first, of
+        equally similar ones the lower number.
+
+    Raises:
+        NoDirectionError: a feature is zero or not finite.
+    """
+    device = torch.device("cpu") if device is None or by_faiss else device
+    if bfloat16 is None:
+        bfloat16 = device.type == "cpu" and not by_faiss and multiplies_bfloat16()
+    width = train.shape[1]
+    train_chunk = train_chunk or min(CHUNK_ROWS, max(1, CHUNK_BYTES // ((6 if bfloat16 else 4) * width)))
+    test_chunk = test_chunk or max(1, QUERY_BYTES // (4 * width))
+    k = min(k, len(train))
+    cosines, numbers = torch.empty(len(test), k), torch.empty(len(test), k, dtype=torch.int64)
+    for start in range(0, len(test), test_chunk):
+        queries = _directions(test, start, start + test_chunk, device, "test")
+        nothing = queries.new_full((len(queries), k), -torch.inf)
+        best_Bk = _keys(nothing, torch.zeros_like(nothing, dtype=torch.int64))
+        for first in range(0, len(train), train_chunk):
+            gallery = _directions(train, first, first + train_chunk, device, "train")
+            pays = bfloat16 and len(gallery) >= COSTLY * k
+            rounded, lost = _rounded(gallery) if pays else (gallery, 0.0)
+            at_once = len(queries) if by_faiss else max(1, SCORES // len(gallery))
+            for query in range(0, len(queries), at_once):
+                some, best = queries[query : query + at_once], best_Bk[query : query + at_once]
+                found: Iterable[tuple[Any, Tensor, Tensor]]
+                if by_faiss:
+                    found = [(slice(None), *_by_faiss(some, gallery, min(k, len(gallery))))]
+                else:
+                    found = _found(some, gallery, rounded, lost, best)
+                for rows, cosine_BC, number_BC in found:
+                    every = torch.cat([best[rows], _keys(cosine_BC, number_BC + first)], dim=1)
+                    best[rows] = every.topk(k, dim=1).values
+        cosines[start : start + test_chunk], numbers[start : start + test_chunk] = _of_keys(best_Bk)
+    return cosines, numbers
+
+
+def _found(
+    queries_BD: Tensor, gallery_TD: Tensor, rounded_TD: Tensor, lost: float, best_Bk: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of some rows each: cosines and gallery numbers of all that may be among the k best; -inf fills up.
+
+    The product of two rounded vectors is off by at most what rounding took from either (Cauchy-Schwarz; all
+    have length 1) and by the errors of float32 sums of D products, of it and of the cosine. Rounding this sum
+    to bfloat16 keeps order, so the least one that may count is rounded alike.
+    """
+    k, total, dtype = best_Bk.shape[1], len(gallery_TD), rounded_TD.dtype
+    small_BD = queries_BD.to(dtype)
+    scores_BT = small_BD @ rounded_TD.T
+    if total % GROUP:
+        scores_BT = F.pad(scores_BT, (0, -total % GROUP), value=-torch.inf)
+    highest_BG = scores_BT.unflatten(1, (GROUP, -1)).amax(dim=1)
+    error_B: Tensor | float = 0.0
+    if dtype != torch.float32:
+        lost_B = torch.linalg.vector_norm(queries_BD - small_BD, dim=1)
+        error_B = 1.001 * (lost_B + lost) + (queries_BD.shape[1] + 8) * 2.0**-23
+    least_B = (_of_keys(best_Bk[:, -1])[0] - error_B).clamp(min=-2)  # -inf does not count
+    if highest_BG.shape[1] >= k:  # k groups hold a cosine that is not much lower than their highest score
+        kth_B = highest_BG.topk(k, dim=1, sorted=False).values.amin(dim=1).float()
+        rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+        least_B = least_B.maximum(kth_B - rounding * kth_B.abs() - 2 * error_B)
+    least_B = least_B.to(dtype)
+    reached_BG = highest_BG >= least_B[:, None]
+    crowded_B = reached_BG.sum(dim=1) > k + total // (2 * COSTLY)
+    if crowded_B.any():
+        rows = crowded_B.nonzero()[:, 0]
+        yield rows, *(queries_BD[rows] @ gallery_TD.T).topk(min(k, total), dim=1)
+        reached_BG &= ~crowded_B[:, None]
+
+    row_X, group_X = reached_BG.nonzero(as_tuple=True)
+    steps = torch.arange(GROUP, device=row_X.device) * highest_BG.shape[1]
+    column_XG = group_X[:, None] + steps
+    score_XG = scores_BT.take(row_X[:, None] * scores_BT.shape[1] + column_XG)
+    reached_XG = score_XG >= least_B[row_X, None]
+    row_X, column_X = row_X[reached_XG.nonzero()[:, 0]], column_XG[reached_XG]
+    count_B = torch.bincount(row_X, minlength=len(queries_BD))
+    start_B = F.pad(count_B.cumsum(dim=0), (1, 0))
+    if dtype == torch.float32:
+        cosine_X = score_XG[reached_XG]
+    else:
+        cosine_X = _products(start_B, column_X, queries_BD, gallery_TD)
+    cosine_BC = cosine_X.new_full((len(queries_BD), int(count_B.max())), -torch.inf)
+    number_BC = torch.zeros_like(cosine_BC, dtype=torch.int64)
+    place_X = row_X, torch.arange(len(row_X), device=row_X.device) - start_B[row_X]
+    cosine_BC[place_X], number_BC[place_X] = cosine_X, column_X
+    yield torch.arange(len(queries_BD), device=row_X.device), cosine_BC, number_BC
+
+
+def _products(start_B: Tensor, column_X: Tensor, left_BD: Tensor, right_TD: Tensor) -> Tensor:
+    """Products of some pairs of rows (X,): of each left one, from its start on, with right ones."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # sparse matrices are called beta
+        shape = (len(left_BD), len(right_TD))
+        pairs = torch.sparse_csr_tensor(start_B, column_X, torch.zeros(len(column_X)), shape)
+        return torch.sparse.sampled_addmm(pairs, left_BD, right_TD.T, beta=0.0).values()
+
+
+def _rounded(rows: Tensor) -> tuple[Tensor, float]:
+    """Rows in bfloat16, and the longest difference."""
+    small = rows.bfloat16()
+    parts = zip(rows.split(64), small.split(64), strict=True)
+    return small, max(float(torch.linalg.vector_norm(a - b, dim=1).max()) for a, b in parts)
+
+
+def _keys(cosines: Tensor, numbers: Tensor) -> Tensor:
+    """Integers that are larger for a larger cosine, of equal ones for the lower number."""
+    bits = (cosines + 0.0).view(torch.int32).long()  # of -0.0 those of 0.0
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) << 32 | (0xFFFFFFFF - numbers)
+
+
+def _of_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
+    bits = keys >> 32
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).int().view(torch.float32), 0xFFFFFFFF - (keys & 0xFFFFFFFF)
+
+
+def k_best(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
+    """The k best of two sets of values and numbers (B, .), largest first, of equal ones the lower number."""
+    values, numbers = (torch.cat(pair, dim=1) for pair in zip(one, other, strict=True))
+    by_number = numbers.argsort(dim=1)
+    order = values.gather(1, by_number).sort(dim=1, descending=True, stable=True).indices[:, :k]
+    order = by_number.gather(1, order)
+    return values.gather(1, order), numbers.gather(1, order)
+
+
+def _directions(rows: Rows, start: int, stop: int, device: torch.device, side: str) -> Tensor:
+    """Rows as float32 of length one."""
+    chunk = torch.as_tensor(rows[start:stop]).to(device).to(torch.float32, copy=True)  # ours to change
+    length_B = torch.linalg.vector_norm(chunk, dim=1)
+    bad = (~(length_B.isfinite() & (length_B > 0))).nonzero()
+    if len(bad):
+        kind = "zero" if length_B[int(bad[0])] == 0 else "not finite"
+        raise NoDirectionError(side, start + int(bad[0]), kind)
+    return chunk.div_(length_B[:, None])
+
+
+def _by_faiss(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it tells which build it tries
+    import faiss
+
+    values, numbers = faiss.knn(queries.numpy(), gallery.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
+    return torch.from_numpy(values), torch.from_numpy(numbers)
