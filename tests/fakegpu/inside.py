@@ -5,7 +5,8 @@ import json
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -28,7 +29,7 @@ from dino_sparo.training.periodic import log_step
 from dino_sparo.training.pretrain import prepare, step_of, train_step
 from dino_sparo.training.setup import build_schedules
 from dino_sparo.training.steps import EAGER_STEPS, Steps
-from tests.tiny import build_state, parse_options
+from tests.tiny import build_state, parse_options, tiny_arguments
 
 counters = ctypes.CDLL("libcuda.so.1")
 for name in ("fakegpu_launches", "fakegpu_waits", "fakegpu_copies"):
@@ -103,6 +104,23 @@ def full_step(
             step()
         found |= {"bytes": counted.bytes, "flops": counted.flops}
     return found
+
+
+def captured_steps(frozen: list[str]) -> list[bool]:
+    """For each step of a small run, of which something is frozen or not (""), whether it is a replay."""
+    device = torch.device("cuda", 0)
+    recipe = parse_options(PretrainOptions, tiny_arguments("x", "x"))
+    state = build_state(recipe, device)
+    crops = [torch.zeros(2, 4, 3, side, side, device=device) for side in (16, 8)]
+    step = partial(train_step, state, clip_norm=3.0, autocast=autocast("bf16", device))
+    steps, replays = Steps(step, device, 1, capture=True), []
+    nothing = build_schedules(recipe.optim, recipe.loss, 10).at(15)
+    for what in frozen:
+        counters.fakegpu_reset()
+        hyper = replace(nothing, **({f"freeze_{what}": True} if what else {}))
+        steps.take(repeat(crops), hyper, logged=False)
+        replays.append(calls()["graph"] > 0)
+    return replays
 
 
 def log_entry(data: str, run_dir: str) -> dict:
