@@ -15,6 +15,7 @@ from dino_sparo.errors import UserError
 # What is read, whatever a file is called; Pillow knows others, and starts Ghostscript for one of them.
 FORMATS = ["JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF"]
 FORMATS += ["AVIF"] if find_spec("PIL.AvifImagePlugin") else []  # since Pillow 11.3
+MAX_BYTES = 2**28 + 2**20  # of an image's file
 GAP = 2.0  # a JPEG file is decoded at this multiple of the wanted size at least
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises
 PROBLEMS = ("zero_byte", "not_an_image", "truncated", "unreadable")
@@ -57,6 +58,12 @@ def problem_of(data: bytes, error: Exception) -> tuple[str, str]:
     if "truncated" in reason.lower() or (data.startswith(b"RIFF") and webp_bytes > len(data)):
         return "truncated", reason
     return "unreadable", reason
+
+
+def check_size(num_bytes: int) -> None:
+    """Raises OSError: an image's file has more bytes than are read into memory."""
+    if num_bytes > MAX_BYTES:
+        raise OSError(f"the file has {num_bytes:,} bytes, more than the {MAX_BYTES:,} that are read")
 
 
 def open_image(data: bytes) -> Image.Image:

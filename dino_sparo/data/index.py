@@ -24,11 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dino_sparo.data.decode import UNREADABLE, UnreadableImageError, decode, problem_of
+from dino_sparo.data.decode import UNREADABLE, UnreadableImageError, check_size, decode, problem_of
 from dino_sparo.data.split_names import same_name
 from dino_sparo.data.walk import EXTENSIONS, THREADS, Folder, named_by_ending, state_now, walk
 from dino_sparo.errors import UserError, UserFileNotFoundError
-from dino_sparo.files import atomic_write, cache_folder, temporary_folder
+from dino_sparo.files import atomic_write, cache_folder, open_regular, temporary_folder
 
 log = logging.getLogger("dino_sparo")
 
@@ -279,8 +279,10 @@ class FolderSource(IndexedSource):
         return str(self.root / self.index.name(self.position(index)))
 
     def read(self, index: int) -> bytes:
-        with open(self.name(index), "rb") as file:
-            return file.read()
+        with open_regular(self.name(index), buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            check_size(size)
+            return file.read(size)  # and no more, should it grow
 
     def stats(self) -> NDArray[np.int64]:
         with ThreadPoolExecutor(STAT_THREADS) as threads:  # which wait for the disk together
