@@ -121,7 +121,8 @@ def scan_data(plan: Plan) -> DataReport:
         )
 
     knn_path, data = plan.recipe.monitor.knn_path, plan.recipe.data
-    val = open_val(knn_path) if knn_path else open_val(data.path, Choice.of(data))
+    choice = Choice.of(data)
+    val = open_val(knn_path, choice.of_pixels) if knn_path else open_val(data.path, choice)
     return data_report(scanned("train", plan.source), None if val is None else scanned("val", val))
 
 

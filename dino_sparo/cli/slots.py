@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dino_sparo.cli.images import ImagesOptions, LabeledDataOptions
+from dino_sparo.cli.images import ImagesOptions, LabeledDataOptions, choice_of
 from dino_sparo.errors import UnlabeledError, UserError
 from dino_sparo.recipe.typed import Batch, Count, Epochs, Seed, Workers
 
 if TYPE_CHECKING:
+    from dino_sparo.data.sources import ImageSource
     from dino_sparo.models import Encoder
     from dino_sparo.slots.page import Subject
     from dino_sparo.slots.parts import CutEncoder
@@ -146,12 +147,11 @@ class SlotReportOptions(SlotsOptions):
 
 def maps(options: SlotMapsOptions) -> None:
     """Attention of chosen slots over chosen images: maps.json, grid.png and an overlay for each."""
-    from dino_sparo.data.sources import open_images
     from dino_sparo.slots.maps import slot_maps
 
     folder = _folder(options) / "maps"
     content = slot_maps(
-        *(_open(options), open_images(options.data.path), folder),
+        *(_open(options), _images(options), folder),
         slots=options.slots,
         images=options.images,
         num_images=options.num_images,
@@ -166,11 +166,10 @@ def maps(options: SlotMapsOptions) -> None:
 
 def gallery(options: SlotGalleryOptions) -> None:
     """The images that each slot responds to most: gallery.json and a picture for each slot."""
-    from dino_sparo.data.sources import open_images
     from dino_sparo.slots.gallery import slot_gallery
 
     folder = _folder(options) / "gallery"
-    source = open_images(options.data.path)
+    source = _images(options)
     entries = slot_gallery(
         *(_cut(options)[0], source, folder),
         slots=options.slots,
@@ -184,12 +183,11 @@ def gallery(options: SlotGalleryOptions) -> None:
 def rank(options: SlotRankOptions) -> None:
     """Each slot alone, and accuracy against the number of slots kept: rank.json, curve.png and a table."""
     from dino_sparo.data.sources import open_labeled
-    from dino_sparo.data.splits import Choice
     from dino_sparo.slots.rank import rank_slots, table
 
-    folder = _folder(options) / "rank"
+    folder, choice = _folder(options) / "rank", choice_of(options.data, options.run)
     result = rank_slots(
-        *(_cut(options), *open_labeled(options.data.path, choice=Choice.of(options.data)), folder),
+        *(_cut(options), *open_labeled(options.data.path, choice=choice), folder),
         k=options.k,
         select_fraction=options.select_fraction,
         seed=options.seed,
@@ -201,15 +199,15 @@ def rank(options: SlotRankOptions) -> None:
 def mask(options: SlotMaskOptions) -> None:
     """Masks learned with a frozen encoder: mask.json, mask.png and a table."""
     from dino_sparo.data.sources import open_labeled
-    from dino_sparo.data.splits import Choice
     from dino_sparo.evaluation.transfer import EXPECTED_BOTH, VAL, named_folder
     from dino_sparo.slots.mask import mask_slots, table
 
     folder = _folder(options) / "mask"
-    data = {VAL: open_labeled(options.data.path, choice=Choice.of(options.data))}
+    choice = choice_of(options.data, options.run)
+    data = {VAL: open_labeled(options.data.path, choice=choice)}
     if options.transfer:
         name, other = named_folder(options.transfer, "transfer", EXPECTED_BOTH)
-        data[name] = open_labeled(other, key="transfer")
+        data[name] = open_labeled(other, key="transfer", choice=choice.of_pixels)
     result = mask_slots(
         *(_cut(options), data, folder),
         epochs=options.epochs,
@@ -223,11 +221,10 @@ def mask(options: SlotMaskOptions) -> None:
 
 def health(options: SlotHealthOptions) -> None:
     """Entropy of attention, dead and duplicate slots: health.json, health.png and a table."""
-    from dino_sparo.data.sources import open_images
     from dino_sparo.slots.health import as_entries, draw_health, measure_health, summarize, table
 
     folder = _folder(options) / "health"
-    encoder, source = _open(options), open_images(options.data.path, options.num_images)
+    encoder, source = _open(options), _images(options, options.num_images)
     measured = measure_health(
         *(encoder, source),
         other=_other_weights(options, encoder),
@@ -383,6 +380,15 @@ def _cut(options: CachedSlotsOptions) -> "list[CutEncoder]":
         )
         for name, run, one, num_parts in opened
     ]
+
+
+def _images(
+    options: SlotMapsOptions | SlotGalleryOptions | SlotHealthOptions, most: int | None = None
+) -> "ImageSource":
+    """The images of a command; pixels are read as the run did."""
+    from dino_sparo.data.sources import open_images
+
+    return open_images(options.data.path, most, choice=choice_of(options.data, options.run))
 
 
 def _folder(options: SlotsOptions) -> Path:

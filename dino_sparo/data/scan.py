@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from dino_sparo.data.decode import PROBLEMS, open_image, problem_of, to_rgb
+from dino_sparo.data.decode import AS_IS, PROBLEMS, open_image, problem_of, to_rgb
 from dino_sparo.data.generated import ShapesSource
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.torchvision_sets import ArraySource
@@ -100,12 +100,13 @@ class _Files(Dataset):
 
     def __getitem__(self, index: int) -> Finding:
         data, digest = b"", bytes(HASH_BYTES)
+        reading = getattr(self.source, "reading", AS_IS)
         try:
             data = self.source.read(index)
             digest = hashlib.blake2b(data, digest_size=HASH_BYTES).digest()
             # Large images and odd metadata make warnings, but training takes them.
-            with warnings.catch_warnings(action="ignore"), open_image(data) as image:
-                short, long = sorted(to_rgb(image).size)
+            with warnings.catch_warnings(action="ignore"), open_image(data, reading) as image:
+                short, long = sorted(to_rgb(image, reading.value_range).size)
             return Finding(len(data), digest, (short, long))
         except Exception as error:  # a damaged file makes PIL raise anything, and must not end the scan
             kind, reason = problem_of(data, error)

@@ -21,7 +21,6 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dino_sparo.data.decode import check_size
 from dino_sparo.data.imagenet import TRAIN_TAR, VAL_TAR, WNID_TAR
 from dino_sparo.data.index import Index, IndexedSource, cached_index, current_index, index_parts, key_of_names
 from dino_sparo.data.tars import tar_members
@@ -74,7 +73,7 @@ class ShardSource(IndexedSource):
             raise OSError("the row holds no image, or only its path")
         path = os.path.join(self.root, self.index.header["shards"][number])
         shard = _opened(path, tuple(self.index.states[number, :2].tolist()))
-        check_size(size)
+        self.reading.check_size(size)
         data = os.pread(shard.fileno(), size, int(arrays["offsets"][position]))
         if len(data) < size:
             raise OSError("the shard ends before the image does")

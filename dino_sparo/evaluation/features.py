@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from dino_sparo.data.decode import AS_IS
 from dino_sparo.data.images import CenterCrops, normalize
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.workers import WatchedLoader, default_workers
@@ -270,6 +271,7 @@ def _finite_rows(
 def _key(weights: str, source: ImageSource, image_size: int, precision: str) -> dict[str, Any]:
     """All that a feature depends on."""
     files = source.stats()
+    value_range = getattr(source, "reading", AS_IS).value_range
     return {
         "weights": weights,
         "images": hash_of_images(source, files),
@@ -278,7 +280,7 @@ def _key(weights: str, source: ImageSource, image_size: int, precision: str) -> 
         "transform": TRANSFORM,
         "image_size": image_size,
         "precision": precision,
-    }
+    } | ({"value_range": value_range} if value_range else {})
 
 
 def hash_of_images(source: ImageSource, files: NDArray[np.int64] | None = None) -> str:

@@ -157,7 +157,7 @@ def open_knn_images(
     path: str | None, data_path: str, images_per_class: int | None, choice: Choice = AS_FOUND
 ) -> KnnImages | None:
     """Those of `path`, or of `data_path` if that is labeled; None if there is nothing to measure on.
-    `choice` is about `data_path`.
+    `choice` is about `data_path`; what it says of pixels holds for both.
 
     Raises:
         UserError: `path` is given, but is no labeled folder with at least 20 gallery images.
@@ -166,7 +166,7 @@ def open_knn_images(
         if path is None:
             train, test = open_labeled(data_path, choice=choice)
         else:
-            train, test = open_labeled(path, "monitor.knn_path")
+            train, test = open_labeled(path, "monitor.knn_path", choice.of_pixels)
         if images_per_class is not None:
             train, test = per_class(train, images_per_class), per_class(test, images_per_class)
         if len(train) < HEADLINE_K or not len(test):
