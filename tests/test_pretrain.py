@@ -53,7 +53,7 @@ def finished(tmp_path_factory):
 def test_tensorboard_has_every_scalar_and_one_picture(finished):
     events = EventAccumulator(str(finished / "tensorboard"), size_guidance={"images": 0}).Reload()
     tags = events.Tags()
-    knn = {"evaluation/knn20_top1", "evaluation/knn20_top5"}
+    knn = {f"evaluation/knn20_{value}" for value in ("top1", "top5", "images")}
     assert set(tags["scalars"]) == {f"train/{name}" for name in SCALARS | OF_SLOTS} | knn
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
     assert tags["images"] == ["first_crops"]

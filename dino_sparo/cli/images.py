@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dino_sparo.errors import UserError
-from dino_sparo.recipe.sections import ImagePixels, check_value_range
+from dino_sparo.recipe.sections import ImagePixels, PixelValue, check_value_range
 
 if TYPE_CHECKING:
     from dino_sparo.data.splits import Choice
@@ -18,7 +18,7 @@ class ReadingOptions:
 
     max_pixels: ImagePixels | None = None
     """Pixels of the largest image that is decoded; null is 67,108,864, by which it takes about 0.5 GB."""
-    value_range: tuple[float, float] | None = None
+    value_range: tuple[PixelValue, PixelValue] | None = None
     """Pixels of more than 8 bits that become black and white, such as [0, 4095]; null takes those of the run,
     or goes by the mode of each image."""
 

@@ -3,13 +3,16 @@
 Knows neither torch nor the sources of images.
 """
 
+import re
 from importlib.util import find_spec
 from io import BytesIO
+from operator import add
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 
 from dino_sparo.errors import UserError
 
@@ -24,7 +27,6 @@ MAX_SCANS, MAX_COMMENTS = 200, 1000
 PLAIN = (b"P1", b"P2", b"P3")  # how PBM, PGM and PPM begin that are written as text
 BLOCK_PIXELS = 2**20
 GAP = 2.0  # a JPEG file is decoded at this multiple of the wanted size at least
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises
 PROBLEMS = ("zero_byte", "not_an_image", "truncated", "unreadable")
 # How files of the formats that are read begin.
 SIGNATURES = (
@@ -33,12 +35,34 @@ SIGNATURES = (
     b"RIFF",
     b"II*\0",
     b"MM\0*",
+    b"II+\0",
+    b"MM\0+",
     b"BM",
     b"P4",
     b"P5",
     b"P6",
     b"GIF8",
 )
+# How files begin that are images of other formats.
+OTHER_FORMATS = {
+    b"\0\0\0\x0cjP  ": "JPEG 2000",
+    b"\0\0\0\x0cJXL ": "JPEG XL",
+    b"\xff\x0a": "JPEG XL",
+    b"8BPS": "Photoshop",
+}
+HEIC = re.compile(rb"....ftyp(heic|heix|hevc|heim|heis|mif1|msf1)", re.DOTALL)
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+SAMPLES = {1: "unsigned integers", 2: "signed integers", 3: "floating point"}
+# What Pillow does to a TIFF of such an EXIF orientation, and to no other format, is undone by
+UNTURNED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 
 
 class UnreadableImageError(UserError):
@@ -56,15 +80,47 @@ def problem_of(data: bytes, error: Exception) -> tuple[str, str]:
     """Kind, one of PROBLEMS, and reason of the error that a file of this content has led to."""
     reason = getattr(error, "strerror", None) or str(error).rstrip(".") or type(error).__name__
     if isinstance(error, UnidentifiedImageError):
-        if not data:
-            return "zero_byte", "the file is empty"
-        if not data.startswith(SIGNATURES) and data[4:8] != b"ftyp":  # as AVIF begins
-            return "not_an_image", "no known kind of image"
-        return "truncated", "begins as an image, but its header is cut or damaged"
+        return _unknown(data)
     webp_bytes = 8 + int.from_bytes(data[4:8], "little")  # PIL does not say that a WebP is cut
     if "truncated" in reason.lower() or (data.startswith(b"RIFF") and webp_bytes > len(data)):
         return "truncated", reason
     return "unreadable", reason
+
+
+def _unknown(data: bytes) -> tuple[str, str]:
+    """Kind and reason for the content of a file that Pillow does not know."""
+    if not data:
+        return "zero_byte", "the file is empty"
+    if name := _other_format(data):
+        return "unreadable", f"{name}, which is not read; convert it to JPEG or PNG"
+    if not data.startswith(SIGNATURES) and data[4:11] != b"ftypavi":  # as AVIF begins
+        return "not_an_image", "no known kind of image"
+    if data.startswith(TIFF) and (kind := _kind_of_tiff(data)):
+        return "unreadable", f"a TIFF of a kind that Pillow does not read: {kind}"
+    return "truncated", "begins as an image, but its header is cut or damaged"
+
+
+def _other_format(data: bytes) -> str:
+    """The name of a format that is not read; empty for others."""
+    if HEIC.match(data) and b"avif" not in data[:64]:
+        return "HEIC"
+    return next((name for begin, name in OTHER_FORMATS.items() if data.startswith(begin)), "")
+
+
+def _kind_of_tiff(data: bytes) -> str:
+    """Bands and samples of a TIFF that is all there, in words; empty for one that is damaged."""
+    try:
+        directory = ImageFileDirectory_v2(data[: 16 if b"+" in data[:4] else 8])
+        file = BytesIO(data)
+        file.seek(directory.next)
+        directory.load(file)
+        offsets, sizes = (273, 279) if 273 in directory else (324, 325)  # of strips or of tiles
+        if max(map(add, directory[offsets], directory[sizes])) > len(data):
+            return ""
+        (bits, *_), (sample, *_) = directory[258], directory.get(339, (1,))
+        return f"{directory.get(277, 1)} bands of {bits} bits, {SAMPLES.get(sample, 'of another type')}"
+    except Exception:  # a damaged directory makes Pillow raise anything
+        return ""
 
 
 class Reading(NamedTuple):
@@ -86,7 +142,7 @@ class Reading(NamedTuple):
 
     def check_pixels(self, image: Image.Image) -> None:
         """Raises OSError: an image has more pixels than are decoded."""
-        width, height = image.size
+        width, height = stored_size(image)
         pixels = max(width * height, NARROW * max(width, height))
         if pixels * (2 if image.format == "WEBP" else 1) > self.max_pixels:  # a WebP takes twice the memory
             raise OSError(f"{width:,} x {height:,} pixels are too many {self._allowed()}")
@@ -141,9 +197,10 @@ def decode(data: bytes, max_side: int | None = None, reading: Reading = AS_IS) -
         Exception: it cannot be decoded; Pillow raises many kinds.
     """
     with open_image(data, reading) as image:
-        if max_side is None or max(image.size) <= max_side:
+        stored = stored_size(image)
+        if max_side is None or max(stored) <= max_side:
             return to_rgb(image, reading.value_range)
-        size = bounded(image.size, max_side)
+        size = bounded(stored, max_side)
         if image.mode in ("RGB", "L"):  # others would change their mode
             image.draft(None, (round(GAP * size[0]), round(GAP * size[1])))
         rgb = to_rgb(image, reading.value_range)
@@ -154,9 +211,19 @@ def size_of(data: bytes, max_side: int | None = None) -> tuple[int, int] | None:
     """Width and height that `decode` gives, told by the beginning of the file; None if it does not tell."""
     try:
         with open_image(data) as image:
-            return bounded(image.size, max_side)
-    except UNREADABLE:
+            return bounded(stored_size(image), max_side)
+    except Exception:  # a damaged header makes Pillow raise anything
         return None
+
+
+def stored_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of an image as it lies in its file, whatever its EXIF orientation says."""
+    return (image.tag_v2[256], image.tag_v2[257]) if isinstance(image, TiffImageFile) else image.size
+
+
+def orientation(image: Image.Image) -> int:
+    """How EXIF says that an image is turned, 1 to 8; 1 is not at all."""
+    return image.getexif().get(ExifTags.Base.Orientation, 1)
 
 
 def bounded(size: tuple[int, int], max_side: int | None) -> tuple[int, int]:
@@ -169,8 +236,11 @@ def bounded(size: tuple[int, int], max_side: int | None) -> tuple[int, int]:
 
 def to_rgb(image: Image.Image, value_range: tuple[float, float] | None = None) -> Image.Image:
     """Any image as 8-bit RGB, itself if it is; alpha is dropped as torchvision's loader does, and more than 8
-    bits become 8: `value_range`, or else what its mode says, becomes 0 to 255."""
+    bits become 8: `value_range`, or else what its mode says, becomes 0 to 255. Not turned by its EXIF."""
+    turned = orientation(image) if isinstance(image, TiffImageFile) else 1
     image.load()
+    if turned in UNTURNED and orientation(image) != turned:
+        image = image.transpose(UNTURNED[turned])
     if image.mode.startswith("I") or image.mode == "F":  # PIL would clip these to white
         return _to_8_bits(image, value_range)
     if image.mode == "P" and "transparency" in image.info:

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dino_sparo.data.decode import AS_IS, UNREADABLE, Reading, UnreadableImageError, decode, problem_of
+from dino_sparo.data.decode import AS_IS, Reading, UnreadableImageError, decode, problem_of
 from dino_sparo.data.split_names import same_name
 from dino_sparo.data.walk import EXTENSIONS, THREADS, Folder, named_by_ending, state_now, walk
 from dino_sparo.errors import UserError, UserFileNotFoundError
@@ -256,7 +256,7 @@ class IndexedSource:
         try:
             data = self.read(index)
             return decode(data, max_side, self.reading)
-        except UNREADABLE as error:
+        except Exception as error:  # a damaged file makes Pillow raise anything
             raise UnreadableImageError(self.name(index), problem_of(data, error)[1]) from error
 
     def name(self, index: int) -> str:

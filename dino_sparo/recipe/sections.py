@@ -6,6 +6,7 @@ field.
 
 import json
 from dataclasses import asdict, dataclass, field, fields
+from math import isfinite
 from typing import Annotated, Any, Literal
 
 from dino_sparo.errors import UserError
@@ -29,6 +30,7 @@ from dino_sparo.recipe.typed import (
 AreaShare = Annotated[float, Range("above 0 and at most 1", lambda number: 0 < number <= 1)]
 HueShift = Annotated[float, Range("from 0 to 0.5, half the color circle", lambda number: 0 <= number <= 0.5)]
 Side = Annotated[int, up_to(16_384)]  # pixels
+PixelValue = Annotated[float, Range("that is finite", isfinite)]
 ImagePixels = Annotated[int, up_to(178_956_970)]  # more are refused by Pillow
 Timeout = Annotated[int, Range("from 1 to 1500", lambda number: 1 <= number <= 1500)]
 
@@ -65,7 +67,7 @@ class DataOptions:
     """Pixels of the largest image that is decoded; a larger one cannot be read. One that is narrower than 512
     pixels counts as 512 wide, a WebP twice; a file may have 4 bytes per pixel. null is 67,108,864, by which
     an image takes about 0.5 GB."""
-    value_range: tuple[float, float] | None = None
+    value_range: tuple[PixelValue, PixelValue] | None = None
     """Values of pixels of more than 8 bits (16 or 32 bits, floating point) that become black and white, such
     as [0, 4095]; null goes by their mode."""
     on_bad_image: Literal["stop", "substitute"]

@@ -138,7 +138,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def evaluate_teacher(encoder: Encoder, images: KnnImages, **loading: Any) -> dict[str, float]:
-    """20-NN top-1 and top-5 in per cent, by images that are loaded as for `evaluate_knn`.
+    """20-NN top-1 and top-5 in per cent, and of how many images, which are loaded as for `evaluate_knn`.
 
     Raises:
         UserError: an image cannot be read, or the teacher answers one with zeros.
@@ -150,7 +150,8 @@ def evaluate_teacher(encoder: Encoder, images: KnnImages, **loading: Any) -> dic
             f"k-NN while training: {error}; the run has collapsed, start in a new run_dir with a lower "
             f"optim.lr_per_256"
         ) from error
-    return {f"knn{HEADLINE_K}_top1": result.top1, f"knn{HEADLINE_K}_top5": result.top5}
+    name = f"knn{HEADLINE_K}"
+    return {f"{name}_top1": result.top1, f"{name}_top5": result.top5, f"{name}_images": result.num_images}
 
 
 def open_knn_images(

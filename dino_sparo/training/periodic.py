@@ -38,6 +38,7 @@ def evaluate(run: Run, run_log: RunLog, step: int) -> None:
     if run.knn_images is None:
         return
     wait_for(run.device)
+    left_out: dict[str, str] | None = {} if run.dataset.substitute else None
     with run_log.not_training():
         accuracies = evaluate_teacher(
             run.state.teacher.encoder,
@@ -45,8 +46,13 @@ def evaluate(run: Run, run_log: RunLog, step: int) -> None:
             image_size=run.recipe.views.global_size,
             num_workers=run.num_workers,
             timeout_seconds=run.recipe.machine.data_timeout_seconds,
+            left_out=left_out,
         )
         run_log.evaluation(step, accuracies)
+    if left_out:  # the same in all processes
+        log.warning("WARNING: k-NN has left out %d images that cannot be read", len(left_out))
+        run.bad_images.add(tuple(left_out.items()))
+        run.bad_images.share()
 
 
 def evaluation_is_missing(run: Run) -> bool:
