@@ -1,6 +1,7 @@
 """Files that are whole or not there, and folders of the user's own: caches that nobody else may write."""
 
 import atexit
+import errno
 import glob
 import hashlib
 import json
@@ -78,6 +79,23 @@ def write_file(path: Path, content: str | bytes) -> None:
     """Write a whole file by `atomic_write`, text as UTF-8. Raises OSError."""
     with atomic_write(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def open_regular(path: str | Path, buffering: int = -1) -> BinaryIO:
+    """A regular file, open for reading, at once: a pipe would make its reader wait, a device may never end.
+
+    Raises:
+        OSError: it is none, or cannot be opened.
+    """
+    file = open(path, "rb", buffering, opener=_open_at_once)  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "no regular file", str(path))
+    return file
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def read_small(path: Path, most: int) -> bytes:

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dino_sparo.data.decode import UNREADABLE, UnreadableImageError, decode, open_image, problem_of
+from dino_sparo.data.decode import UnreadableImageError, decode, open_image, problem_of, stored_size
 from dino_sparo.data.index import FolderSource, current_index, keep_index
 from dino_sparo.data.shards import (
     INDEX_FILE,
@@ -328,12 +328,12 @@ def _sample(split: Split, image: int) -> tuple[str, bytes]:
         if limit is None:
             return name, data
         with open_image(data) as opened:
-            short, long = sorted(opened.size)
+            short, long = sorted(stored_size(opened))
         if short <= limit:
             return name, data
         buffer = BytesIO()
         decode(data, max(limit, round(long * limit / short))).save(buffer, "JPEG", quality=JPEG_QUALITY)
-    except UNREADABLE as error:
+    except Exception as error:  # a damaged file makes Pillow raise anything
         raise UnreadableImageError(
             split.source.name(image),
             problem_of(data, error)[1],

@@ -4,6 +4,7 @@ import builtins
 import json
 import os
 import struct
+import tarfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,9 @@ KINDS = {
     "1x1": Odd("dot.png", encoded(DOT, "PNG"), DOT),
     "20000x10": Odd("long.png", encoded(LONG, "PNG"), LONG),
     "duplicate": Odd("again.png", PNG, PICTURE),
+    "pipe": Odd("pipe.jpg", b"", None, "no regular file", "unreadable"),
+    "device": Odd("zero.jpg", b"", None, "no regular file", "unreadable"),
+    "huge": Odd("huge.png", b"", None, "300,000,000 bytes, more than", "unreadable"),
     "hidden": Odd(".hidden.png", PNG),
     "loop": Odd("loop"),
 }
@@ -99,8 +103,14 @@ def write(folder: Path, *kinds: str) -> Path:
         path = folder / KINDS[kind].name
         if kind == "loop":
             path.symlink_to(folder, target_is_directory=True)
+        elif kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "device":
+            path.symlink_to("/dev/zero")
         else:
             path.write_bytes(KINDS[kind].content)
+        if kind == "huge":
+            os.truncate(path, 300_000_000)
         if kind == "permission":
             path.chmod(0)
     return folder
@@ -185,6 +195,23 @@ def test_images_are_read_as_documented(tmp_path, kind):
     read = source.load(number)
     assert read.mode == "RGB"
     np.testing.assert_array_equal(np.array(read), np.array(KINDS[kind].image))
+
+
+def test_an_image_in_a_shard_is_not_read_if_its_file_is_huge(tmp_path):
+    header = tarfile.TarInfo("a.png")
+    header.size = 300_000_000
+    path = tmp_path / "0.tar"
+    path.write_bytes(header.tobuf())
+    os.truncate(path, header.size + 2**20)
+    with pytest.raises(UserError, match=r"0\.tar: a\.png: .*300,000,000 bytes, more than"):
+        open_images(str(tmp_path)).load(0)
+
+
+@pytest.mark.parametrize("name", ["0.tar", "train-0.parquet"])
+def test_nobody_waits_for_a_pipe_among_shards_or_tables(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=rf"{name}.*no regular file"):
+        open_images(str(tmp_path))
 
 
 # --- Evaluation

@@ -33,7 +33,7 @@ GROUPS = {
         *("loss", "kl", "entropy_teacher", "entropy_mean", "feature_std", "center_norm", "gradient_norm"),
         "gradient_norm_max",
     },
-    "knn": {"knn20_top1", "knn20_top5"},
+    "knn": {"knn20_top1", "knn20_top5", "knn20_images"},
     "slots": {
         *("slot_entropy", "slot_cls_share", "slot_effective_patches", "slots_dead", "slots_duplicate"),
         "slot_agreement",

@@ -122,7 +122,8 @@ def scan_data(plan: Plan) -> DataReport:
         )
 
     knn_path, data = plan.recipe.monitor.knn_path, plan.recipe.data
-    val = open_val(knn_path) if knn_path else open_val(data.path, Choice.of(data))
+    choice = Choice.of(data)
+    val = open_val(knn_path, choice.of_pixels) if knn_path else open_val(data.path, choice)
     return data_report(scanned("train", plan.source), None if val is None else scanned("val", val))
 
 
@@ -134,7 +135,15 @@ def look_at_data(data: DataReport, recipe: Recipe, problems: list[str], remarks:
             f"images of train that cannot be read: {bad} of {images}; repair or remove them, or set "
             f"data.on_bad_image substitute if they are at most one in a hundred"
         )
-    of_val = problems if recipe.monitor.knn_every_epochs else remarks  # the monitor stops at them
+    for split, scan in (("train", data.train), ("val", data.val)):
+        if scan and scan.flat.count:
+            remarks.append(
+                f"images of {split} that come out nearly constant or nearly black: {scan.flat.count} of "
+                f"{scan.images}; if their pixels have more than 8 bits, data.value_range [LOW, HIGH] says "
+                f"which become black and white"
+            )
+    stops = recipe.monitor.knn_every_epochs and recipe.data.on_bad_image == "stop"
+    of_val = problems if stops else remarks  # the monitor stops at them
     if data.val and data.val.unreadable:
         of_val.append(f"images of val that cannot be read: {data.val.unreadable}; repair or remove them")
     if data.classes.only_in_val.count:

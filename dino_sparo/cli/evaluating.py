@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dino_sparo.cli.images import LabeledDataOptions
+from dino_sparo.cli.images import LabeledDataOptions, choice_of
 from dino_sparo.errors import UserError
 from dino_sparo.recipe.typed import Batch, Epochs, Processes, Seed, Workers
 
@@ -203,7 +203,6 @@ def compare(options: CompareOptions) -> None:
 @contextmanager
 def _opened(options: EvaluationOptions) -> "Iterator[tuple[Encoder, ImageSource, list[TestSet]]]":
     """Encoder, train images and test sets, in a group of all processes."""
-    from dino_sparo.data.splits import Choice
     from dino_sparo.evaluation.transfer import open_train_and_tests
     from dino_sparo.interop.load import load_encoder
     from dino_sparo.parallel.device import choose_device
@@ -212,7 +211,8 @@ def _opened(options: EvaluationOptions) -> "Iterator[tuple[Encoder, ImageSource,
     device = choose_device(options.device, local_rank())
     _check_writable(_folder(options))
     with process_group(device):
-        train, test_sets = open_train_and_tests(options.data.path, options.test, Choice.of(options.data))
+        choice = choice_of(options.data, options.run)
+        train, test_sets = open_train_and_tests(options.data.path, options.test, choice)
         encoder = load_encoder(options.run, options.which, untrained=options.untrained, arch=options.arch)
         yield encoder.to(device).requires_grad_(False), train, test_sets
 

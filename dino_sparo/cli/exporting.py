@@ -106,7 +106,7 @@ def embed(options: EmbedOptions) -> None:
         raise UserError(f"out is {options.out!r}, expected NAME.npz in a folder that exists")
     device = choose_device(options.device, local_rank())
     encoder = load_encoder(options.run, options.which).to(device)
-    source = open_chosen(options.data)
+    source = open_chosen(options.data, run=options.run)
     features = features_of(
         *(encoder, source, options.what), batch_size=options.batch_size, num_workers=options.num_workers
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dino_sparo.cli.images import ImagesOptions, LabeledDataOptions, open_chosen
+from dino_sparo.cli.images import ImagesOptions, LabeledDataOptions, choice_of, open_chosen
 from dino_sparo.errors import UnlabeledError, UserError
 from dino_sparo.recipe.typed import Batch, Count, Epochs, Seed, Workers
 
@@ -156,7 +156,7 @@ def maps(options: SlotMapsOptions) -> None:
     encoder = _open(options, with_slots=False)
     control = _open_control(options.control, options.which) if options.control else None
     content = slot_maps(
-        *(encoder, open_chosen(options.data), folder),
+        *(encoder, open_chosen(options.data, run=options.run), folder),
         slots=options.slots,
         images=options.images,
         num_images=options.num_images,
@@ -177,7 +177,7 @@ def gallery(options: SlotGalleryOptions) -> None:
     from dino_sparo.slots.gallery import slot_gallery
 
     folder = _folder(options) / "gallery"
-    source = open_chosen(options.data)
+    source = open_chosen(options.data, run=options.run)
     entries = slot_gallery(
         *(_cut(options)[0], source, folder),
         slots=options.slots,
@@ -191,12 +191,11 @@ def gallery(options: SlotGalleryOptions) -> None:
 def rank(options: SlotRankOptions) -> None:
     """Each slot alone, and accuracy against the number of slots kept: rank.json, curve.png and a table."""
     from dino_sparo.data.sources import open_labeled
-    from dino_sparo.data.splits import Choice
     from dino_sparo.slots.rank import rank_slots, table
 
-    folder = _folder(options) / "rank"
+    folder, choice = _folder(options) / "rank", choice_of(options.data, options.run)
     result = rank_slots(
-        *(_cut(options), *open_labeled(options.data.path, choice=Choice.of(options.data)), folder),
+        *(_cut(options), *open_labeled(options.data.path, choice=choice), folder),
         k=options.k,
         select_fraction=options.select_fraction,
         seed=options.seed,
@@ -208,15 +207,15 @@ def rank(options: SlotRankOptions) -> None:
 def mask(options: SlotMaskOptions) -> None:
     """Masks learned with a frozen encoder: mask.json, mask.png and a table."""
     from dino_sparo.data.sources import open_labeled
-    from dino_sparo.data.splits import Choice
     from dino_sparo.evaluation.transfer import EXPECTED_BOTH, VAL, named_folder
     from dino_sparo.slots.mask import mask_slots, table
 
     folder = _folder(options) / "mask"
-    data = {VAL: open_labeled(options.data.path, choice=Choice.of(options.data))}
+    choice = choice_of(options.data, options.run)
+    data = {VAL: open_labeled(options.data.path, choice=choice)}
     if options.transfer:
         name, other = named_folder(options.transfer, "transfer", EXPECTED_BOTH)
-        data[name] = open_labeled(other, key="transfer")
+        data[name] = open_labeled(other, key="transfer", choice=choice.of_pixels)
     result = mask_slots(
         *(_cut(options), data, folder),
         epochs=options.epochs,
@@ -233,7 +232,7 @@ def health(options: SlotHealthOptions) -> None:
     from dino_sparo.slots.health import as_entries, draw_health, measure_health, summarize, table
 
     folder = _folder(options) / "health"
-    encoder, source = _open(options), open_chosen(options.data, options.num_images)
+    encoder, source = _open(options), open_chosen(options.data, options.num_images, run=options.run)
     measured = measure_health(
         *(encoder, source),
         other=_other_weights(options, encoder),

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dino_sparo.errors import UserError
-from dino_sparo.files import parsed_json
+from dino_sparo.files import open_regular, parsed_json
 
 NO_IMAGE = -1  # in place of a size
 EXPECTED = "expected one column of type struct{bytes, path}, as the Hugging Face hub ships images"
@@ -64,6 +64,7 @@ def read_footer(
     from pyarrow.parquet import ParquetFile
 
     try:
+        open_regular(path).close()
         file = ParquetFile(path, pre_buffer=False)
         for _ in file.iter_batches(columns=list(all_of)) if all_of else ():
             pass
@@ -87,6 +88,7 @@ def read_arrow(path: Path, columns: Columns | None = None, label_column: str | N
     from pyarrow.compute import struct_field
 
     try:
+        open_regular(path).close()
         content = pa.memory_map(str(path)).read_buffer()
         table = pa.ipc.open_stream(content).read_all()
     except (pa.ArrowException, OSError) as error:

@@ -3,20 +3,30 @@
 Knows neither torch nor the sources of images.
 """
 
+import re
 from importlib.util import find_spec
 from io import BytesIO
+from operator import add
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 
 from dino_sparo.errors import UserError
 
 # What is read, whatever a file is called; Pillow knows others, and starts Ghostscript for one of them.
 FORMATS = ["JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF"]
 FORMATS += ["AVIF"] if find_spec("PIL.AvifImagePlugin") else []  # since Pillow 11.3
+MAX_PIXELS = 2**26  # of an image, unless data.max_pixels says more: about 0.5 GB while it is decoded
+NARROW = 512  # pixels; a narrower image counts as if it were so wide
+BYTES_PER_PIXEL, BYTES_BESIDE = 4, 2**20  # of a file at most, without and with its metadata
+HEADER_READS, DATA_READS = 2**14, 2**6  # of Pillow in a header at most; then one for so many bytes
+MAX_SCANS, MAX_COMMENTS = 200, 1000
+PLAIN = (b"P1", b"P2", b"P3")  # how PBM, PGM and PPM begin that are written as text
+BLOCK_PIXELS = 2**20
 GAP = 2.0  # a JPEG file is decoded at this multiple of the wanted size at least
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises
 PROBLEMS = ("zero_byte", "not_an_image", "truncated", "unreadable")
 # How files of the formats that are read begin.
 SIGNATURES = (
@@ -25,12 +35,34 @@ SIGNATURES = (
     b"RIFF",
     b"II*\0",
     b"MM\0*",
+    b"II+\0",
+    b"MM\0+",
     b"BM",
     b"P4",
     b"P5",
     b"P6",
     b"GIF8",
 )
+# How files begin that are images of other formats.
+OTHER_FORMATS = {
+    b"\0\0\0\x0cjP  ": "JPEG 2000",
+    b"\0\0\0\x0cJXL ": "JPEG XL",
+    b"\xff\x0a": "JPEG XL",
+    b"8BPS": "Photoshop",
+}
+HEIC = re.compile(rb"....ftyp(heic|heix|hevc|heim|heis|mif1|msf1)", re.DOTALL)
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+SAMPLES = {1: "unsigned integers", 2: "signed integers", 3: "floating point"}
+# What Pillow does to a TIFF of such an EXIF orientation, and to no other format, is undone by
+UNTURNED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 
 
 class UnreadableImageError(UserError):
@@ -48,51 +80,150 @@ def problem_of(data: bytes, error: Exception) -> tuple[str, str]:
     """Kind, one of PROBLEMS, and reason of the error that a file of this content has led to."""
     reason = getattr(error, "strerror", None) or str(error).rstrip(".") or type(error).__name__
     if isinstance(error, UnidentifiedImageError):
-        if not data:
-            return "zero_byte", "the file is empty"
-        if not data.startswith(SIGNATURES) and data[4:8] != b"ftyp":  # as AVIF begins
-            return "not_an_image", "no known kind of image"
-        return "truncated", "begins as an image, but its header is cut or damaged"
+        return _unknown(data)
     webp_bytes = 8 + int.from_bytes(data[4:8], "little")  # PIL does not say that a WebP is cut
     if "truncated" in reason.lower() or (data.startswith(b"RIFF") and webp_bytes > len(data)):
         return "truncated", reason
     return "unreadable", reason
 
 
-def open_image(data: bytes) -> Image.Image:
+def _unknown(data: bytes) -> tuple[str, str]:
+    """Kind and reason for the content of a file that Pillow does not know."""
+    if not data:
+        return "zero_byte", "the file is empty"
+    if name := _other_format(data):
+        return "unreadable", f"{name}, which is not read; convert it to JPEG or PNG"
+    if not data.startswith(SIGNATURES) and data[4:11] != b"ftypavi":  # as AVIF begins
+        return "not_an_image", "no known kind of image"
+    if data.startswith(TIFF) and (kind := _kind_of_tiff(data)):
+        return "unreadable", f"a TIFF of a kind that Pillow does not read: {kind}"
+    return "truncated", "begins as an image, but its header is cut or damaged"
+
+
+def _other_format(data: bytes) -> str:
+    """The name of a format that is not read; empty for others."""
+    if HEIC.match(data) and b"avif" not in data[:64]:
+        return "HEIC"
+    return next((name for begin, name in OTHER_FORMATS.items() if data.startswith(begin)), "")
+
+
+def _kind_of_tiff(data: bytes) -> str:
+    """Bands and samples of a TIFF that is all there, in words; empty for one that is damaged."""
+    try:
+        directory = ImageFileDirectory_v2(data[: 16 if b"+" in data[:4] else 8])
+        file = BytesIO(data)
+        file.seek(directory.next)
+        directory.load(file)
+        offsets, sizes = (273, 279) if 273 in directory else (324, 325)  # of strips or of tiles
+        if max(map(add, directory[offsets], directory[sizes])) > len(data):
+            return ""
+        (bits, *_), (sample, *_) = directory[258], directory.get(339, (1,))
+        return f"{directory.get(277, 1)} bands of {bits} bits, {SAMPLES.get(sample, 'of another type')}"
+    except Exception:  # a damaged directory makes Pillow raise anything
+        return ""
+
+
+class Reading(NamedTuple):
+    """How images are read, whatever their files say.
+
+    Attributes:
+        max_pixels: pixels of the largest image that is decoded; one that is very long counts more.
+        value_range: what becomes black and white of pixels with more than 8 bits; None goes by their mode.
+    """
+
+    max_pixels: int = MAX_PIXELS
+    value_range: tuple[float, float] | None = None
+
+    def check_size(self, num_bytes: int) -> None:
+        """Raises OSError: an image's file has more bytes than are read into memory."""
+        most = BYTES_PER_PIXEL * self.max_pixels + BYTES_BESIDE
+        if num_bytes > most:
+            raise OSError(f"its file has {num_bytes:,} bytes, more than {most:,}, {self._allowed()}")
+
+    def check_pixels(self, image: Image.Image) -> None:
+        """Raises OSError: an image has more pixels than are decoded."""
+        width, height = stored_size(image)
+        pixels = max(width * height, NARROW * max(width, height))
+        if pixels * (2 if image.format == "WEBP" else 1) > self.max_pixels:  # a WebP takes twice the memory
+            raise OSError(f"{width:,} x {height:,} pixels are too many {self._allowed()}")
+
+    def _allowed(self) -> str:
+        return f"for data.max_pixels {self.max_pixels:,}"
+
+
+AS_IS = Reading()
+
+
+class _Content(BytesIO):
+    """A file in memory that refuses to be read in ever so many small pieces: Pillow goes through a header
+    byte by byte, and through data by chunks that the file makes."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.reads_left = HEADER_READS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.reads_left -= 1
+        if self.reads_left < 0:
+            raise OSError("its header or data are in too many pieces")
+        return super().read(size)
+
+
+def open_image(data: bytes, reading: Reading = AS_IS) -> Image.Image:
     """The image in a file of one of FORMATS, not decoded yet; every image of this project is opened here.
 
     Raises:
         UnidentifiedImageError: it is of none of them.
-        OSError, ValueError, SyntaxError, Image.DecompressionBombError: its header is damaged.
+        OSError: it is larger than is allowed, or decoding it would take very long.
+        Exception: its header is damaged; Pillow raises many kinds.
     """
-    return Image.open(BytesIO(data), formats=FORMATS)
+    if data.startswith(PLAIN) and data.count(b"#") > MAX_COMMENTS:
+        raise OSError("it has too many comments")
+    content = _Content(data)
+    image = Image.open(content, formats=FORMATS)
+    reading.check_pixels(image)
+    if "progressive" in image.info and data.count(b"\xff\xda") > MAX_SCANS:
+        raise OSError("it has too many scans")
+    content.reads_left += len(data) // DATA_READS
+    return image
 
 
-def decode(data: bytes, max_side: int | None = None) -> Image.Image:
+def decode(data: bytes, max_side: int | None = None, reading: Reading = AS_IS) -> Image.Image:
     """The image in RGB; one with a longer side than `max_side` is reduced to it, keeping its shape.
 
     A large JPEG file is decoded at a half, a quarter or an eighth already, at twice the wanted size at least.
 
     Raises:
-        OSError, ValueError: it cannot be decoded; PIL raises SyntaxError and DecompressionBombError too.
+        Exception: it cannot be decoded; Pillow raises many kinds.
     """
-    with open_image(data) as image:
-        if max_side is None or max(image.size) <= max_side:
-            return to_rgb(image)
-        size = bounded(image.size, max_side)
+    with open_image(data, reading) as image:
+        stored = stored_size(image)
+        if max_side is None or max(stored) <= max_side:
+            return to_rgb(image, reading.value_range)
+        size = bounded(stored, max_side)
         if image.mode in ("RGB", "L"):  # others would change their mode
             image.draft(None, (round(GAP * size[0]), round(GAP * size[1])))
-        return to_rgb(image).resize(size, Image.Resampling.BICUBIC, reducing_gap=GAP)
+        rgb = to_rgb(image, reading.value_range)
+        return rgb.resize(size, Image.Resampling.BICUBIC, reducing_gap=GAP)
 
 
 def size_of(data: bytes, max_side: int | None = None) -> tuple[int, int] | None:
     """Width and height that `decode` gives, told by the beginning of the file; None if it does not tell."""
     try:
         with open_image(data) as image:
-            return bounded(image.size, max_side)
-    except UNREADABLE:
+            return bounded(stored_size(image), max_side)
+    except Exception:  # a damaged header makes Pillow raise anything
         return None
+
+
+def stored_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of an image as it lies in its file, whatever its EXIF orientation says."""
+    return (image.tag_v2[256], image.tag_v2[257]) if isinstance(image, TiffImageFile) else image.size
+
+
+def orientation(image: Image.Image) -> int:
+    """How EXIF says that an image is turned, 1 to 8; 1 is not at all."""
+    return image.getexif().get(ExifTags.Base.Orientation, 1)
 
 
 def bounded(size: tuple[int, int], max_side: int | None) -> tuple[int, int]:
@@ -103,20 +234,55 @@ def bounded(size: tuple[int, int], max_side: int | None) -> tuple[int, int]:
     return width, height
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any image as 8-bit RGB; alpha is dropped as torchvision's loader does, 16 bits become 8."""
+def to_rgb(image: Image.Image, value_range: tuple[float, float] | None = None) -> Image.Image:
+    """Any image as 8-bit RGB, itself if it is; alpha is dropped as torchvision's loader does, and more than 8
+    bits become 8: `value_range`, or else what its mode says, becomes 0 to 255. Not turned by its EXIF."""
+    turned = orientation(image) if isinstance(image, TiffImageFile) else 1
+    image.load()
+    if turned in UNTURNED and orientation(image) != turned:
+        image = image.transpose(UNTURNED[turned])
     if image.mode.startswith("I") or image.mode == "F":  # PIL would clip these to white
-        values = np.asarray(image, dtype=np.float64)
-        values = values * _to_8_bits(image.mode, values)
-        image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+        return _to_8_bits(image, value_range)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _to_8_bits(mode: str, values: NDArray[np.float64]) -> float:
-    """Factor that brings pixels of more than 8 bits to 0..255; modes I and F do not say their range."""
-    highest = values.max(initial=0)
+def _to_8_bits(image: Image.Image, value_range: tuple[float, float] | None) -> Image.Image:
+    """An image of more than 8 bits as RGB, in blocks of rows. Of pixels that are not finite none counts for
+    the range, and what is no number becomes black."""
+    rows = max(1, BLOCK_PIXELS // image.width)
+    boxes = [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
+
+    def block(box: tuple[int, int, int, int]) -> NDArray[np.number]:
+        return np.asarray(image if len(boxes) == 1 else image.crop(box))
+
+    low, factor = 0.0, 1.0
+    if value_range is None:
+        factor = _factor(image.mode, max(_finite_max(block(box)) for box in boxes))
+    else:
+        low, factor = value_range[0], 255.0 / (value_range[1] - value_range[0])
+    rgb = Image.new("RGB", image.size)
+    for box in boxes:
+        values = block(box).astype(np.float64)
+        if low:
+            values -= low
+        values *= factor
+        np.clip(np.rint(values, out=values), 0, 255, out=values)
+        if image.mode == "F":
+            values[np.isnan(values)] = 0
+        rgb.paste(Image.fromarray(values.astype(np.uint8)).convert("RGB"), box)
+    return rgb
+
+
+def _finite_max(values: NDArray[np.number]) -> float:
+    """The highest of finite values, at least 0."""
+    highest = float(values.max(initial=0))
+    return highest if np.isfinite(highest) else float(values.max(initial=0, where=np.isfinite(values)))
+
+
+def _factor(mode: str, highest: float) -> float:
+    """Brings pixels of more than 8 bits to 0..255, by the highest; modes I and F do not say their range."""
     overshoot = 1.1 if mode == "F" else 1.0  # what resizing adds to floating point pixels
     if mode == "F" and highest <= overshoot:
         return 255.0

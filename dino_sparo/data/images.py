@@ -5,6 +5,7 @@ Axis letters: B images.
 """
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dino_sparo.data import pil_views
+from dino_sparo.data.decode import UnreadableImageError
 from dino_sparo.data.sources import ImageSource
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -47,8 +49,18 @@ class CenterCrops(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> Any:
         return evaluation_crop(self.source.load(index), self.size)
+
+
+class ReadableCrops(CenterCrops):
+    """Item -> the evaluation crop and "", or a black crop and why the image cannot be read."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+        try:
+            return super().__getitem__(index), ""
+        except UnreadableImageError as error:
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), error.reason
 
 
 def evaluation_crop(image: Image.Image, size: int) -> Tensor:

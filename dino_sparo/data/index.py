@@ -24,11 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dino_sparo.data.decode import UNREADABLE, UnreadableImageError, decode, problem_of
+from dino_sparo.data.decode import AS_IS, Reading, UnreadableImageError, decode, problem_of
 from dino_sparo.data.split_names import same_name
 from dino_sparo.data.walk import EXTENSIONS, THREADS, Folder, named_by_ending, state_now, walk
 from dino_sparo.errors import UserError, UserFileNotFoundError
-from dino_sparo.files import atomic_write, cache_folder, temporary_folder
+from dino_sparo.files import atomic_write, cache_folder, open_regular, temporary_folder
 
 log = logging.getLogger("dino_sparo")
 
@@ -216,7 +216,7 @@ class IndexedSource:
     """Images in the order of an index; an `ImageSource` but for where their bytes are.
 
     It holds no names, only the index of all images and the positions in it of those chosen (None: of all).
-    `class_numbers` are the numbers in `classes` of the index's own classes.
+    `class_numbers` are the numbers in `classes` of the index's own classes, `reading` is how images are read.
     """
 
     root: Path
@@ -224,6 +224,7 @@ class IndexedSource:
     classes: tuple[str, ...]
     class_numbers: NDArray[np.int64]
     chosen: NDArray[np.int64] | None = None
+    reading: Reading = AS_IS
 
     @classmethod
     def of_all(cls, root: Path, index: Index) -> Self:
@@ -254,8 +255,8 @@ class IndexedSource:
         data = b""
         try:
             data = self.read(index)
-            return decode(data, max_side)
-        except UNREADABLE as error:
+            return decode(data, max_side, self.reading)
+        except Exception as error:  # a damaged file makes Pillow raise anything
             raise UnreadableImageError(self.name(index), problem_of(data, error)[1]) from error
 
     def name(self, index: int) -> str:
@@ -279,8 +280,10 @@ class FolderSource(IndexedSource):
         return str(self.root / self.index.name(self.position(index)))
 
     def read(self, index: int) -> bytes:
-        with open(self.name(index), "rb") as file:
-            return file.read()
+        with open_regular(self.name(index), buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            self.reading.check_size(size)
+            return file.read(size)  # and no more, should it grow
 
     def stats(self) -> NDArray[np.int64]:
         with ThreadPoolExecutor(STAT_THREADS) as threads:  # which wait for the disk together

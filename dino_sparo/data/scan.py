@@ -6,7 +6,6 @@ Of what is read 25 bytes an image are kept. N: images.
 import hashlib
 import logging
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from dino_sparo.data.decode import PROBLEMS, open_image, problem_of, to_rgb
+from dino_sparo.data.decode import AS_IS, PROBLEMS, open_image, orientation, problem_of, to_rgb
 from dino_sparo.data.generated import ShapesSource
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.torchvision_sets import ArraySource
@@ -29,6 +29,7 @@ log = logging.getLogger("dino_sparo")
 
 MAX_LISTED, MAX_SHOWN = 20, 5  # in a report, and in its text
 BATCH_FILES = 32
+FLAT_LEVELS, BLACK_LEVEL = 8, 32  # of 255
 HASH_BYTES = 16
 LOG_EVERY_SECONDS = 30.0
 
@@ -57,6 +58,8 @@ class ScanReport:
     images: int
     readable: int
     problems: dict[str, Listing]  # each of PROBLEMS -> the files that have it, with the reason
+    flat: Listing  # images that are nearly constant or nearly black
+    turned: Listing  # images that their EXIF orientation turns, which is ignored
     short_side: Spread | None  # in pixels, of readable images; None without any
     long_side: Spread | None
     total_bytes: int
@@ -87,6 +90,9 @@ class Finding(NamedTuple):
     sides: tuple[int, int] = (0, 0)  # short and long
     problem: str = ""  # one of PROBLEMS
     told: str = ""  # name and reason
+    name: str = ""
+    turned: bool = False
+    flat: bool = False
 
 
 class _Files(Dataset):
@@ -100,17 +106,26 @@ class _Files(Dataset):
 
     def __getitem__(self, index: int) -> Finding:
         data, digest = b"", bytes(HASH_BYTES)
+        reading, name = getattr(self.source, "reading", AS_IS), printable(self.source.name(index))
         try:
             data = self.source.read(index)
             digest = hashlib.blake2b(data, digest_size=HASH_BYTES).digest()
-            # Large images and odd metadata make warnings, but training takes them.
-            with warnings.catch_warnings(action="ignore"), open_image(data) as image:
-                short, long = sorted(to_rgb(image).size)
-            return Finding(len(data), digest, (short, long))
+            with open_image(data, reading) as image:
+                turned = orientation(image) != 1
+                rgb = to_rgb(image, reading.value_range)
+            short, long = sorted(rgb.size)
+            return Finding(len(data), digest, (short, long), turned=turned, flat=is_flat(rgb), name=name)
         except Exception as error:  # a damaged file makes PIL raise anything, and must not end the scan
             kind, reason = problem_of(data, error)
-            name = printable(self.source.name(index))
             return Finding(len(data), digest, problem=kind, told=f"{name}: {reason}")
+
+
+def is_flat(image: Image.Image) -> bool:
+    """Whether an RGB image is nearly constant or nearly black, but for a hundredth of its pixels at either
+    end."""
+    counts = np.cumsum(image.convert("L").histogram())
+    low, high = np.searchsorted(counts, [0.01 * counts[-1], 0.99 * counts[-1]])
+    return bool(high - low < FLAT_LEVELS or high < BLACK_LEVEL)
 
 
 def scan_images(
@@ -133,6 +148,8 @@ def scan_images(
     hashes = np.zeros((len(source), HASH_BYTES), dtype=np.uint8)
     total_bytes = done = 0
     problems: dict[str, list[str]] = {kind: [] for kind in PROBLEMS}
+    flat: list[str] = []
+    turned: list[str] = []
     started = time.monotonic()
     if not skipped:
         batches = WatchedLoader(
@@ -152,6 +169,8 @@ def scan_images(
                     total_bytes += finding.num_bytes
                     if finding.problem:
                         problems[finding.problem].append(finding.told)
+                    flat += [finding.name] * finding.flat
+                    turned += [finding.name] * finding.turned
                     done += 1
                 advance(len(findings))
     readable = sides[:, 0] > 0
@@ -159,6 +178,8 @@ def scan_images(
         images=len(source),
         readable=int(readable.sum()),
         problems={kind: _listing(found) for kind, found in problems.items()},
+        flat=_listing(flat),
+        turned=_listing(turned),
         short_side=_spread(sides[readable, 0]),
         long_side=_spread(sides[readable, 1]),
         total_bytes=total_bytes,
@@ -367,6 +388,12 @@ def _describe_scan(split: str, report: ScanReport) -> list[str]:
     for kind, files in report.problems.items():
         if files.count:
             lines += [f"  {kind}: {files.count:,}", *(f"    {file}" for file in files.first[:MAX_SHOWN])]
+    for what, files in (
+        ("nearly constant or nearly black", report.flat),
+        ("turned by their EXIF orientation, which is ignored", report.turned),
+    ):
+        if files.count:
+            lines.append(f"  {what}: {files.count:,} ({_few(files)})")
     return lines
 
 

@@ -35,6 +35,7 @@ from dino_sparo.data.walk import (
     named_by_ending,
 )
 from dino_sparo.errors import UserError, UserFileNotFoundError
+from dino_sparo.files import open_regular
 from dino_sparo.terminal import shows_bars
 
 INDEX_FILE = "shards.index"  # beside the shards, written last by our command
@@ -50,7 +51,7 @@ State = tuple[int, int]  # of a shard: size in bytes, time of the last change in
 @lru_cache(OPEN_SHARDS)
 def _opened(path: str, state: State) -> BinaryIO:
     """An open shard, closed when nobody uses it any more. Reading by offset, processes can share it."""
-    file = open(path, "rb", buffering=0)  # noqa: SIM115
+    file = open_regular(path, buffering=0)
     if state_of(os.fstat(file.fileno())) != state:
         raise OSError(f"{path} has changed since it was indexed")
     return file
@@ -72,6 +73,7 @@ class ShardSource(IndexedSource):
             raise OSError("the row holds no image, or only its path")
         path = os.path.join(self.root, self.index.header["shards"][number])
         shard = _opened(path, tuple(self.index.states[number, :2].tolist()))
+        self.reading.check_size(size)
         data = os.pread(shard.fileno(), size, int(arrays["offsets"][position]))
         if len(data) < size:
             raise OSError("the shard ends before the image does")
@@ -291,7 +293,7 @@ def read_shard(root: Path, name: str) -> Shard:
     """The images of a shard. Raises UserError: it is damaged, compressed or cannot be read."""
     path = root / name
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             if file.read(6).startswith(PACKED_STARTS):
                 raise compressed(path)
             return Shard.of(list(_images(file)))
@@ -305,7 +307,7 @@ def read_shard(root: Path, name: str) -> Shard:
 
 def _endings(path: Path) -> str:
     """How many members of a shard end in what."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         endings = Counter(os.path.splitext(member.name)[1].lower() for member in tar_members(file))
     return named_by_ending(endings) or "no members"
 

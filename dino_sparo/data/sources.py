@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dino_sparo.data.decode import MAX_PIXELS, Reading
 from dino_sparo.data.generated import SHAPES, shapes_source
 from dino_sparo.data.imagenet import explain, recognize
 from dino_sparo.data.index import FolderSource, open_index
@@ -322,13 +323,16 @@ def _open_named(path: str, part: PartOfSet, choice: Choice) -> ImageSource | Non
     """A part of the generated pictures or of a set that torchvision downloads; None if a path is none."""
     if path != SHAPES and not is_set(path):
         return None
-    if choice != AS_FOUND:
+    if choice != choice.of_pixels:
         raise UserError(f"data.path {path!r} has splits and labels of its own; leave out {_options(choice)}")
     return shapes_source("val" if part == "test" else "train") if path == SHAPES else open_set(path, part)
 
 
 def _options(choice: Choice) -> str:
-    return ", ".join(f"data.{name}" for name, value in choice._asdict().items() if value is not None)
+    """Those of which images are taken."""
+    return ", ".join(
+        f"data.{name}" for name, value in choice._asdict().items() if value != getattr(choice.of_pixels, name)
+    )
 
 
 def _splits(path: str, key: str, choice: Choice) -> Splits:
@@ -348,14 +352,20 @@ def _splits(path: str, key: str, choice: Choice) -> Splits:
 
 def _open_train(path: str, splits: Splits, choice: Choice) -> OnDisk:
     if not path.startswith(HUB):
-        return open_folder(splits.train.folder, "train", splits.train.names, choice.label_column)
+        part = splits.train
+        return read_by(choice, open_folder(part.folder, "train", part.names, choice.label_column))
     train = open_hub(path, "train", choice.train, choice.label_column)
     if train is None:
         raise UserError(
             f"{path} has no split named {choice.train or 'train'}; name another set or configuration, or "
             f"another split by data.train"
         )
-    return train
+    return read_by(choice, train)
+
+
+def read_by(choice: Choice, source: OnDisk) -> OnDisk:
+    """A source whose images are read as is chosen."""
+    return replace(source, reading=Reading(choice.max_pixels or MAX_PIXELS, choice.value_range))
 
 
 def _open_val(path: str, splits: Splits, choice: Choice, train: OnDisk | None = None) -> OnDisk | None:
@@ -371,6 +381,7 @@ def _open_val(path: str, splits: Splits, choice: Choice, train: OnDisk | None = 
         val = open_folder(part.folder, "val", part.names, choice.label_column)
     else:
         return None
+    val = val and read_by(choice, val)
     may_lack = isinstance(val, TableSource) or splits.val is None
     if val is None or (may_lack and val.labels is None):
         return None

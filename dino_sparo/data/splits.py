@@ -56,11 +56,18 @@ class Choice(NamedTuple):
     train: str | None = None
     val: str | None = None
     label_column: str | None = None
+    max_pixels: int | None = None
+    value_range: tuple[float, float] | None = None
 
     @classmethod
     def of(cls, section: Any) -> "Choice":
-        """That of a section of options that has these fields."""
-        return cls(*(getattr(section, name) for name in cls._fields))
+        """That of a section of options that has some of these fields."""
+        return cls(*(getattr(section, name, None) for name in cls._fields))
+
+    @property
+    def of_pixels(self) -> "Choice":
+        """What holds for images of other folders too."""
+        return Choice(max_pixels=self.max_pixels, value_range=self.value_range)
 
 
 def find_splits(root: Path, key: str = "data.path", choice: Choice = Choice()) -> Splits:  # noqa: B008

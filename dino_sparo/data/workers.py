@@ -2,11 +2,14 @@
 
 import atexit
 import ctypes
+import logging
 import multiprocessing
 import os
 import shutil
 import signal
 import threading
+import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -20,7 +23,10 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 from dino_sparo.errors import StuckError, UserError
 from dino_sparo.parallel.processes import STOP_SIGNALS, end_with_parent
 
+log = logging.getLogger("dino_sparo")
+
 IDLE = -1
+KINDS_OF_WARNINGS = 4096  # by a hash of where in a library they come from
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, KEPT_BYTES = -1, -3, 2**26  # of glibc's mallopt
 
 
@@ -58,10 +64,11 @@ class WatchedLoader:
         self.name, self.num_workers, self.timeout_seconds = name, num_workers, timeout_seconds
         self._workers: list[BaseProcess] = []
         self.at: Tensor = torch.full((num_workers,), IDLE).share_memory_()
+        told = torch.zeros(KINDS_OF_WARNINGS, dtype=torch.bool).share_memory_()
         if loader_options.get("batch_size", 1) is not None:
             loader_options["collate_fn"] = partial(_collate, collate)
         self.loader: DataLoader = DataLoader(
-            _Noting(dataset, image_of, self.at),
+            _Noting(dataset, image_of, self.at, name, told),
             num_workers=num_workers,
             worker_init_fn=_start_worker,
             generator=torch.Generator(),  # nothing is drawn from the one that training uses
@@ -116,10 +123,18 @@ class WatchedLoader:
 
 class _Noting(Dataset):
     """A dataset that notes in shared memory which image each worker is at; there it returns a UserError,
-    which cannot be raised from one process to another."""
+    which cannot be raised from one process to another. What libraries warn of is logged with the name of the
+    image, once a kind for all workers: `told` is shared too."""
 
-    def __init__(self, dataset: Dataset, image_of: Callable[[Any], int], at: Tensor) -> None:
-        self.dataset, self.image_of, self.at = dataset, image_of, at
+    def __init__(
+        self,
+        dataset: Dataset,
+        image_of: Callable[[Any], int],
+        at: Tensor,
+        name: Callable[[int], str],
+        told: Tensor,
+    ) -> None:
+        self.dataset, self.image_of, self.at, self.name, self.told = dataset, image_of, at, name, told
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
@@ -127,13 +142,24 @@ class _Noting(Dataset):
     def __getitem__(self, item: Any) -> Any:
         worker = get_worker_info()
         if worker is None:
-            return self.dataset[item]
+            return self._load(item)
         self.at[worker.id] = self.image_of(item)
         try:
-            loaded = self.dataset[item]
+            loaded = self._load(item)
         except UserError as error:
             loaded = error
         self.at[worker.id] = IDLE
+        return loaded
+
+    def _load(self, item: Any) -> Any:
+        with warnings.catch_warnings(record=True) as caught:
+            loaded = self.dataset[item]
+        for warning in caught:
+            kind = zlib.crc32(f"{warning.filename} {warning.lineno}".encode()) % KINDS_OF_WARNINGS
+            if not self.told[kind]:
+                self.told[kind] = True
+                text = "WARNING: %s: %s (said once, of the first such image)"
+                log.warning(text, self.name(self.image_of(item)), warning.message)
         return loaded
 
 

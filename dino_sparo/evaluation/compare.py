@@ -33,6 +33,7 @@ NOT_RECIPE = (
     "data.train",
     "data.val",
     "data.label_column",
+    "data.max_pixels",
     "data.on_bad_image",
 )
 READOUT = "model.readout.name"

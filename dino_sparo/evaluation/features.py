@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from dino_sparo.data.images import CenterCrops, normalize
+from dino_sparo.data.decode import AS_IS
+from dino_sparo.data.images import CenterCrops, ReadableCrops, normalize
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.workers import WatchedLoader, default_workers
 from dino_sparo.errors import UserError
@@ -36,11 +37,16 @@ Encoded = Iterator[tuple[range, dict[str, Tensor]]]  # blocks of images, and the
 
 @dataclass(frozen=True)
 class Wanted:
-    """Images whose features are wanted, named by the progress bar; on disk they are float16 or float32."""
+    """Images whose features are wanted, named by the progress bar; on disk they are float16 or float32.
+
+    With features in memory, `left_out` gets the images that cannot be read, number -> reason, and their
+    features mean nothing; without it, or on disk, such an image is an error.
+    """
 
     source: ImageSource
     description: str = "features"
     precision: str = "float16"
+    left_out: dict[int, str] | None = None
 
 
 def extract_features(encoder: Encoder, source: ImageSource, **settings: Any) -> Tensor:
@@ -109,9 +115,11 @@ def cached_features(
     one_image = encoder.features(torch.zeros(1, 3, size, size, device=encoder.device), names)
     widths = {name: feature.shape[1] for name, feature in one_image.items()}
 
-    def encoded(source: ImageSource, blocks: Sequence[range], description: str) -> Encoded:
+    def encoded(
+        source: ImageSource, blocks: Sequence[range], description: str, bad: dict[int, str] | None = None
+    ) -> Encoded:
         batches = WatchedLoader(
-            CenterCrops(source, size),
+            CenterCrops(source, size) if bad is None else ReadableCrops(source, size),
             image_of=int,
             name=source.name,
             num_workers=workers,
@@ -126,7 +134,10 @@ def cached_features(
             batches.failures_explained(),
         ):
             for block, batch in zip(blocks, batches, strict=True):
-                images = normalize(batch.to(encoder.device, non_blocking=True))
+                if bad is not None:
+                    bad.update((number, why) for number, why in zip(block, batch[1], strict=True) if why)
+                pixels = batch if bad is None else batch[0]
+                images = normalize(pixels.to(encoder.device, non_blocking=True))
                 yield block, encoder.features(images, names)
                 bar.update(len(block))
 
@@ -135,9 +146,14 @@ def cached_features(
         for one in wanted:
             share = one.source.subset(np.arange(rank(), len(one.source), world_size()))
             rows = {name: torch.empty(len(share), width) for name, width in widths.items()}
-            for block, features in encoded(share, _blocks(len(share), batch_size), one.description):
+            bad: dict[int, str] | None = None if one.left_out is None else {}
+            blocks = _blocks(len(share), batch_size)
+            for block, features in encoded(share, blocks, one.description, bad):
                 for name, feature in features.items():
                     rows[name][block.start : block.stop] = feature.float().cpu()
+            if one.left_out is not None:
+                for process, of_process in enumerate(gather_objects(bad or {})):
+                    one.left_out.update((process + world_size() * n, why) for n, why in of_process.items())
             found.append({name: gather_rows(some, len(one.source)).numpy() for name, some in rows.items()})
         return found
 
@@ -291,6 +307,7 @@ def _finite_rows(
 def _key(weights: str, source: ImageSource, image_size: int, precision: str) -> dict[str, Any]:
     """All that a feature depends on."""
     files = source.stats()
+    value_range = getattr(source, "reading", AS_IS).value_range
     return {
         "weights": weights,
         "images": hash_of_images(source, files),
@@ -299,7 +316,7 @@ def _key(weights: str, source: ImageSource, image_size: int, precision: str) -> 
         "transform": TRANSFORM,
         "image_size": image_size,
         "precision": precision,
-    }
+    } | ({"value_range": value_range} if value_range else {})
 
 
 def hash_of_images(source: ImageSource, files: NDArray[np.int64] | None = None) -> str:

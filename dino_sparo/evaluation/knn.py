@@ -89,12 +89,14 @@ def evaluate_knn(
     test: ImageSource,
     *,
     k: int | Sequence[int] = HEADLINE_K,
+    left_out: dict[str, str] | None = None,
     **settings: Any,
 ) -> dict[int, KnnResult]:
     """k-NN accuracy of an encoder, with all features in memory: for sets of modest size, while training.
 
     All processes share the work; every test image counts once, and all processes get the result. Settings
-    are those of `cached_features`.
+    are those of `cached_features`. `left_out` gets the images that cannot be read, name -> reason; without
+    it such an image is an error.
 
     Raises:
         NoDirectionError: a feature is zero or not finite.
@@ -102,10 +104,30 @@ def evaluate_knn(
     """
     ks = [k] if isinstance(k, int) else list(k)
     _check_k(ks, len(train))
-    wanted = [Wanted(train, "k-NN train features"), Wanted(test, "k-NN val features")]
-    gallery, queries = cached_features(encoder, wanted, ["encoding"], **settings)
-    ranked = _ranked_by_all(gallery["encoding"], train, queries["encoding"], ks, encoder.device)
+    wanted = [
+        Wanted(source, f"k-NN {name} features", left_out=None if left_out is None else {})
+        for name, source in (("train", train), ("val", test))
+    ]
+    found = cached_features(encoder, wanted, ["encoding"], **settings)
+    (train, gallery), (test, queries) = (
+        _readable(one, features["encoding"], left_out) for one, features in zip(wanted, found, strict=True)
+    )
+    _check_k(ks, len(train))
+    if not len(test):
+        raise UserError(f"none of the {len(wanted[1].source)} test images can be read; repair them")
+    ranked = _ranked_by_all(gallery, train, queries, ks, encoder.device)
     return {number: _accuracy(ranked[number], torch.from_numpy(test.labels)) for number in ks}
+
+
+def _readable(
+    one: Wanted, features: NDArray[Any], left_out: dict[str, str] | None
+) -> tuple[ImageSource, NDArray[Any]]:
+    """Images and their features but for those that could not be read, which are added to `left_out`."""
+    if not one.left_out or left_out is None:
+        return one.source, features
+    left_out.update((one.source.name(number), reason) for number, reason in one.left_out.items())
+    kept = np.setdiff1d(np.arange(len(one.source)), list(one.left_out))
+    return one.source.subset(kept), features[kept]
 
 
 def knn_results(

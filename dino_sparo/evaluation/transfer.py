@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dino_sparo.data.sources import AS_FOUND, ImageSource, open_folder, open_labeled, unlabeled
+from dino_sparo.data.sources import AS_FOUND, ImageSource, open_folder, open_labeled, read_by, unlabeled
 from dino_sparo.data.split_names import same_name
 from dino_sparo.data.splits import Choice, Part, find_test
 from dino_sparo.errors import UserError, UserFileNotFoundError
@@ -79,7 +79,7 @@ def open_train_and_tests(
     Every process calls it. Raises UserError as `open_labeled` and `open_test_sets` do.
     """
     train, val = first_rank_first(lambda: open_labeled(path, choice=choice))
-    others = first_rank_first(lambda: open_test_sets(further, train.classes))
+    others = first_rank_first(lambda: open_test_sets(further, train.classes, choice))
     return train, [*as_test_sets(val, train.classes), *others]
 
 
@@ -88,8 +88,11 @@ def as_test_sets(test: ImageSource | Sequence[TestSet], train_classes: Sequence[
     return test if isinstance(test, Sequence) else [as_test_set(VAL, test, train_classes)]
 
 
-def open_test_sets(given: Sequence[str], train_classes: Sequence[str]) -> list[TestSet]:
-    """The test sets given as `NAME=DIR`, their labels as class numbers of training.
+def open_test_sets(
+    given: Sequence[str], train_classes: Sequence[str], choice: Choice = AS_FOUND
+) -> list[TestSet]:
+    """The test sets given as `NAME=DIR`, their labels as class numbers of training; of a choice what is about
+    pixels.
 
     Raises:
         UserFileNotFoundError: no such folder, or no image in it.
@@ -100,7 +103,7 @@ def open_test_sets(given: Sequence[str], train_classes: Sequence[str]) -> list[T
         name, folder = named_folder(text, "test", EXPECTED)
         if name in test_sets:
             raise UserError(f"test {text!r}: the name {name!r} is given twice; give each test set its own")
-        test_sets[name] = _open_test_set(name, text, Path(folder).expanduser(), tuple(train_classes))
+        test_sets[name] = _open_test_set(name, text, Path(folder).expanduser(), tuple(train_classes), choice)
     return list(test_sets.values())
 
 
@@ -135,12 +138,14 @@ def restrict(scores: Tensor, classes: NDArray[np.int64]) -> Tensor:
     return torch.full_like(scores, -torch.inf).index_copy(1, possible, scores[:, possible])
 
 
-def _open_test_set(name: str, text: str, root: Path, train_classes: tuple[str, ...]) -> TestSet:
+def _open_test_set(
+    name: str, text: str, root: Path, train_classes: tuple[str, ...], choice: Choice
+) -> TestSet:
     if not root.is_dir():
         problem = "is a file" if root.exists() else "does not exist"
         raise UserFileNotFoundError(f"test {text!r}: {str(root)!r} {problem}; {EXPECTED}")
     part = find_test(root, "test")
-    source = open_folder(part.folder, "val", part.names)
+    source = read_by(choice, open_folder(part.folder, "val", part.names))
     if part != Part(root):
         log.info("test %s: %s images in %s classes (%s)", name, len(source), len(source.classes), part)
     labels, folders = source.labels, source.classes

@@ -6,6 +6,7 @@ field.
 
 import json
 from dataclasses import asdict, dataclass, field, fields
+from math import isfinite
 from typing import Annotated, Any, Literal
 
 from dino_sparo.errors import UserError
@@ -29,7 +30,17 @@ from dino_sparo.recipe.typed import (
 AreaShare = Annotated[float, Range("above 0 and at most 1", lambda number: 0 < number <= 1)]
 HueShift = Annotated[float, Range("from 0 to 0.5, half the color circle", lambda number: 0 <= number <= 0.5)]
 Side = Annotated[int, up_to(16_384)]  # pixels
+PixelValue = Annotated[float, Range("that is finite", isfinite)]
+ImagePixels = Annotated[int, up_to(178_956_970)]  # more are refused by Pillow
 Timeout = Annotated[int, Range("from 1 to 1500", lambda number: 1 <= number <= 1500)]
+
+
+def check_value_range(given: tuple[float, float] | None) -> None:
+    """Raises UserError: black is not below white."""
+    if given is not None and not given[0] < given[1]:
+        raise UserError(
+            f"data.value_range is {list(given)}; expected the value of black, then a higher one of white"
+        )
 
 
 @dataclass(kw_only=True)
@@ -52,9 +63,19 @@ class DataOptions:
     max_side: int | None = None
     """Images with a longer side than this many pixels are reduced to it when they are read (JPEG files while
     they are decoded), before any crop is drawn; null leaves all as they are."""
+    max_pixels: ImagePixels | None = None
+    """Pixels of the largest image that is decoded; a larger one cannot be read. One that is narrower than 512
+    pixels counts as 512 wide, a WebP twice; a file may have 4 bytes per pixel. null is 67,108,864, by which
+    an image takes about 0.5 GB."""
+    value_range: tuple[PixelValue, PixelValue] | None = None
+    """Values of pixels of more than 8 bits (16 or 32 bits, floating point) that become black and white, such
+    as [0, 4095]; null goes by their mode."""
     on_bad_image: Literal["stop", "substitute"]
     """What to do about an image that cannot be read: stop and name it, or let another one stand in, drawn
     by the seed; those are listed in the run folder, and more than one image in a hundred ends the run."""
+
+    def __post_init__(self) -> None:
+        check_value_range(self.value_range)
 
 
 @dataclass

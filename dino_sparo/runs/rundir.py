@@ -40,6 +40,7 @@ NOT_EXPERIMENT = (
     "machine",
     "log",
     *("data.path", "data.train", "data.val", "data.label_column"),
+    "data.max_pixels",
     "data.on_bad_image",
     "optim.max_bad_steps",
 )

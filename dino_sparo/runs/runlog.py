@@ -183,10 +183,12 @@ class RunLog:
             )
 
     def evaluation(self, step: int, values: dict[str, float], shown: str | None = None) -> None:
-        """Log the result of an evaluation, in per cent, and show it, or what stands for it."""
+        """Log the result of an evaluation, in per cent or a number of images, and show it, or what stands for
+        it."""
         self._write_postponed()
         self._write(step, values)
-        shown = shown or "  ".join(f"{name} {value:.2f} %" for name, value in values.items())
+        texts = (f"{name} {x}" if isinstance(x, int) else f"{name} {x:.2f} %" for name, x in values.items())
+        shown = shown or "  ".join(texts)
         if log.isEnabledFor(logging.INFO):
             tqdm.write(f"after epoch {step // self.steps_per_epoch}: {shown}", file=sys.stderr)
 

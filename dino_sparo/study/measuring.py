@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dino_sparo.data.sources import AS_FOUND, hold_out
+from dino_sparo.data.sources import hold_out
 from dino_sparo.data.splits import Choice
 from dino_sparo.evaluation.knn import HEADLINE_K, knn_results
 from dino_sparo.evaluation.linear import linear_probe
@@ -63,9 +63,8 @@ def measure(
     folder, cache = variant.run_dir / FOLDER / name, variant.run_dir / "features"
     reading: dict[str, Any] = {"cache": cache, "num_workers": machine.num_workers}
     with only_warnings():
-        train, test_sets = open_train_and_tests(
-            data, choice=Choice.of(variant.recipe.data) if name == VAL else AS_FOUND
-        )
+        choice = Choice.of(variant.recipe.data)
+        train, test_sets = open_train_and_tests(data, choice=choice if name == VAL else choice.of_pixels)
         rest, held_out = hold_out(train)
         encoder = load_encoder(str(variant.run_dir)).to(choose_device(machine.device))
         knn = knn_results(encoder, train, test_sets, k=HEADLINE_K, **reading)

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from dino_sparo.data.sources import AS_FOUND, open_labeled
+from dino_sparo.data.sources import open_labeled
 from dino_sparo.data.splits import Choice
 from dino_sparo.errors import EXIT_PROBLEM, UserError, told_to_user
 from dino_sparo.evaluation.compare import Group, Measure, Run
@@ -138,7 +138,8 @@ def check_study(
         data_sets[name] = place
     choice = Choice.of(variants[0].base.data)
     hashes = {
-        name: _hash_of(name, place, choice if name == VAL else AS_FOUND) for name, place in data_sets.items()
+        name: _hash_of(name, place, choice if name == VAL else choice.of_pixels)
+        for name, place in data_sets.items()
     }
     _with_known(folder, data_sets, hashes)
     return data_sets, hashes

@@ -138,7 +138,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def evaluate_teacher(encoder: Encoder, images: KnnImages, **loading: Any) -> dict[str, float]:
-    """20-NN top-1 and top-5 in per cent, by images that are loaded as for `evaluate_knn`.
+    """20-NN top-1 and top-5 in per cent, and of how many images, which are loaded as for `evaluate_knn`.
 
     Raises:
         UserError: an image cannot be read, or the teacher answers one with zeros.
@@ -150,7 +150,8 @@ def evaluate_teacher(encoder: Encoder, images: KnnImages, **loading: Any) -> dic
             f"k-NN while training: {error}; the run has collapsed, start in a new run_dir with a lower "
             f"optim.lr_per_256"
         ) from error
-    return {f"knn{HEADLINE_K}_top1": result.top1, f"knn{HEADLINE_K}_top5": result.top5}
+    name = f"knn{HEADLINE_K}"
+    return {f"{name}_top1": result.top1, f"{name}_top5": result.top5, f"{name}_images": result.num_images}
 
 
 def open_knn_images(
@@ -161,7 +162,7 @@ def open_knn_images(
     splits: Splits | None = None,
 ) -> KnnImages | None:
     """Those of `path`, or of `data_path` if that is labeled; None if there is nothing to measure on.
-    `choice` and `splits` are about `data_path`.
+    `choice` and `splits` are about `data_path`; what the choice says of pixels holds for both.
 
     Raises:
         UserError: `path` is given, but is no labeled folder with at least 20 gallery images.
@@ -170,7 +171,7 @@ def open_knn_images(
         if path is None:
             train, test = open_labeled(data_path, choice=choice, splits=splits)
         else:
-            train, test = open_labeled(path, "monitor.knn_path")
+            train, test = open_labeled(path, "monitor.knn_path", choice.of_pixels)
         if images_per_class is not None:
             train, test = per_class(train, images_per_class), per_class(test, images_per_class)
         if len(train) < HEADLINE_K or not len(test):

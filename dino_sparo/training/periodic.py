@@ -44,6 +44,7 @@ def evaluate(run: Run, run_log: RunLog, step: int) -> None:
     """Into the log: where slots look, on the same images each time, and if there are labeled images k-NN of
     the teacher, whose work all processes share."""
     wait_for(run.device)
+    left_out: dict[str, str] | None = {} if run.dataset.substitute else None
     with run_log.not_training():
         if rank() == 0:
             draw_slots(run, run_log, step)
@@ -55,10 +56,15 @@ def evaluate(run: Run, run_log: RunLog, step: int) -> None:
             image_size=run.recipe.views.global_size,
             num_workers=run.num_workers,
             timeout_seconds=run.recipe.machine.data_timeout_seconds,
+            left_out=left_out,
         )
         run_log.evaluation(step, accuracies)
-        if step and run.recipe.init is not None and rank() == 0:
-            warn_if_worse_than_start(run, run_log, step, accuracies[KNN])
+    if left_out:  # the same in all processes
+        log.warning("WARNING: k-NN has left out %d images that cannot be read", len(left_out))
+        run.bad_images.add(tuple(left_out.items()))
+        run.bad_images.share()
+    if step and run.recipe.init is not None and rank() == 0:
+        warn_if_worse_than_start(run, run_log, step, accuracies[KNN])
 
 
 def warn_if_worse_than_start(run: Run, run_log: RunLog, step: int, top1: float) -> None:

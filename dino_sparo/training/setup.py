@@ -105,9 +105,10 @@ def identity_of(source: ImageSource) -> dict[str, Any]:
 
 def chosen_before(data: DataOptions, images: dict[str, Any]) -> str:
     """What gives the images that a run had when other names of splits were known; empty if nothing does."""
+    given = Choice.of(data)._replace(val=None)
     for choice in (".", "train", "*.parquet"):
         with suppress(UserError):
-            source = open_images(data.path, data.max_images, choice=Choice(choice, None, data.label_column))
+            source = open_images(data.path, data.max_images, choice=given._replace(train=choice))
             if identity_of(source) == images:
                 return f"--data.train {choice!r} gives those, which an earlier version took"
     return ""
