@@ -23,7 +23,7 @@ from dino_sparo.data.sources import open_images
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.features import extract_features
 from dino_sparo.models import build_encoder
-from dino_sparo.training import bad_images as list_of_bad_images
+from dino_sparo.runs.rundir import BAD_IMAGES_FILE
 from tests.pictures import encoded
 from tests.tiny import tiny_options
 
@@ -146,7 +146,7 @@ def pretrain(data: Path, run_dir: Path, on_bad_image: str) -> list[dict[str, str
     changes = {"optim__global_batch_size": len(open_images(str(data))), "data__on_bad_image": on_bad_image}
     changes |= {"optim__epochs": 1, "optim__warmup_epochs": 0, "optim__freeze_last_layer_epochs": 0}
     pretrain_by(tiny_options(data, run_dir, **changes))
-    path = run_dir / list_of_bad_images.FILE
+    path = run_dir / BAD_IMAGES_FILE
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -165,7 +165,7 @@ def check_named(message: str, data: Path, kind: str) -> None:
 
 
 def test_others_stand_in_for_exactly_the_unreadable_ones(tmp_path, monkeypatch):
-    monkeypatch.setattr(list_of_bad_images, "MAX_SHARE", 1.0)
+    monkeypatch.setattr("dino_sparo.training.bad_images.MAX_SHARE", 1.0)
     data = write(tmp_path / "data", *KINDS)
     listed = {
         Path(entry["name"]).name: entry["reason"] for entry in pretrain(data, tmp_path / "run", "substitute")

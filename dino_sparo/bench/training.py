@@ -112,7 +112,8 @@ class Bench:
     def plain_step(self, state: PlainState, groups: list[Tensor]) -> None:
         """The same step, plain."""
         mixed = autocast(self.precision, self.device)
-        plain_step(state, groups, **vars(self.hyper), clip_norm=self.clip_norm, autocast=mixed)
+        numbers = {name: value for name, value in vars(self.hyper).items() if name != "freeze_backbone"}
+        plain_step(state, groups, **numbers, clip_norm=self.clip_norm, autocast=mixed)
 
     def plain_batches(self) -> Generator[list[Tensor]]:
         """The same batches by plain code, with as many workers."""
