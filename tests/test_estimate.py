@@ -48,9 +48,7 @@ def test_a_float32_step_moves_more_and_keeps_more_than_one_in_half_precision(cou
     full, half, scaled = (counted(64, precision=precision) for precision in ("fp32", "bf16", "fp16"))
     assert full.flops == half.flops == scaled.flops
     assert full.peak_bytes > half.peak_bytes
-    assert len(half.found) < len(
-        full.found
-    )  # all crops at once, where float32 takes one size after the other
+    assert len(half.found) < len(full.found)  # all crops at once; float32 takes a size after the other
     assert len(half.found) < len(scaled.found)  # the scale of the loss
     assert {operator.half for operator in full.found} == {False}
 
@@ -64,11 +62,11 @@ def test_every_further_micro_batch_takes_the_same(counted):
 @pytest.mark.parametrize(
     ("operator", "tf32", "seconds"),
     [
-        (Operator(bytes=10**9, flops=0, half=True), False, 1e9 / (0.8 * 3.35e12)),
-        (Operator(bytes=10, flops=10**12, half=True), False, 1e12 / (0.6 * 989e12)),
-        (Operator(bytes=10, flops=10**12, half=False), False, 1e12 / (0.6 * 67e12)),
-        (Operator(bytes=10, flops=10**12, half=False), True, 1e12 / (0.6 * 494e12)),
-        (Operator(bytes=10, flops=10, half=False), False, 2.5e-6),
+        (Operator(bytes=10**9, flops=0, half=True, phase=""), False, 1e9 / (0.8 * 3.35e12)),
+        (Operator(bytes=10, flops=10**12, half=True, phase=""), False, 1e12 / (0.6 * 989e12)),
+        (Operator(bytes=10, flops=10**12, half=False, phase=""), False, 1e12 / (0.6 * 67e12)),
+        (Operator(bytes=10, flops=10**12, half=False, phase=""), True, 1e12 / (0.6 * 494e12)),
+        (Operator(bytes=10, flops=10, half=False, phase=""), False, 2.5e-6),
     ],
     ids=["bytes", "half", "float32", "tf32", "launch"],
 )
@@ -105,6 +103,16 @@ def test_micro_batches_are_launched_one_after_the_other(estimated):
         estimated(*given, f"--machine.batch_size_per_gpu={size}")["gpus"][0]["host_ms"] for size in (4, 2, 1)
     )
     assert four - two == pytest.approx(2 * (two - one))
+
+
+def test_phases_of_one_gpu_are_parts_of_the_step(estimated, capsys):
+    given = ["--data.path=none", "--num_images=4000", "--gpu=h100"]
+    phases = estimated(*given)["gpus"][0]["phases"]
+    named = {"teacher forward", "student forward", "loss", "backward", "optimizer", "teacher update"}
+    assert named < phases.keys() and not any("#" in phase for phase in phases)
+    views, whole = phases.pop("views"), phases.pop("step without views")
+    assert [sum(column) for column in zip(*phases.values(), strict=True)] == pytest.approx(whole)
+    assert views[0] > 0 and phases["backward"][2] > phases["student forward"][2] > 0
 
 
 def test_what_a_gpu_does_not_hold_is_a_problem(estimated, monkeypatch):

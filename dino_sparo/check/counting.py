@@ -34,6 +34,7 @@ BANDWIDTH_SHARE, PEAK_SHARE = 0.8, 0.6  # of what is published that operators re
 OPERATOR_SECONDS = 2.5e-6  # that an operator takes at least: assumed
 HALF = (torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
+OTHER = "the rest"  # of a step, in none of its named ranges
 aten = torch.ops.aten
 FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
@@ -45,11 +46,15 @@ FLOPS: dict[Any, Callable[..., int]] = {
 
 
 class Operator(NamedTuple):
-    """One operator that reads or writes memory: its bytes, FLOP, and whether they are in half precision."""
+    """One operator that reads or writes memory: its bytes, FLOP, and whether they are in half precision.
+
+    `phase` is the named range of the step that it is in.
+    """
 
     bytes: int
     flops: int
     half: bool
+    phase: str
 
 
 class Operators(TorchDispatchMode):
@@ -62,7 +67,7 @@ class Operators(TorchDispatchMode):
 
     def __init__(self, *, fused: bool = False) -> None:
         super().__init__()
-        self.fused = fused
+        self.fused, self.phases = fused, [OTHER]
         self.found: list[Operator] = []
         self.alive: set[int] = set()
         self.live_bytes = self.peak_bytes = 0
@@ -84,6 +89,10 @@ class Operators(TorchDispatchMode):
         if func is aten._local_scalar_dense.default:
             return 0  # nobody computes it
         if func.namespace != "aten":
+            if func is torch.ops.profiler._record_function_enter_new.default:
+                self.phases.append(self.phases[-1] if "#" in args[0] else args[0])  # "#": a range of torch's
+            elif func.namespace == "profiler":
+                self.phases.pop()
             return func(*args, **kwargs)
         with self:
             parts = func.decompose(*args, **kwargs)  # what inference mode leaves whole
@@ -107,7 +116,7 @@ class Operators(TorchDispatchMode):
             flops = FLOPS[func._overloadpacket](*args, **kwargs, out_val=outputs)
         half = any(tensor.dtype in HALF for tensor in read[:1])
         moved = sum(distinct.values()) + sum(map(_bytes, written))
-        self.found.append(Operator(moved, flops, half))
+        self.found.append(Operator(moved, flops, half, self.phases[-1]))
         return outputs
 
     def _note(self, tensor: Tensor) -> None:

@@ -1,7 +1,7 @@
 """What a run would be on GPUs that need not be here: speed, hours, memory, and cores to decode, estimated."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 
 import torch
@@ -10,12 +10,13 @@ from dino_sparo.check.counting import (
     BANDWIDTH_SHARE,
     OPERATOR_SECONDS,
     PEAK_SHARE,
+    Operator,
     Operators,
     count_step,
     count_views,
     seconds_on,
 )
-from dino_sparo.check.gpus import GPUS
+from dino_sparo.check.gpus import GPUS, Gpu
 from dino_sparo.data.loader import Executor, choose_executor
 from dino_sparo.data.views import NUM_GLOBAL_CROPS, crop_kinds
 from dino_sparo.recipe.sections import Recipe, smaller_batch, split_batch
@@ -45,6 +46,7 @@ class GpuRun:
             once.
         decode_ms, cores: of one core per image, and cores that decode for all GPUs.
         decode_measured: on this machine; else assumed.
+        phases: of a micro-batch, by name: operators, GB, TFLOP, and ms of the GPU; empty if measured.
     """
 
     gpu: str
@@ -59,6 +61,7 @@ class GpuRun:
     decode_ms: float
     decode_measured: bool
     cores: float
+    phases: dict[str, list[float]] = field(default_factory=dict)
 
 
 def executor_on_gpu(recipe: Recipe) -> Executor:
@@ -131,9 +134,28 @@ def estimate(
             decode_ms=per_image,
             decode_measured=decode_ms is not None,
             cores=speed * num_processes * per_image / 1000,
+            phases=phases_on(gpu, few.found, making.found, tf32=machine.tf32),
         )
 
     return [on(kind) for kind in kinds]
+
+
+def phases_on(
+    gpu: Gpu, step: Sequence[Operator], views: Sequence[Operator], *, tf32: bool
+) -> dict[str, list[float]]:
+    """Operators, GB, TFLOP and ms of each named range of a step, and of its views."""
+    by_phase: dict[str, list[Operator]] = {}
+    for operator in step:
+        by_phase.setdefault(operator.phase, []).append(operator)
+    return {
+        phase: [
+            len(operators),
+            sum(operator.bytes for operator in operators) / 1e9,
+            sum(operator.flops for operator in operators) / 1e12,
+            1000 * seconds_on(gpu, operators, tf32=tf32),
+        ]
+        for phase, operators in [*by_phase.items(), ("step without views", step), ("views", views)]
+    }
 
 
 def memory_problems(runs: Sequence[GpuRun], global_batch_size: int, num_processes: int) -> list[str]:
@@ -149,7 +171,7 @@ def memory_problems(runs: Sequence[GpuRun], global_batch_size: int, num_processe
 
 
 def describe_runs(name: str, runs: Sequence[GpuRun], num_processes: int) -> str:
-    """A table with a column for each."""
+    """A table with a column for each; of a single one, a second table with its phases."""
     of_gpus = f"{num_processes} GPU{'s' * (num_processes > 1)}"
     cells = {
         f"images/s, {of_gpus}": [f"{num_processes * run.images_per_second:,.0f}" for run in runs],
@@ -161,7 +183,14 @@ def describe_runs(name: str, runs: Sequence[GpuRun], num_processes: int) -> str:
         "its launches, ms": ["" if run.host_ms is None else f"{run.host_ms:,.0f}" for run in runs],
     }
     header = [name, *(f"{run.gpu}, {'measured' if run.measured else 'estimated'}" for run in runs)]
-    return markdown_table(header, [[row, *columns] for row, columns in cells.items()])
+    text = markdown_table(header, [[row, *columns] for row, columns in cells.items()])
+    if len(runs) > 1 or not runs[0].phases:
+        return text
+    rows = [
+        [phase, str(operators), f"{gb:.1f}", f"{tflop:.2f}", f"{ms:.2f}"]
+        for phase, (operators, gb, tflop, ms) in runs[0].phases.items()
+    ]
+    return f"{text}\n\n{markdown_table(['phase', 'operators', 'GB', 'TFLOP', 'ms'], rows)}"
 
 
 def describe_assumptions(run: GpuRun) -> str:
