@@ -183,8 +183,9 @@ def test_the_card_tells_how_to_use_it_and_what_was_measured(run_dir, tmp_path):
     assert recipe.pop("init") is None and recipe == {key: config[key] for key in recipe}
     assert recipe.keys() == {"seed", "views", "model", "head", "loss", "optim"}
     licensed = tmp_path / "licensed"
-    assert main(["export", str(run), "--out", str(licensed), "--license", "cc-by-4.0"]) == 0
-    assert (licensed / "README.md").read_text().startswith("---\nlibrary_name: timm\nlicense: cc-by-4.0\n")
+    assert main(["export", str(run), "--out", str(licensed), "--license", "other: ask"]) == 0
+    front = yaml.safe_load((licensed / "README.md").read_text().split("---\n")[1])
+    assert front["license"] == "other: ask" and front["library_name"] == "timm"
     for file in ("README.md", "config.json"):
         assert str(tmp_path) not in (out / file).read_text()
 

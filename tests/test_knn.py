@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from dino_sparo.evaluation import knn
-from dino_sparo.evaluation import search as module
 from dino_sparo.evaluation.knn import knn_classify
 from dino_sparo.evaluation.search import nearest
 
@@ -83,8 +82,7 @@ def by_sorting(train, test, k):
 
 @pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize(("train_chunk", "test_chunk"), [(None, None), (1, 1), (5, 7), (56, 22), (57, 100)])
-def test_the_nearest_in_order(features, search, train_chunk, test_chunk, monkeypatch):
-    monkeypatch.setattr(module, "COSTLY", 1)  # also in so small a gallery
+def test_the_nearest_in_order(features, search, train_chunk, test_chunk):
     chunks = {"train_chunk": train_chunk, "test_chunk": test_chunk}
     cosines, numbers = nearest(*features, K, **search, **chunks)
     expected_cosines, expected_numbers = by_sorting(*features, K)
@@ -130,10 +128,18 @@ def test_rounding_to_bfloat16_changes_no_neighbor_also_of_near_ties(few, train_c
 
 
 @pytest.mark.parametrize("search", SEARCHES[1:])
+def test_of_very_many_equally_near_images_the_first_come_after_the_nearer_ones(search):
+    train = np.eye(2)[np.isin(np.arange(3001), [100, 1200, 2900]).astype(int)]
+    cosines, numbers = nearest(train, np.eye(2)[1:], K, train_chunk=1500, **search)
+    assert cosines[0].tolist() == [1] * 3 + [0] * 6
+    assert numbers[0].tolist() == [100, 1200, 2900, 0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("search", SEARCHES[1:])
 def test_images_that_are_all_alike(search):
-    cosines, numbers = nearest(np.ones((3001, 3)), np.ones((5, 3)), K, train_chunk=1024, **search)
-    torch.testing.assert_close(cosines, torch.ones(5, K), atol=1e-6, rtol=0)
-    assert all(len(set(row)) == K for row in numbers.tolist())
+    alike = np.ones((3001, 1))
+    cosines, numbers = nearest(alike, alike[:5], K, train_chunk=1024, **search)
+    assert torch.equal(cosines, torch.ones(5, K)) and numbers.tolist() == [[*range(K)]] * 5
 
 
 def test_features_stay_on_disk_and_all_neighbors_can_be_asked_for(features, tmp_path):

@@ -66,10 +66,10 @@ def test_every_read_out(needs_onnx, tmp_path, readout):
 def test_a_failed_check_leaves_nothing(needs_onnx, run_dir, tmp_path, monkeypatch, capsys, shift):
     right = onnx_file.to_onnx
 
-    def other_weights(model, side):
+    def other_weights(model, *more):
         bias = model.encoder.backbone.norm.bias.data
         model.encoder.backbone.norm.bias.data = bias + shift
-        content = right(model, side)
+        content = right(model, *more)
         model.encoder.backbone.norm.bias.data = bias
         return content
 

@@ -282,3 +282,10 @@ def test_without_classes_the_report_leaves_out_what_needs_them(run_dir, tmp_path
     about = {"data": str(data), "out": str(out), "has_classes": False}
     assert page.commands == commands(run_dir, "knn", "linear", "rank", "mask", "factors", **about)
     assert f"dino-sparo slots rank {run_dir} --data.path DIR --out {out}" in page.commands
+
+
+def test_the_report_reads_images_as_it_is_told(run_dir, tmp_path, capsys):
+    write_pictures(tmp_path, 2, classes=1)
+    data = [f"--data.path={tmp_path / 'train' / 'class0'}", "--data.max_pixels=10"]
+    assert main(["slots", "report", str(run_dir), *data, f"--out={tmp_path / 'out'}", *MACHINE]) != 0
+    assert "max_pixels" in capsys.readouterr().err

@@ -306,7 +306,9 @@ def _make_missing(
         name: getattr(options, name)
         for name in ("run", "which", "out", "device", "num_workers", "batch_size")
     }
-    images = ImagesOptions(labeled.path, labeled.train)
+    images = ImagesOptions(
+        labeled.path, labeled.train, max_pixels=labeled.max_pixels, value_range=labeled.value_range
+    )
     compared = common | {"control": options.control}
 
     def lacks(part: str) -> bool:

@@ -178,11 +178,10 @@ def in_memory(
     held = torch.empty(len(blocks), last - first, device=device)
     for start in range(0, len(blocks), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
-        if first < 0:
-            part = blocks[rows, blocks.shape[1] + first : blocks.shape[1] + min(last, 0)]
-            held[rows, : min(last, 0) - first] = torch.from_numpy(part).to(device)
-        if last > 0:
-            held[rows, max(first, 0) - first :] = torch.from_numpy(encoding[rows]).to(device)
+        if first:
+            held[rows, :-first] = torch.from_numpy(blocks[rows, first:]).to(device)
+        if last:
+            held[rows, -first:] = torch.from_numpy(encoding[rows]).to(device)
     return held, {seen: slice(start - first, stop - first) for seen, (start, stop) in ranges.items()}
 
 

@@ -52,11 +52,10 @@ class Probe:
 
     def select(self, features: Mapping[str, Tensor], width: int) -> Tensor:
         """Its input (B, F) among the features `blocks` (B, blocks * D) and `encoding` (B, E)."""
-        if self.feature == "encoding":
-            return features["encoding"]
-        columns = (self.num_blocks - (self.feature == "both")) * width
-        blocks = features["blocks"][:, features["blocks"].shape[1] - columns :]
-        return torch.cat([blocks, features["encoding"]], dim=1) if self.feature == "both" else blocks
+        blocks, encoding = (features[name] for name in INPUTS)
+        start, stop = self.columns(width, encoding.shape[1])
+        parts = ([blocks[:, start:]] if start else []) + ([encoding] if stop else [])
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
     @property
     def seen(self) -> tuple[str, int]:
@@ -64,7 +63,7 @@ class Probe:
         return self.feature, self.num_blocks
 
     def columns(self, width: int, embed_dim: int) -> tuple[int, int]:
-        """The same as a range of columns, counted from where the encoding begins; blocks are before it."""
+        """Its input as a range of columns; the encoding begins at 0, and what is before it are blocks."""
         if self.feature == "encoding":
             return 0, embed_dim
         if self.feature == "cls":
@@ -73,9 +72,8 @@ class Probe:
 
     def num_inputs(self, width: int, embed_dim: int) -> int:
         """F, of an encoder with tokens of this width and an encoding of so many numbers."""
-        if self.feature == "encoding":
-            return embed_dim
-        return self.num_blocks * width if self.feature == "cls" else (self.num_blocks - 1) * width + embed_dim
+        start, stop = self.columns(width, embed_dim)
+        return stop - start
 
 
 def official_probe(encoder: Encoder) -> Probe:

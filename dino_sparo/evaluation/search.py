@@ -14,12 +14,13 @@ from torch import Tensor
 
 from dino_sparo.parallel.precision import multiplies_bfloat16
 
-CHUNK_BYTES = 2**28  # of train features at a time
+CHUNK_BYTES = 2**27  # of train features at a time
 CHUNK_ROWS = 2**15  # the same, of narrow ones
 QUERY_BYTES = 2**27  # of float32 test features at a time; all train features are read once for each
 SCORES = 2**23  # similarities at a time
 GROUP = 8  # similarities of which only the highest is looked at first
 COSTLY = 16  # a cosine alone takes the time of so many within a float32 product of matrices
+MANY = 100  # train images at a time for each neighbor, from which bfloat16 was measured to be faster
 
 
 class NoDirectionError(ValueError):
@@ -61,7 +62,8 @@ def nearest(
         device: where to compute; None is the CPU.
         by_faiss: search by faiss, on the CPU, instead of by products of matrices: an independent check.
         bfloat16: find candidates by products in bfloat16, as many as its rounding may need, and compare their
-            cosines in float32: the same neighbors sooner; None does it on a CPU that multiplies bfloat16.
+            cosines in float32: the same neighbors. None does it where it is faster: on a CPU that multiplies
+            bfloat16, for few neighbors.
         train_chunk: train images at a time.
         test_chunk: test images at a time.
 
@@ -73,12 +75,12 @@ def nearest(
         NoDirectionError: a feature is zero or not finite.
     """
     device = torch.device("cpu") if device is None or by_faiss else device
-    if bfloat16 is None:
-        bfloat16 = device.type == "cpu" and not by_faiss and multiplies_bfloat16()
-    width = train.shape[1]
-    train_chunk = train_chunk or min(CHUNK_ROWS, max(1, CHUNK_BYTES // ((6 if bfloat16 else 4) * width)))
+    width, k = train.shape[1], min(k, len(train))
+    train_chunk = train_chunk or min(CHUNK_ROWS, max(1, CHUNK_BYTES // (4 * width)))
     test_chunk = test_chunk or max(1, QUERY_BYTES // (4 * width))
-    k = min(k, len(train))
+    if bfloat16 is None:
+        few = min(train_chunk, len(train)) >= MANY * k
+        bfloat16 = few and device.type == "cpu" and not by_faiss and multiplies_bfloat16()
     cosines, numbers = torch.empty(len(test), k), torch.empty(len(test), k, dtype=torch.int64)
     for start in range(0, len(test), test_chunk):
         queries = _directions(test, start, start + test_chunk, device, "test")
@@ -86,8 +88,7 @@ def nearest(
         best_Bk = _keys(nothing, torch.zeros_like(nothing, dtype=torch.int64))
         for first in range(0, len(train), train_chunk):
             gallery = _directions(train, first, first + train_chunk, device, "train")
-            pays = bfloat16 and len(gallery) >= COSTLY * k
-            rounded, lost = _rounded(gallery) if pays else (gallery, 0.0)
+            rounded, lost = _rounded(gallery) if bfloat16 else (gallery, 0.0)
             at_once = len(queries) if by_faiss else max(1, SCORES // len(gallery))
             for query in range(0, len(queries), at_once):
                 some, best = queries[query : query + at_once], best_Bk[query : query + at_once]
@@ -130,10 +131,10 @@ def _found(
     least_B = least_B.to(dtype)
     reached_BG = highest_BG >= least_B[:, None]
     crowded_B = reached_BG.sum(dim=1) > k + total // (2 * COSTLY)
-    if crowded_B.any():
-        rows = crowded_B.nonzero()[:, 0]
-        yield rows, *(queries_BD[rows] @ gallery_TD.T).topk(min(k, total), dim=1)
-        reached_BG &= ~crowded_B[:, None]
+    for rows in crowded_B.nonzero()[:, 0].split(max(1, SCORES // (8 * total))):
+        cosine_XT = queries_BD[rows] @ gallery_TD.T if dtype != torch.float32 else scores_BT[rows, :total]
+        yield rows, cosine_XT, torch.arange(total, device=rows.device).expand_as(cosine_XT)
+    reached_BG &= ~crowded_B[:, None]
 
     row_X, group_X = reached_BG.nonzero(as_tuple=True)
     steps = torch.arange(GROUP, device=row_X.device) * highest_BG.shape[1]
@@ -159,7 +160,7 @@ def _products(start_B: Tensor, column_X: Tensor, left_BD: Tensor, right_TD: Tens
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # sparse matrices are called beta
         shape = (len(left_BD), len(right_TD))
-        pairs = torch.sparse_csr_tensor(start_B, column_X, torch.zeros(len(column_X)), shape)
+        pairs = torch.sparse_csr_tensor(start_B, column_X, left_BD.new_zeros(len(column_X)), shape)
         return torch.sparse.sampled_addmm(pairs, left_BD, right_TD.T, beta=0.0).values()
 
 

@@ -1,14 +1,13 @@
 """One evaluation of all checkpoints of a run: a table, and a curve over the steps."""
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from dino_sparo.errors import UserError
-from dino_sparo.evaluation.results import Result
+from dino_sparo.evaluation.results import Result, standard_error
 from dino_sparo.interop.load import load_encoder
 from dino_sparo.models import Encoder
 from dino_sparo.runs.checkpoint import checkpoints_of, step_of
@@ -68,7 +67,7 @@ def draw(series: Series, path: Path) -> None:
     for test_set, number in numbers.items():
         of_set = [results[number] for results in series.values()]
         top1 = [one.top1 for one in of_set]
-        errors = [math.sqrt(one.top1 * (100 - one.top1) / one.num_images) for one in of_set]
+        errors = [standard_error(one.top1, one.num_images) for one in of_set]
         label = f"{of_set[0].name} on {shown(test_set)}, {of_set[0].num_images} images"
         axis.errorbar(list(series), top1, errors, marker=".", capsize=2, label=label)
     axis.set_xlabel("step")

@@ -46,7 +46,7 @@ def write_onnx(
     if path.exists():
         raise UserError(f"out: {path} exists already; choose another folder or remove it")
     model, side = _Outputs(stored.build()).eval(), stored.arguments["image_size"]
-    content = with_properties(to_onnx(model, side), stored.facts(license, measured))
+    content = to_onnx(model, side, stored.facts(license, measured))
     difference = largest_difference(content, model, side)
     if not difference <= TOLERANCE:
         raise UserError(
@@ -74,8 +74,10 @@ def largest_difference(content: bytes, model: nn.Module, side: int) -> float:
     return float(torch.tensor(differences).max())  # NaN if one is
 
 
-def to_onnx(model: "_Outputs", side: int) -> bytes:
-    """The graph for images of this side."""
+def to_onnx(model: "_Outputs", side: int, properties: Mapping[str, str]) -> bytes:
+    """The graph for images of this side, with texts by name."""
+    import onnx
+
     for name in ("onnxscript", "onnx_ir"):  # which tell every step of theirs
         logging.getLogger(name).setLevel(logging.WARNING)
     with warnings.catch_warnings(), torch.no_grad():
@@ -91,14 +93,7 @@ def to_onnx(model: "_Outputs", side: int) -> bytes:
             verbose=False,
         )
     assert program is not None
-    return program.model_proto.SerializeToString()
-
-
-def with_properties(content: bytes, properties: Mapping[str, str]) -> bytes:
-    """The graph with these texts by name."""
-    import onnx
-
-    graph = onnx.load_from_string(content)
+    graph = program.model_proto
     onnx.helper.set_model_props(graph, dict(properties))
     return graph.SerializeToString()
 

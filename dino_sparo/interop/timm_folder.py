@@ -254,7 +254,7 @@ def _model_card(
     text = CARD.format(
         tags="- sparo\n" if encoder.readout_name == "sparo" else "",
         name=shown(name),
-        license=f"license: {shown(license)}\n" if license else "",
+        license=yaml.safe_dump({"license": license}) if license else "",
         origin=f"the {stored.which} of a DINO pretraining (arXiv 2104.14294), " if stored.trained else "",
         trained="".join(f"- {key}: {value}\n" for key, value in facts.items() if key in told),
         readout=READOUTS.get(encoder.readout_name, f"with the read-out {encoder.readout_name}"),
