@@ -18,6 +18,7 @@ from dino_sparo.data.workers import default_workers
 from dino_sparo.errors import StuckError, UserError
 from dino_sparo.evaluation.features import extract_features
 from dino_sparo.models import build_encoder
+from dino_sparo.parallel.processes import memory_free
 from tests.pictures import recipes
 from tests.tiny import tiny_options, write_pictures
 
@@ -136,3 +137,19 @@ def test_views_that_do_not_fit_into_shared_memory_are_refused(tmp_path, monkeypa
     assert not (tmp_path / "run").exists()
     options.machine.num_workers = 0
     pretrain(options)
+
+
+def test_memory_is_what_the_limits_of_a_job_leave(tmp_path):
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 9000000 kB\nMemAvailable: 8000000 kB\n")
+    (tmp_path / "proc" / "self" / "cgroup").write_text("0::/job/step\n")
+    step = tmp_path / "cgroups" / "job" / "step"
+    step.mkdir(parents=True)
+    given = tmp_path / "proc", tmp_path / "cgroups"
+    assert memory_free(*given) > 8_000_000 * 1024
+    for folder, most in ((step, "max"), (step.parent, "5000000")):
+        (folder / "memory.max").write_text(f"{most}\n")
+        (folder / "memory.current").write_text("3000000\n")
+        (folder / "memory.stat").write_text("anon 5\ninactive_file 1000000\n")
+    own = memory_free(*given) - 3_000_000
+    assert 0 < own < 8_000_000 * 1024

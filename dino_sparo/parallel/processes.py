@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import platform
+import re
 import select
 import signal
 import sys
@@ -240,10 +241,25 @@ def private_bytes(pid: int | None) -> int:
     return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("Private_", "Swap:")))
 
 
-def memory_free() -> int:
-    """Bytes of memory that processes can still take, this one's own counted as free."""
+def memory_free(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of memory that processes can still take, this one's own counted as free.
+
+    A container or job may have less than the machine; its limits are those of cgroups, version 2.
+    """
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
-        if line.startswith("MemAvailable:"):  # also what the file cache would give back
-            free = 1024 * int(line.split()[1])
+    with suppress(OSError, ValueError):
+        for line in (proc / "meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):  # also what the file cache would give back
+                free = 1024 * int(line.split()[1])
+        lines = (proc / "self" / "cgroup").read_text().splitlines()
+        group = cgroups / next((line[4:] for line in lines if line.startswith("0::/")), "")
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(cgroups) or not (folder / "memory.max").exists():
+                continue
+            if (most := (folder / "memory.max").read_text().strip()) != "max":
+                cached = re.search(
+                    r"^inactive_file (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE
+                )
+                used = int((folder / "memory.current").read_text()) - int(cached[1] if cached else 0)
+                free = min(free, max(0, int(most) - used))
     return free + private_bytes(os.getpid())
