@@ -217,7 +217,7 @@ def test_slots_that_were_not_drawn_are_told(copied):
 
 
 def test_what_is_older_than_a_checkpoint_says_so(copied):
-    newer = copied / "checkpoints" / "epoch0009.pt"
+    newer = copied / "checkpoints" / "step_000000009.pt"
     newer.touch()
     os.utime(newer, (time.time() + 3600,) * 2)
     assert page_of(copied).commands == commands(copied, "linear", "knn", "linear", *FILES)
