@@ -12,12 +12,11 @@ import torch.nn.functional as F
 from dino_sparo.data.sources import ImageSource, open_images
 from dino_sparo.data.splits import Choice
 from dino_sparo.evaluation.features import extract_features
-from dino_sparo.evaluation.knn import HEADLINE_K
+from dino_sparo.evaluation.knn import HEADLINE_K, KNN
 from dino_sparo.evaluation.results import standard_error
 from dino_sparo.interop.load import load_encoder
-from dino_sparo.runs.rundir import num_knn_images
 from dino_sparo.runs.runlog import read_metrics
-from dino_sparo.slots.curves import KNN, draw_curve
+from dino_sparo.slots.curves import draw_curve, num_knn_images
 from dino_sparo.slots.drawing import SeenImages, as_picture, draw_grid, file_name, load_images
 from dino_sparo.slots.maps import look, spread_evenly
 from dino_sparo.terminal import program
@@ -47,16 +46,15 @@ def show_run(
     """
     metrics = read_metrics(run_dir)
     evaluations = [entry for entry in metrics if KNN in entry]
-    num_test = num_knn_images(run_dir)
     source = open_images(data_path, max_images, choice=choice)
     print()
     if evaluations:
-        print(table(evaluations, num_test))
+        print(table(evaluations))
         if control:
             print(control)
     else:
         print(f"no {HEADLINE_K}-NN accuracy, which needs class folders: DIR/<class>/<image>")
-    draw_curve(metrics, num_test, run_dir / "curve.png")
+    draw_curve(metrics, run_dir / "curve.png")
     print(f"\nlearning curve: {run_dir / 'curve.png'}")
     if not evaluations:
         draw_neighbors(run_dir, source, run_dir / "neighbors.png")
@@ -73,9 +71,9 @@ def show_run(
     print(f"more: {shlex.join([program('tensorboard'), '--logdir', str(run_dir)])}")
 
 
-def table(evaluations: Sequence[Mapping[str, Any]], num_test: int | None) -> str:
+def table(evaluations: Sequence[Mapping[str, Any]]) -> str:
     """20-NN before, during and after training, and whether the gain is beyond chance."""
-    accuracies = [entry[KNN] for entry in evaluations]
+    accuracies, num_test = [entry[KNN] for entry in evaluations], num_knn_images(evaluations)
     errors = [standard_error(accuracy, num_test) for accuracy in accuracies] if num_test else []
     lines = [f"{'epoch':>6}{f'{HEADLINE_K}-NN top-1':>14}"]
     for number, (entry, accuracy) in enumerate(zip(evaluations, accuracies, strict=True)):

@@ -77,6 +77,8 @@ def add_lines(path: Path) -> None:
         ("checkpoints/writing.tmp.sha256", make_folder),
         (CHECKPOINT, make_folder),
         (f"{CHECKPOINT}.sha256", make_folder),
+        ("checkpoints/step_000000001.pt", make_folder),
+        ("checkpoints/step_000000001.pt.sha256", make_folder),
         ("tensorboard", make_file),
     ],
 )
@@ -97,7 +99,7 @@ def test_a_run_resumes_without_what_it_does_not_need(name, damage, whole, stoppe
     [
         ("config.yaml", make_folder, "config.yaml is no regular file"),
         ("config.yaml", lambda path: path.write_bytes(bytes(range(256))), "it is no UTF-8 text"),
-        ("config.yaml", lambda path: path.write_text(path.read_text()[:300]), "is no valid YAML"),
+        ("config.yaml", lambda path: path.write_text(path.read_text()[:300] + "\n['"), "is no valid YAML"),
         ("config.yaml", lambda path: path.write_text(""), "it has no sections"),
         ("config.yaml", lambda path: path.write_text("1: 2\n"), "key '1' is unknown"),
         ("checkpoints", make_file, "checkpoints is no folder; restore it from a backup"),

@@ -82,7 +82,8 @@ def test_the_commands_that_it_prints_can_be_pasted(tmp_path, capsys, monkeypatch
     [(62.1, 64.7, 153, True), (52.2, 84.4, 1000, False), (62.1, 64.7, None, False)],
 )
 def test_a_gain_within_chance_is_said_to_be(first, last, images, chance):
-    shown = table([{"epoch": 0, "knn20_top1": first}, {"epoch": 8, "knn20_top1": last}], images)
+    of = {"knn20_images": images} if images else {}
+    shown = table([{"epoch": 0, "knn20_top1": first, **of}, {"epoch": 8, "knn20_top1": last, **of}])
     assert ("within chance" in shown) == chance
     assert f"{last - first:+.1f} points" in shown
     assert ("± 3.9" in shown and "153 test images" in shown) == (images == 153)

@@ -27,6 +27,7 @@ from dino_sparo.terminal import shown
 log = logging.getLogger("dino_sparo")
 
 HEADLINE_K = 20
+KNN, KNN_IMAGES = f"knn{HEADLINE_K}_top1", f"knn{HEADLINE_K}_images"  # as metrics.jsonl calls them
 PROTOCOL_K = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 TOP = 5

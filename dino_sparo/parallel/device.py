@@ -73,11 +73,6 @@ def end_of_work(device: torch.device) -> torch.cuda.Event | None:
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
-def is_past(event: torch.cuda.Event | None) -> bool:
-    """Whether a GPU has come to this event."""
-    return event is None or event.query()
-
-
 def wait_for_event(event: torch.cuda.Event | None) -> None:
     """Until a GPU has come to this event, by asking: nobody else watches the collectives of a CUDA graph.
 

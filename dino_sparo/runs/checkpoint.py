@@ -171,12 +171,14 @@ def load_latest(run_dir: Path, *, unverified: bool = False) -> dict[str, Any] | 
 
 
 def set_damaged_aside(run_dir: Path, step: int) -> None:
-    """Rename the checkpoints behind `step`, which a resume has passed over: rotation must not count them."""
+    """Rename the checkpoints behind `step`, which a resume has passed over, and what is no file: rotation
+    must neither count them nor remove them."""
     for path in checkpoints_of(run_dir):
-        if step_of(path) > step:
-            for file in (path, _hash_file(path)):
-                if file.exists():
-                    set_aside(file, "it was passed over")
+        for file in (path, _hash_file(path)):
+            if file.exists() and not file.is_file():
+                set_aside(file)
+            elif file.exists() and step_of(path) > step:
+                set_aside(file, "it was passed over")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -140,12 +140,6 @@ def is_bad_image(entry: dict[str, Any]) -> bool:
     return isinstance(entry.get("name"), str) and isinstance(entry.get("reason"), str)
 
 
-def num_knn_images(run_dir: Path) -> int | None:
-    """Test images of the k-NN while a run trains; None if there is none, or an older version has not said."""
-    counts = [start["knn_images"] for start in read_starts(run_dir) if start.get("knn_images")]
-    return counts[-1][1] if counts else None
-
-
 @contextmanager
 def hold(run_dir: Path) -> Iterator[None]:
     """Keep other starts out of the folder, which is made if need be; a lock that ends with this process.

@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from dino_sparo.files import clean_lines, named, read_lines, set_aside
-from dino_sparo.parallel.device import is_past, wait_for_event
+from dino_sparo.parallel.device import wait_for_event
 from dino_sparo.terminal import colored, shows_bars
 
 log = logging.getLogger("dino_sparo")
@@ -64,7 +64,7 @@ class RunLog:
         self.seconds_waited = self.seconds_logging = 0.0
         self._bar: tqdm | None = None
         self._postfix: dict[str, str] = {}
-        self._postponed: tuple[Callable[[], None], torch.cuda.Event | None] | None = None
+        self._postponed: tuple[Callable[[], None], torch.cuda.Event] | None = None
         self.silent, self.path = silent, run_dir / METRICS_FILE
         if silent:
             return
@@ -111,7 +111,7 @@ class RunLog:
 
     def step_done(self, step: int) -> None:
         """Advance the bar, `step` counts the steps done so far; write what was postponed if it is there."""
-        if self._postponed is not None and is_past(self._postponed[1]):
+        if self._postponed is not None and self._postponed[1].query():
             self._write_postponed()
         if not shows_bars():
             return
@@ -137,9 +137,10 @@ class RunLog:
         What `write` does must not involve other processes: they may come to it at another step.
         """
         self._write_postponed()
-        self._postponed = write, until
         if until is None:
-            self._write_postponed()
+            write()
+        else:
+            self._postponed = write, until
 
     def _write_postponed(self) -> None:
         if self._postponed is not None:

@@ -7,14 +7,13 @@ from typing import Any, BinaryIO
 import numpy as np
 from matplotlib.figure import Figure
 
-from dino_sparo.evaluation.knn import HEADLINE_K
+from dino_sparo.evaluation.knn import HEADLINE_K, KNN, KNN_IMAGES
 from dino_sparo.evaluation.results import standard_error
 
 # Of Okabe and Ito, which everybody can tell apart; the run is always the first, its control the second.
 COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
 MARKERS = "o", "s", "^", "D", "v", "P", "X"
 LEAST_SPAN = 20  # points of accuracy on the axis of a curve, so that noise does not look like a rise
-KNN = f"knn{HEADLINE_K}_top1"
 HEALTHY = {  # what a number is called, and what is healthy
     "loss": ("DINO loss", "it may rise at first, then falls slowly"),
     KNN: (f"{HEADLINE_K}-NN top-1, %", "rises"),
@@ -31,11 +30,9 @@ HEALTHY = {  # what a number is called, and what is healthy
 }
 
 
-def draw_curve(metrics: Sequence[Mapping[str, Any]], num_test: int | None, file: Path | BinaryIO) -> None:
-    """Write a PNG: loss, and where it was measured 20-NN accuracy, over epochs.
-
-    num_test: images that the accuracy is over, for its standard error; None if that is unknown.
-    """
+def draw_curve(metrics: Sequence[Mapping[str, Any]], file: Path | BinaryIO) -> None:
+    """Write a PNG: loss, and where it was measured 20-NN accuracy with its standard error, over epochs."""
+    num_test = num_knn_images(metrics)
     curves = {key: points for key in ("loss", KNN) if len(points := points_of(metrics, key))}
     figure = Figure(figsize=(3.6 * len(curves), 3), layout="constrained")
     axes: Any = figure.subplots(1, len(curves), squeeze=False)[0]
@@ -72,8 +69,11 @@ def draw_all(metrics: Sequence[Mapping[str, Any]], file: BinaryIO) -> None:
     figure.savefig(file, dpi=110, format="png")
 
 
+def num_knn_images(metrics: Sequence[Mapping[str, Any]]) -> int | None:
+    """Test images of the last k-NN while training; None without one, or from an older version."""
+    return next((one[KNN_IMAGES] for one in reversed(metrics) if KNN_IMAGES in one), None)
+
+
 def points_of(metrics: Sequence[Mapping[str, Any]], key: str) -> Any:
     """Epochs and values of a number, (n, 2)."""
-    return np.array(
-        [(one["epoch"], one[key]) for one in metrics if one.get(key) is not None and "epoch" in one]
-    )
+    return np.array([(one["epoch"], one[key]) for one in metrics if key in one])

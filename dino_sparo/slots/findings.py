@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dino_sparo.evaluation.knn import KNN
 from dino_sparo.evaluation.results import standard_error
 from dino_sparo.models import Encoder
-from dino_sparo.slots.curves import KNN, points_of
+from dino_sparo.slots.curves import num_knn_images, points_of
 from dino_sparo.slots.rank import WAYS
 
 Content = Mapping[str, Any]
@@ -20,9 +21,7 @@ class Finding(NamedTuple):
     section: str
 
 
-def training(
-    encoder: Encoder, config: Content, metrics: Sequence[Content], num_test: int | None
-) -> list[str]:
+def training(encoder: Encoder, config: Content, metrics: Sequence[Content]) -> list[str]:
     """What was trained on what, and its 20-NN accuracy from untrained to trained."""
     slots = encoder.num_slots
     sentence = (
@@ -41,7 +40,7 @@ def training(
     (_, first), (_, last) = accuracies[0], accuracies[-1]
     begun = "untrained" if accuracies[0][0] == 0 else f"after epoch {accuracies[0][0]:g}"
     told = f"20-NN accuracy: {first:.1f} % {begun}, {last:.1f} % trained"
-    if num_test:
+    if num_test := num_knn_images(metrics):
         told += f" (± {standard_error(last, num_test):.1f}, one standard error), on {num_test:,} test images"
         if abs(last - first) < 2 * np.hypot(standard_error(first, num_test), standard_error(last, num_test)):
             told += "; so small a difference is within chance"

@@ -20,7 +20,8 @@ from dino_sparo.evaluation.results import RESULTS_FILE, read_results, results_fo
 from dino_sparo.files import parsed_json, write_file
 from dino_sparo.models import Encoder
 from dino_sparo.recipe.typed import read_yaml
-from dino_sparo.runs.rundir import CONFIG_FILE, num_knn_images, read_starts
+from dino_sparo.runs.checkpoint import checkpoints_of
+from dino_sparo.runs.rundir import CONFIG_FILE, read_starts
 from dino_sparo.runs.runlog import METRICS_FILE, read_metrics
 from dino_sparo.slots.curves import draw_all, draw_curve
 from dino_sparo.slots.findings import FINDINGS, Finding, training
@@ -77,6 +78,11 @@ class Subject:
             return {}
         with _damage_told(path, "dino-sparo pretrain"):
             return dict(read_yaml(path))
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The log of a run folder, empty where there is none."""
+        return read_metrics(self.folder)
 
     def command(self, part: str) -> str:
         """The command line that makes a part of the page, on the given images if they will do."""
@@ -155,7 +161,7 @@ def write_page(path: Path, subject: Subject, encoder: Encoder) -> None:
     leading = [section for section in sections if section.leads]
     page = environment.get_template("report.html.jinja").render(
         title=Path(subject.run).resolve().name,
-        lead=training(encoder, subject.config, _epochs(subject), num_knn_images(subject.folder)),
+        lead=training(encoder, subject.config, subject.metrics),
         pictures=[(section, section.pictures.pop(0)) for section in leading],
         findings=[finding for section in sections for finding in section.findings],
         facts=_facts(subject, encoder),
@@ -188,13 +194,9 @@ def _facts(subject: Subject, encoder: Encoder) -> dict[str, str]:
         facts["Versions"] = ", ".join(f"{name} {number}" for name, number in last["versions"].items())
         if last.get("git"):
             facts["Source"] = last["git"]
-    if entries := _epochs(subject):
+    if entries := subject.metrics:
         facts["Trained for"] = f"{entries[-1]['epoch']:g} epochs, {entries[-1]['step']} steps"
     return facts
-
-
-def _epochs(subject: Subject) -> list[dict[str, Any]]:
-    return [entry for entry in read_metrics(subject.folder) if "epoch" in entry]
 
 
 @dataclass
@@ -232,8 +234,7 @@ class Section:
         """Say when the file was written, and where the run has a newer checkpoint, what makes it again."""
         seconds = self.path.stat().st_mtime
         self.made = f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
-        checkpoints = (self.subject.folder / "checkpoints").glob("*.pt")
-        if any(checkpoint.stat().st_mtime > seconds for checkpoint in checkpoints):
+        if any(path.stat().st_mtime > seconds for path in checkpoints_of(self.subject.folder)):
             text = "Older than the newest checkpoint; make it again:"
             self.notes += [(text, self.subject.command(part)) for part in parts]
 
@@ -307,13 +308,13 @@ def _sections(subject: Subject, num_slots: int) -> list[Section]:
 def _curves(subject: Subject) -> Section:
     """Loss, 20-NN and a few numbers of health over epochs, from metrics.jsonl."""
     section = Section(subject, "curves", "Training", subject.folder / METRICS_FILE)
-    entries = _epochs(subject)
+    entries = subject.metrics
     if not any("loss" in entry for entry in entries):
         section.notes.append((f"No {METRICS_FILE} here: only the folder of a training run holds curves.", ""))
         return section
     section.tell_age()
     first, every = io.BytesIO(), io.BytesIO()
-    draw_curve(entries, num_knn_images(subject.folder), first)
+    draw_curve(entries, first)
     draw_all(entries, every)
     captions = "Loss and 20-NN accuracy over epochs", "Numbers of health over epochs"
     for buffer, caption in zip((first, every), captions, strict=True):

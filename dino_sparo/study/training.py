@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from dino_sparo.errors import StuckError, UserError
+from dino_sparo.evaluation.knn import KNN
 from dino_sparo.files import write_file
 from dino_sparo.models.cost import encoder_cost
 from dino_sparo.recipe.sections import Recipe
@@ -24,7 +25,6 @@ from dino_sparo.training.setup import open_data
 
 log = logging.getLogger("dino_sparo")
 
-KNN = "knn20_top1"  # as the monitor logs it
 SIZES = ("read-out, M parameters", "encoder, M parameters")
 RECIPE_FILE, JSON_FILE, TABLE_FILE = "recipe.yaml", "sweep.json", "sweep.md"
 

@@ -7,7 +7,7 @@ from typing import NoReturn
 import torch
 
 from dino_sparo.errors import StoppedError, UserError
-from dino_sparo.evaluation.knn import HEADLINE_K
+from dino_sparo.evaluation.knn import KNN
 from dino_sparo.files import append_line, write_file
 from dino_sparo.parallel.device import end_of_work, wait_for
 from dino_sparo.parallel.distributed import first_rank_decides, gather_objects, mean_over_ranks, rank
@@ -28,7 +28,6 @@ log = logging.getLogger("dino_sparo")
 MAX_OVERFLOWS = 30  # in a row; a loss scale that begins too high needs fewer
 HEALTH_IMAGES = 8
 MAP_IMAGES, MAP_SLOTS = 4, 8
-KNN = f"knn{HEADLINE_K}_top1"
 GENTLER = (
     "a lower optim.lr_per_256, optim.teacher_momentum nearer to 1, a longer optim.freeze_backbone_epochs, or "
     "fewer head.num_prototypes for small data"
@@ -80,7 +79,7 @@ def warn_if_worse_than_start(run: Run, run_log: RunLog, step: int, top1: float) 
 
 
 def draw_slots(run: Run, run_log: RunLog, step: int) -> None:
-    """A picture of the first slots over images spread over all; one that cannot be read is left out."""
+    """A picture of the first slots over images spread over all; none if one of them cannot be read."""
     encoder = run.state.teacher.encoder
     slots = range(min(MAP_SLOTS, encoder.num_slots))
     if not slots:

@@ -29,7 +29,6 @@ from dino_sparo.data.loader import (
     crops_picture,
     prepare_device,
 )
-from dino_sparo.data.tables import commit_of
 from dino_sparo.data.views import CropKind
 from dino_sparo.data.workers import check_shared_memory, default_workers
 from dino_sparo.errors import UserError
@@ -50,8 +49,8 @@ from dino_sparo.parallel.distributed import (
 )
 from dino_sparo.parallel.precision import autocast, choose_precision, plain_attention, set_numerics
 from dino_sparo.recipe.sections import Recipe, smaller_batch, split_batch
-from dino_sparo.runs.checkpoint import check_room, load_latest, saving, set_damaged_aside
-from dino_sparo.runs.rundir import CONFIG_FILE, check_same_experiment, hold, mend, read_starts, start_run_dir
+from dino_sparo.runs.checkpoint import check_room, saving, set_damaged_aside
+from dino_sparo.runs.rundir import CONFIG_FILE, check_same_experiment, hold, mend, start_run_dir
 from dino_sparo.runs.runlog import RunLog
 from dino_sparo.training.bad_images import BadImages
 from dino_sparo.training.loss import teacher_probabilities
@@ -73,13 +72,15 @@ from dino_sparo.training.setup import (
     build_schedules,
     bytes_of_image,
     check_all_agree,
-    chosen_before,
     dataset_of,
     identity_of,
+    machine_of,
     open_data,
+    restored_step,
+    say_start,
     start_state,
 )
-from dino_sparo.training.state import StepOutput, TrainState, build_state, checkpoint_bytes, restore_state
+from dino_sparo.training.state import StepOutput, TrainState, build_state, checkpoint_bytes
 from dino_sparo.training.steps import Steps
 from dino_sparo.training.stopping import StopSignals
 from dino_sparo.training.teacher import update_teacher
@@ -229,32 +230,10 @@ def prepare(recipe: Recipe, run_dir: Path, device: torch.device, *, unverified: 
     cost = encoder_cost(state.teacher.encoder, recipe.views.global_size)
     log.info("encoder with read-out %s: %s", recipe.model.readout.name, describe_cost(cost))
 
-    checkpoint = load_latest(run_dir, unverified=unverified)
-    first_step = int(checkpoint["step"]) if checkpoint else 0
-    if checkpoint:
-        if checkpoint["images"] != images:
-            remedy = chosen_before(recipe.data, checkpoint["images"])
-            raise UserError(
-                f"data.path: run_dir {str(run_dir)!r} was trained on {checkpoint['images']['num_images']} "
-                f"images, and these {len(source)} are not the same ones (file names differ); "
-                f"{remedy or 'give the same folder'}, or choose another run_dir"
-            )
-        try:
-            restore_state(state, checkpoint)
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise UserError(
-                f"run_dir {str(run_dir)!r} has a checkpoint of step {first_step} that does not fit its "
-                f"recipe ({' '.join(str(error).split())}); restore the folder, or choose another"
-            ) from error
-        before = [start["views"] for start in read_starts(run_dir) if "views" in start][-1:]
-        if before and before != [executor]:
-            log.warning(
-                "WARNING: %s: views were made by %s before and are made by %s now, whose pixels differ in "
-                "rounding: from here on the run is not bit for bit what it would have been",
-                *(run_dir, before[0], executor),
-            )
+    resumed = restored_step(state, run_dir, recipe.data, images, executor, unverified=unverified)
+    first_step = resumed or 0
     check_all_agree(run_dir, first_step, images)
-    if not checkpoint and recipe.init is not None:
+    if resumed is None and recipe.init is not None:
         log.info(
             start_state(
                 *(state, recipe.init, recipe.encoder_arguments()),
@@ -294,19 +273,6 @@ def prepare(recipe: Recipe, run_dir: Path, device: torch.device, *, unverified: 
     )
 
 
-def machine_of(run: Run) -> dict[str, Any]:
-    """What the run is computed on and how, for the list of starts."""
-    return {
-        "processes": world_size(),
-        "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "cpu",
-        "precision": run.precision,
-        "batch_size_per_gpu": run.order.micro_batch_size,
-        "accumulation": run.order.accumulation,
-        "views": run.dataset.executor,
-        "knn_images": run.knn_images and [len(source) for source in run.knn_images],
-    } | commit_of(run.source)
-
-
 def train(run: Run, batches: Iterator[Batch], signals: StopSignals, group: Group) -> None:
     """The loop: from the run's first step to its end. Source: DINO, algorithm 1.
 
@@ -319,15 +285,7 @@ def train(run: Run, batches: Iterator[Batch], signals: StopSignals, group: Group
     keep_every_steps = recipe.log.keep_every_epochs * steps_per_epoch
     knn_every_steps = recipe.monitor.knn_every_epochs * steps_per_epoch
     signals.interruptible = False
-    log.info(
-        f"{run.run_dir}: {'resuming' if run.first_step else 'starting'} at step {run.first_step} of "
-        f"{last_step}, {run.images['num_images']} images, {world_size()} x {run.device.type}, "
-        f"{order.micro_batch_size} images each"
-        f"{f' x {order.accumulation} micro-batches' if order.accumulation > 1 else ''}, {run.precision}, "
-        f"{run.num_workers} workers each"
-    )
-    if run.device.type == "cuda" and world_size() == 1 < torch.cuda.device_count():
-        log.info("this machine has %d GPUs; --nproc uses more than one", torch.cuda.device_count())
+    say_start(run)
     last_save = time.monotonic()
     to_stop = Agreement()
     with (

@@ -1,5 +1,6 @@
 """What a run is made of, before its first step: images, views, schedules, starting weights."""
 
+import logging
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,10 +13,11 @@ from dino_sparo.data.decode import size_of
 from dino_sparo.data.loader import BatchOrder, CropsDataset, Executor
 from dino_sparo.data.sources import ImageSource, absolute_path, decide, open_images, say_splits
 from dino_sparo.data.splits import Choice
+from dino_sparo.data.tables import commit_of
 from dino_sparo.data.views import NUM_GLOBAL_CROPS, crop_kinds
 from dino_sparo.errors import UserError
 from dino_sparo.interop.start import read_networks, start_networks
-from dino_sparo.parallel.distributed import first_rank_first, gather_objects
+from dino_sparo.parallel.distributed import first_rank_first, gather_objects, world_size
 from dino_sparo.recipe.sections import (
     DataOptions,
     LossOptions,
@@ -24,10 +26,14 @@ from dino_sparo.recipe.sections import (
     Recipe,
     ViewOptions,
 )
+from dino_sparo.runs.checkpoint import load_latest
+from dino_sparo.runs.rundir import read_starts
 from dino_sparo.training.bad_images import BadImages
 from dino_sparo.training.monitor import CollapseAlarm, KnnImages, open_knn_images
 from dino_sparo.training.schedules import Cosine, Linear, Schedules
-from dino_sparo.training.state import TrainState
+from dino_sparo.training.state import TrainState, restore_state
+
+log = logging.getLogger("dino_sparo")
 
 SIZED_IMAGES = 32  # whose sizes stand for all
 
@@ -54,6 +60,73 @@ class Run:
     knn_images: KnnImages | None
     alarm: CollapseAlarm
     bad_images: BadImages
+
+
+def machine_of(run: Run) -> dict[str, Any]:
+    """What the run is computed on and how, for the list of starts."""
+    return {
+        "processes": world_size(),
+        "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "cpu",
+        "precision": run.precision,
+        "batch_size_per_gpu": run.order.micro_batch_size,
+        "accumulation": run.order.accumulation,
+        "views": run.dataset.executor,
+    } | commit_of(run.source)
+
+
+def say_start(run: Run) -> None:
+    """Tell the log what is about to train on what."""
+    order = run.order
+    log.info(
+        f"{run.run_dir}: {'resuming' if run.first_step else 'starting'} at step {run.first_step} of "
+        f"{run.total_steps}, {run.images['num_images']} images, {world_size()} x {run.device.type}, "
+        f"{order.micro_batch_size} images each"
+        f"{f' x {order.accumulation} micro-batches' if order.accumulation > 1 else ''}, {run.precision}, "
+        f"{run.num_workers} workers each"
+    )
+    if run.device.type == "cuda" and world_size() == 1 < torch.cuda.device_count():
+        log.info("this machine has %d GPUs; --nproc uses more than one", torch.cuda.device_count())
+
+
+def restored_step(
+    state: TrainState,
+    run_dir: Path,
+    data: DataOptions,
+    images: dict[str, Any],
+    executor: Executor,
+    *,
+    unverified: bool,
+) -> int | None:
+    """Put the newest checkpoint of a run into a fresh state; its step, or None if there is none.
+
+    Raises:
+        UserError: it is damaged, or one of other images or another recipe.
+    """
+    checkpoint = load_latest(run_dir, unverified=unverified)
+    if checkpoint is None:
+        return None
+    if checkpoint["images"] != images:
+        remedy = chosen_before(data, checkpoint["images"]) or "give the same folder"
+        raise UserError(
+            f"data.path: run_dir {str(run_dir)!r} was trained on {checkpoint['images']['num_images']} "
+            f"images, and these {images['num_images']} are not the same ones (file names differ); {remedy}, "
+            f"or choose another run_dir"
+        )
+    try:
+        restore_state(state, checkpoint)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"run_dir {str(run_dir)!r} has a checkpoint of step {checkpoint['step']} that does not fit its "
+            f"recipe ({' '.join(str(error).split())}); restore the folder, or choose another"
+        ) from error
+    before = [start["views"] for start in read_starts(run_dir) if "views" in start][-1:]
+    if before and before != [executor]:
+        log.warning(
+            "WARNING: %s: views were made by %s before and are made by %s now, whose pixels differ in "
+            "rounding: from here on the run is not bit for bit what it would have been",
+            *(run_dir, before[0], executor),
+        )
+    return int(checkpoint["step"])
 
 
 def start_state(

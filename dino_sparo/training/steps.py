@@ -112,7 +112,8 @@ class Steps:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._output = self._eagerly(iter(self._inputs), hyper, logged=True)
         except RuntimeError as error:  # of CUDA, or that the graph's own memory is not there
-            reason = str(error.__context__ or error).splitlines()[0]  # the first one ends the capture badly
+            first = error.__context__ or error  # which ends the capture badly
+            reason = str(first).split("\n")[0] or repr(first)
         failed = int(sum_over_ranks(torch.tensor([int(bool(reason))])))
         if not failed:
             self._graph = graph
