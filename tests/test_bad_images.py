@@ -24,7 +24,7 @@ from dino_sparo.errors import UserError
 from dino_sparo.evaluation.features import extract_features
 from dino_sparo.models import build_encoder
 from dino_sparo.runs.rundir import BAD_IMAGES_FILE
-from dino_sparo.training import bad_images as list_of_bad_images
+from dino_sparo.training.bad_images import BadImages
 from tests.pictures import encoded
 from tests.tiny import tiny_options
 
@@ -177,7 +177,7 @@ def test_others_stand_in_for_exactly_the_unreadable_ones(tmp_path, monkeypatch):
 
 
 def test_one_in_a_hundred_is_of_images_of_the_same_kind(tmp_path):
-    bad = list_of_bad_images.BadImages(tmp_path, num_images=100)
+    bad = BadImages(tmp_path, num_images=100)
     bad.list({"val/0.png": "odd", "val/1.png": "odd"}, 2, num_images=200)
     bad.add((("train/0.png", "odd"),))
     bad.share()
