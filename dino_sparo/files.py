@@ -87,15 +87,13 @@ def open_regular(path: str | Path, buffering: int = -1) -> BinaryIO:
     Raises:
         OSError: it is none, or cannot be opened.
     """
-    file = open(path, "rb", buffering, opener=_open_at_once)  # noqa: SIM115
+    file = open(  # noqa: SIM115
+        path, "rb", buffering, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
+    )
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(errno.EINVAL, "no regular file", str(path))
     return file
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def read_small(path: Path, most: int) -> bytes:

@@ -39,6 +39,7 @@ from dino_sparo.data.shards import (
     shards_are_current,
 )
 from dino_sparo.data.sources import open_images, open_val
+from dino_sparo.data.splits import Choice
 from dino_sparo.data.tables import TableSource
 from dino_sparo.errors import UserError
 from dino_sparo.files import atomic_write, parsed_json, write_file
@@ -83,6 +84,8 @@ def shard(
     short_side: int | None = None,
     num_workers: int | None = None,
     images_per_shard: int = IMAGES_PER_SHARD,
+    *,
+    max_pixels: int | None = None,
 ) -> None:
     """Write the images of a folder into shards, in its order, and print what there is.
 
@@ -97,6 +100,7 @@ def shard(
             copies all files as they are.
         num_workers: processes that write, one per core if None; 0 writes in this one.
         images_per_shard: images in every shard but the last.
+        max_pixels: as `data.max_pixels`.
 
     Raises:
         UserError: there are no images, two of them have one key, an image cannot be read, `out` holds
@@ -105,7 +109,7 @@ def shard(
     """
     if short_side is not None and short_side < 1:
         raise UserError(f"--short-side is {short_side}; expected a number of pixels above 0, or null")
-    splits = _plan(source, Path(out), short_side, images_per_shard)
+    splits = _plan(source, Path(out), short_side, images_per_shard, Choice(max_pixels=max_pixels))
     workers = len(os.sched_getaffinity(0)) if num_workers is None else num_workers
     folders = {Path(out)} | {split.folder for split in splits}
     for folder in folders:
@@ -119,9 +123,11 @@ def shard(
     print(_summary(out, splits))
 
 
-def _plan(source: str, out: Path, short_side: int | None, images_per_shard: int) -> list[Split]:
+def _plan(
+    source: str, out: Path, short_side: int | None, images_per_shard: int, choice: Choice
+) -> list[Split]:
     """The splits of a source, train last. All is checked here that can be before `out` is looked at."""
-    train, val = open_images(source, key="DIR"), open_val(source)
+    train, val = open_images(source, key="DIR", choice=choice), open_val(source, choice)
     splits = []
     for name, images in (("val", val), ("train", train)):  # with train all is there
         if images is None:
@@ -327,12 +333,12 @@ def _sample(split: Split, image: int) -> tuple[str, bytes]:
         data = split.source.read(image)
         if limit is None:
             return name, data
-        with open_image(data) as opened:
+        with open_image(data, split.source.reading) as opened:
             short, long = sorted(stored_size(opened))
         if short <= limit:
             return name, data
-        buffer = BytesIO()
-        decode(data, max(limit, round(long * limit / short))).save(buffer, "JPEG", quality=JPEG_QUALITY)
+        buffer, max_side = BytesIO(), max(limit, round(long * limit / short))
+        decode(data, max_side, split.source.reading).save(buffer, "JPEG", quality=JPEG_QUALITY)
     except Exception as error:  # a damaged file makes Pillow raise anything
         raise UnreadableImageError(
             split.source.name(image),

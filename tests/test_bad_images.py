@@ -24,6 +24,7 @@ from dino_sparo.errors import UserError
 from dino_sparo.evaluation.features import extract_features
 from dino_sparo.models import build_encoder
 from dino_sparo.runs.rundir import BAD_IMAGES_FILE
+from dino_sparo.training.bad_images import BadImages
 from tests.pictures import encoded
 from tests.tiny import tiny_options
 
@@ -173,6 +174,19 @@ def test_others_stand_in_for_exactly_the_unreadable_ones(tmp_path, monkeypatch):
     assert listed.keys() == {KINDS[kind].name for kind in UNREADABLE}
     for kind in UNREADABLE:
         assert KINDS[kind].reason in listed[KINDS[kind].name]
+
+
+def test_one_in_a_hundred_is_of_images_of_the_same_kind(tmp_path):
+    bad = BadImages(tmp_path, num_images=100)
+    bad.list({"val/0.png": "odd", "val/1.png": "odd"}, 2, num_images=200)
+    bad.add((("train/0.png", "odd"),))
+    bad.share()
+    with pytest.raises(UserError, match="3 of 200 images"):
+        bad.list({"val/2.png": "odd"}, 3, num_images=200)
+    bad.add((("train/1.png", "odd"),))
+    with pytest.raises(UserError, match="2 of 100 images"):
+        bad.share()
+    assert len(bad) == 5
 
 
 @pytest.mark.parametrize("kind", UNREADABLE)

@@ -189,6 +189,7 @@ def test_the_scan_counts_flat_and_turned_images(tmp_path):
         "good.png": encoded(PICTURE, "PNG"),
         "turned.jpg": encoded(PICTURE, "JPEG", exif=exif),
         "turned.tif": encoded(PICTURE, "TIFF", tiffinfo={274: 6}),
+        "bad_exif.jpg": encoded(PICTURE, "JPEG", dpi=(72, 72), exif=b"Exif\0\0no TIFF"),
         "12_bits.png": encoded(Image.fromarray((GRAY / 255 * 4095).astype(np.uint16)), "PNG"),
         "white.png": encoded(Image.new("L", (40, 30), 250), "PNG"),
     }.items():
@@ -199,6 +200,7 @@ def test_the_scan_counts_flat_and_turned_images(tmp_path):
         return result.report, "\n".join(describe(data_report(result, None)))
 
     report, text = found()
+    assert report.readable == 6
     assert report.flat.first == (f"{tmp_path}/12_bits.png", f"{tmp_path}/white.png")
     assert report.turned.first == (f"{tmp_path}/turned.jpg", f"{tmp_path}/turned.tif")
     assert (

@@ -49,6 +49,16 @@ def test_only_long_images_are_reduced(tmp_path):
     assert np.abs(np.asarray(ours.load(0), float) - np.asarray(reduced, float)).mean() < 12  # noise, JPEG
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_largest_image_that_is_reduced_can_be_given(tmp_path, num_workers):
+    write(tmp_path / "data", "a/1.png", size=(900, 600))
+    out = str(tmp_path / "out")
+    with pytest.raises(UserError, match=r"900 x 600 pixels are too many for data\.max_pixels 539,999"):
+        shard(str(tmp_path / "data"), out, 30, num_workers, max_pixels=539_999)
+    shard(str(tmp_path / "data"), out, 30, num_workers, max_pixels=540_000)
+    assert open_images(out).load(0).size == (45, 30)
+
+
 def test_unreadable_image_ends_a_reduction_by_its_name_and_copies_pass(folder, tmp_path):
     (folder / "train" / "c" / "x.webp").write_bytes(b"no image")
     for num_workers in (0, 1):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import datasets
@@ -408,6 +409,15 @@ def test_splits_are_looked_for_again_when_a_part_is_added(tmp_path):
     touch(tmp_path, *classes("train.2", 1))
     assert len(open_images(str(tmp_path))) == 12
     assert find_splits(tmp_path).train.names == ("train.1", "train.2")
+
+
+def test_class_folders_of_several_parts_are_not_all_listed(tmp_path, monkeypatch):
+    names = [f"c{number}" for number in range(40)]
+    touch(tmp_path, *classes("train.1", 1, names), *classes("train.2", 1, names))
+    listed, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(path) or scandir(path))
+    assert find_splits(tmp_path).train.names == ("train.1", "train.2")
+    assert len(listed) < 80
 
 
 # --- What is there

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from dino_sparo.recipe.sections import ImagePixels
 from dino_sparo.recipe.typed import Workers
 
 
@@ -18,10 +19,13 @@ class ShardOptions:
     copies all files as they are."""
     num_workers: Workers | None = None
     """Processes that read and write, each one shard at a time; null takes one per core."""
+    max_pixels: ImagePixels | None = None
+    """Pixels of the largest image that is read, as data.max_pixels of training; null is 67,108,864."""
 
 
 def shard(options: ShardOptions) -> None:
     """Write the shards."""
     from dino_sparo import shard as room
 
-    room.shard(options.source, options.out, options.short_side, options.num_workers)
+    workers, max_pixels = options.num_workers, options.max_pixels
+    room.shard(options.source, options.out, options.short_side, workers, max_pixels=max_pixels)

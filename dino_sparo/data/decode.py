@@ -28,30 +28,15 @@ PLAIN = (b"P1", b"P2", b"P3")  # how PBM, PGM and PPM begin that are written as 
 BLOCK_PIXELS = 2**20
 GAP = 2.0  # a JPEG file is decoded at this multiple of the wanted size at least
 PROBLEMS = ("zero_byte", "not_an_image", "truncated", "unreadable")
-# How files of the formats that are read begin.
-SIGNATURES = (
-    b"\xff\xd8\xff",
-    b"\x89PNG\r\n",
-    b"RIFF",
-    b"II*\0",
-    b"MM\0*",
-    b"II+\0",
-    b"MM\0+",
-    b"BM",
-    b"P4",
-    b"P5",
-    b"P6",
-    b"GIF8",
-)
-# How files begin that are images of other formats.
-OTHER_FORMATS = {
-    b"\0\0\0\x0cjP  ": "JPEG 2000",
-    b"\0\0\0\x0cJXL ": "JPEG XL",
-    b"\xff\x0a": "JPEG XL",
-    b"8BPS": "Photoshop",
-}
-HEIC = re.compile(rb"....ftyp(heic|heix|hevc|heim|heis|mif1|msf1)", re.DOTALL)
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+# How files of the formats that are read begin.
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"RIFF", *TIFF, b"BM", b"P4", b"P5", b"P6", b"GIF8")
+OTHER_FORMATS = {  # that are not read, and how their files begin
+    "HEIC": rb"....ftyp(hei[cxms]|hevc|mif1|msf1)(?!.{0,48}avif)",
+    "JPEG 2000": rb"\0\0\0\x0cjP  ",
+    "JPEG XL": rb"\0\0\0\x0cJXL |\xff\x0a",
+    "Photoshop": rb"8BPS",
+}
 SAMPLES = {1: "unsigned integers", 2: "signed integers", 3: "floating point"}
 # What Pillow does to a TIFF of such an EXIF orientation, and to no other format, is undone by
 UNTURNED = {
@@ -91,20 +76,13 @@ def _unknown(data: bytes) -> tuple[str, str]:
     """Kind and reason for the content of a file that Pillow does not know."""
     if not data:
         return "zero_byte", "the file is empty"
-    if name := _other_format(data):
+    if name := next((name for name, start in OTHER_FORMATS.items() if re.match(start, data, re.DOTALL)), ""):
         return "unreadable", f"{name}, which is not read; convert it to JPEG or PNG"
     if not data.startswith(SIGNATURES) and data[4:11] != b"ftypavi":  # as AVIF begins
         return "not_an_image", "no known kind of image"
     if data.startswith(TIFF) and (kind := _kind_of_tiff(data)):
         return "unreadable", f"a TIFF of a kind that Pillow does not read: {kind}"
     return "truncated", "begins as an image, but its header is cut or damaged"
-
-
-def _other_format(data: bytes) -> str:
-    """The name of a format that is not read; empty for others."""
-    if HEIC.match(data) and b"avif" not in data[:64]:
-        return "HEIC"
-    return next((name for begin, name in OTHER_FORMATS.items() if data.startswith(begin)), "")
 
 
 def _kind_of_tiff(data: bytes) -> str:
@@ -222,8 +200,13 @@ def stored_size(image: Image.Image) -> tuple[int, int]:
 
 
 def orientation(image: Image.Image) -> int:
-    """How EXIF says that an image is turned, 1 to 8; 1 is not at all."""
-    return image.getexif().get(ExifTags.Base.Orientation, 1)
+    """How EXIF says that an image is turned, 1 to 8; 1 is not at all, or damaged EXIF. Raises as `load`."""
+    if not isinstance(image, TiffImageFile):  # which Pillow turns then
+        image.load()  # EXIF may stand behind the pixels
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged EXIF makes Pillow raise anything, and the image can be read
+        return 1
 
 
 def bounded(size: tuple[int, int], max_side: int | None) -> tuple[int, int]:
@@ -257,16 +240,14 @@ def _to_8_bits(image: Image.Image, value_range: tuple[float, float] | None) -> I
     def block(box: tuple[int, int, int, int]) -> NDArray[np.number]:
         return np.asarray(image if len(boxes) == 1 else image.crop(box))
 
-    low, factor = 0.0, 1.0
     if value_range is None:
-        factor = _factor(image.mode, max(_finite_max(block(box)) for box in boxes))
+        low, factor = 0.0, _factor(image.mode, max(_finite_max(block(box)) for box in boxes))
     else:
         low, factor = value_range[0], 255.0 / (value_range[1] - value_range[0])
     rgb = Image.new("RGB", image.size)
     for box in boxes:
         values = block(box).astype(np.float64)
-        if low:
-            values -= low
+        values -= low
         values *= factor
         np.clip(np.rint(values, out=values), 0, 255, out=values)
         if image.mode == "F":

@@ -280,7 +280,7 @@ class FolderSource(IndexedSource):
         return str(self.root / self.index.name(self.position(index)))
 
     def read(self, index: int) -> bytes:
-        with open_regular(self.name(index), buffering=0) as file:
+        with open_regular(self.name(index)) as file:
             size = os.fstat(file.fileno()).st_size
             self.reading.check_size(size)
             return file.read(size)  # and no more, should it grow

@@ -207,14 +207,12 @@ def _by_folder(
     has_classes = any(_holds_classes(root / name) for name in held_out or ())
     if held_out and has_classes and not needs_train:
         return Splits(_part(root, held_out))
-    if held_out and needs_train and ("val" in named or has_classes):
-        name = held_out[0]
-        if "val" in named or _full(root, others, 1):
-            raise UserError(
-                f"{key} {str(root)!r} has a {name} folder, but no train folder; expected "
-                f"train/<class>/<image>; move the images to train on into {root / 'train'}, or name them by "
-                f"data.train"
-            )
+    if held_out and needs_train and ("val" in named or (has_classes and _full(root, others, 1))):
+        raise UserError(
+            f"{key} {str(root)!r} has a {held_out[0]} folder, but no train folder; expected "
+            f"train/<class>/<image>; move the images to train on into {root / 'train'}, or name them by "
+            f"data.train"
+        )
     return None
 
 
@@ -230,8 +228,9 @@ def _part(root: Path, names: Sequence[str]) -> Part:
         inner = _wrapped(folder, list_folder(folder, PROBED_ENTRIES)[0])[0]
         is_wrapper = inner and (inner == names[0] or WRAPPERS.issuperset(words(inner)))
         return Part(folder / inner if inner and is_wrapper else folder)
-    for is_one, listed in ((is_shard, list_shards), (is_parquet, list_parquet)):
-        below = () if is_one(names[0]) else [f"{name}/{one}" for name in names for one in listed(root / name)]
+    folders = () if is_shard(names[0]) or is_parquet(names[0]) else names
+    for holds_such, listed in ((holds_shards, list_shards), (holds_tables, list_parquet)):
+        below = [f"{one}/{file}" for one in folders if holds_such(root / one) for file in listed(root / one)]
         if below:
             return Part(root, tuple(below))
     return Part(root, tuple(names))

@@ -63,8 +63,10 @@ class WatchedLoader:
             )
         self.name, self.num_workers, self.timeout_seconds = name, num_workers, timeout_seconds
         self._workers: list[BaseProcess] = []
-        self.at: Tensor = torch.full((num_workers,), IDLE).share_memory_()
-        told = torch.zeros(KINDS_OF_WARNINGS, dtype=torch.bool).share_memory_()
+        self.at = torch.full((num_workers,), IDLE)
+        told = torch.zeros(KINDS_OF_WARNINGS, dtype=torch.bool)
+        for shared in (self.at, told) if num_workers else ():  # without workers /dev/shm is not needed
+            shared.share_memory_()
         if loader_options.get("batch_size", 1) is not None:
             loader_options["collate_fn"] = partial(_collate, collate)
         self.loader: DataLoader = DataLoader(

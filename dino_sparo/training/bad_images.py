@@ -39,21 +39,25 @@ class BadImages:
         self._pending += replaced
 
     def share(self) -> None:
-        """List what all processes have noted since the last time; all of them call it together.
-
-        Raises:
-            UserError: more than one image in a hundred has been bad since this start.
-        """
+        """`list` what all processes have noted since the last time; all of them call it together."""
         new = {name: reason for pending in gather_objects(self._pending) for name, reason in pending}
         self._pending = []
         self._met |= new.keys()
+        self.list(new, len(self._met), self.num_images)
+
+    def list(self, new: dict[str, str], bad: int, num_images: int) -> None:
+        """List images, name -> reason, the same in all processes; so many of all of their kind are bad.
+
+        Raises:
+            UserError: these are more than one in a hundred.
+        """
         if new.keys() - self._reasons.keys():
             self._reasons = dict(sorted((new | self._reasons).items()))
             if rank() == 0:
                 lines = (json.dumps({"name": name, "reason": why}) for name, why in self._reasons.items())
                 write_file(self.path, "".join(f"{line}\n" for line in lines))
-        if too_many(len(self._met), self.num_images):
+        if too_many(bad, num_images):
             raise UserError(
-                f"{len(self._met)} of {self.num_images} images cannot be read, more than one in a hundred; "
+                f"{bad} of {num_images} images cannot be read, more than one in a hundred; "
                 f"repair those that {self.path} lists, then start again"
             )

@@ -60,8 +60,7 @@ def evaluate(run: Run, run_log: RunLog, step: int) -> None:
         run_log.evaluation(step, accuracies)
     if left_out:  # the same in all processes
         log.warning("WARNING: k-NN has left out %d images that cannot be read", len(left_out))
-        run.bad_images.add(tuple(left_out.items()))
-        run.bad_images.share()
+        run.bad_images.list(left_out, len(left_out), sum(map(len, run.knn_images)))
     if step and run.recipe.init is not None and rank() == 0:
         warn_if_worse_than_start(run, run_log, step, accuracies[KNN])
 
