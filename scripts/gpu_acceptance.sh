@@ -16,7 +16,7 @@ part() { # FILE SECONDS COMMAND...: standard output goes to OUT/FILE, which is t
   shift 2
   [ -f "$file" ] && return
   echo "== $(basename "$file")" >&2
-  timeout "$seconds" "$@" > "$file.part" 2> "$file.log" && mv "$file.part" "$file" || tail -n 3 "$file.log" >&2
+  timeout "$seconds" "$@" > "$file.part" 2> "$file.log" && mv "$file.part" "$file" || tail -n 3 "$file.part" "$file.log" >&2
 }
 
 bench() { # FILE CONFIG [OPTION...]: a training at 64 images, as JSON
@@ -36,7 +36,8 @@ part estimate.txt 180 "${python[@]}" -m dino_sparo check --config imagenet_vits1
   --optim.global_batch_size 64 --monitor.knn_every_epochs 0 --gpu h100 h200 a100 v100 l40s
 if [ "$gpus" -gt 1 ]; then
   part several.txt 240 "${python[@]}" -m dino_sparo pretrain --nproc "$gpus" --config imagenet_vits16_sparo \
-    --data.path "$data" --run_dir "$out/several" --optim.epochs 1 --optim.warmup_epochs 0 \
+    --data.path "$data" --run_dir "$out/several" --optim.epochs 1 --optim.warmup_epochs 0 --data.max_images 20000 \
+    --machine.capture true --optim.freeze_last_layer_epochs 0 \
     --optim.global_batch_size $((64 * gpus)) --monitor.knn_every_epochs 0 --loss.warmup_teacher_temp_epochs 0
 fi
 
@@ -51,7 +52,7 @@ for file in sorted(out.glob("*.json")):
     if file.name != "result.json":
         result[file.stem] = json.loads(file.read_text())
 tests = out / "tests.txt"
-result["tests"] = tests.read_text().strip().splitlines()[-1] if tests.exists() else "failed, see tests.txt.log"
+result["tests"] = tests.read_text().strip().splitlines()[-1] if tests.exists() else "failed, see tests.txt.part"
 print(f"tests marked gpu: {result['tests']}")
 if "passed" in result["tests"] and "failed" not in result["tests"]:
     print("captured steps are the eager ones: train with --machine.capture true")
@@ -78,7 +79,8 @@ if estimate.exists():
 run = out / "several" / "metrics.jsonl"
 if run.exists():
     entries = [json.loads(line) for line in run.read_text().splitlines()]
-    result["several"] = [entry for entry in entries if "images_per_second" in entry][-1]
-    print(f"all GPUs: {result['several']['images_per_second']:.0f} images/s")
+    result["several"] = [entry for entry in entries if "images_per_second" in entry][-1:]
+    for entry in result["several"]:
+        print(f"all GPUs, captured: {entry['images_per_second']:.0f} images/s")
 (out / "result.json").write_text(json.dumps(result, indent=1))
 PYTHON

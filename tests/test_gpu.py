@@ -1,5 +1,6 @@
 """What needs a GPU: runs in every precision, runs that are bit-equal, and the evaluations."""
 
+from functools import partial
 from itertools import repeat
 
 import numpy as np
@@ -20,6 +21,7 @@ from dino_sparo.runs.checkpoint import load_latest
 from dino_sparo.runs.runlog import read_metrics
 from dino_sparo.training.pretrain import train_step
 from dino_sparo.training.setup import build_schedules
+from dino_sparo.training.steps import Steps
 from tests.pictures import photo, recipes, views_of
 from tests.tiny import build_state, parse_options, state_hash, tiny_options, write_pictures
 
@@ -133,8 +135,11 @@ def test_a_step_with_its_views_never_lets_the_host_wait(tmp_path):
     made = ahead(repeat(batch), lambda one: crops_of(one, crop_kinds, device), device)
     groups = ([normalize(crops.global_crops), normalize(crops.local_crops)] for crops in made)
 
+    of_state = partial(train_step, state, clip_norm=3.0, autocast=autocast("bf16", device))
+    steps = Steps(of_state, device, 1, capture=False)
+
     def step():
-        train_step(state, groups, 1, hyper, clip_norm=3.0, autocast=autocast("bf16", device))
+        steps.take(groups, hyper, logged=True)
 
     for _ in range(3):  # which set things up
         step()

@@ -6,6 +6,7 @@ import logging
 import math
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,17 @@ def test_an_entry_whose_numbers_come_late_is_written_before_anything_else(what, 
             run_log.flush()
         steps = [entry["step"] for entry in read_metrics(tmp_path)]
     assert steps == [1] if what == "flush" else steps == [1, 2]
+
+
+def test_an_entry_that_is_there_is_not_lost_when_a_run_ends_by_an_error(tmp_path):
+    with (
+        suppress(ZeroDivisionError),
+        RunLog(tmp_path, first_step=0, steps_per_epoch=4, total_steps=8) as run_log,
+    ):
+        values = {"loss": 1.0, **run_log.speed(1, batch_size=10)}
+        run_log.postpone(lambda: run_log.scalars(1, values), Event(asked=1))
+        1 / 0  # noqa: B018
+    assert [entry["step"] for entry in read_metrics(tmp_path)] == [1]
 
 
 def test_progress_bar_on_a_terminal(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dino_sparo.models import DINOHead, DinoModel, build_encoder
+from dino_sparo.parallel.precision import set_numerics
 from dino_sparo.training.loss import DINOLoss
 from dino_sparo.training.optim import parameter_groups
 from dino_sparo.training.pretrain import train_step
@@ -73,6 +74,7 @@ def trained(request):
         student.compile_backbone()
         teacher.compile_backbone()
     loss_fn = DINOLoss(num_prototypes=256)
+    set_numerics(tf32=False, deterministic=False)
     device = torch.device("cuda" if request.param in ("GPU", "captured") else "cpu")
     state = state_of(student, teacher, loss_fn, device, loss_scaling=False)
     plain = contextlib.nullcontext()

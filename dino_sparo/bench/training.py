@@ -66,15 +66,16 @@ class Bench:
     def our_step(self, state: TrainState, groups: list[Tensor]) -> None:
         """One step of training on groups of normalized crops."""
         with plain_attention(self.precision, self.device):
-            self._step_of(state)(repeat(groups), 1, self.hyper)
+            steps = Steps(self._step_of(state), self.device, 1, capture=False)
+            steps.take(repeat(groups), self.hyper, logged=False)
 
-    def captured_step(self, state: TrainState, groups: list[Tensor]) -> Callable[[], object]:
-        """The same step, to be called again and again, as a CUDA graph, which is captured here."""
+    def captured_step(self, state: TrainState, groups: list[Tensor]) -> Callable[[], object] | None:
+        """The same step as a CUDA graph, to be called again and again; None if it cannot be captured."""
         steps = Steps(self._step_of(state), self.device, 1, capture=True)
         step = partial(steps.take, repeat(groups), self.hyper, logged=False)
         for _ in range(EAGER_STEPS + 1):
             step()
-        return step
+        return step if steps.captured else None
 
     def _step_of(self, state: TrainState) -> Callable[..., StepOutput]:
         mixed = autocast(self.precision, self.device)
@@ -172,8 +173,8 @@ def measure(
         state, memory[who] = _state_and_memory(new_state, step, groups)
         steps[who] = partial(step, state)
     to_time: dict[str, Callable[[], object]] = {k: partial(step, groups) for k, step in steps.items()}
-    if device.type == "cuda":
-        to_time["captured"] = bench.captured_step(steps["ours"].args[0], groups)
+    if device.type == "cuda" and (captured := bench.captured_step(steps["ours"].args[0], groups)):
+        to_time["captured"] = captured
     times = interleaved(to_time, rounds, device)
     one_step = partial(steps["ours"], groups)
     profiles = [profiled(one_step, 1, device) for _ in range(rounds + 1)][1:]  # the first warms up

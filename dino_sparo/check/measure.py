@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import repeat
 from multiprocessing import active_children
 from statistics import median
@@ -22,6 +23,7 @@ from dino_sparo.parallel.processes import private_bytes
 from dino_sparo.training.pretrain import Batch, crops_on_device, normalized, train_step
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.state import TrainState
+from dino_sparo.training.steps import Steps
 
 MATRIX_SIDE = {"cuda": 8192, "cpu": 2048}  # of the product that measures the peak
 
@@ -85,6 +87,8 @@ def measure_steps(
         batch = crops_of(batch, recipes, device)
     batches = map(normalized, crops_on_device(repeat(batch), recipes, device))
     mixed = autocast(precision, device)
+    step = partial(train_step, state, clip_norm=clip_norm, autocast=mixed)
+    taking = Steps(step, device, 1, capture=False)
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
@@ -93,7 +97,7 @@ def measure_steps(
             wait_for(device)
             started = time.monotonic()
         with plain_attention(precision, device):
-            output = train_step(state, batches, 1, hyper, clip_norm=clip_norm, autocast=mixed)
+            output = taking.take(batches, hyper, logged=False)
     wait_for(device)
     return {
         "images_per_second": steps * batch_size / (time.monotonic() - started),

@@ -200,10 +200,19 @@ def choose_executor(
 def prepare_device(
     recipes: Sequence[CropKind], executor: Executor, batch_size: int, device: torch.device
 ) -> None:
-    """Compile what makes these crops on a GPU: one process of a machine first, the others find its code."""
-    if executor == "device" and device.type == "cuda" and not why_not_compiled():
-        log.info("compiling what makes the views on the GPU: up to a minute if it is not found compiled")
-        first_rank_first(lambda: compile_views(_in_groups(recipes), batch_size, device))
+    """Compile what makes these crops on a GPU: one process of a machine first, the others find its code.
+
+    All processes call it, also of a machine that cannot compile.
+    """
+    if executor != "device" or device.type != "cuda":
+        return
+
+    def work() -> None:
+        if not why_not_compiled():
+            log.info("compiling what makes the views on the GPU: up to a minute if it is not found compiled")
+            compile_views(_in_groups(recipes), batch_size, device)
+
+    first_rank_first(work)
 
 
 def crop_batches(

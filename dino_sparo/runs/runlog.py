@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,9 @@ class RunLog:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        with suppress(RuntimeError):  # of a GPU that has failed
+            if self._postponed is not None and self._postponed[1].query():  # it may explain what was raised
+                self._write_postponed()
         if self._bar is not None:
             self._bar.close()
         if not self.silent:

@@ -222,23 +222,31 @@ def bytes_of_image(views: ViewOptions, max_side: int | None, source: ImageSource
     return sum(known) // len(known) if known else 3 * views.global_size**2
 
 
-def check_all_agree(run_dir: Path, first_step: int, images: dict[str, Any]) -> None:
-    """All processes must go on from the same step with the same images; no process is ahead after it.
+def check_all_agree(run_dir: Path, first_step: int, images: dict[str, Any], executor: str) -> None:
+    """All processes must go on from the same step with the same images, made in one way.
+
+    No process is ahead after it.
 
     Raises:
         UserError: they do not: folders differ between machines.
     """
-    everyone = gather_objects((first_step, images))
-    steps = sorted({step for step, _ in everyone})
+    everyone = gather_objects((first_step, images, executor))
+    steps = sorted({step for step, _, _ in everyone})
     if len(steps) > 1:
         raise UserError(
             f"run_dir {str(run_dir)!r}: processes find different checkpoints (steps {steps}); it must be one "
             f"folder on a file system that all machines share"
         )
-    if any(other != images for _, other in everyone):
+    if any(other != images for _, other, _ in everyone):
+        numbers = sorted({other["num_images"] for _, other, _ in everyone})
         raise UserError(
-            f"data.path: processes find different images ({sorted({i['num_images'] for _, i in everyone})}, "
-            f"or other names); every machine needs the same folder"
+            f"data.path: processes find different images ({numbers}, or other names); every machine needs "
+            f"the same folder"
+        )
+    if any(other != executor for _, _, other in everyone):
+        raise UserError(
+            "machine.views auto: some processes would make views on the GPU and others by PIL, since "
+            "machines differ in workers or in a C compiler; give machine.views device or pil"
         )
 
 

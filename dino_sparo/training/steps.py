@@ -6,6 +6,7 @@ crops and hyperparameters are copied into it, and its output is overwritten by t
 are those of an eager step, since a replay takes seed and offset of torch's generator as they are then.
 """
 
+import gc
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -51,6 +52,7 @@ class Steps:
         self._numbers = torch.zeros(len(NUMBERS), dtype=torch.float64, device=device)
         self._ends: deque[torch.cuda.Event | None] = deque()
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._output: StepOutput | None = None  # of the graph
         self._inputs: list[list[Tensor]] = []  # of the graph, by micro-batch and size of crops
         if capture and not self._on_gpu:
             log.info("machine.capture is for a GPU; this run takes its steps on the %s", device.type)
@@ -76,6 +78,11 @@ class Steps:
             wait_for_event(self._ends.popleft())
         return output
 
+    @property
+    def captured(self) -> bool:
+        """Whether steps are replays by now."""
+        return self._graph is not None
+
     def close(self) -> None:
         """Free the graph: NCCL does not leave a process group that one still refers to."""
         if self._graph is not None:
@@ -100,25 +107,29 @@ class Steps:
             return self._eagerly(iter(batches), hyper, logged=True)
         for inputs, groups in zip(self._inputs, batches, strict=True):
             torch._foreach_copy_(inputs, groups)
-        assert self._graph is not None
+        assert self._graph is not None and self._output is not None
         self._graph.replay()
         return self._output
 
     def _captured(self, batches: list[list[Tensor]], hyper: Hyperparameters) -> bool:
         """Capture a step on such batches, which changes nothing yet; whether all processes could."""
         graph, reason = torch.cuda.CUDAGraph(), ""
+        stream = torch.cuda.current_stream(self._device)
         self._inputs = [[torch.empty_like(group) for group in groups] for groups in batches]
         try:  # other threads, which load images, may use CUDA meanwhile
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._output = self._eagerly(iter(self._inputs), hyper, logged=True)
         except RuntimeError as error:  # of CUDA, or that the graph's own memory is not there
-            first = error.__context__ or error  # which ends the capture badly
-            reason = str(first).split("\n")[0] or repr(first)
+            reason = str(error.__context__ or error).split("\n")[0] or "no reason is given"
+        finally:
+            torch.cuda.set_stream(stream)  # after a failure torch stays in that of the capture
         failed = int(sum_over_ranks(torch.tensor([int(bool(reason))])))
         if not failed:
             self._graph = graph
             return True
-        self._capture, self._inputs = False, []
+        self._capture, self._inputs, self._output = False, [], None
+        del graph
+        gc.collect()  # its memory, which the traceback of an error has held
         log.warning(
             "WARNING: the training step could not be captured as a CUDA graph in %d processes (%s); the run "
             "goes on without, which is slower",
