@@ -137,3 +137,52 @@ def test_files_of_a_saved_set_are_named_and_lie_in_its_folder(tmp_path, names):
     (tmp_path / "set/state.json").write_text(json.dumps(state))
     with pytest.raises(UserError, match=r"state\.json is not as save_to_disk writes it"):
         open_images(str(tmp_path / "set"))
+
+
+# --- Indexes beside shards
+
+
+def index_of(header: bytes, data: bytes = b"") -> bytes:
+    """An index with the right checksum."""
+    rest = len(header).to_bytes(4, "little") + header + data
+    return MAGIC + zlib.crc32(rest).to_bytes(4, "little") + rest
+
+
+def with_arrays(kind: str) -> bytes:
+    header = {"arrays": {"states": [kind, 1, 0]}, "fingerprint": "", "num_loose": 0}
+    return index_of(json.dumps(header).encode(), bytes(1000))
+
+
+HEADERS = [b"[]", b"{}", b"5", b"[" * 100_000, b"\xff", b'{"arrays": []}', b'{"arrays": {"states": 5}}']
+
+
+@pytest.mark.parametrize(
+    "content", [*map(index_of, HEADERS), *map(with_arrays, ["O", "i8", "no"]), MAGIC, MAGIC + b"\0\0\0\0"]
+)
+def test_a_made_up_index_beside_shards_is_not_taken(tmp_path, content):
+    out = shards_of(write(tmp_path / "data", "a/1.png", "b/2.png"), tmp_path / "out")
+    (out / INDEX_FILE).write_bytes(content)
+    assert open_images(str(out)).read(1) == picture(1)
+
+
+def test_a_pipe_in_place_of_the_index_beside_shards_does_not_wait(tmp_path):
+    out = shards_of(write(tmp_path / "data", "a/1.png", "b/2.png"), tmp_path / "out")
+    (out / INDEX_FILE).unlink()
+    os.mkfifo(out / INDEX_FILE)
+    assert open_images(str(out)).read(1) == picture(1)
+
+
+def test_an_index_beside_shards_leads_to_no_other_file(tmp_path):
+    out = shards_of(write(tmp_path / "data", "a/1.png", "b/2.png"), tmp_path / "out")
+    index, secret = open_images(str(out)).index, tmp_path / "secret"
+    secret.write_bytes(b"secret")
+    stat = secret.stat()
+    parts = index_parts(
+        out,
+        b"a/1.png\0b/2.png",
+        [(stat.st_size, stat.st_mtime_ns, 0)],
+        header=index.header | {"shards": [str(secret)], "chosen": True},
+        arrays={name: index.arrays[name] for name in ("offsets", "sizes", "labels", "firsts")},
+    )
+    (out / INDEX_FILE).write_bytes(b"".join(parts))
+    assert [open_images(str(out)).read(i) for i in range(2)] == [picture(0), picture(1)]
