@@ -186,3 +186,41 @@ def test_an_index_beside_shards_leads_to_no_other_file(tmp_path):
     )
     (out / INDEX_FILE).write_bytes(b"".join(parts))
     assert [open_images(str(out)).read(i) for i in range(2)] == [picture(0), picture(1)]
+
+
+# --- NUL, which ends a name in an index
+
+
+def pax_with_nul(name: str) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        member = tarfile.TarInfo("b.png")
+        member.pax_headers = {"path": name}
+        archive.addfile(member)
+    return file.getvalue()
+
+
+def test_a_name_with_nul_in_a_tar_is_refused(tmp_path):
+    (tmp_path / "0.tar").write_bytes(pax_with_nul("b/2\0c/3.png"))
+    with (
+        open(tmp_path / "0.tar", "rb") as file,
+        pytest.raises(tarfile.ReadError, match="no name of a file"),
+    ):
+        list(tar_members(file))
+    with pytest.raises(UserError, match=r"0\.tar: the shard is damaged"):
+        open_images(str(tmp_path))
+    with open(tmp_path / "0.tar", "rb") as file, pytest.raises(UserError, match="no plain file"):
+        list(tar_files(file, tmp_path / "0.tar"))
+
+
+def test_nul_in_the_name_of_a_class_shifts_no_image(tmp_path):
+    images = [{"bytes": picture(i), "path": f"{i}.png"} for i in range(3)]
+    write_parquet(tmp_path / "set/train-0.parquet", images, [0, 1, 2], ["a\0x", "b", "c"])
+    source = open_images(str(tmp_path / "set"))
+    assert len(source) == 3 and source.labels.tolist() == [0, 1, 2]
+    assert [source.index.name(i) for i in range(3)] == ["ax/0.png", "b/1.png", "c/2.png"]
+
+
+def test_an_index_has_as_many_names_as_images(tmp_path):
+    with pytest.raises(UserError, match="1 images have 2 names"):
+        index_parts(tmp_path, b"a\0b.png", [], arrays={"sizes": pa.array([1]).to_numpy()})

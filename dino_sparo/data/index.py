@@ -357,8 +357,15 @@ def index_parts(
         class_starts: the first image of each class and the end of the last; no class where images are loose.
         folders: paths of the folders, each with a NUL behind it.
         header, arrays: what another kind of index holds besides.
+
+    Raises:
+        UserError: there are not as many names as images, because a name holds NUL.
     """
     ends = np.flatnonzero(np.frombuffer(names, np.uint8) == 0)
+    if arrays and len(arrays["sizes"]) != len(ends) + 1:
+        raise UserError(
+            f"{root}: {len(arrays['sizes'])} images have {len(ends) + 1} names; rename those with NUL"
+        )
     arrays = {
         "names": np.frombuffer(names, np.uint8),
         "starts": np.concatenate([[0], ends + 1, [len(names) + 1]]),

@@ -384,7 +384,7 @@ def _names(
     A row without a path is named by file and row. The ending marks it as an image for who reads shards of it;
     decoding looks at the content.
     """
-    folders = [name.replace("/", "_") for name in classes]
+    folders = [name.replace("/", "_").replace("\0", "") for name in classes]
     rows = (
         (Path(file).stem or "row", row)
         for file, count in zip(files, counts, strict=True)
