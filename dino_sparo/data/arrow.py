@@ -11,6 +11,7 @@ from dino_sparo.errors import UserError
 from dino_sparo.files import open_regular, parsed_json
 
 NO_IMAGE = -1  # in place of a size
+DAMAGE = (OSError, ValueError, LookupError, TypeError)  # what pyarrow raises besides its own
 EXPECTED = "expected one column of type struct{bytes, path}, as the Hugging Face hub ships images"
 
 
@@ -71,7 +72,9 @@ def read_footer(
         groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
         num_bytes = sum(group.total_byte_size for group in groups)
         return _columns(path, file.schema_arrow, label_column), file.metadata.num_rows, num_bytes
-    except (pa.ArrowException, OSError) as error:
+    except UserError:
+        raise
+    except (pa.ArrowException, *DAMAGE) as error:
         raise UserError(
             f"{path} is no readable parquet file ({first_line(error)}); download it again (of a git clone: "
             f"git lfs pull)"
@@ -82,23 +85,39 @@ def read_arrow(path: Path, columns: Columns | None = None, label_column: str | N
     """The rows of an Arrow file, which is mapped; None takes the columns that its schema names.
 
     Raises:
-        UserError: the file is damaged or compressed, or has no images.
+        UserError: the file is damaged or compressed, has no images, or other columns than these.
     """
     import pyarrow as pa
-    from pyarrow.compute import struct_field
 
     try:
         open_regular(path).close()
-        content = pa.memory_map(str(path)).read_buffer()
-        table = pa.ipc.open_stream(content).read_all()
-    except (pa.ArrowException, OSError) as error:
+        return _read_arrow(path, columns, label_column)
+    except UserError:
+        raise
+    except (pa.ArrowException, *DAMAGE) as error:
         raise UserError(
             f"{path} is no readable Arrow file ({first_line(error)}); remove its folder, then start again"
         ) from error
-    columns = columns or _columns(path, table.schema, label_column)
+
+
+def _read_arrow(path: Path, columns: Columns | None, label_column: str | None) -> Rows:
+    import pyarrow as pa
+    from pyarrow.compute import struct_field
+
+    content = pa.memory_map(str(path)).read_buffer()
+    table = pa.ipc.open_stream(content).read_all()
+    own = _columns(path, table.schema, columns.label if columns else label_column)
+    columns = columns or own
+    if (own.image, own.label, own.is_text) != (columns.image, columns.label, columns.is_text):
+        raise UserError(
+            f"{path} (columns {own.image!r} and {own.label!r}) has other columns than the files before "
+            f"(columns {columns.image!r} and {columns.label!r}); remove its folder, then start again"
+        )
+    table = table.select([columns.image, *([columns.label] if columns.label else [])])
+    table.validate(full=True)  # offsets that lead out of a buffer would end the process
     images = table.column(columns.image)
     places = [(np.empty(0, np.int64), np.empty(0, np.int64))]
-    places += [_places(path, chunk, content.address) for chunk in images.chunks]
+    places += [_places(path, chunk, content.address) for chunk in images.chunks if len(chunk)]
     has_path = images.type.get_field_index("path") >= 0
     paths = struct_field(images, "path").to_pylist() if has_path else [None] * len(images)
     labels = None
@@ -133,13 +152,15 @@ def _columns(path: Path, schema: Any, label_column: str | None) -> Columns:
     """
     from pyarrow import types
 
+    if len(set(schema.names)) < len(schema.names):
+        raise UserError(f"{path} has several columns of one name among {_listed(schema.names)}; rename them")
     images = [field.name for field in schema if _is_image_column(field.type)]
     if len(images) != 1:
         what = f"the columns {_listed(images)}" if images else "no column"
         raise UserError(f"{path} has {what} of images among {_listed(schema.names)}; {EXPECTED}")
     features = _features(schema.metadata or {})
     integers = [field.name for field in schema if types.is_integer(field.type)]
-    classes = [name for name in integers if features.get(name, {}).get("_type") == "ClassLabel"]
+    class_labels = [name for name in integers if features.get(name, {}).get("_type") == "ClassLabel"]
     named = [name for name in ("label", "labels") if name in integers]
     text = [field.name for field in schema if _is_text(field.type)]
     possible = tuple(name for name in schema.names if name in (*integers, *text))
@@ -148,9 +169,13 @@ def _columns(path: Path, schema: Any, label_column: str | None) -> Columns:
             f"data.label_column {label_column!r}: {path} has no such column of integers or text; its columns "
             f"are {_listed(schema.names)}"
         )
-    label = label_column or (named[0] if named else classes[0] if len(classes) == 1 else None)
+    label = label_column or (named[0] if named else class_labels[0] if len(class_labels) == 1 else None)
     names = features.get(label or "", {}).get("names")
-    return Columns(images[0], label, list(map(str, names)) if names else None, label in text, possible)
+    if names and not (isinstance(names, list) and all(isinstance(name, str | int) for name in names)):
+        raise UserError(f"{path}: the names of the classes in {label!r} are no list of texts; save it again")
+    classes = list(map(str, names or []))
+    "".join(classes).encode()  # a UnicodeEncodeError for halves of characters, which JSON can hold
+    return Columns(images[0], label, classes or None, label in text, possible)
 
 
 def _is_text(kind: Any) -> bool:
@@ -166,7 +191,10 @@ def _is_image_column(kind: Any) -> bool:
     if not types.is_struct(kind) or kind.get_field_index("bytes") < 0:
         return False
     of_bytes = kind.field("bytes").type
-    return types.is_binary(of_bytes) or types.is_large_binary(of_bytes)
+    of_path = kind.field("path").type if kind.get_field_index("path") >= 0 else None
+    return (types.is_binary(of_bytes) or types.is_large_binary(of_bytes)) and (
+        of_path is None or types.is_null(of_path) or _is_text(of_path)
+    )
 
 
 def _features(metadata: dict[bytes, bytes]) -> dict[str, dict[str, Any]]:

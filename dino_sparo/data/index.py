@@ -28,7 +28,7 @@ from dino_sparo.data.decode import AS_IS, Reading, UnreadableImageError, decode,
 from dino_sparo.data.split_names import same_name
 from dino_sparo.data.walk import EXTENSIONS, THREADS, Folder, named_by_ending, state_now, walk
 from dino_sparo.errors import UserError, UserFileNotFoundError
-from dino_sparo.files import atomic_write, cache_folder, open_regular, temporary_folder
+from dino_sparo.files import atomic_write, cache_folder, open_regular, parsed_json, temporary_folder
 
 log = logging.getLogger("dino_sparo")
 
@@ -50,7 +50,7 @@ class Index:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         first = len(MAGIC) + 8
         end = first + int.from_bytes(mapped[first - 4 : first], "little")
-        self.header: dict[str, Any] = json.loads(mapped[first:end])
+        self.header: dict[str, Any] = parsed_json(mapped[first:end])
         self.arrays: dict[str, NDArray[Any]] = {
             name: np.frombuffer(mapped, dtype, count, _aligned(end) + offset)
             for name, (dtype, count, offset) in self.header["arrays"].items()
@@ -176,7 +176,7 @@ def _open_intact(path: Path) -> Index | None:
     try:
         if path.parent == temporary_folder() and path.parent.lstat().st_uid != os.getuid():
             return None  # anybody can make a folder of this name
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             if file.read(len(MAGIC)) != MAGIC:
                 return None
             stored = int.from_bytes(file.read(4), "little")
@@ -184,7 +184,7 @@ def _open_intact(path: Path) -> Index | None:
             while chunk := file.read(1 << 20):
                 checksum = zlib.crc32(chunk, checksum)
             return Index(path, file) if checksum == stored else None
-    except OSError:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 
@@ -357,8 +357,15 @@ def index_parts(
         class_starts: the first image of each class and the end of the last; no class where images are loose.
         folders: paths of the folders, each with a NUL behind it.
         header, arrays: what another kind of index holds besides.
+
+    Raises:
+        UserError: there are not as many names as images, because a name holds NUL.
     """
     ends = np.flatnonzero(np.frombuffer(names, np.uint8) == 0)
+    if arrays and len(arrays["sizes"]) != len(ends) + 1:
+        raise UserError(
+            f"{root}: {len(arrays['sizes'])} images have {len(ends) + 1} names; rename those with NUL"
+        )
     arrays = {
         "names": np.frombuffer(names, np.uint8),
         "starts": np.concatenate([[0], ends + 1, [len(names) + 1]]),

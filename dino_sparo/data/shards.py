@@ -139,8 +139,9 @@ def holds_shards(folder: Path) -> bool:
 
 def shards_are_current(index: Index, root: Path) -> bool:
     """Whether the shards are those that were indexed, by name, size and time."""
-    shards = index.header["shards"]
-    listed = index.header.get("chosen") or list_shards(root) == shards
+    shards = index.header.get("shards", [])
+    chosen = index.header.get("chosen") and index.path.name != INDEX_FILE  # which somebody else can write
+    listed = chosen or list_shards(root) == shards
     return listed and has_states(root, shards, index.states[:, :2])
 
 

@@ -155,7 +155,10 @@ def list_parquet(root: Path) -> list[str]:
 def _saved_files(root: Path) -> list[str]:
     """Arrow files that `save_to_disk` has written into a folder, in order."""
     try:
-        return [file["filename"] for file in parsed_json((root / SAVED).read_text())["_data_files"]]
+        names = [file["filename"] for file in parsed_json((root / SAVED).read_text())["_data_files"]]
+        if not names or any(os.path.basename(name) != name or "\0" in name for name in names):
+            raise ValueError("no files of this folder")
+        return names
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{root / SAVED} is not as save_to_disk writes it; save the set again") from error
 
@@ -381,7 +384,7 @@ def _names(
     A row without a path is named by file and row. The ending marks it as an image for who reads shards of it;
     decoding looks at the content.
     """
-    folders = [name.replace("/", "_") for name in classes]
+    folders = [name.replace("/", "_").replace("\0", "") for name in classes]
     rows = (
         (Path(file).stem or "row", row)
         for file, count in zip(files, counts, strict=True)

@@ -42,6 +42,8 @@ def tar_members(file: BinaryIO) -> Iterator[Member]:
             archive.members.clear()  # type: ignore[attr-defined]  # which would hold all of them
             _check_size(member, end)
             name = _visible(member.name)
+            if "\0" in name:  # which ends a name in an index
+                raise tarfile.ReadError(f"{name!r} is no name of a file")
             if name and is_image(name) and (not member.isreg() or member.issparse()):
                 raise tarfile.ReadError(f"{name!r} is no plain file in it")
             if name and member.isreg():
@@ -93,7 +95,7 @@ def tar_files(tar: IO[bytes], where: Path) -> Iterator[TarFile]:
             path = PurePosixPath(member.name)
             if member.isdir():
                 continue
-            if not member.isfile() or path.is_absolute() or ".." in path.parts:
+            if not member.isfile() or path.is_absolute() or ".." in path.parts or "\0" in member.name:
                 raise UserError(
                     f"{where}: {member.name!r} is no plain file inside the tar's own folder; "
                     f"use the official tar"

@@ -1,0 +1,226 @@
+"""Tables, shards and indexes of strangers: what is damaged or made up is refused, never read astray."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import zlib
+
+import datasets
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from dino_sparo.data.arrow import read_arrow, read_footer
+from dino_sparo.data.index import MAGIC, index_parts
+from dino_sparo.data.shards import INDEX_FILE
+from dino_sparo.data.sources import open_images
+from dino_sparo.data.tars import tar_files, tar_members
+from dino_sparo.errors import UserError
+from tests.containers import IMAGE, write_parquet
+from tests.shard_files import picture, shards_of, write
+
+ROWS = [{"bytes": b"one", "path": "1.png"}, {"bytes": b"three", "path": "22.png"}]
+IMAGES = pa.array(ROWS, IMAGE)
+
+
+def class_label(names) -> dict[str, str]:
+    feature = {"_type": "ClassLabel", "names": names}
+    return {"huggingface": json.dumps({"info": {"features": {"label": feature}}})}
+
+
+READ_ALL = """
+import sys
+from pathlib import Path
+from dino_sparo.data.arrow import read_arrow
+for path in sys.argv[1:]:
+    try:
+        read_arrow(Path(path))
+    except ValueError as error:
+        print(error)
+"""
+
+
+def arrow_file(path, table: pa.Table):
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    return path
+
+
+def text_of(content: bytes) -> pa.Array:
+    """One text of these bytes, whether or not they are UTF-8, and one that is."""
+    ends = pa.array([0, len(content), len(content) + 1], pa.int32()).buffers()[1]
+    return pa.StringArray.from_buffers(2, ends, pa.py_buffer(content + b"a"))
+
+
+def images_of(paths: pa.Array) -> pa.Array:
+    return pa.StructArray.from_arrays([IMAGES.field("bytes"), paths], ["bytes", "path"])
+
+
+OUT_OF_RANGE = pa.DictionaryArray.from_arrays(pa.array([0, 9], pa.int32()), ["a", "b"], safe=False)
+
+
+@pytest.mark.parametrize(
+    ("table", "reason"),
+    [
+        (pa.table({"image": images_of(text_of(b"\xff\xfe"))}), "no readable Arrow file"),
+        (pa.table({"image": IMAGES, "label": text_of(b"\xff\xfe")}), "no readable Arrow file"),
+        (pa.table({"image": IMAGES, "label": OUT_OF_RANGE}), "no readable Arrow file"),
+        (pa.table([IMAGES, [0, 1], [0, 1]], ["image", "label", "label"]), "several columns of one name"),
+        (pa.table({"image": images_of(pa.array([1, 2]))}), "no column of images"),
+        (pa.table({"image": IMAGES, "label": [0, 1]}, metadata=class_label(5)), "no list of texts"),
+        (
+            pa.table({"image": IMAGES, "label": [0, 1]}, metadata=class_label([["a"], "b"])),
+            "no list of texts",
+        ),
+        (pa.table({"image": IMAGES, "label": [0, 1]}, metadata=class_label(["\ud800"])), "no readable Arrow"),
+    ],
+)
+def test_a_damaged_arrow_file_is_named(tmp_path, table, reason):
+    path = arrow_file(tmp_path / "data.arrow", table)
+    label = "label" if "label" in table.column_names else None
+    with pytest.raises(UserError, match=rf"data\.arrow.*{reason}"):
+        read_arrow(path, label_column=label)
+
+
+def test_offsets_that_lead_out_of_the_file_are_refused(tmp_path):
+    """In a process of its own, which a read out of the file would end by a signal."""
+    path = arrow_file(tmp_path / "data.arrow", pa.table({"image": IMAGES}))
+    content, paths = path.read_bytes(), []
+    for field in ("bytes", "path"):
+        offsets = IMAGES.field(field).buffers()[1].to_pybytes()[:12]
+        assert content.count(offsets) == 1
+        for end in (2**30, -5):
+            patched = offsets[:8] + end.to_bytes(4, "little", signed=True)
+            paths.append(tmp_path / f"{len(paths)}.arrow")
+            paths[-1].write_bytes(content.replace(offsets, patched))
+    command = [sys.executable, "-c", READ_ALL, *map(str, paths)]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert len(said) == 4 and all("is no readable Arrow file" in line for line in said)
+
+
+def test_rows_of_empty_batches_and_paths_that_are_all_missing(tmp_path):
+    empty = images_of(pa.nulls(2, pa.null()))
+    table = pa.table({"image": pa.chunked_array([empty[:0], empty])})
+    path = arrow_file(tmp_path / "data.arrow", table)
+    rows, content = read_arrow(path), path.read_bytes()
+    assert rows.paths == [None, None]
+    found = [content[o : o + n] for o, n in zip(rows.offsets, rows.sizes, strict=True)]
+    assert found == [b"one", b"three"]
+
+
+def test_a_later_file_of_other_columns_is_named(tmp_path):
+    first = arrow_file(tmp_path / "0.arrow", pa.table({"image": IMAGES, "label": [0, 1]}))
+    columns = read_arrow(first).columns
+    for column in ("other", "label"):
+        path = arrow_file(tmp_path / "1.arrow", pa.table({"image": IMAGES, column: ["a", "b"]}))
+        with pytest.raises(UserError, match=r"1\.arrow"):
+            read_arrow(path, columns)
+
+
+def test_names_of_classes_in_parquet_that_are_no_list_are_refused(tmp_path):
+    table = pa.table({"image": IMAGES, "label": [0, 1]})
+    for names in (5, {"a": 1}, ["\ud800"], [["a"]]):
+        parquet.write_table(table.replace_schema_metadata(class_label(names)), tmp_path / "a.parquet")
+        with pytest.raises(UserError, match=r"a\.parquet"):
+            read_footer(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("names", [[], [5], ["a\0b"], ["/etc/passwd"], ["../data.arrow"], [None], 5])
+def test_files_of_a_saved_set_are_named_and_lie_in_its_folder(tmp_path, names):
+    saved = datasets.Dataset.from_dict({"label": [1]})
+    saved.save_to_disk(tmp_path / "set")
+    state = json.loads((tmp_path / "set/state.json").read_text())
+    state["_data_files"] = [{"filename": name} for name in names] if isinstance(names, list) else names
+    (tmp_path / "set/state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match=r"state\.json is not as save_to_disk writes it"):
+        open_images(str(tmp_path / "set"))
+
+
+# --- Indexes beside shards
+
+
+def index_of(header: bytes, data: bytes = b"") -> bytes:
+    """An index with the right checksum."""
+    rest = len(header).to_bytes(4, "little") + header + data
+    return MAGIC + zlib.crc32(rest).to_bytes(4, "little") + rest
+
+
+def with_arrays(kind: str) -> bytes:
+    header = {"arrays": {"states": [kind, 1, 0]}, "fingerprint": "", "num_loose": 0}
+    return index_of(json.dumps(header).encode(), bytes(1000))
+
+
+HEADERS = [b"[]", b"{}", b"5", b"[" * 100_000, b"\xff", b'{"arrays": []}', b'{"arrays": {"states": 5}}']
+
+
+@pytest.mark.parametrize(
+    "content", [*map(index_of, HEADERS), *map(with_arrays, ["O", "i8", "no"]), MAGIC, MAGIC + b"\0\0\0\0"]
+)
+def test_a_made_up_index_beside_shards_is_not_taken(tmp_path, content):
+    out = shards_of(write(tmp_path / "data", "a/1.png", "b/2.png"), tmp_path / "out")
+    (out / INDEX_FILE).write_bytes(content)
+    assert open_images(str(out)).read(1) == picture(1)
+
+
+def test_a_pipe_in_place_of_the_index_beside_shards_does_not_wait(tmp_path):
+    out = shards_of(write(tmp_path / "data", "a/1.png", "b/2.png"), tmp_path / "out")
+    (out / INDEX_FILE).unlink()
+    os.mkfifo(out / INDEX_FILE)
+    assert open_images(str(out)).read(1) == picture(1)
+
+
+def test_an_index_beside_shards_leads_to_no_other_file(tmp_path):
+    out = shards_of(write(tmp_path / "data", "a/1.png", "b/2.png"), tmp_path / "out")
+    index, secret = open_images(str(out)).index, tmp_path / "secret"
+    secret.write_bytes(b"secret")
+    stat = secret.stat()
+    parts = index_parts(
+        out,
+        b"a/1.png\0b/2.png",
+        [(stat.st_size, stat.st_mtime_ns, 0)],
+        header=index.header | {"shards": [str(secret)], "chosen": True},
+        arrays={name: index.arrays[name] for name in ("offsets", "sizes", "labels", "firsts")},
+    )
+    (out / INDEX_FILE).write_bytes(b"".join(parts))
+    assert [open_images(str(out)).read(i) for i in range(2)] == [picture(0), picture(1)]
+
+
+# --- NUL, which ends a name in an index
+
+
+def pax_with_nul(name: str) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        member = tarfile.TarInfo("b.png")
+        member.pax_headers = {"path": name}
+        archive.addfile(member)
+    return file.getvalue()
+
+
+def test_a_name_with_nul_in_a_tar_is_refused(tmp_path):
+    (tmp_path / "0.tar").write_bytes(pax_with_nul("b/2\0c/3.png"))
+    with (
+        open(tmp_path / "0.tar", "rb") as file,
+        pytest.raises(tarfile.ReadError, match="no name of a file"),
+    ):
+        list(tar_members(file))
+    with pytest.raises(UserError, match=r"0\.tar: the shard is damaged"):
+        open_images(str(tmp_path))
+    with open(tmp_path / "0.tar", "rb") as file, pytest.raises(UserError, match="no plain file"):
+        list(tar_files(file, tmp_path / "0.tar"))
+
+
+def test_nul_in_the_name_of_a_class_shifts_no_image(tmp_path):
+    images = [{"bytes": picture(i), "path": f"{i}.png"} for i in range(3)]
+    write_parquet(tmp_path / "set/train-0.parquet", images, [0, 1, 2], ["a\0x", "b", "c"])
+    source = open_images(str(tmp_path / "set"))
+    assert len(source) == 3 and source.labels.tolist() == [0, 1, 2]
+    assert [source.index.name(i) for i in range(3)] == ["ax/0.png", "b/1.png", "c/2.png"]
+
+
+def test_an_index_has_as_many_names_as_images(tmp_path):
+    with pytest.raises(UserError, match="1 images have 2 names"):
+        index_parts(tmp_path, b"a\0b.png", [], arrays={"sizes": pa.array([1]).to_numpy()})
