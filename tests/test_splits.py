@@ -30,6 +30,7 @@ from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.evaluation.transfer import open_test_sets
 from dino_sparo.prepare import prepare
 from dino_sparo.shard import shard
+from dino_sparo.terminal import Lines
 from dino_sparo.training.pretrain import pretrain
 from tests.containers import write_parquet
 from tests.shard_files import picture, touch, write, write_tar
@@ -429,6 +430,22 @@ def test_other_endings_are_counted(tmp_path, lines):
     )
     open_labeled(str(tmp_path))
     assert lines()[0].endswith("; files not read: 2 ending in .gif, 1 ending in .dcm, 1 ending in .jfif")
+
+
+def test_names_begin_no_line_of_what_is_said_and_are_short(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "dino_sparo")
+    fake = "\ndino-sparo: error: fake"
+    root = tmp_path / f"set{fake}"
+    touch(root, *classes("train"), *classes("val", 2), *classes(f"masks{fake}"), f"train/cat/x.a{fake}")
+    touch(root, *classes(f"other_{'k' * 220}"))
+    open_labeled(str(root))
+    (said,) = (Lines("%(message)s").format(one) for one in caplog.records if one.msg == "%s")
+    assert said.isprintable() and said.count(r"\ndino-sparo: error: fake") == 4
+    assert "k" * 194 in said and "k" * 195 not in said
+    (loose,) = touch(tmp_path / f"loose{fake}", f"0{fake}.jpg", "a/1.jpg", "b/1.jpg").parent.glob("loose*")
+    caplog.clear()
+    open_images(str(loose))
+    assert all(Lines("%(message)s").format(one).isprintable() for one in caplog.records)
 
 
 @pytest.mark.parametrize(

@@ -408,9 +408,9 @@ def _warn_of_empty_classes(source: OnDisk) -> None:
 
 @cache  # said once a process, however often a folder is opened
 def _warn(text: str) -> None:
-    log.warning(text)
+    log.warning("%s", text)
 
 
 @cache
 def _say(text: str) -> None:
-    log.info(text)
+    log.info("%s", text)
