@@ -65,8 +65,8 @@ class DataOptions:
     they are decoded), before any crop is drawn; null leaves all as they are."""
     max_pixels: ImagePixels | None = None
     """Pixels of the largest image that is decoded; a larger one cannot be read. One that is narrower than 512
-    pixels counts as 512 wide, a WebP twice; a file may have 4 bytes per pixel. null is 67,108,864, by which
-    an image takes about 0.5 GB."""
+    pixels counts as 512 wide, a WebP or AVIF twice; a file may have 4 bytes per pixel. null is 67,108,864, by
+    which an image takes about 0.5 GB."""
     value_range: tuple[PixelValue, PixelValue] | None = None
     """Values of pixels of more than 8 bits (16 or 32 bits, floating point) that become black and white, such
     as [0, 4095]; null goes by their mode."""
