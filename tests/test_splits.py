@@ -396,6 +396,16 @@ def test_named_shards(tmp_path):
     assert (len(train), len(val)) == (6, 4)
 
 
+def test_val_that_is_named_must_have_classes_where_it_lies_in_tables(tmp_path):
+    parquets(tmp_path, train=6)
+    rows = pa.Table.from_pylist([{"image": {"bytes": picture(i), "path": f"{i}.png"}} for i in range(4)])
+    parquet.write_table(rows, tmp_path / "validation.parquet")
+    assert len(open_labeled(str(tmp_path))[1]) == 1  # every fifth of train
+    for opened in (open_labeled, open_val):
+        with pytest.raises(UserError, match=r"data\.val 'validation\.parquet': .* do not tell the class"):
+            opened(str(tmp_path), choice=Choice(val="validation.parquet"))
+
+
 def test_what_is_named_must_be_there(tmp_path):
     touch(tmp_path, *classes("train"))
     with pytest.raises(UserFileNotFoundError, match=r"data.val 'none\*' is no folder, and no name in"):
