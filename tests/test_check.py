@@ -115,6 +115,29 @@ def test_what_is_wrong_with_val_is_a_problem_if_training_reads_it(checked, data,
     assert "classes of val that train lacks: 1" in told
 
 
+@pytest.mark.parametrize("bad", [1, 2])
+def test_bad_images_of_k_nn_are_a_problem_unless_few_are_left_out(checked, data, bad):
+    for path in sorted((data / "val").rglob("*.png"))[:bad]:
+        path.write_bytes(b"")
+    options = ("--monitor.knn_every_epochs=1", "--data.on_bad_image=substitute")
+    report = checked(*options, status=int(bad > 1), look=["--scan"])
+    says = "images of k-NN while training that cannot be read: 2 of 48, more than one in a hundred"
+    assert [problem.startswith(says) for problem in report["problems"]] == [True] * (bad > 1)
+
+
+@pytest.mark.parametrize("layout", ["composed twins", "test of unknown classes"])
+def test_classes_that_training_accepts_are_no_problem(checked, data, layout):
+    if layout == "composed twins":
+        (data / "train" / "class0").rename(data / "train" / "caf\u00e9")
+        (data / "val" / "class0").rename(data / "val" / "cafe\u0301")
+    else:
+        shutil.rmtree(data / "val" / "class1")
+        (data / "val" / "class0").rename(data / "val" / "unknown")
+        (data / "val").rename(data / "test")
+    report = checked("--monitor.knn_every_epochs=1", look=["--scan"])
+    assert report["problems"] == [] and (report["data"]["val"] is None) == (layout != "composed twins")
+
+
 def test_without_val_nothing_is_said_of_it(checked, data):
     shutil.rmtree(data / "val")
     report = checked("--monitor.knn_every_epochs=1")

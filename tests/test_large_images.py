@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from dino_sparo.data.decode import AS_IS, FORMATS, Reading, decode, size_of
 from dino_sparo.data.sources import open_images
@@ -17,10 +17,12 @@ from tests.pictures import encoded, photo
 from tests.tiny import tiny_options
 
 MANY = 1_000_000
+NEEDS_AVIF = pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
 PICTURE = photo(40, 30)
 JPEG, PNG, GIF = encoded(PICTURE, "JPEG"), encoded(PICTURE, "PNG"), encoded(PICTURE.quantize(16), "GIF")
 PROGRESSIVE = encoded(PICTURE, "JPEG", progressive=True)
 SCAN = PROGRESSIVE[PROGRESSIVE.rindex(b"\xff\xda") : -2]
+EMPTY_SCAN = b"\xff\xda\0\x08\x01\x01\0\0\x3f\0"  # of the first of several components
 
 
 def chunk(kind: bytes, content: bytes = b"") -> bytes:
@@ -75,9 +77,14 @@ def test_the_limit_is_an_option_of_training_and_holds_for_all_its_images(tmp_pat
 
 @pytest.mark.parametrize(
     ("size", "kind", "counted"),
-    [((1000, 800), "PNG", 800_000), ((1000, 3), "PNG", 512_000), ((1000, 800), "WEBP", 1_600_000)],
+    [
+        ((1000, 800), "PNG", 800_000),
+        ((1000, 3), "PNG", 512_000),
+        ((1000, 800), "WEBP", 1_600_000),
+        pytest.param((1000, 800), "AVIF", 1_600_000, marks=NEEDS_AVIF),
+    ],
 )
-def test_narrow_images_count_as_wide_ones_and_webp_twice(size, kind, counted):
+def test_narrow_images_count_as_wide_ones_and_webp_and_avif_twice(size, kind, counted):
     data = encoded(Image.new("RGB", size), kind)
     assert decode(data, reading=Reading(max_pixels=counted)).size == size
     with pytest.raises(OSError, match="too many"):
@@ -116,6 +123,7 @@ SLOW = {
     "jpeg padding": JPEG[:2] + b"\xff" * MANY + JPEG[2:],
     "jpeg segments": JPEG[:2] + b"\xff\xfe\x00\x02" * MANY + JPEG[2:],
     "jpeg scans": PROGRESSIVE[:-2] + 2000 * SCAN + PROGRESSIVE[-2:],
+    "jpeg scans in sequence": put_in(JPEG, b"\xff\xda", 300 * EMPTY_SCAN),
     "png chunks": put_in(PNG, PNG[PNG.index(b"IDAT") - 4 :], chunk(b"prVt") * MANY),
     "png chunks at the end": put_in(PNG, PNG[-12:], chunk(b"prVt") * MANY),
     "gif comments": put_in(GIF, GIF[GIF.index(b",") :], b"!\xfe\x01x\0" * MANY),

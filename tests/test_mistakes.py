@@ -40,6 +40,12 @@ NO_SLOTS = {"num_slots": None, "slot_dim": None, **NO_KEYS}
         ("model.arch.depth", [10**8], "a whole number above 0 and at most 256"),
         ("head.num_prototypes", [10**12], "a whole number above 0 and at most 16,777,216"),
         ("views.num_local_crops", [10**9], "a whole number of at least 0 and at most 100"),
+        (
+            "views.blur_radius",
+            [[0.1, 1e30], [0.1, 1000.1]],
+            "a list [a number of at least 0 and at most 1,000",
+        ),
+        ("data.max_side", [10**30, 2**31, 0], "a whole number above 0 and at most 16,384 or null"),
         ("views.global_size", [16 * 10**8], "a whole number above 0 and at most 16,384"),
         ("machine.prefetch_batches", [10**9], "a whole number above 0 and at most 1,024"),
         ("machine.batch_size_per_gpu", [10**12], "a whole number above 0 and at most 1,048,576 or null"),

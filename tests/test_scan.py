@@ -249,6 +249,9 @@ def test_classes_are_compared():
     assert comparison.val.classes == 2
     assert comparison.only_in_train == scan.Listing(2, ("cat", "eel"))
     assert comparison.only_in_val == scan.Listing(1, ("fox",))
+    composed, decomposed = (Files([Path()], np.array([0]), (name,)) for name in ("caf\u00e9", "cafe\u0301"))
+    alike = compare_splits(composed, decomposed)
+    assert alike.only_in_train.count == alike.only_in_val.count == 0
     unlabeled = compare_splits(Files([Path()]), train)
     assert unlabeled.train == scan.ClassCounts(False, 0, None, scan.Listing(0, ()))
     assert unlabeled.only_in_val.count == 0

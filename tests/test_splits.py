@@ -30,6 +30,7 @@ from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.evaluation.transfer import open_test_sets
 from dino_sparo.prepare import prepare
 from dino_sparo.shard import shard
+from dino_sparo.terminal import Lines
 from dino_sparo.training.pretrain import pretrain
 from tests.containers import write_parquet
 from tests.shard_files import picture, touch, write, write_tar
@@ -395,6 +396,16 @@ def test_named_shards(tmp_path):
     assert (len(train), len(val)) == (6, 4)
 
 
+def test_val_that_is_named_must_have_classes_where_it_lies_in_tables(tmp_path):
+    parquets(tmp_path, train=6)
+    rows = pa.Table.from_pylist([{"image": {"bytes": picture(i), "path": f"{i}.png"}} for i in range(4)])
+    parquet.write_table(rows, tmp_path / "validation.parquet")
+    assert len(open_labeled(str(tmp_path))[1]) == 1  # every fifth of train
+    for opened in (open_labeled, open_val):
+        with pytest.raises(UserError, match=r"data\.val 'validation\.parquet': .* do not tell the class"):
+            opened(str(tmp_path), choice=Choice(val="validation.parquet"))
+
+
 def test_what_is_named_must_be_there(tmp_path):
     touch(tmp_path, *classes("train"))
     with pytest.raises(UserFileNotFoundError, match=r"data.val 'none\*' is no folder, and no name in"):
@@ -429,6 +440,22 @@ def test_other_endings_are_counted(tmp_path, lines):
     )
     open_labeled(str(tmp_path))
     assert lines()[0].endswith("; files not read: 2 ending in .gif, 1 ending in .dcm, 1 ending in .jfif")
+
+
+def test_names_begin_no_line_of_what_is_said_and_are_short(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "dino_sparo")
+    fake = "\ndino-sparo: error: fake"
+    root = tmp_path / f"set{fake}"
+    touch(root, *classes("train"), *classes("val", 2), *classes(f"masks{fake}"), f"train/cat/x.a{fake}")
+    touch(root, *classes(f"other_{'k' * 220}"))
+    open_labeled(str(root))
+    (said,) = (Lines("%(message)s").format(one) for one in caplog.records if one.msg == "%s")
+    assert said.isprintable() and said.count(r"\ndino-sparo: error: fake") == 4
+    assert "k" * 194 in said and "k" * 195 not in said
+    (loose,) = touch(tmp_path / f"loose{fake}", f"0{fake}.jpg", "a/1.jpg", "b/1.jpg").parent.glob("loose*")
+    caplog.clear()
+    open_images(str(loose))
+    assert all(Lines("%(message)s").format(one).isprintable() for one in caplog.records)
 
 
 @pytest.mark.parametrize(

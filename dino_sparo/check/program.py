@@ -78,9 +78,15 @@ def check(
     if plan.monitor is None:
         remarks.append("no k-NN while training: monitor.knn_path can name a labeled folder")
     if scan:
-        data = scan_data(plan)
+        data, bad_of_knn = scan_data(plan)
         report["data"] = asdict(data)
         look_at_data(data, recipe, problems, remarks)
+        of_knn = sum(map(len, plan.monitor or ()))
+        if recipe.data.on_bad_image == "substitute" and too_many(bad_of_knn, of_knn):
+            problems.append(
+                f"images of k-NN while training that cannot be read: {bad_of_knn} of {of_knn}, more than one "
+                f"in a hundred; repair or remove them"
+            )
         say("\n" + "\n".join(map(sentence, describe(data))))
     else:
         remarks.append("files not read: --scan")
@@ -110,8 +116,8 @@ def check(
     return EXIT_PROBLEM if problems else 0
 
 
-def scan_data(plan: Plan) -> DataReport:
-    """Every file of train and, if there is one, of val."""
+def scan_data(plan: Plan) -> tuple[DataReport, int]:
+    """Every file of train and, if there is one, of val; and how many images of k-NN are bad among them."""
 
     def scanned(name: str, source: ImageSource) -> ScanResult:
         return scan_images(
@@ -123,8 +129,17 @@ def scan_data(plan: Plan) -> DataReport:
 
     knn_path, data = plan.recipe.monitor.knn_path, plan.recipe.data
     choice = Choice.of(data)
-    val = open_val(knn_path, choice.of_pixels) if knn_path else open_val(data.path, choice)
-    return data_report(scanned("train", plan.source), None if val is None else scanned("val", val))
+    val = open_val(knn_path, choice.of_pixels) if knn_path else open_val(data.path, choice, plan.source)
+    train_scan, val_scan = scanned("train", plan.source), None if val is None else scanned("val", val)
+    bad = {
+        scan.source.name(number)
+        for scan in (train_scan, val_scan)
+        if scan and scan.report.unreadable
+        for number in (~scan.readable).nonzero()[0].tolist()
+    }
+    knn = plan.monitor or () if bad else ()
+    bad_of_knn = sum(images.name(number) in bad for images in knn for number in range(len(images)))
+    return data_report(train_scan, val_scan), bad_of_knn
 
 
 def look_at_data(data: DataReport, recipe: Recipe, problems: list[str], remarks: list[str]) -> None:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from dino_sparo.data.decode import AS_IS, PROBLEMS, open_image, orientation, problem_of, to_rgb
 from dino_sparo.data.generated import ShapesSource
 from dino_sparo.data.sources import ImageSource
+from dino_sparo.data.split_names import same_name
 from dino_sparo.data.torchvision_sets import ArraySource
 from dino_sparo.data.workers import WatchedLoader
 from dino_sparo.terminal import shows_bars
@@ -325,11 +326,12 @@ def compare_splits(train: ImageSource, val: ImageSource | None) -> SplitComparis
     """Classes that have images in either split, how many images they have, and where they are missing."""
     of_train, of_val = _images_per_class(train), _images_per_class(val)
     both = bool(of_train and of_val)
+    in_train, in_val = (set(map(same_name, names)) for names in (of_train, of_val))
     return SplitComparison(
         train=_count_classes(of_train),
         val=None if val is None else _count_classes(of_val),
-        only_in_train=_listing([name for name in of_train if both and name not in of_val]),
-        only_in_val=_listing([name for name in of_val if both and name not in of_train]),
+        only_in_train=_listing([name for name in of_train if both and same_name(name) not in in_val]),
+        only_in_val=_listing([name for name in of_val if both and same_name(name) not in in_train]),
     )
 
 

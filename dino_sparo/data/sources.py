@@ -153,10 +153,12 @@ def open_images(
     return source
 
 
-def open_val(path: str, choice: Choice = AS_FOUND) -> ImageSource | None:
+def open_val(path: str, choice: Choice = AS_FOUND, train: ImageSource | None = None) -> ImageSource | None:
     """The validation images of a folder, labeled by their own class folders or not at all, else its labeled
-    test images; None without."""
-    return _open_named(path, "test", choice) or _open_val(path, _splits(path, "data.path", choice), choice)
+    test images, if one of their classes is one of `train`'s where that is given; None without."""
+    if named := _open_named(path, "test", choice):
+        return named
+    return _open_val(path, _splits(path, "data.path", choice), choice, train)
 
 
 def open_labeled(
@@ -368,11 +370,11 @@ def read_by(choice: Choice, source: OnDisk) -> OnDisk:
     return replace(source, reading=Reading(choice.max_pixels or MAX_PIXELS, choice.value_range))
 
 
-def _open_val(path: str, splits: Splits, choice: Choice, train: OnDisk | None = None) -> OnDisk | None:
+def _open_val(path: str, splits: Splits, choice: Choice, train: ImageSource | None = None) -> OnDisk | None:
     """The validation images, else test images of known classes; None without.
 
     Raises:
-        UserError: they cannot be read.
+        UserError: they cannot be read, or those that are chosen are not there or have no classes.
     """
     val: OnDisk | None
     if path.startswith(HUB):
@@ -384,8 +386,13 @@ def _open_val(path: str, splits: Splits, choice: Choice, train: OnDisk | None = 
     val = val and read_by(choice, val)
     may_lack = isinstance(val, TableSource) or splits.val is None
     if val is None or (may_lack and val.labels is None):
-        return None
-    if splits.val is None and train is not None:  # folders of a test set need not be classes
+        if choice.val is None:
+            return None
+        why = f"{path} has no such split; name another one" if val is None else str(unlabeled(val))
+        raise UnlabeledError(f"data.val {choice.val!r}: {why}")
+    if (
+        choice.val is None and splits.val is None and train is not None
+    ):  # folders of a test set need not be classes
         known = set(map(same_name, train.classes))
         return val if known.intersection(map(same_name, val.classes)) else None
     return val
@@ -408,9 +415,9 @@ def _warn_of_empty_classes(source: OnDisk) -> None:
 
 @cache  # said once a process, however often a folder is opened
 def _warn(text: str) -> None:
-    log.warning(text)
+    log.warning("%s", text)
 
 
 @cache
 def _say(text: str) -> None:
-    log.info(text)
+    log.info("%s", text)

@@ -20,6 +20,7 @@ from dino_sparo.data.split_names import (
 from dino_sparo.data.tables import holds_tables, is_parquet, list_parquet
 from dino_sparo.data.walk import PROBED_ENTRIES, holds, is_image, list_folder
 from dino_sparo.errors import UserError, UserFileNotFoundError
+from dino_sparo.terminal import sentence, shown
 
 TOP_ENTRIES = 4096  # more than any set has folders beside its splits; a flat folder shows at once
 WRAPPED = 4  # folders, as in ILSVRC/Data/CLS-LOC/train
@@ -35,8 +36,8 @@ class Part(NamedTuple):
 
     def __str__(self) -> str:
         if len(self.names) > 1:
-            return f"{self.folder}: {self.names[0]} … {self.names[-1]}"
-        return str(self.folder.joinpath(*self.names))
+            return f"{sentence(self.folder)}: {shown(self.names[0])} … {shown(self.names[-1])}"
+        return sentence(self.folder.joinpath(*self.names))
 
 
 class Splits(NamedTuple):
@@ -307,7 +308,7 @@ def _left_out(root: Path, folders: Sequence[str]) -> tuple[str, ...]:
 
 def _listed(what: str, names: Sequence[str]) -> tuple[str, ...]:
     more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return (f"{what}: {', '.join(names[:SHOWN])}{more}",) if names else ()
+    return (f"{what}: {', '.join(map(shown, names[:SHOWN]))}{more}",) if names else ()
 
 
 def _count(folder: Path) -> str:

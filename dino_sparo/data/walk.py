@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dino_sparo.errors import UserError
-from dino_sparo.terminal import shows_bars
+from dino_sparo.terminal import shown, shows_bars
 
 log = logging.getLogger("dino_sparo")
 
@@ -63,11 +63,12 @@ def is_image(name: str) -> bool:
 def named_by_ending(others: Mapping[str, int], limit: int = SHOWN_ENDINGS) -> str:
     """Numbers of files by the end of their names, most first: 2 ending in .gif, 1 without an ending."""
     most = sorted(others.items(), key=lambda one: (-one[1], one[0]))
-    shown = [
-        f"{number:,} {f'ending in {end}' if end else 'without an ending'}" for end, number in most[:limit]
+    named = [
+        f"{number:,} {f'ending in {shown(end)}' if end else 'without an ending'}"
+        for end, number in most[:limit]
     ]
     more = len(most) - limit
-    return ", ".join([*shown, *([f"and {more} more endings"] if more > 0 else [])])
+    return ", ".join([*named, *([f"and {more} more endings"] if more > 0 else [])])
 
 
 def list_folder(folder: Path, limit: int | None = None) -> tuple[list[str], list[str]]:

@@ -30,6 +30,7 @@ from dino_sparo.recipe.typed import (
 AreaShare = Annotated[float, Range("above 0 and at most 1", lambda number: 0 < number <= 1)]
 HueShift = Annotated[float, Range("from 0 to 0.5, half the color circle", lambda number: 0 <= number <= 0.5)]
 Side = Annotated[int, up_to(16_384)]  # pixels
+BlurRadius = Annotated[float, up_to(1_000, least=0)]  # pixels
 PixelValue = Annotated[float, Range("that is finite", isfinite)]
 ImagePixels = Annotated[int, up_to(178_956_970)]  # more are refused by Pillow
 Timeout = Annotated[int, Range("from 1 to 1500", lambda number: 1 <= number <= 1500)]
@@ -60,13 +61,13 @@ class DataOptions:
     """Column of parquet files that holds the classes; null takes `label`, `labels` or the only ClassLabel."""
     max_images: int | None = None
     """Learn from this many images only, evenly spread over the folder; null takes all."""
-    max_side: int | None = None
+    max_side: Side | None = None
     """Images with a longer side than this many pixels are reduced to it when they are read (JPEG files while
     they are decoded), before any crop is drawn; null leaves all as they are."""
     max_pixels: ImagePixels | None = None
     """Pixels of the largest image that is decoded; a larger one cannot be read. One that is narrower than 512
-    pixels counts as 512 wide, a WebP twice; a file may have 4 bytes per pixel. null is 67,108,864, by which
-    an image takes about 0.5 GB."""
+    pixels counts as 512 wide, a WebP or AVIF twice; a file may have 4 bytes per pixel. null is 67,108,864, by
+    which an image takes about 0.5 GB."""
     value_range: tuple[PixelValue, PixelValue] | None = None
     """Values of pixels of more than 8 bits (16 or 32 bits, floating point) that become black and white, such
     as [0, 4095]; null goes by their mode."""
@@ -103,7 +104,7 @@ class ViewOptions:
     """Probability of grayscale."""
     blur_probability: tuple[Share, Share, Share]
     """Probability of Gaussian blur for first global, second global and local crops."""
-    blur_radius: tuple[Amount, Amount]
+    blur_radius: tuple[BlurRadius, BlurRadius]
     """Radius of the blur in pixels, lowest and highest."""
     solarize_probability: tuple[Share, Share, Share]
     """Probability of solarization for first global, second global and local crops."""
