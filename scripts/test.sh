@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, types and the quick tests (5 minutes on two cores); with --all also the long ones (16 minutes).
+# Lint, types and the quick tests (5 minutes on two cores); with --all also the long ones (25 minutes).
 case "${1:-}" in
   "") selection=(-m "not long") ;;
   --all) selection=() ;;

@@ -64,6 +64,7 @@ def test_a_file_that_the_system_refuses_is_one_sentence(trained, capsys):
 # --- Mistakes in pretrain
 
 
+@pytest.mark.long
 def test_mistake_through_a_process_is_one_line_and_writes_nothing(tmp_path, data):
     """All that the program prints, logging too: pytest's own logging would hide it in this process."""
     (tmp_path / "run").mkdir()

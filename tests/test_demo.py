@@ -51,6 +51,7 @@ def test_own_folder_takes_as_many_steps(tmp_path, monkeypatch, count, limit, use
     assert optim.warmup_epochs == round(optim.epochs / 8)
 
 
+@pytest.mark.long
 def test_own_flat_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(SHAPES_SIZES, "train", 5)
     write_pictures(tmp_path / "data", 7)
@@ -64,6 +65,7 @@ def test_own_flat_folder(tmp_path, monkeypatch, capsys):
         assert str(tmp_path / "run" / name) in shown
 
 
+@pytest.mark.long
 def test_the_commands_that_it_prints_can_be_pasted(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_pictures(tmp_path / "data", 7)

@@ -112,6 +112,7 @@ def test_the_program_end_to_end(run_dir, pictures, tmp_path, capsys, monkeypatch
     assert f"2 slots over 6 images: {tmp_path / 'gallery'}" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_chosen_slots_and_pictures_of_an_earlier_run(run_dir, pictures, tmp_path):
     assert run(run_dir, pictures, tmp_path) == 0
     folder = tmp_path / "gallery"

@@ -110,6 +110,7 @@ def test_a_second_test_set(trained, alone):
     assert shown.count("<- headline") == 3 and "101 test images" in shown
 
 
+@pytest.mark.long
 def test_processes_give_the_same(trained, alone, tmp_path):
     data, run = trained
     command = [sys.executable, "-m", "dino_sparo", *arguments(run, data, tmp_path), "--nproc=3"]
