@@ -97,6 +97,7 @@ def test_a_named_gpu_gets_its_precision_and_needs_no_images(estimated):
     assert h100["cores"] == pytest.approx(2 * h100["images_per_second"] * 0.002)
 
 
+@pytest.mark.long
 def test_micro_batches_are_launched_one_after_the_other(estimated):
     given = ["--data.path=none", "--num_images=4000", "--gpu=h100"]
     one, two, four = (

@@ -40,7 +40,9 @@ def results_of(folder: Path) -> dict[tuple[str, str, str], tuple[float, int]]:
     return {(r["protocol"], r["name"], r["test_set"]): (r["top1"], r["num_images"]) for r in results}
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name != "folder")) for name in RUNS]
+)
 def test_a_run_stopped_in_mid_epoch_resumes(name, here):
     was = EXPECTED[name]
     assert was["step"] % 3, "not in the middle of an epoch"

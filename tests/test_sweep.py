@@ -161,6 +161,7 @@ def test_images_without_labels(data):
 # --- What the table says
 
 
+@pytest.mark.long
 def test_one_command_fills_the_table_and_the_same_command_trains_nothing_more(data, capsys):
     command = ["sweep", *arguments(data), "--vary", "model.readout.num_slots=2,4", "--vary", "seed=0,1"]
     assert main(command) == 0
