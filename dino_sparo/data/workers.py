@@ -105,8 +105,12 @@ class WatchedLoader:
         except (KeyboardInterrupt, UserError):
             _end(self._workers)
             raise
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            if isinstance(error, RuntimeError):
+                died = str(error).startswith("DataLoader worker")
+            else:  # it was handing over a batch
+                died = not all(worker.is_alive() for worker in self._workers)
+            if not died:
                 raise
             _end(self._workers)
             raise self._stuck(f"a process that loads images has died ({error})") from error
