@@ -277,9 +277,9 @@ class MachineOptions:
     """Who makes the views, of the same random numbers: workers by PIL, or the training device, for which
     workers only decode. auto takes the device on a GPU if data.max_side bounds the images, else PIL."""
     capture: bool = False
-    """Take the steps on a GPU as replays of one CUDA graph: a launch instead of two thousand, so that a fast
-    GPU does not wait for the processor; it takes about 1 GiB more. scripts/gpu_acceptance.sh shows whether
-    captured steps of this GPU are the eager ones."""
+    """Take the steps on a GPU as replays of one CUDA graph: a launch instead of a thousand, so that a fast
+    GPU does not wait for the processor; the graph keeps its crops, in ImageNet recipes 2 MB for each image at
+    once. scripts/gpu_acceptance.sh shows whether captured steps of this GPU are the eager ones."""
     compile: bool = False
     """Compile the backbones of student and teacher: minutes at every start, for 3 per cent of speed on two
     CPU cores; not measured on a GPU."""

@@ -1,7 +1,7 @@
 """Taking steps on a device: one after the other, or on a GPU as replays of one CUDA graph.
 
-A step launches about two thousand kernels, which takes a processor longer than a fast GPU needs to run them.
-A graph of them is launched at once. What a captured step reads and leaves behind are tensors of its own:
+A step launches about a thousand kernels, which may take a processor longer than a fast GPU needs to run
+them. A graph of them is launched at once. What a captured step reads and leaves behind is its own tensors:
 crops and hyperparameters are copied into it, and its output is overwritten by the next step. Random numbers
 are those of an eager step, since a replay takes seed and offset of torch's generator as they are then.
 """
