@@ -69,7 +69,22 @@ def test_types_reach_the_user(tmp_path):
     assert 'Argument 1 to "load_encoder" has incompatible type "int"' in done.stdout
 
 
-def test_tests_that_pages_name_are_there():
-    for page in (ROOT / "README.md", ROOT / "scripts" / "README.md"):
-        named = set(re.findall(r"`(test_\w+\.py)`", page.read_text()))
-        assert named and all((ROOT / "tests" / name).is_file() for name in named), page
+PAGES = [page for page in ROOT.rglob("*.md") if not {".venv", "runs"} & {*page.relative_to(ROOT).parts}]
+
+
+def test_tests_that_the_guide_to_operation_names_are_there():
+    named = set(re.findall(r"`(test_\w+\.py)`", (ROOT / "scripts" / "README.md").read_text()))
+    assert named and all((ROOT / "tests" / name).is_file() for name in named)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_of_a_page_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = (page.parent / file).resolve() if file else page
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}, target

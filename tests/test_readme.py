@@ -1,4 +1,4 @@
-"""Every command of README.md and eval/README.md, run in its order on a folder of tiny pictures."""
+"""Every command of README.md and the guides, run in its order on a folder of tiny pictures; their links."""
 
 import json
 import os
@@ -18,7 +18,15 @@ from tests.slurm import ROOT, slurm_environment
 from tests.tiny import TINY, write_pictures
 
 pytestmark = pytest.mark.long
-PAGES = ("README.md", "eval/README.md")
+PAGES = (
+    "README.md",
+    "configs/README.md",
+    "eval/README.md",
+    "dino_sparo/slots/README.md",
+    "dino_sparo/interop/README.md",
+    "dino_sparo/data/README.md",
+    "scripts/README.md",
+)
 PROGRAMS = ("dino-sparo ", "slots ", "scripts/", "torchrun ", "sbatch ", "tensorboard ", "python ")
 NOT_HERE = {
     "scripts/test.sh": "this test is a part of it",
@@ -109,7 +117,7 @@ def environment(tmp_path_factory) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize(("number", "command"), [*enumerate(c for page in PAGES for c in commands(page))])
+@pytest.mark.parametrize(("number", "command"), [*enumerate(dict.fromkeys(c for page in PAGES for c in commands(page)))])
 def test_command(number, command, folder, environment):
     if command in NOT_HERE:
         pytest.skip(NOT_HERE[command])
@@ -119,7 +127,7 @@ def test_command(number, command, folder, environment):
 
 
 @pytest.mark.parametrize(
-    "example", re.findall(r"```python\n(.*?)```", (ROOT / PAGES[0]).read_text(), re.DOTALL)
+    "example", [e for page in PAGES for e in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)]
 )
 def test_python_example(example, folder):
     done = finished([sys.executable, "-c", example], cwd=folder)
