@@ -117,7 +117,9 @@ def environment(tmp_path_factory) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize(("number", "command"), [*enumerate(dict.fromkeys(c for page in PAGES for c in commands(page)))])
+@pytest.mark.parametrize(
+    ("number", "command"), [*enumerate(dict.fromkeys(c for page in PAGES for c in commands(page)))]
+)
 def test_command(number, command, folder, environment):
     if command in NOT_HERE:
         pytest.skip(NOT_HERE[command])
@@ -127,7 +129,8 @@ def test_command(number, command, folder, environment):
 
 
 @pytest.mark.parametrize(
-    "example", [e for page in PAGES for e in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)]
+    "example",
+    [e for page in PAGES for e in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)],
 )
 def test_python_example(example, folder):
     done = finished([sys.executable, "-c", example], cwd=folder)
