@@ -1,13 +1,18 @@
-"""The package as one imports it: quickly, with its public names, and typed."""
+"""The package as one imports it: quickly, with its public names, and typed; its pages and their picture."""
 
 import importlib
 import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import dino_sparo
+from dino_sparo import load_encoder
+from dino_sparo.data.sources import open_images
+from dino_sparo.slots.maps import slot_maps
 from tests.running import finished
 from tests.slurm import ROOT
 
@@ -92,3 +97,14 @@ def test_links_of_a_page_lead_somewhere(page):
             assert anchor in {
                 re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings
             }, target
+
+
+def test_the_first_picture_of_the_readme_is_what_the_code_draws(tmp_path):
+    """Drawn anew from the encoder in eval/: letters may differ, by the version of matplotlib."""
+    encoder = load_encoder(ROOT / "eval" / "encoders" / "demo")
+    slot_maps(encoder, open_images("shapes", None), tmp_path, slots=[15, 12, 11, 3], images=[800, 2399, 3999])
+    drawn, shown = (
+        np.asarray(Image.open(path).convert("RGB"), dtype=np.float64)
+        for path in (tmp_path / "grid.png", ROOT / "eval" / "pictures" / "demo_slots.png")
+    )
+    assert drawn.shape == shown.shape and np.abs(drawn - shown).mean() < 1
