@@ -64,11 +64,11 @@ def test_tensorboard_has_every_scalar_by_group_the_first_crops_and_maps_of_slots
     grouped = {f"{group}/{name}" for group, names in GROUPS.items() for name in names}
     assert set(tags["scalars"]) == grouped
     assert [event.step for event in events.Scalars("loss/loss")] == [1, 2, 3, 4, 5, 6]
-    assert sorted(tags["images"]) == ["first_crops", "slots/maps"]
+    assert sorted(tags["images"]) == ["slots/maps", "views/first_crops"]
     maps = events.Images("slots/maps")
     assert [event.step for event in maps] == [0, 4, 6]
     assert (maps[0].width, maps[0].height) == (4 * 224 + 3 * 3, 4 * 224)  # image, CLS, two slots
-    picture = events.Images("first_crops")[0]
+    picture = events.Images("views/first_crops")[0]
     assert (picture.width, picture.height) == (2 + 4 * (16 + 2), 2 + 4 * (16 + 2))  # four images, four crops
 
 

@@ -341,7 +341,7 @@ def on_device(run: Run, batches: Iterator[Batch], run_log: RunLog) -> Iterator[l
     for number, crops in enumerate(all_crops):
         run.bad_images.add(crops.replaced)
         if number == 0 and run.first_step == 0:
-            run_log.picture(0, "first_crops", crops_picture(crops))
+            run_log.picture(0, "views/first_crops", crops_picture(crops))
         yield normalized(crops)
 
 
