@@ -31,6 +31,7 @@ PROGRAMS = ("dino-sparo ", "slots ", "scripts/", "torchrun ", "sbatch ", "tensor
 NOT_HERE = {
     "scripts/test.sh": "this test is a part of it",
     "source .venv/bin/activate": "done by who runs the tests",
+    "scripts/gpu_acceptance.sh DATA": "needs a GPU",
 }
 ARCH = {"width": 64, "depth": 3, "num_heads": 1}  # a head has 64 numbers in official files
 SMALL = {key: value for key, value in TINY.items() if not key.startswith("model.arch")} | {
@@ -71,13 +72,13 @@ def as_run_here(command: str) -> list[str]:
     for large, small in FEWER.items():
         command = command.replace(large, small)
     words = [re.sub("|".join(PLACES), lambda found: PLACES[found[0]], word) for word in shlex.split(command)]
+    words = [str(ROOT / word) if word.startswith(("scripts/", "eval/")) else word for word in words]
     program, *rest = words
     if program == "tensorboard":
         return [*words, "--inspect"]  # reads what it would show, and ends
     if program == "dino-sparo":
         name, given = command_and_rest(rest)
         return [sys.executable, "-m", "dino_sparo", *name.split(), *given, *less(name, given)]
-    words = [str(ROOT / word) if word.startswith(("scripts/", "eval/")) else word for word in words]
     if program == "python":
         return [sys.executable, *words[1:], *less(Path(words[1]).stem, words)]
     return [*words, *less("pretrain", words)]  # a launcher
