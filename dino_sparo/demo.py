@@ -14,6 +14,7 @@ from dino_sparo.data.splits import Choice
 from dino_sparo.evaluation.features import extract_features
 from dino_sparo.evaluation.knn import HEADLINE_K, KNN
 from dino_sparo.evaluation.results import standard_error
+from dino_sparo.files import atomic_write
 from dino_sparo.interop.load import load_encoder
 from dino_sparo.runs.runlog import read_metrics
 from dino_sparo.slots.curves import draw_curve, num_knn_images
@@ -54,7 +55,8 @@ def show_run(
             print(control)
     else:
         print(f"no {HEADLINE_K}-NN accuracy, which needs class folders: DIR/<class>/<image>")
-    draw_curve(metrics, run_dir / "curve.png")
+    with atomic_write(run_dir / "curve.png") as file:
+        draw_curve(metrics, file)
     print(f"\nlearning curve: {run_dir / 'curve.png'}")
     if not evaluations:
         draw_neighbors(run_dir, source, run_dir / "neighbors.png")

@@ -20,12 +20,20 @@ from functools import partial
 from io import BytesIO
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dino_sparo.data.decode import UnreadableImageError, decode, open_image, problem_of, stored_size
+from dino_sparo.data.decode import (
+    UnreadableImageError,
+    decode,
+    is_deep,
+    open_image,
+    problem_of,
+    stored_size,
+)
 from dino_sparo.data.index import FolderSource, current_index, keep_index
 from dino_sparo.data.shards import (
     INDEX_FILE,
@@ -38,7 +46,7 @@ from dino_sparo.data.shards import (
     pack_shards,
     shards_are_current,
 )
-from dino_sparo.data.sources import open_images, open_val
+from dino_sparo.data.sources import AS_FOUND, open_images, open_val
 from dino_sparo.data.splits import Choice
 from dino_sparo.data.tables import TableSource
 from dino_sparo.errors import UserError
@@ -85,7 +93,7 @@ def shard(
     num_workers: int | None = None,
     images_per_shard: int = IMAGES_PER_SHARD,
     *,
-    max_pixels: int | None = None,
+    choice: Choice = AS_FOUND,
 ) -> None:
     """Write the images of a folder into shards, in its order, and print what there is.
 
@@ -100,7 +108,7 @@ def shard(
             copies all files as they are.
         num_workers: processes that write, one per core if None; 0 writes in this one.
         images_per_shard: images in every shard but the last.
-        max_pixels: as `data.max_pixels`.
+        choice: how images are read, as by `data.max_pixels` and `data.value_range`.
 
     Raises:
         UserError: there are no images, two of them have one key, an image cannot be read, `out` holds
@@ -109,7 +117,7 @@ def shard(
     """
     if short_side is not None and short_side < 1:
         raise UserError(f"--short-side is {short_side}; expected a number of pixels above 0, or null")
-    splits = _plan(source, Path(out), short_side, images_per_shard, Choice(max_pixels=max_pixels))
+    splits = _plan(source, Path(out), short_side, images_per_shard, choice)
     workers = len(os.sched_getaffinity(0)) if num_workers is None else num_workers
     folders = {Path(out)} | {split.folder for split in splits}
     for folder in folders:
@@ -170,18 +178,20 @@ def _check_names(source: FolderSource | TableSource, short_side: int | None) -> 
 def _begin(split: Split) -> NDArray[np.int64]:
     """Write down what the shards are made of, or refuse those made of something else; sizes in bytes."""
     stats = split.source.stats()[:, :2]
-    record = {
+    record: dict[str, Any] = {
         "source": str(split.source.root.resolve()),  # for people
         "images": split.source.fingerprint(),
         "files": hashlib.sha256(stats.tobytes()).hexdigest(),
         "short_side": split.short_side,
         "images_per_shard": split.images_per_shard,
     }
+    if split.short_side is not None and (value_range := split.source.reading.value_range):
+        record["value_range"] = list(value_range)
     path = split.folder / RECORD
     if path.exists():
         try:
             before = parsed_json(path.read_text())
-            differ = [name for name in record if name != "source" and before[name] != record[name]]
+            differ = [name for name in record if name != "source" and before.get(name) != record[name]]
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} is damaged; remove {split.folder} and write it again") from error
         if differ:
@@ -335,8 +345,11 @@ def _sample(split: Split, image: int) -> tuple[str, bytes]:
             return name, data
         with open_image(data, split.source.reading) as opened:
             short, long = sorted(stored_size(opened))
+            unclear = is_deep(opened) and split.source.reading.value_range is None
         if short <= limit:
             return name, data
+        if unclear:
+            raise OSError("more than 8 bits, and JPEG files have 8: --value_range says which values to keep")
         buffer, max_side = BytesIO(), max(limit, round(long * limit / short))
         decode(data, max_side, split.source.reading).save(buffer, "JPEG", quality=JPEG_QUALITY)
     except Exception as error:  # a damaged file makes Pillow raise anything

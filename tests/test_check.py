@@ -2,10 +2,12 @@
 
 import json
 import logging
+import re
 import shutil
 
 import pytest
 import torch
+from PIL import Image
 
 from dino_sparo.__main__ import main
 from dino_sparo.check import measure, program
@@ -18,6 +20,8 @@ from dino_sparo.training.schedules import Hyperparameters
 from tests.tiny import TINY, build_state, tiny_options, write_pictures
 
 ARGUMENTS = {f"--{key}": value for key, value in TINY.items()}
+NOISE, TURNED = Image.effect_noise((40, 30), 99), Image.Exif()
+TURNED[0x0112] = 6
 
 
 @pytest.fixture(autouse=True)
@@ -220,6 +224,44 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(checked, monkeypatch)
     assert problem == "4 images at once do not fit into the GPU's memory: give machine.batch_size_per_gpu 1"
 
 
+@pytest.mark.parametrize(
+    ("change", "scan", "doubt"),
+    [
+        (lambda root: None, True, None),
+        (lambda root: shutil.copytree(root / "train/class0", root / "extra"), False, "left out: extra (12"),
+        (lambda root: shutil.copytree(root / "train", root / "test"), False, "not used: test"),
+        (lambda root: (root / "train/class0/x.gif").touch(), False, "1 ending in .gif"),
+        (lambda root: Image.new("L", (40, 30), 250).save(root / "train/class0/x.png"), True, "constant"),
+        (lambda root: NOISE.save(root / "val/class0/x.jpg", exif=TURNED), True, "EXIF"),
+        (lambda root: shutil.move(root / "val", root / "cat") and shutil.move(root / "train", root / "x_val"),
+         False, "taken as classes: x_val"),
+    ],
+)  # fmt: skip
+def test_no_problems_are_found_only_where_nothing_is_odd(data, capsys, change, scan, doubt):
+    shutil.rmtree(data / "val")
+    write_pictures(data.parent / "val", 4, side=25, classes=2)
+    (data.parent / "val/train").rename(data / "val")
+    change(data)
+    options = [f"{key}={value}" for key, value in ARGUMENTS.items()] + scan * ["--scan"]
+    assert main(["check", "--config=demo", f"--data.path={data}", *options]) == 0
+    shown = capsys.readouterr().out
+    assert ("no problems found" in shown) == (doubt is None)
+    assert doubt is None or re.search(rf"REMARK: .*{re.escape(doubt)}", shown)
+
+
+def test_val_of_k_nn_is_compared_with_the_train_of_k_nn(checked, data, tmp_path):
+    write_pictures(tmp_path / "birds", 24, classes=3)
+    given = [f"--monitor.knn_path={tmp_path / 'birds'}", "--monitor.knn_every_epochs=1"]
+    for name in ("class0", "class1", "class2"):
+        (tmp_path / f"birds/train/{name}").rename(tmp_path / f"birds/train/bird_{name}")
+    report = checked(*given, look=["--scan"])
+    assert report["data"]["classes"]["only_in_val"]["count"] == 0
+    assert report["data"]["classes"]["train"]["classes"] == 2 and report["data"]["val"]["images"] == 4
+    next((tmp_path / "birds").glob("train/bird_class1/*")).write_bytes(b"no image")  # of those k-NN takes
+    (problem,) = checked(*given, status=1, look=["--scan"])["problems"]
+    assert problem.startswith("images of k-NN while training that cannot be read: 1 of 24")
+
+
 @pytest.mark.parametrize("views", ["pil", "device"])
 def test_text_says_all_of_it_and_nothing_is_written(data, tmp_path, capsys, monkeypatch, views):
     monkeypatch.chdir(tmp_path)
@@ -231,7 +273,7 @@ def test_text_says_all_of_it_and_nothing_is_written(data, tmp_path, capsys, monk
         *("train: 24 images, all readable", "val images that are in train too: 24", "M parameters"),
         *("GFLOPs per image", "ln K is 2.77", "images/s with", "images at once", "4 images: 1 x 4"),
         *("18 in all", "minutes for 3 epochs", "MiB each", "of prefetched views", "limited by the "),
-        "no problems found",
+        "nothing would end the run; see the remarks",  # as val is train
     ):
         assert words in " ".join(shown.split()), words
     assert sorted(tmp_path.rglob("*")) == before

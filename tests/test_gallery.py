@@ -1,6 +1,8 @@
 """The gallery finds planted images and neighbors, the same whatever the chunks."""
 
 import json
+import re
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +47,21 @@ def test_slot_that_is_the_same_for_all_images_does_not_respond():
     found = strongest(features.numpy(), 2, 4, device=CPU)
     assert (found.responses[0] > 0).all()
     assert found.responses[1].tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("command", ["maps", "gallery"])
+def test_a_full_disk_is_told_with_the_name_of_the_picture(run_dir, pictures, tmp_path, capsys, command):
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    arguments = [str(run_dir), f"--data.path={pictures}", f"--out={tmp_path / 'out'}", "--device=cpu"]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, unlimited[1]))
+    try:
+        assert main(["slots", command, *arguments, "--num_workers=0"]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert re.search(
+        r"out/\w+/\w+\.png cannot be read or written \(File too large\)", capsys.readouterr().err
+    )
+    assert not [*(tmp_path / "out").rglob("*.png*")]
 
 
 @pytest.fixture

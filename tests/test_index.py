@@ -340,3 +340,7 @@ def test_a_long_walk_says_how_far_it_is(tmp_path, monkeypatch, caplog, is_termin
     said = terminal.getvalue() if is_terminal else caplog.text
     assert f"indexing {root}: " in said and " images" in said
     assert is_terminal != bool(caplog.records)
+
+
+def test_a_folder_whose_name_this_locale_cannot_write_is_none():
+    assert walk_module.state_now("\ud800/") == walk_module.NO_FOLDER

@@ -4,6 +4,7 @@ import json
 import logging
 import struct
 import warnings
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -74,6 +75,57 @@ def test_a_value_range_changes_no_image_of_8_bits():
     )
 
 
+def tiff(bands: int, bits: int, sample: int, photometric: int = 1) -> bytes:
+    """An uncompressed TIFF of 4 x 3 pixels with its directory before them."""
+    size = 4 * 3 * bands * bits // 8
+    tags = {
+        256: 4,
+        257: 3,
+        258: bits,
+        259: 1,
+        262: photometric,
+        273: 200,
+        277: bands,
+        278: 3,
+        279: size,
+        339: sample,
+    }
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return (b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4)).ljust(200, b"\0") + bytes(
+        size
+    )
+
+
+def deep_png(kind: int, bands: int) -> bytes:
+    """A PNG of 16 bits per channel, 4 x 3 pixels of 12 bits."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    rows = 3 * (b"\0" + np.full(4 * bands, 4095, ">u2").tobytes())
+    header = struct.pack(">IIBBBBB", 4, 3, 16, kind, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        deep_png(2, 3),
+        deep_png(4, 2),
+        deep_png(6, 4),
+        b"P6\n4 3\n65535\n" + np.full(36, 4095, ">u2").tobytes(),
+        tiff(3, 16, 1, photometric=2),
+    ],
+    ids=["PNG in color", "gray PNG with alpha", "PNG in color with alpha", "PPM", "TIFF"],
+)
+def test_a_value_range_that_cannot_be_applied_is_refused_for_that_file(tmp_path, data):
+    (tmp_path / "a.png").write_bytes(data)
+    assert open_images(str(tmp_path)).load(0).size == (4, 3)
+    with pytest.raises(UserError, match=r"a\.png: .*Pillow gives 8, so that data\.value_range cannot"):
+        open_images(str(tmp_path), choice=Choice(value_range=(0, 4095))).load(0)
+
+
 def test_a_value_range_goes_from_low_to_high(tmp_path):
     with pytest.raises(UserError, match=r"data\.value_range is \[4095\.0, 0\.0\]; expected"):
         tiny_options(tmp_path, tmp_path, data__value_range=[4095, 0])
@@ -92,16 +144,6 @@ def test_evaluations_read_values_as_the_run_did(tmp_path):
 
 
 # --- Formats
-
-
-def tiff(bands: int, bits: int, sample: int) -> bytes:
-    """An uncompressed TIFF of 4 x 3 pixels with its directory before them."""
-    size = 4 * 3 * bands * bits // 8
-    tags = {256: 4, 257: 3, 258: bits, 259: 1, 262: 1, 273: 200, 277: bands, 278: 3, 279: size, 339: sample}
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
-    return (b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4)).ljust(200, b"\0") + bytes(
-        size
-    )
 
 
 def reason(tmp_path, data: bytes) -> str:
@@ -134,6 +176,12 @@ def test_an_intact_tiff_that_pillow_does_not_read_is_called_that(tmp_path, kind,
 def test_other_formats_are_called_by_their_names(tmp_path, start, name):
     assert f"({name}, which is not read; convert it to JPEG or PNG)" in reason(
         tmp_path, start.ljust(99, b"\0")
+    )
+
+
+def test_a_pointer_of_git_lfs_is_called_that(tmp_path):
+    assert "git lfs pull fetches" in reason(
+        tmp_path, b"version https://git-lfs.github.com/spec/v1\noid sha256:0"
     )
 
 

@@ -62,13 +62,13 @@ def images(count: int, first: int = 0) -> list[dict]:
 )
 def test_splits_are_in_the_names_of_files(root, files, train, val):
     for number, name in enumerate(files):
-        set_of(root / f"{name}.parquet", 3, "ab", first=3 * number)
+        set_of(root / f"{name}.parquet", 5, "ab", first=5 * number)
     (root / "README.md").touch()
-    assert len(open_images(str(root))) == 3 * train
+    assert len(open_images(str(root))) == 5 * train
     found = open_val(str(root))
-    assert found is None if val is None else len(found) == 3 * val
+    assert found is None if val is None else len(found) == 5 * val
     gallery, test = open_labeled(str(root))
-    expected = (3 * train, 3 * val) if val else (3 * train - 3 * train // 5, 3 * train // 5)
+    expected = (5 * train, 5 * val) if val else (4 * train, train)
     assert (len(gallery), len(test)) == expected
 
 
@@ -317,7 +317,8 @@ def hub(saved, monkeypatch, tmp_path):
         found = {split: [f"{commit}/data/{split}-00000-of-00001.parquet"] for split in ("train", "test")}
         if name != "without_val":
             found["validation"] = [f"{commit}/data/validation-00000-of-00001.parquet"]
-        return SimpleNamespace(config=SimpleNamespace(data_files=found), info=SimpleNamespace(splits=None))
+        rows = {"test": SimpleNamespace(num_examples=100_000, num_bytes=1)}  # of the others it does not say
+        return SimpleNamespace(config=SimpleNamespace(data_files=found), info=SimpleNamespace(splits=rows))
 
     monkeypatch.setattr(datasets, "load_dataset_builder", load)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
@@ -335,18 +336,20 @@ def test_a_set_of_the_hub_without_its_test_split(hub, saved, caplog):
     assert train.name(3) == "hub:owner/set:plain@main/train, row 3" and train.commit == "0123abc"
     assert "hub:owner/set:plain@main, train: commit 0123abc" in caplog.text and "copy" in caplog.text
     places = ("hub:owner/set:plain@main, train", "hub:owner/set:plain@main, validation")
-    assert "train: 4 images in 2 classes ({}); val: 4 ({})".format(*places) in caplog.text
+    said = "train: 4 images in 2 classes ({}); val: 4 ({}); not used: test (100,000 rows)"
+    assert said.format(*places) in caplog.text
     again = pickle.loads(pickle.dumps(open_images("hub:owner/set:plain@main")))
     assert len(hub) == 2 and again.read(2) == picture(2)  # nobody has asked the hub again
     assert open_val("hub:owner/set:plain@main").read(0) == picture(4)
 
 
 def test_a_set_of_the_hub_without_validation_is_tested_on_its_labeled_test_split(hub, saved):
-    train, test = open_labeled("hub:owner/set:without_val")
+    _, test = open_labeled("hub:owner/set:without_val")
     assert [test.read(i) for i in range(4)] == list(map(picture, range(8, 12)))
     write_parquet(saved / "data/test-00000-of-00001.parquet", images(5, 5), [-1] * 5, ["a", "b"])
-    train, held_out = open_labeled("hub:owner/set:without_val@other")
-    assert (len(train), len(held_out)) == (4, 0) and open_val("hub:owner/set:without_val@other") is None
+    with pytest.raises(UserError, match="has 4 images, and every fifth is to be val"):
+        open_labeled("hub:owner/set:without_val@other")
+    assert open_val("hub:owner/set:without_val@other") is None
 
 
 @pytest.mark.parametrize(

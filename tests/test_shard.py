@@ -17,6 +17,7 @@ from dino_sparo.__main__ import main
 from dino_sparo.data import shards as headers
 from dino_sparo.data.shards import INDEX_FILE, pack_shards
 from dino_sparo.data.sources import open_images
+from dino_sparo.data.splits import Choice
 from dino_sparo.errors import UserError
 from dino_sparo.shard import shard
 from tests.running import family, is_gone
@@ -54,9 +55,25 @@ def test_the_largest_image_that_is_reduced_can_be_given(tmp_path, num_workers):
     write(tmp_path / "data", "a/1.png", size=(900, 600))
     out = str(tmp_path / "out")
     with pytest.raises(UserError, match=r"900 x 600 pixels are too many for data\.max_pixels 539,999"):
-        shard(str(tmp_path / "data"), out, 30, num_workers, max_pixels=539_999)
-    shard(str(tmp_path / "data"), out, 30, num_workers, max_pixels=540_000)
+        shard(str(tmp_path / "data"), out, 30, num_workers, choice=Choice(max_pixels=539_999))
+    shard(str(tmp_path / "data"), out, 30, num_workers, choice=Choice(max_pixels=540_000))
     assert open_images(out).load(0).size == (45, 30)
+
+
+def test_images_of_more_than_8_bits_are_reduced_by_the_values_that_are_given(tmp_path):
+    (tmp_path / "data/a").mkdir(parents=True)
+    twelve_bits = np.linspace(0, 4095, 80 * 60).astype(np.uint16).reshape(60, 80)
+    Image.fromarray(twelve_bits).save(tmp_path / "data/a/1.png")
+    data, out = str(tmp_path / "data"), tmp_path / "out"
+    with pytest.raises(UserError, match=r"a/1\.png: .*more than 8 bits, .*--value_range says"):
+        shard(data, str(tmp_path / "refused"), 30, 0)
+    assert main(["shard", data, f"--out={out}", "--short-side=30", "--value-range=[0, 4095]"]) == 0
+    reduced = np.asarray(open_images(str(out)).load(0))
+    assert reduced.shape == (30, 40, 3) and reduced.min() < 9 and reduced.max() > 246
+    with pytest.raises(UserError, match="was made with other images, or"):
+        shard(data, str(out), 30, 0, choice=Choice(value_range=(0, 9)))
+    shard(data, str(tmp_path / "copied"), num_workers=0)
+    assert open_images(str(tmp_path / "copied")).read(0) == (tmp_path / "data/a/1.png").read_bytes()
 
 
 def test_unreadable_image_ends_a_reduction_by_its_name_and_copies_pass(folder, tmp_path):

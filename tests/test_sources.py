@@ -134,7 +134,8 @@ def test_val_classes_are_mapped_by_name(tmp_path):
 
 
 def test_class_folders_that_do_not_match(tmp_path, caplog):
-    touch(tmp_path, "train/a/1.jpg", "train/b/2.jpg", "train/empty/notes.txt", "train/.hidden/x")
+    touch(tmp_path, *(f"train/{c}/{i}.jpg" for c in "ab" for i in range(3)))
+    touch(tmp_path, "train/empty/notes.txt", "train/.hidden/x")
     open_labeled(str(tmp_path))
     assert f"{tmp_path / 'train'}: 1 class folders have no image (empty ...)" in caplog.text
     touch(tmp_path, "val/empty/3.jpg")

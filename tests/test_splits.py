@@ -84,6 +84,17 @@ def lines(caplog):
         ("train_val2018 test2018", "train_val2018", "", "test2018"),
         ("TrainVal Test", "TrainVal", "", "Test"),
         ("train_test_2017", "", "", ""),
+        ("dev_train dev_val", "dev_train", "dev_val", ""),
+        ("eval-train eval-test other", "eval-train", "", "eval-test"),
+        ("val_test val_train", "val_train", "", "val_test"),
+        ("train dev_train dev_val", "train", "", ""),
+        ("trainimages valimages", "trainimages", "valimages", ""),
+        ("TRAINIMAGES TESTIMAGES", "TRAINIMAGES", "", "TESTIMAGES"),
+        ("traindata validdata testdata", "traindata", "validdata", "testdata"),
+        ("traindir valdir", "traindir", "valdir", ""),
+        ("trn tst", "trn", "", "tst"),
+        ("data_large val_large test_large", "data_large", "val_large", "test_large"),
+        ("trains tests trainer tester", "", "", ""),
         ("cat dog", "", "", ""),
     ],
 )
@@ -105,6 +116,9 @@ def test_names_of_folders(names, train, val, test):
             1,
         ),
         ("Train_0.tar VAL_0.tar", 1, 1),
+        ("dev_train-0.tar dev_train-1.tar dev_val-0.tar", 2, 1),
+        ("trainimages-0.tar valimages-0.tar", 1, 1),
+        ("train-0.tar train-1.tar", 2, 0),
         ("train-0.tar train-1.tar val-0.tar others.tar", 2, 1),
         ("bullet_train.tar test_tube.tar dog.tar", 0, 0),
         ("train.tar bus.tar", 0, 0),
@@ -159,10 +173,38 @@ FOLDERS = {
     "a class called train": (
         [*flat("train", 5), *flat("bus", 5)], ALL.format("") + "; taken as classes: train"
     ),
+    "a class called train beside one of which that is a part": (
+        [*flat("train"), *flat("bullet_train")], ALL.format("") + "; taken as classes: bullet_train, train"
+    ),
     "a class called train in wrappers": (
         [*flat("train/images", 5), *flat("bus/images", 5)], ALL.format("") + "; taken as classes: train"
     ),
     "a class called test": ([*flat("test", 5), *flat("cat", 5)], ALL.format("") + "; taken as classes: test"),
+    "classes called train and test": (
+        [*flat("train", 4), *flat("test", 4), *flat("car", 2)],
+        ALL.format("").replace("2 classes", "3 classes") + "; taken as classes: test, train",
+    ),
+    "more images and masks beside train and val without classes of their own": (
+        [*classes("train"), *classes("val", 2), *flat("unlabeled2017", 3), *flat("train_masks", 3)],
+        BOTH.format("train", "val")
+        + "; looks like a split, not used: train_masks; left out: unlabeled2017 (3 images)",
+    ),
+    "an archive beside splits": (
+        [*classes("train"), *classes("val", 2), "archive.tar"],
+        BOTH.format("train", "val") + "; left out: 1 tar in ROOT itself",
+    ),
+    "an archive of val": (
+        [*classes("train"), "val.tar", "Test.ZIP", "val.txt"],
+        ALL.format("/train") + "; looks like a split, not used: Test.ZIP, val.tar",
+    ),
+    "parts that no word names": (
+        [*classes("fold1", 3), *classes("fold2", 2), *flat("@eaDir", 3)],
+        ALL.format("") + "; fold1 and fold2, taken as classes, hold folders of the same names: cat, dog",
+    ),
+    "names that look like splits and are none": (
+        [*flat("dev_train", 5), *flat("valley_test", 5)],
+        ALL.format("") + "; taken as classes: dev_train, valley_test",
+    ),
     "train with classes beside another folder": (
         [*classes("train"), *flat("bus", 2)],
         ALL.format("/train") + "; left out: bus (2 images)",
@@ -206,7 +248,7 @@ def test_folders(tmp_path, lines, name):
     touch(tmp_path, *files)
     train, test = open_labeled(str(tmp_path))
     assert lines() == [line.replace("ROOT", str(tmp_path))]
-    assert len(train.classes) == 2 and set(train.labels) == {0, 1}
+    assert len(train.classes) == int(line.split(" images in ")[1][0]) == len(set(train.labels))
     assert len(train) == (10 if "; val: 4 " in line else 8)
     assert open_images(str(tmp_path)).fingerprint() == (
         train.fingerprint() if len(train) == 10 else open_images(str(train.root)).fingerprint()
@@ -227,6 +269,16 @@ def test_folders(tmp_path, lines, name):
             "train: 5 images without classes (ROOT: trainA … trainB); val: none (the classes of ROOT: testA "
             "… testB are "
             "unknown or others)",
+        ),
+        (
+            [*flat("bounding_box_train"), *flat("bounding_box_test"), *flat("query")],
+            "train: 5 images without classes (ROOT/bounding_box_train); val: none (the classes of "
+            "ROOT/bounding_box_test are unknown or others); left out: query (5 images)",
+        ),
+        (
+            [*flat("train"), *flat("test"), *flat("extra")],
+            "train: 5 images without classes (ROOT/train); val: none (the classes of ROOT/test are unknown "
+            "or others); left out: extra (5 images)",
         ),
     ],
 )
@@ -260,6 +312,13 @@ def test_several_folders_of_splits_are_no_classes(tmp_path):
         open_images(str(tmp_path))
     assert len(open_images(str(tmp_path), choice=Choice(train="."))) == 40
     assert len(open_images(str(tmp_path / "rgb"))) == 10
+
+
+def test_without_val_five_images_are_needed(tmp_path):
+    touch(tmp_path, *classes(".", 2))
+    assert len(open_images(str(tmp_path))) == 4
+    with pytest.raises(UserError, match=r"has 4 images, and every fifth is to be val.*data\.val"):
+        open_labeled(str(tmp_path))
 
 
 def test_one_class_is_no_evaluation(tmp_path):
@@ -316,11 +375,62 @@ def test_shards(tmp_path, lines, names, train, val, note):
 def test_shards_beside_other_things(tmp_path):
     touch(tars(tmp_path / "logs", **{"000": 6}), "_logs/x.txt")
     assert len(open_images(str(tmp_path / "logs"))) == 6
-    touch(tars(tmp_path / "picture", **{"000": 6}), "cover.jpg")
-    with pytest.raises(UserError, match=r"shards \(000\.tar\) and images \(cover\.jpg\) side by side"):
-        open_images(str(tmp_path / "picture"))
     touch(tars(tmp_path / "backup", **{"backup": 6}), *flat("."))
     assert len(open_images(str(tmp_path / "backup"))) == 5
+    (tars(tmp_path / "tables", **{"000": 6}) / "000.parquet").touch()  # as img2dataset writes it
+    assert len(open_images(str(tmp_path / "tables"))) == 6
+
+
+def test_splits_within_a_tar_are_no_classes(tmp_path):
+    images = {f"{split}/{kind}/1__jpg": picture(1) for split in ("train", "val") for kind in CLASSES}
+    write_tar(tmp_path / "all.tar", **images)
+    with pytest.raises(UserError, match=r"shards hold folders of splits \(train, val\), which .*unpack them"):
+        open_images(str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    write_pictures(folder / "data", 4)
+    run = folder / "run"
+    pretrain(tiny_options(folder / "data", run, optim__epochs=1, optim__warmup_epochs=0), run)
+    return run
+
+
+@pytest.mark.parametrize("ending", ["tar", "parquet"])
+@pytest.mark.parametrize(
+    ("packed", "images"),
+    [
+        (("000",), ("cover.jpg",)),
+        (("000",), ("samples/1.jpg",)),
+        (("000",), ("train/1.jpg",)),
+        (("part0__000",), ("part0/1.jpg",)),
+        (("part0__000", "part1__000"), ("1.jpg",)),
+        (("000", "001"), classes("samples", 10)),
+    ],
+)
+def test_files_of_images_beside_few_images_are_asked_for(tmp_path, trained, capsys, ending, packed, images):
+    root = tmp_path / "data"
+    touch(root, *images, *(f"{name.replace('__', '/')}.{ending}" for name in packed))
+    for arguments in (
+        ["pretrain", *tiny_arguments(root, tmp_path / "new")],
+        ["check", *tiny_arguments(root, tmp_path / "new")],
+        ["knn", str(trained), f"--data.path={root}", "--device=cpu"],
+    ):
+        assert main(arguments) == 2
+        told = capsys.readouterr().err
+        assert told.count("error: ") == 1
+        asked = f".{ending})" in told and ".jpg) side by side; name those to take by data.train" in told
+        assert asked or f"part0 and part1 both hold {ending} files" in told
+    assert len(open_images(str(root), choice=Choice(train="."))) == len(images)
+
+
+def test_what_lies_beside_tables_of_splits_is_named(tmp_path, lines):
+    parquets(tmp_path, **{"train-0": 6, "validation-0": 4})
+    touch(tmp_path, "cover.jpg", *flat("samples", 3), *flat("test", 2), "0.tar")
+    assert tuple(map(len, open_labeled(str(tmp_path)))) == (6, 4)
+    beside = f"left out: samples (3 images); left out: 1 image, 1 tar in {tmp_path} itself"
+    assert lines()[0].endswith(f"; looks like a split, not used: test; {beside}")
 
 
 def parquets(root: Path, **names: int) -> Path:
@@ -408,8 +518,13 @@ def test_val_that_is_named_must_have_classes_where_it_lies_in_tables(tmp_path):
 
 def test_what_is_named_must_be_there(tmp_path):
     touch(tmp_path, *classes("train"))
-    with pytest.raises(UserFileNotFoundError, match=r"data.val 'none\*' is no folder, and no name in"):
+    with pytest.raises(UserFileNotFoundError, match=r"data.val 'none\*' is no folder, and no folder"):
         open_val(str(tmp_path), Choice(val="none*"))
+    touch(tmp_path, *flat("drafts"), "1.jpg", "0.tar")
+    with pytest.raises(UserFileNotFoundError, match=r"data.train '\*.jpg' is no folder, and no"):
+        open_images(str(tmp_path), choice=Choice(train="*.jpg"))
+    with pytest.raises(UserError, match=r"data.train '\*' fits drafts and 0.tar in .*; expected folders"):
+        open_images(str(tmp_path), choice=Choice(train="*"))
     with pytest.raises(UserError, match="'shapes' has splits and labels of its own; leave out data"):
         open_images("shapes", choice=Choice(train="x"))
 

@@ -1,6 +1,7 @@
 """timm's own code path over exported folders: our numbers, and the interface that its users expect."""
 
 import json
+import re
 from itertools import product
 
 import pytest
@@ -27,6 +28,8 @@ OTHERS = {
     "after": SPARO | {"after_last_block": True},
     "pooler": SIZES | {"readout": "pooler", "num_heads": 3},
     "bottleneck": {"readout": "bottleneck", "bottleneck_dim": 5, "encoding_dim": 20},
+    "cls": {"readout": "cls"},
+    "gap": {"readout": "gap", "patch_size": 8, "image_size": 40},
     "patch 8": SPARO | {"patch_size": 8, "image_size": 40},
 }
 DEFAULTS = {"arch": ARCH, "patch_size": 4, "image_size": 16}
@@ -63,7 +66,9 @@ def test_registered_models_give_our_features(folder, readout):
     encoder = export(folder, **readout)
     model = created(folder)
     names = model.state_dict().keys()
-    assert names == encoder.state_dict().keys() == load_file(folder / "model.safetensors").keys()
+    stored = load_file(folder / "model.safetensors").keys()
+    cut = "backbone." if readout["readout"] in ("cls", "gap") else ""
+    assert names == encoder.state_dict().keys() == {f"{cut}{name}" for name in stored}
     side = readout.get("image_size", 16)
     for size in ((side, side), (2 * side, side + 8)):
         x = torch.randn(2, 3, *size)
@@ -77,14 +82,16 @@ def test_registered_models_give_our_features(folder, readout):
     [*product(("cls", "gap"), ({}, {"patch_size": 8, "image_size": 40})), ("cls", {"arch": "vit_tiny"})],
 )
 @torch.no_grad()
-def test_plain_encoders_are_timms_own(folder, readout, changes):
+def test_timms_own_vit_takes_encoders_without_slots(folder, readout, changes):
     encoder = export(folder, readout=readout, **changes)
-    model = created(folder)
-    assert type(model) is timm.models.VisionTransformer
-    assert not any(name.startswith("backbone.") for name in load_file(folder / "model.safetensors"))
-    x = torch.randn(2, 3, *timm.data.resolve_model_data_config(model)["input_size"][1:])
-    torch.testing.assert_close(model(x), encoder(x), atol=1e-5, rtol=0)
-    assert torch.equal(load_encoder(folder)(x), encoder(x))
+    card = (folder / "README.md").read_text()
+    assert "only: it resizes" in card
+    (call,) = re.findall(r"`timm\.create_model\((.*FOLDER/model.*)\)`", card)
+    own = eval(f"timm.create_model({call.replace('FOLDER', str(folder))})").eval()
+    assert type(own) is timm.models.VisionTransformer
+    side = (DEFAULTS | changes)["image_size"]
+    x = torch.randn(2, 3, side, side)
+    torch.testing.assert_close(own(x), encoder(x), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("arch", ["vit_tiny", "vit_small", "vit_base"])
@@ -108,7 +115,7 @@ def test_what_differs_from_the_named_model_is_stated(folder):
         (
             (vit_tiny | {"readout": "sparo", "slot_dim": 64}, "vit_tiny_patch16_sparo_224", {}),
             (SPARO, "vit_small_patch16_sparo_224", different),
-            (vit_tiny | {"readout": "cls"}, "vit_tiny_patch16_224", {}),
+            (vit_tiny | {"readout": "cls"}, "vit_tiny_patch16_sparo_224", {"readout": {"name": "cls"}}),
         )
     ):
         export(folder / str(number), **changes)
@@ -184,9 +191,10 @@ def test_created_with_classes_or_another_size(folder, images):
             timm.create_model("vit_tiny_patch16_sparo_224", **arguments)
 
 
+@pytest.mark.parametrize("readout", [SPARO, {"readout": "cls"}, {"readout": "gap"}])
 @torch.no_grad()
-def test_other_sizes_give_our_encoding_or_are_refused(folder):
-    encoder = export(folder, **SPARO)
+def test_other_sizes_give_our_encoding_or_are_refused(folder, readout):
+    encoder = export(folder, **readout)
     x = torch.randn(2, 3, 24, 32)
     resized = created(folder)
     resized.set_input_size((24, 32))
@@ -197,9 +205,6 @@ def test_other_sizes_give_our_encoding_or_are_refused(folder):
     for arguments, part in ((((24, 30),), "multiples of the patch size 4"), ((32, 8), "patch_size is 8")):
         with pytest.raises(ValueError, match=part):
             resized.set_input_size(*arguments)
-    export(folder / "plain", readout="cls")  # timm's own model, which cannot be told to refuse
-    assert "same\nencodings at 16 pixels only" in (folder / "plain" / "README.md").read_text()
-    assert "pixels only" not in (folder / "README.md").read_text()
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from dino_sparo.data.loader import CropsDataset
 from dino_sparo.data.sources import ImageSource, open_images
 from dino_sparo.data.views import draw_view
 from dino_sparo.data.workers import keep_memory
+from dino_sparo.files import named
 from dino_sparo.parallel.device import wait_for
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 90
@@ -40,7 +41,8 @@ def jpeg_files(source: ImageSource | None, num_images: int, folder: Path) -> Ima
         image = generated_photo(number) if source is None else source.load(number % len(source))
         scale = math.sqrt(WIDTH * HEIGHT / (image.width * image.height))
         size = (max(1, round(scale * image.width)), max(1, round(scale * image.height)))
-        image.resize(size, Image.Resampling.BICUBIC).save(folder / f"{number:06d}.jpg", quality=QUALITY)
+        with named(folder):
+            image.resize(size, Image.Resampling.BICUBIC).save(folder / f"{number:06d}.jpg", quality=QUALITY)
     return open_images(str(folder))
 
 

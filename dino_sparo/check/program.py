@@ -26,7 +26,7 @@ from dino_sparo.check.measure import measure_loading, measure_steps
 from dino_sparo.check.plan import Plan, duration, make_plan, plan_text, size
 from dino_sparo.data.loader import BatchOrder, crop_batches
 from dino_sparo.data.scan import DataReport, ScanResult, data_report, describe, scan_images
-from dino_sparo.data.sources import ImageSource, open_val
+from dino_sparo.data.sources import ImageSource, decide, notes_on, open_val
 from dino_sparo.data.splits import Choice
 from dino_sparo.data.views import crop_kinds
 from dino_sparo.errors import EXIT_PROBLEM, UserError
@@ -75,17 +75,19 @@ def check(
     say(plan_text(plan, recipe_name, with_cost=not gpus))
     report = plan.as_dict()
     problems, remarks = report["problems"], report["remarks"]
+    test = plan.monitor.test if plan.monitor and not recipe.monitor.knn_path else None
+    doubts = notes_on(plan.source, test, decide(recipe.data.path, Choice.of(recipe.data)))
     if plan.monitor is None:
         remarks.append("no k-NN while training: monitor.knn_path can name a labeled folder")
     if scan:
         data, bad_of_knn = scan_data(plan)
         report["data"] = asdict(data)
-        look_at_data(data, recipe, problems, remarks)
-        of_knn = sum(map(len, plan.monitor or ()))
-        if recipe.data.on_bad_image == "substitute" and too_many(bad_of_knn, of_knn):
+        look_at_data(data, recipe, problems, doubts)
+        of_knn, stops = sum(map(len, plan.monitor or ())), recipe.data.on_bad_image == "stop"
+        if (stops and recipe.monitor.knn_path and bad_of_knn) or (not stops and too_many(bad_of_knn, of_knn)):
             problems.append(
-                f"images of k-NN while training that cannot be read: {bad_of_knn} of {of_knn}, more than one "
-                f"in a hundred; repair or remove them"
+                f"images of k-NN while training that cannot be read: {bad_of_knn} of {of_knn}"
+                f"{'' if stops else ', more than one in a hundred'}; repair or remove them"
             )
         say("\n" + "\n".join(map(sentence, describe(data))))
     else:
@@ -108,16 +110,20 @@ def check(
         problems += memory_problems(runs, recipe.optim.global_batch_size, num_processes)
         say("\n" + describe_runs(recipe_name or "recipe", runs, num_processes))
         say(describe_assumptions(runs[0]))
+    remarks += doubts
     lines = [f"REMARK: {sentence(remark)}" for remark in remarks]
     lines += [f"PROBLEM: {sentence(problem)}" for problem in problems]
-    say("\n" + "\n".join(lines if problems else [*lines, "no problems found"]))
+    if not problems:
+        lines.append("nothing would end the run; see the remarks" if doubts else "no problems found")
+    say("\n" + "\n".join(lines))
     if as_json:
         print(json.dumps(report, indent=1))
     return EXIT_PROBLEM if problems else 0
 
 
 def scan_data(plan: Plan) -> tuple[DataReport, int]:
-    """Every file of train and, if there is one, of val; and how many images of k-NN are bad among them."""
+    """Every file of train and, if there is one, of val, and of k-NN's own gallery; and how many images of
+    k-NN are bad among them."""
 
     def scanned(name: str, source: ImageSource) -> ScanResult:
         return scan_images(
@@ -127,23 +133,26 @@ def scan_data(plan: Plan) -> tuple[DataReport, int]:
             timeout_seconds=plan.recipe.machine.data_timeout_seconds,
         )
 
-    knn_path, data = plan.recipe.monitor.knn_path, plan.recipe.data
-    choice = Choice.of(data)
-    val = open_val(knn_path, choice.of_pixels) if knn_path else open_val(data.path, choice, plan.source)
+    data, gallery, val = plan.recipe.data, None, None
+    if plan.monitor and plan.recipe.monitor.knn_path:
+        gallery, val = plan.monitor
+    else:
+        val = open_val(data.path, Choice.of(data), plan.source)
     train_scan, val_scan = scanned("train", plan.source), None if val is None else scanned("val", val)
+    gallery_scan = None if gallery is None else scanned("the images that k-NN takes", gallery)
     bad = {
         scan.source.name(number)
-        for scan in (train_scan, val_scan)
+        for scan in (train_scan, val_scan, gallery_scan)
         if scan and scan.report.unreadable
         for number in (~scan.readable).nonzero()[0].tolist()
     }
     knn = plan.monitor or () if bad else ()
     bad_of_knn = sum(images.name(number) in bad for images in knn for number in range(len(images)))
-    return data_report(train_scan, val_scan), bad_of_knn
+    return data_report(train_scan, val_scan, gallery), bad_of_knn
 
 
-def look_at_data(data: DataReport, recipe: Recipe, problems: list[str], remarks: list[str]) -> None:
-    """Add to the problems what would stop the run, and to the remarks what else is wrong with the data."""
+def look_at_data(data: DataReport, recipe: Recipe, problems: list[str], doubts: list[str]) -> None:
+    """Add to the problems what would stop the run, and to the doubts what else is odd about the images."""
     bad, images = data.train.unreadable, data.train.images
     if (bad and recipe.data.on_bad_image == "stop") or too_many(bad, images):
         problems.append(
@@ -152,19 +161,24 @@ def look_at_data(data: DataReport, recipe: Recipe, problems: list[str], remarks:
         )
     for split, scan in (("train", data.train), ("val", data.val)):
         if scan and scan.flat.count:
-            remarks.append(
+            doubts.append(
                 f"images of {split} that come out nearly constant or nearly black: {scan.flat.count} of "
                 f"{scan.images}; if their pixels have more than 8 bits, data.value_range [LOW, HIGH] says "
                 f"which become black and white"
             )
+        if scan and scan.turned.count:
+            doubts.append(
+                f"images of {split} that their EXIF orientation turns, which is ignored: "
+                f"{scan.turned.count} of {scan.images}"
+            )
     stops = recipe.monitor.knn_every_epochs and recipe.data.on_bad_image == "stop"
-    of_val = problems if stops else remarks  # the monitor stops at them
+    of_val = problems if stops else doubts  # the monitor stops at them
     if data.val and data.val.unreadable:
         of_val.append(f"images of val that cannot be read: {data.val.unreadable}; repair or remove them")
     if data.classes.only_in_val.count:
         of_val.append(f"classes of val that train lacks: {data.classes.only_in_val.count}")
     if data.val and data.val_in_train and (leaked := data.val_in_train.images):
-        remarks.append(
+        doubts.append(
             f"{leaked} of {data.val.images} images of val are in train too: k-NN and linear probe may come "
             f"out up to {100 * leaked / data.val.images:.2f} points too high"
         )

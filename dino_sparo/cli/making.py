@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from dino_sparo.recipe.sections import ImagePixels
+from dino_sparo.cli.images import ReadingOptions
 from dino_sparo.recipe.typed import Workers
 
 
 @dataclass
-class ShardOptions:
+class ShardOptions(ReadingOptions):
     """Tar shards of a folder of images or parquet files, for network file systems and a random order."""
 
     source: str
@@ -19,13 +19,13 @@ class ShardOptions:
     copies all files as they are."""
     num_workers: Workers | None = None
     """Processes that read and write, each one shard at a time; null takes one per core."""
-    max_pixels: ImagePixels | None = None
-    """Pixels of the largest image that is read, as data.max_pixels of training; null is 67,108,864."""
 
 
 def shard(options: ShardOptions) -> None:
     """Write the shards."""
     from dino_sparo import shard as room
+    from dino_sparo.data.splits import Choice
 
-    workers, max_pixels = options.num_workers, options.max_pixels
-    room.shard(options.source, options.out, options.short_side, workers, max_pixels=max_pixels)
+    room.shard(
+        options.source, options.out, options.short_side, options.num_workers, choice=Choice.of(options)
+    )

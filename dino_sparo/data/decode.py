@@ -76,6 +76,8 @@ def _unknown(data: bytes) -> tuple[str, str]:
     """Kind and reason for the content of a file that Pillow does not know."""
     if not data:
         return "zero_byte", "the file is empty"
+    if data.startswith(b"version https://git-lfs"):
+        return "not_an_image", "a pointer that Git LFS has left in its place; git lfs pull fetches the image"
     if name := next((name for name, start in OTHER_FORMATS.items() if re.match(start, data, re.DOTALL)), ""):
         return "unreadable", f"{name}, which is not read; convert it to JPEG or PNG"
     if not data.startswith(SIGNATURES) and data[4:11] != b"ftypavi":  # as AVIF begins
@@ -226,16 +228,41 @@ def bounded(size: tuple[int, int], max_side: int | None) -> tuple[int, int]:
 
 def to_rgb(image: Image.Image, value_range: tuple[float, float] | None = None) -> Image.Image:
     """Any image as 8-bit RGB, itself if it is; alpha is dropped as torchvision's loader does, and more than 8
-    bits become 8: `value_range`, or else what its mode says, becomes 0 to 255. Not turned by its EXIF."""
+    bits become 8: `value_range`, or else what its mode says, becomes 0 to 255. Not turned by its EXIF.
+
+    Raises:
+        OSError: `value_range` is given, and Pillow gives 8 of the image's bits only.
+        Exception: it cannot be decoded.
+    """
+    if value_range is not None and _is_cut_to_8_bits(image):
+        raise OSError(
+            "16 bits per channel in color or with alpha, of which Pillow gives 8, so that data.value_range "
+            "cannot be applied; convert it to gray or to 8 bits"
+        )
     turned = orientation(image) if isinstance(image, TiffImageFile) else 1
     image.load()
     if turned in UNTURNED and orientation(image) != turned:
         image = image.transpose(UNTURNED[turned])
-    if image.mode.startswith("I") or image.mode == "F":  # PIL would clip these to white
+    if is_deep(image):  # PIL would clip these to white
         return _to_8_bits(image, value_range)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _is_cut_to_8_bits(image: Image.Image) -> bool:
+    """Whether an image that is not decoded yet has more than 8 bits per channel and will lose them."""
+    if is_deep(image):
+        return False
+    if isinstance(image, TiffImageFile):
+        return max(image.tag_v2.get(258, (8,))) > 8
+    tiles = getattr(image, "tile", ())
+    return any(";16" in str(tile[3]) or (image.format == "PPM" and tile[3][1] > 255) for tile in tiles)
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether pixels have more than 8 bits, also once they are decoded."""
+    return image.mode.startswith("I") or image.mode == "F"
 
 
 def _to_8_bits(image: Image.Image, value_range: tuple[float, float] | None) -> Image.Image:

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -276,8 +276,11 @@ class DataReport:
     classes: SplitComparison
 
 
-def data_report(train: ScanResult, val: ScanResult | None) -> DataReport:
-    """Scans, copies and classes together; `dataclasses.asdict` makes plain values of it."""
+def data_report(train: ScanResult, val: ScanResult | None, gallery: ImageSource | None = None) -> DataReport:
+    """Scans, copies and classes together; `dataclasses.asdict` makes plain values of it.
+
+    gallery: what has the classes of val, if train does not.
+    """
 
     def copies(one: ScanResult | None, *others: ScanResult | None) -> Copies | None:
         scanned = [scan for scan in (one, *others) if scan is not None and not scan.report.skipped]
@@ -289,7 +292,10 @@ def data_report(train: ScanResult, val: ScanResult | None) -> DataReport:
         copies_in_train=copies(train),
         copies_in_val=copies(val),
         val_in_train=copies(train, val),
-        classes=compare_splits(train.source, val.source if val else None),
+        classes=replace(
+            compare_splits(gallery or train.source, val.source if val else None),
+            train=_count_classes(_images_per_class(train.source)),
+        ),
     )
 
 

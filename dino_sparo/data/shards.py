@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from dino_sparo.data.imagenet import TRAIN_TAR, VAL_TAR, WNID_TAR
 from dino_sparo.data.index import Index, IndexedSource, cached_index, current_index, index_parts, key_of_names
+from dino_sparo.data.split_names import splits_of_folders
 from dino_sparo.data.tars import tar_members
 from dino_sparo.data.walk import (
     EXTENSIONS,
@@ -36,7 +37,7 @@ from dino_sparo.data.walk import (
 )
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.files import open_regular
-from dino_sparo.terminal import shows_bars
+from dino_sparo.terminal import shown, shows_bars
 
 INDEX_FILE = "shards.index"  # beside the shards, written last by our command
 RECORD = ".shards.json"  # beside the shards, written first by our command
@@ -100,7 +101,7 @@ def open_shards(root: Path, names: Sequence[str] = ()) -> ShardSource:
 
     Raises:
         UserFileNotFoundError: there is no image in them.
-        UserError: a shard is damaged, compressed or unreadable, or the index cannot be kept.
+        UserError: a shard is damaged, compressed or unreadable, or holds splits, or the index cannot be kept.
     """
     if (root / RECORD).exists() and not (root / INDEX_FILE).exists():
         raise UserError(f"{root}: not all shards are written yet; let `dino-sparo shard` do so first")
@@ -108,33 +109,34 @@ def open_shards(root: Path, names: Sequence[str] = ()) -> ShardSource:
     if index is None:
         make = partial(pack_shards, root, chosen=names)
         index = cached_index(root, f"{key_of_names(names)}.shards", shards_are_current, make)
-    return ShardSource.of_all(root, index)
+    source = ShardSource.of_all(root, index)
+    splits = splits_of_folders(source.classes)
+    if "train" in splits and len(splits) > 1:
+        raise UserError(
+            f"{root}: the shards hold folders of splits ({', '.join(map(shown, source.classes[:4]))}), which "
+            f"would be taken for classes; unpack them, and give the folder"
+        )
+    return source
 
 
 def holds_shards(folder: Path) -> bool:
     """Whether a folder is one of shards, by a look at some entries: tars, here or one folder deeper, but no
-    folders of images and fewer images beside them than tars.
+    images beside them or in folders.
 
     Raises:
-        UserError: its tars are compressed, or not more than the images beside them.
+        UserError: its tars are compressed.
     """
     folders, files = list_folder(folder, PROBED_ENTRIES)
-    shards, images = list(filter(is_shard, files)), list(filter(is_image, files))
     if not files and folders:
         below = [list_folder(folder / name, PROBED_ENTRIES) for name in sorted(folders)[:PROBED_BELOW]]
         is_other = any(deeper or any(map(is_image, here)) for deeper, here in below)
         return not is_other and any(is_shard(name) for _, here in below for name in here)
-    if len(images) > len(shards) or any(holds(folder / name) for name in sorted(folders)[:PROBED_BELOW]):
+    if holds(folder):
         return False
     packed = sorted(name for name in files if name.lower().endswith(PACKED))
-    if packed and not images and not packed[0].startswith("ILSVRC"):  # ImageNet's devkit is no shard
+    if packed and not packed[0].startswith("ILSVRC"):  # ImageNet's devkit is no shard
         raise compressed(folder / packed[0])
-    if shards and images:
-        raise UserError(
-            f"{folder} holds shards ({min(shards)}) and images ({min(images)}) side by side; move one of the "
-            f"two into a folder of its own"
-        )
-    return bool(shards)
+    return any(map(is_shard, files))
 
 
 def shards_are_current(index: Index, root: Path) -> bool:

@@ -20,7 +20,19 @@ from dino_sparo.data.imagenet import explain, recognize
 from dino_sparo.data.index import FolderSource, open_index
 from dino_sparo.data.shards import ShardSource, holds_shards, is_shard, open_shards
 from dino_sparo.data.split_names import same_name, splits_of_files
-from dino_sparo.data.splits import Choice, Part, Splits, counted, find_splits, probably_meant
+from dino_sparo.data.splits import (
+    PACKED_ENDINGS,
+    WRAPPED,
+    Choice,
+    Part,
+    Splits,
+    counted,
+    find_splits,
+    listed,
+    most_beside,
+    probably_meant,
+    side_by_side,
+)
 from dino_sparo.data.tables import (
     HUB,
     Split,
@@ -33,7 +45,7 @@ from dino_sparo.data.tables import (
 )
 from dino_sparo.data.torchvision_sets import NAMES, open_set
 from dino_sparo.data.torchvision_sets import Part as PartOfSet
-from dino_sparo.data.walk import list_folder, named_by_ending
+from dino_sparo.data.walk import found_below, list_folder, named_by_ending
 from dino_sparo.errors import UnlabeledError, UserError, UserFileNotFoundError
 
 log = logging.getLogger("dino_sparo")
@@ -193,6 +205,11 @@ def open_labeled(
     _warn_of_empty_classes(train)
     val = _open_val(path, splits, choice, train)
     if val is None:
+        if len(train) < HELD_OUT_EVERY:
+            raise UserError(
+                f"{key}: {train.root} has {counted(len(train), 'image')}, and every {ORDINAL} is to be val; "
+                f"give more images, or a folder of val by data.val"
+            )
         say_splits(path, train, None, splits)
         return hold_out(train)
     if val.labels is None:
@@ -251,10 +268,23 @@ def say_splits(
         of_val = f"({val_at})"
     else:
         of_val = f"{f'every {ORDINAL} image of train' if held_out else 'none'} ({why})"
-    notes = [] if splits is None else [*splits.notes, *_not_read(train, val)]
+    notes = notes_on(train, val, splits)
     _say(
         "; ".join([f"train: {counted(len(train), 'image')} {classes} ({train_at})", f"val: {of_val}", *notes])
     )
+
+
+def notes_on(train: ImageSource, val: ImageSource | None, splits: Splits | None) -> list[str]:
+    """What looks like a split and is not used, what is taken for classes, and what is left out, in words."""
+    notes = [] if splits is None else [*splits.notes, *_not_read(train, val)]
+    if isinstance(train, TableSource) and (known := train.index.header.get("splits")):
+        used = {one.index.header["files"][0] for one in (train, val) if isinstance(one, TableSource)}
+        unused = {name: rows for name, rows in known.items() if name not in used}
+        notes += listed(
+            "not used",
+            [f"{name} ({counted(rows, 'row')})" if rows else name for name, rows in unused.items()],
+        )
+    return notes
 
 
 def _not_read(*sources: ImageSource | None) -> list[str]:
@@ -354,8 +384,7 @@ def _splits(path: str, key: str, choice: Choice) -> Splits:
 
 def _open_train(path: str, splits: Splits, choice: Choice) -> OnDisk:
     if not path.startswith(HUB):
-        part = splits.train
-        return read_by(choice, open_folder(part.folder, "train", part.names, choice.label_column))
+        return open_part(splits.train, "train", choice, choice.train)
     train = open_hub(path, "train", choice.train, choice.label_column)
     if train is None:
         raise UserError(
@@ -363,6 +392,23 @@ def _open_train(path: str, splits: Splits, choice: Choice) -> OnDisk:
             f"another split by data.train"
         )
     return read_by(choice, train)
+
+
+def open_part(part: Part, split: Split, choice: Choice, chosen: str | None = None) -> OnDisk:
+    """The images of a part of a folder.
+
+    Raises:
+        UserError: files of images lie beside so few images that one cannot tell which are meant, and `.` is
+            not chosen; or as `open_folder`.
+    """
+    source = read_by(choice, open_folder(part.folder, split, part.names, choice.label_column))
+    if isinstance(source, FolderSource) and chosen != ".":
+        others, images = source.index.header.get("others", {}), len(source)
+        packed = sum(others.get(ending, 0) for ending in PACKED_ENDINGS)
+        if packed and images <= most_beside(packed):
+            one = next(found_below(part.folder, lambda name: name.endswith(PACKED_ENDINGS), WRAPPED), "")
+            raise side_by_side(part.folder, packed, one, source.index.name(0), f"data.{split}")
+    return source
 
 
 def read_by(choice: Choice, source: OnDisk) -> OnDisk:
@@ -379,11 +425,11 @@ def _open_val(path: str, splits: Splits, choice: Choice, train: ImageSource | No
     val: OnDisk | None
     if path.startswith(HUB):
         val = open_hub(path, "val", choice.val, choice.label_column)
+        val = val and read_by(choice, val)
     elif part := splits.val or splits.test:
-        val = open_folder(part.folder, "val", part.names, choice.label_column)
+        val = open_part(part, "val", choice, choice.val)
     else:
         return None
-    val = val and read_by(choice, val)
     may_lack = isinstance(val, TableSource) or splits.val is None
     if val is None or (may_lack and val.labels is None):
         if choice.val is None:

@@ -2,17 +2,19 @@
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 # In any case. Of several words for one split the first that occurs counts.
 WORDS = {
-    "train": ("train", "training", "trainset", "trainval"),
+    "train": ("train", "training", "trainset", "trainval", "trn"),
     "val": ("val", "validation", "valid", "valset", "dev", "eval", "evaluation", "holdout"),
-    "test": ("test", "testing", "testset"),
+    "test": ("test", "testing", "testset", "tst"),
 }
+SPLIT_OF = {word: split for split, known in WORDS.items() for word in known}
 LISTED = {  # names that hold no word, or only one of a pair
-    "data_256": "train", "data_large": "train",  # Places365
+    "data_256": "train", "data_large": "train", "val_large": "val", "test_large": "test",  # Places365
     "ilsvrc2012_img_train": "train", "ilsvrc2012_img_val": "val",
 }  # fmt: skip
 # Beside images: what is about them, not of them.
@@ -24,7 +26,8 @@ ABOUT_IMAGES = frozenset({
 WRAPPERS = frozenset(
     {"images", "image", "imgs", "img", "jpegimages", "data", "dataset", "photos", "pictures"}
 )
-NUMBERED = re.compile(r"[-_.]?\d")
+MORE_IMAGES = frozenset({"extra", "unlabeled", "unlabelled", "unsupervised"})  # beside splits: no classes
+JOINED = re.compile(rf"\b({'|'.join(SPLIT_OF)})({'|'.join(sorted(WRAPPERS))}|dir|folder)\b")
 
 
 class Meaning(NamedTuple):
@@ -37,52 +40,61 @@ class Meaning(NamedTuple):
 
 
 def words(name: str) -> tuple[str, ...]:
-    """The words of a name in lower case, without digits: `imagenet1k-trainA` gives imagenet, k, train, a."""
+    """The words of a name in lower case, without digits: `imagenet1k-trainA` gives imagenet, k, train, a;
+    `trainimages` gives train, images."""
     found = re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name))
-    return tuple(re.sub(r"\btrain val\b", "trainval", " ".join(found).lower()).split())
+    text = JOINED.sub(r"\1 \2", " ".join(found).lower())
+    return tuple(re.sub(r"\btrain val\b", "trainval", text).split())
 
 
-def meaning(name: str) -> Meaning | None:
-    """The one split that a name holds a word of; None if there is no such word, or several."""
+def meanings(name: str, ignored: Collection[str] = ()) -> list[Meaning]:
+    """What each word of a split in a name would say, but for those that are ignored."""
     if name.lower() in LISTED:
-        return Meaning(LISTED[name.lower()], name.lower(), ())
-    split_of = {word: split for split, known in WORDS.items() for word in known}
-    all_words = words(name)
-    found = [word for word in all_words if word in split_of]
-    if len(found) != 1:
-        return None
-    return Meaning(split_of[found[0]], found[0], tuple(word for word in all_words if word != found[0]))
+        return [Meaning(LISTED[name.lower()], name.lower(), ())]
+    said = [word for word in words(name) if word not in ignored]
+    return [
+        Meaning(SPLIT_OF[word], word, (*said[:place], *said[place + 1 :]))
+        for place, word in enumerate(said)
+        if word in SPLIT_OF
+    ]
 
 
 def splits_of_folders(names: Iterable[str]) -> dict[str, list[str]]:
     """Sibling folders, or splits of a set, by split.
 
     A name counts if nothing but digits stands beside the word, or if that of another split has the same rest
-    (`train.X1`, `train.X2`, `val.X`); `bullet_train` beside `test_tube` does not.
+    (`train.X1`, `train.X2`, `val.X`; `dev_train`, `dev_val`); `bullet_train` beside `test_tube` does not.
     """
-    known = {name: found for name in sorted(names) if (found := meaning(name))}
+    known = {name: found for name in sorted(names) if (found := meanings(name))}
     splits_by_rest: dict[tuple[str, ...], set[str]] = {}
-    for one in known.values():
+    for one in chain.from_iterable(known.values()):
         splits_by_rest.setdefault(one.rest, set()).add(one.split)
     rests = [rest for rest, splits in splits_by_rest.items() if len(splits) > 1 and not is_about_images(rest)]
     plain = [rest for rest in rests if not rest or WRAPPERS.issuperset(rest)]
     counted = {(), *(plain or rests)} if "train" not in splits_by_rest.get((), ()) else {()}
-    return _by_split({name: one for name, one in known.items() if one.rest in counted})
+    taken = {name: [one for one in found if one.rest in counted] for name, found in known.items()}
+    return _by_split({name: found[0] for name, found in taken.items() if len(found) == 1})
 
 
 def splits_of_files(names: Sequence[str]) -> dict[str, list[str]]:
     """Shards or tables of one folder by split.
 
-    Words count if each name holds one, else where a name begins with one and a number: `train-00000`.
+    Words that not all names hold count if each name holds one, else where a name begins with one and a
+    number: `train-00000`.
     """
-    known = {name: found for name in names if (found := meaning(name.rpartition(".")[0].rpartition("/")[2]))}
-    if len(known) < len(names):
-        known = {
-            name: one
-            for name, one in known.items()
-            if name.lower().startswith(one.word) and NUMBERED.match(name[len(one.word) :])
+    stems = [name.rpartition(".")[0].rpartition("/")[2] for name in names]
+    of_all = set(words(stems[0])).intersection(*map(words, stems)) if len(stems) > 1 else set()
+    for ignored in (of_all, ()):
+        found = [meanings(stem, ignored) for stem in stems]
+        if all(len(one) == 1 for one in found):
+            return _by_split({name: one for name, (one,) in zip(names, found, strict=True)})
+    return _by_split(
+        {
+            name: one[0]
+            for name, one in zip(names, found, strict=True)
+            if len(one) == 1 and re.match(rf"{one[0].word}[-_.]?\d", name, re.IGNORECASE)
         }
-    return _by_split(known)
+    )
 
 
 def _by_split(known: dict[str, Meaning]) -> dict[str, list[str]]:

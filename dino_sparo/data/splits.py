@@ -1,24 +1,25 @@
 """Which images of a folder are train and which are val, and what of it is neither: one decision, by names."""
 
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatch
-from itertools import islice
+from itertools import filterfalse, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dino_sparo.data.shards import holds_shards, is_shard, list_shards
+from dino_sparo.data.shards import PACKED, holds_shards, is_shard, list_shards
 from dino_sparo.data.split_names import (
+    MORE_IMAGES,
+    SPLIT_OF,
     WRAPPERS,
     is_about_images,
-    meaning,
+    meanings,
     splits_of_files,
     splits_of_folders,
     words,
 )
 from dino_sparo.data.tables import holds_tables, is_parquet, list_parquet
-from dino_sparo.data.walk import PROBED_ENTRIES, holds, is_image, list_folder
+from dino_sparo.data.walk import PROBED_ENTRIES, found_below, holds, is_image, list_folder
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.terminal import sentence, shown
 
@@ -26,6 +27,10 @@ TOP_ENTRIES = 4096  # more than any set has folders beside its splits; a flat fo
 WRAPPED = 4  # folders, as in ILSVRC/Data/CLS-LOC/train
 COUNTED = 10_000  # entries of what is left out
 SHOWN = 3
+IMAGES_PER_FILE, SEEN = 100, 400  # that a file of several images holds at least; that are looked for
+PACKED_ENDINGS = (".tar", ".parquet", ".arrow")  # of files of images
+ARCHIVES = (*PACKED, ".tar", ".zip", ".rar", ".7z", ".parquet")
+KINDS: dict[Callable[[str], bool], str] = {is_image: "image", is_shard: "tar", is_parquet: "parquet file"}
 
 
 class Part(NamedTuple):
@@ -79,7 +84,7 @@ def find_splits(root: Path, key: str = "data.path", choice: Choice = Choice()) -
         choice: folders or patterns that are train and val, whatever is found.
 
     Raises:
-        UserError: there is val, but no train; shards and images lie side by side; a folder cannot be read.
+        UserError: there is val, but no train; shards or tables lie beside few images; a folder is unreadable.
         UserFileNotFoundError: nothing is what was chosen.
     """
     if choice.train is not None:
@@ -102,6 +107,19 @@ def find_test(root: Path, key: str) -> Part:
     return found.val or found.test or found.train
 
 
+def most_beside(packed: int) -> int:
+    """How many images beside so many files of images leave open which are meant."""
+    return packed if packed < 2 else IMAGES_PER_FILE * packed
+
+
+def side_by_side(root: Path, packed: int, one: str, image: str, key: str = "data.train") -> UserError:
+    """The error about files of images beside so few images that one cannot tell which are meant."""
+    return UserError(
+        f"{root} holds {counted(packed, 'file')} of images ({one}) and images ({image}) side by side; name "
+        f"those to take by {key}, as '*.tar', a folder, or '.' for the images, or move one of the two"
+    )
+
+
 def probably_meant(root: Path, levels: int = WRAPPED) -> str:
     """Where below a folder of one class there are more, in words; empty if there are none."""
     for name in sorted(list_folder(root, TOP_ENTRIES)[0])[:PROBED_ENTRIES] if levels else ():
@@ -122,13 +140,20 @@ def _chosen(root: Path, text: str, key: str) -> Part:
     for folder in (root / text, Path(text).expanduser()):
         if folder.is_dir():
             return Part(Path(os.path.normpath(folder)))
-    names = sorted(name for group in list_folder(root) for name in group if fnmatch(name, text))
-    if not names:
+    folders, files = list_folder(root)
+    kinds = (folders, filter(is_shard, files), filter(is_parquet, files))
+    fitting = [names for kind in kinds if (names := sorted(name for name in kind if fnmatch(name, text)))]
+    if not fitting:
         raise UserFileNotFoundError(
-            f"{key} {text!r} is no folder, and no name in {root} fits it; expected a folder, or a pattern "
-            f"such as 'train-*.tar' for folders, shards, or parquet files in it"
+            f"{key} {text!r} is no folder, and no folder, shard or parquet file in {root} fits it; expected "
+            f"a folder, or a pattern of their names such as 'train-*.tar'"
         )
-    return _part(root, names)
+    if len(fitting) > 1:
+        raise UserError(
+            f"{key} {text!r} fits {fitting[0][0]} and {fitting[1][0]} in {root}; expected folders, shards or "
+            f"parquet files alone"
+        )
+    return _part(root, fitting[0])
 
 
 def _found(root: Path, key: str, *, needs_train: bool = True) -> Splits:
@@ -137,9 +162,11 @@ def _found(root: Path, key: str, *, needs_train: bool = True) -> Splits:
         folders, files = list_folder(root, TOP_ENTRIES)
         # In a flat folder of more images splits come to light by their plain names.
         folders = sorted({*folders, *(name for name in ("train", "val", "test") if (root / name).is_dir())})
-        by_file = _by_file(root, needs_train) if any(map(_is_data, files)) else None
+        by_file = _by_file(root, folders, files, needs_train) if any(map(_is_data, files)) else None
+        if by_file is None:
+            _refuse_few_beside(root, files)
         by_name = by_file or _by_folder(root, folders, files, key, needs_train)
-        splits = by_name or _by_file(root, needs_train)
+        splits = by_name or _by_file(root, folders, files, needs_train)
         inner, beside = (None, []) if splits or any(map(is_image, files)) else _wrapped(root, folders)
         if splits or inner is None:
             notes += splits.notes if splits else _taken(root, folders)
@@ -155,10 +182,26 @@ def _found(root: Path, key: str, *, needs_train: bool = True) -> Splits:
     return Splits(Part(root), notes=tuple(notes))
 
 
-def _by_file(root: Path, needs_train: bool) -> Splits | None:
+def _refuse_few_beside(root: Path, files: Sequence[str]) -> None:
+    """Raises UserError: shards or tables lie in a folder with few images in or below it."""
+    if packed := sorted(filter(_is_packed, files)):
+        most = min(SEEN, most_beside(len(packed)))
+        some = list(islice(found_below(root, levels=WRAPPED), most + 1))
+        if 0 < len(some) <= most:
+            raise side_by_side(root, len(packed), packed[0], some[0])
+
+
+def _by_file(root: Path, folders: Sequence[str], files: Sequence[str], needs_train: bool) -> Splits | None:
     """Splits of a folder of shards or parquet files; None if it is none."""
+    beside: tuple[str, ...] = ()
     if holds_tables(root):
         names = list_parquet(root)
+        looks = list(filter(meanings, folders))
+        beside = (
+            *listed("looks like a split, not used", _full(root, looks)),
+            *_left_out(root, [name for name in folders if name not in looks]),
+            *(_loose(root, files, is_image, is_shard) if names else ()),
+        )
     elif holds_shards(root):
         names = list_shards(root)
     else:
@@ -170,12 +213,12 @@ def _by_file(root: Path, needs_train: bool) -> Splits | None:
                 f"{root} holds parquet files, but none of train; expected train-*.parquet; download these "
                 f"too, or name those to learn from by data.train"
             )
-        return Splits(Part(root), notes=_listed("taken as train", list(filter(meaning, names))))
+        return Splits(Part(root), notes=(*listed("taken as train", list(filter(meanings, names))), *beside))
     used = _used(found)
     rest = [name for name in names if name not in used]
-    notes = _listed("looks like a split, not used", list(filter(meaning, rest)))
-    notes += _listed("left out", [name for name in rest if not meaning(name)])
-    return Splits(**{split: _part(root, here) for split, here in found.items()}, notes=notes)
+    notes = listed("looks like a split, not used", list(filter(meanings, rest)))
+    notes += listed("left out", [name for name in rest if not meanings(name)])
+    return Splits(**{split: _part(root, here) for split, here in found.items()}, notes=notes + beside)
 
 
 def _by_folder(
@@ -184,25 +227,24 @@ def _by_folder(
     """Splits that are folders in a folder; None if there are none."""
     named = splits_of_folders(folders)
     full = {split: here for split, names in named.items() if (here := _full(root, names))}
-    listed = {name for names in named.values() for name in names}
-    others = [name for name in folders if name not in listed]
+    of_splits = {name for names in named.values() for name in names}
+    others = [name for name in folders if name not in of_splits]
     train, held_out = full.get("train"), full.get("val") or full.get("test")
-    if not held_out and (train or named.get("train")):
+    of_plain_names = "val" not in full and all(name.lower() in SPLIT_OF for name in train or ())
+    if (of_plain_names or not held_out) and (train or (named.get("train") and not held_out)):
         # A class may be called train: it holds images itself, and other classes stand beside it.
         has_classes = any(_holds_classes(root / name) for name in train or ())
-        if not has_classes and _full(root, others, 1):
+        if not has_classes and _full(root, filterfalse(_is_beside, others), 1):
             return None
         train = train or named["train"]
     if train:
         used = _used({"train": train} | full)
-        looks = [name for name in folders if name not in used and meaning(name)]
-        notes = _listed("looks like a split, not used", _full(root, looks))
-        left_out = _left_out(root, [name for name in others if not meaning(name)])
-        pictures = len(list(filter(is_image, files)))
-        notes += (
-            *left_out,
-            *([f"left out: {counted(pictures, 'image')} in {root} itself"] if pictures else []),
-        )
+        looks = [name for name in folders if name not in used and meanings(name)]
+        packed_up = [name for name in sorted(files) if name.lower().endswith(ARCHIVES) and meanings(name)]
+        notes = listed("looks like a split, not used", [*_full(root, looks), *packed_up])
+        notes += _left_out(root, [name for name in others if not meanings(name)])
+        others = [name for name in files if name not in packed_up]
+        notes += _loose(root, others, is_image, is_shard, is_parquet)
         parts = {split: _part(root, here) for split, here in (full | {"train": train}).items()}
         return Splits(**parts, notes=notes)
     has_classes = any(_holds_classes(root / name) for name in held_out or ())
@@ -278,8 +320,21 @@ def _holds_splits(folder: Path) -> bool:
 # --- What folders hold, and what is left out
 
 
+def _is_packed(name: str) -> bool:
+    return is_shard(name) or is_parquet(name)
+
+
 def _is_data(name: str) -> bool:
-    return is_image(name) or name.endswith((".tar", ".parquet", ".arrow"))
+    return is_image(name) or name.endswith(PACKED_ENDINGS)
+
+
+def _is_beside(name: str) -> bool:
+    """Whether the name of a folder says that it holds no class, but something beside images of classes."""
+    return is_about_images(words(name)) or not MORE_IMAGES.isdisjoint(words(name))
+
+
+def _may_be_class(name: str) -> bool:
+    return not (meanings(name) or _is_beside(name))
 
 
 def _full(root: Path, names: Iterable[str], limit: int | None = None) -> list[str]:
@@ -296,17 +351,32 @@ def _holds_classes(folder: Path) -> bool:
 
 def _taken(root: Path, folders: Sequence[str]) -> tuple[str, ...]:
     """What is taken for classes and may not have been meant to be."""
-    looks = [name for name in folders if meaning(name) or is_about_images(words(name))]
-    return _listed("taken as classes", _full(root, looks))
+    looks = list(filterfalse(_may_be_class, folders))
+    notes = listed("taken as classes", _full(root, looks))
+    if len(first := list(filter(_may_be_class, folders))[:2]) > 1:
+        one, other = (list_folder(root / name, TOP_ENTRIES)[0] for name in first)
+        same = sorted(set(filter(_may_be_class, one)).intersection(other) - WRAPPERS)
+        what = " and ".join(map(shown, first)) + ", taken as classes, hold folders of the same names"
+        if len(same) > 1 and holds(root / first[0] / same[0], _is_data):
+            notes += listed(what, same)
+    return notes
 
 
 def _left_out(root: Path, folders: Sequence[str]) -> tuple[str, ...]:
     """What else lies beside the images, with numbers."""
     full = _full(root, folders)
-    return _listed("left out", [f"{name} ({_count(root / name)})" for name in full[:SHOWN]] + full[SHOWN:])
+    return listed("left out", [f"{name} ({_count(root / name)})" for name in full[:SHOWN]] + full[SHOWN:])
 
 
-def _listed(what: str, names: Sequence[str]) -> tuple[str, ...]:
+def _loose(root: Path, files: Sequence[str], *kinds: Callable[[str], bool]) -> tuple[str, ...]:
+    """How many files of these kinds in a folder itself are left out."""
+    numbers = {KINDS[kind]: sum(map(kind, files)) for kind in kinds}
+    found = ", ".join(counted(number, what) for what, number in numbers.items() if number)
+    return (f"left out: {found} in {root} itself",) if found else ()
+
+
+def listed(what: str, names: Sequence[str]) -> tuple[str, ...]:
+    """What is to be said of some names, the first of them, in words; nothing without any."""
     more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return (f"{what}: {', '.join(map(shown, names[:SHOWN]))}{more}",) if names else ()
 
@@ -320,5 +390,7 @@ def _count(folder: Path) -> str:
         for name in below:
             yield from files(folder / name)
 
-    found = Counter(map(_is_data, islice(files(folder), COUNTED)))
-    return f"{counted(found[True], 'image')}{' or more' * (found.total() == COUNTED)}"
+    some = list(islice(files(folder), COUNTED))
+    images, packed = (sum(map(kind, some)) for kind in (is_image, _is_data))
+    found = counted(images, "image") if images else counted(packed, "file") + " of images"
+    return f"{found}{' or more' * (len(some) == COUNTED)}"

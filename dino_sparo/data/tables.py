@@ -10,7 +10,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,7 @@ from dino_sparo.data.arrow import Columns, Rows, first_line, import_datasets, re
 from dino_sparo.data.index import Index, cached_index, index_parts, key_of_names
 from dino_sparo.data.shards import ShardSource, has_states, states_of
 from dino_sparo.data.split_names import splits_of_files, splits_of_folders
-from dino_sparo.data.walk import PROBED_BELOW, PROBED_ENTRIES, THREADS, holds, is_image, list_folder
+from dino_sparo.data.walk import PROBED_ENTRIES, THREADS, holds, is_image, list_folder
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.files import parsed_json
 from dino_sparo.terminal import shows_bars
@@ -67,16 +67,14 @@ def _tables_are_current(index: Index, root: Path) -> bool:
 
 def holds_tables(root: Path) -> bool:
     """Whether a folder is one of tables, by a look at some entries: saved, or parquet files that are named
-    by split, or with neither images nor folders of images beside them."""
+    by split, or with neither images nor folders of images beside them; one beside a tar of its name is about
+    that."""
     if is_saved(root):
         return True
-    folders, files = list_folder(root, PROBED_ENTRIES)
-    found = list(filter(is_parquet, files))
+    found = list(filter(is_parquet, list_folder(root, PROBED_ENTRIES)[1]))
     if not found or splits_of_files(found):
         return bool(found)
-    return not (
-        any(map(is_image, files)) or any(holds(root / name) for name in sorted(folders)[:PROBED_BELOW])
-    )
+    return not (holds(root) or (root / found[0]).with_suffix(".tar").is_file())
 
 
 def is_saved(root: Path) -> bool:
@@ -257,7 +255,11 @@ def _pack_hub(
             f"{path} cannot be had from the hub ({first_line(error)}); check the name, or fetch it where "
             f"there is a network and copy the folders HF_HOME and DINO_SPARO_CACHE"
         ) from error
-    return _parts(Path(path), split, "hub", [word], arrow, commit=commit, label_column=label_column)
+    rows = {one: info.num_examples for one, info in (whole.info.splits or {}).items()}
+    splits = {str(one): rows.get(one) for one in whole.config.data_files}
+    return _parts(
+        Path(path), split, "hub", [word], arrow, commit=commit, label_column=label_column, splits=splits
+    )
 
 
 def _prepared(builder: Any, split: str, what: str, num_bytes: int | None) -> list[str]:
@@ -299,6 +301,7 @@ def _parts(
     file_states: Sequence[tuple[int, int]] = (),
     commit: str = "",
     label_column: str | None = None,
+    splits: Mapping[str, int | None] | None = None,
 ) -> list[bytes]:
     """The parts of an index file of the images in the files of `arrow`, below `root` unless absolute.
 
@@ -325,7 +328,7 @@ def _parts(
         root,
         b"\0".join(_names(files, counts, paths, classes, numbers)),
         [(*state, 0) for state in states],
-        header=header | {"commit": commit},
+        header=header | {"commit": commit, "splits": splits or {}},
         arrays={
             "labels": np.empty(0, np.int32) if numbers is None else numbers.astype(np.int32),
             "firsts": np.cumsum([0, *(len(table.sizes) for table in tables[:-1])]),

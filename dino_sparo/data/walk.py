@@ -4,7 +4,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +19,7 @@ from dino_sparo.terminal import shown, shows_bars
 log = logging.getLogger("dino_sparo")
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+HIDDEN = (".", "@eaDir")  # the latter holds thumbnails that Synology's file servers make
 PROBED_ENTRIES = 64  # a folder of a million images is not listed to see what it holds
 PROBED_BELOW = 8  # folders
 SHOWN_ENDINGS = 4
@@ -57,7 +58,7 @@ class Folder:
 
 def is_image(name: str) -> bool:
     """Whether a file of this name is taken for an image."""
-    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+    return name.lower().endswith(EXTENSIONS) and not name.startswith(HIDDEN)
 
 
 def named_by_ending(others: Mapping[str, int], limit: int = SHOWN_ENDINGS) -> str:
@@ -82,7 +83,7 @@ def list_folder(folder: Path, limit: int | None = None) -> tuple[list[str], list
     try:
         with os.scandir(folder) as entries:
             for entry in islice(entries, limit):
-                if not entry.name.startswith("."):
+                if not entry.name.startswith(HIDDEN):
                     (folders if _is_folder(entry) else files).append(entry.name)
     except (FileNotFoundError, NotADirectoryError):
         pass
@@ -93,11 +94,18 @@ def list_folder(folder: Path, limit: int | None = None) -> tuple[list[str], list
 
 def holds(folder: Path, wanted: Callable[[str], bool] = is_image, levels: int = 2) -> bool:
     """Whether one of a folder's first entries is an image, or what is wanted, or one in a folder below."""
-    folders, files = list_folder(folder, PROBED_ENTRIES)
-    return any(map(wanted, files)) or (
-        levels > 0
-        and any(holds(folder / name, wanted, levels - 1) for name in sorted(folders)[:PROBED_BELOW])
-    )
+    return next(found_below(folder, wanted, levels), None) is not None
+
+
+def found_below(
+    folder: Path, wanted: Callable[[str], bool] = is_image, levels: int = 2, below: str = ""
+) -> Iterator[str]:
+    """Images, or what is wanted, among a folder's first entries and those of the first folders below, by
+    their paths from the folder."""
+    folders, files = list_folder(folder / below, PROBED_ENTRIES)
+    yield from (f"{below}{name}" for name in files if wanted(name))
+    for name in sorted(folders)[:PROBED_BELOW] if levels > 0 else ():
+        yield from found_below(folder, wanted, levels - 1, f"{below}{name}/")
 
 
 def walk(root: Path, names: Sequence[str] = ()) -> list[Folder]:
@@ -142,7 +150,7 @@ def _read_folder(root: Path, started_ns: int, unread: Unread) -> tuple[list[Fold
         here = os.stat(root / below)  # before the list: a change between the two is seen the next time
         identity = (here.st_dev, here.st_ino)
         for entry in os.scandir(root / below) if identity not in ancestors else ():
-            if entry.name.startswith("."):
+            if entry.name.startswith(HIDDEN):
                 continue
             if _is_folder(entry):
                 inner.append((f"{below}{entry.name}/", (*ancestors, identity)))
@@ -180,5 +188,5 @@ def state_now(path: str) -> State:
     """The state of a folder, its path ending in /; NO_FOLDER if there is none."""
     try:
         return _state(os.stat(path))
-    except OSError:  # also for a file, because of the /
+    except (OSError, UnicodeError):  # also for a file, because of the /, and for a name of another locale
         return NO_FOLDER

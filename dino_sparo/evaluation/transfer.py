@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dino_sparo.data.sources import AS_FOUND, ImageSource, open_folder, open_labeled, read_by, unlabeled
+from dino_sparo.data.sources import AS_FOUND, ImageSource, open_labeled, open_part, unlabeled
 from dino_sparo.data.split_names import same_name
 from dino_sparo.data.splits import Choice, Part, find_test
 from dino_sparo.errors import UserError, UserFileNotFoundError
@@ -145,7 +145,7 @@ def _open_test_set(
         problem = "is a file" if root.exists() else "does not exist"
         raise UserFileNotFoundError(f"test {text!r}: {str(root)!r} {problem}; {EXPECTED}")
     part = find_test(root, "test")
-    source = read_by(choice, open_folder(part.folder, "val", part.names))
+    source = open_part(part, "val", choice)
     if part != Part(root):
         log.info("test %s: %s images in %s classes (%s)", name, len(source), len(source.classes), part)
     labels, folders = source.labels, source.classes

@@ -4,8 +4,8 @@
 to build that, and under a key of ours how to build the Encoder and whose weights they are; `README.md` is
 the model card. No file needs pickle.
 
-Encoders whose encoding timm's own ViT gives (`cls` and `gap`) are written as that, so that reading them needs
-no import of ours; all others as the models that `interop.timm_models` registers.
+timm builds the models that `interop.timm_models` registers, which give our encoding at any size. Weights of
+`cls` and `gap` have the names of timm's own ViT, which takes them too, for images of their own size.
 """
 
 import json
@@ -43,7 +43,7 @@ TIMM_POOLING: dict[str, dict[str, Any]] = {  # by the read-outs that timm's own 
 }
 SPARO_SIZES = {"num_slots": 64, "slot_dim": 64, "key_dim": 64, "group_size": 1}
 NOT_READOUT = ("arch", "patch_size", "image_size", "readout")
-PREFIX = "backbone."  # of all parameters of an encoder without slots; timm's own ViT has none
+PREFIX = "backbone."  # of all parameters of an encoder without slots; in files they have none, as in timm
 
 CARD = """\
 ---
@@ -68,17 +68,19 @@ Vision transformer for image features, {origin}{readout}.
 
 ```python
 import timm
-{imports}from PIL import Image
+import dino_sparo.interop.timm_models  # registers the model with timm
+from PIL import Image
 
 model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
 encoding = model(transform(Image.open("IMAGE").convert("RGB"))[None])  # (1, {length})
 ```
 
-`dino_sparo.load_encoder("FOLDER")` gives the encoder itself.{other_sizes}
+`dino_sparo.load_encoder("FOLDER")` gives the encoder itself.{timms_own}
 """
-OTHER_SIZES = """ It takes images of any size; timm's ViT gives the same
-encodings at {image_size} pixels only: it resizes the position embedding differently from the DINO code."""
+TIMMS_OWN = """ Without dino_sparo, timm's own
+`timm.create_model({own})` takes the weights too, for images of
+{image_size} pixels only: it resizes the position embedding differently from the DINO code."""
 READOUTS = {
     "sparo": "with the SPARO read-out (arXiv 2404.15721)",
     "cls": "read out by its CLS token",
@@ -86,7 +88,6 @@ READOUTS = {
     "pooler": "read out by an attentional pooler (arXiv 2205.01917)",
     "bottleneck": "read out by two linear layers on its CLS token",
 }
-IMPORT = "import dino_sparo.interop.timm_models  # registers the model with timm\n"
 
 
 def write_exported(
@@ -187,34 +188,29 @@ def is_plain_sparo(arguments: Mapping[str, Any]) -> bool:
     return arguments["readout"] == "sparo" and _options(arguments).keys() <= SPARO_SIZES.keys()
 
 
-def pretrained_config(image_size: int, *, plain: bool = False) -> dict[str, Any]:
-    """timm's `pretrained_cfg`: the official evaluation crop, ImageNet's mean and deviation, names of layers.
-
-    timm's ViT (`plain`) takes one image size only, our encoder all.
-    """
+def pretrained_config(image_size: int) -> dict[str, Any]:
+    """timm's `pretrained_cfg`: the official evaluation crop, ImageNet's mean and deviation, names."""
     # We round the short side to resize to, timm cuts its fraction off: hence rounded down, to four digits.
     crop_pct = math.floor(10_000 * image_size / round(image_size * 256 / 224)) / 10_000
     return PretrainedCfg(
         tag="dino",
         input_size=(3, image_size, image_size),
-        fixed_input_size=plain,
+        fixed_input_size=False,
         interpolation="bicubic",
         crop_pct=crop_pct,
         num_classes=0,
-        first_conv="patch_embed.proj" if plain else f"{PREFIX}patch_embed.proj",
+        first_conv=f"{PREFIX}patch_embed.proj",
         classifier="head",
     ).to_dict(remove_source=True)
 
 
 def _timm_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What timm reads in `config.json`: the model by name, the arguments that differ from its, the images."""
-    plain, sizes = _is_plain(arguments), architecture(arguments["arch"])
+    sizes = architecture(arguments["arch"])
     name = next((name for name, named in ARCHITECTURES.items() if named == sizes), "vit_small")
     named = {"img_size": 224, "patch_size": 16, **ARCHITECTURES[name], **SPARO_SIZES}
     asked = {"img_size": arguments["image_size"], "patch_size": arguments["patch_size"], **sizes}
-    if plain:
-        pooling = TIMM_POOLING[arguments["readout"]]
-    elif is_plain_sparo(arguments):
+    if is_plain_sparo(arguments):
         pooling, asked = {}, asked | _options(arguments)
     else:
         pooling = {"readout": {"name": arguments["readout"], **_options(arguments)}}
@@ -222,13 +218,23 @@ def _timm_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
         "embed_dim" if key == "width" else key: value for key, value in asked.items() if value != named[key]
     }
     return {
-        "architecture": f"{name}_patch16_224" if plain else f"{name}_patch16_sparo_224",
+        "architecture": f"{name}_patch16_sparo_224",
         "num_classes": 0,
         "num_features": sizes["width"],
-        "global_pool": pooling.get("global_pool", "token") if plain else "readout",
+        "global_pool": "readout",
         "model_args": different | pooling,
-        "pretrained_cfg": pretrained_config(arguments["image_size"], plain=plain),
+        "pretrained_cfg": pretrained_config(arguments["image_size"]),
     }
+
+
+def _timms_own(arguments: Mapping[str, Any]) -> str:
+    """The arguments by which timm's own ViT takes the weights of an encoder without slots."""
+    config = _timm_config(arguments)
+    asked = {key: value for key, value in config["model_args"].items() if key != "readout"}
+    asked = {"num_classes": 0} | asked | TIMM_POOLING[arguments["readout"]]
+    name = config["architecture"].replace("_sparo", "")
+    told = (f"{key}={value!r}" for key, value in asked.items())
+    return ", ".join([f'"{name}"', 'checkpoint_path="FOLDER/model.safetensors"', *told])
 
 
 def _is_plain(arguments: Mapping[str, Any]) -> bool:
@@ -263,8 +269,9 @@ def _model_card(
         image_size=size,
         encoding=encoding,
         length=encoder.embed_dim,
-        other_sizes=OTHER_SIZES.format(image_size=size) if _is_plain(stored.arguments) else "",
-        imports="" if _is_plain(stored.arguments) else IMPORT,
+        timms_own=TIMMS_OWN.format(own=_timms_own(stored.arguments), image_size=size)
+        if _is_plain(stored.arguments)
+        else "",
     )
     if stored.trained:
         recipe = yaml.safe_dump(json.loads(facts["recipe"]), sort_keys=False)

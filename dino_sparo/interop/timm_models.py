@@ -15,7 +15,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from dino_sparo.interop.timm_folder import SPARO_SIZES, pretrained_config
+from dino_sparo.interop.timm_folder import PREFIX, SPARO_SIZES, pretrained_config
 from dino_sparo.models import Encoder, build_encoder
 from dino_sparo.models.backbone import resize_matrix
 from dino_sparo.models.encoder import ARCHITECTURES
@@ -209,9 +209,12 @@ class SparoVisionTransformer(Encoder):
         }
 
 
-def _fit_position_embedding(state: dict[str, Tensor], model: SparoVisionTransformer) -> dict[str, Tensor]:
-    """Resize a stored position embedding to the model's native grid if it is another."""
-    name, grid = "backbone.pos_embed", model.backbone.native_grid
+def _fitted(state: dict[str, Tensor], model: SparoVisionTransformer) -> dict[str, Tensor]:
+    """A stored state, also one by the names of timm's own ViT, its position embedding resized to the model's
+    native grid if it has another."""
+    if "cls_token" in state:
+        state = {name if name.startswith("head.") else PREFIX + name: value for name, value in state.items()}
+    name, grid = f"{PREFIX}pos_embed", model.backbone.native_grid
     stored_1ND = state.get(name)
     if stored_1ND is None or stored_1ND.shape[1] == 1 + grid**2:
         return state
@@ -227,7 +230,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         SparoVisionTransformer,
         variant,
         pretrained,
-        pretrained_filter_fn=_fit_position_embedding,
+        pretrained_filter_fn=_fitted,
         feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
         **(sizes | kwargs),
     )

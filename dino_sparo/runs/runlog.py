@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from dino_sparo.files import clean_lines, named, read_lines, set_aside
 from dino_sparo.parallel.device import wait_for_event
+from dino_sparo.runs.events import clean_events
 from dino_sparo.terminal import colored, shows_bars
 
 log = logging.getLogger("dino_sparo")
@@ -72,6 +73,7 @@ class RunLog:
         events = run_dir / EVENTS_FOLDER
         if events.exists() and not events.is_dir():
             set_aside(events, "it is no folder")
+        clean_events(events)
         self._metrics = open(self.path, "a")  # noqa: SIM115 closed by __exit__
         cut_from = first_step + 1 if first_step else 0
         self._events = SummaryWriter(str(events), purge_step=cut_from, flush_secs=30)

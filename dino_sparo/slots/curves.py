@@ -1,7 +1,6 @@
 """Curves over epochs, from metrics.jsonl, and the colors and marks of series in all plots about a run."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -30,7 +29,7 @@ HEALTHY = {  # what a number is called, and what is healthy
 }
 
 
-def draw_curve(metrics: Sequence[Mapping[str, Any]], file: Path | BinaryIO) -> None:
+def draw_curve(metrics: Sequence[Mapping[str, Any]], file: BinaryIO) -> None:
     """Write a PNG: loss, and where it was measured 20-NN accuracy with its standard error, over epochs."""
     num_test = num_knn_images(metrics)
     curves = {key: points for key in ("loss", KNN) if len(points := points_of(metrics, key))}

@@ -17,6 +17,7 @@ from dino_sparo.data.images import evaluation_crop, normalize, to_tensor
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.workers import WatchedLoader, default_workers
 from dino_sparo.errors import UserError
+from dino_sparo.files import atomic_write
 from dino_sparo.slots.attention import FULL, strength, times_uniform
 from dino_sparo.terminal import shown
 
@@ -238,7 +239,8 @@ def draw_grid(
             axis.imshow(picture)
             axis.set_title(title, parse_math=False, fontsize=TITLE_POINTS, pad=2)
             left += inches + GAP_INCHES
-    figure.savefig(path, dpi=DPI)
+    with atomic_write(path, durable=False) as file:
+        figure.savefig(file, dpi=DPI, format="png")
 
 
 def _draw_scale(figure: "Figure", left: float, top: float, page_width: float, page_height: float) -> None:

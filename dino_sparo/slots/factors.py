@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from dino_sparo.data.generated import ShapesSource
 from dino_sparo.data.shapes import FACTORS, MAX_OBJECTS, draw_factors
 from dino_sparo.errors import UserError
+from dino_sparo.files import atomic_write
 from dino_sparo.slots.parts import (
     CutEncoder,
     Moments,
@@ -182,7 +183,8 @@ def draw_factors_matrix(encoders: Sequence[Mapping[str, Any]], path: Path) -> No
     bar = figure.colorbar(shown, ax=axes, shrink=0.6)
     bar.set_label("from chance (0) to 100 % (1)", fontsize=8)
     bar.ax.tick_params(labelsize=8)
-    figure.savefig(path, dpi=110)
+    with atomic_write(path, durable=False) as file:
+        figure.savefig(file, dpi=110, format="png")
 
 
 def table(encoders: Sequence[Mapping[str, Any]]) -> str:

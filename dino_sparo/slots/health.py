@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from dino_sparo.data.images import CenterCrops, normalize
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.errors import UserError
+from dino_sparo.files import atomic_write
 from dino_sparo.models import Encoder
 from dino_sparo.slots.curves import COLORS
 from dino_sparo.slots.drawing import load_images
@@ -138,4 +139,5 @@ def draw_health(slots: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], 
         axis.axvline(at, color=COLORS[1], linestyle="--")
         axis.set_xlabel(f"dashed: {label}", fontsize=8)
     figure.supylabel("slots", fontsize=9)
-    figure.savefig(path, dpi=110)
+    with atomic_write(path, durable=False) as file:
+        figure.savefig(file, dpi=110, format="png")

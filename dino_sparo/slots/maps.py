@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.errors import UserError
+from dino_sparo.files import atomic_write
 from dino_sparo.models import Encoder
 from dino_sparo.slots.attention import cls_attention, distinct_slots, slot_attention
 from dino_sparo.slots.drawing import (
@@ -78,7 +79,8 @@ def slot_maps(
     for number, drawn in zip(numbers, rows.drawn, strict=True):
         files = {key: f"image{number}_{_file_part(key)}.png" for key in rows.titles}
         for picture, file in zip(drawn, files.values(), strict=True):
-            Image.fromarray(picture).save(folder / file)
+            with atomic_write(folder / file, durable=False) as written:
+                Image.fromarray(picture).save(written, "PNG")
         overlays[str(number)] = files
     names = {name for of_image in overlays.values() for name in of_image.values()}
     remove_other_pictures(folder, "image*_*.png", names)

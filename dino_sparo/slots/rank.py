@@ -23,6 +23,7 @@ from dino_sparo.data.sources import ImageSource
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.knn import NoDirectionError
 from dino_sparo.evaluation.transfer import draw_by_class
+from dino_sparo.files import atomic_write
 from dino_sparo.slots.curves import COLORS
 from dino_sparo.slots.parts import (
     CutEncoder,
@@ -315,4 +316,5 @@ def draw_curve(encoders: Sequence[dict[str, Any]], path: Path) -> None:
         axis.set(title=title, xlabel="parts kept", ylabel="top-1 on val, per cent")
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
-    figure.savefig(path, dpi=110)
+    with atomic_write(path, durable=False) as file:
+        figure.savefig(file, dpi=110, format="png")
