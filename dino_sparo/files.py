@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and folders of the user's own: caches that nobody else may write."""
+"""Atomic writes, JSON lines, and cache folders that only this user can write."""
 
 import atexit
 import errno
@@ -25,15 +25,15 @@ from dino_sparo.errors import UserError
 
 log = logging.getLogger("dino_sparo")
 
-COMPILED = "TORCHINDUCTOR_CACHE_DIR"  # environment variable; torch sets it too, when its compiler is imported
-ABANDONED_SECONDS = 3600.0  # after which a temporary file belongs to a process that was killed
-MOST_LINE = 2**24  # bytes of a line of JSON; the longest are bad steps, which name the images of a batch
-OF_TORCH = "torchinductor_"  # followed by the user's name, the folder that torch chooses
+COMPILED = "TORCHINDUCTOR_CACHE_DIR"  # environment variable; importing torch's compiler sets it too
+ABANDONED_SECONDS = 3600.0  # an older temporary file was left by a killed process
+MOST_LINE = 2**24  # bytes per line of JSON; the longest lines name all images of a batch
+OF_TORCH = "torchinductor_"  # torch's default folder is this followed by the user name
 
 
 @contextmanager
 def named(path: Path, instead_of: Path | None = None) -> Iterator[None]:
-    """Name a file in an error of the system that names none, as that of a full disk, or names another one."""
+    """Set `filename` of an OSError that has none (such as a full disk) or that names `instead_of`."""
     try:
         yield
     except OSError as error:
@@ -44,22 +44,22 @@ def named(path: Path, instead_of: Path | None = None) -> Iterator[None]:
 
 @contextmanager
 def atomic_write(path: Path, temporary: Path | None = None, *, durable: bool = True) -> Iterator[BinaryIO]:
-    """A binary file that becomes `path` when the block ends well: a reader sees the old file or the new one.
+    """Open a binary file that is renamed to `path` when the block ends without an error.
 
-    After an error nothing stays behind; after a kill the temporary file does, and a later write of the same
-    path removes it.
+    A reader sees the old file or the new one. A killed process leaves its temporary file behind; the next
+    write to the same path removes it after an hour.
 
     Args:
-        path: in a folder that exists.
-        temporary: name until then, where only one process writes; None takes one that no other process has.
-        durable: flush the content to disk before the file gets its name.
+        path: its folder must exist.
+        temporary: temporary name, if only one process writes; None: a unique name.
+        durable: flush the content to disk before the file is renamed.
 
     Raises:
-        OSError: it cannot be written; `filename` is set.
+        OSError: the file cannot be written; `filename` is set.
     """
     if temporary is None:
         for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
-            with suppress(OSError):  # another process has removed it
+            with suppress(OSError):  # another process may have removed it
                 if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
                     left.unlink()
         temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
@@ -76,41 +76,39 @@ def atomic_write(path: Path, temporary: Path | None = None, *, durable: bool = T
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write a whole file by `atomic_write`, text as UTF-8. Raises OSError."""
+    """Write a file with `atomic_write`, text as UTF-8. Raises OSError."""
     with atomic_write(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 def open_regular(path: str | Path, buffering: int = -1) -> BinaryIO:
-    """A regular file, open for reading, at once: a pipe would make its reader wait, a device may never end.
+    """Open a regular file for reading, without blocking on a pipe or reading a device without end.
 
     Raises:
-        OSError: it is none, or cannot be opened.
+        OSError: the path is not a regular file, or cannot be opened.
     """
     file = open(  # noqa: SIM115
         path, "rb", buffering, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
     )
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise OSError(errno.EINVAL, "no regular file", str(path))
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     return file
 
 
 def read_small(path: Path, most: int) -> bytes:
-    """The content of a regular file of at most so many bytes. Raises UserError, OSError."""
-    if path.exists() and not path.is_file():  # reading a pipe would wait, a device may never end
-        raise UserError(f"{path} is no regular file; give another")
+    """Read a regular file of at most `most` bytes. Raises UserError, OSError."""
+    if path.exists() and not path.is_file():  # reading a pipe would block
+        raise UserError(f"{path} is not a regular file; give another path")
     with open(path, "rb") as file:
         content = file.read(most + 1)
     if len(content) > most:
-        raise UserError(
-            f"{path} is larger than {most:,} bytes, too large for what it should hold; give another"
-        )
+        raise UserError(f"{path} has more than {most:,} bytes, too many for such a file; give another path")
     return content
 
 
 def parsed_json(text: str | bytes) -> Any:
-    """What JSON text holds. Raises ValueError, also for text that is nested too deeply."""
+    """Parse JSON text. Raises ValueError, also for text that is nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -118,15 +116,15 @@ def parsed_json(text: str | bytes) -> Any:
 
 
 def append_line(path: Path, entry: Mapping[str, object]) -> None:
-    """Add an object to a file of JSON lines. Raises OSError."""
+    """Append an object to a file of JSON lines. Raises OSError."""
     with named(path), open(path, "a") as file:
         file.write(json.dumps(entry) + "\n")
 
 
 def read_lines(path: Path, is_whole: Callable[[dict[str, Any]], bool] = bool) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines, one after the other; none without the file.
+    """Iterate over the objects in a file of JSON lines; nothing if there is no file.
 
-    Lines that are damaged, or not whole by that rule, are passed over, and a warning tells how many.
+    Damaged lines, and objects that `is_whole` rejects, are skipped; a warning says how many.
     """
     damaged = 0
     for entry in _lines(path, is_whole):
@@ -135,7 +133,7 @@ def read_lines(path: Path, is_whole: Callable[[dict[str, Any]], bool] = bool) ->
         else:
             damaged += 1
     if damaged:
-        log.warning("WARNING: %s: %s", path, _told(path, damaged))
+        log.warning("WARNING: %s: %s", path, _damage(path, damaged))
 
 
 def clean_lines(
@@ -143,12 +141,13 @@ def clean_lines(
     is_whole: Callable[[dict[str, Any]], bool] = bool,
     keep: Callable[[dict[str, Any]], bool] | None = None,
 ) -> None:
-    """Write a file of JSON lines anew with those that are whole and to be kept; for its only writer.
+    """Rewrite a file of JSON lines without damaged lines and those that `keep` rejects.
 
-    A file with damaged lines is set aside before. Without those, and without `keep`, nothing is written.
+    Only for the one process that writes this file. A file with damaged lines is renamed first. Nothing is
+    written if no line is damaged and `keep` is None.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     if keep is None and all(_lines(path, is_whole)):
         return
@@ -159,11 +158,11 @@ def clean_lines(
             if entry and (keep is None or keep(entry)):
                 file.write(f"{json.dumps(entry)}\n".encode())
         if damaged:
-            set_aside(path, _told(path, damaged))
+            set_aside(path, _damage(path, damaged))
 
 
 def _lines(path: Path, is_whole: Callable[[dict[str, Any]], bool]) -> Iterator[dict[str, Any] | None]:
-    """The objects of a file of JSON lines; None for what is none."""
+    """Objects of a file of JSON lines; None for each damaged line, or once for a path that is not a file."""
     if not path.is_file():
         yield from [None] * path.exists()
         return
@@ -175,13 +174,13 @@ def _lines(path: Path, is_whole: Callable[[dict[str, Any]], bool]) -> Iterator[d
             yield entry if isinstance(entry, dict) and is_whole(entry) else None
 
 
-def _told(path: Path, damaged: int) -> str:
+def _damage(path: Path, damaged: int) -> str:
     lines = f"{damaged} of its lines cannot be read, the others are kept"
-    return lines if path.is_file() else "it is no regular file"
+    return lines if path.is_file() else "it is not a regular file"
 
 
-def set_aside(path: Path, reason: str = "it is no regular file") -> None:
-    """Rename what this program has written and cannot read: NAME.damaged, or NAME.damaged-2, and so on.
+def set_aside(path: Path, reason: str = "it is not a regular file") -> None:
+    """Rename a damaged file of a run to NAME.damaged, NAME.damaged-2, and so on, and warn about it.
 
     Raises:
         OSError: it cannot be renamed.
@@ -189,11 +188,11 @@ def set_aside(path: Path, reason: str = "it is no regular file") -> None:
     names = (f"{path.name}.damaged{f'-{number}' if number > 1 else ''}" for number in count(1))
     aside = next(name for name in names if not os.path.lexists(path.with_name(name)))
     os.rename(path, path.with_name(aside))
-    log.warning("WARNING: %s: %s; it is set aside as %s", path, reason, aside)
+    log.warning("WARNING: %s: %s; it is renamed to %s", path, reason, aside)
 
 
 def cache_folder() -> Path:
-    """Where indexes, compiled code and downloaded sets are kept; it need not exist."""
+    """Folder of indexes, compiled code and downloaded datasets; it may not exist."""
     of_user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if of_user.startswith("~"):  # a user without a home
         of_user = str(temporary_folder())
@@ -201,17 +200,17 @@ def cache_folder() -> Path:
 
 
 def temporary_folder() -> Path:
-    """The user's own folder among the temporary files; it need not exist, and anybody can have made it."""
+    """This user's folder in the system's temporary folder; it may not exist, or belong to somebody else."""
     return Path(tempfile.gettempdir()) / f"dino_sparo-{os.getuid()}"
 
 
 def keep_compiled_code() -> None:
-    """Let `torch.compile` keep its code below the cache, in a folder that only this user can write.
+    """Let `torch.compile` store its code below the cache folder, where only this user can write.
 
-    Torch itself would take a folder of a predictable name among the temporary files, and unpickle what
-    somebody else has put there. Processors have folders of their own, since the code is made for one. Where
-    there can be no such folder, this process and those that it starts use one that is removed at the end. A
-    folder of the user's choice in $TORCHINDUCTOR_CACHE_DIR stays.
+    Torch's default is a folder with a predictable name in the system's temporary folder, from which it would
+    unpickle files of other users. Each type of processor gets its own folder. If the folder cannot be created
+    or is not private, this process and its children use a temporary one, removed at exit. A folder that the
+    user has set in $TORCHINDUCTOR_CACHE_DIR is kept.
     """
     given = Path(os.environ.get(COMPILED, ""))
     if given.name and not (given.parent == Path(tempfile.gettempdir()) and given.name.startswith(OF_TORCH)):
@@ -221,14 +220,15 @@ def keep_compiled_code() -> None:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not _is_private(folder):
-            reason = "somebody else can write it"
+            reason = "other users can write to it"
         elif not os.access(folder, os.W_OK | os.X_OK):
             reason = "it cannot be written"
     except OSError as error:
         reason = str(error.strerror)
     if reason is not None:
         log.warning(
-            "%s: compiled code cannot be kept there (%s) and is compiled at each start; %s can name a folder",
+            "%s: compiled code cannot be stored there (%s), so it is compiled again at each start; set %s to "
+            "another folder",
             *(folder, reason, COMPILED),
         )
         folder = Path(tempfile.mkdtemp(prefix="dino_sparo-compiled-"))
@@ -237,15 +237,15 @@ def keep_compiled_code() -> None:
 
 
 def can_build_c() -> bool:
-    """Whether there are a C compiler and Python's headers, which code for a GPU needs when it is compiled."""
+    """Whether there are a C compiler and Python's headers, which compiling for a GPU needs."""
     compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
     return any(map(shutil.which, compilers)) and Path(sysconfig.get_path("include"), "Python.h").exists()
 
 
 def _is_private(folder: Path) -> bool:
-    """Whether a folder, no link, is this user's alone, and nobody else can put another one in its place.
+    """Whether a folder (not a link) belongs to this user, and nobody else can write to it or replace it.
 
-    Folders above it may belong to root, and be writable by all if they are sticky as /tmp is.
+    Its parents may belong to root, and may be writable by all if they have the sticky bit, like /tmp.
     """
     own, state = os.getuid(), folder.lstat()
     parent = folder.parent.resolve()
@@ -260,9 +260,9 @@ def _is_private(folder: Path) -> bool:
 
 
 def _processor() -> str:
-    """Eight hexadecimal digits that differ between processors of different instructions."""
-    told = {platform.machine()}
+    """Eight hexadecimal digits that identify the type of processor."""
+    described = {platform.machine()}
     with suppress(OSError):  # not Linux
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        told |= {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU "))}
-    return hashlib.sha256("\n".join(sorted(told)).encode()).hexdigest()[:8]
+        described |= {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU "))}
+    return hashlib.sha256("\n".join(sorted(described)).encode()).hexdigest()[:8]

@@ -1,4 +1,4 @@
-"""What a person reads in a terminal: progress bars and colors, which a file does not get, and tables."""
+"""Output for a terminal: log lines, colors, progress bars, tables, and escaping of untrusted text."""
 
 import io
 import logging
@@ -18,12 +18,14 @@ MOST_OF_MESSAGE = 4000
 
 
 def open_outputs() -> None:
-    """Let standard streams be there that were closed, so that no other file gets their numbers, and let
-    characters that an output does not have be escaped."""
+    """Open closed standard streams on /dev/null, and escape characters that their encoding lacks.
+
+    Otherwise the next file that is opened would get the number of a closed stream.
+    """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
-        except OSError:  # the lowest number that is free is this one
+        except OSError:  # os.open returns the lowest free number, which is this one
             os.open(os.devnull, os.O_RDWR)
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
@@ -33,12 +35,12 @@ def open_outputs() -> None:
 
 
 def shows_bars() -> bool:
-    """Whether progress bars are drawn: on a terminal, by the process that speaks, and without `--quiet`."""
+    """Whether to draw progress bars: on a terminal, in the first process, and without `--quiet`."""
     return sys.stderr.isatty() and logging.getLogger("dino_sparo").level <= logging.INFO
 
 
 def program(name: str) -> str:
-    """How a shell here finds a program of this installation: by its name, or by its path."""
+    """The command for a program of this installation: its name if it is on the PATH, else its path."""
     beside = Path(sys.executable).with_name(name)
     found = shutil.which(name)
     if not beside.exists() or (found and os.path.samefile(found, beside)):
@@ -47,15 +49,14 @@ def program(name: str) -> str:
 
 
 def colored(text: str, color: Literal["red", "yellow"]) -> str:
-    """Text for standard error; plain where that is no terminal, or NO_COLOR (no-color.org) is set."""
+    """Colored text for standard error; plain if it is not a terminal or NO_COLOR (no-color.org) is set."""
     if not sys.stderr.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return text
     return f"\033[{ESCAPES[color]}m{text}\033[0m"
 
 
 def shown(text: object, most: int = MOST_SHOWN) -> str:
-    """Text of files, folders and recipes for a person: at most so long, and nothing that moves the cursor,
-    changes a color or begins a line: what cannot be printed is escaped, as the end of a line is (`\\n`)."""
+    """Untrusted text, cut to `most` characters, with every unprintable one escaped (such as `\\n`)."""
     text = str(text)
     text = text if len(text) <= most else f"{text[:most]}..."
     if text.isprintable():
@@ -64,17 +65,17 @@ def shown(text: object, most: int = MOST_SHOWN) -> str:
 
 
 def sentence(text: object) -> str:
-    """A whole message, in which foreign text may stand, as `shown` shows it."""
+    """A whole message that may contain untrusted text, escaped by `shown`."""
     return shown(text, MOST_OF_MESSAGE)
 
 
 def error_line(error: Exception) -> str:
-    """What ends a program, for standard error."""
+    """The line on standard error with which a program ends."""
     return colored(f"dino-sparo: error: {sentence(error)}", "red")
 
 
 class Lines(logging.Formatter):
-    """Log entries, what is put into them escaped by `shown`, and warnings in color."""
+    """Formats log records: arguments escaped by `shown`, warnings in color."""
 
     def format(self, record: logging.LogRecord) -> str:
         if isinstance(record.args, tuple):
@@ -86,7 +87,7 @@ class Lines(logging.Formatter):
 
 
 def set_up_log(level: int) -> None:
-    """Send the log to standard error as lines; what is below the level, and bars with it, is not shown."""
+    """Send log records of at least this level to standard error; above INFO there are no bars either."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Lines("%(message)s"))
     logging.basicConfig(level=level, handlers=[handler])
@@ -95,7 +96,7 @@ def set_up_log(level: int) -> None:
 
 @contextmanager
 def only_warnings() -> Iterator[None]:
-    """Within it, what is below a warning is not shown, nor are bars: for work that has a line of its own."""
+    """Show only warnings, and no progress bars, inside the block."""
     logger = logging.getLogger("dino_sparo")
     level = logger.level
     logger.setLevel(max(level, logging.WARNING))
@@ -106,7 +107,7 @@ def only_warnings() -> Iterator[None]:
 
 
 def table(rows: Mapping[str, str], name_width: int, indent: str = "  ") -> str:
-    """Two columns, the second over several lines if it must be."""
+    """Two columns of text; the second is wrapped to the width of the terminal."""
     return "\n".join(
         textwrap.fill(
             text,
@@ -121,7 +122,7 @@ def table(rows: Mapping[str, str], name_width: int, indent: str = "  ") -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns are aligned, so that it reads well in a terminal too."""
+    """A Markdown table with aligned columns."""
     cells = [[shown(cell).replace("|", "\\|") for cell in line] for line in (header, *rows)]
     widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
     lines = [cells[0], ["-" * width for width in widths], *cells[1:]]
@@ -129,5 +130,5 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def width_of_terminal() -> int:
-    """Characters that a line may have."""
+    """Largest length of a line in characters."""
     return min(LAST_COLUMN, shutil.get_terminal_size().columns) - 1

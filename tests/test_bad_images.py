@@ -85,8 +85,8 @@ KINDS = {
     "1x1": Odd("dot.png", encoded(DOT, "PNG"), DOT),
     "20000x10": Odd("long.png", encoded(LONG, "PNG"), LONG),
     "duplicate": Odd("again.png", PNG, PICTURE),
-    "pipe": Odd("pipe.jpg", b"", None, "no regular file", "unreadable"),
-    "device": Odd("zero.jpg", b"", None, "no regular file", "unreadable"),
+    "pipe": Odd("pipe.jpg", b"", None, "not a regular file", "unreadable"),
+    "device": Odd("zero.jpg", b"", None, "not a regular file", "unreadable"),
     "huge": Odd("huge.png", b"", None, "300,000,000 bytes, more than", "unreadable"),
     "hidden": Odd(".hidden.png", PNG),
     "loop": Odd("loop"),
@@ -224,7 +224,7 @@ def test_an_image_in_a_shard_is_not_read_if_its_file_is_huge(tmp_path):
 @pytest.mark.parametrize("name", ["0.tar", "train-0.parquet"])
 def test_nobody_waits_for_a_pipe_among_shards_or_tables(tmp_path, name):
     os.mkfifo(tmp_path / name)
-    with pytest.raises(UserError, match=rf"{name}.*no regular file"):
+    with pytest.raises(UserError, match=rf"{name}.*not a regular file"):
         open_images(str(tmp_path))
 
 

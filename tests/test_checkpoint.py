@@ -122,7 +122,7 @@ def test_files_of_others_are_refused_and_their_code_is_not_run(tmp_path):
         load_checkpoint(path)
     assert not (tmp_path / "hacked").exists()
     torch.save({"model": {}}, path)
-    with pytest.raises(UserError, match="no checkpoint of dino-sparo"):
+    with pytest.raises(UserError, match="not a checkpoint of dino-sparo"):
         load_checkpoint(path)
 
 
@@ -139,7 +139,7 @@ def test_a_file_that_cannot_be_written_whole_leaves_the_old_ones(tmp_path, limit
     before = names(tmp_path)
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
-    message = r"step_000000003\.pt \(\d+ bytes\) cannot be written \(File too large\); make room or give"
+    message = r"step_000000003\.pt \(\d+ bytes\) cannot be written \(File too large\); free some"
     try:
         with pytest.raises(UserError, match=message):
             save_steps(tmp_path, 3)

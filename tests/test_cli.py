@@ -72,7 +72,7 @@ def test_mistake_through_a_process_is_one_line_and_writes_nothing(tmp_path, data
     arguments = one_epoch(data, tmp_path / "run", monitor__knn_every_epochs=1)
     done = finished([sys.executable, "-m", "dino_sparo", "pretrain", *arguments])
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.count("\n") == 1 and "is no run folder" in done.stderr
+    assert done.stderr.count("\n") == 1 and "is not a run folder" in done.stderr
     assert contents(tmp_path / "run") == {"thesis.txt": b"mine"}
 
 
@@ -141,7 +141,7 @@ def test_images_may_move_but_not_change(trained, tmp_path, capsys):
     one.rename(one.with_name("other.png"))
     files = contents(run)
     line = mistake(["pretrain", "--run_dir", str(run), "--data.path", str(tmp_path / "moved")], capsys)
-    assert "data.path" in line and "not the same ones" in line
+    assert "data.path" in line and "not the same as these" in line
     assert contents(run) == files
 
 

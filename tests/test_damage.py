@@ -90,7 +90,7 @@ def test_a_run_resumes_without_what_it_does_not_need(name, damage, whole, stoppe
     damage(stopped / name)
     assert resume(whole, stopped) == 0
     aside = stopped / f"{name}.damaged"
-    assert aside.exists() and f"it is set aside as {aside.name}" in caplog.text
+    assert aside.exists() and f"renamed to {aside.name}" in caplog.text
     assert aside.is_dir() == (damage is make_folder)
     assert state_hash(load_latest(stopped)) == state_hash(load_latest(whole / "run"))
     if not name.startswith("metrics") or damage is add_lines:  # good lines on both sides are there
@@ -101,12 +101,12 @@ def test_a_run_resumes_without_what_it_does_not_need(name, damage, whole, stoppe
 @pytest.mark.parametrize(
     ("name", "damage", "said"),
     [
-        ("config.yaml", make_folder, "config.yaml is no regular file"),
-        ("config.yaml", lambda path: path.write_bytes(bytes(range(256))), "it is no UTF-8 text"),
-        ("config.yaml", lambda path: path.write_text(path.read_text()[:300] + "\n['"), "is no valid YAML"),
+        ("config.yaml", make_folder, "config.yaml is not a regular file"),
+        ("config.yaml", lambda path: path.write_bytes(bytes(range(256))), "not UTF-8"),
+        ("config.yaml", lambda path: path.write_text(path.read_text()[:300] + "\n['"), "not valid YAML"),
         ("config.yaml", lambda path: path.write_text(""), "it has no sections"),
         ("config.yaml", lambda path: path.write_text("1: 2\n"), "key '1' is unknown"),
-        ("checkpoints", make_file, "checkpoints is no folder; restore it from a backup"),
+        ("checkpoints", make_file, "checkpoints is not a folder"),
         (f"{CHECKPOINT}.sha256", Path.unlink, "sha256 is missing"),
     ],
 )

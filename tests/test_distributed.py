@@ -202,7 +202,7 @@ def test_too_many_bad_images_end_the_run(tmp_path):
     changes |= {"log__checkpoint_every_minutes": 1e-9}
     for _ in range(2):  # the second start resumes from a checkpoint
         finished = run(PROCESSES, tmp_path / "data", tmp_path / "run", **changes)
-        assert finished.returncode == 2 and "images cannot be read, more than one in" in finished.stderr
+        assert finished.returncode == 2 and "images cannot be read, more than 1 %" in finished.stderr
         assert "Traceback" not in finished.stderr
     for name in names:  # repaired ones do not end a run, although they are still listed
         shutil.copy(tmp_path / "data" / "train" / "class0" / "000.png", tmp_path / "data/train/class0" / name)

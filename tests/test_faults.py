@@ -204,7 +204,7 @@ def test_two_first_starts_in_one_folder(pictures, tmp_path, monkeypatch):
 
     options = tiny_options(pictures, tmp_path / "run")
     monkeypatch.setattr(program, "prepare", while_another_one_trains)
-    with pytest.raises(UserError, match="another start has trained there; start again"):
+    with pytest.raises(UserError, match="another run has started there"):
         pretrain(options)
     assert load_latest(tmp_path / "run")["step"] == 9
 
@@ -241,7 +241,7 @@ def test_a_disk_that_gets_full_is_told(pictures, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device", "metrics.jsonl")
 
     monkeypatch.setattr(program.RunLog, "scalars", full)
-    message = r"metrics.jsonl cannot be read or written \(No space left on device\); make room there"
+    message = r"metrics.jsonl cannot be read or written \(No space left on device\); free some space"
     with pytest.raises(UserError, match=message):
         pretrain(tiny_options(pictures, tmp_path / "run"))
 
@@ -306,7 +306,7 @@ def test_a_loss_that_is_not_finite_in_one_process_changes_nothing_in_any(picture
         spawn(in_processes, str(tmp_path / name), str(pictures), wrong_step, processes=2)
     said = [(tmp_path / "broken" / f"said{number}").read_text() for number in (0, 1)]
     for number in (0, 1):
-        assert said[number].startswith("step 5: loss not finite; its images are in ")
+        assert said[number].startswith("step 5: loss not finite; ")
         assert said[number].endswith(f"(process {number} at step 6)")  # the epoch's end, when it is saved
     kept = load_latest(tmp_path / "broken" / "run")
     expected = torch.load(tmp_path / "whole" / "run" / "checkpoints" / "step_000000004.pt")

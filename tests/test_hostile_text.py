@@ -53,15 +53,15 @@ READERS = [recipe, run_folder, variants, compared, page]
         ("a: &a {x: 1}\nb:\n  <<: *a\n", r"line 3: \*a is an alias"),
         ("seed: &a [*a]\n", r"\*a is an alias"),
         ("? &a x\n: *a\n", r"line 2: \*a is an alias"),
-        ("[" * 90_000, "more than 20 sections or lists within each other"),
-        ("{a: " * 20_000, "more than 20 sections"),
-        ("- " * 40_000 + "x", "more than 20 sections"),
+        ("[" * 90_000, "more than 20 nested"),
+        ("{a: " * 20_000, "more than 20 nested"),
+        ("- " * 40_000 + "x", "more than 20 nested"),
         ("seed: !!int abc\n", "'tag:yaml.org,2002:int' is a tag"),
         ("seed: !!float 1e999\n", "is a tag"),
         ("seed: !!timestamp 2020-99-99\n", "is a tag"),
         ("seed: !!python/name:os.system x\n", "is a tag"),
-        ("seed: 1\n" + "#" * MOST_TEXT, "is larger than 100,000 bytes"),
-        ("seed: \x01\n", "is no valid YAML"),
+        ("seed: 1\n" + "#" * MOST_TEXT, "more than 100,000 bytes"),
+        ("seed: \x01\n", "not valid YAML"),
         ("a: 1\na: 2\n", "line 2: key 'a' is given twice"),
     ],
     ids=range(14),
@@ -86,7 +86,7 @@ def test_a_config_that_is_no_text_file(tmp_path, read, how):
     if read is page and how != "bytes":
         assert Subject(str(tmp_path)).config == {}
         return
-    with pytest.raises(UserError, match=r"config\.yaml is no (regular file|valid YAML)"):
+    with pytest.raises(UserError, match=r"config\.yaml is not (a regular file|valid YAML)"):
         read(path)
 
 

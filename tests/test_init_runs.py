@@ -87,8 +87,8 @@ def test_a_run_warns_when_it_is_worse_than_its_start(pictures, tmp_path, monkeyp
     changes = {"monitor__knn_every_epochs": 1, "optim__epochs": 1, "optim__warmup_epochs": 0}
     pretrain(tiny_options(tmp_path / "data", tmp_path / "run", init=pictures / "vit.pth", **changes))
     said = capfd.readouterr().err
-    assert ("20-NN is 75.00 %, below the 80.00 % that the starting weights had" in said) == (start == 80)
-    assert ("begin again in a new run_dir with a lower optim.lr_per_256" in said) == (start == 80)
+    assert ("20-NN is 75.00 %, below the 80.00 % " in said) == (start == 80)
+    assert ("a new run_dir with a lower optim.lr_per_256" in said) == (start == 80)
 
 
 @pytest.mark.parametrize("step", [1, 4])
@@ -107,7 +107,7 @@ def test_a_run_resumes_without_the_file_bit_for_bit(finished, pictures, step, tm
 
 
 def test_a_finished_run_asked_for_more_epochs_names_the_way(run_dir):
-    with pytest.raises(UserError, match=r"optim.epochs was 3, is now 5.*with --init .*/run begins with"):
+    with pytest.raises(UserError, match=r"optim.epochs was 3, is now 5.*with --init .*/run "):
         pretrain(tiny_options(run_dir.parent / "data", run_dir, optim__epochs=5))
 
 

@@ -55,7 +55,7 @@ def test_a_checkpoint_file_with_and_without_its_hash(run_dir, tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("format", 1, "is no checkpoint of dino-sparo with format 2"),
+        ("format", 1, "is not a checkpoint of dino-sparo with format 2"),
         ("config", None, "is no whole checkpoint of dino-sparo"),
         ("config", {"seed": 0}, "is no whole checkpoint of dino-sparo"),
         ("teacher", [], "is no whole checkpoint of dino-sparo"),

@@ -66,11 +66,11 @@ def test_monitor_needs_classes_and_says_what_is_missing(tmp_path, caplog):
     caplog.set_level("INFO", logger="dino_sparo")
     write_pictures(tmp_path / "one", 40)
     write_pictures(tmp_path / "few", 12, classes=2)
-    missing = {"one/train/class0": "not in class folders", "few": "10 gallery and 2 test images"}
+    missing = {"one/train/class0": "not in class folders", "few": "10 train and 2 test images"}
     for name, message in (missing | {"one": "one class only"}).items():
         caplog.clear()
         assert open_knn_images(None, str(tmp_path / name), None) is None
-        assert message in caplog.text and "no k-NN while training" in caplog.text
+        assert message in caplog.text and "no k-NN during training" in caplog.text
     missing["nowhere"] = r"^monitor\.knn_path '.*nowhere' does not exist"
     for name, message in missing.items():
         with pytest.raises(UserError, match=message):
@@ -88,9 +88,9 @@ def test_monitor_takes_so_many_a_class(tmp_path):
 LOG_K = math.log(65536)
 HEALTHY = (4.0, 8.0)
 SICK = {
-    "all prototypes alike": (0.995 * LOG_K, 0.999 * LOG_K),
-    "one prototype for certain": (0.005 * LOG_K, 6.0),
-    "every image gets the same answer": (4.0, 4.0 + 0.009 * LOG_K),
+    "uniform": (0.995 * LOG_K, 0.999 * LOG_K),
+    "one-hot": (0.005 * LOG_K, 6.0),
+    "equal for all images": (4.0, 4.0 + 0.009 * LOG_K),
 }
 
 
@@ -108,20 +108,20 @@ def test_the_alarm_comes_once_and_says_what_to_try(sign):
     assert step == 6 + ALARM_STEPS and sign in words and "\n" not in words
     for remedy in ("loss.teacher_temp", "optim.lr_per_256", "optim.global_batch_size"):
         assert remedy in words
-    if sign != "all prototypes alike":
+    if sign != "uniform":
         assert "head.norm_last_layer" in words and "optim.freeze_last_layer_epochs" in words
 
 
 @pytest.mark.parametrize("log_every_steps", range(1, 13))
 def test_a_collapse_at_any_step_is_told_within_fifty(log_every_steps):
     for healthy in range(40, 40 + log_every_steps):
-        run = [HEALTHY] * healthy + [SICK["every image gets the same answer"]] * 90
+        run = [HEALTHY] * healthy + [SICK["equal for all images"]] * 90
         ((step, _),) = alarms(run, log_every_steps=log_every_steps)
         assert healthy + ALARM_STEPS <= step <= healthy + 50
 
 
 def test_where_little_is_logged_three_entries_are_enough():
-    run = [HEALTHY] * 100 + [SICK["every image gets the same answer"]] * 300
+    run = [HEALTHY] * 100 + [SICK["equal for all images"]] * 300
     assert [step for step, _ in alarms(run, log_every_steps=50)] == [100 + 50 * ALARM_ENTRIES]
 
 
@@ -132,7 +132,7 @@ def test_a_collapse_may_change_its_sign():
 
 
 def test_no_alarm_for_what_does_not_last_or_just_stays_within_bounds():
-    sick = SICK["one prototype for certain"]
+    sick = SICK["one-hot"]
     assert not alarms(([sick] * ALARM_STEPS + [HEALTHY]) * 5)
     assert not alarms(([sick] * 100 + [HEALTHY] * 50) * 3, log_every_steps=50)  # two entries each
     within = [(0.985 * LOG_K, LOG_K), (0.015 * LOG_K, 1.0), (4.0, 4.0 + 0.011 * LOG_K)]
@@ -140,7 +140,7 @@ def test_no_alarm_for_what_does_not_last_or_just_stays_within_bounds():
 
 
 def test_alarm_is_armed_after_warm_up_and_comes_again_after_recovery():
-    sick = SICK["every image gets the same answer"]
+    sick = SICK["equal for all images"]
     assert [step for step, _ in alarms([sick] * 90, armed_from_step=20)] == [21 + ALARM_STEPS]
     again = [sick] * 40 + [HEALTHY] + [sick] * 40
     assert [step for step, _ in alarms(again)] == [1 + ALARM_STEPS, 42 + ALARM_STEPS]
@@ -195,5 +195,5 @@ def test_an_encoder_that_answers_with_zeros_ends_the_run_in_words(tmp_path):
     with torch.no_grad():
         encoder.backbone.norm.weight.zero_()
         encoder.backbone.norm.bias.zero_()
-    with pytest.raises(UserError, match="k-NN while training: the feature of test image 0 is zero"):
+    with pytest.raises(UserError, match="k-NN during training: the feature of test image 0 is zero"):
         evaluate_teacher(encoder, open_knn_images(None, str(tmp_path), None), image_size=16)

@@ -410,7 +410,7 @@ def test_two_at_once(source, out):
     out.mkdir()
     descriptor = os.open(out, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_SH)
-    refused("is being written by another process; wait", source, out)
+    refused("another process writes to it; wait", source, out)
     os.close(descriptor)
     prepare(str(source), str(out))
 

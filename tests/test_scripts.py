@@ -88,7 +88,7 @@ def test_a_process_that_dies_on_another_machine_is_told(data, slurm, tmp_path):
         killed = time.monotonic()
         said = job.communicate(timeout=120)[1]
     assert time.monotonic() - killed < 30 and all(is_gone(pid) for pid in everyone)
-    assert said.count("a process of another machine of 2 ended without a word at step ") == 1
+    assert said.count("a process on another machine of 2 ended without an error message at step ") == 1
     assert not (tmp_path / "told").read_text().count("requeue")
 
 

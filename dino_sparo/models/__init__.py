@@ -1,4 +1,4 @@
-"""Networks: they know no options and no files."""
+"""Networks, built from plain arguments."""
 
 from dino_sparo.models.encoder import DinoModel, Encoder, build_encoder
 from dino_sparo.models.head import DINOHead

@@ -1,7 +1,6 @@
-"""Vision transformer with the parameter names, initial values and numbers of the official DINO code.
+"""Vision transformer with the parameter names, initialization and outputs of the official DINO code.
 
-The blocks are timm's; where timm's habits differ from the official model, the official one wins
-(initial values, resizing of the position embedding).
+The blocks are timm's; initialization and resizing of the position embedding follow the official code.
 
 Axis letters: B images, N tokens (CLS first, then patches row by row), D width.
 """
@@ -20,14 +19,14 @@ from torch.utils.checkpoint import checkpoint
 
 
 class VisionTransformer(nn.Module):
-    """ViT backbone: images in, normalized tokens out. Source: official `vision_transformer.py`.
+    """ViT backbone: images -> normalized tokens. Source: official `vision_transformer.py`.
 
     Args:
-        image_size: side in pixels at which the position embedding is native.
+        image_size: side in pixels of the images whose patch grid is that of the position embedding.
         patch_size: side of a patch in pixels; must divide `image_size`.
-        width: token width D; must be divisible by `num_heads`.
-        depth: number of transformer blocks that are really built.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 over the blocks.
+        width: token dimension D; must be divisible by `num_heads`.
+        depth: number of transformer blocks.
+        drop_path_rate: stochastic depth rate of the last block, increasing linearly from 0 at the first.
     """
 
     def __init__(
@@ -44,7 +43,7 @@ class VisionTransformer(nn.Module):
         if image_size % patch_size:
             raise ValueError(
                 f"image_size {image_size} is not divisible by patch_size {patch_size}: choose a patch size "
-                f"that divides the image"
+                f"that divides it"
             )
         if width % num_heads:
             raise ValueError(
@@ -70,7 +69,7 @@ class VisionTransformer(nn.Module):
             for index in range(depth)
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.activation_checkpointing = False  # when True, training keeps no activations within blocks
+        self.activation_checkpointing = False  # True: recompute activations of blocks in the backward pass
         self._resize_matrices: dict[tuple[int, int], Tensor] = {}
         self._init_weights()
 
@@ -91,10 +90,10 @@ class VisionTransformer(nn.Module):
         return self._through_blocks(self.embed(images), None, last)
 
     def tokens_of_sizes(self, groups: Sequence[Tensor]) -> list[Tensor]:
-        """Groups of images, each (B, 3, height, width) of a size of its own -> the tokens (B, N, D) of each.
+        """Groups of images (B, 3, height, width) of different sizes -> tokens (B, N, D) of each group.
 
-        What `forward` gives for each group, but all tokens are rows of one tensor, so that every layer runs
-        once and only attention runs for each size. Sums over rows, as in gradients, round in another way.
+        The result equals `forward` per group, but every layer runs once on the rows of all groups, and only
+        attention runs per group. Gradients, which sum over rows, are rounded differently.
         """
         if len(groups) == 1:
             return [self(groups[0])]
@@ -106,13 +105,13 @@ class VisionTransformer(nn.Module):
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def _through_blocks(self, x: Tensor, shapes: list[torch.Size] | None, last: int) -> list[Tensor]:
-        """Tokens (B, N, D), or rows (T, D) of tensors of these shapes, after each of the `last` blocks."""
+        """Tokens (B, N, D), or rows (T, D) of groups of these shapes, after each of the `last` blocks."""
         scales = self._branch_scales(x, shapes) if self.training else None
         outputs = []
         for index, block in enumerate(self.blocks):
             of_block = (None, None) if scales is None else (scales[2 * index], scales[2 * index + 1])
             if self.activation_checkpointing and x.requires_grad:
-                weights = dict(block.named_parameters())  # those in use, which may be others than its own
+                weights = dict(block.named_parameters())  # inside `functional_call`: the replaced ones
                 given = (block, weights, (x, shapes, of_block))
                 x = checkpoint(functional_call, *given, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -122,9 +121,9 @@ class VisionTransformer(nn.Module):
         return outputs
 
     def _branch_scales(self, x: Tensor, shapes: list[torch.Size] | None) -> Tensor | None:
-        """Stochastic depth: for each branch of each block, 0 or 1 / (share that is kept) for each image.
+        """Stochastic depth: the factor 0 or 1 / (1 - rate) for each branch of each block and each image.
 
-        Of shape (2 * blocks, B, 1, 1), or (2 * blocks, T, 1) for rows; None if every branch is kept.
+        Shape (2 * blocks, B, 1, 1), or (2 * blocks, T, 1) for rows; None if all rates are 0.
         """
         rates = [
             getattr(drop, "drop_prob", 0.0) for b in self.blocks for drop in (b.drop_path1, b.drop_path2)
@@ -156,7 +155,7 @@ class VisionTransformer(nn.Module):
         tokens_BND = torch.cat((cls_B1D, patches_BND), dim=1)
         return tokens_BND + self.position_embedding(height // self.patch_size, width // self.patch_size)
 
-    @torch.compiler.disable  # it keeps what it has made
+    @torch.compiler.disable  # because of the cache
     def position_embedding(self, rows: int, columns: int) -> Tensor:
         """Position embedding (1, 1 + rows * columns, D) for a grid of patches."""
         if rows == columns == self.native_grid:
@@ -164,7 +163,7 @@ class VisionTransformer(nn.Module):
         key = (rows, columns)
         matrix = self._resize_matrices.get(key)
         if matrix is None or matrix.device != self.pos_embed.device or matrix.dtype != self.pos_embed.dtype:
-            with torch.inference_mode(False):  # kept for later, also for training
+            with torch.inference_mode(False):  # cached for training too
                 matrix = resize_matrix(self.native_grid, rows, columns).to(self.pos_embed)
             self._resize_matrices[key] = matrix
         cls_11D, patches_1ND = self.pos_embed[:, :1], self.pos_embed[:, 1:]
@@ -174,7 +173,7 @@ class VisionTransformer(nn.Module):
 
 
 class Block(vision_transformer.Block):
-    """timm's block, on tokens of one size or of several."""
+    """timm's block, on tokens (B, N, D) or on rows of several groups."""
 
     def forward(  # type: ignore[override]
         self,
@@ -182,16 +181,16 @@ class Block(vision_transformer.Block):
         shapes: list[torch.Size] | None = None,
         scales: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> Tensor:
-        """Tokens (B, N, D), or rows (T, D) of tokens of these shapes -> the same; scales of both branches."""
+        """Tokens (B, N, D), or rows (T, D) of groups of these shapes -> the same shape."""
         x = add_branch(x, self.attn(self.norm1(x), shapes), scales[0])
         return add_branch(x, self.mlp(self.norm2(x)), scales[1])
 
 
 class Attention(layers.Attention):
-    """timm's attention, on tokens of one size or of several."""
+    """timm's attention, on tokens (B, N, D) or on rows of several groups."""
 
     def forward(self, x: Tensor, shapes: list[torch.Size] | None = None) -> Tensor:  # type: ignore[override]
-        """Tokens (B, N, D), or rows (T, D) of tokens of these shapes -> the same."""
+        """Tokens (B, N, D), or rows (T, D) of groups of these shapes -> the same shape."""
         heads = SplitHeads.apply(self.qkv(x), shapes or [x.shape], self.num_heads)
         attended = [
             F.scaled_dot_product_attention(*heads[start : start + 3]).transpose(1, 2).flatten(2)
@@ -203,9 +202,10 @@ class Attention(layers.Attention):
 
 
 class SplitHeads(torch.autograd.Function):
-    """Rows (..., 3 * D) of tokens of some shapes (B, N, D) -> for each shape query, key and value, as views.
+    """Rows (..., 3 * D) of groups of shapes (B, N, D) -> query, key, and value of each group, as views.
 
-    They are (B, heads, N, D / heads). Their gradients are put side by side in one copy; autograd makes three.
+    Each is (B, heads, N, D / heads). The backward pass copies their gradients once; autograd would need three
+    copies.
     """
 
     @staticmethod
@@ -227,20 +227,20 @@ class SplitHeads(torch.autograd.Function):
 
 
 def add_branch(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
-    """x + branch * scale, where the scale (0, or what makes up for it) is that of each image."""
+    """x + branch * scale, with one scale per image; None: 1."""
     return x + branch if scale is None else AddBranch.apply(x, branch, scale)
 
 
 class AddBranch(torch.autograd.Function):
-    """x + branch * scale; of a branch in half precision without copies of it in float32."""
+    """x + branch * scale, without a float32 copy of a branch in half precision."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(scale)
         ctx.dtype = branch.dtype
-        if branch.dtype == x.dtype:  # addcmul would round once
+        if branch.dtype == x.dtype:  # addcmul rounds only once, which changes the numbers
             return x + branch * scale
-        return torch.addcmul(x, branch, scale, out=torch.empty_like(x))  # autocast would copy the branch
+        return torch.addcmul(x, branch, scale, out=torch.empty_like(x))  # without `out`, autocast copies it
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -250,9 +250,9 @@ class AddBranch(torch.autograd.Function):
 
 
 class FrugalMlp(layers.Mlp):
-    """timm's MLP, which keeps the input of GELU for the backward pass and computes its output again.
+    """timm's MLP that recomputes the output of GELU in the backward pass instead of storing it.
 
-    A quarter of what a block keeps, for a hundredth of its time (measured on a CPU); the numbers stay.
+    Saves a quarter of the activations of a block for 1 % of its time (measured on a CPU), with equal numbers.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -263,7 +263,7 @@ class FrugalMlp(layers.Mlp):
 
 
 class GeluLinear(torch.autograd.Function):
-    """A linear layer on GELU of hidden rows (..., H); the rows are kept, not their GELU."""
+    """Linear layer on GELU of hidden rows (..., H); stores the rows for the backward pass, not their GELU."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -294,8 +294,8 @@ class PatchEmbed(nn.Module):
 def resize_matrix(native: int, rows: int, columns: int) -> Tensor:
     """The official bicubic resizing of a native x native grid as a matrix (rows*columns, native**2).
 
-    Bicubic resizing is linear, so resizing every unit grid once gives its matrix: the same numbers as
-    the call, deterministic on CUDA and cheaper. The 0.1 in the scale factor is the official code's.
+    Bicubic resizing is linear, and the resized unit grids are the columns of its matrix. The product gives
+    the numbers of F.interpolate, is deterministic on CUDA, and is faster. The official code adds the 0.1.
     """
     unit_grids = torch.eye(native**2).reshape(native**2, 1, native, native)
     scale = ((rows + 0.1) / native, (columns + 0.1) / native)

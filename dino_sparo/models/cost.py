@@ -1,4 +1,4 @@
-"""What networks cost: parameters, floating point operations an image, and memory for the backward pass."""
+"""Cost of networks: parameters, floating point operations, and memory for the backward pass."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,27 +13,27 @@ from dino_sparo.models.encoder import Encoder
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Numbers in all parameters."""
+    """Number of elements of all parameters."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 @contextmanager
 def counting_flops() -> Iterator[FlopCounterMode]:
-    """Count operations; attention by plain products, as torch before 2.15 counts no fused one on a CPU."""
+    """Count operations, with unfused attention: torch before 2.15 does not count the fused one on a CPU."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         yield counter
 
 
 def encoder_cost(encoder: Encoder, image_size: int) -> dict[str, int]:
-    """Parameters and operations of an encoder and of its read-out alone; nothing about it changes.
+    """Parameters and operations of an encoder and of its read-out.
 
     Args:
-        image_size: side in pixels of the one image that is counted.
+        image_size: side of the image in pixels.
 
     Returns:
-        embed_dim: numbers of an encoding.
-        parameters, readout_parameters: numbers in all parameters; 0 for a read-out without any.
-        flops, readout_flops: of a forward pass on one image; a multiply-add is two.
+        embed_dim: dimension of the encoding.
+        parameters, readout_parameters: number of elements of all parameters.
+        flops, readout_flops: of a forward pass on one image; a multiply-add counts as two.
     """
     training = encoder.training
     image = torch.zeros(1, 3, image_size, image_size, device=encoder.backbone.cls_token.device)
@@ -57,7 +57,7 @@ def encoder_cost(encoder: Encoder, image_size: int) -> dict[str, int]:
 
 
 def bytes_saved_for_backward(form: Callable[[Any], object], inputs: Any) -> int:
-    """Bytes of the distinct storages that autograd keeps for the backward pass, parameters left out."""
+    """Bytes of the storages that autograd keeps for the backward pass, without parameters."""
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def bytes_saved_for_backward(form: Callable[[Any], object], inputs: Any) -> int:
 
 
 def describe_cost(cost: dict[str, int]) -> str:
-    """The numbers of `encoder_cost` in words."""
+    """The result of `encoder_cost` as text."""
     return (
         f"{cost['parameters'] / 1e6:.2f} M parameters ({cost['readout_parameters'] / 1e6:.2f} M in the "
         f"read-out), {cost['flops'] / 1e9:.3g} GFLOPs per image "

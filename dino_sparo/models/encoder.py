@@ -1,4 +1,4 @@
-"""Backbone and read-out as one encoder, grouping of crops, and features for evaluation.
+"""Encoder (backbone and read-out), its features for evaluation, and encoder with head as DinoModel.
 
 Axis letters: B images, N tokens, D width, C crops, K prototypes.
 """
@@ -28,7 +28,7 @@ FEATURES = ("encoding", "cls", "patch_mean", "tokens", "blocks", "probe")
 
 
 def architecture(arch: str | Mapping[str, int]) -> dict[str, int]:
-    """Width, depth and num_heads of a name or a mapping. Raises UserError if it is neither."""
+    """Width, depth and num_heads of an architecture by name, or of a mapping. Raises UserError."""
     if isinstance(arch, str) and arch in ARCHITECTURES:
         return ARCHITECTURES[arch]
     sizes = ARCHITECTURES["vit_small"].keys()
@@ -41,13 +41,13 @@ def architecture(arch: str | Mapping[str, int]) -> dict[str, int]:
 
 
 class Encoder(nn.Module):
-    """Images in, one encoding an image out.
+    """Backbone and read-out: images -> one encoding per image.
 
     Attributes:
         backbone: VisionTransformer with the official parameter names.
-        readout: the Sparo module, or another with slots; None without slots: for `cls` (normalized CLS),
-            `gap` (mean of normalized patches) and `bottleneck` (two linear layers on the normalized CLS).
-        embed_dim: length of the encoding.
+        readout: the Sparo module, or another with slots; None for `cls` (normalized CLS token), `gap` (mean
+            of normalized patch tokens) and `bottleneck` (two linear layers on the normalized CLS token).
+        embed_dim: dimension of the encoding.
     """
 
     def __init__(
@@ -70,22 +70,22 @@ class Encoder(nn.Module):
 
     @property
     def num_slots(self) -> int:
-        """Slots of the encoding, each of embed_dim / num_slots numbers; 0 if it has none."""
+        """Number of slots, each of dimension embed_dim / num_slots; 0 for a read-out without slots."""
         return 0 if self.readout is None else self.readout.num_slots
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.backbone.cls_token.device
 
     @property
     def width(self) -> int:
-        """Numbers of a token, D."""
+        """Token dimension D."""
         return self.backbone.cls_token.shape[-1]
 
     @property
     def image_size(self) -> int:
-        """Side in pixels of the square images that the position embedding is for."""
+        """Side in pixels of the images whose patch grid is that of the position embedding."""
         return self.backbone.native_grid * self.backbone.patch_size
 
     def forward(self, images: Tensor) -> Tensor:
@@ -107,10 +107,10 @@ class Encoder(nn.Module):
     def probe_features(self, images: Tensor, num_blocks: int = 4) -> Tensor:
         """Features (B, F) for a linear probe. Source: official `eval_linear.py`, SPARO appendix C.2.
 
-        `cls`: normalized CLS of the last `num_blocks` blocks, concatenated; also of `bottleneck`, whose
-        encoding is linear in it. With slots: that of the last `num_blocks - 1` blocks there are, then the
-        unnormalized encoding, which stands for the block it replaces or follows. `gap`: the mean normalized
-        patch token of the last `num_blocks` blocks.
+        - `cls`, `bottleneck`: normalized CLS tokens after the last `num_blocks` blocks, concatenated.
+        - read-outs with slots: normalized CLS tokens after the last `num_blocks - 1` blocks, and the
+          unnormalized encoding.
+        - `gap`: mean normalized patch tokens after the last `num_blocks` blocks.
         """
         available = len(self.backbone.blocks) + (self.readout is not None)
         if not 1 <= num_blocks <= available:
@@ -118,17 +118,17 @@ class Encoder(nn.Module):
         return self.features(images, ["probe"], num_blocks)["probe"]
 
     def features(self, images: Tensor, names: Sequence[str], num_blocks: int = 4) -> dict[str, Tensor]:
-        """Several features of images (B, 3, height, width) by one pass of the backbone: name -> (B, F).
+        """Features of images (B, 3, height, width) by name, each (B, F), in one pass of the backbone.
 
-        - encoding: what `forward` gives.
-        - cls, patch_mean: the normalized CLS token, and the mean normalized patch token.
-        - tokens: all normalized tokens, one after the other.
-        - blocks: that token (patch_mean for `gap`, else cls) after each of the last `num_blocks` blocks, or
-          of all if there are fewer, earliest first.
-        - probe: as `probe_features`.
+        - encoding: the result of `forward`.
+        - cls, patch_mean: the normalized CLS token, the mean normalized patch token.
+        - tokens: all normalized tokens, concatenated.
+        - blocks: patch_mean for `gap`, else cls, after each of the last `num_blocks` blocks (all blocks if
+          there are fewer), earliest first, concatenated.
+        - probe: the result of `probe_features`.
 
         Raises:
-            ValueError: for an unknown name.
+            ValueError: a name is unknown.
         """
         unknown = [name for name in names if name not in FEATURES]
         if unknown:
@@ -153,7 +153,7 @@ class Encoder(nn.Module):
 
 
 class DinoModel(nn.Module):
-    """Encoder and head, as student or teacher: groups of crops in, prototype logits out."""
+    """Encoder and head, as student or teacher: groups of crops -> prototype logits."""
 
     def __init__(self, encoder: Encoder, head: DINOHead) -> None:
         super().__init__()
@@ -162,15 +162,15 @@ class DinoModel(nn.Module):
         self._tokens: Callable[[Sequence[Tensor]], list[Tensor]] = encoder.backbone.tokens_of_sizes
 
     def compile_backbone(self) -> None:
-        """Compile the backbone for what this model does with it; evaluations use the encoder as it is."""
+        """Compile the backbone for the forward pass of this model; `encoder` itself stays uncompiled."""
         self._tokens = compiled(self.encoder.backbone.tokens_of_sizes, dynamic=False)
 
     def forward(self, crop_groups: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Groups of equally sized crops, each (C_i, B, 3, side, side) -> logits (C*B, K), encodings.
+        """Groups of crops of equal size, each (C_i, B, 3, side, side) -> logits (C*B, K), encodings (C*B, E).
 
-        Rows are crop-major; the head runs once on all. In mixed precision the backbone too runs once on all
-        groups, and all weights are cast at once. In float32 it takes one group after the other, as in the
-        official code, so that sums over rows round as in its numbers.
+        Rows are crop-major. The head runs once on all crops. In mixed precision the backbone also runs once
+        on all groups, and all weights are cast at once. In float32 it runs per group, as in the official
+        code, so that gradients are rounded in the same way.
         """
         batches = [crops.flatten(0, 1) for crops in crop_groups]
         device = batches[0].device.type
@@ -187,7 +187,7 @@ class DinoModel(nn.Module):
         return self.head(encodings), encodings
 
     def _weights(self) -> dict[str, Tensor]:
-        """What autocast casts of a linear layer or convolution at every use; not the head's last layer."""
+        """The parameters that autocast would cast: of linear layers and convolutions, except `last_layer`."""
         return {
             f"{name}.{of_layer}": weight
             for name, layer in self.named_modules()
@@ -197,7 +197,7 @@ class DinoModel(nn.Module):
 
 
 class CastTogether(torch.autograd.Function):
-    """Tensors in another precision by one operator, and so their gradients, when all of them are there."""
+    """Cast tensors to another dtype by one operator, and their gradients back when all of them are there."""
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -230,17 +230,21 @@ def build_encoder(
 
     Args:
         arch: vit_tiny | vit_small | vit_base, or a mapping with width, depth, num_heads. Depth counts the
-            blocks of the plain ViT: with slots the last one is replaced by the read-out.
-        image_size: side in pixels at which the position embedding is native.
+            blocks of the plain ViT; a read-out with slots replaces the last one.
+        patch_size: side of a patch in pixels.
+        image_size: side in pixels of the images whose patch grid is that of the position embedding.
         readout: sparo | cls | gap | pooler | bottleneck.
-        readout_options: for `sparo` num_slots, slot_dim, key_dim, group_size (heads="separate", the default)
-            or num_heads (heads="multi"), and output, as in `sparo_readout`; for `pooler` num_slots, slot_dim,
-            num_heads, output; for both after_last_block=True to keep the last block, and follow it; for
-            `bottleneck` bottleneck_dim and encoding_dim; none for the others.
+        drop_path_rate: stochastic depth rate of the last block.
+        readout_options:
+            - `sparo`: num_slots, slot_dim, key_dim, output, and group_size (heads="separate", the default) or
+              num_heads (heads="multi"), as in `sparo_readout`.
+            - `pooler`: num_slots, slot_dim, num_heads, output.
+            - `sparo` and `pooler`: after_last_block=True to read the output of the last block.
+            - `bottleneck`: bottleneck_dim, encoding_dim.
 
     Raises:
-        ValueError: for an unknown name or sizes that do not divide.
-        TypeError: for an option that is missing or not of this read-out.
+        ValueError: a name is unknown, or sizes do not divide.
+        TypeError: an option is missing, or not one of this read-out.
     """
     arch = architecture(arch)
     if not isinstance(readout, str) or readout not in READOUTS:

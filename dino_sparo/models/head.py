@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-OLD_NAMES = {  # of weight norm, before torch's parametrizations
+OLD_NAMES = {  # of the older torch.nn.utils.weight_norm
     "last_layer.weight_g": "last_layer.parametrizations.weight.original0",
     "last_layer.weight_v": "last_layer.parametrizations.weight.original1",
 }
@@ -18,9 +18,9 @@ class DINOHead(nn.Module):
     """MLP to a bottleneck, l2-normalization, weight-normed linear layer to K prototypes.
 
     Args:
-        in_dim: width of the encoding.
+        in_dim: dimension of the encoding.
         num_prototypes: K.
-        norm_last_layer: fix the prototypes' length g at 1 (it stays in the state dict).
+        norm_last_layer: fix the norm g of each prototype at 1 (it stays in the state dict).
 
     State dict: mlp.0|2|4.weight|bias and last_layer.parametrizations.weight.original0 (g) and
     original1 (v). The older names last_layer.weight_g|weight_v load as well.
@@ -54,5 +54,5 @@ class DINOHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Encodings (B, in_dim) -> prototype logits (B, K), float32 also under mixed precision."""
         bottleneck = self.mlp(features)
-        with torch.autocast(features.device.type, enabled=False):  # float16 normalize of zeros is NaN
+        with torch.autocast(features.device.type, enabled=False):  # normalizing zeros in float16 gives NaN
             return self.last_layer(F.normalize(bottleneck.float(), dim=-1))

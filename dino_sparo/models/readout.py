@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 
 class Sparo(nn.Module):
-    """L slots, each the result of one attention head with a learned query. Source: SPARO eq. 1.
+    """L slots, each computed by one attention head with a learned query. Source: SPARO eq. 1.
 
-    Computed in a folded form: the query is multiplied into the key projection, and key and value
-    projections follow the pooling. This is equation 1 exactly (the key bias adds one constant to all
-    logits of a slot, which the softmax drops; attention weights sum to one), without its (B, N, L*H)
-    tensor. The equation shows no biases; they are those of the paper's appendix A.
+    Computed in a folded form: the query is multiplied into the key projection, and key and value projections
+    follow the pooling. This equals equation 1 (the key bias adds a constant to all logits of a slot, which
+    the softmax cancels, and attention weights sum to one) without a tensor of shape (B, N, L*H). The biases,
+    absent from the equation, are those of the paper's appendix A.
 
     Args:
-        dim: width D of the tokens.
+        dim: token dimension D.
         num_slots: L.
         slot_dim: V.
         key_dim: H (the paper's D).
@@ -63,7 +63,7 @@ class Sparo(nn.Module):
         """Attention weights (B, L, N) of every slot over the tokens; each row sums to one.
 
         Raises:
-            ValueError: if the mask hides every token of an image.
+            ValueError: the mask hides every token of an image.
         """
         logits_BLN = self._folded_query() @ tokens_BND.transpose(1, 2)
         if token_mask is not None:

@@ -1,8 +1,7 @@
 """Read-outs that SPARO is compared with. Source: arXiv 2404.15721, Table 6 and appendix B.2.
 
-The authors' public code is that for CLIP; it has neither DINO nor all of Table 6. What a docstring here
-calls our inference is read from the paper's words, and for the rest as near to SPARO as can be, so that one
-thing changes at a time.
+The authors' public code is for CLIP and does not contain all of these. "Our inference" marks details that the
+paper does not state; there we follow its text, and otherwise stay as close to SPARO as possible.
 
 Axis letters and sizes: B images, N tokens, D width (`dim`), L slots (`num_slots`), V slot width (`slot_dim`),
 H key width of a head (`key_dim`), A heads (`num_heads`), M encoding.
@@ -18,11 +17,11 @@ from dino_sparo.models.readout import Sparo
 
 
 class MultiHeadSlots(nn.Module):
-    """L learned queries, each of which uses all heads of one multi-head cross-attention (Table 6).
+    """One multi-head cross-attention with L learned queries, which share all heads (Table 6).
 
-    Our inference: as in SPARO's equation 1 the keys are the values, and one projection W gives the slots;
-    only the heads are no longer a slot's own. So all slots share the key projection of A heads, a slot has a
-    query for each head, and W sees all heads of a slot. With A = L it has as many keys as SPARO.
+    Our inference: as in SPARO's equation 1 the keys are also the values, and one projection W gives the
+    slots. All slots share the key projection of A heads, a slot has one query per head, and W reads all heads
+    of a slot. With A = L there are as many keys as in SPARO.
     """
 
     def __init__(
@@ -32,7 +31,7 @@ class MultiHeadSlots(nn.Module):
         self.num_slots, self.slot_dim, self.num_heads = num_slots, slot_dim, num_heads
         self.query = nn.Parameter(torch.randn(num_slots, num_heads * key_dim))  # (L, A*H)
         self.key_proj = nn.Linear(dim, num_heads * key_dim)
-        self.value_proj = nn.Linear(num_heads * key_dim, slot_dim)  # initial values as those of SPARO
+        self.value_proj = nn.Linear(num_heads * key_dim, slot_dim)  # initialized as in SPARO
         nn.init.xavier_uniform_(self.key_proj.weight)
         nn.init.zeros_(self.key_proj.bias)
         nn.init.zeros_(self.value_proj.bias)
@@ -53,10 +52,10 @@ class MultiHeadSlots(nn.Module):
 class AttentionalPooler(nn.Module):
     """Learned queries, LayerNorm, multi-head attention. Source: CoCa (arXiv 2205.01917); Table 6.
 
-    LayerNorms are on queries and tokens, as in the authors' public code for CLIP; the LayerNorm and the
-    projection behind it are `output: slots`. Our inference: all its L outputs are the encoding, and it stands
-    in place of the last block unless `after_last_block` is set. V is also the width of queries, keys and
-    values, all heads together, so `num_heads` must divide it.
+    LayerNorms are applied to queries and tokens, as in the authors' public code for CLIP; LayerNorm and
+    projection after it are `output: slots`. Our inference: the encoding is all L outputs, and the pooler
+    replaces the last block unless `after_last_block` is set. V is also the dimension of queries, keys and
+    values over all heads, so `num_heads` must divide it.
     """
 
     def __init__(self, dim: int, num_slots: int = 64, slot_dim: int = 64, *, num_heads: int) -> None:
@@ -72,7 +71,7 @@ class AttentionalPooler(nn.Module):
         self.query_proj = nn.Linear(slot_dim, slot_dim)
         self.key_proj = nn.Linear(dim, slot_dim)
         self.value_proj = nn.Linear(dim, slot_dim)
-        self.out_proj = nn.Linear(slot_dim, slot_dim)  # initial values as those of torch's own attention
+        self.out_proj = nn.Linear(slot_dim, slot_dim)  # initialized as in nn.MultiheadAttention
         for projection in (self.query_proj, self.key_proj, self.value_proj):
             nn.init.xavier_uniform_(projection.weight)
         for projection in (self.query_proj, self.key_proj, self.value_proj, self.out_proj):
@@ -94,14 +93,14 @@ class AttentionalPooler(nn.Module):
 
 
 class ProjectedSlots(nn.Module):
-    """LayerNorm and a linear layer on the slots of another read-out, slot-wise or whole (Table 6).
+    """LayerNorm and a linear layer on the slots of another read-out, per slot or over all slots (Table 6).
 
-    Our inference: both keep the size of what they take, and slot-wise they are shared by all slots, as W is.
+    Our inference: input and output have the same size, and per slot all slots share both layers.
 
     Args:
         slots: the read-out.
-        whole: one LayerNorm and one layer over all L*V numbers. Then a slot of the output takes from all
-            slots, and its row of the attention is only where the slot of the same number has looked.
+        whole: one LayerNorm and one linear layer over all L*V dimensions. Each output slot then depends on
+            all slots, while `attention` is still that of the slot with the same index.
     """
 
     def __init__(self, slots: "Sparo | MultiHeadSlots | AttentionalPooler", *, whole: bool) -> None:
@@ -121,15 +120,15 @@ class ProjectedSlots(nn.Module):
         return self.proj(self.norm(slots_BLV.flatten(1))).view_as(slots_BLV)
 
     def attention(self, tokens_BND: Tensor) -> Tensor:
-        """Attention weights (B, L, N) of the slots below; each row sums to one."""
+        """Attention weights (B, L, N) of the read-out's slots; each row sums to one."""
         return self.slots.attention(tokens_BND)
 
 
 class LinearBottleneck(nn.Module):
     """Two linear layers, D -> m -> M: a wide encoding of the CLS token with few degrees of freedom (B.2).
 
-    The paper speaks of m -> M; that the token's own projection to m (`bottleneck_dim`) is learned too is read
-    from the authors' public code for CLIP (there without a bias). PyTorch's default initial values.
+    The paper only describes m -> M; the layer D -> m (`bottleneck_dim`) is from the authors' public code for
+    CLIP (where it has no bias). Both have PyTorch's default initialization.
     """
 
     def __init__(self, dim: int, *, bottleneck_dim: int, encoding_dim: int) -> None:
@@ -153,16 +152,16 @@ def sparo_readout(
     output: Literal["slots", "whole"] | None = None,
     **sizes: int,
 ) -> SlotReadout:
-    """SPARO on tokens of width `dim`.
+    """SPARO on tokens of dimension `dim`.
 
     Args:
-        heads: its own for each slot, or all for all slots.
-        output: LayerNorm and projection on each slot, on all together, or none.
-        sizes: num_slots, slot_dim, key_dim; group_size of separate heads, num_heads of multi heads.
+        heads: one head per slot, or heads that all slots share.
+        output: LayerNorm and linear layer on each slot, on all slots concatenated, or None.
+        sizes: num_slots, slot_dim, key_dim; group_size for separate heads, num_heads for multi heads.
 
     Raises:
-        ValueError: for an unknown choice or sizes that do not divide.
-        TypeError: for a size that is missing or not this read-out's.
+        ValueError: `heads` or `output` is unknown, or sizes do not divide.
+        TypeError: a size is missing, or not one of this read-out.
     """
     if heads not in ("separate", "multi"):
         raise ValueError(f"heads is {heads!r}, expected separate or multi")
@@ -171,7 +170,7 @@ def sparo_readout(
 
 
 def pooler_readout(dim: int, *, output: Literal["slots", "whole"] | None = None, **sizes: int) -> SlotReadout:
-    """An attentional pooler on tokens of width `dim`; sizes are num_slots, slot_dim, num_heads.
+    """Attentional pooler on tokens of dimension `dim`; sizes are num_slots, slot_dim, num_heads.
 
     Raises:
         ValueError, TypeError: as `sparo_readout`.
@@ -198,6 +197,6 @@ def _joined(heads_BALH: Tensor) -> Tensor:
 
 
 def _weights(query_ALH: Tensor, keys_BANH: Tensor) -> Tensor:
-    """Attention weights (B, A, L, N); the scale is that of a head's width."""
+    """Queries and keys of A heads -> attention weights (B, A, L, N)."""
     scale = math.sqrt(query_ALH.shape[-1])
     return (query_ALH / scale @ keys_BANH.transpose(-1, -2)).softmax(dim=-1)

@@ -1,1 +1,1 @@
-"""Processes that are one run: group, collectives, device, precision, launcher."""
+"""Processes of a run: launcher, process group, collectives, device, and precision."""

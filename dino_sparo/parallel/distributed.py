@@ -1,6 +1,6 @@
-"""The only place that speaks to other processes. One process is world size 1, on the same code path.
+"""Process group and collectives. A single process has world size 1 and uses the same code path.
 
-Processes are torchrun's: one a GPU, numbered by the environment it sets.
+There is one process per GPU, with rank and world size in the environment variables that torchrun sets.
 """
 
 import logging
@@ -45,16 +45,16 @@ Result = TypeVar("Result")
 
 PATIENCE = timedelta(seconds=PATIENCE_SECONDS)
 HEARTBEAT_SECONDS = 5.0
-SAY_SECONDS = 10.0  # after which a process that waits for others says so
+SAY_SECONDS = 10.0  # a process that waits longer for others logs it
 POLL_SECONDS = 0.05
-LOST_SECONDS = 2.0  # between an error of the connection and the end of the process that caused it
-FAILED = "failed"  # key in the store: the number of the process that speaks about a failure
+LOST_SECONDS = 2.0  # after a connection error the process that caused it ends within this time
+FAILED = "failed"  # key in the store: the rank of the process that reports the failure
 
-_store: list[dist.Store] = []  # of the process group, while there is one
+_store: list[dist.Store] = []  # the store of the process group, or empty
 
 
 def rank() -> int:
-    """Number of this process among all, 0 when there is one."""
+    """Rank of this process, 0 for a single process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -64,7 +64,7 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    """Number of this process on its machine, as torchrun sets it."""
+    """Rank of this process on its machine, as torchrun sets it."""
     return told("LOCAL_RANK")
 
 
@@ -77,31 +77,32 @@ class Group:
     """The processes of one run.
 
     Attributes:
-        at: how far this process has come, for messages, such as `step 37`.
+        at: where this process is, for messages, such as `step 37`.
     """
 
     def __init__(self) -> None:
         self.at = ""
 
     def lost(self, ranks: Sequence[int]) -> PeerLostError:
-        """The error for processes that have ended without a word; none here: those of another machine."""
-        who = ", ".join(f"process {number}" for number in ranks) or "a process of another machine"
+        """The error for processes that ended without reporting one; empty ranks: on another machine."""
+        who = ", ".join(f"process {number}" for number in ranks) or "a process on another machine"
         return PeerLostError(
-            f"{who} of {world_size()} ended without a word{f' at {self.at}' if self.at else ''} (killed, "
-            f"often out of memory); the same command resumes from the last checkpoint",
+            f"{who} of {world_size()} ended without an error message{f' at {self.at}' if self.at else ''} "
+            f"(killed, often out of memory); the same command resumes from the last checkpoint",
             self.at,
         )
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[Group]:
-    """Join the processes that torchrun started: NCCL between GPUs, gloo on CPUs; nothing to do for one.
+    """Join the process group: NCCL between GPUs, gloo on CPUs, nothing for a single process.
 
-    None of them outlives its launcher, and none waits for one of this machine that is gone.
+    A process does not outlive its launcher, and ends if another process on its machine is gone.
 
     Raises:
-        UserError: what was raised within, with the number of this process and where it was.
-        PeerLostError: another process has ended without a word.
+        UserError: raised in the block; rank and step of this process are added to its message.
+        PeerLostError: another process ended without reporting an error.
+        StuckError: a collective has timed out.
     """
     group = Group()
     number, size = told("RANK"), told("WORLD_SIZE", 1)
@@ -130,7 +131,7 @@ def process_group(device: torch.device) -> Iterator[Group]:
         if group.at:
             error.args = (f"{error} (process {number} at {group.at})",)
         raise
-    except Exception as error:  # of the connection, if another process is gone
+    except Exception as error:  # a connection error if another process is gone
         gone = watch.gone(wait_seconds=LOST_SECONDS)
         elsewhere = size > local_world_size() and ("gloo" in str(error) or isinstance(error, dist.DistError))
         if not gone and not elsewhere:
@@ -139,22 +140,24 @@ def process_group(device: torch.device) -> Iterator[Group]:
             leave_note("stuck", group.at)
             raise StuckError(
                 f"process {number} has waited {PATIENCE.total_seconds() / 60:.0f} minutes for the others"
-                f"{f' at {group.at}' if group.at else ''}: one of them is stuck or stopped; the same command "
-                f"resumes from the last checkpoint"
+                f"{f' at {group.at}' if group.at else ''}: one of them hangs or was stopped; the same "
+                f"command resumes from the last checkpoint"
             ) from error
         raise group.lost(gone) from error
-    # Only after the end: on an error the other processes may never come.
+    # Not in a `finally`: after an error the other processes may never get here.
     watch.close()
     _store.clear()
     dist.destroy_process_group()
 
 
 def _meet(number: int, size: int) -> dist.Store:
-    """What all processes of the run write to: a file of our launcher, so that no port is opened, else the
-    server of torchrun, or that of process 0. Process 0 returns when all have come.
+    """The store that all processes share; process 0 waits until all have joined.
+
+    It is a file if `launch` started the processes, so that no port is open. Otherwise it is the TCP store of
+    torchrun, or one that process 0 serves.
 
     Raises:
-        UserError: not all have come in time, or there can be no server.
+        UserError: a process has not joined in time, or the store cannot be reached.
     """
     everyone = [f"process {each}" for each in range(size)]
     host, port = os.environ.get("MASTER_ADDR", ""), told("MASTER_PORT")
@@ -177,7 +180,7 @@ def _meet(number: int, size: int) -> dist.Store:
         if not hosts:
             _wait_for(server, everyone[number], size)
         try:
-            socket.getaddrinfo(host, port)  # of a wrong name torch would not say so
+            socket.getaddrinfo(host, port)  # torch does not report an unknown host name
             store = dist.TCPStore(
                 *(host, port, size, hosts, PATIENCE), wait_for_workers=False, multi_tenant=True
             )
@@ -185,7 +188,7 @@ def _meet(number: int, size: int) -> dist.Store:
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"{everyone[number]} of {size} cannot use MASTER_ADDR {host!r}, MASTER_PORT {port} "
-                f"({reason}); give an address of the machine of process 0, and a port that is free there"
+                f"({reason}); give the address of the machine of process 0, and a port that is free there"
             ) from error
     store.set(everyone[number], "")
     if number == 0:
@@ -194,40 +197,37 @@ def _meet(number: int, size: int) -> dist.Store:
 
 
 def _wait_for(missing: Callable[[], str], name: str, size: int) -> None:
-    """Until nobody is missing; says so after some seconds, then half as often each time.
+    """Wait until `missing()` is empty; logs whom it waits for, at doubling intervals.
 
     Raises:
-        UserError: somebody has not come in time.
+        UserError: a process is still missing after 30 minutes.
     """
     began, next_word = time.monotonic(), SAY_SECONDS
     while who := missing():
         waited = time.monotonic() - began
         text = f"{name} of {size} has waited {waited:.0f} s for {who}"
         if waited > PATIENCE.total_seconds():
-            raise UserError(f"{text}; see what became of it, then start all processes again")
+            raise UserError(f"{text}; check its log, then start all processes again")
         if waited > next_word:
-            log.error("%s; it gives up after %.0f minutes", text, PATIENCE.total_seconds() / 60)
+            log.error("%s; it stops after %.0f minutes", text, PATIENCE.total_seconds() / 60)
             next_word *= 2
         time.sleep(POLL_SECONDS)
 
 
 def _end_without(error: PeerLostError) -> None:
-    """End this process, wherever it is, since it would wait for one that is gone."""
+    """End this process at once: it would wait for a lost process without end."""
     report(error)
     end_at_once(EXIT_USER_ERROR)
 
 
 def report(error: UserError) -> None:
-    """Show what ends the run, if this process speaks for all; our launcher knows more of a lost one."""
+    """Print the error that ends the run, in one process; a lost process is left to `launch` to report."""
     if speaks_for_all() and not (isinstance(error, PeerLostError) and leave_note("lost", error.at)):
         print(error_line(error), file=sys.stderr)
 
 
 def speaks_for_all() -> bool:
-    """Whether this process is the one to report the failure that ends it: the first one of all that fail.
-
-    A process that fails because another has ended finds that one's claim, on any machine.
-    """
+    """Whether this process reports the failure: the first one to fail, on any machine."""
     if not first_to_fail():
         return False
     if not _store:
@@ -235,18 +235,18 @@ def speaks_for_all() -> bool:
     number = str(rank())
     try:
         return _store[0].compare_set(FAILED, "", number) == number.encode()
-    except RuntimeError:  # the launcher, which keeps the store, is gone
+    except RuntimeError:  # the launcher, which holds the store, is gone
         return number == "0"
 
 
 class Agreement:
-    """Whether any process has said yes: known at the next question, so that nobody waits in between."""
+    """Whether any process has said yes, without blocking: each answer arrives one call later."""
 
     def __init__(self) -> None:
         self._votes: tuple[dist.Work, Tensor] | None = None
 
     def ask(self, yes: bool) -> bool:
-        """Say yes or no; the answer is to the question before. Alone, a process decides at once."""
+        """Vote yes or no; returns the result of the previous vote (of this one for a single process)."""
         if not dist.is_initialized():
             return yes
         agreed = False
@@ -260,19 +260,19 @@ class Agreement:
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
-    """Mean of a tensor over all processes, in place; the tensor itself when there is one."""
+    """Mean of a tensor over all processes, in place."""
     return sum_over_ranks(values).div_(world_size())
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Sum of a tensor over all processes, in place; the tensor itself when there is one."""
+    """Sum of a tensor over all processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
 
 
 def gather_objects(value: Result) -> list[Result]:
-    """The plain values of all processes, by rank, in every process."""
+    """The values of all processes in the order of ranks, in every process."""
     if not dist.is_initialized():
         return [value]
     gathered: list[Any] = [None] * world_size()
@@ -281,12 +281,12 @@ def gather_objects(value: Result) -> list[Result]:
 
 
 def first_rank_decides(decision: bool) -> bool:
-    """The first process's decision, in every process."""
+    """The decision of rank 0, in every process."""
     return bool(sum_over_ranks(torch.tensor([int(decision and rank() == 0)])).item())
 
 
 def gather_rows(rows: Tensor, total: int) -> Tensor:
-    """Rows of all processes on the CPU, (total, ...): process r holds rows r, r + R, r + 2R, ... of R."""
+    """Rows of all R processes on the CPU, (total, ...); process r has rows r, r + R, r + 2R, ..."""
     if not dist.is_initialized():
         return rows
     size = world_size()
@@ -301,10 +301,10 @@ def gather_rows(rows: Tensor, total: int) -> Tensor:
 
 
 def first_rank_first(work: Callable[[], Result]) -> Result:
-    """Every process does the work: the first one before all others, then one on each other machine.
+    """Do the same work in every process: first in rank 0, then in one per other machine, then in all others.
 
-    For work whose result is kept in a file, so that the others find it done. They wait by a heartbeat,
-    however long it takes. An error of one process ends all of them with its message.
+    For work that stores its result in a file, which the others then find. They wait without a timeout. An
+    error in one process ends all of them with its message.
     """
     if not dist.is_initialized():
         return work()
@@ -335,12 +335,11 @@ def first_rank_first(work: Callable[[], Result]) -> Result:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Mean over all processes of the gradients of a step, in place; nothing to do when there is one.
+    """Average gradients over all processes, in place.
 
-    All gradients go in one all-reduce, in the order of the parameters, so that the order of summation never
-    depends on where a run started. DistributedDataParallel would overlap it with the backward pass (205 MB
-    of gradients of ViT-S/16 with SPARO on eight H100: about 1 ms a step), but orders its buckets anew after
-    the first step.
+    One all-reduce of all gradients in the order of the parameters makes the order of summation the same after
+    a resume. DistributedDataParallel would overlap it with the backward pass (205 MB of gradients of ViT-S/16
+    with SPARO on eight H100: about 1 ms per step), but reorders its buckets after the first step.
     """
     if not dist.is_initialized():
         return

@@ -1,4 +1,4 @@
-"""`--nproc N`: several processes on this machine, by torch's own launcher."""
+"""`--nproc N`: several processes on this machine, started by torch's launcher."""
 
 import logging
 import os
@@ -17,30 +17,30 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from dino_sparo.errors import EXIT_STOPPED, UserError
 from dino_sparo.parallel.processes import LAUNCHER, NOTES, STOP_SIGNALS, on_stop_signals, read_note
 
-SHUTDOWN_SECONDS = 300  # a process that was told to stop may finish its step and save
-KILL_SECONDS = 23  # after the loss of one; others end themselves sooner, unless a call in C blocks them
+SHUTDOWN_SECONDS = 300  # for a stopped process to finish its step and save
+KILL_SECONDS = 23  # after a process is lost; the others end sooner unless a call in C blocks them
 
 
 def launch(num_processes: int, arguments: list[str]) -> int:
-    """Run `dino-sparo ARGUMENTS` in so many processes on this machine; returns the exit status.
+    """Run `dino-sparo ARGUMENTS` in `num_processes` processes on this machine; returns the exit status.
 
-    The same as `torchrun --standalone --nproc-per-node N --no-python dino-sparo ARGUMENTS`, without its own
-    report beside that of the process that failed.
+    The same as `torchrun --standalone --nproc-per-node N --no-python dino-sparo ARGUMENTS`, without the error
+    report of torchrun.
 
     Raises:
-        UserError: one of them was ended by a signal.
+        UserError: a signal ended a process.
     """
     logging.disable(logging.ERROR)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
     checkout = Path(__file__).parents[2]
-    if sys.path[0] == str(checkout) == os.getcwd():  # by `python -m dino_sparo` in it: the same code for all
+    if sys.path[0] == str(checkout) == os.getcwd():  # `python -m dino_sparo`: all processes use this checkout
         os.environ["PYTHONPATH"] = os.pathsep.join([str(checkout), *filter(None, [os.getenv("PYTHONPATH")])])
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
-    PContext.close.__defaults__ = (None, KILL_SECONDS)  # torch has no option for its 30 s
+    PContext.close.__defaults__ = (None, KILL_SECONDS)  # there is no option for torch's 30 s
     with tempfile.TemporaryDirectory(prefix="dino_sparo_") as folder:
         os.environ |= {NOTES: folder, LAUNCHER: str(os.getpid())}
-        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # nothing is to listen beyond this machine
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # no port that other machines can reach
         for loopback in {"lo", "lo0"} & {name for _, name in socket.if_nameindex()}:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
             os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
@@ -54,8 +54,8 @@ def launch(num_processes: int, arguments: list[str]) -> int:
             rdzv_endpoint=os.path.join(folder, "rendezvous"),
             rdzv_configs={"store_type": "file"},
             max_restarts=0,
-            signals_to_handle="SIGQUIT",  # torch's way would let a third signal leave the processes behind
-            logs_specs=DefaultLogsSpecs(log_dir=folder),  # nothing is kept there, but the folder must be
+            signals_to_handle="SIGQUIT",  # with torch's handlers a third signal would leave processes behind
+            logs_specs=DefaultLogsSpecs(log_dir=folder),  # required, but not used
         )
         try:
             elastic_launch(config, sys.executable)("-m", "dino_sparo", *arguments)
@@ -69,22 +69,22 @@ def launch(num_processes: int, arguments: list[str]) -> int:
 
 
 def _stop_all(number: int, frame: FrameType | None) -> None:
-    """The first signal ends torch's waiting, and it passes the signal on; later ones change nothing."""
+    """Make torch pass the first signal on to all processes; later ones are ignored."""
     for other in STOP_SIGNALS:
         signal.signal(other, signal.SIG_IGN)
     raise SignalException(f"got {signal.Signals(number).name}", sigval=signal.Signals(number))
 
 
 def status_after(error: ChildFailedError, num_processes: int, notes: Path) -> int:
-    """The exit status of a process that has reported by itself.
+    """The exit status of the process that reported the failure.
 
     Raises:
-        UserError: one was ended by a signal that is not the launcher's, and could not report it.
+        UserError: a signal that the launcher did not send ended a process.
     """
-    somebody_spoke = any(failure.exitcode > 0 for failure in error.failures.values())
+    reported = any(failure.exitcode > 0 for failure in error.failures.values())
     by_us = [-signal.SIGTERM, -signal.SIGKILL] if read_note(notes, "stuck") else [-signal.SIGTERM]
-    for number, failure in error.failures.items():  # the first one first; torch then ends the others
-        if failure.exitcode < 0 and not (somebody_spoke and failure.exitcode in by_us):
+    for number, failure in error.failures.items():  # in the order of failures; torch ends the others
+        if failure.exitcode < 0 and not (reported and failure.exitcode in by_us):
             at = read_note(notes, "lost")
             raise UserError(
                 f"process {number} of {num_processes} was ended by {failure.signal_name()}"

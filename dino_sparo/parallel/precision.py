@@ -1,4 +1,4 @@
-"""In which numbers the networks compute: autocast, loss scaling, TF32, and bit-equal runs on a GPU."""
+"""Mixed precision, loss scaling, TF32, and deterministic algorithms."""
 
 import os
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """`auto` is bf16 on a GPU that has it, fp16 on an older GPU, fp32 on the CPU."""
+    """`auto`: bf16 on a GPU that supports it, fp16 on an older GPU, fp32 on the CPU."""
     if name != "auto":
         return name
     if device.type != "cuda":
@@ -24,13 +24,13 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the processor itself multiplies matrices in bfloat16: by AMX, or AVX-512 with BF16."""
-    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch has none
+    """Whether the CPU multiplies matrices in bfloat16 in hardware (AMX, or AVX-512 with BF16)."""
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # absent in older torch
     return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """Mixed precision for forward passes; nothing for fp32."""
+    """Autocast for forward passes; no change for fp32."""
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, DTYPES[precision])
@@ -38,14 +38,14 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
 
 @contextmanager
 def plain_attention(precision: str, device: torch.device) -> Iterator[None]:
-    """Attention by plain products in mixed precision on a CPU, where torch's fused one is slow backward.
+    """Use unfused attention in mixed precision on a CPU, where the backward of torch's fused one is slow.
 
-    To be held around a whole step: what backward computes again must be computed in the same way.
+    Enclose the whole step, so that recomputed activations in the backward pass use the same kernel.
     """
     if device.type != "cpu" or precision == "fp32":
         yield
         return
-    allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()  # not of CUDA alone
+    allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()  # applies to the CPU too
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     try:
         with sdpa_kernel(SDPBackend.MATH):
@@ -55,20 +55,19 @@ def plain_attention(precision: str, device: torch.device) -> Iterator[None]:
 
 
 def set_numerics(*, tf32: bool, deterministic: bool) -> None:
-    """TF32 in float32 products, and deterministic algorithms; before the first work on a GPU."""
+    """Set TF32 for float32 products, and deterministic algorithms; call it before any work on a GPU."""
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
     if deterministic:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what cuBLAS needs to be deterministic
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # required for deterministic cuBLAS
     torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a help for bugs
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # for debugging
 
 
 class LossScale:
-    """Dynamic loss scaling, all on the device: halved by a step that overflows, doubled after 2000 others.
+    """Dynamic loss scaling on the device: halved after an overflow, doubled after 2000 steps without one.
 
-    The rule is that of `torch.amp.GradScaler`; here one flag, computed for every precision, holds back
-    optimizer, teacher and center together. Without scaling the scale stays 1.
+    The rule is that of `torch.amp.GradScaler`, but one flag skips optimizer, teacher, and center together.
     """
 
     def __init__(self, device: torch.device, enabled: bool) -> None:
@@ -77,16 +76,16 @@ class LossScale:
         self.good_steps = torch.tensor(0, device=device)
 
     def scaled(self, loss: Tensor) -> Tensor:
-        """The loss to run backward from."""
+        """The loss times the scale."""
         return loss * self.scale if self.enabled else loss
 
     def unscale(self, gradients: list[Tensor]) -> None:
-        """Divide gradients by the scale, in place; an overflow stays not finite."""
+        """Divide gradients by the scale, in place; infinite ones stay infinite."""
         if self.enabled:
             torch._foreach_mul_(gradients, self.scale.reciprocal())
 
     def update(self, finite: Tensor, overflow: Tensor) -> None:
-        """Adapt the scale to a step whose gradients were finite, or have overflowed (scalars); or neither."""
+        """Update the scale after a step. `finite` and `overflow` are bool scalars; both may be false."""
         if not self.enabled:
             return
         good_steps = torch.where(overflow, 0, self.good_steps + finite)
@@ -96,11 +95,11 @@ class LossScale:
         self.good_steps.copy_(torch.where(grows, 0, good_steps))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Scale and number of finite steps since it last changed; empty without scaling."""
+        """Scale, and number of finite steps since it last changed; empty without scaling."""
         return {"scale": self.scale, "good_steps": self.good_steps} if self.enabled else {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Put back what a run in fp16 left; a run that was in another precision left nothing."""
+        """Restore the scale; a run in another precision has stored an empty state."""
         if self.enabled and state:
             self.scale.copy_(state["scale"])
             self.good_steps.copy_(state["good_steps"])

@@ -1,4 +1,4 @@
-"""What the system knows about our processes: which ones are gone, and that none outlives its parent."""
+"""Processes of this machine: which ones have ended, signals, locks, and free memory."""
 
 import ctypes
 import fcntl
@@ -24,13 +24,13 @@ from dino_sparo.terminal import shown
 log = logging.getLogger("dino_sparo")
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # ask a run to stop
-PR_SET_PDEATHSIG = 1  # of Linux
-GRACE_SECONDS = 5.0  # for the main thread to see by itself that another process is gone
+PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
+GRACE_SECONDS = 5.0  # for the main thread to notice that another process is gone
 FINISH_SECONDS = 16.0  # for a checkpoint that is being written when another process is lost
-NOTES = "DINO_SPARO_NOTES"  # environment variable: where processes leave notes for `launch`
-LAUNCHER = "DINO_SPARO_LAUNCHER"  # environment variable: the process of `launch`
-NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")  # as torchrun sets them
-COPIES = {  # what starts a program several times, and its variables for how many there are, and which this is
+NOTES = "DINO_SPARO_NOTES"  # environment variable: folder of messages from processes to `launch`
+LAUNCHER = "DINO_SPARO_LAUNCHER"  # environment variable: the process identifier of `launch`
+NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")  # set by torchrun
+COPIES = {  # launchers of several copies of a program: their variables for world size and rank
     "srun": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
     "mpirun": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     "mpiexec": ("PMI_SIZE", "PMI_RANK"),
@@ -43,19 +43,18 @@ _unfinished: list[Callable[[float], object]] = []
 
 
 def told(name: str, default: int = 0) -> int:
-    """The number in an environment variable, which is checked by `check_environment`."""
+    """The number in an environment variable."""
     text = os.environ.get(name, "")
     return int(text) if text.isdecimal() else default
 
 
 def check_environment() -> None:
-    """Refuse an environment that does not tell which of how many processes this is.
+    """Check the environment variables for rank and world size; empty ones are removed.
 
-    Empty variables are taken away: they stand for nothing, as where a template has not been filled in. After
-    an error this process counts as the only one, or as the task of `srun` that it is, so that it reports it.
+    On an error RANK and WORLD_SIZE are changed so that one process reports it.
 
     Raises:
-        UserError: a variable is no number, or missing, or a program was only started several times.
+        UserError: a variable is not a number or is missing, or several copies run without a process group.
     """
     for name in (*NUMBERS, "MASTER_ADDR"):
         if not os.environ.get(name, "").strip():
@@ -68,7 +67,7 @@ def check_environment() -> None:
     elif size > 1 and (missing := [name for name in needed if name not in os.environ]):
         wrong = f"WORLD_SIZE is {size}, but there is no {' and no '.join(missing)}"
     elif told("MASTER_PORT") >= 2**16:
-        wrong = f"MASTER_PORT is {told('MASTER_PORT')}, expected less than {2**16}"
+        wrong = f"MASTER_PORT is {told('MASTER_PORT')}, expected at most {2**16 - 1}"
     elif told("RANK") >= size:
         of = f"WORLD_SIZE is {size}" if "WORLD_SIZE" in os.environ else "there is no WORLD_SIZE"
         wrong = f"RANK is {told('RANK')}, but {of}"
@@ -76,34 +75,35 @@ def check_environment() -> None:
         for name in ("RANK", "WORLD_SIZE"):
             os.environ.pop(name, None)
         raise UserError(
-            f"environment variables do not tell which of how many processes this is: {wrong}; torchrun sets "
-            f"all of them, and without any there is one process, which --nproc multiplies"
+            f"the environment variables for rank and world size do not fit: {wrong}; use torchrun, which "
+            f"sets all of them, or unset them and use --nproc"
         )
     for starter, (of_size, of_rank) in COPIES.items():
         if told(of_size, 1) > 1 and "WORLD_SIZE" not in os.environ:
             os.environ["RANK"] = os.environ.get(of_rank, "0")
             raise UserError(
-                f"{starter} has started this program {told(of_size)} times, and each would do the whole "
-                f"work; start torchrun once on each machine, as scripts/pretrain_slurm.sbatch does, or one "
-                f"process with --nproc; if each is to work alone, set WORLD_SIZE=1"
+                f"{starter} has started this program {told(of_size)} times without a process group, so each "
+                f"copy would do the whole work; start torchrun once per machine, as "
+                f"scripts/pretrain_slurm.sbatch does, or one process with --nproc; if each copy is to work "
+                f"alone, set WORLD_SIZE=1"
             )
 
 
 def on_stop_signals(handler: Callable[[int, FrameType | None], None]) -> dict[signal.Signals, Any]:
-    """Handle what asks a run to stop, but no SIGHUP under nohup; the handlers before."""
+    """Handle STOP_SIGNALS, except SIGHUP under nohup; returns the previous handlers."""
     hangup_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     taken = [number for number in STOP_SIGNALS if number != signal.SIGHUP or not hangup_ignored]
     return {number: signal.signal(number, handler) for number in taken}
 
 
 def end_with_parent(number: signal.Signals) -> None:
-    """Get this signal when the parent ends, however it ends; only Linux can do that."""
+    """Have this signal sent to this process when its parent ends; only on Linux."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def end_with_launcher() -> None:
-    """Get a SIGTERM when the launcher, if one has started this process, ends, or has ended already."""
+    """Have SIGTERM sent to this process when its launcher ends, or now if it has already ended."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     end_with_parent(signal.SIGTERM)
@@ -112,41 +112,41 @@ def end_with_launcher() -> None:
 
 
 def machine_name() -> tuple[str, ...]:
-    """What is the same for processes that know each other by their identifiers: machine and container."""
+    """Machine and container: processes with equal names can see each other's process identifiers."""
     with suppress(OSError):  # not Linux
         return os.environ.get("GROUP_RANK", ""), platform.node(), os.readlink("/proc/self/ns/pid")
     return os.environ.get("GROUP_RANK", ""), platform.node()
 
 
 class PeerWatch:
-    """Watches other processes of this machine: a wait for one that is gone may never end.
+    """Watches other processes of this machine, since a collective with a lost process may never end.
 
     Args:
         peers: process identifiers by rank.
-        when_gone: called, in a thread of its own, with the ranks that have ended, if the watch is still on
-            some seconds later.
+        when_gone: called in another thread with the ranks that have ended, unless `close` is called within
+            GRACE_SECONDS.
     """
 
     def __init__(self, peers: Mapping[int, int], when_gone: Callable[[list[int]], None]) -> None:
         self._closed = threading.Event()
         self._ranks: dict[int, int] = {}
-        if hasattr(os, "pidfd_open"):  # Linux; elsewhere nobody watches
+        if hasattr(os, "pidfd_open"):  # Linux; elsewhere nothing is watched
             for number, pid in peers.items():
-                with suppress(OSError):  # old kernels and containers forbid it
+                with suppress(OSError):  # old kernels and some containers forbid it
                     self._ranks[os.pidfd_open(pid)] = number
         self._when_gone = when_gone
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
     def gone(self, wait_seconds: float = 0) -> list[int]:
-        """Ranks of the processes that have ended; waits for the first one at most so long."""
-        poll = select.poll()  # one for each call: two threads may wait at once
+        """Ranks of the processes that have ended; waits up to `wait_seconds` for the first one."""
+        poll = select.poll()  # one per call, since two threads may wait at once
         for descriptor in self._ranks:
             poll.register(descriptor, select.POLLIN)
         return sorted(self._ranks[descriptor] for descriptor, _ in poll.poll(1000 * wait_seconds))
 
     def close(self) -> None:
-        """From now on others may end."""
+        """Stop watching."""
         self._closed.set()
 
     def _watch(self) -> None:
@@ -158,7 +158,7 @@ class PeerWatch:
 
 @contextmanager
 def finished_first(finish: Callable[[float], object]) -> Iterator[None]:
-    """Within, `end_at_once` calls this, with the seconds that it may take, before it ends the process."""
+    """Inside the block, `end_at_once` calls `finish(seconds)`, where seconds is its time limit."""
     _unfinished.append(finish)
     try:
         yield
@@ -167,11 +167,11 @@ def finished_first(finish: Callable[[float], object]) -> Iterator[None]:
 
 
 def end_at_once(status: int) -> NoReturn:
-    """End this process and those it has started, without waiting for any other one."""
+    """End this process and its children without waiting for any other process."""
     for finish in _unfinished:
         finish(FINISH_SECONDS)
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # or torch would report their death
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # else torch reports the killed children
     for child in multiprocessing.active_children():
         child.kill()
     sys.stdout.flush()
@@ -180,11 +180,11 @@ def end_at_once(status: int) -> NoReturn:
 
 
 def first_to_fail() -> bool:
-    """Whether no other process of this launcher has asked before: the one to report why they all end.
+    """Whether this is the first process of this launcher to fail, which reports the failure.
 
-    It then holds back the signal by which the launcher ends those that are left, till its own end.
+    From then on it ignores SIGTERM, by which the launcher would end it before its report.
     """
-    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # one a process, in folders of one folder
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # one per process, all below one folder
     if not error_file:
         return told("RANK") == 0
     if threading.current_thread() is threading.main_thread():
@@ -193,42 +193,42 @@ def first_to_fail() -> bool:
         Path(error_file).parents[1].joinpath("failed").touch(exist_ok=False)
     except FileExistsError:
         return False
-    except OSError:  # the launcher, which keeps the folder, is gone
+    except OSError:  # the launcher, which holds the folder, is gone
         return told("RANK") == 0
     return True
 
 
 def leave_note(name: str, value: object) -> bool:
-    """Tell something to the launcher that started this process; False if it is not ours."""
+    """Leave a JSON file for `launch`; False if something else started this process."""
     folder = os.environ.get(NOTES)
     if folder is None:
         return False
-    with suppress(OSError):  # it has been killed
+    with suppress(OSError):  # `launch` has been killed
         Path(folder, f"{name}.json").write_text(json.dumps(value))
     return True
 
 
 def read_note(folder: Path, name: str) -> str:
-    """A note left there, or an empty text."""
+    """The content of a note that `leave_note` wrote; empty if there is none."""
     path = folder / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else ""
 
 
 @contextmanager
 def only_writer(out: Path) -> Iterator[None]:
-    """Refuse to work in a folder that another process is writing to.
+    """Lock a folder; on a file system without locks, only log that there is none.
 
     Raises:
-        UserError: another one holds its lock; where the file system has no locks, the log says so.
+        UserError: another process holds the lock.
     """
     descriptor = os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(descriptor)
-        raise UserError(f"--out {str(out)!r} is being written by another process; wait for it") from error
+        raise UserError(f"--out {str(out)!r}: another process writes to it; wait until it ends") from error
     except OSError:
-        log.info("%s: the file system has no locks; do not write to this folder twice at once", out)
+        log.info("%s: the file system has no locks; run only one program at a time in this folder", out)
     try:
         yield
     finally:
@@ -236,7 +236,7 @@ def only_writer(out: Path) -> Iterator[None]:
 
 
 def private_bytes(pid: int | None) -> int:
-    """Memory of a process that no other has; 0 where the system does not tell."""
+    """Memory of a process that it does not share, in bytes; 0 if unknown."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
@@ -245,14 +245,11 @@ def private_bytes(pid: int | None) -> int:
 
 
 def memory_free(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes of memory that processes can still take, this one's own counted as free.
-
-    A container or job may have less than the machine; its limits are those of cgroups, version 2.
-    """
+    """Free memory in bytes, within the limits of cgroups version 2; that of this process counts as free."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with suppress(OSError, ValueError):
         for line in (proc / "meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):  # also what the file cache would give back
+            if line.startswith("MemAvailable:"):  # includes the file cache
                 free = 1024 * int(line.split()[1])
         lines = (proc / "self" / "cgroup").read_text().splitlines()
         group = cgroups / next((line[4:] for line in lines if line.startswith("0::/")), "")

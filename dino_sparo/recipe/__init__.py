@@ -1,1 +1,1 @@
-"""The recipe of an experiment: typed sections, the read-outs by name, and the files that hold recipes."""
+"""Recipes: typed sections, read-outs by name, and recipe files."""

@@ -1,4 +1,4 @@
-"""Recipes in files: the shipped ones, YAML, and what older versions wrote."""
+"""Recipe files: the shipped ones, YAML, and those of older versions."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,23 +13,23 @@ SIZES = {"num_slots": 64, "slot_dim": 64}
 
 
 def recipes() -> dict[str, Path]:
-    """Shipped recipes by name, from the installed package or the checkout."""
+    """Paths of the shipped recipes by name, in the installed package or the checkout."""
     here = Path(__file__).parent.parent
     folder = here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def find_recipe(name: str) -> Path:
-    """A recipe by its path, or by its name among the shipped ones.
+    """Path of a recipe, given that path or the name of a shipped recipe.
 
     Raises:
-        UserFileNotFoundError: there is neither.
+        UserFileNotFoundError: there is no such file or shipped recipe.
     """
     path, shipped = Path(name), recipes()
     if path.is_file():
         return path
     stem = path.stem if path.suffix in (".yaml", ".yml") else path.name
-    if stem in shipped and str(path.parent) in (".", "configs"):  # a mistyped folder is no shipped recipe
+    if stem in shipped and str(path.parent) in (".", "configs"):
         return shipped[stem]
     raise UserFileNotFoundError(
         f"config {name!r} does not exist; give a YAML file or one of the shipped recipes: "
@@ -38,10 +38,10 @@ def find_recipe(name: str) -> Path:
 
 
 def checked_keys(content: Mapping[str, Any], keys: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """Nested values by dotted key; `what` stands before a key in messages.
+    """Nested values -> values by dotted key; `what` precedes the key in messages.
 
     Raises:
-        UserError: a key is unknown or given twice, or a section is none.
+        UserError: a key is unknown or given twice, or a section is not a mapping.
     """
     values: dict[str, Any] = {}
 
@@ -53,12 +53,12 @@ def checked_keys(content: Mapping[str, Any], keys: Mapping[str, Any], what: str)
                 raise unknown(f"{what} {key!r}", key, keys)
             if isinstance(value, dict) and inside:
                 walk(f"{key}.", value)
-            elif key in values:  # once in its section and once with a dot
+            elif key in values:  # in a section, and as a dotted key
                 raise UserError(f"{what} {key!r} is given twice; give it once")
             elif isinstance(value, dict) or key not in keys:
                 wanted = expected(keys[key]) if key in keys else f"a section with {', '.join(inside)}"
                 raise UserError(f"{what} {key!r} is {shown(repr(value))}; expected {wanted}")
-            else:  # older files may have views by tensors on a CPU
+            else:  # machine.views of older files may be `tensor`
                 values[key] = "pil" if (key, value) == ("machine.views", "tensor") else value
 
     walk("", content)
@@ -66,7 +66,7 @@ def checked_keys(content: Mapping[str, Any], keys: Mapping[str, Any], what: str)
 
 
 def comparable(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored recipe as plain nested values, without the read-out fields that are null."""
+    """A stored recipe without the read-out fields that are null, as plain nested values."""
     model = content.get("model")
     if not isinstance(model, Mapping) or not isinstance(model.get("readout"), Mapping):
         return dict(content)
@@ -75,7 +75,7 @@ def comparable(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merged(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by dotted key with others over them; a section replaces a value in its place, and reverse."""
+    """Values by dotted key, overridden by `over`, where a section also replaces a value and vice versa."""
     kept = {
         key: value
         for key, value in values.items()
@@ -85,14 +85,14 @@ def merged(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
 
 
 def stored_recipe(content: Mapping[str, Any], where: str) -> Recipe:
-    """The recipe that a run folder or a checkpoint of any version holds.
+    """The recipe in a run folder or checkpoint of any version.
 
     Args:
         content: plain nested values.
-        where: what holds them, for messages.
+        where: their file, for messages.
 
     Raises:
-        UserError: it is no recipe.
+        UserError: a key or value is wrong or missing.
     """
     values = checked_keys(content, leaf_keys(Recipe), f"{where}: key")
     try:
@@ -102,16 +102,16 @@ def stored_recipe(content: Mapping[str, Any], where: str) -> Recipe:
 
 
 def checked_encoder(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `build_encoder` that a file holds, by the rules for those of a recipe.
+    """Check arguments of `build_encoder` from a file by the rules for recipes.
 
     Raises:
-        UserError: one is missing, unknown or out of its range, or some do not fit together.
+        UserError: a value is missing, unknown or out of range, or values do not fit together.
     """
     readout = {"image_size": 224, "patch_size": 16} | dict(arguments)
     values: dict[str, Any] = {"image_size": readout.pop("image_size"), "model": {"drop_path_rate": 0.0}}
     values["model"] |= {key: readout.pop(key) for key in ("arch", "patch_size") if key in readout}
     name = readout.pop("readout", None)
-    # What `build_encoder` and timm take for sizes that are left out.
+    # Defaults of `build_encoder` and timm.
     sizes = {"sparo": SIZES | {"key_dim": 64}, "pooler": SIZES}.get(str(name), {})
     one = {"group_size": 1} if name == "sparo" and readout.get("heads") != "multi" else {}
     values["model"]["readout"] = {"name": name, **sizes, **one, **readout}
@@ -120,13 +120,13 @@ def checked_encoder(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def named_recipe(name: str, over: Mapping[str, Any], options_class: type = Recipe) -> Any:
-    """A shipped recipe or that of a file, with these values by dotted key over its own.
+    """Read a recipe by path or shipped name, with values by dotted key that override its own.
 
     Args:
-        options_class: what the file holds, if it is not a recipe alone.
+        options_class: dataclass of the options in the file, if there are more than those of a recipe.
 
     Raises:
-        UserError: there is none, it is no YAML, or a key or value is wrong or missing.
+        UserError: there is no such recipe, it is not YAML, or a key or value is wrong or missing.
     """
     path = find_recipe(name)
     content = read_yaml(path)

@@ -1,4 +1,4 @@
-"""The read-outs by name: what each takes and where its module is. A new one is its file and an entry here."""
+"""The read-outs by name: options and module of each. To add one, write its module and add an entry here."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,45 +10,46 @@ from dino_sparo.recipe.typed import Heads, Width
 
 @dataclass(kw_only=True)
 class ReadoutOptions:
-    """What turns tokens into the encoding. Fields that a read-out does not have are left out."""
+    """The read-out, which turns tokens into the encoding. Omit fields that it does not have."""
 
     name: Literal["sparo", "cls", "gap", "pooler", "bottleneck"]
-    """`sparo`: slots in place of the last block; `cls`: class token; `gap`: mean of the patch tokens;
-    `pooler`: learned queries, LayerNorm, multi-head attention in place of the last block; `bottleneck`: two
-    linear layers on the class token."""
+    """`sparo`: slots that replace the last block; `cls`: CLS token; `gap`: mean of the patch tokens;
+    `pooler`: attentional pooler that replaces the last block; `bottleneck`: two linear layers on the CLS
+    token."""
 
     def arguments(self) -> dict[str, Any]:
-        """The arguments of `build_encoder` that these options stand for."""
+        """These options as arguments of `build_encoder`."""
         given = {key: value for key, value in asdict(self).items() if value is not None}
         return {"readout": given.pop("name"), **given}
 
 
 @dataclass(kw_only=True)
 class SlotReadoutOptions(ReadoutOptions):
-    """What read-outs with slots have in common."""
+    """Options of all read-outs with slots."""
 
     num_slots: Width
     """SPARO and pooler: number of slots L."""
     slot_dim: Width
-    """SPARO and pooler: numbers per slot V."""
+    """SPARO and pooler: slot dimension V."""
     after_last_block: bool | None = None
-    """SPARO and pooler: true keeps the last transformer block and reads after it; else it is replaced."""
+    """SPARO and pooler: true: read the output of the last transformer block; else replace this block."""
     output: Literal["slots", "whole"] | None = None
-    """SPARO and pooler: LayerNorm and a linear layer on each slot, or on all slots as one; null has none."""
+    """SPARO and pooler: LayerNorm and linear layer on each slot (`slots`) or on all slots concatenated
+    (`whole`); null: none."""
 
 
 @dataclass(kw_only=True)
 class SparoOptions(SlotReadoutOptions):
-    """SPARO, and its form in which all slots share the heads (Table 6)."""
+    """SPARO, also with heads shared by all slots (Table 6 of the paper)."""
 
     key_dim: Width
-    """SPARO: width of keys and queries of a head."""
+    """SPARO: dimension of keys and queries per head."""
     group_size: Width | None = None
-    """SPARO with separate heads: slots that share one key projection; must divide num_slots."""
+    """SPARO with separate heads: number of slots that share a key projection; must divide num_slots."""
     heads: Literal["separate", "multi"] | None = None
-    """SPARO: a head of its own for each slot (also if null), or all `num_heads` for every slot."""
+    """SPARO: one head per slot (`separate` or null), or `num_heads` heads shared by all slots (`multi`)."""
     num_heads: Heads | None = None
-    """Pooler, and SPARO with multi heads: attention heads; they must divide the pooler's slot_dim."""
+    """Pooler, and SPARO with multi heads: attention heads; must divide slot_dim for the pooler."""
 
     def __post_init__(self) -> None:
         needed, other = ("num_heads", "group_size") if self.heads == "multi" else ("group_size", "num_heads")
@@ -69,10 +70,10 @@ class SparoOptions(SlotReadoutOptions):
 
 @dataclass(kw_only=True)
 class PoolerOptions(SlotReadoutOptions):
-    """Attentional pooler (Table 6)."""
+    """Attentional pooler (Table 6 of the paper)."""
 
     num_heads: Heads
-    """Pooler, and SPARO with multi heads: attention heads; they must divide the pooler's slot_dim."""
+    """Pooler, and SPARO with multi heads: attention heads; must divide slot_dim for the pooler."""
 
     def __post_init__(self) -> None:
         if self.slot_dim % self.num_heads:
@@ -84,21 +85,21 @@ class PoolerOptions(SlotReadoutOptions):
 
 @dataclass(kw_only=True)
 class BottleneckOptions(ReadoutOptions):
-    """Two linear layers on the class token (appendix B.2)."""
+    """Two linear layers on the CLS token (appendix B.2 of the paper)."""
 
     bottleneck_dim: Width
-    """Bottleneck: width m of the narrow layer."""
+    """Bottleneck: output dimension m of the first layer."""
     encoding_dim: Width
-    """Bottleneck: width M of the encoding."""
+    """Bottleneck: dimension M of the encoding."""
 
 
 @dataclass(frozen=True)
 class Readout:
-    """A read-out: the class of its options, whether its encoding has slots, and what builds its module.
+    """A read-out: the class of its options, whether its encoding has slots, and its module.
 
     Attributes:
-        module: `module:name` of a class or function, called with the width of the tokens and the options; it
-            reads all tokens of an image if it has slots, else the class token. None has no module.
+        module: `module:name` of a class or function that is called with token width and options, so that
+            torch is not imported here. With slots it reads all tokens, else the CLS token. None: no module.
     """
 
     options: type[ReadoutOptions]

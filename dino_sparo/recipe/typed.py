@@ -1,6 +1,6 @@
-"""Values by dotted key -> a dataclass of options: types, ranges, and one sentence about what is wrong.
+"""Values by dotted key -> a dataclass of options, with checks of types and ranges; YAML without surprises.
 
-A number is finite and above 0 unless the type of its field says otherwise, by one of the types below.
+Numbers must be finite, and above 0 unless the field has another range (one of the types below).
 """
 
 import difflib
@@ -23,19 +23,18 @@ from dino_sparo.terminal import shown
 
 @dataclass(frozen=True)
 class Range:
-    """What a number may be, in words and as a test."""
+    """The allowed values of a number, as text and as a predicate."""
 
     words: str
     holds: Callable[[float], bool]
 
 
 def up_to(most: int, least: int = 1) -> Range:
-    """The range of a size or number from 0 or 1: far more than anybody uses, and no danger."""
-    words = "of at least 0" if least == 0 else "above 0"
-    return Range(f"{words} and at most {most:,}", lambda number: least <= number <= most)
+    """A range from 0 or 1 to an upper bound that only excludes absurd values."""
+    return Range(f"from {least} to {most:,}", lambda number: least <= number <= most)
 
 
-BY_NAME = "by name"  # in the metadata of a field: the sections among which the one's `name` chooses
+BY_NAME = "by name"  # key in the metadata of a field whose section class depends on its `name`
 POSITIVE = Range("above 0", lambda number: number > 0)
 AT_LEAST_0 = Range("of at least 0", lambda number: number >= 0)
 Count = Annotated[int, AT_LEAST_0]
@@ -50,19 +49,14 @@ Width = Annotated[int, up_to(65_536)]
 BelowOne = Annotated[float, Range("of at least 0 and below 1", lambda number: 0 <= number < 1)]
 Seed = Annotated[int, Range("from 0 to 2**63 - 1", lambda number: 0 <= number < 2**63)]
 
-
-# YAML takes numbers such as 1e-6 for text, since they have no dot or no sign behind the e.
+# YAML reads numbers such as 1e-6, without a dot or a sign in the exponent, as text.
 EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
 MOST_TEXT = 100_000  # bytes of a YAML file; the shipped recipes have 4,000
 MOST_NESTED = 20
 
 
 class MissingError(UserError):
-    """Required values are missing; the message lists their keys.
-
-    Attributes:
-        keys: the dotted keys.
-    """
+    """Required values are missing; `keys` are their dotted keys."""
 
     def __init__(self, keys: list[str]) -> None:
         more = f" and {len(keys) - 6} more" if len(keys) > 6 else ""
@@ -71,14 +65,14 @@ class MissingError(UserError):
 
 
 def build(options_class: type, values: Mapping[str, Any], origin: Mapping[str, str] | None = None) -> Any:
-    """An instance of a dataclass, whose fields may be dataclasses too.
+    """Build a dataclass of options, whose fields may be dataclasses too.
 
     Args:
-        values: dotted key -> value as YAML gives it, or as text; all keys are among `leaf_keys`.
-        origin: dotted key -> the file that it stands in, for messages.
+        values: dotted key -> value from YAML, or text; all keys must be in `leaf_keys`.
+        origin: dotted key -> its file, for messages.
 
     Raises:
-        UserError: a value is of another type or out of its range, or fields do not fit together.
+        UserError: a value has a wrong type or is out of range, or values do not fit together.
         MissingError: values are missing.
     """
     missing: list[str] = []
@@ -111,9 +105,9 @@ def build(options_class: type, values: Mapping[str, Any], origin: Mapping[str, s
 
 
 def _section_by_name(key: str, values: Mapping[str, Any], sections: Mapping[str, type]) -> type:
-    """The section that `key.name` chooses; fields that only others have are refused, unless they are null."""
+    """The section class for `key.name`. Raises UserError for fields that it lacks, unless they are null."""
     name = values.get(f"{key}.name")
-    if not isinstance(name, str) or name not in sections:  # missing, or refused with what was expected
+    if not isinstance(name, str) or name not in sections:  # `build` raises for it
         return next(iter(sections.values()))
     own = {f"{key}.{field.name}" for field in fields(sections[name])}
     wrong = {
@@ -128,14 +122,14 @@ def _section_by_name(key: str, values: Mapping[str, Any], sections: Mapping[str,
 
 
 def value_of(key: str, value: Any, kind: Any) -> Any:
-    """A value as the type of its field has it: text is read as YAML unless the field is text.
+    """Convert a value to the type of its field: text is parsed as YAML unless the field is text.
 
-    Text of a field that begins with ~/ is a path below the user's home.
+    In a text field a leading ~/ is the user's home folder.
 
     Raises:
-        UserError: it is of another type or out of range.
+        UserError: it has a wrong type or is out of range.
     """
-    # An unset variable of the shell would mean the current folder.
+    # An empty path, such as from an unset shell variable, would be the current folder.
     if value == "" or (value in ("[]", []) and kind != list[str]):
         raise UserError(f"{key} is empty; give at least one value or leave the option out")
     try:
@@ -145,7 +139,7 @@ def value_of(key: str, value: Any, kind: Any) -> Any:
 
 
 def _converted(value: Any, kind: Any) -> Any:
-    """As `value_of`, without a message. Raises ValueError, OverflowError."""
+    """`value_of` without the message. Raises ValueError, OverflowError."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, UnionType):
         for one in sorted(inner, key=lambda one: one is not NoneType):
@@ -172,8 +166,8 @@ def _converted(value: Any, kind: Any) -> Any:
     raise ValueError
 
 
-def expected(kind: Any) -> str:  # noqa: PLR0911 one for each kind of type
-    """A type in words."""
+def expected(kind: Any) -> str:  # noqa: PLR0911 one return per kind of type
+    """A type as text, for messages."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     numbers = {int: "a whole number", float: "a number"}
     if is_dataclass(kind):
@@ -194,18 +188,18 @@ def expected(kind: Any) -> str:  # noqa: PLR0911 one for each kind of type
 
 
 def section_of(kind: Any) -> type | None:
-    """The dataclass that a field is, or may be."""
+    """The dataclass in the type of a field, or None."""
     kinds = (kind, *typing.get_args(kind))
     return next((one for one in kinds if isinstance(one, type) and is_dataclass(one)), None)
 
 
 def leaf_keys(options_class: type) -> dict[str, Any]:
-    """Dotted key -> type of every option."""
+    """The type of every option by dotted key."""
     return {key: field.type for key, (field, _) in leaves(options_class).items()}
 
 
 def leaves(options_class: type, prefix: str = "") -> dict[str, tuple[Field[Any], type]]:
-    """Every option by dotted key: its field, and the dataclass that has the field."""
+    """Every option by dotted key: its field and the dataclass of this field."""
     found: dict[str, tuple[Field[Any], type]] = {}
     for field in fields(options_class):
         section = section_of(field.type)
@@ -218,7 +212,7 @@ def leaves(options_class: type, prefix: str = "") -> dict[str, tuple[Field[Any],
 
 
 def unknown(what: str, key: str, keys: Collection[str]) -> UserError:
-    """`what` is unknown, and the nearest valid key to it: by its whole name or by its last part."""
+    """The error for an unknown key, which suggests the valid key with the most similar name."""
     key = key[:100]
     inside = [known for known in keys if known.startswith(f"{key}.")]
     near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6) or inside[:1]
@@ -230,7 +224,7 @@ def unknown(what: str, key: str, keys: Collection[str]) -> UserError:
 
 
 def flattened(config: Mapping[str, Any], *, without: Collection[str] = ()) -> dict[str, Any]:
-    """Fields of a nested recipe by dotted key, leaving out these fields and sections."""
+    """Fields of a nested recipe by dotted key, without the given fields and sections."""
 
     def walk(prefix: str, section: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         for name, value in section.items():
@@ -244,38 +238,36 @@ def flattened(config: Mapping[str, Any], *, without: Collection[str] = ()) -> di
     return dict(walk("", config))
 
 
-# --- YAML
-
-
 def read_yaml(path: Path) -> Any:
-    """What a YAML file holds. Raises UserError as `load_yaml`, and OSError."""
-    from dino_sparo.files import read_small  # which pages of help do not need
+    """Read a YAML file. Raises UserError as `load_yaml`, and OSError."""
+    from dino_sparo.files import read_small  # not needed for --help
 
     try:
         text = read_small(path, MOST_TEXT).decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no valid YAML: it is no UTF-8 text") from error
+        raise UserError(f"{path} is not valid YAML: it is not UTF-8 text") from error
     return load_yaml(text, str(path))
 
 
 def load_yaml(text: str, name: str) -> Any:
-    """What YAML text holds: plain values, lists, and mappings whose keys are there once.
+    """Parse YAML text into plain values, lists, and mappings with unique keys.
 
-    Numbers are decimal: `010`, `0x10`, `1_000` and `1:30` stay text, as dates do.
+    Numbers are decimal: `010`, `0x10`, `1_000`, `1:30` and dates stay text.
 
     Raises:
-        UserError: it is no YAML, or has aliases, tags, or too much; the message begins with `name`.
+        UserError: it is not valid YAML, has aliases or tags, or is nested too deeply; the message begins with
+            `name`.
     """
     try:
         return yaml.load(text, Loader=_PlainLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the second for !!int and dates
-        raise UserError(f"{name} is no valid YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML's safe loader without what makes a short text large or a value something else."""
+    """YAML's safe loader without aliases, tags, and surprising conversions."""
 
-    yaml_implicit_resolvers = {  # noqa: RUF012 as the base class has it
+    yaml_implicit_resolvers = {  # noqa: RUF012 as in the base class
         first: [one for one in resolvers if one[0].rpartition(":")[2] in ("null", "bool", "merge")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
@@ -285,11 +277,11 @@ class _PlainLoader(yaml.SafeLoader):
         event = self.peek_event()
         wrong = None
         if isinstance(event, yaml.AliasEvent):
-            wrong = f"*{event.anchor} is an alias; write the value itself there"
+            wrong = f"*{event.anchor} is an alias; write the value instead"
         elif getattr(event, "tag", None) not in (None, "!"):
-            wrong = f"{event.tag!r} is a tag; leave it out"
+            wrong = f"{event.tag!r} is a tag; remove it"
         elif self.depth == MOST_NESTED:
-            wrong = f"more than {MOST_NESTED} sections or lists within each other"
+            wrong = f"more than {MOST_NESTED} nested sections or lists"
         if wrong:
             raise yaml.YAMLError(f"line {event.start_mark.line + 1}: {wrong}")
         self.depth += 1
@@ -302,7 +294,7 @@ class _PlainLoader(yaml.SafeLoader):
         for key_node in (key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"):
             key = self.construct_object(key_node, deep=deep)
             if not isinstance(key, Hashable):
-                break  # the base class names the line
+                break  # the base class raises an error that names the line
             if key in seen:
                 line = f"line {key_node.start_mark.line + 1}"
                 raise yaml.YAMLError(f"{line}: key {key!r} is given twice; give it once")

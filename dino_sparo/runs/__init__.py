@@ -1,1 +1,1 @@
-"""What a run leaves on disk: folder, checkpoints, log."""
+"""The run folder, its checkpoints, and its log."""

@@ -1,4 +1,4 @@
-"""Checkpoints: one plain dictionary a file, written whole or not at all, checked by its hash."""
+"""Checkpoints: one plain dictionary per file, written atomically, verified by SHA-256."""
 
 import hashlib
 import logging
@@ -31,14 +31,14 @@ KEEP_LAST = 2
 
 
 def save_checkpoint(state: dict[str, Any], run_dir: Path, *, step: int, keep_every_steps: int = 0) -> Path:
-    """Write `run_dir/checkpoints/step_<step>.pt` and its SHA-256, then remove old ones.
+    """Write `run_dir/checkpoints/step_<step>.pt` and its SHA-256, then remove old checkpoints.
 
-    The data reach the disk under a temporary name, then the hash gets its name, then the data, then the
-    folder is flushed: a crash leaves either the whole file or none. The last two are kept, and those at
-    multiples of `keep_every_steps`.
+    The data are flushed to disk under a temporary name; then the hash file is renamed, then the data, and the
+    folder is flushed, so that a crash leaves the whole file or none. The last two checkpoints are kept, and
+    those at multiples of `keep_every_steps`.
 
     Raises:
-        UserError: there is no room, or the file cannot be written; the older ones are still there.
+        UserError: the file cannot be written; older checkpoints are still there.
     """
     folder = run_dir / FOLDER
     path = folder / f"step_{step:09d}.pt"
@@ -53,17 +53,17 @@ def save_checkpoint(state: dict[str, Any], run_dir: Path, *, step: int, keep_eve
             digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
             with atomic_write(_hash_file(path), folder / f"{TEMPORARY}.sha256") as hash_file:
                 hash_file.write(f"{digest}  {path.name}\n".encode())
-        descriptor = os.open(folder, os.O_RDONLY)  # to make the names durable too
+        descriptor = os.open(folder, os.O_RDONLY)  # flush the renames too
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
+    except (OSError, RuntimeError) as error:  # torch raises a RuntimeError for a full disk
         reasons = (getattr(each, "strerror", None) for each in (error, error.__context__))
-        reason = next(filter(None, reasons), "torch has not written it whole")
+        reason = next(filter(None, reasons), "torch has not written all of it")
         raise UserError(
-            f"{path} ({num_bytes(state)} bytes) cannot be written ({reason}); make room or give permission "
-            f"there, then the same command resumes from the checkpoint before"
+            f"{path} ({num_bytes(state)} bytes) cannot be written ({reason}); free some space or change the "
+            f"permissions there, then the same command resumes from the previous checkpoint"
         ) from error
     for old in checkpoints_of(run_dir)[:-KEEP_LAST]:
         if not (keep_every_steps and step_of(old) % keep_every_steps == 0):
@@ -73,14 +73,14 @@ def save_checkpoint(state: dict[str, Any], run_dir: Path, *, step: int, keep_eve
 
 
 class Saver:
-    """Writes the checkpoints of a run in a thread, one at a time; made by `saving`."""
+    """Writes the checkpoints of a run in a thread, one at a time; created by `saving`."""
 
     def __init__(self, run_dir: Path, thread: Executor, *, keep_every_steps: int, saved: int) -> None:
         self.run_dir, self.keep_every_steps, self.begun = run_dir, keep_every_steps, saved
-        self.thread, self.writing = thread, list[Future]()  # the last one, or none
+        self.thread, self.writing = thread, list[Future]()  # at most one
 
     def save(self, state: dict[str, Any], step: int) -> None:
-        """Copy the state and return, after the checkpoint before is written; raises as `wait`."""
+        """Copy the state and start writing it, once the previous checkpoint is on disk. Raises UserError."""
         self.wait()
         if step == self.begun > 0:
             return
@@ -89,23 +89,23 @@ class Saver:
         self.writing = [self.thread.submit(write, _copied(state), self.run_dir)]
 
     def wait(self) -> None:
-        """Until the last checkpoint is on disk. Raises UserError if it could not be written."""
+        """Wait until the last checkpoint is on disk. Raises UserError if it could not be written."""
         for writing in self.writing:
             writing.result()
 
     def raise_if_failed(self) -> None:
-        """Raise what went wrong with the last checkpoint, if that is known; waits for nothing."""
+        """Raise a UserError if the last checkpoint could not be written; does not wait."""
         if all(writing.done() for writing in self.writing):
             self.wait()
 
 
 @contextmanager
 def saving(run_dir: Path, *, keep_every_steps: int, saved: int) -> Iterator[Saver]:
-    """What writes a run's checkpoints; what is left is written when the block ends, also after an error.
+    """A Saver; at the end of the block it finishes the checkpoint being written, also after an error.
 
     Args:
         keep_every_steps: as for `save_checkpoint`.
-        saved: the step of the checkpoint that the run resumes from, 0 without one.
+        saved: step of the checkpoint from which the run resumes, or 0.
     """
     thread = ThreadPoolExecutor(1, "checkpoints")
     saver = Saver(run_dir, thread, keep_every_steps=keep_every_steps, saved=saved)
@@ -115,13 +115,13 @@ def saving(run_dir: Path, *, keep_every_steps: int, saved: int) -> Iterator[Save
 
 
 def check_room(run_dir: Path, size: int) -> None:
-    """Raise a UserError if the disk of a run cannot hold so many bytes."""
-    left = run_dir / FOLDER / TEMPORARY  # by a save that was killed; it will be written over
+    """Raise a UserError if the disk of a run has not `size` bytes free."""
+    left = run_dir / FOLDER / TEMPORARY  # left by a killed process, will be overwritten
     free = shutil.disk_usage(run_dir).free + (left.stat().st_size if left.exists() else 0)
     if size > free:
         raise UserError(
             f"{run_dir / FOLDER}: a checkpoint needs {size} bytes ({size / 2**30:.2f} GiB), but only {free} "
-            f"({free / 2**30:.2f} GiB) are free there; make room, then start again"
+            f"({free / 2**30:.2f} GiB) are free there; free some space, then run again"
         )
 
 
@@ -135,57 +135,54 @@ def num_bytes(state: Any) -> int:
 
 
 def load_latest(run_dir: Path, *, unverified: bool = False) -> dict[str, Any] | None:
-    """The newest checkpoint of a run that is whole; None if there is none at all.
+    """The newest checkpoint of a run that is not damaged; None if there are no checkpoints.
 
-    Damaged ones are named loudly and the one before is taken.
+    A warning names each damaged one.
 
     Args:
-        unverified: take one without its SHA-256 too, with a warning.
+        unverified: also load a checkpoint without a SHA-256 file, with a warning.
 
     Raises:
-        UserError: there are checkpoints, but all are damaged; or one has no SHA-256 beside it.
+        UserError: all checkpoints are damaged, or one has no SHA-256 file.
     """
     paths = checkpoints_of(run_dir)
     if (run_dir / FOLDER).exists() and not (run_dir / FOLDER).is_dir():
         raise UserError(
-            f"{run_dir / FOLDER} is no folder; restore it from a backup, or choose another run_dir to start "
-            f"anew"
+            f"{run_dir / FOLDER} is not a folder; restore it from a backup, or start in another run_dir"
         )
     for path in reversed(paths):
         if not unverified and path.is_file() and not _hash_file(path).exists():
             raise UserError(
-                f"{path}: {_hash_file(path).name} is missing, without which a damaged checkpoint cannot be "
-                f"told from a whole one; restore that file, or pass --resume_unverified to use the "
-                f"checkpoint anyway"
+                f"{path}: {_hash_file(path).name} is missing, so the checkpoint cannot be verified; restore "
+                f"that file, or pass --resume_unverified to use the checkpoint anyway"
             )
         try:
             return load_checkpoint(path)
         except UserError as error:
-            log.warning("WARNING: %s; it is passed over", error)
+            log.warning("WARNING: %s; it is skipped", error)
     if paths:
         raise UserError(
             f"{run_dir / FOLDER}: all {len(paths)} checkpoints are damaged; restore one from a backup, or "
-            f"choose another run_dir to start anew"
+            f"start in another run_dir"
         )
     return None
 
 
 def set_damaged_aside(run_dir: Path, step: int) -> None:
-    """Rename the checkpoints behind `step`, which a resume has passed over, and what is no file: rotation
-    must neither count them nor remove them."""
+    """Rename damaged checkpoints, which come after `step`, so that `save_checkpoint` ignores them."""
     for path in checkpoints_of(run_dir):
         for file in (path, _hash_file(path)):
             if file.exists() and not file.is_file():
                 set_aside(file)
             elif file.exists() and step_of(path) > step:
-                set_aside(file, "it was passed over")
+                set_aside(file, "it was skipped")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read one checkpoint to the CPU, tensors and plain values only.
+    """Load a checkpoint to the CPU, tensors and plain values only.
 
     Raises:
-        UserError: the file does not match its hash, or is no checkpoint of this project.
+        UserError: the file differs from its SHA-256, or is not a checkpoint of dino-sparo.
     """
     check_hash(path)
     state = read_plain(path)
@@ -195,10 +192,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def check_hash(path: Path) -> None:
-    """Raise a UserError for a file that differs from the SHA-256 beside it, if there is one."""
+    """Raise a UserError for a file that differs from its SHA-256, if there is a SHA-256 file."""
     hash_file = _hash_file(path)
     if not path.is_file():
-        raise UserError(f"{path} is no regular file")
+        raise UserError(f"{path} is not a regular file")
     if not hash_file.exists():
         return
     with open(path, "rb") as file:
@@ -208,35 +205,35 @@ def check_hash(path: Path) -> None:
 
 
 def warn_of_missing_hash(path: Path) -> None:
-    """Say that nothing tells whether this checkpoint is damaged, if it has no SHA-256 beside it."""
+    """Warn about a checkpoint without a SHA-256 file."""
     if not _hash_file(path).exists():
-        log.warning("WARNING: %s is not verified, since %s is missing", path, _hash_file(path).name)
+        log.warning("WARNING: %s is not verified, because %s is missing", path, _hash_file(path).name)
 
 
 def check_format(content: Any, path: Path) -> None:
-    """Raise a UserError for what is no checkpoint of this project, or one of another format."""
-    told = content.get("format") if isinstance(content, dict) else None
-    if not isinstance(told, int) or told != FORMAT:
-        raise UserError(f"{path} is no checkpoint of dino-sparo with format {FORMAT}")
+    """Raise a UserError for content that is not a checkpoint of dino-sparo in the current format."""
+    stored = content.get("format") if isinstance(content, dict) else None
+    if not isinstance(stored, int) or stored != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of dino-sparo with format {FORMAT}")
 
 
 def encoder_of(recipe: Recipe, drop_path_rate: float = 0.0) -> Encoder:
-    """The freshly initialized encoder that a recipe describes."""
+    """A randomly initialized encoder as the recipe describes it."""
     return build_encoder(drop_path_rate=drop_path_rate, **recipe.encoder_arguments())
 
 
 def latest_step(run_dir: Path) -> int:
-    """Step of the newest checkpoint, by its name alone; 0 without one."""
+    """Step of the newest checkpoint by its file name; 0 if there is none."""
     return max(map(step_of, checkpoints_of(run_dir)), default=0)
 
 
 def most_kept(epochs: int, keep_every_epochs: int) -> int:
-    """Checkpoints that a run has on disk at most: the last ones, one being written, those kept for good."""
+    """Largest number of checkpoints on disk: the last ones, the one being written, and those kept forever."""
     return KEEP_LAST + 1 + (epochs // keep_every_epochs if keep_every_epochs else 0)
 
 
 def _copied(value: Any) -> Any:
-    """A copy on the CPU, of tensors and of the dictionaries and lists that hold them."""
+    """Copy tensors in nested dictionaries and lists to the CPU."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
@@ -253,7 +250,7 @@ def checkpoints_of(run_dir: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """Steps that a checkpoint has behind it, by its name."""
+    """Step of a checkpoint by its file name."""
     return int(path.stem.removeprefix("step_"))
 
 

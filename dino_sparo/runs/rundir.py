@@ -1,4 +1,4 @@
-"""The run folder: which experiment it holds, and what is written beside the checkpoints."""
+"""The run folder: its recipe, its lock, and the lists of starts, bad images and bad steps."""
 
 import fcntl
 import logging
@@ -30,7 +30,7 @@ STARTS_FILE = "starts.jsonl"
 LOCK_FILE = ".lock"
 MARKER_FILE = "stopped.json"
 BAD_IMAGES_FILE, BAD_STEPS_FILE = "bad_images.jsonl", "bad_steps.jsonl"
-LOCK_SECONDS = 3.0  # a killed process may hold its lock so long, while the system takes its memory back
+LOCK_SECONDS = 3.0  # a killed process may hold its lock so long while the system frees its memory
 log = logging.getLogger("dino_sparo")
 
 SHOWN_CHANGES = 4
@@ -48,22 +48,21 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
 
 
 def check_same_experiment(run_dir: Path, recipe: Recipe) -> None:
-    """Refuse a folder that holds something else than this experiment.
+    """Check that a folder is empty, absent, or the run folder of the same experiment.
 
-    Where the images lie may change (that they are the same ones is checked against the checkpoint), and
-    what becomes of bad ones, of which there were none if they were to stop the run.
+    Fields in NOT_EXPERIMENT may change. That the images are the same is checked against the checkpoint.
 
     Raises:
-        UserError: naming the changed fields, or that the folder is no run folder.
+        UserError: it is not a run folder, or fields differ, which the message names.
     """
     path = run_dir / CONFIG_FILE
     if not path.exists():
-        # What a start leaves that is killed before it has written the recipe.
+        # Files left by a process that was killed before it wrote the recipe.
         left = re.compile(rf"{re.escape(CONFIG_FILE)}\..*tmp|{re.escape(LOCK_FILE)}")
         if run_dir.exists() and not (run_dir.is_dir() and all(map(left.fullmatch, os.listdir(run_dir)))):
             raise UserError(
-                f"run_dir {str(run_dir)!r} exists, but is no run folder (it has no {CONFIG_FILE}); "
-                f"choose another folder or an empty one"
+                f"run_dir {str(run_dir)!r} exists, but is not a run folder (it has no {CONFIG_FILE}); "
+                f"choose a new or an empty folder"
             )
         return
     remedy = f"start the same recipe in another run_dir and copy its {CONFIG_FILE} here"
@@ -81,18 +80,18 @@ def check_same_experiment(run_dir: Path, recipe: Recipe) -> None:
         if before.get(key) != now.get(key)
     ]
     if changed:
-        if len(changed) > SHOWN_CHANGES:  # a wholly other recipe: the names of the rest are enough
+        if len(changed) > SHOWN_CHANGES:
             rest = [change.split(" ")[0] for change in changed[SHOWN_CHANGES:]]
             changed = [*changed[:SHOWN_CHANGES], f"also changed: {', '.join(rest)}"]
         raise UserError(
-            f"run_dir {str(run_dir)!r} holds another experiment ({'; '.join(changed)}); set these "
-            f"fields back to resume it, or choose another run_dir, which with --init {run_dir} begins with "
-            f"the weights of this one"
+            f"run_dir {str(run_dir)!r} contains another experiment ({'; '.join(changed)}); set these fields "
+            f"back to resume it, or choose another run_dir, with --init {run_dir} to start from the weights "
+            f"of this run"
         )
 
 
 def start_run_dir(run_dir: Path, recipe: Recipe, machine: dict[str, Any]) -> None:
-    """Write the resolved recipe, add this start to the list of starts, remove the marker. Raises OSError."""
+    """Write the recipe, add this start to the list of starts, remove the stop marker. Raises OSError."""
     start = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -112,19 +111,18 @@ def read_starts(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _is_start(entry: dict[str, Any]) -> bool:
-    """Whether an entry has what is read of a start."""
+    """Whether an entry has the fields of a start that are read."""
     kinds = {"time": str, "command": list, "versions": dict, "device": str, "processes": int}
     return all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
 
 
 def mend(run_dir: Path) -> None:
-    """Set aside what earlier starts have written and nobody can read, where a run can do without it.
+    """Rename damaged files that a run does not need. `RunLog` handles metrics, `load_latest` checkpoints.
 
-    For the process that holds the folder. Metrics are the business of `RunLog`, checkpoints of `load_latest`;
-    a run cannot do without its recipe.
+    Only for the process that holds the lock of the folder.
 
     Raises:
-        OSError: something cannot be renamed or written.
+        OSError: a file cannot be renamed or written.
     """
     clean_lines(run_dir / STARTS_FILE, _is_start)
     clean_lines(run_dir / BAD_IMAGES_FILE, is_bad_image)
@@ -136,17 +134,17 @@ def mend(run_dir: Path) -> None:
 
 
 def is_bad_image(entry: dict[str, Any]) -> bool:
-    """Whether an entry has what is read of an image that was replaced."""
+    """Whether an entry has the fields of a bad image that are read."""
     return isinstance(entry.get("name"), str) and isinstance(entry.get("reason"), str)
 
 
 @contextmanager
 def hold(run_dir: Path) -> Iterator[None]:
-    """Keep other starts out of the folder, which is made if need be; a lock that ends with this process.
+    """Create the run folder if it does not exist, and lock it; the lock ends with this process.
 
     Raises:
         UserError: another process trains there.
-        OSError: the folder cannot be made or written.
+        OSError: the folder cannot be created or written.
     """
     path = run_dir / LOCK_FILE
     with named(path):
@@ -154,13 +152,13 @@ def hold(run_dir: Path) -> Iterator[None]:
         if path.is_dir():
             set_aside(path)
         file = open(path, "a+")  # noqa: SIM115 closed below
-        file.write(" ")  # what a full disk refuses
+        file.write(" ")  # fails on a full disk
         file.flush()
     with file:
         give_up = time.monotonic() + LOCK_SECONDS
         while True:
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process, not of its data workers
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock not shared with data workers
             except BlockingIOError as error:
                 if time.monotonic() < give_up:
                     time.sleep(0.05)
@@ -168,11 +166,11 @@ def hold(run_dir: Path) -> Iterator[None]:
                 file.seek(0)
                 other = file.read().strip() or "another process"
                 raise UserError(
-                    f"run_dir {str(run_dir)!r} is in use: {other} trains there; "
-                    f"wait until it has ended or stop it, or choose another folder"
+                    f"run_dir {str(run_dir)!r} is in use: {other} trains there; wait until it ends, stop it, "
+                    f"or choose another run_dir"
                 ) from error
             except OSError:
-                log.warning("WARNING: %s: this file system has no locks; start only one run there", run_dir)
+                log.warning("WARNING: %s: the file system has no locks; start only one run there", run_dir)
             break
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
@@ -181,7 +179,7 @@ def hold(run_dir: Path) -> Iterator[None]:
 
 
 def _git_state() -> str | None:
-    """Commit of the checkout that the package runs from, marked if it has changes; None outside of one."""
+    """Git commit of the checkout of this package, with `-dirty` if it has changes; None if installed."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     with suppress(OSError, subprocess.CalledProcessError):
         where = Path(__file__).parent

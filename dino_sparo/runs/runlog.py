@@ -1,4 +1,4 @@
-"""What a person sees of a run, and what stays of it: bar or lines, metrics.jsonl, TensorBoard events."""
+"""The log of a run: progress bar or lines in the terminal, metrics.jsonl, and TensorBoard events."""
 
 import json
 import logging
@@ -26,7 +26,7 @@ log = logging.getLogger("dino_sparo")
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FOLDER = "tensorboard"
-GROUPS = {  # of the curves in TensorBoard, by how their names begin; all others are about the machine
+GROUPS = {  # of curves in TensorBoard, by prefixes of their names; all others are in "machine"
     "machine": ("loss_scale",),
     "loss": ("loss", "kl", "entropy", "feature_std", "center_norm", "gradient_norm"),
     "knn": ("knn",),
@@ -36,16 +36,16 @@ GROUPS = {  # of the curves in TensorBoard, by how their names begin; all others
 
 
 class RunLog:
-    """The log of a run that has done `first_step` steps; whatever an earlier start logged after is cut.
+    """The log of a run after `first_step` steps; entries of an earlier start after this step are removed.
 
-    TensorBoard's files only grow: a mark lets it leave out what is cut.
+    TensorBoard hides them by `purge_step`.
 
     Args:
         run_dir: existing folder of the run.
         first_step: steps already done.
-        steps_per_epoch, total_steps: for the bar and the times left.
-        silent: write nothing, in all processes but the first, whose log alone is shown.
-        group: of all curves in TensorBoard; None takes that of `GROUPS`.
+        steps_per_epoch, total_steps: for the progress bar and the remaining time.
+        silent: write nothing; for all processes except the first.
+        group: group of all curves in TensorBoard; None: by `GROUPS`.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class RunLog:
         clean_lines(self.path, _is_whole, keep=lambda entry: 0 < first_step >= entry["step"])
         events = run_dir / EVENTS_FOLDER
         if events.exists() and not events.is_dir():
-            set_aside(events, "it is no folder")
+            set_aside(events, "it is not a folder")
         clean_events(events)
         self._metrics = open(self.path, "a")  # noqa: SIM115 closed by __exit__
         cut_from = first_step + 1 if first_step else 0
@@ -82,8 +82,8 @@ class RunLog:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with suppress(RuntimeError):  # of a GPU that has failed
-            if self._postponed is not None and self._postponed[1].query():  # it may explain what was raised
+        with suppress(RuntimeError):  # raised by `query` after a failure of the GPU
+            if self._postponed is not None and self._postponed[1].query():  # it may explain the exception
                 self._write_postponed()
         if self._bar is not None:
             self._bar.close()
@@ -94,28 +94,28 @@ class RunLog:
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Time spent in here is logged as the share of time in which training waited for data."""
+        """Log the time spent in the block as time in which training waited for data."""
         started = time.monotonic()
         yield
         self.seconds_waited += time.monotonic() - started
 
     @contextmanager
     def logging(self) -> Iterator[None]:
-        """Time spent in here is logged, with the next entry, as the share of time that the log took."""
+        """Log the time spent in the block, in the next entry, as time for logging."""
         started = time.monotonic()
         yield
         self.seconds_logging += time.monotonic() - started
 
     @contextmanager
     def not_training(self) -> Iterator[None]:
-        """Time spent in here does not count for the speed."""
+        """Exclude the time spent in the block from the speed."""
         started = time.monotonic()
         yield
         self.started += time.monotonic() - started
         self.last_time += time.monotonic() - started
 
     def step_done(self, step: int) -> None:
-        """Advance the bar, `step` counts the steps done so far; write what was postponed if it is there."""
+        """Advance the progress bar to `step`, and write the postponed entry if its numbers are ready."""
         if self._postponed is not None and self._postponed[1].query():
             self._write_postponed()
         if not shows_bars():
@@ -137,9 +137,9 @@ class RunLog:
             self._bar = None
 
     def postpone(self, write: Callable[[], None], until: torch.cuda.Event | None) -> None:
-        """Have an entry written when a GPU has its numbers, before anything else is logged or saved.
+        """Call `write` once a GPU has computed the numbers of an entry, before the next entry or checkpoint.
 
-        What `write` does must not involve other processes: they may come to it at another step.
+        `write` must not use collectives, since other processes may call it at another step.
         """
         self._write_postponed()
         if until is None:
@@ -155,12 +155,12 @@ class RunLog:
             write()
 
     def speed(self, step: int, *, batch_size: int) -> dict[str, float]:
-        """What an entry says of the time since the entry before; once for each."""
+        """Speed and shares of time since the previous entry; call it once per entry."""
         now = time.monotonic()
         seconds = max(1e-9, now - self.last_time)
         images_per_second = batch_size * (step - self.last_step) / seconds
         speed = {
-            "seconds": seconds,  # less than since the entry before, after a resume between two entries
+            "seconds": seconds,  # since the start after a resume between two entries
             "images_per_second": images_per_second,
             "data_wait_share": self.seconds_waited / seconds,
             "log_share": self.seconds_logging / seconds,
@@ -189,8 +189,7 @@ class RunLog:
             )
 
     def evaluation(self, step: int, values: dict[str, float], shown: str | None = None) -> None:
-        """Log the result of an evaluation, in per cent or a number of images, and show it, or what stands for
-        it."""
+        """Log the results of an evaluation (percent, or a number of images), and print them or `shown`."""
         self._write_postponed()
         self._write(step, values)
         texts = (f"{name} {x}" if isinstance(x, int) else f"{name} {x:.2f} %" for name, x in values.items())
@@ -199,18 +198,18 @@ class RunLog:
             tqdm.write(f"after epoch {step // self.steps_per_epoch}: {shown}", file=sys.stderr)
 
     def alarm(self, step: int, text: str) -> None:
-        """Show a warning, and keep it among the texts of TensorBoard."""
+        """Print a warning, and add it to TensorBoard as text."""
         if not self.silent:
             tqdm.write(colored(f"WARNING: step {step}: {text}", "yellow"), file=sys.stderr)
             self._events.add_text("alarm", text, step)
 
     def picture(self, step: int, name: str, image: Tensor) -> None:
-        """Log a picture, (3, height, width): float in 0..1, or uint8."""
+        """Add an image (3, height, width), float from 0 to 1 or uint8, to TensorBoard."""
         if not self.silent:
             self._events.add_image(name, image, step)
 
     def flush(self) -> None:
-        """Bring all entries to disk, before a checkpoint says that these steps are done."""
+        """Flush all entries to disk, before a checkpoint of their steps is written."""
         self._write_postponed()
         if not self.silent:
             with named(self.path):
@@ -236,7 +235,7 @@ class RunLog:
                 for name, value in values.items()
             ]
             writer: Any = self._events.file_writer
-            writer.add_summary(Summary(value=scalars), step)  # at once: a tenth of the time
+            writer.add_summary(Summary(value=scalars), step)  # ten times faster than add_scalar for each
 
 
 def group_of(name: str) -> str:
@@ -250,12 +249,12 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def each_metric(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """The entries of a run's metrics.jsonl, oldest first, one at a time: there may be millions."""
+    """Iterate over the entries of a run's metrics.jsonl, oldest first; there may be millions."""
     return read_lines(run_dir / METRICS_FILE, _is_whole)
 
 
 def _is_whole(entry: dict[str, Any]) -> bool:
-    """Whether an entry is one of a log: numbers by name, with step and epoch."""
+    """Whether an entry has only numbers, with step and epoch among them."""
     return {"step", "epoch"} <= entry.keys() and all(isinstance(one, int | float) for one in entry.values())
 
 

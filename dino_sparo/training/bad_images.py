@@ -1,4 +1,4 @@
-"""Images that could not be read and were replaced: listed in the run folder, bounded in number."""
+"""Images that cannot be read and are substituted: listed in the run folder, at most 1 % of all."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ MAX_SHARE = 0.01
 
 
 def too_many(bad: int, num_images: int) -> bool:
-    """Whether so many bad images end a run: more than one in a hundred, but a single one never does."""
+    """Whether this number of bad images ends a run: more than 1 %, and more than one image."""
     return bad > max(1, MAX_SHARE * num_images)
 
 
@@ -21,35 +21,35 @@ class BadImages:
     """The list `run_dir/bad_images.jsonl`: one line per image, with its name and the reason.
 
     Args:
-        run_dir: folder of the run; what an earlier start has listed stays.
-        num_images: images of the data set, of which one in a hundred may be bad.
+        run_dir: folder of the run; images that an earlier start listed are kept.
+        num_images: size of the dataset.
     """
 
     def __init__(self, run_dir: Path, num_images: int) -> None:
         self.path, self.num_images = run_dir / BAD_IMAGES_FILE, num_images
         self._pending: list[Replaced] = []
-        self._met: set[str] = set()  # since this start: those listed before may have been repaired
+        self._met: set[str] = set()  # of this start: those listed before may have been fixed
         self._reasons = {each["name"]: each["reason"] for each in read_lines(self.path, is_bad_image)}
 
     def __len__(self) -> int:
         return len(self._reasons)
 
     def add(self, replaced: tuple[Replaced, ...]) -> None:
-        """Note what this process has replaced."""
+        """Add images that this process has substituted, to be listed by `share`."""
         self._pending += replaced
 
     def share(self) -> None:
-        """`list` what all processes have noted since the last time; all of them call it together."""
+        """List the images added in all processes since the last call. A collective."""
         new = {name: reason for pending in gather_objects(self._pending) for name, reason in pending}
         self._pending = []
         self._met |= new.keys()
         self.list(new, len(self._met), self.num_images)
 
     def list(self, new: dict[str, str], bad: int, num_images: int) -> None:
-        """List images, name -> reason, the same in all processes; so many of all of their kind are bad.
+        """List new images (name -> reason, equal in all processes).
 
         Raises:
-            UserError: these are more than one in a hundred.
+            UserError: `bad` of `num_images` images are too many.
         """
         if new.keys() - self._reasons.keys():
             self._reasons = dict(sorted((new | self._reasons).items()))
@@ -58,6 +58,6 @@ class BadImages:
                 write_file(self.path, "".join(f"{line}\n" for line in lines))
         if too_many(bad, num_images):
             raise UserError(
-                f"{bad} of {num_images} images cannot be read, more than one in a hundred; "
-                f"repair those that {self.path} lists, then start again"
+                f"{bad} of {num_images} images cannot be read, more than 1 %; repair those listed in "
+                f"{self.path}, then run again"
             )

@@ -12,12 +12,12 @@ from dino_sparo.parallel.distributed import sum_over_ranks, world_size
 
 
 class DINOLoss(nn.Module):
-    """Cross-entropy between teacher and student views of the same image, all pairs of different crops.
+    """Cross-entropy between teacher and student, averaged over all pairs of different crops of an image.
 
     Args:
         num_prototypes: K.
         student_temp: temperature of the student's softmax.
-        center_momentum: share of the old center kept at an update.
+        center_momentum: momentum of the center's moving average.
     """
 
     center: Tensor
@@ -43,12 +43,12 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def add_to_center(self, teacher_logits: Tensor) -> None:
-        """Note a micro-batch's teacher logits (2*B, K) for the next center: their sum, not themselves."""
+        """Accumulate the teacher logits (2*B, K) of a micro-batch for the next update of the center."""
         self._sum += teacher_logits.float().sum(dim=0, keepdim=True)
 
     @torch.no_grad()
     def commit_center(self, num_rows: int, finite: Tensor | bool = True) -> None:
-        """Move the center towards the mean of the rows noted, `num_rows` by each rank, if `finite`."""
+        """Move the center towards the mean of the accumulated rows, `num_rows` per rank, if `finite`."""
         mean_1K = sum_over_ranks(self._sum) / (num_rows * world_size())
         moved_1K = self.center_momentum * self.center + (1 - self.center_momentum) * mean_1K
         self.center.copy_(torch.where(torch.as_tensor(finite, device=moved_1K.device), moved_1K, self.center))
@@ -56,10 +56,10 @@ class DINOLoss(nn.Module):
 
 
 class CrossEntropy(torch.autograd.Function):
-    """The mean over all pairs, with student logits (C*B, K), teacher rows (2, B, K), and a temperature.
+    """Mean cross-entropy over pairs of crops: student logits (C*B, K), teacher probabilities (2, B, K).
 
-    Each teacher row sums to one, so a pair costs logsumexp(s / temp) - q . s / temp: nothing of the logits'
-    size is stored but the scaled logits themselves, and the gradient takes their place.
+    Each teacher row sums to one, so the loss of a pair is logsumexp(s / temp) - q . s / temp. Only the scaled
+    logits are stored for the backward pass, and the gradient overwrites them.
     """
 
     @staticmethod
@@ -86,5 +86,5 @@ class CrossEntropy(torch.autograd.Function):
 
 
 def teacher_probabilities(teacher_logits: Tensor, center: Tensor, teacher_temp: float | Tensor) -> Tensor:
-    """Centered and sharpened teacher rows, float32, same shape as the logits; no gradient."""
+    """Centered and sharpened teacher probabilities, float32, same shape as the logits; no gradient."""
     return ((teacher_logits.detach().float() - center) / teacher_temp).softmax(dim=-1)

@@ -1,4 +1,4 @@
-"""What to watch: the teacher's answers in one step, computed on the device; an alarm; k-NN.
+"""Monitoring of a run: statistics of the teacher's outputs, an alarm on collapse, and k-NN.
 
 Axis letters: B images, K prototypes, E encoding.
 """
@@ -35,25 +35,22 @@ SOFTER = (
 
 
 class KnnImages(NamedTuple):
-    """Labeled images by which an encoder is measured while it trains: of them 20-NN takes, and classifies."""
+    """Labeled images for 20-NN during training."""
 
     train: ImageSource
     test: ImageSource
 
 
 class TeacherStatistics:
-    """What the teacher says about one step's images: sums over micro-batches and processes, no logits kept.
-
-    So the numbers are those of the global batch, however it is split.
-    """
+    """Statistics of the teacher's outputs over the global batch of one step, accumulated on the device."""
 
     def __init__(self) -> None:
-        self._sums: list[Tensor] = []  # of the rows, of their entropies, of encodings and of their squares
+        self._sums: list[Tensor] = []  # of probabilities, their entropies, encodings, and their squares
         self._num_rows = 0
 
     @torch.no_grad()
     def add(self, probabilities: Tensor, encodings: Tensor) -> None:
-        """A micro-batch's teacher probabilities (2*B, K) and encodings (2*B, E)."""
+        """Add the teacher probabilities (2*B, K) and encodings (2*B, E) of a micro-batch."""
         directions = F.normalize(encodings.double(), dim=-1)
         sums = [
             probabilities.sum(dim=0),
@@ -66,12 +63,12 @@ class TeacherStatistics:
 
     @torch.no_grad()
     def metrics(self) -> dict[str, Tensor]:
-        """Scalars on the device; every process calls it, once.
+        """Scalars on the device. A collective; call it once.
 
-        - entropy_teacher: mean entropy of the teacher's rows, in nats; ln K is uniform, 0 one-hot.
-        - entropy_mean: entropy of the mean row; if it falls to entropy_teacher, all images get one answer.
+        - entropy_teacher: mean entropy of the teacher's outputs in nats; ln K: uniform, 0: one-hot.
+        - entropy_mean: entropy of the mean output; equal to entropy_teacher if all outputs are equal.
         - feature_std: standard deviation of l2-normalized encodings over the batch, times sqrt(E): near 1
-          when they spread over the sphere, 0 when all are equal.
+          if they spread over the sphere, 0 if all are equal.
         """
         rows, entropy, encodings, squares = map(sum_over_ranks, self._sums)
         number = self._num_rows * world_size()
@@ -84,44 +81,44 @@ class TeacherStatistics:
 
 
 class CollapseAlarm:
-    """Says once when the teacher's answers have collapsed and stayed so; the run goes on.
+    """Warns once if the teacher's outputs have collapsed and stay so; the run continues.
 
-    They have when every log entry of 30 steps, three at least, shows one of the signs. Which one may change:
-    the center takes up a constant answer, which makes one-hot rows uniform. So a collapse is told within 50
-    steps if every twelfth step is logged or more often; else by the third or fourth entry that shows it.
+    Collapsed means that all log entries of 30 steps, at least three, show a sign of collapse. The sign may
+    change: the center absorbs a constant output, which makes one-hot outputs uniform. If at least every
+    twelfth step is logged, the warning comes within 50 steps, otherwise at the third or fourth entry.
 
     Args:
         num_prototypes: K.
-        armed_from_step: steps before which nothing is said: last-layer freeze and warm-up.
+        armed_from_step: no warning up to this step (warm-up and frozen last layer).
     """
 
     def __init__(self, num_prototypes: int, armed_from_step: int) -> None:
         self.log_k, self.armed_from_step = math.log(num_prototypes), armed_from_step
-        self._first_step, self._entries, self._told = 0, 0, False  # of the signs seen in a row
+        self._first_step, self._entries, self._warned = 0, 0, False  # since the last entry without a sign
 
     def check(self, step: int, entropy_teacher: float, entropy_mean: float) -> str | None:
-        """Look at the log entry of a step; the alarm's words if it is time for them."""
+        """Check the log entry of a step; returns the text of the warning if it is due."""
         small = ALARM_SHARE * self.log_k
         sign, remedy = "", SOFTER
         if entropy_teacher > self.log_k - small:
-            sign, remedy = "the teacher answers all prototypes alike", SHARPER
+            sign, remedy = "the teacher's outputs are uniform over all prototypes", SHARPER
         elif entropy_teacher < small:
-            sign = "the teacher answers with one prototype for certain"
+            sign = "the teacher's outputs are one-hot"
         elif entropy_mean - entropy_teacher < small:
-            sign = "every image gets the same answer"
+            sign = "the teacher's outputs are equal for all images"
         if not sign or step <= self.armed_from_step:
-            self._entries, self._told = 0, False
+            self._entries, self._warned = 0, False
             return None
         self._first_step = self._first_step if self._entries else step
         self._entries += 1
         steps = step - self._first_step
-        if self._told or self._entries < ALARM_ENTRIES or steps < ALARM_STEPS:
+        if self._warned or self._entries < ALARM_ENTRIES or steps < ALARM_STEPS:
             return None
-        self._told = True
+        self._warned = True
         return (
-            f"collapse: {sign}, and no log entry of the last {steps} steps was healthy (H(p) "
-            f"{entropy_teacher:.3f}, H(mean p) {entropy_mean:.3f}, ln K {self.log_k:.3f}); training goes on, "
-            f"but in a new run try {remedy}"
+            f"collapse: {sign}, and all log entries of the last {steps} steps show a collapse "
+            f"(entropy_teacher {entropy_teacher:.3f}, entropy_mean {entropy_mean:.3f}, ln K "
+            f"{self.log_k:.3f}); training continues, but in a new run try {remedy}"
         )
 
 
@@ -130,7 +127,7 @@ def _entropy(probabilities: Tensor) -> Tensor:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory in GiB: of the GPU, or of this process on the CPU."""
+    """Peak memory in GiB, of the GPU or of this process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
@@ -138,16 +135,19 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def evaluate_teacher(encoder: Encoder, images: KnnImages, **loading: Any) -> dict[str, float]:
-    """20-NN top-1 and top-5 in per cent, and of how many images, which are loaded as for `evaluate_knn`.
+    """20-NN top-1 and top-5 accuracy in percent, and the number of test images.
+
+    Args:
+        loading: arguments of `evaluate_knn` for loading images.
 
     Raises:
-        UserError: an image cannot be read, or the teacher answers one with zeros.
+        UserError: an image cannot be read, or its encoding is zero.
     """
     try:
         result = evaluate_knn(encoder, images.train, images.test, k=HEADLINE_K, **loading)[HEADLINE_K]
     except NoDirectionError as error:
         raise UserError(
-            f"k-NN while training: {error}; the run has collapsed, start in a new run_dir with a lower "
+            f"k-NN during training: {error}; the run has collapsed, start in a new run_dir with a lower "
             f"optim.lr_per_256"
         ) from error
     return {KNN: result.top1, f"knn{HEADLINE_K}_top5": result.top5, KNN_IMAGES: result.num_images}
@@ -160,11 +160,14 @@ def open_knn_images(
     choice: Choice = AS_FOUND,
     splits: Splits | None = None,
 ) -> KnnImages | None:
-    """Those of `path`, or of `data_path` if that is labeled; None if there is nothing to measure on.
-    `choice` and `splits` are about `data_path`; what the choice says of pixels holds for both.
+    """Labeled images for k-NN from `path`, or if it is None from `data_path`; None if that has no labels.
+
+    Args:
+        choice: options for reading `data_path`; those about pixels also apply to `path`.
+        splits: splits of `data_path`.
 
     Raises:
-        UserError: `path` is given, but is no labeled folder with at least 20 gallery images.
+        UserError: `path` is given, but is not a labeled folder with at least 20 train images.
     """
     try:
         if path is None:
@@ -176,11 +179,11 @@ def open_knn_images(
         if len(train) < HEADLINE_K or not len(test):
             raise UserError(
                 f"{'data.path' if path is None else 'monitor.knn_path'} {path or data_path!r} gives "
-                f"{len(train)} gallery and {len(test)} test images; {HEADLINE_K}-NN needs {HEADLINE_K} and 1"
+                f"{len(train)} train and {len(test)} test images; {HEADLINE_K}-NN needs {HEADLINE_K} and 1"
             )
     except UserError as error:
         if path is not None:
             raise
-        log.info("no k-NN while training (monitor.knn_path can name a labeled folder): %s", error)
+        log.info("no k-NN during training (monitor.knn_path can name a labeled folder): %s", error)
         return None
     return KnnImages(train, test)

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: first those with weight decay, then those without.
+    """Trainable parameters in two groups: with weight decay, and without.
 
-    Parameters named `*.bias` or with one dimension have no weight decay. All others have, also `query`,
-    `cls_token`, `pos_embed`, the prototypes' directions and their lengths if those are trained.
+    Parameters named `*.bias` or with one dimension have no weight decay. All others have, including `query`,
+    `cls_token`, `pos_embed`, the directions of the prototypes, and their norms if those are trained.
     """
     trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     without_decay = {name for name, p in trainable if name.endswith(".bias") or p.ndim == 1}
@@ -22,12 +22,12 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
 
 
 def build_optimizer(module: nn.Module) -> torch.optim.AdamW:
-    """AdamW, betas 0.9 and 0.999; learning rate and weight decay are set at every step."""
+    """AdamW with betas 0.9 and 0.999; learning rate and weight decay are set at every step."""
     return torch.optim.AdamW(parameter_groups(module), lr=0.0, betas=(0.9, 0.999), fused=True)
 
 
 def set_hyperparameters(optimizer: torch.optim.Optimizer, *, lr: float | Tensor, weight_decay: float) -> None:
-    """Set the step's learning rate in all groups and its weight decay in the first."""
+    """Set the learning rate of all groups and the weight decay of the first group."""
     for group in optimizer.param_groups:
         group["lr"] = lr
         group["capturable"] = isinstance(lr, Tensor)
@@ -37,10 +37,10 @@ def set_hyperparameters(optimizer: torch.optim.Optimizer, *, lr: float | Tensor,
 def step_if_finite(
     optimizer: torch.optim.Optimizer, finite: Tensor, *, lr: float | Tensor, weight_decay: float | Tensor
 ) -> None:
-    """One step, undone on the device if `finite` (a scalar) is false: AdamW then does not even count it.
+    """One optimizer step, skipped on the device if `finite` (a scalar tensor) is false.
 
-    Rate and decay are numbers, or float64 scalars on the device. Fused AdamW takes the rate from there, but
-    not the decay, which is then an operation of its own before it.
+    `lr` and `weight_decay` are numbers, or float64 scalar tensors on the device. Fused AdamW accepts a tensor
+    as learning rate but not as weight decay, which is then applied before the step.
     """
     if isinstance(lr, Tensor):
         decaying = [p for p in optimizer.param_groups[0]["params"] if p.grad is not None]
@@ -50,17 +50,16 @@ def step_if_finite(
     else:
         assert isinstance(weight_decay, float)
         set_hyperparameters(optimizer, lr=lr, weight_decay=weight_decay)
-    optimizer.found_inf = 1 - finite.float()  # type: ignore[attr-defined]  # fused AdamW's contract
+    optimizer.found_inf = 1 - finite.float()  # type: ignore[attr-defined]  # fused AdamW skips the step if 1
     optimizer.step()
     del optimizer.found_inf  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
 def clip_gradients_per_parameter(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale each gradient whose own norm exceeds `max_norm`; returns all norms (P,) before clipping.
+    """Clip the gradient of each parameter to norm `max_norm` (0: no clipping); returns the norms (P,) before.
 
-    0 switches clipping off. This is not the usual global norm: the official code clips every tensor by
-    itself.
+    As in the official code, this is not the global norm of `torch.nn.utils.clip_grad_norm_`.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:

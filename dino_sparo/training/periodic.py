@@ -1,4 +1,4 @@
-"""What is done every so many steps: log entry, evaluation, checkpoint; and what ends the run early."""
+"""Periodic work of a run: log entries, evaluations, checkpoints; and errors that end it."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ from dino_sparo.training.state import StepOutput, capture_state
 
 log = logging.getLogger("dino_sparo")
 
-MAX_OVERFLOWS = 30  # in a row; a loss scale that begins too high needs fewer
+MAX_OVERFLOWS = 30  # in a row; lowering the initial loss scale takes fewer
 HEALTH_IMAGES = 8
 MAP_IMAGES, MAP_SLOTS = 4, 8
 GENTLER = (
@@ -35,13 +35,12 @@ GENTLER = (
 
 
 def due(step: int, every_steps: int, last_step: int) -> bool:
-    """Whether something done every so many steps (0: never), and after the last one, is done after this."""
+    """Whether periodic work is due after `step`: every `every_steps` steps (0: never), and after the last."""
     return step == last_step or (every_steps > 0 and step % every_steps == 0)
 
 
 def evaluate(run: Run, run_log: RunLog, step: int) -> None:
-    """Into the log: where slots look, on the same images each time, and if there are labeled images k-NN of
-    the teacher, whose work all processes share."""
+    """Log slot maps, and the k-NN accuracy of the teacher if there are labeled images. A collective."""
     wait_for(run.device)
     left_out: dict[str, str] | None = {} if run.dataset.substitute else None
     with run_log.not_training():
@@ -58,27 +57,27 @@ def evaluate(run: Run, run_log: RunLog, step: int) -> None:
             left_out=left_out,
         )
         run_log.evaluation(step, accuracies)
-    if left_out:  # the same in all processes
-        log.warning("WARNING: k-NN has left out %d images that cannot be read", len(left_out))
+    if left_out:  # equal in all processes
+        log.warning("WARNING: k-NN has skipped %d images that cannot be read", len(left_out))
         run.bad_images.list(left_out, len(left_out), sum(map(len, run.knn_images)))
     if step and run.recipe.init is not None and rank() == 0:
         warn_if_worse_than_start(run, run_log, step, accuracies[KNN])
 
 
 def warn_if_worse_than_start(run: Run, run_log: RunLog, step: int, top1: float) -> None:
-    """Say so if the 20-NN of a run that began with weights is below what these had."""
+    """Warn if the 20-NN accuracy is below that of the initial weights."""
     entries = each_metric(run.run_dir)
     start = next((entry[KNN] for entry in entries if entry["step"] == 0 and KNN in entry), top1)
     if top1 < start:
         run_log.alarm(
             step,
-            f"20-NN is {top1:.2f} %, below the {start:.2f} % that the starting weights had; if it stays so, "
-            f"begin again in a new run_dir with {GENTLER}",
+            f"20-NN is {top1:.2f} %, below the {start:.2f} % of the initial weights; if it stays so, start "
+            f"in a new run_dir with {GENTLER}",
         )
 
 
 def draw_slots(run: Run, run_log: RunLog, step: int) -> None:
-    """A picture of the first slots over images spread over all; none if one of them cannot be read."""
+    """Log attention maps of the first slots on some images, unless one of them cannot be read."""
     encoder = run.state.teacher.encoder
     slots = range(min(MAP_SLOTS, encoder.num_slots))
     if not slots:
@@ -92,7 +91,7 @@ def draw_slots(run: Run, run_log: RunLog, step: int) -> None:
 
 
 def evaluation_is_missing(run: Run) -> bool:
-    """Whether an evaluation belongs to the step that the run goes on from, but is not in the log."""
+    """Whether an evaluation is due at the step from which the run starts or resumes, but not in the log."""
     every_steps = run.recipe.monitor.knn_every_epochs * run.order.steps_per_epoch
     if run.knn_images is None or not due(run.first_step, every_steps, run.total_steps):
         return False
@@ -108,10 +107,11 @@ def log_step(
     hyper: Hyperparameters,
     output: StepOutput,
 ) -> None:
-    """One entry of the training curve, written when the device has computed its numbers: on a GPU later.
+    """Log the metrics of a step; on a GPU the entry is written later, once they are computed.
 
-    Slots are looked at in the last entry of an epoch. kl is the mean KL divergence from teacher to student
-    over all pairs; gradient_norm is of all gradients before clipping, gradient_norm_max of one tensor.
+    The last entry of an epoch includes statistics of slots. kl is the mean KL divergence from teacher to
+    student over all pairs of crops. gradient_norm is the norm of all gradients before clipping,
+    gradient_norm_max the largest norm of one parameter's gradient.
     """
     state, epoch_of_next = run.state, (step - 1 + run.recipe.log.log_every_steps) // run.order.steps_per_epoch
     slots = {}
@@ -163,19 +163,19 @@ def log_step(
 
 
 def diverged(run: Run, step: int, what: str) -> UserError:
-    """The error that ends a run whose numbers went wrong; no such state is ever saved."""
+    """The error that ends a diverged run, whose state is not saved."""
     remedy = "" if run.precision == "fp32" else "resume with machine.precision fp32, or "
     return UserError(
-        f"{what} at step {step}: the run has diverged, and no such state was saved; {remedy}start in a new "
+        f"{what} at step {step}: the run has diverged, and this state is not saved; {remedy}start in a new "
         f"run_dir with a lower optim.lr_per_256"
     )
 
 
 def report_bad_steps(run: Run, saver: Saver, run_log: RunLog) -> None:
-    """Report steps whose numbers went wrong, with their images; end the run if they are too many.
+    """Report bad steps (loss or gradients not finite) and list their images.
 
     Raises:
-        UserError: they are; what was before the last of them is saved.
+        UserError: there are more than `max_bad_steps`; the state before the last of them is saved.
     """
     wait_for(run.device)
     for number, step, what in run.state.bad_steps.new(run.first_step):
@@ -184,36 +184,36 @@ def report_bad_steps(run: Run, saver: Saver, run_log: RunLog) -> None:
             images = [run.source.name(sample) for sample in samples]
             entry = {"step": step, "cause": what, "samples": samples, "images": images}
             append_line(run.run_dir / BAD_STEPS_FILE, entry)
-        listed = f"step {step}: {what} not finite; its images are in {run.run_dir / BAD_STEPS_FILE}"
-        if number > run.state.bad_steps.allowed:  # since then nothing has changed on the device
+        listed = f"step {step}: {what} not finite; its images are listed in {run.run_dir / BAD_STEPS_FILE}"
+        if number > run.state.bad_steps.allowed:  # the state has not changed since
             write_checkpoint(run, saver, run_log, step - 1)
             saver.wait()
-            gather_objects(None)  # none ends while the first one writes
+            gather_objects(None)  # no process ends before the first one has written
             remedy = "" if run.precision == "fp32" else "machine.precision fp32, "
             raise UserError(
-                f"{listed}, and the state before it is saved; look at them, then resume with {remedy}"
-                f"optim.max_bad_steps {number} to skip such steps, or start in a new run_dir with "
-                f"a lower optim.lr_per_256"
+                f"{listed}, and the state before this step is saved; check these images, then resume with "
+                f"{remedy}optim.max_bad_steps {number} to skip such steps, or start in a new run_dir with a "
+                f"lower optim.lr_per_256"
             )
         log.warning("WARNING: %s; it is skipped", listed)
 
 
 def save(run: Run, saver: Saver, run_log: RunLog, step: int) -> None:
-    """Save the state after a step, unless numbers have gone wrong; all processes call it, one writes."""
+    """Report bad steps and save the state after a step. A collective; the first process writes."""
     report_bad_steps(run, saver, run_log)
     with run_log.not_training():
         write_checkpoint(run, saver, run_log, step)
 
 
 def write_checkpoint(run: Run, saver: Saver, run_log: RunLog, step: int) -> None:
-    """Begin to write the state after `step`, the last one that has changed anything that learns."""
+    """Start writing the state after `step`. Raises UserError if parameters are not finite."""
     run_log.flush()
     run.bad_images.share()
     state = run.state
     learned = [*state.student.parameters(), *state.teacher.parameters(), state.loss_fn.center]
     if not torch.stack(torch._foreach_norm(learned)).isfinite().all():
         raise diverged(run, step, "a parameter is no longer finite")
-    if step:  # later steps changed nothing but these two, which the optimizer stores
+    if step:  # skipped steps after it have changed these two in the optimizer
         hyper = run.schedules.at(step - 1)
         set_hyperparameters(state.optimizer, lr=hyper.lr, weight_decay=hyper.weight_decay)
     if rank() == 0:
@@ -223,7 +223,7 @@ def write_checkpoint(run: Run, saver: Saver, run_log: RunLog, step: int) -> None
 
 
 def stop(run: Run, saver: Saver, run_log: RunLog, step: int, received: str) -> NoReturn:
-    """End a run that was told to stop after `step`, when it is saved; leave a marker for a scheduler.
+    """Save the state after `step`, write a marker file for job schedulers, and end the run.
 
     Raises:
         StoppedError: always.
@@ -233,5 +233,5 @@ def stop(run: Run, saver: Saver, run_log: RunLog, step: int, received: str) -> N
     received = next(filter(None, gather_objects(received)))
     if rank() == 0:
         write_file(run.run_dir / MARKER_FILE, json.dumps({"step": step, "signal": received}) + "\n")
-    gather_objects(None)  # none ends while the first one writes
+    gather_objects(None)  # no process ends before the first one has written
     raise StoppedError(f"stopped by {received} after step {step} of {run.total_steps}, which is saved")

@@ -1,4 +1,4 @@
-"""Pretraining: DINO with any read-out. `train_step` is the algorithm, `pretrain` everything around it.
+"""Pretraining: DINO with any read-out. `train_step` is the algorithm, `train` the loop.
 
 Axis letters: B images, C crops, K prototypes.
 """
@@ -102,10 +102,12 @@ def train_step(
 ) -> StepOutput:
     """One optimizer step on `accumulation` micro-batches.
 
-    A micro-batch is groups of crops (C_i, B, 3, side, side), the two global crops first. A step whose loss
-    or gradients are not finite in any process changes neither student nor teacher nor center; only the
-    device knows. The statistics, if they are wanted of this step, are added to. Its parts are named ranges
-    for `torch.profiler`, as `dino-sparo bench` reads them.
+    A step whose loss or gradients are not finite in any process does not change student, teacher, or center;
+    this is decided on the device. `dino-sparo bench` reads the named ranges of `torch.profiler`.
+
+    Args:
+        micro_batches: each a list of groups of crops (C_i, B, 3, side, side), the two global crops first.
+        statistics: receives the teacher's outputs, if given.
     """
     state.optimizer.zero_grad(set_to_none=True)
     loss_of_step = torch.zeros((), device=state.loss_fn.center.device)
@@ -133,12 +135,12 @@ def train_step(
         gradient_norms = clip_gradients_per_parameter(state.student.parameters(), clip_norm)
     finite = state.count_step(
         sum_over_ranks((~loss_of_step.isfinite()).int()) == 0,
-        gradient_norms.isfinite().all(),  # in all processes alike: they share the gradients
+        gradient_norms.isfinite().all(),  # equal in all processes, as the gradients are
     )
     frozen = [state.student.head.last_layer] * hyper.freeze_last_layer
     frozen += [state.student.encoder.backbone] * hyper.freeze_backbone
     for parameter in (parameter for module in frozen for parameter in module.parameters()):
-        parameter.grad = None  # AdamW then neither decays it nor counts a step
+        parameter.grad = None  # AdamW then skips it, including weight decay
 
     with record_function("optimizer"):
         step_if_finite(state.optimizer, finite, lr=hyper.lr, weight_decay=hyper.weight_decay)
@@ -150,18 +152,18 @@ def train_step(
 
 
 def pretrain(recipe: Recipe, run_dir: Path, *, resume_unverified: bool = False) -> None:
-    """`dino-sparo pretrain`: start a run, or resume it where it stopped; in every process of the run.
+    """`dino-sparo pretrain`: start a run, or resume it. Every process of the run calls it.
 
     Raises:
-        UserError: for a mistake in options or data; nothing has been written then.
-        StoppedError: a signal has told the run to stop; it is saved.
+        UserError: a mistake in options or data, or a failure during training.
+        StoppedError: a signal has stopped the run, and it is saved.
     """
     recipe = replace(recipe, **absolute_paths(recipe.data, recipe.monitor))
     device = choose_device(recipe.machine.device, local_rank())
     with StopSignals() as signals, process_group(device) as group, ExitStack() as held:
-        signals.listen()  # not before: a process that waits for the others to join could not act on it
+        signals.listen()  # not earlier: a signal must end a process that waits for others to join
         is_run = (run_dir / CONFIG_FILE).exists()
-        if rank() == 0 and is_run:  # before another start could change what is read
+        if rank() == 0 and is_run:  # before `prepare` reads the folder
             held.enter_context(hold(run_dir))
             mend(run_dir)
         run = prepare(recipe, run_dir, device, unverified=resume_unverified)
@@ -172,7 +174,7 @@ def pretrain(recipe: Recipe, run_dir: Path, *, resume_unverified: bool = False) 
             if not is_run:
                 held.enter_context(hold(run_dir))
                 if (run_dir / CONFIG_FILE).exists():
-                    raise UserError(f"run_dir {str(run_dir)!r}: another start has trained there; start again")
+                    raise UserError(f"run_dir {str(run_dir)!r}: another run has started there; run again")
             check_room(run_dir, checkpoint_bytes(run.state))
             start_run_dir(run_dir, recipe, machine_of(run))
             set_damaged_aside(run_dir, run.first_step)
@@ -192,17 +194,17 @@ def pretrain(recipe: Recipe, run_dir: Path, *, resume_unverified: bool = False) 
             size = run.order.micro_batch_size
             smaller = smaller_batch(size * run.order.accumulation, size)
             raise UserError(
-                f"the GPU's memory does not hold {size} images at once ({str(error).split('.')[0]}); give "
-                f"machine.batch_size_per_gpu {smaller} (the experiment stays the same) or "
+                f"the GPU is out of memory with {size} images per forward pass ({str(error).split('.')[0]}); "
+                f"use machine.batch_size_per_gpu {smaller} (the experiment stays the same) or "
                 f"machine.activation_checkpointing true"
             ) from error
 
 
 def prepare(recipe: Recipe, run_dir: Path, device: torch.device, *, unverified: bool = False) -> Run:
-    """Check, open and build everything, and restore the newest checkpoint; nothing is written.
+    """Check and build everything, and restore the newest checkpoint. Writes nothing.
 
     Raises:
-        UserError: for a mistake in recipe or data.
+        UserError: a mistake in the recipe, the data, or the run folder.
     """
     machine, optim = recipe.machine, recipe.optim
     set_numerics(tf32=machine.tf32, deterministic=machine.deterministic)
@@ -274,10 +276,10 @@ def prepare(recipe: Recipe, run_dir: Path, device: torch.device, *, unverified: 
 
 
 def train(run: Run, batches: Iterator[Batch], signals: StopSignals, group: Group) -> None:
-    """The loop: from the run's first step to its end. Source: DINO, algorithm 1.
+    """The training loop. Source: DINO, algorithm 1.
 
     Raises:
-        StoppedError: at a step before the end, on a signal to any process.
+        StoppedError: a process has received a signal, and the run is saved.
     """
     recipe, order, last_step = run.recipe, run.order, run.total_steps
     steps_per_epoch = order.steps_per_epoch
@@ -302,7 +304,7 @@ def train(run: Run, batches: Iterator[Batch], signals: StopSignals, group: Group
         if evaluation_is_missing(run):
             evaluate(run, run_log, run.first_step)
         micro_batches = on_device(run, batches, run_log)
-        for step in range(run.first_step + 1, last_step + 1):  # schedules and seeds count from 0
+        for step in range(run.first_step + 1, last_step + 1):  # from 1; schedules and seeds count from 0
             if to_stop.ask(bool(signals.received)):
                 stop(run, saver, run_log, step - 1, signals.received)
             group.at = f"step {step}"
@@ -330,13 +332,13 @@ def train(run: Run, batches: Iterator[Batch], signals: StopSignals, group: Group
 
 
 def step_of(run: Run) -> Callable[..., StepOutput]:
-    """`train_step` of the run's state, without what changes from step to step."""
+    """`train_step` with the arguments that are the same for all steps."""
     mixed = autocast(run.precision, run.device)
     return partial(train_step, run.state, clip_norm=run.recipe.optim.clip_norm, autocast=mixed)
 
 
 def on_device(run: Run, batches: Iterator[Batch], run_log: RunLog) -> Iterator[list[Tensor]]:
-    """Micro-batches of workers, made `readable` -> `crops_on_device` -> `normalized` groups of crops."""
+    """Batches from workers -> groups of normalized crops on the device, as `train_step` reads them."""
     all_crops = crops_on_device(readable(run, batches, run_log), run.dataset.crop_kinds, run.device)
     for number, crops in enumerate(all_crops):
         run.bad_images.add(crops.replaced)
@@ -346,29 +348,29 @@ def on_device(run: Run, batches: Iterator[Batch], run_log: RunLog) -> Iterator[l
 
 
 def readable(run: Run, batches: Iterator[Batch], run_log: RunLog) -> Iterator[Batch]:
-    """Micro-batches as workers hand them over. Raises UnreadableImageError, with a remedy."""
+    """Batches from workers, with waiting time logged. Raises UnreadableImageError, with a remedy."""
     for _ in range(len(run.order)):
         try:
             with run_log.waiting_for_data():
                 batch = next(batches)
         except UnreadableImageError as error:
-            remedy = "repair the file, or let another image stand in by data.on_bad_image substitute"
-            raise UnreadableImageError(error.name, error.reason, f"{remedy}, then start again") from error
+            remedy = "repair the file, or use data.on_bad_image substitute"
+            raise UnreadableImageError(error.name, error.reason, f"{remedy}, then run again") from error
         yield batch
 
 
 def crops_on_device(
     batches: Iterable[Batch], recipes: Sequence[CropKind], device: torch.device
 ) -> Iterator[Crops]:
-    """Batches from workers -> their crops on the device, made or copied one batch ahead of their use."""
+    """Batches from workers -> crops on the device, made or copied there one batch in advance."""
     return ahead(batches, lambda batch: crops_of(batch, recipes, device), device)
 
 
 def normalized(crops: Crops) -> list[Tensor]:
-    """uint8 crops -> groups (C_i, B, 3, side, side) as networks take them, the two global crops first."""
+    """uint8 crops -> normalized groups (C_i, B, 3, side, side), the two global crops first."""
     return [normalize(x) for x in (crops.global_crops, crops.local_crops) if x.numel()]
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """A seed of its own for each step and process, so that no random state needs saving."""
+    """The seed for a step and process, so that checkpoints need no random state."""
     return ((seed * 1_000_003 + step) * 1_009 + rank) % 2**63

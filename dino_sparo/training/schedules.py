@@ -1,4 +1,4 @@
-"""Schedules, as arrays and as the number of one step. Source: official `cosine_scheduler`, `DINOLoss`."""
+"""Schedules, as arrays and by step. Source: official `cosine_scheduler`, `DINOLoss`."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 def cosine_schedule(
     base: float, final: float, total_steps: int, warmup_steps: int = 0, warmup_start: float = 0.0
 ) -> NDArray[np.float64]:
-    """Linear from `warmup_start` to `base` over `warmup_steps`, then a half cosine to `final`.
+    """Linear warm-up from `warmup_start` to `base` over `warmup_steps`, then a half cosine to `final`.
 
-    Returns an array (total_steps,). The warm-up's last value is `base`, as is the cosine's first.
+    Returns an array (total_steps,). The last value of the warm-up and the first of the cosine are `base`.
 
     Raises:
-        ValueError: if the warm-up is longer than the whole.
+        ValueError: `warmup_steps` is not between 0 and `total_steps`.
     """
     if not 0 <= warmup_steps <= total_steps:
         raise ValueError(f"warmup_steps is {warmup_steps}, expected 0 to total_steps = {total_steps}")
@@ -25,10 +25,10 @@ def cosine_schedule(
 
 
 def teacher_temp_schedule(start: float, final: float, warmup_epochs: int, epochs: int) -> NDArray[np.float64]:
-    """Linear from `start` to `final` over whole epochs, then constant: (epochs,).
+    """Linear from `start` to `final` over `warmup_epochs`, then constant: an array (epochs,).
 
     Raises:
-        ValueError: if the warm-up is longer than the whole.
+        ValueError: `warmup_epochs` is not between 0 and `epochs`.
     """
     if not 0 <= warmup_epochs <= epochs:
         raise ValueError(f"warmup_epochs is {warmup_epochs}, expected 0 to epochs = {epochs}")
@@ -36,20 +36,20 @@ def teacher_temp_schedule(start: float, final: float, warmup_epochs: int, epochs
 
 
 def _half_cosine(base: float, final: float, progress: Any) -> Any:
-    """From `base` at progress 0 towards `final` at 1, of a number or an array."""
+    """Half cosine from `base` at progress 0 to `final` at 1, for a number or an array."""
     return final + 0.5 * (base - final) * (1 + np.cos(np.pi * progress))
 
 
 @dataclass(frozen=True)
 class Linear:
-    """`np.linspace(start, final, count)`, bit for bit, then `final`: one number at a time."""
+    """The values of `np.linspace(start, final, count)`, bit for bit, then `final`."""
 
     start: float
     final: float
     count: int
 
     def at(self, number: int) -> float:
-        """Number `number`, counted from 0."""
+        """The value with index `number`."""
         if number == 0 < self.count:
             return self.start
         if number >= self.count - 1:
@@ -61,7 +61,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Cosine:
-    """`cosine_schedule` of the same arguments, bit for bit: one number at a time."""
+    """The values of `cosine_schedule` with the same arguments, bit for bit."""
 
     base: float
     final: float
@@ -70,7 +70,7 @@ class Cosine:
     warmup_start: float = 0.0
 
     def at(self, step: int) -> float:
-        """For step number `step`, counted from 0."""
+        """The value for a step, counted from 0."""
         if step < self.warmup_steps:
             return Linear(self.warmup_start, self.base, self.warmup_steps).at(step)
         progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
@@ -79,7 +79,7 @@ class Cosine:
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """What the schedules say for one step; `Steps` has its numbers as float64 scalars on a GPU."""
+    """The values of all schedules for one step; on a GPU `Steps` makes them float64 scalar tensors."""
 
     lr: float
     weight_decay: float
@@ -91,7 +91,7 @@ class Hyperparameters:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedules:
-    """Every schedule of a run: by step, the teacher temperature by epoch."""
+    """All schedules of a run: by step, teacher temperature and frozen parts by epoch."""
 
     lr: Cosine
     weight_decay: Cosine
@@ -102,7 +102,7 @@ class Schedules:
     steps_per_epoch: int
 
     def at(self, step: int) -> Hyperparameters:
-        """For step number `step`, counted from 0."""
+        """The hyperparameters of a step, counted from 0."""
         epoch = step // self.steps_per_epoch
         return Hyperparameters(
             lr=self.lr.at(step),

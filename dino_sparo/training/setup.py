@@ -1,4 +1,4 @@
-"""What a run is made of, before its first step: images, views, schedules, starting weights."""
+"""Preparation of a run: images, views, schedules, initial weights, and restored state."""
 
 import logging
 from contextlib import suppress
@@ -35,25 +35,25 @@ from dino_sparo.training.state import TrainState, restore_state
 
 log = logging.getLogger("dino_sparo")
 
-SIZED_IMAGES = 32  # whose sizes stand for all
+SIZED_IMAGES = 32  # images whose mean size is the estimate for all
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A prepared run: everything that stays the same while it trains, and the state that learns."""
+    """A prepared run: its constants, and the training state."""
 
     recipe: Recipe
     run_dir: Path
     source: ImageSource
     images: dict[str, Any]
-    """Number and fingerprint of the images, for checkpoints."""
+    """Number and fingerprint of the images, as in checkpoints."""
     device: torch.device
     precision: str
     num_workers: int
     dataset: CropsDataset
     state: TrainState
     first_step: int
-    """Steps that earlier starts have done."""
+    """Steps done by earlier starts."""
     order: BatchOrder
     schedules: Schedules
     total_steps: int
@@ -63,7 +63,7 @@ class Run:
 
 
 def machine_of(run: Run) -> dict[str, Any]:
-    """What the run is computed on and how, for the list of starts."""
+    """Hardware and its settings, for the list of starts."""
     return {
         "processes": world_size(),
         "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "cpu",
@@ -75,7 +75,7 @@ def machine_of(run: Run) -> dict[str, Any]:
 
 
 def say_start(run: Run) -> None:
-    """Tell the log what is about to train on what."""
+    """Log the first step, images, processes, precision and workers of the run."""
     order = run.order
     log.info(
         f"{run.run_dir}: {'resuming' if run.first_step else 'starting'} at step {run.first_step} of "
@@ -85,7 +85,7 @@ def say_start(run: Run) -> None:
         f"{run.num_workers} workers each"
     )
     if run.device.type == "cuda" and world_size() == 1 < torch.cuda.device_count():
-        log.info("this machine has %d GPUs; --nproc uses more than one", torch.cuda.device_count())
+        log.info("this machine has %d GPUs; use --nproc to train on more than one", torch.cuda.device_count())
 
 
 def restored_step(
@@ -97,10 +97,10 @@ def restored_step(
     *,
     unverified: bool,
 ) -> int | None:
-    """Put the newest checkpoint of a run into a fresh state; its step, or None if there is none.
+    """Restore the newest checkpoint of a run; returns its step, or None if there is no checkpoint.
 
     Raises:
-        UserError: it is damaged, or one of other images or another recipe.
+        UserError: it is damaged, or belongs to other images or another recipe.
     """
     checkpoint = load_latest(run_dir, unverified=unverified)
     if checkpoint is None:
@@ -109,7 +109,7 @@ def restored_step(
         remedy = chosen_before(data, checkpoint["images"]) or "give the same folder"
         raise UserError(
             f"data.path: run_dir {str(run_dir)!r} was trained on {checkpoint['images']['num_images']} "
-            f"images, and these {images['num_images']} are not the same ones (file names differ); {remedy}, "
+            f"images, which are not the same as these {images['num_images']} (file names differ); {remedy}, "
             f"or choose another run_dir"
         )
     try:
@@ -117,13 +117,13 @@ def restored_step(
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(
             f"run_dir {str(run_dir)!r} has a checkpoint of step {checkpoint['step']} that does not fit its "
-            f"recipe ({' '.join(str(error).split())}); restore the folder, or choose another"
+            f"recipe ({' '.join(str(error).split())}); restore the folder, or choose another run_dir"
         ) from error
     before = [start["views"] for start in read_starts(run_dir) if "views" in start][-1:]
     if before and before != [executor]:
         log.warning(
-            "WARNING: %s: views were made by %s before and are made by %s now, whose pixels differ in "
-            "rounding: from here on the run is not bit for bit what it would have been",
+            "WARNING: %s: views were made by %s before and are made by %s now, which rounds pixels "
+            "differently, so the run is no longer bit-identical to an uninterrupted one",
             *(run_dir, before[0], executor),
         )
     return int(checkpoint["step"])
@@ -132,14 +132,14 @@ def restored_step(
 def start_state(
     state: TrainState, init: str, encoder: dict[str, Any], *, norm_last_layer: bool, frozen: bool
 ) -> str:
-    """Put the starting weights into a fresh state; returns what was taken, in words.
+    """Load initial weights into a new state; returns a description of what was loaded.
 
     Args:
-        init: what holds the weights.
-        encoder: the arguments of `build_encoder` by which the state was built.
+        init: source of the weights, as in the recipe.
+        encoder: arguments of `build_encoder` for the state.
 
     Raises:
-        UserError: they cannot be read or do not fit.
+        UserError: the weights cannot be read or do not fit.
     """
     stored = first_rank_first(lambda: read_networks(init, encoder))  # timm may download them
     return start_networks(
@@ -150,10 +150,10 @@ def start_state(
 def open_data(
     data: DataOptions, monitor: MonitorOptions, batch_size: int
 ) -> tuple[ImageSource, KnnImages | None]:
-    """The images to learn from, at least one batch of them, and those for k-NN while training.
+    """The training images, at least one batch, and the images for k-NN during training.
 
     Raises:
-        UserError: there are none, or too few.
+        UserError: there are no or too few images.
     """
     choice = Choice.of(data)
     splits = decide(data.path, choice)
@@ -166,29 +166,29 @@ def open_data(
     images = None
     if monitor.knn_every_epochs:
         images = open_knn_images(monitor.knn_path, data.path, monitor.knn_images_per_class, choice, splits)
-    if images is None or monitor.knn_path is not None:  # else this was said of those for k-NN
+    if images is None or monitor.knn_path is not None:  # else `open_knn_images` has logged the splits
         say_splits(data.path, source, None, splits, held_out=False)
     return source, images
 
 
 def identity_of(source: ImageSource) -> dict[str, Any]:
-    """Number and fingerprint of images, by which a run knows them again."""
+    """Number and fingerprint of images, which a resumed run compares."""
     return {"num_images": len(source), "fingerprint": source.fingerprint()}
 
 
 def chosen_before(data: DataOptions, images: dict[str, Any]) -> str:
-    """What gives the images that a run had when other names of splits were known; empty if nothing does."""
+    """The remedy if an earlier version, which knew other names of splits, chose other images; or empty."""
     given = Choice.of(data)._replace(val=None)
     for choice in (".", "train", "*.parquet"):
         with suppress(UserError):
             source = open_images(data.path, data.max_images, choice=given._replace(train=choice))
             if identity_of(source) == images:
-                return f"--data.train {choice!r} gives those, which an earlier version took"
+                return f"use --data.train {choice!r}, which gives the images that an earlier version chose"
     return ""
 
 
 def absolute_paths(data: DataOptions, monitor: MonitorOptions) -> dict[str, Any]:
-    """The two sections with folders of images that mean the same from any folder."""
+    """Both sections with absolute paths of folders of images."""
     return {
         "data": replace(data, path=absolute_path(data.path)),
         "monitor": replace(monitor, knn_path=monitor.knn_path and absolute_path(monitor.knn_path)),
@@ -198,7 +198,7 @@ def absolute_paths(data: DataOptions, monitor: MonitorOptions) -> dict[str, Any]
 def dataset_of(
     data: DataOptions, views: ViewOptions, seed: int, source: ImageSource, executor: Executor
 ) -> CropsDataset:
-    """The images with their views."""
+    """The dataset of random views."""
     return CropsDataset(
         source,
         crop_kinds(**asdict(views)),
@@ -210,43 +210,41 @@ def dataset_of(
 
 
 def bytes_of_image(views: ViewOptions, max_side: int | None, source: ImageSource, executor: Executor) -> int:
-    """What a worker hands over for one image: its crops, or it itself, by the mean of some."""
+    """Bytes per image from a worker: its crops, or the decoded image (an estimate from some images)."""
     if executor != "device":
         return 3 * (NUM_GLOBAL_CROPS * views.global_size**2 + views.num_local_crops * views.local_size**2)
     chosen = np.linspace(0, len(source) - 1, min(SIZED_IMAGES, len(source))).round().astype(int)
     known = []
     for number in chosen:
-        with suppress(OSError):  # an image that cannot be read is the loader's business
+        with suppress(OSError):  # the loader reports images that cannot be read
             size = size_of(source.read(int(number)), max_side)
             known += [3 * size[0] * size[1]] if size else []
     return sum(known) // len(known) if known else 3 * views.global_size**2
 
 
 def check_all_agree(run_dir: Path, first_step: int, images: dict[str, Any], executor: str) -> None:
-    """All processes must go on from the same step with the same images, made in one way.
-
-    No process is ahead after it.
+    """Check that all processes have the same step, images, and executor of views. Also a barrier.
 
     Raises:
-        UserError: they do not: folders differ between machines.
+        UserError: they differ between processes.
     """
     everyone = gather_objects((first_step, images, executor))
     steps = sorted({step for step, _, _ in everyone})
     if len(steps) > 1:
         raise UserError(
-            f"run_dir {str(run_dir)!r}: processes find different checkpoints (steps {steps}); it must be one "
-            f"folder on a file system that all machines share"
+            f"run_dir {str(run_dir)!r}: processes find different checkpoints (steps {steps}); use one folder "
+            f"on a file system that all machines share"
         )
     if any(other != images for _, other, _ in everyone):
         numbers = sorted({other["num_images"] for _, other, _ in everyone})
         raise UserError(
-            f"data.path: processes find different images ({numbers}, or other names); every machine needs "
-            f"the same folder"
+            f"data.path: processes find different images ({numbers}, or other file names); use the same "
+            f"images on every machine"
         )
     if any(other != executor for _, _, other in everyone):
         raise UserError(
-            "machine.views auto: some processes would make views on the GPU and others by PIL, since "
-            "machines differ in workers or in a C compiler; give machine.views device or pil"
+            "machine.views is auto, but some processes would make views on the GPU and others by PIL, since "
+            "machines differ in workers or in a C compiler; set machine.views to device or pil"
         )
 
 

@@ -1,4 +1,4 @@
-"""All that learning changes, built by a recipe, taken into a checkpoint and restored from it."""
+"""The training state: how to build it, capture it for a checkpoint, and restore it."""
 
 import os
 from dataclasses import asdict, dataclass
@@ -27,11 +27,11 @@ class TrainState:
     loss_fn: DINOLoss
     optimizer: torch.optim.Optimizer
     loss_scale: LossScale
-    overflows: Tensor  # int64 (2,), steps skipped since fp16 overflowed: in all, and the latest in a row
-    bad_steps: BadSteps  # steps whose numbers went wrong otherwise, since this start
+    overflows: Tensor  # int64 (2,): steps skipped because of overflows of fp16, in total and in a row
+    bad_steps: BadSteps  # other steps with a loss or gradients that are not finite, since this start
 
     def count_step(self, finite_loss: Tensor, finite_gradients: Tensor) -> Tensor:
-        """Whether a step may change anything; if not, it is counted. All are scalars, alike in all processes.
+        """Whether a step may change the state; if not, count it. All are bool scalars, equal on all ranks.
 
         With loss scaling, gradients that are not finite are an overflow, which only lowers the scale.
         """
@@ -48,11 +48,11 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """Tensors of one step, left on the device."""
+    """Tensors of one step, on the device."""
 
     loss: Tensor  # mean over all micro-batches of this process
     images: Tensor  # first global crops of the last micro-batch
-    center: Tensor  # the one that the loss used
+    center: Tensor  # before its update
     gradient_norms: Tensor  # (P,), before clipping
     statistics: TeacherStatistics | None = None
 
@@ -71,12 +71,13 @@ def build_state(
     activation_checkpointing: bool = False,
     compiled: bool = False,
 ) -> TrainState:
-    """Freshly initialized by the seed; the teacher starts as a copy of the student.
+    """A new state, initialized by the seed; the teacher starts as a copy of the student.
 
     Args:
-        encoder: arguments of `build_encoder`, but `drop_path_rate`, which is the student's.
-        max_bad_steps: so many steps whose numbers are not finite may be skipped.
-        loss_scaling: as fp16 needs it.
+        encoder: arguments of `build_encoder` except `drop_path_rate`.
+        drop_path_rate: of the student; the teacher has none.
+        max_bad_steps: as in the recipe.
+        loss_scaling: needed for fp16.
 
     Raises:
         UserError: the networks are larger than the memory of this machine.
@@ -92,11 +93,11 @@ def build_state(
     if needed > memory:
         raise UserError(
             f"model: student and teacher need {needed / 2**30:,.0f} GiB of memory, but this machine has "
-            f"{memory / 2**30:,.0f} GiB; choose smaller sizes in model and head"
+            f"{memory / 2**30:,.0f} GiB; use smaller sizes in model and head"
         )
     torch.manual_seed(seed)
     student = network(drop_path_rate)
-    student.encoder.backbone.requires_grad_(not freeze_backbone)  # then no graph of it is kept either
+    student.encoder.backbone.requires_grad_(not freeze_backbone)
     teacher = network(0.0)
     teacher.load_state_dict(student.state_dict())
     student.encoder.backbone.activation_checkpointing = activation_checkpointing
@@ -118,7 +119,7 @@ def state_of(
     loss_scaling: bool,
     max_bad_steps: int = 0,
 ) -> TrainState:
-    """The state of a run that begins with these networks, which move to the device."""
+    """The state for given networks, which are moved to the device."""
     student.to(device).train()
     teacher.to(device).eval().requires_grad_(False)
     return TrainState(
@@ -140,21 +141,21 @@ def capture_state(state: TrainState) -> dict[str, Any]:
         "center": state.loss_fn.center,
         "optimizer": state.optimizer.state_dict(),
         "loss_scale": state.loss_scale.state_dict(),
-        "skipped": state.overflows,  # files keep the former name
+        "skipped": state.overflows,  # the name in checkpoints of all versions
     }
 
 
 def checkpoint_bytes(state: TrainState) -> int:
-    """Size of one checkpoint; of one before the first step, what it will be after it."""
+    """Size of a checkpoint in bytes, including the optimizer state that the first step creates."""
     size = num_bytes(capture_state(state))
     if not state.optimizer.state:
         learning = [p for p in state.student.parameters() if p.requires_grad]
-        size += sum(2 * p.nbytes + 4 for p in learning)  # AdamW's moments, and its count of steps
+        size += sum(2 * p.nbytes + 4 for p in learning)  # two moments and the step of AdamW
     return size
 
 
 def restore_state(state: TrainState, captured: dict[str, Any]) -> None:
-    """Put a captured state back, bit for bit."""
+    """Restore a captured state, bit for bit."""
     state.student.load_state_dict(captured["student"])
     state.teacher.load_state_dict(captured["teacher"])
     state.loss_fn.center.copy_(captured["center"])

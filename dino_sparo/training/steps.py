@@ -1,9 +1,9 @@
-"""Taking steps on a device: one after the other, or on a GPU as replays of one CUDA graph.
+"""Running training steps eagerly, or on a GPU as replays of one CUDA graph.
 
-A step launches about a thousand kernels, which may take a processor longer than a fast GPU needs to run
-them. A graph of them is launched at once. What a captured step reads and leaves behind is its own tensors:
-crops and hyperparameters are copied into it, and its output is overwritten by the next step. Random numbers
-are those of an eager step, since a replay takes seed and offset of torch's generator as they are then.
+A step launches about a thousand kernels, for which the CPU may need longer than a fast GPU needs to run them.
+A CUDA graph launches them at once. It has its own input and output tensors: crops and hyperparameters are
+copied into them, and each step overwrites the output of the previous one. Random numbers equal those of eager
+steps, because a replay reads seed and offset of torch's generator.
 """
 
 import gc
@@ -24,22 +24,22 @@ from dino_sparo.training.state import StepOutput
 
 log = logging.getLogger("dino_sparo")
 
-STEPS_AHEAD = 2  # of the GPU; more would only fill memory with batches
-EAGER_STEPS = 3  # in which all learns, before a capture: they load kernels and make the optimizer's state
+STEPS_AHEAD = 2  # steps queued on the GPU; more would only fill its memory with batches
+EAGER_STEPS = 3  # steps without frozen parts before a capture: they load kernels and create optimizer state
 NUMBERS = ("lr", "weight_decay", "momentum", "teacher_temp")
 
 
 class Steps:
-    """Takes the steps of a run.
+    """Runs the training steps.
 
-    With `capture`, steps on a GPU are replays of a graph, but for those that freeze the last layer or the
-    backbone, and the first three in which all learns. If any process cannot capture, all go on without, and
-    the log says so.
+    With `capture`, steps on a GPU are replays of a CUDA graph, except those with a frozen last layer or
+    backbone and the first three after them. If a process cannot capture, all continue with eager steps and
+    log a warning.
 
     Args:
-        step: `train_step` of a state, which is left to give micro-batches, their number and hyperparameters.
+        step: `train_step`; it is called with micro-batches, their number, hyperparameters and statistics.
         device: of the state.
-        accumulation: micro-batches of a step.
+        accumulation: micro-batches per step.
         capture: whether to capture the step.
     """
 
@@ -55,15 +55,15 @@ class Steps:
         self._output: StepOutput | None = None  # of the graph
         self._inputs: list[list[Tensor]] = []  # of the graph, by micro-batch and size of crops
         if capture and not self._on_gpu:
-            log.info("machine.capture is for a GPU; this run takes its steps on the %s", device.type)
+            log.info("machine.capture has no effect on the %s", device.type)
 
     def take(
         self, micro_batches: Iterator[list[Tensor]], hyper: Hyperparameters, *, logged: bool
     ) -> StepOutput:
-        """The next step; its output has statistics if it is to be `logged`.
+        """Run the next step; with `logged` its output has statistics.
 
         Raises:
-            StuckError: the GPU has not finished a step for so long that it never will.
+            StuckError: the GPU has not finished a step for 30 minutes.
         """
         if not self._on_gpu:
             return self._eagerly(micro_batches, hyper, logged=logged)
@@ -80,11 +80,11 @@ class Steps:
 
     @property
     def captured(self) -> bool:
-        """Whether steps are replays by now."""
+        """Whether steps are replays of a CUDA graph."""
         return self._graph is not None
 
     def close(self) -> None:
-        """Free the graph: NCCL does not leave a process group that one still refers to."""
+        """Free the graph; otherwise NCCL cannot destroy the process group that it uses."""
         if self._graph is not None:
             self._graph.reset()
             self._graph = None
@@ -96,7 +96,7 @@ class Steps:
         return self._step(micro_batches, self._accumulation, hyper, statistics=statistics)
 
     def _on_device(self, hyper: Hyperparameters) -> Hyperparameters:
-        """Hyperparameters as scalars on the GPU, by one copy, for which nobody waits."""
+        """Hyperparameters as scalars on the GPU, by one asynchronous copy."""
         values = torch.tensor([getattr(hyper, name) for name in NUMBERS], dtype=torch.float64)
         self._numbers.copy_(values.pin_memory(), non_blocking=True)
         on_device: dict[str, Any] = dict(zip(NUMBERS, self._numbers.unbind(), strict=True))
@@ -112,27 +112,27 @@ class Steps:
         return self._output
 
     def _captured(self, batches: list[list[Tensor]], hyper: Hyperparameters) -> bool:
-        """Capture a step on such batches, which changes nothing yet; whether all processes could."""
+        """Capture a step for batches of these shapes, without running it; whether all processes could."""
         graph, reason = torch.cuda.CUDAGraph(), ""
         stream = torch.cuda.current_stream(self._device)
         self._inputs = [[torch.empty_like(group) for group in groups] for groups in batches]
-        try:  # other threads, which load images, may use CUDA meanwhile
+        try:  # "thread_local": other threads, which load images, may use CUDA meanwhile
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._output = self._eagerly(iter(self._inputs), hyper, logged=True)
-        except RuntimeError as error:  # of CUDA, or that the graph's own memory is not there
-            reason = str(error.__context__ or error).split("\n")[0] or "no reason is given"
+        except RuntimeError as error:  # an error of CUDA, or out of memory
+            reason = str(error.__context__ or error).split("\n")[0] or "unknown reason"
         finally:
-            torch.cuda.set_stream(stream)  # after a failure torch stays in that of the capture
+            torch.cuda.set_stream(stream)  # after a failure torch stays in the stream of the capture
         failed = int(sum_over_ranks(torch.tensor([int(bool(reason))])))
         if not failed:
             self._graph = graph
             return True
         self._capture, self._inputs, self._output = False, [], None
         del graph
-        gc.collect()  # its memory, which the traceback of an error has held
+        gc.collect()  # frees its memory, to which the traceback of the error refers
         log.warning(
             "WARNING: the training step could not be captured as a CUDA graph in %d processes (%s); the run "
-            "goes on without, which is slower",
-            *(failed, reason or "the others could"),
+            "continues with eager steps, which are slower",
+            *(failed, reason or "no error in this process"),
         )
         return False

@@ -1,4 +1,4 @@
-"""Ends of a run before its time: signals from outside, and numbers that went wrong."""
+"""Early ends of a run: signals, and steps with a loss or gradients that are not finite."""
 
 import signal
 import threading
@@ -11,17 +11,17 @@ from torch import Tensor
 from dino_sparo.errors import StoppedError, StuckError
 from dino_sparo.parallel.processes import on_stop_signals
 
-LISTED_BAD_STEPS = 1000  # between two looks at them
+LISTED_BAD_STEPS = 1000  # since `new` was last called
 
 
 class StopSignals:
-    """From `listen` on, the first signal that asks the run to stop is noted, and further ones change nothing.
+    """Records the first stop signal after `listen` until the end of the block; later ones are ignored.
 
-    That ends with the block, unless the program ends with it, by a StoppedError or StuckError.
+    After a StoppedError or StuckError signals stay ignored, since the program ends.
 
     Attributes:
-        received: its name, empty before.
-        interruptible: whether Ctrl-C interrupts at once instead: as long as there is nothing to save.
+        received: name of the signal, empty before.
+        interruptible: True while there is nothing to save: Ctrl-C raises KeyboardInterrupt.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class StopSignals:
         return self
 
     def listen(self) -> None:
-        """Take the signals; in the main thread, which alone gets any."""
+        """Set the signal handlers; only in the main thread, which alone receives signals."""
         if threading.current_thread() is threading.main_thread():
             self._before = on_stop_signals(self._note)
 
@@ -51,43 +51,46 @@ class StopSignals:
 
 
 class BadSteps:
-    """Steps whose numbers went wrong, counted on the device; the host reads them now and then.
+    """Steps with a loss or gradients that are not finite, counted on the device.
 
     Args:
         device: of the tensors.
-        allowed: so many may be skipped; after one more nothing changes any more.
+        allowed: number of bad steps to skip; after one more the state no longer changes.
 
     Attributes:
-        total: how many there have been since this start, on the device.
-        known: how many the log has told the host of.
+        total: number of bad steps since this start, on the device.
+        known: number of bad steps in the last log entry, on the CPU.
     """
 
     def __init__(self, device: torch.device, allowed: int) -> None:
         self.allowed = allowed
-        self.total = torch.zeros((), dtype=torch.int64, device=device)  # since this start
-        self._steps = torch.zeros_like(self.total)  # since this start
+        self.total = torch.zeros((), dtype=torch.int64, device=device)
+        self._steps = torch.zeros_like(self.total)  # all steps since this start
         self._latest = torch.zeros(LISTED_BAD_STEPS, 2, dtype=torch.int64, device=device)  # step, finite loss
         self.known = self._read = 0
 
     def going_on(self) -> Tensor:
-        """Whether steps may still change anything: a scalar on the device."""
+        """Whether steps may still change the state: a bool scalar on the device."""
         return self.total <= self.allowed
 
     def add(self, bad: Tensor, finite_loss: Tensor) -> None:
-        """A step has been done, once each; whether it was bad, and whether its loss was finite (scalars)."""
+        """Count a step: whether it was bad, and whether its loss was finite (bool scalars)."""
         self._steps += 1
         row = torch.stack([self._steps, finite_loss.long()])
         self._latest.copy_(torch.where(bad, torch.cat([self._latest[1:], row[None]]), self._latest))
         self.total += bad
 
     def some_are_new(self) -> bool:
-        """Whether the log has told of some that have not been read."""
+        """Whether the log has counted bad steps that `new` has not returned yet."""
         return self.known > self._read
 
     def new(self, first_step: int) -> list[tuple[int, int, str]]:
-        """Those not read before, the last 1000 of them: how many it made, its step, what was not finite.
+        """Bad steps since the last call, at most 1000: count since this start, step, and what was not finite.
 
-        The host waits for the device. Steps are numbered from that of this start.
+        Synchronizes with the device.
+
+        Args:
+            first_step: steps done before this start.
         """
         before, self._read = self._read, int(self.total)
         rows = self._latest.tolist()[max(0, len(self._latest) + before - self._read) :]

@@ -6,11 +6,10 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float | Tensor, finite: Tensor) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student, all that the student learns, in place.
+    """teacher <- momentum * teacher + (1 - momentum) * student, in place, for trainable parameters.
 
-    What it does not learn (a frozen backbone, fixed lengths of the prototypes) is the same in both. If the
-    step was not `finite` (a scalar on the device) the teacher stays; the host need not know. The momentum is
-    a number, or a float64 scalar on the device.
+    Frozen parameters are equal in both. If `finite` (a scalar tensor on the device) is false, the teacher
+    does not change. `momentum` is a number, or a float64 scalar tensor on the device.
     """
     both = zip(teacher.parameters(), student.parameters(), strict=True)
     pairs = [(of_teacher, of_student) for of_teacher, of_student in both if of_student.requires_grad]
