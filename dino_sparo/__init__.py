@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dino_sparo.evaluation.features import embed as embed
     from dino_sparo.evaluation.knn import knn_classify as knn_classify
     from dino_sparo.interop.load import load_encoder as load_encoder
     from dino_sparo.models import DINOHead as DINOHead
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from dino_sparo.models import build_encoder as build_encoder
     from dino_sparo.slots.attention import slot_attention as slot_attention
     from dino_sparo.training.loss import DINOLoss as DINOLoss
+    from dino_sparo.training.notebook import pretrain as pretrain
 
 __version__ = "0.1.0"
 _HOMES = {
@@ -23,8 +25,10 @@ _HOMES = {
     "Encoder": "dino_sparo.models",
     "Sparo": "dino_sparo.models",
     "build_encoder": "dino_sparo.models",
+    "embed": "dino_sparo.evaluation.features",
     "knn_classify": "dino_sparo.evaluation.knn",
     "load_encoder": "dino_sparo.interop.load",
+    "pretrain": "dino_sparo.training.notebook",
     "slot_attention": "dino_sparo.slots.attention",
 }
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604

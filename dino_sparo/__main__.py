@@ -7,12 +7,12 @@ import os
 import platform
 import select
 import sys
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 from dino_sparo import __version__
 from dino_sparo.cli.commands import COMMANDS, usage
-from dino_sparo.cli.parsing import FLAGS, given_values, options_of
+from dino_sparo.cli.parsing import FLAGS, given_values, options_of, with_images, with_recipe
 from dino_sparo.errors import (
     EXIT_INTERRUPTED,
     EXIT_STOPPED,
@@ -139,13 +139,23 @@ def run_command(arguments: list[str]) -> int:
     if name not in COMMANDS or len(asked) < len(arguments):
         from dino_sparo.cli.helptext import overview, page  # needs what only pages of help need
 
-        print(page(name) if name in COMMANDS else overview(group))
+        if name not in COMMANDS:
+            print(overview(group))
+            return 0
+        given: dict[str, Any] = {}
+        with suppress(UserError):
+            given = given_of(name, rest)
+        print(page(name, with_recipe(name, given)))
         return 0
     command = COMMANDS[name]
     check_environment()
-    given, options = parsed(name, rest)
+    given = with_recipe(name, given_of(name, rest))
     quiet, dry_run = (value_of(flag, given.get(flag, False), bool) for flag in FLAGS)
     set_up_log(logging.ERROR if told("RANK") else logging.WARNING if quiet else logging.INFO)
+    if sys.stderr.isatty():  # importing torch takes a while
+        logging.getLogger("dino_sparo").info("dino-sparo %s ...", name)
+    given = with_images(command.options, given)
+    options = options_of(command.options, given)
     if dry_run or command.function == command.plan:
         only_one_process("--dry-run" if dry_run else name)
         if command.plan is None:
@@ -170,18 +180,10 @@ def run_command(arguments: list[str]) -> int:
     return command.function(options) or 0
 
 
-def parsed(name: str, arguments: list[str]) -> tuple[dict[str, Any], Any]:
-    """What is given to a command by dotted key, with what it can tell by itself, and its options."""
+def given_of(name: str, arguments: list[str]) -> dict[str, Any]:
+    """What is given to a command, by dotted key."""
     command = COMMANDS[name]
-    given = given_values(arguments, command.options, usage=usage(name), positional=command.positional)
-    if name == "pretrain" and "config" not in given and "run_dir" in given:
-        stored = Path(given["run_dir"]) / "config.yaml"
-        if stored.is_file():
-            given["config"] = str(stored)
-    elif name == "demo":
-        data = Path(given["data.path"]).resolve().name if "data.path" in given else ""
-        given = {"config": "demo", "run_dir": f"runs/demo-{data}" if data else "runs/demo"} | given
-    return given, options_of(command.options, given)
+    return given_values(arguments, command.options, usage=usage(name), positional=command.positional)
 
 
 def only_one_process(what: str) -> None:

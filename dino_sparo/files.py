@@ -1,6 +1,7 @@
 """Atomic writes, JSON lines, and cache folders that only this user can write."""
 
 import atexit
+import difflib
 import errno
 import glob
 import hashlib
@@ -17,7 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,6 +29,7 @@ log = logging.getLogger("dino_sparo")
 COMPILED = "TORCHINDUCTOR_CACHE_DIR"  # environment variable; importing torch's compiler sets it too
 ABANDONED_SECONDS = 3600.0  # an older temporary file was left by a killed process
 MOST_LINE = 2**24  # bytes per line of JSON; the longest lines name all images of a batch
+MOST_NAMES = 1000  # names in a folder that are compared with a mistyped one
 OF_TORCH = "torchinductor_"  # torch's default folder is this followed by the user name
 
 
@@ -79,6 +81,15 @@ def write_file(path: Path, content: str | bytes) -> None:
     """Write a file with `atomic_write`, text as UTF-8. Raises OSError."""
     with atomic_write(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def did_you_mean(path: Path) -> str:
+    """A suggestion in parentheses: the name beside a missing file or folder that is most similar."""
+    with suppress(OSError):
+        names = [entry.name for entry in islice(os.scandir(path.parent), MOST_NAMES)]
+        near = difflib.get_close_matches(path.name, names, n=1)
+        return f" (did you mean {str(path.parent / near[0])!r}?)" if near else ""
+    return ""
 
 
 def open_regular(path: str | Path, buffering: int = -1) -> BinaryIO:

@@ -35,8 +35,10 @@ def open_outputs() -> None:
 
 
 def shows_bars() -> bool:
-    """Whether to draw progress bars: on a terminal, in the first process, and without `--quiet`."""
-    return sys.stderr.isatty() and logging.getLogger("dino_sparo").level <= logging.INFO
+    """Whether to draw progress bars: on a terminal or in a notebook, in the first process, and without
+    `--quiet`."""
+    visible = sys.stderr.isatty() or "ipykernel" in sys.modules
+    return visible and logging.getLogger("dino_sparo").level <= logging.INFO
 
 
 def program(name: str) -> str:
@@ -119,6 +121,14 @@ def table(rows: Mapping[str, str], name_width: int, indent: str = "  ") -> str:
         )
         for name, text in rows.items()
     )
+
+
+def aligned_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table for a terminal, whose columns are aligned."""
+    lines = [[shown(cell) for cell in line] for line in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+    return "\n".join([aligned[0], "  ".join("-" * width for width in widths), *aligned[1:]])
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

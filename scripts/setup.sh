@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv beside this folder and installs the package into it; sourced by the other scripts.
 # Usage: source scripts/setup.sh EXTRA      "" or test; without it the caller's own arguments would be taken
+# CPU_ONLY=1 takes PyTorch without CUDA, less than a third of the size.
 set -euo pipefail
 extra=${1?usage: source scripts/setup.sh EXTRA}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -17,6 +18,7 @@ fi
 stamp=.venv/installed${extra:+-$extra}
 if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
   echo "Installing into .venv (PyTorch is large: a few minutes the first time) ..." >&2
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${extra:+[$extra]}"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${extra:+[$extra]}" \
+    ${CPU_ONLY:+--extra-index-url https://download.pytorch.org/whl/cpu}
   touch .venv/installed "$stamp"
 fi

@@ -16,6 +16,7 @@ from dino_sparo.data import workers
 from dino_sparo.data.loader import Crops
 from dino_sparo.models import DINOHead, DinoModel, build_encoder
 from dino_sparo.runs.checkpoint import load_latest
+from dino_sparo.training import setup
 from dino_sparo.training.schedules import Hyperparameters
 from tests.tiny import TINY, build_state, tiny_options, write_pictures
 
@@ -28,6 +29,7 @@ TURNED[0x0112] = 6
 def quick(monkeypatch):
     monkeypatch.setattr(program, "LOADING_SECONDS", 0.05)
     monkeypatch.setattr(measure, "MATRIX_SIDE", {"cpu": 32})
+    monkeypatch.setattr(setup, "FEW_STEPS", 1)  # for all but one test
     logging.getLogger("dino_sparo").handlers.clear()
 
 
@@ -147,6 +149,15 @@ def test_without_val_nothing_is_said_of_it(checked, data):
     report = checked("--monitor.knn_every_epochs=1")
     assert report["data"]["val"] is None and report["data"]["train"]["images"] == 24
     assert report["remarks"] == []
+
+
+def test_advice_for_a_small_folder(checked, monkeypatch):
+    monkeypatch.setattr(setup, "FEW_STEPS", 2000)
+    remarks = checked("--head.num_prototypes=65536", look=[])["remarks"]
+    assert remarks[1:3] == [
+        "18 steps in all are few to learn from; --optim.epochs 334 makes them 2,000",
+        "65,536 prototypes are more than the 24 images; --head.num_prototypes 256 fits them better",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,16 @@
 """The command line as a user meets it: exit status, one line on a mistake, what lies in the run folder."""
 
 import sys
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
 
-from dino_sparo.__main__ import main
+from dino_sparo.__main__ import given_of, main
 from dino_sparo.cli.commands import COMMANDS
 from dino_sparo.cli.evaluating import KnnOptions
+from dino_sparo.cli.parsing import options_of
+from dino_sparo.recipe.typed import flattened
 from tests.running import finished
 from tests.tiny import parse_options, tiny_arguments, write_pictures
 
@@ -157,6 +160,24 @@ def test_knn_prints_accuracy_and_number_of_images(trained, capsys):
     assert [line.split()[:2] for line in out[2:4]] == [["1-NN", "top-1"], ["3-NN", "top-1"]]
 
 
+def test_knn_of_a_run_takes_its_own_images_and_says_so(trained, capsys, caplog):
+    caplog.set_level("INFO", logger="dino_sparo")
+    data, run = trained
+    assert main(["knn", str(run), "--k", "1", "--num_workers", "0"]) == 0
+    assert f"images: those of the run, {data}; --data.path names others" in caplog.text
+    assert "7 train and 1 test images" in capsys.readouterr().out
+
+
+def test_a_mistyped_run_is_told_with_the_nearest(trained, capsys):
+    data, run = trained
+    near = f"{run}s", f"(did you mean {str(run)!r}?)"
+    assert f"there is no run {near[0]!r} {near[1]}" in mistake(["knn", near[0]], capsys)
+    assert f"does not exist {near[1]}" in mistake(["knn", near[0], "--data.path", str(data)], capsys)
+    assert f"{near[0]} holds no run to resume {near[1]}" in mistake(
+        ["pretrain", "--run_dir", near[0]], capsys
+    )
+
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -184,9 +205,41 @@ def test_demo_script_hands_its_options_on(tmp_path):
         (["--test=a=x", "--test", "b=y"], {"test": ["a=x", "b=y"]}),
         (["--test=a=x", "--test=b=y"], {"test": ["a=x", "b=y"]}),
         (['--test=["a=x"]', "--test", "b=y"], {"test": ["a=x", "b=y"]}),
+        (["--test", "a=x,y"], {"test": ["a=x,y"]}),
         ([], {"test": [], "untrained": False}),
     ],
 )
 def test_dashes_flags_and_several_values(given, taken):
     options = parse_options(KnnOptions, ["--run", "r", "--data.path", "d", *given])
     assert {key: getattr(options, key) for key in taken} == taken
+
+
+@pytest.mark.parametrize("form", ["{} {}", "{},{}", "={},{}", "={} {}", "[{},{}]", "[{}, {}]"])
+@pytest.mark.parametrize(
+    ("name", "key", "values"),
+    [
+        ("knn", "k", [10, 20]),
+        ("linear", "learning_rates", [1e-3, 0.03]),
+        ("linear", "features", ["cls", "both"]),
+        ("slots maps", "slots", [0, 5]),
+        ("slots maps", "data.value_range", (-1000.0, 4e2)),
+        ("check", "gpu", ["h100", "a100"]),
+        ("study", "only", ["cls", "sparo"]),
+        ("pretrain", "views.global_scale", (0.4, 1.0)),
+    ],
+)
+def test_a_list_is_written_with_spaces_commas_or_brackets(name, key, values, form):
+    """As a shell without quotes gives it; what stands for RUN is no value of a list of numbers."""
+    command, run = COMMANDS[name], ["runs/one"] if name not in ("check", "study", "pretrain") else []
+    recipe = [] if run else ["--config", "photos_sparo", "--run_dir", "x"]
+    words = f"--{key}{' ' * (form[0] != '=')}{form.format(*values)}".split(" ")
+    options = options_of(command.options, given_of(name, [*recipe, "--data.path", "d", *words, *run]))
+    assert flattened(as_dict(options))[key] == values
+    assert not run or options.run == run[0]
+
+
+def as_dict(options: object) -> dict[str, object]:
+    return {
+        field.name: as_dict(value) if is_dataclass(value := getattr(options, field.name)) else value
+        for field in fields(options)
+    }

@@ -131,4 +131,4 @@ def test_the_command_beside_a_control(slot_runs, tmp_path, capsys):
     picture = np.asarray(Image.open(tmp_path / "factors" / "factors.png").convert("RGB"))
     assert min(picture.shape[:2]) > 150 and picture.std() > 10
     shown = capsys.readouterr().out
-    assert "control (cls)" in shown and all(f"\n| {name} " in shown for name in NUM_VALUES)
+    assert "control (cls)" in shown and all(f"\n{name} " in shown for name in NUM_VALUES)

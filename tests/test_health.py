@@ -51,8 +51,8 @@ def test_planted_slots_are_found(pictures):
     assert summary["mean_overlap"] == pytest.approx(sum(slot["overlap"] for slot in slots) / 5)
     assert summary["mean_agreement"] is None
     lines = table(slots, summary).splitlines()
-    assert "1 (3)" in next(line for line in lines if line.startswith("| dead"))
-    assert "2 (0, 1)" in next(line for line in lines if line.startswith("| duplicate"))
+    assert "1 (3)" in next(line for line in lines if line.startswith("dead"))
+    assert "2 (0, 1)" in next(line for line in lines if line.startswith("duplicate"))
 
 
 def health_json(out):

@@ -8,9 +8,10 @@ import sys
 import pytest
 
 import dino_sparo
-from dino_sparo.__main__ import command_and_rest, main, parsed
+from dino_sparo.__main__ import command_and_rest, given_of, main
 from dino_sparo.cli.commands import COMMANDS
 from dino_sparo.cli.helptext import TITLES
+from dino_sparo.cli.parsing import options_of, with_recipe
 from dino_sparo.errors import EXIT_STATUSES
 from dino_sparo.recipe.files import recipes
 from dino_sparo.runs.rundir import start_run_dir
@@ -71,7 +72,25 @@ def test_examples_of_help_parse(example, tmp_path, monkeypatch):
     run = tmp_path / "runs" / "photos"
     run.mkdir(parents=True)
     start_run_dir(run, tiny_options(tmp_path, run), {})
-    assert parsed(*command_and_rest(shlex.split(example, comments=True)))
+    name, arguments = command_and_rest(shlex.split(example, comments=True))
+    assert options_of(COMMANDS[name].options, with_recipe(name, given_of(name, arguments)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown", "not_shown"),
+    [
+        (["pretrain", "--config", "imagenet_vits16_sparo"], ["now: 100)", "required)"], ["from the recipe"]),
+        (["pretrain", "--config=photos_sparo", "--seed", "17"], ["now: 17)"], []),
+        (["pretrain"], ["from the recipe"], ["now: "]),
+        (["knn"], ["usage: dino-sparo knn RUN [--key", "default: that of the run"], []),
+        (["slots", "report"], ["text; required"], []),
+        (["demo"], ["now: runs/demo)", "now: shapes)"], ["required", "from the recipe"]),
+    ],
+)
+def test_help_shows_the_values_of_a_recipe_and_what_is_required(arguments, shown, not_shown, capsys):
+    assert main([*arguments, "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(one in text for one in shown) and not any(one in text for one in not_shown)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 import pytest
 
-from dino_sparo.cli.evaluating import KnnOptions
+from dino_sparo.cli.evaluating import KnnOptions, LinearOptions
+from dino_sparo.cli.pretraining import PretrainOptions
 from dino_sparo.errors import UserError
 from dino_sparo.recipe.files import recipes
 from tests.recipes import REQUIRED, changed, content, parse, refusal, refused
@@ -190,7 +191,9 @@ def test_malformed_recipe(tmp_path, recipe, expected):
         (("--config", "photos_sparo"), "option --config is given twice"),
         (("--optim.epochs",), "option --optim.epochs has no value"),
         (("stray",), "unexpected argument 'stray'; expected: "),
-        (("--views.global_scale", "0.5", "1"), "unexpected argument '1'"),
+        (("--optim.epochs", "3", "4"), "unexpected argument '4'"),
+        (("--views.global_scale", "0.5", "1", "--views.global_scale", "0.4"), "global_scale is given twice"),
+        (("--views.global_scale", "0.5", "1", "1"), "views.global_scale is 0.5 1 1; expected a list [a num"),
         (("-x",), "unexpected argument '-x'"),
         (("--optim", "3"), "option --optim is unknown; did you mean 'optim.epochs'?"),
         (("--optim.epochs", "many"), "optim.epochs is many; expected a whole number from 1"),
@@ -205,6 +208,31 @@ def test_malformed_recipe(tmp_path, recipe, expected):
 )
 def test_malformed_command_line(arguments, expected):
     assert expected in refusal("--config", "photos_sparo", *REQUIRED, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("words", "options_class", "meant"),
+    [
+        ("lr learning-rate", PretrainOptions, "optim.lr_per_256"),
+        ("batch_size bs", PretrainOptions, "optim.global_batch_size"),
+        ("gpus nproc-per-node", PretrainOptions, "nproc"),
+        ("wd", PretrainOptions, "optim.weight_decay"),
+        ("output_dir out", PretrainOptions, "run_dir"),
+        ("data_path data", PretrainOptions, "data.path"),
+        ("pretrained", PretrainOptions, "init"),
+        ("arch", PretrainOptions, "model.arch"),
+        ("momentum_teacher", PretrainOptions, "optim.teacher_momentum"),
+        ("local_crops_number", PretrainOptions, "views.num_local_crops"),
+        ("lr", LinearOptions, "learning_rates"),
+        ("bs", LinearOptions, "batch_size"),
+        ("pretrained_weights checkpoint", KnnOptions, "run"),
+        ("nb_knn", KnnOptions, "k"),
+        ("output_dir", KnnOptions, "out"),
+    ],
+)
+def test_words_of_other_programs_are_told_ours(words, options_class, meant):
+    for word in words.split():
+        assert f"did you mean {meant!r}?" in refusal(f"--{word}", "1", options_class=options_class)
 
 
 def test_missing_options():

@@ -61,6 +61,9 @@ def finished(tmp_path_factory):
 def test_tensorboard_has_every_scalar_by_group_the_first_crops_and_maps_of_slots(finished):
     events = EventAccumulator(str(finished / "tensorboard"), size_guidance={"images": 0}).Reload()
     tags = events.Tags()
+    assert tags["tensors"] == ["recipe/text_summary"]
+    (recipe,) = events.Tensors("recipe/text_summary")
+    assert b"global_batch_size: 30\n" in recipe.tensor_proto.string_val[0]
     grouped = {f"{group}/{name}" for group, names in GROUPS.items() for name in names}
     assert set(tags["scalars"]) == grouped
     assert [event.step for event in events.Scalars("loss/loss")] == [1, 2, 3, 4, 5, 6]

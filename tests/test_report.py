@@ -126,6 +126,17 @@ def test_tables_hold_the_numbers_of_the_files(reported):
         assert [f"{top1:.4g}", f"{error:.4g}", f"{top5:.4g}", "12"] in [row[5:] for row in rows]
 
 
+def test_a_run_without_slots_has_curves_accuracy_and_maps_of_its_heads(slot_runs, tmp_path, capsys):
+    run = shutil.copytree(slot_runs["cls"], tmp_path / "run")
+    assert main(["slots", "report", str(run), f"--data.path={slot_runs['data']}", *MACHINE]) == 0
+    assert (
+        "there are no slots (read-out cls): curves, accuracy, and maps are shown" in capsys.readouterr().out
+    )
+    text = (run / "slots" / "report.html").read_text()
+    assert "slots/maps/grid.png" in Page(text).files and "slots/rank/curve.png" not in text
+    assert "without slots" in text and "the heads of the CLS token look" in text
+
+
 def test_the_page_begins_with_what_was_trained_then_says_what_was_found(reported):
     text = (reported / "slots" / "report.html").read_text()
     ranked, known = read(reported, "rank"), read(reported, "factors")

@@ -1,6 +1,7 @@
 """The launchers: one machine through --nproc, several through SLURM's srun and torchrun's rendezvous."""
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -95,3 +96,17 @@ def test_a_process_that_dies_on_another_machine_is_told(data, slurm, tmp_path):
 def test_a_missing_folder_is_answered_with_the_usage():
     done = finished(["bash", str(ROOT / "scripts" / "pretrain_8gpu.sh")])
     assert done.returncode != 0 and "usage: scripts/pretrain_8gpu.sh DATA" in done.stderr
+
+
+@pytest.mark.parametrize(("variable", "more"), [({}, ""), ({"CPU_ONLY": "1"}, " --extra-index-url")])
+def test_install_takes_pytorch_without_cuda_if_that_is_asked_for(variable, more, tmp_path):
+    """What is given to pip, by a `.venv` that only tells it."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "setup.sh", tmp_path / "scripts")
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    for name in ("pip", "python"):
+        (tmp_path / ".venv" / "bin" / name).write_text('#!/bin/sh\necho "$@"\n')
+        (tmp_path / ".venv" / "bin" / name).chmod(0o755)
+    done = finished(["bash", "scripts/setup.sh", "test"], cwd=tmp_path, env=os.environ | variable)
+    index = f"{more} https://download.pytorch.org/whl/cpu" if more else ""
+    assert done.stdout.endswith(f" --editable .[test]{index}\n"), done

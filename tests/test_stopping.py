@@ -68,6 +68,7 @@ def test_a_signal_in_mid_epoch(processes, workers, sent, pictures, uninterrupted
     stopped_at = load_latest(tmp_path)["step"]
     assert process.returncode == STOPPED
     assert said.count("; the same command resumes from there") == 1 and "Traceback" not in said
+    assert f"{sent.name}: stopping after this step, and saving\n" in said
     assert f"stopped by {sent.name} after step {stopped_at} of 180" in said
     assert len(everyone) == (1 if processes == 1 else 1 + processes) + processes * workers
     assert all(is_gone(member) for member in everyone)

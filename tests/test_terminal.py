@@ -74,6 +74,8 @@ def test_quiet_run_shows_nothing_on_a_terminal_and_logs_all(arguments, tmp_path)
 def test_terminal_gets_a_bar(arguments):
     status, shown = pretrain(*arguments, on_terminal=True)
     assert status == 0 and "\r" in shown and "epoch 1/1:" in shown
+    assert shown.startswith("dino-sparo pretrain ...")
+    assert "how good it is: dino-sparo knn" in shown
 
 
 @pytest.mark.long

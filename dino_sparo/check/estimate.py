@@ -20,7 +20,7 @@ from dino_sparo.check.gpus import GPUS, Gpu
 from dino_sparo.data.loader import Executor, choose_executor
 from dino_sparo.data.views import NUM_GLOBAL_CROPS, crop_kinds
 from dino_sparo.recipe.sections import Recipe, smaller_batch, split_batch
-from dino_sparo.terminal import markdown_table
+from dino_sparo.terminal import aligned_table
 from dino_sparo.training.setup import build_schedules
 from dino_sparo.training.state import TrainState
 
@@ -183,14 +183,14 @@ def describe_runs(name: str, runs: Sequence[GpuRun], num_processes: int) -> str:
         "its launches, ms": ["" if run.host_ms is None else f"{run.host_ms:,.0f}" for run in runs],
     }
     header = [name, *(f"{run.gpu}, {'measured' if run.measured else 'estimated'}" for run in runs)]
-    text = markdown_table(header, [[row, *columns] for row, columns in cells.items()])
+    text = aligned_table(header, [[row, *columns] for row, columns in cells.items()])
     if len(runs) > 1 or not runs[0].phases:
         return text
     rows = [
         [phase, str(operators), f"{gb:.1f}", f"{tflop:.2f}", f"{ms:.2f}"]
         for phase, (operators, gb, tflop, ms) in runs[0].phases.items()
     ]
-    return f"{text}\n\n{markdown_table(['phase', 'operators', 'GB', 'TFLOP', 'ms'], rows)}"
+    return f"{text}\n\n{aligned_table(['phase', 'operators', 'GB', 'TFLOP', 'ms'], rows)}"
 
 
 def describe_assumptions(run: GpuRun) -> str:

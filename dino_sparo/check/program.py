@@ -35,7 +35,7 @@ from dino_sparo.recipe.sections import Recipe, smaller_batch
 from dino_sparo.terminal import sentence, table
 from dino_sparo.training.bad_images import too_many
 from dino_sparo.training.pretrain import Batch
-from dino_sparo.training.setup import build_schedules, dataset_of
+from dino_sparo.training.setup import advice, build_schedules, dataset_of
 from dino_sparo.training.state import build_state
 
 log = logging.getLogger("dino_sparo")
@@ -79,6 +79,7 @@ def check(
     doubts = notes_on(plan.source, test, decide(recipe.data.path, Choice.of(recipe.data)))
     if plan.monitor is None:
         remarks.append("no k-NN while training: monitor.knn_path can name a labeled folder")
+    remarks += advice(recipe.optim, recipe.head.num_prototypes, len(plan.source))
     if scan:
         data, bad_of_knn = scan_data(plan)
         report["data"] = asdict(data)
@@ -163,7 +164,7 @@ def look_at_data(data: DataReport, recipe: Recipe, problems: list[str], doubts: 
         if scan and scan.flat.count:
             doubts.append(
                 f"images of {split} that come out nearly constant or nearly black: {scan.flat.count} of "
-                f"{scan.images}; if their pixels have more than 8 bits, data.value_range [LOW, HIGH] says "
+                f"{scan.images}; if their pixels have more than 8 bits, data.value_range LOW HIGH says "
                 f"which become black and white"
             )
         if scan and scan.turned.count:

@@ -35,6 +35,11 @@ class Command:
         """The option that an argument without a name stands for."""
         return next((key for key in leaf_keys(self.options) if key in ("run", "runs", "source")), None)
 
+    def takes_from_run(self, key: str) -> bool:
+        """Whether an option that is left out is that of the run folder."""
+        needed = {field.name for field in fields(self.options) if field.default is field.default_factory}
+        return key == "data.path" and {"run", "data"} <= needed
+
     @property
     def of_run(self) -> bool:
         """Whether its options are those of a recipe and more."""
@@ -136,7 +141,7 @@ COMMANDS = {
         slots.SlotGalleryOptions,
         slots.gallery,
         "the images that each slot responds to most, and their neighbors within it",
-        ("slots gallery runs/sparo --data.path photos --slots '[0,5]'",),
+        ("slots gallery runs/sparo --data.path photos --slots 0 5",),
     ),
     "slots rank": Command(
         slots.SlotRankOptions,
@@ -214,6 +219,7 @@ def usage(name: str) -> str:
         for key, (field, _) in leaves(command.options).items()
         if field.default is field.default_factory  # MISSING
         and key != command.positional
+        and not command.takes_from_run(key)
         and key.partition(".")[0] not in optional
         and (not command.of_run or key in NOT_IN_RECIPES)
     ]

@@ -254,7 +254,7 @@ def _report(
     options: EvaluationOptions, results: "list[Result]", table: "Callable[[str, list[Result]], str]"
 ) -> None:
     """Print the table of the results, then save them, in one of the processes."""
-    from dino_sparo.evaluation.results import save_results
+    from dino_sparo.evaluation.results import RESULTS_FILE, save_results
     from dino_sparo.parallel.distributed import rank
 
     if rank() == 0:
@@ -266,6 +266,7 @@ def _report(
                 f"{error.filename} cannot be written ({error.strerror}), so that the results above are not "
                 f"saved; name another folder by --out"
             ) from error
+        print(f"results: {_folder(options) / RESULTS_FILE}; of several runs: dino-sparo compare RUN RUN")
 
 
 def _check_nothing_is_trained(options: LinearOptions) -> None:

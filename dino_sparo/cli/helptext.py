@@ -3,18 +3,18 @@
 import argparse
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import docstring_parser
 
-from dino_sparo.cli.commands import COMMANDS, usage
+from dino_sparo.cli.commands import COMMANDS, Command, usage
 from dino_sparo.cli.parsing import NOT_IN_RECIPES
 from dino_sparo.errors import EXIT_STATUSES
-from dino_sparo.recipe.files import recipes
-from dino_sparo.recipe.typed import expected, leaves, section_of
+from dino_sparo.recipe.files import checked_keys, find_recipe, merged, recipes
+from dino_sparo.recipe.typed import expected, leaf_keys, leaves, read_yaml, section_of
 from dino_sparo.terminal import table, width_of_terminal
 
 TITLES = {  # above the first command of each group
@@ -29,7 +29,7 @@ PROGRAM_OPTIONS = {  # of every command; they are no part of an experiment
 }
 EXAMPLES = [COMMANDS[name].examples[0] for name in ("pretrain", "knn", "linear", "slots report", "demo")]
 READ_ON = (
-    "Recipes are YAML files; --section.key VALUE behind one changes it, a list is written '[1, 2]', and - "
+    "Recipes are YAML files; --section.key VALUE behind one changes it, a list is written 1 2 or 1,2, and - "
     "and _ in names of options mean the same. All options of a command: dino-sparo COMMAND --help. A guide "
     "is README.md; protocols and measured numbers are in eval/, both in the source of the project."
 )
@@ -84,9 +84,14 @@ def summary_of_recipe(path: Path) -> str:
     return " ".join(comment).split(". ")[0].rstrip(".")
 
 
-def page(name: str) -> str:
-    """The page of `--help` of a command: what it is for, examples, and its options by section."""
+def page(name: str, given: Mapping[str, Any]) -> str:
+    """The page of `--help` of a command: what it is for, examples, and its options by section, with what the
+    recipe and the command line say so far."""
     command, width = COMMANDS[name], width_of_terminal()
+    values = dict(given)
+    if command.of_run and "config" in values:
+        stored = read_yaml(find_recipe(values["config"]))
+        values = merged(checked_keys(stored, leaf_keys(command.options), "key"), values)
     parser = argparse.ArgumentParser(
         add_help=False,
         usage=textwrap.fill(usage(name), width - 8, subsequent_indent="    ", break_on_hyphens=False),
@@ -106,7 +111,7 @@ def page(name: str) -> str:
             groups[field.name] = parser.add_argument_group(textwrap.fill(title, width - 1))
     for key, (field, owner) in keys.items():
         group = groups[key.partition(".")[0] if "." in key or key in groups else ""]
-        text = f"{docstrings(owner)[field.name]} ({_values(key, field, command.of_run)})"
+        text = f"{docstrings(owner)[field.name]} ({_values(key, field, command, values)})"
         group.add_argument(
             f"--{key}",
             nargs="?" if field.type is bool else None,  # a flag may stand alone
@@ -116,11 +121,15 @@ def page(name: str) -> str:
     return parser.format_help().rstrip("\n")
 
 
-def _values(key: str, field: Field[Any], of_run: bool) -> str:
-    """What an option takes, and its default or where the value comes from."""
+def _values(key: str, field: Field[Any], command: Command, values: Mapping[str, Any]) -> str:
+    """What an option takes, and its value now, its default or where the value comes from."""
     default = field.default if field.default_factory is MISSING else field.default_factory()
-    if default is MISSING:
-        told = "from the recipe" if of_run and key not in NOT_IN_RECIPES else "required"
+    if key in values:
+        told = f"now: {values[key] if isinstance(values[key], str) else json.dumps(values[key])}"
+    elif default is MISSING:
+        told = "not in this recipe" if "config" in values else "from the recipe"
+        told = told if command.of_run and key not in NOT_IN_RECIPES else "required"
+        told = "default: that of the run" if command.takes_from_run(key) else told
     else:
         told = f"default: {default if isinstance(default, str) else json.dumps(default)}"
     return f"{expected(field.type)}; {told}"

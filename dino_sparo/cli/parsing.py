@@ -1,23 +1,40 @@
 """Arguments as people write them -> the options of a command. Needs no torch."""
 
+import logging
+import typing
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
-from dino_sparo.errors import UserError
+from dino_sparo.errors import UserError, UserFileNotFoundError
+from dino_sparo.files import did_you_mean
 from dino_sparo.recipe.files import checked_keys, named_recipe, recipes
 from dino_sparo.recipe.sections import Recipe
-from dino_sparo.recipe.typed import MissingError, build, leaf_keys, load_yaml, section_of, unknown, value_of
+from dino_sparo.recipe.typed import (
+    MissingError,
+    build,
+    leaf_keys,
+    load_yaml,
+    read_yaml,
+    section_of,
+    unknown,
+    value_of,
+)
+
+log = logging.getLogger("dino_sparo")
 
 FLAGS = {"quiet": bool, "dry_run": bool}  # of the program, not of a command
 NOT_IN_RECIPES = {"run_dir", "data.path"}
+CONFIG_FILE = "config.yaml"  # of a run folder
 
 
 def given_values(
     arguments: list[str], options_class: type, *, usage: str, positional: str | None = None
 ) -> dict[str, Any]:
     """Arguments as values by key: `--train-fraction V` and `--train_fraction=V` alike, a flag alone as true,
-    all values of an option for several texts, `--test A=x B=y`, as one list.
+    the values of a list alike as `0 5`, `0,5`, or `[0, 5]`.
 
     Args:
         positional: the option that an argument without a name stands for.
@@ -38,24 +55,75 @@ def given_values(
         key = name.replace("-", "_")
         if key not in kinds:
             raise unknown(f"option --{name}", key, kinds)
-        if kinds[key] in (list[str], list[str] | None) and (equals or (rest and not rest[0].startswith("-"))):
-            texts = [value] if equals else []
-            while rest and not rest[0].startswith("-"):
-                texts.append(rest.pop(0))
-            for text in texts:
-                more = value_of(key, text, list[str]) if text.startswith("[") else [text]
-                values[key] = values.get(key, []) + more
+        item, texts = _item_of(kinds[key]), [value] if equals else []
+        is_flag = kinds[key] is bool and (rest or [""])[0].lower() not in ("true", "false", "yes", "no")
+        if not equals and not is_flag:
+            if not rest or rest[0].startswith("--"):
+                raise UserError(f"option --{key} has no value; give it as --{key} VALUE")
+            texts.append(rest.pop(0))
+        while item is not None and rest and not rest[0].startswith("--") and _can_be(rest[0], item):
+            texts.append(rest.pop(0))
+        if item is str:
+            values[key] = values.get(key, []) + _texts(key, texts)
         elif key in values:
             raise UserError(f"option --{key} is given twice; give it once")
-        elif equals:
-            values[key] = value
-        elif kinds[key] is bool and (rest or [""])[0].lower() not in ("true", "false", "yes", "no"):
-            values[key] = True
-        elif rest and not rest[0].startswith("--"):
-            values[key] = rest.pop(0)
         else:
-            raise UserError(f"option --{key} has no value; give it as --{key} VALUE")
+            values[key] = " ".join(texts) if texts else True
     return values
+
+
+def _item_of(kind: Any) -> Any:
+    """The type of the values of a list; None of what is no list."""
+    lists = (one for one in (kind, *typing.get_args(kind)) if typing.get_origin(one) in (list, tuple))
+    return next((typing.get_args(one)[0] for one in lists), None)
+
+
+def _can_be(text: str, item: Any) -> bool:
+    """Whether one more argument belongs to the list before it, and is not what stands for RUN."""
+    if item is str:
+        return not text.startswith("-")
+    with suppress(UserError):
+        return bool(value_of("", text, list[item]))
+    return False
+
+
+def _texts(key: str, given: list[str]) -> list[str]:
+    """Texts in brackets, with commas between, or one by one; a path or NAME=VALUE keeps its commas."""
+    if given[0].startswith("["):
+        return value_of(key, " ".join(given), list[str])
+    return [one for text in given for one in ([text] if {*"/="} & {*text} else text.split(","))]
+
+
+def with_recipe(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a command, with the recipe that it takes by itself: that of the run, or the demo's."""
+    if name == "demo":
+        data = Path(given["data.path"]).resolve().name if "data.path" in given else ""
+        return {"config": "demo", "run_dir": f"runs/demo-{data}" if data else "runs/demo"} | dict(given)
+    stored = Path(given.get("run_dir", "")) / CONFIG_FILE
+    own = {"config": str(stored)} if name == "pretrain" and "run_dir" in given and stored.is_file() else {}
+    return own | dict(given)
+
+
+def with_images(options_class: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a command, where it needs images and has a run with those that the run was trained on.
+
+    Raises:
+        UserError: there is no such run, or its recipe cannot be read.
+    """
+    needed = any(
+        field.name == "data" and field.default is field.default_factory for field in fields(options_class)
+    )
+    if not needed or "run" not in given or "data.path" in given:
+        return dict(given)
+    run = Path(given["run"]).expanduser()
+    if not run.exists() and not given["run"].startswith("timm:"):
+        raise UserFileNotFoundError(f"there is no run {given['run']!r}{did_you_mean(run)}; give its folder")
+    stored = read_yaml(run / CONFIG_FILE) if (run / CONFIG_FILE).is_file() else {}
+    own = checked_keys({"data": stored.get("data", {})}, leaf_keys(Recipe), f"{run / CONFIG_FILE}: key")
+    own = {key: own[key] for key in leaf_keys(options_class).keys() & own.keys() if own[key] is not None}
+    if own:
+        log.info("images: those of the run, %s; --data.path names others", own["data.path"])
+    return own | dict(given)
 
 
 def options_of(options_class: type, given: Mapping[str, Any]) -> Any:
@@ -82,4 +150,6 @@ def options_of(options_class: type, given: Mapping[str, Any]) -> Any:
         in_begun = all(key.rpartition(".")[0] in begun for key in error.keys)
         if issubclass(options_class, Recipe) and not (NOT_IN_RECIPES.issuperset(error.keys) or in_begun):
             remedy = f"start from a recipe that has them: --config NAME, one of {', '.join(recipes())}"
+            if run := given.get("run_dir"):
+                remedy = f"{run} holds no run to resume{did_you_mean(Path(run))}; {remedy}"
         raise UserError(f"{error}; {remedy}") from error

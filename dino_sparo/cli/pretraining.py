@@ -1,5 +1,7 @@
 """`dino-sparo pretrain`, `check`, `study` and `sweep`: their options, and what they call."""
 
+import logging
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +11,9 @@ from dino_sparo.recipe.typed import Processes
 
 if TYPE_CHECKING:
     from dino_sparo.study.variants import Variant
+
+
+log = logging.getLogger("dino_sparo")
 
 
 @dataclass(kw_only=True)
@@ -81,6 +86,7 @@ def pretrain(options: PretrainOptions) -> None:
     from dino_sparo.training.pretrain import pretrain
 
     pretrain(options, Path(options.run_dir), resume_unverified=options.resume_unverified)
+    log.info("the run is in %s; how good it is: dino-sparo knn %s", *2 * [shlex.quote(options.run_dir)])
 
 
 def plan(options: PretrainOptions, recipe_name: str | None) -> int:
@@ -140,9 +146,7 @@ def plan_study(options: StudyOptions, recipe_name: str | None) -> int:
 
 def sweep(options: StudyOptions) -> int:
     """The former name of `study --evaluate false`."""
-    import logging
-
-    logging.getLogger("dino_sparo").warning(
+    log.warning(
         "WARNING: sweep is now called study --evaluate false; the name sweep will go with the next release"
     )
     options.evaluate = False

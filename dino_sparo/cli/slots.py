@@ -267,9 +267,9 @@ def report(options: SlotReportOptions) -> None:
     """Make what is missing or about others if there is data for it, then write `report.html` beside it."""
     from dino_sparo.data.sources import open_labeled
     from dino_sparo.data.splits import Choice
-    from dino_sparo.slots.page import FILES, OF_CLASSES, Subject, write_page
+    from dino_sparo.slots.page import FILES, OF_CLASSES, WITHOUT_SLOTS, Subject, write_page
 
-    encoder = _open(options)
+    encoder = _open(options, with_slots=False)
     if options.control:
         _open_control(options.control, options.which)
     data, no_classes = options.data, ""
@@ -285,10 +285,13 @@ def report(options: SlotReportOptions) -> None:
     page = subject.slots / "report.html"
     page.parent.mkdir(parents=True, exist_ok=True)
     write_page(page, subject, encoder)
-    for name, file in FILES.items():
-        if not (subject.slots / file).is_file() and not (no_classes and name in OF_CLASSES):
+    parts = FILES if encoder.num_slots else WITHOUT_SLOTS
+    for name in parts:
+        if not (subject.slots / FILES[name]).is_file() and not (no_classes and name in OF_CLASSES):
             print(f"not on the page: {name}; made by  {subject.command(name)}")
-    if no_classes:
+    if not encoder.num_slots:
+        print(f"there are no slots (read-out {encoder.readout_name}): curves, accuracy, and maps are shown")
+    elif no_classes:
         print(f"rank and mask are left out, since they need classes: {no_classes}")
     print(f"report ({page.stat().st_size / 1e6:.1f} MB): {page}")
 
@@ -314,6 +317,10 @@ def _make_missing(
     def lacks(part: str) -> bool:
         return subject.find(part)[0] is None
 
+    if not num_slots:
+        if lacks("maps"):
+            maps(SlotMapsOptions(**compared, data=images))
+        return
     if subject.has_classes and lacks("rank"):
         rank(SlotRankOptions(**compared, data=labeled))
     slots = subject.slots_to_show(num_slots)

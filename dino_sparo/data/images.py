@@ -5,6 +5,7 @@ Axis letters: B images.
 """
 
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dino_sparo.data import pil_views
-from dino_sparo.data.decode import UnreadableImageError
+from dino_sparo.data.decode import UnreadableImageError, decode, to_rgb
 from dino_sparo.data.sources import ImageSource
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -66,6 +67,16 @@ class ReadableCrops(CenterCrops):
 def evaluation_crop(image: Image.Image, size: int) -> Tensor:
     """The middle of an image as the official evaluation cuts it, uint8 (3, size, size)."""
     return to_tensor(pil_views.center_crop(_middle(image), size))
+
+
+def evaluation_input(image: Image.Image | str | Path, size: int) -> Tensor:
+    """An image or its file as an encoder takes it: the evaluation crop, normalized, float32 (3, size, size).
+
+    Raises:
+        Exception: it cannot be read; Pillow raises many kinds.
+    """
+    rgb = to_rgb(image) if isinstance(image, Image.Image) else decode(Path(image).read_bytes())
+    return normalize(evaluation_crop(rgb, size))
 
 
 def _middle(image: Image.Image) -> Image.Image:

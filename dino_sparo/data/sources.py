@@ -47,6 +47,7 @@ from dino_sparo.data.torchvision_sets import NAMES, open_set
 from dino_sparo.data.torchvision_sets import Part as PartOfSet
 from dino_sparo.data.walk import found_below, list_folder, named_by_ending
 from dino_sparo.errors import UnlabeledError, UserError, UserFileNotFoundError
+from dino_sparo.files import did_you_mean
 
 log = logging.getLogger("dino_sparo")
 
@@ -374,8 +375,8 @@ def _splits(path: str, key: str, choice: Choice) -> Splits:
     root = Path(path).expanduser()
     if not root.exists():
         raise UserFileNotFoundError(
-            f"{key} {path!r} does not exist; give an existing folder of images, or a name: "
-            f"{', '.join((SHAPES, *NAMES))}, hub:OWNER/NAME"
+            f"{key} {path!r} does not exist{did_you_mean(root)}; give an existing folder of images, or a "
+            f"name: {', '.join((SHAPES, *NAMES))}, hub:OWNER/NAME"
         )
     if not root.is_dir():
         raise UserFileNotFoundError(f"{key} {path!r} is a file; give the folder that holds the images")

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.evaluation.results import Result, read_results, results_folder
+from dino_sparo.files import did_you_mean
 from dino_sparo.recipe.files import comparable
 from dino_sparo.recipe.typed import flattened, read_yaml
 from dino_sparo.runs.rundir import CONFIG_FILE
-from dino_sparo.terminal import markdown_table, sentence, shown
+from dino_sparo.terminal import aligned_table, markdown_table, sentence
 
 NOT_RECIPE = (
     "seed",
@@ -100,11 +101,8 @@ class Comparison:
 
     def text(self) -> str:
         """Aligned for a terminal."""
-        lines = [[shown(cell) for cell in line] for line in (self.header, *self.rows)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        aligned = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
-        rule = "  ".join("-" * width for width in widths)
-        return "\n".join([aligned[0], rule, *aligned[1:], "", *(sentence(note) for note in self.notes)])
+        notes = (sentence(note) for note in self.notes)
+        return "\n".join([aligned_table(self.header, self.rows), "", *notes])
 
     def markdown(self) -> str:
         """A Markdown table, and the notes as a list."""
@@ -282,8 +280,8 @@ def read_run(given: str) -> Run:
     folder = results_folder(given)
     if not folder.is_dir():
         raise UserFileNotFoundError(
-            f"run {given!r} does not exist; expected a run folder with results.json, or a weights file "
-            f"whose results are in {folder}"
+            f"run {given!r} does not exist{did_you_mean(Path(given))}; expected a run folder with "
+            f"results.json, or a weights file whose results are in {folder}"
         )
     headline = {Measure.of(result): result for result in read_results(folder) if result.headline}
     if not headline:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from dino_sparo.data.decode import AS_IS
 from dino_sparo.data.images import CenterCrops, ReadableCrops, normalize
-from dino_sparo.data.sources import ImageSource
+from dino_sparo.data.sources import ImageSource, open_images
 from dino_sparo.data.workers import WatchedLoader, default_workers
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.results import alone_in
@@ -55,10 +55,13 @@ def extract_features(encoder: Encoder, source: ImageSource, **settings: Any) -> 
     return torch.from_numpy(found["encoding"])
 
 
-def embed(encoder: Encoder, source: ImageSource, what: str = "encoding", **settings: Any) -> NDArray[Any]:
+def embed(
+    encoder: Encoder, source: ImageSource | str | Path, what: str = "encoding", **settings: Any
+) -> NDArray[Any]:
     """What an encoder makes of images, float32, in their order; settings as of `cached_features`.
 
     Args:
+        source: the images, or their folder, as `--data.path` names it.
         what: encoding (num_images, embed_dim), slots (num_images, L, V), cls (num_images, D), or tokens
             (num_images, N, D), normalized, CLS first.
 
@@ -70,6 +73,7 @@ def embed(encoder: Encoder, source: ImageSource, what: str = "encoding", **setti
             f"what is slots, but the encoder has none (read-out {encoder.readout_name}); give encoding, cls "
             f"or tokens"
         )
+    source = open_images(str(source)) if isinstance(source, str | Path) else source
     name = "encoding" if what == "slots" else what
     rows = cached_features(encoder, [Wanted(source)], [name], **settings)[0][name]
     shapes = {"slots": (encoder.num_slots, -1), "tokens": (-1, encoder.width)}

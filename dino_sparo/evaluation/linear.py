@@ -103,7 +103,7 @@ def linear_probe(
         raise UserError(f"train_fraction is {train_fraction}; expected above 0 and at most 1, such as 0.1")
     train = train if train_fraction == 1 else balanced_fraction(train, train_fraction, seed)
     test_sets = as_test_sets(test, train.classes)
-    check_batch_size(batch_size, len(train), world_size())
+    batch_size = fitting_batch_size(batch_size, len(train), world_size())
     probes = Probes(
         choose_probes(
             encoder, learning_rates=learning_rates, num_blocks=num_blocks, features=features, sweep=sweep
@@ -328,22 +328,26 @@ class ProbeTraining:
         return classifiers
 
 
-def check_batch_size(batch_size: int, num_images: int, processes: int) -> None:
-    """The global batch must be there, and be divisible among the processes.
+def fitting_batch_size(batch_size: int, num_images: int, processes: int) -> int:
+    """The global batch, or of fewer images as many as can be shared among the processes, which the log says.
 
     Raises:
-        UserError: it is not; it proposes one.
+        UserError: it is not divisible among the processes, or there is not an image for each.
     """
-    if batch_size > num_images:
-        raise UserError(
-            f"batch_size is {batch_size}, but there are only {num_images} train images; give --batch_size "
-            f"{max(1, num_images // processes) * processes} or less"
+    most = num_images // processes * processes
+    if batch_size > num_images and most:
+        log.warning(
+            "WARNING: batch_size is %d, but there are %d train images: taking %d, which scales the learning "
+            "rate too",
+            *(batch_size, num_images, most),
         )
-    if batch_size % processes:
+        return most
+    if batch_size % processes or not most:
         raise UserError(
-            f"batch_size is {batch_size}, not divisible by {processes} processes; give a multiple, such as "
-            f"{max(1, batch_size // processes) * processes}"
+            f"batch_size is {batch_size}, of {num_images} train images, not divisible by {processes} "
+            f"processes; give a multiple, such as {max(1, batch_size // processes) * processes}"
         )
+    return batch_size
 
 
 def table(run: str, results: Sequence[Result]) -> str:

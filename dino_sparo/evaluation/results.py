@@ -93,14 +93,16 @@ def accuracies(
     heading: Callable[[Result], str],
     remark: Callable[[Result], str] = lambda _: "",
 ) -> list[str]:
-    """Lines of text: for each test set a heading, and below it its results, each with a remark."""
+    """Lines of text: for each test set a heading, and below it its results, each with its standard error and
+    a remark."""
     lines: list[str] = []
     width = max(len(shown(result.name)) for result in results)
     for _, group in groupby(results, key=lambda result: result.test_set):
         of_set = list(group)
         lines += filter(None, [sentence(heading(of_set[0])), shown(of_set[0].details["remark"])])
         lines += [
-            f"{shown(result.name):<{width}}   top-1 {result.top1:6.2f} %   top-5 {result.top5:6.2f} %"
+            f"{shown(result.name):<{width}}   top-1 {result.top1:6.2f} % "
+            f"± {standard_error(result.top1, result.num_images):.2f}   top-5 {result.top5:6.2f} %"
             f"{remark(result)}{'   <- headline' if result.headline else ''}"
             for result in of_set
         ]

@@ -4,10 +4,13 @@ import json
 import logging
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dino_sparo.data.images import evaluation_input
 from dino_sparo.errors import UserError, UserFileNotFoundError
+from dino_sparo.files import did_you_mean
 from dino_sparo.interop.official import NUM_HEADS, read_official
 from dino_sparo.interop.stored import MODELS, StoredEncoder, in_words
 from dino_sparo.interop.timm_folder import CONFIG_FILE, WEIGHTS_FILE, read_exported, read_safetensors
@@ -34,7 +37,7 @@ def load_encoder(
     untrained: bool = False,
     arch: str | Mapping[str, int] | None = None,
 ) -> Encoder:
-    """Load an encoder in evaluation mode, on the CPU.
+    """Load an encoder in evaluation mode, on the CPU, with the `transform` that makes its input of an image.
 
     Args:
         path: run folder (its newest whole checkpoint), checkpoint file, exported folder or its
@@ -53,7 +56,9 @@ def load_encoder(
     stored = one_of(networks_in(path, arch), which, arch)
     if stored.epochs is None and (left_out := stored.left_out()):  # every run has a head
         log.info("%s: left out: %s", path, ", ".join(left_out))
-    return stored.build(untrained=untrained)
+    encoder = stored.build(untrained=untrained)
+    encoder.transform = partial(evaluation_input, size=encoder.image_size)
+    return encoder
 
 
 def networks_in(path: str | Path, arch: str | Mapping[str, int] | None = None) -> dict[str, StoredEncoder]:
@@ -76,7 +81,7 @@ def networks_in(path: str | Path, arch: str | Mapping[str, int] | None = None) -
         exported = read_exported(weights, path)
         return {exported.which: exported} if exported else read_official(weights, path, arch)
     if not path.exists():
-        raise UserFileNotFoundError(f"{path} does not exist; {EXPECTED}")
+        raise UserFileNotFoundError(f"{path} does not exist{did_you_mean(path)}; {EXPECTED}")
     if path.is_dir():
         state = load_latest(path, unverified=True)
         if state is None:

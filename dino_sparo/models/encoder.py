@@ -48,7 +48,11 @@ class Encoder(nn.Module):
         readout: the Sparo module, or another with slots; None for `cls` (normalized CLS token), `gap` (mean
             of normalized patch tokens) and `bottleneck` (two linear layers on the normalized CLS token).
         embed_dim: dimension of the encoding.
+        transform: set by `load_encoder`; converts an image (PIL) or its file to the input of the encoder:
+            resized, center-cropped, normalized, float32 (3, image_size, image_size).
     """
+
+    transform: Callable[[Any], Tensor]
 
     def __init__(
         self,

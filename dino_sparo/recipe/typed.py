@@ -51,8 +51,40 @@ Seed = Annotated[int, Range("from 0 to 2**63 - 1", lambda number: 0 <= number < 
 
 # YAML reads numbers such as 1e-6, without a dot or a sign in the exponent, as text.
 EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
+SEPARATED = re.compile(r"""[^\s,"'\[\]]+""")  # the values of a list
 MOST_TEXT = 100_000  # bytes of a YAML file; the shipped recipes have 4,000
 MOST_NESTED = 20
+
+
+# Words of other programs, first those of the official DINO code -> the key here, the first one that there is.
+ELSEWHERE = {
+    "momentum_teacher": "optim.teacher_momentum",
+    "out_dim": "head.num_prototypes",
+    "use_fp16": "machine.precision precision",
+    "weight_decay_end": "optim.final_weight_decay",
+    "clip_grad": "optim.clip_norm",
+    "freeze_last_layer": "optim.freeze_last_layer_epochs",
+    "min_lr": "optim.final_lr",
+    "global_crops_scale": "views.global_scale",
+    "local_crops_scale": "views.local_scale",
+    "local_crops_number": "views.num_local_crops",
+    "saveckp_freq": "log.checkpoint_every_epochs",
+    "nb_knn": "k",
+    "n_last_blocks": "num_blocks",
+    "pretrained_weights": "run init",
+    "dump_features": "cache",
+    **dict.fromkeys(("output_dir", "out_dir", "out", "output", "save_dir", "logdir"), "run_dir out"),
+    **dict.fromkeys(("data", "data_path", "data_dir", "dataset", "train_dir", "root"), "data.path source"),
+    **dict.fromkeys(("lr", "learning_rate", "base_lr", "blr"), "optim.lr_per_256 learning_rates"),
+    **dict.fromkeys(("bs", "batch", "batch_size"), "optim.global_batch_size batch_size"),
+    **dict.fromkeys(("gpus", "num_gpus", "ngpus", "devices", "nproc_per_node", "world_size"), "nproc gpu"),
+    **dict.fromkeys(("wd", "weight_decay"), "optim.weight_decay"),
+    **dict.fromkeys(("max_epochs", "num_epochs", "epochs"), "optim.epochs epochs"),
+    **dict.fromkeys(("workers", "j"), "machine.num_workers num_workers"),
+    **dict.fromkeys(("amp", "fp16", "bf16", "mixed_precision"), "machine.precision precision"),
+    **dict.fromkeys(("pretrained", "weights", "checkpoint", "ckpt", "model_path"), "init run"),
+    **dict.fromkeys(("img_size", "image_size", "crop_size", "input_size"), "views.global_size short_side"),
+}
 
 
 class MissingError(UserError):
@@ -148,7 +180,10 @@ def _converted(value: Any, kind: Any) -> Any:
     elif (kind is str and isinstance(value, str)) or (origin is Literal and value in inner):
         return os.path.expanduser(value) if str(value).startswith("~/") else value
     elif isinstance(value, str) and kind is not str and origin is not Literal:
-        parsed = float(value) if EXPONENT.fullmatch(value) else load_yaml(value, "text")
+        if origin in (list, tuple) and inner[0] is not str:
+            parsed: Any = SEPARATED.findall(value)  # `0 5`, `0,5`, or `[0, 5]`
+        else:
+            parsed = float(value) if EXPONENT.fullmatch(value) else load_yaml(value, "text")
         if isinstance(parsed, str):
             raise ValueError
         return _converted(parsed, kind)
@@ -212,13 +247,15 @@ def leaves(options_class: type, prefix: str = "") -> dict[str, tuple[Field[Any],
 
 
 def unknown(what: str, key: str, keys: Collection[str]) -> UserError:
-    """The error for an unknown key, which suggests the valid key with the most similar name."""
+    """The error for an unknown key. It suggests the key for this word of another program, or else the key
+    with the most similar whole name or last part."""
     key = key[:100]
-    inside = [known for known in keys if known.startswith(f"{key}.")]
-    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6) or inside[:1]
-    if not near:
-        last = {known.rpartition(".")[2]: known for known in keys}
-        near = [last[match] for match in difflib.get_close_matches(key.rpartition(".")[2], last, n=1)]
+    word = key.rpartition(".")[2].lower()
+    near = [known for known in ELSEWHERE.get(word, "").split() if known in keys]
+    near = near or [known for known in keys if known.startswith(f"{key}.")]
+    named = {known.rpartition(".")[2]: known for known in keys} | {known: known for known in keys}
+    near = near or [named[match] for match in difflib.get_close_matches(key, named, n=1)]
+    near = near or [named[match] for match in difflib.get_close_matches(word, named, n=1)]
     hint = f"did you mean {near[0]!r}?" if near else "see --help for all keys"
     return UserError(f"{shown(what)} is unknown; {hint}")
 

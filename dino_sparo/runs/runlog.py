@@ -188,20 +188,28 @@ class RunLog:
                 f"{images_per_second:.0f} images/s  left: epoch {epoch_left}, run {run_left}"
             )
 
-    def evaluation(self, step: int, values: dict[str, float], shown: str | None = None) -> None:
-        """Log the results of an evaluation (percent, or a number of images), and print them or `shown`."""
+    def evaluation(
+        self, step: int, values: dict[str, float], shown: str | None = None, note: str = ""
+    ) -> None:
+        """Log the results of an evaluation (percent, or a number of images), and print them or `shown`,
+        followed by a note."""
         self._write_postponed()
         self._write(step, values)
         texts = (f"{name} {x}" if isinstance(x, int) else f"{name} {x:.2f} %" for name, x in values.items())
         shown = shown or "  ".join(texts)
         if log.isEnabledFor(logging.INFO):
-            tqdm.write(f"after epoch {step // self.steps_per_epoch}: {shown}", file=sys.stderr)
+            tqdm.write(f"after epoch {step // self.steps_per_epoch}: {shown}{note}", file=sys.stderr)
 
     def alarm(self, step: int, text: str) -> None:
         """Print a warning, and add it to TensorBoard as text."""
         if not self.silent:
             tqdm.write(colored(f"WARNING: step {step}: {text}", "yellow"), file=sys.stderr)
             self._events.add_text("alarm", text, step)
+
+    def recipe(self, text: str) -> None:
+        """Add the recipe, as YAML, to TensorBoard as text."""
+        if not self.silent:
+            self._events.add_text("recipe", "\n".join(f"    {line}" for line in text.splitlines()))
 
     def picture(self, step: int, name: str, image: Tensor) -> None:
         """Add an image (3, height, width), float from 0 to 1 or uint8, to TensorBoard."""

@@ -29,7 +29,7 @@ from dino_sparo.slots.parts import (
     moments,
     probe_accuracies,
 )
-from dino_sparo.terminal import markdown_table
+from dino_sparo.terminal import aligned_table
 
 # Number of values of each factor; the pictures' objects can be counted too.
 NUM_VALUES = {name: len(values) for name, values in FACTORS.items()} | {"count": MAX_OBJECTS}
@@ -196,4 +196,4 @@ def table(encoders: Sequence[Mapping[str, Any]]) -> str:
         whole = [f"{one['whole'][name]:.1f}" for one in encoders]
         rows.append([name, f"{guess:.1f}", f"{slots[best, column]:.1f} (slot {best})", *whole])
     names = ["all slots", *(one["name"] for one in encoders[1:])]
-    return markdown_table(["factor", "chance", "largest slot", *names], rows)
+    return aligned_table(["factor", "chance", "largest slot", *names], rows)

@@ -23,10 +23,12 @@ class Finding(NamedTuple):
 
 def training(encoder: Encoder, config: Content, metrics: Sequence[Content]) -> list[str]:
     """What was trained on what, and its 20-NN accuracy from untrained to trained."""
-    slots = encoder.num_slots
-    sentence = (
-        f"A ViT of {len(encoder.backbone.blocks)} blocks, {encoder.width} wide, with {slots} slots of "
-        f"{encoder.embed_dim // slots} numbers"
+    slots, sentence = (
+        encoder.num_slots,
+        f"A ViT of {len(encoder.backbone.blocks)} blocks, {encoder.width} wide",
+    )
+    sentence += (
+        f", with {slots} slots of {encoder.embed_dim // slots} numbers" if slots else ", without slots"
     )
     if metrics and config:
         last = metrics[-1]

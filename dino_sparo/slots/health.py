@@ -24,7 +24,7 @@ from dino_sparo.slots.statistics import (
     SlotStatistics,
     look_at_slots,
 )
-from dino_sparo.terminal import markdown_table
+from dino_sparo.terminal import aligned_table
 
 SHOWN_SLOTS = 12  # numbers of dead or duplicate slots in the printed table
 NUM_BINS = 20
@@ -103,7 +103,7 @@ def table(slots: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> str
     ]
     if summary["mean_agreement"] is not None:
         rows.append(("student and teacher", f"{summary['mean_agreement']:.2f} overlap", "near 1 at the end"))
-    return markdown_table(("measure", "value", "healthy"), rows)
+    return aligned_table(("measure", "value", "healthy"), rows)
 
 
 def draw_health(slots: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], path: Path) -> None:

@@ -28,7 +28,7 @@ from dino_sparo.data.sources import ImageSource
 from dino_sparo.files import atomic_write
 from dino_sparo.slots.curves import COLORS
 from dino_sparo.slots.parts import CutEncoder, chunks, labels_of, remarks_on_parts
-from dino_sparo.terminal import markdown_table
+from dino_sparo.terminal import aligned_table
 
 LEAST_SCALE = 100.0
 MOMENTUM = 0.9
@@ -211,7 +211,7 @@ def table(result: dict[str, Any]) -> str:
         for row in result["rows"]
     ]
     about = f"a mask learned in {result['epochs']} epochs; top-1 in per cent by the nearest masked class mean"
-    return "\n".join([about, *result["remarks"], "", markdown_table(header, rows)])
+    return "\n".join([about, *result["remarks"], "", aligned_table(header, rows)])
 
 
 def draw_masks(masks: Mapping[str, list[float]], parts: Mapping[str, int], path: Path) -> None:

@@ -37,6 +37,7 @@ TITLES = {
 }
 FILES = {part: f"{part}/{part}.json" for part in TITLES}
 OF_CLASSES = ("rank", "mask")  # analyses that need labeled images
+WITHOUT_SLOTS = ("maps",)  # analyses of any encoder
 COMPARING = ("rank", "maps", "mask", "factors")  # analyses that take a control
 LEADING = ("curves", "maps", "gallery")  # sections whose first picture is on the first screen
 HEALTH = ("entropy", "effective_patches", "cls_share", "response_std", "overlap", "agreement")
@@ -145,7 +146,7 @@ def write_page(path: Path, subject: Subject, encoder: Encoder) -> None:
     """Write the page of a run as one HTML file, which opens without network.
 
     Args:
-        encoder: that of the run, with slots.
+        encoder: that of the run; without slots the page has the maps of its CLS token alone.
 
     Raises:
         UserError: a file of the run is damaged.
@@ -178,7 +179,7 @@ def _facts(subject: Subject, encoder: Encoder) -> dict[str, str]:
     facts = {
         "Run": subject.run,
         "Weights": subject.which,
-        "Slots": f"{num_slots} of {encoder.embed_dim // num_slots} numbers",
+        "Slots": f"{num_slots} of {encoder.embed_dim // num_slots} numbers" if num_slots else "none",
         "Encoding": f"{encoder.embed_dim} numbers",
         "Backbone": f"{len(encoder.backbone.blocks)} blocks, width {encoder.width}",
         "Images": f"{size} × {size} pixels, patches of {encoder.backbone.patch_size}",
@@ -291,6 +292,8 @@ def _sections(subject: Subject, num_slots: int) -> list[Section]:
     sections = [_curves(subject), _accuracy(subject)]
     fills = (_fill_rank, _fill_health, _fill_maps, _fill_gallery, _fill_mask, _fill_factors)
     for (part, title), fill in zip(TITLES.items(), fills, strict=True):
+        if not num_slots and part not in WITHOUT_SLOTS:
+            continue
         section = Section(subject, part, title, subject.slots / FILES[part])
         sections.append(section)
         found, note = subject.find(part)
@@ -396,13 +399,14 @@ def _fill_health(section: Section, found: Content, _shown: list[int]) -> None:
 def _fill_maps(section: Section, found: Content, shown: list[int]) -> None:
     """The grid of attention maps, and that of the control's heads."""
     section.intro = f"Attention ({found['which']}) over images of {found['data']}."
-    section.add_picture(found["grid"], "Where slots look, beside the CLS token in the last block")
+    looks = "slots look, beside the CLS token" if found["slots"] else "the heads of the CLS token look"
+    section.add_picture(found["grid"], f"Where {looks} in the last block")
     if found.get("control_grid"):
         section.add_picture(
             found["control_grid"], f"Heads of the CLS token of {found['control']}, without slots"
         )
     if absent := ", ".join(str(slot) for slot in shown if slot not in found["slots"]):
-        command = f"{section.subject.command('maps')} --slots '{shown}'"
+        command = f"{section.subject.command('maps')} --slots {' '.join(map(str, shown))}"
         section.notes.append((f"No maps of slots {absent}; they are drawn by", command))
 
 

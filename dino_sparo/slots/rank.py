@@ -37,7 +37,7 @@ from dino_sparo.slots.parts import (
     remarks_on_parts,
     vote,
 )
-from dino_sparo.terminal import markdown_table
+from dino_sparo.terminal import aligned_table
 
 WAYS = {"knn": "best alone by k-NN", "linear": "best alone by probe", "greedy": "greedy by k-NN"}
 MEASURES = {"knn": "k-NN", "linear": "linear probe"}
@@ -289,7 +289,7 @@ def table(result: dict[str, Any]) -> str:
             [str(points[0]["kept"]), *(f"{at[name]:.2f}" for name in MEASURES for at in points)]
             for points in zip(*(one["curve"][way] for way in WAYS), strict=True)
         ]
-        lines += ["", markdown_table(header, rows)]
+        lines += ["", aligned_table(header, rows)]
     return "\n".join(lines)
 
 

@@ -52,11 +52,11 @@ def study(
     remember_images(folder, data_sets, hashes)
     errors = training.train(variants, folder, unverified=unverified)
     measured: dict[str, dict[str, Measured]] = {}
-    for variant in variants:
+    for number, variant in enumerate(variants, start=1):
         if training.final_knn(variant.run_dir, variant.recipe.optim.epochs) is None:
             continue
         errors.pop(variant.folder, None)  # another process has trained it
-        log.info("evaluating %s", variant.folder)
+        log.info("evaluating %d of %d: %s", number, len(variants), variant.folder)
         # Another process may evaluate it too.
         with training.failure_noted(variant, errors), told_to_user(), alone_in(variant.run_dir):
             measured[variant.folder] = {
@@ -82,7 +82,7 @@ def train_only(variants: Sequence[Variant], folder: Path, *, unverified: bool = 
     """
     training.check_variants(variants)
     errors = training.train(variants, folder, unverified=unverified)
-    print(training.as_markdown(training.table(variants, errors)))
+    print(training.sizes_table(training.table(variants, errors)))
     return EXIT_PROBLEM if errors else 0
 
 
@@ -98,7 +98,7 @@ def print_plan(variants: Sequence[Variant], recipe_name: str | None) -> int:
         training.check_data(variants)
     except UserError as error:
         problems.append(str(error))
-    print(training.as_markdown(training.table(variants, {})))
+    print(training.sizes_table(training.table(variants, {})))
     print(f"\n{len(variants)} runs of {recipe_name}; dino-sparo pretrain --dry-run tells more of one")
     for variant in variants:
         done = latest_step(variant.run_dir)

@@ -3,8 +3,10 @@
 import json
 import logging
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from dino_sparo.runs.checkpoint import encoder_of, latest_step
 from dino_sparo.runs.rundir import check_same_experiment
 from dino_sparo.runs.runlog import each_metric
 from dino_sparo.study.variants import Variant
-from dino_sparo.terminal import markdown_table
+from dino_sparo.terminal import aligned_table, markdown_table
 from dino_sparo.training.pretrain import pretrain
 from dino_sparo.training.setup import open_data
 
@@ -40,8 +42,16 @@ def train(variants: Sequence[Variant], folder: Path, *, unverified: bool = False
     """
     errors: dict[str, str] = {}
     chosen = [variant for variant in variants if variant.chosen]
+    begun, trained = time.monotonic(), 0
     for number, variant in enumerate(chosen, start=1):
-        log.info("\n%d of %d: %s", number, len(chosen), variant.folder)
+        left = ""
+        if trained:  # those that were complete took no time
+            seconds = (time.monotonic() - begun) / trained * (len(chosen) - number + 1)
+            left = (
+                f"; about {timedelta(seconds=round(seconds))} for all that are left, then their evaluations"
+            )
+        log.info("\ntraining %d of %d: %s%s", number, len(chosen), variant.folder, left)
+        trained += final_knn(variant.run_dir, variant.recipe.optim.epochs) is None
         with failure_noted(variant, errors):
             pretrain(variant.recipe, variant.run_dir, resume_unverified=unverified)
         write_table(folder, variants, table(variants, errors))
@@ -116,8 +126,10 @@ def table(variants: Sequence[Variant], errors: dict[str, str]) -> list[dict[str,
     return list(rows.values())
 
 
-def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The table of sizes and k-NN."""
+def sizes_table(
+    rows: Sequence[dict[str, Any]], draw: Callable[[list[str], list[list[str]]], str] = aligned_table
+) -> str:
+    """The table of sizes and k-NN, by default for a terminal."""
     cells = []
     for row in rows:
         knn = "-" if row[KNN] is None else f"{row[KNN]:.2f}"
@@ -126,7 +138,7 @@ def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
         failed = sum("error" in entry for entry in row["runs"])
         runs = f"{done} of {len(row['runs'])}{f', {failed} failed' if failed else ''}"
         cells.append([row["variant"], *sizes(row), f"{row['flops'] / 1e9:.4g}", knn, runs])
-    return markdown_table(["variant", *SIZES, "GFLOPs per image", "20-NN, %", "runs"], cells)
+    return draw(["variant", *SIZES, "GFLOPs per image", "20-NN, %", "runs"], cells)
 
 
 def sizes(row: dict[str, Any]) -> list[str]:
@@ -145,7 +157,7 @@ def write_table(folder: Path, variants: Sequence[Variant], rows: Sequence[dict[s
     texts = {
         RECIPE_FILE: yaml.safe_dump(base.as_dict(), sort_keys=False),
         JSON_FILE: json.dumps(content, indent=1) + "\n",
-        TABLE_FILE: f"{as_markdown(rows)}\n\n{legend}\n",
+        TABLE_FILE: f"{sizes_table(rows, markdown_table)}\n\n{legend}\n",
     }
     write_files(folder, texts)
 

@@ -56,7 +56,9 @@ def evaluate(run: Run, run_log: RunLog, step: int) -> None:
             timeout_seconds=run.recipe.machine.data_timeout_seconds,
             left_out=left_out,
         )
-        run_log.evaluation(step, accuracies)
+        of_class = run.recipe.monitor.knn_images_per_class
+        subset = f"  (of at most {of_class} images per class)" if of_class else ""
+        run_log.evaluation(step, accuracies, note=subset)
     if left_out:  # equal in all processes
         log.warning("WARNING: k-NN has skipped %d images that cannot be read", len(left_out))
         run.bad_images.list(left_out, len(left_out), sum(map(len, run.knn_images)))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 from torch.profiler import record_function
 
@@ -301,6 +302,7 @@ def train(run: Run, batches: Iterator[Batch], signals: StopSignals, group: Group
         ) as run_log,
         closing(Steps(step_of(run), run.device, order.accumulation, capture=recipe.machine.capture)) as steps,
     ):
+        run_log.recipe(yaml.safe_dump(recipe.as_dict(), sort_keys=False))
         if evaluation_is_missing(run):
             evaluate(run, run_log, run.first_step)
         micro_batches = on_device(run, batches, run_log)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from dino_sparo.data.decode import size_of
+from dino_sparo.data.generated import SHAPES
 from dino_sparo.data.loader import BatchOrder, CropsDataset, Executor
 from dino_sparo.data.sources import ImageSource, absolute_path, decide, open_images, say_splits
 from dino_sparo.data.splits import Choice
@@ -35,6 +36,8 @@ from dino_sparo.training.state import TrainState, restore_state
 
 log = logging.getLogger("dino_sparo")
 
+FEW_STEPS = 2000
+FEW_PROTOTYPES = 256
 SIZED_IMAGES = 32  # images whose mean size is the estimate for all
 
 
@@ -84,8 +87,28 @@ def say_start(run: Run) -> None:
         f"{f' x {order.accumulation} micro-batches' if order.accumulation > 1 else ''}, {run.precision}, "
         f"{run.num_workers} workers each"
     )
+    if not run.first_step and run.recipe.data.path != SHAPES:
+        for one in advice(run.recipe.optim, run.recipe.head.num_prototypes, len(run.source)):
+            log.info("REMARK: %s", one)
     if run.device.type == "cuda" and world_size() == 1 < torch.cuda.device_count():
         log.info("this machine has %d GPUs; use --nproc to train on more than one", torch.cuda.device_count())
+
+
+def advice(optim: OptimOptions, num_prototypes: int, num_images: int) -> list[str]:
+    """What to change in a recipe of large data for a small folder."""
+    found, steps = [], num_images // optim.global_batch_size * optim.epochs
+    if steps < FEW_STEPS:
+        epochs = -(-FEW_STEPS * optim.epochs // max(1, steps))
+        found.append(
+            f"{steps:,} steps in all are few to learn from; --optim.epochs {epochs} makes them {FEW_STEPS:,}"
+        )
+    if num_prototypes > max(num_images, FEW_PROTOTYPES):
+        fewer = max(FEW_PROTOTYPES, 2 ** (num_images // 4).bit_length() // 2)
+        found.append(
+            f"{num_prototypes:,} prototypes are more than the {num_images:,} images; --head.num_prototypes "
+            f"{fewer} fits them better"
+        )
+    return found
 
 
 def restored_step(

@@ -1,5 +1,6 @@
 """Early ends of a run: signals, and steps with a loss or gradients that are not finite."""
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dino_sparo.errors import StoppedError, StuckError
-from dino_sparo.parallel.processes import on_stop_signals
+from dino_sparo.parallel.processes import on_stop_signals, told
 
 LISTED_BAD_STEPS = 1000  # since `new` was last called
 
@@ -47,6 +48,8 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.interruptible and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not self.received and told("RANK") == 0:  # by no lock, which the main thread may hold
+            os.write(2, f"\n{signal.Signals(number).name}: stopping after this step, and saving\n".encode())
         self.received = self.received or signal.Signals(number).name
 
 
