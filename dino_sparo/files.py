@@ -28,6 +28,7 @@ log = logging.getLogger("dino_sparo")
 
 COMPILED = "TORCHINDUCTOR_CACHE_DIR"  # environment variable; importing torch's compiler sets it too
 ABANDONED_SECONDS = 3600.0  # an older temporary file was left by a killed process
+MOST_JSON = 2**27  # bytes of a file of JSON; the largest are results, 10 kB for 50,000 images
 MOST_LINE = 2**24  # bytes per line of JSON; the longest lines name all images of a batch
 MOST_NAMES = 1000  # names in a folder that are compared with a mistyped one
 OF_TORCH = "torchinductor_"  # torch's default folder is this followed by the user name
@@ -78,9 +79,9 @@ def atomic_write(path: Path, temporary: Path | None = None, *, durable: bool = T
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write a file with `atomic_write`, text as UTF-8. Raises OSError."""
+    """Write a file with `atomic_write`, text as UTF-8 with lone surrogates escaped. Raises OSError."""
     with atomic_write(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
 
 
 def did_you_mean(path: Path) -> str:
@@ -118,8 +119,14 @@ def read_small(path: Path, most: int) -> bytes:
     return content
 
 
-def parsed_json(text: str | bytes) -> Any:
-    """Parse JSON text. Raises ValueError, also for text that is nested too deeply."""
+def parsed_json(text: str | bytes | Path) -> Any:
+    """Parse JSON text, or a file of it.
+
+    Raises:
+        ValueError: not JSON, or nested too deeply.
+        UserError, OSError: the file is not a regular file, is too large, or cannot be read.
+    """
+    text = read_small(text, MOST_JSON) if isinstance(text, Path) else text
     try:
         return json.loads(text)
     except RecursionError as error:

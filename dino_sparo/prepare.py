@@ -301,7 +301,7 @@ def _record(split: Split, folder: Path, count: int | None) -> None:
 def _recorded(split: Split, folder: Path) -> int | None:
     """Refuse a folder that `prepare` did not begin so; its number of images, None while it is unfinished."""
     try:
-        record = parsed_json("" if folder.is_symlink() else (folder / RECORD).read_text())
+        record = parsed_json("" if folder.is_symlink() else folder / RECORD)
         source, contents, count = record["source"], record["contents"], record["images"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder} exists and was not made by `prepare`; choose another --out") from error

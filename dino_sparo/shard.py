@@ -190,14 +190,15 @@ def _begin(split: Split) -> NDArray[np.int64]:
     path = split.folder / RECORD
     if path.exists():
         try:
-            before = parsed_json(path.read_text())
+            before = dict(parsed_json(path))
+            source, side = before["source"], before["short_side"]
             differ = [name for name in record if name != "source" and before.get(name) != record[name]]
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} is damaged; remove {split.folder} and write it again") from error
         if differ:
-            what = f"--short-side {before['short_side']}" if differ == ["short_side"] else "other images"
+            what = f"--short-side {side}" if differ == ["short_side"] else "other images"
             raise UserError(
-                f"{split.folder} was made with {what}, or {before['source']} has changed since; choose "
+                f"{split.folder} was made with {what}, or {source} has changed since; choose "
                 f"another --out or remove it"
             )
     else:

@@ -22,6 +22,8 @@ from tests.tiny import state_hash, tiny_arguments, tiny_options, write_pictures
 
 CHECKPOINT = "checkpoints/step_000000002.pt"
 LINES = (b"\0\x80\xff" * 9, b"7", b"[]", b"{}", b'{"step": "x", "name": [1], "views": 0}', b"[" * 9999)
+LINES += (b'{"step": NaN, "epoch": 1}', b'{"step": 1, "epoch": ' + b"9" * 400 + b"}")
+LINES += (b'{"time": "", "command": [1], "versions": {}, "device": "", "precision": "", "processes": 1}',)
 
 
 @pytest.fixture(scope="module")

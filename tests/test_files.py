@@ -31,6 +31,11 @@ def test_after_an_error_the_old_file_is_there_and_nothing_else(tmp_path):
     assert (tmp_path / "x").read_text() == "old" and len([*tmp_path.iterdir()]) == 1
 
 
+def test_halves_of_characters_which_json_can_hold_are_escaped(tmp_path):
+    write_file(tmp_path / "x", "a\ud800ü")
+    assert (tmp_path / "x").read_text() == "a\\ud800ü"
+
+
 def test_an_error_of_the_disk_names_the_file(tmp_path):
     with pytest.raises(OSError, match="No space") as raised, atomic_write(tmp_path / "x"):
         raise OSError(28, "No space left on device")  # as `write` does, without a name
@@ -89,3 +94,16 @@ def test_torch_takes_nothing_from_the_folder_that_anybody_can_make(cache, tmp_pa
     subprocess.run([sys.executable, "-c", COMPILING], env=environment, check=True)
     assert not [path for path in (tmp_path / "shared").rglob("*") if path.is_file()]
     assert [*cache.glob("compiled-*/fxgraph/**/*")], "nothing was kept in the cache"
+
+
+@pytest.mark.long  # compiles
+def test_a_library_that_a_killed_process_left_empty_is_compiled_again(cache):
+    environment = {key: value for key, value in os.environ.items() if key != COMPILED}
+    command = [sys.executable, "-c", COMPILING]
+    subprocess.run(command, env=environment, check=True)
+    libraries = [*cache.rglob("*.so")]
+    for library in libraries:
+        library.write_bytes(b"")
+    told = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stderr
+    (broken,) = [library for library in libraries if f"{library}: file too short" in told]
+    assert "it is removed and compiled again" in told and broken.stat().st_size

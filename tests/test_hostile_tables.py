@@ -9,6 +9,7 @@ import tarfile
 import zlib
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
@@ -163,6 +164,43 @@ def test_a_made_up_index_beside_shards_is_not_taken(tmp_path, content):
     out = shards_of(write(tmp_path / "data", "a/1.png", "b/2.png"), tmp_path / "out")
     (out / INDEX_FILE).write_bytes(content)
     assert open_images(str(out)).read(1) == picture(1)
+
+
+@pytest.mark.parametrize(
+    ("header", "arrays"),
+    [
+        ({"classes": 5}, {}),
+        ({"classes": [5, None]}, {}),
+        ({"shards": [["000000.tar"]]}, {}),
+        ({"shards": []}, {}),
+        ({"fingerprint": 5}, {}),
+        ({"num_loose": "0"}, {}),
+        ({"classes": ["a"]}, {}),
+        ({}, {"labels": [0, 7]}),
+        ({}, {"labels": [0, -1]}),
+        ({}, {"labels": [0]}),
+        ({}, {"sizes": [1]}),
+        ({}, {"sizes": [1.5, 2.0]}),
+        ({}, {"offsets": [-5, 512]}),
+        ({}, {"firsts": [9]}),
+        ({}, {"firsts": []}),
+        ({}, {"starts": [0, 999, 1000]}),
+        ({}, {"starts": [0, 8, 3]}),
+    ],
+)
+def test_an_index_beside_shards_whose_parts_do_not_fit_together_is_not_taken(tmp_path, header, arrays):
+    out = shards_of(write(tmp_path / "data", "a/1.png", "b/2.png"), tmp_path / "out")
+    index = open_images(str(out)).index
+    all_arrays = index.arrays | {name: np.array(values) for name, values in arrays.items()}
+    layout, data = {}, b""
+    for name, array in all_arrays.items():
+        layout[name] = (array.dtype.str, len(array), len(data))
+        data += array.tobytes().ljust(-(-array.nbytes // 64) * 64, b"\0")
+    text = json.dumps(index.header | header | {"arrays": layout}).encode()
+    (out / INDEX_FILE).write_bytes(index_of(text.ljust(-(-(len(text) + 27) // 64) * 64 - 27), data))
+    source = open_images(str(out))
+    assert source.index.path.name != INDEX_FILE and source.classes == ("a", "b")
+    assert [source.read(i) for i in range(2)] == [picture(0), picture(1)]
 
 
 def test_a_pipe_in_place_of_the_index_beside_shards_does_not_wait(tmp_path):

@@ -1,12 +1,15 @@
 """Every layout is recognized from a few entries, and explained."""
 
+import gzip
 import os
+import re
+import tarfile
 from pathlib import Path
 
 import pytest
 
 from dino_sparo.data import imagenet, splits, walk
-from dino_sparo.data.imagenet import Images, explain, recognize
+from dino_sparo.data.imagenet import GROUND_TRUTH, Images, explain, image_classes, recognize
 from dino_sparo.data.splits import Part, Splits, find_splits
 from dino_sparo.data.walk import list_folder
 from dino_sparo.errors import UserError
@@ -195,3 +198,42 @@ def test_a_look_at_many_folders_ends_soon(tmp_path, monkeypatch):
     assert len(list_folder(tmp_path / "flat", 100)[1]) == 100
     looked.clear()
     assert recognize(tmp_path / "flat").val.form == FLAT and len(looked) <= 7
+
+
+# --- Labels of strangers
+
+
+def digits(folder: Path) -> Path:
+    mini.devkit(folder)
+    (folder / DEVKIT / GROUND_TRUTH).write_text("9" * 5000)
+    return folder / DEVKIT
+
+
+def bomb(folder: Path) -> Path:
+    (folder / ARCHIVE).write_bytes(gzip.compress(bytes(2**27)))
+    return folder / ARCHIVE
+
+
+def huge_member(folder: Path) -> Path:
+    member = tarfile.TarInfo(f"{DEVKIT}/{GROUND_TRUTH}")
+    member.size = 10**12
+    (folder / ARCHIVE).write_bytes(gzip.compress(member.tobuf(tarfile.GNU_FORMAT)))
+    return folder / ARCHIVE
+
+
+def pipe(folder: Path) -> Path:
+    os.mkfifo(folder / "labels.txt")
+    return folder / "labels.txt"
+
+
+def device(folder: Path) -> Path:
+    (folder / "labels.txt").symlink_to("/dev/zero")
+    return folder / "labels.txt"
+
+
+@pytest.mark.parametrize("make", [digits, bomb, huge_member, pipe, device])
+def test_labels_of_strangers_are_refused_by_their_file(tmp_path, make):
+    labels = make(tmp_path)
+    with pytest.raises(UserError, match=re.escape(str(labels))) as caught:
+        image_classes(["a.jpg"], tmp_path, labels)
+    assert len(str(caught.value)) < 6000

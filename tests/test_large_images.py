@@ -75,20 +75,69 @@ def test_the_limit_is_an_option_of_training_and_holds_for_all_its_images(tmp_pat
     assert open_images(data.path, choice=allowed).load(0).size == (2000, 1000)
 
 
+FULL_COLOR = {"progressive": True, "subsampling": 0}
+
+
 @pytest.mark.parametrize(
-    ("size", "kind", "counted"),
+    ("mode", "kind", "options", "counted"),
     [
-        ((1000, 800), "PNG", 800_000),
-        ((1000, 3), "PNG", 512_000),
-        ((1000, 800), "WEBP", 1_600_000),
-        pytest.param((1000, 800), "AVIF", 1_600_000, marks=NEEDS_AVIF),
+        ("RGB", "PNG", {}, 1),
+        ("RGB", "WEBP", {}, 2),
+        pytest.param("RGB", "AVIF", {}, 2, marks=NEEDS_AVIF),
+        ("RGB", "JPEG", {"subsampling": 0}, 1),
+        ("RGB", "JPEG", {"progressive": True, "subsampling": 2}, 1),
+        ("L", "JPEG", {"progressive": True}, 1),
+        ("RGB", "JPEG", FULL_COLOR, 2),
+        ("CMYK", "JPEG", FULL_COLOR, 2),
+        ("RGBA", "TIFF", {}, 1),
+        ("RGB", "TIFF", {"tiffinfo": {274: 6}}, 1),
+        ("RGBA", "TIFF", {"tiffinfo": {274: 6}}, 2),
     ],
 )
-def test_narrow_images_count_as_wide_ones_and_webp_and_avif_twice(size, kind, counted):
-    data = encoded(Image.new("RGB", size), kind)
-    assert decode(data, reading=Reading(max_pixels=counted)).size == size
+def test_formats_that_take_twice_the_memory_count_twice(mode, kind, options, counted):
+    data = encoded(Image.new(mode, (1000, 800)), kind, **options)
+    decode(data, reading=Reading(max_pixels=counted * 800_000))
     with pytest.raises(OSError, match="too many"):
-        decode(data, reading=Reading(max_pixels=counted - 1))
+        decode(data, reading=Reading(max_pixels=counted * 800_000 - 1))
+
+
+def test_narrow_images_count_as_wide_ones():
+    data = encoded(Image.new("RGB", (1000, 3)), "PNG")
+    assert decode(data, reading=Reading(max_pixels=512_000)).size == (1000, 3)
+    with pytest.raises(OSError, match="too many"):
+        decode(data, reading=Reading(max_pixels=511_999))
+
+
+def test_a_jpeg_in_scans_of_one_component_counts_as_a_progressive_one():
+    """Pillow writes none: its first scan is made one of a component alone, the data then are damaged."""
+    data = encoded(photo(1000, 800), "JPEG", subsampling=0)
+    scan = data.index(b"\xff\xda")
+    alone = data[:scan] + EMPTY_SCAN + data[scan:]
+    with pytest.raises(OSError, match="too many"):
+        decode(alone, reading=Reading(max_pixels=1_599_999))
+
+
+def tiff(entries: dict[int, tuple[int, int, int]], data: bytes = b"") -> bytes:
+    """A TIFF of 10 x 10 pixels in grey: entries are kind, count and value by tag; the data come last."""
+    entries = {256: (4, 1, 10), 257: (4, 1, 10), 258: (3, 1, 8), 259: (3, 1, 1), 262: (3, 1, 1)} | entries
+    listed = b"".join(struct.pack("<HHII", tag, *entry) for tag, entry in sorted(entries.items()))
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + listed + bytes(4) + data
+
+
+def test_tiles_that_are_larger_than_their_image_count_as_large_as_they_are():
+    tiles = {322: (4, 1, 20_000), 323: (4, 1, 20_000), 324: (4, 1, 200), 325: (4, 1, 100)}
+    with pytest.raises(OSError, match="20,000 x 20,000 pixels are too many"):
+        decode(tiff(tiles, bytes(200)))
+
+
+@pytest.mark.parametrize("tag", [258, 273, 279])
+def test_ever_so_many_numbers_in_the_directory_of_a_tiff_are_refused_before_they_are_read(tag):
+    data = tiff({tag: (3, MANY, 200)}, b"\x08\x01" * MANY)
+    tracemalloc.start()
+    with pytest.raises(OSError, match="an entry of its directory has 1,000,000 numbers"):
+        decode(data)
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
 
 
 def test_a_file_has_at_most_four_bytes_for_each_pixel_allowed(tmp_path):
@@ -120,6 +169,7 @@ def test_images_of_more_than_8_bits_are_reduced_in_blocks(kind):
 SLOW = {
     "ppm comment": b"P6\n#" + b"x" * MANY + b"\n4 4 255\n" + bytes(48),
     "plain ppm comments": b"P3\n4 4 255\n" + b"#\n" * MANY + b"0 " * 48,
+    "plain ppm": b"P3\n2000 2000 255\n" + b"0 " * 12_000_000,
     "jpeg padding": JPEG[:2] + b"\xff" * MANY + JPEG[2:],
     "jpeg segments": JPEG[:2] + b"\xff\xfe\x00\x02" * MANY + JPEG[2:],
     "jpeg scans": PROGRESSIVE[:-2] + 2000 * SCAN + PROGRESSIVE[-2:],

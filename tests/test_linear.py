@@ -271,6 +271,30 @@ def test_in_a_notebook(pretrained, data, uninterrupted, tmp_path):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)  # there one of two in a product
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"config": [1]},
+        {"config": {}},
+        {"epochs_done": "3"},
+        {"epochs_done": 10**9},
+        {"best": 5},
+        {"best": [[1.0, 0]] * 3},
+        {"probes": {}},
+        {"optimizer": []},
+    ],
+)
+def test_a_checkpoint_that_holds_no_probes_is_refused_by_its_folder(
+    pretrained, data, uninterrupted, tmp_path, changes
+):
+    content = torch.load(next(uninterrupted.glob("linear/checkpoints/*6.pt")), weights_only=True)
+    path = tmp_path / "linear" / "checkpoints" / "step_000000006.pt"
+    path.parent.mkdir(parents=True)
+    torch.save(content | changes, path)
+    with pytest.raises(UserError, match=rf"{tmp_path}/linear has a checkpoint that holds no probes"):
+        linear(pretrained, data, tmp_path, learning_rates=[0.001, 1.0], resume_unverified=True)
+
+
 def test_other_settings_in_the_same_folder_are_refused(pretrained, data, uninterrupted):
     for changes, message in (
         ({"epochs": 4}, "epochs was 3, now 4"),

@@ -90,6 +90,26 @@ def read(folder, part):
     return json.loads((folder / "slots" / FILES[part]).read_text())
 
 
+def test_halves_of_characters_and_missing_rows_in_foreign_files_are_no_bugs(copied):
+    path = copied / "slots" / FILES["rank"]
+    path.write_text(json.dumps(read(copied, "rank") | {"data": "\ud800"}))
+    assert page_of(copied).tags
+    (copied / "slots" / FILES["mask"]).write_text('{"data": "x", "rows": []}')
+    with pytest.raises(UserError, match=r"mask\.json is damaged"):
+        page_of(copied)
+
+
+def test_a_log_of_a_million_entries_is_read_as_a_stream(tmp_path):
+    entry = {"epoch": 1.0, "loss": 3.0}
+    with open(tmp_path / "metrics.jsonl", "w") as file:
+        file.writelines(f"{json.dumps({'step': step, **entry})}\n" for step in range(150_000))
+        file.write(json.dumps({"step": 150_000, "epoch": 2.0, "knn20_top1": 50.0}) + "\n")
+        file.write(json.dumps({"step": 150_001, "epoch": 3.0}) + "\n")
+    metrics = Subject(str(tmp_path)).metrics
+    assert 5_000 < len(metrics) <= 20_001
+    assert [one["step"] for one in metrics[-2:]] == [150_000, 150_001] and metrics[0]["step"] == 0
+
+
 def test_page_is_balanced_loads_nothing_and_names_existing_files(reported):
     text = (reported / "slots" / "report.html").read_text()
     page = Page(text)

@@ -3,6 +3,7 @@
 import dataclasses
 import fcntl
 import os
+import re
 import threading
 from pathlib import Path
 
@@ -120,6 +121,13 @@ DAMAGE = {
     "wrong type": lambda text: text.replace('"knn"', "7"),
     "bits": lambda text: text.replace('"num_images": 3', '"num_images": 9'),
     "no base64": lambda text: text.replace('"correct": "', '"correct": "#'),
+    "huge": lambda text: text.replace('"num_images": 3', f'"num_images": {10**30}'),
+    "no number": lambda text: text.replace('"num_images": 3', '"num_images": "3"'),
+    "not finite": lambda text: re.sub(r'"top1": [0-9.]+', '"top1": NaN', text),
+    "no truth value": lambda text: text.replace('"headline": true', '"headline": "yes"'),
+    "no details": lambda text: re.sub(r'"details": \{.*?\}', '"details": [["a", 1]]', text),
+    "no share": lambda text: text.replace('"details": {', '"details": {"train_fraction": [1], '),
+    "a number out of range": lambda text: re.sub(r'"top5": [0-9.]+', '"top5": 1e300', text),
     "no zlib": lambda text: text.replace('"correct": "', '"correct": "AAAA'),
 }
 

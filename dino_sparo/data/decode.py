@@ -6,12 +6,14 @@ Knows neither torch nor the sources of images.
 import re
 from importlib.util import find_spec
 from io import BytesIO
+from math import prod
 from operator import add
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 
 from dino_sparo.errors import UserError
@@ -24,6 +26,9 @@ NARROW = 512  # pixels; a narrower image counts as if it were so wide
 BYTES_PER_PIXEL, BYTES_BESIDE = 4, 2**20  # of a file at most, without and with its metadata
 HEADER_READS, DATA_READS = 2**14, 2**6  # of Pillow in a header at most; then one for so many bytes
 MAX_SCANS, MAX_COMMENTS = 200, 1000
+MAX_PLAIN = 2**22  # bytes of an image that is written as text, which Python reads
+MAX_NUMBERS = 2**19  # of one entry in the directory of a TIFF, of which Pillow makes Python's numbers
+IN_BYTES = (1, 2, 7)  # kinds of entries that it leaves as bytes
 PLAIN = (b"P1", b"P2", b"P3")  # how PBM, PGM and PPM begin that are written as text
 BLOCK_PIXELS = 2**20
 GAP = 2.0  # a JPEG file is decoded at this multiple of the wanted size at least
@@ -120,12 +125,14 @@ class Reading(NamedTuple):
         if num_bytes > most:
             raise OSError(f"its file has {num_bytes:,} bytes, more than {most:,}, {self._allowed()}")
 
-    def check_pixels(self, image: Image.Image) -> None:
-        """Raises OSError: an image has more pixels than are decoded."""
+    def check_pixels(self, image: Image.Image, *, in_scans: bool = False) -> None:
+        """Raises OSError: an image has more pixels than are decoded; `in_scans` as `_takes_twice`."""
         width, height = stored_size(image)
+        if isinstance(image, TiffImageFile):  # whose tiles, which may be larger, are decoded whole
+            tile = [side for tag in (322, 323) if isinstance(side := image.tag_v2.get(tag), int)]
+            width, height = max((width, height), tuple(tile), key=prod) if len(tile) == 2 else (width, height)
         pixels = max(width * height, NARROW * max(width, height))
-        # A WebP and an AVIF take twice the memory.
-        if pixels * (2 if image.format in ("WEBP", "AVIF") else 1) > self.max_pixels:
+        if pixels * (2 if _takes_twice(image, in_scans) else 1) > self.max_pixels:
             raise OSError(f"{width:,} x {height:,} pixels are too many {self._allowed()}")
 
     def _allowed(self) -> str:
@@ -141,13 +148,15 @@ class _Content(BytesIO):
 
     def __init__(self, data: bytes) -> None:
         super().__init__(data)
-        self.reads_left = HEADER_READS
+        self.reads_left, self.end = HEADER_READS, 0
 
     def read(self, size: int | None = -1, /) -> bytes:
         self.reads_left -= 1
         if self.reads_left < 0:
             raise OSError("its header or data are in too many pieces")
-        return super().read(size)
+        data = super().read(size)
+        self.end = self.tell()
+        return data
 
 
 def open_image(data: bytes, reading: Reading = AS_IS) -> Image.Image:
@@ -158,15 +167,51 @@ def open_image(data: bytes, reading: Reading = AS_IS) -> Image.Image:
         OSError: it is larger than is allowed, or decoding it would take very long.
         Exception: its header is damaged; Pillow raises many kinds.
     """
-    if data.startswith(PLAIN) and data.count(b"#") > MAX_COMMENTS:
-        raise OSError("it has too many comments")
+    if data.startswith(PLAIN) and (len(data) > MAX_PLAIN or data.count(b"#") > MAX_COMMENTS):
+        raise OSError("it is text, and too long or with too many comments")
+    if data.startswith((b"II", b"MM")):
+        _check_directory(data)
     content = _Content(data)
     image = Image.open(content, formats=FORMATS)
-    reading.check_pixels(image)
-    if image.format in ("JPEG", "MPO") and _num_scans(data) > MAX_SCANS:
+    in_scans = isinstance(image, JpegImageFile) and _in_scans(image, data, content.end)
+    reading.check_pixels(image, in_scans=in_scans)
+    if isinstance(image, JpegImageFile) and _num_scans(data) > MAX_SCANS:
         raise OSError("it has too many scans")
     content.reads_left += len(data) // DATA_READS
     return image
+
+
+def _check_directory(data: bytes) -> None:
+    """Raises OSError: a TIFF's directory has ever so many numbers in one entry."""
+    order: Literal["little", "big"] = "little" if data.startswith(b"II") else "big"
+
+    def number(at: int, size: int) -> int:
+        return int.from_bytes(data[at : at + size], order)
+
+    long, entry, size = (8, 20, 8) if 43 in data[2:4] else (2, 12, 4)  # of a BigTIFF and of others
+    start = number(2 * size if size == 8 else size, size)
+    for at in range(start + long, start + long + entry * min(number(start, long), HEADER_READS), entry):
+        if number(at + 2, 2) not in IN_BYTES and number(at + 4, size) > MAX_NUMBERS:
+            raise OSError(f"an entry of its directory has {number(at + 4, size):,} numbers")
+
+
+def _takes_twice(image: Image.Image, in_scans: bool) -> bool:
+    """Whether decoding takes twice the memory of others of its size: 16 bytes per pixel instead of 8."""
+    if isinstance(image, JpegImageFile):  # of several scans, all coefficients are held
+        factors = [across * down for _, across, down, _ in image.layer]
+        return in_scans and sum(factors) > 2 * max(factors)
+    if isinstance(image, TiffImageFile):  # a strip may be the whole image, and turning makes a copy
+        bits = image.tag_v2.get(258, (1,))
+        bits = sum(bits) * (image.tag_v2.get(277, 1) if len(bits) == 1 else 1)
+        return bits > 32 or (bits == 32 and orientation(image) in UNTURNED)
+    return image.format in ("WEBP", "AVIF")
+
+
+def _in_scans(image: JpegImageFile, data: bytes, end: int) -> bool:
+    """Whether a JPEG has several scans: it is progressive, or its first scan, whose header is the last that
+    Pillow has read, lacks some of its components."""
+    first = data.rfind(b"\xff\xda", 0, end)
+    return "progressive" in image.info or data[first + 4] != len(image.layer)
 
 
 def _num_scans(data: bytes) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dino_sparo.data import color
 from dino_sparo.data.views import CropKind, View
-from dino_sparo.parallel.device import compiled, why_not_compiled
+from dino_sparo.parallel.device import compiled, what_is_wrong, why_not_compiled
 
 log = logging.getLogger("dino_sparo")
 
@@ -282,7 +282,7 @@ def _fast(function: Callable[..., Any], device: torch.device) -> Callable[..., A
             raise
         except Exception as error:  # whatever is wrong with the compiler, training can go on
             if fast is not function:
-                log.warning(UNCOMPILED, str(error).split("\n")[0])
+                log.warning(UNCOMPILED, what_is_wrong(error))
             fast = function
             return function(*arguments)
 

@@ -15,8 +15,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from dino_sparo.data.split_names import splits_of_folders
+from dino_sparo.data.tars import tar_members
 from dino_sparo.data.walk import PROBED_ENTRIES, holds, is_image, list_folder
 from dino_sparo.errors import UserError, UserFileNotFoundError
+from dino_sparo.files import open_regular, read_small
 
 WNID, WNID_TAR = re.compile(r"n\d{8}"), re.compile(r"(n\d{8})\.tar")
 VAL_IMAGE = re.compile(r"ILSVRC2012_val_\d{8}\.JPEG")
@@ -31,6 +33,7 @@ LAYOUTS = (
 DEVKIT = "ILSVRC2012_devkit_t12"
 GROUND_TRUTH, META = "data/ILSVRC2012_validation_ground_truth.txt", "data/meta.mat"
 ANNOTATIONS = "val_annotations.txt"  # of Tiny ImageNet, beside its folder of images
+MOST_LABELS = 2**26  # bytes of a file of labels, or of an unpacked devkit
 SOLUTION, SOLUTION_HEADER = "LOC_val_solution.csv", "ImageId,PredictionString"
 LEVELS_TO_LABELS = 4  # from Kaggle's val folder up to where its solution file lies
 
@@ -204,7 +207,8 @@ def image_classes(images: Collection[str], where: Path, labels: Path) -> dict[st
 def _read_list(path: Path) -> dict[str, Label]:
     """Labels by file name, of Kaggle's file by file name without extension."""
     known: dict[str, Label] = {}
-    lines = path.read_text("utf-8-sig", "surrogateescape").split("\n")
+    text = read_small(path, MOST_LABELS).decode("utf-8-sig", "surrogateescape")
+    lines = re.split(r"\r\n?|\n", text)
     is_kaggle = lines[0].strip() == SOLUTION_HEADER
     for number, line in enumerate(lines, 1):
         if not line.strip() or (is_kaggle and number == 1):
@@ -238,16 +242,16 @@ def _read_devkit(path: Path) -> dict[str, Label]:
     validation image i."""
     try:
         if path.is_dir():
-            files = {name: (path / name).read_bytes() for name in (GROUND_TRUTH, META)}
+            files = {name: read_small(path / name, MOST_LABELS) for name in (GROUND_TRUTH, META)}
         else:
-            whole = gzip.decompress(path.read_bytes())  # 2.5 MB, and by this its checksum is compared
-            with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
-                files = {
-                    name: tar.extractfile(member).read()  # type: ignore[union-attr]
-                    for member in tar
-                    for name in (GROUND_TRUTH, META)
-                    if member.isfile() and f"/{member.name}".endswith(f"/{name}")
-                }
+            with open_regular(path) as packed, gzip.open(packed) as file:
+                whole = file.read(MOST_LABELS)  # 2.5 MB, and by this its checksum is compared
+            files = {
+                name: whole[member.offset : member.offset + member.size]
+                for member in tar_members(io.BytesIO(whole))
+                for name in (GROUND_TRUTH, META)
+                if f"/{member.name}".endswith(f"/{name}")
+            }
         classes = _devkit_classes(files[META], path / META)
         truth = files[GROUND_TRUTH].decode("ascii", "replace")
     except (OSError, EOFError, KeyError, tarfile.TarError, zlib.error) as error:
@@ -257,7 +261,7 @@ def _read_devkit(path: Path) -> dict[str, Label]:
         ) from error
     known = {}
     for number, line in enumerate(truth.splitlines(), 1):
-        if not line.strip().isdecimal() or int(line) not in classes:
+        if not line.strip().isdecimal() or len(line) > 9 or int(line) not in classes:
             raise UserError(
                 f"{path / GROUND_TRUTH} line {number}: {line!r} is no class; expected an ILSVRC2012_ID of "
                 f"{META}, 1 to {max(classes)}"

@@ -59,6 +59,8 @@ class Index:
         self.num_loose: int = self.header["num_loose"]
         self.states = self.arrays["states"].reshape(-1, 3)
         self._names, self._starts = self.arrays["names"], self.arrays["starts"]
+        if "shards" in self.header:  # it may lie beside shards, and be somebody else's
+            _check_shards(self.header, self.arrays)
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -186,6 +188,32 @@ def _open_intact(path: Path) -> Index | None:
             return Index(path, file) if checksum == stored else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
+
+
+def _check_shards(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Raises ValueError, LookupError, TypeError: an index of shards does not fit together."""
+    lists = {name: header[name] for name in ("classes", "shards")}
+    if not all(isinstance(one, str) for listed in lists.values() for one in listed):
+        raise ValueError("a name is no text")
+    if not all(isinstance(header[name], kind) for name, kind in (("fingerprint", str), ("num_loose", int))):
+        raise TypeError("of another kind")
+    starts, labels, sizes = arrays["starts"], arrays["labels"], arrays["sizes"]
+    firsts, num_images = arrays["firsts"], len(starts) - 1
+    fits = (
+        all(array.dtype.kind in "iu" for array in arrays.values())
+        and num_images == len(sizes) == len(arrays["offsets"]) > 0
+        and len(firsts) == len(lists["shards"]) == len(arrays["states"]) // 3
+        and starts[0] == firsts[0] == 0
+        and starts[-1] == len(arrays["names"]) + 1
+        and firsts[-1] <= num_images
+        and (starts[1:] > starts[:-1]).all()
+        and (firsts[1:] >= firsts[:-1]).all()
+        and (arrays["offsets"] >= 0).all()
+        and len(labels) == (num_images if lists["classes"] else 0)
+        and (not len(labels) or (labels.min() >= 0 and labels.max() < len(lists["classes"])))
+    )
+    if not fits:
+        raise ValueError("arrays that do not fit together")
 
 
 def _reopen(path: Path, fingerprint: str) -> Index:

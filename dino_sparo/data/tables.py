@@ -153,8 +153,8 @@ def list_parquet(root: Path) -> list[str]:
 def _saved_files(root: Path) -> list[str]:
     """Arrow files that `save_to_disk` has written into a folder, in order."""
     try:
-        names = [file["filename"] for file in parsed_json((root / SAVED).read_text())["_data_files"]]
-        if not names or any(os.path.basename(name) != name or "\0" in name for name in names):
+        names = [file["filename"] for file in parsed_json(root / SAVED)["_data_files"]]
+        if not names or any(os.path.basename(name) != name or b"\0" in name.encode() for name in names):
             raise ValueError("no files of this folder")
         return names
     except (ValueError, KeyError, TypeError) as error:

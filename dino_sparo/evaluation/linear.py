@@ -41,7 +41,7 @@ from dino_sparo.parallel.distributed import (
     world_size,
 )
 from dino_sparo.parallel.precision import choose_precision
-from dino_sparo.runs.checkpoint import load_latest, save_checkpoint, set_damaged_aside
+from dino_sparo.runs.checkpoint import NOT_WHOLE, load_latest, save_checkpoint, set_damaged_aside
 from dino_sparo.runs.runlog import RunLog
 
 log = logging.getLogger("dino_sparo")
@@ -214,21 +214,15 @@ class ProbeTraining:
         """
         checkpoint = load_latest(self.folder, unverified=unverified)
         if checkpoint is not None:
-            before = checkpoint["config"]
-            changed = [
-                f"{key} was {before[key]!r}, now {now!r}"
-                for key, now in self.settings.items()
-                if before[key] != now
-            ]
-            if changed:
+            try:
+                self._restore(checkpoint)
+            except UserError:
+                raise
+            except NOT_WHOLE as error:
                 raise UserError(
-                    f"{self.folder} holds other probes ({'; '.join(changed)}); set this back to resume them, "
-                    f"or give another --out"
-                )
-            self.epochs_done = checkpoint["epochs_done"]
-            for name, part in self.learning.items():
-                part.load_state_dict(checkpoint[name])
-            self.best = [tuple(pair) for pair in checkpoint["best"]]
+                    f"{self.folder} has a checkpoint that holds no probes of these settings "
+                    f"({' '.join(repr(error).split())}); remove the folder, or give another --out"
+                ) from error
         steps = sorted(set(gather_objects(self.steps_done)))
         if len(steps) > 1:
             raise UserError(
@@ -237,6 +231,26 @@ class ProbeTraining:
             )
         if rank() == 0 and self.folder.exists():
             set_damaged_aside(self.folder, self.steps_done)
+
+    def _restore(self, checkpoint: dict[str, Any]) -> None:
+        """Raises UserError: it is of other settings; and NOT_WHOLE."""
+        before = checkpoint["config"]
+        changed = [
+            f"{key} was {before[key]!r}, now {now!r}"
+            for key, now in self.settings.items()
+            if before[key] != now
+        ]
+        if changed:
+            raise UserError(
+                f"{self.folder} holds other probes ({'; '.join(changed)}); set this back to resume them, "
+                f"or give another --out"
+            )
+        self.epochs_done = range(self.epochs + 1)[checkpoint["epochs_done"]]
+        for name, part in self.learning.items():
+            part.load_state_dict(checkpoint[name])
+        self.best = [(float(top1), int(epoch)) for top1, epoch in checkpoint["best"]]
+        if len(self.best) != len(self.names):
+            raise ValueError(f"{len(self.best)} results of {len(self.names)} probes")
 
     def fit(
         self,

@@ -31,6 +31,7 @@ log = logging.getLogger("dino_sparo")
 
 RESULTS_FILE = "results.json"
 FORMAT = 1
+MOST_IMAGES = 2**31
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +162,7 @@ def read_results(folder: Path) -> list[Result]:
             f"`dino-sparo knn` or `dino-sparo linear`"
         )
     try:
-        content = parsed_json(path.read_bytes())
+        content = parsed_json(path)
         if content["format"] != FORMAT:
             raise UserError(
                 f"{path} has format {content['format']!r}, expected {FORMAT}; read it with the version of "
@@ -170,7 +171,7 @@ def read_results(folder: Path) -> list[Result]:
         return [_from_json(entry) for entry in content["results"]]
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, zlib.error, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, zlib.error, OSError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise UserError(
             f"{path} is damaged ({reason}); restore it from a backup, or remove it and evaluate again"
@@ -205,14 +206,27 @@ def _to_json(result: Result) -> dict[str, Any]:
 def _from_json(entry: dict[str, Any]) -> Result:
     """Raises ValueError, KeyError, TypeError or zlib.error if the entry is none of ours."""
     values = {field.name: entry[field.name] for field in fields(Result)}
-    for name in ("protocol", "name", "test_set", "weights", "images"):
-        if not isinstance(values[name], str):
-            raise ValueError(f"{name} is {values[name]!r}, no text")
-    count = int(values["num_images"])
+    details = values["details"]
+    of_kinds = {
+        "text": (str, ("protocol", "name", "test_set", "weights", "images")),
+        "whole number": (int, ("num_images", "num_classes")),
+        "number": (int | float, ("top1", "top5")),
+        "truth value": (bool, ("headline",)),
+        "section": (dict, ("details",)),
+    }
+    for word, (kind, names) in of_kinds.items():
+        for name in names:
+            if not isinstance(values[name], kind):
+                raise ValueError(f"{name} is {values[name]!r}, no {word}")
+    fraction = 1.0 if details.get("train_fraction") is None else float(details["train_fraction"])
+    if not (0 <= values["top1"] <= 100 and 0 <= values["top5"] <= 100 and 0 < fraction <= 1):
+        raise ValueError("a share is none")
+    count = values["num_images"]
+    if not 0 < count < MOST_IMAGES:
+        raise ValueError(f"num_images is {count}")
     unpacker = zlib.decompressobj()
-    packed = unpacker.decompress(base64.b64decode(values["correct"], validate=True), 2 + abs(count) // 8)
+    packed = unpacker.decompress(base64.b64decode(values["correct"], validate=True), 2 + count // 8)
     if len(packed) != -(-count // 8) or not unpacker.eof:
         raise ValueError(f"correct has {len(packed)} bytes for {count} images")
     values["correct"] = np.unpackbits(np.frombuffer(packed, np.uint8), count=count).astype(bool)
-    numbers = {name: float(values[name]) for name in ("top1", "top5")}
-    return Result(**values | numbers | {"details": dict(values["details"])})
+    return Result(**values | {"top1": float(values["top1"]), "top5": float(values["top5"])})

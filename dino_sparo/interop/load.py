@@ -17,7 +17,7 @@ from dino_sparo.interop.timm_folder import CONFIG_FILE, WEIGHTS_FILE, read_expor
 from dino_sparo.models import Encoder
 from dino_sparo.models.encoder import architecture
 from dino_sparo.recipe.files import stored_recipe
-from dino_sparo.runs.checkpoint import check_format, check_hash, load_latest, warn_of_missing_hash
+from dino_sparo.runs.checkpoint import NOT_WHOLE, check_format, check_hash, load_latest, warn_of_missing_hash
 from dino_sparo.runs.plain_file import read_plain
 from dino_sparo.terminal import shown
 
@@ -176,6 +176,6 @@ def _of_checkpoint(state: Mapping[str, Any], path: Path, which: str) -> StoredEn
                 ),
             },
         )
-    except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except NOT_WHOLE as error:
         reason = error if isinstance(error, UserError) else repr(error)
         raise UserError(f"{path} is no whole checkpoint of dino-sparo ({reason}); give another") from error

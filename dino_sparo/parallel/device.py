@@ -1,14 +1,23 @@
 """The device to compute on: choose it, wait for it, compile for it."""
 
+import functools
+import logging
+import os
+import re
 import time
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from dino_sparo.errors import StuckError, UserError
-from dino_sparo.files import keep_compiled_code
+from dino_sparo.files import COMPILED, keep_compiled_code
+
+log = logging.getLogger("dino_sparo")
+
+Made = TypeVar("Made")
 
 PATIENCE_SECONDS = 30 * 60.0  # timeout of a step on the GPU, and of waiting for other processes
 POLL_SECONDS = 0.0005
@@ -36,13 +45,46 @@ def choose_device(name: str, number: int = 0) -> torch.device:
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """`torch.compile` a function; the code is stored in a folder that only this user can write."""
+    """`torch.compile` a function. The code is stored in a folder that only this user can write, and broken
+    code there is compiled again."""
     keep_compiled_code()
     import torch._inductor.config as inductor_config  # creates the folder
 
     if hasattr(inductor_config, "cpp_cache_precompile_headers"):  # would use torch's default folder
         inductor_config.cpp_cache_precompile_headers = False
-    return torch.compile(function, **options)
+    fast = torch.compile(function, **options)
+    return functools.wraps(function)(functools.partial(_without_broken_code, fast))
+
+
+def _without_broken_code(make: Callable[..., Made], *arguments: Any, **named: Any) -> Made:
+    """What `make` returns, which may load compiled code. A kept library that cannot be loaded, such as the
+    empty one that a killed process leaves, is removed, and `make` is called again."""
+    removed: set[Path] = set()
+    while True:
+        try:
+            return make(*arguments, **named)
+        except Exception as error:
+            broken = {path for path in _libraries_in(str(error)) if path not in removed}
+            if not broken:
+                raise
+            removed |= broken
+            for path in broken:
+                log.warning("WARNING: %s; it is removed and compiled again", what_is_wrong(error))
+                path.unlink(missing_ok=True)  # another process may have done so
+
+
+def _libraries_in(message: str) -> list[Path]:
+    """The libraries of a message that lie where compiled code is kept, torch's or Triton's own."""
+    of_triton = os.environ.get("TRITON_CACHE_DIR") or os.path.expanduser("~/.triton/cache")
+    folders = [folder for folder in (os.environ.get(COMPILED), of_triton) if folder]
+    paths = map(Path, re.findall(r"/[^\s:'\"]+\.so\b", message))
+    return [path for path in paths if any(path.is_relative_to(folder) for folder in folders)]
+
+
+def what_is_wrong(error: Exception) -> str:
+    """The line of a compiler's long message that says it."""
+    lines = str(error).split("\n")
+    return next((line for line in lines if "rror:" in line), lines[0]) or repr(error)
 
 
 @cache
@@ -53,9 +95,9 @@ def why_not_compiled() -> str:
     try:
         from torch.utils._triton import triton_backend
 
-        triton_backend()  # compiles a small C file, or finds the cached one
+        _without_broken_code(triton_backend)  # compiles a small C file, or finds the cached one
     except Exception as error:  # any failure of the compiler
-        return str(error).split("\n")[0] or repr(error)
+        return what_is_wrong(error)
     return ""
 
 

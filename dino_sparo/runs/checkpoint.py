@@ -28,6 +28,8 @@ FORMAT = 2
 FOLDER = "checkpoints"
 TEMPORARY = "writing.tmp"
 KEEP_LAST = 2
+# What using a checkpoint raises that is not what it should be.
+NOT_WHOLE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def save_checkpoint(state: dict[str, Any], run_dir: Path, *, step: int, keep_every_steps: int = 0) -> Path:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -30,6 +31,7 @@ STARTS_FILE = "starts.jsonl"
 LOCK_FILE = ".lock"
 MARKER_FILE = "stopped.json"
 BAD_IMAGES_FILE, BAD_STEPS_FILE = "bad_images.jsonl", "bad_steps.jsonl"
+MOST_STARTS = 1000
 LOCK_SECONDS = 3.0  # a killed process may hold its lock so long while the system frees its memory
 log = logging.getLogger("dino_sparo")
 
@@ -106,14 +108,25 @@ def start_run_dir(run_dir: Path, recipe: Recipe, machine: dict[str, Any]) -> Non
 
 
 def read_starts(run_dir: Path) -> list[dict[str, Any]]:
-    """All starts of a run, oldest first."""
-    return list(read_lines(run_dir / STARTS_FILE, _is_start))
+    """The starts of a run, oldest first; of ever so many the last."""
+    return list(deque(read_lines(run_dir / STARTS_FILE, _is_start), MOST_STARTS))
 
 
 def _is_start(entry: dict[str, Any]) -> bool:
     """Whether an entry has the fields of a start that are read."""
-    kinds = {"time": str, "command": list, "versions": dict, "device": str, "processes": int}
-    return all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
+    kinds = {
+        "time": str,
+        "command": list,
+        "versions": dict,
+        "device": str,
+        "precision": str,
+        "processes": int,
+    }
+    return (
+        all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
+        and all(isinstance(word, str) for word in entry["command"])
+        and {"torch", "timm"} <= entry["versions"].keys()
+    )
 
 
 def mend(run_dir: Path) -> None:
@@ -164,7 +177,7 @@ def hold(run_dir: Path) -> Iterator[None]:
                     time.sleep(0.05)
                     continue
                 file.seek(0)
-                other = file.read().strip() or "another process"
+                other = file.read(100).strip() or "another process"
                 raise UserError(
                     f"run_dir {str(run_dir)!r} is in use: {other} trains there; wait until it ends, stop it, "
                     f"or choose another run_dir"

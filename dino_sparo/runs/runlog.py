@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -262,8 +263,14 @@ def each_metric(run_dir: Path) -> Iterator[dict[str, Any]]:
 
 
 def _is_whole(entry: dict[str, Any]) -> bool:
-    """Whether an entry has only numbers, with step and epoch among them."""
-    return {"step", "epoch"} <= entry.keys() and all(isinstance(one, int | float) for one in entry.values())
+    """Whether an entry has only numbers that a float can hold, with finite step and epoch among them."""
+    return (
+        {"step", "epoch"} <= entry.keys()
+        and all(
+            isinstance(one, float) or (isinstance(one, int) and abs(one) < 2**63) for one in entry.values()
+        )
+        and isfinite(entry["step"] + entry["epoch"])
+    )
 
 
 def _duration(seconds: float) -> str:

@@ -83,7 +83,7 @@ def of_health(found: Content) -> list[str]:
 
 def of_mask(found: Content) -> list[str]:
     """What a learned mask changes."""
-    row = next(row for row in found["rows"] if row["over"] == "slots")
+    row = [row for row in found["rows"] if row["over"] == "slots"][0]  # noqa: RUF015 else an IndexError
     return [
         f"A learned mask over slots takes nearest class means from {row['initial']:.1f} to "
         f"{row['masked']:.1f} % ({row['test_set']})."

@@ -16,13 +16,14 @@ from PIL import Image
 
 from dino_sparo.data.decode import open_image
 from dino_sparo.errors import UserError
+from dino_sparo.evaluation.knn import KNN
 from dino_sparo.evaluation.results import RESULTS_FILE, read_results, results_folder, standard_error
-from dino_sparo.files import parsed_json, write_file
+from dino_sparo.files import open_regular, parsed_json, write_file
 from dino_sparo.models import Encoder
 from dino_sparo.recipe.typed import read_yaml
 from dino_sparo.runs.checkpoint import checkpoints_of
 from dino_sparo.runs.rundir import CONFIG_FILE, read_starts
-from dino_sparo.runs.runlog import METRICS_FILE, read_metrics
+from dino_sparo.runs.runlog import METRICS_FILE, each_metric
 from dino_sparo.slots.curves import draw_all, draw_curve
 from dino_sparo.slots.findings import FINDINGS, Finding, training
 from dino_sparo.slots.rank import WAYS
@@ -41,8 +42,10 @@ WITHOUT_SLOTS = ("maps",)  # analyses of any encoder
 COMPARING = ("rank", "maps", "mask", "factors")  # analyses that take a control
 LEADING = ("curves", "maps", "gallery")  # sections whose first picture is on the first screen
 HEALTH = ("entropy", "effective_patches", "cls_share", "response_std", "overlap", "agreement")
+MOST_ENTRIES = 20_000  # of the log, more than curves have pixels
 NUM_BEST = 4  # slots shown from either end of the ranking
 GALLERY_BYTES, PICTURE_BYTES = 400_000, 1_200_000  # so that the page is under 15 MB
+MOST_PICTURE = 2**26  # bytes that are read of a file
 SIDES = (1600, 1200, 900, 600, 400, 250)  # pixels of the longer side that a smaller picture may have
 JPEG_QUALITY = 82
 
@@ -82,8 +85,15 @@ class Subject:
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
-        """The log of a run folder, empty where there is none."""
-        return read_metrics(self.folder)
+        """The log of a run folder, empty where there is none; of ever so many entries some, and the last."""
+        entries: list[dict[str, Any]] = []
+        last, every = None, 1
+        for number, last in enumerate(each_metric(self.folder)):
+            if number % every == 0 or KNN in last:
+                entries.append(last)
+            if len(entries) > MOST_ENTRIES:
+                entries, every = entries[::2], 2 * every
+        return entries if last is None or entries[-1] is last else [*entries, last]
 
     def command(self, part: str) -> str:
         """The command line that makes a part of the page, on the given images if they will do."""
@@ -110,7 +120,7 @@ class Subject:
             return None, "Not made yet:"
         asked = {"which": self.which, "control": self.control, "data": self.data}
         with _damage_told(path, self.command(part)):
-            content = dict(parsed_json(path.read_bytes()).items())
+            content = dict(parsed_json(path).items())
         others = [
             f"{key} {content[key]}"
             for key, value in asked.items()
@@ -135,7 +145,7 @@ def _damage_told(path: Path, command: str) -> Iterator[None]:
     """Name the file that does not hold what it should, and the command that makes it again."""
     try:
         yield
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise UserError(
             f"{path} is damaged ({reason}); remove it, and make it again with `{command}`"
@@ -251,8 +261,9 @@ class Section:
         """A file beside the section's; one that cannot be read leaves a note."""
         source = self.source(self.path.with_name(file))
         try:
-            uri = picture_uri(self.path.with_name(file).read_bytes(), max_bytes)
-        except OSError:
+            with open_regular(self.path.with_name(file)) as content:
+                uri = picture_uri(content.read(MOST_PICTURE), max_bytes)
+        except Exception:  # a damaged file makes Pillow raise anything
             self.notes.append((f"{source} is missing or no picture.", ""))
         else:
             self.pictures.append({"uri": uri, "caption": caption, "source": source})
@@ -317,8 +328,9 @@ def _curves(subject: Subject) -> Section:
         return section
     section.tell_age()
     first, every = io.BytesIO(), io.BytesIO()
-    draw_curve(entries, first)
-    draw_all(entries, every)
+    with _damage_told(section.path, subject.command("pretrain")):
+        draw_curve(entries, first)
+        draw_all(entries, every)
     captions = "Loss and 20-NN accuracy over epochs", "Numbers of health over epochs"
     for buffer, caption in zip((first, every), captions, strict=True):
         uri = picture_uri(buffer.getvalue(), PICTURE_BYTES)

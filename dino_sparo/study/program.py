@@ -161,7 +161,7 @@ def _with_known(folder: Path, data_sets: dict[str, str], hashes: dict[str, str])
     """These hashes and those of the study's other data sets; refuses others than when it began."""
     path = folder / IMAGES_FILE
     try:
-        known: dict[str, str] = dict(parsed_json(path.read_text()).items())
+        known: dict[str, str] = dict(parsed_json(path).items())
     except (FileNotFoundError, NotADirectoryError):
         known = {}
     except (OSError, ValueError, AttributeError) as error:

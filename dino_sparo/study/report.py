@@ -59,7 +59,7 @@ def training_of(run: Run) -> Training:
     for entry in each_metric(run.folder):
         if KNN in entry:
             curve[float(entry["epoch"])] = entry[KNN]
-        if "seconds" in entry:
+        if {"seconds", "images_per_second"} <= entry.keys():
             seconds += entry["seconds"]
             images += entry["seconds"] * entry["images_per_second"]
             steps = entry["step"]
@@ -106,7 +106,7 @@ def about(run_dirs: Sequence[Path]) -> list[str]:
     """How the runs and this page were made, in lines of Markdown."""
     starts = [start for run_dir in run_dirs for start in read_starts(run_dir)]
     made = {
-        f"commit {start['git'] or 'unknown'}, torch {start['versions']['torch']}, timm "
+        f"commit {start.get('git') or 'unknown'}, torch {start['versions']['torch']}, timm "
         f"{start['versions']['timm']}, {start['processes']} x {start['device']}, {start['precision']}"
         for start in starts
     }

@@ -171,5 +171,7 @@ def write_files(folder: Path, contents: Mapping[str, str | bytes]) -> None:
 
 def final_knn(run_dir: Path, epochs: int) -> float | None:
     """The monitor's 20-NN after the last epoch; None before there is one, and the last checkpoint."""
-    found = [entry for entry in each_metric(run_dir) if KNN in entry and entry["epoch"] >= epochs]
-    return found[-1][KNN] if found and latest_step(run_dir) >= found[-1]["step"] else None
+    last = None
+    for entry in each_metric(run_dir):
+        last = entry if KNN in entry and entry["epoch"] >= epochs else last
+    return last[KNN] if last and latest_step(run_dir) >= last["step"] else None

@@ -27,7 +27,7 @@ from dino_sparo.recipe.sections import (
     Recipe,
     ViewOptions,
 )
-from dino_sparo.runs.checkpoint import load_latest
+from dino_sparo.runs.checkpoint import NOT_WHOLE, load_latest
 from dino_sparo.runs.rundir import read_starts
 from dino_sparo.training.bad_images import BadImages
 from dino_sparo.training.monitor import CollapseAlarm, KnnImages, open_knn_images
@@ -128,19 +128,22 @@ def restored_step(
     checkpoint = load_latest(run_dir, unverified=unverified)
     if checkpoint is None:
         return None
-    if checkpoint["images"] != images:
-        remedy = chosen_before(data, checkpoint["images"]) or "give the same folder"
-        raise UserError(
-            f"data.path: run_dir {str(run_dir)!r} was trained on {checkpoint['images']['num_images']} "
-            f"images, which are not the same as these {images['num_images']} (file names differ); {remedy}, "
-            f"or choose another run_dir"
-        )
     try:
+        if checkpoint["images"] != images:
+            remedy = chosen_before(data, checkpoint["images"]) or "give the same folder"
+            raise UserError(
+                f"data.path: run_dir {str(run_dir)!r} was trained on {checkpoint['images']['num_images']} "
+                f"images, which are not the same as these {images['num_images']} (file names differ); "
+                f"{remedy}, or choose another run_dir"
+            )
         restore_state(state, checkpoint)
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        step = int(checkpoint["step"])
+    except UserError:
+        raise
+    except NOT_WHOLE as error:
         raise UserError(
-            f"run_dir {str(run_dir)!r} has a checkpoint of step {checkpoint['step']} that does not fit its "
-            f"recipe ({' '.join(str(error).split())}); restore the folder, or choose another run_dir"
+            f"run_dir {str(run_dir)!r} has a checkpoint that does not fit its recipe "
+            f"({' '.join(str(error).split())}); restore the folder, or choose another run_dir"
         ) from error
     before = [start["views"] for start in read_starts(run_dir) if "views" in start][-1:]
     if before and before != [executor]:
@@ -149,7 +152,7 @@ def restored_step(
             "differently, so the run is no longer bit-identical to an uninterrupted one",
             *(run_dir, before[0], executor),
         )
-    return int(checkpoint["step"])
+    return step
 
 
 def start_state(
