@@ -1,4 +1,4 @@
-"""What `dino-sparo demo` shows of a run: a table, a curve, slot maps; without labels, nearest neighbors."""
+"""The output of `dino-sparo demo`: a table, a curve, and slot maps; without labels, nearest neighbors."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from dino_sparo.data.sources import ImageSource, open_images
 from dino_sparo.data.splits import Choice
-from dino_sparo.evaluation.features import extract_features
+from dino_sparo.evaluation.features import embed
 from dino_sparo.evaluation.knn import HEADLINE_K, KNN
 from dino_sparo.evaluation.results import standard_error
 from dino_sparo.files import atomic_write
@@ -25,8 +25,8 @@ from dino_sparo.terminal import program
 NUM_PICTURES, NUM_SLOTS = 6, 6
 NUM_QUERIES, NUM_NEIGHBORS, NUM_SEARCHED = 4, 5, 1000
 CONTROL = (  # as in the header of the recipe
-    "the same without slots, measured once: 38.7 %, from 37.7 % untrained (the CLS token's teacher collapses "
-    "by these settings, which were chosen for slots)"
+    "for comparison, without slots (measured once): 38.7 %, untrained 37.7 % (the teacher collapses with "
+    "these settings, which were chosen for slots)"
 )
 
 
@@ -39,11 +39,14 @@ def show_run(
     with_slots: bool,
     control: str = "",
 ) -> None:
-    """Print the k-NN accuracies of a complete run, and write `curve.png` and with slots `slots.png` there.
+    """Print the k-NN accuracies of a complete run, and write pictures into its folder.
 
-    Attention of the slots that look at the most different places is drawn over some of at most `max_images`
-    images of `data_path`. Without k-NN, whose images need classes, `neighbors.png` shows what was learned.
-    `control` is a sentence about the same pictures without slots.
+    Writes `curve.png`; with slots `slots.png`, attention of slots over images of `data_path`; without k-NN,
+    which needs labels, `neighbors.png`.
+
+    Args:
+        max_images: number of images of `data_path` to use, at most.
+        control: a sentence about the same run without slots, printed below the accuracies.
     """
     metrics = read_metrics(run_dir)
     evaluations = [entry for entry in metrics if KNN in entry]
@@ -54,7 +57,7 @@ def show_run(
         if control:
             print(control)
     else:
-        print(f"no {HEADLINE_K}-NN accuracy, which needs class folders: DIR/<class>/<image>")
+        print(f"no {HEADLINE_K}-NN accuracy, since it needs class folders: DIR/<class>/<image>")
     with atomic_write(run_dir / "curve.png") as file:
         draw_curve(metrics, file)
     print(f"\nlearning curve: {run_dir / 'curve.png'}")
@@ -67,14 +70,14 @@ def show_run(
         look(load_encoder(run_dir), source, numbers, num_slots=NUM_SLOTS).draw(run_dir / "slots.png")
         print(f"where slots look: {run_dir / 'slots.png'}")
         report = [dino_sparo, "slots", "report", str(run_dir), "--data.path", data_path]
-        print(f"all about slots, as a page: {shlex.join(report)}")
+        print(f"to make a page about the slots: {shlex.join(report)}")
     features = [dino_sparo, "embed", str(run_dir), "--data.path", data_path, "--out", "features.npz"]
-    print(f"features of all images, as a file: {shlex.join(features)}")
-    print(f"more: {shlex.join([program('tensorboard'), '--logdir', str(run_dir)])}")
+    print(f"to write the features of all images to a file: {shlex.join(features)}")
+    print(f"to see all curves: {shlex.join([program('tensorboard'), '--logdir', str(run_dir)])}")
 
 
 def table(evaluations: Sequence[Mapping[str, Any]]) -> str:
-    """20-NN before, during and after training, and whether the gain is beyond chance."""
+    """20-NN accuracy by epoch, its gain over the untrained encoder, and whether the gain is significant."""
     accuracies, num_test = [entry[KNN] for entry in evaluations], num_knn_images(evaluations)
     errors = [standard_error(accuracy, num_test) for accuracy in accuracies] if num_test else []
     lines = [f"{'epoch':>6}{f'{HEADLINE_K}-NN top-1':>14}"]
@@ -82,25 +85,25 @@ def table(evaluations: Sequence[Mapping[str, Any]]) -> str:
         error = f" ± {errors[number]:.1f}" if errors else ""
         lines.append(f"{entry['epoch']:>6.0f}{accuracy:>12.1f} %{error}")
     gain = accuracies[-1] - accuracies[0]
-    lines.append(f"trained over untrained encoder: {gain:+.1f} points")
+    lines.append(f"gain over the untrained encoder: {gain:+.1f} points")
     if errors:
         lines[-1] += f", on {num_test} test images (± is one standard error)"
         chance = 2 * np.hypot(errors[0], errors[-1])
         if abs(gain) < chance:
-            lines.append(f"within chance: so few test images may differ by {chance:.1f} points")
+            lines.append(f"not significant: less than two standard errors of the gain ({chance:.1f} points)")
     return "\n".join(lines)
 
 
 def draw_neighbors(run_dir: Path, source: ImageSource, path: Path) -> None:
-    """Write a PNG: some photographs, and those nearest to them by the untrained and the trained encoder."""
+    """Write a PNG: some images and their nearest neighbors by the untrained and the trained encoder."""
     source = source.subset(np.array(spread_evenly(source, NUM_SEARCHED)))
     queries = spread_evenly(source, NUM_QUERIES)
     found = {}
     for when in ("untrained", "trained"):
         encoder = load_encoder(run_dir, untrained=when == "untrained")
-        features = F.normalize(extract_features(encoder, source), dim=1)
+        features = F.normalize(torch.from_numpy(embed(encoder, source)), dim=1)
         cosines = features[queries] @ features.T
-        cosines[torch.arange(len(queries)), queries] = torch.inf  # the photograph itself comes first
+        cosines[torch.arange(len(queries)), queries] = torch.inf  # the query comes first
         found[when] = cosines.topk(min(1 + NUM_NEIGHBORS, len(source))).indices.tolist()
     crops = SeenImages(source, encoder.backbone.patch_size, encoder.image_size)
     rows, titles = [], []
@@ -110,5 +113,5 @@ def draw_neighbors(run_dir: Path, source: ImageSource, path: Path) -> None:
             rows.append([as_picture(one.picture) for one in seen])
             title = f"{when}: {file_name(source.name(queries[number]), 1)}"
             titles.append([title, *[""] * (len(rows[-1]) - 1)])
-    heading = f"Each row: a photograph, and those of {len(source)} that are nearest to it"
+    heading = f"Each row: an image and its nearest neighbors among {len(source)} images"
     draw_grid(rows, titles, path, heading, scale=False)

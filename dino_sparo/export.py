@@ -1,4 +1,4 @@
-"""The encoder of a run, or of other weights, as files that other programs read."""
+"""Export of an encoder to files for other programs."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,18 +24,19 @@ def export(
 
     Args:
         run: as the path of `load_encoder`.
-        out: new folder for timm's layout, folder that gets model.onnx, or new file NAME.pth by the official
-            names: of a run both networks with heads, else the encoder.
-        which: whose weights, teacher or student; a file by the official names of a run holds both.
+        out: for `timm` a new folder, for `onnx` a folder for model.onnx, for `official` a new file NAME.pth.
+        format: `official` writes the parameter names of the official code: of a run both networks with their
+            heads, else the encoder.
+        which: teacher or student; not used for an official file of a run, which holds both.
         arch: as for `load_encoder`.
         license: of the weights, for the model card and ONNX.
 
     Returns:
-        One line: what was written where.
+        One line of text about what was written.
 
     Raises:
-        UserError: the weights are refused or do not fit, or something is there already.
-        OSError: it cannot be written.
+        UserError: the weights are refused or do not fit, or `out` exists.
+        OSError: `out` cannot be written.
     """
     networks = networks_in(run, arch)
     stored, where, check = one_of(networks, which, arch), out, ""
@@ -46,7 +47,7 @@ def export(
     measured = measured_lines(run, which)
     if format == "onnx":
         path, difference = write_onnx(stored, Path(out), license=license, measured=measured)
-        where, check = str(path), f"; differs from torch by {difference:.1e} at most{check}"
+        where, check = str(path), f"; largest difference from torch: {difference:.1e}{check}"
     else:
         source = Path(run).resolve()
         name = source.stem if source.is_file() else source.name
@@ -56,10 +57,10 @@ def export(
 
 
 def measured_lines(run: str, which: str) -> list[str]:
-    """The headline results of these weights in `results.json` of a run, one line each.
+    """Lines about the headline results of these weights in `results.json` of a run.
 
     Raises:
-        UserError: that file is damaged.
+        UserError: the file is damaged.
     """
     folder = results_folder(run)
     if not (folder / RESULTS_FILE).is_file():

@@ -1,4 +1,4 @@
-"""train/<class> and val/<class> of ImageNet as people have it, linked or unpacked."""
+"""`dino-sparo prepare`: train/<class> and val/<class> from the usual layouts of ImageNet."""
 
 import hashlib
 import json
@@ -35,26 +35,26 @@ from dino_sparo.terminal import shows_bars
 log = logging.getLogger("dino_sparo")
 
 SPLITS = ("train", "val")
-RECORD = ".prepared.json"  # hidden, as the unfinished folder and file are: no loader takes them for images
+RECORD = ".prepared.json"  # hidden, like unfinished folders and files, so that loaders ignore it
 UNFINISHED_FILE = ".part"
 SHOWN_CLASSES = 3
 
 
 @dataclass(frozen=True)
 class Split:
-    """How one split is made: by a link to its folder, or from entries in class folders."""
+    """How to make a split: by a link to its folder, or as class folders from entries."""
 
     name: str
     images: Images
     made_of: str = ""
-    """What the links say, or the times of the tars: a damaged one that was replaced can have left wrong
-    images of the right size."""
+    """Target of the links, or modification times of the tars: a tar that was damaged and then replaced can
+    have left wrong images of the right size."""
     entries: dict[str, int] = field(default_factory=dict)
-    """Bytes in a tar by `class/file_name`, or by class of class tars; empty if one link does."""
+    """Sizes in bytes by `class/file_name`, or by class for class tars; empty if the split is one link."""
 
     @property
     def by_label(self) -> bool:
-        """Whether labels say the class of every image."""
+        """Whether labels give the class of each image."""
         return any("/" in entry for entry in self.entries)
 
     @property
@@ -63,36 +63,36 @@ class Split:
 
     @property
     def digest(self) -> str:
-        """SHA-256 by which what was made is known again."""
+        """SHA-256 that identifies the content of the split."""
         lines = [self.made_of, *(f"{entry} {size}" for entry, size in self.entries.items())]
         return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def prepare(source: str, out: str, labels: str | None = None) -> str:
-    """Make out/train/<class> and out/val/<class> of any recognized layout.
+    """Make out/train/<class> and out/val/<class> from any recognized layout.
 
-    Files that lie in folders are linked, tars are unpacked. A split gets its name when it is whole; the same
-    call resumes where it was killed, and does nothing if all is done. Nothing else is changed.
+    Image files are linked, tars are unpacked. A split gets its final name when it is complete; the same call
+    resumes an interrupted one, and does nothing if everything is done. `source` is not changed.
 
     Args:
         source: folder of the images or tars, see `dino_sparo.data.imagenet.recognize`.
         out: folder for the two splits; created if it does not exist.
-        labels: classes of a flat folder's images, see `dino_sparo.data.imagenet.image_classes`; None takes
-            those that lie near ImageNet's validation images.
+        labels: file with the classes of images without class folders, see
+            `dino_sparo.data.imagenet.image_classes`. None: a file near the validation images.
 
     Returns:
-        What there is, how the classes of the splits differ, and what to run next.
+        Text about the splits, the differences of their classes, and the next command.
 
     Raises:
-        UserError: nothing is recognized, labels and images do not fit, `out` holds something else, a tar is
-            damaged.
-        OSError: the file system refuses.
+        UserError: no layout is recognized, labels and images do not fit, `out` holds something else, or a tar
+            is damaged.
+        OSError: `out` cannot be written.
     """
     folder = Path(out)
     layout = recognize(Path(source))
     if layout is None:
         raise UserFileNotFoundError(f"{source}: no images recognized; expected a folder of one of: {LAYOUTS}")
-    log.info("%s: %s%s", source, layout.name, "" if explain(layout) else "; usable as it is")
+    log.info("%s: %s%s", source, layout.name, "" if explain(layout) else "; usable without `prepare`")
     check_out(folder, [one.path for one in (layout.train, layout.val) if one], SPLITS.__contains__)
     splits = _plan(layout, folder, labels)
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,16 +103,19 @@ def prepare(source: str, out: str, labels: str | None = None) -> str:
 
 
 def check_out(out: Path, images: Iterable[Path], is_ours: Callable[[str], bool]) -> None:
-    """Refuse a folder for output that is a file, lies among images, or holds visible names not `is_ours`."""
+    """Raises UserError if `out` is a file, is in a folder of images, or holds names that are not `is_ours`.
+
+    Hidden names are ignored.
+    """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {str(out)!r} is a file; give a folder")
     for folder in images:
         if out.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"--out {str(out)!r} lies among the images of {folder}; choose another --out")
+            raise UserError(f"--out {str(out)!r} is in the folder of images {folder}; choose another --out")
     there = sorted(os.listdir(out)) if out.is_dir() else []
     foreign = [name for name in there if not name.startswith(".") and not is_ours(name)]
     if foreign:
-        raise UserError(f"--out {str(out)!r} holds other things ({foreign[0]}); choose another --out")
+        raise UserError(f"--out {str(out)!r} holds other files ({foreign[0]}); choose another --out")
 
 
 def _summary(out: Path, counts: dict[str, Counter[str]]) -> str:
@@ -123,21 +126,21 @@ def _summary(out: Path, counts: dict[str, Counter[str]]) -> str:
     for here, other in (SPLITS, SPLITS[::-1]) if len(counts) == len(SPLITS) else ():
         if missing := sorted(counts[here].keys() - counts[other].keys()):
             shown = [*missing[:SHOWN_CLASSES], *(["..."] if len(missing) > SHOWN_CLASSES else [])]
-            lines.append(f"classes of {here} that {other} does not have: {len(missing)} ({', '.join(shown)})")
+            lines.append(f"classes of {here} that are not in {other}: {len(missing)} ({', '.join(shown)})")
     path = shlex.quote(str(out))
     if "train" not in counts:
-        next_step = f"prepare DIR --out {path}, DIR being where the training images are"
+        next_step = f"prepare DIR --out {path}, where DIR holds the train images"
     else:
         next_step = f"pretrain --config imagenet_vits16_sparo --data.path {path} --run_dir runs/sparo"
     return "\n".join([*lines, f"next: dino-sparo {next_step}"])
 
 
-# --- What is to be made
+# --- Planning
 
 
 def _plan(layout: Layout, out: Path, labels: str | None) -> list[Split]:
-    """The splits to make, val first: it is quick. All is checked here that can be before anything is made."""
-    labeled = "val" if layout.val else "train"  # the split that labels are for
+    """The splits to make, val first, since it is fast. Checks everything that can be checked beforehand."""
+    labeled = "val" if layout.val else "train"  # the split that the labels belong to
     found = layout.labels if labels is None else Path(labels)
     splits = [
         _plan_split(name, images, out, found if name == labeled else None)
@@ -145,15 +148,15 @@ def _plan(layout: Layout, out: Path, labels: str | None) -> list[Split]:
         if images
     ]
     if labels is not None and not any(split.by_label for split in splits):
-        raise UserError(f"--labels {labels!r} is of no use: {layout.root} has {layout.name}; leave it out")
+        raise UserError(f"--labels {labels!r} is not used: {layout.root} has {layout.name}; leave it out")
     if layout.train and layout.val and splits[0].by_label:
         named = splits[0].class_names
         form, path = layout.train.form, layout.train.path
         known = set(os.listdir(path)) if form == "class folders" else splits[1].class_names
         if known and not named & known:
             raise UserError(
-                f"{found}: its classes ({min(named)}, ...) are none of {path}'s ({min(known)}, ...); give "
-                f"labels with the same class names by --labels"
+                f"labels {found}: its classes ({min(named)}, ...) are not those of {path} ({min(known)}, "
+                f"...); give a file with the same class names by --labels"
             )
     return splits
 
@@ -170,8 +173,8 @@ def _plan_split(name: str, images: Images, out: Path, labels: Path | None) -> Sp
         return Split(name, images)
     if labels is None:
         raise UserError(
-            f"{path}: nothing says the classes of these validation images; give by --labels Kaggle's "
-            f"{SOLUTION}, the devkit {DEVKIT}.tar.gz, or lines of `file_name class`"
+            f"{path}: the classes of these validation images are unknown; set --labels to Kaggle's "
+            f"{SOLUTION}, the devkit {DEVKIT}.tar.gz, or a file with lines `file_name class`"
         )
     if images.form == "the official tar":
         with open(path, "rb") as file:
@@ -181,7 +184,7 @@ def _plan_split(name: str, images: Images, out: Path, labels: Path | None) -> Sp
         sizes = dict.fromkeys(sorted(filter(is_image, os.listdir(path))), 0)
         made_of = _link_target(path, out, below=2)
     if not sizes:
-        raise UserError(f"{path} holds no images; get it again")
+        raise UserError(f"{path} holds no images; download it again")
     classes = image_classes(sizes, path, labels)
     entries = {f"{classes[image]}/{image}": size for image, size in sizes.items()}
     return Split(name, images, made_of, entries)
@@ -193,7 +196,7 @@ def _last_changes(images: Images) -> str:
 
 
 def _link_target(path: Path, out: Path, below: int) -> str:
-    """What a link so many folders below out's top says for `path`: relative if the two are neighbors."""
+    """The target for a link to `path` that is `below` folders below `out`: relative if they are neighbors."""
     path, out = path.resolve(), out.resolve()
     near = [folder for folder in (out.parent, out.parent.parent) if folder != folder.parent]
     if not any(path.is_relative_to(folder) for folder in near):
@@ -201,17 +204,17 @@ def _link_target(path: Path, out: Path, below: int) -> str:
     return os.path.relpath(path, out / "/".join(["folder"] * below))
 
 
-# --- Making it
+# --- Writing
 
 
 def _make(split: Split, out: Path) -> Counter[str]:
-    """Make a split unless it is there, under another name until it is whole; its images by class."""
+    """Make a split unless it exists, under a temporary name until it is complete; counts images by class."""
     final, partial, source = out / split.name, out / f".{split.name}.partial", split.images.path
     if not split.entries:
         if not os.path.lexists(final):
             final.symlink_to(_link_target(source, out, below=0), target_is_directory=True)
         elif final.resolve() != source.resolve():
-            raise UserError(f"{final} exists and is not {source}; choose another --out")
+            raise UserError(f"{final} exists and is not a link to {source}; choose another --out")
         return _count(final)
     if os.path.lexists(final):
         return _counted(split, final, _recorded(split, final))
@@ -224,13 +227,13 @@ def _make(split: Split, out: Path) -> Counter[str]:
     images = _counted(split, partial, expected)
     _record(split, partial, expected)
     if not split.images.is_readable:
-        os.sync()  # a power cut must not leave empty images under the final name
+        os.sync()  # a power failure must not leave empty images under the final name
     os.rename(partial, final)
     return images
 
 
 def _fill(split: Split, partial: Path, out: Path) -> int:
-    """Make what is not there yet of the links or images of a split; the number that there should be."""
+    """Make the missing links or images of a split; returns the number that there should be."""
     path, unfinished, hidden = split.images.path, partial / UNFINISHED_FILE, not shows_bars()
     for name in split.class_names:
         (partial / name).mkdir(exist_ok=True)
@@ -253,7 +256,7 @@ def _fill(split: Split, partial: Path, out: Path) -> int:
 
 
 def class_tars(images: Images) -> Iterator[TarFile]:
-    """Every class with its tar, from a folder of them or from the tar of them all. Raises as `tar_files`."""
+    """Each class with its tar, from a folder of class tars or the tar of them. Raises as `tar_files`."""
     if images.form == "class tars":
         for name in sorted(os.listdir(images.path)):
             if match := WNID_TAR.fullmatch(name):
@@ -267,16 +270,16 @@ def class_tars(images: Images) -> Iterator[TarFile]:
 
 
 def unpack(tar: IO[bytes], where: Path, targets: Path | dict[str, Path], unfinished: Path, bar: tqdm) -> int:
-    """Unpack the images of a tar that are not there in full size yet; returns how many images it holds.
+    """Unpack the images of a tar that do not exist in full size yet; returns the number of images in it.
 
     Args:
-        where: what to call the tar in a message.
-        targets: folder of the images, or the path of every image by its file name.
-        unfinished: where an image is written before it gets its name; on the same file system.
+        where: path of the tar for messages.
+        targets: folder of the images, or the path of each image by its file name.
+        unfinished: temporary name of the image that is written; on the same file system.
         bar: progress in bytes.
 
     Raises:
-        UserError: see `tar_files`.
+        UserError: as `tar_files`.
     """
     count = 0
     with damage_named(where):
@@ -299,7 +302,10 @@ def _record(split: Split, folder: Path, count: int | None) -> None:
 
 
 def _recorded(split: Split, folder: Path) -> int | None:
-    """Refuse a folder that `prepare` did not begin so; its number of images, None while it is unfinished."""
+    """The number of images in the record of a folder, None while unfinished.
+
+    Raises UserError if `prepare` did not make the folder, or made it from something else.
+    """
     try:
         record = parsed_json("" if folder.is_symlink() else folder / RECORD)
         source, contents, count = record["source"], record["contents"], record["images"]
@@ -307,25 +313,25 @@ def _recorded(split: Split, folder: Path) -> int | None:
         raise UserError(f"{folder} exists and was not made by `prepare`; choose another --out") from error
     if contents != split.digest:
         raise UserError(
-            f"{folder} was made of other images or labels, or {source} has changed since; "
-            f"choose another --out or remove it"
+            f"{folder} was made from other images or labels, or {source} has changed since; "
+            f"choose another --out or remove {folder}"
         )
     return count
 
 
 def _counted(split: Split, folder: Path, expected: int | None) -> Counter[str]:
-    """The number of images in a folder by class. Raises UserError: there are others than expected."""
+    """The number of images in a folder by class. Raises UserError if their total is not as expected."""
     images = _count(folder)
     if images.total() != expected:
         raise UserError(
-            f"{folder} holds {images.total()} images, not the {expected} of {split.images.path}; remove it "
-            f"and prepare again"
+            f"{folder} holds {images.total()} images, expected the {expected} of {split.images.path}; remove "
+            f"it and prepare again"
         )
     return images
 
 
 def _count(split: Path) -> Counter[str]:
-    """Number of images of every class folder; of those outside of class folders under an empty name."""
+    """The number of images in each class folder; the key of images outside of class folders is empty."""
     counts: Counter[str] = Counter()
     for folder in walk(split):
         counts[folder.top] += folder.num_images

@@ -1,6 +1,6 @@
-"""`dino-sparo shard`: tar shards of webdataset's layout from a folder of images, as they are or reduced.
+"""`dino-sparo shard`: write the images of a folder, copied or reduced, to tar shards in webdataset's layout.
 
-A split is written shard by shard in several processes, each shard as a whole or not at all.
+Several processes write the shards of a split, each shard atomically.
 """
 
 import hashlib
@@ -55,13 +55,13 @@ from dino_sparo.parallel.processes import end_with_parent, only_writer
 from dino_sparo.prepare import check_out
 from dino_sparo.terminal import shows_bars
 
-IMAGES_PER_SHARD = 2000  # of ImageNet 220 MB, so that it has 641 shards
+IMAGES_PER_SHARD = 2000  # 220 MB and 641 shards for ImageNet
 JPEG_QUALITY = 95
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """The shards of one split, and what they are made of."""
+    """The shards of a split and their images."""
 
     source: FolderSource | TableSource
     folder: Path
@@ -82,7 +82,7 @@ class Split:
         return range(first, min(first + self.images_per_shard, len(self.source)))
 
     def missing(self) -> list[int]:
-        """The shards that are not there yet; those that are were whole when they got their name."""
+        """The numbers of the shards that do not exist yet; existing ones are complete."""
         return [number for number in range(self.num_shards) if not self.shard(number).exists()]
 
 
@@ -95,25 +95,25 @@ def shard(
     *,
     choice: Choice = AS_FOUND,
 ) -> None:
-    """Write the images of a folder into shards, in its order, and print what there is.
+    """Write the images of a folder to shards, in their order, and print a summary.
 
-    A source with train and val becomes out/train and out/val, any other shards in `out` itself. A shard gets
-    its name when it is whole, the index comes last; the same command resumes where it was killed, and does
-    nothing if all is done.
+    A source with train and val is written to out/train and out/val, any other to `out`. A shard gets its
+    final name when it is complete, and the index is written last; the same command resumes an interrupted
+    one, and does nothing if everything is done.
 
     Args:
-        source: a folder of images, as `data.path` takes it.
+        source: a folder of images, as for `data.path`.
         out: folder for the shards; created if it does not exist.
-        short_side: images with a longer short side are reduced to it, in pixels, and become JPEG files; None
-            copies all files as they are.
-        num_workers: processes that write, one per core if None; 0 writes in this one.
-        images_per_shard: images in every shard but the last.
+        short_side: in pixels; images with a longer short side are reduced to it and stored as JPEG. None: all
+            files are copied.
+        num_workers: processes that write. None: one per core; 0: this process.
+        images_per_shard: images in each shard except the last.
         choice: how images are read, as by `data.max_pixels` and `data.value_range`.
 
     Raises:
-        UserError: there are no images, two of them have one key, an image cannot be read, `out` holds
-            something else or has no room.
-        OSError: the file system refuses.
+        UserError: there are no images, two of them have the same key, an image cannot be read, or `out` holds
+            something else or has too little space.
+        OSError: `out` cannot be written.
     """
     if short_side is not None and short_side < 1:
         raise UserError(f"--short-side is {short_side}; expected a number of pixels above 0, or null")
@@ -134,20 +134,20 @@ def shard(
 def _plan(
     source: str, out: Path, short_side: int | None, images_per_shard: int, choice: Choice
 ) -> list[Split]:
-    """The splits of a source, train last. All is checked here that can be before `out` is looked at."""
+    """The splits of a source, train last. Checks everything that can be checked without `out`."""
     train, val = open_images(source, key="DIR", choice=choice), open_val(source, choice)
     splits = []
-    for name, images in (("val", val), ("train", train)):  # with train all is there
+    for name, images in (("val", val), ("train", train)):  # train last: where it exists, all is complete
         if images is None:
             continue
         if not isinstance(images, FolderSource | TableSource):
             raise UserError(
-                f"DIR {source!r} is no folder of images, but shards, generated pictures or a set by name"
+                f"DIR {source!r} holds shards, generated images, or a set by name; give a folder of images"
             )
         if images.index.header.get("class_level"):
             raise UserError(
-                f"DIR {source!r}: {name} lies in several folders, such as {images.index.name(0)}, which "
-                f"shards would take for classes; link what is in them into one folder"
+                f"DIR {source!r}: {name} is in several folders, such as {images.index.name(0)}, which would "
+                f"become classes; link their images into one folder"
             )
         _check_names(images, short_side)
         folder = out / name if val is not None else out
@@ -156,13 +156,13 @@ def _plan(
 
 
 def _is_ours(folder: Path, folders: set[Path], name: str) -> bool:
-    """Whether a name is of one of our folders or, where shards were begun, of a shard or their index."""
+    """Whether a name is one of `folders` or, in a folder of shards, that of a shard or the index."""
     is_file = is_shard(name) or name.startswith(INDEX_FILE)
     return folder / name in folders or (is_file and (folder / RECORD).exists())
 
 
 def _check_names(source: FolderSource | TableSource, short_side: int | None) -> None:
-    """Refuse images that could not be told apart in a shard, where the first dot ends a sample's key."""
+    """Raises UserError if two images have the same key: a key of webdataset ends at the first dot."""
     names = map(source.index.name, range(len(source)))
     for _, group in groupby(names, key=key_of):
         same = list(group)
@@ -170,16 +170,19 @@ def _check_names(source: FolderSource | TableSource, short_side: int | None) -> 
         if plain and (len(plain) < len(same) or (short_side is not None and len(same) > 1)):
             one, other = same[:2]
             raise UserError(
-                f"{source.root / one} and {other!r} would be one sample of a shard, as the first dot ends "
-                f"its key; rename one of them"
+                f"{source.root / one} and {other!r} have the same key in a shard, which ends at the first "
+                f"dot; rename one of them"
             )
 
 
 def _begin(split: Split) -> NDArray[np.int64]:
-    """Write down what the shards are made of, or refuse those made of something else; sizes in bytes."""
+    """Record what the shards are made from; returns the file sizes in bytes.
+
+    Raises UserError if existing shards were made from something else.
+    """
     stats = split.source.stats()[:, :2]
     record: dict[str, Any] = {
-        "source": str(split.source.root.resolve()),  # for people
+        "source": str(split.source.root.resolve()),  # only for messages
         "images": split.source.fingerprint(),
         "files": hashlib.sha256(stats.tobytes()).hexdigest(),
         "short_side": split.short_side,
@@ -194,12 +197,12 @@ def _begin(split: Split) -> NDArray[np.int64]:
             source, side = before["source"], before["short_side"]
             differ = [name for name in record if name != "source" and before.get(name) != record[name]]
         except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path} is damaged; remove {split.folder} and write it again") from error
+            raise UserError(f"{path} is damaged; remove {split.folder} and start again") from error
         if differ:
             what = f"--short-side {side}" if differ == ["short_side"] else "other images"
             raise UserError(
                 f"{split.folder} was made with {what}, or {source} has changed since; choose "
-                f"another --out or remove it"
+                f"another --out or remove {split.folder}"
             )
     else:
         split.folder.mkdir(parents=True, exist_ok=True)
@@ -208,8 +211,11 @@ def _begin(split: Split) -> NDArray[np.int64]:
 
 
 def _check_space(out: Path, splits: list[Split], sizes: list[NDArray[np.int64]]) -> None:
-    """Refuse to begin what the disk has no room for. An image that is reduced is taken for its short side's
-    square in bytes at most: twice as long as wide at half a byte per pixel."""
+    """Raises UserError if the disk has too little space.
+
+    A reduced image is assumed to need at most short_side ** 2 bytes, as if it were twice as long as wide and
+    had half a byte per pixel.
+    """
     needed = 0
     for split, of_files in zip(splits, sizes, strict=True):
         bound = of_files if split.short_side is None else np.minimum(of_files, split.short_side**2)
@@ -220,14 +226,13 @@ def _check_space(out: Path, splits: list[Split], sizes: list[NDArray[np.int64]])
     free = shutil.disk_usage(out).free
     if needed > free:
         raise UserError(
-            f"--out {str(out)!r}: the shards need about {needed / 1e9:.1f} GB more, and {free / 1e9:.1f} GB "
-            f"are free; make room or choose another disk"
+            f"--out {str(out)!r}: the shards need about {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB "
+            f"are free; make room or use another disk"
         )
 
 
 def _finish(split: Split, written: dict[str, Shard]) -> None:
-    """Write the index of the shards, unless it is there; with it they can be read. Only those that an earlier
-    start wrote are looked at again."""
+    """Write the index of the shards unless it exists; only shards of earlier starts are read for it."""
     path = split.folder / INDEX_FILE
     if current_index(path, split.folder, shards_are_current) is not None:
         return
@@ -236,13 +241,13 @@ def _finish(split: Split, written: dict[str, Shard]) -> None:
     if len(index) != len(split.source) or not same:
         path.unlink()
         raise UserError(
-            f"{split.folder} holds {len(index)} images that are not the {len(split.source)} of "
-            f"{split.source.root}; remove it and write it again"
+            f"{split.folder} holds {len(index)} images, expected the {len(split.source)} of "
+            f"{split.source.root}; remove {split.folder} and start again"
         )
 
 
 def _summary(out: str, splits: list[Split]) -> str:
-    """What was written, and what to run next."""
+    """Text about the shards, and the next command."""
     lines = []
     for split in splits:
         num_bytes = sum(split.shard(number).stat().st_size for number in range(split.num_shards))
@@ -255,7 +260,7 @@ def _summary(out: str, splits: list[Split]) -> str:
 
 
 def _write_shards(split: Split, num_workers: int) -> dict[str, Shard]:
-    """Write all shards that are not there yet; what is in them by their names."""
+    """Write all missing shards; returns their contents by file name."""
     todo, total = split.missing(), len(split.source)
     done = total - sum(len(split.images(number)) for number in todo)
     written: dict[str, Shard] = {}
@@ -270,7 +275,7 @@ def _write_shards(split: Split, num_workers: int) -> dict[str, Shard]:
 
 
 def _write(split: Split, numbers: list[int], num_workers: int) -> Generator[tuple[str, Shard], None, None]:
-    """Write shards and yield each when it is done; after an error no process continues."""
+    """Write shards, and yield name and content of each when it is done; errors end all processes."""
     if num_workers == 0:
         for number in numbers:
             yield _write_shard(split, number)
@@ -283,8 +288,8 @@ def _write(split: Split, numbers: list[int], num_workers: int) -> Generator[tupl
             yield done.result()
     except BrokenProcessPool as error:
         raise UserError(
-            "a process that writes shards has died; give fewer --num-workers if memory ran out, then the "
-            "same command resumes"
+            "a process that writes shards has died; use fewer --num-workers if it was out of memory, then "
+            "start again to resume"
         ) from error
     except BaseException:
         for child in multiprocessing.active_children():
@@ -300,7 +305,7 @@ _split: list[Split] = []  # of a worker process
 
 def _start_worker(split: Split) -> None:
     end_with_parent(signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends this process
     _split[:] = [split]
 
 
@@ -309,11 +314,11 @@ def _write_one(number: int) -> tuple[str, Shard]:
 
 
 def _write_shard(split: Split, number: int) -> tuple[str, Shard]:
-    """Write a shard under another name, then rename it; its name and what a reader will find in it."""
+    """Write a shard atomically; returns its file name and content."""
     path, labels, images = split.shard(number), split.source.labels, []
     with (
         atomic_write(path, path.with_name(f".{path.name}.part")) as file,
-        # As GNU tar writes: names of any length in any encoding. Equal images make equal shards.
+        # GNU format: names of any length and encoding. The same images give the same bytes.
         tarfile.open(
             fileobj=file, mode="w", format=tarfile.GNU_FORMAT, encoding="utf-8", errors="surrogateescape"
         ) as archive,
@@ -329,16 +334,16 @@ def _write_shard(split: Split, number: int) -> tuple[str, Shard]:
 
 
 def _add(archive: tarfile.TarFile, name: str, data: bytes) -> int:
-    """Append a file; the offset of its bytes."""
+    """Append a file; returns the offset of its data."""
     member = tarfile.TarInfo(name)
     member.size = len(data)
     archive.addfile(member, BytesIO(data))
-    archive.members.clear()  # type: ignore[attr-defined]  # which would hold all of them
+    archive.members.clear()  # type: ignore[attr-defined]  # else tarfile keeps all members in memory
     return archive.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
 def _sample(split: Split, image: int) -> tuple[str, bytes]:
-    """Name and bytes of an image in a shard: the file as it is, or a JPEG file at the short side."""
+    """Name and bytes of an image in a shard: the original file, or a reduced JPEG file."""
     name, data, limit = split.source.index.name(image), b"", split.short_side
     try:
         data = split.source.read(image)
@@ -350,10 +355,10 @@ def _sample(split: Split, image: int) -> tuple[str, bytes]:
         if short <= limit:
             return name, data
         if unclear:
-            raise OSError("more than 8 bits, and JPEG files have 8: --value_range says which values to keep")
+            raise OSError("its pixels have more than 8 bits, those of JPEG have 8; set --value_range")
         buffer, max_side = BytesIO(), max(limit, round(long * limit / short))
         decode(data, max_side, split.source.reading).save(buffer, "JPEG", quality=JPEG_QUALITY)
-    except Exception as error:  # a damaged file makes Pillow raise anything
+    except Exception as error:  # Pillow raises many kinds of errors for damaged files
         raise UnreadableImageError(
             split.source.name(image),
             problem_of(data, error)[1],

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to a trained encoder, a learning curve and slot maps, in five minutes after the install.
-# Usage: scripts/demo.sh [--data.path DIR]      more options: .venv/bin/dino-sparo demo --help
+# Installs the package and trains an encoder; shows a learning curve and slot maps. Five minutes after the install.
+# Usage: scripts/demo.sh [--data.path DIR]      for more options: .venv/bin/dino-sparo demo --help
 here=$(cd "$(dirname "$0")" && pwd)
 calling_folder=$PWD
 source "$here/setup.sh" ""

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The first thing to run on a machine with a GPU, about ten minutes: tests, speed beside plain code, several GPUs.
-# Usage: scripts/gpu_acceptance.sh DATA [OUT]      DATA as for --data.path; no network is needed
-# OUT (runs/gpu_acceptance) keeps what is done, so a second start does the rest. PYTHON names another Python.
+# Run this first on a machine with GPUs (about ten minutes): GPU tests, speed compared with plain code, several GPUs.
+# Usage: scripts/gpu_acceptance.sh DATA [OUT]      DATA as for --data.path; needs no network
+# Results are kept in OUT (default: runs/gpu_acceptance); a second start runs only the missing parts.
+# Environment variables: PYTHON, the Python to use.
 set -uo pipefail
 data=$(realpath "${1?usage: scripts/gpu_acceptance.sh DATA [OUT]}")
 out=$(realpath -m "${2:-runs/gpu_acceptance}")
@@ -11,7 +12,7 @@ gpus=$("${python[@]}" -c 'import torch; print(torch.cuda.device_count())')
 [ "$gpus" -gt 0 ] || { echo "torch sees no CUDA device here" >&2; exit 2; }
 mkdir -p "$out"
 
-part() { # FILE SECONDS COMMAND...: standard output goes to OUT/FILE, which is there when the command has succeeded
+part() { # FILE SECONDS COMMAND...: write standard output to OUT/FILE, which exists only if the command succeeded
   local file=$out/$1 seconds=$2
   shift 2
   [ -f "$file" ] && return
@@ -19,7 +20,7 @@ part() { # FILE SECONDS COMMAND...: standard output goes to OUT/FILE, which is t
   timeout "$seconds" "$@" > "$file.part" 2> "$file.log" && mv "$file.part" "$file" || tail -n 3 "$file.part" "$file.log" >&2
 }
 
-bench() { # FILE CONFIG [OPTION...]: a training at 64 images, as JSON
+bench() { # FILE CONFIG [OPTION...]: benchmark of training with batch size 64, as JSON
   local file=$1 config=$2
   shift 2
   part "$file" 240 "${python[@]}" -m dino_sparo bench --config "$config" --data.path "$data" \
@@ -55,7 +56,7 @@ tests = out / "tests.txt"
 result["tests"] = tests.read_text().strip().splitlines()[-1] if tests.exists() else "failed, see tests.txt.part"
 print(f"tests marked gpu: {result['tests']}")
 if "passed" in result["tests"] and "failed" not in result["tests"]:
-    print("captured steps are the eager ones: train with --machine.capture true")
+    print("captured steps equal eager steps: train with --machine.capture true")
 for name in ("sparo", "dino", "flash"):
     found = result.get(name)
     if found is None:
@@ -69,12 +70,12 @@ for name in ("sparo", "dino", "flash"):
     memory = found["memory"]["ours"]["peak_bytes"]
     print(f"  peak memory {memory / 2**30:.2f} GiB, host waits per step {found['host_waits_per_step']}")
     if found["end_to_end"]:
-        print("  end to end {images_per_second:.1f} images/s, waiting {data_wait_share:.3f}".format(**found["end_to_end"]))
+        print("  end to end {images_per_second:.1f} images/s, data wait share {data_wait_share:.3f}".format(**found["end_to_end"]))
     if found["compare"]:
         print(f"  plain / ours: step {found['compare']['step']['median']:.2f}, memory {found['compare']['memory']}")
 estimate = out / "estimate.txt"
 if estimate.exists():
-    print("one GPU measured, beside what is estimated for others:")
+    print("measured on one GPU, and estimated for others:")
     print("\n".join(line for line in estimate.read_text().splitlines() if line.startswith("|")))
 run = out / "several" / "metrics.jsonl"
 if run.exists():

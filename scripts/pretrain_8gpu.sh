@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The paper's experiment on one machine with 8 GPUs; the same line resumes after an interruption.
+# The paper's experiment on one machine with 8 GPUs. The same command resumes an interrupted run.
 # Usage: scripts/pretrain_8gpu.sh /data/imagenet [--section.key VALUE ...]
-# The environment may name others: RECIPE, RUN_DIR, NPROC (processes, one a GPU).
+# Environment variables: RECIPE, RUN_DIR, NPROC (number of processes, one per GPU).
 data=${1?usage: scripts/pretrain_8gpu.sh DATA [--section.key VALUE ...]}
 shift
 recipe=${RECIPE:-imagenet_vits16_sparo}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, types and the quick tests (5 minutes on two cores); with --all also the long ones (25 minutes).
+# Lint, types, and the quick tests (5 minutes on two cores); with --all also the long tests (25 minutes).
 case "${1:-}" in
   "") selection=(-m "not long") ;;
   --all) selection=() ;;
@@ -9,5 +9,5 @@ source "$(dirname "$0")/setup.sh" test
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-# A file of tests stays in one process: its fixtures are made once.
+# Each test file runs in one process, so that its fixtures are created once.
 OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --dist loadfile "${selection[@]}"

@@ -1,4 +1,4 @@
-"""Colored noise to classify, a tiny encoder, and the linear probe run on them."""
+"""Images of colored noise, a tiny encoder, and the linear probe on them."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ OFFICIAL = "3 blocks both lr 0.001"
 
 
 def write_colors(folder: Path, count: int, classes: tuple[str, ...] = CLASSES) -> None:
-    """Noise of one color in class folders, so that there is something to learn."""
+    """Class folders of images of noise, each class of one color."""
     rng = np.random.default_rng(count)
     for number in range(count):
         name = classes[number % len(classes)]
@@ -36,7 +36,7 @@ def write_data(folder: Path) -> Path:
 
 
 def pretrained_run(folder: Path) -> Path:
-    """A tiny run that has ended, on pictures of its own."""
+    """A complete tiny run and its pictures."""
     write_pictures(folder / "data", 8)
     changes = {"optim__epochs": 1, "optim__warmup_epochs": 0}
     pretrain(tiny_options(folder / "data", folder / "run", **changes))
@@ -54,7 +54,7 @@ def options(run: Path, data: Path, out: Path, **changes) -> evaluating.LinearOpt
 
 
 def linear(run: Path, data: Path, out: Path, **changes) -> list:
-    """Run the program; its results."""
+    """Run the command; returns its results."""
     evaluating.linear(options(run, data, out, **changes))
     return read_results(out)
 

@@ -1,4 +1,4 @@
-"""Folders of small pictures, and tars of them as other people make them."""
+"""Folders of small pictures, and tars of them as made by other programs."""
 
 import io
 from pathlib import Path
@@ -21,7 +21,7 @@ def picture(number: int, size: tuple[int, int] = (26, 22), kind: str = "PNG") ->
 
 
 def write(root: Path, *names: str, **how) -> Path:
-    """A picture of its own in each file."""
+    """Write a different picture to each file."""
     for number, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(picture(number, **how))
@@ -29,7 +29,7 @@ def write(root: Path, *names: str, **how) -> Path:
 
 
 def touch(root: Path, *names: str) -> Path:
-    """Empty files."""
+    """Create empty files."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
@@ -37,20 +37,20 @@ def touch(root: Path, *names: str) -> Path:
 
 
 def write_tar(path: Path, **members: bytes) -> Path:
-    """A tar as other people make them; `a__jpg` for a.jpg. Its folder."""
+    """Write a tar; the keyword `a__jpg` is the file a.jpg. Returns its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(tar_of({name.replace("__", "."): data for name, data in members.items()}))
     return path.parent
 
 
 def write_folder(root: Path) -> Path:
-    """Train and val in class folders."""
+    """Class folders with train and val."""
     write(root / "train", *NAMES)
     write(root / "val", "c/y.png", "a/z.jpg")
     return root
 
 
 def shards_of(folder: Path, out: Path) -> Path:
-    """Its shards, several of them."""
+    """The same images in several shards."""
     shard(str(folder), str(out), num_workers=0, images_per_shard=3)
     return out

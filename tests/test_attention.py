@@ -1,4 +1,4 @@
-"""Slot maps land on the right patches, and the picture shows them there."""
+"""Attention maps are at the right patches, and pictures show them there."""
 
 import numpy as np
 import pytest
@@ -76,7 +76,7 @@ def test_a_slot_that_looks_for_one_patch_finds_it_on_an_image_that_is_not_square
 
 def test_encoder_without_slots():
     encoder = build_encoder(SMALL, patch_size=8, image_size=32, readout="cls")
-    with pytest.raises(ValueError, match="readout 'cls' has no slots"):
+    with pytest.raises(ValueError, match=r"has no slots .read-out cls"):
         slot_attention(encoder, torch.zeros(1, 3, 32, 32))
 
 

@@ -21,7 +21,7 @@ from dino_sparo.data.images import evaluation_crop, to_tensor
 from dino_sparo.data.scan import find_copies, scan_images
 from dino_sparo.data.sources import open_images
 from dino_sparo.errors import UserError
-from dino_sparo.evaluation.features import extract_features
+from dino_sparo.evaluation.features import embed
 from dino_sparo.models import build_encoder
 from dino_sparo.runs.rundir import BAD_IMAGES_FILE
 from dino_sparo.training.bad_images import BadImages
@@ -153,7 +153,7 @@ def pretrain(data: Path, run_dir: Path, on_bad_image: str) -> list[dict[str, str
 
 def features(data: Path) -> torch.Tensor:
     encoder = build_encoder({"width": 16, "depth": 2, "num_heads": 2}, 8, 16, readout="cls").eval()
-    return extract_features(encoder, open_images(str(data)), image_size=16)
+    return torch.from_numpy(embed(encoder, open_images(str(data)), image_size=16))
 
 
 def check_named(message: str, data: Path, kind: str) -> None:

@@ -1,4 +1,4 @@
-"""The benchmark: what can be asserted without a clock."""
+"""The benchmark, without assertions about time."""
 
 import copy
 import json
@@ -53,7 +53,7 @@ RANGES = [
 
 
 def new_state(readout: str, device=CPU):
-    """A small run that has not begun, the same at every call."""
+    """The initial state of a small run, the same in every call."""
     torch.manual_seed(0)
     networks = []
     for _ in range(2):
@@ -79,7 +79,7 @@ ARGUMENTS_OF_STEP = {"clip_norm": CLIP_NORM, "autocast": nullcontext()}
 
 
 def seconds_of_ranges(device, calls: int) -> tuple[list, dict[str, float]]:
-    """Events and seconds of the last of some profiles of our own step."""
+    """Events and seconds of the last of several profiles of the training step."""
     state, groups = new_state("sparo", device), [group.to(device) for group in crops(0)]
     step = partial(train_step, state, repeat(groups), 1, hyperparameters(1), **ARGUMENTS_OF_STEP)
     for _ in range(calls):

@@ -1,4 +1,4 @@
-"""`dino-sparo check`: what it counts, what it measures, and what it warns of."""
+"""`dino-sparo check`: counts, measurements, problems, and remarks."""
 
 import json
 import logging
@@ -60,9 +60,9 @@ def test_a_healthy_run(checked):
     assert run["hours"] == pytest.approx(3 * 24 / run["images_per_second"] / 3600)
     assert report["data"]["val_in_train"]["images"] == 24
     assert report["remarks"] == [
-        "no k-NN while training: monitor.knn_path can name a labeled folder",
-        "24 of 24 images of val are in train too: k-NN and linear probe may come out up to 100.00 points "
-        "too high",
+        "no k-NN while training; set monitor.knn_path to a labeled folder",
+        "24 of 24 images of val are in train too: accuracies of k-NN and linear probe may be up to 100.00 "
+        "percentage points too high",
     ]
     assert 0 < report["step"]["loss"] < 20
 
@@ -82,7 +82,10 @@ def test_parameters_and_checkpoint_are_those_of_the_run(checked, data, tmp_path)
     tensors = [state["center"], state["skipped"], *state["student"].values(), *state["teacher"].values()]
     tensors += [t for entry in state["optimizer"]["state"].values() for t in entry.values()]
     assert report["checkpoint_bytes"] == sum(t.nbytes for t in tensors) < written
-    assert report["remarks"][1:] == ["files not read: --scan", "speed not measured: --measure"]
+    assert report["remarks"][1:] == [
+        "image files were not read; --scan reads them",
+        "the speed was not measured; --measure does it",
+    ]
     assert "data" not in report and "step" not in report
 
 
@@ -104,7 +107,7 @@ def test_bad_images_are_a_problem_unless_few_are_replaced(checked, data, bad, on
         path.write_bytes(b"")
     report = checked(f"--data.on_bad_image={on_bad_image}", status=int(is_problem))
     assert report["data"]["train"]["problems"]["zero_byte"]["count"] == bad
-    says = f"images of train that cannot be read: {bad} of 24; repair or remove them, or set data.on_bad"
+    says = f"images of train that cannot be read: {bad} of 24; repair or remove them, or"
     assert [problem.startswith(says) for problem in report["problems"]] == [True] * is_problem
     assert ("step" in report) != is_problem  # nothing is measured that would not run
 
@@ -118,7 +121,7 @@ def test_what_is_wrong_with_val_is_a_problem_if_training_reads_it(checked, data,
     )
     told = report["problems" if knn_every_epochs else "remarks"]
     assert "images of val that cannot be read: 1; repair or remove them" in told
-    assert "classes of val that train lacks: 1" in told
+    assert "classes of val that are not in train: 1" in told
 
 
 @pytest.mark.parametrize("bad", [1, 2])
@@ -127,7 +130,7 @@ def test_bad_images_of_k_nn_are_a_problem_unless_few_are_left_out(checked, data,
         path.write_bytes(b"")
     options = ("--monitor.knn_every_epochs=1", "--data.on_bad_image=substitute")
     report = checked(*options, status=int(bad > 1), look=["--scan"])
-    says = "images of k-NN while training that cannot be read: 2 of 48, more than one in a hundred"
+    says = "images for k-NN while training that cannot be read: 2 of 48, more than 1 %"
     assert [problem.startswith(says) for problem in report["problems"]] == [True] * (bad > 1)
 
 
@@ -232,7 +235,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(checked, monkeypatch)
     monkeypatch.setattr(program, "measure_steps", small_gpu)
     (problem,) = checked(status=1, look=["--measure"])["problems"]
     assert tried == [4, 2, 1]
-    assert problem == "4 images at once do not fit into the GPU's memory: give machine.batch_size_per_gpu 1"
+    assert problem == "4 images per GPU do not fit into its memory; set machine.batch_size_per_gpu to 1"
 
 
 @pytest.mark.parametrize(
@@ -270,7 +273,7 @@ def test_val_of_k_nn_is_compared_with_the_train_of_k_nn(checked, data, tmp_path)
     assert report["data"]["classes"]["train"]["classes"] == 2 and report["data"]["val"]["images"] == 4
     next((tmp_path / "birds").glob("train/bird_class1/*")).write_bytes(b"no image")  # of those k-NN takes
     (problem,) = checked(*given, status=1, look=["--scan"])["problems"]
-    assert problem.startswith("images of k-NN while training that cannot be read: 1 of 24")
+    assert problem.startswith("images for k-NN while training that cannot be read: 1 of 24")
 
 
 @pytest.mark.parametrize("views", ["pil", "device"])
@@ -282,8 +285,8 @@ def test_text_says_all_of_it_and_nothing_is_written(data, tmp_path, capsys, monk
     shown = capsys.readouterr().out
     for words in (
         *("train: 24 images, all readable", "val images that are in train too: 24", "M parameters"),
-        *("GFLOPs per image", "ln K is 2.77", "images/s with", "images at once", "4 images: 1 x 4"),
-        *("18 in all", "minutes for 3 epochs", "MiB each", "of prefetched views", "limited by the "),
+        *("GFLOPs per image", "ln K is 2.77", "images/s with", " s for ", "4 images: 1 x 4"),
+        *("18 in total", "minutes for 3 epochs", "MiB each", "of prefetched views", "limited by the "),
         "nothing would end the run; see the remarks",  # as val is train
     ):
         assert words in " ".join(shown.split()), words

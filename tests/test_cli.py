@@ -156,7 +156,7 @@ def test_knn_prints_accuracy_and_number_of_images(trained, capsys):
     assert main(["knn", str(run), "--data.path", str(data), "--k", "[1, 3]", "--num_workers", "0"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert "7 train and 1 test images, 2 classes" in out[0]
-    assert "1 of the 2 classes of training has no image here" in out[1]
+    assert "1 of the 2 train classes has no image here" in out[1]
     assert [line.split()[:2] for line in out[2:4]] == [["1-NN", "top-1"], ["3-NN", "top-1"]]
 
 

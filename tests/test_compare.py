@@ -1,4 +1,4 @@
-"""One table of several runs, from their results.json alone."""
+"""The table of several runs from their recipes and results.json."""
 
 import re
 from pathlib import Path
@@ -25,7 +25,7 @@ NUM_IMAGES = 200
 
 
 def result(num_right: int, **changes: object) -> Result:
-    """So many of 200 images right, the first ones."""
+    """A result with the first `count` of 200 images right."""
     total = int(changes.get("num_images", NUM_IMAGES))
     return made_result((np.arange(total) < num_right).tolist(), **({"details": {}} | changes))
 
@@ -62,7 +62,7 @@ def test_seeds_of_a_recipe_are_one_column(three_and_one, tmp_path):
         ["  difference to cls", f"+4.00 [{low:+.2f}, {high:+.2f}]", ""],
     ]
     assert any("s0 (seed 0)" in note and "s2 (seed 2)" in note for note in found.notes)
-    assert "not the same seeds: sparo has 0, 1, 2, cls 0" in found.notes
+    assert "different seeds: sparo has 0, 1, 2, cls has 0" in found.notes
     others = [make_run(tmp_path / f"d{seed}", result(130), readout="cls", seed=seed) for seed in (1, 2)]
     assert not any("seeds: " in note for note in compare_runs([*three_and_one, *others]).notes)
 
@@ -83,7 +83,7 @@ def test_the_control_can_be_chosen(three_and_one):
 
 @pytest.mark.parametrize("same", ["sparo", "cls"])
 def test_no_single_other_readout_and_no_differences(tmp_path, same):
-    """Recipes of one read-out are told apart by what differs."""
+    """Recipes with the same read-out are labeled by the fields that differ."""
     runs = [
         make_run(tmp_path / "a", result(100), readout=same),
         make_run(tmp_path / "b", result(120), readout=same, epochs=300),
@@ -91,7 +91,7 @@ def test_no_single_other_readout_and_no_differences(tmp_path, same):
     found = compare_runs(runs)
     assert found.header == ["top-1 in %", f"{same} epochs 100", f"{same} epochs 300"]
     assert len(found.rows) == 1
-    assert any("no differences" in note and "--control RUN names the control" in note for note in found.notes)
+    assert any("no differences" in note and "--control RUN" in note for note in found.notes)
     assert compare_runs(runs, control=runs[0]).rows[1][2].startswith("+10.00 [")
 
 
@@ -148,7 +148,7 @@ def test_accuracies_that_were_not_measured_alike_are_noted(tmp_path):
     ours = make_run(tmp_path / "a", result(120, details={"epochs": 100}, **linear))
     theirs = make_run(tmp_path / "b", result(110, details={"epochs": 10}, **linear), readout="cls")
     assert any(
-        note == "linear, val: not measured alike (epochs 100 against 10)"
+        note == "linear, val: measured with different settings (epochs 100 and 10)"
         for note in compare_runs([ours, theirs]).notes
     )
 
@@ -184,7 +184,7 @@ def test_columns_are_aligned_and_markdown_has_as_many_cells_in_every_line(three_
 
 
 def correct(accuracy: float, count: int, seeds: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Seeds that find the same images hard."""
+    """Seeds that are wrong on the same images."""
     hardness = rng.random(count)
     return [hardness + 0.2 * rng.standard_normal(count) < accuracy for _ in range(seeds)]
 
@@ -209,7 +209,7 @@ def test_interval_equals_the_analytic_one_for_many_images():
 
 
 def test_pairing_counts():
-    """Two encoders that fail on the same images but for a few: a difference of a point is certain."""
+    """Two encoders that are wrong on almost the same images: a difference of one point is significant."""
     ours = np.arange(10_000) < 7_000
     low, high = paired_bootstrap([ours], [np.arange(10_000) < 6_900])
     assert 0.75 < low < 1.0 < high < 1.25
@@ -221,12 +221,12 @@ def test_pairing_counts():
 
 
 def test_runs_that_are_none(tmp_path, capsys):
-    with pytest.raises(UserError, match="compare has no runs; give their folders"):
+    with pytest.raises(UserError, match="runs is empty; give run folders"):
         compare_runs([])
     with pytest.raises(UserFileNotFoundError, match="nowhere' does not exist; expected a run folder"):
         compare_runs([str(tmp_path / "nowhere")])
     run = make_run(tmp_path / "a", result(100, name="10-NN", headline=False))
-    with pytest.raises(UserError, match="a has no headline result; expected that of `dino-sparo knn`"):
+    with pytest.raises(UserError, match="a has no headline result; run `dino-sparo knn`"):
         compare_runs([run])
     (tmp_path / "a" / "results.json").write_text("{")
     assert main(["compare", run]) == 2
@@ -239,17 +239,17 @@ def test_runs_that_are_none(tmp_path, capsys):
 def test_damaged_recipe(tmp_path, text):
     run = make_run(tmp_path / "a", result(100))
     (tmp_path / "a" / "config.yaml").write_text(text)
-    with pytest.raises(UserError, match=r"config\.yaml is .*; restore the recipe"):
+    with pytest.raises(UserError, match=r"config\.yaml .*; restore the recipe"):
         compare_runs([run])
 
 
 def test_a_control_that_is_none_of_the_runs_and_seeds_that_are_one(three_and_one, tmp_path):
-    with pytest.raises(UserError, match=r"control '.*s0' is none of the runs; expected one of .*d0"):
+    with pytest.raises(UserError, match=r"control '.*s0' is not one of the runs; expected one of .*d0"):
         compare_runs(three_and_one[1:], control=three_and_one[0])
     with pytest.raises(UserError, match="s0' is given twice; give it once"):
         compare_runs([*three_and_one, three_and_one[0] + "/"])
     other = make_run(tmp_path / "b", result(100), seed=0)
-    with pytest.raises(UserError, match="same recipe and the same seed 0, and would count as two seeds"):
+    with pytest.raises(UserError, match="same recipe and seed 0; leave one of them out"):
         compare_runs([three_and_one[0], other])
 
 

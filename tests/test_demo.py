@@ -1,4 +1,4 @@
-"""The demo end to end at toy size: table, curve and slot maps, on generated pictures and on a folder."""
+"""A small demo end to end: table, curve, and slot maps, on generated pictures and on a folder."""
 
 import re
 import shlex
@@ -31,7 +31,7 @@ def test_generated_pictures(tmp_path, capsys):
     run_demo("shapes", tmp_path, data__max_images=20, monitor__knn_images_per_class=10)
     shown = capsys.readouterr().out
     assert "20-NN top-1" in shown
-    assert "trained over untrained encoder" in shown
+    assert "gain over the untrained encoder" in shown
     assert len([line for line in shown.splitlines() if " % ± " in line]) == 4  # epochs 0 to 3
     assert re.search(r"on \d+ test images", shown)
     for name in ("curve.png", "slots.png"):
@@ -59,7 +59,7 @@ def test_own_flat_folder(tmp_path, monkeypatch, capsys):
     optim = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["optim"]
     assert optim["epochs"] == round(8 * 5 / 7)
     shown = capsys.readouterr().out
-    assert "no 20-NN accuracy, which needs class folders" in shown and "test images" not in shown
+    assert "no 20-NN accuracy, since it needs class folders" in shown and "test images" not in shown
     for name in ("slots.png", "curve.png", "neighbors.png"):
         assert_is_picture(tmp_path / "run" / name)
         assert str(tmp_path / "run" / name) in shown
@@ -86,7 +86,7 @@ def test_the_commands_that_it_prints_can_be_pasted(tmp_path, capsys, monkeypatch
 def test_a_gain_within_chance_is_said_to_be(first, last, images, chance):
     of = {"knn20_images": images} if images else {}
     shown = table([{"epoch": 0, "knn20_top1": first, **of}, {"epoch": 8, "knn20_top1": last, **of}])
-    assert ("within chance" in shown) == chance
+    assert ("not significant" in shown) == chance
     assert f"{last - first:+.1f} points" in shown
     assert ("± 3.9" in shown and "153 test images" in shown) == (images == 153)
 

@@ -1,4 +1,4 @@
-"""`dino-sparo check --gpu`: what is counted of a step, and what follows for a GPU that is not here."""
+"""`dino-sparo check --gpu`: operators of a step, and estimates for GPUs that are not in this machine."""
 
 import json
 
@@ -39,7 +39,7 @@ def estimated(capsys):
 
 
 def test_flops_are_those_of_the_networks(counted, tmp_path):
-    """torch's own counter sees the same products; fused attention computes one of five again in backward."""
+    """torch's counter gives the same FLOPs, except that fused attention recomputes one of five products."""
     state = build_state(tiny_options(tmp_path, tmp_path / "run"))
     assert counted().flops == pytest.approx(4 * count_flops(state.student, SIZES)["training"], rel=0.05)
 
@@ -120,7 +120,7 @@ def test_what_a_gpu_does_not_hold_is_a_problem(estimated, monkeypatch):
     monkeypatch.setitem(GPUS, "v100", GPUS["v100"]._replace(memory_gb=0))
     given = ["--data.path=none", "--num_images=4000", "--gpu=v100"]
     (problem,) = estimated(*given, status=1)["problems"]
-    assert problem.startswith("v100: 4 images at once need") and "machine.batch_size_per_gpu 2" in problem
+    assert problem.startswith("v100: 4 images per GPU need") and "machine.batch_size_per_gpu to 2" in problem
 
 
 def test_what_was_measured_stands_beside_it(estimated, monkeypatch, tmp_path):
@@ -141,4 +141,4 @@ def test_what_was_measured_stands_beside_it(estimated, monkeypatch, tmp_path):
 def test_an_unknown_gpu_is_refused(capsys):
     given = ["--config=demo", "--num_images=10", "--gpu=h1000"]
     assert main(["check", *given]) == 2
-    assert "gpu is 'h1000'; expected some of b200" in capsys.readouterr().err
+    assert "gpu is 'h1000'; expected one or more of b200" in capsys.readouterr().err

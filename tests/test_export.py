@@ -1,4 +1,4 @@
-"""Encoders out as a folder of timm's layout, and back in; what the command refuses."""
+"""Encoders exported as timm folders and loaded again; what the command refuses."""
 
 import dataclasses
 import json

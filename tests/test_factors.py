@@ -1,4 +1,4 @@
-"""`slots factors` finds the slot that was given a factor, and scores on pictures that nothing has seen."""
+"""`slots factors` finds the slot that contains a factor, and tests on pictures not used before."""
 
 import json
 
@@ -20,7 +20,7 @@ NUM_PLANTED = {"color": 8, "size": 3}
 
 
 def planted(count, seed):
-    """Slot 2 tells color only; one number of slot 1 grows with size; all else is noise."""
+    """Slot 2 contains only the color; one dimension of slot 1 grows with size; the rest is noise."""
     rng = np.random.default_rng(seed)
     values = {name: rng.integers(number, size=count) for name, number in NUM_PLANTED.items()}
     features = rng.normal(size=(count, SLOTS, WIDTH))

@@ -1,4 +1,4 @@
-"""One pass of a frozen encoder: every image once, on disk, and going on where it stopped."""
+"""One pass of a frozen encoder: each image once, features on disk, and resuming an interrupted pass."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import torch
 from dino_sparo.data.sources import open_images
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation import features as module
-from dino_sparo.evaluation.features import Wanted, cached_features, extract_features
+from dino_sparo.evaluation.features import Wanted, cached_features, embed
 from dino_sparo.models import build_encoder
 from dino_sparo.parallel import distributed
 from dino_sparo.parallel.distributed import process_group
@@ -41,7 +41,7 @@ def small_encoder(seed: int = 0, arch: dict = SMALL, readout: str = "sparo"):
 
 @pytest.fixture
 def one_thread():
-    """As in the processes of these tests: other numbers of threads round otherwise."""
+    """One thread, as in the processes of these tests: rounding depends on the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -55,7 +55,7 @@ def features_of(encoder, source, names, cache, *, precision="float16", **setting
 
 
 class Counted:
-    """An encoder that notes how many images it has seen, and breaks off after some."""
+    """An encoder that counts its images, and fails after a number of them."""
 
     def __init__(self, encoder, breaks_after: int = 10**9) -> None:
         self.encoder, self.seen, self.breaks_after = encoder, 0, breaks_after
@@ -83,7 +83,7 @@ def test_every_feature_of_every_image(source, tmp_path):
     half = features_of(encoder, source, NAMES, tmp_path)
     assert half["probe"].dtype == np.float16
     np.testing.assert_array_equal(half["probe"], found["probe"].astype(np.float16))
-    np.testing.assert_allclose(extract_features(encoder, source, **SIZE), found["encoding"], atol=1e-6)
+    np.testing.assert_allclose(embed(encoder, source, **SIZE), found["encoding"], atol=1e-6)
 
 
 def test_what_is_there_is_not_computed_again(source, tmp_path):
@@ -142,7 +142,7 @@ def test_other_pixels_under_the_same_names_are_other_images(tmp_path, where):
     source = open_images(str(folder))
     assert source.fingerprint() == open_images(str(tmp_path / "a")).fingerprint()
     second = features_of(small_encoder(), source, ["cls"], tmp_path)["cls"]
-    expected = extract_features(small_encoder(), source, **SIZE)
+    expected = embed(small_encoder(), source, **SIZE)
     assert not np.allclose(second, first, atol=1e-3)
     rows = features_of(small_encoder(), source, ["encoding"], tmp_path)["encoding"]
     np.testing.assert_allclose(rows, expected, atol=1e-3)
@@ -169,7 +169,7 @@ def test_processes_share_the_images(source, tmp_path, one_thread):
 
 
 def meddled_with(number: int, folder: str, pictures: str) -> None:
-    """Another program fills the cache while the second process comes late."""
+    """Another program fills the cache before the second process starts."""
     os.environ |= {"RANK": str(number), "WORLD_SIZE": "2", "LOCAL_RANK": str(number)}
     encoder, distributed.PATIENCE = small_encoder(), timedelta(seconds=20)
     with process_group(torch.device("cpu")):
@@ -201,13 +201,13 @@ def test_numbers_that_are_not_finite_are_named(source, tmp_path):
     encoder = small_encoder()
     with torch.no_grad():
         encoder.backbone.norm.weight.fill_(1e5)
-    with pytest.raises(UserError, match=r"feature 'cls' of .*000\.png is not finite in float16; .* float32"):
+    with pytest.raises(UserError, match=r"feature 'cls' of .*000\.png is not finite in float16: .* float32"):
         features_of(encoder, source, ["cls"], tmp_path)
     features_of(encoder, source, ["cls"], tmp_path, precision="float32")
     with torch.no_grad():
         encoder.backbone.norm.weight.fill_(torch.nan)
     with pytest.raises(
-        UserError, match=r"feature 'cls' of .*000\.png is not finite in float32; .* another che"
+        UserError, match=r"feature 'cls' of .*000\.png is not finite in float32: .* another che"
     ):
         features_of(encoder, source, ["cls"], tmp_path, precision="float32")
 
@@ -239,7 +239,7 @@ def test_room_for_all_that_is_not_there_yet_is_told_before_the_first(source, tmp
     features_of(small_encoder(), source, ["cls", "encoding"], tmp_path)  # 264 more
     encoder = Counted(small_encoder(1))
     wanted = [Wanted(source), Wanted(source, precision="float32")]  # 352 and 704 bytes
-    with pytest.raises(UserError, match=r"new: features need 1056 bytes \(0.0 GiB\), but only 300"):
+    with pytest.raises(UserError, match=r"new.: features need 1056 bytes \(0.0 GiB\), but only 300"):
         cached_features(encoder, wanted, ["cls"], cache=tmp_path / "new", **SIZE)
     assert encoder.seen == 0 and not (tmp_path / "new").exists()
 

@@ -1,4 +1,4 @@
-"""The gallery finds planted images and neighbors, the same whatever the chunks."""
+"""The gallery finds planted images and neighbors, independent of the chunk size."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""`slots health` measures a folder of images, whatever the batches, and says what is wrong with a run."""
+"""`slots health` measures a folder of images, independent of the batch size, and reports errors."""
 
 import json
 
@@ -28,7 +28,7 @@ def pictures(tmp_path):
 
 @torch.no_grad()
 def with_planted_slots():
-    """Slot 1 has the query and the key projection of slot 0; slot 3 gives the same for all images."""
+    """Slot 1 has the query and the key projection of slot 0; slot 3 is constant over images."""
     encoder = build_encoder(ARCH, 4, 16, num_slots=5, slot_dim=4, key_dim=4).eval()
     readout = encoder.readout
     readout.query.mul_(4)

@@ -266,9 +266,9 @@ def test_a_head_that_is_not_finite_starts_no_run(tmp_path, run_dir):
     [
         (of_shape(10**5, 10**5), "bytes of weights, but holds"),
         (torch.full((3, 128), float("inf")), "not finite"),
-        (torch.ones(3, 128, dtype=torch.complex64), "holds no linear classifier"),
-        (torch.ones(3, 128, device="meta"), "holds no linear classifier"),
-        (torch.ones(3, 128).to_sparse(), "holds no linear classifier"),
+        (torch.ones(3, 128, dtype=torch.complex64), "does not hold a linear classifier"),
+        (torch.ones(3, 128, device="meta"), "does not hold a linear classifier"),
+        (torch.ones(3, 128).to_sparse(), "does not hold a linear classifier"),
     ],
     ids=range(5),
 )
@@ -283,7 +283,7 @@ def test_classifiers_of_the_official_code(tmp_path, weight, reason):
 def test_saved_classifiers(tmp_path, text):
     path = tmp_path / "probe.safetensors"
     save_file({"weight": torch.ones(2, 3), "bias": torch.ones(2)}, path, {"dino_sparo_linear": text})
-    with pytest.raises(UserError, match=r"probe\.safetensors.* is no classifier"):
+    with pytest.raises(UserError, match=r"probe\.safetensors.* is not a classifier"):
         load_classifier(path)
 
 

@@ -1,4 +1,4 @@
-"""k-NN against the official figures, and the search for neighbors, whatever the chunks."""
+"""k-NN against official results, and the search of neighbors, independent of the chunk size."""
 
 from functools import partial
 
@@ -54,7 +54,7 @@ def test_ties_go_to_the_lower_class_also_among_classes_without_votes():
 
 @pytest.mark.parametrize(
     ("k", "num_test", "message"),
-    [(0, 3, "k is 0, expected 1 to the 3 train"), (4, 3, "k is 4, expected"), (1, 0, "no test images")],
+    [(0, 3, "k is 0; expected 1 to 3"), (4, 3, "k is 4; expected"), (1, 0, "no test images")],
 )
 def test_nothing_to_vote(k, num_test, message):
     features, labels = torch.eye(3), torch.arange(3)
@@ -72,7 +72,7 @@ def features():
 
 
 def by_sorting(train, test, k):
-    """All cosines, sorted."""
+    """Neighbors from all cosines, sorted."""
     train, test = (torch.from_numpy(x).double() for x in (train, test))
     cosine = (test / test.norm(dim=1, keepdim=True)) @ (train / train.norm(dim=1, keepdim=True)).T
     return cosine.sort(dim=1, descending=True, stable=True).values[:, :k], cosine.argsort(

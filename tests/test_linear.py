@@ -1,4 +1,4 @@
-"""The linear probe: the official protocol, resumable, on one process or several; what options train."""
+"""The linear probe: the official protocol, resuming, one or several processes, and its options."""
 
 import json
 import subprocess
@@ -63,7 +63,7 @@ def uninterrupted(pretrained, data, tmp_path_factory) -> Path:
 
 
 def reference(pretrained: Path, data: Path, learning_rate: float) -> torch.nn.Linear:
-    """The protocol as a plain loop."""
+    """The official protocol as a simple loop."""
     encoder, (train, _) = load_encoder(pretrained), open_labeled(str(data))
     classifier = torch.nn.Linear(encoder.probe_features(torch.zeros(1, 3, 16, 16), 3).shape[1], 3)
     torch.nn.init.normal_(classifier.weight, 0.0, 0.01, generator=torch.Generator().manual_seed(0))
@@ -160,7 +160,7 @@ class PowerCutError(Exception):
 
 
 def run_until(step: int, options: evaluating.LinearOptions, monkeypatch) -> None:
-    """Run, and break off in the step after `step` steps of this start."""
+    """Run, and fail in the step after `step` steps of this start."""
     calls = []
 
     def breaking(*args):
@@ -237,7 +237,7 @@ def test_a_complete_run_is_only_scored(pretrained, data, uninterrupted, tmp_path
 
 @pytest.mark.long
 def test_three_processes_are_the_same_probe_and_resume_bit_for_bit(pretrained, data, tmp_path):
-    """Of three numbers the order of summation matters: it must not depend on where a start began."""
+    """The order of summation must not depend on the step at which a start resumed."""
     out, alone = tmp_path / "out", tmp_path / "alone"
     given = {"learning_rates": [0.001, 1.0], "batch_size": 9}
     command = [sys.executable, "-m", "dino_sparo", "linear", *arguments(pretrained, data, out, **given)]
@@ -261,7 +261,7 @@ def test_three_processes_are_the_same_probe_and_resume_bit_for_bit(pretrained, d
 
 
 def test_in_a_notebook(pretrained, data, uninterrupted, tmp_path):
-    """Without options or a cache: the same probe."""
+    """Calling the function without options or a cache trains the same probe."""
     train, val = open_labeled(str(data))
     found = linear_probe(load_encoder(pretrained), train, val, tmp_path, epochs=3, batch_size=BATCH_SIZE)
     expected = read_results(uninterrupted)[0]
@@ -302,7 +302,7 @@ def test_other_settings_in_the_same_folder_are_refused(pretrained, data, uninter
         ({"learning_rates": [0.1]}, "probes was "),
     ):
         given = {"learning_rates": [0.001, 1.0]} | changes
-        with pytest.raises(UserError, match=rf"holds other probes \({message}.*give another --out"):
+        with pytest.raises(UserError, match=rf"holds probes with other settings \({message}.*another --out"):
             linear(pretrained, data, uninterrupted, **given)
 
 
@@ -345,7 +345,7 @@ def test_few_shot(pretrained, data, tmp_path):
     results = linear(pretrained, data, tmp_path / "out", train_fraction=0.5, batch_size=12)
     assert results[0].train_fraction == 0.5 and results[0].details["num_train"] == 12
     assert (tmp_path / "out" / "linear-fraction-0.5").is_dir()
-    with pytest.raises(UserError, match=r"train_fraction is 1\.5; expected above 0 and at most 1"):
+    with pytest.raises(UserError, match=r"train_fraction is 1\.5; expected a number above 0 and at most 1"):
         linear(pretrained, data, tmp_path / "out", train_fraction=1.5)
 
 
@@ -382,7 +382,7 @@ def test_features_that_are_not_finite_end_the_run_before_a_checkpoint(
     encoder = load_encoder(pretrained)
     monkeypatch.setattr(load, "load_encoder", lambda *_, **__: encoder)
     monkeypatch.setattr(module, "save_checkpoint", damage)
-    with pytest.raises(UserError, match="features of training images are not finite in epoch 2"):
+    with pytest.raises(UserError, match="features of train images are not finite in epoch 2"):
         linear(pretrained, data, tmp_path / "out")
     assert load_latest(tmp_path / "out" / "linear")["epochs_done"] == 1
 
@@ -405,9 +405,9 @@ def test_an_unreadable_image_is_named_and_costs_nothing(pretrained, tmp_path):
 
 def test_a_batch_that_does_not_fit(caplog):
     assert fitting_batch_size(1024, 22, processes=4) == 20
-    assert "batch_size is 1024, but there are 22 train images: taking 20" in caplog.text
+    assert "batch_size is 1024, but there are only 22 train images; using 20" in caplog.text
     assert fitting_batch_size(22, 22, processes=2) == 22
     for size, images, processes in ((9, 22, 2), (8, 3, 4)):
-        refused = rf"batch_size is {size}, .* not divisible by {processes} processes; .* such as 8"
+        refused = rf"batch_size is {size} .* not divisible by {processes} processes; .* such as 8"
         with pytest.raises(UserError, match=refused):
             fitting_batch_size(size, images, processes)

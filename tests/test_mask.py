@@ -1,4 +1,4 @@
-"""A learned mask keeps the slots that carry the label, and is tried on other images."""
+"""A learned mask keeps the slots that contain the label, and is evaluated on other images."""
 
 import json
 from itertools import product
@@ -109,5 +109,5 @@ def test_the_command_with_transfer_and_control(slot_runs, tmp_path, capsys):
     said = capsys.readouterr().out
     row = ["sparo", "slots", "second", f"{second['initial']:.2f}", f"{second['masked']:.2f}"]
     assert any(line.split()[:5] == row for line in said.splitlines())
-    assert "16 numbers cannot be cut into 3 equal parts, so it has 2" in said
+    assert "16 dimensions cannot be split into 3 equal parts; it has 2" in said
     assert (tmp_path / "mask" / "mask.png").stat().st_size > 10_000

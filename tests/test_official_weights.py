@@ -1,4 +1,4 @@
-"""Official linear weights: scored as the official code would, and refused where they do not fit."""
+"""Official linear weights: scored as by the official code, and refused if they do not fit."""
 
 import argparse
 from pathlib import Path
@@ -31,7 +31,7 @@ def encoder(tmp_path_factory) -> Path:
 
 
 def official(num_inputs: int = NUM_BLOCKS * WIDTH, num_classes: int = NUM_CLASSES) -> dict:
-    """As the official `eval_linear.py` writes it."""
+    """A file as the official `eval_linear.py` writes it."""
     torch.manual_seed(0)
     state = {"weight": torch.randn(num_classes, num_inputs), "bias": torch.randn(num_classes)}
     return {
@@ -75,15 +75,15 @@ def test_weights_are_scored_and_nothing_is_trained(encoder, data, tmp_path, caps
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (official(num_classes=4), "is for 4 classes, data.path has 3; give the images"),
-        (official(num_inputs=100), "takes 100 numbers, but this encoder gives 128, 256, 384; give"),
-        (official(num_inputs=2 * WIDTH), "which does not tell what it sees .* as the official ViT-B does"),
+        (official(num_classes=4), "is for 4 classes, but data.path has 3"),
+        (official(num_inputs=100), "has 100 inputs, .* have 128, 256, 384;"),
+        (official(num_inputs=2 * WIDTH), "is ambiguous .* official ViT-B"),
         (
             {"state_dict": {"module.linear.weight": torch.zeros(3, 4)}},
-            "holds no linear classifier, but weight;",
+            "linear classifier, but weight;",
         ),
-        ({"weight": torch.zeros(3, 4), "bias": torch.zeros(2)}, "3 rows and 2 biases"),
-        ([torch.zeros(1)], "holds no linear classifier, but list"),
+        ({"weight": torch.zeros(3, 4), "bias": torch.zeros(2)}, "weight has 3 rows, the bias 2"),
+        ([torch.zeros(1)], "linear classifier, but list"),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(encoder, data, tmp_path, content, message):

@@ -1,4 +1,4 @@
-"""`--dry-run`: the plan agrees with the run, says what would be refused, and writes nothing."""
+"""`--dry-run`: the plan agrees with the run, lists problems, and writes nothing."""
 
 import re
 from pathlib import Path
@@ -22,7 +22,7 @@ def small_product(monkeypatch):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[Path, Path]:
-    """A finished run of one epoch, for tests that leave it as it is: data and run folder."""
+    """Data and run folder of a complete run of one epoch, which tests must not change."""
     folder = tmp_path_factory.mktemp("trained")
     write_pictures(folder / "data", count=8, side=32, classes=2)
     assert main(["pretrain", *tiny_arguments(folder / "data", folder / "run", optim__epochs=1)]) == 0
@@ -30,7 +30,7 @@ def trained(tmp_path_factory) -> tuple[Path, Path]:
 
 
 def plan(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, str], str]:
-    """Exit status, the rows by name, and all that was printed."""
+    """Exit status, table rows by name, and the whole output."""
     capsys.readouterr()
     status = main(["pretrain", *arguments, "--dry-run"])
     out = capsys.readouterr().out
@@ -50,7 +50,7 @@ def test_plan_tells_what_the_run_would_be_and_writes_nothing(tmp_path, capsys):
     assert rows["run"].endswith("would start")
     assert rows["images"].startswith("20 of ") and "2 classes" in rows["images"]
     assert rows["batch"] == "4 images: 2 x 1 x 2 micro-batches"
-    assert rows["steps"] == "5 per epoch, 15 in all (3 epochs)"
+    assert rows["steps"] == "5 per epoch, 15 in total (3 epochs)"
     assert rows["recipe"].startswith("demo, changed: ") and "optim.epochs 8 -> 3" in rows["recipe"]
     assert "seed" not in rows["recipe"]
     assert listing(tmp_path) == before

@@ -1,4 +1,4 @@
-"""`prepare` makes the same two splits of every layout, whatever happens, and touches nothing else."""
+"""`prepare` makes the same two splits from every layout, also when resumed, and changes nothing else."""
 
 import fcntl
 import json
@@ -61,7 +61,7 @@ def out(tmp_path):
 
 
 def images(split: Path) -> dict[str, dict[str, bytes]]:
-    """Contents by class and file name, read through links; hidden files must be the record alone."""
+    """File contents by class and file name; the only hidden file must be the record."""
     hidden = [path.name for path in split.rglob(".*")]
     assert hidden in ([], [RECORD])
     return {
@@ -72,13 +72,13 @@ def images(split: Path) -> dict[str, dict[str, bytes]]:
 
 
 def is_made(out: Path) -> bool:
-    """Whether both splits are there as they should be, and nothing else."""
+    """Whether `out` holds exactly the two expected splits."""
     splits = images(out / "train"), images(out / "val")
     return splits == (mini.TRAIN, mini.SORTED_VAL) and sorted(os.listdir(out)) == ["train", "val"]
 
 
 def state(folder: Path) -> dict[str, tuple]:
-    """Whatever would change if a file or link below the folder were touched."""
+    """The state of all files and links in a folder, to detect changes."""
     found = {}
     for path in sorted([folder, *folder.rglob("*")]) if os.path.lexists(folder) else ():
         status = path.lstat()
@@ -106,7 +106,7 @@ prepare(sys.argv[1], sys.argv[2])
 
 
 def killed(source: Path, out: Path, image: int) -> None:
-    """Prepare in a process that is killed while it makes an image, having written a part of it."""
+    """Run `prepare` in a process that is killed when it has written a part of an image."""
     result = subprocess.run([sys.executable, "-c", KILLED, source, out, str(image)], check=False)
     assert result.returncode == -signal.SIGKILL
 
@@ -120,7 +120,7 @@ def test_all_layouts_become_the_same_class_folders(source, out, name, caplog):
     before = state(source)
     with caplog.at_level("INFO"):
         said = prepare(str(source), str(out))
-    usable = "; usable as it is" if name == "class folders" else ""
+    usable = "; usable without `prepare`" if name == "class folders" else ""
     assert caplog.messages[0] == f"{source}: {recognize(source).name}{usable}"
     assert is_made(out) and state(source) == before
     assert explain(recognize(out)) == ""
@@ -172,7 +172,7 @@ def test_val_first_and_train_later(source, tmp_path):
     out = tmp_path / "my out"
     (source / TRAIN_TAR).rename(source / "later.tar")
     said = prepare(str(source), str(out))
-    assert f"next: dino-sparo prepare DIR --out '{out}', DIR being where the training images are" in said
+    assert f"next: dino-sparo prepare DIR --out '{out}', where DIR holds the train images" in said
     done = state(out / "val")
     (source / "later.tar").rename(source / TRAIN_TAR)
     (source / VAL_TAR).unlink()
@@ -194,7 +194,7 @@ def test_given_labels_win_over_those_found(source, out):
 
 @pytest.mark.parametrize("split", ["val", "train"])
 def test_other_flat_images_with_a_list(source, out, split):
-    """Beside training classes they are the val split; alone they are all there is to learn from."""
+    """Flat images are val if there are train classes, else train."""
     photos = {"my photo.jpg": b"1", "b.png": b"2", "notes.txt": b""}
     mini.write(source / "val" if split == "val" else source, photos)
     if split == "val":
@@ -205,7 +205,7 @@ def test_other_flat_images_with_a_list(source, out, split):
 
 
 def test_flat_training_images_are_only_linked(source, out, tmp_path):
-    """Labels that lie there are of the validation images."""
+    """A labels file in the folder belongs to the validation images."""
     mini.write(source / "train", {"a.jpg": b"1"})
     mini.write(source / "val", mini.VAL)
     mini.solution(source)
@@ -222,8 +222,8 @@ def test_how_the_classes_differ_is_said(source, out):
     shutil.rmtree(source / "train" / "n01440764")
     mini.write_classes(source / "train", {f"n0000000{i}": {"1.JPEG": b""} for i in range(5)})
     assert prepare(str(source), str(out)).splitlines()[2:4] == [
-        "classes of train that val does not have: 5 (n00000000, n00000001, n00000002, ...)",
-        "classes of val that train does not have: 1 (n01440764)",
+        "classes of train that are not in val: 5 (n00000000, n00000001, n00000002, ...)",
+        "classes of val that are not in train: 1 (n01440764)",
     ]
 
 
@@ -284,7 +284,7 @@ def test_a_damaged_tar_is_named_and_leaves_no_split(source, out, name, tar):
 
 
 def refused(message: str, source: Path, out: Path, labels: Path | None = None) -> None:
-    """A mistake is named and changes nothing in `out`."""
+    """Assert that an error is raised and that `out` is not changed."""
     before = state(out)
     with pytest.raises(UserError, match=message):
         prepare(str(source), str(out), labels and str(labels))
@@ -305,14 +305,18 @@ def lacks_an_image(folder: Path) -> None:
     ("make", "labels", "said"),
     [
         (Path.mkdir, None, "no images recognized; expected a folder of one of: class folders"),
-        (mini.unpacked, None, rf"val: nothing says the classes .*--labels .*{SOLUTION}"),
+        (mini.unpacked, None, rf"val: the classes of these .*--labels .*{SOLUTION}"),
         (lacks_an_image, None, rf"{SOLUTION} line 4: .* has no image 'ILSVRC2012_val_00000003'"),
-        (class_folders, "none.txt", r"--labels '.*' is of no use: .*source has training images"),
+        (class_folders, "none.txt", r"--labels '.*' is not used: .*source has training images"),
         (
             lambda folder: mini.write(folder, mini.class_tars()),
-            *("none.txt", r"--labels '.*' is of no use: .*source has training images"),
+            *("none.txt", r"--labels '.*' is not used: .*source has training images"),
         ),
-        (other_labels, "labels", r"labels: its classes \(0, \.\.\.\) are none of .*'s \(n01440764, \.\.\.\)"),
+        (
+            other_labels,
+            "labels",
+            r"labels: its classes \(0, \.\.\.\) are not those of .* \(n01440764, \.\.\.\)",
+        ),
         (
             lambda folder: mini.write(folder, {TRAIN_TAR: mini.tar_of(mini.VAL)}),
             *(None, "img_train.tar holds no class tars"),
@@ -338,7 +342,7 @@ def test_no_source(source, out):
 def test_out_that_holds_other_things(source, out, name):
     mini.kaggle(source)
     (out / name).mkdir(parents=True)
-    refused(rf"--out '.*out' holds other things \({name}\); choose", source, out)
+    refused(rf"--out '.*out' holds other files \({name}\); choose", source, out)
 
 
 def test_out_that_is_a_file(source, out):
@@ -356,7 +360,7 @@ def test_out_among_the_images(source, out):
     out.symlink_to("source/val/sorted")
     before = state(source)
     for among in (source / "train", source / "val/sorted", source / "train/n01440764", out):
-        refused("lies among the images", source, among)
+        refused("is in the folder of images", source, among)
     assert state(source) == before
     for _ in range(2):
         prepare(str(source), str(source / "beside"))
@@ -393,14 +397,14 @@ def test_links_to_other_files_of_the_same_names(tmp_path, source, out):
     unpacked(source)
     prepare(str(source), str(out))
     shutil.copytree(source, tmp_path / "copy")
-    refused("val was made of other images", tmp_path / "copy", out)
+    refused("val was made from other images", tmp_path / "copy", out)
 
 
 def test_an_unfinished_split_with_other_images_in_it(source, out):
     all_tars(source)
     killed(source, out, 2)
     mini.write(out / ".val.partial" / "n01440764", {"mine.jpg": b""})
-    with pytest.raises(UserError, match=r"\.val\.partial holds 6 images, not the 5 of .*; remove it"):
+    with pytest.raises(UserError, match=r"\.val\.partial holds 6 images, expected the 5 of .*; remove it"):
         prepare(str(source), str(out))
     assert (out / ".val.partial" / "n01440764" / "mine.jpg").exists()
 
@@ -416,7 +420,7 @@ def test_two_at_once(source, out):
 
 
 def age(path: Path) -> None:
-    """Images of a damaged tar that was replaced may have the right size, so they are not kept."""
+    """Images from a tar that was replaced are not kept: they may be wrong despite their size."""
     os.utime(path, (1, 1))
 
 
@@ -426,17 +430,27 @@ LOST = "out/val/n01440764/ILSVRC2012_val_00000001.JPEG"
 @pytest.mark.parametrize(
     ("name", "change", "path", "said"),
     [
-        ("unpacked", os.remove, LOST, "val holds 4 images, not the 5 of .*; remove it and prepare again"),
-        ("tars", os.remove, LOST, "val holds 4 images, not the 5 of .*; remove it and prepare again"),
+        (
+            "unpacked",
+            os.remove,
+            LOST,
+            "val holds 4 images, expected the 5 of .*; remove it and prepare again",
+        ),
+        ("tars", os.remove, LOST, "val holds 4 images, expected the 5 of .*; remove it and prepare again"),
         (
             "tars",
             lambda path: path.write_text("{}"),
             f"out/train/{RECORD}",
             "train exists and was not made by `prepare`",
         ),
-        ("tars", age, f"source/{TRAIN_TAR}", "train was made of other images or labels, or .* has changed"),
-        ("tars", age, f"source/{VAL_TAR}", "val was made of other images or labels, or .* has changed since"),
-        ("class tars", age, "source/train/n01440764.tar", "train was made of other images or labels"),
+        ("tars", age, f"source/{TRAIN_TAR}", "train was made from other images or labels, or .* has changed"),
+        (
+            "tars",
+            age,
+            f"source/{VAL_TAR}",
+            "val was made from other images or labels, or .* has changed since",
+        ),
+        ("class tars", age, "source/train/n01440764.tar", "train was made from other images or labels"),
     ],
 )
 def test_what_has_changed_since(tmp_path, source, out, name, change, path, said):
@@ -455,5 +469,5 @@ def test_a_split_of_other_labels(source, out, name, finished):
     else:
         killed(source, out, 2)
     mini.write(source, {"labels.txt": mini.labels_list().replace(b"n01440764", b"n02084071")})
-    message = rf"out/\.?val.* was made of other images or labels, or {source}/"
+    message = rf"out/\.?val.* was made from other images or labels, or {source}/"
     refused(message, source, out, source / "labels.txt")

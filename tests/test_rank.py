@@ -1,5 +1,5 @@
-"""Ranking finds planted slots and never looks at the images that it reports on; parts of an encoding against
-k-NN and ridge regression of the same columns alone."""
+"""Ranking finds planted slots without using val images; parts agree with k-NN and ridge regression on the
+same columns."""
 
 import json
 
@@ -27,7 +27,7 @@ PARTS, CLASSES = 4, 3
 
 
 def planted(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ten slots of four numbers; of four classes slot 3 tells two pairs apart, slot 7 the two others."""
+    """Ten slots of four dimensions: slot 3 distinguishes two pairs of the four classes, slot 7 the others."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 4, count)
     parts = rng.normal(size=(count, 10, 4))
@@ -126,8 +126,8 @@ def test_the_command_with_a_control(slot_runs, tmp_path, capsys):
     assert [at["kept"] for at in own["curve"]["greedy"]] == [1, 2, 3]
     assert all(sorted(order) == [0, 1, 2] for order in own["orders"].values())
     said = capsys.readouterr().out
-    assert "16 numbers cannot be cut into 3 equal parts, so it has 2" in said
-    assert "16 numbers cannot be cut into 3" in found["remarks"][0]
+    assert "16 dimensions cannot be split into 3 equal parts; it has 2" in said
+    assert "16 dimensions cannot be split into 3" in found["remarks"][0]
     assert any(line.split()[:2] == ["3", f"{own['all']['knn']:.2f}"] for line in said.splitlines())
     assert (tmp_path / "rank" / "curve.png").stat().st_size > 10_000
     assert (found["which"], found["control"]) == ("teacher", str(slot_runs["cls"]))
@@ -138,7 +138,7 @@ def test_the_command_with_a_control(slot_runs, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def images():
-    """Train and test features (n, 12) of very different scales, off zero, and labels that they hint at."""
+    """Features (n, 12) with different scales and nonzero means, and labels that correlate with them."""
     rng = np.random.default_rng(0)
     scale = rng.uniform(0.1, 5, 12)
     centers = rng.normal(size=(CLASSES, 12))

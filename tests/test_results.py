@@ -1,4 +1,4 @@
-"""results.json: what is replaced and what stays, and what becomes of damage."""
+"""results.json: which results are replaced or kept, and damaged files."""
 
 import dataclasses
 import fcntl
@@ -79,7 +79,7 @@ def test_the_whole_train_set_is_one_kind_however_it_is_said(tmp_path):
 
 
 def test_two_programs_that_finish_together_both_get_in(tmp_path, monkeypatch):
-    """The first is held between reading and writing until the second has had the time to do both."""
+    """The first program waits between reading and writing until the second had time to do both."""
     replace, both = os.replace, threading.Event()
 
     def slow(old: Path, new: Path) -> None:
@@ -148,7 +148,7 @@ def test_damage_is_named_with_a_remedy_and_new_results_survive_it(tmp_path, how,
 
 
 def test_other_formats_and_no_results(tmp_path):
-    with pytest.raises(UserFileNotFoundError, match=r"results\.json does not exist; expected .*evaluate it"):
+    with pytest.raises(UserFileNotFoundError, match=r"results\.json does not exist; evaluate the run first"):
         read_results(tmp_path)
     (tmp_path / "results.json").write_text('{"format": 2, "results": []}')
     with pytest.raises(UserError, match="has format 2, expected 1"):

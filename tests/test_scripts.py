@@ -1,4 +1,4 @@
-"""The launchers: one machine through --nproc, several through SLURM's srun and torchrun's rendezvous."""
+"""Launch scripts: one machine with --nproc, several with SLURM's srun and torchrun."""
 
 import os
 import shutil

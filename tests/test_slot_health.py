@@ -1,4 +1,4 @@
-"""The health of slots finds what is planted, by batches as at once, and training logs it unharmed."""
+"""Slot statistics find planted defects, for any batch size; logging them does not change training."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""`slots maps` end to end: overlays, grid and maps.json, and images that cannot be drawn."""
+"""`slots maps` end to end: overlays, grid, and maps.json, and images that cannot be drawn."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ SIDES = (24, 16, 40)  # of the pictures, whose widths are these and whose height
 
 @pytest.fixture
 def pictures(tmp_path):
-    """A flat folder of three pictures: square, high, wide."""
+    """A flat folder of three pictures: square, tall, wide."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -132,8 +132,8 @@ def test_images_are_spread_evenly_and_student_is_not_the_teacher(run_dir, pictur
 @pytest.mark.parametrize(
     ("size", "options", "message"),
     [
-        ((100, 7), [], "has 100x7 pixels, expected at least a patch of 8"),
-        ((200, 8), ["--short_side=32"], "at most 16 times as long"),
+        ((100, 7), [], "has 100x7 pixels; expected at least 8"),
+        ((200, 8), ["--short_side=32"], "at most 16 times the short side"),
     ],
 )
 @pytest.mark.parametrize("num_workers", [0, 1])

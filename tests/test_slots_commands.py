@@ -1,4 +1,4 @@
-"""What all commands about slots share: mistakes are one sentence, and then nothing is written."""
+"""Common behavior of all slots commands: errors are one sentence, and nothing is written."""
 
 import pytest
 
@@ -9,7 +9,7 @@ COMMANDS = ("maps", "gallery", "rank", "mask", "health", "factors", "report")
 
 @pytest.fixture
 def refused(slot_runs, tmp_path, capsys):
-    """What a command with a mistake says: one line, on standard error; nothing is written."""
+    """The error message of a command: one line on standard error; nothing is written."""
 
     def run(command: str, *options: str, run: str = "sparo", data: str = "") -> str:
         given = [] if command == "factors" else [f"--data.path={data or slot_runs['data']}"]
@@ -54,24 +54,24 @@ def test_images_without_classes(refused, slot_runs, command):
 @pytest.mark.parametrize(
     ("command", "option", "message"),
     [
-        ("maps", "--slots=[0,3]", "slots has 3, expected numbers from 0 to 2, since there are 3 slots"),
+        ("maps", "--slots=[0,3]", "slots has 3; expected numbers from 0 to 2, since there are 3 slots"),
         ("maps", "--slots=[-1]", "slots is [-1]; expected a list, each a whole number of at least 0"),
-        ("maps", "--slots=[1,1]", "slots has 1 more than once, expected different numbers; give it once"),
-        ("maps", "--images=[60]", "images has 60, expected numbers from 0 to 59, since there are 60 images"),
+        ("maps", "--slots=[1,1]", "slots has 1 more than once; give it once"),
+        ("maps", "--images=[60]", "images has 60; expected numbers from 0 to 59, since there are 60 images"),
         ("gallery", "--num_neighbours=0", "num_neighbours is 0; expected a whole number above 0"),
-        ("maps", "--short_side=7", "short_side is 7, expected at least the 8 pixels of a patch; give more"),
-        ("gallery", "--slots=[0,3]", "slots has 3, expected numbers from 0 to 2, since there are 3 slots"),
-        ("rank", "--k=40", "k is 40, expected 1 to the 39 train images that are left to fit on"),
-        ("rank", "--select-fraction=1", "select_fraction is 1.0, expected above 0 and below 1"),
+        ("maps", "--short_side=7", "short_side is 7; expected at least 8"),
+        ("gallery", "--slots=[0,3]", "slots has 3; expected numbers from 0 to 2, since there are 3 slots"),
+        ("rank", "--k=40", "k is 40; expected 1 to 39"),
+        ("rank", "--select-fraction=1", "select_fraction is 1.0; expected a number above 0 and below 1"),
         (
             "mask",
             "--transfer=/somewhere",
             "transfer '/somewhere' has no name or no folder",
         ),
-        ("mask", "--transfer=val=/somewhere", "'val' is the name of data.path's own test images"),
+        ("mask", "--transfer=val=/somewhere", "'val' is the name of the val images of data.path"),
         ("mask", "--transfer=second=/nowhere/at/all", "transfer"),
         ("health", "--num_images=1", "num_images is 1"),
-        ("factors", "--num_images=199", "num_images is 199, expected at least 200"),
+        ("factors", "--num_images=199", "num_images is 199; expected at least 200"),
     ],
 )
 def test_numbers_that_do_not_suit(refused, command, option, message):

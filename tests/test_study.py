@@ -1,4 +1,4 @@
-"""`dino-sparo study`: training, evaluating and the page, end to end and in its parts."""
+"""`dino-sparo study`: training, evaluation, and the page, end to end and in parts."""
 
 import fcntl
 import json
@@ -38,7 +38,7 @@ TWO, FEW = '--only=["cls", "sparo"]', "--train_fractions=[1.0, 0.2]"
 
 
 def write_labeled(folder: Path, seed: int) -> None:
-    """Two classes that an encoder can often tell apart: darker and lighter pictures."""
+    """Two classes that an encoder can often distinguish: darker and lighter pictures."""
     rng = np.random.default_rng(seed)
     for split, count in (("train", 40), ("val", 10)):
         for number in range(count):
@@ -66,7 +66,7 @@ def run_study(folder: Path, *more: str, **changes) -> int:
 
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory):
-    """A study of two read-outs and two seeds, and the folder it lies in."""
+    """A study of two read-outs and two seeds, and its folder."""
     folder = tmp_path_factory.mktemp("study")
     write_labeled(folder / "data", 0)
     write_labeled(folder / "other", 1)
@@ -164,12 +164,12 @@ def test_the_chosen_probe_is_best_in_the_mean_on_held_out_images_whatever_the_te
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--control=mean"], "control 'mean' is no row of the table; it has cls, sparo, gap"),
-        (["--train_fractions=[1.5]"], "train_fractions has 1.5; expected above 0 and at most 1"),
-        (["--train_fractions=[0.2, 0.20000001]"], "give each share once"),
+        (["--control=mean"], "control 'mean' is not a row of the table; expected one of cls, sparo, gap"),
+        (["--train_fractions=[1.5]"], "train_fractions has 1.5; expected numbers above 0 and at most 1"),
+        (["--train_fractions=[0.2, 0.20000001]"], "give each fraction once"),
         (['--transfer=["..=x"]'], "has no name or no folder"),
         (['--transfer=["nothing"]'], "transfer 'nothing' has no name or no folder; expected NAME=DIR"),
-        (['--transfer=["val=x"]'], "'val' is the name of data.path's own test images"),
+        (['--transfer=["val=x"]'], "'val' is the name of the val images of data.path"),
         (['--transfer=["a=x", "a=y"]'], "the name 'a' is given twice"),
         (['--transfer=["a=/no/such"]'], "transfer '/no/such' does not exist"),
     ],
@@ -197,8 +197,8 @@ def test_a_run_without_its_last_checkpoint_is_not_complete(studied):
 def test_other_images_and_another_recipe_are_refused_before_anything_is_trained(studied, capsys):
     others, later = f'--transfer=["other={studied / "data"}"]', f'--transfer=["late={studied / "other"}"]'
     for given, message in (
-        (arguments(studied, others), "holds other images than 'other' had when the study in"),
-        (arguments(studied, others, "--dry-run"), "holds other images than 'other' had"),
+        (arguments(studied, others), "holds other images than 'other' when the study in"),
+        (arguments(studied, others, "--dry-run"), "holds other images than 'other' when"),
         (arguments(studied, later, optim__epochs=3), "optim.epochs was 2, is now 3"),
     ):
         assert main(["study", *given]) == 2
@@ -209,7 +209,7 @@ def test_other_images_and_another_recipe_are_refused_before_anything_is_trained(
 
 @contextmanager
 def as_before(folder: Path) -> Iterator[None]:
-    """Put back what lies directly in the folder, which other tests read."""
+    """Restore the files directly in the folder, since other tests read them."""
     before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     try:
         yield
@@ -253,7 +253,7 @@ def test_a_failed_run_is_on_the_page_with_its_reason(studied, monkeypatch, capsy
     with as_before(studied / "study"):
         assert run_study(studied, TWO, "--train_fractions=[1.0]") == 1
         page = (studied / "study" / "study.md").read_text()
-        assert "- sparo_seed=1: failed, this picture is no picture" in page
+        assert "- sparo_seed=1 failed: this picture is no picture" in page
         assert "- not complete: gap_seed=0, gap_seed=1\n" in page
         assert run_study(studied, TWO, "--train_fractions=[1.0]", seeds="0") == 0
         page = (studied / "study" / "study.md").read_text()
@@ -274,7 +274,7 @@ def test_a_study_in_a_place_that_cannot_be_is_answered_in_a_sentence(tmp_path, c
 
 
 def test_data_sets_of_two_commands_at_once_are_both_remembered(tmp_path):
-    """The other one holds the folder and has not written yet."""
+    """Another process holds the lock of the folder and has not written yet."""
     run_dir = tmp_path / "study"
     run_dir.mkdir()
     with ThreadPoolExecutor() as pool:
@@ -288,7 +288,7 @@ def test_data_sets_of_two_commands_at_once_are_both_remembered(tmp_path):
 
 
 def test_what_another_process_has_trained_has_not_failed(tmp_path, monkeypatch):
-    """Its folder was in use when this one came to it; it is complete now."""
+    """A run that another process trained meanwhile counts as complete."""
     write_labeled(tmp_path / "data", 0)
     busy = {"cls_seed=0": "in use", "cls_seed=1": "in use"}
     evaluated: list[str] = []
@@ -306,7 +306,7 @@ def test_what_another_process_has_trained_has_not_failed(tmp_path, monkeypatch):
 
 
 def test_seconds_of_a_resumed_run_are_those_of_its_steps(tmp_path):
-    """Stopped after 3 of 6 steps, where the log had 2: the entry after it is about one step."""
+    """The run stops after 3 of 6 steps with 2 in the log, so the entry after resuming covers one step."""
     entries = [
         {"step": 2, "epoch": 1.0, "seconds": 2.0, "images_per_second": 4.0},
         {"step": 4, "epoch": 2.0, "seconds": 1.0, "images_per_second": 4.0},

@@ -1,4 +1,4 @@
-"""Further test sets: whose classes are matched by name or number, and what is said about the rest."""
+"""Other test sets: classes matched by name or number, and messages about unmatched classes."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ WNIDS = tuple(f"n{number:08d}" for number in (1440764, 1443537, 2102040, 3000684
 
 
 def touch(root: Path, *files: str) -> Path:
-    """Empty files: what is in them does not matter for the labels."""
+    """Image files without content, since only labels are tested."""
     for file in files:
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         (root / file).touch()
@@ -72,19 +72,19 @@ def test_missing_and_unknown_are_said_in_one_sentence(tmp_path):
     test = only(touch(tmp_path / "some", "b/1.jpg", "x/1.jpg"), classes)
     assert only(touch(tmp_path / "all", *(f"{name}/1.jpg" for name in classes)), classes).describe() == ""
     assert test.describe() == (
-        "new: 5 of the 6 classes of training have no image here (a, c, d, ...); "
-        "class folders left out, unknown to training: 1 (x); classes in the accuracy: 1"
+        "new: 5 of the 6 train classes have no image here (a, c, d, ...); "
+        "class folders left out, since they are not train classes: 1 (x); classes in the accuracy: 1"
     )
 
 
 def test_val_keeps_every_class_possible(tmp_path):
-    """A val folder that lacks a class changes nothing of the official figure, but is said."""
+    """A class without val images does not change the official accuracy, but is reported."""
     touch(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "train/c/1.jpg", "val/c/1.jpg", "val/b/1.jpg")
     train, val = open_labeled(str(tmp_path))
     test = as_test_set("val", val, train.classes)
     assert by_file(test) == {"b/1.jpg": 1, "c/1.jpg": 2}
     assert test.classes.tolist() == [0, 1, 2] and test.missing == ("a",) and test.source is val
-    assert "val: 1 of the 3 classes of training has no image here (a)" in test.describe()
+    assert "val: 1 of the 3 train classes has no image here (a)" in test.describe()
 
 
 def test_several_in_their_order(tmp_path):
@@ -100,15 +100,15 @@ def test_several_in_their_order(tmp_path):
         (["ROOT/good"], UserError, "has no name or no folder; expected NAME=DIR"),
         (["=ROOT/good"], UserError, "has no name or no folder"),
         (["new="], UserError, "has no name or no folder"),
-        (["val=ROOT/good"], UserError, "'val' is the name of data.path's own test images; give another"),
+        (["val=ROOT/good"], UserError, "'val' is the name of the val images of data.path"),
         (["new=ROOT/good", "new=ROOT/other"], UserError, "the name 'new' is given twice"),
         (["new=ROOT/nowhere"], UserFileNotFoundError, "nowhere' does not exist"),
         (["new=ROOT/good/a/1.jpg"], UserFileNotFoundError, "1.jpg' is a file"),
         (["new=ROOT/empty"], UserFileNotFoundError, "no images found"),
         (["new=ROOT/flat"], UserError, "images are not in class folders; expected .*flat/<class>/<image>"),
-        (["new=ROOT/above"], UserError, r"none of the 2 class folders \(one, two\) is a class of training"),
-        (["new=ROOT/numbers"], UserError, "numbered up to 2, but training has 2 classes, so that numbers do"),
-        (["new=ROOT/twice"], UserError, "numbered up to 1, but training has 2 classes"),
+        (["new=ROOT/above"], UserError, r"none of the 2 class folders \(one, two\) is a train class"),
+        (["new=ROOT/numbers"], UserError, "numbered up to 2, but there are 2 train classes"),
+        (["new=ROOT/twice"], UserError, "numbered up to 1, but there are 2 train classes"),
     ],
 )
 def test_mistakes(tmp_path, given, kind, expected):

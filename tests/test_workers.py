@@ -16,7 +16,7 @@ from dino_sparo.data.loader import BatchOrder, CropsDataset, crop_batches
 from dino_sparo.data.sources import open_images
 from dino_sparo.data.workers import default_workers
 from dino_sparo.errors import StuckError, UserError
-from dino_sparo.evaluation.features import extract_features
+from dino_sparo.evaluation.features import embed
 from dino_sparo.models import build_encoder
 from dino_sparo.parallel.processes import memory_free
 from tests.pictures import recipes
@@ -59,9 +59,7 @@ def test_training_ends_and_names_the_file(behavior, broken_disk, tmp_path):
 def test_evaluation_ends_and_names_the_file(behavior, broken_disk):
     encoder = build_encoder({"width": 16, "depth": 2, "num_heads": 2}, 8, 16, readout="cls").eval()
     with pytest.raises(UserError, match=SAYS[behavior]):
-        extract_features(
-            encoder, open_images(str(broken_disk)), image_size=16, num_workers=2, timeout_seconds=2
-        )
+        embed(encoder, open_images(str(broken_disk)), image_size=16, num_workers=2, timeout_seconds=2)
 
 
 def batches_of(folder, timeout_seconds=60):

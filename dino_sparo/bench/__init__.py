@@ -1,1 +1,1 @@
-"""Where the time of training goes: what `dino-sparo bench` measures."""
+"""`dino-sparo bench`: the time of training by stage, compared with plain code."""

@@ -1,6 +1,6 @@
-"""The images of the training benchmark: JPEG files of ImageNet's usual size, and how fast they become crops.
+"""Images of the training benchmark, and the speed of loading them.
 
-Small files decode too cheaply and hide what real ones cost, so that others are encoded anew once.
+Images are encoded again as JPEG files of ImageNet's usual size, since small files would decode too fast.
 """
 
 import math
@@ -26,13 +26,15 @@ from dino_sparo.files import named
 from dino_sparo.parallel.device import wait_for
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 90
-FINEST_CELLS = 256  # across a generated picture
+FINEST_CELLS = 256  # cells of the finest noise across a generated image
 
 
 def jpeg_files(source: ImageSource | None, num_images: int, folder: Path) -> ImageSource:
-    """So many JPEG files in the folder, of the images of a source or generated ones (None).
+    """Write `num_images` JPEG files into the folder, and open it.
 
-    An image keeps its shape and gets the area of 500 x 375 pixels; images are repeated if there are fewer.
+    Args:
+        source: its images, resized to the area of 500 x 375 pixels with the same aspect ratio, and repeated
+            if there are fewer. None: generated images.
 
     Raises:
         UserError: an image cannot be read.
@@ -47,8 +49,8 @@ def jpeg_files(source: ImageSource | None, num_images: int, folder: Path) -> Ima
 
 
 def generated_photo(number: int) -> Image.Image:
-    """A picture whose spectrum, and so whose size as JPEG, is like a photograph's: colored noise of all
-    scales, weaker the finer it is; 500 x 375 pixels."""
+    """An image (500 x 375 pixels) of noise of all scales, weaker at finer scales, so that its spectrum and
+    its size as JPEG are like those of a photograph."""
     generator = np.random.default_rng(number)
     pixels, cells = np.full((HEIGHT, WIDTH, 3), 128, np.float32), 2
     while cells <= FINEST_CELLS:
@@ -58,18 +60,18 @@ def generated_photo(number: int) -> Image.Image:
         layer = Image.fromarray(noise.clip(0, 255).astype(np.uint8))
         pixels += np.asarray(layer.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC), np.float32) - 128
         cells *= 2
-    pixels += 6 * generator.standard_normal(pixels.shape, np.float32)  # of the sensor
+    pixels += 6 * generator.standard_normal(pixels.shape, np.float32)  # sensor noise
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def image_stages(dataset: CropsDataset, num_images: int) -> dict[str, list[float]]:
-    """Seconds per image on one core: read, decode, draw the numbers of all its views, views by PIL.
+    """Seconds per image on one core: read, decode, draw the random numbers of its views, make them by PIL.
 
-    The first image warms up. The files have been written or read before: reading is from the system's cache.
+    The first image is a warm-up and does not count. Files are read from the page cache.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    keep_memory()  # as a worker does
+    keep_memory()  # as in a worker
     try:
         seconds = [_stage_seconds(dataset, number % len(dataset.source)) for number in range(num_images + 1)]
     finally:
@@ -102,9 +104,9 @@ def warmed_up(
     prefetched: int,
     device: torch.device,
 ) -> Iterator[Iterator[list[Tensor]]]:
-    """Within it, the batches after those that were prepared ahead and two steps; the workers end with it."""
+    """Yields the batches after `prefetched` ones and two warm-up steps; closes them at the end."""
     with closing(batches):
-        for _ in range(prefetched):  # made while nothing was taken: no measure of the workers' speed
+        for _ in range(prefetched):  # made while nothing was consumed: no measure of speed
             next(batches)
         for _ in range(2):
             step(next(batches))
@@ -120,10 +122,10 @@ def end_to_end(
     seconds: float,
     device: torch.device,
 ) -> dict[str, float]:
-    """Steps on the batches for about so many seconds.
+    """Train on the batches for about `seconds`.
 
-    The share of time waiting for data is that in which the device has nothing else to do; on a GPU copies
-    and whatever else stands between two steps in its stream belong to it.
+    `data_wait_share` is the fraction of the time in which the device waits for data; on a GPU it includes
+    copies and everything else between two steps in its stream.
     """
     waits: list[tuple[Any, Any]] = []
     started = time.perf_counter()
@@ -143,7 +145,7 @@ def end_to_end(
 
 
 def _mark(device: torch.device) -> Any:
-    """Now, in the order of the device's work."""
+    """The current time, on a GPU as an event in its stream."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)

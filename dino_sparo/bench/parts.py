@@ -1,5 +1,5 @@
-"""Parts measured alone: the SPARO read-out against its direct form and the ViT block that it replaces, and
-the search of nearest neighbors."""
+"""Benchmarks of parts: the SPARO read-out, compared with its direct form and the ViT block that it replaces,
+and the search of nearest neighbors."""
 
 import statistics
 import tempfile
@@ -27,9 +27,9 @@ IMAGENET = 1_281_167, 50_000  # train, val
 
 
 def bench_readout(*, batch_size: int, num_tokens: int, rounds: int, device: torch.device) -> None:
-    """Print medians of interleaved forward-and-backward passes in float32, and bytes saved for backward.
+    """Print medians of interleaved forward and backward passes in float32, and bytes saved for backward.
 
-    Of the small ViT: tokens (batch_size, num_tokens, 384).
+    The input is tokens of ViT-S, (batch_size, num_tokens, 384).
     """
     vit = ARCHITECTURES["vit_small"]
     sparo = Sparo(vit["width"]).to(device)
@@ -63,14 +63,18 @@ def bench_readout(*, batch_size: int, num_tokens: int, rounds: int, device: torc
 def bench_knn(
     *, num_train: int, num_test: int, width: int, device: torch.device, compare_rounds: int = 0
 ) -> None:
-    """Print the time of one search among generated features, float16 and mapped from disk as evaluation
-    leaves them, and what ImageNet takes at this rate; then its ratio to the official search, round by round.
+    """Print the time of one k-NN search among generated features, and an estimate for ImageNet.
+
+    Features are float16 and memory-mapped, as in evaluations.
+
+    Args:
+        compare_rounds: interleaved rounds of a comparison with the official search; 0: no comparison.
 
     Raises:
-        UserError: there are fewer features than neighbors to find.
+        UserError: num_train is less than the number of neighbors.
     """
     if num_train < K:
-        raise UserError(f"knn_train is {num_train}; expected {K} or more, as many neighbors are searched for")
+        raise UserError(f"knn_train is {num_train}; expected {K} or more, the number of neighbors")
     with tempfile.TemporaryDirectory(prefix="dino_sparo_") as folder:
         train = _features(Path(folder) / "train", num_train, width)
         test = _features(Path(folder) / "test", num_test, width)
@@ -86,9 +90,9 @@ def bench_knn(
         times = interleaved(contenders, compare_rounds, device) if compare_rounds else {}
     hours = seconds * IMAGENET[0] * IMAGENET[1] / (num_train * num_test) / 3600
     print(
-        f"{num_test} queries among {num_train} features of {width} numbers, float16 on disk, k {K}, "
+        f"{num_test} queries among {num_train} features of {width} dimensions, float16 on disk, k {K}, "
         f"{device}, {torch.get_num_threads()} threads: {seconds:.1f} s\n"
-        f"ImageNet ({IMAGENET[1]} among {IMAGENET[0]}) at this rate: {hours:.2f} h, "
+        f"estimate for ImageNet ({IMAGENET[1]} among {IMAGENET[0]}): {hours:.2f} h, "
         f"features on disk {sum(IMAGENET) * width * 2 / 1e9:.1f} GB"
     )
     if times:
@@ -101,7 +105,7 @@ def bench_knn(
 
 
 def _features(path: Path, number: int, width: int) -> NDArray[np.float16]:
-    """Generated features (number, width), float16, mapped from a file."""
+    """Generated features (number, width), float16, memory-mapped."""
     features = np.memmap(path, np.float16, mode="w+", shape=(number, width))
     generator = np.random.default_rng(number)
     for start in range(0, number, 4096):

@@ -1,12 +1,11 @@
-"""Training as a straightforward port writes it: what `bench --compare` measures ours against.
+"""A straightforward implementation of training, with which `bench --compare` compares this package.
 
-A stranger's code: it imports nothing of this package. It is given networks, whose parameters have DINO's
-official names (`encoder.backbone`, `encoder.readout`, `head`), and computes the same numbers in the same
-order as `train_step`, each part in its obvious form: attention weights that are stored, SPARO with its keys
-of every token, a log-softmax per pair of crops, Python loops over parameters, and a host that waits for the
-loss and for every norm. Mixed precision covers the prototypes too, as in the official code. One process, no
-accumulation.
-`plain_batches` makes all views by torchvision in the workers and hands them over as floats.
+It imports nothing of this package. It uses networks whose parameters have DINO's official names
+(`encoder.backbone`, `encoder.readout`, `head`), and computes the values of `train_step` in the same order,
+each part in its simplest form: stored attention weights, SPARO with the keys of every token, a log-softmax
+per pair of crops, Python loops over parameters, and host synchronizations for the loss and for every norm.
+Mixed precision includes the prototypes, as in the official code. One process, no gradient accumulation.
+`plain_batches` makes all views with torchvision in the workers, as float tensors.
 
 Axis letters: B images, C crops, N tokens, D width, L slots, H key width, K prototypes.
 """
@@ -28,12 +27,12 @@ from torchvision.transforms import v2 as T
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 NUM_GLOBAL_CROPS = 2
-ENDLESS = 10**12  # samples
+ENDLESS = 10**12  # samples of an epoch
 
 
 @dataclass
 class PlainState:
-    """All that the plain step changes, and the constants of its loss."""
+    """The state that `plain_step` updates, and the constants of its loss."""
 
     student: Any
     teacher: Any
@@ -54,7 +53,7 @@ def plain_state(
     center_momentum: float,
     loss_scaling: bool,
 ) -> PlainState:
-    """A run that begins with these networks and this center (1, K), which nobody else may use any more."""
+    """The initial state of a run with these networks and this center (1, K), which others must not use."""
     decayed: list[Tensor] = []
     others: list[Tensor] = []
     for name, parameter in student.named_parameters():
@@ -113,7 +112,7 @@ def plain_forward(model: Any, crop_groups: list[Tensor]) -> Tensor:
 def plain_loss(
     state: PlainState, student_logits: Tensor, teacher_logits: Tensor, teacher_temp: float
 ) -> Tensor:
-    """Cross-entropy of each pair of different crops by itself; logits as those of `DINOLoss`."""
+    """The loss, with one cross-entropy per pair of different crops; logits as for `DINOLoss`."""
     num_crops = 2 * len(student_logits) // len(teacher_logits)
     students = (student_logits / state.student_temp).chunk(num_crops)
     teachers = F.softmax((teacher_logits - state.center) / teacher_temp, dim=-1).detach().chunk(2)
@@ -128,12 +127,12 @@ def plain_loss(
 
 @torch.no_grad()
 def plain_update(state: PlainState, momentum: float, clip_norm: float, *, freeze_last_layer: bool) -> None:
-    """Clip, drop the last layer's gradient if frozen, AdamW, teacher: one parameter after the other."""
+    """Clip gradients, drop those of a frozen last layer, step AdamW, update the teacher."""
     state.scaler.unscale_(state.optimizer)
     for parameter in state.student.parameters():
         if clip_norm and parameter.grad is not None:
             factor = clip_norm / (parameter.grad.norm(2) + 1e-6)
-            if factor < 1:  # here the host waits for the device
+            if factor < 1:  # synchronizes the host with the device
                 parameter.grad.mul_(factor)
     if freeze_last_layer:
         for parameter in state.student.head.last_layer.parameters():
@@ -152,7 +151,7 @@ def plain_center_update(state: PlainState, teacher_logits: Tensor) -> None:
 
 
 def direct_sparo(sparo: Any, tokens_BND: Tensor, token_mask: Tensor | None = None) -> Tensor:
-    """SPARO eq. 1 as it is written, with its (B, N, L, H) keys: (B, L, V). The check of the folded form."""
+    """SPARO by equation 1 without folding, with keys (B, N, L, H); returns (B, L, V)."""
     keys = sparo.key_proj(tokens_BND).unflatten(-1, (sparo.num_groups, sparo.key_dim))
     keys_BNLH = keys.repeat_interleave(sparo.group_size, dim=2)
     logits_BNL = (keys_BNLH * sparo.query).sum(-1) / math.sqrt(sparo.key_dim)
@@ -167,7 +166,7 @@ def _encode(encoder: Any, images: Tensor) -> Tensor:
     tokens_BND = _tokens(encoder.backbone, images)
     if type(encoder.readout).__name__ == "Sparo":
         return direct_sparo(encoder.readout, tokens_BND).flatten(1)
-    return encoder.read(tokens_BND)  # the others are in their obvious form
+    return encoder.read(tokens_BND)  # other read-outs are already in their simplest form
 
 
 def _tokens(backbone: Any, images: Tensor) -> Tensor:
@@ -185,7 +184,7 @@ def _tokens(backbone: Any, images: Tensor) -> Tensor:
 
 
 def _attend(attention: Any, tokens_BND: Tensor, num_heads: int) -> Tensor:
-    """Self-attention whose weights (B, heads, N, N) are stored: (B, N, D)."""
+    """Self-attention with stored weights (B, heads, N, N); returns (B, N, D)."""
     batch, count, dim = tokens_BND.shape
     qkv = attention.qkv(tokens_BND).reshape(batch, count, 3, num_heads, dim // num_heads)
     query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, D / heads) each
@@ -194,7 +193,7 @@ def _attend(attention: Any, tokens_BND: Tensor, num_heads: int) -> Tensor:
 
 
 def _position_embedding(backbone: Any, rows: int, columns: int) -> Tensor:
-    """Position embedding (1, 1 + rows * columns, D), resized anew at every call."""
+    """Position embedding (1, 1 + rows * columns, D), resized in every call."""
     native, embedding_1ND = backbone.native_grid, backbone.pos_embed
     if rows == columns == native:
         return embedding_1ND
@@ -205,11 +204,11 @@ def _position_embedding(backbone: Any, rows: int, columns: int) -> Tensor:
 
 
 class PlainViews(Dataset):
-    """Sample -> its crops by torchvision: normalized float32 (3, side, side) each, global ones first.
+    """A dataset of crops made by torchvision: normalized float32 (3, side, side) each, global crops first.
 
     Args:
-        source: has a length, and `load(number)` gives an RGB image of PIL.
-        crop_kinds: the fields of one crop's augmentation each, by the names of torchvision and DINO.
+        source: has a length, and `load(number)` returns an RGB PIL image.
+        crop_kinds: for each crop the parameters of its augmentation.
     """
 
     def __init__(self, source: Any, crop_kinds: Sequence[Any]) -> None:
@@ -250,11 +249,11 @@ def _blur(image: Image.Image, radius: tuple[float, float]) -> Image.Image:
 def plain_batches(
     dataset: PlainViews, *, batch_size: int, num_workers: int, prefetch_batches: int, device: torch.device
 ) -> Generator[list[Tensor]]:
-    """Groups of crops (C_i, B, 3, side, side) on the device, without end."""
+    """Endless groups of crops (C_i, B, 3, side, side) on the device."""
     loader: DataLoader = DataLoader(
         dataset,
         batch_size,
-        # Without an end, as in a long epoch: of a short one not all workers would get a batch.
+        # An endless epoch: in a short one some workers would get no batch.
         sampler=RandomSampler(dataset, replacement=True, num_samples=ENDLESS),
         num_workers=num_workers,
         prefetch_factor=prefetch_batches if num_workers else None,
@@ -265,14 +264,14 @@ def plain_batches(
 
 
 def crop_groups(crops: list[Tensor]) -> list[Tensor]:
-    """All crops (B, 3, side, side), global ones first -> one tensor (C_i, B, 3, side, side) per size."""
+    """Crops (B, 3, side, side), global crops first -> one tensor (C_i, B, 3, side, side) per size."""
     groups = (crops[:NUM_GLOBAL_CROPS], crops[NUM_GLOBAL_CROPS:])
     return [torch.stack(group) for group in groups if group]
 
 
 def official_neighbors(train_TD: Tensor, test_BD: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Cosines and numbers (B, k) of the nearest as the official `eval_knn.py` looks for them: a hundredth of
-    the test images at a time among all train images, by a float32 product and `topk`."""
+    """Cosines and numbers (B, k) of the nearest neighbors as in the official `eval_knn.py`: 1 % of the test
+    images at a time, by a float32 matrix product with all train images and `topk`."""
     train_DT = F.normalize(train_TD.float(), dim=1).t()
     parts = F.normalize(test_BD.float(), dim=1).split(max(1, len(test_BD) // 100))
     found = [torch.mm(part, train_DT).topk(k, largest=True, sorted=True) for part in parts]

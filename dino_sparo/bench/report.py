@@ -1,19 +1,19 @@
-"""The result of `dino-sparo bench` as a table."""
+"""The result of `dino-sparo bench` as text."""
 
 from typing import Any
 
 
 def report(result: dict[str, Any]) -> str:
-    """Several lines about what `training.measure` found."""
+    """The result of `training.measure` as lines of text."""
     lines = [
         "{recipe}, batch {batch_size}, {precision}, {device}, {threads} threads, {num_workers} workers, "
         "{cores} cores, torch {torch}".format(**result),
-        f"{result['data']}; read from the system's cache; {result['rounds']} rounds",
+        f"{result['data']}; read from the page cache; {result['rounds']} rounds",
         "",
         f"{'stage alone':<24}{'median ms':>11}{'10 %':>10}{'90 %':>10}{'images/s':>11}",
     ]
     for name, found in result["stages"].items():
-        of_image = name in ("read", "decode", "draw views", "views by PIL")  # the others are of a batch
+        of_image = name in ("read", "decode", "draw views", "views by PIL")  # the others are for a batch
         lines.append(_row(f"{name}, one core" if of_image else name, found))
     lines += ["", f"host waits for the device per step: {_listed(result['host_waits_per_step'])}"]
     peaks = [f"{peak / 1e12:.2f} TFLOP/s {name}" for name, peak in result["peak_flops"].items() if peak]

@@ -1,4 +1,4 @@
-"""Clocks of the benchmark: interleaved rounds, and a step's named ranges as `torch.profiler` sees them."""
+"""Timing for the benchmark: interleaved rounds, and the named ranges of a step from `torch.profiler`."""
 
 import time
 from collections import Counter
@@ -13,8 +13,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from dino_sparo.parallel.device import wait_for
 
 WARM_UP_ROUNDS = 2
-CALLS_PER_ROUND = {"cuda": 5, "cpu": 1}  # in a row, so that the host can run ahead of a GPU as in training
-# What the host waits for a GPU in, and what reads a number from any device.
+CALLS_PER_ROUND = {"cuda": 5, "cpu": 1}  # consecutive, so that the host can run ahead of a GPU as in training
+# Calls in which the host waits for the GPU, or reads a value from the device.
 HOST_WAITS = (
     *("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy"),
     "aten::_local_scalar_dense",
@@ -26,7 +26,7 @@ PERCENTILES = (50, 10, 90)
 def interleaved(
     contenders: dict[str, Callable[[], object]], rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds per call of each, round by round; every other round begins with the other end."""
+    """Seconds per call of each contender by round; the order is reversed in every other round."""
     calls = CALLS_PER_ROUND[device.type]
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + WARM_UP_ROUNDS):
@@ -42,14 +42,14 @@ def interleaved(
 
 
 def spread(seconds: list[float], images: int) -> dict[str, float]:
-    """Median, 10th and 90th percentile in ms of what took so long for so many images, and images/s."""
+    """Median, 10th, and 90th percentile of times for `images` images in ms, and images/s by the median."""
     names = ("median_ms", "p10_ms", "p90_ms")
     found = dict(zip(names, (1000 * np.percentile(seconds, PERCENTILES)).tolist(), strict=True))
     return found | {"images_per_second": 1000 * images / found["median_ms"]}
 
 
 def spread_of_ratios(numerators: list[float], denominators: list[float]) -> dict[str, float]:
-    """Median, 10th and 90th percentile of the ratios pair by pair."""
+    """Median, 10th, and 90th percentile of elementwise ratios."""
     percentiles = np.percentile(np.divide(numerators, denominators), PERCENTILES).tolist()
     return dict(zip(("median", "p10", "p90"), percentiles, strict=True))
 
@@ -57,7 +57,7 @@ def spread_of_ratios(numerators: list[float], denominators: list[float]) -> dict
 def profiled(
     step: Callable[[], object], steps: int, device: torch.device, trace: str | None = None
 ) -> list[Any]:
-    """The profiler's events of so many steps; with `trace` also written to this file for chrome://tracing."""
+    """The profiler's events of `steps` steps; `trace` is a file to write them to for chrome://tracing."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=activities) as profiler:
         for _ in range(steps):
@@ -70,17 +70,17 @@ def profiled(
 
 
 def range_seconds(events: list[Any], device_type: str) -> dict[str, float]:
-    """Seconds of each range that stands directly within a step, over all of its steps.
+    """Total seconds in each range that is directly within a step.
 
-    On a CPU the time that a range takes; on a GPU the time of all kernels that were launched during it, also
-    those of autograd's threads.
+    On a CPU the duration of the range; on a GPU the time of all kernels that were launched during it,
+    including those launched by autograd's threads.
     """
     on_host = [event for event in events if event.device_type == DeviceType.CPU]
     ranges = [e for e in on_host if e.is_user_annotation and e.cpu_parent and e.cpu_parent.name == STEP]
     launches = [(e.time_range.start, e.kernels) for e in on_host if e.kernels and not e.is_user_annotation]
     seconds: Counter[str] = Counter()
     for event in ranges:
-        if "#" in event.name:  # torch's own, of an optimizer's methods
+        if "#" in event.name:  # ranges that torch adds to optimizer methods
             continue
         span = event.time_range
         kernels = [found for at, found in launches if span.start <= at <= span.end]
@@ -90,7 +90,7 @@ def range_seconds(events: list[Any], device_type: str) -> dict[str, float]:
 
 
 def host_waits(events: list[Any]) -> dict[str, float]:
-    """How often per step the host waits for the device or reads a number from it, by the call's name."""
+    """How often the host waits for the device or reads a value from it, per step, by name of the call."""
     on_host = [event for event in events if event.device_type == DeviceType.CPU]
     spans = [event.time_range for event in on_host if event.name == STEP]
     waits = [event for event in on_host if event.name in HOST_WAITS]

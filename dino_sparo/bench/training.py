@@ -1,4 +1,4 @@
-"""Where the time of training goes on this machine, and against plain code.
+"""The time of training on this machine by stage, compared with plain code.
 
 Axis letters: B images, C crops.
 """
@@ -36,22 +36,22 @@ from dino_sparo.parallel.device import wait_for
 from dino_sparo.parallel.precision import autocast, plain_attention
 from dino_sparo.training.pretrain import crops_on_device, normalized, train_step
 from dino_sparo.training.schedules import Hyperparameters
-from dino_sparo.training.state import StepOutput, TrainState
+from dino_sparo.training.state import TrainState
 from dino_sparo.training.steps import EAGER_STEPS, Steps
 
 log = logging.getLogger("dino_sparo")
 
-VIEWED_IMAGES = 16  # at least so many, for times per image
-EPOCHS = 1_000_000  # more than any benchmark sees
+VIEWED_IMAGES = 16  # least number of images for times per image
+EPOCHS = 1_000_000  # more than any benchmark needs
 PROFILED_STEPS = 3  # in a trace
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """One training as it is measured here."""
+    """The training to measure."""
 
     new_state: Callable[[torch.device], TrainState]
-    """Makes a run that has not begun."""
+    """Returns a new initial state."""
     dataset: CropsDataset
     hyper: Hyperparameters
     clip_norm: float
@@ -61,25 +61,25 @@ class Bench:
     num_workers: int
     prefetch_batches: int
     timeout_seconds: float
-    """Of a worker that gives no batch."""
+    """Time limit of a batch."""
 
     def our_step(self, state: TrainState, groups: list[Tensor]) -> None:
-        """One step of training on groups of normalized crops."""
+        """One training step on groups of normalized crops."""
         with plain_attention(self.precision, self.device):
-            steps = Steps(self._step_of(state), self.device, 1, capture=False)
-            steps.take(repeat(groups), self.hyper, logged=False)
+            self._steps(state, capture=False).take(repeat(groups), self.hyper, logged=False)
 
     def captured_step(self, state: TrainState, groups: list[Tensor]) -> Callable[[], object] | None:
-        """The same step as a CUDA graph, to be called again and again; None if it cannot be captured."""
-        steps = Steps(self._step_of(state), self.device, 1, capture=True)
+        """The same step as a CUDA graph, for repeated calls; None if it cannot be captured."""
+        steps = self._steps(state, capture=True)
         step = partial(steps.take, repeat(groups), self.hyper, logged=False)
         for _ in range(EAGER_STEPS + 1):
             step()
         return step if steps.captured else None
 
-    def _step_of(self, state: TrainState) -> Callable[..., StepOutput]:
+    def _steps(self, state: TrainState, *, capture: bool) -> Steps:
         mixed = autocast(self.precision, self.device)
-        return partial(train_step, state, clip_norm=self.clip_norm, autocast=mixed)
+        step = partial(train_step, state, clip_norm=self.clip_norm, autocast=mixed)
+        return Steps(step, self.device, 1, capture=capture)
 
     def our_batches(self) -> Generator[list[Tensor]]:
         """Endless groups of normalized crops (C_i, B, 3, side, side) on the device, as in training."""
@@ -101,7 +101,7 @@ class Bench:
                 yield normalized(crops)
 
     def new_plain_state(self, device: torch.device) -> PlainState:
-        """A plain run that has not begun."""
+        """A new initial state of plain code."""
         state = self.new_state(device)
         return plain_state(
             *(state.student, state.teacher, state.loss_fn.center),
@@ -111,13 +111,13 @@ class Bench:
         )
 
     def plain_step(self, state: PlainState, groups: list[Tensor]) -> None:
-        """The same step, plain."""
+        """The same step by plain code."""
         mixed = autocast(self.precision, self.device)
         numbers = {name: value for name, value in vars(self.hyper).items() if name != "freeze_backbone"}
         plain_step(state, groups, **numbers, clip_norm=self.clip_norm, autocast=mixed)
 
     def plain_batches(self) -> Generator[list[Tensor]]:
-        """The same batches by plain code, with as many workers."""
+        """Batches by plain code, with the same number of workers."""
         return plain_batches(
             PlainViews(self.dataset.source, self.dataset.crop_kinds),
             batch_size=self.batch_size,
@@ -127,7 +127,7 @@ class Bench:
         )
 
     def photos(self) -> PhotoBatch:
-        """The first images, decoded, and the numbers of their views, as workers hand them over."""
+        """The first images, decoded, and the random numbers of their views, as workers return them."""
         of, size = self.dataset, len(self.dataset.source)
         dataset = CropsDataset(of.source, of.crop_kinds, of.seed, executor="device", max_side=of.max_side)
         batch = collate_crops([dataset[0, number % size] for number in range(self.batch_size)])
@@ -145,14 +145,13 @@ def measure(
     compare: bool = False,
     profile: str | None = None,
 ) -> dict[str, Any]:
-    """Everything about training on this machine, by the names of the JSON object.
+    """Measure training on this machine; returns the JSON object of `dino-sparo bench --json`.
 
     Args:
-        bench: what is measured.
-        rounds: of stages and steps, whose medians are reported.
-        seconds: of training end to end; None leaves it out.
-        compare: measure plain code too, round by round beside ours.
-        profile: file for a trace of some steps with the loading of their images.
+        rounds: number of measurements of each stage and step; their medians are reported.
+        seconds: duration of training end to end. None: not measured.
+        compare: also measure plain code, in interleaved rounds.
+        profile: file for a trace of some steps, including loading. None: no trace.
     """
     device, batch_size = bench.device, bench.batch_size
     log.info("views")
@@ -215,15 +214,15 @@ def measure(
 def _state_and_memory(
     new_state: Callable[[torch.device], Any], step: Callable[[Any, list[Tensor]], None], groups: list[Tensor]
 ) -> tuple[Any, dict[str, int | None]]:
-    """A state, the peak of GPU memory that it and its first steps take with their crops, and the bytes that a
-    step keeps for its backward pass."""
+    """A new state; the peak GPU memory of the state, its first steps, and their crops (None on a CPU); the
+    bytes that a step saves for backward."""
     device, peak = groups[0].device, None
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device) - sum(group.nbytes for group in groups)
     state = new_state(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        for _ in range(2):  # the first one makes the optimizer's state
+        for _ in range(2):  # the first step creates the optimizer state
             step(state, groups)
         wait_for(device)
         peak = torch.cuda.max_memory_allocated(device) - before
@@ -237,7 +236,7 @@ def _compared(
     from_files: dict[str, dict[str, float]],
     batch_size: int,
 ) -> dict[str, Any]:
-    """Ratios plain / ours, above 1 where ours is better; end to end of images/s, hence ours / plain."""
+    """Ratios plain / ours of time and memory, ours / plain of end-to-end speed; above 1 ours is better."""
     end_to_end = None
     if from_files:
         end_to_end = from_files["ours"]["images_per_second"] / from_files["plain"]["images_per_second"]
@@ -251,11 +250,10 @@ def _compared(
 
 
 def _utilization(bench: Bench, speeds: dict[str, dict[str, float] | None]) -> dict[str, Any]:
-    """Operations of the networks' products, the peaks of this device, and the share of each known peak that
-    the products take at these speeds."""
+    """FLOPs per image, peak FLOP/s of this device, and for each of `speeds` the fraction of the peaks."""
     sizes = [recipe.size for recipe in bench.dataset.crop_kinds]
     counted = bench.new_state(torch.device("cpu")).student
-    counted.encoder.backbone.activation_checkpointing = False  # it would count twice
+    counted.encoder.backbone.activation_checkpointing = False  # recomputed FLOPs do not count
     num_local = len(sizes) - NUM_GLOBAL_CROPS
     flops = count_flops(counted, [(NUM_GLOBAL_CROPS, sizes[0]), (num_local, sizes[-1])])["training"]
     peaks = {
@@ -278,7 +276,7 @@ def _utilization(bench: Bench, speeds: dict[str, dict[str, float] | None]) -> di
 
 
 def published_peak(device: torch.device, precision: str) -> float | None:
-    """FLOP/s of half-precision products as published for this GPU; None where none is known here."""
+    """Published FLOP/s of this GPU in half precision; None if they are unknown."""
     if device.type != "cuda" or precision == "fp32":
         return None
     kind = find_gpu(torch.cuda.get_device_name(device))
@@ -286,7 +284,7 @@ def published_peak(device: torch.device, precision: str) -> float | None:
 
 
 def _machine(bench: Bench) -> dict[str, Any]:
-    """What was measured on, and how."""
+    """The machine and the settings of the measurement."""
     on_gpu = bench.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(bench.device) if on_gpu else _processor(),
@@ -301,7 +299,7 @@ def _machine(bench: Bench) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The CPU's name, where the system tells it."""
+    """The name of the CPU; the architecture where the system does not have it."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -1,1 +1,1 @@
-"""What a run would be, and what is in its way."""
+"""Checks of a run before it starts: plan, estimates for GPUs, measurements, and problems."""

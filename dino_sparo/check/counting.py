@@ -1,8 +1,7 @@
-"""What a training step moves and computes on a GPU, counted operator by operator without one.
+"""Bytes and FLOPs of a training step on a GPU, counted operator by operator without a GPU.
 
-The step is the eager `train_step`, run on fake tensors of the CPU: they have shapes and no memory. What
-differs from CUDA is put right: `CudaAutocast` computes in float32 what autocast does there, and torch's fused
-attention of the CPU reads and writes what the fused kernels of a GPU do.
+Runs the eager `train_step` on fake CPU tensors, which have shapes but no memory. `CudaAutocast` imitates the
+autocast of CUDA; torch's fused attention on a CPU reads and writes the same tensors as the kernels of a GPU.
 """
 
 import copy
@@ -30,11 +29,11 @@ from dino_sparo.training.pretrain import normalized, train_step
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.state import TrainState
 
-BANDWIDTH_SHARE, PEAK_SHARE = 0.8, 0.6  # of what is published that operators reach: assumed
-OPERATOR_SECONDS = 2.5e-6  # that an operator takes at least: assumed
+BANDWIDTH_SHARE, PEAK_SHARE = 0.8, 0.6  # fraction of the published values that operators reach (assumed)
+OPERATOR_SECONDS = 2.5e-6  # shortest time of an operator (assumed)
 HALF = (torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
-OTHER = "the rest"  # of a step, in none of its named ranges
+OTHER = "the rest"  # operators of a step outside of its named ranges
 aten = torch.ops.aten
 FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
@@ -46,9 +45,13 @@ FLOPS: dict[Any, Callable[..., int]] = {
 
 
 class Operator(NamedTuple):
-    """One operator that reads or writes memory: its bytes, FLOP, and whether they are in half precision.
+    """One operator that reads or writes memory.
 
-    `phase` is the named range of the step that it is in.
+    Attributes:
+        bytes: read and written.
+        flops: of matrix products and attention; a multiply-add is two.
+        half: whether it computes in half precision.
+        phase: the named range of the step that contains it.
     """
 
     bytes: int
@@ -58,11 +61,11 @@ class Operator(NamedTuple):
 
 
 class Operators(TorchDispatchMode):
-    """Notes every operator that runs in it, and the most bytes of tensors alive at once.
+    """Records every operator that runs within the mode, and the peak memory of live tensors.
 
     Args:
-        fused: pointwise operators and conversions to larger types count nothing, as if all were part of the
-            kernels beside them.
+        fused: do not count pointwise operators and conversions to larger types, as if they were fused into
+            neighboring kernels.
     """
 
     def __init__(self, *, fused: bool = False) -> None:
@@ -74,12 +77,12 @@ class Operators(TorchDispatchMode):
 
     @property
     def bytes(self) -> int:
-        """All that is read and written."""
+        """Bytes read and written by all operators."""
         return sum(operator.bytes for operator in self.found)
 
     @property
     def flops(self) -> int:
-        """All that is computed in products and attention; a multiply-add is two."""
+        """FLOPs of all matrix products and attention; a multiply-add is two."""
         return sum(operator.flops for operator in self.found)
 
     def __torch_dispatch__(
@@ -87,21 +90,21 @@ class Operators(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default:
-            return 0  # nobody computes it
+            return 0  # a fake tensor has no value
         if func.namespace != "aten":
             if func is torch.ops.profiler._record_function_enter_new.default:
-                self.phases.append(self.phases[-1] if "#" in args[0] else args[0])  # "#": a range of torch's
+                self.phases.append(self.phases[-1] if "#" in args[0] else args[0])  # "#": a range of torch
             elif func.namespace == "profiler":
                 self.phases.pop()
             return func(*args, **kwargs)
         with self:
-            parts = func.decompose(*args, **kwargs)  # what inference mode leaves whole
+            parts = func.decompose(*args, **kwargs)  # inference mode does not decompose these operators
         if parts is not NotImplemented:
             return parts
         outputs = func(*args, **kwargs)
         given = {name: value for name, value in kwargs.items() if name != "out"}
         read, written = _tensors((args, given)), _tensors(outputs)
-        if func._schema.is_mutable and not written:  # lists, in place
+        if func._schema.is_mutable and not written:  # in-place operators on lists
             inputs = zip(func._schema.arguments, args, strict=False)
             written = _tensors([value for of, value in inputs if of.alias_info and of.alias_info.is_write])
         for tensor in (*read, *written):
@@ -124,7 +127,7 @@ class Operators(TorchDispatchMode):
         key = storage._cdata
         if key in self.alive:
             return
-        num_bytes = -(-storage.nbytes() // 512) * 512  # as CUDA's allocator rounds
+        num_bytes = -(-storage.nbytes() // 512) * 512  # the CUDA allocator rounds up to 512
         self.alive.add(key)
         self.live_bytes += num_bytes
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
@@ -154,7 +157,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 class CudaAutocast(TorchFunctionMode):
-    """Mixed precision of the CPU as that of CUDA: some functions compute in float32."""
+    """Makes CPU autocast compute the same functions in float32 as CUDA autocast."""
 
     IN_FLOAT32 = frozenset({"layer_norm", "softmax", "log_softmax", "sum", "norm", "pow", "exp"})
 
@@ -176,11 +179,12 @@ def count_step(
     clip_norm: float,
     precision: str,
 ) -> Operators:
-    """The operators of one step of a run of this state, which stays as it is; seconds on a CPU.
+    """The operators of one training step; `state` is not changed. Takes seconds on a CPU.
 
     Args:
         sizes: (crops, side) of the global and of the local crops.
-        batch_size, accumulation: images at once, and micro-batches.
+        batch_size: images per micro-batch.
+        accumulation: micro-batches per step.
     """
     state = replace(state, loss_scale=LossScale(CPU, enabled=precision == "fp16"))
     fake, counted = FakeTensorMode(), Operators()
@@ -188,7 +192,7 @@ def count_step(
         state = copy.deepcopy(state)
     with fake, counted, CudaAutocast():
         crops = [torch.empty(count, batch_size, 3, side, side) for count, side in sizes if count]
-        for _ in range(2):  # the first one makes the optimizer's state
+        for _ in range(2):  # the first step creates the optimizer state
             counted.found.clear()
             counted.peak_bytes = 0
             mixed = autocast(precision, CPU)
@@ -199,11 +203,12 @@ def count_step(
 def count_views(
     kinds: Sequence[CropKind], sizes: list[tuple[int, int]], batch_size: int, max_side: int | None
 ) -> Operators:
-    """The operators that make crops on a GPU by compiled code, and normalize them.
+    """The operators that make the crops on a GPU in compiled code, and normalize them.
 
     Args:
-        kinds, sizes: of all crops, and (crops, side) of the global and of the local ones.
-        max_side: of the images, which are taken to be so large; None if workers make the crops.
+        kinds: of all crops.
+        sizes: (crops, side) of the global and of the local crops.
+        max_side: assumed width and height of the images. None: workers make the crops.
     """
     meta, counted = torch.device("meta"), Operators(fused=True)
     pixels = [torch.empty(count, batch_size, 3, side, side, dtype=torch.uint8) for count, side in sizes]
@@ -222,7 +227,7 @@ def count_views(
 
 
 def seconds_on(gpu: Gpu, operators: Sequence[Operator], *, tf32: bool) -> float:
-    """The time that operators take one after the other on a GPU, estimated from bytes and FLOP."""
+    """Estimated time of operators on a GPU, one after the other, from their bytes and FLOPs."""
     peaks = {True: gpu.half, False: gpu.tf32 if tf32 else gpu.fp32}
     return sum(
         max(

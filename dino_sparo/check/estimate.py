@@ -1,4 +1,4 @@
-"""What a run would be on GPUs that need not be here: speed, hours, memory, and cores to decode, estimated."""
+"""Estimates for a run on kinds of GPUs without having them: speed, hours, memory, and cores to decode."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -24,10 +24,10 @@ from dino_sparo.terminal import aligned_table
 from dino_sparo.training.setup import build_schedules
 from dino_sparo.training.state import TrainState
 
-# Of one core for an image of 500 x 375 pixels: read, decode, and draw its views, or make them by PIL too.
-# Measured: 1.7 and 15.5 ms of CPU time.
+# CPU time for an image of 500 x 375 pixels: read, decode, draw the random numbers of its views; `pil`: also
+# make the views. Measured: 1.7 and 15.5 ms.
 ASSUMED_DECODE_MS: dict[Executor, float] = {"device": 2.0, "pil": 16.0}
-HOST_MS = 0.025  # per operator: 49 ms for the 2,055 of a step and its views were measured on one core
+HOST_MS = 0.025  # per operator launch; measured on one core: 49 ms for the 2,055 of a step and its views
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,18 +35,20 @@ class GpuRun:
     """A run on GPUs of one kind.
 
     Attributes:
-        gpu: its kind, or the name of one that was measured.
-        measured: on the GPU at hand; else estimated.
-        batch_size: images that a GPU takes at once.
-        step_ms: of the GPU for one step with its views.
-        host_ms: of the host, to launch the operators of the step; None if measured. The longer one counts.
+        gpu: kind of GPU, or the name of the measured one.
+        measured: whether the values were measured on this machine's GPU; else they are estimated.
+        batch_size: images per micro-batch.
+        step_ms: GPU time of one step with its views.
+        host_ms: host time to launch the operators of a step; None if measured. The longer of the two times
+            limits the speed.
         images_per_second: of one GPU.
         hours: of the whole run, if loading keeps up.
-        memory_bytes: of one GPU, in a step and in the views made beside it; if measured, of all tensors at
-            once.
-        decode_ms, cores: of one core per image, and cores that decode for all GPUs.
-        decode_measured: on this machine; else assumed.
-        phases: of a micro-batch, by name: operators, GB, TFLOP, and ms of the GPU; empty if measured.
+        memory_bytes: of one GPU: peak of a step plus that of the views made concurrently; if measured, the
+            peak of all tensors.
+        decode_ms: time of one core per image.
+        decode_measured: whether `decode_ms` was measured on this machine; else it is assumed.
+        cores: CPU cores that decode for all GPUs.
+        phases: by named range of a micro-batch: operators, GB, TFLOP, and ms of the GPU; empty if measured.
     """
 
     gpu: str
@@ -65,7 +67,7 @@ class GpuRun:
 
 
 def executor_on_gpu(recipe: Recipe) -> Executor:
-    """Who makes the views of a run on GPUs."""
+    """The executor of the views of a run on GPUs."""
     return choose_executor(recipe.machine.views, torch.device("cuda"), max_side=recipe.data.max_side)
 
 
@@ -78,12 +80,13 @@ def estimate(
     num_images: int,
     decode_ms: float | None = None,
 ) -> list[GpuRun]:
-    """The run on each kind of GPU, one GPU per process.
+    """Estimates of the run on each kind of GPU, with one GPU per process.
 
     Args:
-        state: of the recipe, on the CPU; it stays as it is.
-        num_images: that the run still has to take, over all epochs.
-        decode_ms: of one core per image, if it was measured.
+        state: of the recipe, on the CPU; it is not changed.
+        kinds: keys of `GPUS`.
+        num_images: images of all remaining steps.
+        decode_ms: measured time of one core per image. None: an assumed value.
     """
     machine, optim, views = recipe.machine, recipe.optim, recipe.views
     batch_size, accumulation = split_batch(optim.global_batch_size, machine.batch_size_per_gpu, num_processes)
@@ -92,7 +95,7 @@ def estimate(
         build_schedules(optim, recipe.loss, 1).at(0), freeze_last_layer=False, freeze_backbone=False
     )
     executor = executor_on_gpu(recipe)
-    max_side = recipe.data.max_side if executor == "device" else None  # of the canvas
+    max_side = recipe.data.max_side if executor == "device" else None
     making = count_views(crop_kinds(**asdict(views)), sizes, batch_size, max_side)
     per_image = ASSUMED_DECODE_MS[executor] if decode_ms is None else decode_ms
 
@@ -110,17 +113,17 @@ def estimate(
         few, more = counted(1, precision), max(0, accumulation - 1)
         step = seconds_on(gpu, few.found, tf32=machine.tf32)
         operators, peak = len(few.found), few.peak_bytes
-        if more:  # micro-batches, each of which takes the same
+        if more:  # further micro-batches, whose costs are all equal
             two = counted(2, precision)
             step += more * (seconds_on(gpu, two.found, tf32=machine.tf32) - step)
             operators += more * (len(two.found) - operators)
             peak = two.peak_bytes
         step += accumulation * seconds_on(gpu, making.found, tf32=True)
-        if machine.capture:  # one launch, and crops that the graph keeps
+        if machine.capture:  # a CUDA graph is one launch, and keeps its own crops
             operators = 1
             peak += accumulation * sum(12 * count * batch_size * side**2 for count, side in sizes)
         launches = HOST_MS / 1000 * (operators + accumulation * len(making.found))
-        speed = batch_size * accumulation / max(step, launches)  # a faster GPU waits for the host
+        speed = batch_size * accumulation / max(step, launches)
         return GpuRun(
             gpu=kind,
             measured=False,
@@ -143,7 +146,7 @@ def estimate(
 def phases_on(
     gpu: Gpu, step: Sequence[Operator], views: Sequence[Operator], *, tf32: bool
 ) -> dict[str, list[float]]:
-    """Operators, GB, TFLOP and ms of each named range of a step, and of its views."""
+    """Operators, GB, TFLOP, and ms of each named range of a step, of the step, and of its views."""
     by_phase: dict[str, list[Operator]] = {}
     for operator in step:
         by_phase.setdefault(operator.phase, []).append(operator)
@@ -159,28 +162,28 @@ def phases_on(
 
 
 def memory_problems(runs: Sequence[GpuRun], global_batch_size: int, num_processes: int) -> list[str]:
-    """Which GPUs do not hold the run, by the estimate."""
+    """A message for each estimated GPU whose memory is too small."""
     return [
-        f"{run.gpu}: {run.batch_size} images at once need about {run.memory_bytes / 2**30:.0f} GiB of GPU "
-        f"memory (estimated), it has {GPUS[run.gpu].memory_gb}; give machine.batch_size_per_gpu "
+        f"{run.gpu}: {run.batch_size} images per GPU need about {run.memory_bytes / 2**30:.0f} GiB of GPU "
+        f"memory (estimate), but it has {GPUS[run.gpu].memory_gb}; set machine.batch_size_per_gpu to "
         f"{smaller_batch(global_batch_size // num_processes, run.batch_size)}, or "
-        f"machine.activation_checkpointing true"
+        f"machine.activation_checkpointing to true"
         for run in runs
         if not run.measured and run.memory_bytes > GPUS[run.gpu].memory_gb * 2**30
     ]
 
 
 def describe_runs(name: str, runs: Sequence[GpuRun], num_processes: int) -> str:
-    """A table with a column for each; of a single one, a second table with its phases."""
+    """A table with a column for each run; for a single run, also a table of its phases."""
     of_gpus = f"{num_processes} GPU{'s' * (num_processes > 1)}"
     cells = {
         f"images/s, {of_gpus}": [f"{num_processes * run.images_per_second:,.0f}" for run in runs],
         "hours": [f"{run.hours:,.1f}" for run in runs],
         "memory per GPU, GiB": [f"{run.memory_bytes / 2**30:.1f}" for run in runs],
         "cores to decode": [f"{run.cores:,.1f}" for run in runs],
-        "images at once": [f"{run.batch_size}, {run.precision}" for run in runs],
+        "images per GPU": [f"{run.batch_size}, {run.precision}" for run in runs],
         "step, ms": [f"{run.step_ms:,.1f}" for run in runs],
-        "its launches, ms": ["" if run.host_ms is None else f"{run.host_ms:,.0f}" for run in runs],
+        "kernel launches, ms": ["" if run.host_ms is None else f"{run.host_ms:,.0f}" for run in runs],
     }
     header = [name, *(f"{run.gpu}, {'measured' if run.measured else 'estimated'}" for run in runs)]
     text = aligned_table(header, [[row, *columns] for row, columns in cells.items()])
@@ -194,14 +197,14 @@ def describe_runs(name: str, runs: Sequence[GpuRun], num_processes: int) -> str:
 
 
 def describe_assumptions(run: GpuRun) -> str:
-    """What an estimate assumes, in a few sentences."""
+    """The assumptions of an estimate as text."""
     return (
         f"Estimated by counting the operators of one step: bytes at {100 * BANDWIDTH_SHARE:.0f} % of the "
-        f"published bandwidth, FLOP at {100 * PEAK_SHARE:.0f} % of the dense published peak, at least "
-        f"{1e6 * OPERATOR_SECONDS:g} µs each. Decoding: {run.decode_ms:.1f} ms per image on one core "
-        f"({'measured here' if run.decode_measured else 'assumed'}). Launches: {1000 * HOST_MS:g} µs of the "
-        f"host per operator (assumed), which decide where they take longer than the step. Memory: that of a "
-        f"step and of the views made beside it; torch's allocator takes about a tenth more, CUDA some 0.5 "
-        f"GiB. Not in it: "
-        f"communication between GPUs, k-NN, waiting for images."
+        f"published bandwidth, FLOPs at {100 * PEAK_SHARE:.0f} % of the published dense peak, at least "
+        f"{1e6 * OPERATOR_SECONDS:g} µs per operator. Decoding: {run.decode_ms:.1f} ms per image on one core "
+        f"({'measured here' if run.decode_measured else 'assumed'}). Kernel launches: {1000 * HOST_MS:g} µs "
+        f"of host time per operator (assumed); they limit the speed if they take longer than the step. "
+        f"Memory: that of a step and of the views made at the same time; torch's allocator needs about a "
+        f"tenth more, CUDA about 0.5 GiB. Not included: communication between GPUs, k-NN, and waiting for "
+        f"images."
     )

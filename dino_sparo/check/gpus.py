@@ -1,4 +1,4 @@
-"""What makers publish of their GPUs: dense figures, without sparsity."""
+"""Published data of GPUs: dense peaks, without sparsity."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,14 +7,14 @@ from dino_sparo.errors import UserError
 
 
 class Gpu(NamedTuple):
-    """One kind of GPU. All numbers are *published* by the maker.
+    """One kind of GPU. All values are *published* by the manufacturer.
 
     Attributes:
-        part: of the name that the driver gives to such a GPU.
-        half, tf32, fp32: FLOP/s of products in half precision, in TF32, and in float32.
+        part: a part of the device name that identifies it.
+        half, tf32, fp32: peak FLOP/s of matrix products in half precision, TF32, and float32.
         bandwidth: bytes/s of its memory.
         memory_gb: size of its memory.
-        half_precision: bf16 where it has it.
+        half_precision: bf16, or fp16 if it has no bf16.
     """
 
     part: str
@@ -26,7 +26,7 @@ class Gpu(NamedTuple):
     half_precision: str = "bf16"
 
 
-GPUS = {  # a name of the driver is that of the first part that it holds
+GPUS = {  # a device is of the first kind whose `part` is in its name
     "b200": Gpu("B200", 2250e12, 1125e12, 75e12, 8.0e12, 180),
     "h100-pcie": Gpu("H100 PCIe", 756e12, 378e12, 51e12, 2.0e12, 80),
     "h100-nvl": Gpu("H100 NVL", 835e12, 418e12, 60e12, 3.9e12, 94),
@@ -40,7 +40,7 @@ GPUS = {  # a name of the driver is that of the first part that it holds
 
 
 def find_gpu(name: str) -> str | None:
-    """The kind of the GPU that the driver calls so, if it is known here."""
+    """The kind of a GPU by its device name; None if it is unknown."""
     return next((kind for kind, gpu in GPUS.items() if gpu.part in name), None)
 
 
@@ -48,4 +48,4 @@ def check_gpus(kinds: Sequence[str]) -> None:
     """Raises UserError if a kind of GPU is unknown."""
     for kind in kinds:
         if kind not in GPUS:
-            raise UserError(f"gpu is {kind!r}; expected some of {', '.join(GPUS)}")
+            raise UserError(f"gpu is {kind!r}; expected one or more of {', '.join(GPUS)}")

@@ -1,4 +1,4 @@
-"""What a run will cost on this machine, measured: loader, step, FLOPs and memory."""
+"""Measurements of a run on this machine: loader, step, FLOPs, and memory."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -25,15 +25,15 @@ from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.state import TrainState
 from dino_sparo.training.steps import Steps
 
-MATRIX_SIDE = {"cuda": 8192, "cpu": 2048}  # of the product that measures the peak
+MATRIX_SIDE = {"cuda": 8192, "cpu": 2048}  # of the matrix product that measures the peak
 
 
 def measure_loading(batches: WatchedLoader, *, seconds: float) -> tuple[dict[str, Any], Batch]:
-    """Take batches for so many seconds, after each worker has made the two that start-up delays.
+    """Load batches for `seconds`, after two warm-up batches per worker.
 
     Returns:
-        What all workers of this machine together reach: images_per_second, their number (workers), and
-        worker_bytes, the memory of the largest that no other process has; and the last batch.
+        A dictionary with images_per_second of all workers, their number (workers), and the largest private
+        memory of a worker (worker_bytes); and the last batch.
 
     Raises:
         UserError: an image cannot be read, or a worker fails.
@@ -68,12 +68,13 @@ def measure_steps(
     precision: str,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Time whole steps on `batch_size` images, repeated from the batch, after two that warm up.
+    """Time training steps after two warm-up steps.
 
-    Views that the device makes are made anew for each step.
+    The images of `batch` are repeated or cut to `batch_size`. Views that the device makes are made in each
+    step.
 
     Returns:
-        images_per_second of this process, batch_size, loss, and of a GPU the peak and all of its memory
+        images_per_second of this process, batch_size, loss, and for a GPU its peak and total memory
         (memory_gib, gpu_memory_gib; None on a CPU).
 
     Raises:
@@ -109,10 +110,15 @@ def measure_steps(
 
 
 def count_flops(student: DinoModel, sizes: list[tuple[int, int]]) -> dict[str, float]:
-    """Floating point operations per image (a multiply-add is two), on the CPU.
+    """FLOPs per image (a multiply-add is two).
 
-    sizes: (crops, side) of the global and of the local crops. `encoder` is one pass on a global crop,
-    `training` what a step takes: student forward and backward on all, teacher forward on the global crops.
+    Args:
+        student: on the CPU.
+        sizes: (crops, side) of the global and of the local crops.
+
+    Returns:
+        `encoder`: a forward pass on a global crop; `training`: student forward and backward on all crops, and
+        teacher forward on the global crops.
     """
     groups = [torch.zeros(crops, 1, 3, side, side) for crops, side in sizes if crops]
 
@@ -132,14 +138,15 @@ def count_flops(student: DinoModel, sizes: list[tuple[int, int]]) -> dict[str, f
 def bytes_of_training(
     state: TrainState, sizes: list[tuple[int, int]], batch_size: int, *, mixed: bool
 ) -> int:
-    """What one process needs for its networks in a step, estimated from one and two images on the CPU.
+    """Estimated bytes that the networks of one process need in a step, from one and two images on the CPU.
 
-    Weights of student and teacher, gradients, AdamW's moments, and what is kept for the backward pass, of
-    which mixed precision halves all but what the loss keeps, the logits.
+    Counts weights of student and teacher, gradients, AdamW's moments, and tensors saved for backward, of
+    which mixed precision halves all but the logits that the loss saves.
 
     Args:
         sizes: (crops, side) of the global and of the local crops.
-        batch_size: images at once.
+        batch_size: images per micro-batch.
+        mixed: whether the networks run in mixed precision.
     """
     prototypes = state.loss_fn.center.shape[1]
     teacher_logits = torch.zeros(sizes[0][0], prototypes)
@@ -154,14 +161,14 @@ def bytes_of_training(
         )
         for images in (1, 2)
     )
-    in_networks = 2 * of_one - of_two + batch_size * (of_two - of_one)  # some is kept once for all images
+    in_networks = 2 * of_one - of_two + batch_size * (of_two - of_one)  # constant part + part per image
     student = sum(parameter.nbytes for parameter in state.student.parameters())
-    # Weights, gradients, two moments, and the teacher's weights; then what is kept.
+    # 5: weights, gradients, two moments, and the weights of the teacher.
     return 5 * student + in_networks // (2 if mixed else 1) + batch_size * in_loss
 
 
 def measured_peak(device: torch.device, precision: str, rounds: int = 5) -> float:
-    """FLOP/s of one large square product in this precision, the median of some rounds after two."""
+    """FLOP/s of a large square matrix product, the median of `rounds` after two warm-up rounds."""
     side = MATRIX_SIDE[device.type]
     dtype = DTYPES.get(precision, torch.float32)
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))

@@ -1,4 +1,4 @@
-"""What a run would be, told in seconds: nothing is trained, written, or started."""
+"""The plan of a run, in seconds: nothing is trained or written, and no process is started."""
 
 import shutil
 from dataclasses import dataclass
@@ -28,38 +28,38 @@ from dino_sparo.training.monitor import KnnImages
 from dino_sparo.training.setup import build_schedules, bytes_of_image, open_data, start_state
 from dino_sparo.training.state import TrainState, build_state, checkpoint_bytes
 
-# Of the speed of one large matrix product whole training reaches a share between these. On a CPU it did,
-# from the demo to ViT-S/16; for a GPU it is a guess.
+# Speed of training as a fraction of the speed of one large matrix product, lowest and highest: measured on a
+# CPU, from the demo to ViT-S/16; assumed for a GPU.
 SHARES_OF_PEAK = {"cpu": (0.3, 0.9), "cuda": (0.2, 0.5)}
 GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A run that could start: all that is known of it without training a step."""
+    """Everything that is known about a run before its first step."""
 
     recipe: Recipe
     run_dir: Path
     num_processes: int
-    num_workers: int  # of each process
-    batch_size: int  # images that a process takes at once
+    num_workers: int  # per process
+    batch_size: int  # images per micro-batch of a process
     accumulation: int  # micro-batches per step
     device: torch.device
     precision: str
     executor: Executor
     source: ImageSource
     monitor: KnnImages | None
-    state: TrainState  # as the run starts, on the CPU
-    prefetched_bytes: int  # of the images that all workers prepare ahead, at most
+    state: TrainState  # initial state, on the CPU
+    prefetched_bytes: int  # of the images that all workers prefetch, at most
     disk_bytes: int  # of all checkpoints that are kept, at most
-    disk_free_bytes: int  # where the run folder is or would be
-    steps_done: int  # of earlier starts, by the names of their checkpoints
-    weights: str  # what the run begins with
-    problems: list[str]  # what would end the run at its start, or before its end
+    disk_free_bytes: int  # on the file system of the run folder
+    steps_done: int  # by the name of the newest checkpoint
+    weights: str  # initial weights, in words
+    problems: list[str]  # what would end the run early
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches of the images."""
+        """Steps per epoch; the last incomplete batch is dropped."""
         return len(self.source) // self.recipe.optim.global_batch_size
 
     @property
@@ -75,16 +75,16 @@ class Plan:
 
     @cached_property
     def cost(self) -> dict[str, int]:
-        """Parameters and operations of the encoder."""
+        """Parameters and FLOPs of the encoder."""
         return encoder_cost(self.state.teacher.encoder, self.recipe.views.global_size)
 
     @cached_property
     def flops_per_image(self) -> dict[str, float]:
-        """Operations of one pass of the encoder, and of a training step per image."""
+        """FLOPs per image of a forward pass of the encoder, and of a training step."""
         return count_flops(self.state.student, self.crop_sizes)
 
     def as_dict(self) -> dict[str, Any]:
-        """The numbers, as JSON holds them."""
+        """The plan as JSON values."""
         return {
             "problems": self.problems,
             "remarks": [],
@@ -111,10 +111,10 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, run_dir: Path, num_processes: int) -> Plan:
-    """Open the images, build the networks on the CPU, and look for what would end the run.
+    """Open the images, build the networks on the CPU, and collect the problems that would end the run.
 
     Raises:
-        UserError: for a mistake in recipe or data, as at the start of the run.
+        UserError: a mistake in recipe or data, as at the start of the run.
     """
     machine, optim = recipe.machine, recipe.optim
     device = choose_device(machine.device)
@@ -146,11 +146,11 @@ def make_plan(recipe: Recipe, run_dir: Path, num_processes: int) -> Plan:
         problems.append(str(error))
     if device.type == "cuda" and num_processes > torch.cuda.device_count():
         gpus = torch.cuda.device_count()
-        problems.append(f"nproc is {num_processes}, but this machine has {gpus} GPUs")
+        problems.append(f"nproc is {num_processes}, but this machine has {gpus} GPUs; use {gpus} or less")
     if disk_bytes > disk_free_bytes and not steps_done:
         problems.append(
-            f"run_dir {str(run_dir)!r}: checkpoints need {size(disk_bytes)}, {size(disk_free_bytes)} are "
-            f"free; use another disk or a larger log.keep_every_epochs"
+            f"run_dir {str(run_dir)!r}: checkpoints need {size(disk_bytes)}, but only "
+            f"{size(disk_free_bytes)} are free; use another disk or a larger log.keep_every_epochs"
         )
     if recipe.init is not None and steps_done:
         weights = f"of {recipe.init} at the start"
@@ -187,10 +187,10 @@ def make_plan(recipe: Recipe, run_dir: Path, num_processes: int) -> Plan:
 
 
 def plan_text(plan: Plan, recipe_name: str | None, *, with_cost: bool = True) -> str:
-    """The plan as a table, and what the schedules say at some steps.
+    """The plan as a table, and the values of the schedules at some steps.
 
     Args:
-        with_cost: estimate memory and time on this machine.
+        with_cost: include estimates of memory and time on this machine.
     """
     recipe, views = plan.recipe, plan.recipe.views
     micro_batches = f" x {plan.accumulation} micro-batches" if plan.accumulation > 1 else ""
@@ -204,7 +204,7 @@ def plan_text(plan: Plan, recipe_name: str | None, *, with_cost: bool = True) ->
         f"{views.local_size} pixels by {who}; {plan.num_workers} workers per process",
         "batch": f"{recipe.optim.global_batch_size} images: {plan.num_processes} x {plan.batch_size}"
         f"{micro_batches}",
-        "steps": f"{plan.steps_per_epoch:,} per epoch, {plan.total_steps:,} in all "
+        "steps": f"{plan.steps_per_epoch:,} per epoch, {plan.total_steps:,} in total "
         f"({recipe.optim.epochs} epochs)",
         "encoder": f"read-out {recipe.model.readout.name}, {describe_cost(plan.cost)}",
         "head": f"{count_parameters(plan.state.student.head) / 1e6:.1f} M parameters, "
@@ -218,15 +218,15 @@ def plan_text(plan: Plan, recipe_name: str | None, *, with_cost: bool = True) ->
             plan.state, plan.crop_sizes, plan.batch_size, mixed=plan.precision != "fp32"
         )
         rows["memory"] = (
-            f"about {size(memory)} for the networks of each process, {plan.precision} (estimate, "
-            f"without workers; {size(memory_free())} of this machine's are free)"
+            f"about {size(memory)} for the networks of each process in {plan.precision} (estimate, without "
+            f"workers); {size(memory_free())} are free on this machine"
         )
         rows["time"] = _time(plan)
     return "\n".join([table(rows, 12, indent=""), "", *_schedule_table(plan)])
 
 
 def _start(plan: Plan) -> str:
-    """Whether the run would start, resume or be complete."""
+    """Whether the run would start or resume, or is complete."""
     done = plan.steps_done
     if not done:
         return "would start"
@@ -234,16 +234,16 @@ def _start(plan: Plan) -> str:
         return f"holds a run of {done:,} steps"
     if done >= plan.total_steps:
         return f"is complete, {done:,} steps are done"
-    return f"would resume after step {done:,} of {plan.total_steps:,}, if that checkpoint is whole"
+    return f"would resume after step {done:,} of {plan.total_steps:,}, if that checkpoint is not damaged"
 
 
 def _recipe(recipe: Recipe, name: str | None) -> str:
-    """The recipe, and what the command line changes in it."""
+    """The recipe, and the fields that the command line changes."""
     if name is None:
         return "given by the command line"
     try:
         alone = named_recipe(name, {"data.path": recipe.data.path})
-    except UserError:  # it leaves something open
+    except UserError:  # it lacks a field
         return f"{name}, completed by the command line"
     before, now = flattened(alone.as_dict()), flattened(recipe.as_dict())
     changed = [
@@ -251,22 +251,22 @@ def _recipe(recipe: Recipe, name: str | None) -> str:
         for key in before | now
         if before.get(key) != now.get(key)
     ]
-    return f"{name}, changed: {', '.join(changed)}" if changed else f"{name} as it is"
+    return f"{name}, changed: {', '.join(changed)}" if changed else f"{name}, unchanged"
 
 
 def _images(plan: Plan) -> str:
-    """How many images of how many classes, and what is measured on them while training."""
+    """The numbers of images and classes, and the k-NN evaluation while training."""
     source, monitor = plan.source, plan.monitor
     classes = f"{len(source.classes):,} classes" if source.labels is not None else "without labels"
     knn = "no k-NN while training"
     if monitor is not None:
         every = plan.recipe.monitor.knn_every_epochs
-        knn = f"k-NN every {every} epochs: {len(monitor.test):,} images among {len(monitor.train):,}"
+        knn = f"k-NN every {every} epochs: {len(monitor.test):,} test and {len(monitor.train):,} train images"
     return f"{len(source):,} of {plan.recipe.data.path}, {classes}; {knn}"
 
 
 def _time(plan: Plan) -> str:
-    """An estimate from the speed of a matrix product."""
+    """An estimate of the time from the speed of a matrix product."""
     devices = plan.num_processes if plan.device.type == "cuda" else 1  # processes on a CPU share its cores
     peak = measured_peak(plan.device, plan.precision, rounds=3)
     images = max(0, plan.total_steps - plan.steps_done) * plan.recipe.optim.global_batch_size
@@ -274,13 +274,13 @@ def _time(plan: Plan) -> str:
     low, high = SHARES_OF_PEAK[plan.device.type]
     return (
         f"{duration(hours / high)} to {duration(hours / low)} (estimate: {high:.0%} to {low:.0%} of the "
-        f"{peak / 1e9:,.0f} GFLOP/s of a matrix product on one {plan.device.type} here, if loading keeps up "
-        f"and without k-NN)"
+        f"{peak / 1e9:,.0f} GFLOP/s of a matrix product on one {plan.device.type} here, without k-NN, if "
+        f"loading keeps up)"
     )
 
 
 def _schedule_table(plan: Plan) -> list[str]:
-    """What the schedules say at some steps, a line each."""
+    """The values of the schedules at some steps, one line per step."""
     optim, total = plan.recipe.optim, plan.total_steps
     schedules = build_schedules(optim, plan.recipe.loss, plan.steps_per_epoch)
     points = {"start": 0, "1/4": total // 4, "1/2": total // 2, "3/4": 3 * total // 4, "end": total - 1}
@@ -299,12 +299,12 @@ def _schedule_table(plan: Plan) -> list[str]:
 
 
 def size(num_bytes: float) -> str:
-    """In MiB or GiB, as fits."""
+    """Bytes as text in MiB or GiB."""
     return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def duration(hours: float) -> str:
-    """In minutes, hours or days, as fits."""
+    """Hours as text in minutes, hours, or days."""
     if hours < 1:
         return f"{60 * hours:.1f} minutes"
     return f"{hours:,.1f} hours" if hours < 48 else f"{hours:,.0f} hours ({hours / 24:.1f} days)"

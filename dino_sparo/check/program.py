@@ -1,4 +1,4 @@
-"""`dino-sparo check` and `--dry-run`: what a run would be; measured and scanned too, if asked for."""
+"""`dino-sparo check` and `--dry-run`: plan and problems of a run; optionally measurements and a scan."""
 
 import json
 import logging
@@ -41,9 +41,9 @@ from dino_sparo.training.state import build_state
 log = logging.getLogger("dino_sparo")
 
 LOADING_SECONDS = 10.0
-LOADING_BATCH = 8  # images; the speed is that of any batch, and it comes sooner
+LOADING_BATCH = 8  # images; the speed hardly depends on it, and small batches arrive sooner
 STEPS = 3
-CPU_BATCH = 4  # images; a CPU is timed on a few, its speed is that of any batch
+CPU_BATCH = 4  # images in a timed step on a CPU, whose speed hardly depends on it
 
 
 def check(
@@ -57,15 +57,17 @@ def check(
     as_json: bool = False,
     gpus: Sequence[str] = (),
 ) -> int:
-    """Print the plan of a run, as text or JSON; 0 if no problem is found, else 1.
+    """Print the plan of a run; returns exit status 0 if there are no problems, else 1.
 
     Args:
+        recipe_name: for the output.
         measure: time the loader and some steps.
-        scan: read every file of the images.
-        gpus: kinds of GPUs to estimate the run for; if none are given, that of this machine.
+        scan: read every image file.
+        as_json: print JSON to standard output, and the text to standard error.
+        gpus: kinds of GPUs to estimate the run for. Empty: the kind of this machine's GPU, if it is known.
 
     Raises:
-        UserError: for a mistake in recipe or data, as at the start of the run.
+        UserError: a mistake in recipe or data, as at the start of the run.
     """
     say = (lambda text: print(text, file=sys.stderr)) if as_json else print
     check_gpus(gpus)
@@ -78,7 +80,7 @@ def check(
     test = plan.monitor.test if plan.monitor and not recipe.monitor.knn_path else None
     doubts = notes_on(plan.source, test, decide(recipe.data.path, Choice.of(recipe.data)))
     if plan.monitor is None:
-        remarks.append("no k-NN while training: monitor.knn_path can name a labeled folder")
+        remarks.append("no k-NN while training; set monitor.knn_path to a labeled folder")
     remarks += advice(recipe.optim, recipe.head.num_prototypes, len(plan.source))
     if scan:
         data, bad_of_knn = scan_data(plan)
@@ -87,23 +89,23 @@ def check(
         of_knn, stops = sum(map(len, plan.monitor or ())), recipe.data.on_bad_image == "stop"
         if (stops and recipe.monitor.knn_path and bad_of_knn) or (not stops and too_many(bad_of_knn, of_knn)):
             problems.append(
-                f"images of k-NN while training that cannot be read: {bad_of_knn} of {of_knn}"
-                f"{'' if stops else ', more than one in a hundred'}; repair or remove them"
+                f"images for k-NN while training that cannot be read: {bad_of_knn} of {of_knn}"
+                f"{'' if stops else ', more than 1 %'}; repair or remove them"
             )
         say("\n" + "\n".join(map(sentence, describe(data))))
     else:
-        remarks.append("files not read: --scan")
+        remarks.append("image files were not read; --scan reads them")
     if not measure:
-        remarks.append("speed not measured: --measure")
+        remarks.append("the speed was not measured; --measure does it")
     elif problems:
-        remarks.append("speed not measured, since the run would end; solve the problems first")
+        remarks.append("the speed was not measured, because the run has problems")
     else:
         try:
             report |= measured(plan)
             report["run"] |= projection(plan, report)
             problems += machine_problems(plan, report)
             say("\n" + summary(plan, report))
-        except UserError as error:  # what was found so far is worth telling
+        except UserError as error:
             problems.append(str(error))
     if gpus:
         runs = gpu_runs(plan, report, gpus, here)
@@ -123,8 +125,10 @@ def check(
 
 
 def scan_data(plan: Plan) -> tuple[DataReport, int]:
-    """Every file of train and, if there is one, of val, and of k-NN's own gallery; and how many images of
-    k-NN are bad among them."""
+    """Scan the files of train, of val if there is one, and of a separate k-NN gallery.
+
+    Also returns the number of unreadable images among those of k-NN.
+    """
 
     def scanned(name: str, source: ImageSource) -> ScanResult:
         return scan_images(
@@ -153,50 +157,49 @@ def scan_data(plan: Plan) -> tuple[DataReport, int]:
 
 
 def look_at_data(data: DataReport, recipe: Recipe, problems: list[str], doubts: list[str]) -> None:
-    """Add to the problems what would stop the run, and to the doubts what else is odd about the images."""
+    """Add what would stop the run to `problems`, and other findings about the data to `doubts`."""
     bad, images = data.train.unreadable, data.train.images
     if (bad and recipe.data.on_bad_image == "stop") or too_many(bad, images):
         problems.append(
-            f"images of train that cannot be read: {bad} of {images}; repair or remove them, or set "
-            f"data.on_bad_image substitute if they are at most one in a hundred"
+            f"images of train that cannot be read: {bad} of {images}; repair or remove them, or, if they are "
+            f"at most 1 %, set data.on_bad_image to substitute"
         )
     for split, scan in (("train", data.train), ("val", data.val)):
         if scan and scan.flat.count:
             doubts.append(
-                f"images of {split} that come out nearly constant or nearly black: {scan.flat.count} of "
-                f"{scan.images}; if their pixels have more than 8 bits, data.value_range LOW HIGH says "
-                f"which become black and white"
+                f"images of {split} that are nearly constant or nearly black: {scan.flat.count} of "
+                f"{scan.images}; if their pixels have more than 8 bits, set data.value_range to the values "
+                f"LOW HIGH that become black and white"
             )
         if scan and scan.turned.count:
             doubts.append(
-                f"images of {split} that their EXIF orientation turns, which is ignored: "
-                f"{scan.turned.count} of {scan.images}"
+                f"images of {split} whose EXIF orientation is ignored: {scan.turned.count} of {scan.images}"
             )
     stops = recipe.monitor.knn_every_epochs and recipe.data.on_bad_image == "stop"
-    of_val = problems if stops else doubts  # the monitor stops at them
+    of_val = problems if stops else doubts
     if data.val and data.val.unreadable:
         of_val.append(f"images of val that cannot be read: {data.val.unreadable}; repair or remove them")
     if data.classes.only_in_val.count:
-        of_val.append(f"classes of val that train lacks: {data.classes.only_in_val.count}")
+        of_val.append(f"classes of val that are not in train: {data.classes.only_in_val.count}")
     if data.val and data.val_in_train and (leaked := data.val_in_train.images):
         doubts.append(
-            f"{leaked} of {data.val.images} images of val are in train too: k-NN and linear probe may come "
-            f"out up to {100 * leaked / data.val.images:.2f} points too high"
+            f"{leaked} of {data.val.images} images of val are in train too: accuracies of k-NN and linear "
+            f"probe may be up to {100 * leaked / data.val.images:.2f} percentage points too high"
         )
 
 
 def measured(plan: Plan) -> dict[str, Any]:
-    """The speed of all workers of this machine together, and of steps on one device."""
+    """Measure the speed of all workers of this machine together, and of steps on one device."""
     log.info("measuring the loader for %.0f seconds, and %d steps ...", LOADING_SECONDS, STEPS)
     recipe, machine = plan.recipe, plan.recipe.machine
-    data = replace(recipe.data, on_bad_image="substitute")  # bad images are told by the scan
+    data = replace(recipe.data, on_bad_image="substitute")  # reporting bad images is left to the scan
     order = BatchOrder(
         num_samples=len(plan.source),
         global_batch_size=min(LOADING_BATCH, len(plan.source)),
         epochs=10**6,
         seed=recipe.seed,
     )
-    warnings.filterwarnings("ignore", message="This DataLoader will create")  # as many as were asked for
+    warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores
     batches = crop_batches(
         dataset_of(data, recipe.views, recipe.seed, plan.source, plan.executor),
         order,
@@ -211,7 +214,7 @@ def measured(plan: Plan) -> dict[str, Any]:
 
 
 def steps_of(plan: Plan, batch: Batch) -> dict[str, Any]:
-    """The speed of whole steps, on as many images at once as fit."""
+    """Measure the speed of training steps, with as many images as fit into memory."""
     recipe, device = plan.recipe, plan.device
     state = build_state(
         **recipe.state_arguments(),
@@ -239,13 +242,15 @@ def steps_of(plan: Plan, batch: Batch) -> dict[str, Any]:
             )
         except torch.OutOfMemoryError:
             if tried == 1:
-                raise UserError("the GPU's memory does not hold a step on one image") from None
-            log.info("%d images at once do not fit into the GPU's memory; trying fewer", tried)
+                raise UserError(
+                    "out of GPU memory with one image per step; use a smaller model or another GPU"
+                ) from None
+            log.info("%d images per GPU do not fit into its memory; trying fewer", tried)
             tried = smaller_batch(recipe.optim.global_batch_size // plan.num_processes, tried)
 
 
 def gpu_runs(plan: Plan, report: dict[str, Any], kinds: Sequence[str], here: str) -> list[GpuRun]:
-    """The run on each kind of GPU, estimated, and as it was measured on the one that is called `here`."""
+    """Estimates of the run on each kind of GPU; if steps were measured, also on the GPU named `here`."""
     step, loader, decode_ms = report.get("step"), report.get("loader"), None
     if loader and plan.executor == executor_on_gpu(plan.recipe):
         busy = min(max(1, loader["workers"]), os.cpu_count() or 1)
@@ -285,10 +290,10 @@ def estimate_only(
     recipe_name: str | None = None,
     as_json: bool = False,
 ) -> int:
-    """Print what a run on so many images would be on these kinds of GPUs; as `check`, without any images.
+    """Print estimates of a run on `num_images` images; like `check`, but without images.
 
     Raises:
-        UserError: for a mistake in the recipe, or no known GPU.
+        UserError: a mistake in the recipe, an unknown kind of GPU, or none given and none here.
     """
     here = find_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     gpus = gpus or [here or ""]
@@ -311,12 +316,11 @@ def estimate_only(
 
 
 def projection(plan: Plan, report: dict[str, Any]) -> dict[str, Any]:
-    """What follows from the measurements for the whole run, without k-NN."""
-    # GPUs work side by side, processes on a CPU share its cores.
-    devices = plan.num_processes if plan.device.type == "cuda" else 1
+    """Speed, time, and memory of the whole run from the measurements, without k-NN."""
+    devices = plan.num_processes if plan.device.type == "cuda" else 1  # processes on a CPU share its cores
     networks = report["step"]["images_per_second"] * devices
     loader = report["loader"]["images_per_second"]
-    # Without workers a process loads and computes in turns.
+    # Without workers a process alternates between loading and computing.
     speed = min(networks, loader) if plan.num_workers else 1 / (1 / networks + 1 / loader)
     process = private_bytes(os.getpid())
     workers = plan.num_workers * report["loader"]["worker_bytes"]
@@ -332,23 +336,23 @@ def projection(plan: Plan, report: dict[str, Any]) -> dict[str, Any]:
 
 
 def machine_problems(plan: Plan, report: dict[str, Any]) -> list[str]:
-    """What of the machine would stop the run, by the measurements."""
+    """Problems of the machine that the measurements show."""
     run, step, problems = report["run"], report["step"], []
     if run["memory_bytes"] > run["memory_free_bytes"]:
         problems.append(
-            f"loading needs {size(run['memory_bytes'])} of memory, {size(run['memory_free_bytes'])} are "
-            f"free: give fewer machine.num_workers"
+            f"loading needs {size(run['memory_bytes'])} of memory, but only {size(run['memory_free_bytes'])} "
+            f"are free; use fewer machine.num_workers"
         )
     if step["memory_gib"] is not None and step["batch_size"] < plan.batch_size:
         problems.append(
-            f"{plan.batch_size} images at once do not fit into the GPU's memory: give "
-            f"machine.batch_size_per_gpu {step['batch_size']}"
+            f"{plan.batch_size} images per GPU do not fit into its memory; set machine.batch_size_per_gpu to "
+            f"{step['batch_size']}"
         )
     return problems
 
 
 def summary(plan: Plan, report: dict[str, Any]) -> str:
-    """What was measured, as lines of text."""
+    """The measurements as a table."""
     run, step, loader = report["run"], report["step"], report["loader"]
     networks, speed = run["networks_images_per_second"], run["images_per_second"]
     on_gpu, in_shared = "", ""
@@ -359,11 +363,10 @@ def summary(plan: Plan, report: dict[str, Any]) -> str:
     rows = {
         "loader": f"{loader['images_per_second']:,.0f} images/s with {loader['workers']} workers",
         "step": f"{step['images_per_second']:,.1f} images/s on one {plan.device.type}, {step['precision']}: "
-        f"{step['batch_size'] / step['images_per_second']:.3f} s for {step['batch_size']} images at once"
-        f"{on_gpu}",
+        f"{step['batch_size'] / step['images_per_second']:.3f} s for {step['batch_size']} images{on_gpu}",
         "loss": f"{step['loss']:.2f} at the start, ln K is {math.log(plan.recipe.head.num_prototypes):.2f}",
-        "speed": f"{speed:,.1f} images/s, limited by the {run['limited_by']}: all networks together take "
-        f"{networks:,.1f}, the loader gives {loader['images_per_second']:,.1f}",
+        "speed": f"{speed:,.1f} images/s, limited by the {run['limited_by']}: all networks together process "
+        f"{networks:,.1f}, the loader provides {loader['images_per_second']:,.1f}",
         "time": f"{duration(run['hours'])} for {plan.recipe.optim.epochs} epochs, without k-NN and "
         f"communication between GPUs",
         "memory": f"{size(run['memory_bytes'])} of {size(run['memory_free_bytes'])} free: "

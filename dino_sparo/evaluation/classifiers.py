@@ -1,8 +1,8 @@
-"""Trained probes: their accuracy, and their files, our own and linear weights of the official DINO code.
+"""Trained probes: their accuracy, their files, and linear weights of the official DINO code.
 
-Ours are safetensors with `weight` and `bias`, and what they belong to as metadata.
+A file is safetensors with `weight` and `bias`; everything else about the probe is in its metadata.
 
-Axis letters: S classes, F numbers that a classifier sees, P probes, B images, N images of a test set.
+Axis letters: S classes, F input dimensions, P probes, B images, N images of a test set.
 """
 
 import json
@@ -50,21 +50,21 @@ ROWS_AT_ONCE = 1024  # features scored at a time
 
 @dataclass(frozen=True)
 class SavedClassifier:
-    """A trained probe as its file holds it: weight (S, F), bias (S,), class names by number."""
+    """The content of a classifier file: weight (S, F), bias (S,), class names by number."""
 
     probe: Probe
     weight: Tensor
     bias: Tensor
     classes: tuple[str, ...]
     encoder: str
-    """Hash of the weights of the encoder that it was trained on."""
+    """Hash of the encoder that it was trained on."""
     details: dict[str, Any]
-    """How it was trained: protocol, epochs, batch size, best accuracy ..."""
+    """How it was trained: protocol, epochs, batch size, best accuracy, ..."""
 
     def fitted(
         self, path: str, *, classes: Sequence[str], num_inputs: int, encoder_hash: str
     ) -> dict[str, Tensor]:
-        """Weight (S, F) and bias (S,) for classes of these names, in this order, and this encoder.
+        """Weight (S, F) and bias (S,) with rows in the order of `classes`.
 
         Raises:
             UserError: it was trained on other classes or another encoder; the message names `path`.
@@ -73,25 +73,25 @@ class SavedClassifier:
         if different:
             raise UserError(
                 f"evaluate {path!r} has {len(self.classes)} classes, data.path has {len(classes)}: "
-                f"{different[0]!r} is in one of them only ({len(different)} such); give one of these "
-                f"classes, or score further folders by --test NAME=DIR"
+                f"{different[0]!r} is in only one of them ({len(different)} such classes); give the images "
+                f"that it was trained on, and score other folders with --test NAME=DIR"
             )
         if self.weight.shape != (len(classes), num_inputs):
             raise UserError(
-                f"evaluate {path!r} has weights {tuple(self.weight.shape)}, this encoder needs "
+                f"evaluate {path!r} has weights of shape {tuple(self.weight.shape)}, but this encoder needs "
                 f"{(len(classes), num_inputs)} ({self.probe.name}); give a classifier trained on it"
             )
         if self.encoder != encoder_hash:
             raise UserError(
                 f"evaluate {path!r} was trained on an encoder with other weights (SHA-256 "
-                f"{self.encoder[:12]}, now {encoder_hash[:12]}); give the encoder it belongs to"
+                f"{self.encoder[:12]}, now {encoder_hash[:12]}); give the encoder that it was trained on"
             )
         rows = [self.classes.index(name) for name in classes]
         return {"weight": self.weight[rows], "bias": self.bias[rows]}
 
 
 def save_classifier(path: Path, saved: SavedClassifier) -> None:
-    """Write it as safetensors `weight` and `bias`, with all else as JSON in the metadata."""
+    """Write a classifier file."""
     content = {
         "format": FORMAT,
         "feature": saved.probe.feature,
@@ -101,17 +101,17 @@ def save_classifier(path: Path, saved: SavedClassifier) -> None:
         "encoder": saved.encoder,
         "details": saved.details,
     }
-    metadata = {METADATA_KEY: json.dumps(content)}  # the order of several keys would differ between files
+    metadata = {METADATA_KEY: json.dumps(content)}  # one key: safetensors does not keep the order of several
     tensors = {"weight": saved.weight, "bias": saved.bias}
     write_file(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata))
 
 
 def load_classifier(path: Path) -> SavedClassifier:
-    """Read what `save_classifier` wrote.
+    """Read a file written by `save_classifier`.
 
     Raises:
         UserFileNotFoundError: there is no such file.
-        UserError: it is no classifier of this project.
+        UserError: it is not a classifier file, or it is damaged.
     """
     _check_is_there(path)
     try:
@@ -133,12 +133,12 @@ def load_classifier(path: Path) -> SavedClassifier:
         raise
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"evaluate {str(path)!r} is no whole safetensors file ({error}); save it anew"
+            f"evaluate {str(path)!r} is not a complete safetensors file ({error}); train the probe again"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise UserError(
-            f"evaluate {str(path)!r} is no classifier of `dino-sparo linear` in format {FORMAT}; give one "
-            f"that it saved"
+            f"evaluate {str(path)!r} is not a classifier of format {FORMAT}; give a file that `dino-sparo "
+            f"linear` saved"
         ) from error
 
 
@@ -147,13 +147,13 @@ def load_official(
 ) -> SavedClassifier:
     """The classifier in a file `{"state_dict": {"module.linear.weight": (S, F), "module.linear.bias": ...}}`.
 
-    Source: `eval_linear.py --evaluate`. What it sees is told by F: the class token of so many last blocks, or
-    with slots the encoding too. That the weights belong to this encoder, and their rows to the classes in
-    this order, the file cannot tell.
+    Source: `eval_linear.py --evaluate`. Its input is inferred from F: the CLS tokens of the last blocks, with
+    slots also the encoding. The file does not contain the encoder that it was trained on or the order of its
+    classes, so neither is checked.
 
     Raises:
         UserFileNotFoundError: there is no such file.
-        UserError: it holds no such classifier, or one that does not fit encoder or classes.
+        UserError: it does not hold such a classifier, or the shapes do not fit the encoder or the classes.
     """
     _check_is_there(path)
     content = read_plain(path, allow_namespace=True)
@@ -167,20 +167,21 @@ def load_official(
         held = ", ".join(map(shown, [*found][:SHOWN_KEYS])) or type(content).__name__
         held += ", ..." if len(found) > SHOWN_KEYS else ""
         raise UserError(
-            f"evaluate {str(path)!r} holds no linear classifier, but {held}; expected a state_dict of "
-            f"module.linear.weight and module.linear.bias, as the official eval_linear.py writes it"
+            f"evaluate {str(path)!r} does not hold a linear classifier, but {held}; expected a state_dict "
+            f"with module.linear.weight and module.linear.bias, as the official eval_linear.py writes it"
         )
     check_stored(found, f"evaluate {str(path)!r}")
     check_finite(found, f"evaluate {str(path)!r}")
     weight, bias = (tensor.float() for tensor in tensors)
     if len(weight) != len(bias):
         raise UserError(
-            f"evaluate {str(path)!r}: {len(weight)} rows and {len(bias)} biases; get the file again"
+            f"evaluate {str(path)!r}: the weight has {len(weight)} rows, the bias {len(bias)}; get the file "
+            f"again"
         )
     if len(weight) != len(classes):
         raise UserError(
-            f"evaluate {str(path)!r} is for {len(weight)} classes, data.path has {len(classes)}; give the "
-            f"images whose classes it was trained on"
+            f"evaluate {str(path)!r} is for {len(weight)} classes, but data.path has {len(classes)}; give "
+            f"images of the classes that it was trained on"
         )
     epochs = content.get("epoch")
     probe = _probe(path, encoder, weight.shape[1])
@@ -202,7 +203,7 @@ def _check_is_there(path: Path) -> None:
 
 
 def _probe(path: Path, encoder: Encoder, num_inputs: int) -> Probe:
-    """What a classifier with so many inputs sees."""
+    """The probe whose input has `num_inputs` dimensions."""
     every = choose_probes(
         encoder,
         learning_rates=[OFFICIAL_LR],
@@ -213,15 +214,15 @@ def _probe(path: Path, encoder: Encoder, num_inputs: int) -> Probe:
     fitting = [probe for probe, number in zip(every, numbers, strict=True) if number == num_inputs]
     if not fitting:
         raise UserError(
-            f"evaluate {str(path)!r} takes {num_inputs} numbers, but this encoder gives "
-            f"{', '.join(map(str, sorted(set(numbers))))}; give the weights of a probe on it"
+            f"evaluate {str(path)!r} has {num_inputs} inputs, but the features of this encoder have "
+            f"{', '.join(map(str, sorted(set(numbers))))}; give the weights of a probe on this encoder"
         )
     if len(fitting) > 1 or (fitting[0].feature, fitting[0].num_blocks) == ("cls", 2):
         several = " or ".join(f"{probe.num_blocks} of {probe.feature}" for probe in fitting)
         raise UserError(
-            f"evaluate {str(path)!r} takes {num_inputs} numbers, which does not tell what it sees (blocks: "
-            f"{several}, or the last one with its mean patch token, as the official ViT-B does); train a "
-            f"probe instead, without weights"
+            f"evaluate {str(path)!r} has {num_inputs} inputs, which is ambiguous (blocks: {several}, or the "
+            f"last one with the mean patch token, as in the official ViT-B); train a probe instead, without "
+            f"evaluate"
         )
     return fitting[0]
 
@@ -242,7 +243,11 @@ def score_classifier(
     """Score a saved classifier (`.safetensors`), or linear weights of the official DINO code, on test images.
 
     Args:
-        classes: names of the classes of training, in its order.
+        path: the file.
+        test: labeled images, or several test sets.
+        classes: names of the train classes by number.
+        weights: name of the encoder in the results: teacher, student, or untrained.
+        cache, num_workers: as in `cached_features`.
 
     Raises:
         UserError: it was trained on another encoder or other classes, or the file is damaged.
@@ -269,10 +274,7 @@ def wanted_of(test_sets: Sequence[TestSet]) -> list[Wanted]:
 
 @torch.no_grad()
 def score(probes: Probes, test_set: TestSet, features: Features) -> NDArray[np.bool_]:
-    """Whether top-1 and top-5 of each image are right by each probe: (N, P, 2), in every process.
-
-    The processes share the images; each counts exactly once.
-    """
+    """Whether each probe is right for each image, top-1 and top-5: bool (N, P, 2), in every process."""
     device = next(probes.parameters()).device
     total = len(test_set.labels)
     found = [torch.empty(0, len(probes.probes), 2, dtype=torch.uint8)]
@@ -294,14 +296,14 @@ def results_of(
     features: Sequence[Features],
     weights: str,
 ) -> list[Result]:
-    """Every probe on every test set; the classifiers say how the probes came to be."""
+    """Results of every probe on every test set; `classifiers` describe the probes, in the same order."""
     results = []
     for test_set, found in zip(test_sets, features, strict=True):
         right = score(probes, test_set, found)
-        images = hash_of_images(test_set.source)  # once: it looks at every file
+        images = hash_of_images(test_set.source)  # outside the loop, since it stats every file
         for number, classifier in enumerate(classifiers):
             name = classifier.probe.name
-            if "weights_file" in classifier.details:  # which do not tell the learning rate
+            if "weights_file" in classifier.details:  # official weights, whose learning rate is unknown
                 name = name.partition(" lr ")[0]
             top1, top5 = 100 * right[:, number].mean(axis=0)
             result = result_on(

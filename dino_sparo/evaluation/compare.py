@@ -1,9 +1,9 @@
-"""One table of several runs: k-NN and linear accuracies side by side, grouped by recipe.
+"""A table of several runs: k-NN and linear accuracies side by side, grouped by recipe.
 
-Read from the runs' `results.json` alone. Runs whose recipes differ in the seed only (or in where the images
-lie, or in what belongs to machine, log and monitor) are seeds of one recipe: their mean and sample standard
-deviation are shown. The difference to the control has a 95 % interval of a paired bootstrap over the test
-images: it says how much the choice of the images matters, not how much other seeds would.
+Reads only `config.yaml` and `results.json` of the runs. Runs whose recipes differ only in the seed, in the
+place of the images, or in the sections machine, log, and monitor are seeds of one recipe: the table shows
+their mean and sample standard deviation. The difference to the control has a 95 % interval by a paired
+bootstrap over the test images, which covers the choice of test images, not the choice of seeds.
 """
 
 import json
@@ -41,17 +41,17 @@ READOUT = "model.readout.name"
 SHOWN_DIFFERENCES = 3
 
 NUM_RESAMPLES = 10_000
-SETTINGS = ("epochs", "batch_size", "num_train")  # details that two accuracies should share
+SETTINGS = ("epochs", "batch_size", "num_train")  # details that should be equal in accuracies to compare
 NOTHING = "–"
 DIFFERENCES = (
-    "differences in points, with a 95 % interval by a paired bootstrap over the test images "
-    f"({NUM_RESAMPLES:,} resamples), which says nothing of other seeds"
+    "differences in percentage points, with a 95 % interval by a paired bootstrap over the test images "
+    f"({NUM_RESAMPLES:,} resamples), which does not cover the choice of seeds"
 )
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What is compared: a row of the table. Untrained encoders are a row of their own."""
+    """A row of the table. Untrained encoders have a row of their own."""
 
     protocol: str
     weights: str
@@ -60,18 +60,18 @@ class Measure:
 
     @classmethod
     def of(cls, result: Result, test_set: str | None = None) -> "Measure":
-        """What a result measures, on a test set that is called so."""
+        """The measure of a result; `test_set` replaces the name of its test set."""
         return cls(result.protocol, result.weights, result.train_fraction, test_set or result.test_set)
 
     def order(self) -> tuple[object, ...]:
-        """Rows by protocol, weights and train fraction; `val` before further test sets."""
+        """Sort key: by protocol, weights, and train fraction; `val` before other test sets."""
         of_test = self.weights != "teacher", self.weights, -self.train_fraction, self.test_set != "val"
         return self.protocol, *of_test
 
 
 @dataclass(frozen=True)
 class Run:
-    """The headline results of a run folder; its recipe by dotted key, None for weights without one."""
+    """The headline results of a run folder, and its recipe by dotted key (None for weights without one)."""
 
     folder: Path
     recipe: dict[str, Any] | None
@@ -81,19 +81,19 @@ class Run:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one recipe, under the name of its column."""
+    """Runs of one recipe; `label` is the header of its column."""
 
     label: str
     runs: list[Run]
 
     def results(self, measure: Measure) -> list[Result]:
-        """One result of each run that has it."""
+        """The result of each run that has this measure."""
         return [run.headline[measure] for run in self.runs if measure in run.headline]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A table of text: columns are recipes, and under each accuracy is its difference to the control."""
+    """A table with a column for each recipe, and below each accuracy the difference to the control."""
 
     header: list[str]
     rows: list[list[str]]
@@ -119,29 +119,30 @@ class Comparison:
 def compare_runs(runs: Sequence[str], control: str | None = None) -> Comparison:
     """Headline accuracies of runs by recipe, with differences to the recipe of the run `control`.
 
-    Without `control` it is the one recipe whose read-out is not SPARO, if there is exactly one.
+    Without `control`, the control is the recipe whose read-out is not SPARO, if there is exactly one.
 
     Raises:
         UserFileNotFoundError: a run or its results do not exist.
-        UserError: damaged files, a run given twice, an unknown control, or nothing in common.
+        UserError: a file is damaged, a run is given twice, `control` is not one of the runs, or the recipes
+            have no result in common.
     """
     if not runs:
-        raise UserError("compare has no runs; give their folders, as in `dino-sparo compare RUN RUN`")
+        raise UserError("runs is empty; give run folders, as in `dino-sparo compare RUN RUN`")
     groups = group_runs([read_run(given) for given in runs])
     return compare_groups(groups, *_choose_control(groups, control))
 
 
 def measures_of(groups: Sequence[Group]) -> list[Measure]:
-    """What the runs have results of, in the order of rows."""
+    """The measures of all runs, in the order of the rows."""
     found = {measure: None for group in groups for run in group.runs for measure in run.headline}
     return sorted(found, key=Measure.order)
 
 
 def compare_groups(groups: Sequence[Group], control: Group | None, remark: str = DIFFERENCES) -> Comparison:
-    """Headline accuracies of some recipes, with differences to that of `control`, about which is the remark.
+    """Headline accuracies of recipes, with differences to `control`, which `remark` explains.
 
     Raises:
-        UserError: they have no result in common.
+        UserError: the recipes have no result in common.
     """
     measures, rows, notes = measures_of(groups), [], []
     if len(groups) > 1 and not any(sum(bool(g.results(m)) for g in groups) > 1 for m in measures):
@@ -166,11 +167,11 @@ def compare_groups(groups: Sequence[Group], control: Group | None, remark: str =
         legend.append(f"{group.label}: {', '.join(runs)}")
     if any(len(group.runs) > 1 for group in groups):
         legend.append("mean ± sample standard deviation over seeds")
-    legend += [remark] if len(groups) > 1 else []  # of one recipe there are no differences
+    legend += [remark] if len(groups) > 1 else []
     if control is not None:
         theirs = _seeds(control)
         legend += [
-            f"not the same seeds: {group.label} has {_seeds(group)}, {control.label} {theirs}"
+            f"different seeds: {group.label} has {_seeds(group)}, {control.label} has {theirs}"
             for group in groups
             if theirs and _seeds(group) and _seeds(group) != theirs
         ]
@@ -185,13 +186,16 @@ def paired_bootstrap(
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """95 % interval of the difference in accuracy, in per cent: test images are drawn anew, both sides alike.
+    """95 % interval of the difference in accuracy in percentage points, by resampling the test images.
 
-    Takes for each side the arrays (num_images,) of its seeds, right or wrong by image in the same order,
-    and averages them. The difference of an image has few distinct values, so that a resample is a draw of
-    how often each occurs (multinomial) instead of num_images draws: the same distribution, in no memory.
+    The difference of an image has few distinct values, so a resample is one multinomial draw of their counts
+    instead of num_images draws; the distribution is the same.
+
+    Args:
+        ours, control: for each seed whether each image is right, bool (num_images,), in the same order;
+            seeds are averaged.
     """
-    scale = len(ours) * len(control)  # whole numbers, so that equal differences are equal
+    scale = len(ours) * len(control)  # integers, so that equal differences compare as equal
     difference = len(control) * np.sum(ours, axis=0) - len(ours) * np.sum(control, axis=0)
     values, counts = np.unique(difference, return_counts=True)
     num_images = len(difference)
@@ -201,23 +205,23 @@ def paired_bootstrap(
 
 
 def _choose_control(groups: Sequence[Group], control: str | None) -> tuple[Group | None, str]:
-    """The group of the control, and a note about the differences to it, or why there are none."""
+    """The group of the control, and a note that explains the differences or why there are none."""
     if control is not None:
         folder = results_folder(control).resolve()
         for group in groups:
             if any(one.folder.resolve() == folder for one in group.runs):
                 return group, DIFFERENCES
         given = ", ".join(str(one.folder) for group in groups for one in group.runs)
-        raise UserError(f"control {control!r} is none of the runs; expected one of {given}")
+        raise UserError(f"control {control!r} is not one of the runs; expected one of {given}")
     others = [g for g in groups if (g.runs[0].recipe or {}).get(READOUT, "sparo") != "sparo"]
     if len(others) == 1:
         return others[0], DIFFERENCES
     found = "no recipe has" if not others else f"{len(others)} recipes have"
-    return None, f"no differences: {found} a read-out other than sparo; --control RUN names the control"
+    return None, f"no differences: {found} a read-out other than sparo; choose the control by --control RUN"
 
 
 def title(measure: Measure, groups: Sequence[Group]) -> str:
-    """A measure in words; k-NN by its k."""
+    """The name of a measure's row."""
     names = {result.name for group in groups for result in group.results(measure)}
     what = "/".join(sorted(names)) if measure.protocol == "knn" else measure.protocol
     fraction = f", {100 * measure.train_fraction:g} % of train" if measure.train_fraction != 1 else ""
@@ -234,7 +238,7 @@ def _accuracy(results: Sequence[Result]) -> str:
 
 
 def _differences(measure: Measure, groups: Sequence[Group], control: Group) -> tuple[list[str], list[str]]:
-    """A cell for each group, and why those without an interval have none."""
+    """A cell for each group, and the reasons of missing intervals."""
     cells, reasons = [], []
     theirs = control.results(measure)
     for group in groups:
@@ -250,33 +254,33 @@ def _differences(measure: Measure, groups: Sequence[Group], control: Group) -> t
             cells.append(f"{difference:+.2f}")
             reasons.append(
                 f"no interval for {group.label}, since its runs and those of {control.label} were not all "
-                f"scored on the same test images (their lists differ)"
+                f"evaluated on the same test images"
             )
     return cells, reasons
 
 
 def _seeds(group: Group) -> str:
-    """Those that are known."""
+    """The known seeds of a group."""
     return ", ".join(map(str, sorted(run.seed for run in group.runs if run.seed is not None)))
 
 
 def _unequal_settings(measure: Measure, groups: Sequence[Group]) -> list[str]:
-    """A note if accuracies of one row were measured in different ways, as far as they say."""
+    """A note if the accuracies of a row were measured with different settings."""
     results = [result for group in groups for result in group.results(measure)]
     unequal = []
     for name in ("classes", *SETTINGS):
         values = [r.num_classes if name == "classes" else r.details.get(name) for r in results]
         found = dict.fromkeys(str(value) for value in values if value is not None)
         if len(found) > 1:
-            unequal.append(f"{name} {' against '.join(found)}")
-    return [f"not measured alike ({', '.join(unequal)})"] if unequal else []
+            unequal.append(f"{name} {' and '.join(found)}")
+    return [f"measured with different settings ({', '.join(unequal)})"] if unequal else []
 
 
 # --- Runs of one recipe
 
 
 def read_run(given: str) -> Run:
-    """A run as it was given: its recipe, seed, and the newest headline result of each measure."""
+    """Read a run: its recipe, seed, and newest headline result of each measure."""
     folder = results_folder(given)
     if not folder.is_dir():
         raise UserFileNotFoundError(
@@ -286,25 +290,24 @@ def read_run(given: str) -> Run:
     headline = {Measure.of(result): result for result in read_results(folder) if result.headline}
     if not headline:
         raise UserError(
-            f"{folder} has no headline result; expected that of `dino-sparo knn` with k 20 or of "
-            f"`dino-sparo linear`, so evaluate it by one of them"
+            f"{folder} has no headline result; run `dino-sparo knn` with k 20 or `dino-sparo linear` first"
         )
     path = folder / CONFIG_FILE
     if not path.exists():
         return Run(folder, None, None, headline)
-    remedy = "restore the recipe of this run, or remove it to compare without"
+    remedy = "restore the recipe of this run, or remove it to compare the run without a recipe"
     try:
         config = read_yaml(path)
     except UserError as error:
         raise UserError(f"{error}; {remedy}") from error
     if not isinstance(config, dict):
-        raise UserError(f"{path} is damaged; {remedy}")
+        raise UserError(f"{path} does not hold a recipe; {remedy}")
     recipe = comparable(config)
     return Run(folder, flattened(recipe, without=NOT_RECIPE), recipe.get("seed"), headline)
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Runs of one recipe together, in the order of their first; one without a recipe stands alone.
+    """Group runs by recipe, in the order of the first run of each; runs without a recipe are not grouped.
 
     Raises:
         UserError: a run is given twice, or two runs are the same seed of one recipe.
@@ -317,8 +320,8 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
                 raise UserError(f"run {str(one.folder)!r} is given twice; give it once")
             if other.seed is not None and other.seed == one.seed:
                 raise UserError(
-                    f"runs {str(other.folder)!r} and {str(one.folder)!r} have the same recipe and the same "
-                    f"seed {one.seed}, and would count as two seeds; leave one of them out"
+                    f"runs {str(other.folder)!r} and {str(one.folder)!r} have the same recipe and seed "
+                    f"{one.seed}; leave one of them out"
                 )
         members[key].append(one)
     labels = _labels([of_one[0] for of_one in members.values()])
@@ -326,7 +329,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def _labels(firsts: Sequence[Run]) -> list[str]:
-    """The read-out, with what tells apart recipes of the same one; the folder's name without a recipe."""
+    """The read-out and the fields in which recipes of the same read-out differ; else the folder's name."""
     labels = []
     for one in firsts:
         if one.recipe is None or READOUT not in one.recipe:

@@ -1,4 +1,4 @@
-"""One pass of a frozen encoder over images, shared by all processes; its features in memory or on disk."""
+"""Features of images from one pass of a frozen encoder, shared by all processes, in memory or on disk."""
 
 import hashlib
 import json
@@ -29,18 +29,21 @@ from dino_sparo.parallel.distributed import gather_objects, gather_rows, local_w
 from dino_sparo.terminal import shows_bars
 
 TRANSFORM = "short side to round(S * 256 / 224) bicubic, center crop S, ImageNet mean and std"
-FLUSH_SECONDS = 5.0  # work that a power cut may cost
+FLUSH_SECONDS = 5.0  # at most this much work is lost in a power failure
 KEY_DIGITS = 16
 
-Encoded = Iterator[tuple[range, dict[str, Tensor]]]  # blocks of images, and their features (len(block), F)
+Encoded = Iterator[tuple[range, dict[str, Tensor]]]  # a block of image numbers, its features (len(block), F)
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Images whose features are wanted, named by the progress bar; on disk they are float16 or float32.
+    """Images to compute features of.
 
-    With features in memory, `left_out` gets the images that cannot be read, number -> reason, and their
-    features mean nothing; without it, or on disk, such an image is an error.
+    Attributes:
+        description: label of the progress bar.
+        precision: dtype of the features on disk, float16 or float32.
+        left_out: filled with the images that cannot be read, number -> reason, whose features are then
+            undefined. None: such an image is an error. Only for features in memory.
     """
 
     source: ImageSource
@@ -49,28 +52,23 @@ class Wanted:
     left_out: dict[int, str] | None = None
 
 
-def extract_features(encoder: Encoder, source: ImageSource, **settings: Any) -> Tensor:
-    """Encodings of images, float32 (num_images, embed_dim) on the CPU; settings as of `cached_features`."""
-    (found,) = cached_features(encoder, [Wanted(source)], ["encoding"], **settings)
-    return torch.from_numpy(found["encoding"])
-
-
 def embed(
     encoder: Encoder, source: ImageSource | str | Path, what: str = "encoding", **settings: Any
 ) -> NDArray[Any]:
-    """What an encoder makes of images, float32, in their order; settings as of `cached_features`.
+    """Features of images, float32, in the order of the source.
 
     Args:
-        source: the images, or their folder, as `--data.path` names it.
-        what: encoding (num_images, embed_dim), slots (num_images, L, V), cls (num_images, D), or tokens
-            (num_images, N, D), normalized, CLS first.
+        source: the images, or their folder, as for `--data.path`.
+        what: `encoding` (num_images, embed_dim), `slots` (num_images, L, V), `cls` (num_images, D), or
+            `tokens` (num_images, N, D), normalized, CLS first.
+        settings: keyword arguments of `cached_features`.
 
     Raises:
-        UserError: an image cannot be read, or slots are asked for and there are none.
+        UserError: an image cannot be read, or `what` is `slots` and the encoder has none.
     """
     if what == "slots" and not encoder.num_slots:
         raise UserError(
-            f"what is slots, but the encoder has none (read-out {encoder.readout_name}); give encoding, cls "
+            f"what is slots, but the encoder has none (read-out {encoder.readout_name}); use encoding, cls, "
             f"or tokens"
         )
     source = open_images(str(source)) if isinstance(source, str | Path) else source
@@ -94,24 +92,24 @@ def cached_features(
 ) -> list[dict[str, NDArray[Any]]]:
     """Features of sets of images, one pass over each: name -> (num_images, F).
 
-    All processes call it and share the work; each image counts exactly once, and all get all features. Every
-    image is resized and center-cropped as in the official evaluation. The encoder is used as it is, on its
-    device; put it into evaluation mode before.
+    All processes call this function and share the work; each image is encoded exactly once, and every process
+    returns all features. Images are resized and center-cropped as in the official evaluation. The encoder is
+    used on its device and must be in evaluation mode.
 
-    A folder of `cache`, named by weights, images (names, sizes, times of change), transform and precision,
-    keeps the features, which are memory-mapped: a second call reads them, and an interrupted pass resumes
-    where it stopped.
+    With `cache`, features are stored in a subfolder that is identified by weights, images (names, sizes,
+    modification times), transform, and precision, and are memory-mapped: a second call reads them, and an
+    interrupted pass resumes where it stopped.
 
     Args:
         names: as in `Encoder.features`.
-        image_size: side of the crops in pixels; None takes the encoder's.
-        cache: a folder that all processes share; None keeps the features in memory, in float32.
+        image_size: side of the crops in pixels. None: the encoder's.
+        cache: folder shared by all processes. None: features stay in memory, in float32.
         batch_size: images per forward pass.
-        num_workers: processes that load images; None takes one per core, at most 16 in all.
+        num_workers: processes that load images. None: one per core, at most 16 in total.
 
     Raises:
-        UserError: an image cannot be read, the workers that load images failed, a feature in the cache is
-            not finite, or, before the first pass, the disk is too small for all features.
+        UserError: an image cannot be read, a loading worker failed, a feature for the cache is not finite,
+            or the disk is too small for all features (checked before the first pass).
         OSError: the cache cannot be written; `filename` is set.
     """
     size = encoder.image_size if image_size is None else image_size
@@ -169,10 +167,11 @@ def cached_features(
         folder = cache / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:KEY_DIGITS]
         shapes = {name: (len(one.source), width) for name, width in widths.items()}
         opened.append({n: FeatureFile(folder, n, shape, one.precision) for n, shape in shapes.items()})
-    # The first process makes the files and looks, for all: another program may be filling the same ones.
+    # Rank 0 creates the files and decides what is missing for all ranks, since another program may be writing
+    # the same files.
     looked = gather_objects(_prepare(cache, opened, keys) if rank() == 0 else [])[0]
     for one, files, done in zip(wanted, opened, looked, strict=True):
-        blocks = _blocks(len(one.source), batch_size)  # whatever the number of processes
+        blocks = _blocks(len(one.source), batch_size)  # independent of the number of processes
         missing = [block for block in blocks if not done[block.start : block.stop].all()]
         if missing:
             share_of_blocks = missing[rank() :: world_size()]
@@ -191,9 +190,9 @@ def _blocks(total: int, size: int) -> list[range]:
 
 
 class FeatureFile:
-    """One feature of a set of images; not a row of it counts before it is on disk.
+    """One feature of a set of images; a row is marked as done only after it has reached the disk.
 
-    Rows are written by `pwrite`, not through the map, so that a full disk is an error that can be told.
+    Rows are written by `pwrite` instead of through the memory map, so that a full disk raises an OSError.
     """
 
     def __init__(self, folder: Path, name: str, shape: tuple[int, int], precision: str) -> None:
@@ -203,17 +202,17 @@ class FeatureFile:
         self.size = shape[0] * self.row_size
 
     def exists(self) -> bool:
-        """Whether a pass has begun to fill it."""
+        """Whether the file has been created at its full size."""
         sizes = {self.path: self.size, self.done_path: self.shape[0]}
         return all(path.exists() and path.stat().st_size == size for path, size in sizes.items())
 
     def bytes_missing(self) -> int:
-        """What the missing rows will take."""
+        """Bytes that are still to be written."""
         there = int(np.count_nonzero(self.done())) if self.exists() else 0
         return self.size - there * self.row_size
 
     def make(self) -> None:
-        """Empty, of its full size; the marks first, so that none is ever ahead of its row."""
+        """Create the file at its full size; the done marks first, so that no mark is ahead of its row."""
         self.done_path.write_bytes(bytes(self.shape[0]))
         with open(self.path, "wb") as file:
             file.truncate(self.size)
@@ -223,21 +222,21 @@ class FeatureFile:
         return np.fromfile(self.done_path, dtype=np.bool_)
 
     def rows(self) -> NDArray[Any]:
-        """All rows, mapped: they take no memory that the system cannot take back."""
+        """All rows, memory-mapped."""
         return np.memmap(self.path, self.dtype, mode="c", shape=self.shape)
 
 
 def _prepare(
     cache: Path, opened: Sequence[dict[str, FeatureFile]], keys: Sequence[dict[str, Any]]
 ) -> list[NDArray[np.bool_]]:
-    """Make the files that are not there yet, if the disk holds all that is to come; which images are done."""
+    """Create missing files if the disk has room for all features; returns which images are done, per set."""
     needed = sum(file.bytes_missing() for files in opened for file in files.values())
     existing = next(parent for parent in (cache, *cache.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise UserError(
-            f"{cache}: features need {needed} bytes ({needed / 2**30:.1f} GiB), but only {free} "
-            f"({free / 2**30:.1f} GiB) are free there; make room or give another cache folder"
+            f"cache {str(cache)!r}: features need {needed} bytes ({needed / 2**30:.1f} GiB), but only {free} "
+            f"({free / 2**30:.1f} GiB) are free; make room or choose another folder"
         )
     for files, key in zip(opened, keys, strict=True):
         folder = next(iter(files.values())).path.parent
@@ -253,7 +252,7 @@ def _prepare(
 
 
 def _write(files: dict[str, FeatureFile], encoded: Encoded, source: ImageSource) -> None:
-    """Write blocks as they come; they count as done when they have reached the disk."""
+    """Write blocks as they arrive; they are marked as done after an fsync."""
     written: list[range] = []
     flushed = time.monotonic()
     with named(next(iter(files.values())).path.parent), ExitStack() as stack:
@@ -281,7 +280,7 @@ def _write(files: dict[str, FeatureFile], encoded: Encoded, source: ImageSource)
 
 
 def _write_at(descriptor: int, data: bytes, offset: int) -> None:
-    """All of it: a disk that gets full takes a part at first, and only then reports it."""
+    """Write all of `data`: on a disk that fills up, pwrite first writes a part and fails only afterwards."""
     while data:
         written = os.pwrite(descriptor, data, offset)
         data, offset = data[written:], offset + written
@@ -290,26 +289,26 @@ def _write_at(descriptor: int, data: bytes, offset: int) -> None:
 def _finite_rows(
     feature: Tensor, name: str, block: range, source: ImageSource, dtype: np.dtype[Any]
 ) -> NDArray[Any]:
-    """A feature of a block of images as it is kept. Raises UserError where it is not finite."""
+    """A feature of a block of images in the dtype of the cache. Raises UserError where it is not finite."""
     exact = feature.float().cpu().numpy()
     with np.errstate(over="ignore"):
         rows = exact.astype(dtype)
     for kept, remedy in (
-        (exact, "the weights are damaged: give another checkpoint"),
-        (rows, "the number is too large: give cache_precision float32"),
+        (exact, "the weights are damaged; use another checkpoint"),
+        (rows, "the value is too large; set cache_precision to float32"),
     ):
         bad = np.flatnonzero(~np.isfinite(kept).all(axis=1))
         if len(bad):
             image = source.name(block[int(bad[0])])
-            raise UserError(f"feature {name!r} of {image} is not finite in {kept.dtype}; {remedy}")
+            raise UserError(f"feature {name!r} of {image} is not finite in {kept.dtype}: {remedy}")
     return rows
 
 
-# --- What features belong to
+# --- Cache keys
 
 
 def _key(weights: str, source: ImageSource, image_size: int, precision: str) -> dict[str, Any]:
-    """All that a feature depends on."""
+    """Everything that a feature depends on."""
     files = source.stats()
     value_range = getattr(source, "reading", AS_IS).value_range
     return {
@@ -324,14 +323,13 @@ def _key(weights: str, source: ImageSource, image_size: int, precision: str) -> 
 
 
 def hash_of_images(source: ImageSource, files: NDArray[np.int64] | None = None) -> str:
-    """A hash of which images there are, by names and sizes of their files, wherever a copy of them lies."""
+    """A hash of a set of images by the names and sizes of their files, the same for a copy of the folder."""
     files = source.stats() if files is None else files
     return hashlib.sha256(source.fingerprint().encode() + files[:, 0].tobytes()).hexdigest()
 
 
 def hash_of(encoder: Encoder) -> str:
-    """A hash of all that makes an encoder: kind, sizes and weights."""
-    # The weights do not tell the numbers of heads.
+    """A hash of an encoder: read-out, patch size, numbers of heads, and weights."""
     heads = [part.num_heads for part in encoder.modules() if hasattr(part, "num_heads")]
     kind = f"{encoder.readout_name} {encoder.backbone.patch_size} {heads}"
     digest = hashlib.sha256(kind.encode())

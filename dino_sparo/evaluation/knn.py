@@ -1,6 +1,6 @@
 """Weighted k-nearest-neighbor classification by exact search. Source: official `eval_knn.py`.
 
-Axis letters: T train images, B test images, D numbers of a feature, S classes.
+Axis letters: T train images, B test images, D feature dimensions, S classes.
 """
 
 import logging
@@ -27,17 +27,17 @@ from dino_sparo.terminal import shown
 log = logging.getLogger("dino_sparo")
 
 HEADLINE_K = 20
-KNN, KNN_IMAGES = f"knn{HEADLINE_K}_top1", f"knn{HEADLINE_K}_images"  # as metrics.jsonl calls them
+KNN, KNN_IMAGES = f"knn{HEADLINE_K}_top1", f"knn{HEADLINE_K}_images"  # keys of metrics.jsonl
 PROTOCOL_K = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 TOP = 5
 SHOWN_CLASSES = 3
-VOTE_CHUNK = 256  # test images that vote at a time; it changes memory, not the result
+VOTE_CHUNK = 256  # test images classified at a time; changes memory, not the result
 
 
 @dataclass(frozen=True)
 class KnnResult:
-    """Accuracy in per cent, and the number of test images it is over."""
+    """Accuracies in percent over `num_images` test images."""
 
     top1: float
     top5: float
@@ -56,24 +56,22 @@ def knn_classify(
 ) -> dict[int, KnnResult]:
     """Accuracy of a vote of the k nearest train images, each weighted by exp(cosine / temperature).
 
-    Exact search, on the device of the features. Top-5 looks at the first min(5, k) ranked classes, as the
-    official code does; classes with equal votes, also those with none, rank by lower index.
+    The search is exact and runs on the device of the features. Top-5 uses the first min(5, k) ranked classes,
+    as the official code does; classes with equal votes, including zero, are ranked by class number.
 
     Args:
-        train_features: (T, D) floating point, any scale: l2-normalized inside. Also memory-mapped.
+        train_features: (T, D) floating point, l2-normalized inside; a tensor or an array, also memory-mapped.
         train_labels: (T,) integers from 0.
-        test_features: (number of test images, D).
-        test_labels: likewise.
+        test_features: (B, D).
+        test_labels: (B,).
         k: one or several numbers of neighbors.
-        num_classes: None takes the largest label + 1.
+        num_classes: S. None: the largest label + 1.
 
     Raises:
-        ValueError: k is below 1 or larger than the train set, there are no test images, or a feature is
-            zero or not finite.
+        ValueError: k is not in 1 to T, there are no test images, or a feature is zero or not finite.
     """
     labels, truth = (torch.as_tensor(labels).long().cpu() for labels in (train_labels, test_labels))
-    ks = [int(k)] if isinstance(k, int | Integral) else [int(number) for number in k]
-    _check_k(ks, len(train_features))
+    ks = _checked(k, len(train_features))
     if not len(test_features):
         raise ValueError("there are no test images to classify")
     if num_classes is None:
@@ -93,18 +91,19 @@ def evaluate_knn(
     left_out: dict[str, str] | None = None,
     **settings: Any,
 ) -> dict[int, KnnResult]:
-    """k-NN accuracy of an encoder, with all features in memory: for sets of modest size, while training.
+    """k-NN accuracy of an encoder with all features in memory, for the monitor of a training run.
 
-    All processes share the work; every test image counts once, and all processes get the result. Settings
-    are those of `cached_features`. `left_out` gets the images that cannot be read, name -> reason; without
-    it such an image is an error.
+    All processes share the work and return the result; every test image counts once.
+
+    Args:
+        left_out: filled with the images that cannot be read, name -> reason. None: such an image is an error.
+        settings: keyword arguments of `cached_features`.
 
     Raises:
         NoDirectionError: a feature is zero or not finite.
-        UserError: k does not fit the train set, or an image cannot be read.
+        UserError: k is not in 1 to the number of train images, or an image cannot be read.
     """
-    ks = [k] if isinstance(k, int) else list(k)
-    _check_k(ks, len(train))
+    ks = _checked(k, len(train))
     wanted = [
         Wanted(source, f"k-NN {name} features", left_out=None if left_out is None else {})
         for name, source in (("train", train), ("val", test))
@@ -113,7 +112,7 @@ def evaluate_knn(
     (train, gallery), (test, queries) = (
         _readable(one, features["encoding"], left_out) for one, features in zip(wanted, found, strict=True)
     )
-    _check_k(ks, len(train))
+    _checked(ks, len(train))
     if not len(test):
         raise UserError(f"none of the {len(wanted[1].source)} test images can be read; repair them")
     ranked = _ranked_by_all(gallery, train, queries, ks, encoder.device)
@@ -123,7 +122,7 @@ def evaluate_knn(
 def _readable(
     one: Wanted, features: NDArray[Any], left_out: dict[str, str] | None
 ) -> tuple[ImageSource, NDArray[Any]]:
-    """Images and their features but for those that could not be read, which are added to `left_out`."""
+    """The images that could be read and their features; the others are added to `left_out`."""
     if not one.left_out or left_out is None:
         return one.source, features
     left_out.update((one.source.name(number), reason) for number, reason in one.left_out.items())
@@ -146,22 +145,23 @@ def knn_results(
     """k-NN accuracies of an encoder on test sets, as results to save; all processes share the work.
 
     Args:
-        k: numbers of neighbors; None takes those of 10, 20, 100, 200 that the gallery has images for.
-        feature: what to compare, as in `Encoder.features`.
-        weights: what the results call the encoder: teacher, student or untrained.
-        by_faiss: search by faiss on the CPU, as an independent check.
-        cache_precision: of features on disk.
-        settings: as of `cached_features`.
+        test: labeled images, or several test sets.
+        k: numbers of neighbors. None: those of 10, 20, 100, 200 that are at most the number of train images.
+        feature: a name of `Encoder.features`.
+        weights: name of the encoder in the results: teacher, student, or untrained.
+        by_faiss: search with faiss on the CPU, as an independent check.
+        cache_precision: dtype of the features on disk.
+        settings: keyword arguments of `cached_features`.
 
     Raises:
-        UserError: k does not fit the train set, an image cannot be read, or a feature is zero or not finite.
+        UserError: k is not in 1 to the number of train images, an image cannot be read, or a feature is zero
+            or not finite.
     """
-    ks = [k] if isinstance(k, int) else list(k or [])
-    if not ks:
-        ks = [number for number in PROTOCOL_K if number <= len(train)] or [len(train)]
-        if ks != list(PROTOCOL_K):
-            log.info("of k = 10, 20, 100, 200 only %s: there are %d train images", ks, len(train))
-    _check_k(ks, len(train))
+    if k is None or k == []:
+        k = [number for number in PROTOCOL_K if number <= len(train)] or [len(train)]
+        if k != list(PROTOCOL_K):
+            log.info("k is %s instead of 10, 20, 100, 200: there are %d train images", k, len(train))
+    ks = _checked(k, len(train))
     test_sets = as_test_sets(test, train.classes)
     wanted = [Wanted(train, "train features", cache_precision)]
     wanted += [Wanted(one.source, f"{one.name} features", cache_precision) for one in test_sets]
@@ -179,10 +179,10 @@ def knn_results(
             number = error.number if of_train else rank() + world_size() * error.number
             name = (train if of_train else test_set.source).name(number)
             raise UserError(
-                f"feature {feature!r} of {name} is {error.kind}: the weights of the encoder are damaged or "
-                f"have collapsed; give another checkpoint"
+                f"feature {feature!r} of {name} is {error.kind}: the weights are damaged or the encoder has "
+                f"collapsed; use another checkpoint"
             ) from error
-        images = hash_of_images(test_set.source)  # once: it looks at every file
+        images = hash_of_images(test_set.source)  # outside the loop, since it stats every file
         truth = torch.from_numpy(test_set.labels)
         for number in ks:
             accuracy = _accuracy(ranked[number], truth)
@@ -216,10 +216,13 @@ def table(run: str, results: Sequence[Result]) -> str:
     return "\n".join([*lines, f"hardest classes of {shown(results[0].test_set)}: {hardest}"])
 
 
-def _check_k(ks: Sequence[int], num_train: int) -> None:
+def _checked(k: int | Integral | Sequence[int], num_train: int) -> list[int]:
+    """Numbers of neighbors as a list. Raises UserError if one is not in 1 to `num_train`."""
+    ks = [int(k)] if isinstance(k, int | Integral) else [int(number) for number in k]
     for number in ks:
         if not 1 <= number <= num_train:
-            raise UserError(f"k is {number}, expected 1 to the {num_train} train images")
+            raise UserError(f"k is {number}; expected 1 to {num_train}, the number of train images")
+    return ks
 
 
 # --- The vote
@@ -235,7 +238,7 @@ def _ranked_by_all(
     among: NDArray[np.int64] | None = None,
     by_faiss: bool = False,
 ) -> dict[int, Tensor]:
-    """The classes ranked first for each k (B, .), `among` these; processes share the images."""
+    """The first min(5, k) classes (B, .) for each k, ranked among the classes `among`, in every process."""
     share = queries[rank() :: world_size()]
     cosine_Bk, number_Bk = nearest(gallery, share, max(ks), device=device, by_faiss=by_faiss)
     labels_Bk = torch.from_numpy(train.labels)[number_Bk]
@@ -251,7 +254,7 @@ def _rank_classes(
     num_classes: int,
     among: NDArray[np.int64] | None = None,
 ) -> dict[int, Tensor]:
-    """The first min(5, k) classes (B, .) by votes of the k nearest, for each k, `among` these."""
+    """The first min(5, k) classes (B, .) by votes of the k nearest for each k; only the classes `among`."""
     ranked: dict[int, list[Tensor]] = {number: [] for number in ks}
     for cosines, labels in zip(cosine_Bk.split(VOTE_CHUNK), labels_Bk.split(VOTE_CHUNK), strict=True):
         weights = (cosines / temperature).exp()

@@ -1,6 +1,6 @@
 """Accuracy of linear classifiers on a frozen encoder. Source: official `eval_linear.py`.
 
-Where this differs from the official protocol, eval/README.md says.
+Differences from the official protocol are listed in eval/README.md.
 
 Axis letters: P probes.
 """
@@ -78,29 +78,30 @@ def linear_probe(
 
     Args:
         encoder: in evaluation mode; it is not changed.
-        train: labeled images, of which `train_fraction` is drawn by the seed, the same number of each class.
-        test: labeled images, scored after every epoch, or several test sets, of which the first one is.
-        folder: log, checkpoints and classifiers go to one below it, named by the protocol and what makes the
-            probes others, so that each kind of them has its own.
-        learning_rates, num_blocks, features, sweep: which probes, as in `choose_probes`.
-        batch_size: images per step, of all processes together.
-        seed: of initial weights, order, crops and the drawn images.
-        cached: learn from features of center crops instead, the same in every epoch: seconds instead of
-            hours, but not the official protocol; the results go under the name `linear-cached`.
-        weights: what the results call the encoder: teacher, student or untrained.
+        train: labeled images.
+        test: labeled images, or several test sets; the first one is scored after every epoch.
+        folder: log, checkpoints, and classifiers go to a subfolder of it, named by protocol, `weights`,
+            `train_fraction`, and `sweep`.
+        learning_rates, num_blocks, features, sweep: as in `choose_probes`.
+        batch_size: images per step, over all processes.
+        train_fraction: fraction of the train images to train on, the same number of each class.
+        seed: of initial weights, order, crops, and the choice of `train_fraction`.
+        cached: train on cached features of center crops, which takes seconds instead of hours. This is not
+            the official protocol: the protocol of the results is `linear-cached`.
+        weights: name of the encoder in the results: teacher, student, or untrained.
         precision: of the encoder on training crops.
-        views: who makes the training crops, as in `choose_executor`.
+        views: executor of the training crops, as in `choose_executor`.
         cache: folder for features, as in `cached_features`.
-        cache_precision: of the train features there, if `cached`; those of test images are float32.
-        num_workers: processes that load images; None takes one per core, at most 16 in all.
-        resume_unverified: resume from a checkpoint whose SHA-256 is missing, although it may be damaged.
+        cache_precision: dtype of the train features on disk with `cached`; test features are float32.
+        num_workers: processes that load images. None: one per core, at most 16 in total.
+        resume_unverified: resume from a checkpoint whose SHA-256 is missing.
 
     Raises:
-        UserError: for a setting that does not fit, for images, or for features that are not finite; what
-            earlier epochs have done is kept.
+        UserError: a setting does not fit, an image cannot be read, or a feature is not finite. Checkpoints of
+            earlier epochs are kept.
     """
     if not 0 < train_fraction <= 1:
-        raise UserError(f"train_fraction is {train_fraction}; expected above 0 and at most 1, such as 0.1")
+        raise UserError(f"train_fraction is {train_fraction}; expected a number above 0 and at most 1")
     train = train if train_fraction == 1 else balanced_fraction(train, train_fraction, seed)
     test_sets = as_test_sets(test, train.classes)
     batch_size = fitting_batch_size(batch_size, len(train), world_size())
@@ -169,7 +170,7 @@ def linear_probe(
                 executor=choose_executor(views, encoder.device, max_side=MAX_SIDE, num_workers=workers),
                 num_workers=workers,
             )
-        every_epochs = 10 if cached else 1  # on cached features one takes less time than a checkpoint
+        every_epochs = 10 if cached else 1  # an epoch on cached features is faster than writing a checkpoint
         with run_log, opened as batches:
             training.fit(batches, run_log, test_sets[0], found[0], checkpoint_every_epochs=every_epochs)
     details = {"protocol": protocol, **given, "num_train": len(train)}
@@ -178,16 +179,15 @@ def linear_probe(
 
 
 class ProbeTraining:
-    """Linear probes, their optimizer and schedule, and how far they are.
+    """Linear probes with their optimizer, schedule, and progress.
 
     Args:
-        folder: for log, checkpoints and classifiers.
-        steps_per_epoch: of which each takes `batch_size` images.
-        settings: all that the result depends on, by what a message calls it; among them epochs, batch_size
-            and seed.
+        folder: for log, checkpoints, and classifiers.
+        settings: everything that the result depends on, by the name used in messages; includes probes,
+            epochs, and batch_size.
 
     Attributes:
-        best: by probe, its highest top-1 on the first test set in per cent, and after how many epochs.
+        best: for each probe its highest top-1 on the first test set in percent, and the epoch of it.
     """
 
     def __init__(self, probes: Probes, folder: Path, steps_per_epoch: int, settings: dict[str, Any]) -> None:
@@ -203,14 +203,14 @@ class ProbeTraining:
 
     @property
     def steps_done(self) -> int:
-        """Optimizer steps."""
+        """Optimizer steps that are done."""
         return self.epochs_done * self.steps_per_epoch
 
     def resume(self, *, unverified: bool) -> None:
-        """Resume from the folder's newest checkpoint, if there is one.
+        """Resume from the newest checkpoint of the folder, if there is one.
 
         Raises:
-            UserError: it is of other settings, or processes find different ones, or its SHA-256 is missing.
+            UserError: its settings differ, its SHA-256 is missing, or processes find different checkpoints.
         """
         checkpoint = load_latest(self.folder, unverified=unverified)
         if checkpoint is not None:
@@ -220,14 +220,14 @@ class ProbeTraining:
                 raise
             except NOT_WHOLE as error:
                 raise UserError(
-                    f"{self.folder} has a checkpoint that holds no probes of these settings "
+                    f"{self.folder} has a checkpoint that holds no probes with these settings "
                     f"({' '.join(repr(error).split())}); remove the folder, or give another --out"
                 ) from error
         steps = sorted(set(gather_objects(self.steps_done)))
         if len(steps) > 1:
             raise UserError(
-                f"{self.folder}: processes find different checkpoints (steps {steps}); it must be one folder "
-                f"on a file system that all machines share"
+                f"{self.folder}: processes find different checkpoints (steps {steps}); use a folder that all "
+                f"machines share"
             )
         if rank() == 0 and self.folder.exists():
             set_damaged_aside(self.folder, self.steps_done)
@@ -242,8 +242,8 @@ class ProbeTraining:
         ]
         if changed:
             raise UserError(
-                f"{self.folder} holds other probes ({'; '.join(changed)}); set this back to resume them, "
-                f"or give another --out"
+                f"{self.folder} holds probes with other settings ({'; '.join(changed)}); use the same settings "
+                f"to resume them, or another --out"
             )
         self.epochs_done = range(self.epochs + 1)[checkpoint["epochs_done"]]
         for name, part in self.learning.items():
@@ -261,9 +261,10 @@ class ProbeTraining:
         *,
         checkpoint_every_epochs: int,
     ) -> None:
-        """All epochs that are left: train, score on the first test set, log, and write checkpoints.
+        """Train the remaining epochs; after each, score the probes on `val`, log, and save if due.
 
-        `batches` are this process's share of each global batch.
+        Args:
+            batches: this process's part of each global batch.
         """
         while self.epochs_done < self.epochs:
             self._train_epoch(batches, run_log)
@@ -288,10 +289,10 @@ class ProbeTraining:
                     save_checkpoint(state, self.folder, step=self.steps_done)
 
     def _train_epoch(self, batches: Iterator[Batch], run_log: RunLog) -> None:
-        """One epoch; the losses that it logs are means since its begin."""
+        """Train one epoch; logged losses are means since the start of the epoch."""
         device = next(self.probes.parameters()).device
         total_P = torch.zeros(len(self.names), device=device)
-        bad = torch.zeros((), device=device)  # features not finite; the host looks with the log
+        bad = torch.zeros((), device=device)  # batches with features that are not finite; read when logging
         for step in range(1, self.steps_per_epoch + 1):
             inputs, labels, finite = next(batches)
             self.optimizer.zero_grad(set_to_none=True)
@@ -306,8 +307,8 @@ class ProbeTraining:
             if step % LOG_EVERY_STEPS == 0 or step == self.steps_per_epoch:
                 if sum_over_ranks(bad.clone()).item():
                     raise UserError(
-                        f"features of training images are not finite in epoch {self.epochs_done + 1}; the "
-                        f"weights of the encoder are damaged, give another checkpoint"
+                        f"features of train images are not finite in epoch {self.epochs_done + 1}: the "
+                        f"weights are damaged; use another checkpoint"
                     )
                 mean_P = (mean_over_ranks(total_P.clone()) / step).tolist()
                 values = {"loss": float(np.mean(mean_P)), "lr": self.optimizer.param_groups[0]["lr"]}
@@ -315,11 +316,11 @@ class ProbeTraining:
                 run_log.scalars(done, values | run_log.speed(done, batch_size=self.batch_size))
 
     def _by_probe(self, what: str, values: Any) -> dict[str, float]:
-        """A number of each probe under its name."""
+        """A value for each probe by log key."""
         return {f"{name} {what}": float(value) for name, value in zip(self.names, values, strict=True)}
 
     def classifiers(self, classes: tuple[str, ...], details: dict[str, Any]) -> list[SavedClassifier]:
-        """The probes as they are, with details of each, saved below the folder."""
+        """The trained probes with their details, also saved below the folder."""
         weights, classifiers = self.probes.state_dict(), []
         for number, (probe, (best, epoch)) in enumerate(zip(self.probes.probes, self.best, strict=True)):
             weight, bias = (weights[f"classifiers.{number}.{name}"] for name in ("weight", "bias"))
@@ -343,29 +344,29 @@ class ProbeTraining:
 
 
 def fitting_batch_size(batch_size: int, num_images: int, processes: int) -> int:
-    """The global batch, or of fewer images as many as can be shared among the processes, which the log says.
+    """The global batch size, reduced with a warning if there are fewer train images.
 
     Raises:
-        UserError: it is not divisible among the processes, or there is not an image for each.
+        UserError: it is not divisible by the processes, or there are fewer images than processes.
     """
     most = num_images // processes * processes
     if batch_size > num_images and most:
         log.warning(
-            "WARNING: batch_size is %d, but there are %d train images: taking %d, which scales the learning "
-            "rate too",
+            "WARNING: batch_size is %d, but there are only %d train images; using %d, which also scales the "
+            "learning rate",
             *(batch_size, num_images, most),
         )
         return most
     if batch_size % processes or not most:
         raise UserError(
-            f"batch_size is {batch_size}, of {num_images} train images, not divisible by {processes} "
-            f"processes; give a multiple, such as {max(1, batch_size // processes) * processes}"
+            f"batch_size is {batch_size} for {num_images} train images, not divisible by {processes} "
+            f"processes; use a multiple, such as {max(1, batch_size // processes) * processes}"
         )
     return batch_size
 
 
 def table(run: str, results: Sequence[Result]) -> str:
-    """The results of one call as lines of text; `best` is the highest top-1 on val after any epoch."""
+    """The results of one evaluation as lines of text; `best` is the highest top-1 on val of all epochs."""
 
     def heading(result: Result) -> str:
         details = result.details

@@ -1,6 +1,6 @@
-"""What linear probes learn from: the official training crops through the encoder, or features kept on disk.
+"""Training batches of linear probes: features of the official training crops, or cached features.
 
-Axis letters: B images, F numbers of a feature, N images of a set.
+Axis letters: B images, F feature dimensions, N images of a set.
 """
 
 import logging
@@ -35,19 +35,19 @@ from dino_sparo.parallel.precision import autocast
 from dino_sparo.parallel.processes import memory_free
 from dino_sparo.runs.runlog import RunLog
 
-MAX_SIDE = 1024  # longer images are reduced to it first: no crop of a usual photograph gets larger by it
-ROWS_AT_ONCE = 4096  # that are brought into memory
-TIMEOUT_SECONDS = 600.0  # that the next images may take
-IMAGES_AT_ONCE = 64  # per forward pass of the encoder; it changes memory, not the experiment
+MAX_SIDE = 1024  # images with a longer side are reduced to this side before cropping
+ROWS_AT_ONCE = 4096  # features loaded into memory at a time
+TIMEOUT_SECONDS = 600.0  # for the next images
+IMAGES_AT_ONCE = 64  # per forward pass of the encoder; changes memory, not the result
 
 log = logging.getLogger("dino_sparo")
 
-Features = Mapping[str, NDArray[Any]]  # of the images of a set, each (N, F), by name
-Batch = tuple[Inputs, Tensor, Tensor]  # what probes see, float32, labels (B,), and whether all is finite
+Features = Mapping[str, NDArray[Any]]  # name -> (N, F)
+Batch = tuple[Inputs, Tensor, Tensor]  # inputs of the probes (float32), labels (B,), whether all are finite
 
 
 def training_crop(image_size: int) -> CropKind:
-    """torchvision's RandomResizedCrop and RandomHorizontalFlip at their defaults, but for the size."""
+    """RandomResizedCrop(image_size) and RandomHorizontalFlip with torchvision's defaults."""
     return CropKind(
         size=image_size,
         scale=(0.08, 1.0),
@@ -74,7 +74,7 @@ def features_of_crops(
     executor: Executor,
     num_workers: int,
 ) -> Iterator[Iterator[Batch]]:
-    """The official training crops through the frozen encoder: random resized crop (bilinear), flip."""
+    """Batches of features of the official training crops: random resized crop (bilinear), flip."""
     assert source.labels is not None
     labels, device = torch.from_numpy(source.labels), encoder.device
     recipes = [training_crop(encoder.image_size)]
@@ -114,7 +114,7 @@ def features_of_crops(
 
 
 class _Pieces(Sampler):
-    """The batches of an order in pieces that the encoder takes at once."""
+    """The batches of an order, split into pieces of at most `IMAGES_AT_ONCE` images."""
 
     def __init__(self, order: BatchOrder) -> None:
         self.order = order
@@ -136,14 +136,14 @@ def features_of_rows(
     device: torch.device,
     probes: Probes,
 ) -> Iterator[Batch]:
-    """Features that have been computed before: the same in every epoch.
+    """Batches of cached features, the same in every epoch.
 
-    What the probes see of them is held in memory, in float32, if it takes no more than half of what is free.
+    The inputs of the probes are held in memory, in float32, if they need at most half of the free memory.
     """
     assert source.labels is not None
     labels = torch.from_numpy(source.labels).to(device)
     held = in_memory(features, probes, device)
-    finite = None if held is None else all_finite([held[0]])  # once for all epochs
+    finite = None if held is None else all_finite([held[0]])
     for batch in order:
         samples = np.array([sample for _, sample in batch])
         rows = torch.from_numpy(samples).to(device)
@@ -157,22 +157,25 @@ def features_of_rows(
 
 
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:
-    """Whether all numbers are, on their device."""
+    """Whether all elements are finite: a bool tensor on their device."""
     return torch.stack([one.sum() for one in tensors]).isfinite().all()
 
 
 def in_memory(
     features: Features, probes: Probes, device: torch.device
 ) -> tuple[Tensor, dict[tuple[str, int], slice]] | None:
-    """What probes see of all images, float32 (N, F) on the device, and the columns of each input; or None."""
+    """Inputs of the probes for all images, float32 (N, F) on the device, and the columns of each input.
+
+    None if they need more than half of the free memory.
+    """
     blocks, encoding = (features[name] for name in INPUTS)
     ranges = {probe.seen: probe.columns(probes.width, encoding.shape[1]) for probe in probes.probes}
     first, last = min(start for start, _ in ranges.values()), max(stop for _, stop in ranges.values())
     size = 4 * len(blocks) * (last - first)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory_free()
     fits = 2 * size * local_world_size() <= free
-    where = "held in memory" if fits else "read from disk in every epoch, as they take too much memory"
-    log.info("train features are %s: %.2f GiB of float32", where, size / 2**30)
+    where = "held in memory" if fits else "read from disk in every epoch, since they need too much memory"
+    log.info("train features are %s: %.2f GiB in float32", where, size / 2**30)
     if not fits:
         return None
     held = torch.empty(len(blocks), last - first, device=device)
@@ -186,5 +189,5 @@ def in_memory(
 
 
 def feature_rows(features: Features, rows: NDArray[np.int64], device: torch.device) -> dict[str, Tensor]:
-    """Some rows of features, float32 on the device, by name."""
+    """Some rows of each feature, float32 on the device."""
     return {name: torch.from_numpy(features[name][rows]).to(device).float() for name in INPUTS}

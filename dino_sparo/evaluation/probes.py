@@ -1,6 +1,6 @@
-"""Many linear classifiers at once on the features of one forward pass. Source: official `eval_linear.py`.
+"""Several linear classifiers on the features of one forward pass. Source: official `eval_linear.py`.
 
-Axis letters: B images, D width of a token, F numbers that a probe sees, P probes, S classes.
+Axis letters: B images, D token width, F input dimensions, P probes, S classes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,26 +17,26 @@ from dino_sparo.models import Encoder
 
 Feature = Literal["encoding", "cls", "both"]
 
-INPUTS = ("blocks", "encoding")  # what the probes need of `Encoder.features`
-MAX_BLOCKS = 4  # whose tokens these features hold
+INPUTS = ("blocks", "encoding")  # features of `Encoder.features` that probes use
+MAX_BLOCKS = 4  # last blocks whose tokens are in the feature `blocks`
 OFFICIAL_LR = 0.001
 SWEEP_LRS = (0.001, 0.01, 0.1)
 WEIGHT_STD = 0.01
 MOMENTUM = 0.9
 
-Inputs = Mapping[tuple[str, int], Tensor]  # what probes see, each (B, F), by `Probe.seen`
+Inputs = Mapping[tuple[str, int], Tensor]  # inputs of the probes, each (B, F), by `Probe.seen`
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One linear classifier: what it sees, and how fast it learns.
+    """One linear classifier: its input and its learning rate.
 
     Attributes:
-        feature: `encoding`: that alone; `cls`: the normalized class token after each of the last
-            `num_blocks` blocks (the mean patch token for a `gap` encoder); `both`: that of the last
-            `num_blocks - 1`, then the unnormalized SPARO encoding, which stands for the block it replaces.
+        feature: `encoding`: the encoding; `cls`: the normalized CLS tokens after the last `num_blocks` blocks
+            (the mean patch tokens for a `gap` encoder); `both`: those of the last `num_blocks - 1` blocks and
+            the unnormalized SPARO encoding, which counts as a block since it replaces one.
         num_blocks: 1 for `encoding`.
-        learning_rate: at the start, for a global batch of 256 images.
+        learning_rate: initial value for a global batch of 256 images.
     """
 
     feature: Feature
@@ -45,13 +45,13 @@ class Probe:
 
     @property
     def name(self) -> str:
-        """What it is called in tables and files."""
+        """Its name in tables and files."""
         blocks = "" if self.feature == "encoding" else f"{self.num_blocks} block{'s'[: self.num_blocks - 1]} "
-        rate = repr(float(self.learning_rate)).removesuffix(".0")  # all digits: names must differ
+        rate = repr(float(self.learning_rate)).removesuffix(".0")  # all digits, so that names are unique
         return f"{blocks}{self.feature} lr {rate}"
 
     def select(self, features: Mapping[str, Tensor], width: int) -> Tensor:
-        """Its input (B, F) among the features `blocks` (B, blocks * D) and `encoding` (B, E)."""
+        """Its input (B, F) from the features `blocks` (B, blocks * D) and `encoding` (B, E)."""
         blocks, encoding = (features[name] for name in INPUTS)
         start, stop = self.columns(width, encoding.shape[1])
         parts = ([blocks[:, start:]] if start else []) + ([encoding] if stop else [])
@@ -59,11 +59,11 @@ class Probe:
 
     @property
     def seen(self) -> tuple[str, int]:
-        """What it sees: the key of its input."""
+        """Key of its input; probes with the same key have the same input."""
         return self.feature, self.num_blocks
 
     def columns(self, width: int, embed_dim: int) -> tuple[int, int]:
-        """Its input as a range of columns; the encoding begins at 0, and what is before it are blocks."""
+        """Start and stop of its input in the columns [blocks, encoding]; the encoding starts at 0."""
         if self.feature == "encoding":
             return 0, embed_dim
         if self.feature == "cls":
@@ -71,13 +71,13 @@ class Probe:
         return (1 - self.num_blocks) * width, embed_dim
 
     def num_inputs(self, width: int, embed_dim: int) -> int:
-        """F, of an encoder with tokens of this width and an encoding of so many numbers."""
+        """F for an encoder with token width `width` and encoding dimension `embed_dim`."""
         start, stop = self.columns(width, embed_dim)
         return stop - start
 
 
 def official_probe(encoder: Encoder) -> Probe:
-    """The probe of the official protocol: 4 blocks (all of a shallower encoder), with SPARO its encoding."""
+    """The probe of the official protocol: 4 blocks (fewer if the encoder has fewer), with slots `both`."""
     feature: Feature = "cls" if encoder.readout is None else "both"
     return Probe(feature, _most_blocks(encoder, feature), OFFICIAL_LR)
 
@@ -90,21 +90,21 @@ def choose_probes(
     features: Sequence[Feature] | None = None,
     sweep: bool = False,
 ) -> list[Probe]:
-    """Learning rates x numbers of blocks x features, each probe once; None takes what is official.
+    """Probes for all combinations of learning rates, numbers of blocks, and features, each once.
 
-    With `sweep` None takes three learning rates, 1 and 4 blocks, and all features: 12 probes of a SPARO
-    encoder. `both` with one block is the encoding.
+    None: the value of the official protocol; with `sweep` three learning rates, 1 and 4 blocks, and all
+    features, which are 12 probes for a SPARO encoder. `both` with one block is `encoding`.
 
     Raises:
-        UserError: the encoder has fewer blocks, or no read-out of its own.
+        UserError: the encoder has fewer blocks, or a feature needs slots and it has none.
     """
     official = official_probe(encoder)
     every: Sequence[Feature] = get_args(Feature) if encoder.readout is not None else ["cls"]
     for feature in features or ():
         if feature not in every:
             raise UserError(
-                f"features has {feature!r}, but this encoder has no slots, its class token is all there is; "
-                f"give features [cls]"
+                f"features has {feature!r}, but this encoder has no slots (read-out "
+                f"{encoder.readout_name}); set features to [cls]"
             )
     for number in num_blocks or ():
         if not 1 <= number <= official.num_blocks:
@@ -125,9 +125,11 @@ def _most_blocks(encoder: Encoder, feature: Feature) -> int:
 
 
 class Probes(nn.Module):
-    """The classifiers of some probes: weights N(0, 0.01), bias 0, each as it would begin alone.
+    """The classifiers of several probes, each initialized as if it were alone: weights N(0, 0.01), bias 0.
 
-    `width` is D of the encoder, `embed_dim` the numbers of its encoding.
+    Args:
+        width: D of the encoder.
+        embed_dim: dimension of its encoding.
     """
 
     def __init__(
@@ -143,16 +145,16 @@ class Probes(nn.Module):
             self.classifiers.append(classifier)
 
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:
-        """Features of images, float32 -> logits (P, B, S)."""
+        """Features (float32) by name -> logits (P, B, S)."""
         return self.logits(self.inputs(features))
 
     def inputs(self, features: Mapping[str, Tensor]) -> Inputs:
-        """What the probes see of features, each once."""
+        """The distinct inputs of the probes."""
         one_of = {probe.seen: probe for probe in self.probes}
         return {seen: probe.select(features, self.width) for seen, probe in one_of.items()}
 
     def logits(self, inputs: Inputs) -> Tensor:
-        """Logits (P, B, S) by what the probes see; those that see the same are one product."""
+        """Logits (P, B, S); probes with the same input share one matrix product."""
         logits_PBS: list[Tensor] = [torch.empty(0)] * len(self.probes)
         for seen, input_BF in inputs.items():
             numbers = [number for number, probe in enumerate(self.probes) if probe.seen == seen]
@@ -164,7 +166,7 @@ class Probes(nn.Module):
         return torch.stack(logits_PBS)
 
     def optimizer(self, global_batch_size: int) -> torch.optim.SGD:
-        """SGD with momentum 0.9 and no weight decay, each probe at its own rate for this batch."""
+        """SGD with momentum 0.9, no weight decay, and each probe's learning rate scaled to the batch size."""
         groups = [
             {"params": list(classifier.parameters()), "lr": probe.learning_rate * global_batch_size / 256}
             for probe, classifier in zip(self.probes, self.classifiers, strict=True)
@@ -173,7 +175,7 @@ class Probes(nn.Module):
 
 
 def losses(logits_PBS: Tensor, labels_B: Tensor) -> Tensor:
-    """Mean cross-entropy of each probe (P,); the gradient of their sum is that of each one alone."""
+    """Mean cross-entropy of each probe, (P,); backward of their sum trains each probe independently."""
     each_PB = F.cross_entropy(
         logits_PBS.flatten(0, 1), labels_B.repeat(len(logits_PBS)), reduction="none"
     ).view(len(logits_PBS), -1)
@@ -181,9 +183,9 @@ def losses(logits_PBS: Tensor, labels_B: Tensor) -> Tensor:
 
 
 def hits(logits_PBS: Tensor, labels_B: Tensor) -> Tensor:
-    """Whether each image's class is the first, and among the first min(5, S): bool (B, P, 2).
+    """Whether top-1 and top-5 (of at most S classes) are right: bool (B, P, 2).
 
-    A probe whose numbers are no longer finite is right about nothing.
+    A prediction whose logit is not finite is wrong.
     """
     labels_PB1 = labels_B.expand(len(logits_PBS), -1)[..., None]
     ranked_PBk = logits_PBS.topk(min(5, logits_PBS.shape[-1]), dim=-1).indices

@@ -1,7 +1,7 @@
-"""What evaluations found, in `results.json` of a run folder: written by each of them, read by `compare`.
+"""Results of evaluations in `results.json` of a run folder: written by evaluations, read by `compare`.
 
-One line a result. It also holds which test images were right, a bit each, so that two runs can be compared
-image by image from this file alone, when weights and images are elsewhere or gone.
+A result is one line of the file. It includes one bit per test image, whether the image was classified
+correctly, so that two runs can be compared image by image without weights or images.
 """
 
 import base64
@@ -25,7 +25,7 @@ from dino_sparo.files import parsed_json, set_aside, write_file
 from dino_sparo.terminal import sentence, shown
 
 if TYPE_CHECKING:
-    from dino_sparo.evaluation.transfer import TestSet  # needs torch, of which `compare` needs nothing
+    from dino_sparo.evaluation.transfer import TestSet  # imports torch, which `compare` does not need
 
 log = logging.getLogger("dino_sparo")
 
@@ -36,36 +36,36 @@ MOST_IMAGES = 2**31
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One accuracy of one encoder: of a protocol (and one of its settings) on one test set."""
+    """The accuracy of an encoder by one setting of a protocol on one test set."""
 
     protocol: str
     """`knn`, `linear` or `linear-cached`."""
     name: str
     """The setting, unique within a protocol: `20-NN`, `4 blocks both lr 0.001`."""
     headline: bool
-    """Whether it is the protocol's official setting, the one that `compare` shows."""
+    """Whether it is the official setting of the protocol, which `compare` shows."""
     test_set: str
-    """`val`, or the name of a further test set."""
+    """`val`, or the name of another test set."""
     weights: str
-    """`teacher`, `student` or `untrained`."""
+    """`teacher`, `student`, or `untrained`."""
     top1: float
-    """Top-1 accuracy in per cent."""
+    """Top-1 accuracy in percent."""
     top5: float
-    """Top-5 accuracy in per cent."""
+    """Top-5 accuracy in percent."""
     num_images: int
-    """Test images, each counted once."""
+    """Number of test images."""
     num_classes: int
-    """Classes that a prediction could be."""
+    """Number of classes that can be predicted."""
     details: dict[str, Any]
-    """Plain values that belong to it: k, epochs, learning rate, train_fraction, accuracy by class, ..."""
+    """Other values as in JSON: k, epochs, learning rate, train_fraction, accuracy by class, ..."""
     correct: NDArray[np.bool_]
-    """Whether each test image's top-1 is right, (num_images,), in the order of the test source."""
+    """Whether top-1 is right for each test image, (num_images,), in the order of the test images."""
     images: str
-    """A hash of the test images: which they are, and in which order."""
+    """A hash of the test images and their order."""
 
     @property
     def train_fraction(self) -> float:
-        """Share of the train images that was learned from; 1 unless the details say otherwise."""
+        """Fraction of the train images that was used for training; 1 if the details do not have it."""
         fraction = self.details.get("train_fraction")
         return 1.0 if fraction is None else float(fraction)
 
@@ -73,7 +73,7 @@ class Result:
 def result_on(
     test_set: "TestSet", correct: NDArray[np.bool_], *, details: dict[str, Any], **values: Any
 ) -> Result:
-    """A result on a test set: the `values` given, and what follows from the images, as accuracy by class."""
+    """A result on a test set: `values`, and what follows from `correct`, such as accuracy by class."""
     labels = test_set.labels
     by_class = {
         test_set.source.classes[number]: 100 * float(correct[labels == number].mean())
@@ -94,8 +94,7 @@ def accuracies(
     heading: Callable[[Result], str],
     remark: Callable[[Result], str] = lambda _: "",
 ) -> list[str]:
-    """Lines of text: for each test set a heading, and below it its results, each with its standard error and
-    a remark."""
+    """Lines of text: for each test set a heading and its results, with standard errors and remarks."""
     lines: list[str] = []
     width = max(len(shown(result.name)) for result in results)
     for _, group in groupby(results, key=lambda result: result.test_set):
@@ -111,13 +110,13 @@ def accuracies(
 
 
 def standard_error(accuracy: float, num_images: int) -> float:
-    """Of an accuracy in per cent over so many images, in points."""
+    """Standard error, in percentage points, of an accuracy in percent over `num_images` images."""
     return (accuracy * (100 - accuracy) / num_images) ** 0.5
 
 
 def results_folder(run: str) -> Path:
-    """Where results about RUN go: a run folder itself; for a weights file `<stem>_evaluation` beside it, for
-    `timm:NAME` `timm_NAME_evaluation` here."""
+    """The folder of RUN's results: a run folder itself; `<stem>_evaluation` beside a weights file;
+    `timm_NAME_evaluation` in the working directory for `timm:NAME`."""
     if run.startswith("timm:"):
         return Path(f"{run.replace(':', '_')}_evaluation")
     path = Path(run)
@@ -125,14 +124,14 @@ def results_folder(run: str) -> Path:
 
 
 def save_results(folder: Path, results: Sequence[Result]) -> None:
-    """Add results to `folder/results.json`, for one process to call; the folder is made if need be.
+    """Add results to `folder/results.json`; the folder is created if it does not exist. One process calls it.
 
-    A result replaces the one before of the same protocol, name, test images (and their name), weights and
-    train fraction; all others stay. Two programs that finish together wait for each other. A damaged file is
-    set aside with a warning, so that new results are never lost.
+    A result replaces an earlier one of the same protocol, name, test set, test images, weights, and train
+    fraction. The folder is locked against other programs. A damaged file is renamed with a warning, so that
+    new results are never lost.
 
     Raises:
-        OSError: the folder cannot be made or written.
+        OSError: the folder cannot be created or written.
     """
     path = folder / RESULTS_FILE
     folder.mkdir(parents=True, exist_ok=True)
@@ -149,17 +148,16 @@ def save_results(folder: Path, results: Sequence[Result]) -> None:
 
 
 def read_results(folder: Path) -> list[Result]:
-    """All results in `folder/results.json`, in the order in which they were written, the newest last.
+    """All results in `folder/results.json`, the newest last.
 
     Raises:
         UserFileNotFoundError: there is no such file.
-        UserError: it is damaged or of another format.
+        UserError: it is damaged or has another format.
     """
     path = folder / RESULTS_FILE
     if not path.is_file():
         raise UserFileNotFoundError(
-            f"{path} does not exist; expected the results of a run, so evaluate it first with "
-            f"`dino-sparo knn` or `dino-sparo linear`"
+            f"{path} does not exist; evaluate the run first with `dino-sparo knn` or `dino-sparo linear`"
         )
     try:
         content = parsed_json(path)
@@ -172,7 +170,7 @@ def read_results(folder: Path) -> list[Result]:
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, zlib.error, OSError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else error
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise UserError(
             f"{path} is damaged ({reason}); restore it from a backup, or remove it and evaluate again"
         ) from error
@@ -180,10 +178,10 @@ def read_results(folder: Path) -> list[Result]:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Hold a lock on the folder, which leaves no file behind. Raises OSError: it cannot be opened."""
+    """Hold an exclusive lock on a folder; creates no file. Raises OSError if the folder cannot be opened."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):  # some network file systems have no locks
+        with suppress(OSError):  # file systems without locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
@@ -191,9 +189,9 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def _key(result: Result) -> tuple[object, ...]:
-    """What there is one result of."""
-    measure = result.protocol, result.name, result.test_set, result.weights, result.train_fraction
-    return *measure, result.images
+    """What identifies a result in the file; a new result replaces an earlier one with the same key."""
+    setting = result.protocol, result.name, result.test_set, result.weights, result.train_fraction
+    return *setting, result.images
 
 
 def _to_json(result: Result) -> dict[str, Any]:
@@ -204,23 +202,23 @@ def _to_json(result: Result) -> dict[str, Any]:
 
 
 def _from_json(entry: dict[str, Any]) -> Result:
-    """Raises ValueError, KeyError, TypeError or zlib.error if the entry is none of ours."""
+    """Raises ValueError, KeyError, TypeError, or zlib.error if the entry does not hold a result."""
     values = {field.name: entry[field.name] for field in fields(Result)}
     details = values["details"]
-    of_kinds = {
+    kinds = {
         "text": (str, ("protocol", "name", "test_set", "weights", "images")),
-        "whole number": (int, ("num_images", "num_classes")),
-        "number": (int | float, ("top1", "top5")),
-        "truth value": (bool, ("headline",)),
-        "section": (dict, ("details",)),
+        "a whole number": (int, ("num_images", "num_classes")),
+        "a number": (int | float, ("top1", "top5")),
+        "true or false": (bool, ("headline",)),
+        "a section": (dict, ("details",)),
     }
-    for word, (kind, names) in of_kinds.items():
+    for expected, (kind, names) in kinds.items():
         for name in names:
             if not isinstance(values[name], kind):
-                raise ValueError(f"{name} is {values[name]!r}, no {word}")
+                raise ValueError(f"{name} is {values[name]!r}; expected {expected}")
     fraction = 1.0 if details.get("train_fraction") is None else float(details["train_fraction"])
     if not (0 <= values["top1"] <= 100 and 0 <= values["top5"] <= 100 and 0 < fraction <= 1):
-        raise ValueError("a share is none")
+        raise ValueError("top1, top5, or train_fraction is out of range")
     count = values["num_images"]
     if not 0 < count < MOST_IMAGES:
         raise ValueError(f"num_images is {count}")

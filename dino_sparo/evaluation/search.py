@@ -1,6 +1,6 @@
-"""The nearest neighbors among features, by exact search.
+"""Exact search of nearest neighbors among features.
 
-Axis letters: T train images, B test images, D numbers of a feature.
+Axis letters: T train images, B test images, D feature dimensions.
 """
 
 import logging
@@ -14,25 +14,31 @@ from torch import Tensor
 
 from dino_sparo.parallel.precision import multiplies_bfloat16
 
-CHUNK_BYTES = 2**27  # of train features at a time
-CHUNK_ROWS = 2**15  # the same, of narrow ones
-QUERY_BYTES = 2**27  # of float32 test features at a time; all train features are read once for each
+CHUNK_BYTES = 2**27  # float32 train features at a time, in bytes
+CHUNK_ROWS = 2**15  # train features at a time, at most
+QUERY_BYTES = 2**27  # float32 test features at a time; all train features are read once for each such chunk
 SCORES = 2**23  # similarities at a time
-GROUP = 8  # similarities of which only the highest is looked at first
-COSTLY = 16  # a cosine alone takes the time of so many within a float32 product of matrices
-MANY = 100  # train images at a time for each neighbor, from which bfloat16 was measured to be faster
+GROUP = 8  # similarities per group; groups whose maximum is too small are skipped
+COSTLY = 16  # cost of computing one cosine alone, relative to one within a float32 matrix product
+MANY = 100  # train images per neighbor in a chunk, from which bfloat16 was measured to be faster
 
 
 class NoDirectionError(ValueError):
-    """A feature is zero or not finite, so near to nothing: of the image of this number, `train` or `test`."""
+    """A feature is zero or not finite, so its cosine is undefined.
+
+    Attributes:
+        side: `train` or `test`.
+        number: of the image.
+        kind: `zero` or `not finite`.
+    """
 
     def __init__(self, side: str, number: int, kind: str) -> None:
-        super().__init__(f"the feature of {side} image {number} is {kind}; it has no direction to compare")
+        super().__init__(f"the feature of {side} image {number} is {kind}, so its cosine is undefined")
         self.side, self.number, self.kind = side, number, kind
 
 
 class Rows(Protocol):
-    """Features by row: an array, in memory or mapped from a file, or a tensor."""
+    """Features by row: a tensor or an array, also memory-mapped."""
 
     @property
     def shape(self) -> Any: ...
@@ -56,20 +62,20 @@ def nearest(
     """The k most similar train images of every test image.
 
     Args:
-        train: (T, D) floating point of any scale, l2-normalized inside; float16 stays float16 where it lies.
+        train: (T, D) floating point, l2-normalized inside, chunk by chunk.
         test: (B, D).
         k: 1 to T.
-        device: where to compute; None is the CPU.
-        by_faiss: search by faiss, on the CPU, instead of by products of matrices: an independent check.
-        bfloat16: find candidates by products in bfloat16, as many as its rounding may need, and compare their
-            cosines in float32: the same neighbors. None does it where it is faster: on a CPU that multiplies
-            bfloat16, for few neighbors.
+        device: of the computation. None: the CPU.
+        by_faiss: search with faiss on the CPU instead of by matrix products, as an independent check.
+        bfloat16: find candidates by products in bfloat16, as many as its rounding error requires, and compare
+            their cosines in float32; the neighbors are the same. None: where it is faster, which is on a CPU
+            that multiplies bfloat16, for few neighbors.
         train_chunk: train images at a time.
         test_chunk: test images at a time.
 
     Returns:
-        cosines float32 and train image numbers int64, both (B, k) on the CPU, the most similar first, of
-        equally similar ones the lower number.
+        cosines (float32) and train image numbers (int64), both (B, k) on the CPU, largest cosine first; ties
+        are ordered by number.
 
     Raises:
         NoDirectionError: a feature is zero or not finite.
@@ -107,11 +113,12 @@ def nearest(
 def _found(
     queries_BD: Tensor, gallery_TD: Tensor, rounded_TD: Tensor, lost: float, best_Bk: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Of some rows each: cosines and gallery numbers of all that may be among the k best; -inf fills up.
+    """Yields rows of queries, and cosines and gallery numbers of their candidates, padded with -inf.
 
-    The product of two rounded vectors is off by at most what rounding took from either (Cauchy-Schwarz; all
-    have length 1) and by the errors of float32 sums of D products, of it and of the cosine. Rounding this sum
-    to bfloat16 keeps order, so the least one that may count is rounded alike.
+    Candidates are all train images that may be among the k best. The error of the product of two rounded
+    vectors is at most the sum of the lengths of their rounding errors (Cauchy-Schwarz; the vectors have
+    length 1), plus the errors of two float32 sums of D products. Rounding to bfloat16 is monotonic, so the
+    threshold is rounded in the same way as the products.
     """
     k, total, dtype = best_Bk.shape[1], len(gallery_TD), rounded_TD.dtype
     small_BD = queries_BD.to(dtype)
@@ -123,8 +130,8 @@ def _found(
     if dtype != torch.float32:
         lost_B = torch.linalg.vector_norm(queries_BD - small_BD, dim=1)
         error_B = 1.001 * (lost_B + lost) + (queries_BD.shape[1] + 8) * 2.0**-23
-    least_B = (_of_keys(best_Bk[:, -1])[0] - error_B).clamp(min=-2)  # -inf does not count
-    if highest_BG.shape[1] >= k:  # k groups hold a cosine that is not much lower than their highest score
+    least_B = (_of_keys(best_Bk[:, -1])[0] - error_B).clamp(min=-2)  # above -inf, the padding
+    if highest_BG.shape[1] >= k:  # the k groups of highest maxima have k cosines that are not much lower
         kth_B = highest_BG.topk(k, dim=1, sorted=False).values.amin(dim=1).float()
         rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
         least_B = least_B.maximum(kth_B - rounding * kth_B.abs() - 2 * error_B)
@@ -156,24 +163,24 @@ def _found(
 
 
 def _products(start_B: Tensor, column_X: Tensor, left_BD: Tensor, right_TD: Tensor) -> Tensor:
-    """Products of some pairs of rows (X,): of each left one, from its start on, with right ones."""
+    """Dot products (X,) of each left row i with the right rows column_X[start_B[i] : start_B[i + 1]]."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # sparse matrices are called beta
+        warnings.simplefilter("ignore")  # torch warns that sparse CSR is in beta
         shape = (len(left_BD), len(right_TD))
         pairs = torch.sparse_csr_tensor(start_B, column_X, left_BD.new_zeros(len(column_X)), shape)
         return torch.sparse.sampled_addmm(pairs, left_BD, right_TD.T, beta=0.0).values()
 
 
 def _rounded(rows: Tensor) -> tuple[Tensor, float]:
-    """Rows in bfloat16, and the longest difference."""
+    """Rows in bfloat16, and the largest length of a rounding error."""
     small = rows.bfloat16()
     parts = zip(rows.split(64), small.split(64), strict=True)
     return small, max(float(torch.linalg.vector_norm(a - b, dim=1).max()) for a, b in parts)
 
 
 def _keys(cosines: Tensor, numbers: Tensor) -> Tensor:
-    """Integers that are larger for a larger cosine, of equal ones for the lower number."""
-    bits = (cosines + 0.0).view(torch.int32).long()  # of -0.0 those of 0.0
+    """Integer sort keys: larger for a larger float32 cosine, and for a lower number among equal cosines."""
+    bits = (cosines + 0.0).view(torch.int32).long()  # + 0.0 turns -0.0 into 0.0
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) << 32 | (0xFFFFFFFF - numbers)
 
 
@@ -183,17 +190,18 @@ def _of_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def k_best(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """The k best of two sets of values and numbers (B, .), largest first, of equal ones the lower number."""
+    """The k largest of two sets of (values, numbers), each (B, .), in descending order.
+
+    Equal values stay in the order in which they are given, `one` first.
+    """
     values, numbers = (torch.cat(pair, dim=1) for pair in zip(one, other, strict=True))
-    by_number = numbers.argsort(dim=1)
-    order = values.gather(1, by_number).sort(dim=1, descending=True, stable=True).indices[:, :k]
-    order = by_number.gather(1, order)
+    order = values.sort(dim=1, descending=True, stable=True).indices[:, :k]
     return values.gather(1, order), numbers.gather(1, order)
 
 
 def _directions(rows: Rows, start: int, stop: int, device: torch.device, side: str) -> Tensor:
-    """Rows as float32 of length one."""
-    chunk = torch.as_tensor(rows[start:stop]).to(device).to(torch.float32, copy=True)  # ours to change
+    """Rows in float32, l2-normalized."""
+    chunk = torch.as_tensor(rows[start:stop]).to(device).to(torch.float32, copy=True)
     length_B = torch.linalg.vector_norm(chunk, dim=1)
     bad = (~(length_B.isfinite() & (length_B > 0))).nonzero()
     if len(bad):
@@ -203,7 +211,7 @@ def _directions(rows: Rows, start: int, stop: int, device: torch.device, side: s
 
 
 def _by_faiss(queries: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it tells which build it tries
+    logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it logs which build it loads
     import faiss
 
     values, numbers = faiss.knn(queries.numpy(), gallery.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)

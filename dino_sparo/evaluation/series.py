@@ -1,4 +1,4 @@
-"""One evaluation of all checkpoints of a run: a table, and a curve over the steps."""
+"""Evaluation of all checkpoints of a run: a table, and a curve over steps."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -18,36 +18,36 @@ log = logging.getLogger("dino_sparo")
 
 CURVE_FILE = "knn_checkpoints.png"
 
-Series = Mapping[int, Sequence[Result]]  # by step, oldest first
+Series = Mapping[int, Sequence[Result]]  # results by step, oldest first
 
 
 def of_checkpoints(
     run_dir: Path, which: str, evaluate: Callable[[Encoder], Sequence[Result]]
 ) -> dict[int, Sequence[Result]]:
-    """What an evaluation gives of each checkpoint of a run; damaged ones are named and left out.
+    """Evaluate each checkpoint of a run; damaged ones are skipped with a warning.
 
     Raises:
-        UserError: there is no whole one, and what `evaluate` raises.
+        UserError: no checkpoint can be loaded, or raised by `evaluate`.
     """
     found = {}
     for path in checkpoints_of(run_dir):
         try:
             encoder = load_encoder(path, which)
         except UserError as error:
-            log.warning("WARNING: %s; it is left out", error)
+            log.warning("WARNING: %s; it is skipped", error)
             continue
         log.info("evaluating %s", path)
         found[step_of(path)] = evaluate(encoder)
     if not found:
         raise UserError(
-            f"checkpoints is 'all', but {run_dir} has none that is whole; expected a run folder, which "
-            f"keeps them by log.keep_every_epochs"
+            f"checkpoints is 'all', but {run_dir} has no checkpoint that can be loaded; give a run folder "
+            f"(log.keep_every_epochs says which checkpoints a run keeps)"
         )
     return found
 
 
 def table(series: Series) -> str:
-    """Top-1 by step, a column for each result."""
+    """Top-1 by step, with a column for each result."""
     columns = [shown(f"{result.test_set} {result.name}") for result in next(iter(series.values()))]
     lines = [f"{'step':>10}" + "".join(f"{name:>{len(name) + 6}}" for name in columns)]
     for step, results in series.items():
@@ -59,7 +59,7 @@ def table(series: Series) -> str:
 
 
 def draw(series: Series, path: Path) -> None:
-    """Top-1 of the headline, or of the first result, of each test set, with its standard error."""
+    """Write a PNG: top-1 over steps with its standard error; per test set the headline or first result."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
     some = next(iter(series.values()))
@@ -72,7 +72,7 @@ def draw(series: Series, path: Path) -> None:
         label = f"{of_set[0].name} on {shown(test_set)}, {of_set[0].num_images} images"
         axis.errorbar(list(series), top1, errors, marker=".", capsize=2, label=label)
     axis.set_xlabel("step")
-    axis.set_ylabel("top-1, per cent (bars: one standard error)")
+    axis.set_ylabel("top-1, % (bars: one standard error)")
     axis.grid(alpha=0.3)
     axis.legend()
     with atomic_write(path, durable=False) as file:

@@ -1,14 +1,13 @@
-"""Further test sets for the same gallery or probe: folders whose classes are some of those of training.
+"""Other test sets for the same gallery or probe: folders whose classes are among the train classes.
 
-Classes are matched by the name of their folder, in whatever order and however few: ImageNet-A and -R have
-200 of ImageNet's, ImageNet-Sketch all. Folders named by whole numbers, as in ImageNet-V2, are numbers of the
-classes of training in its order, unless training's own are numbers too.
+Classes are matched by folder name, so a test set can have some of the classes, in any order: ImageNet-A and
+-R have 200 of ImageNet's classes, ImageNet-Sketch has all. Folders named by integers, as in ImageNet-V2, are
+numbers of train classes, unless the train classes are named by integers too.
 
-A further test set is scored over its own classes: a prediction can be one of them only, as in the
-evaluations of ImageNet-A and -R by their authors. The val folder is not: there every class of training
-stays possible, also one without a val image, which is the official figure.
+Only the classes of the test set can be predicted, as in the evaluations of ImageNet-A and -R by their
+authors. On val all train classes can be predicted, as in the official evaluation.
 
-Axis letters: B test images, S classes of training.
+Axis letters: B test images, S train classes.
 """
 
 import logging
@@ -32,41 +31,39 @@ log = logging.getLogger("dino_sparo")
 
 VAL = "val"
 SHOWN_NAMES = 3
-EXPECTED = (
-    "expected NAME=DIR, DIR holding one folder of images for each class, or shards or parquet files of such"
-)
-EXPECTED_BOTH = "expected NAME=DIR, DIR holding train/<class>/... and val/<class>/..."
+EXPECTED = "expected NAME=DIR, where DIR holds a folder of images for each class, or shards or parquet files"
+EXPECTED_BOTH = "expected NAME=DIR, where DIR holds train/<class>/... and val/<class>/..."
 
 
 @dataclass(frozen=True)
 class TestSet:
-    """Test images whose classes training knows."""
+    """Test images whose classes are train classes."""
 
-    __test__ = False  # not a test, whatever pytest thinks of the name
+    __test__ = False  # pytest would collect the class because of its name
 
     name: str
-    """`val`, or the name that its results go by."""
+    """Its name in results; `val` for the val images of the data set."""
     source: ImageSource
-    """The images, those of unknown classes left out; its labels are numbers of training too."""
+    """The images without those of unknown classes; its labels are numbers of train classes."""
     labels: NDArray[np.int64]
-    """Class number of training by image, (len(source),)."""
+    """Train class number of each image, (len(source),)."""
     classes: NDArray[np.int64]
-    """Class numbers of training that a prediction can be, sorted: those here; for `val` all."""
+    """Sorted train class numbers that can be predicted: those with images here, for `val` all."""
     missing: tuple[str, ...]
-    """Classes of training without an image here."""
+    """Train classes without an image here."""
     unknown: tuple[str, ...]
-    """Class folders here that training has no class for; their images are left out."""
+    """Class folders that are not train classes; their images are left out."""
 
     def describe(self) -> str:
         """One sentence about missing and unknown classes; empty if there are none."""
         parts = []
         if self.missing:
-            of_known = f"{len(self.missing)} of the {len(self.source.classes)} classes of training"
+            of_known = f"{len(self.missing)} of the {len(self.source.classes)} train classes"
             verb = "has" if len(self.missing) == 1 else "have"
             parts.append(f"{of_known} {verb} no image here ({_some(self.missing)})")
         if self.unknown:
-            told = f"{len(self.unknown)} ({_some(self.unknown)})"
-            parts.append(f"class folders left out, unknown to training: {told}")
+            found = f"{len(self.unknown)} ({_some(self.unknown)})"
+            parts.append(f"class folders left out, since they are not train classes: {found}")
         parts += [f"classes in the accuracy: {len(self.classes)}"] if parts else []
         return f"{self.name}: {'; '.join(parts)}" if parts else ""
 
@@ -74,7 +71,7 @@ class TestSet:
 def open_train_and_tests(
     path: str, further: Sequence[str] = (), choice: Choice = AS_FOUND
 ) -> tuple[ImageSource, list[TestSet]]:
-    """The train images of a labeled folder, and its test images with the `further` test sets, each NAME=DIR.
+    """The train images of a labeled data set, and its test sets: `val` and `further`, each NAME=DIR.
 
     Every process calls it. Raises UserError as `open_labeled` and `open_test_sets` do.
     """
@@ -84,47 +81,47 @@ def open_train_and_tests(
 
 
 def as_test_sets(test: ImageSource | Sequence[TestSet], train_classes: Sequence[str]) -> Sequence[TestSet]:
-    """Test sets as they are, or labeled images, whose classes are those of training, as `val`."""
+    """Test sets unchanged; labeled images, whose classes are the train classes, as the test set `val`."""
     return test if isinstance(test, Sequence) else [as_test_set(VAL, test, train_classes)]
 
 
 def open_test_sets(
     given: Sequence[str], train_classes: Sequence[str], choice: Choice = AS_FOUND
 ) -> list[TestSet]:
-    """The test sets given as `NAME=DIR`, their labels as class numbers of training; of a choice what is about
-    pixels.
+    """Open test sets given as `NAME=DIR`; of `choice` only the settings about pixels apply.
 
     Raises:
-        UserFileNotFoundError: no such folder, or no image in it.
-        UserError: no name or `val`, a name given twice, images without class folders, or no class in common.
+        UserFileNotFoundError: a folder does not exist or has no images.
+        UserError: a name is missing, `val`, or given twice, images have no class folders, or no class is a
+            train class.
     """
     test_sets: dict[str, TestSet] = {}
     for text in given:
         name, folder = named_folder(text, "test", EXPECTED)
         if name in test_sets:
-            raise UserError(f"test {text!r}: the name {name!r} is given twice; give each test set its own")
+            raise UserError(f"test {text!r}: the name {name!r} is given twice; use a different one")
         test_sets[name] = _open_test_set(name, text, Path(folder).expanduser(), tuple(train_classes), choice)
     return list(test_sets.values())
 
 
 def named_folder(text: str, key: str, expected: str) -> tuple[str, str]:
-    """Name and folder of `NAME=DIR`, which was given as the option `key`.
+    """Name and folder of `NAME=DIR`, the value of the option `key`.
 
     Raises:
-        UserError: no name, no folder, or the name `val`.
+        UserError: the name or the folder is missing, or the name is `val`.
     """
     name, equals, folder = text.partition("=")
     if not (name and equals and folder) or "/" in name or name in (".", ".."):
         raise UserError(f"{key} {text!r} has no name or no folder; {expected}")
     if name == VAL:
         raise UserError(
-            f"{key} {text!r}: {VAL!r} is the name of data.path's own test images; give another name"
+            f"{key} {text!r}: {VAL!r} is the name of the val images of data.path; use another name"
         )
     return name, folder
 
 
 def as_test_set(name: str, source: ImageSource, train_classes: Sequence[str]) -> TestSet:
-    """Images that are labeled by numbers of training already: the val folder. All classes stay possible."""
+    """Images labeled by train class number as a test set on which all train classes can be predicted."""
     labels = source.labels
     assert labels is not None and tuple(source.classes) == tuple(train_classes)
     here = np.bincount(labels, minlength=len(train_classes)) > 0
@@ -133,7 +130,7 @@ def as_test_set(name: str, source: ImageSource, train_classes: Sequence[str]) ->
 
 
 def restrict(scores: Tensor, classes: NDArray[np.int64]) -> Tensor:
-    """The scores (B, S) with -inf for every class but `classes`, which so can be no prediction."""
+    """The scores (B, S) with -inf for every class that is not in `classes`."""
     possible = torch.from_numpy(classes).to(scores.device)
     return torch.full_like(scores, -torch.inf).index_copy(1, possible, scores[:, possible])
 
@@ -147,7 +144,7 @@ def _open_test_set(
     part = find_test(root, "test")
     source = open_part(part, "val", choice)
     if part != Part(root):
-        log.info("test %s: %s images in %s classes (%s)", name, len(source), len(source.classes), part)
+        log.info("test %s: %d images in %d classes (%s)", name, len(source), len(source.classes), part)
     labels, folders = source.labels, source.classes
     if labels is None:
         raise UserError(f"test {text!r}: {unlabeled(source)}")
@@ -155,17 +152,17 @@ def _open_test_set(
         to_train = np.array([int(folder) for folder in folders])
         if max(to_train) >= len(train_classes) or len(set(to_train)) < len(to_train):
             raise UserError(
-                f"test {text!r}: class folders are numbered up to {max(to_train)}, but training has "
-                f"{len(train_classes)} classes, so that numbers do not tell which is which; name the folders "
-                f"as in training"
+                f"test {text!r}: class folders are numbered up to {max(to_train)}, but there are "
+                f"{len(train_classes)} train classes, so the numbers are not those of train classes; name "
+                f"the folders as the train classes"
             )
     else:
         numbers = {same_name(one): number for number, one in enumerate(train_classes)}
         to_train = np.array([numbers.get(same_name(folder), -1) for folder in folders])
     if (to_train < 0).all():
         raise UserError(
-            f"test {text!r}: none of the {len(folders)} class folders ({_some(folders)}) is a class of "
-            f"training ({_some(train_classes)}); {EXPECTED}, named as in training"
+            f"test {text!r}: none of the {len(folders)} class folders ({_some(folders)}) is a train class "
+            f"({_some(train_classes)}); {EXPECTED}, named as the train classes"
         )
     kept = np.flatnonzero(to_train[labels] >= 0)
     source = replace(source, classes=train_classes, class_numbers=to_train[source.class_numbers])
@@ -186,9 +183,10 @@ def _some(names: Sequence[str]) -> str:
 
 
 def balanced_fraction(source: ImageSource, fraction: float, seed: int) -> ImageSource:
-    """A share of the images with the same number of every class, at least one, drawn by the seed.
+    """A random fraction of the images with the same number of each class, at least one.
 
-    A class with fewer images gives all it has. A smaller fraction's images are among those of a larger one.
+    All images of a class are used if it has fewer. The images of a smaller fraction are a subset of those of
+    a larger one with the same seed.
     """
     assert source.labels is not None
     each = max(1, round(fraction * len(source) / len(source.classes)))
@@ -196,7 +194,7 @@ def balanced_fraction(source: ImageSource, fraction: float, seed: int) -> ImageS
 
 
 def draw_by_class(labels: NDArray[np.int64], counts: NDArray[Any], seed: int) -> NDArray[np.int64]:
-    """Numbers of images, sorted: of every class as many as `counts` (S,) has, or all, drawn by the seed."""
+    """Sorted numbers of images drawn at random: `counts` (S,) of each class, or all if it has fewer."""
     drawn = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(len(labels))
     by_class = drawn[np.argsort(labels[drawn], kind="stable")]
     position = np.arange(len(labels)) - np.searchsorted(labels[by_class], labels[by_class])

@@ -1,1 +1,1 @@
-"""Looking inside: where single slots attend."""
+"""Analysis of slots: attention, images, accuracy, masks, and known factors."""

@@ -1,4 +1,4 @@
-"""Where single slots look: SPARO's attention weights on the grid of patches, and those of the CLS token.
+"""Attention of SPARO's slots and of the CLS token on the grid of patches.
 
 Axis letters: B images, L slots, N tokens, D width.
 """
@@ -12,22 +12,22 @@ from torch import Tensor
 
 from dino_sparo.models import Encoder
 
-FULL = 4.0  # times uniform attention that is drawn in the full color
+FULL = 4.0  # multiple of uniform attention that is drawn in the full color
 
 
 @torch.no_grad()
 def slot_attention(encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of every slot over normalized images (B, 3, height, width).
+    """Attention of each slot over normalized images (B, 3, height, width).
 
     Returns:
-        the shares of the patches (B, L, rows, columns) and that of the CLS token (B, L); the two of a slot
-        sum to one.
+        attention on the patches (B, L, rows, columns) and on the CLS token (B, L), which sum to one for each
+        slot.
 
     Raises:
         ValueError: the encoder has no slots.
     """
     if encoder.readout is None:
-        raise ValueError(f"readout {encoder.readout_name!r} has no slots; expected an encoder with 'sparo'")
+        raise ValueError(f"encoder has no slots (read-out {encoder.readout_name}); expected one with slots")
     attn_BLN = encoder.readout.attention(encoder.tokens(images))
     return _on_grid(attn_BLN, encoder, images), attn_BLN[:, :, 0]
 
@@ -36,11 +36,10 @@ def slot_attention(encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
 def cls_attention(encoder: Encoder, images: Tensor) -> Tensor:
     """Attention of the CLS token in the last transformer block over normalized images (B, 3, height, width).
 
-    The block's fused attention keeps its weights to itself, so this one row of them is computed again from
-    its queries and keys.
+    It is computed from the queries and keys of the block, since fused attention does not return weights.
 
     Returns:
-        (B, heads, rows, columns), the share of each patch; what is missing to one lies on CLS itself.
+        attention on the patches (B, heads, rows, columns); the remainder to one is on the CLS token.
     """
     backbone = encoder.backbone
     block, depth = backbone.blocks[-1], len(backbone.blocks)
@@ -54,27 +53,29 @@ def cls_attention(encoder: Encoder, images: Tensor) -> Tensor:
 
 
 def _on_grid(attn_BxN: Tensor, encoder: Encoder, images: Tensor) -> Tensor:
-    """Attention over tokens (B, x, N), without CLS, as (B, x, rows, columns)."""
+    """Attention over tokens (B, x, N) as (B, x, rows, columns), without CLS."""
     patch = encoder.backbone.patch_size
     return attn_BxN[:, :, 1:].unflatten(-1, (images.shape[-2] // patch, images.shape[-1] // patch))
 
 
 def times_uniform(attention: Tensor) -> Tensor:
-    """Shares of patches (..., rows, columns) as multiples of uniform attention, 1 / N over all N tokens."""
+    """Attention on patches (..., rows, columns) as a multiple of uniform attention, 1 / N for N tokens."""
     return attention * (attention.shape[-2] * attention.shape[-1] + 1)
 
 
 def strength(times: Tensor) -> Tensor:
-    """What is seen of attention in a picture, 0..1: nothing up to uniform, all from `FULL` times uniform, and
-    in proportion to the logarithm between."""
+    """Strength of the color in a picture for multiples of uniform attention: 0 up to 1, logarithmic between,
+    and 1 from `FULL`."""
     return (times.clamp(min=1).log2() / math.log2(FULL)).clamp(max=1)
 
 
 def distinct_slots(maps: Sequence[Tensor], count: int) -> list[int]:
-    """`count` slots whose pictures differ as much as possible, the most focused one first.
+    """Greedy choice of `count` slots whose pictures differ, starting with the most focused slot.
 
-    maps: of each image (L, rows, columns). Each next slot is the one whose picture is least like those
-    already chosen; one that shows little comes late.
+    Each further slot has the largest cosine distance to the chosen ones, weighted by the norm of its picture.
+
+    Args:
+        maps: for each image (L, rows, columns).
     """
     flat_LX = torch.cat([strength(times_uniform(map_Lrc)).flatten(1) for map_Lrc in maps], dim=1)
     shown_L, unit_LX = flat_LX.norm(dim=1), F.normalize(flat_LX, dim=1)

@@ -1,4 +1,4 @@
-"""Curves over epochs, from metrics.jsonl, and the colors and marks of series in all plots about a run."""
+"""Curves over epochs from metrics.jsonl, and the colors and markers of plots."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
@@ -9,28 +9,28 @@ from matplotlib.figure import Figure
 from dino_sparo.evaluation.knn import HEADLINE_K, KNN, KNN_IMAGES
 from dino_sparo.evaluation.results import standard_error
 
-# Of Okabe and Ito, which everybody can tell apart; the run is always the first, its control the second.
+# Okabe and Ito's palette, suitable for color blindness; the run is always first, its control second.
 COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
 MARKERS = "o", "s", "^", "D", "v", "P", "X"
-LEAST_SPAN = 20  # points of accuracy on the axis of a curve, so that noise does not look like a rise
-HEALTHY = {  # what a number is called, and what is healthy
-    "loss": ("DINO loss", "it may rise at first, then falls slowly"),
+LEAST_SPAN = 20  # smallest range of the accuracy axis in points, so that noise does not look like a gain
+HEALTHY = {  # log key -> title, and description of healthy values
+    "loss": ("DINO loss", "may rise at first, then falls slowly"),
     KNN: (f"{HEADLINE_K}-NN top-1, %", "rises"),
     f"knn{HEADLINE_K}_top5": (f"{HEADLINE_K}-NN top-5, %", "rises"),
-    "entropy_teacher": ("entropy of the teacher's answers, nats", "neither 0 nor as the next"),
-    "entropy_mean": ("entropy of their mean, nats", "well above the one before"),
-    "feature_std": ("spread of encodings", "near 1; at 0 all images are one"),
-    "slot_entropy": ("entropy of a slot's attention, nats", "below that of uniform attention"),
-    "slot_effective_patches": ("patches a slot looks at", "more than 1, well below all"),
-    "slot_cls_share": ("attention on CLS, share", "a part; near 1 CLS is copied"),
+    "entropy_teacher": ("entropy of teacher outputs, nats", "above 0, well below the next"),
+    "entropy_mean": ("entropy of their mean, nats", "well above the previous one"),
+    "feature_std": ("standard deviation of encodings", "0.3 to 1; 0: all encodings are equal"),
+    "slot_entropy": ("entropy of slot attention, nats", "below that of uniform attention"),
+    "slot_effective_patches": ("effective patches of a slot", "above 1, well below all patches"),
+    "slot_cls_share": ("share of attention on CLS", "small; near 1: slots copy CLS"),
     "slots_dead": ("dead slots", "0"),
-    "slots_duplicate": ("slots that look as another", "0"),
-    "slot_agreement": ("student and teacher look alike, share", "near 1 at the end"),
+    "slots_duplicate": ("duplicate slots", "0"),
+    "slot_agreement": ("agreement of student and teacher", "near 1 at the end"),
 }
 
 
 def draw_curve(metrics: Sequence[Mapping[str, Any]], file: BinaryIO) -> None:
-    """Write a PNG: loss, and where it was measured 20-NN accuracy with its standard error, over epochs."""
+    """Write a PNG: loss, and if measured 20-NN accuracy with its standard error, over epochs."""
     num_test = num_knn_images(metrics)
     curves = {key: points for key in ("loss", KNN) if len(points := points_of(metrics, key))}
     figure = Figure(figsize=(3.6 * len(curves), 3), layout="constrained")
@@ -53,7 +53,7 @@ def draw_curve(metrics: Sequence[Mapping[str, Any]], file: BinaryIO) -> None:
 
 
 def draw_all(metrics: Sequence[Mapping[str, Any]], file: BinaryIO) -> None:
-    """Write a PNG: every number of health over epochs, with its last value and what is healthy."""
+    """Write a PNG: the values of `HEALTHY` over epochs, with the last value and healthy ones in the title."""
     curves = {key: points for key in HEALTHY if len(points := points_of(metrics, key))}
     rows = -(-len(curves) // 3)
     figure = Figure(figsize=(10, 2.4 * rows), layout="constrained")
@@ -63,16 +63,16 @@ def draw_all(metrics: Sequence[Mapping[str, Any]], file: BinaryIO) -> None:
         axis.plot(*points.T, ".-" if len(points) <= 40 else "-", color=COLORS[0])
         axis.set_title(f"{name}: {points[-1, 1]:.4g}\nhealthy: {healthy}", fontsize=8.5)
         axis.grid(alpha=0.3)
-    for axis in axes:  # those that are left
+    for axis in axes:  # the unused ones
         axis.set_axis_off()
     figure.savefig(file, dpi=110, format="png")
 
 
 def num_knn_images(metrics: Sequence[Mapping[str, Any]]) -> int | None:
-    """Test images of the last k-NN while training; None without one, or from an older version."""
+    """Number of test images of the last k-NN while training; None if it is not in the log."""
     return next((one[KNN_IMAGES] for one in reversed(metrics) if KNN_IMAGES in one), None)
 
 
 def points_of(metrics: Sequence[Mapping[str, Any]], key: str) -> Any:
-    """Epochs and values of a number, (n, 2)."""
+    """Epochs and values of a log key, (n, 2)."""
     return np.array([(one["epoch"], one[key]) for one in metrics if key in one])

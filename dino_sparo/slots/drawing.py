@@ -1,4 +1,4 @@
-"""Pictures of attention: photographs in gray, in color where a slot looks, and grids of them with titles."""
+"""Pictures of attention, drawn in color over the image in gray, and grids of pictures with titles."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import groupby
@@ -24,46 +24,49 @@ from dino_sparo.terminal import shown
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TIMEOUT_SECONDS = 600.0  # for one image to come
-MAX_ASPECT = 16  # a longer image would have more tokens than one can see or compute
-SIDES = 224, 448  # least and most pixels of the short side of a picture; between them it has the image's own
-GRAY, LIGHTEST = 0.3, 0.92  # of 255: what black and white of the photograph become
-COLOR = 255, 80, 0  # orange: told from gray by everybody, whatever the color vision
-OPACITY = 0.75  # of the full color, so that the photograph stays visible
+TIMEOUT_SECONDS = 600.0  # for one image
+MAX_ASPECT = 16  # of a whole image; longer ones would have too many tokens
+SIDES = 224, 448  # range of the short side of a picture in pixels; within it the image is not resized
+GRAY, LIGHTEST = 0.3, 0.92  # gray levels of black and of white, as fractions of 255
+COLOR = 255, 80, 0  # orange, which differs from gray also with color blindness
+OPACITY = 0.75  # of the full color, so that the image stays visible
 DPI = 110
 CELL_INCHES, GAP_INCHES = 1.6, 0.06  # width of a picture in a grid, and between two
 TITLE_POINTS, TITLE_LINE_INCHES, TITLE_LETTERS_PER_INCH = 8, 0.15, 14  # above a picture
 HEADING_POINTS, HEADING_LINE_INCHES, LETTER_INCHES = 9, 0.17, 0.078  # above the grid
 SCALE_INCHES = 2.2, 0.12, 0.34  # of the scale: width, height, and height with its numbers
-LONGEST = 3.0  # a picture in a grid is at most so many times as high as wide
+LONGEST = 3.0  # largest height of a picture in a grid, as a multiple of its width
 SCALE_TEXT = "attention on a patch, as a multiple of uniform attention"
 
 Picture = NDArray[np.uint8]
 
 
 class Seen(NamedTuple):
-    """An image as the encoder sees it, and the same part of it at the image's own resolution, as far as
-    `SIDES` allow, to draw on: both uint8 (3, height, width)."""
+    """An image, uint8 (3, height, width) each: `pixels` are the input of the encoder, `picture` is the same
+    part of the image to draw on, at the image's resolution within the range `SIDES`."""
 
     pixels: Tensor
     picture: Tensor
 
 
 class SeenImages(Dataset):
-    """Item -> `Seen` of the evaluation crop, pixels (3, size, size), or of the whole image, its short side
-    resized to `short_side` (bicubic).
+    """Item -> `Seen` of the evaluation crop, or of the whole image.
 
-    What both sides of a whole image have beyond multiples of the patch is cut off, the same on either side.
-    An image that is smaller than a patch or too long to look at raises a UserError.
+    Args:
+        size: side of the evaluation crop in pixels.
+        short_side: short side of whole images in pixels (bicubic); they are center-cropped to multiples of
+            the patch size. None: evaluation crops.
+
+    Raises:
+        UserError: `short_side` is less than a patch; for an item: the image is smaller than a patch or too
+            long.
     """
 
     def __init__(
         self, source: ImageSource, patch_size: int, size: int, short_side: int | None = None
     ) -> None:
         if short_side is not None and short_side < patch_size:
-            raise UserError(
-                f"short_side is {short_side}, expected at least the {patch_size} pixels of a patch; give more"
-            )
+            raise UserError(f"short_side is {short_side}; expected at least {patch_size}, the patch size")
         self.source, self.patch_size, self.size, self.short_side = source, patch_size, size, short_side
 
     def __getitem__(self, index: int) -> Seen:
@@ -71,12 +74,12 @@ class SeenImages(Dataset):
         short = min(image.size)
         expected = ""
         if short < self.patch_size:
-            expected = f"at least a patch of {self.patch_size}"
+            expected = f"at least {self.patch_size} (the patch size) on each side"
         elif self.short_side is not None and max(image.size) > MAX_ASPECT * short:
-            expected = f"at most {MAX_ASPECT} times as long as wide"
+            expected = f"a long side of at most {MAX_ASPECT} times the short side"
         if expected:
             raise UserError(
-                f"{self.source.name(index)} has {image.width}x{image.height} pixels, expected {expected}; "
+                f"{self.source.name(index)} has {image.width}x{image.height} pixels; expected {expected}; "
                 f"choose other images"
             )
         least, most = SIDES
@@ -98,26 +101,26 @@ class SeenImages(Dataset):
 
 
 def check_numbers(key: str, numbers: Sequence[int], count: int) -> None:
-    """Raises UserError unless these are different numbers of `count` slots or images; `key` says of which."""
+    """Raises UserError unless `numbers` are distinct and from 0 to `count` - 1; `key` is slots or images."""
     for number in numbers:
         if not 0 <= number < count:
             raise UserError(
-                f"{key} has {number}, expected numbers from 0 to {count - 1}, since there are {count} {key}; "
-                f"leave {number} out"
+                f"{key} has {number}; expected numbers from 0 to {count - 1}, since there are {count} {key}"
             )
         if list(numbers).count(number) > 1:
-            raise UserError(f"{key} has {number} more than once, expected different numbers; give it once")
+            raise UserError(f"{key} has {number} more than once; give it once")
 
 
 def load_images(
     dataset: Dataset, source: ImageSource, numbers: Sequence[int], num_workers: int | None = 0
 ) -> Iterator[Any]:
-    """What a dataset over `source` gives for these images, in order.
+    """The items `numbers` of a dataset over `source`, in this order.
 
-    num_workers: None takes one per core, at most 16.
+    Args:
+        num_workers: processes that load images. None: one per core, at most 16.
 
     Raises:
-        UserError: an image cannot be read, or is none that the dataset takes.
+        UserError: an image cannot be read, or the dataset refuses it.
     """
     workers = default_workers() if num_workers is None else num_workers
     loader = WatchedLoader(
@@ -136,10 +139,11 @@ def load_images(
 def attention_of_each(
     attention: Callable[[Tensor], Tensor], images: Sequence[Tensor], batch_size: int, device: torch.device
 ) -> list[Tensor]:
-    """Attention over each of some images, (x, rows, columns) on the CPU; neighbors of one size share a pass.
+    """Attention over each image, (x, rows, columns) on the CPU; consecutive images of one size are batched.
 
-    attention: normalized images (B, 3, height, width) on the device -> (B, x, rows, columns).
-    images: uint8 (3, height, width).
+    Args:
+        attention: normalized images (B, 3, height, width) on the device -> (B, x, rows, columns).
+        images: uint8 (3, height, width).
     """
     maps: list[Tensor] = []
     for _, alike in groupby(images, key=lambda image: image.shape):
@@ -154,14 +158,13 @@ def as_picture(pixels: Tensor) -> Picture:
 
 
 def draw_attention(picture: Tensor, attention: Tensor) -> Picture:
-    """A map drawn over its image: in gray, and in color where there is more attention than uniform.
+    """Draw attention over its image in gray: in color where it is above uniform attention.
 
-    The color is as strong as `strength` says, on one scale for all pictures; where there is none, attention
-    is uniform or less.
+    The opacity of the color is `strength`, on the same scale in all pictures.
 
     Args:
         picture: uint8 (3, height, width), of any size.
-        attention: (rows, columns), the share of each patch of all attention, CLS included.
+        attention: on the patches (rows, columns), where attention over all tokens with CLS sums to one.
 
     Returns:
         uint8 (height, width, 3).
@@ -175,13 +178,13 @@ def draw_attention(picture: Tensor, attention: Tensor) -> Picture:
 
 
 def beside(*pictures: Picture) -> Picture:
-    """Pictures of one height as one, side by side."""
+    """Join pictures of the same height side by side."""
     gap = np.full((len(pictures[0]), max(1, len(pictures[0]) // 60), 3), 255, np.uint8)
     return np.concatenate([part for picture in pictures for part in (gap, picture)][1:], axis=1)
 
 
 def file_name(name: str, inches: float = CELL_INCHES) -> str:
-    """The last part of a name, as much of it as fits above a picture."""
+    """The last part of a path, shortened to fit above a picture."""
     name, most = Path(name).name, round(inches * TITLE_LETTERS_PER_INCH)
     return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-(most - most // 2) :]}"
 
@@ -195,15 +198,15 @@ def draw_grid(
     inches: float = CELL_INCHES,
     scale: bool = True,
 ) -> None:
-    """Write a PNG of rows of pictures, each (height, width, 3), below titles, a heading and the color scale.
+    """Write a PNG of rows of pictures, each (height, width, 3), with titles, a heading, and the color scale.
 
-    Pictures of a row may differ in shape, and rows in length.
+    Pictures may differ in shape, and rows in length.
 
     Args:
         inches: width of a picture.
-        scale: whether there is attention in the pictures, whose colors are to be explained.
+        scale: draw the color scale of attention.
     """
-    from matplotlib.figure import Figure  # takes a while, and training only makes pictures without titles
+    from matplotlib.figure import Figure  # slow to import, and training does not need it
 
     heading, titles = _plain(heading), [[*map(_plain, of_row)] for of_row in titles]
     columns = max(map(len, rows))
@@ -244,7 +247,7 @@ def draw_grid(
 
 
 def _draw_scale(figure: "Figure", left: float, top: float, page_width: float, page_height: float) -> None:
-    """What the color means, `left` and `top` inches from the page's corner."""
+    """Draw the color scale, `left` and `top` inches from the upper left corner."""
     width, height, _ = SCALE_INCHES
     box = left + 0.25, page_height - top - height, width, height
     axis: Any = figure.add_axes(
@@ -269,12 +272,12 @@ def _draw_scale(figure: "Figure", left: float, top: float, page_width: float, pa
 
 
 def remove_other_pictures(folder: Path, pattern: str, names: Collection[str]) -> None:
-    """Remove files of this pattern, which an earlier run has left in its folder, but for these names."""
+    """Remove files of this pattern except `names`: they are from an earlier call."""
     for path in folder.glob(pattern):
         if path.name not in names:
             path.unlink(missing_ok=True)
 
 
 def _plain(text: str) -> str:
-    """Lines of names that a figure can show."""
+    """Text with unprintable characters escaped, line by line."""
     return "\n".join(map(shown, text.split("\n")))

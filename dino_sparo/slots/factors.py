@@ -1,10 +1,10 @@
-"""Which slot tells which known factor of generated pictures.
+"""Which slot contains which known factor of generated pictures.
 
-A factor is told by a linear discriminant on a slot's numbers alone, in closed form. It is not the regression
-of one-hot classes that ranks slots: that never answers with a class that lies between others, such as the
-medium of three sizes or the center of nine positions.
+A factor is predicted from a slot by a linear discriminant in closed form. The ridge regression of one-hot
+classes that ranks slots is not used here, since it never predicts a class that lies between others, such as
+the medium of three sizes or the center of nine positions.
 
-Axis letters: n pictures, F factors, L slots, E numbers of an encoding, V numbers of a slot, S values.
+Axis letters: n pictures, E encoding dimensions, S values of a factor.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,33 +31,34 @@ from dino_sparo.slots.parts import (
 )
 from dino_sparo.terminal import aligned_table
 
-# Number of values of each factor; the pictures' objects can be counted too.
+# Number of values of each factor; the number of objects is one more factor.
 NUM_VALUES = {name: len(values) for name, values in FACTORS.items()} | {"count": MAX_OBJECTS}
-PICTURES_SEED = 1  # training and its k-NN see pictures of seed 0 only
+PICTURES_SEED = 1  # training and its k-NN use only pictures of seed 0
 MIN_PICTURES = 200
-RIDGES = (0.001, 0.01, 0.1, 1.0)  # in units of the variance within a value of a standardized number
-HELD_OUT_EVERY = 5  # learning pictures on which the ridge is chosen
+RIDGES = (0.001, 0.01, 0.1, 1.0)  # added to the variance within classes, which is standardized to 1
+HELD_OUT_EVERY = 5  # every fifth train picture is held out to select the ridge
 
 
 def slot_factors(encoders: Sequence[CutEncoder], folder: Path, *, num_images: int = 2000) -> dict[str, Any]:
-    """Score each slot on each factor of generated pictures, and write `factors.png` into the folder.
+    """Evaluate how well each slot predicts each factor of generated pictures, and write `factors.png`.
 
     Args:
-        encoders: one with slots, and controls, which are scored as a whole.
-        num_images: pictures to learn from, at least 200; half as many others to test on.
+        encoders: one with slots, and controls, of which only the whole encoding is evaluated.
+        folder: of `factors.png`; created if it does not exist.
+        num_images: number of train pictures, at least 200; there are half as many test pictures.
 
     Returns:
-        plain values: `factors` (their numbers of values) and `chance` by factor, `num_train`, `num_test`, and
-        for each of `encoders` its accuracies in per cent: `alone`, a row of all factors for each slot, and
-        `whole` by factor.
+        JSON values: `factors` (number of values) and `chance` by factor, `num_train`, `num_test`, and for
+        each of `encoders` accuracies in percent: `alone`, a row for each slot with all factors, and `whole`
+        by factor.
 
     Raises:
         UserError: there are too few pictures, or the disk cannot hold the features.
     """
     if num_images < MIN_PICTURES:
         raise UserError(
-            f"num_images is {num_images}, expected at least {MIN_PICTURES}, a score or more for each "
-            f"value of a factor; give more, such as 2000"
+            f"num_images is {num_images}; expected at least {MIN_PICTURES}, which is about 20 for each value "
+            f"of a factor"
         )
     folder.mkdir(parents=True, exist_ok=True)
     train, train_values = factor_pictures(0, num_images)
@@ -83,7 +84,7 @@ def slot_factors(encoders: Sequence[CutEncoder], folder: Path, *, num_images: in
 
 
 def factor_pictures(first: int, count: int) -> tuple[ShapesSource, dict[str, NDArray[np.int64]]]:
-    """Pictures `first`, `first + 1`, ... that no training sees, and the value numbers (n,) of each factor."""
+    """`count` pictures that are not used in training, and for each factor its values as numbers (n,)."""
     indices = np.arange(first, first + count)
     drawn = [asdict(draw_factors(PICTURES_SEED, int(index))) for index in indices]
     values = {name: np.array([factors[name] for factors in drawn], np.int64) for name in FACTORS}
@@ -101,16 +102,16 @@ def score_factors(
     num_parts: int,
     device: torch.device,
 ) -> tuple[list[list[float]], dict[str, float]]:
-    """How well each part of an encoding alone, and the whole, tells each factor, in per cent.
+    """Accuracy in percent of predicting each factor from each part of an encoding, and from the whole.
 
     Args:
-        train, test: encodings (n, E) of pictures to learn from and to score on, any precision.
-        train_values, test_values: value numbers (n,) by factor.
+        train, test: encodings (n, E), any precision.
+        train_values, test_values: values as numbers (n,) by factor.
         num_values: S by factor.
-        num_parts: slots, or 1 where only the whole encoding is wanted.
+        num_parts: number of slots, or 1 to evaluate only the whole encoding.
 
     Returns:
-        Rows of the parts, with one accuracy a factor; and of the whole encoding, by factor.
+        for each part a row with one accuracy per factor; and the accuracies of the whole encoding by factor.
     """
     subsets = [*([part] for part in range(num_parts)), range(num_parts)]
     columns = [columns_of(train.shape[1], num_parts, subset) for subset in subsets]
@@ -139,7 +140,7 @@ def score_factors(
 
 
 def _by_value(sums: Moments, rows: NDArray[Any], values: NDArray[np.int64], num_values: int) -> Moments:
-    """The same sums, but by the values of a factor: pairs of numbers need not be summed again for each."""
+    """`sums` with classes by the values of a factor; sums that do not depend on classes are reused."""
     device = sums.sums.device
     exact = torch.from_numpy(rows).to(device).double()
     numbers = torch.from_numpy(values).to(device)
@@ -148,14 +149,14 @@ def _by_value(sums: Moments, rows: NDArray[Any], values: NDArray[np.int64], num_
 
 
 def chance() -> dict[str, float]:
-    """Accuracy of guessing in per cent: all values are equally likely."""
+    """Accuracy of guessing in percent by factor; all values are equally likely."""
     return {name: 100 / number for name, number in NUM_VALUES.items()}
 
 
 def draw_factors_matrix(encoders: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write a PNG: accuracy of each slot (row) on each factor (column), whole encodings below.
+    """Write a PNG: accuracy of each slot (row) for each factor (column), whole encodings below.
 
-    The color is the share of the way from chance to 100 %, so that factors of few values compare.
+    The color is the position between chance and 100 %, so that factors with few and many values compare.
     """
     slots = np.array(encoders[0]["alone"])
     whole = np.array([list(one["whole"].values()) for one in encoders])
@@ -179,16 +180,16 @@ def draw_factors_matrix(encoders: Sequence[Mapping[str, Any]], path: Path) -> No
     axes[0].xaxis.tick_top()
     headings = [f"{name}\n({value:.0f})" for name, value in chance().items()]
     axes[0].set_xticks(range(len(headings)), headings, fontsize=8)
-    figure.suptitle("accuracy in per cent of each slot alone (in brackets: chance)", fontsize=9)
+    figure.suptitle("accuracy of each slot alone, % (in parentheses: chance)", fontsize=9)
     bar = figure.colorbar(shown, ax=axes, shrink=0.6)
-    bar.set_label("from chance (0) to 100 % (1)", fontsize=8)
+    bar.set_label("0: chance, 1: accuracy of 100 %", fontsize=8)
     bar.ax.tick_params(labelsize=8)
     with atomic_write(path, durable=False) as file:
         figure.savefig(file, dpi=110, format="png")
 
 
 def table(encoders: Sequence[Mapping[str, Any]]) -> str:
-    """For each factor chance, the largest accuracy of a slot on these pictures, and the whole encodings."""
+    """A table: for each factor chance, the best slot, and the whole encodings."""
     slots = np.array(encoders[0]["alone"])
     rows = []
     for column, (name, guess) in enumerate(chance().items()):
@@ -196,4 +197,4 @@ def table(encoders: Sequence[Mapping[str, Any]]) -> str:
         whole = [f"{one['whole'][name]:.1f}" for one in encoders]
         rows.append([name, f"{guess:.1f}", f"{slots[best, column]:.1f} (slot {best})", *whole])
     names = ["all slots", *(one["name"] for one in encoders[1:])]
-    return aligned_table(["factor", "chance", "largest slot", *names], rows)
+    return aligned_table(["factor", "chance", "best slot", *names], rows)

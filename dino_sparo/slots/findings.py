@@ -1,4 +1,4 @@
-"""What was found about a run, in sentences: from the files of its analyses."""
+"""Findings about a run in sentences, from the files of its analyses."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,13 +22,10 @@ class Finding(NamedTuple):
 
 
 def training(encoder: Encoder, config: Content, metrics: Sequence[Content]) -> list[str]:
-    """What was trained on what, and its 20-NN accuracy from untrained to trained."""
-    slots, sentence = (
-        encoder.num_slots,
-        f"A ViT of {len(encoder.backbone.blocks)} blocks, {encoder.width} wide",
-    )
-    sentence += (
-        f", with {slots} slots of {encoder.embed_dim // slots} numbers" if slots else ", without slots"
+    """The encoder, its training, and its 20-NN accuracy before and after training."""
+    slots = encoder.num_slots
+    sentence = f"A ViT of {len(encoder.backbone.blocks)} blocks, {encoder.width} wide, " + (
+        f"with {slots} slots of {encoder.embed_dim // slots} numbers" if slots else "without slots"
     )
     if metrics and config:
         last = metrics[-1]
@@ -38,17 +35,20 @@ def training(encoder: Encoder, config: Content, metrics: Sequence[Content]) -> l
         )
     accuracies = points_of(metrics, KNN)
     if not len(accuracies):
-        return [f"{sentence}.", "No 20-NN accuracy was measured while training: that needs class folders."]
+        return [
+            f"{sentence}.",
+            "20-NN accuracy was not measured while training, since it needs class folders.",
+        ]
     (_, first), (_, last) = accuracies[0], accuracies[-1]
     begun = "untrained" if accuracies[0][0] == 0 else f"after epoch {accuracies[0][0]:g}"
-    told = f"20-NN accuracy: {first:.1f} % {begun}, {last:.1f} % trained"
+    text = f"20-NN accuracy: {first:.1f} % {begun}, {last:.1f} % trained"
     if num_test := num_knn_images(metrics):
-        told += f" (± {standard_error(last, num_test):.1f}, one standard error), on {num_test:,} test images"
+        text += f" (± {standard_error(last, num_test):.1f}, one standard error), on {num_test:,} test images"
         if abs(last - first) < 2 * np.hypot(standard_error(first, num_test), standard_error(last, num_test)):
-            told += "; so small a difference is within chance"
+            text += "; the difference is not significant (less than two standard errors)"
     if per_class := config.get("monitor", {}).get("knn_images_per_class"):
-        told += f", with at most {per_class} images per class"
-    return [f"{sentence}.", f"{told}."]
+        text += f", with at most {per_class} images per class"
+    return [f"{sentence}.", f"{text}."]
 
 
 def of_rank(found: Content) -> list[str]:
@@ -59,46 +59,47 @@ def of_rank(found: Content) -> list[str]:
     best, worst = order[0], order[-1]
     share = f" ({100 * half['knn'] / whole:.0f} % of it)" if whole else ""
     return [
-        f"{half['kept']} of {one['num_parts']} slots, {WAYS[way]}, have a {found['k']}-NN accuracy of "
-        f"{half['knn']:.1f} %, where all have {whole:.1f} %{share}, on {found['num_test']:,} test images.",
-        f"Alone, slot {best} tells most ({alone[best]:.1f} %), slot {worst} least ({alone[worst]:.1f} %).",
+        f"{half['kept']} of {one['num_parts']} slots ({WAYS[way]}) have a {found['k']}-NN accuracy of "
+        f"{half['knn']:.1f} %, all slots {whole:.1f} %{share}, on {found['num_test']:,} test images.",
+        f"Slot {best} has the highest {found['k']}-NN accuracy alone ({alone[best]:.1f} %), slot {worst} the "
+        f"lowest ({alone[worst]:.1f} %).",
     ]
 
 
 def of_health(found: Content) -> list[str]:
-    """Dead slots, slots that look at the same places, and how much a slot looks at."""
+    """Dead and duplicate slots, and the spread of attention."""
     slots, summary = found["slots"], found["summary"]
     dead = [slot["slot"] for slot in slots if slot["dead"]]
     same = sorted({tuple(sorted((slot["slot"], slot["nearest"]))) for slot in slots if slot["duplicate"]})
     pairs = ", ".join(f"{one} and {other}" for one, other in same)
-    dead_told = f"Dead slots, which do not vary over images: {', '.join(map(str, dead))}."
     return [
-        dead_told if dead else "No slot is dead.",
-        f"Slots that look at the same places: {pairs}." if same else "No two slots look at the same places.",
-        f"A slot spreads its attention over {summary['mean_effective_patches']:.1f} of "
-        f"{summary['num_patches']} patches on average, and {100 * summary['mean_cls_share']:.0f} % of its "
-        "attention is on CLS.",
+        f"Dead slots (nearly constant over images): {', '.join(map(str, dead))}."
+        if dead
+        else "No slot is dead.",
+        f"Duplicate slots (same attention): {pairs}." if same else "No slots are duplicates.",
+        f"On average, a slot attends to {summary['mean_effective_patches']:.1f} of {summary['num_patches']} "
+        f"patches (effective number), with {100 * summary['mean_cls_share']:.0f} % of its attention on CLS.",
     ]
 
 
 def of_mask(found: Content) -> list[str]:
-    """What a learned mask changes."""
+    """The change of accuracy by a learned mask."""
     row = [row for row in found["rows"] if row["over"] == "slots"][0]  # noqa: RUF015 else an IndexError
     return [
-        f"A learned mask over slots takes nearest class means from {row['initial']:.1f} to "
+        f"A learned mask over slots changes the accuracy of nearest class means from {row['initial']:.1f} to "
         f"{row['masked']:.1f} % ({row['test_set']})."
     ]
 
 
 def of_factors(found: Content) -> list[str]:
-    """The factor that slots tell best, by a slot alone and by all."""
+    """The factor that all slots together predict best, and its accuracy by one slot and by all."""
     one, names = found["encoders"][0], list(found["factors"])
     alone = np.array(one["alone"])
     above = [(one["whole"][name] - found["chance"][name]) / (100 - found["chance"][name]) for name in names]
     place = int(np.argmax(above))
     name, slot = names[place], int(alone[:, place].argmax())
     return [
-        f"Of the known factors {name} is told best: {one['whole'][name]:.0f} % by all slots, "
+        f"Of the known factors, {name} is predicted best: {one['whole'][name]:.0f} % by all slots, "
         f"{alone[slot, place]:.0f} % by slot {slot} alone (chance {found['chance'][name]:.0f} %)."
     ]
 

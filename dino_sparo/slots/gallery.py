@@ -1,6 +1,6 @@
-"""The images that each slot responds to most, and their neighbors within it.
+"""The images to which each slot responds most, and their nearest neighbors in this slot.
 
-Axis letters: n images at a time, E numbers of an encoding, L slots, V slot width, T images shown of a slot.
+Axis letters: n images of a chunk, E encoding dimensions, L slots, V slot width, T images shown per slot.
 """
 
 from collections.abc import Sequence
@@ -31,8 +31,8 @@ from dino_sparo.slots.drawing import (
 )
 from dino_sparo.slots.parts import CutEncoder, chunks
 
-TITLE_LETTERS = 14  # of a class name above a picture
-PAIR_INCHES = 2.6  # width of an image and the map on it
+TITLE_LETTERS = 14  # shown characters of a class name
+PAIR_INCHES = 2.6  # width of an image together with its attention map
 
 
 def slot_gallery(
@@ -44,17 +44,20 @@ def slot_gallery(
     num_images: int = 6,
     num_neighbors: int = 4,
 ) -> list[dict[str, Any]]:
-    """Write a picture for each slot into the folder, `slot<number>.png`; others of this name go.
+    """Write a picture for each slot, `slot<number>.png`; pictures of an earlier call are removed.
 
     Args:
         one: an encoder with slots.
-        slots: numbers of slots; None takes all.
+        folder: of the pictures; created if it does not exist.
+        slots: numbers of slots. None: all.
+        num_images: images per slot, the ones with the largest responses.
+        num_neighbors: nearest neighbors per image.
 
     Returns:
-        plain values for each slot: its number, its picture's file, and the images on it.
+        JSON values for each slot: its number, the file name of its picture, and the images on it.
 
     Raises:
-        UserError: a number is not that of a slot, or an image cannot be read.
+        UserError: a slot number is out of range, or an image cannot be read.
     """
     encoder, device, num_slots = one.encoder, one.device, one.num_parts
     chosen = list(range(num_slots)) if slots is None else list(slots)
@@ -98,26 +101,28 @@ def slot_gallery(
 
 
 class Responses(NamedTuple):
-    """What each slot responds to most."""
+    """The images with the largest responses of each slot.
+
+    Attributes:
+        means: mean vector of each slot over all images, (L, V).
+        images: numbers of the images, largest response first, (L, T).
+        responses: their responses, (L, T).
+    """
 
     means: Tensor
-    """Mean vector of each slot over all images, (L, V)."""
     images: Tensor
-    """Numbers of the images with the largest responses, (L, T), largest first."""
     responses: Tensor
-    """Their responses, (L, T)."""
 
 
 def strongest(
     features: Rows, num_slots: int, count: int, *, device: torch.device, chunk: int | None = None
 ) -> Responses:
-    """The `count` images to which each slot responds most, of encodings (num_images, E).
+    """The `count` images to which each slot responds most, from encodings (num_images, E).
 
-    A slot's response to an image is the length of its vector less the mean over all images, divided by the
-    root mean square of these lengths: 1 is usual. The mean is taken off since it is often the longest part
-    and says nothing about the image; one divisor for the slot, rather than one for each number, keeps the
-    slot's own geometry, in which neighbors are compared too, and numbers that hardly vary stay small. A
-    slot that is the same for all images responds with 0.
+    The response of a slot to an image is the norm of its centered vector (the mean over all images is
+    subtracted), divided by the root mean square of these norms, so 1 is typical. Dividing by one value per
+    slot instead of one per dimension keeps the geometry of the slot, in which neighbors are compared too, and
+    does not amplify dimensions that hardly vary. The response of a constant slot is 0.
     """
     means_LV = torch.zeros(num_slots, features.shape[1] // num_slots, dtype=torch.float64, device=device)
     for _, rows in chunks(features, device, chunk):
@@ -130,7 +135,7 @@ def strongest(
         numbers_n = torch.arange(start, start + len(rows), device=device)
         best = k_best(best, (lengths_Ln, numbers_n.expand_as(lengths_Ln)), count)
     rms_L1 = (squares_L / len(features)).sqrt()[:, None]
-    # Below the rounding of a mean of equal vectors there is no response.
+    # The norms of a constant slot are not exactly 0, because its mean is rounded.
     alive_L1 = rms_L1 > 1e-9 * means_LV.norm(dim=1, keepdim=True)
     responses_LT = torch.where(alive_L1, best[0] / rms_L1.clamp_min(1e-300), 0.0)
     return Responses(means_LV, best[1], responses_LT)
@@ -139,9 +144,9 @@ def strongest(
 def neighbors(
     features: NDArray[Any], found: Responses, count: int, *, device: torch.device, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The `count` other images nearest to each of the strongest, by the cosine of slot vectors less the mean.
+    """The `count` nearest neighbors of each image in `found`, by the cosine of centered slot vectors.
 
-    A vector equal to the mean has cosine 0.
+    The cosine of a vector that equals the mean is 0.
 
     Returns:
         cosines and image numbers, both (L, T, count), nearest first.
@@ -164,18 +169,18 @@ def neighbors(
 
 
 def _draw(folder: Path, entry: dict[str, Any], pairs: list[Picture], classes: list[list[str]]) -> None:
-    """One row for each of the strongest images: it first, then its neighbors, each beside the map on it."""
+    """Draw a row for each image, followed by its neighbors, each with its attention map."""
     titles = []
     for top, row in zip(entry["top"], classes, strict=True):
         names = [file_name(one["image"], PAIR_INCHES) for one in (top, *top["neighbours"])]
         values = [f"response {top['response']:.2f}"]
         values += [f"cosine {near['cosine']:.3f}" for near in top["neighbours"]]
-        told = [", ".join(filter(None, pair)) for pair in zip(values, row, strict=True)]
-        titles.append([f"{name}\n{text}" for name, text in zip(names, told, strict=True)])
+        texts = [", ".join(filter(None, pair)) for pair in zip(values, row, strict=True)]
+        titles.append([f"{name}\n{text}" for name, text in zip(names, texts, strict=True)])
     columns = len(titles[0])
     heading = (
-        f"Slot {entry['slot']}: each row is one of the images to which it responds most (1 is usual), "
-        "and its nearest neighbors within the slot"
+        f"Slot {entry['slot']}: each row is an image to which the slot responds most (1 is typical), "
+        "and its nearest neighbors in this slot"
     )
     rows = [pairs[start : start + columns] for start in range(0, len(pairs), columns)]
     draw_grid(rows, titles, folder / entry["picture"], heading, inches=PAIR_INCHES)

@@ -1,4 +1,4 @@
-"""Where slots look, and which are dead or duplicates, on a folder of images."""
+"""Statistics of the slots on a folder of images: attention, dead slots, and duplicate slots."""
 
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -26,7 +26,7 @@ from dino_sparo.slots.statistics import (
 )
 from dino_sparo.terminal import aligned_table
 
-SHOWN_SLOTS = 12  # numbers of dead or duplicate slots in the printed table
+SHOWN_SLOTS = 12  # dead or duplicate slots that are listed in the table
 NUM_BINS = 20
 
 
@@ -39,19 +39,19 @@ def measure_health(
     batch_size: int = 64,
     num_workers: int | None = 0,
 ) -> SlotHealth:
-    """Numbers of every slot over all images of a source, each resized and cropped as in evaluation.
+    """Statistics of each slot over all images, resized and cropped as in evaluation.
 
     Args:
-        encoder: with slots, in evaluation mode, used on its device.
-        other: likewise, an encoder whose attention is compared with it.
+        encoder: with slots, in evaluation mode; used on its device.
+        other: an encoder of the same kind to compare attention with.
+        batch_size: images per forward pass.
+        num_workers: processes that load images. None: one per core, at most 16.
 
     Raises:
-        UserError: there is but one image, one cannot be read, or the workers that load images failed.
+        UserError: there is only one image, an image cannot be read, or a loading worker failed.
     """
     if len(source) < 2:
-        raise UserError(
-            "num_images is 1, expected at least 2, since slots are dead that do not vary over images"
-        )
+        raise UserError("num_images is 1; expected at least 2, to measure how slots vary over images")
     crops = CenterCrops(source, encoder.image_size)
     pixels = load_images(crops, source, range(len(source)), num_workers)
     statistics = SlotStatistics()
@@ -63,7 +63,7 @@ def measure_health(
 
 
 def as_entries(health: SlotHealth) -> list[dict[str, Any]]:
-    """One dictionary of plain values a slot."""
+    """A dictionary of JSON values per slot."""
     entries: list[dict[str, Any]] = [{"slot": slot} for slot in range(len(health.entropy))]
     for name, values in vars(health).items():
         for slot, entry in enumerate(entries):
@@ -72,7 +72,7 @@ def as_entries(health: SlotHealth) -> list[dict[str, Any]]:
 
 
 def summarize(slots: Sequence[Mapping[str, Any]], num_patches: int) -> dict[str, float | None]:
-    """Means over slots, how many are dead and how many duplicates, and what to compare them with."""
+    """Means over slots, and the numbers of slots, patches, dead slots, and duplicate slots."""
     summary: dict[str, float | None] = {
         "num_slots": len(slots),
         "num_patches": num_patches,
@@ -86,7 +86,7 @@ def summarize(slots: Sequence[Mapping[str, Any]], num_patches: int) -> dict[str,
 
 
 def table(slots: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> str:
-    """The summary as a table, each line with what is healthy."""
+    """The summary as a table with a description of healthy values."""
 
     def listed(name: str) -> str:
         found = [str(slot["slot"]) for slot in slots if slot[name]]
@@ -95,19 +95,28 @@ def table(slots: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> str
 
     patches = f"{summary['mean_effective_patches']:.1f} of {summary['num_patches']}"
     rows = [
-        ("effective patches", patches, "well below all, above one"),
-        ("attention on CLS", f"{100 * summary['mean_cls_share']:.1f} %", "a part; near 100 %: CLS is copied"),
-        ("dead slots", listed("dead"), f"0; below {DEAD_RELATIVE_STD} of the middle slot's variation"),
-        ("duplicate slots", listed("duplicate"), f"0; above {DUPLICATE_OVERLAP} overlap with another slot"),
-        ("overlap with nearest", f"{summary['mean_overlap']:.2f}", "well below 1"),
+        ("effective patches", patches, "above 1, well below all patches"),
+        (
+            "share of attention on CLS",
+            f"{100 * summary['mean_cls_share']:.1f} %",
+            "small; near 100 %: slots copy CLS",
+        ),
+        (
+            "dead slots",
+            listed("dead"),
+            f"0 (dead: standard deviation below {DEAD_RELATIVE_STD} of the median)",
+        ),
+        ("duplicate slots", listed("duplicate"), f"0 (duplicate: overlap above {DUPLICATE_OVERLAP})"),
+        ("overlap with the nearest slot", f"{summary['mean_overlap']:.2f}", "well below 1"),
     ]
     if summary["mean_agreement"] is not None:
-        rows.append(("student and teacher", f"{summary['mean_agreement']:.2f} overlap", "near 1 at the end"))
+        agreement = f"{summary['mean_agreement']:.2f}"
+        rows.append(("agreement of student and teacher", agreement, "near 1 at the end"))
     return aligned_table(("measure", "value", "healthy"), rows)
 
 
 def draw_health(slots: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], path: Path) -> None:
-    """Write a PNG: a histogram over slots of each number, with the bounds of dead and duplicate slots."""
+    """Write a PNG: a histogram over slots of each statistic, with thresholds of dead and duplicate slots."""
     figure = Figure(figsize=(10, 5.2), layout="constrained")
     axes = figure.subplots(2, 3)
     patches = summary["num_patches"]
@@ -115,9 +124,9 @@ def draw_health(slots: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], 
         ("effective_patches", f"effective patches, of {patches}", (1, patches)),
         ("entropy", "entropy of attention, nats", None),
         ("cls_share", "share of attention on CLS", (0, 1)),
-        ("response_std", "variation of the output over images", None),
-        ("overlap", "overlap with the nearest other slot", (0, 1)),
-        ("agreement", "overlap of student and teacher", (0, 1)),
+        ("response_std", "standard deviation over images", None),
+        ("overlap", "overlap with the nearest slot", (0, 1)),
+        ("agreement", "agreement of student and teacher", (0, 1)),
     )
     for axis, (name, title, bounds) in zip(axes.flat, panels, strict=True):
         axis.set_title(title, fontsize=9)
@@ -125,7 +134,7 @@ def draw_health(slots: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], 
         axis.yaxis.set_major_locator(MaxNLocator(integer=True))
         numbers = [slot[name] for slot in slots if slot[name] is not None]
         if not numbers:
-            axis.text(0.5, 0.5, "one set of weights only", ha="center", transform=axis.transAxes, fontsize=8)
+            axis.text(0.5, 0.5, "only one network", ha="center", transform=axis.transAxes, fontsize=8)
             axis.set_axis_off()
             continue
         low, high = bounds or (0.0, 1.1 * max(numbers) or 1.0)
@@ -138,6 +147,6 @@ def draw_health(slots: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], 
     ):
         axis.axvline(at, color=COLORS[1], linestyle="--")
         axis.set_xlabel(f"dashed: {label}", fontsize=8)
-    figure.supylabel("slots", fontsize=9)
+    figure.supylabel("number of slots", fontsize=9)
     with atomic_write(path, durable=False) as file:
         figure.savefig(file, dpi=110, format="png")

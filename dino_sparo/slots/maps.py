@@ -1,4 +1,4 @@
-"""Attention of chosen slots over chosen images, beside that of the CLS token; without slots, of its heads."""
+"""Attention maps of slots and of the CLS token over images; without slots, of the heads of the CLS token."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,8 +28,8 @@ from dino_sparo.slots.drawing import (
     remove_other_pictures,
 )
 
-NUM_SLOTS = 8  # where none are named
-HEADING = "Where {} look: the photograph in gray, with color where there is more attention than uniform"
+NUM_SLOTS = 8  # slots that are drawn if none are chosen
+HEADING = "Where {} look: the image in gray, with color where attention is above uniform attention"
 
 
 def slot_maps(
@@ -45,27 +45,30 @@ def slot_maps(
     batch_size: int = 64,
     num_workers: int | None = 0,
 ) -> dict[str, Any]:
-    """Write grid.png and a picture for each image and slot into the folder; others of this name go.
+    """Write grid.png and a picture for each image and slot; pictures of an earlier call are removed.
 
     Args:
-        encoder: in evaluation mode, used on its device. Without slots every head of the CLS token is drawn.
-        slots: numbers of slots; None takes eight that look at different places.
-        images: numbers of images; None takes `num_images` spread evenly.
-        short_side: draw whole images with this short side in pixels; None takes the evaluation's crops.
-        control: likewise, an encoder without slots, whose heads are drawn into control.png.
+        encoder: in evaluation mode; used on its device. Without slots all heads of the CLS token are drawn.
+        folder: of the pictures; created if it does not exist.
+        slots: numbers of slots. None: eight slots with different attention.
+        images: numbers of images. None: `num_images`, spread evenly.
+        short_side: draw whole images with this short side in pixels. None: evaluation crops.
+        control: an encoder without slots, whose heads are drawn into control.png.
+        batch_size: images per forward pass.
+        num_workers: processes that load images. None: one per core, at most 16.
 
     Returns:
-        plain values: names of images, slots, and the pictures' files: `grid`, `control`, and `overlays` by
-        image number, then `cls`, the slot, or `head0` and so on.
+        JSON values: `images` (names), `slots`, and file names: `grid`, `control_grid`, and `overlays` by
+        image number and then `cls`, number of the slot, or `head0` and so on.
 
     Raises:
-        UserError: a number is not that of a slot or an image, or an image cannot be read or is too small.
+        UserError: a slot or image number is out of range, or an image cannot be read or is too small.
     """
     if slots is not None:
         if not encoder.num_slots:
             raise UserError(
                 f"slots is {list(slots)}, but the encoder has none (read-out {encoder.readout_name}); leave "
-                f"slots out to see the heads of its CLS token"
+                f"slots out to draw the heads of the CLS token"
             )
         check_numbers("slots", slots, encoder.num_slots)
     if images is not None:
@@ -96,13 +99,19 @@ def slot_maps(
 
 
 def spread_evenly(source: ImageSource, count: int) -> list[int]:
-    """Numbers of at most `count` images of a source, the first and the last among them."""
+    """Numbers of at most `count` evenly spaced images, including the first and the last."""
     return np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int).tolist()
 
 
 class Rows(NamedTuple):
-    """Images, and attention drawn over each: names, plain pictures, drawn ones of each image by column, and
-    titles of the columns by key: `cls`, the number of a slot, or `head0` and so on."""
+    """Images and their attention maps.
+
+    Attributes:
+        names: of the images.
+        plain: pictures of the images.
+        drawn: for each image its attention maps.
+        titles: of the maps, by `cls`, number of the slot, or `head0` and so on.
+    """
 
     names: list[str]
     plain: list[Picture]
@@ -110,12 +119,12 @@ class Rows(NamedTuple):
     titles: dict[str, str]
 
     def as_one(self) -> Picture:
-        """All rows of square pictures as one picture, without titles."""
+        """All square pictures as one picture, one row per image, without titles."""
         rows = [beside(plain, *drawn) for plain, drawn in zip(self.plain, self.drawn, strict=True)]
         return np.concatenate(rows)
 
     def draw(self, path: Path) -> None:
-        """Write a PNG: one row an image, the plain image first."""
+        """Write a PNG with one row per image: the image, then its maps."""
         first, *others = [[file_name(name), *[""] * len(self.titles)] for name in self.names]
         titles = [[first[0], *self.titles.values()], *others]
         rows = [[plain, *drawn] for plain, drawn in zip(self.plain, self.drawn, strict=True)]
@@ -134,9 +143,11 @@ def look(
     batch_size: int = 64,
     num_workers: int | None = 0,
 ) -> Rows:
-    """Attention over some images of a source, drawn: arguments as for `slot_maps`.
+    """Attention maps over images of a source. Arguments as for `slot_maps`, and:
 
-    num_slots: how many slots, which look at different places, are taken where none are named.
+    Args:
+        numbers: of the images.
+        num_slots: number of slots with different attention that are drawn if `slots` is None.
     """
     dataset = SeenImages(source, encoder.backbone.patch_size, encoder.image_size, short_side)
     seen = list(load_images(dataset, source, numbers, num_workers))

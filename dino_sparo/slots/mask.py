@@ -1,16 +1,16 @@
-"""A mask learned over slots or numbers of a frozen encoding, and its transfer.
+"""A mask learned over slots or dimensions of a frozen encoding, and its transfer.
 
 Source: SPARO, section 5.2, appendix C.1, table 5. The mask is m = sigmoid(s/4 theta), s = max(100, e^alpha).
-The paper learns it by CLIP's objective; here, for labeled images, by cross-entropy over
-s cos(m * y, m * class mean), y the encoding and the class means those of the train images. Where the paper is
-silent: theta begins at 0, where the mask is even and so changes no cosine, and e^alpha at 100; both are
-learned, at a constant rate; the last batch of an epoch may be smaller.
+The paper trains it with CLIP's objective; here it is trained on labeled images with cross-entropy over
+s cos(m * y, m * class mean), where y is the encoding and class means are those of the train images. Not
+specified in the paper: theta starts at 0 (a uniform mask, which changes no cosine) and e^alpha at 100; both
+are learned with a constant learning rate; the last batch of an epoch may be smaller.
 
-A scale of 100 and more is made for cosines that lie close together, as those of encodings with a large
-common mean do. Where they are spread (a mean of zero, say) the loss begins far above ln S, and the mask may
-drop parts that tell the class: look at the learning in mask.json.
+A scale of 100 or more suits cosines that are close together, as those of encodings with a large common mean.
+Otherwise (for centered encodings, say) the loss starts far above ln S, and the mask may drop parts that
+contain the class: check `learning` in mask.json.
 
-Axis letters: B images, S classes, E numbers of an encoding, M numbers of a mask.
+Axis letters: B images, n images of a set, S classes, E encoding dimensions, M mask dimensions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,12 +32,12 @@ from dino_sparo.terminal import aligned_table
 
 LEAST_SCALE = 100.0
 MOMENTUM = 0.9
-KEPT = 0.5  # a number of the mask above this counts as kept
-CHUNK = 1024  # images at a time where order does not matter
+KEPT = 0.5  # mask values above this count as kept
+CHUNK = 1024  # images at a time, except in training
 
 
 class Learned(NamedTuple):
-    """A mask (M,) from 0 to 1, the scale of cosines, and the mean loss of the first and the last epoch."""
+    """A mask (M,) with values from 0 to 1, the scale s, and the mean losses of the first and last epoch."""
 
     mask: Tensor
     scale: float
@@ -55,17 +55,19 @@ def mask_slots(
     batch_size: int = 1024,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Learn a mask over parts and one over numbers for each encoder, and write `mask.png` into the folder.
+    """Learn a mask over parts and one over dimensions for each encoder, and write `mask.png`.
 
     Args:
         encoders: one with slots, and controls.
-        data: labeled train and test images by name. Masks are learned on the first train images, and tried
-            on all test images, with the class means of the train images beside them.
+        data: labeled train and test images by name. Masks are learned on the first train images, and
+            evaluated on all test images with the class means of their own train images.
+        folder: of `mask.png`; created if it does not exist.
+        lr: learning rate.
         seed: of the order of images.
 
     Returns:
-        plain values: the settings; `rows`, one for each encoder, kind of mask and test images; and by encoder
-        and kind `masks` and `learning`; `parts` by encoder.
+        JSON values: the settings; `rows`, one for each encoder, kind of mask, and test set; `masks` and
+        `learning` by encoder and kind; `parts` (their number) by encoder.
 
     Raises:
         UserError: an image cannot be read, or the disk cannot hold the features.
@@ -123,7 +125,7 @@ def mask_slots(
 def class_means(
     features: NDArray[Any], labels: NDArray[np.int64], num_classes: int, device: torch.device
 ) -> Tensor:
-    """The mean encoding of every class, float32 (S, E), of features (n, E) with labels (n,)."""
+    """The mean encoding of each class, float32 (S, E), from features (n, E) with labels (n,)."""
     sums_SE = torch.zeros(num_classes, features.shape[1], dtype=torch.float64, device=device)
     for start, rows_BE in chunks(features, device, CHUNK):
         classes = torch.from_numpy(labels[start : start + CHUNK]).to(device)
@@ -133,18 +135,18 @@ def class_means(
 
 
 def masked_cosines(features_BE: Tensor, means_SE: Tensor, mask_E: Tensor) -> Tensor:
-    """cos(m * y, m * class mean) of every image with every class, (B, S)."""
+    """cos(m * y, m * class mean) of each image and class, (B, S)."""
     return F.normalize(features_BE * mask_E, dim=1) @ F.normalize(means_SE * mask_E, dim=1).T
 
 
 def spread(mask: Tensor, width: int) -> Tensor:
-    """A mask (M,) over equal parts as one over all numbers of an encoding, (E,)."""
+    """A mask (M,) over equal parts as a mask over all dimensions, (width,)."""
     return mask.repeat_interleave(width // len(mask))
 
 
 @torch.no_grad()
 def accuracy(features: NDArray[Any], labels: NDArray[np.int64], means_SE: Tensor, mask_E: Tensor) -> float:
-    """Per cent of features (n, E) whose nearest class mean, by the masked cosine, is that of their label."""
+    """Accuracy in percent of the nearest class mean by masked cosine, for features (n, E), labels (n,)."""
     right = 0
     for start, rows_BE in chunks(features, means_SE.device, CHUNK):
         nearest = masked_cosines(rows_BE, means_SE, mask_E).argmax(dim=1).cpu()
@@ -166,13 +168,14 @@ def learn_mask(
     """Learn theta (M,) and alpha by SGD with momentum 0.9, on the device of the class means.
 
     Args:
-        features, labels: (n, E) and (n,) of train images, read batch by batch.
+        features: (n, E) of train images.
+        labels: (n,).
         num_masked: M, a divisor of E.
         seed: of the order of images.
     """
     device, width = means_SE.device, features.shape[1]
     theta = torch.zeros(num_masked, device=device, requires_grad=True)
-    # alpha less ln 100; kept from falling below 0, where the maximum would leave it no gradient to return by
+    # alpha - ln 100, clamped at 0: below, the maximum in s would have no gradient.
     excess = torch.zeros((), device=device, requires_grad=True)
     optimizer = torch.optim.SGD([theta, excess], lr=lr, momentum=MOMENTUM)
     losses = []
@@ -180,7 +183,7 @@ def learn_mask(
         order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(len(features))
         sum_of_losses = torch.zeros((), device=device)
         for start in range(0, len(order), batch_size):
-            rows = np.sort(order[start : start + batch_size])  # read in the order of the file
+            rows = np.sort(order[start : start + batch_size])  # sequential reads are faster
             batch_BE = torch.from_numpy(features[rows]).to(device).float()
             scale = LEAST_SCALE * excess.exp()
             mask_E = spread(torch.sigmoid(scale / 4 * theta), width)
@@ -200,8 +203,8 @@ def learn_mask(
 
 
 def table(result: dict[str, Any]) -> str:
-    """What `mask_slots` returns as lines of text, a Markdown table in the layout of SPARO's table 5."""
-    header = ("encoder", "mask over", "test set", "initial", "masked", "relative change", "above one half")
+    """The result of `mask_slots` as text with a Markdown table in the layout of SPARO's table 5."""
+    header = ("encoder", "mask over", "test set", "initial", "masked", "relative change", "kept (above 0.5)")
     rows = [
         [
             *(row["encoder"], row["over"], row["test_set"], f"{row['initial']:.2f}", f"{row['masked']:.2f}"),
@@ -210,12 +213,12 @@ def table(result: dict[str, Any]) -> str:
         ]
         for row in result["rows"]
     ]
-    about = f"a mask learned in {result['epochs']} epochs; top-1 in per cent by the nearest masked class mean"
+    about = f"mask trained for {result['epochs']} epochs; top-1 in % by the nearest masked class mean"
     return "\n".join([about, *result["remarks"], "", aligned_table(header, rows)])
 
 
 def draw_masks(masks: Mapping[str, list[float]], parts: Mapping[str, int], path: Path) -> None:
-    """Write a PNG: one row an encoder, its mask over slots as bars and that over dimensions as an image."""
+    """Write a PNG with one row per encoder: the mask over slots as bars, that over dimensions as an image."""
     figure = Figure(figsize=(10, 3.2 * len(parts)), layout="constrained")
     axes = figure.subplots(len(parts), 2, squeeze=False)
     for (bars, picture), (name, num_parts), color in zip(axes, parts.items(), COLORS, strict=False):
@@ -223,7 +226,7 @@ def draw_masks(masks: Mapping[str, list[float]], parts: Mapping[str, int], path:
         bars.set(title=f"{name}: over slots", xlabel="slot", ylabel="mask", ylim=(0, 1))
         of_dimensions = np.array(masks[f"{name} dimensions"]).reshape(num_parts, -1)
         shown = picture.imshow(of_dimensions, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        picture.set(title=f"{name}: over dimensions", xlabel="number within the slot", ylabel="slot")
+        picture.set(title=f"{name}: over dimensions", xlabel="dimension of the slot", ylabel="slot")
         figure.colorbar(shown, ax=picture)
     with atomic_write(path, durable=False) as file:
         figure.savefig(file, dpi=110, format="png")

@@ -1,14 +1,14 @@
-"""An encoding cut into equal parts: what each part, and each set of parts, tells about labels.
+"""Accuracy of parts of an encoding, and of sets of parts.
 
-A part is a slot, or as many neighboring numbers of an encoding without slots. All functions read their
-images once for all sets of columns, in chunks, so that memory does not grow with the number of images.
+A part is a slot, or the same number of adjacent dimensions of an encoding without slots. All functions read
+the features once for all sets of columns, in chunks, so memory does not grow with the number of images.
 
-The linear probe is a ridge regression of classes as one-hot vectors on standardized numbers, in closed form:
-its sums over images (`Moments`) hold the sums of every set of parts, so that one pass serves all probes, and
-there is no learning rate or length of training that would suit some widths better than others. It is not the
-protocol of `dino-sparo linear`.
+The linear probe is a ridge regression of one-hot classes on standardized dimensions, in closed form. The sums
+over images that it needs (`Moments`) contain those of every set of parts, so one pass is enough for all
+probes, and there are no hyperparameters of training that could favor some widths. It is not the protocol of
+`dino-sparo linear`.
 
-Axis letters: n images, T train images, B test images, E numbers of an encoding, X numbers of some parts,
+Axis letters: n images, T train images, B test images, E encoding dimensions, X dimensions of some parts,
 S classes.
 """
 
@@ -36,15 +36,15 @@ from dino_sparo.evaluation.search import (
 )
 from dino_sparo.models import Encoder
 
-RIDGE = 0.01  # in units of the variance of a standardized number, which is 1
+RIDGE = 0.01  # added to the variance of a dimension, which is standardized to 1
 
 
 @dataclass(frozen=True)
 class CutEncoder:
-    """An encoder in evaluation mode on its device, how its encoding is cut, and where features are kept."""
+    """An encoder in evaluation mode on its device, the number of parts, and settings for its features."""
 
     name: str
-    """Its read-out; for a control `control (<read-out>)`."""
+    """Its read-out; `control (<read-out>)` for a control."""
     run: str
     """Run folder or weights file."""
     encoder: Encoder
@@ -60,7 +60,7 @@ class CutEncoder:
         return self.encoder.device
 
     def features(self, *sources: ImageSource) -> list[NDArray[Any]]:
-        """Encodings of images (n, E) by source, from the cache or by one pass, mapped from files.
+        """Encodings (n, E) for each source, from the cache or one pass, memory-mapped.
 
         Raises:
             UserError: an image cannot be read, or the disk cannot hold the features.
@@ -77,16 +77,16 @@ class CutEncoder:
 
 
 def most_parts(width: int, num_slots: int) -> int:
-    """The largest number of equal parts of an encoding (width,) that is at most the number of slots."""
+    """The largest number of equal parts of `width` dimensions that is at most `num_slots`."""
     return next(parts for parts in range(min(width, num_slots), 0, -1) if width % parts == 0)
 
 
 def remarks_on_parts(encoders: Sequence[CutEncoder]) -> list[str]:
-    """A sentence for each encoding that cannot be cut into as many parts as the first has slots."""
+    """A sentence for each encoding that has fewer parts than the first encoder has slots."""
     num_slots = encoders[0].num_parts
     return [
-        f"{one.name}: {one.encoder.embed_dim} numbers cannot be cut into {num_slots} equal parts, so it has "
-        f"{one.num_parts}, the most that are possible"
+        f"{one.name}: {one.encoder.embed_dim} dimensions cannot be split into {num_slots} equal parts; it "
+        f"has {one.num_parts}, the largest possible number"
         for one in encoders
         if one.num_parts != num_slots
     ]
@@ -100,7 +100,7 @@ def labels_of(source: ImageSource) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Picked:
-    """Rows of features (n, E), by their sorted numbers, read when they are asked for."""
+    """Some rows of features (n, E), by sorted numbers, read on access."""
 
     features: NDArray[Any]
     numbers: NDArray[np.int64]
@@ -117,14 +117,14 @@ class Picked:
 
 
 def chunks(rows: Rows, device: torch.device, size: int | None = None) -> Iterator[tuple[int, Tensor]]:
-    """Some rows at a time in float32 on the device, and the number of the first of them."""
+    """Yields the number of the first row of each chunk, and the chunk in float32 on the device."""
     size = size or max(1, CHUNK_BYTES // (4 * rows.shape[1]))
     for start in range(0, len(rows), size):
         yield start, torch.as_tensor(rows[start : start + size]).to(device).float()
 
 
 def columns_of(width: int, num_parts: int, subset: Sequence[int]) -> Tensor:
-    """The numbers of an encoding (width,) that belong to some of its equal parts."""
+    """The columns of the parts `subset`, when `width` dimensions are split into `num_parts` equal parts."""
     return torch.arange(width).view(num_parts, -1)[list(subset)].flatten()
 
 
@@ -142,18 +142,17 @@ def knn_accuracies(
     train_chunk: int | None = None,
     test_chunk: int | None = None,
 ) -> list[float]:
-    """Weighted k-NN by the cosine over some columns only: top-1 in per cent for each set of columns.
-
-    Equal to `knn_classify` of these columns.
+    """k-NN on each set of columns: top-1 in percent, equal to `knn_classify` on these columns.
 
     Args:
-        train: (T, E), any scale and precision, with labels (T,) from 0.
+        train: (T, E) floating point, with labels (T,) from 0.
         test: (B, E), with labels (B,).
-        k: 1 to T neighbors.
-        train_chunk: train images at a time; memory, not the result, depends on it, as on test_chunk.
+        columns: sets of columns.
+        k: number of neighbors, 1 to T.
+        train_chunk, test_chunk: images at a time; they change memory, not the result.
 
     Raises:
-        NoDirectionError: the numbers of an image in one of the sets are all zero, or one is not finite.
+        NoDirectionError: the columns of an image in one of the sets are zero or not finite.
     """
     test_chunk = test_chunk or max(1, QUERY_BYTES // (4 * train.shape[1]))
     labels, right = torch.from_numpy(train_labels), [0] * len(columns)
@@ -176,15 +175,19 @@ def knn_accuracies(
 
 
 def vote(cosine_Bk: Tensor, labels_Bk: Tensor, num_classes: int) -> Tensor:
-    """The class (B,) with most votes of exp(cosine / 0.07); of equal ones the lower number, as in k-NN."""
+    """The class (B,) with the largest sum of exp(cosine / 0.07); ties are won by the lower number."""
     votes_BS = cosine_Bk.new_zeros(len(cosine_Bk), num_classes)
     return votes_BS.scatter_add_(1, labels_Bk, (cosine_Bk / TEMPERATURE).exp()).argmax(dim=1)
 
 
 class Moments(NamedTuple):
-    """Sums over images in float64, from which the probe of every set of parts follows.
+    """Sums over images in float64 that determine the probe of every set of parts.
 
-    Of the numbers (E,), of all pairs (E, E), of the numbers by class (E, S), and the images by class (S,).
+    Attributes:
+        sums: of the features, (E,).
+        products: of all products of two dimensions, (E, E).
+        by_class: of the features by class, (E, S).
+        counts: images by class, (S,).
     """
 
     sums: Tensor
@@ -193,7 +196,7 @@ class Moments(NamedTuple):
     counts: Tensor
 
     def with_others(self, others: "Moments") -> "Moments":
-        """Of these images and others."""
+        """The sums over both sets of images."""
         return Moments(*(one + other for one, other in zip(self, others, strict=True)))
 
 
@@ -206,7 +209,7 @@ def moments(
     device: torch.device,
     chunk: int | None = None,
 ) -> Moments:
-    """The sums that linear probes need, in one pass over features (n, E) with labels (n,)."""
+    """The sums for linear probes, in one pass over features (n, E) with labels (n,)."""
     width = features.shape[1]
     sums = torch.zeros(width, dtype=torch.float64, device=device)
     products = sums.new_zeros(width, width)
@@ -222,7 +225,7 @@ def moments(
 
 
 class LinearProbe(NamedTuple):
-    """Scores of classes from some columns (X,): weight (X, S) and bias (S,)."""
+    """A linear classifier on some columns (X,): weight (X, S) and bias (S,)."""
 
     columns: Tensor
     weight: Tensor
@@ -230,9 +233,9 @@ class LinearProbe(NamedTuple):
 
 
 def fit_probe(moments: Moments, columns: Tensor) -> LinearProbe:
-    """The ridge regression of one-hot classes on the standardized numbers of some columns, with a bias.
+    """Ridge regression of one-hot classes on the standardized columns.
 
-    A number that is constant over the images gets no weight; the bias is not shrunk.
+    The weight of a constant column is 0; the bias is not regularized.
     """
     share_S, mean_X, covariance_XX = _centered(moments, columns)
     with_class = moments.by_class[columns] / moments.counts.sum() - mean_X[:, None] * share_S
@@ -241,10 +244,10 @@ def fit_probe(moments: Moments, columns: Tensor) -> LinearProbe:
 
 
 def fit_discriminant(moments: Moments, columns: Tensor, ridge: float) -> LinearProbe:
-    """Linear discriminant of classes from some columns: their means, and one covariance within all classes.
+    """Linear discriminant of the classes on some columns: class means, and one covariance within classes.
 
-    Numbers are standardized within classes and `ridge` is added to their variance, 1. A number that is
-    constant within classes gets no weight, nor does a class without images ever win.
+    Columns are standardized within classes, and `ridge` is added to their variance, which is 1. The weight of
+    a column that is constant within classes is 0. A class without images is never predicted.
     """
     share_S, mean_X, covariance_XX = _centered(moments, columns)
     apart_XS = moments.by_class[columns] / moments.counts.clamp(min=1) - mean_X[:, None]
@@ -255,7 +258,7 @@ def fit_discriminant(moments: Moments, columns: Tensor, ridge: float) -> LinearP
 
 
 def _centered(moments: Moments, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Share of images by class, mean and covariance of the numbers."""
+    """Fraction of images by class (S,), and mean (X,) and covariance (X, X) of the columns."""
     total = moments.counts.sum()
     mean_X = moments.sums[columns] / total
     covariance_XX = moments.products[columns][:, columns] / total - mean_X[:, None] * mean_X
@@ -263,9 +266,9 @@ def _centered(moments: Moments, columns: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def _regress(within_XX: Tensor, targets_XS: Tensor, mean_X: Tensor, total_XX: Tensor, ridge: float) -> Tensor:
-    """Weights (X, S) that solve `within` w = targets on standardized numbers, the ridge on their variance."""
+    """Weights (X, S) of (within + ridge) w = targets, solved with columns standardized by `within`."""
     variance_X = within_XX.diagonal()
-    # Below this the variance is what rounding leaves of equal numbers.
+    # The variance of a constant column is not exactly 0, because of rounding.
     constant = variance_X <= 1e-12 * (mean_X.square() + total_XX.diagonal())
     scale_X = variance_X.clamp(min=0).sqrt().masked_fill(constant, torch.inf)
     correlation = within_XX / (scale_X[:, None] * scale_X)
@@ -278,7 +281,7 @@ def _regress(within_XX: Tensor, targets_XS: Tensor, mean_X: Tensor, total_XX: Te
 def probe_accuracies(
     probes: Sequence[LinearProbe], features: Rows, labels: NDArray[np.int64], *, chunk: int | None = None
 ) -> list[float]:
-    """Top-1 of each probe in per cent, in one pass over features (n, E) with labels (n,)."""
+    """Top-1 of each probe in percent, in one pass over features (n, E) with labels (n,)."""
     right = [0] * len(probes)
     for start, rows in chunks(features, probes[0].weight.device, chunk):
         truth = torch.from_numpy(labels[start : start + len(rows)]).to(rows.device)

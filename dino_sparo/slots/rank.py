@@ -1,11 +1,12 @@
-"""Each slot alone, and accuracy against the number of slots kept.
+"""Accuracy of each slot alone, and of all slots against the number of slots kept.
 
-Source: SPARO, section 5.1, which keeps the best 32 of 64 slots. The train images are split into a fit part,
-which is the gallery and which probes learn from, and a selection part, on which slots are scored and chosen.
-Accuracy is reported on val, by k-NN with all train images as the gallery and by a probe that learns from all
-of them; nothing is chosen there. The control is an encoding without slots, cut into as many equal parts.
+Source: SPARO, section 5.1, which keeps the best 32 of 64 slots. The train images are split into a fit part
+(the k-NN gallery, and the train images of probes) and a selection part, on which slots are ranked. Accuracy
+is reported on val, by k-NN and a probe on all train images; val is not used for selection. The control is an
+encoding without slots, split into the same number of equal parts.
 
-Axis letters: T fit images, B selection images, P parts, V numbers of a part, E = P V numbers of an encoding.
+Axis letters: n train images, T fit images, B selection or val images, P parts, V dimensions of a part,
+E = P V encoding dimensions.
 """
 
 from collections.abc import Sequence
@@ -42,13 +43,13 @@ from dino_sparo.terminal import aligned_table
 WAYS = {"knn": "best alone by k-NN", "linear": "best alone by probe", "greedy": "greedy by k-NN"}
 MEASURES = {"knn": "k-NN", "linear": "linear probe"}
 SHOWN_PARTS = 8
-# Greedy selection tries P (P + 1) / 2 sets of parts, so it looks at no more images than this, drawn by class.
+# Greedy selection evaluates P (P + 1) / 2 sets of parts, so it uses at most this many images.
 GREEDY_FIT = 5000
 GREEDY_SELECT = 1000
 
 
 class Split(NamedTuple):
-    """Numbers of train images, sorted: those to fit on and those to choose on."""
+    """Sorted numbers of train images: the fit part and the selection part."""
 
     fit: NDArray[np.int64]
     select: NDArray[np.int64]
@@ -64,34 +65,32 @@ def rank_slots(
     select_fraction: float = 0.2,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Rank the slots of the first encoder and the parts of others, and write `curve.png` into the folder.
+    """Rank the slots of the first encoder and the parts of the others, and write `curve.png`.
 
     Args:
         encoders: one with slots, and controls.
-        train, val: labeled by the same classes.
-        k: neighbors.
-        select_fraction: share of the train images on which parts are scored and chosen.
-        seed: of that share.
+        train, val: labeled images with the same classes.
+        folder: of `curve.png`; created if it does not exist.
+        k: number of neighbors.
+        select_fraction: fraction of the train images in the selection part.
+        seed: of the split.
 
     Returns:
-        plain values: the settings, numbers of images, and `encoders` as `rank_parts` has them.
+        JSON values: the settings, numbers of images, and the results of `rank_parts` in `encoders`.
 
     Raises:
-        UserError: a number does not suit the images, or features are damaged.
+        UserError: select_fraction or k does not fit the number of images, or features are damaged.
     """
     if not 0 < select_fraction < 1:
-        raise UserError(
-            f"select_fraction is {select_fraction}, expected above 0 and below 1, such as 0.2; both parts of "
-            f"the train images need some"
-        )
+        raise UserError(f"select_fraction is {select_fraction}; expected a number above 0 and below 1")
     split = split_by_class(labels_of(train), select_fraction, seed)
     if not len(split.select):
         raise UserError(
-            "no class has two train images, so that none is left to choose slots on; give more images"
+            "no class has two train images, so there are no images to select slots on; use more images"
         )
     if not 1 <= k <= len(split.fit):
         raise UserError(
-            f"k is {k}, expected 1 to the {len(split.fit)} train images that are left to fit on; give "
+            f"k is {k}; expected 1 to {len(split.fit)}, the number of train images in the fit part; use "
             f"another --k or a smaller --select-fraction"
         )
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,9 +108,9 @@ def rank_slots(
             )
         except NoDirectionError as error:
             raise UserError(
-                f"{one.run}: a part of the encoding of a {error.side} image is {error.kind}; the weights are "
-                f"damaged or have collapsed, or the numbers are too small for float16: give "
-                f"--cache-precision float32 or another checkpoint"
+                f"{one.run}: a part of the encoding of a {error.side} image is {error.kind}: the weights are "
+                f"damaged, the encoder has collapsed, or the values are too small for float16; set "
+                f"--cache-precision to float32, or use another checkpoint"
             ) from error
         ranked.append({"name": one.name, "run": one.run} | found)
     draw_curve(ranked, folder / "curve.png")
@@ -128,13 +127,13 @@ def rank_slots(
 
 
 def split_by_class(labels: NDArray[np.int64], select_fraction: float, seed: int) -> Split:
-    """Train images with labels (n,) as fit and selection part, the share of every class drawn by the seed."""
+    """Split train images with labels (n,) at random, with the same fraction of each class."""
     select = _share_by_class(labels, select_fraction, seed)
     return Split(np.setdiff1d(np.arange(len(labels)), select), select)
 
 
 def greedy_images(labels: NDArray[np.int64], split: Split, seed: int) -> Split:
-    """The fit and selection images that greedy selection looks at: all, or a share of every class."""
+    """The fit and selection images for greedy selection: all, or the same fraction of each class."""
 
     def at_most(most: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         return rows if len(rows) <= most else rows[_share_by_class(labels[rows], most / len(rows), seed)]
@@ -143,7 +142,7 @@ def greedy_images(labels: NDArray[np.int64], split: Split, seed: int) -> Split:
 
 
 def _share_by_class(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.int64]:
-    """Numbers of images, sorted: this share of every class, at least one, but one less than there are."""
+    """Sorted numbers of a fraction of each class: at least one image, and at most all but one."""
     counts = np.bincount(labels)
     return draw_by_class(labels, np.minimum(np.maximum(1, np.rint(fraction * counts)), counts - 1), seed)
 
@@ -161,16 +160,16 @@ def rank_parts(
     num_classes: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Choose parts on the train features (n, E) and report on the test features (B, E), which choose nothing.
+    """Select parts on the train features (n, E), and report accuracy on the test features (B, E).
 
     Args:
         split, greedy: of the train images, the latter for greedy selection.
-        k: 1 to the number of fit images; greedy selection takes at most the images it looks at.
+        k: number of neighbors, at most the number of fit images.
 
     Returns:
-        plain values: num_parts, part_dim; alone (top-1 on the selection part), orders (best part first), and
-        by way of choosing the curve over parts kept and its point at half of them; all. Accuracies are in per
-        cent.
+        JSON values, accuracies in percent: num_parts; part_dim; alone, accuracy of each part on the selection
+        part; orders, best part first, by method of selection; curve, accuracy by number of parts kept; half,
+        the point of the curve with half of the parts; all, accuracy of all parts.
     """
     by_knn = partial(knn_accuracies, k=k, num_classes=num_classes, device=device)
     fit, select = (Picked(train, rows) for rows in split)
@@ -185,7 +184,6 @@ def rank_parts(
         "knn": by_knn(fit, fit_labels, select, select_labels, columns=each),
         "linear": probe_accuracies([fit_probe(of_fit, part) for part in each], select, select_labels),
     }
-    # Best first, of equal ones the lower number.
     orders = {way: sorted(range(num_parts), key=lambda part: -scores[part]) for way, scores in alone.items()}
     of_greedy = []
     for rows in greedy:
@@ -228,13 +226,13 @@ def greedy_order(
     num_classes: int,
     preferred: Sequence[int],
 ) -> list[int]:
-    """Forward selection: the part that is best alone, then always the one that helps the k-NN most.
+    """Forward selection: in each step add the part that gives the highest k-NN accuracy.
 
-    Products and squared lengths add up over parts, so a set of parts costs one product of its newest part,
-    and only the sums (B, T) of the parts chosen so far are kept.
+    Dot products and squared norms are sums over parts, so evaluating a set of parts needs only the products
+    of the new part and the sums (B, T) of the selected parts.
 
     Args:
-        preferred: all parts; of equally good ones the earlier here is taken.
+        preferred: all parts, in the order that breaks ties.
     """
     left, order = list(preferred), list[int]()
     products_BT = queries_BPV.new_zeros(len(queries_BPV), len(gallery_TPV))
@@ -252,7 +250,7 @@ def greedy_order(
         right = []
         for part in left:
             with_BT, with_T, with_B = with_part(part)
-            # The length of a query changes the weight of its votes, not who is near.
+            # The norm of a query changes only the weights of votes, so it is applied after the search.
             found = with_BT.div_(with_T.sqrt()).topk(k, dim=1)
             voted = vote(found.values / with_B.sqrt()[:, None], gallery_labels[found.indices], num_classes)
             right.append(int((voted == query_labels).sum()))
@@ -263,20 +261,21 @@ def greedy_order(
 
 
 def sizes(num_parts: int) -> list[int]:
-    """How many parts to keep on a curve: 1, 2, 4, ..., half of them, and all."""
+    """Numbers of parts on the curve: powers of two, half of the parts, and all parts."""
     powers = [2**power for power in range(num_parts.bit_length()) if 2**power < num_parts]
     return sorted({*powers, max(1, num_parts // 2), num_parts})
 
 
 def table(result: dict[str, Any]) -> str:
-    """What `rank_slots` returns as lines of text, a Markdown table for each encoder."""
+    """The result of `rank_slots` as text with a Markdown table for each encoder."""
     lines = [
-        f"{result['num_fit']} train images to fit on, {result['num_select']} to choose slots on, "
-        f"{result['num_test']} val images to report on; {result['k']}-NN and a ridge probe, top-1 in per cent"
+        f"{result['num_fit']} train images to fit, {result['num_select']} to select slots, "
+        f"{result['num_test']} val images to evaluate; {result['k']}-NN and a ridge probe, top-1 in %"
     ]
     if (result["num_greedy_fit"], result["num_greedy_select"]) != (result["num_fit"], result["num_select"]):
         lines.append(
-            f"greedy selection looked at {result['num_greedy_fit']} and {result['num_greedy_select']} of them"
+            f"greedy selection used {result['num_greedy_fit']} images to fit and "
+            f"{result['num_greedy_select']} to select"
         )
     lines += result["remarks"]
     for one in result["encoders"]:
@@ -294,7 +293,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def draw_curve(encoders: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write a PNG: accuracy on val against the number of parts kept, k-NN left and linear right."""
+    """Write a PNG: accuracy on val against the number of parts kept, by k-NN (left) and probe (right)."""
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     axes = figure.subplots(1, 2)
     styles = dict(zip(WAYS, ("o-", "s--", "^:"), strict=True))
@@ -313,7 +312,7 @@ def draw_curve(encoders: Sequence[dict[str, Any]], path: Path) -> None:
         axis.set_xscale("log", base=2)
         axis.set_xticks(kept, [str(size) for size in kept])
         axis.minorticks_off()
-        axis.set(title=title, xlabel="parts kept", ylabel="top-1 on val, per cent")
+        axis.set(title=title, xlabel="parts kept", ylabel="top-1 on val, %")
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     with atomic_write(path, durable=False) as file:

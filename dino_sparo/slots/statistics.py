@@ -1,4 +1,4 @@
-"""How well the slots do: where they look, whether they vary over images and differ from each other.
+"""Health of slots: attention, variation over images, and differences between slots.
 
 Axis letters: B images, L slots, N tokens (CLS first), V slot width.
 """
@@ -11,24 +11,24 @@ from torch import Tensor
 from dino_sparo.models import Encoder
 from dino_sparo.parallel.distributed import sum_over_ranks
 
-# Distances between encodings are sums over slots: of a slot that varies a twentieth as much as the middle one
-# 0.25 % of a middle slot's part is left, which changes no neighbor.
+# Squared distances between encodings are sums over slots. A slot with 5 % of the median standard deviation
+# contributes 0.25 % of a median slot, too little to change neighbors.
 DEAD_RELATIVE_STD = 0.05
-# Where all slots have died none is below the others: then each is a constant, to within a hundredth.
+# Detects dead slots also if all are dead: the standard deviation relative to the norm of the slot's output.
 DEAD_OWN_STD = 0.01
-# Of such two slots at most a tenth of the attention differs: they read the same.
+# At most a tenth of the attention of duplicate slots differs.
 DUPLICATE_OVERLAP = 0.9
 
 
 def attention_entropy(attn_BLN: Tensor) -> Tensor:
-    """Entropy (B, L) of attention over all tokens in nats: ln N everywhere alike, 0 on one token."""
+    """Entropy (B, L) of attention over all tokens in nats: ln N if uniform, 0 if on one token."""
     return torch.special.entr(attn_BLN).sum(dim=-1)
 
 
 def effective_patches(attn_BLN: Tensor) -> Tensor:
-    """Number of patches (B, L) that attention is spread over: 1 to N - 1, whatever lies on CLS.
+    """Effective number of patches (B, L), from 1 to N - 1, independent of the attention on CLS.
 
-    It is exp of the entropy over the patches, whose shares are scaled to one first.
+    It is exp of the entropy of the attention on patches, normalized to one.
     """
     patches_BLN = attn_BLN[..., 1:]
     total_BL1 = patches_BLN.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(attn_BLN.dtype).tiny)
@@ -36,30 +36,31 @@ def effective_patches(attn_BLN: Tensor) -> Tensor:
 
 
 def attention_overlap(attn_BLN: Tensor) -> Tensor:
-    """Attention that each two slots have in common, (B, L, L): sum over the tokens of the lesser share, 0..1.
+    """Overlap of the attention of two slots, (B, L, L): the sum over all tokens of the minimum, from 0 to 1.
 
-    All tokens count, CLS too, so that the shares sum to one: then it is one less half of their distance.
+    Attention over all tokens sums to one, so the overlap is one minus half of the L1 distance.
     """
     return 1 - torch.cdist(attn_BLN, attn_BLN, p=1) / 2
 
 
 def attention_agreement(attn_BLN: Tensor, other_BLN: Tensor) -> Tensor:
-    """Overlap (B, L) of each slot's attention in one encoder with its attention in another."""
+    """Overlap (B, L) of each slot's attention in two encoders."""
     return torch.minimum(attn_BLN, other_BLN).sum(dim=-1)
 
 
 @dataclass(frozen=True)
 class SlotHealth:
-    """Numbers of every slot, each (L,), means over images.
+    """Statistics of each slot, (L,), as means over images.
 
     Attributes:
         entropy, effective_patches: as the functions above.
         cls_share: share of attention on the CLS token.
         response_std: root mean square distance of the slot's output from its mean over images.
-        dead: whether that is below 5 % of the middle slot's, or 1 % of the length of its own output.
-        nearest, overlap: the other slot whose attention overlaps most, and by how much.
-        duplicate: whether that is above 0.9.
-        agreement: overlap with the same slot of the other encoder; None without one.
+        dead: whether response_std is below 5 % of the median over slots, or at most 1 % of the root mean
+            square norm of the slot's output.
+        nearest, overlap: the other slot whose attention overlaps most, and the overlap.
+        duplicate: whether overlap is above 0.9.
+        agreement: overlap with the same slot of another encoder; None without one.
     """
 
     entropy: Tensor
@@ -74,14 +75,14 @@ class SlotHealth:
 
 
 class SlotStatistics:
-    """Sums over images, batch by batch and over all processes: no maps are kept."""
+    """Sums over images of all batches and processes, without storing attention maps."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def add(self, attn_BLN: Tensor, slots_BLV: Tensor, other_BLN: Tensor | None = None) -> None:
-        """Attention and output of the slots for some images, and the attention of another encoder's."""
+        """Add attention and output of the slots for a batch, and their attention in another encoder."""
         attn_BLN, slots_BLV = attn_BLN.float(), slots_BLV.double()
         sums = {
             "number": torch.full((1,), len(attn_BLN), dtype=torch.float64, device=attn_BLN.device),
@@ -98,7 +99,7 @@ class SlotStatistics:
 
     @torch.no_grad()
     def health(self) -> SlotHealth:
-        """What the sums say, left on the device; every process calls it, once."""
+        """The statistics, on the device; every process calls it once."""
         flat = sum_over_ranks(torch.cat([value.flatten() for value in self._sums.values()]))
         parts = flat.split([value.numel() for value in self._sums.values()])
         sums = {name: part.view_as(self._sums[name]) for name, part in zip(self._sums, parts, strict=True)}
@@ -111,7 +112,7 @@ class SlotStatistics:
             effective_patches=mean["effective_patches"],
             cls_share=mean["cls_share"],
             response_std=std_L,
-            dead=(std_L < DEAD_RELATIVE_STD * _middle(std_L))
+            dead=(std_L < DEAD_RELATIVE_STD * std_L.quantile(0.5))
             | (std_L <= DEAD_OWN_STD * mean["square"].sqrt()),
             nearest=nearest,
             overlap=overlap,
@@ -120,14 +121,8 @@ class SlotStatistics:
         )
 
 
-def _middle(values: Tensor) -> Tensor:
-    """The median; of an even number of values the mean of the two in the middle."""
-    ordered = values.sort().values
-    return (ordered[(len(values) - 1) // 2] + ordered[len(values) // 2]) / 2
-
-
 def look_at_slots(encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention (B, L, N) and output (B, L, V) of the slots for normalized images, by one pass."""
+    """Attention (B, L, N) and output (B, L, V) of the slots for normalized images."""
     assert encoder.readout is not None
     tokens_BND = encoder.tokens(images)
     return encoder.readout.attention(tokens_BND), encoder.readout(tokens_BND)
@@ -135,15 +130,16 @@ def look_at_slots(encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def slot_health(teacher: Encoder, student: Encoder, images: Tensor) -> dict[str, Tensor]:
-    """The teacher's slots on some normalized images (B, 3, height, width); nothing without slots.
+    """Health of the teacher's slots on normalized images (B, 3, height, width); empty without slots.
 
-    Scalars on the device. The student is looked at in evaluation mode, in which no random number is drawn.
+    Values are scalars on the device. The student is evaluated in evaluation mode, which draws no random
+    numbers.
 
-    - slot_entropy: mean entropy of a slot's attention over the tokens, in nats; ln N is everywhere alike.
-    - slot_effective_patches: mean number of patches that it is spread over.
-    - slot_cls_share: mean share of it that lies on the CLS token.
-    - slots_dead, slots_duplicate: how many slots are, as in `SlotHealth`.
-    - slot_agreement: mean overlap of a slot's attention in teacher and student.
+    - slot_entropy: mean entropy of attention over all tokens in nats; ln N if uniform.
+    - slot_effective_patches: mean effective number of patches.
+    - slot_cls_share: mean share of attention on the CLS token.
+    - slots_dead, slots_duplicate: numbers of dead and duplicate slots, as in `SlotHealth`.
+    - slot_agreement: mean overlap of attention in teacher and student.
     """
     if teacher.readout is None:
         return {}

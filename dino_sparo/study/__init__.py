@@ -1,1 +1,1 @@
-"""`dino-sparo study`: variants of a recipe over seeds, trained and evaluated alike, on one page."""
+"""`dino-sparo study`: train and evaluate variants of a recipe over seeds, and write a page about them."""

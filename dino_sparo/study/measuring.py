@@ -1,8 +1,8 @@
-"""What a study measures of an encoder: 20-NN, and linear probes, of which one is chosen.
+"""Evaluations of a study: 20-NN, and linear probes, of which one is selected.
 
-Probes learn from cached center crops. Each is trained twice: on four fifths of the train images and scored on
-the others, which chooses a probe; and on all of them and scored on the test images, which is reported. So no
-test image chooses anything. A share is drawn from those four fifths, and from all, alike.
+Probes are trained on cached center crops, each twice: on four fifths of the train images, to select a probe
+by its accuracy on the other fifth; and on all train images, to report its accuracy on the test images. The
+selection uses no test image. A train fraction is drawn from the four fifths and from all train images.
 """
 
 from collections.abc import Sequence
@@ -22,14 +22,14 @@ from dino_sparo.terminal import only_warnings
 
 LEARNING_RATES = (0.001, 0.01, 0.1, 1.0)
 EPOCHS = 100
-MOST_A_BATCH = 256
-FOLDER = "study"  # below a run folder
+MAX_BATCH = 256
+FOLDER = "study"  # in a run folder
 HELD_OUT = "held-out"
 
 
 @dataclass(frozen=True)
 class Probed:
-    """Probes on one share of the train images: on those held out, and on test images, in the same order."""
+    """Results of all probes on held-out images and on test images, in the same order."""
 
     held_out: list[Result]
     test: list[Result]
@@ -37,7 +37,7 @@ class Probed:
 
 @dataclass(frozen=True)
 class Measured:
-    """One encoder on one data set: 20-NN, and probes by share of the train images."""
+    """Results of an encoder on one data set: 20-NN, and probes by train fraction."""
 
     knn: Result
     probes: dict[float, Probed]
@@ -46,18 +46,18 @@ class Measured:
 def measure(
     variant: Variant, data: str, name: str, *, fractions: Sequence[float], unverified: bool = False
 ) -> Measured:
-    """Evaluate the teacher of a complete run; results and classifiers go to `study/name` of its folder.
+    """Evaluate the teacher of a complete run; results and classifiers go to `study/name` in its folder.
 
-    Features are kept in the run folder, and probes that are trained already are not trained again.
+    Features are cached in the run folder, and complete probes are not trained again.
 
     Args:
-        data: labeled images, with train and test images.
+        data: labeled train and test images.
         name: of the data set.
-        fractions: shares of the train images, above 0 and at most 1.
+        fractions: train fractions, above 0 and at most 1.
         unverified: resume probes from checkpoints whose SHA-256 is missing.
 
     Raises:
-        UserError: for images that cannot be read, or features that are not finite.
+        UserError: an image cannot be read, or a feature is not finite.
     """
     seed, machine = variant.recipe.seed, variant.recipe.machine
     folder, cache = variant.run_dir / FOLDER / name, variant.run_dir / "features"
@@ -83,7 +83,7 @@ def measure(
                     learning_rates=LEARNING_RATES,
                     sweep=True,
                     epochs=EPOCHS,
-                    batch_size=min(MOST_A_BATCH, 2 ** (num_rest.bit_length() - 1)),
+                    batch_size=min(MAX_BATCH, 2 ** (num_rest.bit_length() - 1)),
                     train_fraction=fraction,
                     seed=seed,
                     resume_unverified=unverified,
@@ -96,7 +96,7 @@ def measure(
 
 
 def choose(of_seeds: Sequence[Probed]) -> list[Result]:
-    """The result on test images of that probe which is best in the mean on images held out, for each seed."""
+    """Each seed's test result of the probe with the best mean accuracy over seeds on held-out images."""
     names = [result.name for result in of_seeds[0].held_out]
     sums = [sum(one.held_out[i].top1 for one in of_seeds) for i in range(len(names))]
     best = sums.index(max(sums))

@@ -1,4 +1,4 @@
-"""`dino-sparo study`: train variants of a recipe over seeds, evaluate all of them alike, write one page."""
+"""The command `dino-sparo study`."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ from dino_sparo.terminal import sentence, shown
 
 log = logging.getLogger("dino_sparo")
 
-IMAGES_FILE = "images.json"  # which images the study is about, by hash
+IMAGES_FILE = "images.json"  # hashes of the images by data set
 
 
 def study(
@@ -37,13 +37,16 @@ def study(
     transfer: Sequence[str],
     unverified: bool = False,
 ) -> int:
-    """Train what is not trained yet, evaluate what is, write the page and print its table; 1 if a run failed.
+    """Train incomplete runs, evaluate complete ones, write the page, and print its table.
 
-    Runs that are not chosen stand on the page too, if they are complete.
+    The page includes all complete runs, also those that are not chosen.
+
+    Returns:
+        exit status: 1 if a run failed, else 0.
 
     Raises:
-        UserError: for a mistake in recipe or data, before anything is trained.
-        StoppedError: a signal has told a run to stop; it is saved, and the study resumes there.
+        UserError: a mistake in recipe or data; raised before anything is trained.
+        StoppedError: a run was stopped by a signal; it is saved, and the study resumes there.
     """
     data_sets, hashes = check_study(
         variants, folder, control=control, train_fractions=train_fractions, transfer=transfer
@@ -55,16 +58,16 @@ def study(
     for number, variant in enumerate(variants, start=1):
         if training.final_knn(variant.run_dir, variant.recipe.optim.epochs) is None:
             continue
-        errors.pop(variant.folder, None)  # another process has trained it
+        errors.pop(variant.folder, None)  # another process has completed it
         log.info("evaluating %d of %d: %s", number, len(variants), variant.folder)
-        # Another process may evaluate it too.
+        # The lock is for other processes that evaluate the same run.
         with training.failure_noted(variant, errors), told_to_user(), alone_in(variant.run_dir):
             measured[variant.folder] = {
                 name: measure(variant, data, name, fractions=train_fractions, unverified=unverified)
                 for name, data in data_sets.items()
             }
     if not measured:
-        log.warning("WARNING: no run is complete, so there is nothing to report")
+        log.warning("WARNING: no run is complete, so no page is written")
         return EXIT_PROBLEM if errors else 0
     missing = missing_runs(folder, variants, set(measured), errors)
     found = groups(variants, measured)
@@ -75,11 +78,7 @@ def study(
 
 
 def train_only(variants: Sequence[Variant], folder: Path, *, unverified: bool = False) -> int:
-    """Train what is not trained yet, and print and write the table; 1 if a run failed.
-
-    Raises:
-        UserError, StoppedError: as `study`.
-    """
+    """Train incomplete runs, and write and print the table; returns and raises as `study`."""
     training.check_variants(variants)
     errors = training.train(variants, folder, unverified=unverified)
     print(training.sizes_table(training.table(variants, errors)))
@@ -87,7 +86,7 @@ def train_only(variants: Sequence[Variant], folder: Path, *, unverified: bool = 
 
 
 def print_plan(variants: Sequence[Variant], recipe_name: str | None) -> int:
-    """`--dry-run`: print all runs with their cost, and how far each is; 1 if one would be refused."""
+    """`--dry-run`: print cost and progress of all runs; exit status 1 if there is a problem, else 0."""
     problems = []
     for variant in variants:
         try:
@@ -99,7 +98,7 @@ def print_plan(variants: Sequence[Variant], recipe_name: str | None) -> int:
     except UserError as error:
         problems.append(str(error))
     print(training.sizes_table(training.table(variants, {})))
-    print(f"\n{len(variants)} runs of {recipe_name}; dino-sparo pretrain --dry-run tells more of one")
+    print(f"\n{len(variants)} runs of {recipe_name}; for details of one: dino-sparo pretrain --dry-run")
     for variant in variants:
         done = latest_step(variant.run_dir)
         state = f"{done:,} steps are done" if done else "would start"
@@ -116,25 +115,25 @@ def check_study(
     train_fractions: Sequence[float],
     transfer: Sequence[str],
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """The data sets to evaluate on, by name, the one that is learnt from first; and a hash of their images.
+    """The folders of the data sets to evaluate on, and hashes of their images, both by name; `val` is first.
 
     Raises:
-        UserError: the control is no row, a share is wrong, a folder has no name or one that is taken, or has
-            no labeled images, too few, or others than when the study began.
+        UserError: the control is not a row, a train fraction is wrong, or a data set has no name, a name that
+            is taken, no labels, too few images, or other images than when the study was started.
     """
     rows = list(dict.fromkeys(variant.row for variant in variants))
     if len(rows) > 1 and control not in rows:
-        raise UserError(f"control {control!r} is no row of the table; it has {', '.join(rows)}")
+        raise UserError(f"control {control!r} is not a row of the table; expected one of {', '.join(rows)}")
     for fraction in train_fractions:
         if fraction > 1:
-            raise UserError(f"train_fractions has {fraction}; expected above 0 and at most 1, such as 0.1")
+            raise UserError(f"train_fractions has {fraction}; expected numbers above 0 and at most 1")
     if len({f"{fraction:g}" for fraction in train_fractions}) < len(train_fractions):
-        raise UserError(f"train_fractions is {train_fractions}; give each share once")
+        raise UserError(f"train_fractions is {train_fractions}; give each fraction once")
     data_sets = {VAL: variants[0].base.data.path}
     for text in transfer:
         name, place = named_folder(text, "transfer", EXPECTED_BOTH)
         if name in data_sets:
-            raise UserError(f"transfer {text!r}: the name {name!r} is given twice; give each folder its own")
+            raise UserError(f"transfer {text!r}: the name {name!r} is given twice; use a different one")
         data_sets[name] = place
     choice = Choice.of(variants[0].base.data)
     hashes = {
@@ -146,10 +145,10 @@ def check_study(
 
 
 def remember_images(folder: Path, data_sets: dict[str, str], hashes: dict[str, str]) -> None:
-    """Write down which images the study is about, beside those of other commands that work in its folder.
+    """Add the hashes of the images to `images.json` of the study.
 
     Raises:
-        UserError: another command has just begun with other images.
+        UserError: another process has meanwhile started the study with other images.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with alone_in(folder):
@@ -158,7 +157,7 @@ def remember_images(folder: Path, data_sets: dict[str, str], hashes: dict[str, s
 
 
 def _with_known(folder: Path, data_sets: dict[str, str], hashes: dict[str, str]) -> dict[str, str]:
-    """These hashes and those of the study's other data sets; refuses others than when it began."""
+    """The hashes in `images.json` and these; raises UserError if a data set has changed."""
     path = folder / IMAGES_FILE
     try:
         known: dict[str, str] = dict(parsed_json(path).items())
@@ -166,30 +165,27 @@ def _with_known(folder: Path, data_sets: dict[str, str], hashes: dict[str, str])
         known = {}
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{path} cannot be read ({error}); restore it, or remove it if the images are the same"
+            f"{path} cannot be read ({error}); restore it, or remove it if the images have not changed"
         ) from error
     for name, now in hashes.items():
         if known.setdefault(name, now) != now:
             raise UserError(
-                f"{data_sets[name]} holds other images than {name!r} had when the study in {folder} began; "
-                f"give the same, or another {'run_dir' if name == VAL else 'name'}"
+                f"{data_sets[name]} holds other images than {name!r} when the study in {folder} was started; "
+                f"use the same images, or another {'run_dir' if name == VAL else 'name'}"
             )
     return known
 
 
 def _hash_of(name: str, folder: str, choice: Choice) -> str:
-    """Of the train and the test images of a data set, which must have enough."""
+    """A hash of the train and test images of a data set. Raises UserError if it has too few."""
     train, test = open_labeled(folder, key="data.path" if name == VAL else "transfer", choice=choice)
     if len(train) < HEADLINE_K:
-        raise UserError(f"{folder} has {len(train)} train images; {HEADLINE_K}-NN needs {HEADLINE_K}")
+        raise UserError(f"{folder} has {len(train)} train images; {HEADLINE_K}-NN needs {HEADLINE_K} or more")
     return f"{hash_of_images(train)} {hash_of_images(test)}"
 
 
 def groups(variants: Sequence[Variant], measured: dict[str, dict[str, Measured]]) -> list[Group]:
-    """The runs of each row that are evaluated, with 20-NN and the chosen probes; no row without a run.
-
-    A probe is chosen for all seeds of a row together.
-    """
+    """The evaluated runs of each row that has any, with 20-NN and the probes selected for all its seeds."""
     rows: dict[str, list[Variant]] = {}
     for variant in variants:
         if variant.folder in measured:
@@ -214,12 +210,12 @@ def groups(variants: Sequence[Variant], measured: dict[str, dict[str, Measured]]
 def missing_runs(
     run_dir: Path, variants: Sequence[Variant], measured: set[str], errors: dict[str, str]
 ) -> list[str]:
-    """Which runs, planned or in the folder from another command, do not stand on the page, and why."""
+    """Lines about runs that are not on the page, planned or in the folder from other commands, and why."""
     absent = [one.folder for one in variants if one.folder not in measured]
     folders = sorted(path.parent.name for path in run_dir.glob(f"*/{CONFIG_FILE}"))
     elsewhere = [one for one in folders if one not in {variant.folder for variant in variants}]
     unfinished = [one for one in absent if one not in errors]
-    lines = [f"{one}: failed, {errors[one]}" for one in absent if one in errors]
+    lines = [f"{one} failed: {errors[one]}" for one in absent if one in errors]
     lines += [f"not complete: {', '.join(unfinished)}"] if unfinished else []
     lines += [f"not in this command: {', '.join(elsewhere)}"] if elsewhere else []
     return lines

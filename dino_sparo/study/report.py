@@ -1,4 +1,4 @@
-"""The page of a study: differences to the control, every seed, curves, cost; Markdown, JSON and a picture."""
+"""The page of a study: differences to the control, seeds, curves, and cost, as Markdown, JSON, and PNG."""
 
 import json
 import shlex
@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from dino_sparo.evaluation.compare import (
     DIFFERENCES,
+    NOTHING,
     Comparison,
     Group,
     Measure,
@@ -31,28 +32,26 @@ from dino_sparo.study.training import SIZES, sizes, write_files
 from dino_sparo.terminal import markdown_table
 
 PAGE, JSON_FILE, CURVES = "study.md", "study.json", "curves.png"
-NOT_THERE = "–"
-PROGRAM = "dino-sparo"
 COST_REMARK = (
-    "Minutes and images/s are those of the steps, with loading, without k-NN, checkpoints and start. Runs "
-    "that were trained side by side shared the machine."
+    "Minutes and images/s include loading, but not k-NN, checkpoints, and the start of a run. Runs that were "
+    "trained at the same time shared the machine."
 )
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a run has logged while it learned."""
+    """Values from the log of a run."""
 
     curve: dict[float, float]
-    """The monitor's 20-NN top-1 in per cent by epoch."""
+    """20-NN top-1 in percent by epoch."""
     seconds: float
-    """Of all steps together, with loading; without k-NN and checkpoints."""
+    """Time of all steps with loading, without k-NN and checkpoints."""
     images_per_second: float
-    """The mean over these."""
+    """Mean over these seconds."""
 
 
 def training_of(run: Run) -> Training:
-    """Read a run's log. Steps done again after a stop count once; those no entry is about, as the mean."""
+    """Read a run's log. Steps repeated after a stop count once; steps without an entry count as the mean."""
     assert run.recipe is not None
     batch_size = run.recipe["optim.global_batch_size"]
     curve, seconds, images, steps = {}, 0.0, 0.0, 0
@@ -77,10 +76,10 @@ def write_report(
     """Write `study.md`, `study.json` and `curves.png`; returns the table of means and differences.
 
     Args:
-        control: the row that differences are to.
-        groups: the rows of the study, with their runs.
-        costs: by row parameters and FLOPs, as in `training.table`.
-        missing: lines on runs that are not here.
+        control: label of the control's row.
+        groups: the rows of the study with their runs.
+        costs: parameters and FLOPs by row, from `training.table`.
+        missing: lines about runs that are not on the page.
     """
     group = next((group for group in groups if group.label == control), None)
     remark = DIFFERENCES if group else f"no differences: no run of the control {control!r} is complete"
@@ -88,11 +87,11 @@ def write_report(
     trainings = {run.folder: training_of(run) for group in groups for run in group.runs}
     measures = measures_of(groups)
     parts = ["# Study", *about(list(trainings)), "## Means and differences", comparison.markdown()]
-    parts += ["## Runs that are not here", "\n".join(f"- {line}" for line in missing)] if missing else []
+    parts += ["## Missing runs", "\n".join(f"- {line}" for line in missing)] if missing else []
     parts += ["## Every seed", seeds_table(groups, measures)]
     parts += ["## 20-NN while training", f"![20-NN over epochs]({CURVES})", curve_table(groups, trainings)]
     parts += ["## Cost", cost_table(groups, trainings, costs), COST_REMARK]
-    parts += ["## Probes that were chosen", probes_table(groups, measures)]
+    parts += ["## Selected probes", probes_table(groups, measures)]
     contents: dict[str, str | bytes] = {
         PAGE: "\n\n".join(parts) + "\n",
         JSON_FILE: json.dumps(as_json(groups, trainings), indent=1) + "\n",
@@ -103,7 +102,7 @@ def write_report(
 
 
 def about(run_dirs: Sequence[Path]) -> list[str]:
-    """How the runs and this page were made, in lines of Markdown."""
+    """How the runs and this page were made, as paragraphs of Markdown."""
     starts = [start for run_dir in run_dirs for start in read_starts(run_dir)]
     made = {
         f"commit {start.get('git') or 'unknown'}, torch {start['versions']['torch']}, timm "
@@ -112,29 +111,29 @@ def about(run_dirs: Sequence[Path]) -> list[str]:
     }
     commands = dict.fromkeys(shlex.join(start["command"][1:]) for start in starts)
     return [
-        f"This page is by `{PROGRAM} {shlex.join(sys.argv[1:])}`, its runs by",
-        "\n".join(f"- `{PROGRAM} {command}`" for command in commands),
+        f"This page was made by `dino-sparo {shlex.join(sys.argv[1:])}`, its runs by",
+        "\n".join(f"- `dino-sparo {command}`" for command in commands),
         "\n".join(f"- {one}" for one in sorted(made)),
-        f"Teachers are evaluated. Probes learn from cached center crops for {EPOCHS} epochs, which is not "
-        f"the official protocol. The one that is shown was the best, in the mean over seeds, on a fifth of "
-        f"the train images held out, with all of their labels also where it learns from a share. An encoder "
-        f"with slots has more probes to choose from than one without: encoding, tokens of blocks, or both.",
+        f"The teacher is evaluated. Probes are trained on cached center crops for {EPOCHS} epochs, which is "
+        f"not the official protocol. The selected probe has the best mean accuracy over seeds on a held-out "
+        f"fifth of the train images; all held-out labels are used, also for a smaller train fraction. An "
+        f"encoder with slots has more probes to select from: the encoding, CLS tokens of blocks, or both.",
     ]
 
 
 def seeds_table(groups: Sequence[Group], measures: Sequence[Measure]) -> str:
-    """Each run's accuracies."""
+    """A table of each run's accuracies."""
     rows = []
     for group in groups:
         for run in group.runs:
             found = (run.headline.get(measure) for measure in measures)
-            cells = [f"{result.top1:.2f}" if result else NOT_THERE for result in found]
+            cells = [f"{result.top1:.2f}" if result else NOTHING for result in found]
             rows.append([group.label, str(run.seed), *cells])
     return markdown_table(["top-1 in %", "seed", *(title(measure, groups) for measure in measures)], rows)
 
 
 def curve_table(groups: Sequence[Group], trainings: dict[Path, Training]) -> str:
-    """20-NN by epoch, the mean over seeds and their standard deviation."""
+    """A table of 20-NN by epoch, mean and standard deviation over seeds."""
     epochs = sorted({epoch for training in trainings.values() for epoch in training.curve})
     rows = []
     for group in groups:
@@ -147,7 +146,7 @@ def curve_table(groups: Sequence[Group], trainings: dict[Path, Training]) -> str
 def cost_table(
     groups: Sequence[Group], trainings: dict[Path, Training], costs: Sequence[dict[str, Any]]
 ) -> str:
-    """Size, operations, and how long the runs took."""
+    """A table of parameters, FLOPs, and training time."""
     by_row = {cost["variant"]: cost for cost in costs}
     rows = []
     for group in groups:
@@ -157,21 +156,21 @@ def cost_table(
         flops = f"{cost['flops'] / 1e9:.4g}"
         rows.append([group.label, str(cost["embed_dim"]), *sizes(cost), flops, minutes, speed])
     times = ("GFLOPs per image", "minutes of training", "images/s")
-    return markdown_table(["", "numbers of an encoding", *SIZES, *times], rows)
+    return markdown_table(["", "encoding dimension", *SIZES, *times], rows)
 
 
 def probes_table(groups: Sequence[Group], measures: Sequence[Measure]) -> str:
-    """Which probe was the best on train images held out, by row of the study."""
+    """A table of the selected probes by row of the study."""
     linear = [measure for measure in measures if measure.protocol != "knn"]
     rows = []
     for group in groups:
         found = [group.results(measure) for measure in linear]
-        rows.append([group.label, *(results[0].name if results else NOT_THERE for results in found)])
+        rows.append([group.label, *(results[0].name if results else NOTHING for results in found)])
     return markdown_table(["", *(title(measure, groups) for measure in linear)], rows)
 
 
 def curves_picture(groups: Sequence[Group], trainings: dict[Path, Training]) -> bytes:
-    """A PNG: 20-NN over epochs, thick the mean over seeds of each row, thin each seed."""
+    """A PNG of 20-NN over epochs: the mean over seeds of each row as a thick line, seeds as thin lines."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axis = figure.subplots()
     for number, group in enumerate(groups):
@@ -183,7 +182,7 @@ def curves_picture(groups: Sequence[Group], trainings: dict[Path, Training]) -> 
         axis.plot(shared, means, marker=marker, color=color, linewidth=2, markersize=4, label=label)
         for curve in curves if len(curves) > 1 else ():
             axis.plot(list(curve), list(curve.values()), color=color, linewidth=0.7, alpha=0.5)
-    axis.set(xlabel="epoch", ylabel="20-NN top-1, per cent", title="20-NN of the teacher while training")
+    axis.set(xlabel="epoch", ylabel="20-NN top-1, %", title="20-NN of the teacher while training")
     figure.legend(loc="outside right upper", fontsize=8)
     axis.grid(alpha=0.3)
     picture = BytesIO()
@@ -192,7 +191,7 @@ def curves_picture(groups: Sequence[Group], trainings: dict[Path, Training]) -> 
 
 
 def as_json(groups: Sequence[Group], trainings: dict[Path, Training]) -> dict[str, Any]:
-    """What the tables are made of as plain values, by row and run."""
+    """The data of the tables as JSON values, by row and run."""
     return {
         group.label: [
             {
@@ -220,8 +219,8 @@ def as_json(groups: Sequence[Group], trainings: dict[Path, Training]) -> dict[st
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:
-    """`mean ± sample standard deviation`, the latter of two or more."""
+    """`mean ± sample standard deviation`; without the latter for a single value."""
     if not values:
-        return NOT_THERE
+        return NOTHING
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.1f}{spread}"

@@ -1,4 +1,4 @@
-"""Training the runs of a study, one after the other, and the table of their sizes and k-NN."""
+"""Training of the runs of a study, one after the other, and the table of their cost and k-NN."""
 
 import json
 import logging
@@ -32,13 +32,13 @@ RECIPE_FILE, JSON_FILE, TABLE_FILE = "recipe.yaml", "sweep.json", "sweep.md"
 
 
 def train(variants: Sequence[Variant], folder: Path, *, unverified: bool = False) -> dict[str, str]:
-    """Train the chosen runs, each from where it is; what failed, by folder.
+    """Train or resume the chosen runs; returns the errors of failed runs by folder.
 
-    A run that ends by a mistake (a read-out that does not fit, a collapse) is noted, and the next one starts.
-    After each run the table is written anew, with all runs.
+    After a UserError in one run (a read-out that does not fit, a collapse) the next run starts. The table of
+    all runs is written after each run.
 
     Raises:
-        StoppedError: a signal has told a run to stop; it is saved, and the study resumes there.
+        StoppedError: a run was stopped by a signal; it is saved, and the study resumes there.
     """
     errors: dict[str, str] = {}
     chosen = [variant for variant in variants if variant.chosen]
@@ -60,7 +60,7 @@ def train(variants: Sequence[Variant], folder: Path, *, unverified: bool = False
 
 @contextmanager
 def failure_noted(variant: Variant, errors: dict[str, str]) -> Iterator[None]:
-    """Note a mistake of one run by its folder, so that the next one can start."""
+    """Record a UserError of a run in `errors` by its folder, so that the next run can start."""
     try:
         yield
     except StuckError:  # this process must end
@@ -71,37 +71,33 @@ def failure_noted(variant: Variant, errors: dict[str, str]) -> Iterator[None]:
 
 
 def check_variants(variants: Sequence[Variant]) -> None:
-    """Refuse run folders that hold other experiments, and variants whose k-NN the table would lack.
-
-    Raises:
-        UserError: for a mistake in recipe or data, before anything is trained.
-    """
+    """Raises UserError if a run folder holds another experiment, or a variant evaluates no k-NN."""
     for variant in variants:
         check_same_experiment(variant.run_dir, variant.recipe)
     check_data(variants)
 
 
 def check_data(variants: Sequence[Variant]) -> None:
-    """Refuse variants that measure nothing on labeled images. Raises UserError."""
+    """Raises UserError for variants without k-NN while training."""
     different: dict[str, Recipe] = {}
     for recipe in (variant.recipe for variant in variants):
         different.setdefault(str([recipe.data, recipe.monitor]), recipe)
     for recipe in different.values():
         if not recipe.monitor.knn_every_epochs:
             raise UserError(
-                "monitor.knn_every_epochs is 0, but a study fills its table with the k-NN at the end of "
-                "runs; set it to optim.epochs or less"
+                "monitor.knn_every_epochs is 0, but a study needs k-NN at the end of each run; set it to "
+                "optim.epochs or less"
             )
         _, knn_images = open_data(recipe.data, recipe.monitor, recipe.optim.global_batch_size)
         if knn_images is None:
             raise UserError(
-                f"data.path {recipe.data.path!r} has no labels, but a study fills its table with k-NN; name "
-                f"a labeled folder by monitor.knn_path"
+                f"data.path {recipe.data.path!r} has no labels, but a study needs them for k-NN; set "
+                f"monitor.knn_path to a labeled folder"
             )
 
 
 def table(variants: Sequence[Variant], errors: dict[str, str]) -> list[dict[str, Any]]:
-    """One row for all runs that differ in seed alone: cost, and 20-NN of those that are complete."""
+    """Rows of runs that differ only in the seed: cost, and 20-NN of complete runs."""
     rows: dict[str, dict[str, Any]] = {}
     for variant in variants:
         recipe = variant.recipe
@@ -129,7 +125,7 @@ def table(variants: Sequence[Variant], errors: dict[str, str]) -> list[dict[str,
 def sizes_table(
     rows: Sequence[dict[str, Any]], draw: Callable[[list[str], list[list[str]]], str] = aligned_table
 ) -> str:
-    """The table of sizes and k-NN, by default for a terminal."""
+    """The table of cost and k-NN, by default for a terminal."""
     cells = []
     for row in rows:
         knn = "-" if row[KNN] is None else f"{row[KNN]:.2f}"
@@ -142,17 +138,17 @@ def sizes_table(
 
 
 def sizes(row: dict[str, Any]) -> list[str]:
-    """The parameters of read-out and encoder in millions, as `SIZES` calls them."""
+    """The cells of the columns `SIZES`."""
     return [f"{row[name] / 1e6:.3f}" for name in ("readout_parameters", "parameters")]
 
 
 def write_table(folder: Path, variants: Sequence[Variant], rows: Sequence[dict[str, Any]]) -> None:
-    """Write the recipe, `sweep.json` and `sweep.md`, each whole or not at all."""
+    """Write the recipe, `sweep.json`, and `sweep.md`."""
     base = variants[0].base
     content = {"data": base.data.path, "rows": rows}
     legend = (
-        "20-NN top-1 of the teacher at the end, as the monitor measured it; ± is the standard deviation over "
-        "runs that differ in seed alone; a multiply-add is two FLOPs."
+        "20-NN top-1 of the teacher at the end of training, measured by the monitor; ± is the standard "
+        "deviation over seeds; a multiply-add is two FLOPs."
     )
     texts = {
         RECIPE_FILE: yaml.safe_dump(base.as_dict(), sort_keys=False),
@@ -163,14 +159,14 @@ def write_table(folder: Path, variants: Sequence[Variant], rows: Sequence[dict[s
 
 
 def write_files(folder: Path, contents: Mapping[str, str | bytes]) -> None:
-    """Write files into a folder, made if need be, each whole or not at all."""
+    """Write files atomically into a folder, which is created if it does not exist."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
         write_file(folder / name, content)
 
 
 def final_knn(run_dir: Path, epochs: int) -> float | None:
-    """The monitor's 20-NN after the last epoch; None before there is one, and the last checkpoint."""
+    """The monitor's 20-NN after the last epoch; None if it or the last checkpoint does not exist yet."""
     last = None
     for entry in each_metric(run_dir):
         last = entry if KNN in entry and entry["epoch"] >= epochs else last

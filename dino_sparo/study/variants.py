@@ -1,4 +1,4 @@
-"""Variants of a recipe: the runs of a study, read and checked before any is trained."""
+"""Variants of a recipe: the runs of a study, checked before training."""
 
 import re
 from collections.abc import Sequence
@@ -18,22 +18,22 @@ Changes = dict[str, Any]
 
 @dataclass(frozen=True)
 class Variant:
-    """One run of them."""
+    """One run of a study."""
 
     name: str
-    """Of the set of changes that it comes from; empty for the recipe alone."""
+    """Name in the file of variants; empty without one."""
     row: str
-    """What its row of the table is called, the same for all seeds."""
+    """Label of its row in the table, the same for all seeds."""
     run_dir: Path
-    """Its run folder, below that of the study."""
+    """Its run folder, in that of the study."""
     changes: Changes
-    """What it has instead of the recipe, by dotted key."""
+    """Changed fields of the recipe by dotted key."""
     recipe: Recipe
-    """What it is trained by."""
+    """The changed recipe."""
     base: Recipe
-    """The recipe that is changed."""
+    """The recipe before the changes."""
     chosen: bool
-    """Whether it is to be trained now."""
+    """Whether to train it now."""
 
     @property
     def folder(self) -> str:
@@ -44,14 +44,14 @@ class Variant:
 def plan_runs(
     recipe: Recipe, folder: Path, *, variants: str | None, vary: Sequence[str], only: Sequence[str]
 ) -> list[Variant]:
-    """All runs, also those that `only` leaves out: variants x values of each `vary`, checked.
+    """All combinations of variants and values of each `vary`, including variants that are not in `only`.
 
     Raises:
-        UserError: a key or value is wrong, naming the variant; or two variants are the same.
+        UserError: a key or value is wrong, or two runs are the same.
     """
     named, varied = read_variants(variants, only), dict(map(parse_vary, vary))
     if len(varied) < len(vary):
-        raise UserError("vary names a key twice; give all its values at once, as KEY=VALUE,VALUE")
+        raise UserError(f"vary is {list(vary)}, with a key twice; give all values of a key together")
     planned: dict[str, Variant] = {}
     for (name, changes), values in product(named.items(), product(*varied.values())):
         chosen = dict(zip(varied, values, strict=True))
@@ -74,15 +74,19 @@ def plan_runs(
 
 
 def read_variants(name: str | None, only: Sequence[str]) -> dict[str, Changes]:
-    """Named sets of changes from a YAML file, by its path or among the shipped ones.
+    """Read a YAML file of variants: name -> changed fields.
+
+    Args:
+        name: path of the file, or the name of a shipped one. None: one variant without changes.
+        only: names that the file must have.
 
     Raises:
         UserFileNotFoundError: there is no such file.
-        UserError: it is none, or lacks a name that is in `only`.
+        UserError: it is not a file of variants, or lacks a name in `only`.
     """
     if name is None:
         if only:
-            raise UserError(f"only is {list(only)}, but variants is not given; give a file of variants")
+            raise UserError(f"only is {list(only)}, but there is no file of variants; set variants")
         return {"": {}}
     folder = next(iter(recipes().values())).parent / VARIANTS_FOLDER
     shipped = {path.stem: path for path in folder.glob("*.yaml")}
@@ -94,19 +98,21 @@ def read_variants(name: str | None, only: Sequence[str]) -> dict[str, Changes]:
         )
     content = read_yaml(path)
     if not isinstance(content, dict) or not all(isinstance(value, dict) for value in content.values()):
-        raise UserError(f"{path}: expected names of variants, each with a section of section.key: value")
+        raise UserError(
+            f"{path} is not a file of variants; expected names, each with fields section.key: value"
+        )
     variants = {str(key): value for key, value in content.items()}
     unknown = [one for one in only if one not in variants]
     if unknown:
-        raise UserError(f"only has {unknown[0]!r}, which is not in {path}; it has {', '.join(variants)}")
+        raise UserError(f"only has {unknown[0]!r}; expected variants of {path}: {', '.join(variants)}")
     return variants
 
 
 def parse_vary(text: str) -> tuple[str, list[str]]:
-    """`key=value,value` as the key and its values; commas in brackets separate none.
+    """Split `key=value,value` into the key and its values; commas in brackets do not separate values.
 
     Raises:
-        UserError: it has no key or a value is empty.
+        UserError: the key or a value is empty.
     """
     key, _, listed = text.partition("=")
     values = [value.strip() for value in re.split(r",(?![^\[]*\])", listed)]
@@ -116,7 +122,7 @@ def parse_vary(text: str) -> tuple[str, list[str]]:
 
 
 def _title(name: str, chosen: Changes) -> str:
-    """`name key=value key=value`, each key by its last part if that is enough."""
+    """`name key=value key=value`, with only the last part of each key if these are unique."""
     last = [key.rpartition(".")[2] for key in chosen]
     short = last if len(set(last)) == len(last) else list(chosen)
     values = [f"{key}={value}" for key, value in zip(short, chosen.values(), strict=True)]
