@@ -242,8 +242,8 @@ class ProbeTraining:
         ]
         if changed:
             raise UserError(
-                f"{self.folder} holds probes with other settings ({'; '.join(changed)}); use the same settings "
-                f"to resume them, or another --out"
+                f"{self.folder} holds probes with other settings ({'; '.join(changed)}); use the same "
+                f"settings to resume them, or another --out"
             )
         self.epochs_done = range(self.epochs + 1)[checkpoint["epochs_done"]]
         for name, part in self.learning.items():
