@@ -158,7 +158,7 @@ def test_advice_for_a_small_folder(checked, monkeypatch):
     monkeypatch.setattr(setup, "FEW_STEPS", 2000)
     remarks = checked("--head.num_prototypes=65536", look=[])["remarks"]
     assert remarks[1:3] == [
-        "18 steps in all are few to learn from; --optim.epochs 334 makes them 2,000",
+        "18 steps in total are few; --optim.epochs 334 gives 2,000",
         "65,536 prototypes are more than the 24 images; --head.num_prototypes 256 fits them better",
     ]
 
