@@ -142,7 +142,8 @@ def _plan(
             continue
         if not isinstance(images, FolderSource | TableSource):
             raise UserError(
-                f"DIR {source!r} holds shards, generated images, or a set by name; give a folder of images"
+                f"DIR {source!r} holds shards, generated pictures, or a dataset by name; give a folder of "
+                f"images"
             )
         if images.index.header.get("class_level"):
             raise UserError(

@@ -60,7 +60,7 @@ def test_a_healthy_run(checked):
     assert run["hours"] == pytest.approx(3 * 24 / run["images_per_second"] / 3600)
     assert report["data"]["val_in_train"]["images"] == 24
     assert report["remarks"] == [
-        "no k-NN while training; set monitor.knn_path to a labeled folder",
+        "no k-NN during training; set monitor.knn_path to a labeled folder",
         "24 of 24 images of val are in train too: accuracies of k-NN and linear probe may be up to 100.00 "
         "percentage points too high",
     ]
@@ -130,7 +130,7 @@ def test_bad_images_of_k_nn_are_a_problem_unless_few_are_left_out(checked, data,
         path.write_bytes(b"")
     options = ("--monitor.knn_every_epochs=1", "--data.on_bad_image=substitute")
     report = checked(*options, status=int(bad > 1), look=["--scan"])
-    says = "images for k-NN while training that cannot be read: 2 of 48, more than 1 %"
+    says = "images for k-NN during training that cannot be read: 2 of 48, more than 1 %"
     assert [problem.startswith(says) for problem in report["problems"]] == [True] * (bad > 1)
 
 
@@ -273,7 +273,7 @@ def test_val_of_k_nn_is_compared_with_the_train_of_k_nn(checked, data, tmp_path)
     assert report["data"]["classes"]["train"]["classes"] == 2 and report["data"]["val"]["images"] == 4
     next((tmp_path / "birds").glob("train/bird_class1/*")).write_bytes(b"no image")  # of those k-NN takes
     (problem,) = checked(*given, status=1, look=["--scan"])["problems"]
-    assert problem.startswith("images for k-NN while training that cannot be read: 1 of 24")
+    assert problem.startswith("images for k-NN during training that cannot be read: 1 of 24")
 
 
 @pytest.mark.parametrize("views", ["pil", "device"])

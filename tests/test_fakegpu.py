@@ -156,7 +156,7 @@ def test_every_way_of_taking_a_step_in_eight_processes_never_waits(changes, insi
     "changes", [{}, {"precision": "fp16"}, {"precision": "fp32"}, {"activation_checkpointing": True}]
 )
 def test_a_step_that_is_counted_without_a_gpu_is_the_one_that_runs_on_it(changes, inside):
-    """Bytes within 5 per cent, and the peak of memory too: what libraries take for themselves is missing."""
+    """Bytes within 5 %, and the peak of memory too: what libraries take for themselves is missing."""
     found = inside("full_step", operators=True, **changes)
     recipe = named_recipe("imagenet_vits16_sparo", {"data.path": "x"})
     precision = changes.pop("precision", "bf16")

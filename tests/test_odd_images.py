@@ -295,7 +295,7 @@ def test_what_libraries_warn_of_is_logged_once_with_the_name_of_the_image(num_wo
     assert any(line.startswith("WARNING: 5.jpg: and another") for line in lines)
 
 
-# --- k-NN while training
+# --- k-NN during training
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

@@ -163,7 +163,7 @@ def test_the_page_begins_with_what_was_trained_then_says_what_was_found(reported
     one = ranked["encoders"][0]
     order = [
         "A ViT of 2 blocks, 16 wide, with 3 slots of 4 numbers, pretrained for 1 epochs (2 steps of 24",
-        "20-NN accuracy was not measured while training, since it needs class folders.",
+        "20-NN accuracy was not measured during training, since it needs class folders.",
         "Loss and 20-NN accuracy over epochs",
         "Where slots look, beside the CLS token in the last block",
         f"What slot {one['orders']['knn'][0]} responds to most",

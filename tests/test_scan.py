@@ -1,4 +1,4 @@
-"""The scan of a data set: bad files, copies, classes, its words, and workers that fail."""
+"""The scan of a dataset: bad files, copies, classes, its words, and workers that fail."""
 
 import hashlib
 import json

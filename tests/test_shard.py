@@ -196,7 +196,7 @@ def test_mistakes(folder, tmp_path, change, options, said):
 
 
 def test_other_mistakes(folder, out, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="shards, generated images, or a set by name; give a folder"):
+    with pytest.raises(UserError, match="generated pictures, or a dataset by name; give a folder"):
         shard(str(out), str(tmp_path / "x"))
     with pytest.raises(UserError, match="is in the folder of images"):
         shard(str(folder), str(folder / "train" / "shards"))

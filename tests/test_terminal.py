@@ -75,7 +75,7 @@ def test_terminal_gets_a_bar(arguments):
     status, shown = pretrain(*arguments, on_terminal=True)
     assert status == 0 and "\r" in shown and "epoch 1/1:" in shown
     assert shown.startswith("dino-sparo pretrain ...")
-    assert "how good it is: dino-sparo knn" in shown
+    assert "to evaluate it: dino-sparo knn" in shown
 
 
 @pytest.mark.long

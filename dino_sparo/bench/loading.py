@@ -34,7 +34,7 @@ def jpeg_files(source: ImageSource | None, num_images: int, folder: Path) -> Ima
 
     Args:
         source: its images, resized to the area of 500 x 375 pixels with the same aspect ratio, and repeated
-            if there are fewer. None: generated images.
+            if there are fewer. None: generated pictures.
 
     Raises:
         UserError: an image cannot be read.

@@ -255,10 +255,10 @@ def _recipe(recipe: Recipe, name: str | None) -> str:
 
 
 def _images(plan: Plan) -> str:
-    """The numbers of images and classes, and the k-NN evaluation while training."""
+    """The numbers of images and classes, and the k-NN evaluation during training."""
     source, monitor = plan.source, plan.monitor
     classes = f"{len(source.classes):,} classes" if source.labels is not None else "without labels"
-    knn = "no k-NN while training"
+    knn = "no k-NN during training"
     if monitor is not None:
         every = plan.recipe.monitor.knn_every_epochs
         knn = f"k-NN every {every} epochs: {len(monitor.test):,} test and {len(monitor.train):,} train images"

@@ -80,7 +80,7 @@ def check(
     test = plan.monitor.test if plan.monitor and not recipe.monitor.knn_path else None
     doubts = notes_on(plan.source, test, decide(recipe.data.path, Choice.of(recipe.data)))
     if plan.monitor is None:
-        remarks.append("no k-NN while training; set monitor.knn_path to a labeled folder")
+        remarks.append("no k-NN during training; set monitor.knn_path to a labeled folder")
     remarks += advice(recipe.optim, recipe.head.num_prototypes, len(plan.source))
     if scan:
         data, bad_of_knn = scan_data(plan)
@@ -89,7 +89,7 @@ def check(
         of_knn, stops = sum(map(len, plan.monitor or ())), recipe.data.on_bad_image == "stop"
         if (stops and recipe.monitor.knn_path and bad_of_knn) or (not stops and too_many(bad_of_knn, of_knn)):
             problems.append(
-                f"images for k-NN while training that cannot be read: {bad_of_knn} of {of_knn}"
+                f"images for k-NN during training that cannot be read: {bad_of_knn} of {of_knn}"
                 f"{'' if stops else ', more than 1 %'}; repair or remove them"
             )
         say("\n" + "\n".join(map(sentence, describe(data))))

@@ -30,43 +30,43 @@ class BenchOptions:
     read-out against its direct form and the block it replaces, or of the search of nearest neighbors."""
 
     what: Literal["training", "readout", "knn"] = "training"
-    """What to measure. training takes the fields from config to device; readout takes batch_size, rounds,
-    device and num_tokens; knn those with `knn_`, device, and rounds with compare."""
+    """What to measure. `training` uses the options from config to device; `readout` uses batch_size, rounds,
+    device, and num_tokens; `knn` uses device, the options that begin with `knn_`, and rounds with compare."""
     config: str = "photos_sparo"
-    """Recipe, by name or path, whose training is measured."""
+    """YAML recipe whose training is measured, a file or the name of a shipped one."""
     data: ImagesOptions | None = None
-    """Images to train on; null takes generated pictures."""
+    """Images to train on; null: generated pictures."""
     keep_files: bool = False
-    """Read the files of data as they are; else its images are first written as JPEG of ImageNet's usual
-    size, 500 x 375 pixels, in the folder for temporary files: small files decode too cheaply."""
+    """Read the files as they are. Otherwise the images are first written to a temporary folder as JPEG of 500
+    x 375 pixels, a usual size of ImageNet, because small files take less time to decode."""
     num_images: int = 256
-    """Images to read, at least a batch."""
+    """Number of images to read; at least batch_size."""
     batch_size: Batch = 16
-    """Images per step, or per pass."""
+    """Images per step or forward pass."""
     rounds: int = 15
-    """Interleaved rounds; the medians are reported."""
+    """Number of interleaved rounds, whose medians are reported."""
     seconds: float | None = 10.0
-    """Of training end to end, from files; null leaves it out."""
+    """Seconds of whole training, from files to step, to measure; null: none."""
     compare: bool = False
-    """Measure a plain implementation, of knn the official one, beside ours, round by round, and print the
+    """Also measure a plain PyTorch implementation (for `knn`, the official one) in every round, and print the
     ratios."""
     json: bool = False
     """Print one JSON object; the table goes to standard error."""
     profile: str | None = None
-    """File for a trace of some steps and of the loading of their images, for chrome://tracing; tells too how
-    often the host waits."""
+    """File for a trace of some steps and of the loading of their images, for chrome://tracing; also counts
+    how often the host waits. null: none."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """As machine.precision; auto takes the recipe's."""
+    """As machine.precision; auto: that of the recipe."""
     num_workers: Workers | None = None
-    """As machine.num_workers; null takes the recipe's."""
+    """As machine.num_workers; null: that of the recipe."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto takes CUDA where there is a GPU, else the CPU."""
+    """As machine.device; auto: that of the recipe for `training`, else CUDA if there is a GPU."""
     num_tokens: int = 197
     """Tokens per image."""
     knn_train: int = 200_000
-    """Generated features to search, in a folder for temporary files."""
+    """Number of features to search, generated in a temporary folder."""
     knn_test: int = 10_000
-    """Features to search for."""
+    """Number of features to find the neighbors of."""
     knn_width: int = 4096
     """Dimension of a feature."""
 

@@ -15,7 +15,7 @@ class Command:
     """One program.
 
     Attributes:
-        options: what it takes.
+        options: its options.
         function: what runs with them; it returns the exit status, or None for 0.
         summary: one line about it.
         examples: lines to copy, without the name of the program; what they are for stands behind a `#`.
@@ -50,7 +50,7 @@ COMMANDS = {
     "demo": Command(
         pretraining.PretrainOptions,
         demo.demo,
-        "five minutes on a laptop: train, watch k-NN rise, look at slots",
+        "train a small encoder in five minutes on a laptop, and show k-NN accuracy and slots",
         ("demo", "demo --data.path photos"),
     ),
     "pretrain": Command(
@@ -70,7 +70,7 @@ COMMANDS = {
     "check": Command(
         pretraining.CheckOptions,
         pretraining.check,
-        "before a run: the plan, and if asked for its speed and memory, and a look at every file",
+        "print the plan of a run; with options also its speed and memory, and a scan of every file",
         (
             "check --config imagenet_vits16_sparo --data.path /data/imagenet --nproc 8",
             "check --config imagenet_vits16_sparo --data.path /data/imagenet --nproc 8 --gpu h100 a100  # "
@@ -93,7 +93,7 @@ COMMANDS = {
     "study": Command(
         pretraining.StudyOptions,
         pretraining.study,
-        "pretrain variants over seeds, evaluate all of them alike, write one page of tables and curves",
+        "pretrain variants over seeds, evaluate all in the same way, and write a page of tables and curves",
         (
             "study --config photos_sparo --variants readouts --only cls sparo --vary seed=0,1,2 "
             "--data.path photos --run_dir runs/study",
@@ -140,13 +140,13 @@ COMMANDS = {
     "slots gallery": Command(
         slots.SlotGalleryOptions,
         slots.gallery,
-        "the images that each slot responds to most, and their neighbors within it",
+        "the images to which each slot responds most, and their nearest neighbors in this slot",
         ("slots gallery runs/sparo --data.path photos --slots 0 5",),
     ),
     "slots rank": Command(
         slots.SlotRankOptions,
         slots.rank,
-        "each slot alone, and accuracy against the number of slots kept",
+        "accuracy of each slot alone, and accuracy against the number of slots kept",
         ("slots rank runs/sparo --data.path photos --control runs/dino",),
     ),
     "slots mask": Command(
@@ -164,31 +164,31 @@ COMMANDS = {
     "slots factors": Command(
         slots.SlotFactorsOptions,
         slots.factors,
-        "which slot tells which known factor of generated pictures",
+        "which slot contains which known factor of generated pictures",
         ("slots factors runs/demo",),
     ),
     "slots report": Command(
         slots.SlotReportOptions,
         slots.report,
-        "one HTML page of a run: curves, scores, maps, galleries",
+        "one HTML page of a run: curves, accuracy, maps, galleries",
         ("slots report runs/sparo --data.path photos",),
     ),
     "prepare": Command(
         exporting.PrepareOptions,
         exporting.prepare,
-        "class folders of ImageNet as you have it: tars, a flat validation folder, Kaggle's layout",
+        "make class folders from ImageNet as downloaded: tar files, flat validation folder, Kaggle's layout",
         ("prepare /data/kaggle --out /data/imagenet",),
     ),
     "shard": Command(
         making.ShardOptions,
         making.shard,
-        "tar shards of a folder of images, to be read like the folder, for network file systems",
+        "write a folder of images as tar shards, which network file systems read faster",
         ("shard /data/imagenet --out /data/shards --short-side 512",),
     ),
     "export": Command(
         exporting.ExportOptions,
         exporting.export,
-        "an encoder for timm and the Hugging Face hub, as ONNX, or in the official style",
+        "export an encoder for timm and the Hugging Face hub, as ONNX, or in the official format",
         (
             "export runs/sparo --out sparo",
             "export runs/sparo --out sparo_onnx --format onnx",
@@ -198,13 +198,13 @@ COMMANDS = {
     "embed": Command(
         exporting.EmbedOptions,
         exporting.embed,
-        "features of a folder of images as a file for numpy, with the names of the images",
+        "write the features of images, and their names, to a file for numpy",
         ("embed runs/sparo --data.path photos --out features.npz",),
     ),
     "bench": Command(
         bench.BenchOptions,
         bench.bench,
-        "where the time of training goes, also against plain code; and of read-out and k-NN",
+        "measure where the time of training goes, also against plain PyTorch; or read-out or k-NN search",
         ("bench --config imagenet_vits16_sparo --data.path /data/imagenet --compare", "bench --what readout"),
     ),
 }

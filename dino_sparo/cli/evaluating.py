@@ -28,25 +28,27 @@ class EvaluationOptions:
     data: LabeledDataOptions
     """The labeled images."""
     which: Literal["teacher", "student"] = "teacher"
-    """Whose weights to evaluate."""
+    """Weights to evaluate."""
     untrained: bool = False
-    """Evaluate the same encoder with fresh random weights instead, as a baseline."""
+    """Evaluate the same encoder with random weights, as a baseline."""
     arch: Literal["vit_tiny", "vit_small", "vit_base"] | None = None
-    """Architecture that the weights must have; null tells it from the file."""
+    """Architecture of the weights; null: inferred from the file."""
     test: list[str] = field(default_factory=list)
-    """Further labeled folders to classify, each NAME=DIR; classes are matched by the names of folders."""
+    """Further test sets, each NAME=DIR, a labeled folder; classes are matched by the names of their
+    folders."""
     out: str | None = None
-    """Folder for results.json, and for what linear writes below it: log, checkpoints and classifiers; null
-    takes the run folder, or one beside a weights file."""
+    """Folder for results.json and, from `linear`, for log, checkpoints, and classifiers; null: the run
+    folder, or a folder beside the weights file."""
     cache: str | None = None
-    """Folder for features on disk, shared by all machines; null takes `features` in the run folder, or beside
-    the results if that cannot be written."""
+    """Folder for stored features, shared by all machines; null: `features` in the run folder, or beside the
+    results if the run folder cannot be written."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto takes CUDA where there is a GPU, else the CPU."""
+    """Device; auto: CUDA if there is a GPU, else the CPU."""
     num_workers: Workers | None = None
-    """Processes that load images, for each process; null takes one per core, at most 16 in all."""
+    """Data loading workers per process; 0: load in the process itself; null: one per CPU core, shared by all
+    processes, at most 16 each."""
     nproc: Processes = 1
-    """Processes to start on this machine, one per GPU; under torchrun leave it out."""
+    """Processes to start on this machine, one per GPU; leave it out if torchrun starts them."""
 
 
 @dataclass(kw_only=True)
@@ -54,21 +56,21 @@ class KnnOptions(EvaluationOptions):
     """k-NN accuracy of a trained encoder."""
 
     k: int | list[int] | None = None
-    """Numbers of neighbors; 20 is the headline. null takes those of 10, 20, 100, 200 that the gallery
-    has images for."""
+    """Numbers of neighbors; 20-NN is the headline result. null: 10, 20, 100, and 200, without those that
+    exceed the number of train images."""
     feature: Literal["encoding", "cls", "patch_mean", "probe"] = "encoding"
-    """What to compare: the encoding (all slots, or the CLS token without slots), the CLS token, the mean
-    patch token, or the linear probe's feature."""
+    """Feature to compare: `encoding`: all slots, or the CLS token of an encoder without slots; `cls`: CLS
+    token; `patch_mean`: mean of the patch tokens; `probe`: the feature of the linear probe."""
     search: Literal["products", "faiss"] = "products"
-    """How to find the neighbors: by matrix products, or on the CPU by faiss, as an independent check; both
-    are exact. On macOS faiss may crash beside torch."""
+    """Search for the neighbors: `products`: matrix products; `faiss`: faiss on the CPU, as an independent
+    check, which may crash beside torch on macOS. Both are exact."""
     cache_precision: Literal["float16", "float32"] = "float16"
-    """Of the features on disk."""
+    """Precision of the stored features."""
     batch_size: Batch = 64
     """Images per forward pass."""
     checkpoints: Literal["newest", "all"] = "newest"
-    """Of a run folder: the newest, or all that are kept (log.keep_every_epochs), with a table and the curve
-    knn_checkpoints.png."""
+    """Checkpoints of a run folder to evaluate: the newest, or all that were kept (log.keep_every_epochs),
+    which also draws their curve, knn_checkpoints.png."""
 
 
 @dataclass(kw_only=True)
@@ -76,38 +78,38 @@ class LinearOptions(EvaluationOptions):
     """Linear probes on a frozen encoder: by default exactly the official one."""
 
     epochs: Epochs = 100
-    """Passes over the train images; the learning rate falls to 0 over them, along a cosine."""
+    """Number of epochs, over which the learning rate decreases to 0 on a cosine schedule."""
     batch_size: Batch = 1024
-    """Images per step, of all processes together; a learning rate is for 256 and grows with it."""
+    """Images per step, over all processes; the learning rate is scaled linearly with it."""
     learning_rates: list[float] | None = None
-    """A probe for each, for a batch of 256; null takes the official 0.001."""
+    """Learning rates for a batch of 256, one probe for each; null: the official 0.001."""
     num_blocks: list[int] | None = None
-    """A probe for each number of last blocks, 1 to 4, the encoding counting as one; null takes the official
-    4, or all of a shallower encoder."""
+    """Numbers of last blocks to read, from 1 to 4, one probe for each; the encoding counts as one block.
+    null: the official 4, or all blocks of an encoder with fewer."""
     features: list[Literal["encoding", "cls", "both"]] | None = None
-    """A probe for each: the encoding only, the class token of the last blocks only, or both; null takes the
-    official one, both with slots and cls without."""
+    """Features to read, one probe for each: the encoding, the CLS tokens of the last blocks (`cls`), or both;
+    null: `both` with slots, else `cls`, as the official protocol."""
     sweep: bool = False
-    """Where these three are null take all features, 1 and 4 blocks, learning rates 0.001, 0.01 and 0.1: with
-    slots 12 probes, for about the time of one."""
+    """Train many probes in about the time of one: where learning_rates, num_blocks, or features is null, take
+    0.001, 0.01, and 0.1; 1 and 4; all features. With slots, these are 12 probes."""
     cached: bool = False
-    """Learn from features of center crops, computed once: seconds instead of hours, but not the official
+    """Train on features of center crops, computed once: seconds instead of hours, but not the official
     protocol."""
     train_fraction: float = 1.0
-    """Share of the train images to learn from, the same number of each class."""
+    """Fraction of the train images to learn from, the same number of each class."""
     evaluate: str | None = None
-    """A classifier to score instead of training any: a saved one (`.safetensors`), or linear weights of the
-    official DINO code (`.pth`), for the encoder that they were trained on."""
+    """Trained classifier to score, instead of training: a saved one (`.safetensors`), or linear weights of
+    the official DINO code (`.pth`). The encoder must be the one that it was trained on."""
     seed: Seed = 0
-    """Of initial weights, order, crops and the chosen fraction."""
+    """Seed of initial weights, order, crops, and the choice of train_fraction."""
     cache_precision: Literal["float16", "float32"] = "float16"
-    """Of the train features on disk with `cached`; those of test images are float32."""
+    """With `cached`: precision of the stored features of train images; those of test images are float32."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the encoder on training crops; auto takes bf16 or fp16 on a GPU, fp32 on the CPU. Probes are
-    float32."""
+    """Precision of the encoder on train crops; auto: bf16 on a GPU that supports it, fp16 on an older GPU,
+    fp32 on the CPU. Probes are float32."""
     views: Literal["auto", "pil", "tensor", "device"] = "auto"
-    """Who makes the training crops: workers by PIL, or the device, for which workers only decode. auto takes
-    the device on a GPU, else PIL; tensor is read as pil."""
+    """Where train crops are made: `pil`: by PIL in the workers; `device`: on the device, while the workers
+    only decode. auto: the device on a GPU, else PIL; `tensor`: the former name of a way that is now `pil`."""
     resume_unverified: bool = False
     """Resume from a checkpoint whose .sha256 file is missing, although it may be damaged."""
 
@@ -117,10 +119,10 @@ class CompareOptions:
     """One table of the evaluations of several runs."""
 
     runs: list[str] | None = None
-    """Run folders or weights files with results of `knn` or `linear`; seeds of one recipe are averaged."""
+    """Run folders or weights files with results of `knn` or `linear`; runs that differ only in seed are
+    averaged."""
     control: str | None = None
-    """One of the runs: differences are to its recipe. null takes the one recipe whose read-out is not
-    sparo."""
+    """Run whose recipe the others are compared with; null: the only recipe whose read-out is not sparo."""
     markdown: bool = False
     """Print a Markdown table instead of one aligned for a terminal."""
 

@@ -14,33 +14,36 @@ class PrepareOptions:
     """Class folders of ImageNet as people have it."""
 
     source: str
-    """Folder of the images or tars: Kaggle's layout, the official tars, or what was in them."""
+    """Folder of what was downloaded: Kaggle's layout, the official tar files, or their unpacked folders."""
     out: str
-    """Folder that gets train/<class> and val/<class>, by links where images lie in folders, else unpacked."""
+    """Folder for train/<class> and val/<class>: links to images that are already unpacked, else the unpacked
+    images."""
     labels: str | None = None
-    """Classes of a flat folder: LOC_val_solution.csv, the devkit (folder or tar.gz), or a text file with a
-    line `file_name class` for every image; null takes those that lie near ImageNet's validation images."""
+    """Classes of the images of a flat folder: LOC_val_solution.csv, the devkit (folder or tar.gz), or a text
+    file with a line `file_name class` for every image; null: found near ImageNet's validation images."""
 
 
 @dataclass
 class ExportOptions:
-    """An encoder for other programs: a folder that timm reads, ONNX, or a file in the official style."""
+    """An encoder for other programs: a folder that timm reads, ONNX, or a file in the official format."""
 
     run: str
     """Run folder, checkpoint file, exported folder, official DINO weights of a ViT, or `timm:NAME`."""
     out: str
-    """`timm`: new folder; `onnx`: folder that gets model.onnx; `official`: new file, NAME.pth."""
+    """Where to write: `timm`: a new folder; `onnx`: a folder for model.onnx; `official`: a new file,
+    NAME.pth."""
     format: Literal["timm", "onnx", "official"] = "timm"
-    """`timm`: model.safetensors, config.json and README.md as on the Hugging Face hub; `onnx`: model.onnx for
-    any batch size; `official`: .pth by the official names, of a run student and teacher with heads."""
+    """Format: `timm`: model.safetensors, config.json, and README.md, as on the Hugging Face hub; `onnx`:
+    model.onnx for any batch size; `official`: a .pth file as the official DINO code writes it, from a run
+    with student, teacher, and their heads."""
     which: Literal["teacher", "student"] = "teacher"
-    """Whose weights to export."""
+    """Weights to export."""
     arch: Literal["vit_tiny", "vit_small", "vit_base"] | None = None
-    """Architecture of official weights, which do not tell their number of heads; null takes one for 64
-    numbers of width."""
+    """Architecture of official weights, whose files do not state the number of attention heads; null: heads
+    of width 64."""
     license: str | None = None
-    """Of the weights, by its name on the hub, such as apache-2.0, for the model card and ONNX; null: not
-    stated."""
+    """License of the weights for the model card and ONNX, by its name on the hub, such as apache-2.0; null:
+    not stated."""
 
 
 @dataclass(kw_only=True)
@@ -55,16 +58,16 @@ class EmbedOptions:
     out: str
     """New file, NAME.npz."""
     what: Literal["encoding", "slots", "cls", "tokens"] = "encoding"
-    """The encoding (slots one after the other, or the CLS token without slots), `slots` each for itself, the
-    CLS token, or all tokens with CLS first."""
+    """Feature to write: `encoding`: all slots concatenated, or the CLS token of an encoder without slots;
+    `slots`: (num_images, L, V); `cls`: CLS token; `tokens`: all tokens, CLS first."""
     which: Literal["teacher", "student"] = "teacher"
-    """Whose weights to use."""
+    """Weights to use."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto takes CUDA where there is a GPU, else the CPU."""
+    """Device; auto: CUDA if there is a GPU, else the CPU."""
     num_workers: Workers | None = None
-    """Processes that load images; null takes one a core, at most 16."""
+    """Data loading workers; null: one per CPU core, at most 16."""
     batch_size: Batch = 64
-    """Images a forward pass."""
+    """Images per forward pass."""
 
 
 def prepare(options: PrepareOptions) -> None:

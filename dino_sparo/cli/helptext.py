@@ -5,6 +5,7 @@ import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,16 @@ TITLES = {  # above the first command of each group
     **{"export": "weights", "bench": "measure"},
 }
 PROGRAM_OPTIONS = {  # of every command; they are no part of an experiment
-    "--quiet": "Show warnings, errors and results only: no progress.",
-    "--dry-run": "pretrain, check and study: print the plan, train and write nothing.",
-    "--help": "Show this and end; before or after the command.",
-    "--version": "Show the version and end.",
+    "--quiet": "Print only warnings, errors, and results.",
+    "--dry-run": "For pretrain, check, and study: print the plan; train and write nothing.",
+    "--help": "Print this help, or that of the command, and exit.",
+    "--version": "Print the version and exit.",
 }
 EXAMPLES = [COMMANDS[name].examples[0] for name in ("pretrain", "knn", "linear", "slots report", "demo")]
 READ_ON = (
-    "Recipes are YAML files; --section.key VALUE behind one changes it, a list is written 1 2 or 1,2, and - "
-    "and _ in names of options mean the same. All options of a command: dino-sparo COMMAND --help. A guide "
-    "is README.md; protocols and measured numbers are in eval/, both in the source of the project."
+    "A recipe is a YAML file; --section.key VALUE changes a value of it. A list is written 1 2 or 1,2, and - "
+    "and _ in names of options mean the same. All options of a command: dino-sparo COMMAND --help. "
+    "README.md, in the source of the project, names all guides."
 )
 
 
@@ -135,6 +136,7 @@ def _values(key: str, field: Field[Any], command: Command, values: Mapping[str, 
     return f"{expected(field.type)}; {told}"
 
 
+@cache
 def docstrings(options_class: type) -> dict[str, str]:
     """The text under every field of a dataclass, and of those that it extends."""
     parameters = docstring_parser.parse_from_object(options_class).params

@@ -18,10 +18,11 @@ class ReadingOptions:
     """How the images are read."""
 
     max_pixels: ImagePixels | None = None
-    """Pixels of the largest image that is decoded; null is 67,108,864, by which it takes about 0.5 GB."""
+    """Largest image that is decoded, in pixels; larger ones count as unreadable. null: 67,108,864 (about 0.5
+    GB of memory per image)."""
     value_range: tuple[PixelValue, PixelValue] | None = None
-    """Pixels of more than 8 bits that become black and white, such as [0, 4095]; null takes those of the run,
-    or goes by the mode of each image."""
+    """For images with more than 8 bits per channel: the pixel values that become black and white, such as
+    [0, 4095]; null: those of the run, if any, else a range that depends on the image mode."""
 
     def __post_init__(self) -> None:
         check_value_range(self.value_range)
@@ -29,30 +30,31 @@ class ReadingOptions:
 
 @dataclass
 class ImagesOptions(ReadingOptions):
-    """A folder of images."""
+    """The images."""
 
     path: str
     """Folder of images (train/<class>/..., <class>/... or flat), of tar shards, or of parquet files;
-    `hub:OWNER/NAME`, `cifar10`, `stl10`, or `shapes` for generated pictures."""
+    `hub:OWNER/NAME` for a dataset on the hub; `cifar10` or `stl10`; `shapes` for generated pictures."""
     train: str | None = None
-    """What of `path` to take: a folder, or a pattern of names in it such as 'val-*.tar'; null finds train by
-    names, `.` takes all."""
+    """Images to use: a folder below `path`, or a pattern of file names such as 'val-*.tar'; `.`: all of
+    `path`; null: the training split, found by its usual names."""
 
 
 @dataclass
 class LabeledDataOptions(ReadingOptions):
-    """A labeled image folder."""
+    """The labeled images."""
 
     path: str
-    """Folder with train/<class>/... and val/<class>/..., shards or parquet files of such, `hub:OWNER/NAME`,
-    `cifar10`, `stl10`, or `shapes`; without val every fifth image is held out."""
+    """Folder of labeled images (train/<class>/... and val/<class>/...), of tar shards, or of parquet files;
+    `hub:OWNER/NAME` for a dataset on the hub; `cifar10` or `stl10`; `shapes` for generated pictures. Without
+    val, every fifth image is held out."""
     train: str | None = None
-    """What of `path` to learn from: a folder, or a pattern of names in it such as 'train-*.tar'; null finds
-    it by names, `.` takes all."""
+    """Training split: a folder below `path`, or a pattern of file names such as 'train-*.tar'; `.`: all of
+    `path`; null: found by its usual names."""
     val: str | None = None
-    """What of `path`, or beside it, to test on; null finds it by names."""
+    """Validation split below or beside `path`; null: found by its usual names."""
     label_column: str | None = None
-    """Column of parquet files that holds the classes; null takes `label`, `labels` or the only ClassLabel."""
+    """Label column of parquet files; null: `label`, `labels`, or the only column of type ClassLabel."""
 
 
 def open_chosen(

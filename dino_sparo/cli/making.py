@@ -13,12 +13,13 @@ class ShardOptions(ReadingOptions):
     source: str
     """Folder of images (train/<class>/... and val/<class>/..., <class>/... or flat) or of parquet files."""
     out: str
-    """Folder that gets the shards, in train/ and val/ if the source has both; `data.path` can be it."""
+    """Folder for the shards, in train/ and val/ if the source has both; give it as `data.path` to read
+    them."""
     short_side: int | None = None
-    """Reduce images to this short side in pixels if theirs is longer, as JPEG files of quality 95; null
-    copies all files as they are."""
+    """Images whose short side exceeds this many pixels are resized to it and written as JPEG of quality 95;
+    null: all files are copied as they are."""
     num_workers: Workers | None = None
-    """Processes that read and write, each one shard at a time; null takes one per core."""
+    """Processes that write shards; 0: write in this process; null: one per CPU core."""
 
 
 def shard(options: ShardOptions) -> None:

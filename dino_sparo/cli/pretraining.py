@@ -39,18 +39,20 @@ class CheckOptions(Recipe):
     """What a run would be, before it starts: data, cost, memory, disk, time, and what would stop it."""
 
     run_dir: str = "runs/new"
-    """Folder that the run would have; it and its disk are looked at, nothing is written."""
+    """Folder of the planned run; it and its disk are checked, and nothing is written."""
     nproc: Processes = 1
-    """Processes that the run would have on this machine, one per GPU."""
+    """Processes of the planned run on this machine, one per GPU."""
     gpu: list[str] = field(default_factory=list)
-    """Estimate speed, hours, and memory for these GPUs, which need not be here: h100, h200, a100, v100, l40s,
-    a100-40gb, h100-pcie, h100-nvl, or b200; without any for the GPU of this machine, if it is one of them."""
+    """GPUs to estimate speed, hours, and memory for, which need not be present: h100, h200, a100, v100, l40s,
+    a100-40gb, h100-pcie, h100-nvl, b200; if none are given, the GPU of this machine if it is one of these."""
     num_images: int | None = None
-    """Estimate for so many images alone: nothing is looked at, also not data.path."""
+    """Print only the estimate for this number of images, and read nothing, not even data.path; null: the
+    whole plan."""
     measure: bool = False
     """Time the loader and some training steps."""
     scan: bool = False
-    """Read every file of the data set and list what is damaged, there twice, or in train and val."""
+    """Read every file of the dataset and list images that are damaged, there twice, or in both train and
+    val."""
     json: bool = False
     """Print one JSON object; the text goes to standard error."""
 
@@ -60,24 +62,25 @@ class StudyOptions(RunOptions):
     """Pretrain variants of a recipe, evaluate all of them alike, and write one page of tables and curves."""
 
     run_dir: str
-    """Folder of the study: a run folder for each variant, study.md, study.json and curves.png."""
+    """Folder of the study: a run folder for each run, study.md, study.json, and curves.png."""
     variants: str | None = None
-    """Named sets of changes: a YAML file of `name: {section.key: value}`, or a shipped one (`readouts`: those
-    of the paper's Table 6); null takes the recipe alone."""
+    """Named sets of changes to the recipe: a YAML file of `name: {section.key: value}`, or the name of a
+    shipped one (`readouts`: those of the paper's Table 6); null: the recipe alone."""
     only: list[str] = field(default_factory=list)
-    """Names of the variants to train now; all if none are given. The table has all."""
+    """Variants to train now, by name; if none are given, all. The tables include all that are trained."""
     vary: list[str] = field(default_factory=list)
-    """section.key=VALUE,VALUE,...: each variant with each value, and several such in all combinations. Runs
-    that differ in seed alone share a row of the table."""
+    """Values to train each variant with, section.key=VALUE,VALUE,...; several of these are combined in all
+    ways. Runs that differ only in seed share a row of the table."""
     evaluate: bool = True
-    """Evaluate the encoders; false only trains and fills the table of sizes and of k-NN while training."""
+    """Evaluate the encoders; false: only train, and print a table of sizes and of k-NN during training."""
     control: str = "cls"
-    """Row of the table that differences are to: the name of a variant, with what `vary` adds but seeds."""
+    """Row of the table that the others are compared with: the name of a variant and what `vary` adds to it,
+    without the seed."""
     train_fractions: list[float] = field(default_factory=lambda: [1.0, 0.1, 0.01])
-    """Shares of the train images that linear probes learn from, the same number of each class, drawn by the
-    seed of the run."""
+    """Fractions of the train images that linear probes learn from, the same number of each class, drawn by
+    the seed of the run."""
     transfer: list[str] = field(default_factory=list)
-    """Further labeled folders, each NAME=DIR: the encoders are evaluated there too, by neighbors and probes
+    """Further labeled folders, each NAME=DIR, on which the encoders are also evaluated, by k-NN and probes
     that learn from the train images of that folder."""
 
 
@@ -86,7 +89,7 @@ def pretrain(options: PretrainOptions) -> None:
     from dino_sparo.training.pretrain import pretrain
 
     pretrain(options, Path(options.run_dir), resume_unverified=options.resume_unverified)
-    log.info("the run is in %s; how good it is: dino-sparo knn %s", *2 * [shlex.quote(options.run_dir)])
+    log.info("the run is in %s; to evaluate it: dino-sparo knn %s", *2 * [shlex.quote(options.run_dir)])
 
 
 def plan(options: PretrainOptions, recipe_name: str | None) -> int:

@@ -23,15 +23,15 @@ class SlotsOptions:
     run: str
     """Run folder, weights file, or `timm:NAME`."""
     which: Literal["teacher", "student"] = "teacher"
-    """Whose weights to look at."""
+    """Weights to use."""
     out: str | None = None
-    """Folder for what is written; null takes `slots` in the run folder, or beside a weights file."""
+    """Folder for the results; null: `slots` in the run folder, or beside the weights file."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto takes CUDA where there is a GPU, else the CPU."""
+    """Device; auto: CUDA if there is a GPU, else the CPU."""
     num_workers: Workers | None = None
-    """Processes that load images; null takes one a core, at most 16."""
+    """Data loading workers; null: one per CPU core, at most 16."""
     batch_size: Batch = 64
-    """Images a forward pass."""
+    """Images per forward pass."""
 
 
 @dataclass(kw_only=True)
@@ -39,9 +39,9 @@ class CachedSlotsOptions(SlotsOptions):
     """What the commands take that keep features on disk."""
 
     cache: str | None = None
-    """Folder for features on disk; null takes `features` in the run folder, or beside a weights file."""
+    """Folder for stored features; null: `features` in the run folder, or beside the weights file."""
     cache_precision: Literal["float16", "float32"] = "float16"
-    """Of the features on disk."""
+    """Precision of the stored features."""
 
 
 @dataclass(kw_only=True)
@@ -49,7 +49,7 @@ class ComparedSlotsOptions(CachedSlotsOptions):
     """What the commands take that compare slots with an encoding without."""
 
     control: str | None = None
-    """A run without slots to treat alike; its encoding is cut into as many equal parts where parts count."""
+    """Run without slots to compare with; its encoding is cut into as many equal parts as there are slots."""
 
 
 @dataclass(kw_only=True)
@@ -61,16 +61,16 @@ class SlotMapsOptions(SlotsOptions):
     data: ImagesOptions
     """The images."""
     slots: list[Count] | None = None
-    """Numbers of slots, from 0; null takes eight that look at different places."""
+    """Indices of the slots to draw; null: eight that look at different places."""
     images: list[Count] | None = None
-    """Numbers of images, from 0; null takes `num_images` spread evenly."""
+    """Indices of the images to draw; null: `num_images` images, evenly spread."""
     num_images: int = 6
-    """Images to draw if none are named."""
+    """Number of images to draw if `images` is null."""
     short_side: int | None = None
-    """Whole images with this short side in pixels; null takes center crops of the size that the encoder was
-    trained at."""
+    """Draw whole images, resized to this short side in pixels; null: center crops of the size that the
+    encoder was trained at."""
     control: str | None = None
-    """A run or weights without slots, whose heads of the CLS token are drawn over the same images."""
+    """Run or weights without slots; the heads of its CLS token are drawn on the same images."""
 
 
 @dataclass(kw_only=True)
@@ -80,11 +80,11 @@ class SlotGalleryOptions(CachedSlotsOptions):
     data: ImagesOptions
     """The images."""
     slots: list[Count] | None = None
-    """Numbers of slots, from 0; null takes all."""
+    """Indices of the slots; null: all."""
     num_images: int = 6
-    """Images that respond most, for each slot."""
+    """Number of images per slot, those to which it responds most."""
     num_neighbours: int = 4
-    """Nearest neighbors of each of them."""
+    """Number of nearest neighbors of each of these images."""
 
 
 @dataclass(kw_only=True)
@@ -94,11 +94,11 @@ class SlotRankOptions(ComparedSlotsOptions):
     data: LabeledDataOptions
     """The labeled images: slots are chosen on a part of train, and reported on val."""
     k: int = 20
-    """Neighbors of the k-NN."""
+    """Number of neighbors of k-NN."""
     select_fraction: float = 0.2
-    """Share of the train images on which slots are scored and chosen."""
+    """Fraction of the train images on which slots are scored and chosen."""
     seed: Seed = 0
-    """Of that share and of the linear probes."""
+    """Seed of the choice of these images and of the linear probes."""
 
 
 @dataclass(kw_only=True)
@@ -108,15 +108,15 @@ class SlotMaskOptions(ComparedSlotsOptions):
     data: LabeledDataOptions
     """The labeled images to learn the mask on."""
     transfer: str | None = None
-    """A second labeled folder, NAME=DIR, on which the learned mask is tried."""
+    """Further labeled folder, NAME=DIR, on which the learned mask is evaluated; null: none."""
     epochs: Epochs = 100
-    """Passes over the train images."""
+    """Number of epochs."""
     lr: float = 0.02
     """Learning rate of the mask."""
     learning_batch_size: Batch = 1024
-    """Images a step of learning."""
+    """Images per training step."""
     seed: Seed = 0
-    """Of the order of images."""
+    """Seed of the order of the images."""
 
 
 @dataclass(kw_only=True)
@@ -126,7 +126,7 @@ class SlotHealthOptions(SlotsOptions):
     data: ImagesOptions
     """The images."""
     num_images: int = 1000
-    """Images to look at, spread evenly, at least 2."""
+    """Number of images to measure, evenly spread; at least 2."""
 
 
 @dataclass(kw_only=True)
@@ -134,7 +134,7 @@ class SlotFactorsOptions(ComparedSlotsOptions):
     """How well each slot tells each known factor of the generated pictures."""
 
     num_images: int = 2000
-    """Pictures to learn from, at least 200; half as many others to test on."""
+    """Number of generated pictures to learn from, at least 200; half as many others are for the test."""
 
 
 @dataclass(kw_only=True)
@@ -142,10 +142,9 @@ class SlotReportOptions(SlotsOptions):
     """One HTML page of a run, that opens from a file without network."""
 
     data: LabeledDataOptions | None = None
-    """Labeled images: analyses that the run folder does not hold yet are made with them; null shows what is
-    there."""
+    """Labeled images for the analyses that the run folder lacks; null: show only those that exist."""
     control: str | None = None
-    """A run without slots, for those analyses."""
+    """Run without slots to compare with in these analyses."""
 
 
 def maps(options: SlotMapsOptions) -> None:
@@ -257,7 +256,7 @@ def factors(options: SlotFactorsOptions) -> None:
     content = slot_factors(_cut(options), folder, num_images=options.num_images)
     _write(options, folder / "factors.json", content)
     print(
-        f"{options.run} ({options.which}), learned from {content['num_train']} pictures, per cent of "
+        f"{options.run} ({options.which}), learned from {content['num_train']} pictures, % of "
         f"{content['num_test']} others:"
     )
     print(f"{table(content['encoders'])}\n{folder / 'factors.json'}, {folder / 'factors.png'}")

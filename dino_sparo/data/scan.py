@@ -265,7 +265,7 @@ class SplitComparison:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What there is to know of a data set before training on it; None is what concerns a split that is not
+    """What there is to know of a dataset before training on it; None is what concerns a split that is not
     there, and copies where nothing was scanned."""
 
     train: ScanReport

@@ -316,7 +316,7 @@ def is_set(path: str) -> bool:
     """Whether a path is the name of a set that torchvision downloads; a folder of that name goes first."""
     if path not in NAMES or not os.path.lexists(path):
         return path in NAMES
-    _warn(f"the folder {path} here is taken, not the set of this name that torchvision downloads")
+    _warn(f"the folder {path} here is taken, not the dataset of this name that torchvision downloads")
     return False
 
 
@@ -389,7 +389,7 @@ def _open_train(path: str, splits: Splits, choice: Choice) -> OnDisk:
     train = open_hub(path, "train", choice.train, choice.label_column)
     if train is None:
         raise UserError(
-            f"{path} has no split named {choice.train or 'train'}; name another set or configuration, or "
+            f"{path} has no split named {choice.train or 'train'}; name another dataset or configuration, or "
             f"another split by data.train"
         )
     return read_by(choice, train)

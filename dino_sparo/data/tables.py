@@ -122,7 +122,7 @@ def open_hub(
     match = HUB_NAME.fullmatch(path)
     if match is None:
         raise UserError(
-            f"data.path {path!r} is no set of the hub; expected hub:OWNER/NAME[:CONFIG][@REVISION]"
+            f"data.path {path!r} is no dataset of the hub; expected hub:OWNER/NAME[:CONFIG][@REVISION]"
         )
     key = Path(import_datasets().config.HF_DATASETS_CACHE).absolute() / path
     try:
@@ -158,7 +158,7 @@ def _saved_files(root: Path) -> list[str]:
             raise ValueError("no files of this folder")
         return names
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{root / SAVED} is not as save_to_disk writes it; save the set again") from error
+        raise UserError(f"{root / SAVED} is not as save_to_disk writes it; save the dataset again") from error
 
 
 def is_parquet(name: str) -> bool:
@@ -187,7 +187,7 @@ def _pack_parquet(root: Path, split: Split, files: Sequence[str], label_column: 
             raise UserError(
                 f"{root / name} (columns {other.image!r} and {other.label!r}) has other columns or names of "
                 f"classes than {files[0]} (columns {columns.image!r} and {columns.label!r}); keep those of "
-                f"another set in a folder of their own"
+                f"another dataset in a folder of their own"
             )
     if not sum(counts):
         raise _nothing_in(root)

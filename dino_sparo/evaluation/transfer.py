@@ -42,7 +42,7 @@ class TestSet:
     __test__ = False  # pytest would collect the class because of its name
 
     name: str
-    """Its name in results; `val` for the val images of the data set."""
+    """Its name in results; `val` for the val images of the dataset."""
     source: ImageSource
     """The images without those of unknown classes; its labels are numbers of train classes."""
     labels: NDArray[np.int64]
@@ -71,7 +71,7 @@ class TestSet:
 def open_train_and_tests(
     path: str, further: Sequence[str] = (), choice: Choice = AS_FOUND
 ) -> tuple[ImageSource, list[TestSet]]:
-    """The train images of a labeled data set, and its test sets: `val` and `further`, each NAME=DIR.
+    """The train images of a labeled dataset, and its test sets: `val` and `further`, each NAME=DIR.
 
     Every process calls it. Raises UserError as `open_labeled` and `open_test_sets` do.
     """

@@ -32,7 +32,7 @@ class SlotReadoutOptions(ReadoutOptions):
     slot_dim: Width
     """SPARO and pooler: slot dimension V."""
     after_last_block: bool | None = None
-    """SPARO and pooler: true: read the output of the last transformer block; else replace this block."""
+    """SPARO and pooler: read the output of the last block, instead of replacing this block; null: false."""
     output: Literal["slots", "whole"] | None = None
     """SPARO and pooler: LayerNorm and linear layer on each slot (`slots`) or on all slots concatenated
     (`whole`); null: none."""

@@ -51,7 +51,7 @@ class DataOptions:
     path: str
     """Folder of images (train/<class>/..., <class>/... or flat), of tar shards, or of parquet files of the
     Hugging Face hub; `hub:OWNER/NAME` for a dataset on the hub; `cifar10` or `stl10`, which torchvision
-    downloads; `shapes` for generated images."""
+    downloads; `shapes` for generated pictures."""
     train: str | None = None
     """Training split: a folder below `path`, or a pattern of file names such as 'train-*.tar'; `.`: all of
     `path`; null: found by its usual names."""
@@ -234,8 +234,8 @@ class OptimOptions:
     teacher_momentum: Share
     """Momentum of the teacher at the start; increases to 1 on a cosine schedule."""
     max_bad_steps: Count
-    """Number of steps with a loss or gradients that are not finite to skip before the run ends; counted from
-    each start or resume. Overflows of fp16, which only lower the loss scale, do not count."""
+    """Number of steps that are skipped because their loss or gradients are not finite; one more ends the run.
+    Counted from each start or resume; overflows of fp16, which only lower the loss scale, do not count."""
     freeze_backbone: bool = False
     """With `init`: freeze the backbone, without stochastic depth; only read-out and head are trained."""
     freeze_backbone_epochs: Count | None = None
@@ -303,7 +303,7 @@ class LogOptions:
     log_every_steps: int = 10
     """Steps between two log entries."""
     checkpoint_every_epochs: Count = 1
-    """Epochs between two checkpoints; one is always written at the end."""
+    """Epochs between two checkpoints; 0: none. One is always written at the end."""
     checkpoint_every_minutes: Amount = 30.0
     """Minutes between two checkpoints within an epoch, written with the next log entry; 0: none."""
     keep_every_epochs: Count = 20

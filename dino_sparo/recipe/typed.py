@@ -212,14 +212,15 @@ def expected(kind: Any) -> str:  # noqa: PLR0911 one return per kind of type
     if origin is Literal:
         return f"one of {', '.join(map(str, inner))}"
     if origin is tuple:
-        return f"a list [{', '.join(map(expected, inner))}]"
+        each = list(map(expected, inner))
+        same = len(set(each)) == 1
+        return f"a list of {len(each)}, each {each[0]}" if same else f"a list [{', '.join(each)}]"
     if origin is list:
         return f"a list, each {expected(inner[0])}"
     if kind in numbers:
         return f"{numbers[kind]} {POSITIVE.words}"
-    return {str: "text", bool: "true or false", NoneType: "null"}.get(kind) or " or ".join(
-        map(expected, inner)
-    )
+    words = {str: "text", bool: "true or false", NoneType: "null"}.get(kind) or list(map(expected, inner))
+    return words if isinstance(words, str) else (", or " if ", " in words[0] else " or ").join(words)
 
 
 def section_of(kind: Any) -> type | None:

@@ -69,7 +69,7 @@ def draw_all(metrics: Sequence[Mapping[str, Any]], file: BinaryIO) -> None:
 
 
 def num_knn_images(metrics: Sequence[Mapping[str, Any]]) -> int | None:
-    """Number of test images of the last k-NN while training; None if it is not in the log."""
+    """Number of test images of the last k-NN during training; None if it is not in the log."""
     return next((one[KNN_IMAGES] for one in reversed(metrics) if KNN_IMAGES in one), None)
 
 

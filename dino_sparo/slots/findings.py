@@ -37,7 +37,7 @@ def training(encoder: Encoder, config: Content, metrics: Sequence[Content]) -> l
     if not len(accuracies):
         return [
             f"{sentence}.",
-            "20-NN accuracy was not measured while training, since it needs class folders.",
+            "20-NN accuracy was not measured during training, since it needs class folders.",
         ]
     (_, first), (_, last) = accuracies[0], accuracies[-1]
     begun = "untrained" if accuracies[0][0] == 0 else f"after epoch {accuracies[0][0]:g}"

@@ -449,7 +449,7 @@ def _fill_mask(section: Section, found: Content, _shown: list[int]) -> None:
 def _fill_factors(section: Section, found: Content, _shown: list[int]) -> None:
     """How well each slot tells each factor."""
     section.intro = (
-        f"Accuracy in per cent of a probe on each slot alone, learned on {found['num_train']} and tested on "
+        f"Accuracy in percent of a probe on each slot alone, learned on {found['num_train']} and tested on "
         f"{found['num_test']} generated pictures."
     )
     section.add_picture("factors.png", "Every slot on every factor, and whole encodings")

@@ -37,7 +37,7 @@ class Probed:
 
 @dataclass(frozen=True)
 class Measured:
-    """Results of an encoder on one data set: 20-NN, and probes by train fraction."""
+    """Results of an encoder on one dataset: 20-NN, and probes by train fraction."""
 
     knn: Result
     probes: dict[float, Probed]
@@ -52,7 +52,7 @@ def measure(
 
     Args:
         data: labeled train and test images.
-        name: of the data set.
+        name: of the dataset.
         fractions: train fractions, above 0 and at most 1.
         unverified: resume probes from checkpoints whose SHA-256 is missing.
 

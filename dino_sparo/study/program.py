@@ -25,7 +25,7 @@ from dino_sparo.terminal import sentence, shown
 
 log = logging.getLogger("dino_sparo")
 
-IMAGES_FILE = "images.json"  # hashes of the images by data set
+IMAGES_FILE = "images.json"  # hashes of the images by dataset
 
 
 def study(
@@ -115,10 +115,10 @@ def check_study(
     train_fractions: Sequence[float],
     transfer: Sequence[str],
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """The folders of the data sets to evaluate on, and hashes of their images, both by name; `val` is first.
+    """The folders of the datasets to evaluate on, and hashes of their images, both by name; `val` is first.
 
     Raises:
-        UserError: the control is not a row, a train fraction is wrong, or a data set has no name, a name that
+        UserError: the control is not a row, a train fraction is wrong, or a dataset has no name, a name that
             is taken, no labels, too few images, or other images than when the study was started.
     """
     rows = list(dict.fromkeys(variant.row for variant in variants))
@@ -157,7 +157,7 @@ def remember_images(folder: Path, data_sets: dict[str, str], hashes: dict[str, s
 
 
 def _with_known(folder: Path, data_sets: dict[str, str], hashes: dict[str, str]) -> dict[str, str]:
-    """The hashes in `images.json` and these; raises UserError if a data set has changed."""
+    """The hashes in `images.json` and these; raises UserError if a dataset has changed."""
     path = folder / IMAGES_FILE
     try:
         known: dict[str, str] = dict(parsed_json(path).items())
@@ -177,7 +177,7 @@ def _with_known(folder: Path, data_sets: dict[str, str], hashes: dict[str, str])
 
 
 def _hash_of(name: str, folder: str, choice: Choice) -> str:
-    """A hash of the train and test images of a data set. Raises UserError if it has too few."""
+    """A hash of the train and test images of a dataset. Raises UserError if it has too few."""
     train, test = open_labeled(folder, key="data.path" if name == VAL else "transfer", choice=choice)
     if len(train) < HEADLINE_K:
         raise UserError(f"{folder} has {len(train)} train images; {HEADLINE_K}-NN needs {HEADLINE_K} or more")

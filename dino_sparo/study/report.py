@@ -89,7 +89,7 @@ def write_report(
     parts = ["# Study", *about(list(trainings)), "## Means and differences", comparison.markdown()]
     parts += ["## Missing runs", "\n".join(f"- {line}" for line in missing)] if missing else []
     parts += ["## Every seed", seeds_table(groups, measures)]
-    parts += ["## 20-NN while training", f"![20-NN over epochs]({CURVES})", curve_table(groups, trainings)]
+    parts += ["## 20-NN during training", f"![20-NN over epochs]({CURVES})", curve_table(groups, trainings)]
     parts += ["## Cost", cost_table(groups, trainings, costs), COST_REMARK]
     parts += ["## Selected probes", probes_table(groups, measures)]
     contents: dict[str, str | bytes] = {
@@ -182,7 +182,7 @@ def curves_picture(groups: Sequence[Group], trainings: dict[Path, Training]) -> 
         axis.plot(shared, means, marker=marker, color=color, linewidth=2, markersize=4, label=label)
         for curve in curves if len(curves) > 1 else ():
             axis.plot(list(curve), list(curve.values()), color=color, linewidth=0.7, alpha=0.5)
-    axis.set(xlabel="epoch", ylabel="20-NN top-1, %", title="20-NN of the teacher while training")
+    axis.set(xlabel="epoch", ylabel="20-NN top-1, %", title="20-NN of the teacher during training")
     figure.legend(loc="outside right upper", fontsize=8)
     axis.grid(alpha=0.3)
     picture = BytesIO()

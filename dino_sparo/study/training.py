@@ -78,7 +78,7 @@ def check_variants(variants: Sequence[Variant]) -> None:
 
 
 def check_data(variants: Sequence[Variant]) -> None:
-    """Raises UserError for variants without k-NN while training."""
+    """Raises UserError for variants without k-NN during training."""
     different: dict[str, Recipe] = {}
     for recipe in (variant.recipe for variant in variants):
         different.setdefault(str([recipe.data, recipe.monitor]), recipe)
