@@ -1,8 +1,9 @@
-"""Atomic writes, JSON lines, and cache folders that only this user can write."""
+"""Atomic writes, locks, JSON lines, and cache folders that only this user can write."""
 
 import atexit
 import difflib
 import errno
+import fcntl
 import glob
 import hashlib
 import json
@@ -78,10 +79,38 @@ def atomic_write(path: Path, temporary: Path | None = None, *, durable: bool = T
         temporary.unlink(missing_ok=True)
 
 
+def write_figure(path: Path, figure: Any) -> None:
+    """Write a figure of matplotlib as a PNG file with `atomic_write`. Raises OSError."""
+    with atomic_write(path, durable=False) as file:
+        figure.savefig(file, dpi=110, format="png")
+
+
 def write_file(path: Path, content: str | bytes) -> None:
     """Write a file with `atomic_write`, text as UTF-8 with lone surrogates escaped. Raises OSError."""
     with atomic_write(path) as file:
         file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
+
+
+@contextmanager
+def alone_in(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """Lock a folder; creates no file. On a file system without locks, only log that there are none.
+
+    Raises:
+        UserError: another process holds the lock of an output folder, and `wait` is false.
+        OSError: the folder cannot be opened.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise UserError(f"--out {str(folder)!r}: another process writes to it; wait until it ends") from error
+    except OSError:
+        log.info("%s: the file system has no locks; run only one program at a time in this folder", folder)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def did_you_mean(path: Path) -> str:

@@ -28,16 +28,14 @@ from dino_sparo.data.imagenet import (
 from dino_sparo.data.tars import TarFile, damage_named, tar_files
 from dino_sparo.data.walk import is_image, walk
 from dino_sparo.errors import UserError, UserFileNotFoundError
-from dino_sparo.files import atomic_write, parsed_json
-from dino_sparo.parallel.processes import only_writer
-from dino_sparo.terminal import shows_bars
+from dino_sparo.files import alone_in, atomic_write, parsed_json
+from dino_sparo.terminal import few, shows_bars
 
 log = logging.getLogger("dino_sparo")
 
 SPLITS = ("train", "val")
 RECORD = ".prepared.json"  # hidden, like unfinished folders and files, so that loaders ignore it
 UNFINISHED_FILE = ".part"
-SHOWN_CLASSES = 3
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ def prepare(source: str, out: str, labels: str | None = None) -> str:
     check_out(folder, [one.path for one in (layout.train, layout.val) if one], SPLITS.__contains__)
     splits = _plan(layout, folder, labels)
     folder.mkdir(parents=True, exist_ok=True)
-    with only_writer(folder):
+    with alone_in(folder, wait=False):
         counts = {split.name: _make(split, folder) for split in splits}
     others = [name for name in SPLITS if name not in counts and (folder / name).is_dir()]
     return _summary(folder, counts | {name: _count(folder / name) for name in others})
@@ -125,8 +123,8 @@ def _summary(out: Path, counts: dict[str, Counter[str]]) -> str:
     ]
     for here, other in (SPLITS, SPLITS[::-1]) if len(counts) == len(SPLITS) else ():
         if missing := sorted(counts[here].keys() - counts[other].keys()):
-            shown = [*missing[:SHOWN_CLASSES], *(["..."] if len(missing) > SHOWN_CLASSES else [])]
-            lines.append(f"classes of {here} that are not in {other}: {len(missing)} ({', '.join(shown)})")
+            listed = few(missing)
+            lines.append(f"classes of {here} that are not in {other}: {len(missing)} ({listed})")
     path = shlex.quote(str(out))
     if "train" not in counts:
         next_step = f"prepare DIR --out {path}, where DIR holds the train images"

@@ -50,8 +50,8 @@ from dino_sparo.data.sources import AS_FOUND, open_images, open_val
 from dino_sparo.data.splits import Choice
 from dino_sparo.data.tables import TableSource
 from dino_sparo.errors import UserError
-from dino_sparo.files import atomic_write, parsed_json, write_file
-from dino_sparo.parallel.processes import end_with_parent, only_writer
+from dino_sparo.files import alone_in, atomic_write, parsed_json, write_file
+from dino_sparo.parallel.processes import end_with_parent
 from dino_sparo.prepare import check_out
 from dino_sparo.terminal import shows_bars
 
@@ -123,7 +123,7 @@ def shard(
     for folder in folders:
         check_out(folder, [split.source.root for split in splits], partial(_is_ours, folder, folders))
     Path(out).mkdir(parents=True, exist_ok=True)
-    with only_writer(Path(out)):
+    with alone_in(Path(out), wait=False):
         sizes = [_begin(split) for split in splits]
         _check_space(Path(out), splits, sizes)
         for split in splits:

@@ -71,6 +71,11 @@ def sentence(text: object) -> str:
     return shown(text, MOST_OF_MESSAGE)
 
 
+def few(names: Sequence[object], most: int = 3) -> str:
+    """The first few names, escaped by `shown`, and `...` if there are more."""
+    return ", ".join(map(shown, names[:most])) + (", ..." if len(names) > most else "")
+
+
 def error_line(error: Exception) -> str:
     """The line on standard error with which a program ends."""
     return colored(f"dino-sparo: error: {sentence(error)}", "red")

@@ -1,6 +1,7 @@
 """Golden arrays and small models shared by the tests."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,6 +41,21 @@ def run_dir(tmp_path_factory) -> Path:
     write_pictures(folder / "data", 4)
     pretrain(tiny_options(folder / "data", folder / "run"))
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """Pictures of one class, three steps an epoch of a tiny run."""
+    write_pictures(folder := tmp_path_factory.mktemp("pictures"), 12)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """Pictures of two classes with val, which is the same as train."""
+    write_pictures(tmp_path / "data", 24, classes=2)
+    shutil.copytree(tmp_path / "data" / "train", tmp_path / "data" / "val")
+    return tmp_path / "data"
 
 
 @pytest.fixture(autouse=True)

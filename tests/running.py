@@ -1,5 +1,6 @@
 """Runs as a user starts them, in processes of their own, looked at from outside."""
 
+import multiprocessing
 import socket
 import subprocess
 import sys
@@ -86,6 +87,17 @@ def spawn(function: Callable, *arguments: object, processes: int) -> None:
         patch.setenv("MASTER_ADDR", "localhost")
         patch.setenv("MASTER_PORT", str(port))
         mp.spawn(function, arguments, nprocs=processes)
+
+
+def at_once(function: Callable, *arguments: object) -> None:
+    """Call it in three processes at the same time, which all must end well."""
+    context = multiprocessing.get_context("fork")
+    starts = [context.Process(target=function, args=arguments) for _ in range(3)]
+    for start in starts:
+        start.start()
+    for start in starts:
+        start.join()
+    assert [start.exitcode for start in starts] == [0, 0, 0]
 
 
 def of_rank(rank: int, launcher: int) -> int:

@@ -34,13 +34,6 @@ def quick(monkeypatch):
 
 
 @pytest.fixture
-def data(tmp_path):
-    write_pictures(tmp_path / "data", 24, classes=2)
-    shutil.copytree(tmp_path / "data" / "train", tmp_path / "data" / "val")
-    return tmp_path / "data"
-
-
-@pytest.fixture
 def checked(data, capsys):
     def check(*arguments: str, status: int = 0, look=("--measure", "--scan")) -> dict:
         given = ARGUMENTS | dict(argument.split("=") for argument in arguments)

@@ -61,7 +61,7 @@ def test_a_file_that_the_system_refuses_is_one_sentence(trained, capsys):
     message = mistake(
         ["slots", "health", str(run_dir), "--data.path", str(data), "--out", str(data / "file")], capsys
     )
-    assert f"{data / 'file' / 'health'} cannot be read or written (Not a directory); name ano" in message
+    assert f"{data / 'file' / 'health'} cannot be read or written (Not a directory); " in message
 
 
 # --- Mistakes in pretrain

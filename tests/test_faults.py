@@ -16,8 +16,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.errors import EXIT_USER_ERROR, UserError
+from dino_sparo.files import alone_in
 from dino_sparo.parallel.launch import status_after
-from dino_sparo.parallel.processes import only_writer
 from dino_sparo.runs import checkpoint
 from dino_sparo.runs.checkpoint import load_latest
 from dino_sparo.runs.rundir import hold
@@ -25,16 +25,9 @@ from dino_sparo.training import pretrain as program
 from dino_sparo.training.loss import DINOLoss
 from dino_sparo.training.state import capture_state
 from tests.running import command, family, finished, is_gone, of_rank, spawn, wait_for_step
-from tests.tiny import state_hash, tiny_options, write_pictures
+from tests.tiny import state_hash, tiny_options
 
 LONG = {"optim__epochs": 1000, "log__checkpoint_every_minutes": 1e-9}
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    write_pictures(folder, 12)
-    return folder
 
 
 def started(arguments: list[str], **environment: str) -> subprocess.Popen:
@@ -223,7 +216,7 @@ def test_only_one_run_trains_in_a_folder(pictures, tmp_path):
         pass  # the lock is free again
 
 
-@pytest.mark.parametrize(("function", "lock"), [("lockf", hold), ("flock", only_writer)])
+@pytest.mark.parametrize(("function", "lock"), [("lockf", hold), ("flock", alone_in)])
 def test_file_systems_without_locks_are_told(function, lock, tmp_path, monkeypatch, caplog):
     def missing(*_):
         raise OSError(95, "Operation not supported")

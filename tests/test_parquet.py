@@ -2,7 +2,6 @@
 
 import json
 import logging
-import multiprocessing
 import pickle
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.evaluation.transfer import open_test_sets
 from dino_sparo.shard import shard
 from tests.containers import IMAGE, write_parquet
+from tests.running import at_once
 from tests.shard_files import picture, write
 from tests.tiny import tiny_options
 
@@ -259,13 +259,7 @@ def test_without_the_library_its_name_is_told(root, monkeypatch, missing):
 
 def test_starts_at_once_make_one_copy(root, caplog):
     set_of(root / FILE, 4)
-    context = multiprocessing.get_context("fork")
-    starts = [context.Process(target=open_images, args=(str(root),)) for _ in range(3)]
-    for start in starts:
-        start.start()
-    for start in starts:
-        start.join()
-    assert [start.exitcode for start in starts] == [0, 0, 0]
+    at_once(open_images, str(root))
     with caplog.at_level(logging.INFO, "dino_sparo"):
         assert open_images(str(root)).read(3) == picture(3)
     assert "copy" not in caplog.text

@@ -10,20 +10,13 @@ import pytest
 from dino_sparo.runs.checkpoint import load_latest
 from dino_sparo.runs.runlog import read_metrics
 from tests.running import command, family, is_gone, wait_for_step
-from tests.tiny import state_hash, write_pictures
+from tests.tiny import state_hash
 
 STOPPED = 75
 CHANGES = {
     "optim__epochs": 60,
     "log__checkpoint_every_epochs": 1000,
 }  # 3 steps an epoch; none saved but the last
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    write_pictures(folder, 12)
-    return folder
 
 
 @pytest.fixture(scope="module")

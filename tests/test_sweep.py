@@ -20,16 +20,9 @@ from dino_sparo.recipe.files import recipes
 from dino_sparo.runs.checkpoint import encoder_of
 from dino_sparo.runs.runlog import RunLog, read_metrics
 from dino_sparo.study.variants import parse_vary
-from tests.tiny import parse_options, tiny_arguments, write_pictures
+from tests.tiny import parse_options, tiny_arguments
 
 CHANGES = {"monitor__knn_every_epochs": 2, "optim__epochs": 2, "model__readout__slot_dim": 8}
-
-
-@pytest.fixture
-def data(tmp_path):
-    write_pictures(tmp_path / "data", 24, classes=2)
-    shutil.copytree(tmp_path / "data" / "train", tmp_path / "data" / "val")
-    return tmp_path / "data"
 
 
 def arguments(data, *more: str, **changes) -> list[str]:

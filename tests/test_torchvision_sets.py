@@ -3,7 +3,6 @@
 import gzip
 import hashlib
 import json
-import multiprocessing
 import pickle
 import threading
 from functools import partial
@@ -20,6 +19,7 @@ from dino_sparo.data.sources import is_set, open_images, open_labeled, open_val
 from dino_sparo.errors import UserError
 from dino_sparo.shard import shard
 from tests.imagenet_layouts import tar_of
+from tests.running import at_once
 from tests.tiny import tiny_arguments
 
 SIZES = {"train": 5, "unlabeled": 4, "test": 3}
@@ -134,13 +134,7 @@ def test_downloaded_once_and_only_the_unpacked_files_stay(server, cache, name):
 
 
 def test_two_starts_at_once_download_once(server, cache):
-    context = multiprocessing.get_context("fork")
-    starts = [context.Process(target=open_images, args=("cifar10",)) for _ in range(3)]
-    for start in starts:
-        start.start()
-    for start in starts:
-        start.join()
-    assert [start.exitcode for start in starts] == [0, 0, 0]
+    at_once(open_images, "cifar10")
     assert len([path for path in server.asked if path.endswith("gz")]) == 2  # the redirects, the file
 
 

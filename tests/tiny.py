@@ -73,7 +73,7 @@ def tiny_options(data: Path, run_dir: Path, **changes: Any) -> PretrainOptions:
 
 def build_state(recipe: Recipe, device: torch.device | str = "cpu", **machine: Any) -> TrainState:
     """The state of a run of this recipe that has not begun."""
-    return state.build_state(**recipe.state_arguments(), device=torch.device(device), **machine)
+    return state.build_state(**recipe.state_arguments() | machine, device=torch.device(device))
 
 
 def one_step(

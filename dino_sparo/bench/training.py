@@ -34,7 +34,7 @@ from dino_sparo.data.views import NUM_GLOBAL_CROPS
 from dino_sparo.models.cost import bytes_saved_for_backward
 from dino_sparo.parallel.device import wait_for
 from dino_sparo.parallel.precision import autocast, plain_attention
-from dino_sparo.training.pretrain import crops_on_device, normalized, train_step
+from dino_sparo.training.pretrain import crops_on_device, normalized, step_of
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.state import TrainState
 from dino_sparo.training.steps import EAGER_STEPS, Steps
@@ -77,8 +77,7 @@ class Bench:
         return step if steps.captured else None
 
     def _steps(self, state: TrainState, *, capture: bool) -> Steps:
-        mixed = autocast(self.precision, self.device)
-        step = partial(train_step, state, clip_norm=self.clip_norm, autocast=mixed)
+        step = step_of(state, clip_norm=self.clip_norm, precision=self.precision)
         return Steps(step, self.device, 1, capture=capture)
 
     def our_batches(self) -> Generator[list[Tensor]]:

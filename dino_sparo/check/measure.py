@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import repeat
 from multiprocessing import active_children
 from statistics import median
@@ -18,9 +17,9 @@ from dino_sparo.data.workers import WatchedLoader
 from dino_sparo.models.cost import bytes_saved_for_backward, counting_flops
 from dino_sparo.models.encoder import DinoModel
 from dino_sparo.parallel.device import wait_for
-from dino_sparo.parallel.precision import DTYPES, autocast, plain_attention
+from dino_sparo.parallel.precision import DTYPES, plain_attention
 from dino_sparo.parallel.processes import private_bytes
-from dino_sparo.training.pretrain import Batch, crops_on_device, normalized, train_step
+from dino_sparo.training.pretrain import Batch, crops_on_device, normalized, step_of
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.state import TrainState
 from dino_sparo.training.steps import Steps
@@ -87,9 +86,7 @@ def measure_steps(
         batch = Crops(batch.global_crops[:, chosen], batch.local_crops[:, chosen])
         batch = crops_of(batch, recipes, device)
     batches = map(normalized, crops_on_device(repeat(batch), recipes, device))
-    mixed = autocast(precision, device)
-    step = partial(train_step, state, clip_norm=clip_norm, autocast=mixed)
-    taking = Steps(step, device, 1, capture=False)
+    taking = Steps(step_of(state, clip_norm=clip_norm, precision=precision), device, 1, capture=False)
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)

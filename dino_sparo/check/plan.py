@@ -123,11 +123,7 @@ def make_plan(recipe: Recipe, run_dir: Path, num_processes: int) -> Plan:
     batch_size, accumulation = split_batch(optim.global_batch_size, machine.batch_size_per_gpu, num_processes)
     source, monitor = open_data(recipe.data, recipe.monitor, optim.global_batch_size)
     executor = choose_executor(machine.views, device, max_side=recipe.data.max_side, num_workers=num_workers)
-    state = build_state(
-        **recipe.state_arguments(),
-        device=torch.device("cpu"),
-        activation_checkpointing=machine.activation_checkpointing,
-    )
+    state = build_state(**recipe.state_arguments(), device=torch.device("cpu"))
     image_bytes = bytes_of_image(recipe.views, recipe.data.max_side, source, executor)
     prefetched_bytes = num_processes * num_workers * machine.prefetch_batches * batch_size * image_bytes
     disk_bytes = most_kept(optim.epochs, recipe.log.keep_every_epochs) * checkpoint_bytes(state)

@@ -216,13 +216,7 @@ def measured(plan: Plan) -> dict[str, Any]:
 def steps_of(plan: Plan, batch: Batch) -> dict[str, Any]:
     """Measure the speed of training steps, with as many images as fit into memory."""
     recipe, device = plan.recipe, plan.device
-    state = build_state(
-        **recipe.state_arguments(),
-        device=device,
-        loss_scaling=plan.precision == "fp16",
-        activation_checkpointing=recipe.machine.activation_checkpointing,
-        compiled=recipe.machine.compile,
-    )
+    state = build_state(**recipe.state_arguments(plan.precision), device=device)
     state.student.load_state_dict(plan.state.student.state_dict())
     state.teacher.load_state_dict(plan.state.teacher.state_dict())
     schedules = build_schedules(recipe.optim, recipe.loss, steps_per_epoch=1)
@@ -298,11 +292,7 @@ def estimate_only(
     here = find_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     gpus = gpus or [here or ""]
     check_gpus(gpus)
-    state = build_state(
-        **recipe.state_arguments(),
-        device=torch.device("cpu"),
-        activation_checkpointing=recipe.machine.activation_checkpointing,
-    )
+    state = build_state(**recipe.state_arguments(), device=torch.device("cpu"))
     batch_size = recipe.optim.global_batch_size
     images = num_images // batch_size * batch_size * recipe.optim.epochs
     runs = estimate(recipe, state, gpus, num_processes=num_processes, num_images=images)

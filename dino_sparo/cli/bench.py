@@ -162,13 +162,7 @@ def bench_of(recipe: Recipe, source: "ImageSource", batch_size: int) -> "Bench":
     executor = choose_executor(machine.views, device, max_side=recipe.data.max_side, num_workers=num_workers)
     schedules = build_schedules(recipe.optim, recipe.loss, STEPS_PER_EPOCH)
     return Bench(
-        new_state=lambda on: build_state(
-            **recipe.state_arguments(),
-            device=on,
-            loss_scaling=precision == "fp16",
-            activation_checkpointing=machine.activation_checkpointing,
-            compiled=machine.compile,
-        ),
+        new_state=lambda on: build_state(**recipe.state_arguments(precision), device=on),
         dataset=dataset_of(recipe.data, recipe.views, recipe.seed, source, executor),
         hyper=schedules.at(STEPS_PER_EPOCH * recipe.optim.epochs // 2),
         clip_norm=recipe.optim.clip_norm,

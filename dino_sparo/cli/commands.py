@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from dino_sparo.cli import bench, demo, evaluating, exporting, making, pretraining, slots
+from dino_sparo.cli import bench, demo, evaluating, exporting, pretraining, slots
 from dino_sparo.cli.parsing import NOT_IN_RECIPES
 from dino_sparo.recipe.sections import Recipe
 from dino_sparo.recipe.typed import leaf_keys, leaves
@@ -180,8 +180,8 @@ COMMANDS = {
         ("prepare /data/kaggle --out /data/imagenet",),
     ),
     "shard": Command(
-        making.ShardOptions,
-        making.shard,
+        exporting.ShardOptions,
+        exporting.shard,
         "write a folder of images as tar shards, which network file systems read faster",
         ("shard /data/imagenet --out /data/shards --short-side 512",),
     ),

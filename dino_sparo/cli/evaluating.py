@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dino_sparo.cli.images import LabeledDataOptions, choice_of
+from dino_sparo.cli.images import EncodingOptions, LabeledDataOptions, choice_of
 from dino_sparo.errors import UserError
-from dino_sparo.recipe.typed import Batch, Epochs, Processes, Seed, Workers
+from dino_sparo.recipe.typed import Batch, Epochs, Processes, Seed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -20,15 +20,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class EvaluationOptions:
+class EvaluationOptions(EncodingOptions):
     """What the evaluations of one encoder share."""
 
-    run: str
-    """Run folder, weights file, or `timm:NAME`."""
     data: LabeledDataOptions
     """The labeled images."""
-    which: Literal["teacher", "student"] = "teacher"
-    """Weights to evaluate."""
     untrained: bool = False
     """Evaluate the same encoder with random weights, as a baseline."""
     arch: Literal["vit_tiny", "vit_small", "vit_base"] | None = None
@@ -42,11 +38,6 @@ class EvaluationOptions:
     cache: str | None = None
     """Folder for stored features, shared by all machines; null: `features` in the run folder, or beside the
     results if the run folder cannot be written."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Device; auto: CUDA if there is a GPU, else the CPU."""
-    num_workers: Workers | None = None
-    """Data loading workers per process; 0: load in the process itself; null: one per CPU core, shared by all
-    processes, at most 16 each."""
     nproc: Processes = 1
     """Processes to start on this machine, one per GPU; leave it out if torchrun starts them."""
 
@@ -66,8 +57,6 @@ class KnnOptions(EvaluationOptions):
     check, which may crash beside torch on macOS. Both are exact."""
     cache_precision: Literal["float16", "float32"] = "float16"
     """Precision of the stored features."""
-    batch_size: Batch = 64
-    """Images per forward pass."""
     checkpoints: Literal["newest", "all"] = "newest"
     """Checkpoints of a run folder to evaluate: the newest, or all that were kept (log.keep_every_epochs),
     which also draws their curve, knn_checkpoints.png."""

@@ -1,12 +1,12 @@
-"""The commands that make other files of images or weights: `prepare`, `export` and `embed`."""
+"""The commands that make other files of images or weights: `prepare`, `shard`, `export` and `embed`."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dino_sparo.cli.images import ImagesOptions
+from dino_sparo.cli.images import EncodingOptions, ImagesOptions, ReadingOptions
 from dino_sparo.errors import UserError
-from dino_sparo.recipe.typed import Batch, Workers
+from dino_sparo.recipe.typed import Workers
 
 
 @dataclass
@@ -21,6 +21,22 @@ class PrepareOptions:
     labels: str | None = None
     """Classes of the images of a flat folder: LOC_val_solution.csv, the devkit (folder or tar.gz), or a text
     file with a line `file_name class` for every image; null: found near ImageNet's validation images."""
+
+
+@dataclass
+class ShardOptions(ReadingOptions):
+    """Tar shards of a folder of images or parquet files, for network file systems and a random order."""
+
+    source: str
+    """Folder of images (train/<class>/... and val/<class>/..., <class>/... or flat) or of parquet files."""
+    out: str
+    """Folder for the shards, in train/ and val/ if the source has both; give it as `data.path` to read
+    them."""
+    short_side: int | None = None
+    """Images whose short side exceeds this many pixels are resized to it and written as JPEG of quality 95;
+    null: all files are copied as they are."""
+    num_workers: Workers | None = None
+    """Processes that write shards; 0: write in this process; null: one per CPU core."""
 
 
 @dataclass
@@ -47,12 +63,10 @@ class ExportOptions:
 
 
 @dataclass(kw_only=True)
-class EmbedOptions:
+class EmbedOptions(EncodingOptions):
     """Features of a folder of images, with the names of their files, for search, clustering or labels of your
     own: numpy.load(FILE) gives `features`, float32, and `names`."""
 
-    run: str
-    """Run folder or weights file."""
     data: ImagesOptions
     """The images."""
     out: str
@@ -60,14 +74,6 @@ class EmbedOptions:
     what: Literal["encoding", "slots", "cls", "tokens"] = "encoding"
     """Feature to write: `encoding`: all slots concatenated, or the CLS token of an encoder without slots;
     `slots`: (num_images, L, V); `cls`: CLS token; `tokens`: all tokens, CLS first."""
-    which: Literal["teacher", "student"] = "teacher"
-    """Weights to use."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Device; auto: CUDA if there is a GPU, else the CPU."""
-    num_workers: Workers | None = None
-    """Data loading workers; null: one per CPU core, at most 16."""
-    batch_size: Batch = 64
-    """Images per forward pass."""
 
 
 def prepare(options: PrepareOptions) -> None:
@@ -75,6 +81,16 @@ def prepare(options: PrepareOptions) -> None:
     from dino_sparo.prepare import prepare as make_class_folders
 
     print(make_class_folders(options.source, options.out, options.labels))
+
+
+def shard(options: ShardOptions) -> None:
+    """`dino-sparo shard`."""
+    from dino_sparo import shard as room
+    from dino_sparo.data.splits import Choice
+
+    room.shard(
+        options.source, options.out, options.short_side, options.num_workers, choice=Choice.of(options)
+    )
 
 
 def export(options: ExportOptions) -> None:

@@ -1,16 +1,34 @@
-"""Options that name the images of a command."""
+"""Options that several commands share: the encoder to use, and the images of a command."""
 
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from dino_sparo.errors import UserError
 from dino_sparo.recipe.sections import ImagePixels, PixelValue, check_value_range
+from dino_sparo.recipe.typed import Batch, Workers
 
 if TYPE_CHECKING:
     from dino_sparo.data.sources import ImageSource
     from dino_sparo.data.splits import Choice
+
+
+@dataclass(kw_only=True)
+class EncodingOptions:
+    """The encoder to use, and how images are encoded."""
+
+    run: str
+    """Run folder, weights file, or `timm:NAME`."""
+    which: Literal["teacher", "student"] = "teacher"
+    """Weights to use."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Device; auto: CUDA if there is a GPU, else the CPU."""
+    num_workers: Workers | None = None
+    """Data loading workers per process; 0: load in the process itself; null: one per CPU core, shared by all
+    processes, at most 16 each."""
+    batch_size: Batch = 64
+    """Images per forward pass."""
 
 
 @dataclass(kw_only=True)

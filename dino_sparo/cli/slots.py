@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dino_sparo.cli.images import ImagesOptions, LabeledDataOptions, choice_of, open_chosen
+from dino_sparo.cli.images import EncodingOptions, ImagesOptions, LabeledDataOptions, choice_of, open_chosen
 from dino_sparo.errors import UnlabeledError, UserError
-from dino_sparo.recipe.typed import Batch, Count, Epochs, Seed, Workers
+from dino_sparo.recipe.typed import Batch, Count, Epochs, Seed
 
 if TYPE_CHECKING:
     from dino_sparo.models import Encoder
@@ -17,21 +17,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class SlotsOptions:
+class SlotsOptions(EncodingOptions):
     """What all commands about slots take."""
 
-    run: str
-    """Run folder, weights file, or `timm:NAME`."""
-    which: Literal["teacher", "student"] = "teacher"
-    """Weights to use."""
     out: str | None = None
     """Folder for the results; null: `slots` in the run folder, or beside the weights file."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Device; auto: CUDA if there is a GPU, else the CPU."""
-    num_workers: Workers | None = None
-    """Data loading workers; null: one per CPU core, at most 16."""
-    batch_size: Batch = 64
-    """Images per forward pass."""
 
 
 @dataclass(kw_only=True)

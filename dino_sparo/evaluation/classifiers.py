@@ -39,7 +39,7 @@ from dino_sparo.interop.stored import check_finite, check_stored, is_plain
 from dino_sparo.models import Encoder
 from dino_sparo.parallel.distributed import gather_rows, rank, world_size
 from dino_sparo.runs.plain_file import read_plain
-from dino_sparo.terminal import shown
+from dino_sparo.terminal import few
 
 METADATA_KEY = "dino_sparo_linear"
 FORMAT = 1
@@ -164,8 +164,7 @@ def load_official(
     }
     tensors = [found[name] for name in ("weight", "bias") if is_plain(found.get(name))]
     if len(found) != 2 or [tensor.ndim for tensor in tensors] != [2, 1]:
-        held = ", ".join(map(shown, [*found][:SHOWN_KEYS])) or type(content).__name__
-        held += ", ..." if len(found) > SHOWN_KEYS else ""
+        held = few([*found], SHOWN_KEYS) or type(content).__name__
         raise UserError(
             f"evaluate {str(path)!r} does not hold a linear classifier, but {held}; expected a state_dict "
             f"with module.linear.weight and module.linear.bias, as the official eval_linear.py writes it"

@@ -20,23 +20,10 @@ from dino_sparo.evaluation.results import Result, read_results, results_folder
 from dino_sparo.files import did_you_mean
 from dino_sparo.recipe.files import comparable
 from dino_sparo.recipe.typed import flattened, read_yaml
-from dino_sparo.runs.rundir import CONFIG_FILE
+from dino_sparo.runs.rundir import CONFIG_FILE, NOT_EXPERIMENT
 from dino_sparo.terminal import aligned_table, markdown_table, sentence
 
-NOT_RECIPE = (
-    "seed",
-    "run_dir",
-    "nproc",
-    "machine",
-    "log",
-    "monitor",
-    "data.path",
-    "data.train",
-    "data.val",
-    "data.label_column",
-    "data.max_pixels",
-    "data.on_bad_image",
-)
+NOT_RECIPE = ("seed", "nproc", *NOT_EXPERIMENT)
 READOUT = "model.readout.name"
 SHOWN_DIFFERENCES = 3
 

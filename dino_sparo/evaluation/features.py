@@ -22,8 +22,7 @@ from dino_sparo.data.images import CenterCrops, ReadableCrops, normalize
 from dino_sparo.data.sources import ImageSource, open_images
 from dino_sparo.data.workers import WatchedLoader, default_workers
 from dino_sparo.errors import UserError
-from dino_sparo.evaluation.results import alone_in
-from dino_sparo.files import named
+from dino_sparo.files import alone_in, named
 from dino_sparo.models import Encoder
 from dino_sparo.parallel.distributed import gather_objects, gather_rows, local_world_size, rank, world_size
 from dino_sparo.terminal import shows_bars

@@ -5,13 +5,10 @@ correctly, so that two runs can be compared image by image without weights or im
 """
 
 import base64
-import fcntl
 import json
 import logging
-import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
 from pathlib import Path
@@ -21,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dino_sparo.errors import UserError, UserFileNotFoundError
-from dino_sparo.files import parsed_json, set_aside, write_file
+from dino_sparo.files import alone_in, parsed_json, set_aside, write_file
 from dino_sparo.terminal import sentence, shown
 
 if TYPE_CHECKING:
@@ -174,18 +171,6 @@ def read_results(folder: Path) -> list[Result]:
         raise UserError(
             f"{path} is damaged ({reason}); restore it from a backup, or remove it and evaluate again"
         ) from error
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a folder; creates no file. Raises OSError if the folder cannot be opened."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # file systems without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _key(result: Result) -> tuple[object, ...]:

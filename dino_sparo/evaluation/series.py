@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.results import Result, standard_error
-from dino_sparo.files import atomic_write
+from dino_sparo.files import write_figure
 from dino_sparo.interop.load import load_encoder
 from dino_sparo.models import Encoder
 from dino_sparo.runs.checkpoint import checkpoints_of, step_of
@@ -75,5 +75,4 @@ def draw(series: Series, path: Path) -> None:
     axis.set_ylabel("top-1, % (bars: one standard error)")
     axis.grid(alpha=0.3)
     axis.legend()
-    with atomic_write(path, durable=False) as file:
-        figure.savefig(file, dpi=110, format="png")
+    write_figure(path, figure)

@@ -26,11 +26,11 @@ from dino_sparo.data.split_names import same_name
 from dino_sparo.data.splits import Choice, Part, find_test
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.parallel.distributed import first_rank_first
+from dino_sparo.terminal import few
 
 log = logging.getLogger("dino_sparo")
 
 VAL = "val"
-SHOWN_NAMES = 3
 EXPECTED = "expected NAME=DIR, where DIR holds a folder of images for each class, or shards or parquet files"
 EXPECTED_BOTH = "expected NAME=DIR, where DIR holds train/<class>/... and val/<class>/..."
 
@@ -60,9 +60,9 @@ class TestSet:
         if self.missing:
             of_known = f"{len(self.missing)} of the {len(self.source.classes)} train classes"
             verb = "has" if len(self.missing) == 1 else "have"
-            parts.append(f"{of_known} {verb} no image here ({_some(self.missing)})")
+            parts.append(f"{of_known} {verb} no image here ({few(self.missing)})")
         if self.unknown:
-            found = f"{len(self.unknown)} ({_some(self.unknown)})"
+            found = f"{len(self.unknown)} ({few(self.unknown)})"
             parts.append(f"class folders left out, since they are not train classes: {found}")
         parts += [f"classes in the accuracy: {len(self.classes)}"] if parts else []
         return f"{self.name}: {'; '.join(parts)}" if parts else ""
@@ -161,8 +161,8 @@ def _open_test_set(
         to_train = np.array([numbers.get(same_name(folder), -1) for folder in folders])
     if (to_train < 0).all():
         raise UserError(
-            f"test {text!r}: none of the {len(folders)} class folders ({_some(folders)}) is a train class "
-            f"({_some(train_classes)}); {EXPECTED}, named as the train classes"
+            f"test {text!r}: none of the {len(folders)} class folders ({few(folders)}) is a train class "
+            f"({few(train_classes)}); {EXPECTED}, named as the train classes"
         )
     kept = np.flatnonzero(to_train[labels] >= 0)
     source = replace(source, classes=train_classes, class_numbers=to_train[source.class_numbers])
@@ -175,11 +175,6 @@ def _open_test_set(
 
 def _is_number(name: str) -> bool:
     return name.isascii() and name.isdecimal()
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first few names."""
-    return ", ".join(names[:SHOWN_NAMES]) + (", ..." if len(names) > SHOWN_NAMES else "")
 
 
 def balanced_fraction(source: ImageSource, fraction: float, seed: int) -> ImageSource:

@@ -21,7 +21,7 @@ from dino_sparo.interop.stored import MODELS, StoredEncoder
 from dino_sparo.interop.timm_folder import is_plain_sparo
 from dino_sparo.models.encoder import architecture
 from dino_sparo.models.head import OLD_NAMES
-from dino_sparo.terminal import shown
+from dino_sparo.terminal import few, shown
 
 SUFFIX = ".pth"
 HEAD_DIM = 64  # numbers per attention head, in every ViT of the official code
@@ -145,10 +145,9 @@ def _split(state: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], dict[s
             )
         place[name] = value
     if not any(name.startswith(BACKBONE) for name in weights):
-        held = ", ".join(repr(shown(key)) for key in list(state)[:SHOWN_KEYS])
-        more = ", ..." if len(state) > SHOWN_KEYS else ""
+        held = few([repr(shown(key)) for key in state], SHOWN_KEYS)
         raise UserError(
-            f"{path} holds no parameter of a ViT backbone, but {len(state)} entries: {held or 'none'}{more}; "
+            f"{path} holds no parameter of a ViT backbone, but {len(state)} entries: {held or 'none'}; "
             f"expected names such as 'cls_token' and 'blocks.0.norm1.weight', maybe after "
             f"'backbone.'; {PLAIN}"
         )

@@ -13,7 +13,7 @@ from dino_sparo.errors import UserError
 from dino_sparo.models import Encoder, build_encoder
 from dino_sparo.models.encoder import architecture
 from dino_sparo.recipe.files import checked_encoder
-from dino_sparo.terminal import shown
+from dino_sparo.terminal import few, shown
 
 MODELS = ("teacher", "student")
 SHOWN_NAMES = 20
@@ -117,8 +117,9 @@ def check_finite(weights: Mapping[str, Tensor], what: str) -> None:
     """Refuse numbers that are not finite in float32. Raises UserError."""
     if wrong := [name for name, value in weights.items() if not value.float().isfinite().all()]:
         raise UserError(
-            f"{what} holds numbers that are not finite, in {len(wrong)} parameters ({_first(wrong)}), or "
-            f"too large for float32; give weights of a training that has not diverged"
+            f"{what} holds numbers that are not finite, in {len(wrong)} parameters "
+            f"({few(wrong, SHOWN_NAMES)}), or too large for float32; give weights of a training that has not "
+            f"diverged"
         )
 
 
@@ -133,16 +134,14 @@ def misfits(given: Mapping[str, Any], expected: Mapping[str, Tensor]) -> str:
             if name in given and _kind(given[name]) != str(tuple(value.shape))
         ],
     }
-    return ", ".join(f"{len(names)} {what} ({_first(names)})" for what, names in wrong.items() if names)
+    return ", ".join(
+        f"{len(names)} {what} ({few(names, SHOWN_NAMES)})" for what, names in wrong.items() if names
+    )
 
 
 def in_words(arch: str | Mapping[str, int]) -> str:
     """An architecture for a message."""
     return "width {width}, depth {depth} and {num_heads} heads".format(**architecture(arch))
-
-
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(map(shown, names[:SHOWN_NAMES])) + (", ..." if len(names) > SHOWN_NAMES else "")
 
 
 def _kind(value: Any) -> str:

@@ -1,9 +1,7 @@
-"""Processes of this machine: which ones have ended, signals, locks, and free memory."""
+"""Processes of this machine: which ones have ended, signals, and free memory."""
 
 import ctypes
-import fcntl
 import json
-import logging
 import multiprocessing
 import os
 import platform
@@ -20,8 +18,6 @@ from typing import Any, NoReturn
 
 from dino_sparo.errors import UserError
 from dino_sparo.terminal import shown
-
-log = logging.getLogger("dino_sparo")
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # ask a run to stop
 PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
@@ -212,27 +208,6 @@ def read_note(folder: Path, name: str) -> str:
     """The content of a note that `leave_note` wrote; empty if there is none."""
     path = folder / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else ""
-
-
-@contextmanager
-def only_writer(out: Path) -> Iterator[None]:
-    """Lock a folder; on a file system without locks, only log that there is none.
-
-    Raises:
-        UserError: another process holds the lock.
-    """
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise UserError(f"--out {str(out)!r}: another process writes to it; wait until it ends") from error
-    except OSError:
-        log.info("%s: the file system has no locks; run only one program at a time in this folder", out)
-    try:
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def private_bytes(pid: int | None) -> int:

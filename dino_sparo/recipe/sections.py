@@ -361,8 +361,8 @@ class Recipe:
         """The arguments of `build_encoder`, without `drop_path_rate`."""
         return self.model.encoder_arguments(self.views.global_size)
 
-    def state_arguments(self) -> dict[str, Any]:
-        """The arguments of `training.state.build_state`, except those of the machine."""
+    def state_arguments(self, precision: str | None = None) -> dict[str, Any]:
+        """The arguments of `build_state` except `device`; without a precision only for counting."""
         frozen = self.optim.freeze_backbone
         return {
             "encoder": self.encoder_arguments(),
@@ -372,6 +372,9 @@ class Recipe:
             "drop_path_rate": 0.0 if frozen else self.model.drop_path_rate,
             "freeze_backbone": frozen,
             "max_bad_steps": self.optim.max_bad_steps,
+            "loss_scaling": precision == "fp16",
+            "activation_checkpointing": self.machine.activation_checkpointing,
+            "compiled": self.machine.compile and precision is not None,
         }
 
     def as_dict(self) -> dict[str, Any]:

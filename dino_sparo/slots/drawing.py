@@ -17,7 +17,7 @@ from dino_sparo.data.images import evaluation_crop, normalize, to_tensor
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.workers import WatchedLoader, default_workers
 from dino_sparo.errors import UserError
-from dino_sparo.files import atomic_write
+from dino_sparo.files import write_figure
 from dino_sparo.slots.attention import FULL, strength, times_uniform
 from dino_sparo.terminal import shown
 
@@ -30,7 +30,6 @@ SIDES = 224, 448  # range of the short side of a picture in pixels; within it th
 GRAY, LIGHTEST = 0.3, 0.92  # gray levels of black and of white, as fractions of 255
 COLOR = 255, 80, 0  # orange, which differs from gray also with color blindness
 OPACITY = 0.75  # of the full color, so that the image stays visible
-DPI = 110
 CELL_INCHES, GAP_INCHES = 1.6, 0.06  # width of a picture in a grid, and between two
 TITLE_POINTS, TITLE_LINE_INCHES, TITLE_LETTERS_PER_INCH = 8, 0.15, 14  # above a picture
 HEADING_POINTS, HEADING_LINE_INCHES, LETTER_INCHES = 9, 0.17, 0.078  # above the grid
@@ -242,8 +241,7 @@ def draw_grid(
             axis.imshow(picture)
             axis.set_title(title, parse_math=False, fontsize=TITLE_POINTS, pad=2)
             left += inches + GAP_INCHES
-    with atomic_write(path, durable=False) as file:
-        figure.savefig(file, dpi=DPI, format="png")
+    write_figure(path, figure)
 
 
 def _draw_scale(figure: "Figure", left: float, top: float, page_width: float, page_height: float) -> None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from dino_sparo.data.generated import ShapesSource
 from dino_sparo.data.shapes import FACTORS, MAX_OBJECTS, draw_factors
 from dino_sparo.errors import UserError
-from dino_sparo.files import atomic_write
+from dino_sparo.files import write_figure
 from dino_sparo.slots.parts import (
     CutEncoder,
     Moments,
@@ -184,8 +184,7 @@ def draw_factors_matrix(encoders: Sequence[Mapping[str, Any]], path: Path) -> No
     bar = figure.colorbar(shown, ax=axes, shrink=0.6)
     bar.set_label("0: chance, 1: accuracy of 100 %", fontsize=8)
     bar.ax.tick_params(labelsize=8)
-    with atomic_write(path, durable=False) as file:
-        figure.savefig(file, dpi=110, format="png")
+    write_figure(path, figure)
 
 
 def table(encoders: Sequence[Mapping[str, Any]]) -> str:

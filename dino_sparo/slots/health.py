@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from dino_sparo.data.images import CenterCrops, normalize
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.errors import UserError
-from dino_sparo.files import atomic_write
+from dino_sparo.files import write_figure
 from dino_sparo.models import Encoder
 from dino_sparo.slots.curves import COLORS
 from dino_sparo.slots.drawing import load_images
@@ -24,7 +24,7 @@ from dino_sparo.slots.statistics import (
     SlotStatistics,
     look_at_slots,
 )
-from dino_sparo.terminal import aligned_table
+from dino_sparo.terminal import aligned_table, few
 
 SHOWN_SLOTS = 12  # dead or duplicate slots that are listed in the table
 NUM_BINS = 20
@@ -89,9 +89,8 @@ def table(slots: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> str
     """The summary as a table with a description of healthy values."""
 
     def listed(name: str) -> str:
-        found = [str(slot["slot"]) for slot in slots if slot[name]]
-        more = ", ..." if len(found) > SHOWN_SLOTS else ""
-        return f"{len(found)}" + (f" ({', '.join(found[:SHOWN_SLOTS])}{more})" if found else "")
+        found = [slot["slot"] for slot in slots if slot[name]]
+        return f"{len(found)}" + (f" ({few(found, SHOWN_SLOTS)})" if found else "")
 
     patches = f"{summary['mean_effective_patches']:.1f} of {summary['num_patches']}"
     rows = [
@@ -148,5 +147,4 @@ def draw_health(slots: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], 
         axis.axvline(at, color=COLORS[1], linestyle="--")
         axis.set_xlabel(f"dashed: {label}", fontsize=8)
     figure.supylabel("number of slots", fontsize=9)
-    with atomic_write(path, durable=False) as file:
-        figure.savefig(file, dpi=110, format="png")
+    write_figure(path, figure)

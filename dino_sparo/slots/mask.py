@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dino_sparo.data.sources import ImageSource
-from dino_sparo.files import atomic_write
+from dino_sparo.files import write_figure
 from dino_sparo.slots.curves import COLORS
 from dino_sparo.slots.parts import CutEncoder, chunks, labels_of, remarks_on_parts
 from dino_sparo.terminal import aligned_table
@@ -228,5 +228,4 @@ def draw_masks(masks: Mapping[str, list[float]], parts: Mapping[str, int], path:
         shown = picture.imshow(of_dimensions, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         picture.set(title=f"{name}: over dimensions", xlabel="dimension of the slot", ylabel="slot")
         figure.colorbar(shown, ax=picture)
-    with atomic_write(path, durable=False) as file:
-        figure.savefig(file, dpi=110, format="png")
+    write_figure(path, figure)

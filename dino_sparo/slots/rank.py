@@ -24,7 +24,7 @@ from dino_sparo.data.sources import ImageSource
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.knn import NoDirectionError
 from dino_sparo.evaluation.transfer import draw_by_class
-from dino_sparo.files import atomic_write
+from dino_sparo.files import write_figure
 from dino_sparo.slots.curves import COLORS
 from dino_sparo.slots.parts import (
     CutEncoder,
@@ -38,7 +38,7 @@ from dino_sparo.slots.parts import (
     remarks_on_parts,
     vote,
 )
-from dino_sparo.terminal import aligned_table
+from dino_sparo.terminal import aligned_table, few
 
 WAYS = {"knn": "best alone by k-NN", "linear": "best alone by probe", "greedy": "greedy by k-NN"}
 MEASURES = {"knn": "k-NN", "linear": "linear probe"}
@@ -281,8 +281,7 @@ def table(result: dict[str, Any]) -> str:
     for one in result["encoders"]:
         lines += ["", f"{one['name']}, {one['num_parts']} parts of {one['part_dim']}: {one['run']}"]
         for way, order in one["orders"].items():
-            more = ", ..." if len(order) > SHOWN_PARTS else ""
-            lines.append(f"{WAYS[way]}: {', '.join(map(str, order[:SHOWN_PARTS]))}{more}")
+            lines.append(f"{WAYS[way]}: {few(order, SHOWN_PARTS)}")
         header = ["kept", *(f"{measure}, {WAYS[way]}" for measure in MEASURES.values() for way in WAYS)]
         rows = [
             [str(points[0]["kept"]), *(f"{at[name]:.2f}" for name in MEASURES for at in points)]
@@ -315,5 +314,4 @@ def draw_curve(encoders: Sequence[dict[str, Any]], path: Path) -> None:
         axis.set(title=title, xlabel="parts kept", ylabel="top-1 on val, %")
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
-    with atomic_write(path, durable=False) as file:
-        figure.savefig(file, dpi=110, format="png")
+    write_figure(path, figure)

@@ -11,9 +11,9 @@ from dino_sparo.errors import EXIT_PROBLEM, UserError, told_to_user
 from dino_sparo.evaluation.compare import Group, Measure, Run
 from dino_sparo.evaluation.features import hash_of_images
 from dino_sparo.evaluation.knn import HEADLINE_K
-from dino_sparo.evaluation.results import Result, alone_in
+from dino_sparo.evaluation.results import Result
 from dino_sparo.evaluation.transfer import EXPECTED_BOTH, VAL, named_folder
-from dino_sparo.files import parsed_json, write_file
+from dino_sparo.files import alone_in, parsed_json, write_file
 from dino_sparo.recipe.typed import flattened
 from dino_sparo.runs.checkpoint import latest_step
 from dino_sparo.runs.rundir import CONFIG_FILE, check_same_experiment

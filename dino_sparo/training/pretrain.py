@@ -74,7 +74,6 @@ from dino_sparo.training.setup import (
     bytes_of_image,
     check_all_agree,
     dataset_of,
-    identity_of,
     machine_of,
     open_data,
     restored_step,
@@ -215,7 +214,7 @@ def prepare(recipe: Recipe, run_dir: Path, device: torch.device, *, unverified: 
     source, knn_images = first_rank_first(
         lambda: open_data(recipe.data, recipe.monitor, optim.global_batch_size)
     )
-    images = identity_of(source)
+    images = {"num_images": len(source), "fingerprint": source.fingerprint()}
     executor = choose_executor(machine.views, device, max_side=recipe.data.max_side, num_workers=num_workers)
     image_bytes = bytes_of_image(recipe.views, recipe.data.max_side, source, executor)
     check_shared_memory(
@@ -223,17 +222,11 @@ def prepare(recipe: Recipe, run_dir: Path, device: torch.device, *, unverified: 
     )
 
     precision = choose_precision(machine.precision, device)
-    state = build_state(
-        **recipe.state_arguments(),
-        device=device,
-        loss_scaling=precision == "fp16",
-        activation_checkpointing=machine.activation_checkpointing,
-        compiled=machine.compile,
-    )
+    state = build_state(**recipe.state_arguments(precision), device=device)
     cost = encoder_cost(state.teacher.encoder, recipe.views.global_size)
     log.info("encoder with read-out %s: %s", recipe.model.readout.name, describe_cost(cost))
 
-    resumed = restored_step(state, run_dir, recipe.data, images, executor, unverified=unverified)
+    resumed = restored_step(state, run_dir, images, executor, unverified=unverified)
     first_step = resumed or 0
     check_all_agree(run_dir, first_step, images, executor)
     if resumed is None and recipe.init is not None:
@@ -291,6 +284,7 @@ def train(run: Run, batches: Iterator[Batch], signals: StopSignals, group: Group
     say_start(run)
     last_save = time.monotonic()
     to_stop = Agreement()
+    one_step = step_of(run.state, clip_norm=recipe.optim.clip_norm, precision=run.precision)
     with (
         saving(run.run_dir, keep_every_steps=keep_every_steps, saved=run.first_step) as saver,
         RunLog(
@@ -300,7 +294,7 @@ def train(run: Run, batches: Iterator[Batch], signals: StopSignals, group: Group
             total_steps=last_step,
             silent=rank() > 0,
         ) as run_log,
-        closing(Steps(step_of(run), run.device, order.accumulation, capture=recipe.machine.capture)) as steps,
+        closing(Steps(one_step, run.device, order.accumulation, capture=recipe.machine.capture)) as steps,
     ):
         run_log.recipe(yaml.safe_dump(recipe.as_dict(), sort_keys=False))
         if evaluation_is_missing(run):
@@ -333,10 +327,10 @@ def train(run: Run, batches: Iterator[Batch], signals: StopSignals, group: Group
                 evaluate(run, run_log, step)
 
 
-def step_of(run: Run) -> Callable[..., StepOutput]:
+def step_of(state: TrainState, *, clip_norm: float, precision: str) -> Callable[..., StepOutput]:
     """`train_step` with the arguments that are the same for all steps."""
-    mixed = autocast(run.precision, run.device)
-    return partial(train_step, run.state, clip_norm=run.recipe.optim.clip_norm, autocast=mixed)
+    mixed = autocast(precision, state.loss_fn.center.device)
+    return partial(train_step, state, clip_norm=clip_norm, autocast=mixed)
 
 
 def on_device(run: Run, batches: Iterator[Batch], run_log: RunLog) -> Iterator[list[Tensor]]:

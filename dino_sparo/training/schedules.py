@@ -1,7 +1,6 @@
-"""Schedules, as arrays and by step. Source: official `cosine_scheduler`, `DINOLoss`."""
+"""Schedules, by step and as arrays. Source: official `cosine_scheduler`, `DINOLoss`."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +18,8 @@ def cosine_schedule(
     """
     if not 0 <= warmup_steps <= total_steps:
         raise ValueError(f"warmup_steps is {warmup_steps}, expected 0 to total_steps = {total_steps}")
-    warmup = np.linspace(warmup_start, base, warmup_steps)
-    progress = np.arange(total_steps - warmup_steps) / max(1, total_steps - warmup_steps)
-    return np.concatenate((warmup, _half_cosine(base, final, progress)))
+    schedule = Cosine(base, final, total_steps, warmup_steps, warmup_start)
+    return np.array([schedule.at(step) for step in range(total_steps)], np.float64)
 
 
 def teacher_temp_schedule(start: float, final: float, warmup_epochs: int, epochs: int) -> NDArray[np.float64]:
@@ -32,12 +30,8 @@ def teacher_temp_schedule(start: float, final: float, warmup_epochs: int, epochs
     """
     if not 0 <= warmup_epochs <= epochs:
         raise ValueError(f"warmup_epochs is {warmup_epochs}, expected 0 to epochs = {epochs}")
-    return np.concatenate((np.linspace(start, final, warmup_epochs), np.full(epochs - warmup_epochs, final)))
-
-
-def _half_cosine(base: float, final: float, progress: Any) -> Any:
-    """Half cosine from `base` at progress 0 to `final` at 1, for a number or an array."""
-    return final + 0.5 * (base - final) * (1 + np.cos(np.pi * progress))
+    schedule = Linear(start, final, warmup_epochs)
+    return np.array([schedule.at(epoch) for epoch in range(epochs)], np.float64)
 
 
 @dataclass(frozen=True)
@@ -61,7 +55,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Cosine:
-    """The values of `cosine_schedule` with the same arguments, bit for bit."""
+    """The schedule of `cosine_schedule` with the same arguments."""
 
     base: float
     final: float
@@ -74,7 +68,7 @@ class Cosine:
         if step < self.warmup_steps:
             return Linear(self.warmup_start, self.base, self.warmup_steps).at(step)
         progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        return float(_half_cosine(self.base, self.final, progress))
+        return float(self.final + 0.5 * (self.base - self.final) * (1 + np.cos(np.pi * progress)))
 
 
 @dataclass(frozen=True)

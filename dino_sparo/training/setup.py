@@ -112,7 +112,6 @@ def advice(optim: OptimOptions, num_prototypes: int, num_images: int) -> list[st
 def restored_step(
     state: TrainState,
     run_dir: Path,
-    data: DataOptions,
     images: dict[str, Any],
     executor: Executor,
     *,
@@ -128,11 +127,11 @@ def restored_step(
         return None
     try:
         if checkpoint["images"] != images:
-            remedy = chosen_before(data, checkpoint["images"]) or "give the same folder"
             raise UserError(
                 f"data.path: run_dir {str(run_dir)!r} was trained on {checkpoint['images']['num_images']} "
                 f"images, which are not the same as these {images['num_images']} (file names differ); "
-                f"{remedy}, or choose another run_dir"
+                f"give the same folder (an earlier version may have chosen other images of it: --data.train "
+                f"'.' takes all, --data.train train those of train), or choose another run_dir"
             )
         restore_state(state, checkpoint)
         step = int(checkpoint["step"])
@@ -193,22 +192,6 @@ def open_data(
     if images is None or monitor.knn_path is not None:  # else `open_knn_images` has logged the splits
         say_splits(data.path, source, None, splits, held_out=False)
     return source, images
-
-
-def identity_of(source: ImageSource) -> dict[str, Any]:
-    """Number and fingerprint of images, which a resumed run compares."""
-    return {"num_images": len(source), "fingerprint": source.fingerprint()}
-
-
-def chosen_before(data: DataOptions, images: dict[str, Any]) -> str:
-    """The remedy if an earlier version, which knew other names of splits, chose other images; or empty."""
-    given = Choice.of(data)._replace(val=None)
-    for choice in (".", "train", "*.parquet"):
-        with suppress(UserError):
-            source = open_images(data.path, data.max_images, choice=given._replace(train=choice))
-            if identity_of(source) == images:
-                return f"use --data.train {choice!r}, which gives the images that an earlier version chose"
-    return ""
 
 
 def absolute_paths(data: DataOptions, monitor: MonitorOptions) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, replace
-from functools import partial
 from itertools import repeat
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -21,12 +20,12 @@ from dino_sparo.data.color import blur_taps
 from dino_sparo.data.device_views import Photos, collate_photos, numbers_of
 from dino_sparo.data.loader import PhotoBatch, crops_of, prepare_device
 from dino_sparo.data.views import crop_kinds, draw_view
-from dino_sparo.parallel.precision import autocast, set_numerics
+from dino_sparo.parallel.precision import set_numerics
 from dino_sparo.recipe.files import named_recipe
 from dino_sparo.runs.runlog import RunLog, read_metrics
 from dino_sparo.training import steps as training_steps
 from dino_sparo.training.periodic import log_step
-from dino_sparo.training.pretrain import prepare, step_of, train_step
+from dino_sparo.training.pretrain import prepare, step_of
 from dino_sparo.training.setup import build_schedules
 from dino_sparo.training.steps import EAGER_STEPS, Steps
 from tests.tiny import build_state, parse_options, tiny_arguments
@@ -72,12 +71,14 @@ def full_step(
     hyper = build_schedules(recipe.optim, recipe.loss, 2500).at(5000)
     crops = [torch.zeros(count, images, 3, side, side, device=device) for count, side in ((2, 224), (8, 96))]
 
-    def step_of_state(*args, **kwargs):
+    step_of_state = step_of(state, clip_norm=3.0, precision=precision)
+
+    def step_that_may_wait(*args, **kwargs):
         if wait:
             crops[0].sum().item()
-        return train_step(state, *args, clip_norm=3.0, autocast=autocast(precision, device), **kwargs)
+        return step_of_state(*args, **kwargs)
 
-    steps = Steps(step_of_state, device, accumulation, capture=capture)
+    steps = Steps(step_that_may_wait, device, accumulation, capture=capture)
 
     def step():
         torch.manual_seed(0)
@@ -112,7 +113,7 @@ def captured_steps(frozen: list[str]) -> list[bool]:
     recipe = parse_options(PretrainOptions, tiny_arguments("x", "x"))
     state = build_state(recipe, device)
     crops = [torch.zeros(2, 4, 3, side, side, device=device) for side in (16, 8)]
-    step = partial(train_step, state, clip_norm=3.0, autocast=autocast("bf16", device))
+    step = step_of(state, clip_norm=3.0, precision="bf16")
     steps, replays = Steps(step, device, 1, capture=True), []
     nothing = build_schedules(recipe.optim, recipe.loss, 10).at(15)
     for what in frozen:
@@ -135,7 +136,8 @@ def log_entry(data: str, run_dir: str) -> dict:
     device = torch.device("cuda", 0)
     run = prepare(recipe, Path(run_dir), device)
     crops = [torch.zeros(count, 8, 3, side, side, device=device) for count, side in ((2, 224), (8, 96))]
-    steps, hyper = Steps(step_of(run), device, 1, capture=False), run.schedules.at(100)
+    step_of_run = step_of(run.state, clip_norm=3.0, precision=run.precision)
+    steps, hyper = Steps(step_of_run, device, 1, capture=False), run.schedules.at(100)
     times = []
     with RunLog(Path(run_dir), first_step=0, steps_per_epoch=3, total_steps=300) as run_log:
         for step in (1, 4, 7, 10, 13, 16, 19):  # not the last one of an epoch
