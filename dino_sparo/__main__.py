@@ -38,7 +38,7 @@ from dino_sparo.terminal import error_line, open_outputs, sentence, set_up_log
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status, one of EXIT_STATUSES."""
     open_outputs()
-    os.environ["PYTHONSAFEPATH"] = "1"  # processes that are started import nothing from the working directory
+    os.environ["PYTHONSAFEPATH"] = "1"  # child processes import nothing from the working directory
     if not can_build_c():
         os.environ.setdefault("TORCH_DISABLE_NATIVE_JIT", "1")  # else torch fails within a step on a GPU
     try:
@@ -50,13 +50,13 @@ def main(arguments: list[str] | None = None) -> int:
         readers.register(sys.stdout.fileno(), 0)
         if not readers.poll(0):
             raise
-        # Who reads has had enough, as `head`; Python would flush at its end again.
+        # The reader, such as `head`, is closed; Python would flush again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
 def answer(arguments: list[str]) -> int:
-    """What `main` does, for a standard output that is read to its end."""
+    """What `main` does, if standard output is not closed early."""
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:], "--help"]
     # Flags of the program may stand before the command too.
@@ -90,11 +90,11 @@ def answer(arguments: list[str]) -> int:
     except Exception:
         if speaks_for_all():
             raise
-        return leave(EXIT_USER_ERROR)  # what this process saw was only the end of another one
+        return leave(EXIT_USER_ERROR)  # this error was caused by the end of another process
 
 
 def report(error: UserError) -> None:
-    """Show what ends the run; of torchrun's processes one does."""
+    """Print the error that ends the run, in one of torchrun's processes."""
     if "torch" in sys.modules:
         from dino_sparo.parallel import distributed
 
@@ -104,7 +104,7 @@ def report(error: UserError) -> None:
 
 
 def speaks_for_all() -> bool:
-    """Whether this process shows the traceback of what ends the run."""
+    """Whether this process prints the traceback of the error that ends the run."""
     if "torch" in sys.modules:
         from dino_sparo.parallel import distributed
 
@@ -113,9 +113,9 @@ def speaks_for_all() -> bool:
 
 
 def leave(status: int, *, at_once: bool = False) -> int:
-    """The exit status; a process that would wait for others, of the run or its own, ends here.
+    """Return the exit status; end at once if the process would wait for other processes or data workers.
 
-    An open connection may not let one of several processes go, nor a data worker whose disk hangs.
+    An open connection to other processes, or a data worker whose disk hangs, may block a normal exit.
     """
     if told("WORLD_SIZE", 1) > 1 or at_once:
         end_at_once(status)
@@ -123,7 +123,7 @@ def leave(status: int, *, at_once: bool = False) -> int:
 
 
 def command_and_rest(arguments: list[str]) -> tuple[str, list[str]]:
-    """The command, one word or two of them (`slots maps`), and what follows it."""
+    """The command of one or two words (`slots maps`), and the other arguments."""
     words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
     return " ".join(arguments[:words]), arguments[words:]
 
@@ -137,7 +137,7 @@ def run_command(arguments: list[str]) -> int:
         unknown = " ".join([name, *rest[:1]]) if group else name
         raise UserError(f"unknown command {unknown!r}; expected one of {', '.join(group or COMMANDS)}")
     if name not in COMMANDS or len(asked) < len(arguments):
-        from dino_sparo.cli.helptext import overview, page  # needs what only pages of help need
+        from dino_sparo.cli.helptext import overview, page  # imports what only help needs
 
         if name not in COMMANDS:
             print(overview(group))
@@ -181,16 +181,16 @@ def run_command(arguments: list[str]) -> int:
 
 
 def given_of(name: str, arguments: list[str]) -> dict[str, Any]:
-    """What is given to a command, by dotted key."""
+    """The values given to a command, by dotted key."""
     command = COMMANDS[name]
     return given_values(arguments, command.options, usage=usage(name), positional=command.positional)
 
 
 def only_one_process(what: str) -> None:
-    """Refuse to run in several processes that torchrun has started. Raises UserError."""
+    """Raises UserError: torchrun has started several processes."""
     if told("WORLD_SIZE", 1) > 1:
         raise UserError(
-            f"{what} runs in one process, torchrun has started several; start it without torchrun"
+            f"{what} runs in one process, but torchrun has started several; start it without torchrun"
         )
 
 

@@ -68,7 +68,7 @@ ALPHA = Image.fromarray(np.dstack([PIXELS, PIXELS[..., 0]]))
 PNG, JPEG = encoded(PICTURE, "PNG"), encoded(PICTURE, "JPEG")
 DAMAGED = PNG[: len(PNG) // 2] + bytes([PNG[len(PNG) // 2] ^ 255]) + PNG[len(PNG) // 2 + 1 :]
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n%%EndComments\nshowpage\n"
-UNKNOWN = ("no known kind of image", "not_an_image")
+UNKNOWN = ("not a known image format", "not_an_image")
 KINDS = {
     "truncated": Odd("cut.jpg", JPEG[: len(JPEG) // 2], None, "image file is truncated", "truncated"),
     "damaged": Odd("damaged.png", DAMAGED, None, "broken", "unreadable"),

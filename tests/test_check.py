@@ -277,7 +277,7 @@ def test_text_says_all_of_it_and_nothing_is_written(data, tmp_path, capsys, monk
     assert main(["check", "--config=demo", f"--data.path={data}", "--measure", "--scan", *options]) == 0
     shown = capsys.readouterr().out
     for words in (
-        *("train: 24 images, all readable", "val images that are in train too: 24", "M parameters"),
+        *("train: 24 images, all readable", "val images that are also in train: 24", "M parameters"),
         *("GFLOPs per image", "ln K is 2.77", "images/s with", " s for ", "4 images: 1 x 4"),
         *("18 in total", "minutes for 3 epochs", "MiB each", "of prefetched views", "limited by the "),
         "nothing would end the run; see the remarks",  # as val is train

@@ -164,7 +164,7 @@ def test_knn_of_a_run_takes_its_own_images_and_says_so(trained, capsys, caplog):
     caplog.set_level("INFO", logger="dino_sparo")
     data, run = trained
     assert main(["knn", str(run), "--k", "1", "--num_workers", "0"]) == 0
-    assert f"images: those of the run, {data}; --data.path names others" in caplog.text
+    assert f"images: those of the run, {data}; use --data.path for others" in caplog.text
     assert "7 train and 1 test images" in capsys.readouterr().out
 
 
@@ -173,7 +173,7 @@ def test_a_mistyped_run_is_told_with_the_nearest(trained, capsys):
     near = f"{run}s", f"(did you mean {str(run)!r}?)"
     assert f"there is no run {near[0]!r} {near[1]}" in mistake(["knn", near[0]], capsys)
     assert f"does not exist {near[1]}" in mistake(["knn", near[0], "--data.path", str(data)], capsys)
-    assert f"{near[0]} holds no run to resume {near[1]}" in mistake(
+    assert f"{near[0]} contains no run to resume {near[1]}" in mistake(
         ["pretrain", "--run_dir", near[0]], capsys
     )
 

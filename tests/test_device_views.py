@@ -199,7 +199,7 @@ def test_who_makes_the_views():
     assert [chosen(name) for name in ("pil", "tensor", "device", "auto")] == ["pil", "pil", "device", "pil"]
     assert chosen("auto", gpu) == "device" and chosen("auto", gpu, max_side=None) == "pil"
     assert chosen("tensor", gpu) == "pil"
-    with pytest.raises(UserError, match=r"machine.views device .* give data.max_side 1024"):
+    with pytest.raises(UserError, match=r"machine.views is device.*set data.max_side 1024"):
         chosen("device", max_side=None)
 
 
@@ -211,7 +211,7 @@ def test_without_a_compiler_many_workers_make_the_views(monkeypatch, caplog):
         caplog.clear()
         return choose_executor(name, gpu, max_side=1024, num_workers=num_workers)
 
-    assert chosen("auto", 16) == "pil" and "16 workers make the views by PIL" in caplog.text
+    assert chosen("auto", 16) == "pil" and "16 workers make the views with PIL" in caplog.text
     assert "no gcc" in caplog.text
     for name, num_workers in (("auto", 8), ("device", 16)):
         assert chosen(name, num_workers) == "device"

@@ -44,12 +44,12 @@ def test_exported_folder_and_its_file_load_as_the_run_does(run_dir, exported):
 
 
 def test_one_set_of_weights(run_dir, exported, tmp_path):
-    with pytest.raises(UserError, match=r"holds the teacher only; ask for which='teacher'"):
+    with pytest.raises(UserError, match=r"contains only the teacher; use which='teacher'"):
         load_encoder(exported, "student")
     student = tmp_path / "student"
     assert main(["export", str(run_dir), "--out", str(student), "--which", "student"]) == 0
     same(load_encoder(student, "student"), load_encoder(run_dir, "student"))
-    with pytest.raises(UserError, match=r"holds the student only"):
+    with pytest.raises(UserError, match=r"contains only the student"):
         load_encoder(student)
 
 
@@ -97,7 +97,7 @@ def test_weights_that_do_not_fit_are_not_exported(tmp_path, capsys):
 def test_nothing_is_overwritten(run_dir, exported, capsys):
     before = (exported / "model.safetensors").read_bytes()
     assert main(["export", str(run_dir), "--out", str(exported), "--which", "student"]) == 2
-    assert "exported is not empty; choose another folder" in capsys.readouterr().err
+    assert "exported is not empty; give another folder" in capsys.readouterr().err
     assert (exported / "model.safetensors").read_bytes() == before
 
 
@@ -106,12 +106,12 @@ def test_damaged_or_missing_files(exported):
     good = weights.read_bytes(), config.read_text()
     for content in (b"", good[0][:-100], b"x" * 100):
         weights.write_bytes(content)
-        with pytest.raises(UserError, match=r"model.safetensors is no readable safetensors file"):
+        with pytest.raises(UserError, match=r"model.safetensors cannot be read as a safetensors file"):
             load_encoder(exported)
     weights.write_bytes(good[0])
     for text in ("", good[1][:-10], "[]", "{}", good[1].replace('"format": 2', '"format": 9')):
         config.write_text(text)
-        with pytest.raises(UserError, match=r"config.json (is no readable JSON|describes no exported)"):
+        with pytest.raises(UserError, match=r"config.json (cannot be read as|does not describe an)"):
             load_encoder(exported)
     config.unlink()
     with pytest.raises(FileNotFoundError, match=r"config.json does not exist; an exported encoder is"):
@@ -131,14 +131,14 @@ def test_damaged_or_missing_files(exported):
             {"width": 16},
             "encoder of dino-sparo: missing: model.arch.depth, model.arch.num_heads",
         ),
-        ("arch", {"width": 10**9, "depth": 3, "num_heads": 2}, "describes no encoder of dino-sparo: "),
+        ("arch", {"width": 10**9, "depth": 3, "num_heads": 2}, "does not describe an encoder of "),
         (
             "readout",
             ["cls"],
             "encoder of dino-sparo: model.readout.name is ['cls']; expected one of",
         ),
         ("num_slots", 4, "misshapen (readout.query (2, 4) instead of (4, 4)"),
-        ("patch_size", 0, "describes no encoder of dino-sparo: "),
+        ("patch_size", 0, "does not describe an encoder of dino-sparo: "),
     ],
 )
 def test_a_description_that_the_weights_do_not_fit(exported, key, value, message):
@@ -171,7 +171,7 @@ def test_the_card_tells_how_to_use_it_and_what_was_measured(run_dir, tmp_path):
     assert card.startswith("---\nlibrary_name: timm\n") and "\n# my_run\n" in card
     assert card.endswith("## Measured\n\n- 20-NN (knn) on val: 83.6 % top-1, 4 images of 2 classes\n")
     for line in (
-        "encoding: 8 numbers, 2 slots of 4 one after the other",
+        "encoding: 8 dimensions, 2 slots of 4 concatenated",
         "preprocessing: RGB, short side to 18 pixels (bicubic), center crop of 16 x 16, divided by 255",
         "data: data, 4 images",
         "epochs: 3",

@@ -66,17 +66,17 @@ OUT_OF_RANGE = pa.DictionaryArray.from_arrays(pa.array([0, 9], pa.int32()), ["a"
 @pytest.mark.parametrize(
     ("table", "reason"),
     [
-        (pa.table({"image": images_of(text_of(b"\xff\xfe"))}), "no readable Arrow file"),
-        (pa.table({"image": IMAGES, "label": text_of(b"\xff\xfe")}), "no readable Arrow file"),
-        (pa.table({"image": IMAGES, "label": OUT_OF_RANGE}), "no readable Arrow file"),
-        (pa.table([IMAGES, [0, 1], [0, 1]], ["image", "label", "label"]), "several columns of one name"),
+        (pa.table({"image": images_of(text_of(b"\xff\xfe"))}), "cannot be read as an Arrow file"),
+        (pa.table({"image": IMAGES, "label": text_of(b"\xff\xfe")}), "cannot be read as an Arrow file"),
+        (pa.table({"image": IMAGES, "label": OUT_OF_RANGE}), "cannot be read as an Arrow file"),
+        (pa.table([IMAGES, [0, 1], [0, 1]], ["image", "label", "label"]), "columns with the same name"),
         (pa.table({"image": images_of(pa.array([1, 2]))}), "no column of images"),
-        (pa.table({"image": IMAGES, "label": [0, 1]}, metadata=class_label(5)), "no list of texts"),
+        (pa.table({"image": IMAGES, "label": [0, 1]}, metadata=class_label(5)), "are not a list of strings"),
         (
             pa.table({"image": IMAGES, "label": [0, 1]}, metadata=class_label([["a"], "b"])),
-            "no list of texts",
+            "are not a list of strings",
         ),
-        (pa.table({"image": IMAGES, "label": [0, 1]}, metadata=class_label(["\ud800"])), "no readable Arrow"),
+        (pa.table({"image": IMAGES, "label": [0, 1]}, metadata=class_label(["\ud800"])), "cannot be read as"),
     ],
 )
 def test_a_damaged_arrow_file_is_named(tmp_path, table, reason):
@@ -99,7 +99,7 @@ def test_offsets_that_lead_out_of_the_file_are_refused(tmp_path):
             paths[-1].write_bytes(content.replace(offsets, patched))
     command = [sys.executable, "-c", READ_ALL, *map(str, paths)]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-    assert len(said) == 4 and all("is no readable Arrow file" in line for line in said)
+    assert len(said) == 4 and all("cannot be read as an Arrow file" in line for line in said)
 
 
 def test_rows_of_empty_batches_and_paths_that_are_all_missing(tmp_path):
@@ -136,7 +136,7 @@ def test_files_of_a_saved_set_are_named_and_lie_in_its_folder(tmp_path, names):
     state = json.loads((tmp_path / "set/state.json").read_text())
     state["_data_files"] = [{"filename": name} for name in names] if isinstance(names, list) else names
     (tmp_path / "set/state.json").write_text(json.dumps(state))
-    with pytest.raises(UserError, match=r"state\.json is not as save_to_disk writes it"):
+    with pytest.raises(UserError, match=r"state\.json is damaged, or not written by save_to_disk"):
         open_images(str(tmp_path / "set"))
 
 
@@ -242,12 +242,12 @@ def test_a_name_with_nul_in_a_tar_is_refused(tmp_path):
     (tmp_path / "0.tar").write_bytes(pax_with_nul("b/2\0c/3.png"))
     with (
         open(tmp_path / "0.tar", "rb") as file,
-        pytest.raises(tarfile.ReadError, match="no name of a file"),
+        pytest.raises(tarfile.ReadError, match="is not a file name"),
     ):
         list(tar_members(file))
     with pytest.raises(UserError, match=r"0\.tar: the shard is damaged"):
         open_images(str(tmp_path))
-    with open(tmp_path / "0.tar", "rb") as file, pytest.raises(UserError, match="no plain file"):
+    with open(tmp_path / "0.tar", "rb") as file, pytest.raises(UserError, match="is not a regular file"):
         list(tar_files(file, tmp_path / "0.tar"))
 
 

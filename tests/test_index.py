@@ -88,7 +88,7 @@ def test_unreadable_folder_is_named(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(walk_module.os, "scandir", refuse)
-    with pytest.raises(UserError, match=r"/b: the folder cannot be read \(Permission denied\); repair"):
+    with pytest.raises(UserError, match=r"/b: the folder cannot be read \(Permission denied\); change"):
         open_index(tmp_path)
 
 
@@ -260,7 +260,7 @@ def test_unwritable_place_is_said_once(tmp_path, walks, unwritable, caplog):
     for _ in range(2):
         assert open_index(root).path.parent == spare
     assert len(walks) == len(caplog.records) == 1
-    assert f"in {spare}, as it cannot be kept in {tmp_path}/file/cache (Not a directory)" in caplog.text
+    assert f"in {spare}, since it cannot be stored in {tmp_path}/file/cache (Not a directory)" in caplog.text
     assert spare.stat().st_mode & 0o777 == 0o700
 
 
@@ -307,7 +307,7 @@ def test_a_pickle_is_small_and_opens_the_same_in_another_process(tmp_path, walks
     assert done.stdout == b"100 a/0050.jpg\n"
     touch(root, "a/new.jpg")
     open_index(root)
-    with pytest.raises(UserError, match="gone or another one by now"):
+    with pytest.raises(UserError, match="removed or replaced while it was in use"):
         pickle.loads(stored)
 
 

@@ -56,9 +56,9 @@ def test_a_checkpoint_file_with_and_without_its_hash(run_dir, tmp_path):
     ("key", "value", "message"),
     [
         ("format", 1, "is not a checkpoint of dino-sparo with format 2"),
-        ("config", None, "is no whole checkpoint of dino-sparo"),
-        ("config", {"seed": 0}, "is no whole checkpoint of dino-sparo"),
-        ("teacher", [], "is no whole checkpoint of dino-sparo"),
+        ("config", None, "is not a complete checkpoint of dino-sparo"),
+        ("config", {"seed": 0}, "is not a complete checkpoint of dino-sparo"),
+        ("teacher", [], "is not a complete checkpoint of dino-sparo"),
     ],
 )
 def test_a_checkpoint_with_other_content(run_dir, tmp_path, key, value, message):
@@ -90,7 +90,7 @@ def test_a_run_from_before_there_were_other_readouts_and_starts(run_dir, tmp_pat
 
 def test_arch_must_be_that_of_the_run(run_dir):
     load_encoder(run_dir, arch={"width": 16, "depth": 3, "num_heads": 2})
-    with pytest.raises(UserError, match=r"arch is 'vit_small' .* holds width 16, depth 3 and 2 heads"):
+    with pytest.raises(UserError, match=r"arch is 'vit_small' .* has width 16, depth 3 and 2 heads"):
         load_encoder(run_dir, arch="vit_small")
 
 

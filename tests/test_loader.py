@@ -101,7 +101,7 @@ def test_number_of_workers_changes_nothing(tmp_path, bad):
 def test_batch_with_an_unreadable_image_names_it(tmp_path, num_workers):
     source = write(tmp_path / "data", 8, bad=1)
     with pytest.raises(
-        UnreadableImageError, match=r"bad0\.jpg: the image cannot be read \(no known"
+        UnreadableImageError, match=r"bad0\.jpg: the image cannot be read \(not a known"
     ) as caught:
         batches_of(source, num_workers=num_workers)
     assert "\n" not in str(caught.value) and caught.value.name == str(tmp_path / "data" / "bad0.jpg")

@@ -67,7 +67,7 @@ def test_monitor_needs_classes_and_says_what_is_missing(tmp_path, caplog):
     write_pictures(tmp_path / "one", 40)
     write_pictures(tmp_path / "few", 12, classes=2)
     missing = {"one/train/class0": "not in class folders", "few": "10 train and 2 test images"}
-    for name, message in (missing | {"one": "one class only"}).items():
+    for name, message in (missing | {"one": "only one class"}).items():
         caplog.clear()
         assert open_knn_images(None, str(tmp_path / name), None) is None
         assert message in caplog.text and "no k-NN during training" in caplog.text

@@ -119,7 +119,7 @@ def test_golden_features(golden, file):
     """Three heads of 16 numbers, which only `arch` can tell."""
     arrays = golden("backbone")
     state = {k.removeprefix("weight."): torch.from_numpy(v) for k, v in arrays.items() if k[:6] == "weight"}
-    assert "is of width 48, no multiple of 64" in refused(file, state)
+    assert "has width 48, which is not a multiple of 64" in refused(file, state)
     encoder = load_encoder(file, arch={"width": 48, "depth": 4, "num_heads": 3})
     for size in ("224x224", "96x96", "160x224"):
         images = torch.from_numpy(arrays[f"input.{size}"]).float()
@@ -142,9 +142,9 @@ def test_arch_must_fit(file, state):
 
 
 def test_which_model(file, state):
-    assert "holds the teacher only; ask for which='teacher'" in refused(file, state, which="student")
-    assert "holds the teacher only" in refused(file, {"teacher": state}, which="student")
-    assert "holds the student only" in refused(file, {"student": state})
+    assert "contains only the teacher; use which='teacher'" in refused(file, state, which="student")
+    assert "contains only the teacher" in refused(file, {"teacher": state}, which="student")
+    assert "contains only the student" in refused(file, {"student": state})
 
 
 def without(part):
@@ -160,11 +160,11 @@ def changed(name, change):
     [
         (without("norm2.bias"), "3 missing (backbone.blocks.0.norm2.bias, "),
         (without("blocks."), "model.arch.depth is 0"),
-        (without("cls_token"), "only a part of a ViT backbone: cls_token missing"),
+        (without("cls_token"), "only a part of a ViT backbone, without cls_token"),
         (lambda state: state | {"mask_token": torch.zeros(1)}, "1 unexpected (backbone.mask_token)"),
         (lambda state: state | {"epoch": 3}, "1 unexpected (backbone.epoch)"),
         (lambda state: state | {"blocks.x.y": torch.zeros(1)}, "1 unexpected (backbone.blocks.x.y)"),
-        (lambda state: state | {"module.norm.bias": state["norm.bias"]}, "holds 'norm.bias' twice"),
+        (lambda state: state | {"module.norm.bias": state["norm.bias"]}, "contains 'norm.bias' twice"),
         (changed("pos_embed", lambda x: x[:, 1:]), "pos_embed is (1, 16, 128); expected (1, 1 + a square"),
         (changed("pos_embed", lambda _: "none"), "pos_embed is ()"),
         (changed("pos_embed", lambda x: x[..., 1:]), "pos_embed (1, 17, 127) instead of (1, 17, 128)"),
@@ -198,7 +198,7 @@ def test_what_lies_beside_a_plain_vit_is_left_out_and_listed(file, source, state
     torch.save({"model": state | {key: torch.zeros(shape) for key, shape in OTHERS[name].items()}}, file)
     with caplog.at_level("INFO", "dino_sparo"):
         same_outputs(load_encoder(file), source)
-    (said,) = [message for message in caplog.messages if "left out: " in message]
+    (said,) = [message for message in caplog.messages if "not used: " in message]
     for kind in {key.partition(".")[0] for key in OTHERS[name]}:
         assert f"{kind} (" in said
 
@@ -206,13 +206,13 @@ def test_what_lies_beside_a_plain_vit_is_left_out_and_listed(file, source, state
 @pytest.mark.parametrize(
     ("extra", "what"),
     [
-        ({"register_tokens": (1, 4, 128), "mask_token": (1, 128)}, "register tokens, as DINOv2"),
-        ({"blocks.0.ls1.gamma": (128,), "blocks.0.ls2.gamma": (128,)}, "LayerScale, as DINOv2, DeiT III"),
+        ({"register_tokens": (1, 4, 128), "mask_token": (1, 128)}, "register tokens, as in DINOv2"),
+        ({"blocks.0.ls1.gamma": (128,), "blocks.0.ls2.gamma": (128,)}, "LayerScale, as in DINOv2, DeiT III"),
         ({"blocks.1.gamma_1": (128,)}, "LayerScale"),
-        ({"blocks.0.mlp.w12.weight": (8, 128), "blocks.0.mlp.w3.weight": (128, 4)}, "SwiGLU, as DINOv2"),
-        ({"blocks.0.0.norm1.weight": (128,)}, "blocks in chunks, as DINOv2"),
+        ({"blocks.0.mlp.w12.weight": (8, 128), "blocks.0.mlp.w3.weight": (128, 4)}, "SwiGLU, as in DINOv2"),
+        ({"blocks.0.0.norm1.weight": (128,)}, "blocks in chunks, as in training of DINOv2"),
         ({"dist_token": (1, 1, 128), "head_dist.weight": (10, 128), "pos_embed": (1, 18, 128)}, "DeiT"),
-        ({"norm.weight": None, "norm.bias": None, "fc_norm.weight": (128,)}, "as fine-tuned MAE"),
+        ({"norm.weight": None, "norm.bias": None, "fc_norm.weight": (128,)}, "as in fine-tuned MAE"),
         ({"rope_embed.periods": (16,), "pos_embed": None, "storage_tokens": (1, 4, 128)}, "DINOv3"),
         ({"blocks.0.attn.relative_position_bias_table": (9, 2), "pos_embed": None}, "BEiT"),
     ],
@@ -234,7 +234,7 @@ def test_huge_vits_have_sixteen_heads(file):
 def test_a_file_that_holds_itself_is_refused(file):
     content = {}
     content["model"] = content
-    assert "holds no parameter of a ViT backbone, but 1 entries: 'model'" in refused(file, content)
+    assert "contains no parameter of a ViT backbone, but 1 entries: 'model'" in refused(file, content)
 
 
 def test_files_without_a_backbone_say_what_they_hold(file):
@@ -243,5 +243,5 @@ def test_files_without_a_backbone_say_what_they_hold(file):
     heads = {"teacher": {f"head.{number}": torch.zeros(1) for number in range(9)}}
     assert "9 entries: 'head.0', 'head.1', 'head.2', 'head.3', 'head.4', ..." in refused(file, heads)
     assert "0 entries: none" in refused(file, {})
-    assert "holds a list; expected parameters by name" in refused(file, [torch.zeros(1)])
-    assert "holds a Tensor; expected" in refused(file, {"teacher": torch.zeros(1)})
+    assert "contains a list; expected a state dict (parameters by name" in refused(file, [torch.zeros(1)])
+    assert "contains a Tensor; expected" in refused(file, {"teacher": torch.zeros(1)})

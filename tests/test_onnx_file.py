@@ -75,14 +75,14 @@ def test_a_failed_check_leaves_nothing(needs_onnx, run_dir, tmp_path, monkeypatc
 
     monkeypatch.setattr(onnx_file, "to_onnx", other_weights)
     assert main(["export", str(run_dir), "--out", str(tmp_path / "out"), "--format", "onnx"]) == 2
-    assert "as ONNX gives other numbers than torch (they differ by" in capsys.readouterr().err
+    assert "as ONNX computes other numbers than torch (they differ by" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_nothing_is_overwritten(needs_onnx, run_dir, tmp_path, capsys):
     (tmp_path / "model.onnx").write_text("mine")
     assert main(["export", str(run_dir), "--out", str(tmp_path), "--format", "onnx"]) == 2
-    assert "model.onnx exists already; choose another folder" in capsys.readouterr().err
+    assert "model.onnx already exists; give another folder" in capsys.readouterr().err
     assert (tmp_path / "model.onnx").read_text() == "mine"
 
 
@@ -91,5 +91,5 @@ def test_without_the_extra(run_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(onnx_file, "find_spec", lambda name: None if name == "no_such_package" else name)
     assert main(["export", str(run_dir), "--out", str(tmp_path / "out"), "--format", "onnx"]) == 2
     message = capsys.readouterr().err
-    assert "not installed here; pip install no_such_package" in message
+    assert "not installed; run pip install no_such_package" in message
     assert not (tmp_path / "out").exists()

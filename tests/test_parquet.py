@@ -74,7 +74,7 @@ def test_splits_are_in_the_names_of_files(root, files, train, val):
 
 def test_files_that_are_not_all_there(root):
     set_of(root / "train-00000-of-00002.parquet", 3)
-    with pytest.raises(UserError, match=r"holds 1 of 2 parquet files, .*download the others"):
+    with pytest.raises(UserError, match=r"contains 1 of 2 parquet files, .*download the others"):
         open_images(str(root))
     set_of(root / "train-00000-of-00001.parquet", 3)
     with pytest.raises(UserError, match="holds 2 of 1 or 2 parquet files"):
@@ -110,7 +110,7 @@ def test_without_names_numbers_are_names_and_without_a_column_it_is_unlabeled(ro
     assert source.classes == ("7", "30") and source.labels.tolist() == [0, 1, 0]
     write_parquet(tmp_path / "other" / FILE, images(3), [7, 30, 7], label="number")
     assert open_images(str(tmp_path / "other")).labels is None
-    with pytest.raises(UserError, match=r"do not tell the class of every image; expected a column label"):
+    with pytest.raises(UserError, match=r"do not contain the class of every image; expected a column label"):
         open_labeled(str(tmp_path / "other"))
 
 
@@ -174,9 +174,9 @@ def test_scan_reads_every_row_and_names_the_bad_ones(root):
         assert (report.images, report.readable) == (6, 3)
         found = sorted(text for listing in report.problems.values() for text in listing.first)
         assert [text.split(": ")[0] for text in found] == [f"{root}/{FILE}, row {row}" for row in (3, 4, 5)]
-        assert "the row holds no image, or only its path" in found[1]
+        assert "the row contains no image, or only its path" in found[1]
     with pytest.raises(
-        UnreadableImageError, match=rf"{FILE}, row 4: the image cannot be read \(the row holds"
+        UnreadableImageError, match=rf"{FILE}, row 4: the image cannot be read \(the row contains"
     ):
         open_images(str(root)).load(4)
 
@@ -215,16 +215,16 @@ def other(path: Path, **columns) -> None:
 
 
 DAMAGES = {
-    r"train-1\.parquet is no readable parquet file \(.*\); download": lambda path: path.write_bytes(b"PAR1"),
-    r"train-1\.parquet is no readable parquet file \(.*git lfs pull": lambda path: path.write_text(
+    r"train-1\.parquet cannot be read as a parquet .*\); download": lambda path: path.write_bytes(b"PAR1"),
+    r"train-1\.parquet cannot be read as a parquet file \(.*git lfs pull": lambda path: path.write_text(
         "version h"
     ),
-    r"train-1\.parquet is no readable parquet file": spoil,
+    r"train-1\.parquet cannot be read as a parquet file": spoil,
     r"train-1\.parquet has no column of images among 'text'; expec": lambda path: other(path, text=["x"]),
     r"train-1\.parquet has the columns 'a', 'b' of": lambda path: other(
         path, a=pa.array([None], IMAGE), b=pa.array([None], IMAGE)
     ),
-    r"train-1\.parquet .* has other columns or names of classes than": lambda path: set_of(path, 1, "x"),
+    r"train-1\.parquet .* has other columns or class names than": lambda path: set_of(path, 1, "x"),
     r"train-1\.parquet \(columns 'y' and None\) has other": lambda path: set_of(path, 1, image="y"),
     r"data: an image has class number 2, .* name only 2 classes": lambda path: path.unlink(),
 }
@@ -253,7 +253,7 @@ def test_nothing_in_them(root):
 def test_without_the_library_its_name_is_told(root, monkeypatch, missing):
     set_of(root / FILE, 1)
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(UserError, match=r"need a package .* pip install datasets"):
+    with pytest.raises(UserError, match=r"need the package datasets.* pip install datasets"):
         open_images(str(root))
 
 
@@ -291,7 +291,7 @@ def test_a_set_that_was_saved_is_read_where_it_lies(saved, tmp_path, caplog):
     assert train.fingerprint() == one.fingerprint() == open_images(str(saved)).fingerprint()
     assert train.name(1) == f"{tmp_path / 'both'}/train, row 1"
     (tmp_path / "one" / "data-00001-of-00002.arrow").write_bytes(b"no table")
-    with pytest.raises(UserError, match=r"data-00001-of-00002\.arrow is no readable Arrow file"):
+    with pytest.raises(UserError, match=r"data-00001-of-00002\.arrow cannot be read as an Arrow file"):
         open_images(str(tmp_path / "one"))
 
 
@@ -341,7 +341,7 @@ def test_a_set_of_the_hub_without_validation_is_tested_on_its_labeled_test_split
     _, test = open_labeled("hub:owner/set:without_val")
     assert [test.read(i) for i in range(4)] == list(map(picture, range(8, 12)))
     write_parquet(saved / "data/test-00000-of-00001.parquet", images(5, 5), [-1] * 5, ["a", "b"])
-    with pytest.raises(UserError, match="has 4 images, and every fifth is to be val"):
+    with pytest.raises(UserError, match="has 4 images, too few to hold out every fifth as val"):
         open_labeled("hub:owner/set:without_val@other")
     assert open_val("hub:owner/set:without_val@other") is None
 
@@ -349,7 +349,7 @@ def test_a_set_of_the_hub_without_validation_is_tested_on_its_labeled_test_split
 @pytest.mark.parametrize(
     ("path", "said"),
     [
-        ("hub:owner/other", r"^hub:owner/other cannot be had from the hub \(Couldn't find [^\n]*$"),
+        ("hub:owner/other", r"^hub:owner/other cannot be downloaded from the hub \(Couldn't find [^\n]*$"),
         ("hub:", r"expected hub:OWNER/NAME\[:CONFIG\]\[@REVISION\]"),
     ],
 )

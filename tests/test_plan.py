@@ -135,7 +135,7 @@ def test_starting_weights_are_looked_at(trained, tmp_path, capsys):
     given = tiny_arguments(data, tmp_path / "new", init=run, model__arch__width=32)
     status, rows, out = plan(given, capsys)
     assert status == 1 and rows["weights"].endswith("refused")
-    assert "PROBLEM: init " in out and "holds width 16 (the recipe has 32)" in out
+    assert "PROBLEM: init " in out and "has width 16 (the recipe has 32)" in out
     assert not (tmp_path / "new").exists()
 
 

@@ -149,9 +149,7 @@ def test_tables_hold_the_numbers_of_the_files(reported):
 def test_a_run_without_slots_has_curves_accuracy_and_maps_of_its_heads(slot_runs, tmp_path, capsys):
     run = shutil.copytree(slot_runs["cls"], tmp_path / "run")
     assert main(["slots", "report", str(run), f"--data.path={slot_runs['data']}", *MACHINE]) == 0
-    assert (
-        "there are no slots (read-out cls): curves, accuracy, and maps are shown" in capsys.readouterr().out
-    )
+    assert "the read-out cls has no slots: curves, accuracy, and maps are shown" in capsys.readouterr().out
     text = (run / "slots" / "report.html").read_text()
     assert "slots/maps/grid.png" in Page(text).files and "slots/rank/curve.png" not in text
     assert "without slots" in text and "the heads of the CLS token look" in text
@@ -162,7 +160,7 @@ def test_the_page_begins_with_what_was_trained_then_says_what_was_found(reported
     ranked, known = read(reported, "rank"), read(reported, "factors")
     one = ranked["encoders"][0]
     order = [
-        "A ViT of 2 blocks, 16 wide, with 3 slots of 4 numbers, pretrained for 1 epochs (2 steps of 24",
+        "A ViT of 2 blocks and 16 dimensions, with 3 slots of 4 dimensions, pretrained for 1 epochs (2 steps",
         "20-NN accuracy was not measured during training, since it needs class folders.",
         "Loss and 20-NN accuracy over epochs",
         "Where slots look, beside the CLS token in the last block",

@@ -159,7 +159,7 @@ def with_hanging_file(tmp_path) -> Files:
     # Ctrl-C reaches workers too, and must not make them print a traceback.
     [
         (signal.SIGINT, 1.5, r"came within .* 1\.5 "),
-        (signal.SIGKILL, 60, r"has died \(DataLoader worker .*\) "),
+        (signal.SIGKILL, 60, r"died \(DataLoader worker .*\) "),
     ],
 )
 def test_a_worker_that_hangs_or_dies_ends_the_scan(with_hanging_file, number, timeout_seconds, says):
@@ -168,7 +168,7 @@ def test_a_worker_that_hangs_or_dies_ends_the_scan(with_hanging_file, number, ti
         os.kill(multiprocessing.active_children()[0].pid, number)
 
     threading.Thread(target=send_when_reading).start()
-    with pytest.raises(UserError, match=rf"{says}while at .*/b\.jpg; repair"):
+    with pytest.raises(UserError, match=rf"{says}while loading .*/b\.jpg; repair"):
         scan_images(with_hanging_file, num_workers=1, description="train", timeout_seconds=timeout_seconds)
     assert not multiprocessing.active_children()
 
@@ -267,17 +267,17 @@ def test_report_in_words_and_as_json(copied):
     assert [line for line in lines if "images/s" not in line] == [
         "  short side 40, long side 48 to 56 (median 54) pixels",
         "  not_an_image: 2",
-        f"    {train.name(6)}: no known kind of image",
-        f"    {train.name(7)}: no known kind of image",
+        f"    {train.name(6)}: not a known image format",
+        f"    {train.name(7)}: not a known image format",
         "  short side 40, long side 44 to 52 (median 48) pixels",
         "  not_an_image: 1",
-        f"    {val.name(1)}: no known kind of image",
+        f"    {val.name(1)}: not a known image format",
         "copies within train: 5 images, groups of equal content: 2",
         f"    {train.name(1)} = {train.name(3)} = {train.name(5)}",
         f"    {train.name(0)} = {train.name(4)}",
         "copies within val: 2 images, groups of equal content: 1",
         f"    {val.name(0)} = {val.name(3)}",
-        "val images that are in train too: 3 images, groups of equal content: 2",
+        "val images that are also in train: 3 images, groups of equal content: 2",
         f"    {train.name(0)} = {val.name(4)} and 1 more",
         f"    {train.name(2)} = {val.name(3)} and 1 more",
         "classes in train: 2 with 2 to 6 (median 4) images each, fewest in dog",
@@ -293,7 +293,7 @@ def test_report_in_words_and_as_json(copied):
 def test_report_without_val_and_of_generated_pictures(copied):
     report = data_report(scanned(copied[0]), None)
     assert report.val is None and report.copies_in_val is None and report.val_in_train is None
-    assert describe(report)[-1] == "classes in train: unknown, as the images do not lie in class folders"
+    assert describe(report)[-1] == "classes in train: unknown, since the images are not in class folders"
     report = data_report(scanned(shapes_source("val")), None)
     assert report.train.readable == 0 and report.copies_in_train is None
     assert describe(report)[0] == "train: 1,000 images, not scanned: generated pictures are no files"

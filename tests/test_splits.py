@@ -147,12 +147,12 @@ FOLDERS = {
     "a test without classes": (
         [*classes("train"), *flat("test")],
         "train: 10 images in 2 classes (ROOT/train); val: every fifth image of train (the classes of "
-        "ROOT/test are unknown or others)",
+        "ROOT/test are unknown or different)",
     ),
     "a test in a folder of images": (
         [*classes("train"), *flat("test/images")],
         "train: 10 images in 2 classes (ROOT/train); val: every fifth image of train (the classes of "
-        "ROOT/test are unknown or others)",
+        "ROOT/test are unknown or different)",
     ),
     "parts": (
         [*classes("train.X1", 5, ("cat",)), *classes("train.X2", 5, ("dog",)), *classes("val.X", 2)],
@@ -268,17 +268,17 @@ def test_folders(tmp_path, lines, name):
             [*flat("trainA", 3), *flat("trainB", 2), *flat("testA"), *flat("testB")],
             "train: 5 images without classes (ROOT: trainA … trainB); val: none (the classes of ROOT: testA "
             "… testB are "
-            "unknown or others)",
+            "unknown or different)",
         ),
         (
             [*flat("bounding_box_train"), *flat("bounding_box_test"), *flat("query")],
             "train: 5 images without classes (ROOT/bounding_box_train); val: none (the classes of "
-            "ROOT/bounding_box_test are unknown or others); left out: query (5 images)",
+            "ROOT/bounding_box_test are unknown or different); left out: query (5 images)",
         ),
         (
             [*flat("train"), *flat("test"), *flat("extra")],
             "train: 5 images without classes (ROOT/train); val: none (the classes of ROOT/test are unknown "
-            "or others); left out: extra (5 images)",
+            "or different); left out: extra (5 images)",
         ),
     ],
 )
@@ -317,14 +317,14 @@ def test_several_folders_of_splits_are_no_classes(tmp_path):
 def test_without_val_five_images_are_needed(tmp_path):
     touch(tmp_path, *classes(".", 2))
     assert len(open_images(str(tmp_path))) == 4
-    with pytest.raises(UserError, match=r"has 4 images, and every fifth is to be val.*data\.val"):
+    with pytest.raises(UserError, match=r"has 4 images, too few to hold out every fifth as val.*data\.val"):
         open_labeled(str(tmp_path))
 
 
 def test_one_class_is_no_evaluation(tmp_path):
     touch(tmp_path, *flat("cats"))
     assert len(open_images(str(tmp_path))) == 5
-    with pytest.raises(UserError, match=r"has one class only \(cats\).*data.train"):
+    with pytest.raises(UserError, match=r"has only one class \(cats\).*data.train"):
         open_labeled(str(tmp_path))
 
 
@@ -384,7 +384,9 @@ def test_shards_beside_other_things(tmp_path):
 def test_splits_within_a_tar_are_no_classes(tmp_path):
     images = {f"{split}/{kind}/1__jpg": picture(1) for split in ("train", "val") for kind in CLASSES}
     write_tar(tmp_path / "all.tar", **images)
-    with pytest.raises(UserError, match=r"shards hold folders of splits \(train, val\), which .*unpack them"):
+    with pytest.raises(
+        UserError, match=r"contain folders of splits \(train, val\), which .*unpack the shards"
+    ):
         open_images(str(tmp_path))
 
 
@@ -512,7 +514,7 @@ def test_val_that_is_named_must_have_classes_where_it_lies_in_tables(tmp_path):
     parquet.write_table(rows, tmp_path / "validation.parquet")
     assert len(open_labeled(str(tmp_path))[1]) == 1  # every fifth of train
     for opened in (open_labeled, open_val):
-        with pytest.raises(UserError, match=r"data\.val 'validation\.parquet': .* do not tell the class"):
+        with pytest.raises(UserError, match=r"data\.val 'validation\.parquet': .* do not contain the class"):
             opened(str(tmp_path), choice=Choice(val="validation.parquet"))
 
 
@@ -604,7 +606,7 @@ def test_one_class_names_the_folder_that_was_probably_meant(tmp_path):
     (tmp_path / "one/dog").symlink_to(tmp_path / "train")
     touch(tmp_path, "train/cover.jpg")
     with pytest.raises(
-        UserError, match=r"data\.path: .*one has one class only \(dog\).*, as .*one/dog has, or"
+        UserError, match=r"data\.path: .*one has only one class \(dog\).*, as .*one/dog has, or"
     ):
         open_labeled(str(tmp_path / "one"))
 
@@ -721,7 +723,7 @@ def test_the_column_of_classes_can_be_chosen(tmp_path, saved):
     ):
         labels_of(root, "weight")
     write(tmp_path / "folder", "a/1.png")
-    with pytest.raises(UserError, match=r"data\.label_column 'fine': .*folder holds no tables"):
+    with pytest.raises(UserError, match=r"data\.label_column 'fine': .*folder contains no tables"):
         labels_of(tmp_path / "folder", "fine")
 
 

@@ -183,7 +183,7 @@ def test_characters_that_an_output_does_not_have_are_escaped():
 
 def test_shared_memory_that_cannot_be_written_is_named(monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: path != "/dev/shm")
-    with pytest.raises(UserError, match="/dev/shm cannot be written, by which"):
+    with pytest.raises(UserError, match="/dev/shm is not writable, but"):
         WatchedLoader([], image_of=int, name=str, num_workers=1, timeout_seconds=1)
     monkeypatch.setattr(torch.Tensor, "share_memory_", lambda tensor: pytest.fail("/dev/shm is written"))
     WatchedLoader([], image_of=int, name=str, num_workers=0, timeout_seconds=1)

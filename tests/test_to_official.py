@@ -70,7 +70,7 @@ def test_a_run_of_sparo_comes_back_equal(run_dir, out):
         names = {name.removeprefix(prefix) for name in content[which] if "head." not in name}
         assert names == load_encoder(run_dir, which).state_dict().keys() and "readout.query" in names
         same(load_encoder(out, which), load_encoder(run_dir, which))
-    with pytest.raises(UserError, match=r"arch is .* holds width 16, depth 3 and 2 heads"):
+    with pytest.raises(UserError, match=r"arch is .* has width 16, depth 3 and 2 heads"):
         load_encoder(out, arch={"width": 16, "depth": 3, "num_heads": 4})
 
 
@@ -85,7 +85,7 @@ def test_sparo_without_heads_comes_back_equal(run_dir, tmp_path, out, capsys):
     assert export(tmp_path / "folder", out) == 0
     same(load_encoder(out), source.eval())
     assert export(tmp_path / "narrow", tmp_path / "narrow.pth") == 2
-    assert "has 2 attention heads at width 16, which a bare official file cannot" in capsys.readouterr().err
+    assert "has 2 attention heads at width 16, but readers of an official file" in capsys.readouterr().err
 
 
 def test_what_has_no_heads_gives_the_bare_backbone(tmp_path, out, golden):
@@ -106,15 +106,15 @@ def test_other_read_outs_are_refused(run_dir, tmp_path, out, capsys):
     state["config"]["model"]["readout"]["output"] = "slots"
     torch.save(state, tmp_path / "changed.pt")
     assert export(tmp_path / "changed.pt", out) == 2
-    assert "the official style holds cls and plain sparo only" in capsys.readouterr().err
+    assert "the official format has only cls and plain sparo" in capsys.readouterr().err
     assert not out.exists()
 
 
 def test_mistakes_write_nothing(run_dir, tmp_path, out, capsys):
     assert export(run_dir, tmp_path / "folder") == 2
-    assert "expected a file of the official style, so give NAME.pth" in capsys.readouterr().err
+    assert "the official format needs a file; give NAME.pth" in capsys.readouterr().err
     assert export(run_dir, out, "--which", "student") == 2
-    assert "is to hold student and teacher; leave it out" in capsys.readouterr().err
+    assert "will contain student and teacher; leave it out" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
     out.write_text("mine")
     assert export(run_dir, out) == 2

@@ -154,7 +154,7 @@ def test_a_failed_download_is_one_sentence_and_leaves_nothing(
         patch.setattr(CIFAR10, attribute, value)
         if attribute == "filename":
             patch.setattr(CIFAR10, "url", f"{CIFAR10.url}x")
-        told = rf"^cifar10 could not be downloaded from 127\.0\.0\.1 \(.*{said}.*\); run .* network"
+        told = rf"^cifar10 cannot be downloaded from 127\.0\.0\.1 \(.*{said}.*\); run .* network"
         with pytest.raises(UserError, match=told):
             open_images("cifar10")
         assert kept(cache) == []
@@ -165,7 +165,7 @@ def test_a_failed_download_is_one_sentence_and_leaves_nothing(
 
 def test_a_cache_that_cannot_be_written_is_told(server, cache):
     cache.parent.write_text("a file")
-    with pytest.raises(UserError, match=r"cifar10 cannot be kept there .* set DINO_SPARO_CACHE to a folder"):
+    with pytest.raises(UserError, match=r"cifar10 cannot be stored there .* set DINO_SPARO_CACHE to a"):
         open_images("cifar10")
 
 
@@ -178,7 +178,7 @@ def test_what_was_kept_and_is_damaged_is_told(server, cache, monkeypatch, name, 
     folder.parent.mkdir(parents=True)
     tmp.rename(folder)
     (folder / file).write_bytes((folder / file).read_bytes()[:-1])
-    with pytest.raises(UserError, match=rf"what was kept of {name} is damaged .* remove this folder"):
+    with pytest.raises(UserError, match=rf"the stored {name} is damaged .* remove this folder"):
         open_images(name)
 
 
@@ -186,7 +186,7 @@ def test_a_folder_of_that_name_goes_first(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     assert is_set("cifar10") and not is_set("./cifar10") and not is_set("cifar")
     (tmp_path / "cifar10").mkdir()
-    assert not is_set("cifar10") and "the folder cifar10 here is taken" in caplog.text
+    assert not is_set("cifar10") and "using the folder cifar10" in caplog.text
 
 
 def test_workers_get_no_pixels(server):

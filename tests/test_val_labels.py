@@ -86,15 +86,15 @@ def test_labels_and_images_that_do_not_fit(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ("1.jpg cat\n2.jpg", r"line 2: '2\.jpg' is no label; expected `file_name class`"),
+        ("1.jpg cat\n2.jpg", r"line 2: '2\.jpg' is not a label; expected `file_name class`"),
         ("1.jpg,", "line 1: '1.jpg,' is no label"),
         ("1.jpg ../cat", "is no label"),
         ("1.jpg .cat", "is no label"),
         ("1.jpg c/at", "is no label"),
         ("1.jpg,c\0at", "is no label"),
         (",cat", "is no label"),
-        ("1.jpg cat\n\n1.jpg dog", r"line 3: '1\.jpg' has a label already \(line 1\)"),
-        ("ImageId,PredictionString\n1,", "line 2: '1,' is no label; expected `ImageId,class and box"),
+        ("1.jpg cat\n\n1.jpg dog", r"line 3: '1\.jpg' already has a label \(line 1\)"),
+        ("ImageId,PredictionString\n1,", "line 2: '1,' is not a label; expected `ImageId,class and box"),
         ("ImageId,PredictionString\n1 n00000001", "line 2: '1 n00000001' is no label"),
         ("", r"no label for 1\.jpg"),
     ],
@@ -113,7 +113,7 @@ def test_devkit_without_scipy(tmp_path, monkeypatch):
     mini.devkit(tmp_path)
     monkeypatch.setitem(sys.modules, "scipy.io", None)
     with pytest.raises(
-        UserError, match=r"meta\.mat can only be read with scipy; `pip install scipy`, or give other"
+        UserError, match=r"meta\.mat can only be read with scipy; run `pip install scipy`, or give"
     ):
         image_classes(list(mini.VAL), VAL, tmp_path / DEVKIT)
 
@@ -122,7 +122,7 @@ def test_devkit_without_scipy(tmp_path, monkeypatch):
 def test_ground_truth_that_is_no_class(tmp_path, number):
     mini.devkit(tmp_path)
     (tmp_path / DEVKIT / GROUND_TRUTH).write_text(f"2\n1\n{number}\n2\n1\n")
-    with pytest.raises(UserError, match=r"ground_truth\.txt line 3: .* is no class; expected .* 1 to 3"):
+    with pytest.raises(UserError, match=r"ground_truth\.txt line 3: .* is not a class; expected .* 1 to 3"):
         image_classes(list(mini.VAL), VAL, tmp_path / DEVKIT)
 
 
@@ -131,7 +131,7 @@ def test_damaged_meta(tmp_path, kept):
     mini.devkit(tmp_path)
     meta = tmp_path / DEVKIT / META
     meta.write_bytes(meta.read_bytes()[:kept])
-    with pytest.raises(UserError, match=r"meta\.mat is no meta\.mat of the devkit"):
+    with pytest.raises(UserError, match=r"meta\.mat is not the devkit's meta\.mat"):
         image_classes(list(mini.VAL), VAL, tmp_path / DEVKIT)
 
 
@@ -139,7 +139,7 @@ def test_damaged_meta(tmp_path, kept):
 def test_meta_without_classes(tmp_path, monkeypatch, names):
     monkeypatch.setattr(mini, "WNIDS", names)
     mini.devkit(tmp_path)
-    with pytest.raises(UserError, match=r"is no meta\.mat of the devkit \(it names no classes\)"):
+    with pytest.raises(UserError, match=r"is not the devkit's meta\.mat \(it names no classes\)"):
         image_classes(list(mini.VAL), VAL, tmp_path / DEVKIT)
 
 
@@ -153,7 +153,7 @@ def test_devkit_archive_that_is_damaged(tmp_path):
         damaged.append(content[:position] + bytes([content[position] ^ 255]) + content[position + 1 :])
     for bad in damaged:
         archive.write_bytes(bad)
-        with pytest.raises(UserError, match=r"tar\.gz: no readable devkit"):
+        with pytest.raises(UserError, match=r"tar\.gz cannot be read as a devkit"):
             image_classes(list(mini.VAL), VAL, archive)
 
 
@@ -168,7 +168,7 @@ def test_devkit_that_lacks_a_file(tmp_path, kind):
     mini.devkit(tmp_path)
     (tmp_path / DEVKIT / META).unlink()
     for devkit in (archive, tmp_path / DEVKIT):
-        with pytest.raises(UserError, match=r"no readable devkit .*meta\.mat"):
+        with pytest.raises(UserError, match=r"cannot be read as a devkit .*meta\.mat"):
             image_classes(list(mini.VAL), VAL, devkit)
 
 

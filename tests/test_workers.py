@@ -25,7 +25,7 @@ from tests.tiny import tiny_options, write_pictures
 BAD = "005.png"
 SAYS = {
     "hang": r"no batch of images came within machine\.data_timeout_seconds 2 while at .*005\.png",
-    "die": r"a process that loads images has died .*while at .*005\.png",
+    "die": r"a process that loads images died .*while loading .*005\.png",
 }
 BOTH = pytest.mark.parametrize("behavior", SAYS)
 
@@ -52,7 +52,7 @@ def test_training_ends_and_names_the_file(behavior, broken_disk, tmp_path):
     with pytest.raises(UserError, match=SAYS[behavior]) as caught:
         pretrain(tiny_options(broken_disk, tmp_path / "run", **changes))
     assert time.monotonic() - started < 60
-    assert "\n" not in str(caught.value) and str(caught.value).endswith("then start again")
+    assert "\n" not in str(caught.value) and str(caught.value).endswith("then run again")
 
 
 @BOTH

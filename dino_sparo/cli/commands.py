@@ -36,7 +36,7 @@ class Command:
         return next((key for key in leaf_keys(self.options) if key in ("run", "runs", "source")), None)
 
     def takes_from_run(self, key: str) -> bool:
-        """Whether an option that is left out is that of the run folder."""
+        """Whether an option that is omitted has the value in the run folder."""
         needed = {field.name for field in fields(self.options) if field.default is field.default_factory}
         return key == "data.path" and {"run", "data"} <= needed
 

@@ -257,7 +257,7 @@ def _report(
                 f"{error.filename} cannot be written ({error.strerror}), so that the results above are not "
                 f"saved; name another folder by --out"
             ) from error
-        print(f"results: {_folder(options) / RESULTS_FILE}; of several runs: dino-sparo compare RUN RUN")
+        print(f"results: {_folder(options) / RESULTS_FILE}; to compare runs: dino-sparo compare RUN RUN")
 
 
 def _check_nothing_is_trained(options: LinearOptions) -> None:

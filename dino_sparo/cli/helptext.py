@@ -86,8 +86,8 @@ def summary_of_recipe(path: Path) -> str:
 
 
 def page(name: str, given: Mapping[str, Any]) -> str:
-    """The page of `--help` of a command: what it is for, examples, and its options by section, with what the
-    recipe and the command line say so far."""
+    """The `--help` of a command: its purpose, examples, and its options by section, with the values that the
+    recipe and the command line give."""
     command, width = COMMANDS[name], width_of_terminal()
     values = dict(given)
     if command.of_run and "config" in values:
@@ -123,7 +123,7 @@ def page(name: str, given: Mapping[str, Any]) -> str:
 
 
 def _values(key: str, field: Field[Any], command: Command, values: Mapping[str, Any]) -> str:
-    """What an option takes, and its value now, its default or where the value comes from."""
+    """The type of an option, and its current value, its default, or where the value comes from."""
     default = field.default if field.default_factory is MISSING else field.default_factory()
     if key in values:
         told = f"now: {values[key] if isinstance(values[key], str) else json.dumps(values[key])}"

@@ -73,13 +73,13 @@ def given_values(
 
 
 def _item_of(kind: Any) -> Any:
-    """The type of the values of a list; None of what is no list."""
+    """The type of the values of a list; None for other types."""
     lists = (one for one in (kind, *typing.get_args(kind)) if typing.get_origin(one) in (list, tuple))
     return next((typing.get_args(one)[0] for one in lists), None)
 
 
 def _can_be(text: str, item: Any) -> bool:
-    """Whether one more argument belongs to the list before it, and is not what stands for RUN."""
+    """Whether an argument is one more value of the list before it, and not RUN."""
     if item is str:
         return not text.startswith("-")
     with suppress(UserError):
@@ -88,14 +88,14 @@ def _can_be(text: str, item: Any) -> bool:
 
 
 def _texts(key: str, given: list[str]) -> list[str]:
-    """Texts in brackets, with commas between, or one by one; a path or NAME=VALUE keeps its commas."""
+    """Strings in brackets, separated by commas, or one by one; a path or NAME=VALUE may contain commas."""
     if given[0].startswith("["):
         return value_of(key, " ".join(given), list[str])
     return [one for text in given for one in ([text] if {*"/="} & {*text} else text.split(","))]
 
 
 def with_recipe(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a command, with the recipe that it takes by itself: that of the run, or the demo's."""
+    """The values of a command, with the recipe that it uses by default: that of the run, or the demo's."""
     if name == "demo":
         data = Path(given["data.path"]).resolve().name if "data.path" in given else ""
         return {"config": "demo", "run_dir": f"runs/demo-{data}" if data else "runs/demo"} | dict(given)
@@ -105,7 +105,7 @@ def with_recipe(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_images(options_class: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a command, where it needs images and has a run with those that the run was trained on.
+    """The values of a command; if it needs images and none are given, those that the run was trained on.
 
     Raises:
         UserError: there is no such run, or its recipe cannot be read.
@@ -122,7 +122,7 @@ def with_images(options_class: type, given: Mapping[str, Any]) -> dict[str, Any]
     own = checked_keys({"data": stored.get("data", {})}, leaf_keys(Recipe), f"{run / CONFIG_FILE}: key")
     own = {key: own[key] for key in leaf_keys(options_class).keys() & own.keys() if own[key] is not None}
     if own:
-        log.info("images: those of the run, %s; --data.path names others", own["data.path"])
+        log.info("images: those of the run, %s; use --data.path for others", own["data.path"])
     return own | dict(given)
 
 
@@ -151,5 +151,5 @@ def options_of(options_class: type, given: Mapping[str, Any]) -> Any:
         if issubclass(options_class, Recipe) and not (NOT_IN_RECIPES.issuperset(error.keys) or in_begun):
             remedy = f"start from a recipe that has them: --config NAME, one of {', '.join(recipes())}"
             if run := given.get("run_dir"):
-                remedy = f"{run} holds no run to resume{did_you_mean(Path(run))}; {remedy}"
+                remedy = f"{run} contains no run to resume{did_you_mean(Path(run))}; {remedy}"
         raise UserError(f"{error}; {remedy}") from error

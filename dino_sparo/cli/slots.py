@@ -277,9 +277,9 @@ def report(options: SlotReportOptions) -> None:
     parts = FILES if encoder.num_slots else WITHOUT_SLOTS
     for name in parts:
         if not (subject.slots / FILES[name]).is_file() and not (no_classes and name in OF_CLASSES):
-            print(f"not on the page: {name}; made by  {subject.command(name)}")
+            print(f"not on the page: {name}; to make it:  {subject.command(name)}")
     if not encoder.num_slots:
-        print(f"there are no slots (read-out {encoder.readout_name}): curves, accuracy, and maps are shown")
+        print(f"the read-out {encoder.readout_name} has no slots: curves, accuracy, and maps are shown")
     elif no_classes:
         print(f"rank and mask are left out, since they need classes: {no_classes}")
     print(f"report ({page.stat().st_size / 1e6:.1f} MB): {page}")

@@ -1,1 +1,1 @@
-"""Images in, crops out."""
+"""Sources of images, views, and batches."""

@@ -1,4 +1,4 @@
-"""Tables of images: which columns are what, paths and labels of their rows, where the bytes of images lie."""
+"""Tables of images: their columns, paths and labels of the rows, and offsets of the images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,53 +10,54 @@ from numpy.typing import NDArray
 from dino_sparo.errors import UserError
 from dino_sparo.files import open_regular, parsed_json
 
-NO_IMAGE = -1  # in place of a size
-DAMAGE = (OSError, ValueError, LookupError, TypeError)  # what pyarrow raises besides its own
-EXPECTED = "expected one column of type struct{bytes, path}, as the Hugging Face hub ships images"
+NO_IMAGE = -1  # size of a row without an image
+DAMAGE = (OSError, ValueError, LookupError, TypeError)  # what pyarrow raises besides its own errors
+EXPECTED = "expected one column of type struct{bytes, path}, as in datasets of the Hugging Face hub"
 
 
 class Columns(NamedTuple):
-    """What a file's schema says."""
+    """The columns that a file's schema describes."""
 
     image: str
     label: str | None
     classes: list[str] | None
-    """Names of the classes by number; None if there are none."""
+    """Class names by number, or None."""
     is_text: bool
-    """Whether the label is the name of the class."""
+    """Whether labels are class names."""
     label_columns: tuple[str, ...]
-    """All columns that could be the label."""
+    """All columns that can be the label."""
 
 
 class Rows(NamedTuple):
-    """The rows of an Arrow file, images by where their bytes are in it."""
+    """The rows of an Arrow file, images by offset and size."""
 
     columns: Columns
     paths: list[str | None]
     labels: NDArray[Any] | None
-    """Numbers or names; None if one is missing or negative, as in test sets."""
+    """Class numbers or names; None if one is missing or negative, as in test sets."""
     offsets: NDArray[np.int64]
     sizes: NDArray[np.int64]
-    """-1 of a row without an image."""
+    """In bytes; -1 for a row without an image."""
 
 
 def import_datasets() -> Any:
-    """The module datasets, which never runs code of a repository. Raises UserError: it is not installed."""
+    """Import `datasets`; it never runs code from a repository. Raises UserError: it is not installed."""
     try:
         import datasets
-        import pyarrow.parquet  # noqa: F401  (which it needs)
+        import pyarrow.parquet  # noqa: F401  (datasets needs it)
     except ImportError as error:
         raise UserError(
-            "parquet files and the hub need a package that is not installed here; pip install datasets"
+            "parquet files and the hub need the package datasets, which is not installed; run "
+            "pip install datasets"
         ) from error
-    datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False  # of versions before 4, which would ask
+    datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False  # versions before 4 would ask
     return datasets
 
 
 def read_footer(
     path: Path, all_of: Sequence[str] = (), label_column: str | None = None
 ) -> tuple[Columns, int, int]:
-    """Columns, rows and size in bytes of a parquet file, after a look at all data in the columns `all_of`.
+    """Columns, number of rows, and size in bytes of a parquet file; the columns `all_of` are read to the end.
 
     Raises:
         UserError: the file is damaged or has no images.
@@ -76,16 +77,16 @@ def read_footer(
         raise
     except (pa.ArrowException, *DAMAGE) as error:
         raise UserError(
-            f"{path} is no readable parquet file ({first_line(error)}); download it again (of a git clone: "
-            f"git lfs pull)"
+            f"{path} cannot be read as a parquet file ({first_line(error)}); download it again (in a git "
+            f"clone: git lfs pull)"
         ) from error
 
 
 def read_arrow(path: Path, columns: Columns | None = None, label_column: str | None = None) -> Rows:
-    """The rows of an Arrow file, which is mapped; None takes the columns that its schema names.
+    """The rows of a memory-mapped Arrow file; without `columns`, those that its schema describes.
 
     Raises:
-        UserError: the file is damaged or compressed, has no images, or other columns than these.
+        UserError: the file is damaged or compressed, has no images, or columns other than `columns`.
     """
     import pyarrow as pa
 
@@ -96,7 +97,7 @@ def read_arrow(path: Path, columns: Columns | None = None, label_column: str | N
         raise
     except (pa.ArrowException, *DAMAGE) as error:
         raise UserError(
-            f"{path} is no readable Arrow file ({first_line(error)}); remove its folder, then start again"
+            f"{path} cannot be read as an Arrow file ({first_line(error)}); remove its folder, then run again"
         ) from error
 
 
@@ -110,11 +111,11 @@ def _read_arrow(path: Path, columns: Columns | None, label_column: str | None) -
     columns = columns or own
     if (own.image, own.label, own.is_text) != (columns.image, columns.label, columns.is_text):
         raise UserError(
-            f"{path} (columns {own.image!r} and {own.label!r}) has other columns than the files before "
-            f"(columns {columns.image!r} and {columns.label!r}); remove its folder, then start again"
+            f"{path} (columns {own.image!r} and {own.label!r}) has other columns than the files before it "
+            f"(columns {columns.image!r} and {columns.label!r}); remove its folder, then run again"
         )
     table = table.select([columns.image, *([columns.label] if columns.label else [])])
-    table.validate(full=True)  # offsets that lead out of a buffer would end the process
+    table.validate(full=True)  # an offset outside its buffer would crash the process
     images = table.column(columns.image)
     places = [(np.empty(0, np.int64), np.empty(0, np.int64))]
     places += [_places(path, chunk, content.address) for chunk in images.chunks if len(chunk)]
@@ -131,15 +132,17 @@ def _read_arrow(path: Path, columns: Columns | None, label_column: str | None) -
 
 
 def _places(path: Path, images: Any, start: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Where the bytes of each image of a chunk begin in the file mapped from `start`, and how many."""
+    """Offset in the file, which is mapped at `start`, and size in bytes of each image of a chunk."""
     of_bytes = images.field("bytes")
     _, ends, data = of_bytes.buffers()
     width = np.int64 if "large" in str(of_bytes.type) else np.int32
     rows = slice(of_bytes.offset, of_bytes.offset + len(of_bytes) + 1)
     bounds = np.frombuffer(ends, width)[rows].astype(np.int64)
-    offset = data.address - start if bounds[-1] > 0 else 0  # without a byte there need be no buffer
+    offset = data.address - start if bounds[-1] > 0 else 0  # without bytes there may be no buffer
     if not 0 <= offset <= path.stat().st_size:
-        raise UserError(f"{path} is compressed, so that images in it cannot be read by themselves")
+        raise UserError(
+            f"{path} is compressed, so single images cannot be read from it; save it without compression"
+        )
     there = images.is_valid().to_numpy(False) & of_bytes.is_valid().to_numpy(False)
     return bounds[:-1] + offset, np.where(there, np.diff(bounds), NO_IMAGE)
 
@@ -147,13 +150,15 @@ def _places(path: Path, images: Any, start: int) -> tuple[NDArray[np.int64], NDA
 def _columns(path: Path, schema: Any, label_column: str | None) -> Columns:
     """The columns of images and classes.
 
-    The label is the one that is asked for, else `label` or `labels` of integers, else the only ClassLabel.
-    Raises UserError: there is not exactly one column of images, or not the label that is asked for.
+    The label is `label_column`, else `label` or `labels` of integers, else the only ClassLabel.
+    Raises UserError: there is not exactly one column of images, or no column `label_column`.
     """
     from pyarrow import types
 
     if len(set(schema.names)) < len(schema.names):
-        raise UserError(f"{path} has several columns of one name among {_listed(schema.names)}; rename them")
+        raise UserError(
+            f"{path} has several columns with the same name among {_listed(schema.names)}; rename them"
+        )
     images = [field.name for field in schema if _is_image_column(field.type)]
     if len(images) != 1:
         what = f"the columns {_listed(images)}" if images else "no column"
@@ -172,9 +177,9 @@ def _columns(path: Path, schema: Any, label_column: str | None) -> Columns:
     label = label_column or (named[0] if named else class_labels[0] if len(class_labels) == 1 else None)
     names = features.get(label or "", {}).get("names")
     if names and not (isinstance(names, list) and all(isinstance(name, str | int) for name in names)):
-        raise UserError(f"{path}: the names of the classes in {label!r} are no list of texts; save it again")
+        raise UserError(f"{path}: the class names of {label!r} are not a list of strings; save it again")
     classes = list(map(str, names or []))
-    "".join(classes).encode()  # a UnicodeEncodeError for halves of characters, which JSON can hold
+    "".join(classes).encode()  # raises UnicodeEncodeError for lone surrogates, which JSON can contain
     return Columns(images[0], label, classes or None, label in text, possible)
 
 
@@ -198,7 +203,7 @@ def _is_image_column(kind: Any) -> bool:
 
 
 def _features(metadata: dict[bytes, bytes]) -> dict[str, dict[str, Any]]:
-    """What the hub's library has written about each column; nothing if another one has written the file."""
+    """Features that `datasets` has written, by column; empty if another program wrote the file."""
     try:
         features = parsed_json(metadata[b"huggingface"])["info"]["features"]
         return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
@@ -211,5 +216,5 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what another library says."""
+    """The first line of another library's error message."""
     return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__

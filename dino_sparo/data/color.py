@@ -1,9 +1,9 @@
-"""PIL's color operations and its Gaussian blur on batches of tensors, to the bit as far as float32 carries.
+"""PIL's color operations and Gaussian blur on batches of tensors, bit for bit as far as float32 allows.
 
-Images are uint8 (n, 3, height, width); factors, shifts and weights are float32, one row an image, so that
-nothing here looks at a single image. Every function is meant to be compiled, and runs uncompiled too; a GPU
-divides with less care, which may move a hue by one step of 256.
-Source: what Pillow's Blend.c, Convert.c and BoxBlur.c compute, and torchvision's functions for PIL images.
+Images are uint8 (n, 3, height, width); factors, shifts, and weights are float32, one row per image, so that
+nothing depends on the values of a single image. Functions are compiled on a GPU, and also run uncompiled;
+a GPU divides less exactly, which may change a hue by one step of 256.
+Source: Pillow's Blend.c, Convert.c, and BoxBlur.c, and torchvision's functions for PIL images.
 """
 
 import math
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-PASSES = 3  # of PIL's box blur, in each direction
+PASSES = 3  # of PIL's box blur per direction
 SOLARIZE_THRESHOLD = 128
 NO_SHIFT = -1.0
 # Columns of the steps of `jitter`, and of the steps before and after the contrast.
@@ -22,17 +22,17 @@ NOTHING = [0.0, 1.0, 0.0, 1.0, NO_SHIFT, 0.0, 1.0, 0.0, 1.0]
 
 
 def jitter(images: Tensor, steps: Tensor) -> Tensor:
-    """Color jitter in each image's own order, then grayscale of some: `steps` (n, 20), uint8 like images.
+    """Color jitter in the order of each image, then grayscale of some images: `steps` (n, 20), returns uint8.
 
-    The steps are what happens before the contrast (`BEFORE`), its factor, what happens after it (`AFTER`),
-    and whether (1 or 0) the luma goes into all channels. Before and after are two blends, a shift of the hue,
-    two blends. Of a blend the first column says towards what (0: black, 1: the pixel's own luma), the second
-    is the factor (1: nothing changes). A shift of -1 leaves the hue alone.
+    The columns of `steps` are the adjustments before the contrast (`BEFORE`), the factor of the contrast, the
+    adjustments after it (`AFTER`), and 1 for grayscale, else 0. Before and after are two blends, a hue shift,
+    and two blends. The columns of a blend are its target (0: black, 1: the luma of each pixel) and its factor
+    (1: no change). A hue shift of -1 means no change.
     """
     columns = steps[:, :, None, None].unbind(1)
-    rgb = [x.float() for x in images.unbind(1)]  # apart, or the compiler would not make one kernel
+    rgb = [x.float() for x in images.unbind(1)]  # separate tensors, so that the compiler makes one kernel
     rgb = _adjusted(rgb, columns[BEFORE])
-    total = _luma(*rgb).to(torch.int32).sum(dim=(1, 2), keepdim=True)  # float32 would not hold it
+    total = _luma(*rgb).to(torch.int32).sum(dim=(1, 2), keepdim=True)  # too large to be exact in float32
     mean = (total.double() / rgb[0][0].numel() + 0.5).floor().float()
     rgb = _adjusted([_blend(x, mean, columns[CONTRAST_FACTOR]) for x in rgb], columns[AFTER])
     luma = _luma(*rgb)
@@ -48,7 +48,7 @@ def solarize(images: Tensor, chosen: Tensor) -> Tensor:
 
 
 def blur(images: Tensor, weights: Tensor) -> Tensor:
-    """PIL's Gaussian blur by the weights (n, taps) of `blur_weights`: three passes in each direction."""
+    """PIL's Gaussian blur with the weights (n, taps) of `blur_weights`: three passes per direction."""
     rows = weights[:, :, None, None, None].unbind(1)
     for dim in (3, 2):
         for _ in range(PASSES):
@@ -67,12 +67,12 @@ def blur_weights(radius: float, taps: int) -> list[float]:
 
 
 def blur_taps(radius: float) -> int:
-    """How many weights suffice for the blur of this radius: 1, 2, 3, 5, 9, ..., so that few kernels do."""
+    """Number of weights for this radius, rounded up to 1, 2, 3, 5, 9, ..., so that few kernels are needed."""
     return 1 + 2 ** int(_box_radius(radius)).bit_length() if radius > 0 else 1
 
 
 def _box_radius(radius: float) -> float:
-    """Radius of the box whose passes come near to a Gaussian of this one. Source: PIL's BoxBlur.c."""
+    """Radius of the box whose passes approximate a Gaussian of this radius. Source: PIL's BoxBlur.c."""
     variance = radius**2 / PASSES
     length = math.sqrt(12 * variance + 1)
     whole = math.floor((length - 1) / 2)
@@ -81,7 +81,7 @@ def _box_radius(radius: float) -> float:
 
 
 def _box_blur(images: Tensor, rows: Sequence[Tensor], dim: int) -> Tensor:
-    """One pass along a dimension, uint8 to uint8; beyond the edge lies the edge's pixel."""
+    """One pass along a dimension, uint8 to uint8; the pixel at the edge continues beyond it."""
     at = torch.arange(images.shape[dim], device=images.device)
     blurred = rows[0] * images
     for distance, weight in enumerate(rows[1:], start=1):
@@ -94,7 +94,7 @@ def _box_blur(images: Tensor, rows: Sequence[Tensor], dim: int) -> Tensor:
 
 
 def _adjusted(rgb: list[Tensor], columns: Sequence[Tensor]) -> list[Tensor]:
-    """Two blends, a shift of the hue, two blends."""
+    """Two blends, a hue shift, two blends."""
     rgb = _blends(rgb, columns, BLENDS_BEFORE)
     red, green, blue = rgb
     shift = columns[SHIFT]
@@ -119,12 +119,12 @@ def _blends(
 
 
 def _blend(x: Tensor, towards: Tensor, factor: Tensor) -> Tensor:
-    """PIL's blend: away from or beyond `towards`, clipped, then cut to whole numbers."""
+    """PIL's blend: interpolate between `towards` and `x` or extrapolate, clip, and round down."""
     return (towards + factor * (x - towards)).clamp(0, 255).floor()
 
 
 def _shift_hue(red: Tensor, green: Tensor, blue: Tensor, shift: Tensor) -> list[Tensor]:
-    """Through PIL's 8-bit HSV with the hue moved by a whole number, modulo 256."""
+    """Shift the hue in PIL's 8-bit HSV by a whole number, modulo 256."""
     value = torch.maximum(torch.maximum(red, green), blue)
     chroma = value - torch.minimum(torch.minimum(red, green), blue)
     divisor = chroma.clamp(min=1)
@@ -137,7 +137,7 @@ def _shift_hue(red: Tensor, green: Tensor, blue: Tensor, shift: Tensor) -> list[
     sextant = torch.where(hue >= 256, hue - 256, hue) * (6 / 255)
 
     def channel(offset: int) -> Tensor:
-        """value * (1 - saturation * share), where the share falls with the distance of the hue."""
+        """value * (1 - saturation * share); the share depends on the distance of the hue."""
         k = sextant + offset
         k = torch.where(k >= 6, k - 6, k)
         share = torch.minimum(k, 4 - k).clamp(0, 1)
@@ -147,6 +147,6 @@ def _shift_hue(red: Tensor, green: Tensor, blue: Tensor, shift: Tensor) -> list[
 
 
 def _times_255(x: Tensor) -> Tensor:
-    """x * 255 cut to a whole number as in double precision, where float32 would round it up to one."""
+    """x * 255 rounded down as in double precision, where float32 may round up to the next whole number."""
     product = (x * 255).floor()
     return torch.where(x * 256 - product < x, product - 1, product)

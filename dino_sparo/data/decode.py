@@ -1,7 +1,4 @@
-"""From the bytes of an image file to RGB pixels, or why they are no image.
-
-Knows neither torch nor the sources of images.
-"""
+"""Decode the bytes of an image file to RGB pixels, or explain why they cannot be read; needs no torch."""
 
 import re
 from importlib.util import find_spec
@@ -18,32 +15,32 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 
 from dino_sparo.errors import UserError
 
-# What is read, whatever a file is called; Pillow knows others, and starts Ghostscript for one of them.
+# Formats that are read, whatever the file name; Pillow reads others, and starts Ghostscript for one of them.
 FORMATS = ["JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF"]
 FORMATS += ["AVIF"] if find_spec("PIL.AvifImagePlugin") else []  # since Pillow 11.3
-MAX_PIXELS = 2**26  # of an image, unless data.max_pixels says more: about 0.5 GB while it is decoded
-NARROW = 512  # pixels; a narrower image counts as if it were so wide
-BYTES_PER_PIXEL, BYTES_BESIDE = 4, 2**20  # of a file at most, without and with its metadata
-HEADER_READS, DATA_READS = 2**14, 2**6  # of Pillow in a header at most; then one for so many bytes
+MAX_PIXELS = 2**26  # per image unless data.max_pixels is set; decoding takes about 0.5 GB
+NARROW = 512  # pixels; a narrower image counts as this wide
+BYTES_PER_PIXEL, BYTES_BESIDE = 4, 2**20  # largest file: bytes per pixel, and for metadata
+HEADER_READS, DATA_READS = 2**14, 2**6  # reads allowed for a header; then one more per so many bytes
 MAX_SCANS, MAX_COMMENTS = 200, 1000
-MAX_PLAIN = 2**22  # bytes of an image that is written as text, which Python reads
-MAX_NUMBERS = 2**19  # of one entry in the directory of a TIFF, of which Pillow makes Python's numbers
-IN_BYTES = (1, 2, 7)  # kinds of entries that it leaves as bytes
-PLAIN = (b"P1", b"P2", b"P3")  # how PBM, PGM and PPM begin that are written as text
+MAX_PLAIN = 2**22  # bytes of an image that is written as text, which Pillow parses in Python
+MAX_NUMBERS = 2**19  # per entry of a TIFF directory; Pillow converts them to Python numbers
+IN_BYTES = (1, 2, 7)  # types of entries that stay bytes
+PLAIN = (b"P1", b"P2", b"P3")  # first bytes of PBM, PGM, and PPM files that are written as text
 BLOCK_PIXELS = 2**20
-GAP = 2.0  # a JPEG file is decoded at this multiple of the wanted size at least
+GAP = 2.0  # a JPEG file is decoded at least at this multiple of the wanted size
 PROBLEMS = ("zero_byte", "not_an_image", "truncated", "unreadable")
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-# How files of the formats that are read begin.
+# First bytes of files in the formats that are read.
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"RIFF", *TIFF, b"BM", b"P4", b"P5", b"P6", b"GIF8")
-OTHER_FORMATS = {  # that are not read, and how their files begin
+OTHER_FORMATS = {  # formats that are not read, and the first bytes of their files
     "HEIC": rb"....ftyp(hei[cxms]|hevc|mif1|msf1)(?!.{0,48}avif)",
     "JPEG 2000": rb"\0\0\0\x0cjP  ",
     "JPEG XL": rb"\0\0\0\x0cJXL |\xff\x0a",
     "Photoshop": rb"8BPS",
 }
 SAMPLES = {1: "unsigned integers", 2: "signed integers", 3: "floating point"}
-# What Pillow does to a TIFF of such an EXIF orientation, and to no other format, is undone by
+# Pillow applies the EXIF orientation of TIFF files, and of no other format; this undoes it.
 UNTURNED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -58,8 +55,8 @@ UNTURNED = {
 class UnreadableImageError(UserError):
     """An image that cannot be read: its name, the reason, and what to do about it."""
 
-    def __init__(self, name: str, reason: str, remedy: str = "repair or remove it, then start again") -> None:
-        super().__init__(name, reason, remedy)  # all three, so that a worker process can send it
+    def __init__(self, name: str, reason: str, remedy: str = "repair or remove it, then run again") -> None:
+        super().__init__(name, reason, remedy)  # all three, so that it can be pickled
         self.name, self.reason, self.remedy = name, reason, remedy
 
     def __str__(self) -> str:
@@ -67,33 +64,33 @@ class UnreadableImageError(UserError):
 
 
 def problem_of(data: bytes, error: Exception) -> tuple[str, str]:
-    """Kind, one of PROBLEMS, and reason of the error that a file of this content has led to."""
+    """Kind (one of PROBLEMS) and reason of an error that was raised for a file with this content."""
     reason = getattr(error, "strerror", None) or str(error).rstrip(".") or type(error).__name__
     if isinstance(error, UnidentifiedImageError):
         return _unknown(data)
-    webp_bytes = 8 + int.from_bytes(data[4:8], "little")  # PIL does not say that a WebP is cut
+    webp_bytes = 8 + int.from_bytes(data[4:8], "little")  # PIL does not report a truncated WebP
     if "truncated" in reason.lower() or (data.startswith(b"RIFF") and webp_bytes > len(data)):
         return "truncated", reason
     return "unreadable", reason
 
 
 def _unknown(data: bytes) -> tuple[str, str]:
-    """Kind and reason for the content of a file that Pillow does not know."""
+    """Kind and reason for the content of a file that Pillow does not recognize."""
     if not data:
         return "zero_byte", "the file is empty"
     if data.startswith(b"version https://git-lfs"):
-        return "not_an_image", "a pointer that Git LFS has left in its place; git lfs pull fetches the image"
+        return "not_an_image", "a Git LFS pointer instead of the image; run git lfs pull"
     if name := next((name for name, start in OTHER_FORMATS.items() if re.match(start, data, re.DOTALL)), ""):
-        return "unreadable", f"{name}, which is not read; convert it to JPEG or PNG"
+        return "unreadable", f"{name} is not supported; convert it to JPEG or PNG"
     if not data.startswith(SIGNATURES) and data[4:11] != b"ftypavi":  # as AVIF begins
-        return "not_an_image", "no known kind of image"
+        return "not_an_image", "not a known image format"
     if data.startswith(TIFF) and (kind := _kind_of_tiff(data)):
-        return "unreadable", f"a TIFF of a kind that Pillow does not read: {kind}"
-    return "truncated", "begins as an image, but its header is cut or damaged"
+        return "unreadable", f"Pillow does not support this kind of TIFF: {kind}"
+    return "truncated", "its header is truncated or damaged"
 
 
 def _kind_of_tiff(data: bytes) -> str:
-    """Bands and samples of a TIFF that is all there, in words; empty for one that is damaged."""
+    """Bands and sample type of a complete TIFF, in words; empty if it is damaged."""
     try:
         directory = ImageFileDirectory_v2(data[: 16 if b"+" in data[:4] else 8])
         file = BytesIO(data)
@@ -109,26 +106,26 @@ def _kind_of_tiff(data: bytes) -> str:
 
 
 class Reading(NamedTuple):
-    """How images are read, whatever their files say.
+    """How images are read.
 
     Attributes:
-        max_pixels: pixels of the largest image that is decoded; one that is very long counts more.
-        value_range: what becomes black and white of pixels with more than 8 bits; None goes by their mode.
+        max_pixels: number of pixels of the largest image that is decoded; a very narrow one counts more.
+        value_range: pixel values of more than 8 bits that become black and white; None: by the image's mode.
     """
 
     max_pixels: int = MAX_PIXELS
     value_range: tuple[float, float] | None = None
 
     def check_size(self, num_bytes: int) -> None:
-        """Raises OSError: an image's file has more bytes than are read into memory."""
+        """Raises OSError: the file of an image has more bytes than are read into memory."""
         most = BYTES_PER_PIXEL * self.max_pixels + BYTES_BESIDE
         if num_bytes > most:
-            raise OSError(f"its file has {num_bytes:,} bytes, more than {most:,}, {self._allowed()}")
+            raise OSError(f"its file has {num_bytes:,} bytes, more than {most:,} {self._allowed()}")
 
     def check_pixels(self, image: Image.Image, *, in_scans: bool = False) -> None:
-        """Raises OSError: an image has more pixels than are decoded; `in_scans` as `_takes_twice`."""
+        """Raises OSError: an image has more pixels than are decoded; `in_scans` as in `_takes_twice`."""
         width, height = stored_size(image)
-        if isinstance(image, TiffImageFile):  # whose tiles, which may be larger, are decoded whole
+        if isinstance(image, TiffImageFile):  # its tiles may be larger than the image, and are decoded whole
             tile = [side for tag in (322, 323) if isinstance(side := image.tag_v2.get(tag), int)]
             width, height = max((width, height), tuple(tile), key=prod) if len(tile) == 2 else (width, height)
         pixels = max(width * height, NARROW * max(width, height))
@@ -143,8 +140,8 @@ AS_IS = Reading()
 
 
 class _Content(BytesIO):
-    """A file in memory that refuses to be read in ever so many small pieces: Pillow goes through a header
-    byte by byte, and through data by chunks that the file makes."""
+    """A file in memory with a limit on the number of reads: Pillow reads headers byte by byte, and data in
+    chunks whose size the file determines."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(data)
@@ -160,15 +157,15 @@ class _Content(BytesIO):
 
 
 def open_image(data: bytes, reading: Reading = AS_IS) -> Image.Image:
-    """The image in a file of one of FORMATS, not decoded yet; every image of this project is opened here.
+    """Open an image in one of FORMATS, without decoding it; all images are opened by this function.
 
     Raises:
-        UnidentifiedImageError: it is of none of them.
-        OSError: it is larger than is allowed, or decoding it would take very long.
-        Exception: its header is damaged; Pillow raises many kinds.
+        UnidentifiedImageError: the file has none of these formats.
+        OSError: the image is too large, or decoding it would take very long.
+        Exception: the header is damaged; Pillow raises many types.
     """
     if data.startswith(PLAIN) and (len(data) > MAX_PLAIN or data.count(b"#") > MAX_COMMENTS):
-        raise OSError("it is text, and too long or with too many comments")
+        raise OSError("it is written as text that is too long or has too many comments")
     if data.startswith((b"II", b"MM")):
         _check_directory(data)
     content = _Content(data)
@@ -182,13 +179,13 @@ def open_image(data: bytes, reading: Reading = AS_IS) -> Image.Image:
 
 
 def _check_directory(data: bytes) -> None:
-    """Raises OSError: a TIFF's directory has ever so many numbers in one entry."""
+    """Raises OSError: an entry of a TIFF's directory has too many numbers."""
     order: Literal["little", "big"] = "little" if data.startswith(b"II") else "big"
 
     def number(at: int, size: int) -> int:
         return int.from_bytes(data[at : at + size], order)
 
-    long, entry, size = (8, 20, 8) if 43 in data[2:4] else (2, 12, 4)  # of a BigTIFF and of others
+    long, entry, size = (8, 20, 8) if 43 in data[2:4] else (2, 12, 4)  # BigTIFF, else TIFF
     start = number(2 * size if size == 8 else size, size)
     for at in range(start + long, start + long + entry * min(number(start, long), HEADER_READS), entry):
         if number(at + 2, 2) not in IN_BYTES and number(at + 4, size) > MAX_NUMBERS:
@@ -196,11 +193,11 @@ def _check_directory(data: bytes) -> None:
 
 
 def _takes_twice(image: Image.Image, in_scans: bool) -> bool:
-    """Whether decoding takes twice the memory of others of its size: 16 bytes per pixel instead of 8."""
-    if isinstance(image, JpegImageFile):  # of several scans, all coefficients are held
+    """Whether decoding takes 16 bytes per pixel instead of 8."""
+    if isinstance(image, JpegImageFile):  # several scans: all coefficients are in memory
         factors = [across * down for _, across, down, _ in image.layer]
         return in_scans and sum(factors) > 2 * max(factors)
-    if isinstance(image, TiffImageFile):  # a strip may be the whole image, and turning makes a copy
+    if isinstance(image, TiffImageFile):  # a strip may be the whole image, and turning copies it
         bits = image.tag_v2.get(258, (1,))
         bits = sum(bits) * (image.tag_v2.get(277, 1) if len(bits) == 1 else 1)
         return bits > 32 or (bits == 32 and orientation(image) in UNTURNED)
@@ -208,39 +205,39 @@ def _takes_twice(image: Image.Image, in_scans: bool) -> bool:
 
 
 def _in_scans(image: JpegImageFile, data: bytes, end: int) -> bool:
-    """Whether a JPEG has several scans: it is progressive, or its first scan, whose header is the last that
-    Pillow has read, lacks some of its components."""
+    """Whether a JPEG has several scans: it is progressive, or some components are missing in its first scan,
+    whose header is the last one that Pillow has read."""
     first = data.rfind(b"\xff\xda", 0, end)
     return "progressive" in image.info or data[first + 4] != len(image.layer)
 
 
 def _num_scans(data: bytes) -> int:
-    """How often a scan of a JPEG begins; in a sixth of the time of `data.count`."""
+    """Number of scans of a JPEG, in a sixth of the time of `data.count`."""
     halves = (np.frombuffer(data, "<u2", (len(data) - odd) // 2, odd) for odd in (0, 1))
     return sum(int(np.count_nonzero(half == 0xDAFF)) for half in halves)
 
 
 def decode(data: bytes, max_side: int | None = None, reading: Reading = AS_IS) -> Image.Image:
-    """The image in RGB; one with a longer side than `max_side` is reduced to it, keeping its shape.
+    """Decode an image to RGB; one with a side longer than `max_side` is resized, keeping its aspect ratio.
 
-    A large JPEG file is decoded at a half, a quarter or an eighth already, at twice the wanted size at least.
+    A large JPEG file is decoded at a half, a quarter, or an eighth, but at least at twice the wanted size.
 
     Raises:
-        Exception: it cannot be decoded; Pillow raises many kinds.
+        Exception: it cannot be decoded; Pillow raises many types.
     """
     with open_image(data, reading) as image:
         stored = stored_size(image)
         if max_side is None or max(stored) <= max_side:
             return to_rgb(image, reading.value_range)
         size = bounded(stored, max_side)
-        if image.mode in ("RGB", "L"):  # others would change their mode
+        if image.mode in ("RGB", "L"):  # draft would change the mode of others
             image.draft(None, (round(GAP * size[0]), round(GAP * size[1])))
         rgb = to_rgb(image, reading.value_range)
         return rgb.resize(size, Image.Resampling.BICUBIC, reducing_gap=GAP)
 
 
 def size_of(data: bytes, max_side: int | None = None) -> tuple[int, int] | None:
-    """Width and height that `decode` gives, told by the beginning of the file; None if it does not tell."""
+    """Width and height of the result of `decode`, from the header of the file; None if that is damaged."""
     try:
         with open_image(data) as image:
             return bounded(stored_size(image), max_side)
@@ -249,22 +246,22 @@ def size_of(data: bytes, max_side: int | None = None) -> tuple[int, int] | None:
 
 
 def stored_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height of an image as it lies in its file, whatever its EXIF orientation says."""
+    """Width and height as stored in the file, before its EXIF orientation is applied."""
     return (image.tag_v2[256], image.tag_v2[257]) if isinstance(image, TiffImageFile) else image.size
 
 
 def orientation(image: Image.Image) -> int:
-    """How EXIF says that an image is turned, 1 to 8; 1 is not at all, or damaged EXIF. Raises as `load`."""
-    if not isinstance(image, TiffImageFile):  # which Pillow turns then
-        image.load()  # EXIF may stand behind the pixels
+    """EXIF orientation, 1 to 8; 1 (not turned) also if EXIF is damaged. Raises as `load`."""
+    if not isinstance(image, TiffImageFile):  # loading would turn it
+        image.load()  # EXIF may follow the pixels
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # damaged EXIF makes Pillow raise anything, and the image can be read
+    except Exception:  # damaged EXIF makes Pillow raise anything, but the image can be read
         return 1
 
 
 def bounded(size: tuple[int, int], max_side: int | None) -> tuple[int, int]:
-    """A size of the same shape whose longer side is at most `max_side`."""
+    """A size with the same aspect ratio whose longer side is at most `max_side`."""
     if max_side is None or max(size) <= max_side:
         return size
     width, height = (max(1, round(side * max_side / max(size))) for side in size)
@@ -272,23 +269,24 @@ def bounded(size: tuple[int, int], max_side: int | None) -> tuple[int, int]:
 
 
 def to_rgb(image: Image.Image, value_range: tuple[float, float] | None = None) -> Image.Image:
-    """Any image as 8-bit RGB, itself if it is; alpha is dropped as torchvision's loader does, and more than 8
-    bits become 8: `value_range`, or else what its mode says, becomes 0 to 255. Not turned by its EXIF.
+    """Convert an image to 8-bit RGB; alpha and EXIF orientation are ignored, as in torchvision's loader.
+
+    Of pixels with more than 8 bits, `value_range`, or else the range of the image's mode, becomes 0 to 255.
 
     Raises:
-        OSError: `value_range` is given, and Pillow gives 8 of the image's bits only.
+        OSError: `value_range` is given, but Pillow returns only 8 of the image's bits.
         Exception: it cannot be decoded.
     """
     if value_range is not None and _is_cut_to_8_bits(image):
         raise OSError(
-            "16 bits per channel in color or with alpha, of which Pillow gives 8, so that data.value_range "
-            "cannot be applied; convert it to gray or to 8 bits"
+            "Pillow reduces 16 bits per channel in color or with alpha to 8, so data.value_range cannot be "
+            "applied; convert it to gray or to 8 bits"
         )
     turned = orientation(image) if isinstance(image, TiffImageFile) else 1
     image.load()
     if turned in UNTURNED and orientation(image) != turned:
         image = image.transpose(UNTURNED[turned])
-    if is_deep(image):  # PIL would clip these to white
+    if is_deep(image):  # PIL would clip its pixels to white
         return _to_8_bits(image, value_range)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
@@ -296,7 +294,7 @@ def to_rgb(image: Image.Image, value_range: tuple[float, float] | None = None) -
 
 
 def _is_cut_to_8_bits(image: Image.Image) -> bool:
-    """Whether an image that is not decoded yet has more than 8 bits per channel and will lose them."""
+    """Whether an image that is not decoded yet has more than 8 bits per channel that Pillow reduces to 8."""
     if is_deep(image):
         return False
     if isinstance(image, TiffImageFile):
@@ -306,13 +304,13 @@ def _is_cut_to_8_bits(image: Image.Image) -> bool:
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether pixels have more than 8 bits, also once they are decoded."""
+    """Whether decoded pixels have more than 8 bits."""
     return image.mode.startswith("I") or image.mode == "F"
 
 
 def _to_8_bits(image: Image.Image, value_range: tuple[float, float] | None) -> Image.Image:
-    """An image of more than 8 bits as RGB, in blocks of rows. Of pixels that are not finite none counts for
-    the range, and what is no number becomes black."""
+    """Convert an image with more than 8 bits to RGB, in blocks of rows. Pixels that are not finite do not
+    count for the range, and NaN becomes black."""
     rows = max(1, BLOCK_PIXELS // image.width)
     boxes = [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
 
@@ -336,14 +334,14 @@ def _to_8_bits(image: Image.Image, value_range: tuple[float, float] | None) -> I
 
 
 def _finite_max(values: NDArray[np.number]) -> float:
-    """The highest of finite values, at least 0."""
+    """The highest finite value, at least 0."""
     highest = float(values.max(initial=0))
     return highest if np.isfinite(highest) else float(values.max(initial=0, where=np.isfinite(values)))
 
 
 def _factor(mode: str, highest: float) -> float:
-    """Brings pixels of more than 8 bits to 0..255, by the highest; modes I and F do not say their range."""
-    overshoot = 1.1 if mode == "F" else 1.0  # what resizing adds to floating point pixels
+    """Factor from pixels of more than 8 bits to 0..255, by the highest; modes I and F have no fixed range."""
+    overshoot = 1.1 if mode == "F" else 1.0  # resizing may have enlarged floating-point pixels
     if mode == "F" and highest <= overshoot:
         return 255.0
     if mode in ("I", "F") and highest <= 255 * overshoot:

@@ -1,9 +1,9 @@
-"""Views of whole batches on the training device: workers only decode. Executes the same numbers as PIL.
+"""Views of whole batches on the training device, from the same random numbers as PIL's; workers only decode.
 
-Crop and resize are two batched matrix products by PIL's kernel, rounded to 8 bits after each as PIL does; the
-flip is part of the matrix. The colors are those of `color`. Source of the kernel: Pillow's Resample.c.
+Crop and resize are two batched matrix products with PIL's kernel, each rounded to 8 bits as in PIL; the flip
+is part of the matrix. Colors are changed by `color`. Source of the kernel: Pillow's Resample.c.
 
-Axis letters: B images, C crops, S side of a crop, H and W sides of the canvas that holds an image.
+Axis letters: B images, C crops, S side of a crop, H and W sides of the canvas that contains an image.
 """
 
 import logging
@@ -26,24 +26,24 @@ log = logging.getLogger("dino_sparo")
 Item = TypeVar("Item")
 Made = TypeVar("Made", bound=tuple[Any, ...])
 
-CANVAS_TO_COMPILE = 416, 608  # as large as no crop: sizes that are equal then would have to stay so
-IMAGES_AT_ONCE = 32  # share a canvas, which is as large as the largest of them
-CANVAS_STEP = 32  # pixels; sides are multiples, so that matrix products are fast and few shapes occur
-UNCOMPILED = (  # estimated by the bytes that are moved
-    "WARNING: what makes views on the GPU cannot be compiled (%s) and takes about ten times as long: 0.5 ms "
-    "per image on an H200, as long as its step; install a C compiler and Python's headers"
+CANVAS_TO_COMPILE = 416, 608  # no crop's size: the compiler assumes that equal sizes always stay equal
+IMAGES_AT_ONCE = 32  # images that share a canvas as large as the largest of them
+CANVAS_STEP = 32  # pixels; sides are multiples of it: fast matrix products, few shapes
+UNCOMPILED = (  # estimated from the bytes that are moved
+    "WARNING: the code that makes views on the GPU cannot be compiled (%s) and takes about ten times as "
+    "long, 0.5 ms per image on an H200, as long as the training step; install a C compiler and Python headers"
 )
 TOP, LEFT, HEIGHT, WIDTH, FLIP, SOLARIZE = range(6)
 JITTER = slice(6, 26)
 BLUR = slice(26, None)
-CONTRAST, SATURATION, HUE = 1, 2, 3  # of the adjustments; the first is the brightness
+CONTRAST, SATURATION, HUE = 1, 2, 3  # numbers of adjustments; brightness is 0
 
 
 class Photos(NamedTuple):
-    """Decoded images of any sizes, and the numbers of their crops.
+    """Decoded images of any size, and the numbers of their crops.
 
-    pixels: uint8, (height, width, 3) of one image after the other, flat. places: int64 (B, 3), the number of
-    each image's first pixel, its height and width. numbers: float32 (C, B, 26 + taps of the blur).
+    pixels: uint8, the pixels (height, width, 3) of all images, flattened and concatenated. places: int64
+    (B, 3), index of each image's first pixel, height, and width. numbers: float32 (C, B, 26 + blur taps).
     """
 
     pixels: Tensor
@@ -58,7 +58,7 @@ def numbers_of(view: View, taps: int) -> list[float]:
 
 
 def jitter_steps(view: View) -> list[float]:
-    """The steps of `color.jitter` for a view; such that change nothing for one without."""
+    """The steps of `color.jitter` for a view; without jitter, steps that change nothing."""
     steps = [[*color.NOTHING], [*color.NOTHING]]
     part, places = 0, [*color.BLENDS_BEFORE]
     contrast = 1.0
@@ -93,17 +93,17 @@ def collate_photos(images: Sequence[tuple[Tensor, Sequence[Sequence[float]]]]) -
 
 
 def repeated(photos: Photos, batch_size: int) -> Photos:
-    """So many images, over and over the same ones."""
+    """A batch of `batch_size` images that repeats these."""
     chosen = torch.arange(batch_size) % len(photos.places)
     return Photos(photos.pixels, photos.places[chosen], photos.numbers[:, chosen])
 
 
 def compile_views(groups: Sequence[Sequence[CropKind]], batch_size: int, device: torch.device) -> None:
-    """Compile on a GPU what makes crops of so many images of any size; else the first batch waits for it."""
+    """Compile `make_crops` on a GPU for batches of this size; otherwise the first batch waits for it."""
     taps = max(color.blur_taps(kind.blur_radius[1]) for group in groups for kind in group)
     numbers = [[1.0] * (BLUR.start + taps)] * sum(map(len, groups))
     image = torch.zeros(*CANVAS_TO_COMPILE, 3, dtype=torch.uint8), numbers
-    with torch.cuda.device(device):  # in any thread
+    with torch.cuda.device(device):  # each thread has its own
         make_crops(repeated(collate_photos([image]), batch_size), groups, device)
 
 
@@ -113,11 +113,11 @@ def make_crops(
     device: torch.device,
     dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """All crops, uint8 on the device: (C_i, B, 3, S, S) for each group of equally large ones. Never waits.
+    """All crops, uint8 on the device: (C_i, B, 3, S, S) per group of equal size. No host synchronization.
 
     Args:
-        dtype: of pixels and weights in products, whose sums are float32; None takes half precision on a GPU.
-            float16 holds every pixel exactly, and a weight to 2^-11 of it, as TF32 does.
+        dtype: of pixels and weights in products, whose sums are float32; None: float16 on a GPU, which
+            represents every pixel exactly, and weights with a relative error of 2^-11, as TF32 does.
     """
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.float16)
     sizes = [kind[0].size for kind in groups]
@@ -146,9 +146,9 @@ def make_crops(
 
 
 def ahead(items: Iterable[Item], make: Callable[[Item], Made], device: torch.device) -> Iterator[Made]:
-    """What `make` makes of the items, one ahead of its use: on a GPU in a stream beside the training's.
+    """Apply `make` to the items, on a GPU one item ahead in a second stream.
 
-    It makes tuples, whose tensors may be used in the stream that is current when they are taken.
+    `make` returns tuples; their tensors may be used in the stream that is current when they are yielded.
     """
     if device.type != "cuda":
         yield from map(make, items)
@@ -175,10 +175,10 @@ def ahead(items: Iterable[Item], make: Callable[[Item], Made], device: torch.dev
 def resize_weights(
     boxes: Tensor, crop_size: int, side: int, interpolation: str, flip: Tensor | None = None
 ) -> Tensor:
-    """PIL's weights of resizing parts of a line: float32 (..., crop_size, side), each row sums to one.
+    """PIL's weights for resizing parts of a line: float32 (..., crop_size, side), each row sums to one.
 
-    boxes: (..., 2), where a part begins on a line of `side` pixels, and its length. `flip` (...) turns
-    the result round where it is 1.
+    boxes: (..., 2), start of each part on a line of `side` pixels, and its length. flip: (...), 1 mirrors the
+    result.
     """
     start, length = boxes[..., :1, None], boxes[..., 1:, None]
     at = torch.arange(crop_size, device=boxes.device, dtype=torch.float32)[:, None]
@@ -206,7 +206,7 @@ def _kernel(x: Tensor, interpolation: str) -> Tensor:
 
 
 def _canvas(pixels: Tensor, places: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Images out of the flat pixels, (B, 3, H, W); beyond its edges an image's last pixels go on."""
+    """Images from the flat pixels, (B, 3, H, W); the pixels at the edges of an image continue beyond them."""
     y, x = (torch.arange(side, device=pixels.device, dtype=torch.int32) for side in (height, width))
     rows, columns = (column[:, None, None].int() for column in places[:, 1:].unbind(1))
     within = torch.minimum(y[:, None], rows - 1) * columns + torch.minimum(x, columns - 1)
@@ -224,9 +224,9 @@ def _resized_crops(
     width: int,
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    """Crops (C_i, B, 3, S, S) uint8 of each group; its boxes (B, C_i, 5) are place, size and flip."""
+    """Crops (C_i, B, 3, S, S) uint8 of each group; its boxes (B, C_i, 5) are position, size, and flip."""
     canvas = _canvas(pixels, places, height, width, dtype)
-    # First all lines (B, C * S, 3 * H) of all groups, rounded as PIL does between its passes, then columns.
+    # First the lines (B, C * S, 3 * H) of all groups, rounded between the passes as in PIL, then the columns.
     weights = [
         resize_weights(box[..., LEFT : WIDTH + 1 : 2], size, width, interpolation, box[..., FLIP])
         .flatten(1, 2)
@@ -246,7 +246,7 @@ def _resized_crops(
 
 
 def _product(one: Tensor, other: Tensor) -> Tensor:
-    """Products of a batch, with sums in float32."""
+    """Batched matrix product with sums in float32."""
     if one.dtype == torch.float32 or one.device.type == "cpu":
         return torch.bmm(one.float(), other.float())
     return torch.bmm(one, other, out_dtype=torch.float32)
@@ -263,13 +263,13 @@ def _has_colors(recipe: CropKind) -> bool:
 
 
 def _colors(images: Tensor, jitter: Tensor, blur: Tensor, solarize: Tensor) -> Tensor:
-    """All that follows the crop: uint8 (n, 3, S, S)."""
+    """Jitter, grayscale, blur, and solarization: uint8 (n, 3, S, S)."""
     return color.solarize(color.blur(color.jitter(images, jitter), blur), solarize == 1)
 
 
 @cache
 def _fast(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """A few compiled kernels on a GPU, one graph for all sizes; without a compiler it is only slower."""
+    """The function compiled on a GPU, one graph for all sizes; without a compiler the function itself."""
     if device.type != "cuda" or why_not_compiled():
         return function
     fast = compiled(function, fullgraph=True, dynamic=True)
@@ -280,7 +280,7 @@ def _fast(function: Callable[..., Any], device: torch.device) -> Callable[..., A
             return fast(*arguments)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever is wrong with the compiler, training can go on
+        except Exception as error:  # training continues after any failure of the compiler
             if fast is not function:
                 log.warning(UNCOMPILED, what_is_wrong(error))
             fast = function

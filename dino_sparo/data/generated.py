@@ -15,7 +15,7 @@ SHAPES_SIZES = {"train": 4000, "val": 1000}
 
 @dataclass(frozen=True)
 class ShapesSource:
-    """Pictures drawn on demand; the label is one factor of the main object."""
+    """Pictures drawn on demand; the label is the color of the main object."""
 
     seed: int
     indices: NDArray[np.int64]

@@ -1,5 +1,5 @@
-"""ImageNet as people have it: class folders, the official tars or what was in them, Kaggle's layout; and the
-classes of a flat folder of images, from Kaggle's solution file, ImageNet's devkit or a list of labels."""
+"""Layouts of ImageNet: class folders, the official tars or their contents, Kaggle's; and the classes of a
+flat folder of images, from Kaggle's solution file, ImageNet's devkit, or a list of labels."""
 
 import gzip
 import io
@@ -24,7 +24,7 @@ WNID, WNID_TAR = re.compile(r"n\d{8}"), re.compile(r"(n\d{8})\.tar")
 VAL_IMAGE = re.compile(r"ILSVRC2012_val_\d{8}\.JPEG")
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 KAGGLE_FOLDERS = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
-TOP_ENTRIES = 4096  # enough for a thousand class folders and their tars; a flat folder shows at once
+TOP_ENTRIES = 4096  # enough for a thousand class folders and their tars
 LAYOUTS = (
     f"class folders (train/<class>, val/<class>), Kaggle's layout (ILSVRC/Data/CLS-LOC), {TRAIN_TAR} and "
     f"{VAL_TAR}, a folder of class tars (n01440764.tar ...), a flat folder of images"
@@ -35,14 +35,14 @@ GROUND_TRUTH, META = "data/ILSVRC2012_validation_ground_truth.txt", "data/meta.m
 ANNOTATIONS = "val_annotations.txt"  # of Tiny ImageNet, beside its folder of images
 MOST_LABELS = 2**26  # bytes of a file of labels, or of an unpacked devkit
 SOLUTION, SOLUTION_HEADER = "LOC_val_solution.csv", "ImageId,PredictionString"
-LEVELS_TO_LABELS = 4  # from Kaggle's val folder up to where its solution file lies
+LEVELS_TO_LABELS = 4  # from Kaggle's val folder up to its solution file
 
 Form = Literal["class folders", "a flat folder", "the official tar", "class tars"]
 
 
 @dataclass(frozen=True)
 class Images:
-    """Where the images of a split are, a folder or a tar, and how they lie in it."""
+    """The folder or tar with the images of a split, and its layout."""
 
     path: Path
     form: Form
@@ -55,7 +55,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Layout:
-    """What was recognized below a folder: its name in words, the two splits, and what says val's classes."""
+    """A recognized layout: its description, the two splits, and the file with val's labels."""
 
     root: Path
     name: str
@@ -65,19 +65,19 @@ class Layout:
 
 
 def recognize(root: Path) -> Layout | None:
-    """How the images below a folder are laid out, from a look at a few entries of a few folders.
+    """The layout of the images below a folder, from a few entries of a few folders.
 
-    None if there is no such folder, or it is none of `LAYOUTS`.
+    None if there is no such folder, or its layout is not one of `LAYOUTS`.
 
     Raises:
-        UserError: classes lie partly in folders, partly in tars, or a folder cannot be read.
+        UserError: classes are partly in folders, partly in tars, or a folder cannot be read.
     """
     base = next((root / below for below in KAGGLE_FOLDERS if (root / below).is_dir()), root)
     named = splits_of_folders(list_folder(base, TOP_ENTRIES)[0])
     train, val = _split(base, named.get("train", []), TRAIN_TAR), _split(base, named.get("val", []), VAL_TAR)
     if val and (val.path / ANNOTATIONS).is_file() and _form(val.path / "images") == "a flat folder":
         val = Images(val.path / "images", "a flat folder")  # Tiny ImageNet
-    form = None if train and val else _form(base)  # some unpack right into the folder
+    form = None if train and val else _form(base)  # unpacked without folders of splits
     if form == "a flat folder" and _holds_val(base):
         val = val or Images(base, form)
     elif form == "class tars" or (form and not train and not val):
@@ -95,21 +95,21 @@ def recognize(root: Path) -> Layout | None:
 
 
 def explain(layout: Layout) -> str:
-    """One sentence: what was recognized and the command that makes it usable; empty if it is as it is."""
+    """One sentence with the layout and the command that converts it; empty if it can be used as it is."""
     root, train, val = layout.root, layout.train, layout.val
     if (train is None or train.is_readable) and (val is None or val.form == "class folders"):
         return ""
     made = " and ".join(f"OUT/{name}/<class>" for name, images in (("train", train), ("val", val)) if images)
-    sentence = f"{root} holds {layout.name}; `dino-sparo prepare {shlex.quote(str(root))} --out OUT"
+    sentence = f"{root} contains {layout.name}; `dino-sparo prepare {shlex.quote(str(root))} --out OUT"
     if val is None or val.form == "class folders" or layout.labels:
-        return f"{sentence}` makes {made} of it"
+        return f"{sentence}` makes {made}"
     return (
-        f"{sentence} --labels FILE` makes {made} of it, FILE having a line `file_name class` for every "
-        f"validation image"
+        f"{sentence} --labels FILE` makes {made}; FILE needs a line `file_name class` for every validation "
+        f"image"
     )
 
 
-# --- How images lie in a folder
+# --- Layout of a folder
 
 
 def _split(base: Path, folders: list[str], tar: str) -> Images | None:
@@ -122,13 +122,13 @@ def _split(base: Path, folders: list[str], tar: str) -> Images | None:
 
 
 def _form(folder: Path) -> Form | None:
-    """How images lie in a folder; None if there is no such folder or no image in it."""
+    """The layout of a folder; None if there is no such folder or no image in it."""
     folders, files = list_folder(folder, TOP_ENTRIES)
     tars = {match[1] for file in files if (match := WNID_TAR.fullmatch(file))}
     if closed := sorted(tars - set(folders)):
         if opened := sorted(name for name in folders if WNID.fullmatch(name)):
             raise UserError(
-                f"{folder} holds class folders ({opened[0]}) and class tars without a folder "
+                f"{folder} contains class folders ({opened[0]}) and class tars without a folder "
                 f"({closed[0]}.tar); finish unpacking, or remove the class folders whose tars are still there"
             )
         return "class tars"
@@ -144,14 +144,14 @@ def _holds_val(folder: Path) -> bool:
 
 
 def _labels_near(images: Path, are_imagenet: bool) -> Path | None:
-    """Labels of validation images beside their folder, or for ImageNet's in it or a little above it; None if
-    there are none."""
+    """File with labels of validation images: beside their folder, for ImageNet's also in it or above it, or
+    None."""
     if (images.parent / ANNOTATIONS).is_file():
         return images.parent / ANNOTATIONS
     if not are_imagenet:
         return None
     places = [images.absolute(), *images.absolute().parents[:LEVELS_TO_LABELS]]
-    # Kaggle's first: they need no scipy
+    # Kaggle's first, which need no scipy
     for name, proof in ((SOLUTION, ""), (DEVKIT, GROUND_TRUTH), (f"{DEVKIT}.tar.gz", "")):
         for place in places:
             if (place / name / proof).is_file():
@@ -163,7 +163,7 @@ def _labels_near(images: Path, are_imagenet: bool) -> Path | None:
 
 
 class Label(NamedTuple):
-    """The class of an image, and the line that says so."""
+    """The class of an image, and its line in the file of labels."""
 
     name: str
     line: int
@@ -179,8 +179,8 @@ def image_classes(images: Collection[str], where: Path, labels: Path) -> dict[st
             `file_name class` for every image, separated by a comma or white space.
 
     Raises:
-        UserFileNotFoundError: no such file of labels.
-        UserError: the file is malformed, or an image has no label or a label no image.
+        UserFileNotFoundError: the file of labels does not exist.
+        UserError: the file is malformed, an image has no label, or a label has no image.
     """
     if not labels.exists():
         raise UserFileNotFoundError(
@@ -193,19 +193,19 @@ def image_classes(images: Collection[str], where: Path, labels: Path) -> dict[st
     if bare:
         raise UserError(
             f"{labels}: no label for {bare[0]} of {where} ({len(bare)} of {len(images)} images have none); "
-            f"give by --labels a file with a label for every image"
+            f"give --labels a file with a label for every image"
         )
     spare = sorted(known.keys() - set(keys.values()), key=lambda key: known[key].line)
     if spare:
         raise UserError(
             f"{labels} line {known[spare[0]].line}: {where} has no image {spare[0]!r} ({len(known)} labels, "
-            f"{len(images)} images); complete the images, or give the labels of these images by --labels"
+            f"{len(images)} images); add the missing images, or give --labels a file for these images"
         )
     return {image: known[key].name for image, key in keys.items()}
 
 
 def _read_list(path: Path) -> dict[str, Label]:
-    """Labels by file name, of Kaggle's file by file name without extension."""
+    """Labels by file name; from Kaggle's file, by file name without extension."""
     known: dict[str, Label] = {}
     text = read_small(path, MOST_LABELS).decode("utf-8-sig", "surrogateescape")
     lines = re.split(r"\r\n?|\n", text)
@@ -213,20 +213,20 @@ def _read_list(path: Path) -> dict[str, Label]:
     for number, line in enumerate(lines, 1):
         if not line.strip() or (is_kaggle and number == 1):
             continue
-        if is_kaggle:  # a class and four numbers for every box; the first box says the class
+        if is_kaggle:  # each box is a class and four numbers; the first one gives the class
             image, _, boxes = line.partition(",")
             name = boxes.partition(" ")[0]
         else:
             separator = next((sign for sign in (",", "\t") if sign in line), None)
-            columns = line.split("\t")  # of Tiny ImageNet: file name, class, and a box
+            columns = line.split("\t")  # Tiny ImageNet: file name, class, and a box
             image, name = columns[:2] if len(columns) == 6 else (*line.rsplit(separator, 1), "")[:2]
         image, name = image.strip().rpartition("/")[2], name.strip()
         if not image or not _can_be_folder(name):
             expected = "ImageId,class and box" if is_kaggle else "file_name class"
-            raise UserError(f"{path} line {number}: {line!r} is no label; expected `{expected}`")
+            raise UserError(f"{path} line {number}: {line!r} is not a label; expected `{expected}`")
         if image in known:
             raise UserError(
-                f"{path} line {number}: {image!r} has a label already (line {known[image].line}); keep one"
+                f"{path} line {number}: {image!r} already has a label (line {known[image].line}); keep one"
             )
         known[image] = Label(name, number)
     return known
@@ -245,7 +245,7 @@ def _read_devkit(path: Path) -> dict[str, Label]:
             files = {name: read_small(path / name, MOST_LABELS) for name in (GROUND_TRUTH, META)}
         else:
             with open_regular(path) as packed, gzip.open(packed) as file:
-                whole = file.read(MOST_LABELS)  # 2.5 MB, and by this its checksum is compared
+                whole = file.read(MOST_LABELS)  # 2.5 MB; reading all of it verifies its checksum
             files = {
                 name: whole[member.offset : member.offset + member.size]
                 for member in tar_members(io.BytesIO(whole))
@@ -256,14 +256,14 @@ def _read_devkit(path: Path) -> dict[str, Label]:
         truth = files[GROUND_TRUTH].decode("ascii", "replace")
     except (OSError, EOFError, KeyError, tarfile.TarError, zlib.error) as error:
         raise UserError(
-            f"{path}: no readable devkit ({error}); expected {GROUND_TRUTH} and {META} in it, "
-            f"download {DEVKIT}.tar.gz again or give other labels by --labels"
+            f"{path} cannot be read as a devkit ({error}); expected {GROUND_TRUTH} and {META} in it; "
+            f"download {DEVKIT}.tar.gz again, or give other labels with --labels"
         ) from error
     known = {}
     for number, line in enumerate(truth.splitlines(), 1):
         if not line.strip().isdecimal() or len(line) > 9 or int(line) not in classes:
             raise UserError(
-                f"{path / GROUND_TRUTH} line {number}: {line!r} is no class; expected an ILSVRC2012_ID of "
+                f"{path / GROUND_TRUTH} line {number}: {line!r} is not a class; expected an ILSVRC2012_ID of "
                 f"{META}, 1 to {max(classes)}"
             )
         known[f"ILSVRC2012_val_{number:08d}"] = Label(classes[int(line)], number)
@@ -271,12 +271,12 @@ def _read_devkit(path: Path) -> dict[str, Label]:
 
 
 def _devkit_classes(meta: bytes, path: Path) -> dict[int, str]:
-    """WNID of every ILSVRC2012_ID that is a class, that is: has no synset below it."""
+    """WNID of every ILSVRC2012_ID that is a class, which means that it has no synset below it."""
     try:
         from scipy.io import loadmat
     except ImportError as error:
         raise UserError(
-            f"{path} can only be read with scipy; `pip install scipy`, or give other labels by --labels "
+            f"{path} can only be read with scipy; run `pip install scipy`, or give --labels another file "
             f"(Kaggle's {SOLUTION}, or lines of `file_name class`)"
         ) from error
     try:
@@ -288,6 +288,6 @@ def _devkit_classes(meta: bytes, path: Path) -> dict[int, str]:
             raise ValueError("it names no classes")
     except Exception as error:  # scipy raises anything on a damaged file
         raise UserError(
-            f"{path} is no meta.mat of the devkit ({error}); download {DEVKIT}.tar.gz again"
+            f"{path} is not the devkit's meta.mat ({error}); download {DEVKIT}.tar.gz again"
         ) from error
     return classes

@@ -1,7 +1,6 @@
-"""Single images: read, cut out for evaluation, made numbers.
+"""Single images: evaluation crops, and conversion to tensors.
 
-Workers hand over uint8 pixels; `normalize` makes floats of them, where the network is.
-Axis letters: B images.
+Workers return uint8 pixels; `normalize` converts them to floats on the training device.
 """
 
 from functools import lru_cache
@@ -29,14 +28,14 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def normalize(pixels: Tensor) -> Tensor:
-    """uint8 (..., 3, height, width) -> float32 by ImageNet's mean and standard deviation."""
+    """uint8 (..., 3, height, width) -> float32, normalized with ImageNet's mean and standard deviation."""
     mean, std = _mean_and_std(pixels.device)
     return (pixels.float() / 255 - mean) / std
 
 
 @lru_cache
 def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Made once a device: a copy to a GPU in every step would make the host wait."""
+    """Made once per device: a copy to a GPU in every step would synchronize the host."""
     mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
     return mean, std
 
@@ -55,7 +54,7 @@ class CenterCrops(Dataset):
 
 
 class ReadableCrops(CenterCrops):
-    """Item -> the evaluation crop and "", or a black crop and why the image cannot be read."""
+    """Item -> the evaluation crop and "", or a black crop and the reason why the image cannot be read."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
         try:
@@ -65,25 +64,25 @@ class ReadableCrops(CenterCrops):
 
 
 def evaluation_crop(image: Image.Image, size: int) -> Tensor:
-    """The middle of an image as the official evaluation cuts it, uint8 (3, size, size)."""
+    """Center crop of an image as in the official evaluation, uint8 (3, size, size)."""
     return to_tensor(pil_views.center_crop(_middle(image), size))
 
 
 def evaluation_input(image: Image.Image | str | Path, size: int) -> Tensor:
-    """An image or its file as an encoder takes it: the evaluation crop, normalized, float32 (3, size, size).
+    """Image or image file -> an encoder's input: the evaluation crop, normalized, float32 (3, size, size).
 
     Raises:
-        Exception: it cannot be read; Pillow raises many kinds.
+        Exception: the image cannot be read; Pillow raises many types.
     """
     rgb = to_rgb(image) if isinstance(image, Image.Image) else decode(Path(image).read_bytes())
     return normalize(evaluation_crop(rgb, size))
 
 
 def _middle(image: Image.Image) -> Image.Image:
-    """An image without the far ends of a very long one, which no central square reaches.
+    """Cut off the ends of a very long image, which the center crop never contains.
 
-    Resized whole, 20,000 x 10 pixels would take half a gigabyte. Even multiples of the short side are cut,
-    so that the crop falls on the same pixels as without; images up to 32 times as long as wide stay.
+    Resizing 20,000 x 10 pixels as a whole would take half a gigabyte. Even multiples of the short side are
+    cut off, so the center crop has the same pixels; images up to 32 times as long as wide are not cut.
     """
     short = min(image.size)
     left, top = (max(0, side - MAX_ASPECT * short) // (4 * short) * 2 * short for side in image.size)

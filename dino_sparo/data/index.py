@@ -1,8 +1,8 @@
-"""Images in the order of an index, which is built once, kept in a file, and mapped by all processes.
+"""An index of images, which is built once, stored in a file, and mapped by all processes.
 
-The names lie packed in the file, so that a process holds no string for an image it does not ask for. The
-index is good until a folder changes: an image added, removed or renamed alters the times of its folder, and
-one replaced in place keeps its name. A file system whose folders have no times is walked every time.
+Names are packed in the file, so a process stores no string per image. The index is valid until a folder
+changes: adding, removing, or renaming an image changes the times of its folder, and replacing one in place
+does not change its name. On a file system whose folders have no times, folders are walked every time.
 """
 
 import hashlib
@@ -32,20 +32,20 @@ from dino_sparo.files import atomic_write, cache_folder, open_regular, parsed_js
 
 log = logging.getLogger("dino_sparo")
 
-MAGIC = b"dino_sparo index 1\n"  # with the number of the format
+MAGIC = b"dino_sparo index 1\n"  # contains the number of the format
 ALIGNMENT = 64
 STAT_THREADS, STAT_FILES = 16, 4096
 
 
 class Index:
-    """Names and classes of images in their order, read from a mapped file.
+    """Names and classes of images in order, read from a mapped file.
 
-    A fork shares the mapping, and a pickle holds only where the file is: neither copies a name. `header` and
-    `arrays` are what `index_parts` was given: those of shards and tables hold more than those of folders.
+    Forked processes share the mapping, and a pickle contains only the path of the file. `header` and `arrays`
+    are those of `index_parts`; indexes of shards and tables contain more than those of folders.
     """
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
-        """Map `file`, an intact index that lies at `path`."""
+        """Map `file`, an intact index with this path."""
         self.path = path
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         first = len(MAGIC) + 8
@@ -59,7 +59,7 @@ class Index:
         self.num_loose: int = self.header["num_loose"]
         self.states = self.arrays["states"].reshape(-1, 3)
         self._names, self._starts = self.arrays["names"], self.arrays["starts"]
-        if "shards" in self.header:  # it may lie beside shards, and be somebody else's
+        if "shards" in self.header:  # may be beside shards, and written by somebody else
             _check_shards(self.header, self.arrays)
 
     def __len__(self) -> int:
@@ -69,19 +69,19 @@ class Index:
         return _reopen, (self.path, self.fingerprint)
 
     def name(self, position: int) -> str:
-        """Name of an image, relative to the folder. Raises IndexError for a position that is none."""
+        """Name of an image, relative to the folder. Raises IndexError: there is no such position."""
         return self._packed(range(len(self))[position]).decode("utf-8", "surrogateescape")
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names by number; none if they are unknown, as where images lie in the folder itself."""
+        """Class names by number; empty if they are unknown, as for images in the folder itself."""
         if "classes" in self.header:
             return tuple(self.header["classes"])
         level = self.header.get("class_level", 0)
         return tuple(self.name(first).split("/")[level] for first in self.arrays["class_starts"][:-1])
 
     def labels(self) -> NDArray[np.int64] | None:
-        """Class numbers (len(self),), made at each call; None if they are unknown."""
+        """Class numbers (len(self),), computed at each call; None if they are unknown."""
         if "classes" in self.header:
             return self.arrays["labels"].astype(np.int64) if self.header["classes"] else None
         sizes = np.diff(self.arrays["class_starts"])
@@ -99,27 +99,27 @@ class Index:
 
 
 def open_index(root: Path, names: Sequence[str] = ()) -> Index:
-    """The index of the images below `root`: the one that is kept if no folder has changed, else a new one.
+    """The index of the images below `root`: the stored one if no folder has changed, else a new one.
 
     Args:
-        names: folders in `root` that hold the images, if not all do; classes are the folders in these.
+        names: folders in `root` that contain the images, if not all do; classes are the folders in these.
 
     Raises:
         UserFileNotFoundError: there is no image.
-        UserError: a folder cannot be read, or the index cannot be kept.
+        UserError: a folder cannot be read, or the index cannot be stored.
     """
     ending = f"{key_of_names(names)}.index"
     return cached_index(root, ending, _folders_are_current, lambda: _pack(root, walk(root, names), names))
 
 
 def key_of_names(names: Sequence[str]) -> str:
-    """A part of the name of an index file that tells apart those of several splits in one folder."""
+    """Part of the name of an index file, different for each split of a folder."""
     return f".{hashlib.sha256(os.fsencode(chr(0).join(names))).hexdigest()[:16]}" if names else ""
 
 
 def _folders_are_current(index: Index, root: Path) -> bool:
-    """Whether every folder below `root` is as it was: a look at each, none is listed."""
-    if "others" not in index.header:  # one of an earlier version, which did not count them
+    """Whether no folder below `root` has changed; reads the times of each, and lists none."""
+    if "others" not in index.header:  # of an earlier version, which did not count them
         return False
     folders = index.arrays["folders"].tobytes().decode("utf-8", "surrogateescape").split("\0")[:-1]
 
@@ -136,13 +136,13 @@ def _folders_are_current(index: Index, root: Path) -> bool:
 def cached_index(
     root: Path, ending: str, is_current: Callable[[Index, Path], bool], make: Callable[[], list[bytes]]
 ) -> Index:
-    """The index of `root` that is kept if it is current, else a new one of the parts that `make` gives.
+    """The stored index of `root` if it is current, else a new one from the parts that `make` returns.
 
-    It is kept in `$DINO_SPARO_CACHE`, else in `dino_sparo` below `$XDG_CACHE_HOME` or `~/.cache`; where that
-    cannot be written, in a folder of the user's own among the temporary files. `ending` is that of the file.
+    It is stored in `$DINO_SPARO_CACHE`, else in `dino_sparo` below `$XDG_CACHE_HOME` or `~/.cache`; if that
+    is not writable, in this user's folder in the system's temporary folder. `ending` ends the file name.
 
     Raises:
-        UserError: the index cannot be kept, or what `make` raises.
+        UserError: the index cannot be stored, or what `make` raises.
     """
     name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:32] + ending
     chosen, spare = cache_folder(), temporary_folder()
@@ -158,17 +158,19 @@ def cached_index(
             refused.append(f"{folder} ({error.strerror})")
             continue
         if refused:
-            text = "the index of the images is in %s, as it cannot be kept in %s; set DINO_SPARO_CACHE"
+            text = (
+                "the index of images is stored in %s, since it cannot be stored in %s; set DINO_SPARO_CACHE"
+            )
             log.warning(text, spare, refused[0])
         return index
     raise UserError(
-        f"the index of the images can be kept neither in {' nor in '.join(refused)}; set DINO_SPARO_CACHE to "
-        f"a folder that can be written and has room for {sum(map(len, parts)) / 1e6:.1f} MB"
+        f"the index of images can be stored neither in {' nor in '.join(refused)}; set DINO_SPARO_CACHE to a "
+        f"writable folder with {sum(map(len, parts)) / 1e6:.1f} MB of free space"
     )
 
 
 def current_index(path: Path, root: Path, is_current: Callable[[Index, Path], bool]) -> Index | None:
-    """The index in a file if it is intact and `root` is still what it was made of."""
+    """The index in a file if it is intact and `root` has not changed since."""
     index = _open_intact(path)
     return index if index is not None and is_current(index, root) else None
 
@@ -177,7 +179,7 @@ def _open_intact(path: Path) -> Index | None:
     """The index in a file; None if there is none, or one that is damaged or of another format."""
     try:
         if path.parent == temporary_folder() and path.parent.lstat().st_uid != os.getuid():
-            return None  # anybody can make a folder of this name
+            return None  # anybody can create a folder with this name
         with open_regular(path) as file:
             if file.read(len(MAGIC)) != MAGIC:
                 return None
@@ -191,12 +193,12 @@ def _open_intact(path: Path) -> Index | None:
 
 
 def _check_shards(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Raises ValueError, LookupError, TypeError: an index of shards does not fit together."""
+    """Raises ValueError, LookupError, TypeError: the parts of an index of shards contradict each other."""
     lists = {name: header[name] for name in ("classes", "shards")}
     if not all(isinstance(one, str) for listed in lists.values() for one in listed):
-        raise ValueError("a name is no text")
+        raise ValueError("a name is not a string")
     if not all(isinstance(header[name], kind) for name, kind in (("fingerprint", str), ("num_loose", int))):
-        raise TypeError("of another kind")
+        raise TypeError("wrong type")
     starts, labels, sizes = arrays["starts"], arrays["labels"], arrays["sizes"]
     firsts, num_images = arrays["firsts"], len(starts) - 1
     fits = (
@@ -213,22 +215,22 @@ def _check_shards(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]])
         and (not len(labels) or (labels.min() >= 0 and labels.max() < len(lists["classes"])))
     )
     if not fits:
-        raise ValueError("arrays that do not fit together")
+        raise ValueError("arrays contradict each other")
 
 
 def _reopen(path: Path, fingerprint: str) -> Index:
-    """What a pickle calls in a data worker that was not forked."""
+    """Unpickle an Index, in a data worker that was not forked."""
     index = _open_intact(path)
     if index is None or index.fingerprint != fingerprint:
         raise UserError(
-            f"{path}: this index of images is gone or another one by now, since the folder was changed while "
-            f"it was in use; start again"
+            f"{path}: the index of images was removed or replaced while it was in use, since the images have "
+            f"changed; run again"
         )
     return index
 
 
 def keep_index(path: Path, parts: list[bytes]) -> Index:
-    """Write an index and map it; who has the old one keeps it. Raises OSError."""
+    """Write an index and map it; processes that have mapped the old one still see that. Raises OSError."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.writelines(parts)
@@ -241,10 +243,10 @@ def keep_index(path: Path, parts: list[bytes]) -> Index:
 
 @dataclass(frozen=True, eq=False)
 class IndexedSource:
-    """Images in the order of an index; an `ImageSource` but for where their bytes are.
+    """Images in the order of an index: an `ImageSource` without `name` and `read`.
 
-    It holds no names, only the index of all images and the positions in it of those chosen (None: of all).
-    `class_numbers` are the numbers in `classes` of the index's own classes, `reading` is how images are read.
+    `chosen` are positions in the index of all images (None: all). `class_numbers` are the numbers in
+    `classes` of the index's own classes, `reading` is how images are read.
     """
 
     root: Path
@@ -256,7 +258,7 @@ class IndexedSource:
 
     @classmethod
     def of_all(cls, root: Path, index: Index) -> Self:
-        """All images of an index, with its own classes; those whose names print alike are one."""
+        """All images of an index, with its own classes; those whose names look alike are one class."""
         first: dict[str, str] = {}
         for name in index.classes:
             first.setdefault(same_name(name), name)
@@ -269,14 +271,14 @@ class IndexedSource:
 
     @property
     def labels(self) -> NDArray[np.int64] | None:
-        """Class numbers of all images, made anew each time; None if they are unknown."""
+        """Class numbers of all images, computed each time; None if they are unknown."""
         labels = self.index.labels()
         if labels is None:
             return None
         return self.class_numbers[labels if self.chosen is None else labels[self.chosen]]
 
     def position(self, index: int) -> int:
-        """Where an image is in the index."""
+        """Position of an image in the index."""
         return index if self.chosen is None else int(self.chosen[index])
 
     def load(self, index: int, max_side: int | None = None) -> Image.Image:
@@ -311,10 +313,10 @@ class FolderSource(IndexedSource):
         with open_regular(self.name(index)) as file:
             size = os.fstat(file.fileno()).st_size
             self.reading.check_size(size)
-            return file.read(size)  # and no more, should it grow
+            return file.read(size)  # no more, even if the file grows
 
     def stats(self) -> NDArray[np.int64]:
-        with ThreadPoolExecutor(STAT_THREADS) as threads:  # which wait for the disk together
+        with ThreadPoolExecutor(STAT_THREADS) as threads:  # which wait for the disk
             found = threads.map(self._stats_of, range(0, len(self), STAT_FILES))
             return np.concatenate([np.empty((0, 3), np.int64), *found])
 
@@ -331,11 +333,11 @@ class FolderSource(IndexedSource):
 
 
 def _pack(root: Path, folders: list[Folder], names: Sequence[str]) -> list[bytes]:
-    """The parts of the file. Raises UserFileNotFoundError if there is no image."""
+    """The parts of the file. Raises UserFileNotFoundError: there is no image."""
     level = 1 if names else 0
 
     def class_of(folder: Folder) -> str:
-        return folder.below.split("/")[level]  # of the folder that holds the classes, empty
+        return folder.below.split("/")[level]  # empty for the folder that contains the classes
 
     # As `torchvision.datasets.ImageFolder` sorts images: by class, then by folder, then by name.
     folders = sorted(folders, key=lambda folder: (class_of(folder), folder.below.rstrip("/")))
@@ -345,10 +347,10 @@ def _pack(root: Path, folders: list[Folder], names: Sequence[str]) -> list[bytes
         others.update(folder.others)
     if not full:
         where = next((folder.below for folder in folders if folder.others), "")
-        there = f"there are files, {named_by_ending(others)}" if others else "there are no files"
+        there = f"there are only others ({named_by_ending(others)})" if others else "there are no files"
         raise UserFileNotFoundError(
             f"{root}: no images found; expected files ending in {' '.join(EXTENSIONS)}, directly or in "
-            f"folders below; {there}{f' (in {where} first)' if where else ''}"
+            f"folders below; {there}{f' (first in {where})' if where else ''}"
         )
     num_loose = sum(folder.num_images for folder in full if not class_of(folder))
     class_sizes = [
@@ -377,22 +379,23 @@ def index_parts(
     header: Mapping[str, Any] | None = None,
     arrays: Mapping[str, NDArray[Any]] | None = None,
 ) -> list[bytes]:
-    """The parts of the file of an index of the images below `root`, their names in order joined by NUL.
+    """The parts of the file of an index of the images below `root`.
 
     Args:
-        states: of the folders or shards, by which a change is seen.
-        num_loose: images in `root` itself.
-        class_starts: the first image of each class and the end of the last; no class where images are loose.
-        folders: paths of the folders, each with a NUL behind it.
-        header, arrays: what another kind of index holds besides.
+        names: of the images in order, joined by NUL.
+        states: of the folders or shards, to detect changes.
+        num_loose: number of images in `root` itself; there are no classes then.
+        class_starts: the first image of each class, and the end of the last.
+        folders: paths of the folders, each followed by NUL.
+        header, arrays: additional content of other kinds of index.
 
     Raises:
-        UserError: there are not as many names as images, because a name holds NUL.
+        UserError: names and images differ in number, because a name contains NUL.
     """
     ends = np.flatnonzero(np.frombuffer(names, np.uint8) == 0)
     if arrays and len(arrays["sizes"]) != len(ends) + 1:
         raise UserError(
-            f"{root}: {len(arrays['sizes'])} images have {len(ends) + 1} names; rename those with NUL"
+            f"{root}: {len(arrays['sizes'])} images have {len(ends) + 1} names; rename those that contain NUL"
         )
     arrays = {
         "names": np.frombuffer(names, np.uint8),

@@ -1,6 +1,6 @@
 """Deterministic, resumable batches of crops.
 
-Workers hand over uint8 pixels: crops, or whole images where the training device makes the crops.
+Workers return uint8 pixels: crops, or whole images if the training device makes the crops.
 Axis letters: B images, C crops.
 """
 
@@ -39,10 +39,10 @@ from dino_sparo.parallel.distributed import first_rank_first
 log = logging.getLogger("dino_sparo")
 
 SUBSTITUTE_TRIES = 10
-WORKERS_FOR_PIL = 16  # at 16 ms per image; a step with views that are not compiled takes about 1 ms of a GPU
+WORKERS_FOR_PIL = 16  # PIL takes 16 ms per image; a GPU's step with uncompiled views about 1 ms per image
 
-Executor = Literal["pil", "device"]  # of views: workers by PIL, or the training device
-Replaced = tuple[str, str]  # name of an image for which another one stands in, and why it cannot be read
+Executor = Literal["pil", "device"]  # what makes the views: PIL in workers, or the training device
+Replaced = tuple[str, str]  # name of an image that another one replaces, and why it cannot be read
 
 
 class Crops(NamedTuple):
@@ -54,14 +54,14 @@ class Crops(NamedTuple):
 
 
 class PhotoBatch(NamedTuple):
-    """A batch of images whose crops are still to be made, and those replaced as in `Crops`."""
+    """A batch of images whose crops are not made yet, and `replaced` as in `Crops`."""
 
     photos: Photos
     replaced: tuple[Replaced, ...] = ()
 
 
 class LoadedImage(NamedTuple):
-    """The crops of one image, uint8 (3, side, side) each, global ones first; or itself and their numbers."""
+    """Crops of one image, uint8 (3, side, side), global ones first; or the image and the crops' numbers."""
 
     made: list[Tensor] | tuple[Tensor, list[list[float]]]
     replaced: list[Replaced]
@@ -71,9 +71,9 @@ class LoadedImage(NamedTuple):
 class CropsDataset(Dataset):
     """Item (epoch, sample) -> the crops of one image.
 
-    With `substitute` another image stands in for one that cannot be read: which one is drawn from (seed,
-    epoch, sample), so it does not depend on workers or processes. After ten bad ones in a row the first is
-    raised. An image with a longer side than `max_side` is reduced to it before anything else.
+    With `substitute`, another image replaces one that cannot be read; it is drawn from (seed, epoch, sample)
+    and does not depend on workers or processes. After ten bad images in a row, the error of the first is
+    raised. An image with a side longer than `max_side` is resized first.
     """
 
     source: ImageSource
@@ -101,7 +101,7 @@ class CropsDataset(Dataset):
         return LoadedImage((to_pixels(image), numbers), replaced)
 
     def _load(self, epoch: int, sample: int) -> tuple[Image.Image, list[Replaced]]:
-        """An image or one that stands in for it, and what was replaced on the way."""
+        """An image or its substitute, and the images that were replaced."""
         errors: list[UnreadableImageError] = []
         number, num_samples = sample, len(self.source)
         while True:
@@ -120,11 +120,11 @@ class CropsDataset(Dataset):
 
 @dataclass(kw_only=True, eq=False)
 class BatchOrder(Sampler):
-    """Yields each micro-batch's (epoch, sample) pairs from a given optimizer step to the end of the run.
+    """Yields the (epoch, sample) pairs of each micro-batch, from an optimizer step to the end of the run.
 
     Every epoch is one permutation, cut into global batches; the last partial one is dropped. Rank r of R
-    takes the r-th of R equal slices of each global batch, in `accumulation` equal micro-batches: however
-    many processes there are, all together see the same global batches.
+    gets the r-th of R equal slices of each global batch, in `accumulation` equal micro-batches, so global
+    batches do not depend on the number of processes.
     """
 
     num_samples: int
@@ -155,7 +155,7 @@ class BatchOrder(Sampler):
         return (self.steps_per_epoch * self.epochs - self.first_step) * self.accumulation
 
     def global_batch(self, step: int) -> list[int]:
-        """The images of all processes in a step (counted from 1), by number."""
+        """The numbers of the images of all processes in a step (counted from 1)."""
         epoch, number = divmod(step - 1, self.steps_per_epoch)
         order = sample_order(seed=self.seed, epoch=epoch, num_samples=self.num_samples)
         return order[number * self.global_batch_size : (number + 1) * self.global_batch_size].tolist()
@@ -168,28 +168,29 @@ def choose_executor(
     max_side: int | None,
     num_workers: int | None = None,
 ) -> Executor:
-    """`auto` is the GPU where there is one and the size of images is bounded, else PIL, and so is `tensor`.
+    """Choose what makes the views: `auto` is the GPU if there is one and `max_side` is set, else PIL.
 
-    Where code for the GPU cannot be compiled, `auto` is PIL if there are workers enough to be faster.
+    `tensor`, of older recipes, is PIL. If code for the GPU cannot be compiled, `auto` is PIL if there are
+    enough workers to be faster.
 
     Args:
-        num_workers: of this process; None for a GPU that need not be here.
+        num_workers: of this process; None if the GPU may be on another machine.
 
     Raises:
-        UserError: crops are to be made on the device of images of any size.
+        UserError: the device is to make the views, but `max_side` is None.
     """
     if name == "device" and max_side is None:
         raise UserError(
-            "machine.views device makes crops of a batch of whole images, which data.max_side null does not "
-            "bound; give data.max_side 1024, or machine.views pil"
+            "machine.views is device, which needs whole images of bounded size, but data.max_side is null; "
+            "set data.max_side 1024, or machine.views pil"
         )
     if name != "device" and ((name, device.type) != ("auto", "cuda") or not max_side):
         return "pil"
     if num_workers is not None and device.type == "cuda" and (reason := why_not_compiled()):
         if name == "auto" and num_workers >= WORKERS_FOR_PIL:
             log.warning(
-                "WARNING: %d workers make the views by PIL, since code for the GPU cannot be compiled (%s); "
-                "with a C compiler and Python's headers an eighth of the workers suffice",
+                "WARNING: %d workers make the views with PIL, since code for the GPU cannot be compiled "
+                "(%s); with a C compiler and Python's headers, an eighth of the workers would be enough",
                 *(num_workers, reason),
             )
             return "pil"
@@ -200,16 +201,16 @@ def choose_executor(
 def prepare_device(
     recipes: Sequence[CropKind], executor: Executor, batch_size: int, device: torch.device
 ) -> None:
-    """Compile what makes these crops on a GPU: one process of a machine first, the others find its code.
+    """Compile `make_crops` on a GPU: on each machine one process first, whose code the others then use.
 
-    All processes call it, also of a machine that cannot compile.
+    All processes must call it, also on a machine that cannot compile.
     """
     if executor != "device" or device.type != "cuda":
         return
 
     def work() -> None:
         if not why_not_compiled():
-            log.info("compiling what makes the views on the GPU: up to a minute if it is not found compiled")
+            log.info("compiling the code that makes views on the GPU: up to a minute if it is not stored yet")
             compile_views(_in_groups(recipes), batch_size, device)
 
     first_rank_first(work)
@@ -224,7 +225,7 @@ def crop_batches(
     pin_memory: bool,
     timeout_seconds: float,
 ) -> WatchedLoader:
-    """Batches of `Crops` or `PhotoBatch` of (epoch, sample) pairs, made by workers."""
+    """Batches of `Crops` or `PhotoBatch` for (epoch, sample) pairs, made by workers."""
     return WatchedLoader(
         dataset,
         image_of=itemgetter(1),
@@ -249,7 +250,7 @@ def collate_crops(images: list[LoadedImage]) -> Crops | PhotoBatch:
 
 
 def crops_of(batch: Crops | PhotoBatch, recipes: Sequence[CropKind], device: torch.device) -> Crops:
-    """The crops of a batch on the device, made there if they are not made yet."""
+    """The crops of a batch, copied to the device or made there."""
     if isinstance(batch, PhotoBatch):
         return _as_crops(make_crops(batch.photos, _in_groups(recipes), device), batch.replaced)
     global_crops, local_crops = (crops.to(device, non_blocking=True) for crops in batch[:2])
@@ -257,7 +258,7 @@ def crops_of(batch: Crops | PhotoBatch, recipes: Sequence[CropKind], device: tor
 
 
 def _in_groups(by_crop: Sequence[Any]) -> list[Sequence[Any]]:
-    """What belongs to the global and to the local crops; only the former where there are no others."""
+    """Split one entry per crop into those of global and of local crops, if there are any."""
     groups = [by_crop[:NUM_GLOBAL_CROPS], by_crop[NUM_GLOBAL_CROPS:]]
     return [group for group in groups if group]
 
@@ -268,7 +269,7 @@ def _as_crops(groups: Sequence[Tensor], replaced: tuple[Replaced, ...]) -> Crops
 
 
 def crops_picture(crops: Crops, num_images: int = 4) -> Tensor:
-    """The crops of the first images, one row an image: float (3, height, width) in 0..1."""
+    """The crops of the first images, one row per image: float (3, height, width) in 0..1."""
     margin = crops.global_crops.shape[-1] - crops.local_crops.shape[-1]
     local_crops = F.pad(crops.local_crops, (0, margin, 0, margin), value=255)
     by_image = torch.cat([crops.global_crops, local_crops])[:, :num_images].transpose(0, 1)  # (B, C, ...)

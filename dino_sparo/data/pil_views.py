@@ -1,7 +1,7 @@
-"""Views by PIL, through torchvision's own functions: the reference executor, and the evaluation crop.
+"""Views made by PIL, with torchvision's functions: the reference executor, and the evaluation crop.
 
-Resizing is rounded to 8 bits after each direction. Pillow up to 12 always took the horizontal one first;
-Pillow 13 takes the vertical one first for some tall pictures, so here each direction is a call of its own.
+Resizing rounds to 8 bits after each direction. Pillow up to 12 always resized horizontally first; Pillow 13
+resizes some tall images vertically first, so each direction is a separate call here.
 """
 
 from PIL import Image, ImageFilter
@@ -15,7 +15,7 @@ JITTER = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adj
 
 
 def execute(image: Image.Image, view: View) -> Image.Image:
-    """One crop of an RGB image by the view's numbers: RGB, size x size."""
+    """One crop of an RGB image with the view's numbers: RGB, size x size."""
     crop = TF.crop(image, view.top, view.left, view.height, view.width)
     crop = _resize(crop, view.size, view.size, InterpolationMode(view.interpolation))
     if view.flip:
@@ -34,11 +34,11 @@ def execute(image: Image.Image, view: View) -> Image.Image:
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """The evaluation crop: short side to round(size * 256 / 224), bicubic, then the central square."""
     short, target = min(image.size), round(size * 256 / 224)
-    width, height = (int(target * side / short) for side in image.size)  # cut, as torchvision does
+    width, height = (int(target * side / short) for side in image.size)  # rounded down, as in torchvision
     return TF.center_crop(_resize(image, width, height, InterpolationMode.BICUBIC), [size, size])
 
 
 def _resize(image: Image.Image, width: int, height: int, interpolation: InterpolationMode) -> Image.Image:
-    """First horizontally, then vertically."""
+    """Resize horizontally, then vertically."""
     lines = TF.resize(image, [image.height, width], interpolation)
     return TF.resize(lines, [height, width], interpolation)

@@ -1,6 +1,6 @@
-"""Reads, hashes and decodes every image once, in parallel: damaged files, copies, sizes and classes.
+"""Read, hash, and decode every image once, in parallel, to find damaged files, copies, sizes, and classes.
 
-Of what is read 27 bytes an image are kept. N: images.
+27 bytes per image are stored. Axis letters: N images.
 """
 
 import hashlib
@@ -60,7 +60,7 @@ class ScanReport:
     readable: int
     problems: dict[str, Listing]  # each of PROBLEMS -> the files that have it, with the reason
     flat: Listing  # images that are nearly constant or nearly black
-    turned: Listing  # images that their EXIF orientation turns, which is ignored
+    turned: Listing  # images with an EXIF orientation, which is ignored
     short_side: Spread | None  # in pixels, of readable images; None without any
     long_side: Spread | None
     total_bytes: int
@@ -75,16 +75,16 @@ class ScanReport:
 
 @dataclass(frozen=True, eq=False)
 class ScanResult:
-    """A scan's report, and what it takes to find copies."""
+    """A scan's report, and what is needed to find copies."""
 
     report: ScanReport
     source: ImageSource
     readable: NDArray[np.bool_]  # (N,)
-    hashes: NDArray[np.uint8]  # (N, 16), BLAKE2b of each file; zeros where it could not be read
+    hashes: NDArray[np.uint8]  # (N, 16), BLAKE2b of each file; zeros if it cannot be read
 
 
 class Finding(NamedTuple):
-    """What was found in a file; zeros stand for what could not be read."""
+    """The result for one file; zeros for what cannot be read."""
 
     num_bytes: int
     digest: bytes
@@ -96,7 +96,7 @@ class Finding(NamedTuple):
 
 
 class _Files(Dataset):
-    """Item -> what is found in a file of a source."""
+    """Item -> `Finding` of one file of a source."""
 
     def __init__(self, source: ImageSource) -> None:
         self.source = source
@@ -121,8 +121,7 @@ class _Files(Dataset):
 
 
 def is_flat(image: Image.Image) -> bool:
-    """Whether an RGB image is nearly constant or nearly black, but for a hundredth of its pixels at either
-    end."""
+    """Whether an RGB image is nearly constant or nearly black, without its darkest and brightest 1 %."""
     counts = np.cumsum(image.convert("L").histogram())
     low, high = np.searchsorted(counts, [0.01 * counts[-1], 0.99 * counts[-1]])
     return bool(high - low < FLAT_LEVELS or high < BLACK_LEVEL)
@@ -131,16 +130,16 @@ def is_flat(image: Image.Image) -> bool:
 def scan_images(
     source: ImageSource, *, num_workers: int, description: str, timeout_seconds: float = 600.0
 ) -> ScanResult:
-    """Read, hash and decode every file of a source as training will.
+    """Read, hash, and decode every file of a source as in training.
 
     Args:
-        source: images; those in no files are skipped.
-        num_workers: processes to start, from the main thread; 0 scans in this one, where nothing ends a hang.
-        description: what the progress bar, or without a terminal the log, calls it.
-        timeout_seconds: how long the next 32 files may take.
+        source: images; a source without files is skipped.
+        num_workers: processes to start, from the main thread; 0: scan in this process, without a timeout.
+        description: text of the progress bar, or of the log without a terminal.
+        timeout_seconds: timeout for the next 32 files.
 
     Raises:
-        StuckError: a worker has died or hangs; the message names the file that it was at.
+        StuckError: a worker has died or hangs; the message names its file.
     """
 
     def name(index: int) -> str:
@@ -150,8 +149,8 @@ def scan_images(
         numbers = np.flatnonzero(these)
         return Listing(len(numbers), tuple(map(name, numbers[:MAX_LISTED].tolist())))
 
-    skipped = "generated pictures are no files" if isinstance(source, ShapesSource) else ""
-    skipped = "torchvision has compared their checksum" if isinstance(source, ArraySource) else skipped
+    skipped = "generated pictures are not files" if isinstance(source, ShapesSource) else ""
+    skipped = "torchvision has verified their checksum" if isinstance(source, ArraySource) else skipped
     sides = np.zeros((len(source), 2), dtype=np.int32)
     hashes = np.zeros((len(source), HASH_BYTES), dtype=np.uint8)
     total_bytes = done = 0
@@ -197,7 +196,7 @@ def scan_images(
 
 @contextmanager
 def _progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A function to call with the number of images done: moves a bar, or without a terminal logs at times."""
+    """A function to call with the number of images done: it moves a bar, or logs if there is no terminal."""
     started = logged = time.monotonic()
     done = 0
 
@@ -209,7 +208,7 @@ def _progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
         if bar.disable and now - logged >= LOG_EVERY_SECONDS:
             logged, speed = now, done / (now - started)
             left = timedelta(seconds=round((total - done) / speed))
-            log.info(f"{description}: {done:,} of {total:,} images, {speed:.0f} images/s, left {left}")
+            log.info(f"{description}: {done:,} of {total:,} images, {speed:.0f} images/s, {left} left")
 
     with tqdm(total=total, desc=description, unit="img", leave=False, disable=not shows_bars()) as bar:
         yield advance
@@ -227,7 +226,7 @@ def _spread(numbers: NDArray[np.integer]) -> Spread | None:
 
 
 def printable(name: str) -> str:
-    """A file name as text, also one that is not valid in the file system's encoding."""
+    """A file name as text, even if it is not valid in the file system's encoding."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -236,11 +235,11 @@ def printable(name: str) -> str:
 
 @dataclass(frozen=True)
 class Copies:
-    """Images of equal content: contents that occur more than once, or in both train and val."""
+    """Images with equal content, within one split or in both train and val."""
 
     groups: int
-    images: int  # in these groups; of val against train those of val
-    largest: tuple[Listing, ...]  # of the groups; of val against train one image of each
+    images: int  # in these groups; if in both splits, those of val
+    largest: tuple[Listing, ...]  # groups; if in both splits, one image of each
 
 
 @dataclass(frozen=True)
@@ -265,8 +264,7 @@ class SplitComparison:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What there is to know of a dataset before training on it; None is what concerns a split that is not
-    there, and copies where nothing was scanned."""
+    """What a scan found out about a dataset; None for a missing split, and for copies without a scan."""
 
     train: ScanReport
     val: ScanReport | None
@@ -277,9 +275,9 @@ class DataReport:
 
 
 def data_report(train: ScanResult, val: ScanResult | None, gallery: ImageSource | None = None) -> DataReport:
-    """Scans, copies and classes together; `dataclasses.asdict` makes plain values of it.
+    """Combine scans, copies, and classes; `dataclasses.asdict` converts the result to plain values.
 
-    gallery: what has the classes of val, if train does not.
+    gallery: a source with the classes of val, if train has others.
     """
 
     def copies(one: ScanResult | None, *others: ScanResult | None) -> Copies | None:
@@ -300,13 +298,13 @@ def data_report(train: ScanResult, val: ScanResult | None, gallery: ImageSource 
 
 
 def find_copies(train: ScanResult, val: ScanResult | None = None) -> Copies:
-    """Readable images of equal content in one scan; with val those of val whose content is in train as well,
-    so that an evaluation has seen them."""
+    """Readable images with equal content in one scan; with `val`, images of val whose content is also in
+    train."""
     scans = [train, val] if val else [train]
     numbers = np.concatenate([np.flatnonzero(scan.readable) for scan in scans])
     num_train = train.report.readable
     halves = np.concatenate([scan.hashes[scan.readable] for scan in scans]).view(np.uint64)
-    order = np.lexsort(halves.T)  # equal rows side by side, those of train first
+    order = np.lexsort(halves.T)  # equal rows are adjacent, train first
     differ = (halves[order][1:] != halves[order][:-1]).any(axis=1)
     starts = np.concatenate([[0], np.flatnonzero(differ) + 1, [len(order)]])
     sizes = counted = np.diff(starts)
@@ -329,7 +327,7 @@ def find_copies(train: ScanResult, val: ScanResult | None = None) -> Copies:
 
 
 def compare_splits(train: ImageSource, val: ImageSource | None) -> SplitComparison:
-    """Classes that have images in either split, how many images they have, and where they are missing."""
+    """Classes with images in either split, their numbers of images, and classes in only one of the splits."""
     of_train, of_val = _images_per_class(train), _images_per_class(val)
     both = bool(of_train and of_val)
     in_train, in_val = (set(map(same_name, names)) for names in (of_train, of_val))
@@ -342,7 +340,7 @@ def compare_splits(train: ImageSource, val: ImageSource | None) -> SplitComparis
 
 
 def _images_per_class(source: ImageSource | None) -> dict[str, int]:
-    """Images of each class that has any; nothing without labels."""
+    """Number of images of each class that has any; empty without labels."""
     if source is None or source.labels is None:
         return {}
     counts = np.bincount(source.labels, minlength=len(source.classes)).tolist()
@@ -363,14 +361,14 @@ def _count_classes(images: dict[str, int]) -> ClassCounts:
 
 
 def describe(report: DataReport) -> list[str]:
-    """The report as lines of text; of long lists the first five."""
+    """The report as lines of text, with the first five entries of long lists."""
     lines = []
     for split, scan in (("train", report.train), ("val", report.val)):
         lines += _describe_scan(split, scan) if scan else []
     for what, copies in (
         ("copies within train", report.copies_in_train),
         ("copies within val", report.copies_in_val),
-        ("val images that are in train too", report.val_in_train),
+        ("val images that are also in train", report.val_in_train),
     ):
         if copies is not None:
             lines.append(f"{what}: {copies.images:,} images, groups of equal content: {copies.groups:,}")
@@ -381,7 +379,7 @@ def describe(report: DataReport) -> list[str]:
             fewest = "" if counts.fewest.count == counts.classes else f", fewest in {_few(counts.fewest)}"
             lines.append(f"classes in {split}: {counts.classes:,} with {images} images each{fewest}")
         elif counts:
-            lines.append(f"classes in {split}: unknown, as the images do not lie in class folders")
+            lines.append(f"classes in {split}: unknown, since the images are not in class folders")
     for split, only in (("train", report.classes.only_in_train), ("val", report.classes.only_in_val)):
         if only.count:
             lines.append(f"classes only in {split}: {only.count:,} ({_few(only)})")

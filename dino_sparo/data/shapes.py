@@ -1,7 +1,6 @@
 """Generated pictures of simple objects whose factors of variation are known exactly.
 
-Everything is a pure function of ``(seed, index)``: nothing is read, written or kept between calls, so the
-pictures may be drawn in any order and in any process.
+Everything is a pure function of ``(seed, index)``, so pictures can be drawn in any order and any process.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ FACTORS: dict[str, tuple[str, ...]] = {
 MAX_OBJECTS = 3
 MIN_PICTURE_SIZE = 16
 
-# The second key word keeps these streams apart from any other use of Philox with the same seed.
+# The second key word separates these streams from any other use of Philox with the same seed.
 _DOMAIN = 0x5348_4150_4553
 _SUPERSAMPLE = 3
 _COUNTS = {name: len(values) for name, values in FACTORS.items()}
@@ -44,7 +43,7 @@ _HSV = (
 )
 # Diameters of the main object, as fractions of the picture's side.
 _DIAMETERS = (0.40, 0.52, 0.64)
-# Brightness of the light, a nuisance: it hides the colors from an encoder that has learned nothing.
+# Brightness of the light, a nuisance variable that hides the colors from an untrained encoder.
 _LIGHT = (0.35, 1.1)
 _TEXTURE_PERIOD = 0.125
 _NOISE_CELLS = 24
@@ -78,7 +77,7 @@ class _Object:
 
 @dataclass(frozen=True, eq=False)
 class _Scene:
-    """Hold all that a picture shows, free of its size; the main object is the last one."""
+    """Hold the content of a picture, independent of its size; the main object is the last one."""
 
     objects: tuple[_Object, ...]
     background: int
@@ -114,7 +113,7 @@ def generator(seed: int, index: int) -> np.random.Generator:
     for name, value in (("seed", seed), ("index", index)):
         if not 0 <= value < 2**64:
             raise ValueError(f"{name} is {value}, expected 0 <= {name} < 2**64; pass a non-negative integer")
-    # Philox counts up from the first counter word, so an index in the third can never run into its neighbor.
+    # Philox increments the first counter word, so the streams of indices in the third word never overlap.
     key = np.array([seed, _DOMAIN], dtype=np.uint64)
     counter = np.array([0, 0, index, 0], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
@@ -125,9 +124,9 @@ def sample_factors(rng: np.random.Generator) -> Factors:
 
 
 def sample_scene(rng: np.random.Generator, factors: Factors) -> _Scene:
-    """Return a scene that shows ``factors``, with all that they leave open drawn from ``rng``."""
+    """Return a scene with these ``factors``, and everything else drawn from ``rng``."""
     radius = 0.5 * _DIAMETERS[factors.size] * rng.uniform(0.96, 1.04)
-    # Large objects may reach a little over the border, else their nine cells would nearly coincide.
+    # Large objects may cross the border slightly, else their nine positions would nearly coincide.
     reach = min(0.26, 0.5 - 0.88 * radius)
     row, column = divmod(factors.position, 3)
     dx, dy = rng.uniform(-0.03, 0.03, 2)
@@ -157,7 +156,7 @@ def _sample_object(
 
 
 def _free_spot(rng: np.random.Generator, placed: list[_Object], radius: float) -> tuple[float, float]:
-    """Return the first of some random places that touches no placed object, or else the clearest."""
+    """Return the first random place that touches no placed object, else the one with most clearance."""
     spots = rng.uniform(radius, 1.0 - radius, (24, 2)).tolist()
     # Square corners reach beyond the nominal radius, hence a margin.
     clearances = [min(math.dist(s, o.center) - 1.12 * (o.radius + radius) for o in placed) for s in spots]
@@ -185,7 +184,7 @@ def _axes(size: int) -> tuple[Array, Array]:
 
 
 def _soft(wave: Array, period: float, size: int) -> Array:
-    """Return where ``wave`` is positive, in 0..1 of its shape, with edges about one pixel wide."""
+    """Return a mask, in 0..1, of where ``wave`` is positive, with edges about one pixel wide."""
     return (0.5 + wave * np.float32(period * size / math.tau)).clip(0.0, 1.0)
 
 
@@ -202,7 +201,7 @@ def _background(scene: _Scene, size: int) -> Array:
         cells = Image.fromarray(2.0 * scene.draws - 1.0)
         return np.asarray(cells.resize((size, size), Image.Resampling.BICUBIC))
     if name == "blobs":
-        # A Gaussian splits into a product over the two axes, so that five of them cost one small product.
+        # A Gaussian is a product over the two axes, so five of them cost one small matrix product.
         spots = scene.draws[1, :15].reshape(5, 3, 1)
         width = 0.07 + 0.07 * spots[:, 2]
         across, down = (np.exp(-(((x - spots[:, i]) / width) ** 2)) for i in (0, 1))

@@ -1,8 +1,8 @@
 """Images in tar shards of webdataset's layout, read by offset from an index; nothing is unpacked.
 
-A sample is a run of members of one key: `KEY.jpg` (or another kind of image) and, where it is known,
-`KEY.cls` with its class; other members are ignored. A key that lies in folders is the path of the image in
-the folder that the shards were made of, so that order, names and classes are those of that folder.
+A sample is a sequence of members with the same key: `KEY.jpg` (or another image format) and optionally
+`KEY.cls` with its class; other members are ignored. A key with folders is the path of the image in the folder
+that the shards were made from, and order, names, and classes are those of that folder.
 """
 
 import os
@@ -39,19 +39,19 @@ from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.files import open_regular
 from dino_sparo.terminal import shown, shows_bars
 
-INDEX_FILE = "shards.index"  # beside the shards, written last by our command
-RECORD = ".shards.json"  # beside the shards, written first by our command
+INDEX_FILE = "shards.index"  # beside the shards, written last by `dino-sparo shard`
+RECORD = ".shards.json"  # beside the shards, written first by `dino-sparo shard`
 PACKED = (".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tar.zst", ".tar.lz4")
-OPEN_SHARDS = 128  # in each process
+OPEN_SHARDS = 128  # per process
 PACKED_STARTS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 LONGEST_CLASS = 256  # bytes
 
-State = tuple[int, int]  # of a shard: size in bytes, time of the last change in ns
+State = tuple[int, int]  # of a shard: size in bytes, time of its last change in ns
 
 
 @lru_cache(OPEN_SHARDS)
 def _opened(path: str, state: State) -> BinaryIO:
-    """An open shard, closed when nobody uses it any more. Reading by offset, processes can share it."""
+    """An open shard, closed when it is no longer used; processes can share it, since they read by offset."""
     file = open_regular(path, buffering=0)
     if state_of(os.fstat(file.fileno())) != state:
         raise OSError(f"{path} has changed since it was indexed")
@@ -60,7 +60,7 @@ def _opened(path: str, state: State) -> BinaryIO:
 
 @dataclass(frozen=True, eq=False)
 class ShardSource(IndexedSource):
-    """Images in the shards of a folder, in their order."""
+    """Images in the shards of a folder, in order."""
 
     def name(self, index: int) -> str:
         position = self.position(index)
@@ -71,13 +71,13 @@ class ShardSource(IndexedSource):
         position, arrays = self.position(index), self.index.arrays
         number, size = self._rank(position, "firsts"), int(arrays["sizes"][position])
         if size < 0:
-            raise OSError("the row holds no image, or only its path")
+            raise OSError("the row contains no image, or only its path")
         path = os.path.join(self.root, self.index.header["shards"][number])
         shard = _opened(path, tuple(self.index.states[number, :2].tolist()))
         self.reading.check_size(size)
         data = os.pread(shard.fileno(), size, int(arrays["offsets"][position]))
         if len(data) < size:
-            raise OSError("the shard ends before the image does")
+            raise OSError("the shard ends within the image")
         return data
 
     def stats(self) -> NDArray[np.int64]:
@@ -89,22 +89,24 @@ class ShardSource(IndexedSource):
         return np.stack([sizes, self.index.states[numbers, 1].astype(np.int64), offsets], axis=1)
 
     def _rank(self, position: int, firsts: str) -> int:
-        """In which shard or file an image lies, by the array of the first position in each."""
+        """The shard or file of an image, from the array of the first position in each."""
         return int(np.searchsorted(self.index.arrays[firsts], position, side="right")) - 1
 
 
 def open_shards(root: Path, names: Sequence[str] = ()) -> ShardSource:
-    """The images in the shards of a folder, or in these of it; an index that is not there, or not current, is
-    made and kept.
+    """The images in the shards of a folder, or in these shards of it; makes an index if none is current.
 
-    Ours lies beside the shards; others are kept where those of folders are, see `open_index`.
+    The index of `dino-sparo shard` is beside the shards; others are stored as in `cached_index`.
 
     Raises:
         UserFileNotFoundError: there is no image in them.
-        UserError: a shard is damaged, compressed or unreadable, or holds splits, or the index cannot be kept.
+        UserError: a shard is damaged, compressed, or cannot be read, or contains splits, or the index cannot
+            be stored.
     """
     if (root / RECORD).exists() and not (root / INDEX_FILE).exists():
-        raise UserError(f"{root}: not all shards are written yet; let `dino-sparo shard` do so first")
+        raise UserError(
+            f"{root}: not all shards are written yet; wait for `dino-sparo shard`, or run it again"
+        )
     index = None if names else current_index(root / INDEX_FILE, root, shards_are_current)
     if index is None:
         make = partial(pack_shards, root, chosen=names)
@@ -113,14 +115,14 @@ def open_shards(root: Path, names: Sequence[str] = ()) -> ShardSource:
     splits = splits_of_folders(source.classes)
     if "train" in splits and len(splits) > 1:
         raise UserError(
-            f"{root}: the shards hold folders of splits ({', '.join(map(shown, source.classes[:4]))}), which "
-            f"would be taken for classes; unpack them, and give the folder"
+            f"{root}: the shards contain folders of splits ({', '.join(map(shown, source.classes[:4]))}), "
+            f"which would become classes; unpack the shards, and give the folder"
         )
     return source
 
 
 def holds_shards(folder: Path) -> bool:
-    """Whether a folder is one of shards, by a look at some entries: tars, here or one folder deeper, but no
+    """Whether a folder contains shards, from some of its entries: tars, in it or one folder deeper, but no
     images beside them or in folders.
 
     Raises:
@@ -134,7 +136,7 @@ def holds_shards(folder: Path) -> bool:
     if holds(folder):
         return False
     packed = sorted(name for name in files if name.lower().endswith(PACKED))
-    if packed and not packed[0].startswith("ILSVRC"):  # ImageNet's devkit is no shard
+    if packed and not packed[0].startswith("ILSVRC"):  # ImageNet's devkit is not a shard
         raise compressed(folder / packed[0])
     return any(map(is_shard, files))
 
@@ -142,18 +144,18 @@ def holds_shards(folder: Path) -> bool:
 def shards_are_current(index: Index, root: Path) -> bool:
     """Whether the shards are those that were indexed, by name, size and time."""
     shards = index.header.get("shards", [])
-    chosen = index.header.get("chosen") and index.path.name != INDEX_FILE  # which somebody else can write
+    chosen = index.header.get("chosen") and index.path.name != INDEX_FILE  # may be written by somebody else
     listed = chosen or list_shards(root) == shards
     return listed and has_states(root, shards, index.states[:, :2])
 
 
-# --- What is in shards, by their headers
+# --- Content of shards, from their headers
 
 
 def list_shards(root: Path) -> list[str]:
-    """Names of a folder's shards in order, those one folder deeper if there are none.
+    """Names of a folder's shards in order; if there are none, those one folder deeper.
 
-    Raises UserError if a folder cannot be read.
+    Raises UserError: a folder cannot be read.
     """
     folders, files = list_folder(root)
     return sorted(filter(is_shard, files)) or [
@@ -173,7 +175,7 @@ def state_of(stat: os.stat_result) -> State:
 
 
 def states_of(root: Path, shards: Sequence[str]) -> list[State]:
-    """The present states of shards; of one that is gone, what no shard has."""
+    """Current states of shards; (0, 0) for a missing one."""
 
     def state(shard: str) -> State:
         with suppress(OSError):
@@ -185,30 +187,30 @@ def states_of(root: Path, shards: Sequence[str]) -> list[State]:
 
 
 def has_states(root: Path, files: Sequence[str], states: NDArray[np.uint64]) -> bool:
-    """Whether files have the states (files, 2) still."""
+    """Whether files still have the states (files, 2)."""
     return list(map(list, states_of(root, files))) == states.tolist()
 
 
 def key_of(name: str) -> str:
-    """A member's key, as webdataset takes it: its path up to the first dot of the file name."""
+    """A member's key, as in webdataset: its path up to the first dot of the file name."""
     folder, slash, file = name.rpartition("/")
     return folder + slash + file.partition(".")[0]
 
 
 def is_plain(name: str) -> bool:
-    """Whether the file name is the key and the kind of image, not something like `x.seg.png`."""
+    """Whether the file name is the key and the ending of an image, not something like `x.seg.png`."""
     return name[len(key_of(name)) :].lower() in EXTENSIONS
 
 
 def compressed(path: Path) -> UserError:
     return UserError(
-        f"{path} is compressed, so that images in it cannot be read by themselves; unpack the compression "
-        f"alone, as `gunzip` does, and keep the .tar"
+        f"{path} is compressed, so single images cannot be read from it; decompress it to a .tar, for "
+        f"example with `gunzip`"
     )
 
 
 class ImageOfShard(NamedTuple):
-    """An image in a shard: where its bytes are, and what its .cls says."""
+    """An image in a shard: name, offset and size in bytes, and the content of its .cls."""
 
     name: str
     offset: int
@@ -217,17 +219,17 @@ class ImageOfShard(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """The images of one shard: one entry each, names joined by NUL."""
+    """The images of one shard: one entry per image, names joined by NUL."""
 
     names: bytes
     offsets: NDArray[np.int64]
     sizes: NDArray[np.int64]
     classes: list[str | None]
-    """What their .cls say."""
+    """Contents of their .cls."""
 
     @classmethod
     def of(cls, images: Sequence[ImageOfShard]) -> "Shard":
-        """The images of a shard in its order."""
+        """The images of a shard in order."""
         return cls(
             "\0".join(image.name for image in images).encode("utf-8", "surrogateescape"),
             np.array([image.offset for image in images], np.int64),
@@ -239,14 +241,14 @@ class Shard(NamedTuple):
 def pack_shards(
     root: Path, known: Mapping[str, Shard] | None = None, chosen: Sequence[str] = ()
 ) -> list[bytes]:
-    """The parts of an index file, from the headers of all or the chosen shards but those `known` by their
-    file's name.
+    """The parts of an index file, from the headers of all or the chosen shards; those in `known`, by file
+    name, are not read again.
 
     Raises:
         UserFileNotFoundError, UserError: as `open_shards`.
     """
     names = list(chosen) or list_shards(root)
-    states = states_of(root, names)  # before they are read: a change after that is seen the next time
+    states = states_of(root, names)  # before reading, so that a later change is detected next time
     with ThreadPoolExecutor(THREADS) as pool:
         read = pool.map(lambda name: (known or {}).get(name) or read_shard(root, name), names)
         bar = tqdm(read, f"indexing {root}", len(names), unit="shard", leave=False, disable=not shows_bars())
@@ -254,7 +256,7 @@ def pack_shards(
     if not sum(len(shard.sizes) for shard in shards):
         raise UserFileNotFoundError(
             f"{root}: no images found in {len(names)} shards; expected members ending in "
-            f"{' '.join(EXTENSIONS)}; in {names[0]} there are {_endings(root / names[0])}"
+            f"{' '.join(EXTENSIONS)}; {names[0]} contains {_endings(root / names[0])}"
         )
     packed = b"\0".join(shard.names for shard in shards if len(shard.sizes))
     folders = [name.rpartition(b"/")[0].partition(b"/")[0] for name in packed.split(b"\0")]
@@ -277,8 +279,8 @@ def pack_shards(
 
 
 def _classes(folders: list[str], texts: list[str | None]) -> tuple[list[str], NDArray[np.int32]]:
-    """Class names and the class number of every image: by folder, if .cls say the same or nothing, else by
-    .cls; none if neither is known of all."""
+    """Class names, and the class number of every image: by folder if the .cls agree or are missing, else by
+    .cls; empty if neither is known for all images."""
     by_folder, by_text = "" not in folders, None not in texts
     if by_folder and by_text:
         of_folders = len(set(folders))
@@ -287,13 +289,13 @@ def _classes(folders: list[str], texts: list[str | None]) -> tuple[list[str], ND
     names = sorted(set(known))
     said = dict(zip(known, texts, strict=True)) if by_text and known else {}
     if said and all(text and text.isascii() and text.isdecimal() for text in said.values()):
-        names.sort(key=lambda name: int(said[name] or 0))  # sets with an order of their own keep it
+        names.sort(key=lambda name: int(said[name] or 0))  # keep the order of numbered classes
     numbers = {name: number for number, name in enumerate(names)}
     return names, np.array([numbers[name] for name in known], np.int32)
 
 
 def read_shard(root: Path, name: str) -> Shard:
-    """The images of a shard. Raises UserError: it is damaged, compressed or cannot be read."""
+    """The images of a shard. Raises UserError: it is damaged, compressed, or cannot be read."""
     path = root / name
     try:
         with open_regular(path) as file:
@@ -305,11 +307,13 @@ def read_shard(root: Path, name: str) -> Shard:
             f"{path}: the shard is damaged or incomplete ({error}); write or download it again"
         ) from error
     except OSError as error:
-        raise UserError(f"{path}: the shard cannot be read ({error.strerror}); repair it") from error
+        raise UserError(
+            f"{path}: the shard cannot be read ({error.strerror}); change its permissions, or write it again"
+        ) from error
 
 
 def _endings(path: Path) -> str:
-    """How many members of a shard end in what."""
+    """Numbers of members of a shard by ending, in words."""
     with open_regular(path) as file:
         endings = Counter(os.path.splitext(member.name)[1].lower() for member in tar_members(file))
     return named_by_ending(endings) or "no members"
@@ -320,7 +324,7 @@ def _images(file: BinaryIO) -> Iterator[ImageOfShard]:
     for key, sample in groupby(tar_members(file), key=lambda member: key_of(member.name)):
         members = {member.name: member for member in sample}
         images = [name for name in members if is_image(name.rpartition("/")[2])]
-        # Beside x.jpg, x.seg.png is no image of its own; 12.30.jpg beside 12.31.jpg is.
+        # Beside x.jpg, x.seg.png is not an image of its own; 12.30.jpg beside 12.31.jpg is.
         for name in [name for name in images if is_plain(name)] or images:
             text = members.get(f"{name.rpartition('.')[0]}.cls", members.get(f"{key}.cls"))
             class_text = None

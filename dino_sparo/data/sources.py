@@ -1,4 +1,4 @@
-"""Where images come from: folders (labeled by class folder or flat), shards, parquet files, sets by name and
+"""Sources of images: folders (labeled by class folder, or flat), shards, parquet files, datasets by name, and
 generated pictures."""
 
 import logging
@@ -56,11 +56,11 @@ HELD_OUT_EVERY, ORDINAL = 5, "fifth"  # without a val folder every fifth image i
 
 
 class ImageSource(Protocol):
-    """A numbered list of images, with labels where they are known."""
+    """A numbered list of images, with labels if they are known."""
 
     @property
     def labels(self) -> NDArray[np.int64] | None:
-        """Class numbers of all images, None where they are unknown."""
+        """Class numbers of all images, or None if they are unknown."""
         ...
 
     @property
@@ -71,33 +71,33 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What to call an image in a message."""
+        """Name of an image for messages."""
         ...
 
     def load(self, index: int, max_side: int | None = None) -> Image.Image:
-        """The image in RGB, reduced if a side is longer than `max_side`.
+        """The image in RGB, resized if a side is longer than `max_side`.
 
         Raises:
-            UnreadableImageError: it cannot be read; the error says which and why.
+            UnreadableImageError: it cannot be read; the error contains its name and the reason.
         """
         ...
 
     def read(self, index: int) -> bytes:
-        """The image's file as it is; empty where pictures are drawn. Raises OSError."""
+        """The bytes of the image's file; empty without files. Raises OSError."""
         ...
 
     def subset(self, indices: NDArray[np.int64]) -> "ImageSource":
-        """The same source with these images only."""
+        """The same source with only these images."""
         ...
 
     def fingerprint(self) -> str:
-        """A hash of which images there are and in which order, whatever folder they lie in."""
+        """A hash of the images' names in order, which does not depend on the folder."""
         ...
 
     def stats(self) -> NDArray[np.int64]:
         """Size in bytes, time of the last change in ns and inode of each image's file, (num_images, 3).
 
-        Other pixels under the same name differ in them; zeros where pictures are drawn, -1 for a lost file.
+        They change when a file is replaced; zeros without files, -1 for a missing file.
         """
         ...
 
@@ -112,29 +112,29 @@ NOTES = {  # endings of files about images
 def open_folder(
     root: Path, split: Split = "train", names: Sequence[str] = (), label_column: str | None = None
 ) -> OnDisk:
-    """The images in the shards or parquet files of a folder if it holds such, else those in files below it.
+    """The images in the shards or parquet files of a folder if it contains any, else the files below it.
 
     Args:
-        split: which of parquet files that are named by split; without val it is test, and else train.
-        names: folders, shards, or parquet files in `root` that hold the images, if not all do.
+        split: split of parquet files that are named by split; without val it is test, else train.
+        names: folders, shards, or parquet files in `root` that contain the images, if not all do.
         label_column: of tables, see `open_tables`.
 
     Raises:
         UserFileNotFoundError: there is no image.
-        UserError: a folder or file cannot be read, or the index cannot be kept.
+        UserError: a folder or file cannot be read, or the index cannot be stored.
     """
     if is_parquet(names[0]) if names else holds_tables(root):
         found = {} if names else splits_of_files(list_parquet(root))
         chosen = found.get(split) or (split == "val" and found.get("test")) or found.get("train") or names
         return open_tables(root, split, chosen, label_column)
     if label_column is not None:
-        raise UserError(f"data.label_column {label_column!r}: {root} holds no tables; leave it out")
+        raise UserError(f"data.label_column {label_column!r}: {root} contains no tables; leave it out")
     if is_shard(names[0]) if names else holds_shards(root):
         return open_shards(root, names)
     index = open_index(root, names)
     if 0 < index.num_loose < len(index):
         _warn(
-            f"{root} holds images ({index.name(0)}) beside folders of images; all are taken, without labels"
+            f"{root} contains images ({index.name(0)}) beside folders of images; all are used, without labels"
         )
     return FolderSource.of_all(root, index)
 
@@ -146,20 +146,20 @@ def open_images(
     choice: Choice = AS_FOUND,
     splits: Splits | None = None,
 ) -> ImageSource:
-    """The images to pretrain on: train of what `find_splits` finds, else all.
+    """The images to pretrain on: train as found by `find_splits`, else all.
 
     Args:
-        key: the option that an error about the path names.
-        splits: what `decide` has found, if it was called before.
+        key: the option that error messages about the path name.
+        splits: the result of `decide`, if it was called before.
 
     Raises:
-        UserFileNotFoundError: no such folder, or no image in it.
+        UserFileNotFoundError: the folder does not exist, or contains no image.
     """
     source = _open_named(path, "pretrain", choice)
     if source is None:
         try:
             source = _open_train(path, splits or _splits(path, key, choice), choice)
-        except UserFileNotFoundError as error:  # the images may lie in tars
+        except UserFileNotFoundError as error:  # the images may be in tars
             raise UserFileNotFoundError(_explained(path) or str(error)) from error
     if max_images is not None and max_images < len(source):
         source = source.subset(np.linspace(0, len(source) - 1, max_images).round().astype(np.int64))
@@ -167,8 +167,8 @@ def open_images(
 
 
 def open_val(path: str, choice: Choice = AS_FOUND, train: ImageSource | None = None) -> ImageSource | None:
-    """The validation images of a folder, labeled by their own class folders or not at all, else its labeled
-    test images, if one of their classes is one of `train`'s where that is given; None without."""
+    """The validation images of a folder, labeled by their own class folders or not at all; else its labeled
+    test images, if `train` is None or has one of their classes; else None."""
     if named := _open_named(path, "test", choice):
         return named
     return _open_val(path, _splits(path, "data.path", choice), choice, train)
@@ -179,11 +179,11 @@ def open_labeled(
 ) -> tuple[ImageSource, ImageSource]:
     """Labeled images for evaluation: gallery and test images, with the same classes.
 
-    They are train and val of what `find_splits` finds; without val every fifth image is held out for testing.
+    They are train and val as found by `find_splits`; without val, every fifth image is held out for testing.
     `key` and `splits` are as in `open_images`.
 
     Raises:
-        UserFileNotFoundError: no such folder, or no image in it.
+        UserFileNotFoundError: the folder does not exist, or contains no image.
         UserError: images are not in class folders, or in fewer than two, or val has a class that train lacks.
     """
     if (named := _open_named(path, "train", choice)) and (test := _open_named(path, "test", choice)):
@@ -196,20 +196,20 @@ def open_labeled(
     if train.labels is None:
         raise unlabeled(
             train,
-            f". With a list of their classes `dino-sparo prepare {path} --out OUT --labels FILE` makes them",
+            f"; `dino-sparo prepare {path} --out OUT --labels FILE` makes them from a list of labels",
         )
     if len(train.classes) < 2:
         raise UnlabeledError(
-            f"{key}: {train.root} has one class only ({train.classes[0]}), on which any encoder has 100 %; "
-            f"expected two class folders or more{probably_meant(train.root)}, or data.train naming such"
+            f"{key}: {train.root} has only one class ({train.classes[0]}), so every encoder has 100 %; "
+            f"expected at least two class folders{probably_meant(train.root)}, or data.train with others"
         )
     _warn_of_empty_classes(train)
     val = _open_val(path, splits, choice, train)
     if val is None:
         if len(train) < HELD_OUT_EVERY:
             raise UserError(
-                f"{key}: {train.root} has {counted(len(train), 'image')}, and every {ORDINAL} is to be val; "
-                f"give more images, or a folder of val by data.val"
+                f"{key}: {train.root} has {counted(len(train), 'image')}, too few to hold out every "
+                f"{ORDINAL} as val; add images, or set data.val to a folder"
             )
         say_splits(path, train, None, splits)
         return hold_out(train)
@@ -230,7 +230,7 @@ def open_labeled(
 
 
 def decide(path: str, choice: Choice) -> Splits | None:
-    """What is train and val of `data.path`; None of a set by name."""
+    """Which images of `data.path` are train and val; None for a dataset by name."""
     return None if path == SHAPES or is_set(path) else _splits(path, "data.path", choice)
 
 
@@ -242,11 +242,11 @@ def say_splits(
     *,
     held_out: bool = True,
 ) -> None:
-    """Log which images are train and which are val, and what is neither.
+    """Log which images are train, which are val, and which are neither.
 
     Args:
-        splits: what was decided; None of a set by name.
-        held_out: whether images of train are val where there are no others; not where val is not opened.
+        splits: the result of `decide`.
+        held_out: whether images of train are held out if there is no val; False if val is not opened.
     """
     train_at, val_at = path, path
     if splits is not None:
@@ -256,7 +256,7 @@ def say_splits(
     )
     why = "no val or test found"
     if splits is not None and (splits.val or splits.test):
-        why = f"the classes of {val_at} are unknown or others"
+        why = f"the classes of {val_at} are unknown or different"
     if path.startswith(HUB):
         train_at, val_at = (
             f"{path}, {one.index.header['files'][0]}" if isinstance(one, TableSource) else ""
@@ -276,7 +276,7 @@ def say_splits(
 
 
 def notes_on(train: ImageSource, val: ImageSource | None, splits: Splits | None) -> list[str]:
-    """What looks like a split and is not used, what is taken for classes, and what is left out, in words."""
+    """In words: what looks like a split and is not used, what becomes classes, and what is left out."""
     notes = [] if splits is None else [*splits.notes, *_not_read(train, val)]
     if isinstance(train, TableSource) and (known := train.index.header.get("splits")):
         used = {one.index.header["files"][0] for one in (train, val) if isinstance(one, TableSource)}
@@ -289,7 +289,7 @@ def notes_on(train: ImageSource, val: ImageSource | None, splits: Splits | None)
 
 
 def _not_read(*sources: ImageSource | None) -> list[str]:
-    """How many files below folders of images are not read, but for notes on images."""
+    """Numbers of files below folders of images that are not read, without files about images."""
     others: Counter[str] = Counter()
     for source in sources:
         if isinstance(source, FolderSource):
@@ -299,7 +299,7 @@ def _not_read(*sources: ImageSource | None) -> list[str]:
 
 
 def absolute_path(path: str) -> str:
-    """A path that means the same from any folder; names of sets, and of what does not exist, stay as is."""
+    """An absolute path; names of datasets and paths that do not exist are returned as they are."""
     expanded = os.path.expanduser(path)
     if path == SHAPES or path.startswith(HUB) or is_set(path) or not os.path.exists(expanded):
         return path
@@ -307,27 +307,27 @@ def absolute_path(path: str) -> str:
 
 
 def hold_out(source: ImageSource) -> tuple[ImageSource, ImageSource]:
-    """The images to learn from, and every fifth, to test on."""
+    """The images to train on, and every fifth image to test on."""
     held_out = np.arange(len(source)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
     return source.subset(np.flatnonzero(~held_out)), source.subset(np.flatnonzero(held_out))
 
 
 def is_set(path: str) -> bool:
-    """Whether a path is the name of a set that torchvision downloads; a folder of that name goes first."""
+    """Whether a path names a dataset that torchvision downloads; a folder of this name has priority."""
     if path not in NAMES or not os.path.lexists(path):
         return path in NAMES
-    _warn(f"the folder {path} here is taken, not the dataset of this name that torchvision downloads")
+    _warn(f"using the folder {path}, not the dataset of this name that torchvision downloads")
     return False
 
 
 def unlabeled(source: OnDisk, remedy: str = "") -> UnlabeledError:
-    """The error about images whose classes are needed and unknown."""
+    """The error for images whose labels are needed but unknown."""
     if isinstance(source, TableSource):
         columns = " or ".join(map(repr, source.index.header.get("label_columns", [])))
         return UnlabeledError(
-            f"{source.root}: the tables do not tell the class of every image; expected a column label "
-            f"or labels of integers from 0, or one column of the hub's type ClassLabel, or a column named by "
-            f"data.label_column; {f'it can be {columns}' if columns else 'no column can be it'}"
+            f"{source.root}: the tables do not contain the class of every image; expected a column label "
+            f"or labels of integers from 0, or one column of the hub's type ClassLabel, or data.label_column "
+            f"with the name of a column ({columns or 'no column is suitable'})"
         )
     if isinstance(source, ShardSource):
         return UnlabeledError(
@@ -340,7 +340,7 @@ def unlabeled(source: OnDisk, remedy: str = "") -> UnlabeledError:
 
 
 def per_class(source: ImageSource, images_per_class: int) -> ImageSource:
-    """At most so many images of every class, evenly spread over the class."""
+    """At most `images_per_class` images of every class, evenly spread over the class."""
     labels = source.labels
     assert labels is not None
     by_class = np.argsort(labels, kind="stable")
@@ -353,7 +353,7 @@ def per_class(source: ImageSource, images_per_class: int) -> ImageSource:
 
 
 def _open_named(path: str, part: PartOfSet, choice: Choice) -> ImageSource | None:
-    """A part of the generated pictures or of a set that torchvision downloads; None if a path is none."""
+    """A part of the generated pictures or of a dataset that torchvision downloads; None for other paths."""
     if path != SHAPES and not is_set(path):
         return None
     if choice != choice.of_pixels:
@@ -362,14 +362,14 @@ def _open_named(path: str, part: PartOfSet, choice: Choice) -> ImageSource | Non
 
 
 def _options(choice: Choice) -> str:
-    """Those of which images are taken."""
+    """Names of the options of a choice that choose images."""
     return ", ".join(
         f"data.{name}" for name, value in choice._asdict().items() if value != getattr(choice.of_pixels, name)
     )
 
 
 def _splits(path: str, key: str, choice: Choice) -> Splits:
-    """What is train and val of a folder, or of a set of the hub."""
+    """Train and val of a folder, or of a dataset on the hub."""
     if path.startswith(HUB):
         return Splits(Part(Path(path)))
     root = Path(path).expanduser()
@@ -379,7 +379,7 @@ def _splits(path: str, key: str, choice: Choice) -> Splits:
             f"name: {', '.join((SHAPES, *NAMES))}, hub:OWNER/NAME"
         )
     if not root.is_dir():
-        raise UserFileNotFoundError(f"{key} {path!r} is a file; give the folder that holds the images")
+        raise UserFileNotFoundError(f"{key} {path!r} is a file; give the folder that contains the images")
     return find_splits(root, key, choice)
 
 
@@ -389,8 +389,8 @@ def _open_train(path: str, splits: Splits, choice: Choice) -> OnDisk:
     train = open_hub(path, "train", choice.train, choice.label_column)
     if train is None:
         raise UserError(
-            f"{path} has no split named {choice.train or 'train'}; name another dataset or configuration, or "
-            f"another split by data.train"
+            f"{path} has no split named {choice.train or 'train'}; give another dataset or configuration, or "
+            f"another split with data.train"
         )
     return read_by(choice, train)
 
@@ -399,7 +399,7 @@ def open_part(part: Part, split: Split, choice: Choice, chosen: str | None = Non
     """The images of a part of a folder.
 
     Raises:
-        UserError: files of images lie beside so few images that one cannot tell which are meant, and `.` is
+        UserError: archives of images are beside so few images that it is unclear which are meant, and `.` is
             not chosen; or as `open_folder`.
     """
     source = read_by(choice, open_folder(part.folder, split, part.names, choice.label_column))
@@ -413,15 +413,15 @@ def open_part(part: Part, split: Split, choice: Choice, chosen: str | None = Non
 
 
 def read_by(choice: Choice, source: OnDisk) -> OnDisk:
-    """A source whose images are read as is chosen."""
+    """A source whose images are read as `choice` says."""
     return replace(source, reading=Reading(choice.max_pixels or MAX_PIXELS, choice.value_range))
 
 
 def _open_val(path: str, splits: Splits, choice: Choice, train: ImageSource | None = None) -> OnDisk | None:
-    """The validation images, else test images of known classes; None without.
+    """The validation images, else test images with known classes, else None.
 
     Raises:
-        UserError: they cannot be read, or those that are chosen are not there or have no classes.
+        UserError: they cannot be read, or the chosen ones do not exist or have no classes.
     """
     val: OnDisk | None
     if path.startswith(HUB):
@@ -435,7 +435,7 @@ def _open_val(path: str, splits: Splits, choice: Choice, train: ImageSource | No
     if val is None or (may_lack and val.labels is None):
         if choice.val is None:
             return None
-        why = f"{path} has no such split; name another one" if val is None else str(unlabeled(val))
+        why = f"{path} has no such split; give another one" if val is None else str(unlabeled(val))
         raise UnlabeledError(f"data.val {choice.val!r}: {why}")
     if (
         choice.val is None and splits.val is None and train is not None
@@ -446,13 +446,13 @@ def _open_val(path: str, splits: Splits, choice: Choice, train: ImageSource | No
 
 
 def _explained(path: str) -> str:
-    """What to do about a layout of ImageNet that is not usable as it is; empty if there is nothing to say."""
+    """What to do about a layout of ImageNet that cannot be used as it is; empty if there is nothing to do."""
     layout = recognize(Path(path).expanduser())
     return explain(layout) if layout else ""
 
 
 def _warn_of_empty_classes(source: OnDisk) -> None:
-    """A class folder without an image is no class; it may have been meant to be one."""
+    """Warn about class folders without images, which are not counted as classes."""
     if not isinstance(source, FolderSource) or source.index.header.get("class_level"):
         return
     empty = sorted(set(list_folder(source.root)[0]) - set(source.classes))
@@ -460,7 +460,7 @@ def _warn_of_empty_classes(source: OnDisk) -> None:
         log.warning("WARNING: %s: %d class folders have no image (%s ...)", source.root, len(empty), empty[0])
 
 
-@cache  # said once a process, however often a folder is opened
+@cache  # logged once per process, however often a folder is opened
 def _warn(text: str) -> None:
     log.warning("%s", text)
 

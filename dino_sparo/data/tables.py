@@ -1,9 +1,9 @@
-"""Images in tables: parquet files, folders of `datasets.save_to_disk`, sets of the Hugging Face hub.
+"""Images in tables: parquet files, folders of `datasets.save_to_disk`, datasets of the Hugging Face hub.
 
-One column holds the images as struct{bytes, path}, one of integers their classes, and the names of the
-classes are in the schema's metadata. Parquet files are named by their split: `train-00000-of-00294.parquet`.
-Hugging Face's library `datasets` keeps an Arrow copy of them, in which the bytes of an image lie one after
-the other, so that they are read by offset as those in shards: as quick in a random order as in sequence.
+One column contains the images as struct{bytes, path}, one of integers their classes, and the class names are
+in the schema's metadata. Parquet files are named by split: `train-00000-of-00294.parquet`. Hugging Face's
+library `datasets` stores an Arrow copy of them, in which the bytes of an image are contiguous, so images are
+read by offset as from shards: as fast in random order as in sequence.
 """
 
 import logging
@@ -34,17 +34,17 @@ log = logging.getLogger("dino_sparo")
 Split = Literal["train", "val"]
 HUB = "hub:"
 HUB_NAME = re.compile(r"hub:(?P<repository>[^:@]+)(:(?P<config>[^@]+))?(@(?P<revision>.+))?")
-OF_TOTAL = re.compile(r"-of-(\d+)\b")  # how many files of a split there are
-SAVED, SAVED_INFO = "state.json", "dataset_info.json"  # of save_to_disk
+OF_TOTAL = re.compile(r"-of-(\d+)\b")  # number of files of a split
+SAVED, SAVED_INFO = "state.json", "dataset_info.json"  # written by save_to_disk
 
 
 @dataclass(frozen=True, eq=False)
 class TableSource(ShardSource):
-    """Images in the tables of a split, in their order; the Arrow files of the copy are the shards."""
+    """Images in the tables of a split, in order; the Arrow files of the copy are the shards."""
 
     @property
     def commit(self) -> str:
-        """Of the hub's repository; empty for what is on disk."""
+        """Commit of the hub's repository; empty for tables on disk."""
         return self.index.header["commit"]
 
     def name(self, index: int) -> str:
@@ -57,7 +57,7 @@ class TableSource(ShardSource):
 def _tables_are_current(index: Index, root: Path) -> bool:
     """Whether files and copy are those that were indexed, by name, size and time."""
     kind, files, shards = (index.header[key] for key in ("kind", "files", "shards"))
-    if kind == "parquet":  # which files these are is part of the name of the index
+    if kind == "parquet":  # the index is named by these files
         if not has_states(root, files, index.arrays["file_states"].reshape(-1, 2)):
             return False
     elif kind == "saved" and _saved_files(root) != shards:
@@ -66,9 +66,9 @@ def _tables_are_current(index: Index, root: Path) -> bool:
 
 
 def holds_tables(root: Path) -> bool:
-    """Whether a folder is one of tables, by a look at some entries: saved, or parquet files that are named
-    by split, or with neither images nor folders of images beside them; one beside a tar of its name is about
-    that."""
+    """Whether a folder contains tables, from some of its entries: written by `save_to_disk`, or parquet files
+    that are named by split, or beside which there are no images. A parquet file beside a tar of the same name
+    describes that tar."""
     if is_saved(root):
         return True
     found = list(filter(is_parquet, list_folder(root, PROBED_ENTRIES)[1]))
@@ -78,7 +78,7 @@ def holds_tables(root: Path) -> bool:
 
 
 def is_saved(root: Path) -> bool:
-    """Whether `save_to_disk` has written a folder."""
+    """Whether a folder was written by `save_to_disk`."""
     return all((root / name).is_file() for name in (SAVED, SAVED_INFO))
 
 
@@ -87,15 +87,15 @@ def open_tables(
 ) -> TableSource:
     """The images of a split in the tables of a folder, or in these parquet files of it.
 
-    The first time `datasets` makes an Arrow copy of parquet files, where it keeps all of them ($HF_HOME).
+    The first time, `datasets` makes an Arrow copy of parquet files in its cache ($HF_HOME).
 
     Args:
-        label_column: holds the classes; None takes the one that `Columns` describes.
+        label_column: column of the classes; None: `label` or `labels` of integers, or the only ClassLabel.
 
     Raises:
         UserFileNotFoundError: there is no image in them.
         UserError: `datasets` is missing, a file is damaged or has no images, there is no such column, or copy
-            or index cannot be kept.
+            or index cannot be stored.
     """
     key = key_of_names([label_column] if label_column else ())
     if is_saved(root):
@@ -112,9 +112,9 @@ def open_hub(
 ) -> TableSource | None:
     """The images of a split of `hub:OWNER/NAME[:CONFIG][@REVISION]`; None if it has no such split.
 
-    val is test where there is no val. Code of the repository is never fetched. What was fetched once is used
-    without a look at the hub, so that a run resumes from the same commit; another one is named as @REVISION.
-    `name` is that of the split on the hub, if it is not to be found by its words.
+    If there is no val, it is test. Code of the repository is never downloaded. A dataset that was downloaded
+    before is used without asking the hub, so a run resumes with the same commit; @REVISION gives another one.
+    `name` is the name of the split on the hub; None: it is inferred.
 
     Raises:
         UserError: as `open_tables`, or the hub cannot be reached.
@@ -122,7 +122,7 @@ def open_hub(
     match = HUB_NAME.fullmatch(path)
     if match is None:
         raise UserError(
-            f"data.path {path!r} is no dataset of the hub; expected hub:OWNER/NAME[:CONFIG][@REVISION]"
+            f"data.path {path!r} is not a dataset of the hub; expected hub:OWNER/NAME[:CONFIG][@REVISION]"
         )
     key = Path(import_datasets().config.HF_DATASETS_CACHE).absolute() / path
     try:
@@ -137,7 +137,7 @@ def open_hub(
 
 
 def commit_of(source: object) -> dict[str, str]:
-    """The commit of the hub's repository that images are from, for the list of a run's starts."""
+    """The commit of the hub's repository of a source, for the list of a run's starts."""
     commit = source.commit if isinstance(source, TableSource) else ""
     return {"data_commit": commit} if commit else {}
 
@@ -151,33 +151,35 @@ def list_parquet(root: Path) -> list[str]:
 
 
 def _saved_files(root: Path) -> list[str]:
-    """Arrow files that `save_to_disk` has written into a folder, in order."""
+    """Arrow files that `save_to_disk` has written to a folder, in order."""
     try:
         names = [file["filename"] for file in parsed_json(root / SAVED)["_data_files"]]
         if not names or any(os.path.basename(name) != name or b"\0" in name.encode() for name in names):
             raise ValueError("no files of this folder")
         return names
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{root / SAVED} is not as save_to_disk writes it; save the dataset again") from error
+        raise UserError(
+            f"{root / SAVED} is damaged, or not written by save_to_disk; save the dataset again"
+        ) from error
 
 
 def is_parquet(name: str) -> bool:
     return name.endswith(".parquet")
 
 
-# --- What the index of a split is made of
+# --- Parts of the index of a split
 
 
 class _NoSplitError(Exception):
-    """A set of the hub has no such split."""
+    """A dataset of the hub has no such split."""
 
 
 def _pack_parquet(root: Path, split: Split, files: Sequence[str], label_column: str | None) -> list[bytes]:
-    """The parts of an index file of the parquet files of a split, once their copy is made."""
+    """Make the copy of the parquet files of a split; returns the parts of its index file."""
     paths = [root / name for name in files]
     _check_complete(root, files)
     datasets = import_datasets()
-    states = states_of(root, files)  # before they are read: a change after that is seen the next time
+    states = states_of(root, files)  # before reading, so that a later change is detected next time
     with ThreadPoolExecutor(THREADS) as pool:
         read = partial(read_footer, label_column=label_column)
         found, counts, sizes = zip(*pool.map(read, paths), strict=True)
@@ -185,9 +187,9 @@ def _pack_parquet(root: Path, split: Split, files: Sequence[str], label_column: 
     for name, other in zip(files, found, strict=True):
         if other[:4] != columns[:4]:
             raise UserError(
-                f"{root / name} (columns {other.image!r} and {other.label!r}) has other columns or names of "
-                f"classes than {files[0]} (columns {columns.image!r} and {columns.label!r}); keep those of "
-                f"another dataset in a folder of their own"
+                f"{root / name} (columns {other.image!r} and {other.label!r}) has other columns or class "
+                f"names than {files[0]} (columns {columns.image!r} and {columns.label!r}); move the files of "
+                f"another dataset to a folder of their own"
             )
     if not sum(counts):
         raise _nothing_in(root)
@@ -203,14 +205,14 @@ def _pack_parquet(root: Path, split: Split, files: Sequence[str], label_column: 
     try:
         arrow = _prepared(builder, split, str(root), sum(sizes))
     except UserError:
-        for path in paths:  # a damaged one is named
+        for path in paths:  # raises an error that names a damaged one
             read_footer(path, all_of=list(features))
         raise
     return _parts(root, split, "parquet", list(files), arrow, columns, counts, states)
 
 
 def _pack_saved(root: Path, split: Split, label_column: str | None) -> list[bytes]:
-    """The parts of an index file of what `save_to_disk` has written; no copy is made."""
+    """The parts of an index file of a folder that `save_to_disk` has written; no copy is made."""
     return _parts(root, split, "saved", [""], _saved_files(root), label_column=label_column)
 
 
@@ -223,10 +225,10 @@ def _pack_hub(
     config: str | None,
     revision: str | None,
 ) -> list[bytes]:
-    """The parts of an index file of a split of the hub, of which only this split is fetched.
+    """Download only this split from the hub; returns the parts of its index file.
 
     Raises:
-        _NoSplitError: it has none of this name.
+        _NoSplitError: there is no such split.
     """
     datasets = import_datasets()
     try:
@@ -241,7 +243,7 @@ def _pack_hub(
         urls = [str(url) for word in words for url in found[word]]
         if not all(map(is_parquet, urls)):
             raise UserError(
-                f"{path}: the repository does not hold parquet files; the hub's own conversion may be there: "
+                f"{path}: the repository does not contain parquet files; the hub may have converted it: "
                 f"{HUB}{repository}@refs/convert/parquet"
             )
         commit = next((found[1] for url in urls if (found := re.search(r"@([^/]+)/", url))), revision or "")
@@ -250,10 +252,10 @@ def _pack_hub(
         arrow = _prepared(builder, word, path, size)
     except (UserError, _NoSplitError):
         raise
-    except Exception as error:  # of several libraries for the network
+    except Exception as error:  # libraries for the network raise many types
         raise UserError(
-            f"{path} cannot be had from the hub ({first_line(error)}); check the name, or fetch it where "
-            f"there is a network and copy the folders HF_HOME and DINO_SPARO_CACHE"
+            f"{path} cannot be downloaded from the hub ({first_line(error)}); check the name, or download it "
+            f"on a machine with a network and copy the folders HF_HOME and DINO_SPARO_CACHE"
         ) from error
     rows = {one: info.num_examples for one, info in (whole.info.splits or {}).items()}
     splits = {str(one): rows.get(one) for one in whole.config.data_files}
@@ -263,16 +265,16 @@ def _pack_hub(
 
 
 def _prepared(builder: Any, split: str, what: str, num_bytes: int | None) -> list[str]:
-    """The Arrow files that `datasets` keeps of a split; other processes wait until they are made.
+    """The Arrow files of a split in the cache of `datasets`; other processes wait until they are written.
 
     Raises:
-        UserError: they cannot be made.
+        UserError: they cannot be written.
     """
     datasets = import_datasets()
     if not Path(builder.cache_dir).exists():
         size = f"about {num_bytes / 1e9:.2f} GB" if num_bytes is not None else "as much as the download"
         log.info(
-            "%s: an Arrow copy of the split %s is made, which takes %s in %s; HF_DATASETS_CACHE can name "
+            "%s: making an Arrow copy of the split %s, which takes %s in %s; set HF_DATASETS_CACHE to use "
             "another folder",
             *(what, split, size, builder.cache_dir),
         )
@@ -282,11 +284,11 @@ def _prepared(builder: Any, split: str, what: str, num_bytes: int | None) -> lis
         builder.download_and_prepare()
         return [file["filename"] for file in builder.as_dataset(split=split).cache_files]
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        cause = error.__cause__ or error  # a DatasetGenerationError says nothing itself
+        cause = error.__cause__ or error  # a DatasetGenerationError gives no reason
         reason = getattr(cause, "strerror", None) or first_line(cause)
         raise UserError(
-            f"{what}: the copy in {builder.cache_dir} cannot be made ({reason}); make room, or let "
-            f"HF_DATASETS_CACHE name a folder that can be written"
+            f"{what}: the copy in {builder.cache_dir} cannot be written ({reason}); free some space, or set "
+            f"HF_DATASETS_CACHE to a writable folder"
         ) from error
 
 
@@ -305,7 +307,7 @@ def _parts(
 ) -> list[bytes]:
     """The parts of an index file of the images in the files of `arrow`, below `root` unless absolute.
 
-    Their names in messages are the rows of `files`, of which each has so many; of one file all.
+    Messages name images by the rows of `files`; `counts` are the rows of each, empty for a single file.
     """
     states = states_of(root, arrow)
     tables: list[Rows] = []
@@ -318,7 +320,7 @@ def _parts(
     if not paths:
         raise _nothing_in(root)
     if len(paths) != sum(counts):
-        raise UserError(f"{root} has changed while it was indexed; start again")
+        raise UserError(f"{root} changed while it was indexed; run again")
     labels = [table.labels for table in tables if table.labels is not None]
     numbers = np.concatenate(labels) if len(labels) == len(tables) else None
     classes, numbers = _classes(root, columns.classes, numbers)
@@ -345,21 +347,21 @@ def _nothing_in(root: Path) -> UserFileNotFoundError:
 
 
 def _check_complete(root: Path, files: Sequence[str]) -> None:
-    """Raises UserError: names say that there are more files (`-of-00294`) than there are."""
+    """Raises UserError: by their names (`-of-00294`) there are more files."""
     totals = {int(match[1]) for name in files if (match := OF_TOTAL.search(name))}
     if len(totals) > 1 or len(files) < max(totals, default=0):
         raise UserError(
-            f"{root} holds {len(files)} of {' or '.join(map(str, sorted(totals)))} parquet files, such as "
-            f"{files[0]}; download the others, or remove -of- and what follows from the names to take these"
+            f"{root} contains {len(files)} of {' or '.join(map(str, sorted(totals)))} parquet files, such as "
+            f"{files[0]}; download the others, or remove -of- and the number after it from the names"
         )
 
 
 def _classes(
     root: Path, names: list[str] | None, numbers: NDArray[np.int64] | None
 ) -> tuple[list[str], NDArray[np.int64] | None]:
-    """Class names, and the class number of every image; none if they are unknown of an image.
+    """Class names, and the class number of every image; [] and None if the class of an image is unknown.
 
-    Without names the numbers are names. Names that are there twice (ImageNet's crane) get their number.
+    Without names, the numbers are the names. A number is appended to equal names (ImageNet's crane).
     """
     if numbers is None:
         return [], None
@@ -382,10 +384,10 @@ def _names(
     classes: list[str],
     numbers: NDArray[np.int64] | None,
 ) -> Iterator[bytes]:
-    """For each image its path in the class folders that the files may have been made of: `<class>/<file>`.
+    """For each image a path as in class folders: `<class>/<file>`.
 
-    A row without a path is named by file and row. The ending marks it as an image for who reads shards of it;
-    decoding looks at the content.
+    A row without a path is named by file and row. Every name gets the ending of an image, which readers of
+    shards expect; decoding depends on the content only.
     """
     folders = [name.replace("/", "_").replace("\0", "") for name in classes]
     rows = (

@@ -1,4 +1,4 @@
-"""The files of an uncompressed tar: where they lie, and as streams; a damaged tar is told by its name."""
+"""The files of an uncompressed tar, by offset and as streams; errors name a damaged tar."""
 
 import os
 import tarfile
@@ -11,14 +11,14 @@ from dino_sparo.data.walk import is_image
 from dino_sparo.errors import UserError
 from dino_sparo.files import named
 
-BLOCK = 512  # a tar's unit; it ends with blocks of zeros
-LARGEST_PADDING = 2**20  # of those blocks; more are a hole in an incomplete download
+BLOCK = 512  # bytes; a tar ends with blocks of zeros
+LARGEST_PADDING = 2**20  # bytes of those blocks; more are a gap in an incomplete download
 
 TarFile = tuple[str, int, IO[bytes]]  # name without folders, size in bytes, contents
 
 
 class Member(NamedTuple):
-    """A file in a tar, and where its bytes are."""
+    """A file in a tar: its name, offset, and size in bytes."""
 
     name: str
     offset: int
@@ -26,10 +26,10 @@ class Member(NamedTuple):
 
 
 def tar_members(file: BinaryIO) -> Iterator[Member]:
-    """The files of a tar in its order, hidden ones left out.
+    """The files of a tar in order, without hidden ones.
 
     Raises:
-        tarfile.TarError: the tar is damaged or incomplete, or an image in it is no plain file.
+        tarfile.TarError: the tar is damaged or incomplete, or an image in it is not a regular file.
         OSError: it cannot be read.
     """
     end = file.seek(0, os.SEEK_END)
@@ -39,13 +39,13 @@ def tar_members(file: BinaryIO) -> Iterator[Member]:
         tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as archive,
     ):
         while member := archive.next():
-            archive.members.clear()  # type: ignore[attr-defined]  # which would hold all of them
+            archive.members.clear()  # type: ignore[attr-defined]  # tarfile would store all of them
             _check_size(member, end)
             name = _visible(member.name)
-            if "\0" in name:  # which ends a name in an index
-                raise tarfile.ReadError(f"{name!r} is no name of a file")
+            if "\0" in name:  # separates names in an index
+                raise tarfile.ReadError(f"{name!r} is not a file name")
             if name and is_image(name) and (not member.isreg() or member.issparse()):
-                raise tarfile.ReadError(f"{name!r} is no plain file in it")
+                raise tarfile.ReadError(f"{name!r} is not a regular file")
             if name and member.isreg():
                 yield Member(name, member.offset_data, member.size)
         _check_end(file, archive)
@@ -53,39 +53,39 @@ def tar_members(file: BinaryIO) -> Iterator[Member]:
 
 @contextmanager
 def _odd_headers() -> Iterator[None]:
-    """Make a tarfile.ReadError of what Python's reader of tars raises for headers that are none."""
+    """Turn other errors that tarfile raises for invalid headers into a tarfile.ReadError."""
     try:
         yield
     except UserError:
         raise
     except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
-        raise tarfile.ReadError("a header is none") from error
+        raise tarfile.ReadError("invalid header") from error
 
 
 def _check_size(member: tarfile.TarInfo, end: int) -> None:
-    """Raises tarfile.ReadError: more is claimed than the tar can hold."""
+    """Raises tarfile.ReadError: a file claims more bytes than the tar has."""
     if not 0 <= member.size <= end:
-        raise tarfile.ReadError(f"{member.name!r} claims {member.size} bytes, the tar ends at {end}")
+        raise tarfile.ReadError(f"{member.name!r} claims {member.size} bytes, but the tar has {end}")
 
 
 def _check_end(file: IO[bytes], archive: tarfile.TarFile) -> None:
-    """Raises tarfile.ReadError: what tarfile takes for the end is a broken or missing header."""
+    """Raises tarfile.ReadError: what tarfile considers the end is a damaged or missing header."""
     file.seek(archive.offset)
     if file.read(BLOCK) != bytes(BLOCK) or file.seek(0, os.SEEK_END) > archive.offset + LARGEST_PADDING:
         raise tarfile.ReadError(f"neither a file nor the end at byte {archive.offset}")
 
 
 def _visible(name: str) -> str:
-    """The name from the tar's own folder on; empty for a hidden file."""
+    """The name within the tar's folder; empty for a hidden file."""
     name = name.removeprefix("./")
     return "" if name.startswith(".") or "/." in name else name
 
 
 def tar_files(tar: IO[bytes], where: Path) -> Iterator[TarFile]:
-    """The files of an uncompressed, seekable tar, in its order; contents are read when the caller does.
+    """The files of an uncompressed, seekable tar in order, as streams.
 
     Raises:
-        UserError: the tar is damaged or ends early, or a member is neither file nor folder or leads outside.
+        UserError: the tar is damaged or ends early, or a member is neither file nor folder, or outside of it.
     """
     start, end = tar.tell(), tar.seek(0, os.SEEK_END)
     tar.seek(start)
@@ -97,7 +97,7 @@ def tar_files(tar: IO[bytes], where: Path) -> Iterator[TarFile]:
                 continue
             if not member.isfile() or path.is_absolute() or ".." in path.parts or "\0" in member.name:
                 raise UserError(
-                    f"{where}: {member.name!r} is no plain file inside the tar's own folder; "
+                    f"{where}: {member.name!r} is not a regular file within the tar's folder; "
                     f"use the official tar"
                 )
             stream = archive.extractfile(member)
@@ -108,7 +108,7 @@ def tar_files(tar: IO[bytes], where: Path) -> Iterator[TarFile]:
 
 @contextmanager
 def damage_named(where: Path) -> Iterator[None]:
-    """Name the tar in errors of reading it. Raises UserError: it is damaged."""
+    """Name the tar in errors while it is read. Raises UserError: it is damaged."""
     try:
         with named(where):
             yield

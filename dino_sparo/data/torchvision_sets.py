@@ -24,7 +24,7 @@ from dino_sparo.files import cache_folder
 
 log = logging.getLogger("dino_sparo")
 
-ROOM = {"cifar10": 0.4, "stl10": 5.8}  # GB, archive and files
+ROOM = {"cifar10": 0.4, "stl10": 5.8}  # GB for archive and files
 NAMES = tuple(ROOM)
 STALLED_SECONDS = 60.0  # without a byte from the network
 NO_LABEL = -1
@@ -35,7 +35,7 @@ Part = Literal["pretrain", "train", "test"]
 
 @dataclass(frozen=True, eq=False)
 class ArraySource:
-    """Some images of such a set, counted over train, those without labels, test; pickled without pixels."""
+    """Images of a dataset, by index over train, unlabeled, and test images; pickled without pixels."""
 
     set_name: str
     folder: Path
@@ -74,33 +74,36 @@ class ArraySource:
 
 
 def open_set(name: str, part: Part) -> ArraySource:
-    """The images of a set: `train` and `test` have labels, `pretrain` is train and all that have none.
+    """The images of a dataset: `train` and `test` have labels, `pretrain` is train and all unlabeled images.
 
-    A set that is not there yet is downloaded and kept below `$DINO_SPARO_CACHE`, see `index.cached_index`.
+    The first time, it is downloaded and stored below `$DINO_SPARO_CACHE`, see `index.cached_index`.
 
     Raises:
-        UserError: it cannot be downloaded or kept, or what is kept is damaged.
+        UserError: it cannot be downloaded or stored, or the stored files are damaged.
     """
     folder = cache_folder() / "torchvision" / _torchvision(name).base_folder
     try:
         if not folder.is_dir():
             folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with FileLock(folder.with_name(f"{folder.name}.lock")):
-                if not folder.is_dir():  # another process has had the lock
+                if not folder.is_dir():  # another process may have downloaded it
                     _download(name, folder)
-    except (OSError, NotImplementedError) as error:  # filelock's, where the file system has no locks
+    except (
+        OSError,
+        NotImplementedError,
+    ) as error:  # the latter from filelock, if the file system has no locks
         raise UserError(
-            f"{getattr(error, 'filename', None) or folder.parent}: {name} cannot be kept there "
-            f"({getattr(error, 'strerror', None) or error}); set DINO_SPARO_CACHE to a folder that can be "
-            f"written, has locks and {ROOM[name]} GB free"
+            f"{getattr(error, 'filename', None) or folder.parent}: {name} cannot be stored there "
+            f"({getattr(error, 'strerror', None) or error}); set DINO_SPARO_CACHE to a writable folder with "
+            f"{ROOM[name]} GB of free space, on a file system with locks"
         ) from error
     try:
         images, labels, classes = _opened(name, folder)
     except Exception as error:  # a damaged pickle makes torchvision raise anything
         reason = str(error).partition("\n")[0].rstrip(".")
         raise UserError(
-            f"{folder}: what was kept of {name} is damaged ({reason}); remove this folder, and the same "
-            f"command downloads it again"
+            f"{folder}: the stored {name} is damaged ({reason}); remove this folder, and the same command "
+            f"downloads it again"
         ) from error
     num_train, num_unlabeled, _ = map(len, images)
     ends = {"pretrain": num_train + num_unlabeled, "train": num_train, "test": len(labels)}
@@ -110,24 +113,24 @@ def open_set(name: str, part: Part) -> ArraySource:
 
 
 def _torchvision(name: str) -> Any:
-    """torchvision's class of a set."""
+    """torchvision's class of a dataset."""
     from torchvision.datasets import CIFAR10, STL10
 
     return {"cifar10": CIFAR10, "stl10": STL10}[name]
 
 
 def _download(name: str, folder: Path) -> None:
-    """Let torchvision download and unpack a set beside `folder`, and give it that name when all is there.
+    """Let torchvision download and unpack a dataset beside `folder`, then rename it to `folder`.
 
     Raises:
         UserError: it cannot be downloaded.
-        OSError: the disk refuses.
+        OSError: it cannot be written.
     """
     log.info("torchvision downloads %s (needs %s GB while it is unpacked) into %s", name, ROOM[name], folder)
     part, url = folder.with_name(f"{folder.name}.part"), _torchvision(name).url
     before = socket.getdefaulttimeout()
     try:
-        shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+        shutil.rmtree(part, ignore_errors=True)  # left by a killed process
         socket.setdefaulttimeout(STALLED_SECONDS)
         _torchvision(name)(part, **({"split": "test"} if name == "stl10" else {}), download=True)
         (part / folder.name).rename(folder)
@@ -136,8 +139,8 @@ def _download(name: str, folder: Path) -> None:
             raise  # the disk
         reason = getattr(error, "reason", None) or error
         raise UserError(
-            f"{name} could not be downloaded from {urlsplit(url).hostname or url} ({reason}); run the "
-            f"command once where there is a network, or copy {folder} from a machine that has it"
+            f"{name} cannot be downloaded from {urlsplit(url).hostname or url} ({reason}); run the command "
+            f"once with a network, or copy {folder} from a machine that has it"
         ) from error
     finally:
         socket.setdefaulttimeout(before)
@@ -146,19 +149,19 @@ def _download(name: str, folder: Path) -> None:
 
 @lru_cache
 def _opened(name: str, folder: Path) -> tuple[list[NDArray[np.uint8]], NDArray[np.int64], tuple[str, ...]]:
-    """A set that torchvision has unpacked, in memory or mapped: images (n, height, width, 3) of train, those
-    without labels, and of test; labels of them all; names of the classes."""
+    """A dataset that torchvision has unpacked, in memory or mapped: images (n, height, width, 3) of train,
+    unlabeled, and test; labels of all images; class names."""
     if name == "cifar10":
         train, test = (_torchvision(name)(folder.parent, train=is_train) for is_train in (True, False))
         labels = np.array([*train.targets, *test.targets], np.int64)
         return [train.data, train.data[:0], test.data], labels, tuple(train.classes)
-    # Mapped, since torchvision would take 6 GB of memory for the images without labels.
+    # Mapped, since torchvision would need 6 GB of memory for the unlabeled images.
     images = [
         np.memmap(folder / f"{part}_X.bin", np.uint8, "r").reshape(-1, *STL10_SHAPE).transpose(0, 3, 2, 1)
         for part in ("train", "unlabeled", "test")
     ]
     of_train, of_test = (np.fromfile(folder / f"{part}_y.bin", np.uint8) for part in ("train", "test"))
     if (len(of_train), len(of_test)) != (len(images[0]), len(images[2])):
-        raise ValueError("its parts do not fit together")
+        raise ValueError("numbers of images and labels differ")
     labels = np.concatenate([of_train, np.zeros(len(images[1]), np.uint8), of_test]).astype(np.int64)
     return images, labels - 1, tuple((folder / "class_names.txt").read_text().splitlines())

@@ -1,8 +1,8 @@
 """The random numbers of every crop, a pure function of (seed, epoch, sample, crop).
 
 A counter-based generator (Philox) is keyed by (seed, epoch) and counts by (sample, crop), so neither the
-number of workers or processes nor a resume changes what is drawn. How the numbers become pixels is the
-business of an executor (`pil_views`, `device_views`). Source: official `DataAugmentationDINO`.
+number of workers or processes nor a resume changes what is drawn. An executor (`pil_views`, `device_views`)
+turns the numbers into pixels. Source: official `DataAugmentationDINO`.
 """
 
 import math
@@ -17,7 +17,7 @@ NUM_GLOBAL_CROPS = 2
 ASPECT_RATIO = (3 / 4, 4 / 3)
 CROP_TRIES = 10
 JITTER_ORDERS = tuple(permutations(range(4)))  # 0 brightness, 1 contrast, 2 saturation, 3 hue
-_ORDER_OF_SAMPLES, _CROPS, _SUBSTITUTES = 1, 2, 3  # kinds of draw, kept apart in the counter
+_ORDER_OF_SAMPLES, _CROPS, _SUBSTITUTES = 1, 2, 3  # kinds of draws, separate in the counter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class CropKind:
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """One crop's numbers: what is cut, and what is done to it, in the order of the fields."""
+    """The numbers of one crop: what is cut out and what is done to it, in the order of the fields."""
 
     top: int
     left: int
@@ -67,9 +67,9 @@ def crop_kinds(
     solarize_probability: tuple[float, float, float],
     **common: Any,
 ) -> list[CropKind]:
-    """One recipe a crop: first global, second global, then the local ones.
+    """The kind of each crop: first global, second global, then the local ones.
 
-    Probabilities of three are for these three kinds; `common` holds the fields that all kinds share.
+    Tuples of three probabilities are for these three kinds; `common` are the fields that all kinds share.
     """
 
     def recipe(kind: int) -> CropKind:
@@ -90,7 +90,7 @@ def sample_order(*, seed: int, epoch: int, num_samples: int) -> NDArray[np.int64
 
 
 def substitute_sample(*, seed: int, epoch: int, sample: int, attempt: int, num_samples: int) -> int:
-    """The sample that stands in for one that cannot be read, at the given attempt (from 1)."""
+    """The sample that replaces one that cannot be read, at the given attempt (from 1)."""
     philox = _philox(seed, epoch, _SUBSTITUTES, sample, attempt)
     return int(np.random.Generator(philox).integers(num_samples))
 

@@ -1,4 +1,4 @@
-"""The walk over the folders below a root: which images there are, and how to see later that none has come."""
+"""The walk over the folders below a root, to find images, and to detect changes later."""
 
 import logging
 import os
@@ -19,19 +19,19 @@ from dino_sparo.terminal import shown, shows_bars
 log = logging.getLogger("dino_sparo")
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-HIDDEN = (".", "@eaDir")  # the latter holds thumbnails that Synology's file servers make
-PROBED_ENTRIES = 64  # a folder of a million images is not listed to see what it holds
+HIDDEN = (".", "@eaDir")  # the latter contains thumbnails of Synology's file servers
+PROBED_ENTRIES = 64  # entries that are listed to see what a folder contains, which may be a million images
 PROBED_BELOW = 8  # folders
 SHOWN_ENDINGS = 4
-THREADS = 8  # a network file system answers many questions in the time of one
-FOLDERS_AT_ONCE = 8 * THREADS  # so few that an interrupted walk ends soon
-SLOW_SECONDS = 5.0  # a walk that takes longer says how far it is
+THREADS = 8  # a network file system answers many requests in the time of one
+FOLDERS_AT_ONCE = 8 * THREADS  # few, so that an interrupted walk ends soon
+SLOW_SECONDS = 5.0  # a walk that takes longer logs its progress
 
 # A folder when it was read: inode, last change of the content and last change of any kind in ns.
 State = tuple[int, int, int]
 NO_FOLDER: State = (0, 0, 0)
-DISTRUSTED: State = (0, 0, 1)  # no folder's
-# Two changes within one tick of a file system's clock leave the same time; the coarsest tick in use is 2 s.
+DISTRUSTED: State = (0, 0, 1)  # equals the state of no folder
+# Two changes within one tick of a file system's clock have the same time; the coarsest tick in use is 2 s.
 CLOCK_TICK_NS = 2 * 10**9
 
 # A folder still to be read: its path from the root as `Folder.below`, device and inode of those above it.
@@ -40,29 +40,29 @@ Unread = tuple[str, tuple[tuple[int, int], ...]]
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder as it was read: its path from the root, "" or with / at its end, and the names of its images,
-    from the root too, in order and joined by NUL."""
+    """A folder as it was read: its path from the root ("" or ending in /), and the paths of its images from
+    the root, in order and joined by NUL."""
 
     below: str
     state: State
     num_images: int = 0
     names: bytes = b""
     others: Counter[str] = field(default_factory=Counter)
-    """Other files by the end of their names."""
+    """Number of other files by ending."""
 
     @property
     def top(self) -> str:
-        """The folder below the root that it lies in, or is; empty for the root."""
+        """The folder in the root that it is in, or is; empty for the root."""
         return self.below.partition("/")[0]
 
 
 def is_image(name: str) -> bool:
-    """Whether a file of this name is taken for an image."""
+    """Whether a file with this name counts as an image."""
     return name.lower().endswith(EXTENSIONS) and not name.startswith(HIDDEN)
 
 
 def named_by_ending(others: Mapping[str, int], limit: int = SHOWN_ENDINGS) -> str:
-    """Numbers of files by the end of their names, most first: 2 ending in .gif, 1 without an ending."""
+    """Numbers of files by ending, most frequent first: 2 ending in .gif, 1 without an ending."""
     most = sorted(others.items(), key=lambda one: (-one[1], one[0]))
     named = [
         f"{number:,} {f'ending in {shown(end)}' if end else 'without an ending'}"
@@ -73,7 +73,9 @@ def named_by_ending(others: Mapping[str, int], limit: int = SHOWN_ENDINGS) -> st
 
 
 def list_folder(folder: Path, limit: int | None = None) -> tuple[list[str], list[str]]:
-    """Names of the folders and files in the first entries of a folder, hidden ones left out; none without it.
+    """Names of the folders and files in the first `limit` entries of a folder, without hidden ones.
+
+    Empty if there is no such folder.
 
     Raises:
         UserError: the folder cannot be read.
@@ -93,15 +95,15 @@ def list_folder(folder: Path, limit: int | None = None) -> tuple[list[str], list
 
 
 def holds(folder: Path, wanted: Callable[[str], bool] = is_image, levels: int = 2) -> bool:
-    """Whether one of a folder's first entries is an image, or what is wanted, or one in a folder below."""
+    """Whether `found_below` finds anything."""
     return next(found_below(folder, wanted, levels), None) is not None
 
 
 def found_below(
     folder: Path, wanted: Callable[[str], bool] = is_image, levels: int = 2, below: str = ""
 ) -> Iterator[str]:
-    """Images, or what is wanted, among a folder's first entries and those of the first folders below, by
-    their paths from the folder."""
+    """Paths, from a folder, of images (or `wanted` files) among its first entries and those of its first
+    folders, down to `levels`."""
     folders, files = list_folder(folder / below, PROBED_ENTRIES)
     yield from (f"{below}{name}" for name in files if wanted(name))
     for name in sorted(folders)[:PROBED_BELOW] if levels > 0 else ():
@@ -109,9 +111,9 @@ def found_below(
 
 
 def walk(root: Path, names: Sequence[str] = ()) -> list[Folder]:
-    """All folders below `root`, or these in it, level by level; no hidden ones, looping links not followed.
+    """All folders below `root`, or these in it, level by level, without hidden ones and loops of links.
 
-    A bar on a terminal, else a line in the log now and then, says how far it is.
+    A bar on a terminal, or else lines in the log, show the progress.
     """
     read = partial(_read_folder, root, time.time_ns())
     folders: list[Folder] = []
@@ -140,14 +142,14 @@ def walk(root: Path, names: Sequence[str] = ()) -> list[Folder]:
 
 
 def _read_folder(root: Path, started_ns: int, unread: Unread) -> tuple[list[Folder], list[Unread]]:
-    """The folder, with links to nowhere in it, which may become folders; and the folders to read next."""
+    """The folder, with its broken links, which may become folders; and the folders to read next."""
     below, ancestors = unread
     names: list[str] = []
     nowhere: list[Folder] = []
     inner: list[Unread] = []
     others: Counter[str] = Counter()
     try:
-        here = os.stat(root / below)  # before the list: a change between the two is seen the next time
+        here = os.stat(root / below)  # before listing, so that a change in between is detected next time
         identity = (here.st_dev, here.st_ino)
         for entry in os.scandir(root / below) if identity not in ancestors else ():
             if entry.name.startswith(HIDDEN):
@@ -169,7 +171,7 @@ def _read_folder(root: Path, started_ns: int, unread: Unread) -> tuple[list[Fold
 
 
 def _unreadable(folder: Path, error: OSError) -> UserError:
-    return UserError(f"{folder}: the folder cannot be read ({error.strerror}); repair its permissions")
+    return UserError(f"{folder}: the folder cannot be read ({error.strerror}); change its permissions")
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
@@ -180,12 +182,12 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def _state(here: os.stat_result) -> State:
-    # No device number: that of a network file system differs between machines that share one index.
+    # No device number, since machines that share an index have different ones for a network file system.
     return here.st_ino, here.st_mtime_ns % 2**64, here.st_ctime_ns % 2**64
 
 
 def state_now(path: str) -> State:
-    """The state of a folder, its path ending in /; NO_FOLDER if there is none."""
+    """The state of a folder, whose path ends in /; NO_FOLDER if there is none."""
     try:
         return _state(os.stat(path))
     except (OSError, UnicodeError):  # also for a file, because of the /, and for a name of another locale

@@ -1,4 +1,4 @@
-"""Processes that load images: how many, and which file one of them is at when it dies or hangs."""
+"""Worker processes that load images: how many, and which image one of them loads when it dies or hangs."""
 
 import atexit
 import ctypes
@@ -26,23 +26,23 @@ from dino_sparo.parallel.processes import STOP_SIGNALS, end_with_parent
 log = logging.getLogger("dino_sparo")
 
 IDLE = -1
-KINDS_OF_WARNINGS = 4096  # by a hash of where in a library they come from
+KINDS_OF_WARNINGS = 4096  # by a hash of the line of code that warns
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, KEPT_BYTES = -1, -3, 2**26  # of glibc's mallopt
 
 
 class WatchedLoader:
-    """Batches that worker processes prepare ahead, and a watch over these processes.
+    """A DataLoader that detects when its workers die or hang.
 
     Args:
-        dataset: what loads the items.
-        image_of: the number of the image that an item is loaded from.
-        name: the name of the image of a number.
-        num_workers: worker processes; with 0 the items are loaded here, unwatched.
-        timeout_seconds: how long the next batch may take.
-        collate: makes a batch of a list of items.
-        loader_options: all other arguments of torch's DataLoader.
+        dataset: loads the items.
+        image_of: returns the number of the image that an item is loaded from.
+        name: returns the name of the image with a number.
+        num_workers: worker processes; 0: items are loaded in this process, without a timeout.
+        timeout_seconds: timeout for the next batch.
+        collate: makes a batch from a list of items.
+        loader_options: other arguments of torch's DataLoader.
 
-    A UserError of the dataset is raised where the batches are taken, without a traceback in its message.
+    A UserError of the dataset is raised in the process that iterates, without a traceback in its message.
     """
 
     def __init__(
@@ -58,8 +58,8 @@ class WatchedLoader:
     ) -> None:
         if num_workers and os.path.exists("/dev/shm") and not os.access("/dev/shm", os.W_OK):
             raise UserError(
-                "/dev/shm cannot be written, by which processes that load images hand them over; give "
-                "permission there, or num_workers 0 (machine.num_workers in a recipe)"
+                "/dev/shm is not writable, but workers return images through it; change its permissions, or "
+                "set num_workers 0 (machine.num_workers in a recipe)"
             )
         self.name, self.num_workers, self.timeout_seconds = name, num_workers, timeout_seconds
         self._workers: list[BaseProcess] = []
@@ -73,12 +73,12 @@ class WatchedLoader:
             _Noting(dataset, image_of, self.at, name, told),
             num_workers=num_workers,
             worker_init_fn=_start_worker,
-            generator=torch.Generator(),  # nothing is drawn from the one that training uses
+            generator=torch.Generator(),  # leaves the global one unchanged
             **loader_options,
         )
 
     def __iter__(self) -> Iterator[Any]:
-        with _without_interrupts():  # Ctrl-C is not for a worker, which could not ignore it yet
+        with _without_interrupts():  # a new worker cannot ignore Ctrl-C yet
             others = set(multiprocessing.active_children())
             batches = iter(self.loader)  # the workers start now, not with the first batch
             self._workers += set(multiprocessing.active_children()) - others
@@ -94,8 +94,8 @@ class WatchedLoader:
 
     @contextmanager
     def failures_explained(self) -> Iterator[None]:
-        """Turn a worker's death, which torch reports wherever the program is, into one sentence; and end all
-        workers at once on any error of the user's and on Ctrl-C, as torch would wait for one after the other.
+        """Turn a worker's death, which torch reports wherever the program is, into one sentence. On a
+        UserError and on Ctrl-C, kill all workers at once; torch would wait for one after the other.
 
         Raises:
             StuckError: a worker has died.
@@ -108,12 +108,12 @@ class WatchedLoader:
         except (RuntimeError, ConnectionError, EOFError) as error:
             if isinstance(error, RuntimeError):
                 died = str(error).startswith("DataLoader worker")
-            else:  # it was handing over a batch
+            else:  # died while returning a batch
                 died = not all(worker.is_alive() for worker in self._workers)
             if not died:
                 raise
             _end(self._workers)
-            raise self._stuck(f"a process that loads images has died ({error})") from error
+            raise self._stuck(f"a process that loads images died ({error})") from error
 
     def _too_late(self) -> NoReturn:
         seconds = f"machine.data_timeout_seconds {self.timeout_seconds:g}"
@@ -122,15 +122,15 @@ class WatchedLoader:
     def _stuck(self, what: str) -> StuckError:
         names = [self.name(number) for number in self.at.tolist() if number != IDLE]
         return StuckError(
-            f"{what} while at {', '.join(names) or 'no file'}; repair the file or its disk, allow more time, "
-            f"or give fewer machine.num_workers if memory or /dev/shm ran out, then start again"
+            f"{what} while loading {', '.join(names) or 'no file'}; repair the file or its disk, allow more "
+            f"time, or use fewer machine.num_workers if memory or /dev/shm ran out, then run again"
         )
 
 
 class _Noting(Dataset):
-    """A dataset that notes in shared memory which image each worker is at; there it returns a UserError,
-    which cannot be raised from one process to another. What libraries warn of is logged with the name of the
-    image, once a kind for all workers: `told` is shared too."""
+    """A dataset that records in shared memory which image each worker loads. In a worker it returns a
+    UserError instead of raising it. Warnings of libraries are logged with the name of the image, once per
+    kind over all workers, since `told` is shared too."""
 
     def __init__(
         self,
@@ -164,14 +164,14 @@ class _Noting(Dataset):
             kind = zlib.crc32(f"{warning.filename} {warning.lineno}".encode()) % KINDS_OF_WARNINGS
             if not self.told[kind]:
                 self.told[kind] = True
-                text = "WARNING: %s: %s (said once, of the first such image)"
+                text = "WARNING: %s: %s (logged for the first such image only)"
                 log.warning(text, self.name(self.image_of(item)), warning.message)
         return loaded
 
 
 @contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Ignore SIGINT, also in the processes that start meanwhile; only the main thread can."""
+    """Ignore SIGINT, also in processes that start in the block; no effect outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -190,10 +190,10 @@ def _collate(collate: Callable[[list[Any]], Any], items: list[Any]) -> Any:
 
 @contextmanager
 def _at_most(seconds: float, too_late: Callable[[], NoReturn]) -> Iterator[None]:
-    """Call what raises if the block is not done after so many seconds (0: never).
+    """Call `too_late`, which raises, if the block takes longer than `seconds` (0: never).
 
-    By an alarm, which ends any wait: torch's own timeout does not end one for a worker that stops while
-    it hands over a batch. Only the main thread gets alarms; in another one nothing is called.
+    An alarm ends any wait; torch's own timeout does not work if a worker stops while it returns a batch. Only
+    the main thread gets alarms; in another thread there is no timeout.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -208,33 +208,33 @@ def _at_most(seconds: float, too_late: Callable[[], NoReturn]) -> Iterator[None]
 
 
 def check_shared_memory(num_bytes: int) -> None:
-    """Refuse prefetched views that do not fit into the shared memory by which workers hand them over.
+    """Check that prefetched views fit into the shared memory through which workers return them.
 
     Raises:
-        UserError: they do not; workers would stop in the middle of it.
+        UserError: they do not fit, so workers would fail during training.
     """
     free = shared_memory_free()
     if free is not None and num_bytes > free:
         raise UserError(
             f"prefetched views need up to {num_bytes / 2**20:.0f} MiB of shared memory, but /dev/shm has "
-            f"{free / 2**20:.0f} MiB free; enlarge it (docker run --shm-size), or give fewer "
-            f"machine.num_workers, machine.prefetch_batches 1 or a smaller machine.batch_size_per_gpu"
+            f"{free / 2**20:.0f} MiB free; enlarge it (docker run --shm-size), or use fewer "
+            f"machine.num_workers, machine.prefetch_batches 1, or a smaller machine.batch_size_per_gpu"
         )
 
 
 def shared_memory_free() -> int | None:
-    """Free bytes of /dev/shm; None where there is none."""
+    """Free bytes of /dev/shm; None if it does not exist."""
     return shutil.disk_usage("/dev/shm").free if os.path.exists("/dev/shm") else None
 
 
-@atexit.register  # before Python's own way, which sends a SIGTERM and waits
+@atexit.register  # before Python's own handler, which sends SIGTERM and waits
 def _end_all() -> None:
-    """A worker that hangs must not keep the program from ending."""
+    """Kill workers, so that one that hangs does not block the end of the program."""
     _end([child for child in multiprocessing.active_children() if child.daemon])
 
 
 def _end(workers: Sequence[BaseProcess]) -> None:
-    """End these processes without a word."""
+    """Kill these processes without an error message."""
     if not workers or threading.current_thread() is not threading.main_thread():
         return
     before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report their death
@@ -246,7 +246,7 @@ def _end(workers: Sequence[BaseProcess]) -> None:
 
 
 def _start_worker(_worker: int) -> None:
-    """Signals are the training process's business, which may need more batches; its workers end with it."""
+    """Ignore signals, since training may need more batches; workers end with the training process."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     end_with_parent(signal.SIGKILL)
@@ -254,9 +254,9 @@ def _start_worker(_worker: int) -> None:
 
 
 def keep_memory() -> None:
-    """Let freed memory stay with this process, up to 64 MiB: views free and take the same all the time.
+    """Let this process reuse freed memory, up to 64 MiB, since views allocate the same sizes all the time.
 
-    Without it glibc gives it back to the system and gets it page by page.
+    Otherwise glibc returns it to the system and requests it again page by page.
     """
     with suppress(AttributeError, OSError):  # another C library
         for what in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
@@ -264,6 +264,6 @@ def keep_memory() -> None:
 
 
 def default_workers(processes_here: int = 1) -> int:
-    """One worker process a core that this process may use, shared by all training processes, at most 16."""
+    """One worker per core that this process may use, divided among the training processes, at most 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(16, cores // processes_here))

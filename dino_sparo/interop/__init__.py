@@ -1,1 +1,1 @@
-"""Encoders in, from our files and official ones, and out."""
+"""Read and write encoders: runs, official DINO files, timm, and ONNX."""

@@ -1,4 +1,4 @@
-"""Encoders from files: our runs and checkpoints, exported folders, official DINO weights, timm's ViTs."""
+"""Load encoders from runs, checkpoints, exported folders, official DINO weights, and timm."""
 
 import json
 import logging
@@ -25,9 +25,9 @@ log = logging.getLogger("dino_sparo")
 
 EXPECTED = "expected a run folder, an exported folder, a weights file, or timm:NAME"
 TIMM = "timm:"
-NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)  # of timm's own models: no place from which it would load another
-OF_EXPERIMENT = ("seed", "views", "model", "head", "loss", "optim")  # in a recipe, but for its data
-ENCODER = "encoder."  # of its parameters in our checkpoints
+NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)  # a model of timm itself, not a location
+OF_EXPERIMENT = ("seed", "views", "model", "head", "loss", "optim")  # sections of a recipe without data
+ENCODER = "encoder."  # prefix of its parameters in checkpoints of ours
 
 
 def load_encoder(
@@ -37,36 +37,36 @@ def load_encoder(
     untrained: bool = False,
     arch: str | Mapping[str, int] | None = None,
 ) -> Encoder:
-    """Load an encoder in evaluation mode, on the CPU, with the `transform` that makes its input of an image.
+    """Load an encoder in evaluation mode, on the CPU; its `transform` converts an image to its input.
 
     Args:
-        path: run folder (its newest whole checkpoint), checkpoint file, exported folder or its
-            `.safetensors` file, or a ViT's weights as the official DINO code or timm keep them (`.pth`,
+        path: run folder (its newest complete checkpoint), checkpoint file, exported folder or its
+            `.safetensors` file, or a ViT's weights in the format of the official DINO code or timm (`.pth`,
             `.bin`, `.safetensors`); or `timm:NAME`, a pretrained ViT that timm downloads.
         which: teacher or student.
-        untrained: give random weights instead, as a baseline: those that a run of this seed begins with if
-            no file starts it (of an official file: seed 0).
-        arch: named size (or width, depth, num_heads) that the file must hold; official weights do not tell
-            their number of heads, which without it is one per 64 numbers of width.
+        untrained: return random weights instead, as a baseline: the initial weights of a run with this seed
+            and without `init` (of an official file: seed 0).
+        arch: named size (or width, depth, num_heads) that the file must have; official weights do not
+            contain their number of heads, which without `arch` is one per 64 dimensions.
 
     Raises:
         UserFileNotFoundError: there is no such file, or no checkpoint in the folder.
-        UserError: the file is damaged or refused, does not hold what is asked for, or does not fit.
+        UserError: the file is damaged or not allowed, does not contain what is asked for, or does not fit.
     """
     stored = one_of(networks_in(path, arch), which, arch)
     if stored.epochs is None and (left_out := stored.left_out()):  # every run has a head
-        log.info("%s: left out: %s", path, ", ".join(left_out))
+        log.info("%s: not used: %s", path, ", ".join(left_out))
     encoder = stored.build(untrained=untrained)
     encoder.transform = partial(evaluation_input, size=encoder.image_size)
     return encoder
 
 
 def networks_in(path: str | Path, arch: str | Mapping[str, int] | None = None) -> dict[str, StoredEncoder]:
-    """All networks of a file, by teacher and student.
+    """All networks in a file, by teacher and student.
 
     Args:
         path: as for `load_encoder`.
-        arch: tells the number of heads of official weights of its width; nothing is checked against it.
+        arch: gives the number of heads of official weights with its width; it is not checked.
 
     Raises:
         UserFileNotFoundError, UserError: as `load_encoder`.
@@ -89,7 +89,7 @@ def networks_in(path: str | Path, arch: str | Mapping[str, int] | None = None) -
     else:
         check_hash(path)
         state = read_plain(path, allow_namespace=True)
-        if not isinstance(state, dict) or "format" not in state:  # none of our checkpoints
+        if not isinstance(state, dict) or "format" not in state:  # not a checkpoint of ours
             return read_official(state, path, arch)
         check_format(state, path)
         warn_of_missing_hash(path)
@@ -97,22 +97,22 @@ def networks_in(path: str | Path, arch: str | Mapping[str, int] | None = None) -
 
 
 def of_timm(name: str, key: str = "") -> dict[str, StoredEncoder]:
-    """The pretrained ViT `timm:NAME`; timm downloads it if it is not there yet. `key` is for messages."""
+    """The pretrained ViT `timm:NAME`, which timm downloads the first time. `key` is for messages."""
     import timm
 
     what = f"{key}{shown(repr(name))}"
     if not NAME.fullmatch(name.removeprefix(TIMM)):
         raise UserError(
-            f"{what} names no model of timm itself; expected a name of timm.list_pretrained('vit*'), such as "
-            f"timm:vit_small_patch16_224.dino, or give other weights as a file"
+            f"{what} is not a model of timm itself; expected a name from timm.list_pretrained('vit*'), such "
+            f"as timm:vit_small_patch16_224.dino; give other weights as a file"
         )
     try:
         model = timm.create_model(name.removeprefix(TIMM), pretrained=True)
-    except Exception as error:  # of the network, the hub or timm: there are many kinds
+    except Exception as error:  # network, hub, and timm raise many types
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(
-            f"{what} cannot be had from timm ({reason}); check the name (timm.list_pretrained('vit*')) and "
-            f"the network, or give a weights file"
+            f"{what} cannot be loaded from timm ({reason}); check the name (timm.list_pretrained('vit*')) "
+            f"and the network, or give a weights file"
         ) from error
     if not isinstance(model, timm.models.VisionTransformer):
         raise UserError(f"{what} is a {type(model).__name__}; expected a plain VisionTransformer of timm")
@@ -121,7 +121,7 @@ def of_timm(name: str, key: str = "") -> dict[str, StoredEncoder]:
     other = [f"{one} {told[one]}" for one, value in expected.items() if tuple(told.get(one, value)) != value]
     if other:
         log.warning(
-            "WARNING: %s%s was trained on images normalized by %s, here they are by ImageNet's",
+            "WARNING: %s%s was trained on images normalized with %s, but here with those of ImageNet",
             *(key, name, " and ".join(other)),
         )
     attention: Any = model.get_submodule("blocks.0.attn")
@@ -131,31 +131,31 @@ def of_timm(name: str, key: str = "") -> dict[str, StoredEncoder]:
 def one_of(
     networks: Mapping[str, StoredEncoder], which: str, arch: str | Mapping[str, int] | None = None
 ) -> StoredEncoder:
-    """One network of a file. Raises UserError if there is none, or one of another architecture."""
+    """One network of a file. Raises UserError: it is not in the file, or has another architecture."""
     if which not in MODELS:
         raise UserError(f"which is {which!r}, expected 'teacher' or 'student'")
     if which not in networks:
         (other,) = networks.values()
         raise UserError(
-            f"{other.path} holds the {other.which} only; ask for which={other.which!r}, or give a file that "
-            f"holds the {which}"
+            f"{other.path} contains only the {other.which}; use which={other.which!r}, or give a file "
+            f"with the {which}"
         )
     stored = networks[which]
     if arch is not None and architecture(arch) != architecture(stored.arguments["arch"]):
         raise UserError(
-            f"arch is {arch!r} ({in_words(arch)}), but {stored.path} holds "
-            f"{in_words(stored.arguments['arch'])}; leave arch out, or give the weights of that architecture"
+            f"arch is {arch!r} ({in_words(arch)}), but {stored.path} has "
+            f"{in_words(stored.arguments['arch'])}; leave arch out, or give weights of that architecture"
         )
     return stored
 
 
 def _name_of(path: str) -> str:
-    """A folder or file without where it lies on this machine; a set by name as it is."""
+    """The name of a folder or file without its location on this machine; datasets by name unchanged."""
     return shown(path if path.startswith(("hub:", TIMM)) else Path(path).name)
 
 
 def _of_checkpoint(state: Mapping[str, Any], path: Path, which: str) -> StoredEncoder:
-    """One network of a checkpoint of ours."""
+    """One network of a checkpoint."""
     try:
         recipe = stored_recipe(state["config"], "its recipe")
         network, batch_size = state[which], recipe.optim.global_batch_size
@@ -178,4 +178,6 @@ def _of_checkpoint(state: Mapping[str, Any], path: Path, which: str) -> StoredEn
         )
     except NOT_WHOLE as error:
         reason = error if isinstance(error, UserError) else repr(error)
-        raise UserError(f"{path} is no whole checkpoint of dino-sparo ({reason}); give another") from error
+        raise UserError(
+            f"{path} is not a complete checkpoint of dino-sparo ({reason}); give another file"
+        ) from error

@@ -1,6 +1,6 @@
-"""An encoder as `model.onnx`, compared with torch by onnxruntime before it gets its name.
+"""Export of an encoder to `model.onnx`, which is compared with torch before the file is written.
 
-Input `images` (B, 3, side, side), float32, normalized, of the encoder's native size and any B. Outputs
+Input: `images` (B, 3, side, side), float32, normalized, with the encoder's image size and any B. Outputs:
 `encoding` (B, embed_dim) and, with slots, `attention` (B, L, N).
 """
 
@@ -28,30 +28,31 @@ TOLERANCE = 1e-4
 def write_onnx(
     stored: StoredEncoder, folder: Path, *, license: str | None = None, measured: Sequence[str] = ()
 ) -> tuple[Path, float]:
-    """Write `folder/model.onnx`; give its path and the largest difference to torch.
+    """Write `folder/model.onnx`; returns its path and the largest difference from torch.
 
-    What its users must know is in its `metadata_props`, as `StoredEncoder.facts` tells it by the last two.
+    Its `metadata_props` are `StoredEncoder.facts(license, measured)`.
 
     Raises:
-        UserError: a package is missing, the file is there already, or onnxruntime computes something else
-            than torch; then no file is written.
+        UserError: a package is missing, the file exists, or onnxruntime computes other numbers than torch;
+            then no file is written.
         OSError: it cannot be written.
     """
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise UserError(
-            f"format onnx needs packages that are not installed here; pip install {' '.join(missing)}"
+            f"format onnx needs packages that are not installed; run pip install {' '.join(missing)}"
         )
     path = folder / ONNX_FILE
     if path.exists():
-        raise UserError(f"out: {path} exists already; choose another folder or remove it")
+        raise UserError(f"out: {path} already exists; give another folder or remove it")
     model, side = _Outputs(stored.build()).eval(), stored.arguments["image_size"]
     content = to_onnx(model, side, stored.facts(license, measured))
     difference = largest_difference(content, model, side)
     if not difference <= TOLERANCE:
         raise UserError(
-            f"{stored.path} as ONNX gives other numbers than torch (they differ by {difference:.1e}, allowed "
-            f"is {TOLERANCE:g}), so {path} was not written; try other versions of {', '.join(NEEDED)}"
+            f"{stored.path} as ONNX computes other numbers than torch (they differ by {difference:.1e}, at "
+            f"most {TOLERANCE:g} is allowed), so {path} was not written; try other versions of "
+            f"{', '.join(NEEDED)}"
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_file(path, content)
@@ -60,7 +61,7 @@ def write_onnx(
 
 @torch.no_grad()
 def largest_difference(content: bytes, model: nn.Module, side: int) -> float:
-    """Between onnxruntime on the CPU and torch, relative to the largest number of an output if above one."""
+    """Largest difference between onnxruntime and torch, relative to an output's largest number if above 1."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -71,17 +72,17 @@ def largest_difference(content: bytes, model: nn.Module, side: int) -> float:
         for got, expected in zip(session.run(None, {"images": images.numpy()}), model(images), strict=True):
             scale = expected.abs().max().clamp(min=1)
             differences.append(float((torch.from_numpy(got) - expected).abs().max() / scale))
-    return float(torch.tensor(differences).max())  # NaN if one is
+    return float(torch.tensor(differences).max())  # NaN if one of them is
 
 
 def to_onnx(model: "_Outputs", side: int, properties: Mapping[str, str]) -> bytes:
-    """The graph for images of this side, with texts by name."""
+    """The graph for images of this side, with `properties` as metadata."""
     import onnx
 
-    for name in ("onnxscript", "onnx_ir"):  # which tell every step of theirs
+    for name in ("onnxscript", "onnx_ir"):  # which log every step
         logging.getLogger(name).setLevel(logging.WARNING)
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # about torch's own deprecations
+        warnings.simplefilter("ignore")  # about deprecations within torch
         program = torch.onnx.export(
             model,
             (torch.zeros(2, 3, side, side),),
@@ -99,7 +100,7 @@ def to_onnx(model: "_Outputs", side: int, properties: Mapping[str, str]) -> byte
 
 
 class _Outputs(nn.Module):
-    """The encoder's encoding, and what its slots look at."""
+    """The encoding, and the attention of the slots."""
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()

@@ -1,16 +1,16 @@
-"""Starting weights of a run, from whatever holds a ViT: what is taken, what begins fresh, what stays unused.
+"""Initial weights of a run from a file with a ViT: which are copied, which are new, which are not used.
 
 The rules, for student and teacher alike:
 
-- The backbone must be of the recipe's width, patch size and number of heads (where the file tells it), with
-  as many blocks as the recipe builds. Of a plain ViT the last block may be one too many: a read-out with
-  slots replaces it. The final norm is then taken too, though it has normalized the output of another depth.
-- The position embedding is resized once to the recipe's image size, as the official code resizes it.
-- A read-out of the recipe's kind is taken, and must have its sizes; otherwise the read-out is fresh.
-- The head is taken if it reads the same encoding and fits exactly; else it is fresh.
-- Each network takes its own of a file with both; a frozen backbone needs one for both, the teacher's.
+- The backbone must have the recipe's width, patch size, and number of heads (if the file contains it), and as
+  many blocks as the recipe builds. A plain ViT may have one more, which a read-out with slots replaces. The
+  final norm is then copied too, although it normalized the output of the block after.
+- The position embedding is resized once to the recipe's image size, as in the official code.
+- A read-out of the recipe's kind is copied, and must have its sizes; otherwise the read-out is new.
+- The head is copied if it reads the same encoding and fits exactly; otherwise it is new.
+- From a file with both networks, each gets its own; with a frozen backbone, both get the teacher's.
 
-Optimizer, center and schedules begin anew.
+Optimizer, center, and schedules start from their initial state.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,9 +27,9 @@ from dino_sparo.models.encoder import WITH_SLOTS, architecture
 from dino_sparo.models.head import OLD_NAMES
 
 NOT_READOUT = ("arch", "patch_size", "image_size", "after_last_block")
-DEFAULTS = {"heads": "separate", "group_size": 1}  # of read-outs, where a recipe or file leaves them out
+DEFAULTS = {"heads": "separate", "group_size": 1}  # of read-outs, if a recipe or file omits them
 PROTOTYPE_LENGTHS = OLD_NAMES["last_layer.weight_g"]
-LENGTH_TOLERANCE = 0.01  # an average of ones over a long training is not exactly one
+LENGTH_TOLERANCE = 0.01  # a moving average of ones is not exactly one
 
 
 def read_networks(init: str, arguments: Mapping[str, Any]) -> list[StoredEncoder]:
@@ -37,11 +37,10 @@ def read_networks(init: str, arguments: Mapping[str, Any]) -> list[StoredEncoder
 
     Args:
         init: anything that `load_encoder` reads, or `timm:NAME`, which timm downloads.
-        arguments: those of `build_encoder` for the recipe; weights that do not tell their number of heads
-            have its.
+        arguments: those of `build_encoder` for the recipe, which give the number of heads of weights without.
 
     Raises:
-        UserError: there is no such file or model, or it is damaged or refused.
+        UserError: there is no such file or model, or it is damaged or not allowed.
     """
     networks = of_timm(init, "init ") if init.startswith(TIMM) else networks_in(init, arguments["arch"])
     return [one_of(networks, "teacher"), *(networks[name] for name in networks if name == "student")]
@@ -57,40 +56,41 @@ def start_networks(
     norm_last_layer: bool,
     frozen: bool,
 ) -> str:
-    """Put starting weights into fresh networks, by the rules above, and tell in one line what was taken.
+    """Copy initial weights into new networks, by the rules above; returns one line about what was copied.
 
     Args:
-        stored: teacher, and maybe student, as `read_networks` gives them.
+        stored: teacher, and student if there is one, from `read_networks`.
         arguments: those of `build_encoder` for both networks.
-        norm_last_layer: whether their heads fix the prototypes' length.
-        frozen: whether the backbones never learn, so that both must have the same.
+        norm_last_layer: whether their heads fix the norm of the prototypes.
+        frozen: whether the backbones are not trained, so both must have the same weights.
 
     Raises:
-        UserError: the file has other sizes, or holds anything that the rules do not explain; nothing is put.
+        UserError: the file has other sizes, or contains what the rules do not cover; nothing is copied.
     """
     sources = stored[:1] if frozen else stored
     taken = [_taken(one, student, arguments, norm_last_layer=norm_last_layer) for one in sources]
     (of_teacher, told), (of_student, _) = taken[0], taken[-1]
     if of_teacher.keys() != of_student.keys():
         raise UserError(
-            f"init {stored[0].path}: its student and teacher differ in what they hold; give one of them alone"
+            f"init {stored[0].path}: its student and teacher have different parameters; give a file with one "
+            f"of them"
         )
     for model, parameters in ((teacher, of_teacher), (student, of_student)):
         model.load_state_dict(model.state_dict() | parameters)
     number = sum(value.numel() for value in of_teacher.values())
     return (
-        f"init {stored[0].path}: {number / 1e6:.2f} million parameters taken, by student and teacher "
-        f"{'each its own' if len(taken) > 1 else 'alike'}; {told}"
+        f"init {stored[0].path}: {number / 1e6:.2f} million parameters copied to student and teacher, "
+        f"{'each its own' if len(taken) > 1 else 'the same to both'}; {told}"
     )
 
 
 def _taken(
     stored: StoredEncoder, model: DinoModel, arguments: Mapping[str, Any], *, norm_last_layer: bool
 ) -> tuple[dict[str, Tensor], str]:
-    """What a network takes, by the names of its parameters, and what it does not, in words."""
+    """What is copied to a network, by the names of its parameters, and what is not, in words."""
     fresh, unused, remarks = [], [], []
     _check_sizes(stored, arguments)
-    source, target = stored.build(), model.encoder  # `build` is strict about every name
+    source, target = stored.build(), model.encoder  # `build` checks every name
     state = source.state_dict()
     num_blocks = len(target.backbone.blocks)
     _check_blocks(stored, len(source.backbone.blocks), num_blocks, arguments)
@@ -98,7 +98,7 @@ def _taken(
         replaced = f"backbone.blocks.{num_blocks}."
         state = {name: value for name, value in state.items() if not name.startswith(replaced)}
         unused.append(f"blocks.{num_blocks} (the read-out replaces it)")
-        remarks.append(f"the final norm has normalized the output of block {num_blocks} there")
+        remarks.append(f"the final norm normalized the output of block {num_blocks} in the file")
     native, grid = source.backbone.native_grid, target.backbone.native_grid
     if native != grid:
         state["backbone.pos_embed"] = source.backbone.position_embedding(grid, grid)
@@ -123,14 +123,14 @@ def _taken(
     unused += stored.left_out(head)
     parameters |= head
     told = [
-        f"fresh: {', '.join(fresh) or 'nothing'}",
-        f"unused of the file: {', '.join(unused) or 'nothing'}",
+        f"new: {', '.join(fresh) or 'nothing'}",
+        f"not used: {', '.join(unused) or 'nothing'}",
     ]
     return parameters, "; ".join([*told, *remarks])
 
 
 def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], names: Mapping[str, str]) -> str:
-    """The values that differ, of these keys, whose names for a reader are given."""
+    """The values that differ, in words, for keys with these names."""
     return ", ".join(
         f"{name} {theirs.get(key)} (the recipe has {ours.get(key)})"
         for key, name in names.items()
@@ -139,7 +139,7 @@ def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], names: Mapp
 
 
 def _check_sizes(stored: StoredEncoder, arguments: Mapping[str, Any]) -> None:
-    """Refuse another width, number of heads or patch size."""
+    """Raises UserError: width, number of heads, or patch size differ."""
     theirs, ours = (
         {**architecture(given["arch"]), "patch_size": given["patch_size"]}
         for given in (stored.arguments, arguments)
@@ -147,25 +147,25 @@ def _check_sizes(stored: StoredEncoder, arguments: Mapping[str, Any]) -> None:
     names = {"width": "width", "num_heads": "attention heads", "patch_size": "patch size"}
     if different := _differences(theirs, ours, names):
         raise UserError(
-            f"init {stored.path} holds {different}; set model.arch and model.patch_size to what the file "
-            f"has, or give another file"
+            f"init {stored.path} has {different}; set model.arch and model.patch_size to those of the file, "
+            f"or give another file"
         )
 
 
 def _check_blocks(stored: StoredEncoder, given: int, needed: int, arguments: Mapping[str, Any]) -> None:
-    """Refuse another number of blocks; a plain ViT may have one more, which a read-out replaces."""
+    """Raises UserError: the number of blocks differs; a plain ViT may have one more, if it is replaced."""
     replaces = arguments["readout"] in WITH_SLOTS and not arguments.get("after_last_block", False)
     one_more = replaces and stored.arguments["readout"] not in WITH_SLOTS
     if given != needed and not (one_more and given == needed + 1):
         more = f", or {needed + 1} of a plain ViT, whose last one it replaces" if replaces else ""
         raise UserError(
-            f"init {stored.path} holds {given} blocks, but this recipe builds {needed} with read-out "
-            f"{arguments['readout']}; expected {needed}{more}, so change model.arch or give another file"
+            f"init {stored.path} has {given} blocks, but this recipe builds {needed} with read-out "
+            f"{arguments['readout']}; expected {needed}{more}; change model.arch or give another file"
         )
 
 
 def _same_readout(stored: StoredEncoder, arguments: Mapping[str, Any]) -> bool:
-    """Whether the file's read-out is of the recipe's kind; then refuse other sizes or choices."""
+    """Whether the file's read-out is of the recipe's kind. Raises UserError: its sizes or options differ."""
     theirs, ours = (
         DEFAULTS | {key: v for key, v in given.items() if key not in NOT_READOUT and v is not None}
         for given in (stored.arguments, arguments)
@@ -174,8 +174,8 @@ def _same_readout(stored: StoredEncoder, arguments: Mapping[str, Any]) -> bool:
         return False
     if different := _differences(theirs, ours, {key: key for key in sorted(theirs.keys() | ours.keys())}):
         raise UserError(
-            f"init {stored.path} holds a read-out {theirs['readout']} with {different}; set model.readout to "
-            f"what the file has, or give another file"
+            f"init {stored.path} has a read-out {theirs['readout']} with {different}; set model.readout to "
+            f"that of the file, or give another file"
         )
     return True
 
@@ -183,13 +183,13 @@ def _same_readout(stored: StoredEncoder, arguments: Mapping[str, Any]) -> bool:
 def _why_not_head(
     head: Mapping[str, Any], model: DinoModel, *, same_readout: bool, norm_last_layer: bool
 ) -> str:
-    """Why the head of a file, by the names of a DINOHead, begins fresh; empty if it is taken."""
+    """Why the head of a file, with the names of a DINOHead, is not copied; empty if it is."""
     if not any(name.startswith(("mlp.", "last_layer.")) for name in head):
         return "the file has none"
     if not same_readout:
-        return "the file's reads another encoding"
+        return "that of the file reads another encoding"
     if listed := misfits(head, model.head.state_dict()):
-        return f"the file's does not fit: {listed}"
+        return f"that of the file does not fit: {listed}"
     if norm_last_layer and (head[PROTOTYPE_LENGTHS] - 1).abs().max() > LENGTH_TOLERANCE:
-        return "the prototypes of the file's are not of length 1, as head.norm_last_layer wants"
+        return "prototypes of the file do not have norm 1, which head.norm_last_layer requires"
     return ""

@@ -1,4 +1,4 @@
-"""An encoder as a file holds it: how to build it, and weights that must fit it exactly."""
+"""An encoder from a file: the arguments to build it, and weights that must fit it exactly."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,23 +17,23 @@ from dino_sparo.terminal import few, shown
 
 MODELS = ("teacher", "student")
 SHOWN_NAMES = 20
-NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # in which weights may be stored
+NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # that weights may be stored in
 
 
 @dataclass(frozen=True)
 class StoredEncoder:
-    """One set of weights and what it belongs to.
+    """One set of weights, and the encoder that they belong to.
 
     Attributes:
-        path: where it was read, for messages.
+        path: the file, for messages.
         arguments: those of `build_encoder`, plain values.
         seed: of the initial weights, for the untrained encoder.
-        which: whose weights they are, teacher or student.
-        weights: state dict of the Encoder, not checked yet: anything may be among its values.
-        beside: what else the network has in the file, by name, not checked either: the DINO head
-            (`head.mlp.0.weight`, ...), the classifier of a plain ViT, or what masks and decodes.
-        epochs: whole epochs that a run has trained them; None if they are not of a run.
-        trained: what a run learned from and by what recipe, for readers of an exported file.
+        which: teacher or student.
+        weights: state dict of the Encoder, not checked yet: values may have any type.
+        beside: other parameters of the network in the file, by name, not checked either: the DINO head
+            (`head.mlp.0.weight`, ...), the classifier of a plain ViT, parts for masking and decoding.
+        epochs: complete epochs that they were trained for; None if they are not of a run.
+        trained: data and recipe of the run, for readers of an exported file.
     """
 
     path: Path
@@ -46,12 +46,12 @@ class StoredEncoder:
     trained: dict[str, str] = field(default_factory=dict)
 
     def left_out(self, taken: Collection[str] = ()) -> list[str]:
-        """What lies beside the encoder and is not among the names `taken`, as `head (8 tensors)`."""
+        """Parameters beside the encoder that are not in `taken`, in words, such as `head (8 tensors)`."""
         kinds = [name.partition(".")[0] for name in self.beside if name not in taken]
         return [f"{shown(kind)} ({kinds.count(kind)} tensors)" for kind in dict.fromkeys(kinds)]
 
     def facts(self, license: str | None, measured: Sequence[str]) -> dict[str, str]:
-        """What whoever uses the exported encoder must know, by short names.
+        """What users of the exported encoder need to know, by short names.
 
         Args:
             license: of the weights.
@@ -74,22 +74,22 @@ class StoredEncoder:
         """The encoder in evaluation mode, on the CPU, with these weights or its initial ones.
 
         Raises:
-            UserError: it cannot be built so, or the weights do not fit (all that is missing, unexpected or
-                misshapen in one message, also if untrained) or are not finite.
+            UserError: it cannot be built, or the weights do not fit, also if untrained (one message names all
+                that is missing, unexpected, or misshapen), or are not finite.
         """
         check_stored(self.weights, str(self.path))
         try:
             arguments = checked_encoder(self.arguments)
-            with torch.device("meta"):  # no memory before names, shapes and what is really there agree
+            with torch.device("meta"):  # no memory is allocated before names and shapes are checked
                 encoder = build_encoder(**arguments)
-        except (RuntimeError, TypeError, ValueError) as error:  # a description may be anything
-            raise UserError(f"{self.path} describes no encoder of dino-sparo: {error}") from error
+        except (RuntimeError, TypeError, ValueError) as error:  # the arguments may be anything
+            raise UserError(f"{self.path} does not describe an encoder of dino-sparo: {error}") from error
         expected = encoder.state_dict()
         if listed := misfits(self.weights, expected):
             raise UserError(
                 f"{self.path} does not fit an encoder with {in_words(self.arguments['arch'])} and read-out "
-                f"{self.arguments['readout']!r}: {listed} of {len(expected)} parameters; give the whole "
-                f"weights of such an encoder"
+                f"{self.arguments['readout']!r}: {listed} of {len(expected)} parameters; give all weights of "
+                f"such an encoder"
             )
         if untrained:
             with torch.random.fork_rng(devices=[]):
@@ -101,30 +101,29 @@ class StoredEncoder:
 
 
 def check_stored(weights: Mapping[str, Any], what: str) -> None:
-    """Refuse tensors that repeat fewer numbers than they claim to have. Raises UserError."""
+    """Raises UserError: tensors share memory, so that they have more numbers than the file contains."""
     plain = [value for value in weights.values() if is_plain(value)]
     claimed = sum(value.nbytes for value in plain)
     storages = [value.untyped_storage() for value in plain]
     held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
     if claimed > held:
         raise UserError(
-            f"{what} claims {claimed} bytes of weights, but holds {held}: some repeat others; save a copy of "
-            f"each tensor (tensor.clone())"
+            f"{what} claims {claimed} bytes of weights, but contains {held}, since tensors share memory; "
+            f"save a copy of each tensor (tensor.clone())"
         )
 
 
 def check_finite(weights: Mapping[str, Tensor], what: str) -> None:
-    """Refuse numbers that are not finite in float32. Raises UserError."""
+    """Raises UserError: numbers are not finite in float32."""
     if wrong := [name for name, value in weights.items() if not value.float().isfinite().all()]:
         raise UserError(
-            f"{what} holds numbers that are not finite, in {len(wrong)} parameters "
-            f"({few(wrong, SHOWN_NAMES)}), or too large for float32; give weights of a training that has not "
-            f"diverged"
+            f"{what} contains numbers that are not finite, or too large for float32, in {len(wrong)} "
+            f"parameters ({few(wrong, SHOWN_NAMES)}); give weights of a training that has not diverged"
         )
 
 
 def misfits(given: Mapping[str, Any], expected: Mapping[str, Tensor]) -> str:
-    """All that is missing, unexpected or misshapen in a state dict, in words; empty if it fits exactly."""
+    """All that is missing, unexpected, or misshapen in a state dict, in words; empty if it fits exactly."""
     wrong = {
         "missing": [name for name in expected if name not in given],
         "unexpected": [name for name in given if name not in expected],
@@ -145,7 +144,7 @@ def in_words(arch: str | Mapping[str, int]) -> str:
 
 
 def _kind(value: Any) -> str:
-    """Shape of a tensor, and what else sets it apart from a plain one of real numbers on the CPU."""
+    """Shape of a tensor, and its other differences from a dense float tensor on the CPU."""
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}"
     shape = "nested" if value.is_nested else tuple(value.shape)
@@ -156,7 +155,7 @@ def _kind(value: Any) -> str:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether this is a dense tensor on the CPU, of a kind of numbers in which weights are stored."""
+    """Whether this is a dense tensor on the CPU with one of the dtypes NUMBERS."""
     return (
         isinstance(value, Tensor)
         and not value.is_nested

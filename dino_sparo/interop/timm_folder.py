@@ -1,11 +1,11 @@
-"""An encoder as a folder in timm's layout of the Hugging Face hub, ready to be pushed, and read back.
+"""Write and read an encoder as a folder in timm's layout for the Hugging Face hub.
 
-`model.safetensors` holds the one set of weights, by the names of timm's model; `config.json` tells timm how
-to build that, and under a key of ours how to build the Encoder and whose weights they are; `README.md` is
-the model card. No file needs pickle.
+`model.safetensors` contains one set of weights, with the names of timm's model; `config.json` is read by timm
+to build the model, and contains under a key of ours how to build the Encoder and whose weights they are;
+`README.md` is the model card. No file needs pickle.
 
-timm builds the models that `interop.timm_models` registers, which give our encoding at any size. Weights of
-`cls` and `gap` have the names of timm's own ViT, which takes them too, for images of their own size.
+timm builds the models that `interop.timm_models` registers, which compute our encoding at any image size.
+Weights of `cls` and `gap` have the names of timm's own ViT, which loads them too, for their own image size.
 """
 
 import json
@@ -31,19 +31,19 @@ from dino_sparo.terminal import shown
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
-OUR_KEY = "dino_sparo"  # of config.json, beside those of timm
+OUR_KEY = "dino_sparo"  # in config.json, beside timm's keys
 FORMAT = 2
-READABLE = (1, FORMAT)  # format 1 was what is now under our key, alone
+READABLE = (1, FORMAT)  # format 1 had only what is now under OUR_KEY
 MOST_JSON = 1_000_000  # bytes of config.json; ours has 1,500
-KINDS = {"format": int, "weights": str, "seed": int, "encoder": dict}  # of what is under it
+KINDS = {"format": int, "weights": str, "seed": int, "encoder": dict}  # types of the values under OUR_KEY
 
-TIMM_POOLING: dict[str, dict[str, Any]] = {  # by the read-outs that timm's own ViT has
+TIMM_POOLING: dict[str, dict[str, Any]] = {  # arguments of timm's own ViT by read-out
     "cls": {},
-    "gap": {"global_pool": "avg", "fc_norm": False},  # the mean of tokens that are normalized already
+    "gap": {"global_pool": "avg", "fc_norm": False},  # mean of tokens that are already normalized
 }
 SPARO_SIZES = {"num_slots": 64, "slot_dim": 64, "key_dim": 64, "group_size": 1}
 NOT_READOUT = ("arch", "patch_size", "image_size", "readout")
-PREFIX = "backbone."  # of all parameters of an encoder without slots; in files they have none, as in timm
+PREFIX = "backbone."  # of all parameters of an encoder without slots; omitted in files, as in timm
 
 CARD = """\
 ---
@@ -64,7 +64,8 @@ Vision transformer for image features, {origin}{readout}.
 {trained}
 ## Use
 
-`FOLDER` is the folder of this file; from the Hugging Face hub it is `hf-hub:USER/NAME` instead.
+`FOLDER` is the folder of this file; with a model on the Hugging Face hub, replace `local-dir:FOLDER` by
+`hf-hub:USER/NAME`.
 
 ```python
 import timm
@@ -76,17 +77,17 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 encoding = model(transform(Image.open("IMAGE").convert("RGB"))[None])  # (1, {length})
 ```
 
-`dino_sparo.load_encoder("FOLDER")` gives the encoder itself.{timms_own}
+`dino_sparo.load_encoder("FOLDER")` returns the encoder itself.{timms_own}
 """
 TIMMS_OWN = """ Without dino_sparo, timm's own
-`timm.create_model({own})` takes the weights too, for images of
+`timm.create_model({own})` loads the weights too, for images of
 {image_size} pixels only: it resizes the position embedding differently from the DINO code."""
 READOUTS = {
     "sparo": "with the SPARO read-out (arXiv 2404.15721)",
-    "cls": "read out by its CLS token",
-    "gap": "read out by the mean of its patch tokens",
-    "pooler": "read out by an attentional pooler (arXiv 2205.01917)",
-    "bottleneck": "read out by two linear layers on its CLS token",
+    "cls": "with the CLS token as its encoding",
+    "gap": "with the mean of its patch tokens as its encoding",
+    "pooler": "with an attentional pooler (arXiv 2205.01917)",
+    "bottleneck": "with two linear layers on its CLS token",
 }
 
 
@@ -106,7 +107,7 @@ def write_exported(
         license: of the weights, by its name on the hub.
 
     Raises:
-        UserError: the folder holds something already, or the weights do not fit.
+        UserError: the folder is not empty, or the weights do not fit.
         OSError: it cannot be written.
     """
     encoder = stored.build()
@@ -116,34 +117,34 @@ def write_exported(
     config = _timm_config(stored.arguments) | {OUR_KEY: ours}
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
-        raise UserError(f"out: {folder} is not empty; choose another folder or empty it")
+        raise UserError(f"out: {folder} is not empty; give another folder or empty it")
     write_file(folder / WEIGHTS_FILE, save(weights, metadata={"format": "pt"}))
     write_file(folder / CARD_FILE, _model_card(stored, encoder, name, measured, license))
-    # Last, so that a folder with it is whole.
+    # Last, so that a folder with it is complete.
     write_file(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 
 
-# --- Back in
+# --- Reading
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """What a `.safetensors` file holds. Raises UserError, UserFileNotFoundError."""
+    """The content of a `.safetensors` file. Raises UserError, UserFileNotFoundError."""
     if not path.is_file():
-        raise UserFileNotFoundError(f"{path} does not exist; give the weights, or the folder that holds them")
+        raise UserFileNotFoundError(f"{path} does not exist; give a file of weights, or a folder with one")
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{path} is no readable safetensors file, or only a part of one ({error}); get it again"
+            f"{path} cannot be read as a safetensors file, or is incomplete ({error}); copy it again"
         ) from error
 
 
 def read_exported(weights: Mapping[str, Tensor], path: Path) -> StoredEncoder | None:
-    """The encoder of these weights by the description beside them; None if they are timm's own.
+    """The encoder of these weights, from the config.json beside them; None if they are timm's own.
 
     Raises:
-        UserFileNotFoundError: there is no description, and the weights are not by timm's names.
-        UserError: it is damaged.
+        UserFileNotFoundError: there is no config.json, and the weights do not have timm's names.
+        UserError: config.json is damaged.
     """
     path_of_config = path.with_name(CONFIG_FILE)
     try:
@@ -156,7 +157,7 @@ def read_exported(weights: Mapping[str, Tensor], path: Path) -> StoredEncoder | 
             f"{CONFIG_FILE}"
         ) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path_of_config} is no readable JSON file ({error}); get it again") from error
+        raise UserError(f"{path_of_config} cannot be read as JSON ({error}); copy it again") from error
     config = config if isinstance(config, dict) else {}
     ours = config.get(OUR_KEY, config)
     if ours is config and "sparo" not in str(config.get("architecture", "sparo")):
@@ -168,10 +169,10 @@ def read_exported(weights: Mapping[str, Tensor], path: Path) -> StoredEncoder | 
         or not {"arch", "readout"} <= ours["encoder"].keys()
     ):
         raise UserError(
-            f"{path_of_config} describes no exported encoder of format {FORMAT}; expected what dino-sparo "
-            f"export writes"
+            f"{path_of_config} does not describe an exported encoder of format {FORMAT}; expected a file "
+            f"written by dino-sparo export"
         )
-    if _is_plain(ours["encoder"]):  # format 1 had the prefix already
+    if _is_plain(ours["encoder"]):  # with format 1 they have the prefix
         weights = {f"{PREFIX}{name.removeprefix(PREFIX)}": value for name, value in weights.items()}
     seed, which = (
         value_of(f"{path_of_config}: {key}", ours[key], kind)
@@ -180,7 +181,7 @@ def read_exported(weights: Mapping[str, Tensor], path: Path) -> StoredEncoder | 
     return StoredEncoder(path, ours["encoder"], seed, which, dict(weights))
 
 
-# --- What timm is told
+# --- Configuration for timm
 
 
 def is_plain_sparo(arguments: Mapping[str, Any]) -> bool:
@@ -190,7 +191,7 @@ def is_plain_sparo(arguments: Mapping[str, Any]) -> bool:
 
 def pretrained_config(image_size: int) -> dict[str, Any]:
     """timm's `pretrained_cfg`: the official evaluation crop, ImageNet's mean and deviation, names."""
-    # We round the short side to resize to, timm cuts its fraction off: hence rounded down, to four digits.
+    # timm rounds the resized short side down, we round to nearest; so this is rounded down, to four digits.
     crop_pct = math.floor(10_000 * image_size / round(image_size * 256 / 224)) / 10_000
     return PretrainedCfg(
         tag="dino",
@@ -205,7 +206,7 @@ def pretrained_config(image_size: int) -> dict[str, Any]:
 
 
 def _timm_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What timm reads in `config.json`: the model by name, the arguments that differ from its, the images."""
+    """timm's part of `config.json`: name of the model, arguments that differ from it, preprocessing."""
     sizes = architecture(arguments["arch"])
     name = next((name for name, named in ARCHITECTURES.items() if named == sizes), "vit_small")
     named = {"img_size": 224, "patch_size": 16, **ARCHITECTURES[name], **SPARO_SIZES}
@@ -228,7 +229,7 @@ def _timm_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _timms_own(arguments: Mapping[str, Any]) -> str:
-    """The arguments by which timm's own ViT takes the weights of an encoder without slots."""
+    """The arguments for timm's own ViT to load the weights of an encoder without slots."""
     config = _timm_config(arguments)
     asked = {key: value for key, value in config["model_args"].items() if key != "readout"}
     asked = {"num_classes": 0} | asked | TIMM_POOLING[arguments["readout"]]
@@ -238,12 +239,12 @@ def _timms_own(arguments: Mapping[str, Any]) -> str:
 
 
 def _is_plain(arguments: Mapping[str, Any]) -> bool:
-    """Whether timm's own ViT gives the encoding of the encoder that these `build_encoder` arguments build."""
-    return arguments["readout"] in list(TIMM_POOLING)  # not hashed: a file may say anything
+    """Whether timm's own ViT computes the encoding of the encoder with these `build_encoder` arguments."""
+    return arguments["readout"] in list(TIMM_POOLING)  # a list, since the value in a file may be unhashable
 
 
 def _options(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What the read-out takes."""
+    """The options of the read-out."""
     return {key: value for key, value in arguments.items() if key not in NOT_READOUT}
 
 
@@ -251,10 +252,10 @@ def _model_card(
     stored: StoredEncoder, encoder: Encoder, name: str, measured: Sequence[str], license: str | None
 ) -> str:
     """The text of README.md, which the hub shows."""
-    encoding = f"{encoder.embed_dim} numbers"
+    encoding = f"{encoder.embed_dim} dimensions"
     if encoder.num_slots:
         width = encoder.embed_dim // encoder.num_slots
-        encoding += f", {encoder.num_slots} slots of {width} one after the other"
+        encoding += f", {encoder.num_slots} slots of {width} concatenated"
     size, facts = stored.arguments["image_size"], stored.facts(license, measured)
     told = ("data", "epochs", "license")
     text = CARD.format(

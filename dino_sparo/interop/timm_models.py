@@ -25,23 +25,23 @@ POOLINGS = ("readout", "")
 
 
 class SparoVisionTransformer(Encoder):
-    """An Encoder with timm's interface and a classifier; its state dict is the Encoder's, and `head`.
+    """An Encoder with timm's interface and a classifier; its state dict is the Encoder's, plus `head`.
 
-    Images may have any size that the patch size divides: the position embedding is resized as the official
-    code does it. So `dynamic_img_size` changes nothing.
+    Images may have any size that the patch size divides, since the position embedding is resized as in the
+    official code; `dynamic_img_size` has no effect.
 
     Args:
-        img_size: side in pixels at which the position embedding is native.
-        num_classes: outputs of the classifier; 0 gives the encoding.
-        global_pool: "readout", or "" for tokens as they are.
-        embed_dim, depth, num_heads: of the ViT; depth counts the blocks of the plain one, so it builds one
-            less where the read-out replaces the last.
+        img_size: side in pixels of the images whose patch grid is that of the position embedding.
+        num_classes: outputs of the classifier; 0: the model returns the encoding.
+        global_pool: "readout", or "" for the tokens without pooling.
+        embed_dim, depth, num_heads: of the plain ViT; a read-out that replaces the last block reduces the
+            number of blocks by one.
         num_slots, slot_dim, key_dim, group_size: of SPARO.
         readout: another read-out instead, as `name` and the options of `build_encoder`.
         drop_rate: dropout before the classifier.
 
-    As in timm, `num_features` is the width of what `forward_features` gives, and `head_hidden_size` of what
-    `forward_head` gives before the classifier: the encoding, L * V with slots.
+    As in timm, `num_features` is the dimension of the output of `forward_features`, and `head_hidden_size`
+    that of `forward_head` before the classifier: the encoding, L * V with slots.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class SparoVisionTransformer(Encoder):
         sides = {img_size} if isinstance(img_size, int) else set(img_size)
         if len(sides) != 1:
             raise ValueError(
-                f"img_size is {img_size}, expected a square; leave it out, the model takes images of any size"
+                f"img_size is {img_size}, expected a square; leave it out, since any image size is accepted"
             )
         sizes = {"num_slots": num_slots, "slot_dim": slot_dim, "key_dim": key_dim, "group_size": group_size}
         options = dict(readout or {"name": "sparo", **sizes})
@@ -92,7 +92,7 @@ class SparoVisionTransformer(Encoder):
         self.reset_classifier(num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, height, width) -> logits (B, num_classes), without classes encodings (B, L * V)."""
+        """Images (B, 3, height, width) -> logits (B, num_classes), or encodings (B, L * V) if that is 0."""
         return self.forward_head(self.forward_features(images))
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -107,16 +107,16 @@ class SparoVisionTransformer(Encoder):
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
     ) -> None:
-        """As in timm, but nothing changes: any size is taken. Raises ValueError if the patches do not fit."""
+        """As in timm, but without effect: any size is accepted. Raises ValueError: the patches do not fit."""
         side = self.backbone.patch_size
         if patch_size not in (None, side, (side, side)):
-            raise ValueError(f"patch_size is {patch_size}, expected {side}, as the weights have it")
+            raise ValueError(f"patch_size is {patch_size}, expected {side}, the patch size of the weights")
         sides = (img_size,) if isinstance(img_size, int) else img_size or ()
         if any(one % side for one in sides):
             raise ValueError(f"img_size is {img_size}, expected multiples of the patch size {side}")
 
     def slots(self, images: Tensor) -> Tensor:
-        """Images (B, 3, height, width) -> slots (B, L, V). Raises ValueError if there are none."""
+        """Images (B, 3, height, width) -> slots (B, L, V). Raises ValueError: there are none."""
         return self._slot_readout()(self.tokens(images))
 
     def attention(self, images: Tensor) -> Tensor:
@@ -129,14 +129,14 @@ class SparoVisionTransformer(Encoder):
         return self.readout
 
     def get_classifier(self) -> nn.Module:
-        """The classifier, an identity without classes."""
+        """The classifier; an identity without classes."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a fresh classifier in; the pooling stays unless it is given."""
+        """Replace the classifier by a new one; the pooling is unchanged unless it is given."""
         pooling = self.global_pool if global_pool is None else global_pool
         if pooling not in POOLINGS:
-            raise ValueError(f"global_pool is {pooling!r}, expected 'readout', or '' for tokens as they are")
+            raise ValueError(f"global_pool is {pooling!r}, expected 'readout', or '' for no pooling")
         self.num_classes, self.global_pool = num_classes, pooling
         self.head: nn.Module = nn.Identity()
         if num_classes > 0:
@@ -158,11 +158,11 @@ class SparoVisionTransformer(Encoder):
         """As timm's VisionTransformer: outputs of blocks, as maps (B, D, rows, columns) or "NLC" (B, N-1, D).
 
         Args:
-            indices: the last so many blocks, these, or all (None).
-            return_prefix_tokens: give pairs, with the CLS token (B, 1, D) second.
-            norm: normalize the outputs as the last one is.
-            stop_early: accepted, but all blocks run; pruned models (`features_only`) have no others.
-            intermediates_only: give the list alone, else (normalized tokens, list).
+            indices: number of last blocks, list of blocks, or None for all.
+            return_prefix_tokens: return pairs, with the CLS token (B, 1, D) second.
+            norm: apply the final norm to the outputs.
+            stop_early: no effect: all blocks run; pruned models (`features_only`) have no others.
+            intermediates_only: return only the list, else (normalized tokens, list).
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt is {output_fmt!r}, expected NCHW or NLC")
@@ -182,7 +182,7 @@ class SparoVisionTransformer(Encoder):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the blocks behind the last of `indices`, and what follows; give the indices from 0."""
+        """Remove the blocks after the last of `indices`, and what follows; returns the indices from 0."""
         taken, last = feature_take_indices(len(self.backbone.blocks), indices)
         self.backbone.blocks = self.backbone.blocks[: last + 1]
         if prune_norm:
@@ -193,15 +193,15 @@ class SparoVisionTransformer(Encoder):
         return taken
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep no activations within blocks in training."""
+        """Recompute activations of blocks in the backward pass."""
         self.backbone.activation_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that timm's optimizers leave without weight decay, as those of its own ViT."""
+        """Parameters without weight decay in timm's optimizers, as in its own ViT."""
         return {"backbone.pos_embed", "backbone.cls_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layers by number, for a learning rate by depth: stem, blocks (the norm with the last), read-out."""
+        """Groups for a learning rate by depth: stem, blocks (the norm with the last one), read-out."""
         return {
             "stem": r"^backbone\.(?:cls_token|pos_embed|patch_embed)",
             "blocks": [(r"^backbone\.blocks\.(\d+)", None), (r"^backbone\.norm", (99999,))],
@@ -210,8 +210,8 @@ class SparoVisionTransformer(Encoder):
 
 
 def _fitted(state: dict[str, Tensor], model: SparoVisionTransformer) -> dict[str, Tensor]:
-    """A stored state, also one by the names of timm's own ViT, its position embedding resized to the model's
-    native grid if it has another."""
+    """A stored state dict, also with the names of timm's own ViT; its position embedding is resized to the
+    model's grid."""
     if "cls_token" in state:
         state = {name if name.startswith("head.") else PREFIX + name: value for name, value in state.items()}
     name, grid = f"{PREFIX}pos_embed", model.backbone.native_grid

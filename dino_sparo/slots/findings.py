@@ -15,7 +15,7 @@ Content = Mapping[str, Any]
 
 
 class Finding(NamedTuple):
-    """A sentence, and the section of the page that holds its figure."""
+    """A sentence, and the section of the page with its figure."""
 
     sentence: str
     section: str
@@ -24,8 +24,8 @@ class Finding(NamedTuple):
 def training(encoder: Encoder, config: Content, metrics: Sequence[Content]) -> list[str]:
     """The encoder, its training, and its 20-NN accuracy before and after training."""
     slots = encoder.num_slots
-    sentence = f"A ViT of {len(encoder.backbone.blocks)} blocks, {encoder.width} wide, " + (
-        f"with {slots} slots of {encoder.embed_dim // slots} numbers" if slots else "without slots"
+    sentence = f"A ViT of {len(encoder.backbone.blocks)} blocks and {encoder.width} dimensions, " + (
+        f"with {slots} slots of {encoder.embed_dim // slots} dimensions" if slots else "without slots"
     )
     if metrics and config:
         last = metrics[-1]
@@ -52,7 +52,7 @@ def training(encoder: Encoder, config: Content, metrics: Sequence[Content]) -> l
 
 
 def of_rank(found: Content) -> list[str]:
-    """What half of the slots keep, and the best and the worst slot alone."""
+    """The accuracy of half of the slots, and of the best and the worst slot alone."""
     one = found["encoders"][0]
     way, half = max(one["half"].items(), key=lambda pair: pair[1]["knn"])
     whole, alone, order = one["all"]["knn"], one["alone"]["knn"], one["orders"]["knn"]
@@ -83,7 +83,7 @@ def of_health(found: Content) -> list[str]:
 
 
 def of_mask(found: Content) -> list[str]:
-    """The change of accuracy by a learned mask."""
+    """The change of accuracy with a learned mask."""
     row = [row for row in found["rows"] if row["over"] == "slots"][0]  # noqa: RUF015 else an IndexError
     return [
         f"A learned mask over slots changes the accuracy of nearest class means from {row['initial']:.1f} to "

@@ -1,4 +1,4 @@
-"""One HTML page of a run, from the files of its folder: each figure with the name of its file."""
+"""One HTML page about a run, from the files in its folder; every figure names its file."""
 
 import base64
 import io
@@ -39,14 +39,14 @@ TITLES = {
 FILES = {part: f"{part}/{part}.json" for part in TITLES}
 OF_CLASSES = ("rank", "mask")  # analyses that need labeled images
 WITHOUT_SLOTS = ("maps",)  # analyses of any encoder
-COMPARING = ("rank", "maps", "mask", "factors")  # analyses that take a control
+COMPARING = ("rank", "maps", "mask", "factors")  # analyses that compare with a control
 LEADING = ("curves", "maps", "gallery")  # sections whose first picture is on the first screen
 HEALTH = ("entropy", "effective_patches", "cls_share", "response_std", "overlap", "agreement")
 MOST_ENTRIES = 20_000  # of the log, more than curves have pixels
-NUM_BEST = 4  # slots shown from either end of the ranking
+NUM_BEST = 4  # slots shown from each end of the ranking
 GALLERY_BYTES, PICTURE_BYTES = 400_000, 1_200_000  # so that the page is under 15 MB
-MOST_PICTURE = 2**26  # bytes that are read of a file
-SIDES = (1600, 1200, 900, 600, 400, 250)  # pixels of the longer side that a smaller picture may have
+MOST_PICTURE = 2**26  # bytes that are read from a file
+SIDES = (1600, 1200, 900, 600, 400, 250)  # pixels of the longer side of a resized picture
 JPEG_QUALITY = 82
 
 Content = Mapping[str, Any]  # of the JSON of an analysis
@@ -54,8 +54,8 @@ Content = Mapping[str, Any]  # of the JSON of an analysis
 
 @dataclass(frozen=True)
 class Subject:
-    """What a page is about, as given to the command; analyses of other weights, images or controls are not
-    shown. `has_classes`: whether the images are labeled."""
+    """What a page is about, from the command's options; analyses with other weights, images, or controls are
+    not shown. `has_classes`: whether the images are labeled."""
 
     run: str
     out: str | None = None
@@ -66,17 +66,17 @@ class Subject:
 
     @property
     def folder(self) -> Path:
-        """Where `results.json` and, of a run folder, `metrics.jsonl` lie."""
+        """Folder of `results.json` and, for a run folder, `metrics.jsonl`."""
         return results_folder(self.run)
 
     @property
     def slots(self) -> Path:
-        """Where the commands about slots write."""
+        """Folder that the commands about slots write to."""
         return Path(self.out) if self.out else self.folder / "slots"
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The recipe of a run folder, empty where there is none. Raises UserError if it is damaged."""
+        """The recipe of a run folder, or empty. Raises UserError: it is damaged."""
         path = self.folder / CONFIG_FILE
         if not path.is_file():
             return {}
@@ -85,7 +85,7 @@ class Subject:
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
-        """The log of a run folder, empty where there is none; of ever so many entries some, and the last."""
+        """The log of a run folder, or empty; of very many entries some, and the last one."""
         entries: list[dict[str, Any]] = []
         last, every = None, 1
         for number, last in enumerate(each_metric(self.folder)):
@@ -96,7 +96,7 @@ class Subject:
         return entries if last is None or entries[-1] is last else [*entries, last]
 
     def command(self, part: str) -> str:
-        """The command line that makes a part of the page, on the given images if they will do."""
+        """The command line that makes a part of the page, on the given images if they are suitable."""
         words = ["dino-sparo", *(["slots"] if part in TITLES else []), part, self.run]
         if part != "factors":
             will_do = self.has_classes or part in ("health", "maps", "gallery")
@@ -110,7 +110,7 @@ class Subject:
         return shlex.join(words)
 
     def find(self, part: str) -> tuple[dict[str, Any] | None, str]:
-        """The JSON of an analysis; None, and what to say, where there is none or it is about others.
+        """The JSON of an analysis; if there is none or it is about other options, None and a note.
 
         Raises:
             UserError: the file is damaged.
@@ -127,11 +127,11 @@ class Subject:
             if value not in (None, content.get(key, value))
         ]
         if others:
-            return None, f"Not shown, since made with {', '.join(others)}; make it again:"
+            return None, f"Not shown, since it was made with {', '.join(others)}; make it again:"
         return content, ""
 
     def slots_to_show(self, num_slots: int) -> list[int]:
-        """The four best and the four worst slots by k-NN alone; without a ranking the first eight."""
+        """The four best and the four worst slots by their own k-NN; without a ranking, the first eight."""
         ranked, _ = self.find("rank")
         order = list(range(min(num_slots, 2 * NUM_BEST)))
         if ranked:
@@ -142,7 +142,7 @@ class Subject:
 
 @contextmanager
 def _damage_told(path: Path, command: str) -> Iterator[None]:
-    """Name the file that does not hold what it should, and the command that makes it again."""
+    """Raise a UserError that names a damaged file, and the command that makes it again."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -156,7 +156,7 @@ def write_page(path: Path, subject: Subject, encoder: Encoder) -> None:
     """Write the page of a run as one HTML file, which opens without network.
 
     Args:
-        encoder: that of the run; without slots the page has the maps of its CLS token alone.
+        encoder: that of the run; without slots, the page has only the maps of its CLS token.
 
     Raises:
         UserError: a file of the run is damaged.
@@ -184,13 +184,13 @@ def write_page(path: Path, subject: Subject, encoder: Encoder) -> None:
 
 
 def _facts(subject: Subject, encoder: Encoder) -> dict[str, str]:
-    """What the encoder is, and what a run folder tells of its training."""
+    """Facts about the encoder, and about its training if there is a run folder."""
     size, num_slots = encoder.image_size, encoder.num_slots
     facts = {
         "Run": subject.run,
         "Weights": subject.which,
-        "Slots": f"{num_slots} of {encoder.embed_dim // num_slots} numbers" if num_slots else "none",
-        "Encoding": f"{encoder.embed_dim} numbers",
+        "Slots": f"{num_slots} of {encoder.embed_dim // num_slots} dimensions" if num_slots else "none",
+        "Encoding": f"{encoder.embed_dim} dimensions",
         "Backbone": f"{len(encoder.backbone.blocks)} blocks, width {encoder.width}",
         "Images": f"{size} × {size} pixels, patches of {encoder.backbone.patch_size}",
         "Parameters": f"{sum(parameter.numel() for parameter in encoder.parameters()):,}",
@@ -212,11 +212,11 @@ def _facts(subject: Subject, encoder: Encoder) -> dict[str, str]:
 
 @dataclass
 class Section:
-    """One part of the page, as the template takes it.
+    """One part of the page, for the template.
 
     Attributes:
-        path: the file that the numbers come from; `made`: when it was written.
-        notes: lines of text, each with a command or an empty text.
+        path: the file with the numbers; `made`: when it was written.
+        notes: lines of text, each with a command or an empty string.
         findings: sentences for the top of the page.
     """
 
@@ -233,16 +233,16 @@ class Section:
 
     @cached_property
     def leads(self) -> bool:
-        """Whether its first picture stands at the top of the page."""
+        """Whether its first picture is at the top of the page."""
         return self.anchor in LEADING and bool(self.pictures)
 
     def source(self, path: Path) -> str:
-        """A file as captions call it: within the results of the run if it lies there."""
+        """A file for captions, relative to the folder of the run if it is in it."""
         folder = self.subject.folder
         return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
     def tell_age(self, *parts: str) -> None:
-        """Say when the file was written, and where the run has a newer checkpoint, what makes it again."""
+        """Set `made`; if the run has a newer checkpoint, add notes with the commands for these parts."""
         seconds = self.path.stat().st_mtime
         self.made = f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
         if any(path.stat().st_mtime > seconds for path in checkpoints_of(self.subject.folder)):
@@ -252,19 +252,19 @@ class Section:
     def add_table(
         self, caption: str, header: Sequence[str], rows: Sequence[Sequence[Any]], folded: bool = False
     ) -> None:
-        """A folded table shows when it is opened."""
+        """Add a table; a folded one is shown when it is clicked."""
         cells = [[_cell(value) for value in row] for row in rows]
         table = {"caption": caption, "source": self.source(self.path), "header": header, "rows": cells}
         self.tables.append(table | {"folded": folded})
 
     def add_picture(self, file: str, caption: str, max_bytes: int = PICTURE_BYTES) -> None:
-        """A file beside the section's; one that cannot be read leaves a note."""
+        """Add an image file beside that of the section; add a note if it cannot be read."""
         source = self.source(self.path.with_name(file))
         try:
             with open_regular(self.path.with_name(file)) as content:
                 uri = picture_uri(content.read(MOST_PICTURE), max_bytes)
         except Exception:  # a damaged file makes Pillow raise anything
-            self.notes.append((f"{source} is missing or no picture.", ""))
+            self.notes.append((f"{source} is missing, or cannot be read as an image.", ""))
         else:
             self.pictures.append({"uri": uri, "caption": caption, "source": source})
 
@@ -279,10 +279,10 @@ def _cell(value: float | str | None) -> str:
 
 
 def picture_uri(content: bytes, max_bytes: int) -> str:
-    """A PNG file as a data URI: as it is if it has at most `max_bytes`, else smaller and as JPEG.
+    """A PNG file as a data URI: unchanged if it has at most `max_bytes`, else resized and as JPEG.
 
     Raises:
-        OSError: it is no picture.
+        OSError: it is not an image.
     """
     kind = "png"
     with open_image(content) as image:
@@ -298,7 +298,7 @@ def picture_uri(content: bytes, max_bytes: int) -> str:
 
 
 def _sections(subject: Subject, num_slots: int) -> list[Section]:
-    """Every section in the order of the page: each analysis, or the command that makes it."""
+    """All sections in order: each analysis, or the command that makes it."""
     shown = subject.slots_to_show(num_slots)
     sections = [_curves(subject), _accuracy(subject)]
     fills = (_fill_rank, _fill_health, _fill_maps, _fill_gallery, _fill_mask, _fill_factors)
@@ -320,18 +320,18 @@ def _sections(subject: Subject, num_slots: int) -> list[Section]:
 
 
 def _curves(subject: Subject) -> Section:
-    """Loss, 20-NN and a few numbers of health over epochs, from metrics.jsonl."""
+    """Loss, 20-NN, and health measures over epochs, from metrics.jsonl."""
     section = Section(subject, "curves", "Training", subject.folder / METRICS_FILE)
     entries = subject.metrics
     if not any("loss" in entry for entry in entries):
-        section.notes.append((f"No {METRICS_FILE} here: only the folder of a training run holds curves.", ""))
+        section.notes.append((f"No {METRICS_FILE}: only the folder of a training run has curves.", ""))
         return section
     section.tell_age()
     first, every = io.BytesIO(), io.BytesIO()
     with _damage_told(section.path, subject.command("pretrain")):
         draw_curve(entries, first)
         draw_all(entries, every)
-    captions = "Loss and 20-NN accuracy over epochs", "Numbers of health over epochs"
+    captions = "Loss and 20-NN accuracy over epochs", "Health measures over epochs"
     for buffer, caption in zip((first, every), captions, strict=True):
         uri = picture_uri(buffer.getvalue(), PICTURE_BYTES)
         section.pictures.append({"uri": uri, "caption": caption, "source": section.source(section.path)})
@@ -339,7 +339,7 @@ def _curves(subject: Subject) -> Section:
 
 
 def _accuracy(subject: Subject) -> Section:
-    """k-NN and linear accuracies from results.json: the settings to compare by, then all others."""
+    """k-NN and linear accuracies from results.json: main settings first, then all others."""
     section = Section(subject, "accuracy", "Accuracy", subject.folder / RESULTS_FILE)
     results = read_results(subject.folder) if section.path.is_file() else []
     for part in ("knn", "linear"):
@@ -359,7 +359,7 @@ def _accuracy(subject: Subject) -> Section:
         "top-5 %",
         "images",
     )
-    for headline, caption in ((True, "Settings to compare by"), (False, "All other settings")):
+    for headline, caption in ((True, "Main settings"), (False, "All other settings")):
         rows = [
             [
                 *(result.protocol, result.name, result.test_set, result.weights),
@@ -376,12 +376,12 @@ def _accuracy(subject: Subject) -> Section:
 
 
 def _fill_rank(section: Section, found: Content, _shown: list[int]) -> None:
-    """Accuracy against the number of slots kept, and every slot alone."""
+    """Accuracy by number of slots kept, and of every slot alone."""
     section.intro = (
-        f"Slots are scored and chosen on {found['num_select']} images of the train part of {found['data']}; "
-        f"the curves are over {found['num_test']} test images, on which nothing is chosen."
+        f"Slots are scored and chosen on {found['num_select']} training images of {found['data']}; the "
+        f"curves are measured on {found['num_test']} test images, which are not used for choosing."
     )
-    section.add_picture("curve.png", "Accuracy against the number of slots kept")
+    section.add_picture("curve.png", "Accuracy by number of slots kept")
     encoders, measures = found["encoders"], (f"{found['k']}-NN %", "linear %")
     rows = []
     for one in encoders:
@@ -393,7 +393,7 @@ def _fill_rank(section: Section, found: Content, _shown: list[int]) -> None:
         place = {part: place for place, part in enumerate(one["orders"]["knn"], 1)}
         alone = zip(one["alone"]["knn"], one["alone"]["linear"], strict=True)
         rows = [[part, place[part], *scores] for part, scores in enumerate(alone)]
-        caption = f"{one['name']}: each part of {one['part_dim']} numbers alone"
+        caption = f"{one['name']}: each part of {one['part_dim']} dimensions alone"
         header = ("number", "place by k-NN", *measures)
         section.add_table(caption, header, rows, folded=one is not encoders[0])
 
@@ -409,8 +409,8 @@ def _fill_health(section: Section, found: Content, _shown: list[int]) -> None:
 
 
 def _fill_maps(section: Section, found: Content, shown: list[int]) -> None:
-    """The grid of attention maps, and that of the control's heads."""
-    section.intro = f"Attention ({found['which']}) over images of {found['data']}."
+    """The attention maps of slots, and of the control's heads."""
+    section.intro = f"Attention of the {found['which']} on images of {found['data']}."
     looks = "slots look, beside the CLS token" if found["slots"] else "the heads of the CLS token look"
     section.add_picture(found["grid"], f"Where {looks} in the last block")
     if found.get("control_grid"):
@@ -419,26 +419,28 @@ def _fill_maps(section: Section, found: Content, shown: list[int]) -> None:
         )
     if absent := ", ".join(str(slot) for slot in shown if slot not in found["slots"]):
         command = f"{section.subject.command('maps')} --slots {' '.join(map(str, shown))}"
-        section.notes.append((f"No maps of slots {absent}; they are drawn by", command))
+        section.notes.append((f"There are no maps of slots {absent}; make them:", command))
 
 
 def _fill_gallery(section: Section, found: Content, shown: list[int]) -> None:
     """The pictures of the best and worst slots' galleries."""
     section.intro = (
-        f"The images of {found['data']} that a slot responds to most, and their nearest neighbors within the "
-        f"slot's own numbers: of the best slots by k-NN alone, then of the worst."
+        f"The images of {found['data']} that a slot responds to most, and their nearest neighbors by this "
+        f"slot only: first for the best slots by their own k-NN accuracy, then for the worst."
     )
     pictures = {entry["slot"]: entry["picture"] for entry in found["slots"]}
     for slot in shown:
         if slot in pictures:
             section.add_picture(pictures[slot], f"What slot {slot} responds to most", GALLERY_BYTES)
     if absent := ", ".join(str(slot) for slot in shown if slot not in pictures):
-        section.notes.append((f"No gallery of slots {absent}; made by", section.subject.command("gallery")))
+        section.notes.append(
+            (f"There are no galleries of slots {absent}; make them:", section.subject.command("gallery"))
+        )
 
 
 def _fill_mask(section: Section, found: Content, _shown: list[int]) -> None:
-    """Initial, masked and relative change."""
-    transfer = f", and tried on {found['transfer']}" if found.get("transfer") else ""
+    """Accuracies without and with the mask."""
+    transfer = f", and tested on {found['transfer']}" if found.get("transfer") else ""
     section.intro = f"A mask learned on {found['data']} with a frozen encoder{transfer}."
     header = ("encoder", "mask over", "test set", "initial %", "masked %", "relative change %", "kept")
     keys = ("encoder", "over", "test_set", "initial", "masked", "relative_change", "kept")
@@ -447,12 +449,12 @@ def _fill_mask(section: Section, found: Content, _shown: list[int]) -> None:
 
 
 def _fill_factors(section: Section, found: Content, _shown: list[int]) -> None:
-    """How well each slot tells each factor."""
+    """How well each slot predicts each factor."""
     section.intro = (
-        f"Accuracy in percent of a probe on each slot alone, learned on {found['num_train']} and tested on "
+        f"Accuracy in percent of a probe on each slot alone, trained on {found['num_train']} and tested on "
         f"{found['num_test']} generated pictures."
     )
-    section.add_picture("factors.png", "Every slot on every factor, and whole encodings")
+    section.add_picture("factors.png", "Accuracy by factor, of each slot and of whole encodings")
     names = list(found["factors"])
     for one in found["encoders"]:
         rows = [[f"slot {slot}", *scores] for slot, scores in enumerate(one["alone"])]

@@ -1,4 +1,4 @@
-"""Pretraining from Python, as in a notebook."""
+"""Pretraining from Python, for example in a notebook."""
 
 import logging
 import signal
@@ -21,19 +21,19 @@ def pretrain(
     run_dir: str | Path,
     changes: Mapping[str, Any] | None = None,
 ) -> Encoder:
-    """Start a run in this process, or resume it, and return its teacher, as `load_encoder` does.
+    """Start or resume a run in this process; returns its teacher, as `load_encoder` does.
 
-    An interrupt, as by the stop button of a notebook, saves the run after the step; the same call resumes.
+    An interrupt, such as the stop button of a notebook, saves the run after the step; the same call resumes.
 
     Args:
-        recipe: a YAML file, or the name of a shipped recipe.
-        data_path: the images, as `--data.path` names them.
+        recipe: a YAML file, or the name of a recipe of the package.
+        data_path: the images, as for `--data.path`.
         run_dir: folder of the run.
-        changes: other values for fields of the recipe, such as `{"optim.epochs": 5}`.
+        changes: values that replace those of the recipe, such as `{"optim.epochs": 5}`.
 
     Raises:
-        UserError: for a mistake in recipe or data.
-        StoppedError: the run was interrupted; it is saved.
+        UserError: there is a mistake in recipe or data.
+        StoppedError: the run was interrupted, and is saved.
     """
     if not logging.getLogger("dino_sparo").level:
         set_up_log(logging.INFO)
@@ -42,7 +42,7 @@ def pretrain(
     try:
         run.pretrain(options, Path(run_dir))
     finally:
-        if threading.current_thread() is threading.main_thread():  # which alone may
+        if threading.current_thread() is threading.main_thread():  # no other may set handlers
             for number, handler in before.items():
                 signal.signal(number, handler)
     return load_encoder(run_dir)
