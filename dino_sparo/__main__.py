@@ -39,6 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status, one of EXIT_STATUSES."""
     open_outputs()
     os.environ["PYTHONSAFEPATH"] = "1"  # child processes import nothing from the working directory
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # a thread of torch that waits leaves its core to others
     if not can_build_c():
         os.environ.setdefault("TORCH_DISABLE_NATIVE_JIT", "1")  # else torch fails within a step on a GPU
     try:
