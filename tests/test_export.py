@@ -69,7 +69,7 @@ def test_official_weights_are_exported_too(tmp_path):
     torch.save(state | {"norm.bias": bias[:128], "blocks.0.norm1.bias": bias[128:]}, tmp_path / "dino.pth")
     assert main(["export", str(tmp_path / "dino.pth"), "--out", str(tmp_path / "out")]) == 0
     same(load_encoder(tmp_path / "out"), source, size=32)
-    with pytest.raises(UserError, match=r"arch is 'vit_tiny' .* holds width 128, depth 3 and 2 heads"):
+    with pytest.raises(UserError, match=r"arch is 'vit_tiny' .* has width 128, depth 3 and 2 heads"):
         load_encoder(tmp_path / "out", arch="vit_tiny")
 
 

@@ -127,7 +127,7 @@ def test_layouts_are_recognized_and_explained(name, tmp_path):
     if name in USABLE:
         assert sentence == ""
         return
-    assert sentence.startswith(f"{root} holds {'Kaggle' if name.startswith('Kaggle') else ''}")
+    assert sentence.startswith(f"{root} contains {'Kaggle' if name.startswith('Kaggle') else ''}")
     assert f"`dino-sparo prepare {root} --out OUT" in sentence
     assert ("OUT/train/<class>" in sentence, "OUT/val/<class>" in sentence) == (bool(train), bool(val))
     needs_labels = val is not None and val.form != FOLDERS and labels is None

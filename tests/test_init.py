@@ -150,7 +150,7 @@ def test_a_plain_vit_starts_a_sparo_encoder(tmp_path, extra):
     assert len(state.student.encoder.backbone.blocks) == 2
     for part in (
         "parameters copied to student and teacher, the same to both;",
-        "fresh: read-out sparo (the file has cls), head (the file has none);",
+        "new: read-out sparo (the file has cls), head (the file has none);",
         "not used: blocks.2 (the read-out replaces it)",
         "the final norm normalized the output of block 2 in the file",
     ):
@@ -187,7 +187,7 @@ def test_timms_own_model_by_file_and_by_name(tmp_path, monkeypatch, caplog):
         assert "not used: head (2 tensors)" in said
     model.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.229, 0.224, 0.225)}
     started_from(tmp_path, "timm:vit", **CLS)
-    assert "init timm:vit was trained on images normalized with mean (0.5, 0.5, 0.5), here" in caplog.text
+    assert "init timm:vit was trained on images normalized with mean (0.5, 0.5, 0.5), but here" in caplog.text
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224"}))
     for init in (tmp_path / "model.safetensors", tmp_path):  # a folder as the hub has it
         started_from(tmp_path, init, **CLS)
@@ -220,7 +220,7 @@ def test_a_model_of_timm_stands_wherever_a_run_does(tmp_path, monkeypatch, capsy
     assert main(["knn", "timm:vit_x.dino", "--data.path", "data", "--num_workers", "0"]) == 0
     assert (tmp_path / "timm_vit_x.dino_evaluation" / "results.json").is_file()
     assert main(["export", "timm:vit_x.dino", "--out", "out"]) == 0
-    assert "not used: head (2 tensors)" in capsys.readouterr().out
+    assert "left out: head (2 tensors)" in capsys.readouterr().out
     torch.testing.assert_close(load_encoder("out")(images), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -281,12 +281,12 @@ def test_a_frozen_backbone_is_the_teachers_in_both(tmp_path):
         (
             lambda: bare(plain(1, arch=ARCH | {"width": 64})),
             {},
-            "holds width 64 (the recipe has 16), att",
+            "has width 64 (the recipe has 16), att",
         ),
         (
             lambda: bare(plain(1, patch_size=4)),
             {},
-            "holds patch size 4 (the recipe has 8); set model.arch",
+            "has patch size 4 (the recipe has 8); set model.arch",
         ),
         (lambda: bare(plain(1, arch=ARCH | {"depth": 5})), {}, "read-out sparo; expected 2, or 3 of a plain"),
         (lambda: named(network(1)), CLS, "has 2 blocks, but this recipe builds 3 with read-out cls"),
@@ -301,7 +301,11 @@ def test_a_frozen_backbone_is_the_teachers_in_both(tmp_path):
             {},
             "1 unexpected (blocks.2.ls1.gamma)",
         ),
-        (lambda: full(network(1, head={"num_prototypes": 8}), network(2)), {}, "student and teacher differ"),
+        (
+            lambda: full(network(1, head={"num_prototypes": 8}), network(2)),
+            {},
+            "student and teacher have different",
+        ),
         (
             lambda: bare(plain(1)) | {"norm.bias": torch.full((16,), torch.nan)},
             {},

@@ -150,7 +150,7 @@ def test_two_processes_with_a_frozen_backbone(pictures, tmp_path):
     arguments = command(pictures, tmp_path / "run", processes=2, **changes)
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "Warning" not in done.stderr and done.stderr.count("parameters taken") == 1
+    assert "Warning" not in done.stderr and done.stderr.count("parameters copied") == 1
     given = torch.load(pictures / "vit.pth")
     for backbone in backbones(tmp_path / "run"):
         assert all(torch.equal(value, given[name]) for name, value in backbone.items())
@@ -160,7 +160,7 @@ def test_two_processes_with_a_frozen_backbone(pictures, tmp_path):
 def test_check_tries_the_starting_weights(pictures, tmp_path, capsys):
     arguments = tiny_arguments(pictures, tmp_path / "run", init=pictures / "vit.pth", **FROZEN)
     assert main(["check", *arguments]) == 0
-    assert "vit.pth: 0.01 million parameters taken" in " ".join(capsys.readouterr().out.split())
+    assert "vit.pth: 0.01 million parameters copied" in " ".join(capsys.readouterr().out.split())
     torch.save(bare(plain(1, patch_size=4)), tmp_path / "other.pth")
     assert main(["check", *tiny_arguments(pictures, tmp_path / "run", init=tmp_path / "other.pth")]) == 1
-    assert "other.pth holds patch size 4" in capsys.readouterr().out
+    assert "other.pth has patch size 4" in capsys.readouterr().out

@@ -143,7 +143,7 @@ def test_ever_so_many_numbers_in_the_directory_of_a_tiff_are_refused_before_they
 def test_a_file_has_at_most_four_bytes_for_each_pixel_allowed(tmp_path):
     (tmp_path / "a.bmp").write_bytes(encoded(PICTURE, "BMP") + bytes(2**20))
     source = open_images(str(tmp_path), choice=Choice(max_pixels=10))
-    with pytest.raises(UserError, match=r"a\.bmp: .* bytes, more than 1,048,616, for data\.max_pixels 10"):
+    with pytest.raises(UserError, match=r"a\.bmp: .* bytes, more than 1,048,616 for data\.max_pixels 10"):
         source.load(0)
 
 

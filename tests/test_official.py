@@ -131,7 +131,7 @@ def test_arch_must_fit(file, state):
     assert load_encoder(file, arch={**SIZES, "num_heads": 4}).backbone.blocks[0].attn.num_heads == 4
     message = refused(file, state, arch="vit_small")
     assert "arch is 'vit_small' (width 384, depth 12 and 6 heads), but" in message
-    assert "holds width 128, depth 3 and 2 heads" in message
+    assert "has width 128, depth 3 and 2 heads" in message
     for arch, part in (
         ("vit_huge", "expected one of vit_tiny, vit_small, vit_base, or a mapping"),
         ({"width": 128}, "mapping with width, depth, num_heads"),

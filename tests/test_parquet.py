@@ -77,7 +77,7 @@ def test_files_that_are_not_all_there(root):
     with pytest.raises(UserError, match=r"contains 1 of 2 parquet files, .*download the others"):
         open_images(str(root))
     set_of(root / "train-00000-of-00001.parquet", 3)
-    with pytest.raises(UserError, match="holds 2 of 1 or 2 parquet files"):
+    with pytest.raises(UserError, match="contains 2 of 1 or 2 parquet files"):
         open_images(str(root))
 
 

@@ -131,7 +131,7 @@ def test_starting_weights_are_looked_at(trained, tmp_path, capsys):
     data, run = trained
     given = tiny_arguments(data, tmp_path / "new", init=run)
     status, rows, _ = plan(given, capsys)
-    assert status == 0 and "million parameters taken" in rows["weights"]
+    assert status == 0 and "million parameters copied" in rows["weights"]
     given = tiny_arguments(data, tmp_path / "new", init=run, model__arch__width=32)
     status, rows, out = plan(given, capsys)
     assert status == 1 and rows["weights"].endswith("refused")

@@ -215,7 +215,7 @@ def test_progress_is_logged_without_a_terminal(tmp_path, monkeypatch, caplog):
         scanned(Files(source.paths * (scan.BATCH_FILES + 1)))
     first, last = (record.getMessage() for record in caplog.records)
     assert first.startswith("train: 32 of 33 images, ")
-    assert last.startswith("train: 33 of 33 images, ") and last.endswith("left 0:00:00")
+    assert last.startswith("train: 33 of 33 images, ") and last.endswith("0:00:00 left")
 
 
 # --- Copies, classes, and the report
@@ -296,4 +296,4 @@ def test_report_without_val_and_of_generated_pictures(copied):
     assert describe(report)[-1] == "classes in train: unknown, since the images are not in class folders"
     report = data_report(scanned(shapes_source("val")), None)
     assert report.train.readable == 0 and report.copies_in_train is None
-    assert describe(report)[0] == "train: 1,000 images, not scanned: generated pictures are no files"
+    assert describe(report)[0] == "train: 1,000 images, not scanned: generated pictures are not files"

@@ -330,7 +330,7 @@ def test_one_class_is_no_evaluation(tmp_path):
 
 def test_shards_of_a_split_in_several_folders_are_refused(tmp_path):
     write(tmp_path, "train.1/cat/0.jpg", "train.2/cat/1.jpg", "val.1/cat/0.jpg")
-    with pytest.raises(UserError, match=r"train lies in several folders, such as train\.1/cat/0\.jpg"):
+    with pytest.raises(UserError, match=r"train is in several folders, such as train\.1/cat/0\.jpg"):
         shard(str(tmp_path), str(tmp_path / "out"), num_workers=0)
 
 
@@ -578,10 +578,10 @@ def test_names_begin_no_line_of_what_is_said_and_are_short(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (["a/x.gif", "a/y.gif", "b/z.JFIF"], r"files, 2 ending in \.gif, 1 ending in \.jfif \(in a/ first\)"),
-        (["a/data-00000-of-00001.arrow"], r"files, 1 ending in \.arrow \(in a/ first\)"),
-        (["train/a.zip"], r"files, 1 ending in \.zip"),
-        (["README"], "files, 1 without an ending"),
+        (["a/x.gif", "a/y.gif", "b/z.JFIF"], r"only 2 ending in \.gif, 1 ending in \.jfif \(first in a/\)"),
+        (["a/data-00000-of-00001.arrow"], r"only 1 ending in \.arrow \(first in a/\)"),
+        (["train/a.zip"], r"only 1 ending in \.zip"),
+        (["README"], "only 1 without an ending"),
         ([f"x.{end}" for end in "abcdef"], r"1 ending in \.d, and 2 more endings"),
         ([".hidden/x.jpg"], "there are no files"),
     ],
@@ -594,9 +594,7 @@ def test_no_images_says_what_there_is(tmp_path, names, said):
 
 def test_shards_without_images_say_what_they_hold(tmp_path):
     write_tar(tmp_path / "0.tar", a__gif=b"", b__gif=b"", c__txt=b"")
-    with pytest.raises(
-        UserFileNotFoundError, match=r"in 0\.tar there are 2 ending in \.gif, 1 ending in \.txt"
-    ):
+    with pytest.raises(UserFileNotFoundError, match=r"0\.tar contains 2 ending in \.gif, 1 ending in \.txt"):
         open_images(str(tmp_path))
 
 
@@ -710,9 +708,7 @@ def test_the_column_of_classes_can_be_chosen(tmp_path, saved):
     else:
         parquet.write_table(table, root / "train-0.parquet")
     assert open_images(str(root)).labels is None
-    with pytest.raises(
-        UserError, match=r"data\.label_column; it can be 'species' or 'coded' or 'coarse' or 'fine'"
-    ):
+    with pytest.raises(UserError, match=r"data\.label_column .*'species' or 'coded' or 'coarse' or 'fine'"):
         open_labeled(str(root))
     assert labels_of(root, "species") == ([2, 0, 2, 1], ("cat", "dog", "owl"))
     assert labels_of(root, "coded") == ([1, 0, 0, 1], ("a", "b"))

@@ -118,6 +118,6 @@ def test_mistakes_write_nothing(run_dir, tmp_path, out, capsys):
     assert list(tmp_path.iterdir()) == []
     out.write_text("mine")
     assert export(run_dir, out) == 2
-    assert "official.pth exists already" in capsys.readouterr().err and out.read_text() == "mine"
+    assert "official.pth already exists" in capsys.readouterr().err and out.read_text() == "mine"
     assert export(tmp_path / "nothing", tmp_path / "x.pth") == 2
     assert "nothing does not exist; expected a run folder" in capsys.readouterr().err

@@ -202,7 +202,7 @@ def test_workers_get_no_pixels(server):
 
 def test_check_and_shard_say_that_there_are_no_files(server, tmp_path):
     assert "checksum" in scan_images(open_images("cifar10"), num_workers=0, description="x").report.skipped
-    with pytest.raises(UserError, match="generated pictures or a set"):
+    with pytest.raises(UserError, match="generated pictures, or a dataset"):
         shard("cifar10", str(tmp_path / "out"))
 
 

@@ -24,7 +24,7 @@ from tests.tiny import tiny_options, write_pictures
 
 BAD = "005.png"
 SAYS = {
-    "hang": r"no batch of images came within machine\.data_timeout_seconds 2 while at .*005\.png",
+    "hang": r"no batch of images came within machine\.data_timeout_seconds 2 while loading .*005\.png",
     "die": r"a process that loads images died .*while loading .*005\.png",
 }
 BOTH = pytest.mark.parametrize("behavior", SAYS)

@@ -347,7 +347,7 @@ def _pack(root: Path, folders: list[Folder], names: Sequence[str]) -> list[bytes
         others.update(folder.others)
     if not full:
         where = next((folder.below for folder in folders if folder.others), "")
-        there = f"there are only others ({named_by_ending(others)})" if others else "there are no files"
+        there = f"there are only {named_by_ending(others)}" if others else "there are no files"
         raise UserFileNotFoundError(
             f"{root}: no images found; expected files ending in {' '.join(EXTENSIONS)}, directly or in "
             f"folders below; {there}{f' (first in {where})' if where else ''}"
