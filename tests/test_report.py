@@ -120,7 +120,7 @@ def test_page_is_balanced_loads_nothing_and_names_existing_files(reported):
     assert {"results.json", "metrics.jsonl", *(f"slots/{name}.png" for name in pictures)} <= {*page.files}
     (command,) = page.commands
     assert command.startswith(f"dino-sparo linear {reported} --data.path ")
-    assert "3 of 4 numbers" in text and "seed: 0" in text and "1 epochs, 2 steps" in text
+    assert "3 of 4 dimensions" in text and "seed: 0" in text and "1 epochs, 2 steps" in text
 
 
 def test_tables_hold_the_numbers_of_the_files(reported):
