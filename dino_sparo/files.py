@@ -116,7 +116,8 @@ def alone_in(folder: Path, *, wait: bool = True) -> Iterator[None]:
 def did_you_mean(path: Path) -> str:
     """A suggestion in parentheses: the name beside a missing file or folder that is most similar."""
     with suppress(OSError):
-        names = [entry.name for entry in islice(os.scandir(path.parent), MOST_NAMES)]
+        with os.scandir(path.parent) as entries:
+            names = [entry.name for entry in islice(entries, MOST_NAMES)]
         near = difflib.get_close_matches(path.name, names, n=1)
         return f" (did you mean {str(path.parent / near[0])!r}?)" if near else ""
     return ""

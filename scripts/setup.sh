@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Creates .venv in the root of the repository and installs the package into it; sourced by the other scripts.
 # Usage: source scripts/setup.sh EXTRA      EXTRA is "" or test, and required: else $1 would be the caller's
-# CPU_ONLY=1 installs PyTorch without CUDA, which is less than a third of the size.
+# CPU_ONLY=1 installs PyTorch without CUDA, which is smaller.
 set -euo pipefail
 extra=${1?usage: source scripts/setup.sh EXTRA}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

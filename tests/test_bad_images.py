@@ -17,7 +17,7 @@ from PIL import EpsImagePlugin, Image
 from dino_sparo.cli.pretraining import pretrain as pretrain_by
 from dino_sparo.data import pil_views
 from dino_sparo.data.decode import PROBLEMS
-from dino_sparo.data.images import evaluation_crop, to_tensor
+from dino_sparo.data.images import evaluation_crop, evaluation_input, to_tensor
 from dino_sparo.data.scan import find_copies, scan_images
 from dino_sparo.data.sources import open_images
 from dino_sparo.errors import UserError
@@ -226,6 +226,12 @@ def test_nobody_waits_for_a_pipe_among_shards_or_tables(tmp_path, name):
     os.mkfifo(tmp_path / name)
     with pytest.raises(UserError, match=rf"{name}.*not a regular file"):
         open_images(str(tmp_path))
+
+
+def test_the_transform_of_an_encoder_does_not_wait_for_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    with pytest.raises(OSError, match="not a regular file"):
+        evaluation_input(tmp_path / "a.jpg", 48)
 
 
 # --- Evaluation

@@ -1,5 +1,6 @@
 """The command line as a user meets it: exit status, one line on a mistake, what lies in the run folder."""
 
+import os
 import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -243,3 +244,12 @@ def as_dict(options: object) -> dict[str, object]:
         field.name: as_dict(value) if is_dataclass(value := getattr(options, field.name)) else value
         for field in fields(options)
     }
+
+
+@pytest.mark.parametrize("own", [None, "ACTIVE"])
+def test_waiting_threads_leave_their_core_to_others_unless_the_user_says_otherwise(monkeypatch, own):
+    monkeypatch.setenv("OMP_WAIT_POLICY", own or "")
+    if own is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    assert main(["--version"]) == 0
+    assert os.environ["OMP_WAIT_POLICY"] == (own or "PASSIVE")

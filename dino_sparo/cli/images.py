@@ -87,8 +87,8 @@ def open_chosen(
 def choice_of(data: ReadingOptions, run: str | None) -> "Choice":
     """What is chosen of the images for an encoder; without another word pixels are read as its run did."""
     from dino_sparo.data.splits import Choice
+    from dino_sparo.recipe.files import CONFIG_FILE
     from dino_sparo.recipe.typed import read_yaml
-    from dino_sparo.runs.rundir import CONFIG_FILE
 
     choice, config = Choice.of(data), Path(run or "") / CONFIG_FILE
     if run and choice.value_range is None and config.is_file():

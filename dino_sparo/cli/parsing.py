@@ -10,7 +10,7 @@ from typing import Any
 
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.files import did_you_mean
-from dino_sparo.recipe.files import checked_keys, named_recipe, recipes
+from dino_sparo.recipe.files import CONFIG_FILE, checked_keys, named_recipe, recipes
 from dino_sparo.recipe.sections import Recipe
 from dino_sparo.recipe.typed import (
     MissingError,
@@ -27,7 +27,6 @@ log = logging.getLogger("dino_sparo")
 
 FLAGS = {"quiet": bool, "dry_run": bool}  # of the program, not of a command
 NOT_IN_RECIPES = {"run_dir", "data.path"}
-CONFIG_FILE = "config.yaml"  # of a run folder
 
 
 def given_values(

@@ -1,10 +1,12 @@
 """Decode the bytes of an image file to RGB pixels, or explain why they cannot be read; needs no torch."""
 
+import os
 import re
 from importlib.util import find_spec
 from io import BytesIO
 from math import prod
 from operator import add
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -14,6 +16,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 
 from dino_sparo.errors import UserError
+from dino_sparo.files import open_regular
 
 # Formats that are read, whatever the file name; Pillow reads others, and starts Ghostscript for one of them.
 FORMATS = ["JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF"]
@@ -122,6 +125,13 @@ class Reading(NamedTuple):
         if num_bytes > most:
             raise OSError(f"its file has {num_bytes:,} bytes, more than {most:,} {self._allowed()}")
 
+    def read_file(self, path: str | Path) -> bytes:
+        """The bytes of an image file. Raises OSError: not a regular file, or too large."""
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            self.check_size(size)
+            return file.read(size)  # no more, even if the file grows
+
     def check_pixels(self, image: Image.Image, *, in_scans: bool = False) -> None:
         """Raises OSError: an image has more pixels than are decoded; `in_scans` as in `_takes_twice`."""
         width, height = stored_size(image)
@@ -172,7 +182,7 @@ def open_image(data: bytes, reading: Reading = AS_IS) -> Image.Image:
     image = Image.open(content, formats=FORMATS)
     in_scans = isinstance(image, JpegImageFile) and _in_scans(image, data, content.end)
     reading.check_pixels(image, in_scans=in_scans)
-    if isinstance(image, JpegImageFile) and _num_scans(data) > MAX_SCANS:
+    if in_scans and _num_scans(data) > MAX_SCANS:  # of a JPEG in one scan, further scans are not decoded
         raise OSError("it has too many scans")
     content.reads_left += len(data) // DATA_READS
     return image

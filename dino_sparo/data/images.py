@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dino_sparo.data import pil_views
-from dino_sparo.data.decode import UnreadableImageError, decode, to_rgb
+from dino_sparo.data.decode import AS_IS, UnreadableImageError, decode, to_rgb
 from dino_sparo.data.sources import ImageSource
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -74,7 +74,7 @@ def evaluation_input(image: Image.Image | str | Path, size: int) -> Tensor:
     Raises:
         Exception: the image cannot be read; Pillow raises many types.
     """
-    rgb = to_rgb(image) if isinstance(image, Image.Image) else decode(Path(image).read_bytes())
+    rgb = to_rgb(image) if isinstance(image, Image.Image) else decode(AS_IS.read_file(image))
     return normalize(evaluation_crop(rgb, size))
 
 

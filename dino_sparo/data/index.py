@@ -310,10 +310,7 @@ class FolderSource(IndexedSource):
         return str(self.root / self.index.name(self.position(index)))
 
     def read(self, index: int) -> bytes:
-        with open_regular(self.name(index)) as file:
-            size = os.fstat(file.fileno()).st_size
-            self.reading.check_size(size)
-            return file.read(size)  # no more, even if the file grows
+        return self.reading.read_file(self.name(index))
 
     def stats(self) -> NDArray[np.int64]:
         with ThreadPoolExecutor(STAT_THREADS) as threads:  # which wait for the disk

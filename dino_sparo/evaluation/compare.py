@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.evaluation.results import Result, read_results, results_folder
 from dino_sparo.files import did_you_mean
-from dino_sparo.recipe.files import comparable
+from dino_sparo.recipe.files import CONFIG_FILE, comparable
 from dino_sparo.recipe.typed import flattened, read_yaml
-from dino_sparo.runs.rundir import CONFIG_FILE, NOT_EXPERIMENT
+from dino_sparo.runs.rundir import NOT_EXPERIMENT
 from dino_sparo.terminal import aligned_table, markdown_table, sentence
 
 NOT_RECIPE = ("seed", "nproc", *NOT_EXPERIMENT)

@@ -9,6 +9,7 @@ from dino_sparo.recipe.sections import EncoderOptions, Recipe
 from dino_sparo.recipe.typed import MissingError, build, expected, leaf_keys, read_yaml, unknown
 from dino_sparo.terminal import shown
 
+CONFIG_FILE = "config.yaml"  # the recipe in a run folder
 SIZES = {"num_slots": 64, "slot_dim": 64}
 
 

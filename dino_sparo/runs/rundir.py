@@ -21,12 +21,11 @@ import yaml
 from dino_sparo import __version__
 from dino_sparo.errors import UserError
 from dino_sparo.files import append_line, clean_lines, named, read_lines, set_aside, write_file
-from dino_sparo.recipe.files import stored_recipe
+from dino_sparo.recipe.files import CONFIG_FILE, stored_recipe
 from dino_sparo.recipe.sections import Recipe
 from dino_sparo.recipe.typed import flattened, read_yaml
 from dino_sparo.runs.checkpoint import FOLDER, TEMPORARY
 
-CONFIG_FILE = "config.yaml"
 STARTS_FILE = "starts.jsonl"
 LOCK_FILE = ".lock"
 MARKER_FILE = "stopped.json"

@@ -20,9 +20,10 @@ from dino_sparo.evaluation.knn import KNN
 from dino_sparo.evaluation.results import RESULTS_FILE, read_results, results_folder, standard_error
 from dino_sparo.files import open_regular, parsed_json, write_file
 from dino_sparo.models import Encoder
+from dino_sparo.recipe.files import CONFIG_FILE
 from dino_sparo.recipe.typed import read_yaml
 from dino_sparo.runs.checkpoint import checkpoints_of
-from dino_sparo.runs.rundir import CONFIG_FILE, read_starts
+from dino_sparo.runs.rundir import read_starts
 from dino_sparo.runs.runlog import METRICS_FILE, each_metric
 from dino_sparo.slots.curves import draw_all, draw_curve
 from dino_sparo.slots.findings import FINDINGS, Finding, training

@@ -14,9 +14,10 @@ from dino_sparo.evaluation.knn import HEADLINE_K
 from dino_sparo.evaluation.results import Result
 from dino_sparo.evaluation.transfer import EXPECTED_BOTH, VAL, named_folder
 from dino_sparo.files import alone_in, parsed_json, write_file
+from dino_sparo.recipe.files import CONFIG_FILE
 from dino_sparo.recipe.typed import flattened
 from dino_sparo.runs.checkpoint import latest_step
-from dino_sparo.runs.rundir import CONFIG_FILE, check_same_experiment
+from dino_sparo.runs.rundir import check_same_experiment
 from dino_sparo.study import training
 from dino_sparo.study.measuring import Measured, choose, measure
 from dino_sparo.study.report import PAGE, write_report

@@ -49,9 +49,10 @@ from dino_sparo.parallel.distributed import (
     world_size,
 )
 from dino_sparo.parallel.precision import autocast, choose_precision, plain_attention, set_numerics
+from dino_sparo.recipe.files import CONFIG_FILE
 from dino_sparo.recipe.sections import Recipe, smaller_batch, split_batch
 from dino_sparo.runs.checkpoint import check_room, saving, set_damaged_aside
-from dino_sparo.runs.rundir import CONFIG_FILE, check_same_experiment, hold, mend, start_run_dir
+from dino_sparo.runs.rundir import check_same_experiment, hold, mend, start_run_dir
 from dino_sparo.runs.runlog import RunLog
 from dino_sparo.training.bad_images import BadImages
 from dino_sparo.training.loss import teacher_probabilities
