@@ -7,9 +7,9 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 LAST_COLUMN = 120  # longer lines are hard to read
 ESCAPES = {"red": "31", "yellow": "33"}
@@ -17,10 +17,21 @@ MOST_SHOWN = 200  # characters of a name, a key or a value
 MOST_OF_MESSAGE = 4000
 
 
-def open_outputs() -> None:
-    """Open closed standard streams on /dev/null, and escape characters that their encoding lacks.
+class _Unfailing(io.FileIO):
+    """A file that ignores what it cannot write."""
 
-    Otherwise the next file that is opened would get the number of a closed stream.
+    def write(self, data: Any) -> int:
+        with suppress(OSError):
+            return super().write(data) or 0
+        return len(data)
+
+
+def open_outputs() -> None:
+    """Prepare the standard streams.
+
+    Closed ones are opened on /dev/null, since the next file would get their number. Characters that an
+    encoding lacks are escaped. What standard error cannot write is dropped: a run does not end because its
+    terminal or `tee` was closed, or because the disk of its log is full.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -29,6 +40,9 @@ def open_outputs() -> None:
             os.open(os.devnull, os.O_RDWR)
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+    if sys.stderr is sys.__stderr__ and isinstance(sys.stderr, io.TextIOWrapper):
+        buffer = io.BufferedWriter(_Unfailing(2, "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(buffer, sys.stderr.encoding, line_buffering=True, write_through=True)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

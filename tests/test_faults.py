@@ -71,6 +71,7 @@ def test_a_killed_launcher_or_run_leaves_nobody_behind(processes, workers, membe
         wait_for_step(4, tmp_path, process)
         everyone = family(process.pid)
         process.kill()
+        process.stderr.close()  # as if a terminal or `tee` had ended too: nobody reads what the others say
     assert len(everyone) == members and all(is_gone(pid) for pid in everyone)
     if processes == 2:  # the launcher was killed, the run was told to stop
         assert stopped_step(tmp_path) == load_latest(tmp_path)["step"]

@@ -162,6 +162,12 @@ def in_python(code: str, redirect: str = "", **environment: str) -> subprocess.C
     return finished(arguments, env=os.environ | environment)
 
 
+@pytest.mark.parametrize("unread", ["2>/dev/full", "2> >(:)"], ids=["full disk", "ended reader"])
+def test_what_standard_error_cannot_write_is_dropped(unread):
+    done = in_python("[print('x' * 99999, file=sys.stderr, flush=True) for _ in '12']; print('out')", unread)
+    assert done.returncode == 0 and done.stdout == "out\n"
+
+
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_stand_for_nothing_and_no_file_takes_their_numbers(closed, tmp_path):
     code = f"print('out'); print('err', file=sys.stderr); file = open('{tmp_path / 'x'}', 'w')"

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -49,7 +50,10 @@ class StopSignals:
         if self.interruptible and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not self.received and told("RANK") == 0:  # by no lock, which the main thread may hold
-            os.write(2, f"\n{signal.Signals(number).name}: stopping after this step, and saving\n".encode())
+            with suppress(OSError):  # nobody reads it
+                os.write(
+                    2, f"\n{signal.Signals(number).name}: stopping after this step, and saving\n".encode()
+                )
         self.received = self.received or signal.Signals(number).name
 
 
