@@ -111,7 +111,7 @@ def set_up_log(level: int) -> None:
     """Send log records of at least this level to standard error; above INFO there are no bars either."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Lines("%(message)s"))
-    logging.basicConfig(level=level, handlers=[handler])
+    logging.basicConfig(level=max(level, logging.WARNING), handlers=[handler])  # of other packages
     logging.getLogger("dino_sparo").setLevel(level)
 
 

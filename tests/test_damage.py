@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import sys
+import tempfile
 import tracemalloc
 from pathlib import Path
 
@@ -13,11 +15,13 @@ from tensorboard.summary.writer.record_writer import masked_crc32c
 
 from dino_sparo.__main__ import main
 from dino_sparo.cli.pretraining import pretrain
+from dino_sparo.errors import EXIT_USER_ERROR
 from dino_sparo.files import clean_lines, read_lines
 from dino_sparo.runs.checkpoint import load_latest
 from dino_sparo.runs.events import checksums, framed
 from dino_sparo.runs.rundir import read_starts
 from dino_sparo.runs.runlog import RunLog, each_metric, read_metrics
+from tests.running import finished
 from tests.tiny import state_hash, tiny_arguments, tiny_options, write_pictures
 
 CHECKPOINT = "checkpoints/step_000000002.pt"
@@ -194,3 +198,35 @@ def test_logs_of_any_length_are_read_line_by_line(tmp_path):
     finally:
         tracemalloc.stop()
     assert len(read_metrics(tmp_path)) == 8000
+
+
+# --- Another user
+
+
+@pytest.mark.long
+@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("setpriv"), reason="needs root and setpriv")
+def test_another_user_cannot_train_in_a_run_folder_but_can_evaluate_it():
+    with tempfile.TemporaryDirectory() as shared:
+        folder, theirs = Path(shared), Path(shared) / "theirs"
+        folder.chmod(0o755)
+        write_pictures(folder / "data", 8, classes=2)
+        pretrain(tiny_options(folder / "data", run := folder / "run"))
+        theirs.mkdir()
+        shutil.chown(theirs, 65534, 65534)
+        before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+
+        def as_another(*arguments: object) -> tuple[int, str]:
+            command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable]
+            environment = os.environ | {"DINO_SPARO_CACHE": str(theirs), "MPLCONFIGDIR": str(theirs)}
+            done = finished([*command, "-m", "dino_sparo", *map(str, arguments)], env=environment)
+            return done.returncode, done.stderr
+
+        if as_another("--version")[0] != 0:
+            pytest.skip("another user cannot read this installation")
+        status, said = as_another("pretrain", "--run_dir", run)
+        assert status == EXIT_USER_ERROR and said.count("\n") == 1 and f"{run}/.lock" in said
+        evaluated = ("knn", run, "--k", 1, "--num_workers", 0)
+        status, said = as_another(*evaluated)
+        assert status == EXIT_USER_ERROR and "another folder by --out" in said
+        assert as_another(*evaluated, "--out", theirs)[0] == 0 and (theirs / "results.json").exists()
+        assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
