@@ -46,6 +46,45 @@ def named(path: Path, instead_of: Path | None = None) -> Iterator[None]:
         raise
 
 
+def existing_part(path: Path) -> Path:
+    """The path, or the first of the folders that contain it that exists."""
+    return next(each for each in (path, *path.absolute().parents) if each.exists())
+
+
+def check_space(folder: Path, needed: int, what: str, spare: int = 0) -> None:
+    """Raises UserError if the disk of a folder, which need not exist, has less than `needed` bytes free.
+
+    Args:
+        what: who needs them, for the message.
+        spare: bytes of files that will be overwritten.
+    """
+    free = shutil.disk_usage(existing_part(folder)).free + spare
+    if needed > free:
+        raise UserError(
+            f"{what} {needed} bytes ({needed / 2**30:.2f} GiB), but only {free} ({free / 2**30:.2f} GiB) are "
+            f"free there; free some space or use another disk, then run again"
+        )
+
+
+@contextmanager
+def read_as(what: str, remedy: str) -> Iterator[None]:
+    """Turn errors about the content of a file into one sentence: `what` is wrong, the reason, and the remedy.
+
+    What another program wrote may raise anything.
+
+    Raises:
+        UserError: for any error.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()).rstrip(".")
+        reason = f"it has no {error}" if isinstance(error, KeyError) else reason or type(error).__name__
+        raise UserError(f"{what} ({reason}); {remedy}") from error
+
+
 @contextmanager
 def atomic_write(path: Path, temporary: Path | None = None, *, durable: bool = True) -> Iterator[BinaryIO]:
     """Open a binary file that is renamed to `path` when the block ends without an error.

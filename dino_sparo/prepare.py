@@ -1,8 +1,6 @@
 """`dino-sparo prepare`: train/<class> and val/<class> from the usual layouts of ImageNet."""
 
 import hashlib
-import json
-import logging
 import os
 import shlex
 import shutil
@@ -28,13 +26,12 @@ from dino_sparo.data.imagenet import (
 from dino_sparo.data.tars import TarFile, damage_named, tar_files
 from dino_sparo.data.walk import is_image, walk
 from dino_sparo.errors import UserError, UserFileNotFoundError
-from dino_sparo.files import alone_in, atomic_write, parsed_json
-from dino_sparo.terminal import few, shows_bars
-
-log = logging.getLogger("dino_sparo")
+from dino_sparo.files import alone_in, atomic_write, read_small
+from dino_sparo.terminal import few, log, shows_bars
 
 SPLITS = ("train", "val")
-RECORD = ".prepared.json"  # hidden, like unfinished folders and files, so that loaders ignore it
+RECORD = ".prepared.json"  # holds the digest; hidden like unfinished folders and files, so loaders ignore it
+MOST_RECORD = 2**16  # bytes
 UNFINISHED_FILE = ".part"
 
 
@@ -215,23 +212,33 @@ def _make(split: Split, out: Path) -> Counter[str]:
             raise UserError(f"{final} exists and is not a link to {source}; choose another --out")
         return _count(final)
     if os.path.lexists(final):
-        return _counted(split, final, _recorded(split, final))
-    partial.mkdir(exist_ok=True)
-    if (partial / RECORD).exists():
-        _recorded(split, partial)
+        _check_made(split, final)
     else:
-        _record(split, partial, None)
-    expected = _fill(split, partial, out)
-    images = _counted(split, partial, expected)
-    _record(split, partial, expected)
-    if not split.images.is_readable:
-        os.sync()  # a power failure must not leave empty images under the final name
-    os.rename(partial, final)
-    return images
+        if (partial / RECORD).exists():
+            _check_made(split, partial)
+        partial.mkdir(exist_ok=True)
+        with atomic_write(partial / RECORD, partial / UNFINISHED_FILE) as file:
+            file.write(split.digest.encode())
+        _fill(split, partial, out)
+        if not split.images.is_readable:
+            os.sync()  # a power failure must not leave empty images under the final name
+        os.rename(partial, final)
+    return _count(final)
 
 
-def _fill(split: Split, partial: Path, out: Path) -> int:
-    """Make the missing links or images of a split; returns the number that there should be."""
+def _check_made(split: Split, folder: Path) -> None:
+    """Raises UserError if `prepare` did not make a folder, or made it from other images or labels."""
+    record = folder / RECORD
+    made = not folder.is_symlink() and record.is_file()
+    if not made or split.digest.encode() not in read_small(record, MOST_RECORD):
+        raise UserError(
+            f"{folder} exists, but `prepare` did not make it from these images and labels as they are now; "
+            f"choose another --out or remove {folder}"
+        )
+
+
+def _fill(split: Split, partial: Path, out: Path) -> None:
+    """Make the missing links or images of a split."""
     path, unfinished, hidden = split.images.path, partial / UNFINISHED_FILE, not shows_bars()
     for name in split.class_names:
         (partial / name).mkdir(exist_ok=True)
@@ -240,17 +247,16 @@ def _fill(split: Split, partial: Path, out: Path) -> int:
         for entry in tqdm(split.entries, f"link {split.name}", unit="img", disable=hidden):
             if not os.path.lexists(partial / entry):
                 os.symlink(f"{target}/{entry.partition('/')[2]}", partial / entry)
-        return len(split.entries)
+        return
     size = sum(split.entries.values())
     with tqdm(total=size, desc=f"unpack {split.name}", unit="B", unit_scale=True, disable=hidden) as bar:
         if split.by_label:
             targets = {entry.partition("/")[2]: partial / entry for entry in split.entries}
             with open(path, "rb") as file:
-                return unpack(file, path, targets, unfinished, bar)
-        return sum(
+                unpack(file, path, targets, unfinished, bar)
+            return
+        for wnid, _, tar in class_tars(split.images):
             unpack(tar, path / f"{wnid}.tar", partial / wnid, unfinished, bar)
-            for wnid, _, tar in class_tars(split.images)
-        )
 
 
 def class_tars(images: Images) -> Iterator[TarFile]:
@@ -267,8 +273,8 @@ def class_tars(images: Images) -> Iterator[TarFile]:
                     yield match[1], size, stream
 
 
-def unpack(tar: IO[bytes], where: Path, targets: Path | dict[str, Path], unfinished: Path, bar: tqdm) -> int:
-    """Unpack the images of a tar that do not exist in full size yet; returns the number of images in it.
+def unpack(tar: IO[bytes], where: Path, targets: Path | dict[str, Path], unfinished: Path, bar: tqdm) -> None:
+    """Unpack the images of a tar that do not exist in full size yet.
 
     Args:
         where: path of the tar for messages.
@@ -279,7 +285,6 @@ def unpack(tar: IO[bytes], where: Path, targets: Path | dict[str, Path], unfinis
     Raises:
         UserError: as `tar_files`.
     """
-    count = 0
     with damage_named(where):
         for name, size, stream in tar_files(tar, where):
             if not is_image(name):
@@ -289,43 +294,6 @@ def unpack(tar: IO[bytes], where: Path, targets: Path | dict[str, Path], unfinis
                 with atomic_write(target, unfinished, durable=False) as file:
                     shutil.copyfileobj(stream, file)
             bar.update(size)
-            count += 1
-    return count
-
-
-def _record(split: Split, folder: Path, count: int | None) -> None:
-    record = {"source": str(split.images.path.resolve()), "contents": split.digest, "images": count}
-    with atomic_write(folder / RECORD, folder / UNFINISHED_FILE) as file:
-        file.write(json.dumps(record).encode())
-
-
-def _recorded(split: Split, folder: Path) -> int | None:
-    """The number of images in the record of a folder, None while unfinished.
-
-    Raises UserError if `prepare` did not make the folder, or made it from something else.
-    """
-    try:
-        record = parsed_json("" if folder.is_symlink() else folder / RECORD)
-        source, contents, count = record["source"], record["contents"], record["images"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder} exists and was not made by `prepare`; choose another --out") from error
-    if contents != split.digest:
-        raise UserError(
-            f"{folder} was made from other images or labels, or {source} has changed since; "
-            f"choose another --out or remove {folder}"
-        )
-    return count
-
-
-def _counted(split: Split, folder: Path, expected: int | None) -> Counter[str]:
-    """The number of images in a folder by class. Raises UserError if their total is not as expected."""
-    images = _count(folder)
-    if images.total() != expected:
-        raise UserError(
-            f"{folder} holds {images.total()} images, expected the {expected} of {split.images.path}; remove "
-            f"it and prepare again"
-        )
-    return images
 
 
 def _count(split: Path) -> Counter[str]:

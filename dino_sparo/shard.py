@@ -8,7 +8,6 @@ import json
 import multiprocessing
 import os
 import shlex
-import shutil
 import signal
 import tarfile
 from collections.abc import Generator
@@ -50,7 +49,7 @@ from dino_sparo.data.sources import AS_FOUND, open_images, open_val
 from dino_sparo.data.splits import Choice
 from dino_sparo.data.tables import TableSource
 from dino_sparo.errors import UserError
-from dino_sparo.files import alone_in, atomic_write, parsed_json, write_file
+from dino_sparo.files import alone_in, atomic_write, check_space, parsed_json, read_as, write_file
 from dino_sparo.parallel.processes import end_with_parent
 from dino_sparo.prepare import check_out
 from dino_sparo.terminal import shows_bars
@@ -193,12 +192,10 @@ def _begin(split: Split) -> NDArray[np.int64]:
         record["value_range"] = list(value_range)
     path = split.folder / RECORD
     if path.exists():
-        try:
+        with read_as(f"{path} is damaged", f"remove {split.folder} and start again"):
             before = dict(parsed_json(path))
             source, side = before["source"], before["short_side"]
-            differ = [name for name in record if name != "source" and before.get(name) != record[name]]
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path} is damaged; remove {split.folder} and start again") from error
+        differ = [name for name in record if name != "source" and before.get(name) != record[name]]
         if differ:
             what = f"--short-side {side}" if differ == ["short_side"] else "other images"
             raise UserError(
@@ -224,12 +221,7 @@ def _check_space(out: Path, splits: list[Split], sizes: list[NDArray[np.int64]])
         needed += sum(
             int(in_tar[split.images(n).start : split.images(n).stop].sum()) for n in split.missing()
         )
-    free = shutil.disk_usage(out).free
-    if needed > free:
-        raise UserError(
-            f"--out {str(out)!r}: the shards need about {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB "
-            f"are free; make room or use another disk"
-        )
+    check_space(out, needed, f"--out {str(out)!r}: the shards need about")
 
 
 def _finish(split: Split, written: dict[str, Shard]) -> None:
@@ -283,9 +275,9 @@ def _write(split: Split, numbers: list[int], num_workers: int) -> Generator[tupl
         return
     others = multiprocessing.active_children()
     context = multiprocessing.get_context("spawn")  # a fork would inherit locks of threads
-    pool = ProcessPoolExecutor(num_workers, context, _start_worker, (split,))
+    pool = ProcessPoolExecutor(num_workers, context, _start_worker)
     try:
-        for done in as_completed([pool.submit(_write_one, number) for number in numbers]):
+        for done in as_completed([pool.submit(_write_shard, split, number) for number in numbers]):
             yield done.result()
     except BrokenProcessPool as error:
         raise UserError(
@@ -301,17 +293,9 @@ def _write(split: Split, numbers: list[int], num_workers: int) -> Generator[tupl
         pool.shutdown(cancel_futures=True)
 
 
-_split: list[Split] = []  # of a worker process
-
-
-def _start_worker(split: Split) -> None:
+def _start_worker() -> None:
     end_with_parent(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends this process
-    _split[:] = [split]
-
-
-def _write_one(number: int) -> tuple[str, Shard]:
-    return _write_shard(_split[0], number)
 
 
 def _write_shard(split: Split, number: int) -> tuple[str, Shard]:

@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
+log = logging.getLogger("dino_sparo")
+
 LAST_COLUMN = 120  # longer lines are hard to read
 ESCAPES = {"red": "31", "yellow": "33"}
 MOST_SHOWN = 200  # characters of a name, a key or a value
@@ -52,7 +54,7 @@ def shows_bars() -> bool:
     """Whether to draw progress bars: on a terminal or in a notebook, in the first process, and without
     `--quiet`."""
     visible = sys.stderr.isatty() or "ipykernel" in sys.modules
-    return visible and logging.getLogger("dino_sparo").level <= logging.INFO
+    return visible and log.level <= logging.INFO
 
 
 def program(name: str) -> str:
@@ -112,19 +114,18 @@ def set_up_log(level: int) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Lines("%(message)s"))
     logging.basicConfig(level=max(level, logging.WARNING), handlers=[handler])  # of other packages
-    logging.getLogger("dino_sparo").setLevel(level)
+    log.setLevel(level)
 
 
 @contextmanager
 def only_warnings() -> Iterator[None]:
     """Show only warnings, and no progress bars, inside the block."""
-    logger = logging.getLogger("dino_sparo")
-    level = logger.level
-    logger.setLevel(max(level, logging.WARNING))
+    level = log.level
+    log.setLevel(max(level, logging.WARNING))
     try:
         yield
     finally:
-        logger.setLevel(level)
+        log.setLevel(level)
 
 
 def table(rows: Mapping[str, str], name_width: int, indent: str = "  ") -> str:

@@ -24,7 +24,7 @@ from dino_sparo.errors import UserError
 from dino_sparo.evaluation.features import embed
 from dino_sparo.models import build_encoder
 from dino_sparo.runs.rundir import BAD_IMAGES_FILE
-from dino_sparo.training.bad_images import BadImages
+from dino_sparo.training.stopping import BadImages
 from tests.pictures import encoded
 from tests.tiny import tiny_options
 
@@ -166,7 +166,7 @@ def check_named(message: str, data: Path, kind: str) -> None:
 
 
 def test_others_stand_in_for_exactly_the_unreadable_ones(tmp_path, monkeypatch):
-    monkeypatch.setattr("dino_sparo.training.bad_images.MAX_SHARE", 1.0)
+    monkeypatch.setattr("dino_sparo.training.stopping.MAX_SHARE", 1.0)
     data = write(tmp_path / "data", *KINDS)
     listed = {
         Path(entry["name"]).name: entry["reason"] for entry in pretrain(data, tmp_path / "run", "substitute")

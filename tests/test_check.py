@@ -15,6 +15,7 @@ from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.data import workers
 from dino_sparo.data.loader import Crops
 from dino_sparo.models import DINOHead, DinoModel, build_encoder
+from dino_sparo.models.cost import encoder_cost
 from dino_sparo.runs.checkpoint import load_latest
 from dino_sparo.training import setup
 from dino_sparo.training.schedules import Hyperparameters
@@ -77,7 +78,7 @@ def test_parameters_and_checkpoint_are_those_of_the_run(checked, data, tmp_path)
     assert report["checkpoint_bytes"] == sum(t.nbytes for t in tensors) < written
     assert report["remarks"][1:] == [
         "image files were not read; --scan reads them",
-        "the speed was not measured; --measure does it",
+        "speed and memory were not measured; --measure does it",
     ]
     assert "data" not in report and "step" not in report
 
@@ -86,9 +87,9 @@ def test_flops_of_a_vision_transformer_are_the_published_ones():
     """ViT-S/16 at 224 has 4.6 G multiply-adds (DINO, table 1)."""
     encoder = build_encoder(readout="cls")
     model = DinoModel(encoder, DINOHead(384, num_prototypes=16))
-    flops = measure.count_flops(model, [(2, 224), (0, 0)])
-    assert flops["encoder"] == pytest.approx(2 * 4.6e9, rel=0.01)
-    assert flops["training"] == pytest.approx(2 * (3 + 1) * flops["encoder"], rel=0.05)
+    flops = encoder_cost(encoder, 224)["flops"]
+    assert flops == pytest.approx(2 * 4.6e9, rel=0.01)
+    assert measure.count_flops(model, [(2, 224), (0, 0)]) == pytest.approx(2 * (3 + 1) * flops, rel=0.05)
 
 
 @pytest.mark.parametrize(

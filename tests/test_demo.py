@@ -10,8 +10,8 @@ import yaml
 from PIL import Image
 
 from dino_sparo.__main__ import main
-from dino_sparo.cli.demo import fitted_to_folder
-from dino_sparo.data.generated import SHAPES_SIZES
+from dino_sparo.cli.pretraining import fitted_to_folder
+from dino_sparo.data.shapes import SHAPES_SIZES
 from dino_sparo.demo import table
 from tests.tiny import CLS, tiny_arguments, tiny_options, write_pictures
 

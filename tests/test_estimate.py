@@ -6,8 +6,7 @@ import pytest
 
 from dino_sparo.__main__ import main
 from dino_sparo.check import program
-from dino_sparo.check.counting import Operator, count_step, seconds_on
-from dino_sparo.check.gpus import GPUS, find_gpu
+from dino_sparo.check.counting import GPUS, Operator, count_step, find_gpu, seconds_on
 from dino_sparo.check.measure import count_flops
 from dino_sparo.training.schedules import Hyperparameters
 from tests.tiny import TINY, build_state, tiny_options, write_pictures
@@ -41,7 +40,7 @@ def estimated(capsys):
 def test_flops_are_those_of_the_networks(counted, tmp_path):
     """torch's counter gives the same FLOPs, except that fused attention recomputes one of five products."""
     state = build_state(tiny_options(tmp_path, tmp_path / "run"))
-    assert counted().flops == pytest.approx(4 * count_flops(state.student, SIZES)["training"], rel=0.05)
+    assert counted().flops == pytest.approx(4 * count_flops(state.student, SIZES), rel=0.05)
 
 
 def test_a_float32_step_moves_more_and_keeps_more_than_one_in_half_precision(counted):

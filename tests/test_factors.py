@@ -8,8 +8,7 @@ import torch
 from PIL import Image
 
 from dino_sparo.__main__ import main
-from dino_sparo.data.generated import shapes_source
-from dino_sparo.data.shapes import FACTORS, draw_factors
+from dino_sparo.data.shapes import FACTORS, draw_factors, shapes_source
 from dino_sparo.slots import factors
 from dino_sparo.slots.factors import NUM_VALUES, chance, factor_pictures, score_factors
 from dino_sparo.slots.parts import columns_of, fit_discriminant, moments

@@ -239,7 +239,7 @@ def test_room_for_all_that_is_not_there_yet_is_told_before_the_first(source, tmp
     features_of(small_encoder(), source, ["cls", "encoding"], tmp_path)  # 264 more
     encoder = Counted(small_encoder(1))
     wanted = [Wanted(source), Wanted(source, precision="float32")]  # 352 and 704 bytes
-    with pytest.raises(UserError, match=r"new.: features need 1056 bytes \(0.0 GiB\), but only 300"):
+    with pytest.raises(UserError, match=r"new.: features need 1056 bytes \(0.00 GiB\), but only 300"):
         cached_features(encoder, wanted, ["cls"], cache=tmp_path / "new", **SIZE)
     assert encoder.seen == 0 and not (tmp_path / "new").exists()
 

@@ -308,7 +308,7 @@ def of_runs() -> Kind:
     from dino_sparo.slots.page import FILES, Subject, write_page
     from dino_sparo.study.program import remember_images
     from dino_sparo.study.training import final_knn
-    from dino_sparo.training.bad_images import BadImages
+    from dino_sparo.training.stopping import BadImages
     from tests.pictures import encoded, photo
 
     files = {name: (STUDY / name).read_bytes() for name in ("config.yaml", "metrics.jsonl", "starts.jsonl")}

@@ -257,8 +257,3 @@ def test_nul_in_the_name_of_a_class_shifts_no_image(tmp_path):
     source = open_images(str(tmp_path / "set"))
     assert len(source) == 3 and source.labels.tolist() == [0, 1, 2]
     assert [source.index.name(i) for i in range(3)] == ["ax/0.png", "b/1.png", "c/2.png"]
-
-
-def test_an_index_has_as_many_names_as_images(tmp_path):
-    with pytest.raises(UserError, match="1 images have 2 names"):
-        index_parts(tmp_path, b"a\0b.png", [], arrays={"sizes": pa.array([1]).to_numpy()})

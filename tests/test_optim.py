@@ -6,9 +6,8 @@ from torch import nn
 
 from dino_sparo.models import DINOHead, DinoModel, build_encoder
 from dino_sparo.training.loss import DINOLoss
-from dino_sparo.training.optim import clip_gradients_per_parameter, parameter_groups
+from dino_sparo.training.optim import clip_gradients_per_parameter, parameter_groups, update_teacher
 from dino_sparo.training.state import state_of
-from dino_sparo.training.teacher import update_teacher
 from tests.tiny import one_step
 
 

@@ -8,9 +8,8 @@ import pytest
 from dino_sparo import terminal
 from dino_sparo.__main__ import main
 from dino_sparo.check import measure
-from dino_sparo.check.measure import bytes_of_training
 from dino_sparo.training.setup import build_schedules
-from tests.tiny import build_state, tiny_arguments, tiny_options, write_pictures
+from tests.tiny import tiny_arguments, tiny_options, write_pictures
 
 
 @pytest.fixture(autouse=True)
@@ -115,16 +114,6 @@ def test_sweep_lists_its_runs(tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.count("would start") == 2 and "num_slots=4: would start" in out and "2 runs of demo" in out
     assert not (tmp_path / "sweep").exists()
-
-
-def test_memory_grows_with_the_batch_alone_and_mixed_precision_needs_less(tmp_path):
-    state = build_state(tiny_options(tmp_path / "data", tmp_path / "run"))
-    sizes = [(2, 16), (2, 8)]
-    of = {size: bytes_of_training(state, sizes, size, mixed=False) for size in (1, 2, 3)}
-    assert of[3] - of[2] == of[2] - of[1] > 0
-    assert bytes_of_training(state, sizes, 3, mixed=True) < of[3]
-    student = sum(parameter.nbytes for parameter in state.student.parameters())
-    assert of[1] > 5 * student
 
 
 def test_starting_weights_are_looked_at(trained, tmp_path, capsys):

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from dino_sparo.data.generated import ShapesSource
 from dino_sparo.data.loader import BatchOrder
+from dino_sparo.data.shapes import ShapesSource
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation import probe_batches
 from dino_sparo.evaluation.classifiers import (
@@ -138,7 +138,7 @@ def test_features_are_held_in_memory_where_they_fit_and_are_the_same(chosen, tmp
     features = {
         n: rng.normal(size=(11, width)).astype(np.float16) for n, width in (("blocks", 64), ("encoding", 8))
     }
-    source = ShapesSource(0, np.arange(11), np.arange(11) % 3)
+    source = ShapesSource.of(0, np.arange(11), np.arange(11) % 3)
     several = Probes(chosen, width=16, embed_dim=8, num_classes=3)
     found = []
     caplog.set_level("INFO")
@@ -209,7 +209,7 @@ def test_a_classifier_that_is_missing_or_broken(tmp_path):
     with pytest.raises(UserError, match="does not exist; give a saved classifier"):
         load_classifier(tmp_path / "nothing")
     (tmp_path / "broken").write_bytes(b"no classifier")
-    with pytest.raises(UserError, match=r"broken.* is not a complete safetensors file"):
+    with pytest.raises(UserError, match=r"broken.* is not a classifier of format 1, or incomplete"):
         load_classifier(tmp_path / "broken")
 
 

@@ -9,7 +9,6 @@ import torch
 
 from dino_sparo.__main__ import main
 from dino_sparo.evaluation.knn import NoDirectionError, knn_classify
-from dino_sparo.slots import rank as module
 from dino_sparo.slots.parts import (
     RIDGE,
     columns_of,
@@ -19,7 +18,7 @@ from dino_sparo.slots.parts import (
     most_parts,
     probe_accuracies,
 )
-from dino_sparo.slots.rank import greedy_images, greedy_order, rank_parts, sizes, split_by_class
+from dino_sparo.slots.rank import rank_parts, sizes, split_by_class
 
 CPU = torch.device("cpu")
 PLANTED = {3, 7}
@@ -39,7 +38,7 @@ def planted(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 def rank(train, train_labels, test, test_labels):
     split = split_by_class(train_labels, 0.25, seed=0)
     about = {"num_parts": 10, "k": 10, "num_classes": 4, "device": CPU}
-    return rank_parts(train, train_labels, test, test_labels, split, split, **about)
+    return rank_parts(train, train_labels, test, test_labels, split, **about)
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +59,10 @@ def test_figures_are_those_of_the_whole_train_set(ranked):
     (train, train_labels), (test, test_labels) = planted(400, 0), planted(200, 1)
     every = knn_classify(train, train_labels, test, test_labels, k=10)[10].top1
     assert ranked["all"]["knn"] == every
-    kept = ranked["orders"]["greedy"][:5]
+    kept = ranked["orders"]["knn"][:5]
     some = columns_of(40, 10, sorted(kept))
     half = knn_classify(train[:, some], train_labels, test[:, some], test_labels, k=10)[10].top1
-    assert (ranked["half"]["greedy"]["kept"], ranked["half"]["greedy"]["knn"]) == (5, half)
+    assert (ranked["half"]["knn"]["kept"], ranked["half"]["knn"]["knn"]) == (5, half)
     sums = moments(train, train_labels, num_classes=4, device=CPU)
     for way, points in ranked["curve"].items():
         kept = [sorted(ranked["orders"][way][: at["kept"]]) for at in points]
@@ -79,32 +78,13 @@ def test_nothing_is_chosen_on_test_images(ranked):
     assert other["all"]["knn"] < 30 < ranked["all"]["knn"]
 
 
-def test_greedy_steps_are_those_of_the_exact_knn():
-    (train, train_labels), (test, test_labels) = planted(200, 2), planted(100, 3)
-    arrays = [torch.from_numpy(x) for x in (train, train_labels, test, test_labels)]
-    arrays[0], arrays[2] = arrays[0].view(-1, 10, 4), arrays[2].view(-1, 10, 4)
-    order = greedy_order(*arrays, k=10, num_classes=4, preferred=range(10))
-    for step in range(1, 5):
-
-        def score(part, before=tuple(order[: step - 1])):
-            sides = [x[:, [*before, part]].flatten(1) for x in (arrays[0], arrays[2])]
-            return knn_classify(sides[0], train_labels, sides[1], test_labels, k=10)[10].top1
-
-        scores = {part: score(part) for part in range(10) if part not in order[: step - 1]}
-        assert scores[order[step - 1]] == max(scores.values())
-
-
-def test_the_split_is_by_class_and_by_seed(monkeypatch):
+def test_the_split_is_by_class_and_by_seed():
     labels = np.repeat([0, 1, 2, 3], [100, 10, 2, 1])
     split = split_by_class(labels, 0.2, seed=0)
     assert np.bincount(labels[split.select], minlength=4).tolist() == [20, 2, 1, 0]
     assert np.array_equal(np.sort(np.concatenate([split.fit, split.select])), np.arange(113))
     assert np.array_equal(split.select, split_by_class(labels, 0.2, seed=0).select)
     assert not np.array_equal(split.select, split_by_class(labels, 0.2, seed=1).select)
-    monkeypatch.setattr(module, "GREEDY_FIT", 30)
-    few = greedy_images(labels, split, seed=0)
-    assert 28 <= len(few.fit) <= 32 and set(few.fit) <= set(split.fit)
-    assert few.select is split.select
 
 
 def test_sizes_and_parts():
@@ -123,7 +103,7 @@ def test_the_command_with_a_control(slot_runs, tmp_path, capsys):
     own, other = found["encoders"]
     assert (own["name"], own["num_parts"], own["part_dim"]) == ("sparo", 3, 4)
     assert (other["name"], other["num_parts"], other["part_dim"]) == ("control (cls)", 2, 8)
-    assert [at["kept"] for at in own["curve"]["greedy"]] == [1, 2, 3]
+    assert [at["kept"] for at in own["curve"]["knn"]] == [1, 2, 3]
     assert all(sorted(order) == [0, 1, 2] for order in own["orders"].values())
     said = capsys.readouterr().out
     assert "16 dimensions cannot be split into 3 equal parts; it has 2" in said
@@ -154,11 +134,10 @@ def columns(*parts):
     return columns_of(12, PARTS, parts)
 
 
-@pytest.mark.parametrize("chunks", [{}, {"train_chunk": 7, "test_chunk": 11}])
-def test_knn_of_parts_is_that_of_their_columns(images, chunks):
+def test_knn_of_parts_is_that_of_their_columns(images):
     train, train_labels, test, test_labels = images
     sets = [*map(columns, range(PARTS)), columns(0, 2), columns(1, 2, 3), columns(0, 1, 2, 3)]
-    found = knn_accuracies(*images, columns=sets, k=10, num_classes=CLASSES, device=CPU, **chunks)
+    found = knn_accuracies(*images, columns=sets, k=10, num_classes=CLASSES, device=CPU)
     alone = [
         knn_classify(train[:, some], train_labels, test[:, some], test_labels, k=10)[10].top1 for some in sets
     ]
@@ -173,7 +152,7 @@ def test_knn_names_the_image_that_is_zero_in_a_part(images):
     train[101, columns(2)] = 0
     about = {"columns": [*map(columns, range(PARTS))], "k": 3, "num_classes": CLASSES, "device": CPU}
     with pytest.raises(NoDirectionError) as told:
-        knn_accuracies(train, train_labels, test, test_labels, **about, train_chunk=20)
+        knn_accuracies(train, train_labels, test, test_labels, **about)
     assert (told.value.side, told.value.number, told.value.kind) == ("train", 101, "zero")
 
 

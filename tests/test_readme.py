@@ -48,7 +48,7 @@ LESS = {
     "knn": {"num_workers": "0"},
     "bench": {
         **{"rounds": "1", "batch_size": "2", "num_images": "2", "seconds": "0.1", "num_workers": "0"},
-        **{"num_tokens": "5", "knn_train": "1000", "knn_test": "10", "knn_width": "8"},
+        "num_tokens": "5",
     },
     "slots mask": {"epochs": "1"},
 }

@@ -130,7 +130,7 @@ def test_tables_hold_the_numbers_of_the_files(reported):
         for part, (knn, linear) in enumerate(zip(*encoder["alone"].values(), strict=True)):
             place = encoder["orders"]["knn"].index(part) + 1
             assert [str(part), str(place), f"{knn:.4g}", f"{linear:.4g}"] in rows
-        half = encoder["half"]["greedy"]
+        half = encoder["half"]["knn"]
         assert [f"{half['knn']:.4g}", f"{half['linear']:.4g}"] in [row[3:] for row in rows]
     for row in read(reported, "mask")["rows"]:
         numbers = [row[key] for key in ("initial", "masked", "relative_change", "kept")]

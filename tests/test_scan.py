@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 
 from dino_sparo.data import scan
-from dino_sparo.data.generated import shapes_source
 from dino_sparo.data.scan import Copies, compare_splits, data_report, describe, find_copies, scan_images
+from dino_sparo.data.shapes import shapes_source
 from dino_sparo.data.sources import open_images
 from dino_sparo.errors import UserError
 from tests.pictures import encoded

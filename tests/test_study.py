@@ -23,7 +23,7 @@ from dino_sparo.errors import UserError
 from dino_sparo.evaluation.compare import Run
 from dino_sparo.evaluation.results import Result, read_results
 from dino_sparo.runs.runlog import read_metrics
-from dino_sparo.study import measuring, program, report, training
+from dino_sparo.study import program, report, training
 from dino_sparo.study.variants import Variant
 from tests.test_results import result as made_result
 from tests.tiny import parse_options, tiny_arguments, write_pictures
@@ -71,7 +71,7 @@ def studied(tmp_path_factory):
     write_labeled(folder / "data", 0)
     write_labeled(folder / "other", 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measuring, "EPOCHS", 3)
+        patch.setattr(training, "EPOCHS", 3)
         patch.setattr(sys, "argv", ["dino-sparo", "study", "of", "a b"])
         assert main(["study", *arguments(folder, TWO, FEW, f'--transfer=["other={folder / "other"}"]')]) == 0
     return folder
@@ -126,7 +126,7 @@ def test_curves_and_speed_are_those_of_the_log(studied):
 @pytest.mark.long
 def test_probes_are_chosen_on_train_images_that_they_have_not_seen(studied):
     folder = studied / "study" / "sparo_seed=0" / "study" / "val"
-    held_out = [r for r in read_results(folder / measuring.HELD_OUT) if r.train_fraction == 1]
+    held_out = [r for r in read_results(folder / training.HELD_OUT) if r.train_fraction == 1]
     assert {r.test_set for r in held_out} == {"held-out"}
     assert {(r.details["num_train"], r.num_images) for r in held_out} == {(32, 8)}
     reported = [r for r in read_results(folder) if r.protocol == "linear-cached" and r.train_fraction == 1]
@@ -138,7 +138,7 @@ def test_probes_are_chosen_on_train_images_that_they_have_not_seen(studied):
 
 @pytest.mark.long
 def test_again_trains_nothing_and_says_the_same(studied, capsys, monkeypatch):
-    monkeypatch.setattr(measuring, "EPOCHS", 3)
+    monkeypatch.setattr(training, "EPOCHS", 3)
     before = (studied / "study" / "study.json").read_text()
     starts = [path.read_text() for path in sorted((studied / "study").glob("*/starts.jsonl"))]
     assert run_study(studied, TWO, FEW, f'--transfer=["other={studied / "other"}"]') == 0
@@ -153,12 +153,12 @@ def result(name: str, top1: float) -> Result:
 
 
 def test_the_chosen_probe_is_best_in_the_mean_on_held_out_images_whatever_the_test_images_say():
-    first = measuring.Probed([result("a", 50), result("b", 60)], [result("a", 99), result("b", 10)])
-    second = measuring.Probed([result("a", 55), result("b", 50)], [result("a", 98), result("b", 11)])
-    chosen = measuring.choose([first, second])
+    first = training.Probed([result("a", 50), result("b", 60)], [result("a", 99), result("b", 10)])
+    second = training.Probed([result("a", 55), result("b", 50)], [result("a", 98), result("b", 11)])
+    chosen = training.choose([first, second])
     assert [(one.name, one.top1, one.headline) for one in chosen] == [("b", 10, True), ("b", 11, True)]
     third = replace(second, held_out=[result("a", 70), result("b", 50)])
-    assert [one.name for one in measuring.choose([first, third])] == ["a", "a"]
+    assert [one.name for one in training.choose([first, third])] == ["a", "a"]
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def as_before(folder: Path) -> Iterator[None]:
 
 @pytest.mark.long
 def test_a_run_is_evaluated_by_one_process_at_a_time(studied, monkeypatch):
-    monkeypatch.setattr(measuring, "EPOCHS", 3)
+    monkeypatch.setattr(training, "EPOCHS", 3)
     original, refused = program.measure, []
 
     def measure(variant, *args, **options):
@@ -241,7 +241,7 @@ def test_a_run_is_evaluated_by_one_process_at_a_time(studied, monkeypatch):
 
 @pytest.mark.long
 def test_a_failed_run_is_on_the_page_with_its_reason(studied, monkeypatch, capsys):
-    monkeypatch.setattr(measuring, "EPOCHS", 3)
+    monkeypatch.setattr(training, "EPOCHS", 3)
     original = program.measure
 
     def breaking(variant, *args, **options):

@@ -267,12 +267,3 @@ def crop_groups(crops: list[Tensor]) -> list[Tensor]:
     """Crops (B, 3, side, side), global crops first -> one tensor (C_i, B, 3, side, side) per size."""
     groups = (crops[:NUM_GLOBAL_CROPS], crops[NUM_GLOBAL_CROPS:])
     return [torch.stack(group) for group in groups if group]
-
-
-def official_neighbors(train_TD: Tensor, test_BD: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Cosines and numbers (B, k) of the nearest neighbors as in the official `eval_knn.py`: 1 % of the test
-    images at a time, by a float32 matrix product with all train images and `topk`."""
-    train_DT = F.normalize(train_TD.float(), dim=1).t()
-    parts = F.normalize(test_BD.float(), dim=1).split(max(1, len(test_BD) // 100))
-    found = [torch.mm(part, train_DT).topk(k, largest=True, sorted=True) for part in parts]
-    return torch.cat([values for values, _ in found]), torch.cat([numbers for _, numbers in found])

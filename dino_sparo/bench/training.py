@@ -3,7 +3,6 @@
 Axis letters: B images, C crops.
 """
 
-import logging
 import os
 import platform
 from collections.abc import Callable, Generator
@@ -19,7 +18,7 @@ from torch import Tensor
 from dino_sparo.bench.loading import end_to_end, image_stages, warmed_up
 from dino_sparo.bench.plain import PlainState, PlainViews, plain_batches, plain_state, plain_step
 from dino_sparo.bench.timing import host_waits, interleaved, profiled, range_seconds, spread, spread_of_ratios
-from dino_sparo.check.gpus import GPUS, find_gpu
+from dino_sparo.check.counting import GPUS, find_gpu
 from dino_sparo.check.measure import count_flops, measured_peak
 from dino_sparo.data.device_views import Photos
 from dino_sparo.data.loader import (
@@ -34,16 +33,14 @@ from dino_sparo.data.views import NUM_GLOBAL_CROPS
 from dino_sparo.models.cost import bytes_saved_for_backward
 from dino_sparo.parallel.device import wait_for
 from dino_sparo.parallel.precision import autocast, plain_attention
+from dino_sparo.terminal import log
 from dino_sparo.training.pretrain import crops_on_device, normalized, step_of
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.state import TrainState
 from dino_sparo.training.steps import EAGER_STEPS, Steps
 
-log = logging.getLogger("dino_sparo")
-
 VIEWED_IMAGES = 16  # least number of images for times per image
 EPOCHS = 1_000_000  # more than any benchmark needs
-PROFILED_STEPS = 3  # in a trace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +139,6 @@ def measure(
     rounds: int,
     seconds: float | None = None,
     compare: bool = False,
-    profile: str | None = None,
 ) -> dict[str, Any]:
     """Measure training on this machine; returns the JSON object of `dino-sparo bench --json`.
 
@@ -150,7 +146,6 @@ def measure(
         rounds: number of measurements of each stage and step; their medians are reported.
         seconds: duration of training end to end. None: not measured.
         compare: also measure plain code, in interleaved rounds.
-        profile: file for a trace of some steps, including loading. None: no trace.
     """
     device, batch_size = bench.device, bench.batch_size
     log.info("views")
@@ -192,22 +187,13 @@ def measure(
                 from_files[who] = end_to_end(
                     warm, steps[who], batch_size=batch_size, seconds=seconds, device=device
                 )
-    result = _machine(bench) | {
+    return _machine(bench) | {
         **{"rounds": rounds, "seconds": seconds, "stages": stages, "memory": memory},
         "host_waits_per_step": host_waits(profiles[-1]),
         "end_to_end": from_files.get("ours"),
         **_utilization(bench, {"step": stages["whole step"], "end_to_end": from_files.get("ours")}),
         "compare": _compared(times, memory, from_files, batch_size) if compare else None,
-        "profile": None,
     }
-    if profile is not None:
-        log.info("profile")
-        step = steps["ours"]
-        with warmed_up(bench.our_batches(), step, prefetched=prefetched, device=device) as warm:
-            events = profiled(lambda: step(next(warm)), PROFILED_STEPS, device, trace=profile)
-        waits = host_waits(events)
-        result["profile"] = {"trace": profile, "steps": PROFILED_STEPS, "host_waits_per_step": waits}
-    return result
 
 
 def _state_and_memory(
@@ -254,7 +240,7 @@ def _utilization(bench: Bench, speeds: dict[str, dict[str, float] | None]) -> di
     counted = bench.new_state(torch.device("cpu")).student
     counted.encoder.backbone.activation_checkpointing = False  # recomputed FLOPs do not count
     num_local = len(sizes) - NUM_GLOBAL_CROPS
-    flops = count_flops(counted, [(NUM_GLOBAL_CROPS, sizes[0]), (num_local, sizes[-1])])["training"]
+    flops = count_flops(counted, [(NUM_GLOBAL_CROPS, sizes[0]), (num_local, sizes[-1])])
     peaks = {
         "published": published_peak(bench.device, bench.precision),
         "measured": measured_peak(bench.device, bench.precision),
@@ -303,3 +289,66 @@ def _processor() -> str:
     lines = file.read_text().splitlines() if file.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+# --- The result as text
+
+
+def report(result: dict[str, Any]) -> str:
+    """The result of `measure` as lines of text."""
+    lines = [
+        "{recipe}, batch {batch_size}, {precision}, {device}, {threads} threads, {num_workers} workers, "
+        "{cores} cores, torch {torch}".format(**result),
+        f"{result['data']}; read from the page cache; {result['rounds']} rounds",
+        "",
+        f"{'stage alone':<24}{'median ms':>11}{'10 %':>10}{'90 %':>10}{'images/s':>11}",
+    ]
+    for name, found in result["stages"].items():
+        of_image = name in ("read", "decode", "draw views", "views by PIL")  # the others are for a batch
+        lines.append(_row(f"{name}, one core" if of_image else name, found))
+    lines += ["", f"host waits for the device per step: {_listed(result['host_waits_per_step'])}"]
+    peaks = [f"{peak / 1e12:.2f} TFLOP/s {name}" for name, peak in result["peak_flops"].items() if peak]
+    lines.append(
+        f"{result['flops_per_image'] / 1e9:.2f} GFLOP per image; peak of matrix products: {', '.join(peaks)}"
+    )
+    for what, shares in result["utilization"].items():
+        of_peaks = ", ".join(f"{100 * share:.1f} % of the {name} peak" for name, share in shares.items())
+        lines.append(f"model FLOP utilization, {what.replace('_', ' ')}: {of_peaks}")
+    for who, memory in result["memory"].items():
+        peak = memory["peak_bytes"]
+        of_gpu = "" if peak is None else f"peak GPU memory {peak / 2**30:.2f} GiB, "
+        lines.append(f"{who}: {of_gpu}{memory['saved_bytes'] / 2**20:.1f} MiB saved for backward")
+    if result["end_to_end"] is not None:
+        lines.append(_end_to_end(result["end_to_end"]))
+    if result["compare"] is not None:
+        lines += _compared_text(result["compare"], result["rounds"])
+    return "\n".join(lines)
+
+
+def _compared_text(compared: dict[str, Any], rounds: int) -> list[str]:
+    ratio = "{median:.2f} ({p10:.2f} to {p90:.2f})".format(**compared["step"])
+    lines = ["", _row("plain: whole step", compared["plain_step"])]
+    lines.append(f"plain / ours, whole step: {ratio}, {rounds} interleaved rounds")
+    for name, of_memory in compared["memory"].items():
+        what = {"peak_bytes": "peak GPU memory", "saved_bytes": "bytes saved for backward"}[name]
+        lines.append(f"plain / ours, {what}: {of_memory:.2f}")
+    if compared["end_to_end"] is not None:
+        lines.append(_end_to_end(compared["plain_end_to_end"], ", plain code and views"))
+        lines.append(f"ours / plain, end to end: {compared['end_to_end']:.2f}")
+    return lines
+
+
+def _row(name: str, found: dict[str, float]) -> str:
+    numbers = "{median_ms:>11.2f}{p10_ms:>10.2f}{p90_ms:>10.2f}{images_per_second:>11.1f}"
+    return f"{name:<24}{numbers.format(**found)}"
+
+
+def _end_to_end(found: dict[str, float], who: str = "") -> str:
+    return (
+        f"end to end{who}: {found['images_per_second']:.1f} images/s, {100 * found['data_wait_share']:.1f} % "
+        f"of the time waiting for data ({found['steps']} steps in {found['seconds']:.1f} s)"
+    )
+
+
+def _listed(waits: dict[str, float]) -> str:
+    return ", ".join(f"{name} {count:g}" for name, count in waits.items() if count) or "none"

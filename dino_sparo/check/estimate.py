@@ -8,15 +8,16 @@ import torch
 
 from dino_sparo.check.counting import (
     BANDWIDTH_SHARE,
+    GPUS,
     OPERATOR_SECONDS,
     PEAK_SHARE,
+    Gpu,
     Operator,
     Operators,
     count_step,
     count_views,
     seconds_on,
 )
-from dino_sparo.check.gpus import GPUS, Gpu
 from dino_sparo.data.loader import Executor, choose_executor
 from dino_sparo.data.views import NUM_GLOBAL_CROPS, crop_kinds
 from dino_sparo.recipe.sections import Recipe, smaller_batch, split_batch

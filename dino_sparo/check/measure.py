@@ -14,7 +14,7 @@ from dino_sparo.data.device_views import repeated
 from dino_sparo.data.loader import Crops, PhotoBatch, crops_of
 from dino_sparo.data.views import CropKind
 from dino_sparo.data.workers import WatchedLoader
-from dino_sparo.models.cost import bytes_saved_for_backward, counting_flops
+from dino_sparo.models.cost import counting_flops
 from dino_sparo.models.encoder import DinoModel
 from dino_sparo.parallel.device import wait_for
 from dino_sparo.parallel.precision import DTYPES, plain_attention
@@ -106,16 +106,13 @@ def measure_steps(
     }
 
 
-def count_flops(student: DinoModel, sizes: list[tuple[int, int]]) -> dict[str, float]:
-    """FLOPs per image (a multiply-add is two).
+def count_flops(student: DinoModel, sizes: list[tuple[int, int]]) -> float:
+    """FLOPs per image of a step (a multiply-add is two): student forward and backward on all crops, teacher
+    forward on the global crops.
 
     Args:
         student: on the CPU.
         sizes: (crops, side) of the global and of the local crops.
-
-    Returns:
-        `encoder`: a forward pass on a global crop; `training`: student forward and backward on all crops, and
-        teacher forward on the global crops.
     """
     groups = [torch.zeros(crops, 1, 3, side, side) for crops, side in sizes if crops]
 
@@ -129,39 +126,7 @@ def count_flops(student: DinoModel, sizes: list[tuple[int, int]]) -> dict[str, f
     of_student = flops(lambda: student(groups)[0], backward=True)
     student.zero_grad(set_to_none=True)
     of_teacher = flops(lambda: student(groups[:1])[0])
-    return {"encoder": flops(lambda: student.encoder(groups[0][0])), "training": of_student + of_teacher}
-
-
-def bytes_of_training(
-    state: TrainState, sizes: list[tuple[int, int]], batch_size: int, *, mixed: bool
-) -> int:
-    """Estimated bytes that the networks of one process need in a step, from one and two images on the CPU.
-
-    Counts weights of student and teacher, gradients, AdamW's moments, and tensors saved for backward, of
-    which mixed precision halves all but the logits that the loss saves.
-
-    Args:
-        sizes: (crops, side) of the global and of the local crops.
-        batch_size: images per micro-batch.
-        mixed: whether the networks run in mixed precision.
-    """
-    prototypes = state.loss_fn.center.shape[1]
-    teacher_logits = torch.zeros(sizes[0][0], prototypes)
-    student_logits = torch.zeros(sum(crops for crops, _ in sizes), prototypes)
-    in_loss = bytes_saved_for_backward(
-        lambda logits: state.loss_fn(logits, teacher_logits, 1.0), student_logits.requires_grad_()
-    )
-    of_one, of_two = (
-        bytes_saved_for_backward(
-            lambda images: state.student(images)[0],
-            [torch.zeros(crops, images, 3, side, side) for crops, side in sizes if crops],
-        )
-        for images in (1, 2)
-    )
-    in_networks = 2 * of_one - of_two + batch_size * (of_two - of_one)  # constant part + part per image
-    student = sum(parameter.nbytes for parameter in state.student.parameters())
-    # 5: weights, gradients, two moments, and the weights of the teacher.
-    return 5 * student + in_networks // (2 if mixed else 1) + batch_size * in_loss
+    return of_student + of_teacher
 
 
 def measured_peak(device: torch.device, precision: str, rounds: int = 5) -> float:

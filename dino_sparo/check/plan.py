@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from dino_sparo.check.measure import bytes_of_training, count_flops, measured_peak
+from dino_sparo.check.measure import count_flops, measured_peak
 from dino_sparo.data.loader import Executor, choose_executor
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.views import NUM_GLOBAL_CROPS
 from dino_sparo.data.workers import check_shared_memory, default_workers, shared_memory_free
 from dino_sparo.errors import UserError
+from dino_sparo.files import existing_part
 from dino_sparo.models.cost import count_parameters, describe_cost, encoder_cost
 from dino_sparo.parallel.device import choose_device
 from dino_sparo.parallel.precision import choose_precision, set_numerics
-from dino_sparo.parallel.processes import memory_free
 from dino_sparo.recipe.files import named_recipe
 from dino_sparo.recipe.sections import Recipe, split_batch
 from dino_sparo.recipe.typed import flattened
@@ -79,8 +79,8 @@ class Plan:
         return encoder_cost(self.state.teacher.encoder, self.recipe.views.global_size)
 
     @cached_property
-    def flops_per_image(self) -> dict[str, float]:
-        """FLOPs per image of a forward pass of the encoder, and of a training step."""
+    def flops_per_image(self) -> float:
+        """FLOPs per image of a training step."""
         return count_flops(self.state.student, self.crop_sizes)
 
     def as_dict(self) -> dict[str, Any]:
@@ -105,7 +105,11 @@ class Plan:
                 "readout": self.cost["readout_parameters"],
                 "head": count_parameters(self.state.student.head),
             },
-            "flops_per_image": self.flops_per_image | {"readout": float(self.cost["readout_flops"])},
+            "flops_per_image": {
+                "encoder": float(self.cost["flops"]),
+                "training": self.flops_per_image,
+                "readout": float(self.cost["readout_flops"]),
+            },
             "checkpoint_bytes": checkpoint_bytes(self.state),
         }
 
@@ -127,8 +131,7 @@ def make_plan(recipe: Recipe, run_dir: Path, num_processes: int) -> Plan:
     image_bytes = bytes_of_image(recipe.views, recipe.data.max_side, source, executor)
     prefetched_bytes = num_processes * num_workers * machine.prefetch_batches * batch_size * image_bytes
     disk_bytes = most_kept(optim.epochs, recipe.log.keep_every_epochs) * checkpoint_bytes(state)
-    existing = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
-    disk_free_bytes = shutil.disk_usage(existing).free
+    disk_free_bytes = shutil.disk_usage(existing_part(run_dir)).free
     steps_done = latest_step(run_dir)
 
     problems, weights = [], "random at the start"
@@ -182,11 +185,11 @@ def make_plan(recipe: Recipe, run_dir: Path, num_processes: int) -> Plan:
     )
 
 
-def plan_text(plan: Plan, recipe_name: str | None, *, with_cost: bool = True) -> str:
+def plan_text(plan: Plan, recipe_name: str | None, *, with_time: bool = True) -> str:
     """The plan as a table, and the values of the schedules at some steps.
 
     Args:
-        with_cost: include estimates of memory and time on this machine.
+        with_time: include an estimate of the time on this machine.
     """
     recipe, views = plan.recipe, plan.recipe.views
     micro_batches = f" x {plan.accumulation} micro-batches" if plan.accumulation > 1 else ""
@@ -205,18 +208,11 @@ def plan_text(plan: Plan, recipe_name: str | None, *, with_cost: bool = True) ->
         "encoder": f"read-out {recipe.model.readout.name}, {describe_cost(plan.cost)}",
         "head": f"{count_parameters(plan.state.student.head) / 1e6:.1f} M parameters, "
         f"{recipe.head.num_prototypes:,} prototypes",
-        "training": f"{plan.flops_per_image['training'] / 1e9:.3g} GFLOPs per image (a multiply-add is two)",
+        "training": f"{plan.flops_per_image / 1e9:.3g} GFLOPs per image (a multiply-add is two)",
         "checkpoint": f"{size(checkpoint_bytes(plan.state))} each, {size(plan.disk_bytes)} at most, "
         f"{size(plan.disk_free_bytes)} free",
     }
-    if with_cost:
-        memory = bytes_of_training(
-            plan.state, plan.crop_sizes, plan.batch_size, mixed=plan.precision != "fp32"
-        )
-        rows["memory"] = (
-            f"about {size(memory)} for the networks of each process in {plan.precision} (estimate, without "
-            f"workers); {size(memory_free())} are free on this machine"
-        )
+    if with_time:
         rows["time"] = _time(plan)
     return "\n".join([table(rows, 12, indent=""), "", *_schedule_table(plan)])
 
@@ -266,7 +262,7 @@ def _time(plan: Plan) -> str:
     devices = plan.num_processes if plan.device.type == "cuda" else 1  # processes on a CPU share its cores
     peak = measured_peak(plan.device, plan.precision, rounds=3)
     images = max(0, plan.total_steps - plan.steps_done) * plan.recipe.optim.global_batch_size
-    hours = images * plan.flops_per_image["training"] / (devices * peak) / 3600
+    hours = images * plan.flops_per_image / (devices * peak) / 3600
     low, high = SHARES_OF_PEAK[plan.device.type]
     return (
         f"{duration(hours / high)} to {duration(hours / low)} (estimate: {high:.0%} to {low:.0%} of the "

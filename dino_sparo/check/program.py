@@ -1,7 +1,6 @@
 """`dino-sparo check` and `--dry-run`: plan and problems of a run; optionally measurements and a scan."""
 
 import json
-import logging
 import math
 import os
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from dino_sparo.check.counting import check_gpus, find_gpu
 from dino_sparo.check.estimate import (
     GpuRun,
     describe_assumptions,
@@ -21,7 +21,6 @@ from dino_sparo.check.estimate import (
     executor_on_gpu,
     memory_problems,
 )
-from dino_sparo.check.gpus import check_gpus, find_gpu
 from dino_sparo.check.measure import measure_loading, measure_steps
 from dino_sparo.check.plan import Plan, duration, make_plan, plan_text, size
 from dino_sparo.data.loader import BatchOrder, crop_batches
@@ -32,13 +31,11 @@ from dino_sparo.data.views import crop_kinds
 from dino_sparo.errors import EXIT_PROBLEM, UserError
 from dino_sparo.parallel.processes import memory_free, private_bytes
 from dino_sparo.recipe.sections import Recipe, smaller_batch
-from dino_sparo.terminal import sentence, table
-from dino_sparo.training.bad_images import too_many
+from dino_sparo.terminal import log, sentence, table
 from dino_sparo.training.pretrain import Batch
 from dino_sparo.training.setup import advice, build_schedules, dataset_of
 from dino_sparo.training.state import build_state
-
-log = logging.getLogger("dino_sparo")
+from dino_sparo.training.stopping import too_many
 
 LOADING_SECONDS = 10.0
 LOADING_BATCH = 8  # images; the speed hardly depends on it, and small batches arrive sooner
@@ -74,7 +71,7 @@ def check(
     plan = make_plan(recipe, run_dir, num_processes)
     here = torch.cuda.get_device_name(plan.device) if plan.device.type == "cuda" else ""
     gpus = gpus or [kind for kind in [find_gpu(here)] if kind]
-    say(plan_text(plan, recipe_name, with_cost=not gpus))
+    say(plan_text(plan, recipe_name, with_time=not gpus))
     report = plan.as_dict()
     problems, remarks = report["problems"], report["remarks"]
     test = plan.monitor.test if plan.monitor and not recipe.monitor.knn_path else None
@@ -96,9 +93,9 @@ def check(
     else:
         remarks.append("image files were not read; --scan reads them")
     if not measure:
-        remarks.append("the speed was not measured; --measure does it")
+        remarks.append("speed and memory were not measured; --measure does it")
     elif problems:
-        remarks.append("the speed was not measured, because the run has problems")
+        remarks.append("speed and memory were not measured, because the run has problems")
     else:
         try:
             report |= measured(plan)

@@ -1,7 +1,6 @@
 """`dino-sparo bench`: options, and what is measured of them."""
 
 import json
-import logging
 import os
 import sys
 import tempfile
@@ -10,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dino_sparo.cli.images import ImagesOptions
-from dino_sparo.errors import UserError
 from dino_sparo.recipe.files import named_recipe
 from dino_sparo.recipe.sections import Recipe
 from dino_sparo.recipe.typed import Batch, Workers
+from dino_sparo.terminal import log
 
 if TYPE_CHECKING:
     from dino_sparo.bench.training import Bench
@@ -21,24 +20,20 @@ if TYPE_CHECKING:
 
 STEPS_PER_EPOCH = 100  # of the schedules; the middle of the run is measured, where nothing is frozen
 
-log = logging.getLogger("dino_sparo")
-
 
 @dataclass
 class BenchOptions:
     """Where the time of training by a recipe goes, and against plain code; or time and memory of the SPARO
-    read-out against its direct form and the block it replaces, or of the search of nearest neighbors."""
+    read-out against its direct form and the block it replaces."""
 
-    what: Literal["training", "readout", "knn"] = "training"
+    what: Literal["training", "readout"] = "training"
     """What to measure. `training` uses the options from config to device; `readout` uses batch_size, rounds,
-    device, and num_tokens; `knn` uses device, the options that begin with `knn_`, and rounds with compare."""
+    device, and num_tokens."""
     config: str = "photos_sparo"
     """YAML recipe whose training is measured, a file or the name of a shipped one."""
     data: ImagesOptions | None = None
-    """Images to train on; null: generated pictures."""
-    keep_files: bool = False
-    """Read the files as they are. Otherwise the images are first written to a temporary folder as JPEG of 500
-    x 375 pixels, a usual size of ImageNet, because small files take less time to decode."""
+    """Images to train on, first written to a temporary folder as JPEG of 500 x 375 pixels, a usual size of
+    ImageNet, because small files take less time to decode; null: generated pictures."""
     num_images: int = 256
     """Number of images to read; at least batch_size."""
     batch_size: Batch = 16
@@ -48,13 +43,9 @@ class BenchOptions:
     seconds: float | None = 10.0
     """Seconds of whole training, from files to step, to measure; null: none."""
     compare: bool = False
-    """Also measure a plain PyTorch implementation (for `knn`, the official one) in every round, and print the
-    ratios."""
+    """Also measure a plain PyTorch implementation in every round, and print the ratios."""
     json: bool = False
     """Print one JSON object; the table goes to standard error."""
-    profile: str | None = None
-    """File for a trace of some steps and of the loading of their images, for chrome://tracing; also counts
-    how often the host waits. null: none."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """As machine.precision; auto: that of the recipe."""
     num_workers: Workers | None = None
@@ -63,12 +54,6 @@ class BenchOptions:
     """As machine.device; auto: that of the recipe for `training`, else CUDA if there is a GPU."""
     num_tokens: int = 197
     """Tokens per image."""
-    knn_train: int = 200_000
-    """Number of features to search, generated in a temporary folder."""
-    knn_test: int = 10_000
-    """Number of features to find the neighbors of."""
-    knn_width: int = 4096
-    """Dimension of a feature."""
 
 
 def bench(options: BenchOptions) -> None:
@@ -77,42 +62,27 @@ def bench(options: BenchOptions) -> None:
     Raises:
         UserError: for a mistake in options or data.
     """
-    from dino_sparo.bench.parts import bench_knn, bench_readout
-    from dino_sparo.parallel.device import choose_device
-
     if options.what == "training":
         bench_training(options)
         return
-    device = choose_device(options.device)
-    if options.what == "readout":
-        bench_readout(
-            batch_size=options.batch_size,
-            num_tokens=options.num_tokens,
-            rounds=options.rounds,
-            device=device,
-        )
-    else:
-        bench_knn(
-            num_train=options.knn_train,
-            num_test=options.knn_test,
-            width=options.knn_width,
-            device=device,
-            compare_rounds=options.rounds if options.compare else 0,
-        )
+    from dino_sparo.bench.timing import bench_readout
+    from dino_sparo.parallel.device import choose_device
+
+    bench_readout(
+        batch_size=options.batch_size,
+        num_tokens=options.num_tokens,
+        rounds=options.rounds,
+        device=choose_device(options.device),
+    )
 
 
 def bench_training(options: BenchOptions) -> None:
     """Measure training by the recipe on its images, and print."""
     from dino_sparo.bench.loading import HEIGHT, QUALITY, WIDTH, jpeg_files
-    from dino_sparo.bench.report import report
-    from dino_sparo.bench.training import measure
+    from dino_sparo.bench.training import measure, report
     from dino_sparo.cli.images import open_chosen
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # each profile would be told at its start and end
-    if options.profile is not None and not Path(options.profile).absolute().parent.is_dir():
-        raise UserError(f"profile {options.profile!r} is in no existing folder; give a file in one")
-    if options.keep_files and options.data is None:
-        raise UserError("keep_files needs images of yours; give --data.path DIR, or leave keep_files out")
     machine = {"device": options.device, "precision": options.precision, "num_workers": options.num_workers}
     over = {f"machine.{key}": value for key, value in machine.items() if value not in (None, "auto")}
     recipe = named_recipe(options.config, {"data.path": "x"} | over)
@@ -120,24 +90,15 @@ def bench_training(options: BenchOptions) -> None:
     with tempfile.TemporaryDirectory(prefix="dino_sparo_") as folder:
         source = open_chosen(options.data, num_images) if options.data else None
         what = options.data.path if options.data else "generated pictures"
-        if options.keep_files and source is not None:
-            if len(source) < options.batch_size:
-                raise UserError(
-                    f"data.path {what!r} gives {len(source)} images, fewer than batch_size "
-                    f"{options.batch_size}; use more images or a smaller batch"
-                )
-            data = f"{len(source)} images of {what} as they are"
-        else:
-            log.info("writing %d JPEG files", num_images)
-            source = jpeg_files(source, num_images, Path(folder))
-            data = f"{num_images} images, {what} as JPEG of {WIDTH}x{HEIGHT} pixels, quality {QUALITY}"
+        log.info("writing %d JPEG files", num_images)
+        source = jpeg_files(source, num_images, Path(folder))
         result = measure(
             bench_of(recipe, source, options.batch_size),
             rounds=options.rounds,
             seconds=options.seconds,
             compare=options.compare,
-            profile=options.profile,
         )
+    data = f"{num_images} images, {what} as JPEG of {WIDTH}x{HEIGHT} pixels, quality {QUALITY}"
     result = {"recipe": options.config, "data": data, **result}
     print(report(result), file=sys.stderr if options.json else sys.stdout)
     if options.json:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from dino_sparo.cli import bench, demo, evaluating, exporting, pretraining, slots
+from dino_sparo.cli import bench, evaluating, exporting, pretraining, slots
 from dino_sparo.cli.parsing import NOT_IN_RECIPES
 from dino_sparo.recipe.sections import Recipe
 from dino_sparo.recipe.typed import leaf_keys, leaves
@@ -49,7 +49,7 @@ class Command:
 COMMANDS = {
     "demo": Command(
         pretraining.PretrainOptions,
-        demo.demo,
+        pretraining.demo,
         "train a small encoder in five minutes on a laptop, and show k-NN accuracy and slots",
         ("demo", "demo --data.path photos"),
     ),
@@ -204,7 +204,7 @@ COMMANDS = {
     "bench": Command(
         bench.BenchOptions,
         bench.bench,
-        "measure where the time of training goes, also against plain PyTorch; or read-out or k-NN search",
+        "measure where the time of training goes, also against plain PyTorch; or the read-out",
         ("bench --config imagenet_vits16_sparo --data.path /data/imagenet --compare", "bench --what readout"),
     ),
 }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dino_sparo.cli.images import EncodingOptions, LabeledDataOptions, choice_of
 from dino_sparo.errors import UserError
+from dino_sparo.files import existing_part
 from dino_sparo.recipe.typed import Batch, Epochs, Processes, Seed
 
 if TYPE_CHECKING:
@@ -119,7 +120,6 @@ class CompareOptions:
 def knn(options: KnnOptions) -> None:
     """Print the k-NN accuracies of a trained encoder, and add them to results.json."""
     from dino_sparo.evaluation import knn as room
-    from dino_sparo.evaluation import series
     from dino_sparo.parallel.distributed import rank
 
     if options.untrained and options.checkpoints == "all":
@@ -140,12 +140,12 @@ def knn(options: KnnOptions) -> None:
         if options.checkpoints == "newest":
             _report(options, evaluate(encoder), room.table)
             return
-        found = series.of_checkpoints(Path(options.run), options.which, evaluate)
+        found = room.of_checkpoints(Path(options.run), options.which, evaluate)
         _report(options, list(found[max(found)]), room.table)
         if rank() == 0:
-            curve = _folder(options) / series.CURVE_FILE
-            series.draw(found, curve)
-            print(f"{series.table(found)}\n{curve}")
+            curve = _folder(options) / room.CURVE_FILE
+            room.draw_checkpoints(found, curve)
+            print(f"{room.checkpoints_table(found)}\n{curve}")
 
 
 def linear(options: LinearOptions) -> None:
@@ -216,8 +216,7 @@ def _folder(options: EvaluationOptions) -> Path:
 
 def _is_writable(folder: Path) -> bool:
     """Whether files can be made there, as far as the system tells; the folder need not exist."""
-    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-    return os.access(there, os.W_OK | os.X_OK)
+    return os.access(existing_part(folder), os.W_OK | os.X_OK)
 
 
 def _check_writable(folder: Path) -> None:

@@ -80,7 +80,7 @@ def prepare(options: PrepareOptions) -> None:
     """`dino-sparo prepare`."""
     from dino_sparo.prepare import prepare as make_class_folders
 
-    print(make_class_folders(options.source, options.out, options.labels))
+    print(make_class_folders(**vars(options)))
 
 
 def shard(options: ShardOptions) -> None:
@@ -97,16 +97,7 @@ def export(options: ExportOptions) -> None:
     """`dino-sparo export`."""
     from dino_sparo.export import export as write
 
-    print(
-        write(
-            options.run,
-            options.out,
-            options.format,
-            which=options.which,
-            arch=options.arch,
-            license=options.license,
-        )
-    )
+    print(write(**vars(options)))
 
 
 def embed(options: EmbedOptions) -> None:

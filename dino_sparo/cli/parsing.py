@@ -1,6 +1,5 @@
 """Arguments as people write them -> the options of a command. Needs no torch."""
 
-import logging
 import typing
 from collections.abc import Mapping
 from contextlib import suppress
@@ -22,8 +21,7 @@ from dino_sparo.recipe.typed import (
     unknown,
     value_of,
 )
-
-log = logging.getLogger("dino_sparo")
+from dino_sparo.terminal import log
 
 FLAGS = {"quiet": bool, "dry_run": bool}  # of the program, not of a command
 NOT_IN_RECIPES = {"run_dir", "data.path"}

@@ -292,7 +292,7 @@ def _make_missing(
 
     What needs classes is left out for images without, and factors for pictures whose factors are unknown.
     """
-    from dino_sparo.data.generated import SHAPES
+    from dino_sparo.data.shapes import SHAPES
 
     common: dict[str, Any] = {
         name: getattr(options, name)

@@ -8,10 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dino_sparo.errors import UserError
-from dino_sparo.files import open_regular, parsed_json
+from dino_sparo.files import open_regular, parsed_json, read_as
 
 NO_IMAGE = -1  # size of a row without an image
-DAMAGE = (OSError, ValueError, LookupError, TypeError)  # what pyarrow raises besides its own errors
 EXPECTED = "expected one column of type struct{bytes, path}, as in datasets of the Hugging Face hub"
 
 
@@ -62,10 +61,10 @@ def read_footer(
     Raises:
         UserError: the file is damaged or has no images.
     """
-    import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
-    try:
+    remedy = "download it again (in a git clone: git lfs pull)"
+    with read_as(f"{path} cannot be read as a parquet file", remedy):
         open_regular(path).close()
         file = ParquetFile(path, pre_buffer=False)
         for _ in file.iter_batches(columns=list(all_of)) if all_of else ():
@@ -73,13 +72,6 @@ def read_footer(
         groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
         num_bytes = sum(group.total_byte_size for group in groups)
         return _columns(path, file.schema_arrow, label_column), file.metadata.num_rows, num_bytes
-    except UserError:
-        raise
-    except (pa.ArrowException, *DAMAGE) as error:
-        raise UserError(
-            f"{path} cannot be read as a parquet file ({first_line(error)}); download it again (in a git "
-            f"clone: git lfs pull)"
-        ) from error
 
 
 def read_arrow(path: Path, columns: Columns | None = None, label_column: str | None = None) -> Rows:
@@ -88,17 +80,9 @@ def read_arrow(path: Path, columns: Columns | None = None, label_column: str | N
     Raises:
         UserError: the file is damaged or compressed, has no images, or columns other than `columns`.
     """
-    import pyarrow as pa
-
-    try:
+    with read_as(f"{path} cannot be read as an Arrow file", "remove its folder, then run again"):
         open_regular(path).close()
         return _read_arrow(path, columns, label_column)
-    except UserError:
-        raise
-    except (pa.ArrowException, *DAMAGE) as error:
-        raise UserError(
-            f"{path} cannot be read as an Arrow file ({first_line(error)}); remove its folder, then run again"
-        ) from error
 
 
 def _read_arrow(path: Path, columns: Columns | None, label_column: str | None) -> Rows:

@@ -6,7 +6,6 @@ is part of the matrix. Colors are changed by `color`. Source of the kernel: Pill
 Axis letters: B images, C crops, S side of a crop, H and W sides of the canvas that contains an image.
 """
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from itertools import accumulate
@@ -20,8 +19,7 @@ from torch import Tensor
 from dino_sparo.data import color
 from dino_sparo.data.views import CropKind, View
 from dino_sparo.parallel.device import compiled, what_is_wrong, why_not_compiled
-
-log = logging.getLogger("dino_sparo")
+from dino_sparo.terminal import log
 
 Item = TypeVar("Item")
 Made = TypeVar("Made", bound=tuple[Any, ...])

@@ -5,8 +5,6 @@ import gzip
 import io
 import re
 import shlex
-import tarfile
-import zlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,7 @@ from dino_sparo.data.split_names import splits_of_folders
 from dino_sparo.data.tars import tar_members
 from dino_sparo.data.walk import PROBED_ENTRIES, holds, is_image, list_folder
 from dino_sparo.errors import UserError, UserFileNotFoundError
-from dino_sparo.files import open_regular, read_small
+from dino_sparo.files import open_regular, read_as, read_small
 
 WNID, WNID_TAR = re.compile(r"n\d{8}"), re.compile(r"(n\d{8})\.tar")
 VAL_IMAGE = re.compile(r"ILSVRC2012_val_\d{8}\.JPEG")
@@ -240,7 +238,10 @@ def _can_be_folder(name: str) -> bool:
 def _read_devkit(path: Path) -> dict[str, Label]:
     """Labels by file name without extension: line i of the devkit's ground truth is the ILSVRC2012_ID of
     validation image i."""
-    try:
+    with read_as(
+        f"{path} cannot be read as a devkit with {GROUND_TRUTH} and {META}",
+        f"download {DEVKIT}.tar.gz again, or give other labels with --labels",
+    ):
         if path.is_dir():
             files = {name: read_small(path / name, MOST_LABELS) for name in (GROUND_TRUTH, META)}
         else:
@@ -254,11 +255,6 @@ def _read_devkit(path: Path) -> dict[str, Label]:
             }
         classes = _devkit_classes(files[META], path / META)
         truth = files[GROUND_TRUTH].decode("ascii", "replace")
-    except (OSError, EOFError, KeyError, tarfile.TarError, zlib.error) as error:
-        raise UserError(
-            f"{path} cannot be read as a devkit ({error}); expected {GROUND_TRUTH} and {META} in it; "
-            f"download {DEVKIT}.tar.gz again, or give other labels with --labels"
-        ) from error
     known = {}
     for number, line in enumerate(truth.splitlines(), 1):
         if not line.strip().isdecimal() or len(line) > 9 or int(line) not in classes:

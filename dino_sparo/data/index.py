@@ -7,7 +7,6 @@ does not change its name. On a file system whose folders have no times, folders 
 
 import hashlib
 import json
-import logging
 import mmap
 import os
 import zlib
@@ -16,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -29,8 +27,7 @@ from dino_sparo.data.split_names import same_name
 from dino_sparo.data.walk import EXTENSIONS, THREADS, Folder, named_by_ending, state_now, walk
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.files import atomic_write, cache_folder, open_regular, parsed_json, temporary_folder
-
-log = logging.getLogger("dino_sparo")
+from dino_sparo.terminal import log
 
 MAGIC = b"dino_sparo index 1\n"  # contains the number of the format
 ALIGNMENT = 64
@@ -75,17 +72,11 @@ class Index:
     @property
     def classes(self) -> tuple[str, ...]:
         """Class names by number; empty if they are unknown, as for images in the folder itself."""
-        if "classes" in self.header:
-            return tuple(self.header["classes"])
-        level = self.header.get("class_level", 0)
-        return tuple(self.name(first).split("/")[level] for first in self.arrays["class_starts"][:-1])
+        return tuple(self.header["classes"])
 
     def labels(self) -> NDArray[np.int64] | None:
         """Class numbers (len(self),), computed at each call; None if they are unknown."""
-        if "classes" in self.header:
-            return self.arrays["labels"].astype(np.int64) if self.header["classes"] else None
-        sizes = np.diff(self.arrays["class_starts"])
-        return np.repeat(np.arange(len(sizes)), sizes) if len(sizes) else None
+        return self.arrays["labels"].astype(np.int64) if self.header["classes"] else None
 
     def fingerprint_of(self, positions: NDArray[np.int64]) -> str:
         """SHA-256 of the names at these positions joined by NUL; `fingerprint` is that of all."""
@@ -119,7 +110,7 @@ def key_of_names(names: Sequence[str]) -> str:
 
 def _folders_are_current(index: Index, root: Path) -> bool:
     """Whether no folder below `root` has changed; reads the times of each, and lists none."""
-    if "others" not in index.header:  # of an earlier version, which did not count them
+    if "classes" not in index.header:  # of an earlier version
         return False
     folders = index.arrays["folders"].tobytes().decode("utf-8", "surrogateescape").split("\0")[:-1]
 
@@ -350,18 +341,17 @@ def _pack(root: Path, folders: list[Folder], names: Sequence[str]) -> list[bytes
             f"folders below; {there}{f' (first in {where})' if where else ''}"
         )
     num_loose = sum(folder.num_images for folder in full if not class_of(folder))
-    class_sizes = [
-        sum(folder.num_images for folder in folders_of_class)
-        for _, folders_of_class in groupby(full, key=class_of)
-    ]
+    names_of_full = [class_of(folder) for folder in full]
+    classes = {} if num_loose else {name: n for n, name in enumerate(dict.fromkeys(names_of_full))}
+    labels = [classes.get(name, 0) for name in names_of_full]
     return index_parts(
         root,
         b"\0".join(folder.names for folder in full),
         [folder.state for folder in folders],
         num_loose=num_loose,
-        class_starts=[0, *([] if num_loose else np.cumsum(class_sizes))],
         folders="".join(f"{folder.below}\0" for folder in folders),
-        header={"class_level": level, "others": others},
+        header={"classes": list(classes), "class_level": level, "others": others},
+        arrays={"labels": np.repeat(np.array(labels, np.int32), [folder.num_images for folder in full])},
     )
 
 
@@ -371,10 +361,9 @@ def index_parts(
     states: Sequence[tuple[int, int, int]],
     *,
     num_loose: int = 0,
-    class_starts: Sequence[int] = (0,),
     folders: str = "",
-    header: Mapping[str, Any] | None = None,
-    arrays: Mapping[str, NDArray[Any]] | None = None,
+    header: Mapping[str, Any],
+    arrays: Mapping[str, NDArray[Any]],
 ) -> list[bytes]:
     """The parts of the file of an index of the images below `root`.
 
@@ -382,30 +371,22 @@ def index_parts(
         names: of the images in order, joined by NUL.
         states: of the folders or shards, to detect changes.
         num_loose: number of images in `root` itself; there are no classes then.
-        class_starts: the first image of each class, and the end of the last.
         folders: paths of the folders, each followed by NUL.
-        header, arrays: additional content of other kinds of index.
-
-    Raises:
-        UserError: names and images differ in number, because a name contains NUL.
+        header, arrays: `classes` (names) and `labels` (a class number per image), and what each kind of index
+            adds.
     """
     ends = np.flatnonzero(np.frombuffer(names, np.uint8) == 0)
-    if arrays and len(arrays["sizes"]) != len(ends) + 1:
-        raise UserError(
-            f"{root}: {len(arrays['sizes'])} images have {len(ends) + 1} names; rename those that contain NUL"
-        )
     arrays = {
         "names": np.frombuffer(names, np.uint8),
         "starts": np.concatenate([[0], ends + 1, [len(names) + 1]]),
-        "class_starts": np.array(class_starts, np.int64),
         "folders": np.frombuffer(folders.encode("utf-8", "surrogateescape"), np.uint8),
         "states": np.array(states, np.uint64).ravel(),
-    } | dict(arrays or {})
+    } | dict(arrays)
     header = {
         "root": os.path.realpath(root),
         "num_loose": num_loose,
         "fingerprint": hashlib.sha256(names).hexdigest(),
-        **(header or {}),
+        **header,
         "arrays": (layout := {}),
     }
     offset = 0

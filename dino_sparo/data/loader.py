@@ -4,7 +4,6 @@ Workers return uint8 pixels: crops, or whole images if the training device makes
 Axis letters: B images, C crops.
 """
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from operator import itemgetter
@@ -35,8 +34,7 @@ from dino_sparo.data.workers import WatchedLoader
 from dino_sparo.errors import UserError
 from dino_sparo.parallel.device import why_not_compiled
 from dino_sparo.parallel.distributed import first_rank_first
-
-log = logging.getLogger("dino_sparo")
+from dino_sparo.terminal import log
 
 SUBSTITUTE_TRIES = 10
 WORKERS_FOR_PIL = 16  # PIL takes 16 ms per image; a GPU's step with uncompiled views about 1 ms per image

@@ -19,10 +19,9 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from dino_sparo.data.decode import AS_IS, PROBLEMS, open_image, orientation, problem_of, to_rgb
-from dino_sparo.data.generated import ShapesSource
+from dino_sparo.data.shapes import NumberedImages
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.split_names import same_name
-from dino_sparo.data.torchvision_sets import ArraySource
 from dino_sparo.data.workers import WatchedLoader
 from dino_sparo.terminal import shows_bars
 
@@ -149,8 +148,7 @@ def scan_images(
         numbers = np.flatnonzero(these)
         return Listing(len(numbers), tuple(map(name, numbers[:MAX_LISTED].tolist())))
 
-    skipped = "generated pictures are not files" if isinstance(source, ShapesSource) else ""
-    skipped = "torchvision has verified their checksum" if isinstance(source, ArraySource) else skipped
+    skipped = source.no_files if isinstance(source, NumberedImages) else ""
     sides = np.zeros((len(source), 2), dtype=np.int32)
     hashes = np.zeros((len(source), HASH_BYTES), dtype=np.uint8)
     total_bytes = done = 0

@@ -1,4 +1,4 @@
-"""Generated pictures of simple objects whose factors of variation are known exactly.
+"""Generated pictures of simple objects whose factors of variation are known exactly: `--data.path shapes`.
 
 Everything is a pure function of ``(seed, index)``, so pictures can be drawn in any order and any process.
 """
@@ -6,10 +6,11 @@ Everything is a pure function of ``(seed, index)``, so pictures can be drawn in 
 from __future__ import annotations
 
 import colorsys
+import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,8 @@ FACTORS: dict[str, tuple[str, ...]] = {
     "texture": ("plain", "stripes", "dots", "checks"),
     "background": ("plain", "gradient", "noise", "stripes", "blobs", "grid"),
 }
+SHAPES = "shapes"
+SHAPES_SIZES = {"train": 4000, "val": 1000}
 MAX_OBJECTS = 3
 MIN_PICTURE_SIZE = 16
 
@@ -257,3 +260,67 @@ def mask(item: _Object, size: int) -> Array:
         points = side * (part * turn + complex(*item.center)) - (0.5 + 0.5j)
         pen.polygon(points.view(np.float64).tolist(), fill=ink)
     return np.asarray(canvas.reduce(_SUPERSAMPLE), dtype=np.float32) / np.float32(255.0)
+
+
+# --- Sources of images
+
+
+@dataclass(frozen=True, eq=False)
+class NumberedImages:
+    """Images of a set by number, without files of their own: an `ImageSource` without `load`.
+
+    Attributes:
+        kind: of an image, before its number in messages.
+        key: of the set, in the fingerprint.
+        no_files: why files are not scanned.
+    """
+
+    kind: str
+    key: str
+    no_files: str
+    indices: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64] | None
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        return f"{self.kind} {self.indices[index]}"
+
+    def read(self, index: int) -> bytes:
+        return b""
+
+    def subset(self, indices: npt.NDArray[np.int64]) -> Self:
+        labels = None if self.labels is None else self.labels[indices]
+        return replace(self, indices=self.indices[indices], labels=labels)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.key.encode() + self.indices.tobytes()).hexdigest()
+
+    def stats(self) -> npt.NDArray[np.int64]:
+        return np.zeros((len(self), 3), np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class ShapesSource(NumberedImages):
+    """Pictures of the set `seed`, drawn on demand."""
+
+    seed: int
+
+    @classmethod
+    def of(cls, seed: int, indices: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> ShapesSource:
+        """The pictures with these numbers, labeled by the color of the main object."""
+        about = ("generated picture", f"shapes {seed}", "generated pictures are not files")
+        return cls(*about, indices, labels, FACTORS["color"], seed)
+
+    def load(self, index: int, max_side: int | None = None) -> Image.Image:
+        return draw_picture(self.seed, int(self.indices[index]))
+
+
+def shapes_source(split: str) -> ShapesSource:
+    """The generated pictures of a split."""
+    first = 0 if split == "train" else SHAPES_SIZES["train"]
+    indices = np.arange(first, first + SHAPES_SIZES[split])
+    labels = np.array([draw_factors(0, int(i)).color for i in indices], dtype=np.int64)
+    return ShapesSource.of(0, indices, labels)

@@ -1,7 +1,6 @@
 """Sources of images: folders (labeled by class folder, or flat), shards, parquet files, datasets by name, and
 generated pictures."""
 
-import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -15,9 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dino_sparo.data.decode import MAX_PIXELS, Reading
-from dino_sparo.data.generated import SHAPES, shapes_source
 from dino_sparo.data.imagenet import explain, recognize
 from dino_sparo.data.index import FolderSource, open_index
+from dino_sparo.data.shapes import SHAPES, shapes_source
 from dino_sparo.data.shards import ShardSource, holds_shards, is_shard, open_shards
 from dino_sparo.data.split_names import same_name, splits_of_files
 from dino_sparo.data.splits import (
@@ -48,8 +47,7 @@ from dino_sparo.data.torchvision_sets import Part as PartOfSet
 from dino_sparo.data.walk import found_below, list_folder, named_by_ending
 from dino_sparo.errors import UnlabeledError, UserError, UserFileNotFoundError
 from dino_sparo.files import did_you_mean
-
-log = logging.getLogger("dino_sparo")
+from dino_sparo.terminal import log
 
 OnDisk = FolderSource | ShardSource | TableSource
 HELD_OUT_EVERY, ORDINAL = 5, "fifth"  # without a val folder every fifth image is held out

@@ -6,7 +6,6 @@ library `datasets` stores an Arrow copy of them, in which the bytes of an image 
 read by offset as from shards: as fast in random order as in sequence.
 """
 
-import logging
 import os
 import re
 from collections import Counter
@@ -26,10 +25,8 @@ from dino_sparo.data.shards import ShardSource, has_states, states_of
 from dino_sparo.data.split_names import splits_of_files, splits_of_folders
 from dino_sparo.data.walk import PROBED_ENTRIES, THREADS, holds, is_image, list_folder
 from dino_sparo.errors import UserError, UserFileNotFoundError
-from dino_sparo.files import parsed_json
-from dino_sparo.terminal import shows_bars
-
-log = logging.getLogger("dino_sparo")
+from dino_sparo.files import parsed_json, read_as
+from dino_sparo.terminal import log, shows_bars
 
 Split = Literal["train", "val"]
 HUB = "hub:"
@@ -152,15 +149,12 @@ def list_parquet(root: Path) -> list[str]:
 
 def _saved_files(root: Path) -> list[str]:
     """Arrow files that `save_to_disk` has written to a folder, in order."""
-    try:
+    what = f"{root / SAVED} is damaged, or not written by save_to_disk"
+    with read_as(what, "save the dataset again"):
         names = [file["filename"] for file in parsed_json(root / SAVED)["_data_files"]]
         if not names or any(os.path.basename(name) != name or b"\0" in name.encode() for name in names):
             raise ValueError("no files of this folder")
-        return names
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{root / SAVED} is damaged, or not written by save_to_disk; save the dataset again"
-        ) from error
+    return names
 
 
 def is_parquet(name: str) -> bool:

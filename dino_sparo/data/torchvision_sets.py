@@ -1,28 +1,21 @@
 """CIFAR-10 and STL-10 by name: torchvision downloads and unpacks them once, for all processes."""
 
-import hashlib
-import logging
 import shutil
 import socket
-import tarfile
-from dataclasses import dataclass, replace
-from errno import EACCES, EDQUOT, ENOSPC, EPERM, EROFS
+from dataclasses import dataclass
 from functools import lru_cache
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 from PIL import Image
 
 from dino_sparo.data.decode import bounded
-from dino_sparo.errors import UserError
-from dino_sparo.files import cache_folder
-
-log = logging.getLogger("dino_sparo")
+from dino_sparo.data.shapes import NumberedImages
+from dino_sparo.files import alone_in, cache_folder, read_as
+from dino_sparo.terminal import log
 
 ROOM = {"cifar10": 0.4, "stl10": 5.8}  # GB for archive and files
 NAMES = tuple(ROOM)
@@ -34,20 +27,11 @@ Part = Literal["pretrain", "train", "test"]
 
 
 @dataclass(frozen=True, eq=False)
-class ArraySource:
-    """Images of a dataset, by index over train, unlabeled, and test images; pickled without pixels."""
+class ArraySource(NumberedImages):
+    """Images of a dataset, by number over train, unlabeled, and test images; pickled without pixels."""
 
     set_name: str
     folder: Path
-    indices: NDArray[np.int64]
-    labels: NDArray[np.int64] | None
-    classes: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def name(self, index: int) -> str:
-        return f"{self.set_name} image {self.indices[index]}"
 
     def load(self, index: int, max_side: int | None = None) -> Image.Image:
         number = int(self.indices[index])
@@ -59,19 +43,6 @@ class ArraySource:
         size = bounded(image.size, max_side)
         return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
-    def read(self, index: int) -> bytes:
-        return b""
-
-    def subset(self, indices: NDArray[np.int64]) -> "ArraySource":
-        labels = None if self.labels is None else self.labels[indices]
-        return replace(self, indices=self.indices[indices], labels=labels)
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256(f"torchvision {self.set_name}".encode() + self.indices.tobytes()).hexdigest()
-
-    def stats(self) -> NDArray[np.int64]:
-        return np.zeros((len(self), 3), np.int64)
-
 
 def open_set(name: str, part: Part) -> ArraySource:
     """The images of a dataset: `train` and `test` have labels, `pretrain` is train and all unlabeled images.
@@ -82,34 +53,33 @@ def open_set(name: str, part: Part) -> ArraySource:
         UserError: it cannot be downloaded or stored, or the stored files are damaged.
     """
     folder = cache_folder() / "torchvision" / _torchvision(name).base_folder
-    try:
+    with read_as(
+        f"{name} cannot be downloaded from {urlsplit(_torchvision(name).url).hostname}",
+        f"run the command once with a network and {ROOM[name]} GB of free space in {folder.parent}, set "
+        f"DINO_SPARO_CACHE to another folder, or copy {folder} from a machine that has it",
+    ):
         if not folder.is_dir():
             folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with FileLock(folder.with_name(f"{folder.name}.lock")):
+            with alone_in(folder.parent):
                 if not folder.is_dir():  # another process may have downloaded it
                     _download(name, folder)
-    except (
-        OSError,
-        NotImplementedError,
-    ) as error:  # the latter from filelock, if the file system has no locks
-        raise UserError(
-            f"{getattr(error, 'filename', None) or folder.parent}: {name} cannot be stored there "
-            f"({getattr(error, 'strerror', None) or error}); set DINO_SPARO_CACHE to a writable folder with "
-            f"{ROOM[name]} GB of free space, on a file system with locks"
-        ) from error
-    try:
+    remedy = "remove this folder, and the same command downloads it again"
+    with read_as(f"{folder}: the stored {name} is damaged", remedy):
         images, labels, classes = _opened(name, folder)
-    except Exception as error:  # a damaged pickle makes torchvision raise anything
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise UserError(
-            f"{folder}: the stored {name} is damaged ({reason}); remove this folder, and the same command "
-            f"downloads it again"
-        ) from error
     num_train, num_unlabeled, _ = map(len, images)
     ends = {"pretrain": num_train + num_unlabeled, "train": num_train, "test": len(labels)}
     indices = np.arange(num_train + num_unlabeled if part == "test" else 0, ends[part])
     known = labels[indices]
-    return ArraySource(name, folder, indices, None if (known == NO_LABEL).any() else known, classes)
+    return ArraySource(
+        kind=f"{name} image",
+        key=f"torchvision {name}",
+        no_files="torchvision has verified their checksum",
+        indices=indices,
+        labels=None if (known == NO_LABEL).any() else known,
+        classes=classes,
+        set_name=name,
+        folder=folder,
+    )
 
 
 def _torchvision(name: str) -> Any:
@@ -120,28 +90,15 @@ def _torchvision(name: str) -> Any:
 
 
 def _download(name: str, folder: Path) -> None:
-    """Let torchvision download and unpack a dataset beside `folder`, then rename it to `folder`.
-
-    Raises:
-        UserError: it cannot be downloaded.
-        OSError: it cannot be written.
-    """
+    """Let torchvision download and unpack a dataset beside `folder`, then rename it to `folder`."""
     log.info("torchvision downloads %s (needs %s GB while it is unpacked) into %s", name, ROOM[name], folder)
-    part, url = folder.with_name(f"{folder.name}.part"), _torchvision(name).url
+    part = folder.with_name(f"{folder.name}.part")
     before = socket.getdefaulttimeout()
     try:
         shutil.rmtree(part, ignore_errors=True)  # left by a killed process
         socket.setdefaulttimeout(STALLED_SECONDS)
         _torchvision(name)(part, **({"split": "test"} if name == "stl10" else {}), download=True)
         (part / folder.name).rename(folder)
-    except (OSError, HTTPException, RuntimeError, EOFError, ValueError, tarfile.TarError) as error:
-        if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EACCES, EPERM, EROFS):
-            raise  # the disk
-        reason = getattr(error, "reason", None) or error
-        raise UserError(
-            f"{name} cannot be downloaded from {urlsplit(url).hostname or url} ({reason}); run the command "
-            f"once with a network, or copy {folder} from a machine that has it"
-        ) from error
     finally:
         socket.setdefaulttimeout(before)
         shutil.rmtree(part, ignore_errors=True)

@@ -1,6 +1,5 @@
 """The walk over the folders below a root, to find images, and to detect changes later."""
 
-import logging
 import os
 import time
 from collections import Counter
@@ -14,9 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dino_sparo.errors import UserError
-from dino_sparo.terminal import shown, shows_bars
-
-log = logging.getLogger("dino_sparo")
+from dino_sparo.terminal import log, shown, shows_bars
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 HIDDEN = (".", "@eaDir")  # the latter contains thumbnails of Synology's file servers

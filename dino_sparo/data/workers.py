@@ -2,7 +2,6 @@
 
 import atexit
 import ctypes
-import logging
 import multiprocessing
 import os
 import shutil
@@ -22,8 +21,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 
 from dino_sparo.errors import StuckError, UserError
 from dino_sparo.parallel.processes import STOP_SIGNALS, end_with_parent
-
-log = logging.getLogger("dino_sparo")
+from dino_sparo.terminal import log
 
 IDLE = -1
 KINDS_OF_WARNINGS = 4096  # by a hash of the line of code that warns

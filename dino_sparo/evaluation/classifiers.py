@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -33,7 +33,7 @@ from dino_sparo.evaluation.probes import (
 )
 from dino_sparo.evaluation.results import Result, result_on
 from dino_sparo.evaluation.transfer import TestSet, as_test_sets, restrict
-from dino_sparo.files import parsed_json, write_file
+from dino_sparo.files import parsed_json, read_as, write_file
 from dino_sparo.interop.official import without_wrapping
 from dino_sparo.interop.stored import check_finite, check_stored, is_plain
 from dino_sparo.models import Encoder
@@ -114,7 +114,10 @@ def load_classifier(path: Path) -> SavedClassifier:
         UserError: it is not a classifier file, or it is damaged.
     """
     _check_is_there(path)
-    try:
+    with read_as(
+        f"evaluate {str(path)!r} is not a classifier of format {FORMAT}, or incomplete",
+        "give a file that `dino-sparo linear` saved",
+    ):
         with safe_open(path, "pt") as file:
             content = parsed_json((file.metadata() or {})[METADATA_KEY])
             weight, bias = (file.get_tensor(name) for name in ("weight", "bias"))
@@ -129,17 +132,6 @@ def load_classifier(path: Path) -> SavedClassifier:
             content["encoder"],
             content["details"],
         )
-    except UserError:
-        raise
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"evaluate {str(path)!r} is not a complete safetensors file ({error}); train the probe again"
-        ) from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-        raise UserError(
-            f"evaluate {str(path)!r} is not a classifier of format {FORMAT}; give a file that `dino-sparo "
-            f"linear` saved"
-        ) from error
 
 
 def load_official(

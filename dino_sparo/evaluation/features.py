@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -22,7 +21,7 @@ from dino_sparo.data.images import CenterCrops, ReadableCrops, normalize
 from dino_sparo.data.sources import ImageSource, open_images
 from dino_sparo.data.workers import WatchedLoader, default_workers
 from dino_sparo.errors import UserError
-from dino_sparo.files import alone_in, named
+from dino_sparo.files import alone_in, check_space, named
 from dino_sparo.models import Encoder
 from dino_sparo.parallel.distributed import gather_objects, gather_rows, local_world_size, rank, world_size
 from dino_sparo.terminal import shows_bars
@@ -230,13 +229,7 @@ def _prepare(
 ) -> list[NDArray[np.bool_]]:
     """Create missing files if the disk has room for all features; returns which images are done, per set."""
     needed = sum(file.bytes_missing() for files in opened for file in files.values())
-    existing = next(parent for parent in (cache, *cache.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise UserError(
-            f"cache {str(cache)!r}: features need {needed} bytes ({needed / 2**30:.1f} GiB), but only {free} "
-            f"({free / 2**30:.1f} GiB) are free; make room or choose another folder"
-        )
+    check_space(cache, needed, f"cache {str(cache)!r}: features need")
     for files, key in zip(opened, keys, strict=True):
         folder = next(iter(files.values())).path.parent
         if all(file.exists() for file in files.values()):

@@ -3,10 +3,10 @@
 Axis letters: T train images, B test images, D feature dimensions, S classes.
 """
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,22 +17,26 @@ from torch import Tensor
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.features import Wanted, cached_features, hash_of_images
-from dino_sparo.evaluation.results import Result, accuracies, result_on
-from dino_sparo.evaluation.search import NoDirectionError, nearest
+from dino_sparo.evaluation.results import Result, accuracies, result_on, standard_error
+from dino_sparo.evaluation.search import NoDirectionError, Rows, nearest
 from dino_sparo.evaluation.transfer import VAL, TestSet, as_test_sets, restrict
+from dino_sparo.files import write_figure
+from dino_sparo.interop.load import load_encoder
 from dino_sparo.models import Encoder
 from dino_sparo.parallel.distributed import gather_rows, rank, world_size
-from dino_sparo.terminal import shown
-
-log = logging.getLogger("dino_sparo")
+from dino_sparo.runs.checkpoint import checkpoints_of, step_of
+from dino_sparo.terminal import log, shown
 
 HEADLINE_K = 20
 KNN, KNN_IMAGES = f"knn{HEADLINE_K}_top1", f"knn{HEADLINE_K}_images"  # keys of metrics.jsonl
 PROTOCOL_K = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 TOP = 5
+CURVE_FILE = "knn_checkpoints.png"
 SHOWN_CLASSES = 3
 VOTE_CHUNK = 256  # test images classified at a time; changes memory, not the result
+
+Series = Mapping[int, Sequence[Result]]  # results of the checkpoints of a run by step, oldest first
 
 
 @dataclass(frozen=True)
@@ -46,17 +50,18 @@ class KnnResult:
 
 @torch.no_grad()
 def knn_classify(
-    train_features: Tensor | NDArray,
+    train_features: Rows,
     train_labels: Tensor | NDArray,
-    test_features: Tensor | NDArray,
+    test_features: Rows,
     test_labels: Tensor | NDArray,
     k: int | Integral | Sequence[int],
     temperature: float = TEMPERATURE,
     num_classes: int | None = None,
+    device: torch.device | None = None,
 ) -> dict[int, KnnResult]:
     """Accuracy of a vote of the k nearest train images, each weighted by exp(cosine / temperature).
 
-    The search is exact and runs on the device of the features. Top-5 uses the first min(5, k) ranked classes,
+    The search is exact. Top-5 uses the first min(5, k) ranked classes,
     as the official code does; classes with equal votes, including zero, are ranked by class number.
 
     Args:
@@ -66,6 +71,7 @@ def knn_classify(
         test_labels: (B,).
         k: one or several numbers of neighbors.
         num_classes: S. None: the largest label + 1.
+        device: of the search. None: that of the features.
 
     Raises:
         ValueError: k is not in 1 to T, there are no test images, or a feature is zero or not finite.
@@ -76,7 +82,8 @@ def knn_classify(
         raise ValueError("there are no test images to classify")
     if num_classes is None:
         num_classes = int(max(labels.max(), truth.max())) + 1
-    device = train_features.device if isinstance(train_features, Tensor) else torch.device("cpu")
+    if device is None and isinstance(train_features, Tensor):
+        device = train_features.device
     cosine_Bk, number_Bk = nearest(train_features, test_features, max(ks), device=device)
     ranked = _rank_classes(cosine_Bk, labels[number_Bk], ks, temperature, num_classes)
     return {number: _accuracy(ranked_B5, truth) for number, ranked_B5 in ranked.items()}
@@ -272,3 +279,65 @@ def _accuracy(ranked_B5: Tensor, truth_B: Tensor) -> KnnResult:
     hits_B5 = ranked_B5 == truth_B[:, None]
     total = len(truth_B)
     return KnnResult(100 * int(hits_B5[:, 0].sum()) / total, 100 * int(hits_B5.sum()) / total, total)
+
+
+# --- All checkpoints of a run: a table, and a curve over steps
+
+
+def of_checkpoints(
+    run_dir: Path, which: str, evaluate: Callable[[Encoder], Sequence[Result]]
+) -> dict[int, Sequence[Result]]:
+    """Evaluate each checkpoint of a run; damaged ones are skipped with a warning.
+
+    Raises:
+        UserError: no checkpoint can be loaded, or raised by `evaluate`.
+    """
+    found = {}
+    for path in checkpoints_of(run_dir):
+        try:
+            encoder = load_encoder(path, which)
+        except UserError as error:
+            log.warning("WARNING: %s; it is skipped", error)
+            continue
+        log.info("evaluating %s", path)
+        found[step_of(path)] = evaluate(encoder)
+    if not found:
+        raise UserError(
+            f"checkpoints is 'all', but {run_dir} has no checkpoint that can be loaded; give a run folder "
+            f"(log.keep_every_epochs says which checkpoints a run keeps)"
+        )
+    return found
+
+
+def checkpoints_table(series: Series) -> str:
+    """Top-1 by step, with a column for each result."""
+    columns = [shown(f"{result.test_set} {result.name}") for result in next(iter(series.values()))]
+    lines = [f"{'step':>10}" + "".join(f"{name:>{len(name) + 6}}" for name in columns)]
+    for step, results in series.items():
+        cells = zip(columns, results, strict=True)
+        lines.append(
+            f"{step:>10}" + "".join(f"{result.top1:>{len(name) + 4}.2f} %" for name, result in cells)
+        )
+    return "\n".join(lines)
+
+
+def draw_checkpoints(series: Series, path: Path) -> None:
+    """Write a PNG: top-1 over steps with its standard error; per test set the headline or first result."""
+    from matplotlib.figure import Figure  # slow to import, and training does not need it
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    some = next(iter(series.values()))
+    numbers = {one.test_set: number for number, one in reversed(list(enumerate(some)))}
+    numbers |= {one.test_set: number for number, one in enumerate(some) if one.headline}
+    for test_set, number in numbers.items():
+        of_set = [results[number] for results in series.values()]
+        top1 = [one.top1 for one in of_set]
+        errors = [standard_error(one.top1, one.num_images) for one in of_set]
+        label = f"{of_set[0].name} on {shown(test_set)}, {of_set[0].num_images} images"
+        axis.errorbar(list(series), top1, errors, marker=".", capsize=2, label=label)
+    axis.set_xlabel("step")
+    axis.set_ylabel("top-1, % (bars: one standard error)")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    write_figure(path, figure)

@@ -30,6 +30,7 @@ from dino_sparo.evaluation.probe_batches import MAX_SIDE, Batch, Features, featu
 from dino_sparo.evaluation.probes import INPUTS, Feature, Probes, choose_probes, losses
 from dino_sparo.evaluation.results import Result, accuracies
 from dino_sparo.evaluation.transfer import VAL, TestSet, as_test_sets, balanced_fraction
+from dino_sparo.files import read_as
 from dino_sparo.models import Encoder
 from dino_sparo.parallel.distributed import (
     average_gradients,
@@ -41,7 +42,7 @@ from dino_sparo.parallel.distributed import (
     world_size,
 )
 from dino_sparo.parallel.precision import choose_precision
-from dino_sparo.runs.checkpoint import NOT_WHOLE, load_latest, save_checkpoint, set_damaged_aside
+from dino_sparo.runs.checkpoint import load_latest, save_checkpoint, set_damaged_aside
 from dino_sparo.runs.runlog import RunLog
 
 log = logging.getLogger("dino_sparo")
@@ -214,15 +215,11 @@ class ProbeTraining:
         """
         checkpoint = load_latest(self.folder, unverified=unverified)
         if checkpoint is not None:
-            try:
+            with read_as(
+                f"{self.folder} has a checkpoint that holds no probes with these settings",
+                "remove the folder, or give another --out",
+            ):
                 self._restore(checkpoint)
-            except UserError:
-                raise
-            except NOT_WHOLE as error:
-                raise UserError(
-                    f"{self.folder} has a checkpoint that holds no probes with these settings "
-                    f"({' '.join(repr(error).split())}); remove the folder, or give another --out"
-                ) from error
         steps = sorted(set(gather_objects(self.steps_done)))
         if len(steps) > 1:
             raise UserError(
@@ -233,7 +230,7 @@ class ProbeTraining:
             set_damaged_aside(self.folder, self.steps_done)
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
-        """Raises UserError: it is of other settings; and NOT_WHOLE."""
+        """Raises UserError: it is of other settings; any error: it is damaged."""
         before = checkpoint["config"]
         changed = [
             f"{key} was {before[key]!r}, now {now!r}"

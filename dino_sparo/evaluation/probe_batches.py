@@ -3,7 +3,6 @@
 Axis letters: B images, F feature dimensions, N images of a set.
 """
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -34,13 +33,13 @@ from dino_sparo.parallel.distributed import local_world_size
 from dino_sparo.parallel.precision import autocast
 from dino_sparo.parallel.processes import memory_free
 from dino_sparo.runs.runlog import RunLog
+from dino_sparo.terminal import log
 
 MAX_SIDE = 1024  # images with a longer side are reduced to this side before cropping
 ROWS_AT_ONCE = 4096  # features loaded into memory at a time
 TIMEOUT_SECONDS = 600.0  # for the next images
 IMAGES_AT_ONCE = 64  # per forward pass of the encoder; changes memory, not the result
 
-log = logging.getLogger("dino_sparo")
 
 Features = Mapping[str, NDArray[Any]]  # name -> (N, F)
 Batch = tuple[Inputs, Tensor, Tensor]  # inputs of the probes (float32), labels (B,), whether all are finite

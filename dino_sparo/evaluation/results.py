@@ -6,7 +6,6 @@ correctly, so that two runs can be compared image by image without weights or im
 
 import base64
 import json
-import logging
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -18,13 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dino_sparo.errors import UserError, UserFileNotFoundError
-from dino_sparo.files import alone_in, parsed_json, set_aside, write_file
+from dino_sparo.files import alone_in, parsed_json, read_as, set_aside, write_file
 from dino_sparo.terminal import sentence, shown
 
 if TYPE_CHECKING:
     from dino_sparo.evaluation.transfer import TestSet  # imports torch, which `compare` does not need
 
-log = logging.getLogger("dino_sparo")
 
 RESULTS_FILE = "results.json"
 FORMAT = 1
@@ -156,7 +154,7 @@ def read_results(folder: Path) -> list[Result]:
         raise UserFileNotFoundError(
             f"{path} does not exist; evaluate the run first with `dino-sparo knn` or `dino-sparo linear`"
         )
-    try:
+    with read_as(f"{path} is damaged", "restore it from a backup, or remove it and evaluate again"):
         content = parsed_json(path)
         if content["format"] != FORMAT:
             raise UserError(
@@ -164,13 +162,6 @@ def read_results(folder: Path) -> list[Result]:
                 f"dino_sparo that wrote it, or remove it and evaluate again"
             )
         return [_from_json(entry) for entry in content["results"]]
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, zlib.error, OSError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else error
-        raise UserError(
-            f"{path} is damaged ({reason}); restore it from a backup, or remove it and evaluate again"
-        ) from error
 
 
 def _key(result: Result) -> tuple[object, ...]:

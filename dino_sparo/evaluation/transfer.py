@@ -10,7 +10,6 @@ authors. On val all train classes can be predicted, as in the official evaluatio
 Axis letters: B test images, S train classes.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,9 +25,7 @@ from dino_sparo.data.split_names import same_name
 from dino_sparo.data.splits import Choice, Part, find_test
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.parallel.distributed import first_rank_first
-from dino_sparo.terminal import few
-
-log = logging.getLogger("dino_sparo")
+from dino_sparo.terminal import few, log
 
 VAL = "val"
 EXPECTED = "expected NAME=DIR, where DIR holds a folder of images for each class, or shards or parquet files"

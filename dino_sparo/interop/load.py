@@ -1,7 +1,6 @@
 """Load encoders from runs, checkpoints, exported folders, official DINO weights, and timm."""
 
 import json
-import logging
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -10,18 +9,16 @@ from typing import Any
 
 from dino_sparo.data.images import evaluation_input
 from dino_sparo.errors import UserError, UserFileNotFoundError
-from dino_sparo.files import did_you_mean
+from dino_sparo.files import did_you_mean, read_as
 from dino_sparo.interop.official import NUM_HEADS, read_official
 from dino_sparo.interop.stored import MODELS, StoredEncoder, in_words
 from dino_sparo.interop.timm_folder import CONFIG_FILE, WEIGHTS_FILE, read_exported, read_safetensors
 from dino_sparo.models import Encoder
 from dino_sparo.models.encoder import architecture
 from dino_sparo.recipe.files import stored_recipe
-from dino_sparo.runs.checkpoint import NOT_WHOLE, check_format, check_hash, load_latest, warn_of_missing_hash
+from dino_sparo.runs.checkpoint import check_format, check_hash, load_latest, warn_of_missing_hash
 from dino_sparo.runs.plain_file import read_plain
-from dino_sparo.terminal import shown
-
-log = logging.getLogger("dino_sparo")
+from dino_sparo.terminal import log, shown
 
 EXPECTED = "expected a run folder, an exported folder, a weights file, or timm:NAME"
 TIMM = "timm:"
@@ -156,8 +153,10 @@ def _name_of(path: str) -> str:
 
 def _of_checkpoint(state: Mapping[str, Any], path: Path, which: str) -> StoredEncoder:
     """One network of a checkpoint."""
-    try:
-        recipe = stored_recipe(state["config"], "its recipe")
+    with read_as(f"{path} is not a complete checkpoint of dino-sparo", "give another file"):
+        recipe = stored_recipe(
+            state["config"], f"{path} is not a complete checkpoint of dino-sparo: its recipe"
+        )
         network, batch_size = state[which], recipe.optim.global_batch_size
         return StoredEncoder(
             path=path,
@@ -176,8 +175,3 @@ def _of_checkpoint(state: Mapping[str, Any], path: Path, which: str) -> StoredEn
                 ),
             },
         )
-    except NOT_WHOLE as error:
-        reason = error if isinstance(error, UserError) else repr(error)
-        raise UserError(
-            f"{path} is not a complete checkpoint of dino-sparo ({reason}); give another file"
-        ) from error

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from timm.models import PretrainedCfg
 from torch import Tensor
 
 from dino_sparo.errors import UserError, UserFileNotFoundError
-from dino_sparo.files import parsed_json, read_small, write_file
+from dino_sparo.files import parsed_json, read_as, read_small, write_file
 from dino_sparo.interop.stored import MODELS, StoredEncoder
 from dino_sparo.models import Encoder
 from dino_sparo.models.encoder import ARCHITECTURES, architecture
@@ -131,12 +130,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The content of a `.safetensors` file. Raises UserError, UserFileNotFoundError."""
     if not path.is_file():
         raise UserFileNotFoundError(f"{path} does not exist; give a file of weights, or a folder with one")
-    try:
+    with read_as(f"{path} cannot be read as a safetensors file, or is incomplete", "copy it again"):
         return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path} cannot be read as a safetensors file, or is incomplete ({error}); copy it again"
-        ) from error
 
 
 def read_exported(weights: Mapping[str, Tensor], path: Path) -> StoredEncoder | None:
@@ -147,17 +142,15 @@ def read_exported(weights: Mapping[str, Tensor], path: Path) -> StoredEncoder | 
         UserError: config.json is damaged.
     """
     path_of_config = path.with_name(CONFIG_FILE)
-    try:
-        config = parsed_json(read_small(path_of_config, MOST_JSON))
-    except FileNotFoundError:
+    if not path_of_config.exists():
         if "cls_token" in weights:
             return None
         raise UserFileNotFoundError(
             f"{path_of_config} does not exist; an exported encoder is a folder with {WEIGHTS_FILE} and "
             f"{CONFIG_FILE}"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path_of_config} cannot be read as JSON ({error}); copy it again") from error
+        )
+    with read_as(f"{path_of_config} cannot be read as JSON", "copy it again"):
+        config = parsed_json(read_small(path_of_config, MOST_JSON))
     config = config if isinstance(config, dict) else {}
     ours = config.get(OUR_KEY, config)
     if ours is config and "sparo" not in str(config.get("architecture", "sparo")):

@@ -1,7 +1,6 @@
 """The device to compute on: choose it, wait for it, compile for it."""
 
 import functools
-import logging
 import os
 import re
 import time
@@ -14,8 +13,7 @@ import torch
 
 from dino_sparo.errors import StuckError, UserError
 from dino_sparo.files import COMPILED, keep_compiled_code
-
-log = logging.getLogger("dino_sparo")
+from dino_sparo.terminal import log
 
 Made = TypeVar("Made")
 

@@ -3,7 +3,6 @@
 There is one process per GPU, with rank and world size in the environment variables that torchrun sets.
 """
 
-import logging
 import os
 import socket
 import sys
@@ -37,9 +36,7 @@ from dino_sparo.parallel.processes import (
     machine_name,
     told,
 )
-from dino_sparo.terminal import error_line
-
-log = logging.getLogger("dino_sparo")
+from dino_sparo.terminal import error_line, log
 
 Result = TypeVar("Result")
 

@@ -1,10 +1,8 @@
 """Checkpoints: one plain dictionary per file, written atomically, verified by SHA-256."""
 
 import hashlib
-import logging
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -16,20 +14,17 @@ import torch
 from torch import Tensor
 
 from dino_sparo.errors import UserError
-from dino_sparo.files import atomic_write, read_small, set_aside
+from dino_sparo.files import atomic_write, check_space, read_small, set_aside
 from dino_sparo.models import Encoder, build_encoder
 from dino_sparo.parallel.processes import finished_first
 from dino_sparo.recipe.sections import Recipe
 from dino_sparo.runs.plain_file import read_plain
-
-log = logging.getLogger("dino_sparo")
+from dino_sparo.terminal import log
 
 FORMAT = 2
 FOLDER = "checkpoints"
 TEMPORARY = "writing.tmp"
 KEEP_LAST = 2
-# What using a checkpoint raises that is not what it should be.
-NOT_WHOLE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def save_checkpoint(state: dict[str, Any], run_dir: Path, *, step: int, keep_every_steps: int = 0) -> Path:
@@ -119,12 +114,8 @@ def saving(run_dir: Path, *, keep_every_steps: int, saved: int) -> Iterator[Save
 def check_room(run_dir: Path, size: int) -> None:
     """Raise a UserError if the disk of a run has not `size` bytes free."""
     left = run_dir / FOLDER / TEMPORARY  # left by a killed process, will be overwritten
-    free = shutil.disk_usage(run_dir).free + (left.stat().st_size if left.exists() else 0)
-    if size > free:
-        raise UserError(
-            f"{run_dir / FOLDER}: a checkpoint needs {size} bytes ({size / 2**30:.2f} GiB), but only {free} "
-            f"({free / 2**30:.2f} GiB) are free there; free some space, then run again"
-        )
+    spare = left.stat().st_size if left.exists() else 0
+    check_space(run_dir, size, f"{run_dir / FOLDER}: a checkpoint needs", spare)
 
 
 def num_bytes(state: Any) -> int:

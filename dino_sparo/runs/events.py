@@ -3,7 +3,6 @@
 A record is the length of its data (8 bytes), a checksum of the length (4), the data, and their checksum (4).
 """
 
-import logging
 import struct
 from collections.abc import Iterator, Sequence
 from functools import reduce
@@ -16,8 +15,7 @@ from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import CRC_TABLE
 from tensorboard.summary.writer.record_writer import masked_crc32c
 
 from dino_sparo.files import write_file
-
-log = logging.getLogger("dino_sparo")
+from dino_sparo.terminal import log
 
 HEADER, BESIDE, LEAST = 12, 16, 4  # bytes before the data, around the data, and of the shortest data
 LANE = 256  # records are cut into lanes of so many bytes, whose checksums are computed in parallel

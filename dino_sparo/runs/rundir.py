@@ -1,7 +1,6 @@
 """The run folder: its recipe, its lock, and the lists of starts, bad images and bad steps."""
 
 import fcntl
-import logging
 import os
 import platform
 import re
@@ -25,6 +24,7 @@ from dino_sparo.recipe.files import CONFIG_FILE, stored_recipe
 from dino_sparo.recipe.sections import Recipe
 from dino_sparo.recipe.typed import flattened, read_yaml
 from dino_sparo.runs.checkpoint import FOLDER, TEMPORARY
+from dino_sparo.terminal import log
 
 STARTS_FILE = "starts.jsonl"
 LOCK_FILE = ".lock"
@@ -32,7 +32,6 @@ MARKER_FILE = "stopped.json"
 BAD_IMAGES_FILE, BAD_STEPS_FILE = "bad_images.jsonl", "bad_steps.jsonl"
 MOST_STARTS = 1000
 LOCK_SECONDS = 3.0  # a killed process may hold its lock so long while the system frees its memory
-log = logging.getLogger("dino_sparo")
 
 SHOWN_CHANGES = 4
 NOT_EXPERIMENT = (

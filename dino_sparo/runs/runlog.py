@@ -21,9 +21,7 @@ from tqdm import tqdm
 from dino_sparo.files import clean_lines, named, read_lines, set_aside
 from dino_sparo.parallel.device import wait_for_event
 from dino_sparo.runs.events import clean_events
-from dino_sparo.terminal import colored, shows_bars
-
-log = logging.getLogger("dino_sparo")
+from dino_sparo.terminal import colored, log, shows_bars
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FOLDER = "tensorboard"

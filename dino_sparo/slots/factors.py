@@ -17,8 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from dino_sparo.data.generated import ShapesSource
-from dino_sparo.data.shapes import FACTORS, MAX_OBJECTS, draw_factors
+from dino_sparo.data.shapes import FACTORS, MAX_OBJECTS, ShapesSource, draw_factors
 from dino_sparo.errors import UserError
 from dino_sparo.files import write_figure
 from dino_sparo.slots.parts import (
@@ -89,7 +88,7 @@ def factor_pictures(first: int, count: int) -> tuple[ShapesSource, dict[str, NDA
     drawn = [asdict(draw_factors(PICTURES_SEED, int(index))) for index in indices]
     values = {name: np.array([factors[name] for factors in drawn], np.int64) for name in FACTORS}
     values["count"] = np.array([factors["num_objects"] - 1 for factors in drawn], np.int64)
-    return ShapesSource(PICTURES_SEED, indices, values["color"]), values
+    return ShapesSource.of(PICTURES_SEED, indices, values["color"]), values
 
 
 def score_factors(

@@ -59,8 +59,8 @@ def of_rank(found: Content) -> list[str]:
     best, worst = order[0], order[-1]
     share = f" ({100 * half['knn'] / whole:.0f} % of it)" if whole else ""
     return [
-        f"{half['kept']} of {one['num_parts']} slots ({WAYS[way]}) have a {found['k']}-NN accuracy of "
-        f"{half['knn']:.1f} %, all slots {whole:.1f} %{share}, on {found['num_test']:,} test images.",
+        f"{half['kept']} of {one['num_parts']} slots ({WAYS.get(way, way)}) have a {found['k']}-NN accuracy "
+        f"of {half['knn']:.1f} %, all slots {whole:.1f} %{share}, on {found['num_test']:,} test images.",
         f"Slot {best} has the highest {found['k']}-NN accuracy alone ({alone[best]:.1f} %), slot {worst} the "
         f"lowest ({alone[worst]:.1f} %).",
     ]

@@ -386,7 +386,7 @@ def _fill_rank(section: Section, found: Content, _shown: list[int]) -> None:
     encoders, measures = found["encoders"], (f"{found['k']}-NN %", "linear %")
     rows = []
     for one in encoders:
-        kept = {WAYS[way]: half for way, half in one["half"].items()}
+        kept = {WAYS.get(way, way): half for way, half in one["half"].items()}
         kept["all"] = one["all"] | {"kept": one["num_parts"]}
         rows += [[one["name"], way, at["kept"], at["knn"], at["linear"]] for way, at in kept.items()]
     section.add_table("Half and all kept", ("encoder", "chosen by", "kept", *measures), rows)

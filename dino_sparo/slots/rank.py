@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from torch import Tensor
 
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.errors import UserError
@@ -36,16 +35,12 @@ from dino_sparo.slots.parts import (
     moments,
     probe_accuracies,
     remarks_on_parts,
-    vote,
 )
 from dino_sparo.terminal import aligned_table, few
 
-WAYS = {"knn": "best alone by k-NN", "linear": "best alone by probe", "greedy": "greedy by k-NN"}
+WAYS = {"knn": "best alone by k-NN", "linear": "best alone by probe"}
 MEASURES = {"knn": "k-NN", "linear": "linear probe"}
 SHOWN_PARTS = 8
-# Greedy selection evaluates P (P + 1) / 2 sets of parts, so it uses at most this many images.
-GREEDY_FIT = 5000
-GREEDY_SELECT = 1000
 
 
 class Split(NamedTuple):
@@ -94,13 +89,12 @@ def rank_slots(
             f"another --k or a smaller --select-fraction"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    greedy = greedy_images(labels_of(train), split, seed)
     ranked = []
     for one in encoders:
         of_train, of_val = one.features(train, val)
         try:
             found = rank_parts(
-                *(of_train, labels_of(train), of_val, labels_of(val), split, greedy),
+                *(of_train, labels_of(train), of_val, labels_of(val), split),
                 num_parts=one.num_parts,
                 k=k,
                 num_classes=len(train.classes),
@@ -119,8 +113,6 @@ def rank_slots(
         "num_select": len(split.select),
         "num_fit": len(split.fit),
         "num_test": len(val),
-        "num_greedy_select": len(greedy.select),
-        "num_greedy_fit": len(greedy.fit),
         "remarks": remarks_on_parts(encoders),
         "encoders": ranked,
     }
@@ -128,23 +120,10 @@ def rank_slots(
 
 def split_by_class(labels: NDArray[np.int64], select_fraction: float, seed: int) -> Split:
     """Split train images with labels (n,) at random, with the same fraction of each class."""
-    select = _share_by_class(labels, select_fraction, seed)
+    counts = np.bincount(labels)  # of each class at least one image, and at most all but one
+    share = np.minimum(np.maximum(1, np.rint(select_fraction * counts)), counts - 1)
+    select = draw_by_class(labels, share, seed)
     return Split(np.setdiff1d(np.arange(len(labels)), select), select)
-
-
-def greedy_images(labels: NDArray[np.int64], split: Split, seed: int) -> Split:
-    """The fit and selection images for greedy selection: all, or the same fraction of each class."""
-
-    def at_most(most: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        return rows if len(rows) <= most else rows[_share_by_class(labels[rows], most / len(rows), seed)]
-
-    return Split(at_most(GREEDY_FIT, split.fit), at_most(GREEDY_SELECT, split.select))
-
-
-def _share_by_class(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.int64]:
-    """Sorted numbers of a fraction of each class: at least one image, and at most all but one."""
-    counts = np.bincount(labels)
-    return draw_by_class(labels, np.minimum(np.maximum(1, np.rint(fraction * counts)), counts - 1), seed)
 
 
 def rank_parts(
@@ -153,7 +132,6 @@ def rank_parts(
     test: NDArray[Any],
     test_labels: NDArray[np.int64],
     split: Split,
-    greedy: Split,
     *,
     num_parts: int,
     k: int,
@@ -163,7 +141,7 @@ def rank_parts(
     """Select parts on the train features (n, E), and report accuracy on the test features (B, E).
 
     Args:
-        split, greedy: of the train images, the latter for greedy selection.
+        split: of the train images.
         k: number of neighbors, at most the number of fit images.
 
     Returns:
@@ -185,13 +163,6 @@ def rank_parts(
         "linear": probe_accuracies([fit_probe(of_fit, part) for part in each], select, select_labels),
     }
     orders = {way: sorted(range(num_parts), key=lambda part: -scores[part]) for way, scores in alone.items()}
-    of_greedy = []
-    for rows in greedy:
-        features = torch.from_numpy(train[rows]).to(device).float()
-        of_greedy += [features.unflatten(1, (num_parts, -1)), torch.from_numpy(train_labels[rows]).to(device)]
-    orders["greedy"] = greedy_order(
-        *of_greedy, k=min(k, len(greedy.fit)), num_classes=num_classes, preferred=orders["knn"]
-    )
     kept = {way: [tuple(sorted(o[:size])) for size in sizes(num_parts)] for way, o in orders.items()}
     subsets = sorted({subset for several in kept.values() for subset in several})
     columns = [columns_of(width, num_parts, subset) for subset in subsets]
@@ -215,51 +186,6 @@ def rank_parts(
     }
 
 
-@torch.no_grad()
-def greedy_order(
-    gallery_TPV: Tensor,
-    gallery_labels: Tensor,
-    queries_BPV: Tensor,
-    query_labels: Tensor,
-    *,
-    k: int,
-    num_classes: int,
-    preferred: Sequence[int],
-) -> list[int]:
-    """Forward selection: in each step add the part that gives the highest k-NN accuracy.
-
-    Dot products and squared norms are sums over parts, so evaluating a set of parts needs only the products
-    of the new part and the sums (B, T) of the selected parts.
-
-    Args:
-        preferred: all parts, in the order that breaks ties.
-    """
-    left, order = list(preferred), list[int]()
-    products_BT = queries_BPV.new_zeros(len(queries_BPV), len(gallery_TPV))
-    squares_T, squares_B = products_BT.new_zeros(len(gallery_TPV)), products_BT.new_zeros(len(queries_BPV))
-
-    def with_part(part: int) -> tuple[Tensor, Tensor, Tensor]:
-        gallery_TV, queries_BV = gallery_TPV[:, part], queries_BPV[:, part]
-        return (
-            torch.addmm(products_BT, queries_BV, gallery_TV.T),
-            squares_T + gallery_TV.square().sum(dim=1),
-            squares_B + queries_BV.square().sum(dim=1),
-        )
-
-    while left:
-        right = []
-        for part in left:
-            with_BT, with_T, with_B = with_part(part)
-            # The norm of a query changes only the weights of votes, so it is applied after the search.
-            found = with_BT.div_(with_T.sqrt()).topk(k, dim=1)
-            voted = vote(found.values / with_B.sqrt()[:, None], gallery_labels[found.indices], num_classes)
-            right.append(int((voted == query_labels).sum()))
-        best = left.pop(int(np.argmax(right)))
-        products_BT, squares_T, squares_B = with_part(best)
-        order.append(best)
-    return order
-
-
 def sizes(num_parts: int) -> list[int]:
     """Numbers of parts on the curve: powers of two, half of the parts, and all parts."""
     powers = [2**power for power in range(num_parts.bit_length()) if 2**power < num_parts]
@@ -272,11 +198,6 @@ def table(result: dict[str, Any]) -> str:
         f"{result['num_fit']} train images to fit, {result['num_select']} to select slots, "
         f"{result['num_test']} val images to evaluate; {result['k']}-NN and a ridge probe, top-1 in %"
     ]
-    if (result["num_greedy_fit"], result["num_greedy_select"]) != (result["num_fit"], result["num_select"]):
-        lines.append(
-            f"greedy selection used {result['num_greedy_fit']} images to fit and "
-            f"{result['num_greedy_select']} to select"
-        )
     lines += result["remarks"]
     for one in result["encoders"]:
         lines += ["", f"{one['name']}, {one['num_parts']} parts of {one['part_dim']}: {one['run']}"]
@@ -295,7 +216,7 @@ def draw_curve(encoders: Sequence[dict[str, Any]], path: Path) -> None:
     """Write a PNG: accuracy on val against the number of parts kept, by k-NN (left) and probe (right)."""
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     axes = figure.subplots(1, 2)
-    styles = dict(zip(WAYS, ("o-", "s--", "^:"), strict=True))
+    styles = dict(zip(WAYS, ("o-", "s--"), strict=True))
     for axis, (name, title) in zip(axes, MEASURES.items(), strict=True):
         for number, one in enumerate(encoders):
             for way, points in one["curve"].items():

@@ -1,7 +1,6 @@
 """The command `dino-sparo study`."""
 
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,18 +12,16 @@ from dino_sparo.evaluation.features import hash_of_images
 from dino_sparo.evaluation.knn import HEADLINE_K
 from dino_sparo.evaluation.results import Result
 from dino_sparo.evaluation.transfer import EXPECTED_BOTH, VAL, named_folder
-from dino_sparo.files import alone_in, parsed_json, write_file
+from dino_sparo.files import alone_in, parsed_json, read_as, write_file
 from dino_sparo.recipe.files import CONFIG_FILE
 from dino_sparo.recipe.typed import flattened
 from dino_sparo.runs.checkpoint import latest_step
 from dino_sparo.runs.rundir import check_same_experiment
 from dino_sparo.study import training
-from dino_sparo.study.measuring import Measured, choose, measure
 from dino_sparo.study.report import PAGE, write_report
+from dino_sparo.study.training import Measured, choose, measure
 from dino_sparo.study.variants import Variant
-from dino_sparo.terminal import sentence, shown
-
-log = logging.getLogger("dino_sparo")
+from dino_sparo.terminal import log, sentence, shown
 
 IMAGES_FILE = "images.json"  # hashes of the images by dataset
 
@@ -160,14 +157,11 @@ def remember_images(folder: Path, data_sets: dict[str, str], hashes: dict[str, s
 def _with_known(folder: Path, data_sets: dict[str, str], hashes: dict[str, str]) -> dict[str, str]:
     """The hashes in `images.json` and these; raises UserError if a dataset has changed."""
     path = folder / IMAGES_FILE
-    try:
-        known: dict[str, str] = dict(parsed_json(path).items())
-    except (FileNotFoundError, NotADirectoryError):
-        known = {}
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}); restore it, or remove it if the images have not changed"
-        ) from error
+    known: dict[str, str] = {}
+    if path.exists():
+        remedy = "restore it, or remove it if the images have not changed"
+        with read_as(f"{path} cannot be read", remedy):
+            known = dict(parsed_json(path).items())
     for name, now in hashes.items():
         if known.setdefault(name, now) != now:
             raise UserError(

@@ -27,8 +27,7 @@ from dino_sparo.evaluation.knn import KNN
 from dino_sparo.runs.rundir import read_starts
 from dino_sparo.runs.runlog import each_metric
 from dino_sparo.slots.curves import COLORS, MARKERS
-from dino_sparo.study.measuring import EPOCHS
-from dino_sparo.study.training import SIZES, sizes, write_files
+from dino_sparo.study.training import EPOCHS, SIZES, sizes, write_files
 from dino_sparo.terminal import markdown_table
 
 PAGE, JSON_FILE, CURVES = "study.md", "study.json", "curves.png"

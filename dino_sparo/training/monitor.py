@@ -3,7 +3,6 @@
 Axis letters: B images, K prototypes, E encoding.
 """
 
-import logging
 import math
 import resource
 import sys
@@ -19,8 +18,7 @@ from dino_sparo.errors import UserError
 from dino_sparo.evaluation.knn import HEADLINE_K, KNN, KNN_IMAGES, NoDirectionError, evaluate_knn
 from dino_sparo.models import Encoder
 from dino_sparo.parallel.distributed import sum_over_ranks, world_size
-
-log = logging.getLogger("dino_sparo")
+from dino_sparo.terminal import log
 
 ALARM_SHARE = 0.01  # of ln K
 ALARM_STEPS, ALARM_ENTRIES = 30, 3

@@ -1,4 +1,7 @@
-"""Parameter groups, AdamW, and clipping. Source: official `utils.get_params_groups`, `clip_gradients`."""
+"""Parameter groups, AdamW, clipping, and the update of the teacher.
+
+Source: official `utils.get_params_groups`, `clip_gradients`, and `main_dino.py`.
+"""
 
 from collections.abc import Iterable
 from typing import Any
@@ -73,3 +76,18 @@ def clip_gradients_per_parameter(parameters: Iterable[nn.Parameter], max_norm: f
     torch._foreach_clamp_max_(factors, 1.0)
     torch._foreach_mul_(gradients, factors)
     return torch.stack(norms)
+
+
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float | Tensor, finite: Tensor) -> None:
+    """teacher <- momentum * teacher + (1 - momentum) * student, in place, for trainable parameters.
+
+    Frozen parameters are equal in both. If `finite` (a scalar tensor on the device) is false, the teacher
+    does not change. `momentum` is a number, or a float64 scalar tensor on the device.
+    """
+    both = zip(teacher.parameters(), student.parameters(), strict=True)
+    pairs = [(of_teacher, of_student) for of_teacher, of_student in both if of_student.requires_grad]
+    averaged: list[Tensor] = [of_teacher for of_teacher, _ in pairs]
+    current: list[Tensor] = [of_student for _, of_student in pairs]
+    torch._foreach_mul_(averaged, torch.where(finite, momentum, 1.0).float())
+    torch._foreach_add_(averaged, torch._foreach_mul(current, torch.where(finite, 1 - momentum, 0.0).float()))

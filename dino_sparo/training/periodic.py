@@ -1,7 +1,6 @@
 """Periodic work of a run: log entries, evaluations, checkpoints; and errors that end it."""
 
 import json
-import logging
 from typing import NoReturn
 
 import torch
@@ -17,13 +16,12 @@ from dino_sparo.runs.rundir import BAD_STEPS_FILE, MARKER_FILE
 from dino_sparo.runs.runlog import RunLog, each_metric
 from dino_sparo.slots.maps import look, spread_evenly
 from dino_sparo.slots.statistics import slot_health
+from dino_sparo.terminal import log
 from dino_sparo.training.monitor import evaluate_teacher, peak_memory_gib
 from dino_sparo.training.optim import set_hyperparameters
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.setup import Run
 from dino_sparo.training.state import StepOutput, capture_state
-
-log = logging.getLogger("dino_sparo")
 
 MAX_OVERFLOWS = 30  # in a row; lowering the initial loss scale takes fewer
 HEALTH_IMAGES = 8

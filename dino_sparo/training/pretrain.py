@@ -3,7 +3,6 @@
 Axis letters: B images, C crops, K prototypes.
 """
 
-import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
@@ -54,10 +53,10 @@ from dino_sparo.recipe.sections import Recipe, smaller_batch, split_batch
 from dino_sparo.runs.checkpoint import check_room, saving, set_damaged_aside
 from dino_sparo.runs.rundir import check_same_experiment, hold, mend, start_run_dir
 from dino_sparo.runs.runlog import RunLog
-from dino_sparo.training.bad_images import BadImages
+from dino_sparo.terminal import log
 from dino_sparo.training.loss import teacher_probabilities
 from dino_sparo.training.monitor import CollapseAlarm, TeacherStatistics
-from dino_sparo.training.optim import clip_gradients_per_parameter, step_if_finite
+from dino_sparo.training.optim import clip_gradients_per_parameter, step_if_finite, update_teacher
 from dino_sparo.training.periodic import (
     due,
     evaluate,
@@ -83,10 +82,7 @@ from dino_sparo.training.setup import (
 )
 from dino_sparo.training.state import StepOutput, TrainState, build_state, checkpoint_bytes
 from dino_sparo.training.steps import Steps
-from dino_sparo.training.stopping import StopSignals
-from dino_sparo.training.teacher import update_teacher
-
-log = logging.getLogger("dino_sparo")
+from dino_sparo.training.stopping import BadImages, StopSignals
 
 Batch = Crops | PhotoBatch
 

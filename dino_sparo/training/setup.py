@@ -1,6 +1,5 @@
 """Preparation of a run: images, views, schedules, initial weights, and restored state."""
 
-import logging
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,13 +9,14 @@ import numpy as np
 import torch
 
 from dino_sparo.data.decode import size_of
-from dino_sparo.data.generated import SHAPES
 from dino_sparo.data.loader import BatchOrder, CropsDataset, Executor
+from dino_sparo.data.shapes import SHAPES
 from dino_sparo.data.sources import ImageSource, absolute_path, decide, open_images, say_splits
 from dino_sparo.data.splits import Choice
 from dino_sparo.data.tables import commit_of
 from dino_sparo.data.views import NUM_GLOBAL_CROPS, crop_kinds
 from dino_sparo.errors import UserError
+from dino_sparo.files import read_as
 from dino_sparo.interop.start import read_networks, start_networks
 from dino_sparo.parallel.distributed import first_rank_first, gather_objects, world_size
 from dino_sparo.recipe.sections import (
@@ -27,14 +27,13 @@ from dino_sparo.recipe.sections import (
     Recipe,
     ViewOptions,
 )
-from dino_sparo.runs.checkpoint import NOT_WHOLE, load_latest
+from dino_sparo.runs.checkpoint import load_latest
 from dino_sparo.runs.rundir import read_starts
-from dino_sparo.training.bad_images import BadImages
+from dino_sparo.terminal import log
 from dino_sparo.training.monitor import CollapseAlarm, KnnImages, open_knn_images
 from dino_sparo.training.schedules import Cosine, Linear, Schedules
 from dino_sparo.training.state import TrainState, restore_state
-
-log = logging.getLogger("dino_sparo")
+from dino_sparo.training.stopping import BadImages
 
 FEW_STEPS = 2000
 FEW_PROTOTYPES = 256
@@ -125,7 +124,10 @@ def restored_step(
     checkpoint = load_latest(run_dir, unverified=unverified)
     if checkpoint is None:
         return None
-    try:
+    with read_as(
+        f"run_dir {str(run_dir)!r} has a checkpoint that does not fit its recipe",
+        "restore the folder, or choose another run_dir",
+    ):
         if checkpoint["images"] != images:
             raise UserError(
                 f"data.path: run_dir {str(run_dir)!r} was trained on {checkpoint['images']['num_images']} "
@@ -135,13 +137,6 @@ def restored_step(
             )
         restore_state(state, checkpoint)
         step = int(checkpoint["step"])
-    except UserError:
-        raise
-    except NOT_WHOLE as error:
-        raise UserError(
-            f"run_dir {str(run_dir)!r} has a checkpoint that does not fit its recipe "
-            f"({' '.join(str(error).split())}); restore the folder, or choose another run_dir"
-        ) from error
     before = [start["views"] for start in read_starts(run_dir) if "views" in start][-1:]
     if before and before != [executor]:
         log.warning(

@@ -7,7 +7,6 @@ steps, because a replay reads seed and offset of torch's generator.
 """
 
 import gc
-import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,11 +17,10 @@ from torch import Tensor
 
 from dino_sparo.parallel.device import end_of_work, wait_for_event
 from dino_sparo.parallel.distributed import sum_over_ranks
+from dino_sparo.terminal import log
 from dino_sparo.training.monitor import TeacherStatistics
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.state import StepOutput
-
-log = logging.getLogger("dino_sparo")
 
 STEPS_AHEAD = 2  # steps queued on the GPU; more would only fill its memory with batches
 EAGER_STEPS = 3  # steps without frozen parts before a capture: they load kernels and create optimizer state

@@ -1,18 +1,25 @@
-"""Early ends of a run: signals, and steps with a loss or gradients that are not finite."""
+"""Early ends of a run: signals, steps with a loss or gradients that are not finite, and bad images."""
 
+import json
 import os
 import signal
 import threading
 from contextlib import suppress
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dino_sparo.errors import StoppedError, StuckError
+from dino_sparo.data.loader import Replaced
+from dino_sparo.errors import StoppedError, StuckError, UserError
+from dino_sparo.files import read_lines, write_file
+from dino_sparo.parallel.distributed import gather_objects, rank
 from dino_sparo.parallel.processes import on_stop_signals, told
+from dino_sparo.runs.rundir import BAD_IMAGES_FILE, is_bad_image
 
+MAX_SHARE = 0.01  # of bad images
 LISTED_BAD_STEPS = 1000  # since `new` was last called
 
 
@@ -106,3 +113,54 @@ class BadSteps:
             (number, first_step + step, "gradients" if finite_loss else "loss")
             for number, (step, finite_loss) in zip(numbers, rows, strict=True)
         ]
+
+
+def too_many(bad: int, num_images: int) -> bool:
+    """Whether this number of bad images ends a run: more than 1 %, and more than one image."""
+    return bad > max(1, MAX_SHARE * num_images)
+
+
+class BadImages:
+    """The list `run_dir/bad_images.jsonl` of images that cannot be read: one line each, with name and reason.
+
+    Args:
+        run_dir: folder of the run; images that an earlier start listed are kept.
+        num_images: size of the dataset.
+    """
+
+    def __init__(self, run_dir: Path, num_images: int) -> None:
+        self.path, self.num_images = run_dir / BAD_IMAGES_FILE, num_images
+        self._pending: list[Replaced] = []
+        self._met: set[str] = set()  # of this start: those listed before may have been fixed
+        self._reasons = {each["name"]: each["reason"] for each in read_lines(self.path, is_bad_image)}
+
+    def __len__(self) -> int:
+        return len(self._reasons)
+
+    def add(self, replaced: tuple[Replaced, ...]) -> None:
+        """Add images that this process has substituted, to be listed by `share`."""
+        self._pending += replaced
+
+    def share(self) -> None:
+        """List the images added in all processes since the last call. A collective."""
+        new = {name: reason for pending in gather_objects(self._pending) for name, reason in pending}
+        self._pending = []
+        self._met |= new.keys()
+        self.list(new, len(self._met), self.num_images)
+
+    def list(self, new: dict[str, str], bad: int, num_images: int) -> None:
+        """List new images (name -> reason, equal in all processes).
+
+        Raises:
+            UserError: `bad` of `num_images` images are too many.
+        """
+        if new.keys() - self._reasons.keys():
+            self._reasons = dict(sorted((new | self._reasons).items()))
+            if rank() == 0:
+                lines = (json.dumps({"name": name, "reason": why}) for name, why in self._reasons.items())
+                write_file(self.path, "".join(f"{line}\n" for line in lines))
+        if too_many(bad, num_images):
+            raise UserError(
+                f"{bad} of {num_images} images cannot be read, more than 1 %; repair those listed in "
+                f"{self.path}, then run again"
+            )
