@@ -103,19 +103,20 @@ def test_bad_images_are_a_problem_unless_few_are_replaced(checked, data, bad, on
     assert report["data"]["train"]["problems"]["zero_byte"]["count"] == bad
     says = f"images of train that cannot be read: {bad} of 24; repair or remove them, or"
     assert [problem.startswith(says) for problem in report["problems"]] == [True] * is_problem
+    assert any(remark.startswith(says[:-4]) for remark in report["remarks"]) != is_problem
     assert ("step" in report) != is_problem  # nothing is measured that would not run
 
 
 @pytest.mark.parametrize("knn_every_epochs", [0, 1])
 def test_what_is_wrong_with_val_is_a_problem_if_training_reads_it(checked, data, knn_every_epochs):
+    (data / "val" / "class0" / "000.png").write_bytes(b"")
+    given = f"--monitor.knn_every_epochs={knn_every_epochs}"
+    told = checked(given, status=knn_every_epochs, look=["--scan"])
+    unread = "images of val that cannot be read: 1; repair or remove them"
+    assert unread in told["problems" if knn_every_epochs else "remarks"]
     (data / "val" / "class0").rename(data / "val" / "other")
-    (data / "val" / "other" / "000.png").write_bytes(b"")
-    report = checked(
-        f"--monitor.knn_every_epochs={knn_every_epochs}", status=knn_every_epochs, look=["--scan"]
-    )
-    told = report["problems" if knn_every_epochs else "remarks"]
-    assert "images of val that cannot be read: 1; repair or remove them" in told
-    assert "classes of val that are not in train: 1" in told
+    told = checked(given, look=["--scan"])["remarks"]  # the run trains without k-NN
+    assert unread in told and "classes of val that are not in train: 1" in told
 
 
 @pytest.mark.parametrize("bad", [1, 2])
@@ -241,6 +242,8 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(checked, monkeypatch)
         (lambda root: (root / "train/class0/x.gif").touch(), False, "1 ending in .gif"),
         (lambda root: Image.new("L", (40, 30), 250).save(root / "train/class0/x.png"), True, "constant"),
         (lambda root: NOISE.save(root / "val/class0/x.jpg", exif=TURNED), True, "EXIF"),
+        (lambda root: NOISE.save(root / "train/class0/x.tif", save_all=True, append_images=[NOISE]), True,
+         "the first of several pictures in their file; the others are not read: 1 of 25"),
         (lambda root: shutil.move(root / "val", root / "cat") and shutil.move(root / "train", root / "x_val"),
          False, "taken as classes: x_val"),
     ],

@@ -110,7 +110,8 @@ def test_a_run_resumes_without_what_it_does_not_need(name, damage, whole, stoppe
         ("config.yaml", make_folder, "config.yaml is not a regular file"),
         ("config.yaml", lambda path: path.write_bytes(bytes(range(256))), "not UTF-8"),
         ("config.yaml", lambda path: path.write_text(path.read_text()[:300] + "\n['"), "not valid YAML"),
-        ("config.yaml", lambda path: path.write_text(""), "it has no sections"),
+        ("config.yaml", lambda path: path.write_text(""), "config.yaml has no sections"),
+        ("config.yaml", lambda path: path.write_text("- 1\n"), "config.yaml has no sections"),
         ("config.yaml", lambda path: path.write_text("1: 2\n"), "key '1' is unknown"),
         ("checkpoints", make_file, "checkpoints is not a folder"),
         (f"{CHECKPOINT}.sha256", Path.unlink, "sha256 is missing"),
@@ -121,6 +122,10 @@ def test_a_run_is_refused_in_one_sentence_without_what_it_needs(name, damage, sa
     assert resume(whole, stopped) == 2
     told = capsys.readouterr().err
     assert told.count("error: ") == 1 and said in told and Path(name).name in told
+    if name == "config.yaml" and "key" not in said:  # which names the images of evaluations
+        assert main(["knn", str(stopped), "--device=cpu"]) == 2
+        told = capsys.readouterr().err
+        assert told.count("error: ") == 1 and said in told
 
 
 def lose(data: bytes, first: int, last: int) -> bytes:

@@ -6,6 +6,7 @@ import struct
 import warnings
 import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -226,7 +227,13 @@ def test_no_format_is_turned_by_its_exif(kind, orientation, max_side):
 # --- What the scan and the log say
 
 
-def test_the_scan_counts_flat_and_turned_images(tmp_path):
+def cut(image: Image.Image, **options) -> bytes:
+    """The beginning of a JPEG with an end marker: decoders fill in what is missing."""
+    data = encoded(image, "JPEG", **options)
+    return data[: len(data) * 3 // 5] + b"\xff\xd9"
+
+
+def test_the_scan_counts_images_that_may_be_wrong(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     for name, data in {
@@ -236,6 +243,11 @@ def test_the_scan_counts_flat_and_turned_images(tmp_path):
         "bad_exif.jpg": encoded(PICTURE, "JPEG", dpi=(72, 72), exif=b"Exif\0\0no TIFF"),
         "12_bits.png": encoded(Image.fromarray((GRAY / 255 * 4095).astype(np.uint16)), "PNG"),
         "white.png": encoded(Image.new("L", (40, 30), 250), "PNG"),
+        "pages.tif": encoded(PICTURE, "TIFF", save_all=True, append_images=[PICTURE]),
+        "moves.png": encoded(PICTURE, "PNG", save_all=True, append_images=[PICTURE.rotate(180)]),
+        "photo_with_preview.jpg": encoded(PICTURE, "MPO", save_all=True, append_images=[PICTURE]),
+        "cut_with_end.jpg": cut(PICTURE.resize((64, 64)), quality=95),
+        "gray_cut_with_end.jpg": cut(PICTURE.convert("L").resize((64, 64)), quality=95),
     }.items():
         (tmp_path / name).write_bytes(data)
 
@@ -244,13 +256,17 @@ def test_the_scan_counts_flat_and_turned_images(tmp_path):
         return result.report, "\n".join(describe(data_report(result, None)))
 
     report, text = found()
-    assert report.readable == 6
-    assert report.flat.first == (f"{tmp_path}/12_bits.png", f"{tmp_path}/white.png")
-    assert report.turned.first == (f"{tmp_path}/turned.jpg", f"{tmp_path}/turned.tif")
+    assert report.readable == 11
+    assert {mark: [Path(name).name for name in files.first] for mark, files in report.marks.items()} == {
+        "flat": ["12_bits.png", "white.png"],
+        "turned": ["turned.jpg", "turned.tif"],
+        "cut": ["cut_with_end.jpg", "gray_cut_with_end.jpg"],
+        "several": ["moves.png", "pages.tif"],
+    }
     assert (
         "nearly constant or nearly black: 2 (" in text and "EXIF orientation, which is ignored: 2 (" in text
     )
-    assert found(Choice(value_range=(0, 4095)))[0].flat.first == (f"{tmp_path}/white.png",)
+    assert found(Choice(value_range=(0, 4095)))[0].marks["flat"].first == (f"{tmp_path}/white.png",)
 
 
 class OddWarning(UserWarning):

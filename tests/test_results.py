@@ -159,3 +159,9 @@ def test_where_results_go(tmp_path):
     assert results_folder(str(tmp_path)) == tmp_path
     (tmp_path / "dino.vits16.pth").touch()
     assert results_folder(str(tmp_path / "dino.vits16.pth")) == tmp_path / "dino.vits16_evaluation"
+
+
+def test_results_that_are_a_folder_are_called_that(tmp_path):
+    (tmp_path / "results.json").mkdir()
+    with pytest.raises(UserError, match=r"results\.json is not a regular file"):
+        read_results(tmp_path)

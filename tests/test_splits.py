@@ -239,6 +239,22 @@ FOLDERS = {
         [*flat("with_mask"), *flat("without_mask")],
         ALL.format("") + "; taken as classes: with_mask, without_mask",
     ),
+    "masks among the classes of splits": (
+        [*classes("train", names=("cat", "masks")), *classes("val", 2, names=("cat", "masks"))],
+        BOTH.format("train", "val") + "; taken as classes: masks",
+    ),
+    "masks and thumbnails within classes": (
+        [*flat("cat/images", 2), *flat("cat/masks", 3), *flat("dog", 4), "dog/a/_thumbs/1.jpg"],
+        ALL.format("") + "; taken as images: cat/masks, dog/a/_thumbs",
+    ),
+    "masks beside the images of a class": (
+        [*flat("cat", 4), *flat("dog"), "cat/b (1)_mask.png"],
+        ALL.format("") + "; taken as images: cat/b (1)_mask.png",
+    ),
+    "what file servers and Windows keep of deleted files": (
+        [*classes("."), *flat("#recycle"), *flat("cat/@Recycle"), *flat("$RECYCLE.BIN/S-1-5-21")],
+        ALL.format(""),
+    ),
 }  # fmt: skip
 
 
@@ -289,6 +305,13 @@ def test_images_without_classes_are_learned_from_without_val(tmp_path, lines, fi
     assert lines() == [line.replace("ROOT", str(tmp_path))]
     with pytest.raises(UserError):
         open_labeled(str(tmp_path))
+
+
+def test_a_test_set_that_is_not_opened_is_named(tmp_path, lines):
+    touch(tmp_path, *classes("train"), *classes("test", 2))
+    splits = decide(str(tmp_path), AS_FOUND)
+    say_splits(str(tmp_path), open_images(str(tmp_path), splits=splits), None, splits, held_out=False)
+    assert lines()[0].endswith(f"; val: ({tmp_path}/test)")
 
 
 @pytest.mark.parametrize("held_out", ["val", "validation", "Test"])
@@ -370,6 +393,13 @@ def test_shards(tmp_path, lines, names, train, val, note):
         note or ")"
     )
     assert (open_val(str(tmp_path)) is None) == (val is None)
+
+
+def test_masks_in_shards_are_named(tmp_path, lines):
+    names = [f"{folder}/{number}__jpg" for folder in ("cat/a", "cat/masks", "gt") for number in range(2)]
+    write_tar(tmp_path / "0.tar", **{name: picture(number) for number, name in enumerate(names)})
+    open_labeled(str(tmp_path))
+    assert lines()[0].endswith("; taken as classes: gt; taken as images: cat/masks")
 
 
 def test_shards_beside_other_things(tmp_path):
@@ -553,10 +583,12 @@ def test_class_folders_of_several_parts_are_not_all_listed(tmp_path, monkeypatch
 
 def test_other_endings_are_counted(tmp_path, lines):
     touch(
-        tmp_path, *classes("."), *flat("cat", 2, ".gif"), *flat("dog", 1, ".JFIF"), "cat/notes.txt", "a/x.dcm"
+        *(tmp_path, *classes("."), *flat("cat", 2, ".gif"), *flat("cat", 2, ""), *flat("dog", 1, ".JFIF")),
+        *("cat/notes.txt", "a/x.dcm"),
     )
     open_labeled(str(tmp_path))
-    assert lines()[0].endswith("; files not read: 2 ending in .gif, 1 ending in .dcm, 1 ending in .jfif")
+    said = "; files not read: 2 without an ending, 2 ending in .gif, 1 ending in .dcm, 1 ending in .jfif"
+    assert lines()[0].endswith(said)
 
 
 def test_names_begin_no_line_of_what_is_said_and_are_short(tmp_path, caplog):

@@ -24,7 +24,7 @@ from dino_sparo.check.estimate import (
 from dino_sparo.check.measure import measure_loading, measure_steps
 from dino_sparo.check.plan import Plan, duration, make_plan, plan_text, size
 from dino_sparo.data.loader import BatchOrder, crop_batches
-from dino_sparo.data.scan import DataReport, ScanResult, data_report, describe, scan_images
+from dino_sparo.data.scan import MARKS, DataReport, ScanResult, data_report, describe, scan_images
 from dino_sparo.data.sources import ImageSource, decide, notes_on, open_val
 from dino_sparo.data.splits import Choice
 from dino_sparo.data.views import crop_kinds
@@ -40,6 +40,10 @@ from dino_sparo.training.stopping import too_many
 LOADING_SECONDS = 10.0
 LOADING_BATCH = 8  # images; the speed hardly depends on it, and small batches arrive sooner
 STEPS = 3
+LEVELS_REMEDY = (
+    "; if their pixels have more than 8 bits, set data.value_range to the values LOW HIGH that become black "
+    "and white"
+)
 CPU_BATCH = 4  # images in a timed step on a CPU, whose speed hardly depends on it
 
 
@@ -82,8 +86,8 @@ def check(
     if scan:
         data, bad_of_knn = scan_data(plan)
         report["data"] = asdict(data)
-        look_at_data(data, recipe, problems, doubts)
         of_knn, stops = sum(map(len, plan.monitor or ())), recipe.data.on_bad_image == "stop"
+        look_at_data(data, problems, doubts, stops=stops, with_val=plan.monitor is not None)
         if (stops and recipe.monitor.knn_path and bad_of_knn) or (not stops and too_many(bad_of_knn, of_knn)):
             problems.append(
                 f"images for k-NN during training that cannot be read: {bad_of_knn} of {of_knn}"
@@ -153,27 +157,30 @@ def scan_data(plan: Plan) -> tuple[DataReport, int]:
     return data_report(train_scan, val_scan, gallery), bad_of_knn
 
 
-def look_at_data(data: DataReport, recipe: Recipe, problems: list[str], doubts: list[str]) -> None:
-    """Add what would stop the run to `problems`, and other findings about the data to `doubts`."""
+def look_at_data(
+    data: DataReport, problems: list[str], doubts: list[str], *, stops: bool, with_val: bool
+) -> None:
+    """Add what would stop the run to `problems`, and other findings about the data to `doubts`.
+
+    Args:
+        stops: whether an image that cannot be read stops the run.
+        with_val: whether the run reads val, for k-NN.
+    """
     bad, images = data.train.unreadable, data.train.images
-    if (bad and recipe.data.on_bad_image == "stop") or too_many(bad, images):
-        problems.append(
-            f"images of train that cannot be read: {bad} of {images}; repair or remove them, or, if they are "
-            f"at most 1 %, set data.on_bad_image to substitute"
-        )
-    for split, scan in (("train", data.train), ("val", data.val)):
-        if scan and scan.flat.count:
-            doubts.append(
-                f"images of {split} that are nearly constant or nearly black: {scan.flat.count} of "
-                f"{scan.images}; if their pixels have more than 8 bits, set data.value_range to the values "
-                f"LOW HIGH that become black and white"
-            )
-        if scan and scan.turned.count:
-            doubts.append(
-                f"images of {split} whose EXIF orientation is ignored: {scan.turned.count} of {scan.images}"
-            )
-    stops = recipe.monitor.knn_every_epochs and recipe.data.on_bad_image == "stop"
-    of_val = problems if stops else doubts
+    of_train = f"images of train that cannot be read: {bad} of {images}; repair or remove them"
+    if (bad and stops) or too_many(bad, images):
+        problems.append(f"{of_train}, or, if they are at most 1 %, set data.on_bad_image to substitute")
+    elif bad:
+        doubts.append(of_train)
+    scans = {"train": data.train} | ({"val": data.val} if data.val else {})
+    doubts += [
+        f"images of {split} that are {MARKS[mark]}: {files.count} of {scan.images}"
+        f"{LEVELS_REMEDY * (mark == 'flat')}"
+        for split, scan in scans.items()
+        for mark, files in scan.marks.items()
+        if files.count
+    ]
+    of_val = problems if stops and with_val else doubts
     if data.val and data.val.unreadable:
         of_val.append(f"images of val that cannot be read: {data.val.unreadable}; repair or remove them")
     if data.classes.only_in_val.count:

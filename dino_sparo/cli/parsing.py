@@ -9,14 +9,13 @@ from typing import Any
 
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.files import did_you_mean
-from dino_sparo.recipe.files import CONFIG_FILE, checked_keys, named_recipe, recipes
+from dino_sparo.recipe.files import CONFIG_FILE, checked_keys, named_recipe, read_sections, recipes
 from dino_sparo.recipe.sections import Recipe
 from dino_sparo.recipe.typed import (
     MissingError,
     build,
     leaf_keys,
     load_yaml,
-    read_yaml,
     section_of,
     unknown,
     value_of,
@@ -115,7 +114,7 @@ def with_images(options_class: type, given: Mapping[str, Any]) -> dict[str, Any]
     run = Path(given["run"]).expanduser()
     if not run.exists() and not given["run"].startswith("timm:"):
         raise UserFileNotFoundError(f"there is no run {given['run']!r}{did_you_mean(run)}; give its folder")
-    stored = read_yaml(run / CONFIG_FILE) if (run / CONFIG_FILE).is_file() else {}
+    stored = read_sections(run / CONFIG_FILE) if (run / CONFIG_FILE).exists() else {}
     own = checked_keys({"data": stored.get("data", {})}, leaf_keys(Recipe), f"{run / CONFIG_FILE}: key")
     own = {key: own[key] for key in leaf_keys(options_class).keys() & own.keys() if own[key] is not None}
     if own:

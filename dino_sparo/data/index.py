@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dino_sparo.data.decode import AS_IS, Reading, UnreadableImageError, decode, problem_of
-from dino_sparo.data.split_names import same_name
+from dino_sparo.data.split_names import about_images, same_name
 from dino_sparo.data.walk import EXTENSIONS, THREADS, Folder, named_by_ending, state_now, walk
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.files import atomic_write, cache_folder, open_regular, parsed_json, temporary_folder
@@ -110,7 +110,7 @@ def key_of_names(names: Sequence[str]) -> str:
 
 def _folders_are_current(index: Index, root: Path) -> bool:
     """Whether no folder below `root` has changed; reads the times of each, and lists none."""
-    if "classes" not in index.header:  # of an earlier version
+    if not {"classes", "about"} <= index.header.keys():  # of an earlier version
         return False
     folders = index.arrays["folders"].tobytes().decode("utf-8", "surrogateescape").split("\0")[:-1]
 
@@ -340,6 +340,7 @@ def _pack(root: Path, folders: list[Folder], names: Sequence[str]) -> list[bytes
             f"{root}: no images found; expected files ending in {' '.join(EXTENSIONS)}, directly or in "
             f"folders below; {there}{f' (first in {where})' if where else ''}"
         )
+    about = (about_images("/".join(folder.below.split("/")[level:-1]), folder.names) for folder in full)
     num_loose = sum(folder.num_images for folder in full if not class_of(folder))
     names_of_full = [class_of(folder) for folder in full]
     classes = {} if num_loose else {name: n for n, name in enumerate(dict.fromkeys(names_of_full))}
@@ -350,7 +351,12 @@ def _pack(root: Path, folders: list[Folder], names: Sequence[str]) -> list[bytes
         [folder.state for folder in folders],
         num_loose=num_loose,
         folders="".join(f"{folder.below}\0" for folder in folders),
-        header={"classes": list(classes), "class_level": level, "others": others},
+        header={
+            "classes": list(classes),
+            "class_level": level,
+            "others": others,
+            "about": list(filter(None, about)),
+        },
         arrays={"labels": np.repeat(np.array(labels, np.int32), [folder.num_images for folder in full])},
     )
 

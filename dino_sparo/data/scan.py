@@ -6,6 +6,7 @@
 import hashlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -30,6 +32,13 @@ log = logging.getLogger("dino_sparo")
 MAX_LISTED, MAX_SHOWN = 20, 5  # in a report, and in its text
 BATCH_FILES = 32
 FLAT_LEVELS, BLACK_LEVEL = 8, 32  # of 255
+GRAY, GRAY_ROWS = 128, 4  # what decoders fill in for missing parts of a JPEG, and the last rows that show it
+MARKS = {  # what may be wrong with an image that can be read
+    "flat": "nearly constant or nearly black",
+    "turned": "turned by their EXIF orientation, which is ignored",
+    "cut": "gray at the end, as a truncated JPEG is",
+    "several": "the first of several pictures in their file; the others are not read",
+}
 HASH_BYTES = 16
 LOG_EVERY_SECONDS = 30.0
 
@@ -58,8 +67,7 @@ class ScanReport:
     images: int
     readable: int
     problems: dict[str, Listing]  # each of PROBLEMS -> the files that have it, with the reason
-    flat: Listing  # images that are nearly constant or nearly black
-    turned: Listing  # images with an EXIF orientation, which is ignored
+    marks: dict[str, Listing]  # each of MARKS -> the images that have it
     short_side: Spread | None  # in pixels, of readable images; None without any
     long_side: Spread | None
     total_bytes: int
@@ -90,8 +98,7 @@ class Finding(NamedTuple):
     sides: tuple[int, int] = (0, 0)  # short and long
     problem: str = ""  # one of PROBLEMS
     reason: str = ""
-    flat: bool = False
-    turned: bool = False
+    marks: tuple[str, ...] = ()  # of MARKS
 
 
 class _Files(Dataset):
@@ -112,8 +119,15 @@ class _Files(Dataset):
             with open_image(data, reading) as image:
                 turned = orientation(image) != 1
                 rgb = to_rgb(image, reading.value_range)
+                is_jpeg = isinstance(image, JpegImageFile)
+                found = {
+                    "flat": is_flat(rgb),
+                    "turned": turned,
+                    "cut": is_jpeg and ends_gray(rgb),
+                    "several": not is_jpeg and is_first_of_several(image),  # those of a JPEG are previews
+                }
             short, long = sorted(rgb.size)
-            return Finding(len(data), digest, (short, long), flat=is_flat(rgb), turned=turned)
+            return Finding(len(data), digest, (short, long), marks=tuple(filter(found.get, found)))
         except Exception as error:  # a damaged file makes PIL raise anything, and must not end the scan
             problem, reason = problem_of(data, error)
             return Finding(len(data), digest, problem=problem, reason=reason)
@@ -124,6 +138,20 @@ def is_flat(image: Image.Image) -> bool:
     counts = np.cumsum(image.convert("L").histogram())
     low, high = np.searchsorted(counts, [0.01 * counts[-1], 0.99 * counts[-1]])
     return bool(high - low < FLAT_LEVELS or high < BLACK_LEVEL)
+
+
+def ends_gray(image: Image.Image) -> bool:
+    """Whether the last rows of an RGB image are of the gray that a decoder fills in for missing parts."""
+    end = image.crop((0, max(0, image.height - GRAY_ROWS), image.width, image.height))
+    return end.getextrema() == ((GRAY, GRAY),) * 3
+
+
+def is_first_of_several(image: Image.Image) -> bool:
+    """Whether there are further pictures in an image's file; False if they are damaged."""
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:  # damaged files make Pillow raise anything
+        return False
 
 
 def scan_images(
@@ -144,16 +172,12 @@ def scan_images(
     def name(index: int) -> str:
         return printable(source.name(index))
 
-    def marked(these: NDArray[np.bool_]) -> Listing:
-        numbers = np.flatnonzero(these)
-        return Listing(len(numbers), tuple(map(name, numbers[:MAX_LISTED].tolist())))
-
     skipped = source.no_files if isinstance(source, NumberedImages) else ""
     sides = np.zeros((len(source), 2), dtype=np.int32)
     hashes = np.zeros((len(source), HASH_BYTES), dtype=np.uint8)
     total_bytes = done = 0
-    problems: dict[str, list[str]] = {kind: [] for kind in PROBLEMS}
-    flat, turned = np.zeros((2, len(source)), dtype=np.bool_)
+    found: dict[str, list[str]] = {kind: [] for kind in (*PROBLEMS, *MARKS)}  # the first names of each
+    counts: Counter[str] = Counter()
     started = time.monotonic()
     if not skipped:
         batches = WatchedLoader(
@@ -171,18 +195,19 @@ def scan_images(
                     sides[done] = finding.sides
                     hashes[done] = np.frombuffer(finding.digest, np.uint8)
                     total_bytes += finding.num_bytes
-                    if finding.problem:
-                        problems[finding.problem].append(f"{name(done)}: {finding.reason}")
-                    flat[done], turned[done] = finding.flat, finding.turned
+                    for kind in (*finding.marks, *filter(None, [finding.problem])):
+                        counts[kind] += 1
+                        if len(found[kind]) < MAX_LISTED:
+                            reason = finding.reason and f": {finding.reason}"
+                            found[kind].append(f"{name(done)}{reason}")
                     done += 1
                 advance(len(findings))
     readable = sides[:, 0] > 0
     report = ScanReport(
         images=len(source),
         readable=int(readable.sum()),
-        problems={kind: _listing(found) for kind, found in problems.items()},
-        flat=marked(flat),
-        turned=marked(turned),
+        problems={kind: Listing(counts[kind], tuple(found[kind])) for kind in PROBLEMS},
+        marks={mark: Listing(counts[mark], tuple(found[mark])) for mark in MARKS},
         short_side=_spread(sides[readable, 0]),
         long_side=_spread(sides[readable, 1]),
         total_bytes=total_bytes,
@@ -397,12 +422,9 @@ def _describe_scan(split: str, report: ScanReport) -> list[str]:
     for kind, files in report.problems.items():
         if files.count:
             lines += [f"  {kind}: {files.count:,}", *(f"    {file}" for file in files.first[:MAX_SHOWN])]
-    for what, files in (
-        ("nearly constant or nearly black", report.flat),
-        ("turned by their EXIF orientation, which is ignored", report.turned),
-    ):
+    for mark, files in report.marks.items():
         if files.count:
-            lines.append(f"  {what}: {files.count:,} ({_few(files)})")
+            lines.append(f"  {MARKS[mark]}: {files.count:,} ({_few(files)})")
     return lines
 
 

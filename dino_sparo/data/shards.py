@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from dino_sparo.data.imagenet import TRAIN_TAR, VAL_TAR, WNID_TAR
 from dino_sparo.data.index import Index, IndexedSource, cached_index, current_index, index_parts, key_of_names
-from dino_sparo.data.split_names import splits_of_folders
+from dino_sparo.data.split_names import about_images, splits_of_folders
 from dino_sparo.data.tars import tar_members
 from dino_sparo.data.walk import (
     EXTENSIONS,
@@ -259,16 +259,22 @@ def pack_shards(
             f"{' '.join(EXTENSIONS)}; {names[0]} contains {_endings(root / names[0])}"
         )
     packed = b"\0".join(shard.names for shard in shards if len(shard.sizes))
-    folders = [name.rpartition(b"/")[0].partition(b"/")[0] for name in packed.split(b"\0")]
+    paths = packed.decode("utf-8", "surrogateescape").split("\0")
+    folders = [path.rpartition("/")[0] for path in paths]
     classes, labels = _classes(
-        [folder.decode("utf-8", "surrogateescape") for folder in folders],
+        [folder.partition("/")[0] for folder in folders],
         [text for shard in shards for text in shard.classes],
     )
     return index_parts(
         root,
         packed,
         [(*state, 0) for state in states],
-        header={"classes": classes, "shards": names, "chosen": bool(chosen)},
+        header={
+            "classes": classes,
+            "shards": names,
+            "chosen": bool(chosen),
+            "about": list(filter(about_images, sorted(set(folders)))),
+        },
         arrays={
             "offsets": np.concatenate([shard.offsets for shard in shards]),
             "sizes": np.concatenate([shard.sizes for shard in shards]),

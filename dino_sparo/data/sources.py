@@ -102,7 +102,7 @@ class ImageSource(Protocol):
 
 AS_FOUND = Choice()
 NOTES = {  # endings of files about images
-    *("", ".txt", ".json", ".jsonl", ".xml", ".csv", ".tsv", ".md", ".html", ".yaml", ".yml", ".py", ".log"),
+    *(".txt", ".json", ".jsonl", ".xml", ".csv", ".tsv", ".md", ".html", ".yaml", ".yml", ".py", ".log"),
     *(".pdf", ".pkl", ".mat", ".db", ".ini", ".cls", ".md5", ".sh", ".lst"),
 }
 
@@ -263,7 +263,7 @@ def say_splits(
         why = "no val or labeled test found" if held_out else "not looked for"
     if val is not None:
         of_val = f"{len(val):,} ({val_at})"
-    elif not held_out and splits is not None and splits.val:
+    elif not held_out and splits is not None and (splits.val or (splits.test and train.labels is not None)):
         of_val = f"({val_at})"
     else:
         of_val = f"{f'every {ORDINAL} image of train' if held_out else 'none'} ({why})"
@@ -275,7 +275,7 @@ def say_splits(
 
 def notes_on(train: ImageSource, val: ImageSource | None, splits: Splits | None) -> list[str]:
     """In words: what looks like a split and is not used, what becomes classes, and what is left out."""
-    notes = [] if splits is None else [*splits.notes, *_not_read(train, val)]
+    notes = [] if splits is None else [*splits.notes, *_taken(train, val), *_not_read(train, val)]
     if isinstance(train, TableSource) and (known := train.index.header.get("splits")):
         used = {one.index.header["files"][0] for one in (train, val) if isinstance(one, TableSource)}
         unused = {name: rows for name, rows in known.items() if name not in used}
@@ -284,6 +284,17 @@ def notes_on(train: ImageSource, val: ImageSource | None, splits: Splits | None)
             [f"{name} ({counted(rows, 'row')})" if rows else name for name, rows in unused.items()],
         )
     return notes
+
+
+def _taken(*sources: ImageSource | None) -> list[str]:
+    """Classes and images whose names say that they are masks, thumbnails, and the like."""
+    on_disk = [source for source in sources if isinstance(source, FolderSource | ShardSource)]
+    names = dict.fromkeys(name for source in on_disk for name in source.index.header.get("about", ()))
+    images = [name for name in names if "/" in name]
+    return [
+        *listed("taken as classes", [name for name in names if name not in images]),
+        *listed("taken as images", images),
+    ]
 
 
 def _not_read(*sources: ImageSource | None) -> list[str]:

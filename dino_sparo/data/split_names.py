@@ -23,6 +23,8 @@ ABOUT_IMAGES = frozenset({
     "trimaps", "annotation", "annotations", "label", "labels", "gt", "groundtruth", "meta", "metadata",
     "thumbnail", "thumbnails", "thumbs", "macosx",
 })  # fmt: skip
+MASK_ENDS = (b"_mask.", b"_masks.", b"_seg.", b"_segmentation.", b"_gt.", b"_label.", b"_thumb.")
+FIRST_NAMES = 12  # of a folder's images, among which a mask is beside its image
 WRAPPERS = frozenset(
     {"images", "image", "imgs", "img", "jpegimages", "data", "dataset", "photos", "pictures"}
 )
@@ -111,6 +113,16 @@ def _by_split(known: dict[str, Meaning]) -> dict[str, list[str]]:
 def is_about_images(name_words: Iterable[str]) -> bool:
     """Whether words of a name say that a folder holds masks, annotations, and the like."""
     return not ABOUT_IMAGES.isdisjoint(name_words)
+
+
+def about_images(folder: str, names: bytes = b"") -> str:
+    """A folder, or one of the images in it, whose paths are joined by NUL, if its name says that it holds or
+    is a mask, a thumbnail, or the like; else an empty string."""
+    if is_about_images(word for part in folder.split("/") for word in words(part)):
+        return folder
+    first = names.split(b"\0", FIRST_NAMES)[:FIRST_NAMES]
+    masks = [name for name in first if any(end in name.lower() for end in MASK_ENDS)]
+    return f"{folder}/{masks[0].rpartition(b'/')[2].decode('utf-8', 'surrogateescape')}" if masks else ""
 
 
 def same_name(name: str) -> str:

@@ -351,7 +351,7 @@ def _holds_classes(folder: Path) -> bool:
 
 def _taken(root: Path, folders: Sequence[str]) -> tuple[str, ...]:
     """What is taken for classes and may not have been meant to be."""
-    looks = list(filterfalse(_may_be_class, folders))
+    looks = [name for name in folders if not (_may_be_class(name) or is_about_images(words(name)))]
     notes = listed("taken as classes", _full(root, looks))
     if len(first := list(filter(_may_be_class, folders))[:2]) > 1:
         one, other = (list_folder(root / name, TOP_ENTRIES)[0] for name in first)

@@ -16,7 +16,8 @@ from dino_sparo.errors import UserError
 from dino_sparo.terminal import log, shown, shows_bars
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-HIDDEN = (".", "@eaDir")  # the latter contains thumbnails of Synology's file servers
+# How names of hidden files begin, and of thumbnails, copies, and deleted files on file servers and Windows.
+HIDDEN = (".", "@eaDir", "@Recycle", "@Recently-Snapshot", "#recycle", "#snapshot", "$RECYCLE.BIN")
 PROBED_ENTRIES = 64  # entries that are listed to see what a folder contains, which may be a million images
 PROBED_BELOW = 8  # folders
 SHOWN_ENDINGS = 4

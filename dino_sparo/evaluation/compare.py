@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.evaluation.results import Result, read_results, results_folder
 from dino_sparo.files import did_you_mean
-from dino_sparo.recipe.files import CONFIG_FILE, comparable
-from dino_sparo.recipe.typed import flattened, read_yaml
+from dino_sparo.recipe.files import CONFIG_FILE, comparable, read_sections
+from dino_sparo.recipe.typed import flattened
 from dino_sparo.runs.rundir import NOT_EXPERIMENT
 from dino_sparo.terminal import aligned_table, markdown_table, sentence
 
@@ -284,11 +284,9 @@ def read_run(given: str) -> Run:
         return Run(folder, None, None, headline)
     remedy = "restore the recipe of this run, or remove it to compare the run without a recipe"
     try:
-        config = read_yaml(path)
+        config = read_sections(path)
     except UserError as error:
         raise UserError(f"{error}; {remedy}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} does not hold a recipe; {remedy}")
     recipe = comparable(config)
     return Run(folder, flattened(recipe, without=NOT_RECIPE), recipe.get("seed"), headline)
 

@@ -150,7 +150,7 @@ def read_results(folder: Path) -> list[Result]:
         UserError: it is damaged or has another format.
     """
     path = folder / RESULTS_FILE
-    if not path.is_file():
+    if not path.exists():
         raise UserFileNotFoundError(
             f"{path} does not exist; evaluate the run first with `dino-sparo knn` or `dino-sparo linear`"
         )

@@ -120,6 +120,14 @@ def checked_encoder(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return options.model.encoder_arguments(options.image_size)
 
 
+def read_sections(path: Path) -> dict[str, Any]:
+    """Read a YAML file of sections. Raises UserError: it is not YAML, or has no sections; OSError."""
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} has no sections; expected sections with keys, as in the shipped recipes")
+    return content
+
+
 def named_recipe(name: str, over: Mapping[str, Any], options_class: type = Recipe) -> Any:
     """Read a recipe by path or shipped name, with values by dotted key that override its own.
 
@@ -130,8 +138,5 @@ def named_recipe(name: str, over: Mapping[str, Any], options_class: type = Recip
         UserError: there is no such recipe, it is not YAML, or a key or value is wrong or missing.
     """
     path = find_recipe(name)
-    content = read_yaml(path)
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected sections with keys, as in the shipped recipes")
-    values = checked_keys(content, leaf_keys(options_class), f"{path}: key")
+    values = checked_keys(read_sections(path), leaf_keys(options_class), f"{path}: key")
     return build(options_class, merged(values, over), dict.fromkeys(values.keys() - over, str(path)))

@@ -20,9 +20,9 @@ import yaml
 from dino_sparo import __version__
 from dino_sparo.errors import UserError
 from dino_sparo.files import append_line, clean_lines, named, read_lines, set_aside, write_file
-from dino_sparo.recipe.files import CONFIG_FILE, stored_recipe
+from dino_sparo.recipe.files import CONFIG_FILE, read_sections, stored_recipe
 from dino_sparo.recipe.sections import Recipe
-from dino_sparo.recipe.typed import flattened, read_yaml
+from dino_sparo.recipe.typed import flattened
 from dino_sparo.runs.checkpoint import FOLDER, TEMPORARY
 from dino_sparo.terminal import log
 
@@ -67,10 +67,7 @@ def check_same_experiment(run_dir: Path, recipe: Recipe) -> None:
         return
     remedy = f"start the same recipe in another run_dir and copy its {CONFIG_FILE} here"
     try:
-        stored = read_yaml(path)
-        if not isinstance(stored, dict):
-            raise UserError("it has no sections")
-        recipes = stored_recipe(stored, str(path)), recipe
+        recipes = stored_recipe(read_sections(path), str(path)), recipe
     except UserError as error:
         raise UserError(f"{path} is damaged or of another version ({error}); {remedy}") from error
     before, now = (flattened(each.as_dict(), without=NOT_EXPERIMENT) for each in recipes)
