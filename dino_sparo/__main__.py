@@ -60,6 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def answer(arguments: list[str]) -> int:
     """What `main` does, if standard output is not closed early."""
+    if "#" in arguments:  # an interactive zsh passes the words of a comment
+        arguments = arguments[: arguments.index("#")]
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:], "--help"]
     # Flags of the program may stand before the command too.

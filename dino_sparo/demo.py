@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from dino_sparo.data.sources import ImageSource, open_images
 from dino_sparo.data.splits import Choice
@@ -18,8 +16,8 @@ from dino_sparo.files import atomic_write
 from dino_sparo.interop.load import load_encoder
 from dino_sparo.runs.runlog import read_metrics
 from dino_sparo.slots.curves import draw_curve, num_knn_images
-from dino_sparo.slots.drawing import SeenImages, as_picture, draw_grid, file_name, load_images
 from dino_sparo.slots.maps import look, spread_evenly
+from dino_sparo.slots.neighbors import draw_neighbors, nearest_neighbors
 from dino_sparo.terminal import program
 
 NUM_PICTURES, NUM_SLOTS = 6, 6
@@ -62,7 +60,7 @@ def show_run(
         draw_curve(metrics, file)
     print(f"\nlearning curve: {run_dir / 'curve.png'}")
     if not evaluations:
-        draw_neighbors(run_dir, source, run_dir / "neighbors.png")
+        draw_before_and_after(run_dir, source, run_dir / "neighbors.png")
         print(f"nearest neighbors before and after training: {run_dir / 'neighbors.png'}")
     dino_sparo = program("dino-sparo")
     if with_slots:
@@ -94,24 +92,13 @@ def table(evaluations: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def draw_neighbors(run_dir: Path, source: ImageSource, path: Path) -> None:
+def draw_before_and_after(run_dir: Path, source: ImageSource, path: Path) -> None:
     """Write a PNG: some images and their nearest neighbors by the untrained and the trained encoder."""
     source = source.subset(np.array(spread_evenly(source, NUM_SEARCHED)))
     queries = spread_evenly(source, NUM_QUERIES)
     found = {}
     for when in ("untrained", "trained"):
         encoder = load_encoder(run_dir, untrained=when == "untrained")
-        features = F.normalize(torch.from_numpy(embed(encoder, source)), dim=1)
-        cosines = features[queries] @ features.T
-        cosines[torch.arange(len(queries)), queries] = torch.inf  # the query comes first
-        found[when] = cosines.topk(min(1 + NUM_NEIGHBORS, len(source))).indices.tolist()
-    crops = SeenImages(source, encoder.backbone.patch_size, encoder.image_size)
-    rows, titles = [], []
-    for number in range(len(queries)):
-        for when, of_each in found.items():
-            seen = load_images(crops, source, of_each[number])
-            rows.append([as_picture(one.picture) for one in seen])
-            title = f"{when}: {file_name(source.name(queries[number]), 1)}"
-            titles.append([title, *[""] * (len(rows[-1]) - 1)])
-    heading = f"Each row: an image and its nearest neighbors among {len(source)} images"
-    draw_grid(rows, titles, path, heading, scale=False)
+        features = embed(encoder, source)
+        found[when] = nearest_neighbors(features, queries, NUM_NEIGHBORS, device=encoder.device)[1]
+    draw_neighbors(found, queries, source, encoder, path)

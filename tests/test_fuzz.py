@@ -305,7 +305,8 @@ def of_runs() -> Kind:
     from dino_sparo.recipe.files import stored_recipe
     from dino_sparo.runs.rundir import check_same_experiment, mend
     from dino_sparo.runs.runlog import RunLog
-    from dino_sparo.slots.page import FILES, Subject, write_page
+    from dino_sparo.slots.page import write_page
+    from dino_sparo.slots.subject import FILES, Subject
     from dino_sparo.study.program import remember_images
     from dino_sparo.study.training import final_knn
     from dino_sparo.training.stopping import BadImages

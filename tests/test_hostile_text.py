@@ -11,7 +11,7 @@ from dino_sparo.files import parsed_json
 from dino_sparo.recipe.files import named_recipe, recipes
 from dino_sparo.recipe.typed import MOST_TEXT, load_yaml, value_of
 from dino_sparo.runs.rundir import check_same_experiment
-from dino_sparo.slots.page import Subject
+from dino_sparo.slots.subject import Subject
 from dino_sparo.study.variants import read_variants
 from tests.recipes import changed, parse, refused
 from tests.test_compare import make_run, result

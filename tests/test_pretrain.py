@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
 from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.data.loader import BatchOrder
@@ -75,6 +76,27 @@ def test_tensorboard_has_every_scalar_by_group_the_first_crops_and_maps_of_slots
     assert (picture.width, picture.height) == (2 + 4 * (16 + 2), 2 + 4 * (16 + 2))  # four images, four crops
 
 
+def test_a_probe_is_a_group_of_curves_in_the_tensorboard_run_of_its_training(tmp_path):
+    probe = tmp_path / "run" / "linear"
+    probe.mkdir(parents=True)
+    steps = {"steps_per_epoch": 1, "total_steps": 9}
+    with RunLog(probe.parent, first_step=0, **steps) as log:
+        for step in range(1, 10):
+            log.evaluation(step, {"knn20_top1": 50.0})
+    for first, last in ((0, 4), (2, 6)):  # the second start resumes from step 2
+        with RunLog(probe, first_step=first, probe="linear", **steps) as log:
+            for step in range(first + 1, last + 1):
+                log.evaluation(step, {"top1": 10.0 * last})
+    shown = EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload()
+    assert [*shown.Runs()] == ["run/tensorboard"]
+    assert [one.step for one in shown.Scalars("run/tensorboard", "knn/knn20_top1")] == [*range(1, 10)]
+    top1 = shown.Scalars("run/tensorboard", "probe/linear/top1")
+    assert [(one.step, one.value) for one in top1] == [
+        *((step, 40.0) for step in (1, 2)),
+        *((step, 60.0) for step in (3, 4, 5, 6)),
+    ]
+
+
 def test_metrics_file_has_the_same(finished):
     entries = read_metrics(finished)
     curve = [entry for entry in entries if "loss" in entry]
@@ -125,7 +147,7 @@ def test_k_nn_is_of_the_teacher(tmp_path, monkeypatch):
 
     def evaluate(encoder, *_, **__):
         seen.append({name: value.clone() for name, value in encoder.state_dict().items()})
-        return {"knn20_top1": 0.0}
+        return {"knn20_top1": 0.0, "knn20_images": 9}
 
     monkeypatch.setattr(periodic, "evaluate_teacher", evaluate)
     write_pictures(tmp_path / "data", 60, classes=3)
@@ -211,6 +233,8 @@ def test_progress_bar_on_a_terminal(tmp_path, monkeypatch):
     shown = terminal.getvalue()
     for words in ("epoch 1/2", "epoch 2/2", "loss=1.250", "img/s=", "run left=0:00:0", "<00:00"):
         assert words in shown, words
+    kept = [line.split("\r")[-1] for line in shown.split("\n")]
+    assert kept[0].startswith("epoch 1/2: 100%") and kept[1].startswith("epoch 2/2:  50%")
 
 
 @contextlib.contextmanager

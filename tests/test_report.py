@@ -15,7 +15,8 @@ from dino_sparo.__main__ import main
 from dino_sparo.errors import UserError
 from dino_sparo.interop.load import load_encoder
 from dino_sparo.slots.findings import of_health, training
-from dino_sparo.slots.page import FILES, GALLERY_BYTES, PICTURE_BYTES, Subject, picture_uri, write_page
+from dino_sparo.slots.page import GALLERY_BYTES, PICTURE_BYTES, picture_uri, write_page
+from dino_sparo.slots.subject import FILES, Subject
 from tests.tiny import write_pictures
 
 MACHINE = ("--device=cpu", "--num_workers=0")
@@ -117,6 +118,7 @@ def test_page_is_balanced_loads_nothing_and_names_existing_files(reported):
     assert page.uncaptioned == 0, "a figure without the name of its file"
     assert all((reported / name).is_file() for name in page.files)
     pictures = ("rank/curve", "health/health", "maps/grid", "gallery/slot02", "mask/mask", "factors/factors")
+    pictures += ("neighbors/neighbors", "neighbors/map")
     assert {"results.json", "metrics.jsonl", *(f"slots/{name}.png" for name in pictures)} <= {*page.files}
     (command,) = page.commands
     assert command.startswith(f"dino-sparo linear {reported} --data.path ")
@@ -146,12 +148,17 @@ def test_tables_hold_the_numbers_of_the_files(reported):
         assert [f"{top1:.4g}", f"{error:.4g}", f"{top5:.4g}", "12"] in [row[5:] for row in rows]
 
 
-def test_a_run_without_slots_has_curves_accuracy_and_maps_of_its_heads(slot_runs, tmp_path, capsys):
+def test_a_run_without_slots_has_curves_accuracy_neighbors_and_maps_of_its_heads(slot_runs, tmp_path, capsys):
     run = shutil.copytree(slot_runs["cls"], tmp_path / "run")
     assert main(["slots", "report", str(run), f"--data.path={slot_runs['data']}", *MACHINE]) == 0
-    assert "the read-out cls has no slots: curves, accuracy, and maps are shown" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "the read-out cls has no slots: curves, accuracy, maps, and neighbors are shown" in shown
     text = (run / "slots" / "report.html").read_text()
-    assert "slots/maps/grid.png" in Page(text).files and "slots/rank/curve.png" not in text
+    assert {f"slots/{name}.png" for name in ("maps/grid", "neighbors/neighbors", "neighbors/map")} <= {
+        *Page(text).files
+    }
+    assert "slots/rank/curve.png" not in text
+    assert text.index("slots/neighbors/neighbors.png") < text.index('id="curves"'), "one of the first three"
     assert "without slots" in text and "the heads of the CLS token look" in text
 
 
@@ -167,7 +174,9 @@ def test_the_page_begins_with_what_was_trained_then_says_what_was_found(reported
         f"What slot {one['orders']['knn'][0]} responds to most",
         "What was found",
         "of 3 slots (",
+        f"on {ranked['num_test']} test images (± ",
         f"Slot {one['orders']['knn'][0]} has the highest",
+        f"on {ranked['num_select']} images for choosing slots.",
         "On average, a slot attends to",
         "A learned mask over slots changes the accuracy of nearest class means from",
         "Of the known factors",
@@ -284,8 +293,8 @@ def test_a_big_picture_gets_smaller(tmp_path):
     assert len(content) > 1_000_000
     assert len(picture_uri(content, 60_000)) < 80_050
     assert picture_uri(content, 10_000_000).startswith("data:image/png;base64,")
-    # The page holds eight galleries and six other pictures, in base64.
-    assert (8 * GALLERY_BYTES + 6 * PICTURE_BYTES) * 4 / 3 < 14_500_000
+    # The page holds eight galleries and eight other pictures, in base64.
+    assert (8 * GALLERY_BYTES + 8 * PICTURE_BYTES) * 4 / 3 < 14_500_000
 
 
 def test_report_of_a_run_without_analyses(run_dir, capsys):
@@ -309,7 +318,9 @@ def test_without_classes_the_report_leaves_out_what_needs_them(run_dir, tmp_path
     assert main(["slots", "report", str(run_dir), f"--data.path={data}", f"--out={out}", *MACHINE]) == 0
     (left_out,) = [line for line in capsys.readouterr().out.splitlines() if "rank" in line]
     assert left_out.startswith("rank and mask are left out, since they need classes: ") and reason in left_out
-    assert {part for part, file in FILES.items() if (out / file).is_file()} == {"health", "maps", "gallery"}
+    assert {part for part, file in FILES.items() if (out / file).is_file()} == {
+        *("health", "maps", "gallery", "neighbors")
+    }
     page = Page((out / "report.html").read_text())
     about = {"data": str(data), "out": str(out), "has_classes": False}
     assert page.commands == commands(run_dir, "knn", "linear", "rank", "mask", "factors", **about)

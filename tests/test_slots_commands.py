@@ -4,7 +4,8 @@ import pytest
 
 from dino_sparo.__main__ import main
 
-COMMANDS = ("maps", "gallery", "rank", "mask", "health", "factors", "report")
+COMMANDS = ("maps", "gallery", "neighbors", "rank", "mask", "health", "factors", "report")
+OF_ANY_ENCODER = ("maps", "neighbors", "report")
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def refused(slot_runs, tmp_path, capsys):
     return run
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("maps", "report")])
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in OF_ANY_ENCODER])
 def test_an_encoder_without_slots(refused, slot_runs, command):
     said = refused(command, run="cls")
     assert f"{slot_runs['cls']} has no slots (read-out cls), expected one with slots" in said
@@ -34,14 +35,14 @@ def test_a_control_has_no_slots(refused, slot_runs, command):
     assert "has slots (read-out sparo), expected a run without" in said
 
 
-@pytest.mark.parametrize("command", ["maps", "gallery", "rank", "mask", "health", "report"])
+@pytest.mark.parametrize("command", ["maps", "gallery", "neighbors", "rank", "mask", "health", "report"])
 def test_images_that_are_not_there(refused, tmp_path, command):
     (tmp_path / "empty").mkdir()
     assert "'/nowhere' does not exist" in refused(command, data="/nowhere")
     assert str(tmp_path / "empty") in refused(command, data=str(tmp_path / "empty"))
 
 
-@pytest.mark.parametrize("command", ["maps", "gallery", "rank", "mask", "health", "report"])
+@pytest.mark.parametrize("command", ["maps", "gallery", "neighbors", "rank", "mask", "health", "report"])
 def test_what_is_taken_of_the_images_can_be_chosen(refused, command):
     assert "data.train 'none*' is no folder" in refused(command, "--data.train=none*")
 
@@ -60,6 +61,7 @@ def test_images_without_classes(refused, slot_runs, command):
         ("maps", "--images=[60]", "images has 60; expected numbers from 0 to 59, since there are 60 images"),
         ("gallery", "--num_neighbours=0", "num_neighbours is 0; expected a whole number above 0"),
         ("maps", "--short_side=7", "short_side is 7; expected at least 8"),
+        ("neighbors", "--num_images=0", "num_images is 0; expected a whole number above 0"),
         ("gallery", "--slots=[0,3]", "slots has 3; expected numbers from 0 to 2, since there are 3 slots"),
         ("rank", "--k=40", "k is 40; expected 1 to 39"),
         ("rank", "--select-fraction=1", "select_fraction is 1.0; expected a number above 0 and below 1"),

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import pty
+import re
 import subprocess
 import sys
 import termios
@@ -61,6 +62,7 @@ def test_file_gets_plain_lines(arguments):
     assert status == 0
     assert "\r" not in shown and "\033" not in shown
     assert "epoch 1/1 step 6/6  loss" in shown and "after epoch 1: knn20_top1" in shown
+    assert re.search(r"knn20_images \d+  \(± \d+\.\d[,)]", shown), "one standard error"
 
 
 def test_quiet_run_shows_nothing_on_a_terminal_and_logs_all(arguments, tmp_path):
@@ -75,7 +77,7 @@ def test_terminal_gets_a_bar(arguments):
     status, shown = pretrain(*arguments, on_terminal=True)
     assert status == 0 and "\r" in shown and "epoch 1/1:" in shown
     assert shown.startswith("dino-sparo pretrain ...")
-    assert "to evaluate it: dino-sparo knn" in shown
+    assert "dino-sparo knn" in shown and "dino-sparo slots report" in shown
 
 
 @pytest.mark.long

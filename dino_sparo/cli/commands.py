@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from dino_sparo.cli import bench, evaluating, exporting, pretraining, slots
+from dino_sparo.cli import bench, evaluating, exporting, pretraining, report, slots
 from dino_sparo.cli.parsing import NOT_IN_RECIPES
 from dino_sparo.recipe.sections import Recipe
 from dino_sparo.recipe.typed import leaf_keys, leaves
@@ -143,6 +143,12 @@ COMMANDS = {
         "the images to which each slot responds most, and their nearest neighbors in this slot",
         ("slots gallery runs/sparo --data.path photos --slots 0 5",),
     ),
+    "slots neighbors": Command(
+        slots.SlotNeighborsOptions,
+        slots.neighbors,
+        "nearest neighbors by whole encodings, and a map of the encodings",
+        ("slots neighbors runs/sparo --data.path photos",),
+    ),
     "slots rank": Command(
         slots.SlotRankOptions,
         slots.rank,
@@ -168,9 +174,9 @@ COMMANDS = {
         ("slots factors runs/demo",),
     ),
     "slots report": Command(
-        slots.SlotReportOptions,
-        slots.report,
-        "one HTML page of a run: curves, accuracy, maps, galleries",
+        report.SlotReportOptions,
+        report.report,
+        "one HTML page of a run: curves, accuracy, maps, galleries, nearest neighbors",
         ("slots report runs/sparo --data.path photos",),
     ),
     "prepare": Command(

@@ -117,8 +117,11 @@ def with_images(options_class: type, given: Mapping[str, Any]) -> dict[str, Any]
     stored = read_sections(run / CONFIG_FILE) if (run / CONFIG_FILE).exists() else {}
     own = checked_keys({"data": stored.get("data", {})}, leaf_keys(Recipe), f"{run / CONFIG_FILE}: key")
     own = {key: own[key] for key in leaf_keys(options_class).keys() & own.keys() if own[key] is not None}
-    if own:
-        log.info("images: those of the run, %s; use --data.path for others", own["data.path"])
+    if "data.path" not in own:
+        raise UserError(
+            f"{given['run']} is no run folder, which names its images; give a run folder, or --data.path DIR"
+        )
+    log.info("images: those of the run, %s; use --data.path for others", own["data.path"])
     return own | dict(given)
 
 

@@ -92,7 +92,9 @@ def pretrain(options: PretrainOptions) -> None:
     from dino_sparo.training.pretrain import pretrain
 
     pretrain(options, Path(options.run_dir), resume_unverified=options.resume_unverified)
-    log.info("the run is in %s; to evaluate it: dino-sparo knn %s", *2 * [shlex.quote(options.run_dir)])
+    run, images = shlex.quote(options.run_dir), shlex.quote(options.data.path)
+    log.info("the run is in %s; to evaluate it, if its images have classes: dino-sparo knn %s", run, run)
+    log.info("to see what it has learned: dino-sparo slots report %s --data.path %s", run, images)
 
 
 def plan(options: PretrainOptions, recipe_name: str | None) -> int:

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dino_sparo.cli.images import EncodingOptions, ImagesOptions, LabeledDataOptions, choice_of, open_chosen
-from dino_sparo.errors import UnlabeledError, UserError
+from dino_sparo.errors import UserError
 from dino_sparo.recipe.typed import Batch, Count, Epochs, Seed
 
 if TYPE_CHECKING:
     from dino_sparo.models import Encoder
-    from dino_sparo.slots.page import Subject
     from dino_sparo.slots.parts import CutEncoder
 
 
@@ -78,6 +77,22 @@ class SlotGalleryOptions(CachedSlotsOptions):
 
 
 @dataclass(kw_only=True)
+class SlotNeighborsOptions(CachedSlotsOptions):
+    """Nearest neighbors of some images by their whole encodings, and a map of the encodings.
+
+    Also of encoders without slots."""
+
+    data: ImagesOptions
+    """The images."""
+    num_images: int = 5
+    """Number of images whose neighbors are drawn, evenly spread."""
+    num_neighbours: int = 6
+    """Number of nearest neighbors of each of these images."""
+    max_images: int | None = None
+    """Number of images to search, evenly spread; null: all."""
+
+
+@dataclass(kw_only=True)
 class SlotRankOptions(ComparedSlotsOptions):
     """Each slot alone by k-NN and by a linear probe, and accuracy against the number of slots kept."""
 
@@ -127,23 +142,13 @@ class SlotFactorsOptions(ComparedSlotsOptions):
     """Number of generated pictures to learn from, at least 200; half as many others are for the test."""
 
 
-@dataclass(kw_only=True)
-class SlotReportOptions(SlotsOptions):
-    """One HTML page of a run, that opens from a file without network."""
-
-    data: LabeledDataOptions | None = None
-    """Labeled images for the analyses that the run folder lacks; null: show only those that exist."""
-    control: str | None = None
-    """Run without slots to compare with in these analyses."""
-
-
 def maps(options: SlotMapsOptions) -> None:
     """Attention of chosen slots over chosen images: maps.json, grid.png and an overlay for each."""
     from dino_sparo.slots.maps import slot_maps
 
     folder = _folder(options) / "maps"
-    encoder = _open(options, with_slots=False)
-    control = _open_control(options.control, options.which) if options.control else None
+    encoder = open_encoder(options, with_slots=False)
+    control = open_control(options.control, options.which) if options.control else None
     content = slot_maps(
         *(encoder, open_chosen(options.data, run=options.run), folder),
         slots=options.slots,
@@ -175,6 +180,23 @@ def gallery(options: SlotGalleryOptions) -> None:
     )
     _write(options, folder / "gallery.json", {"slots": entries})
     print(f"{len(entries)} slots over {len(source)} images: {folder}")
+
+
+def neighbors(options: SlotNeighborsOptions) -> None:
+    """Nearest neighbors by whole encodings, and a map of these: neighbors.json, neighbors.png and map.png."""
+    from dino_sparo.slots.neighbors import slot_neighbors
+
+    folder = _folder(options) / "neighbors"
+    content = slot_neighbors(
+        _cut(options, with_slots=False)[0],
+        open_chosen(options.data, options.max_images, run=options.run),
+        folder,
+        num_images=options.num_images,
+        num_neighbors=options.num_neighbours,
+    )
+    _write(options, folder / "neighbors.json", content)
+    print(f"neighbors among {content['num_images']} images: {folder / 'neighbors.png'}")
+    print(f"map of the encodings: {folder / 'map.png'}")
 
 
 def rank(options: SlotRankOptions) -> None:
@@ -221,7 +243,7 @@ def health(options: SlotHealthOptions) -> None:
     from dino_sparo.slots.health import as_entries, draw_health, measure_health, summarize, table
 
     folder = _folder(options) / "health"
-    encoder, source = _open(options), open_chosen(options.data, options.num_images, run=options.run)
+    encoder, source = open_encoder(options), open_chosen(options.data, options.num_images, run=options.run)
     measured = measure_health(
         *(encoder, source),
         other=_other_weights(options, encoder),
@@ -252,80 +274,7 @@ def factors(options: SlotFactorsOptions) -> None:
     print(f"{table(content['encoders'])}\n{folder / 'factors.json'}, {folder / 'factors.png'}")
 
 
-def report(options: SlotReportOptions) -> None:
-    """Make what is missing or about others if there is data for it, then write `report.html` beside it."""
-    from dino_sparo.data.sources import open_labeled
-    from dino_sparo.data.splits import Choice
-    from dino_sparo.slots.page import FILES, OF_CLASSES, WITHOUT_SLOTS, Subject, write_page
-
-    encoder = _open(options, with_slots=False)
-    if options.control:
-        _open_control(options.control, options.which)
-    data, no_classes = options.data, ""
-    if data:
-        try:
-            open_labeled(data.path, choice=Choice.of(data))
-        except UnlabeledError as error:
-            no_classes = str(error)
-    path = data.path if data else None
-    subject = Subject(options.run, options.out, options.which, path, options.control, not no_classes)
-    if data:
-        _make_missing(options, subject, data, encoder.num_slots)
-    page = subject.slots / "report.html"
-    page.parent.mkdir(parents=True, exist_ok=True)
-    write_page(page, subject, encoder)
-    parts = FILES if encoder.num_slots else WITHOUT_SLOTS
-    for name in parts:
-        if not (subject.slots / FILES[name]).is_file() and not (no_classes and name in OF_CLASSES):
-            print(f"not on the page: {name}; to make it:  {subject.command(name)}")
-    if not encoder.num_slots:
-        print(f"the read-out {encoder.readout_name} has no slots: curves, accuracy, and maps are shown")
-    elif no_classes:
-        print(f"rank and mask are left out, since they need classes: {no_classes}")
-    print(f"report ({page.stat().st_size / 1e6:.1f} MB): {page}")
-
-
-def _make_missing(
-    options: SlotReportOptions, subject: "Subject", labeled: LabeledDataOptions, num_slots: int
-) -> None:
-    """Run the commands whose results are not there; the ranking first, as it chooses what is drawn.
-
-    What needs classes is left out for images without, and factors for pictures whose factors are unknown.
-    """
-    from dino_sparo.data.shapes import SHAPES
-
-    common: dict[str, Any] = {
-        name: getattr(options, name)
-        for name in ("run", "which", "out", "device", "num_workers", "batch_size")
-    }
-    images = ImagesOptions(
-        labeled.path, labeled.train, max_pixels=labeled.max_pixels, value_range=labeled.value_range
-    )
-    compared = common | {"control": options.control}
-
-    def lacks(part: str) -> bool:
-        return subject.find(part)[0] is None
-
-    if not num_slots:
-        if lacks("maps"):
-            maps(SlotMapsOptions(**compared, data=images))
-        return
-    if subject.has_classes and lacks("rank"):
-        rank(SlotRankOptions(**compared, data=labeled))
-    slots = subject.slots_to_show(num_slots)
-    if subject.has_classes and lacks("mask"):
-        mask(SlotMaskOptions(**compared, data=labeled))
-    if lacks("health"):
-        health(SlotHealthOptions(**common, data=images))
-    if lacks("maps"):
-        maps(SlotMapsOptions(**compared, data=images, slots=slots))
-    if lacks("gallery"):
-        gallery(SlotGalleryOptions(**common, data=images, slots=slots))
-    if SHAPES in (subject.config.get("data", {}).get("path"), labeled.path) and lacks("factors"):
-        factors(SlotFactorsOptions(**compared))
-
-
-def _open(options: SlotsOptions, *, with_slots: bool = True) -> "Encoder":
+def open_encoder(options: SlotsOptions, *, with_slots: bool = True) -> "Encoder":
     """The encoder of `options.run` in evaluation mode, on the device.
 
     Raises:
@@ -345,7 +294,7 @@ def _open(options: SlotsOptions, *, with_slots: bool = True) -> "Encoder":
     return encoder.to(device)
 
 
-def _open_control(run: str, which: str) -> "Encoder":
+def open_control(run: str, which: str) -> "Encoder":
     """The encoder of a run, on the CPU. Raises UserError if it has slots."""
     from dino_sparo.interop.load import load_encoder
 
@@ -370,15 +319,15 @@ def _other_weights(options: SlotHealthOptions, encoder: "Encoder") -> "Encoder |
     return other.to(encoder.device)
 
 
-def _cut(options: CachedSlotsOptions) -> "list[CutEncoder]":
-    """The run, cut into its slots, then the control if one is given."""
+def _cut(options: CachedSlotsOptions, *, with_slots: bool = True) -> "list[CutEncoder]":
+    """The run, cut into its slots if it has some, then the control if one is given."""
     from dino_sparo.evaluation.results import results_folder
     from dino_sparo.slots.parts import CutEncoder, most_parts
 
-    encoder = _open(options)
-    opened = [(encoder.readout_name, options.run, encoder, encoder.num_slots)]
+    encoder = open_encoder(options, with_slots=with_slots)
+    opened = [(encoder.readout_name, options.run, encoder, encoder.num_slots or 1)]
     if isinstance(options, ComparedSlotsOptions) and options.control:
-        control = _open_control(options.control, options.which).to(encoder.device)
+        control = open_control(options.control, options.which).to(encoder.device)
         num_parts = most_parts(control.embed_dim, encoder.num_slots)
         opened.append((f"control ({control.readout_name})", options.control, control, num_parts))
     return [

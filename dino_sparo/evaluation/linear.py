@@ -82,7 +82,7 @@ def linear_probe(
         train: labeled images.
         test: labeled images, or several test sets; the first one is scored after every epoch.
         folder: log, checkpoints, and classifiers go to a subfolder of it, named by protocol, `weights`,
-            `train_fraction`, and `sweep`.
+            `train_fraction`, and `sweep`; the TensorBoard curves go to those of the run in `folder`.
         learning_rates, num_blocks, features, sweep: as in `choose_probes`.
         batch_size: images per step, over all processes.
         train_fraction: fraction of the train images to train on, the same number of each class.
@@ -158,7 +158,7 @@ def linear_probe(
             steps_per_epoch=steps_per_epoch,
             total_steps=epochs * steps_per_epoch,
             silent=rank() > 0,
-            group="probe",
+            probe=training.folder.name,
         )
         opened: AbstractContextManager[Iterator[Batch]]
         if cached:

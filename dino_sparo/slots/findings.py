@@ -30,7 +30,7 @@ def training(encoder: Encoder, config: Content, metrics: Sequence[Content]) -> l
     if metrics and config:
         last = metrics[-1]
         sentence += (
-            f", pretrained for {last['epoch']:g} epochs ({last['step']:,} steps of "
+            f", pretrained for {last['epoch']:.4g} epochs ({last['step']:,} steps of "
             f"{config['optim']['global_batch_size']} images) on {config['data']['path']}"
         )
     accuracies = points_of(metrics, KNN)
@@ -60,9 +60,10 @@ def of_rank(found: Content) -> list[str]:
     share = f" ({100 * half['knn'] / whole:.0f} % of it)" if whole else ""
     return [
         f"{half['kept']} of {one['num_parts']} slots ({WAYS.get(way, way)}) have a {found['k']}-NN accuracy "
-        f"of {half['knn']:.1f} %, all slots {whole:.1f} %{share}, on {found['num_test']:,} test images.",
+        f"of {half['knn']:.1f} %, all slots {whole:.1f} %{share}, on {found['num_test']:,} test images (± "
+        f"{standard_error(whole, found['num_test']):.1f}, one standard error).",
         f"Slot {best} has the highest {found['k']}-NN accuracy alone ({alone[best]:.1f} %), slot {worst} the "
-        f"lowest ({alone[worst]:.1f} %).",
+        f"lowest ({alone[worst]:.1f} %), on {found['num_select']:,} images for choosing slots.",
     ]
 
 

@@ -94,7 +94,7 @@ def slot_gallery(
             beside(as_picture(image.picture), draw_attention(image.picture, of_image[0]))
             for image, of_image in zip(images, maps, strict=True)
         ]
-        classes = [[_class_of(source, number) for number in row] for row in shown[slot].tolist()]
+        classes = [[class_of(source, number) for number in row] for row in shown[slot].tolist()]
         _draw(folder, entries[-1], pairs, classes)
     remove_other_pictures(folder, "slot*.png", {entry["picture"] for entry in entries})
     return entries
@@ -186,5 +186,6 @@ def _draw(folder: Path, entry: dict[str, Any], pairs: list[Picture], classes: li
     draw_grid(rows, titles, folder / entry["picture"], heading, inches=PAIR_INCHES)
 
 
-def _class_of(source: ImageSource, number: int) -> str:
+def class_of(source: ImageSource, number: int) -> str:
+    """The class of an image for a title; empty without labels."""
     return "" if source.labels is None else source.classes[source.labels[number]][:TITLE_LETTERS]

@@ -2,12 +2,9 @@
 
 import base64
 import io
-import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,37 +12,21 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from dino_sparo.data.decode import open_image
-from dino_sparo.errors import UserError
-from dino_sparo.evaluation.knn import KNN
-from dino_sparo.evaluation.results import RESULTS_FILE, read_results, results_folder, standard_error
-from dino_sparo.files import open_regular, parsed_json, write_file
+from dino_sparo.evaluation.results import RESULTS_FILE, read_results, standard_error
+from dino_sparo.files import open_regular, write_file
 from dino_sparo.models import Encoder
 from dino_sparo.recipe.files import CONFIG_FILE
-from dino_sparo.recipe.typed import read_yaml
 from dino_sparo.runs.checkpoint import checkpoints_of
 from dino_sparo.runs.rundir import read_starts
-from dino_sparo.runs.runlog import METRICS_FILE, each_metric
+from dino_sparo.runs.runlog import METRICS_FILE
 from dino_sparo.slots.curves import draw_all, draw_curve
 from dino_sparo.slots.findings import FINDINGS, Finding, training
 from dino_sparo.slots.rank import WAYS
+from dino_sparo.slots.subject import FILES, TITLES, WITHOUT_SLOTS, Subject, damage_told
 
-TITLES = {
-    "rank": "Ranking of slots",
-    "health": "Health of slots",
-    "maps": "Where slots look",
-    "gallery": "Galleries of the best and worst slots",
-    "mask": "Learned masks",
-    "factors": "Known factors",
-}
-FILES = {part: f"{part}/{part}.json" for part in TITLES}
-OF_CLASSES = ("rank", "mask")  # analyses that need labeled images
-WITHOUT_SLOTS = ("maps",)  # analyses of any encoder
-COMPARING = ("rank", "maps", "mask", "factors")  # analyses that compare with a control
-LEADING = ("curves", "maps", "gallery")  # sections whose first picture is on the first screen
+LEADING = ("curves", "maps", "gallery", "neighbors")  # the first pictures of three lead the page
 HEALTH = ("entropy", "effective_patches", "cls_share", "response_std", "overlap", "agreement")
-MOST_ENTRIES = 20_000  # of the log, more than curves have pixels
-NUM_BEST = 4  # slots shown from each end of the ranking
-GALLERY_BYTES, PICTURE_BYTES = 400_000, 1_200_000  # so that the page is under 15 MB
+GALLERY_BYTES, PICTURE_BYTES = 400_000, 900_000  # so that the page is under 15 MB
 MOST_PICTURE = 2**26  # bytes that are read from a file
 SIDES = (1600, 1200, 900, 600, 400, 250)  # pixels of the longer side of a resized picture
 JPEG_QUALITY = 82
@@ -53,111 +34,11 @@ JPEG_QUALITY = 82
 Content = Mapping[str, Any]  # of the JSON of an analysis
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What a page is about, from the command's options; analyses with other weights, images, or controls are
-    not shown. `has_classes`: whether the images are labeled."""
-
-    run: str
-    out: str | None = None
-    which: str = "teacher"
-    data: str | None = None
-    control: str | None = None
-    has_classes: bool = True
-
-    @property
-    def folder(self) -> Path:
-        """Folder of `results.json` and, for a run folder, `metrics.jsonl`."""
-        return results_folder(self.run)
-
-    @property
-    def slots(self) -> Path:
-        """Folder that the commands about slots write to."""
-        return Path(self.out) if self.out else self.folder / "slots"
-
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        """The recipe of a run folder, or empty. Raises UserError: it is damaged."""
-        path = self.folder / CONFIG_FILE
-        if not path.is_file():
-            return {}
-        with _damage_told(path, "dino-sparo pretrain"):
-            return dict(read_yaml(path))
-
-    @cached_property
-    def metrics(self) -> list[dict[str, Any]]:
-        """The log of a run folder, or empty; of very many entries some, and the last one."""
-        entries: list[dict[str, Any]] = []
-        last, every = None, 1
-        for number, last in enumerate(each_metric(self.folder)):
-            if number % every == 0 or KNN in last:
-                entries.append(last)
-            if len(entries) > MOST_ENTRIES:
-                entries, every = entries[::2], 2 * every
-        return entries if last is None or entries[-1] is last else [*entries, last]
-
-    def command(self, part: str) -> str:
-        """The command line that makes a part of the page, on the given images if they are suitable."""
-        words = ["dino-sparo", *(["slots"] if part in TITLES else []), part, self.run]
-        if part != "factors":
-            will_do = self.has_classes or part in ("health", "maps", "gallery")
-            words += ["--data.path", self.data if self.data and will_do else "DIR"]
-        if self.control and part in COMPARING:
-            words += ["--control", self.control]
-        if self.which != "teacher":
-            words += ["--which", self.which]
-        if self.out and part in TITLES:
-            words += ["--out", self.out]
-        return shlex.join(words)
-
-    def find(self, part: str) -> tuple[dict[str, Any] | None, str]:
-        """The JSON of an analysis; if there is none or it is about other options, None and a note.
-
-        Raises:
-            UserError: the file is damaged.
-        """
-        path = self.slots / FILES[part]
-        if not path.is_file():
-            return None, "Not made yet:"
-        asked = {"which": self.which, "control": self.control, "data": self.data}
-        with _damage_told(path, self.command(part)):
-            content = dict(parsed_json(path).items())
-        others = [
-            f"{key} {content[key]}"
-            for key, value in asked.items()
-            if value not in (None, content.get(key, value))
-        ]
-        if others:
-            return None, f"Not shown, since it was made with {', '.join(others)}; make it again:"
-        return content, ""
-
-    def slots_to_show(self, num_slots: int) -> list[int]:
-        """The four best and the four worst slots by their own k-NN; without a ranking, the first eight."""
-        ranked, _ = self.find("rank")
-        order = list(range(min(num_slots, 2 * NUM_BEST)))
-        if ranked:
-            with _damage_told(self.slots / FILES["rank"], self.command("rank")):
-                order = [int(slot) for slot in ranked["encoders"][0]["orders"]["knn"]] or order
-        return order if len(order) < 2 * NUM_BEST else order[:NUM_BEST] + order[-NUM_BEST:]
-
-
-@contextmanager
-def _damage_told(path: Path, command: str) -> Iterator[None]:
-    """Raise a UserError that names a damaged file, and the command that makes it again."""
-    try:
-        yield
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise UserError(
-            f"{path} is damaged ({reason}); remove it, and make it again with `{command}`"
-        ) from error
-
-
 def write_page(path: Path, subject: Subject, encoder: Encoder) -> None:
     """Write the page of a run as one HTML file, which opens without network.
 
     Args:
-        encoder: that of the run; without slots, the page has only the maps of its CLS token.
+        encoder: that of the run; without slots, the page has only what is made of any encoder.
 
     Raises:
         UserError: a file of the run is damaged.
@@ -170,11 +51,11 @@ def write_page(path: Path, subject: Subject, encoder: Encoder) -> None:
         lstrip_blocks=True,
     )
     sections = _sections(subject, encoder.num_slots)
-    leading = [section for section in sections if section.leads]
+    leading = [section for section in sections if section.anchor in LEADING and section.pictures][:3]
     page = environment.get_template("report.html.jinja").render(
         title=Path(subject.run).resolve().name,
         lead=training(encoder, subject.config, subject.metrics),
-        pictures=[(section, section.pictures.pop(0)) for section in leading],
+        pictures=[(section, section.lead()) for section in leading],
         findings=[finding for section in sections for finding in section.findings],
         facts=_facts(subject, encoder),
         sections=sections,
@@ -207,7 +88,7 @@ def _facts(subject: Subject, encoder: Encoder) -> dict[str, str]:
         if last.get("git"):
             facts["Source"] = last["git"]
     if entries := subject.metrics:
-        facts["Trained for"] = f"{entries[-1]['epoch']:g} epochs, {entries[-1]['step']} steps"
+        facts["Trained for"] = f"{entries[-1]['epoch']:.4g} epochs, {entries[-1]['step']} steps"
     return facts
 
 
@@ -219,6 +100,7 @@ class Section:
         path: the file with the numbers; `made`: when it was written.
         notes: lines of text, each with a command or an empty string.
         findings: sentences for the top of the page.
+        leads: whether its first picture is at the top of the page.
     """
 
     subject: Subject
@@ -231,11 +113,12 @@ class Section:
     pictures: list[dict[str, str]] = field(default_factory=list)
     tables: list[dict[str, Any]] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    leads: bool = False
 
-    @cached_property
-    def leads(self) -> bool:
-        """Whether its first picture is at the top of the page."""
-        return self.anchor in LEADING and bool(self.pictures)
+    def lead(self) -> dict[str, str]:
+        """Take the first picture out of the section, for the top of the page."""
+        self.leads = True
+        return self.pictures.pop(0)
 
     def source(self, path: Path) -> str:
         """A file for captions, relative to the folder of the run if it is in it."""
@@ -302,7 +185,7 @@ def _sections(subject: Subject, num_slots: int) -> list[Section]:
     """All sections in order: each analysis, or the command that makes it."""
     shown = subject.slots_to_show(num_slots)
     sections = [_curves(subject), _accuracy(subject)]
-    fills = (_fill_rank, _fill_health, _fill_maps, _fill_gallery, _fill_mask, _fill_factors)
+    fills = (_fill_rank, _fill_health, _fill_maps, _fill_gallery, _fill_neighbors, _fill_mask, _fill_factors)
     for (part, title), fill in zip(TITLES.items(), fills, strict=True):
         if not num_slots and part not in WITHOUT_SLOTS:
             continue
@@ -313,7 +196,7 @@ def _sections(subject: Subject, num_slots: int) -> list[Section]:
             section.notes.append((note, subject.command(part)))
             continue
         section.tell_age(part)
-        with _damage_told(section.path, subject.command(part)):
+        with damage_told(section.path, subject.command(part)):
             fill(section, found, shown)
             if part in FINDINGS:
                 section.findings = [Finding(sentence, part) for sentence in FINDINGS[part](found)]
@@ -329,7 +212,7 @@ def _curves(subject: Subject) -> Section:
         return section
     section.tell_age()
     first, every = io.BytesIO(), io.BytesIO()
-    with _damage_told(section.path, subject.command("pretrain")):
+    with damage_told(section.path, subject.command("pretrain")):
         draw_curve(entries, first)
         draw_all(entries, every)
     captions = "Loss and 20-NN accuracy over epochs", "Health measures over epochs"
@@ -437,6 +320,17 @@ def _fill_gallery(section: Section, found: Content, shown: list[int]) -> None:
         section.notes.append(
             (f"There are no galleries of slots {absent}; make them:", section.subject.command("gallery"))
         )
+
+
+def _fill_neighbors(section: Section, found: Content, _shown: list[int]) -> None:
+    """Nearest neighbors by whole encodings, and the map of them."""
+    section.intro = (
+        f"Neighbors are the most similar of {found['num_images']:,} images of {found['data']}, by the cosine "
+        f"of whole encodings. The map shows {found['num_points']:,} images on the first two principal "
+        f"components of their encodings; the others of the {found['width']:,} dimensions are left out."
+    )
+    section.add_picture("neighbors.png", "Some images and their nearest neighbors")
+    section.add_picture("map.png", "Map of the encodings")
 
 
 def _fill_mask(section: Section, found: Content, _shown: list[int]) -> None:

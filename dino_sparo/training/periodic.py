@@ -6,7 +6,8 @@ from typing import NoReturn
 import torch
 
 from dino_sparo.errors import StoppedError, UserError
-from dino_sparo.evaluation.knn import KNN
+from dino_sparo.evaluation.knn import KNN, KNN_IMAGES
+from dino_sparo.evaluation.results import standard_error
 from dino_sparo.files import append_line, write_file
 from dino_sparo.parallel.device import end_of_work, wait_for
 from dino_sparo.parallel.distributed import first_rank_decides, gather_objects, mean_over_ranks, rank
@@ -55,8 +56,9 @@ def evaluate(run: Run, run_log: RunLog, step: int) -> None:
             left_out=left_out,
         )
         of_class = run.recipe.monitor.knn_images_per_class
-        subset = f"  (of at most {of_class} images per class)" if of_class else ""
-        run_log.evaluation(step, accuracies, note=subset)
+        subset = f", at most {of_class} per class" if of_class else ""
+        error = standard_error(accuracies[KNN], int(accuracies[KNN_IMAGES]))
+        run_log.evaluation(step, accuracies, note=f"  (± {error:.1f}{subset})")
     if left_out:  # equal in all processes
         log.warning("WARNING: k-NN has skipped %d images that cannot be read", len(left_out))
         run.bad_images.list(left_out, len(left_out), sum(map(len, run.knn_images)))

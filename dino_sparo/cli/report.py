@@ -1,0 +1,99 @@
+"""`dino-sparo slots report`: what is missing is made by the other commands about slots, then the page."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dino_sparo.cli import slots
+from dino_sparo.cli.images import ImagesOptions, LabeledDataOptions
+from dino_sparo.errors import UnlabeledError
+
+if TYPE_CHECKING:
+    from dino_sparo.slots.subject import Subject
+
+MOST_SEARCHED = 5000  # images of which the report shows neighbors, for encoders without slots
+
+
+@dataclass(kw_only=True)
+class SlotReportOptions(slots.SlotsOptions):
+    """One HTML page of a run, that opens from a file without network."""
+
+    data: LabeledDataOptions | None = None
+    """Labeled images for the analyses that the run folder lacks; null: show only those that exist."""
+    control: str | None = None
+    """Run without slots to compare with in these analyses."""
+
+
+def report(options: SlotReportOptions) -> None:
+    """Make what is missing or about others if there is data for it, then write `report.html` beside it."""
+    from dino_sparo.data.sources import open_labeled
+    from dino_sparo.data.splits import Choice
+    from dino_sparo.slots.page import write_page
+    from dino_sparo.slots.subject import FILES, OF_CLASSES, WITHOUT_SLOTS, Subject
+
+    encoder = slots.open_encoder(options, with_slots=False)
+    if options.control:
+        slots.open_control(options.control, options.which)
+    data, no_classes = options.data, ""
+    if data:
+        try:
+            open_labeled(data.path, choice=Choice.of(data))
+        except UnlabeledError as error:
+            no_classes = str(error)
+    path = data.path if data else None
+    subject = Subject(options.run, options.out, options.which, path, options.control, not no_classes)
+    if data:
+        _make_missing(options, subject, data, encoder.num_slots)
+    page = subject.slots / "report.html"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_page(page, subject, encoder)
+    parts = FILES if encoder.num_slots else WITHOUT_SLOTS
+    for name in parts:
+        if not (subject.slots / FILES[name]).is_file() and not (no_classes and name in OF_CLASSES):
+            print(f"not on the page: {name}; to make it:  {subject.command(name)}")
+    if not encoder.num_slots:
+        shown = "curves, accuracy, maps, and neighbors are shown"
+        print(f"the read-out {encoder.readout_name} has no slots: {shown}")
+    elif no_classes:
+        print(f"rank and mask are left out, since they need classes: {no_classes}")
+    print(f"report ({page.stat().st_size / 1e6:.1f} MB): {page}")
+
+
+def _make_missing(
+    options: SlotReportOptions, subject: "Subject", labeled: LabeledDataOptions, num_slots: int
+) -> None:
+    """Run the commands whose results are not there; the ranking first, as it chooses what is drawn.
+
+    What needs classes is left out for images without, and factors for pictures whose factors are unknown.
+    """
+    from dino_sparo.data.shapes import SHAPES
+
+    common: dict[str, Any] = {
+        name: getattr(options, name)
+        for name in ("run", "which", "out", "device", "num_workers", "batch_size")
+    }
+    images = ImagesOptions(
+        labeled.path, labeled.train, max_pixels=labeled.max_pixels, value_range=labeled.value_range
+    )
+    compared = common | {"control": options.control}
+
+    def lacks(part: str) -> bool:
+        return subject.find(part)[0] is None
+
+    if num_slots and subject.has_classes and lacks("rank"):
+        slots.rank(slots.SlotRankOptions(**compared, data=labeled))
+    drawn = subject.slots_to_show(num_slots) or None
+    if lacks("maps"):
+        slots.maps(slots.SlotMapsOptions(**compared, data=images, slots=drawn))
+    if num_slots and lacks("gallery"):
+        slots.gallery(slots.SlotGalleryOptions(**common, data=images, slots=drawn))
+    if lacks("neighbors"):
+        most = None if num_slots else MOST_SEARCHED  # with slots, the gallery has encoded all of them
+        slots.neighbors(slots.SlotNeighborsOptions(**common, data=images, max_images=most))
+    if not num_slots:
+        return
+    if subject.has_classes and lacks("mask"):
+        slots.mask(slots.SlotMaskOptions(**compared, data=labeled))
+    if lacks("health"):
+        slots.health(slots.SlotHealthOptions(**common, data=images))
+    if SHAPES in (subject.config.get("data", {}).get("path"), labeled.path) and lacks("factors"):
+        slots.factors(slots.SlotFactorsOptions(**compared))

@@ -1,0 +1,133 @@
+"""What a page is about: a run or weights, the files of its analyses, and the commands that make them."""
+
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dino_sparo.errors import UserError
+from dino_sparo.evaluation.knn import KNN
+from dino_sparo.evaluation.results import results_folder
+from dino_sparo.files import parsed_json
+from dino_sparo.recipe.files import CONFIG_FILE
+from dino_sparo.recipe.typed import read_yaml
+from dino_sparo.runs.runlog import each_metric
+
+TITLES = {
+    "rank": "Ranking of slots",
+    "health": "Health of slots",
+    "maps": "Where slots look",
+    "gallery": "Galleries of the best and worst slots",
+    "neighbors": "Nearest neighbors and a map",
+    "mask": "Learned masks",
+    "factors": "Known factors",
+}
+FILES = {part: f"{part}/{part}.json" for part in TITLES}
+OF_CLASSES = ("rank", "mask")  # analyses that need labeled images
+WITHOUT_SLOTS = ("maps", "neighbors")  # analyses of any encoder
+COMPARING = ("rank", "maps", "mask", "factors")  # analyses that compare with a control
+NUM_BEST = 4  # slots shown from each end of the ranking
+MOST_ENTRIES = 20_000  # of the log, more than curves have pixels
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a page is about, from the command's options; analyses with other weights, images, or controls are
+    not shown. `has_classes`: whether the images are labeled."""
+
+    run: str
+    out: str | None = None
+    which: str = "teacher"
+    data: str | None = None
+    control: str | None = None
+    has_classes: bool = True
+
+    @property
+    def folder(self) -> Path:
+        """Folder of `results.json` and, for a run folder, `metrics.jsonl`."""
+        return results_folder(self.run)
+
+    @property
+    def slots(self) -> Path:
+        """Folder that the commands about slots write to."""
+        return Path(self.out) if self.out else self.folder / "slots"
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The recipe of a run folder, or empty. Raises UserError: it is damaged."""
+        path = self.folder / CONFIG_FILE
+        if not path.is_file():
+            return {}
+        with damage_told(path, "dino-sparo pretrain"):
+            return dict(read_yaml(path))
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The log of a run folder, or empty; of very many entries some, and the last one."""
+        entries: list[dict[str, Any]] = []
+        last, every = None, 1
+        for number, last in enumerate(each_metric(self.folder)):
+            if number % every == 0 or KNN in last:
+                entries.append(last)
+            if len(entries) > MOST_ENTRIES:
+                entries, every = entries[::2], 2 * every
+        return entries if last is None or entries[-1] is last else [*entries, last]
+
+    def command(self, part: str) -> str:
+        """The command line that makes a part of the page, on the given images if they are suitable."""
+        words = ["dino-sparo", *(["slots"] if part in TITLES else []), part, self.run]
+        if part != "factors":
+            will_do = self.has_classes or (part in TITLES and part not in OF_CLASSES)
+            words += ["--data.path", self.data if self.data and will_do else "DIR"]
+        if self.control and part in COMPARING:
+            words += ["--control", self.control]
+        if self.which != "teacher":
+            words += ["--which", self.which]
+        if self.out and part in TITLES:
+            words += ["--out", self.out]
+        return shlex.join(words)
+
+    def find(self, part: str) -> tuple[dict[str, Any] | None, str]:
+        """The JSON of an analysis; if there is none or it is about other options, None and a note.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        path = self.slots / FILES[part]
+        if not path.is_file():
+            return None, "Not made yet:"
+        asked = {"which": self.which, "control": self.control, "data": self.data}
+        with damage_told(path, self.command(part)):
+            content = dict(parsed_json(path).items())
+        others = [
+            f"{key} {content[key]}"
+            for key, value in asked.items()
+            if value not in (None, content.get(key, value))
+        ]
+        if others:
+            return None, f"Not shown, since it was made with {', '.join(others)}; make it again:"
+        return content, ""
+
+    def slots_to_show(self, num_slots: int) -> list[int]:
+        """The four best and the four worst slots by their own k-NN; without a ranking, the first eight."""
+        ranked, _ = self.find("rank")
+        order = list(range(min(num_slots, 2 * NUM_BEST)))
+        if ranked:
+            with damage_told(self.slots / FILES["rank"], self.command("rank")):
+                order = [int(slot) for slot in ranked["encoders"][0]["orders"]["knn"]] or order
+        return order if len(order) < 2 * NUM_BEST else order[:NUM_BEST] + order[-NUM_BEST:]
+
+
+@contextmanager
+def damage_told(path: Path, command: str) -> Iterator[None]:
+    """Raise a UserError that names a damaged file, and the command that makes it again."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise UserError(
+            f"{path} is damaged ({reason}); remove it, and make it again with `{command}`"
+        ) from error
