@@ -20,16 +20,16 @@ from dino_sparo.errors import (
     StoppedError,
     StuckError,
     UserError,
-    told_to_user,
+    errors_for_user,
 )
 from dino_sparo.files import can_build_c
 from dino_sparo.parallel.processes import (
     check_environment,
     end_at_once,
     end_with_launcher,
+    env_int,
     first_to_fail,
     leave_note,
-    told,
 )
 from dino_sparo.recipe.typed import value_of
 from dino_sparo.terminal import error_line, open_outputs, sentence, set_up_log
@@ -72,16 +72,16 @@ def answer(arguments: list[str]) -> int:
         return 0
     end_with_launcher()
     try:
-        with told_to_user():
+        with errors_for_user():
             status = run_command(arguments)
-        if told("RANK") == 0:
+        if env_int("RANK") == 0:
             leave_note("done", status == 0)
         return status
     except UserError as error:
         report(error)
         return leave(EXIT_USER_ERROR, at_once=isinstance(error, StuckError))
     except StoppedError as stopped:
-        if told("RANK") == 0:
+        if env_int("RANK") == 0:
             print(
                 f"dino-sparo: {sentence(stopped)}; the same command resumes from there",
                 file=sys.stderr,
@@ -89,7 +89,7 @@ def answer(arguments: list[str]) -> int:
             leave_note("stopped", str(stopped))
         return leave(EXIT_STOPPED, at_once=True)
     except KeyboardInterrupt:
-        if told("RANK") == 0:
+        if env_int("RANK") == 0:
             print("dino-sparo: interrupted; the same command resumes from what is on disk", file=sys.stderr)
         return leave(EXIT_INTERRUPTED)
     except Exception:
@@ -122,7 +122,7 @@ def leave(status: int, *, at_once: bool = False) -> int:
 
     An open connection to other processes, or a data worker whose disk hangs, may block a normal exit.
     """
-    if told("WORLD_SIZE", 1) > 1 or at_once:
+    if env_int("WORLD_SIZE", 1) > 1 or at_once:
         end_at_once(status)
     return status
 
@@ -156,7 +156,7 @@ def run_command(arguments: list[str]) -> int:
     check_environment()
     given = with_recipe(name, given_of(name, rest))
     quiet, dry_run = (value_of(flag, given.get(flag, False), bool) for flag in FLAGS)
-    set_up_log(logging.ERROR if told("RANK") else logging.WARNING if quiet else logging.INFO)
+    set_up_log(logging.ERROR if env_int("RANK") else logging.WARNING if quiet else logging.INFO)
     if sys.stderr.isatty():  # importing torch takes a while
         logging.getLogger("dino_sparo").info("dino-sparo %s ...", name)
     given = with_images(command.options, given)
@@ -173,7 +173,7 @@ def run_command(arguments: list[str]) -> int:
     if num_processes > 1:
         if not command.distributed:
             raise UserError(f"--nproc is {num_processes}, but {name} runs in one process; leave it out")
-        if told("WORLD_SIZE", 1) > 1:
+        if env_int("WORLD_SIZE", 1) > 1:
             raise UserError(
                 f"--nproc {num_processes} under torchrun would start processes twice; leave it out"
             )
@@ -193,7 +193,7 @@ def given_of(name: str, arguments: list[str]) -> dict[str, Any]:
 
 def only_one_process(what: str) -> None:
     """Raises UserError: torchrun has started several processes."""
-    if told("WORLD_SIZE", 1) > 1:
+    if env_int("WORLD_SIZE", 1) > 1:
         raise UserError(
             f"{what} runs in one process, but torchrun has started several; start it without torchrun"
         )

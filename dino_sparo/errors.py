@@ -31,7 +31,7 @@ REMEDIES = {
 
 
 @contextmanager
-def told_to_user() -> Iterator[None]:
+def errors_for_user() -> Iterator[None]:
     """Turn an OSError about a file or a full disk, and a GPU out of memory, into a UserError."""
     try:
         yield

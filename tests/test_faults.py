@@ -20,7 +20,7 @@ from dino_sparo.files import alone_in
 from dino_sparo.parallel.launch import status_after
 from dino_sparo.runs import checkpoint
 from dino_sparo.runs.checkpoint import load_latest
-from dino_sparo.runs.rundir import hold
+from dino_sparo.runs.rundir import lock_run_dir
 from dino_sparo.training import pretrain as program
 from dino_sparo.training.loss import DINOLoss
 from dino_sparo.training.state import capture_state
@@ -213,11 +213,11 @@ def test_only_one_run_trains_in_a_folder(pictures, tmp_path):
         process.communicate(timeout=60)
     assert process.returncode == 75 and second.returncode == 2
     assert f"is in use: process {process.pid} on " in second.stderr and "Traceback" not in second.stderr
-    with hold(tmp_path):
+    with lock_run_dir(tmp_path):
         pass  # the lock is free again
 
 
-@pytest.mark.parametrize(("function", "lock"), [("lockf", hold), ("flock", alone_in)])
+@pytest.mark.parametrize(("function", "lock"), [("lockf", lock_run_dir), ("flock", alone_in)])
 def test_file_systems_without_locks_are_told(function, lock, tmp_path, monkeypatch, caplog):
     def missing(*_):
         raise OSError(95, "Operation not supported")

@@ -303,7 +303,7 @@ def of_runs() -> Kind:
     from dino_sparo.evaluation.compare import compare_runs, read_run
     from dino_sparo.evaluation.results import save_results
     from dino_sparo.recipe.files import stored_recipe
-    from dino_sparo.runs.rundir import check_same_experiment, mend
+    from dino_sparo.runs.rundir import check_same_experiment, repair_run_dir
     from dino_sparo.runs.runlog import RunLog
     from dino_sparo.slots.page import write_page
     from dino_sparo.slots.subject import FILES, Subject
@@ -338,7 +338,7 @@ def of_runs() -> Kind:
         if not name.endswith("jsonl"):
             return
         BadImages(folder, 100)
-        mend(folder)
+        repair_run_dir(folder)
         with RunLog(folder, first_step=3, steps_per_epoch=2, total_steps=6):
             final_knn(folder, 3)
 

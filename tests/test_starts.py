@@ -12,7 +12,7 @@ import torch
 
 from dino_sparo.__main__ import main
 from dino_sparo.data.workers import WatchedLoader
-from dino_sparo.errors import UserError, told_to_user
+from dino_sparo.errors import UserError, errors_for_user
 from dino_sparo.parallel import distributed
 from dino_sparo.parallel.processes import COPIES, NUMBERS, check_environment
 from tests.running import command, family, finished, wait_for_step
@@ -197,9 +197,9 @@ def test_shared_memory_that_cannot_be_written_is_named(monkeypatch):
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_a_full_disk_is_told_also_where_no_file_is_named(code):
-    with pytest.raises(UserError, match=r"a file cannot be read or written \("), told_to_user():
+    with pytest.raises(UserError, match=r"a file cannot be read or written \("), errors_for_user():
         raise OSError(code, os.strerror(code))
-    with pytest.raises(OSError, match="of the network"), told_to_user():
+    with pytest.raises(OSError, match="of the network"), errors_for_user():
         raise OSError(errno.ECONNRESET, "of the network")
 
 

@@ -24,17 +24,17 @@ from dino_sparo.errors import (
     StoppedError,
     StuckError,
     UserError,
-    told_to_user,
+    errors_for_user,
 )
 from dino_sparo.parallel.device import PATIENCE_SECONDS
 from dino_sparo.parallel.processes import (
     NOTES,
     PeerWatch,
     end_at_once,
+    env_int,
     first_to_fail,
     leave_note,
     machine_name,
-    told,
 )
 from dino_sparo.terminal import error_line, log
 
@@ -62,12 +62,12 @@ def world_size() -> int:
 
 def local_rank() -> int:
     """Rank of this process on its machine, as torchrun sets it."""
-    return told("LOCAL_RANK")
+    return env_int("LOCAL_RANK")
 
 
 def local_world_size() -> int:
     """Number of processes on this machine, as torchrun sets it."""
-    return told("LOCAL_WORLD_SIZE", 1)
+    return env_int("LOCAL_WORLD_SIZE", 1)
 
 
 class Group:
@@ -102,9 +102,9 @@ def process_group(device: torch.device) -> Iterator[Group]:
         StuckError: a collective has timed out.
     """
     group = Group()
-    number, size = told("RANK"), told("WORLD_SIZE", 1)
+    number, size = env_int("RANK"), env_int("WORLD_SIZE", 1)
     if size == 1:
-        with told_to_user():
+        with errors_for_user():
             yield group
         return
     store = _meet(number, size)
@@ -118,7 +118,7 @@ def process_group(device: torch.device) -> Iterator[Group]:
     peers = {n: pid for n, (where, pid) in enumerate(everyone) if where == machine and n != number}
     watch = PeerWatch(peers, lambda gone: _end_without(group.lost(gone)))
     try:
-        with told_to_user():
+        with errors_for_user():
             yield group
         dist.barrier()
     except StoppedError:
@@ -157,7 +157,7 @@ def _meet(number: int, size: int) -> dist.Store:
         UserError: a process has not joined in time, or the store cannot be reached.
     """
     everyone = [f"process {each}" for each in range(size)]
-    host, port = os.environ.get("MASTER_ADDR", ""), told("MASTER_PORT")
+    host, port = os.environ.get("MASTER_ADDR", ""), env_int("MASTER_PORT")
     hosts = number == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
     def server() -> str:
@@ -310,7 +310,7 @@ def first_rank_first(work: Callable[[], Result]) -> Result:
 
     def keep() -> None:
         try:
-            with told_to_user():
+            with errors_for_user():
                 done.set_result(work())
         except BaseException as error:
             done.set_exception(error)

@@ -38,7 +38,7 @@ COPIES = {  # launchers of several copies of a program: their variables for worl
 _unfinished: list[Callable[[float], object]] = []
 
 
-def told(name: str, default: int = 0) -> int:
+def env_int(name: str, default: int = 0) -> int:
     """The number in an environment variable."""
     text = os.environ.get(name, "")
     return int(text) if text.isdecimal() else default
@@ -56,17 +56,17 @@ def check_environment() -> None:
         if not os.environ.get(name, "").strip():
             os.environ.pop(name, None)
     odd = next((name for name in NUMBERS if not os.environ.get(name, "0").isdecimal()), None)
-    size, needed = told("WORLD_SIZE", 1), ("RANK", "MASTER_ADDR", "MASTER_PORT")
+    size, needed = env_int("WORLD_SIZE", 1), ("RANK", "MASTER_ADDR", "MASTER_PORT")
     wrong = None
     if odd:
         wrong = f"{odd} is {shown(repr(os.environ[odd]))}, expected a number"
     elif size > 1 and (missing := [name for name in needed if name not in os.environ]):
         wrong = f"WORLD_SIZE is {size}, but there is no {' and no '.join(missing)}"
-    elif told("MASTER_PORT") >= 2**16:
-        wrong = f"MASTER_PORT is {told('MASTER_PORT')}, expected at most {2**16 - 1}"
-    elif told("RANK") >= size:
+    elif env_int("MASTER_PORT") >= 2**16:
+        wrong = f"MASTER_PORT is {env_int('MASTER_PORT')}, expected at most {2**16 - 1}"
+    elif env_int("RANK") >= size:
         of = f"WORLD_SIZE is {size}" if "WORLD_SIZE" in os.environ else "there is no WORLD_SIZE"
-        wrong = f"RANK is {told('RANK')}, but {of}"
+        wrong = f"RANK is {env_int('RANK')}, but {of}"
     if wrong:
         for name in ("RANK", "WORLD_SIZE"):
             os.environ.pop(name, None)
@@ -75,11 +75,11 @@ def check_environment() -> None:
             f"sets all of them, or unset them and use --nproc"
         )
     for starter, (of_size, of_rank) in COPIES.items():
-        if told(of_size, 1) > 1 and "WORLD_SIZE" not in os.environ:
+        if env_int(of_size, 1) > 1 and "WORLD_SIZE" not in os.environ:
             os.environ["RANK"] = os.environ.get(of_rank, "0")
             raise UserError(
-                f"{starter} has started this program {told(of_size)} times without a process group, so each "
-                f"copy would do the whole work; start torchrun once per machine, as "
+                f"{starter} has started this program {env_int(of_size)} times without a process group, so "
+                f"each copy would do the whole work; start torchrun once per machine, as "
                 f"scripts/pretrain_slurm.sbatch does, or one process with --nproc; if each copy is to work "
                 f"alone, set WORLD_SIZE=1"
             )
@@ -182,7 +182,7 @@ def first_to_fail() -> bool:
     """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # one per process, all below one folder
     if not error_file:
-        return told("RANK") == 0
+        return env_int("RANK") == 0
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
@@ -190,7 +190,7 @@ def first_to_fail() -> bool:
     except FileExistsError:
         return False
     except OSError:  # the launcher, which holds the folder, is gone
-        return told("RANK") == 0
+        return env_int("RANK") == 0
     return True
 
 

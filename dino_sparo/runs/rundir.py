@@ -124,7 +124,7 @@ def _is_start(entry: dict[str, Any]) -> bool:
     )
 
 
-def mend(run_dir: Path) -> None:
+def repair_run_dir(run_dir: Path) -> None:
     """Rename damaged files that a run does not need. `RunLog` handles metrics, `load_latest` checkpoints.
 
     Only for the process that holds the lock of the folder.
@@ -147,7 +147,7 @@ def is_bad_image(entry: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def hold(run_dir: Path) -> Iterator[None]:
+def lock_run_dir(run_dir: Path) -> Iterator[None]:
     """Create the run folder if it does not exist, and lock it; the lock ends with this process.
 
     Raises:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dino_sparo.data.sources import open_labeled
 from dino_sparo.data.splits import Choice
-from dino_sparo.errors import EXIT_PROBLEM, UserError, told_to_user
+from dino_sparo.errors import EXIT_PROBLEM, UserError, errors_for_user
 from dino_sparo.evaluation.compare import Group, Measure, Run
 from dino_sparo.evaluation.features import hash_of_images
 from dino_sparo.evaluation.knn import HEADLINE_K
@@ -59,7 +59,7 @@ def study(
         errors.pop(variant.folder, None)  # another process has completed it
         log.info("evaluating %d of %d: %s", number, len(variants), variant.folder)
         # The lock is for other processes that evaluate the same run.
-        with training.failure_noted(variant, errors), told_to_user(), alone_in(variant.run_dir):
+        with training.failure_noted(variant, errors), errors_for_user(), alone_in(variant.run_dir):
             measured[variant.folder] = {
                 name: measure(variant, data, name, fractions=train_fractions, unverified=unverified)
                 for name, data in data_sets.items()

@@ -51,7 +51,7 @@ from dino_sparo.parallel.precision import autocast, choose_precision, plain_atte
 from dino_sparo.recipe.files import CONFIG_FILE
 from dino_sparo.recipe.sections import Recipe, smaller_batch, split_batch
 from dino_sparo.runs.checkpoint import check_room, saving, set_damaged_aside
-from dino_sparo.runs.rundir import check_same_experiment, hold, mend, start_run_dir
+from dino_sparo.runs.rundir import check_same_experiment, lock_run_dir, repair_run_dir, start_run_dir
 from dino_sparo.runs.runlog import RunLog
 from dino_sparo.terminal import log
 from dino_sparo.training.loss import teacher_probabilities
@@ -161,15 +161,15 @@ def pretrain(recipe: Recipe, run_dir: Path, *, resume_unverified: bool = False) 
         signals.listen()  # not earlier: a signal must end a process that waits for others to join
         is_run = (run_dir / CONFIG_FILE).exists()
         if rank() == 0 and is_run:  # before `prepare` reads the folder
-            held.enter_context(hold(run_dir))
-            mend(run_dir)
+            held.enter_context(lock_run_dir(run_dir))
+            repair_run_dir(run_dir)
         run = prepare(recipe, run_dir, device, unverified=resume_unverified)
         if run.first_step == run.total_steps and not evaluation_is_missing(run):
             log.info("%s is complete: all %d epochs are done", run_dir, recipe.optim.epochs)
             return
         if rank() == 0:
             if not is_run:
-                held.enter_context(hold(run_dir))
+                held.enter_context(lock_run_dir(run_dir))
                 if (run_dir / CONFIG_FILE).exists():
                     raise UserError(f"run_dir {str(run_dir)!r}: another run has started there; run again")
             check_room(run_dir, checkpoint_bytes(run.state))

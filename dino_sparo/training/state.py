@@ -35,10 +35,10 @@ class TrainState:
 
         With loss scaling, gradients that are not finite are an overflow, which only lowers the scale.
         """
-        going_on = self.bad_steps.going_on()
-        overflow = finite_loss & ~finite_gradients & self.loss_scale.enabled & going_on
-        finite = finite_loss & finite_gradients & going_on
-        self.bad_steps.add(~finite & ~overflow & going_on, finite_loss)
+        may_continue = self.bad_steps.may_continue()
+        overflow = finite_loss & ~finite_gradients & self.loss_scale.enabled & may_continue
+        finite = finite_loss & finite_gradients & may_continue
+        self.bad_steps.add(~finite & ~overflow & may_continue, finite_loss)
         total, in_a_row = self.overflows
         total += overflow
         in_a_row.copy_(torch.where(overflow, in_a_row + 1, torch.where(finite, 0, in_a_row)))

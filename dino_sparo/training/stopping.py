@@ -16,7 +16,7 @@ from dino_sparo.data.loader import Replaced
 from dino_sparo.errors import StoppedError, StuckError, UserError
 from dino_sparo.files import read_lines, write_file
 from dino_sparo.parallel.distributed import gather_objects, rank
-from dino_sparo.parallel.processes import on_stop_signals, told
+from dino_sparo.parallel.processes import env_int, on_stop_signals
 from dino_sparo.runs.rundir import BAD_IMAGES_FILE, is_bad_image
 
 MAX_SHARE = 0.01  # of bad images
@@ -56,7 +56,7 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.interruptible and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self.received and told("RANK") == 0:  # by no lock, which the main thread may hold
+        if not self.received and env_int("RANK") == 0:  # without a lock, which the main thread may hold
             with suppress(OSError):  # nobody reads it
                 os.write(
                     2, f"\n{signal.Signals(number).name}: stopping after this step, and saving\n".encode()
@@ -83,7 +83,7 @@ class BadSteps:
         self._latest = torch.zeros(LISTED_BAD_STEPS, 2, dtype=torch.int64, device=device)  # step, finite loss
         self.known = self._read = 0
 
-    def going_on(self) -> Tensor:
+    def may_continue(self) -> Tensor:
         """Whether steps may still change the state: a bool scalar on the device."""
         return self.total <= self.allowed
 
