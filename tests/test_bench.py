@@ -216,8 +216,7 @@ def test_host_waits_are_counted_within_steps():
 
 
 @pytest.mark.parametrize(
-    ("name", "peak"),
-    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("Some GPU", None)],
+    ("name", "peak"), [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("Some GPU", None)]
 )
 def test_published_peak_by_name(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: name)
@@ -240,10 +239,7 @@ def few_products(monkeypatch):
 
 
 ARGUMENTS = ("--batch_size=2", "--rounds=2", "--num_images=2", "--seconds=0.01", "--device=cpu")
-STAGES = [
-    *("read", "decode", "draw views", "views by PIL", "views on the device"),
-    *(*RANGES, "whole step"),
-]
+STAGES = [*("read", "decode", "draw views", "views by PIL", "views on the device"), *(*RANGES, "whole step")]
 
 
 @pytest.mark.long
@@ -292,7 +288,6 @@ def test_table_of_own_files(recipe, tmp_path, capfd):
     ("wrong", "message"),
     [
         (["--rounds=0"], "rounds"),
-        (["--config=no_such"], "no_such"),
         (["--data.path=/nowhere"], "data.path '/nowhere'"),
         (["--data.path=.", "--data.train=none"], "data.train 'none'"),
     ],

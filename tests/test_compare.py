@@ -189,19 +189,9 @@ def correct(accuracy: float, count: int, seeds: int, rng: np.random.Generator) -
     return [hardness + 0.2 * rng.standard_normal(count) < accuracy for _ in range(seeds)]
 
 
-def test_interval_equals_that_of_a_plain_loop():
-    rng = np.random.default_rng(0)
-    ours, control = correct(0.7, 300, 3, rng), correct(0.6, 300, 2, rng)
-    difference = np.mean(ours, axis=0) - np.mean(control, axis=0)
-    resampled = [100 * difference[rng.integers(0, 300, 300)].mean() for _ in range(20_000)]
-    expected = np.quantile(resampled, [0.025, 0.975])
-    assert paired_bootstrap(ours, control) == pytest.approx(expected, abs=0.25)
-    assert expected[1] - expected[0] > 5  # so wide that the tolerance means something
-
-
 def test_interval_equals_the_analytic_one_for_many_images():
     rng = np.random.default_rng(1)
-    ours, control = correct(0.7, 50_000, 3, rng), correct(0.68, 50_000, 3, rng)
+    ours, control = correct(0.7, 50_000, 3, rng), correct(0.68, 50_000, 2, rng)
     difference = 100 * (np.mean(ours, axis=0) - np.mean(control, axis=0))
     error = difference.std() / np.sqrt(50_000)
     expected = (difference.mean() - 1.96 * error, difference.mean() + 1.96 * error)

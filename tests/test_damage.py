@@ -114,7 +114,6 @@ def test_a_run_resumes_without_what_it_does_not_need(name, damage, whole, stoppe
         ("config.yaml", lambda path: path.write_text("- 1\n"), "config.yaml has no sections"),
         ("config.yaml", lambda path: path.write_text("1: 2\n"), "key '1' is unknown"),
         ("checkpoints", make_file, "checkpoints is not a folder"),
-        (f"{CHECKPOINT}.sha256", Path.unlink, "sha256 is missing"),
     ],
 )
 def test_a_run_is_refused_in_one_sentence_without_what_it_needs(name, damage, said, whole, stopped, capsys):

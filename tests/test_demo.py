@@ -52,8 +52,9 @@ def test_own_folder_takes_as_many_steps(tmp_path, monkeypatch, count, limit, use
 
 
 @pytest.mark.long
-def test_own_flat_folder(tmp_path, monkeypatch, capsys):
+def test_own_flat_folder_and_the_commands_that_are_printed_which_can_be_pasted(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(SHAPES_SIZES, "train", 5)
+    monkeypatch.chdir(tmp_path)
     write_pictures(tmp_path / "data", 7)
     run_demo(tmp_path / "data" / "train" / "class0", tmp_path / "run", optim__epochs=8)
     optim = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["optim"]
@@ -63,15 +64,7 @@ def test_own_flat_folder(tmp_path, monkeypatch, capsys):
     for name in ("slots.png", "curve.png", "neighbors.png"):
         assert_is_picture(tmp_path / "run" / name)
         assert str(tmp_path / "run" / name) in shown
-
-
-@pytest.mark.long
-def test_the_commands_that_it_prints_can_be_pasted(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_pictures(tmp_path / "data", 7)
-    flat, run = tmp_path / "data" / "train" / "class0", tmp_path / "run"
-    run_demo(flat, run, optim__epochs=1)
-    lines = [line for line in capsys.readouterr().out.splitlines() if ": " in line]
+    lines = [line for line in shown.splitlines() if ": " in line]
     commands = [shlex.split(line.split(": ", 1)[1]) for line in lines if "--data.path" in line]
     assert [words[1] for words in commands] == ["slots", "embed"]
     for program, *arguments in commands:

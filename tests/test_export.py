@@ -126,19 +126,8 @@ def test_damaged_or_missing_files(exported):
     ("key", "value", "message"),
     [
         ("arch", "vit_small", "does not fit an encoder with width 384"),
-        (
-            "arch",
-            {"width": 16},
-            "encoder of dino-sparo: missing: model.arch.depth, model.arch.num_heads",
-        ),
-        ("arch", {"width": 10**9, "depth": 3, "num_heads": 2}, "does not describe an encoder of "),
-        (
-            "readout",
-            ["cls"],
-            "encoder of dino-sparo: model.readout.name is ['cls']; expected one of",
-        ),
+        ("arch", {"width": 16}, "encoder of dino-sparo: missing: model.arch.depth, model.arch.num_heads"),
         ("num_slots", 4, "misshapen (readout.query (2, 4) instead of (4, 4)"),
-        ("patch_size", 0, "does not describe an encoder of dino-sparo: "),
     ],
 )
 def test_a_description_that_the_weights_do_not_fit(exported, key, value, message):

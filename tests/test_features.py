@@ -115,7 +115,6 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(source, tmp_path, monkeypa
     "change",
     [
         {"encoder": {"seed": 1}},
-        {"encoder": {"readout": "gap"}},
         {"encoder": {"arch": SMALL | {"num_heads": 4}}},
         {"precision": "float32"},
         {"image_size": 24},

@@ -87,20 +87,17 @@ def test_what_others_can_have_written_is_not_used(trap, cache, tmp_path, monkeyp
 
 
 @pytest.mark.long  # compiles
-def test_torch_takes_nothing_from_the_folder_that_anybody_can_make(cache, tmp_path):
+def test_torch_takes_nothing_from_the_folder_that_anybody_can_make_nor_a_library_that_is_empty(
+    cache, tmp_path
+):
+    """A killed process may leave one."""
     (tmp_path / "shared").mkdir()
     environment = {key: value for key, value in os.environ.items() if key != COMPILED}
     environment["TMPDIR"] = str(tmp_path / "shared")
-    subprocess.run([sys.executable, "-c", COMPILING], env=environment, check=True)
-    assert not [path for path in (tmp_path / "shared").rglob("*") if path.is_file()]
-    assert [*cache.glob("compiled-*/fxgraph/**/*")], "nothing was kept in the cache"
-
-
-@pytest.mark.long  # compiles
-def test_a_library_that_a_killed_process_left_empty_is_compiled_again(cache):
-    environment = {key: value for key, value in os.environ.items() if key != COMPILED}
     command = [sys.executable, "-c", COMPILING]
     subprocess.run(command, env=environment, check=True)
+    assert not [path for path in (tmp_path / "shared").rglob("*") if path.is_file()]
+    assert [*cache.glob("compiled-*/fxgraph/**/*")], "nothing was kept in the cache"
     libraries = [*cache.rglob("*.so")]
     for library in libraries:
         library.write_bytes(b"")

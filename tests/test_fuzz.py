@@ -38,24 +38,8 @@ STUDY = OLDER / "study" / "sparo"
 TIMES = 10  # the time and memory of good files
 LEAST_SECONDS, LEAST_MB = 2.0, 48.0  # below which nobody looks
 PIXELS = 2**19  # that an image may have here: one that is allowed is little larger than the good ones
-ODD = [
-    None,
-    True,
-    -1,
-    0,
-    10**30,
-    1e300,
-    float("nan"),
-    "",
-    "\x1b[31m\n",
-    "a\0b",
-    "\ud800",
-    [],
-    {},
-    [[]],
-    "9" * 5000,
-]
-ODD += [{"a": [1]}, [1, "x"], "../x", "/dev/zero", 3.5, "1e3", [-1] * 40]
+ODD = [None, True, -1, 0, 10**30, 1e300, float("nan"), "", "\x1b[31m\n", "a\0b", "\ud800", [], {}, [[]]]
+ODD += ["9" * 5000, {"a": [1]}, [1, "x"], "../x", "/dev/zero", 3.5, "1e3", [-1] * 40]
 
 
 @pytest.mark.long
@@ -85,39 +69,23 @@ class Kind(NamedTuple):
 
 
 def of_images() -> Kind:
+    import numpy as np
     from PIL import Image
 
     from dino_sparo.data.decode import FORMATS
     from tests.pictures import encoded, photo
 
-    picture = photo(500, 375)
+    picture, deep = photo(500, 375), Image.fromarray(np.arange(500 * 375, dtype="<u2").reshape(375, 500))
     many = {f"{kind}.jpg": encoded(picture, kind) for kind in FORMATS}
-    for name, mode, kind, options in (
-        ("progressive", "RGB", "JPEG", {"progressive": True, "subsampling": 0}),
-        ("cmyk", "CMYK", "JPEG", {}),
-        ("palette", "P", "PNG", {}),
-        ("deep", "I;16", "PNG", {}),
-        ("alpha", "RGBA", "PNG", {}),
-        ("alpha webp", "RGBA", "WEBP", {"lossless": True}),
-        ("grey", "L", "PPM", {}),
-        ("rle", "P", "BMP", {}),
-        *(
-            (f"tiff {name}", "RGB", "TIFF", {"compression": name})
-            for name in ("jpeg", "lzma", "zstd", "tiff_lzw")
-        ),
-        *(
-            (f"tiff {mode}", mode, "TIFF", {"compression": "tiff_adobe_deflate"})
-            for mode in ("RGBA", "F", "CMYK", "1")
-        ),
-    ):
-        if mode == "I;16":
-            image = Image.fromarray(__import__("numpy").arange(500 * 375, dtype="<u2").reshape(375, 500))
-        else:
-            image = picture.convert(mode)
-        many[f"{name}.png"] = encoded(image, kind, **options)
-    many["frames.png"] = encoded(
-        picture.quantize(64), "GIF", save_all=True, append_images=[picture.quantize(8)]
-    )
+    modes = {"JPEG": ("CMYK",), "PNG": ("P", "RGBA"), "PPM": ("L",), "BMP": ("P",)}
+    kinds = [(kind, mode, {}) for kind, of_kind in modes.items() for mode in of_kind]
+    kinds += [("JPEG", "RGB", {"progressive": True, "subsampling": 0}), ("WEBP", "RGBA", {"lossless": True})]
+    kinds += [("TIFF", "RGB", {"compression": name}) for name in ("jpeg", "lzma", "zstd", "tiff_lzw")]
+    kinds += [("TIFF", mode, {"compression": "tiff_adobe_deflate"}) for mode in ("RGBA", "F", "CMYK", "1")]
+    for number, (kind, mode, options) in enumerate(kinds):
+        many[f"{number}.png"] = encoded(picture.convert(mode), kind, **options)
+    frames = {"save_all": True, "append_images": [picture.quantize(8)]}
+    many |= {"deep.png": encoded(deep, "PNG"), "frames.png": encoded(picture.quantize(64), "GIF", **frames)}
     many["plain.ppm"] = b"P3 40 30 255\n" + b"12 " * 3600
     many["float.ppm"] = b"Pf 50 40 -1.0\n" + bytes(8000)
 

@@ -97,12 +97,9 @@ def test_help_shows_the_values_of_a_recipe_and_what_is_required(arguments, shown
     ("arguments", "beginning"),
     [
         (["--version"], f"dino-sparo {dino_sparo.__version__} (torch "),
-        (["knn", "--version"], "dino-sparo 0"),
         (["help", "knn"], "usage: dino-sparo knn RUN"),
-        (["--help", "knn"], "usage: dino-sparo knn RUN"),
         (["--help", "#", "of", "all"], "usage: dino-sparo COMMAND"),  # a comment in an interactive zsh
         (["slots"], "usage: dino-sparo slots COMMAND"),
-        (["slots", "--help"], "usage: dino-sparo slots COMMAND"),
     ],
 )
 def test_help_and_version_wherever_they_stand(arguments, beginning, capsys):

@@ -67,30 +67,20 @@ def refused(path, **arguments):
     [
         ({"blocks.99999999.norm1.weight": torch.ones(64)}, "1 unexpected (backbone.blocks.99999999.norm1"),
         ({"blocks." + "9" * 5000 + ".norm1.weight": torch.ones(64)}, "1 unexpected (backbone.blocks.9999"),
-        ({"blocks.-1.norm1.weight": torch.ones(64)}, "1 unexpected"),
         ({"blocks.\u0663.norm1.weight": torch.ones(64)}, "1 unexpected"),
-        ({"patch_embed.proj.weight": of_shape(64, 3, 3000, 3000)}, "bytes of weights, but contains"),
         ({"pos_embed": of_shape(1, 4_000_001, 64)}, "bytes of weights, but contains"),
         (READOUT, "bytes of weights, but contains"),
         ({"blocks.0.mlp.fc1.weight": of_shape(256, 64)}, "bytes of weights, but contains"),
         (claimed(arch={"width": 16384, "depth": 12, "num_heads": 256}), "bytes of weights, but contains"),
-        (claimed(arch={"width": 64, "depth": 200, "num_heads": 1}), "bytes of weights, but contains"),
-        (
-            {"cls_token": torch.zeros(1, 1, 64).to(torch.float8_e4m3fn)},
-            "",  # the older format does not have it
-        ),
+        ({"cls_token": torch.zeros(1, 1, 64).to(torch.float8_e4m3fn)}, ""),  # not in the older format
         ({"cls_token": torch.zeros(1, 1, 64, dtype=torch.complex64)}, "of torch.complex64 instead"),
-        ({"cls_token": torch.zeros(1, 1, 64, dtype=torch.bool)}, "of torch.bool instead"),
         ({"cls_token": torch.zeros(1, 1, 64, device="meta")}, "on meta instead of (1, 1, 64)"),
         ({"cls_token": torch.zeros(1, 1, 64).to_sparse()}, "as torch.sparse_coo instead of"),
-        (
-            {"cls_token": torch.full((1, 1, 64), 1e300, dtype=torch.float64)},
-            "too large for float32",
-        ),
+        ({"cls_token": torch.full((1, 1, 64), 1e300, dtype=torch.float64)}, "too large for float32"),
         ({"cls_token": torch.full((1, 1, 64), float("nan"))}, "not finite, or too large for float32, in 1"),
         ({"cls_token": "text"}, "a str instead of (1, 1, 64)"),
     ],
-    ids=range(18),
+    ids=range(14),
 )
 def test_official_weights(tmp_path, state, changes, reason, zipped):
     path = tmp_path / "dino.pth"
@@ -106,14 +96,14 @@ def test_nested_tensors(tmp_path, state):
         assert "nested instead" in refused(tmp_path / "dino.pth") or name != "cls_token"
 
 
-@pytest.mark.parametrize("num_heads", [0, -1, True, 10**30, 2.5, "6", torch.ones(2), [1]])
+@pytest.mark.parametrize("num_heads", [0, True, 10**30, 2.5, "6", torch.ones(2)])
 def test_a_number_of_heads_that_is_none(tmp_path, state, num_heads):
     torch.save({"teacher": state, "num_heads": num_heads}, tmp_path / "dino.pth")
     message = refused(tmp_path / "dino.pth")
     assert ("num_heads is" in message and "expected a whole number" in message) or num_heads == "6"
 
 
-@pytest.mark.parametrize("told", [torch.ones(3), torch.tensor(2), "2", True, None, [2]])
+@pytest.mark.parametrize("told", [torch.ones(3), torch.tensor(2), "2", None])
 def test_a_format_that_is_none(tmp_path, state, told):
     torch.save({"format": told, **state}, tmp_path / "run.pt")
     assert "not a checkpoint of dino-sparo with format 2" in refused(tmp_path / "run.pt")
@@ -123,27 +113,19 @@ def test_a_format_that_is_none(tmp_path, state, told):
     ("changes", "reason"),
     [
         ({"arch": ARCH | {"num_heads": 0}}, "model.arch.num_heads is 0; expected a whole number"),
-        ({"arch": ARCH | {"num_heads": -1}}, "model.arch.num_heads is -1"),
         ({"arch": ARCH | {"depth": 10**8}}, "model.arch.depth is 100000000"),
-        ({"arch": ARCH | {"width": 640_000}}, "model.arch.width is 640000"),
         ({"arch": ARCH | {"width": 65_536, "depth": 9}}, "does not fit"),
         ({"arch": "vit_huge"}, "model.arch is vit_huge; expected one of vit_tiny"),
         ({"patch_size": 0}, "model.patch_size is 0"),
-        ({"patch_size": 3000}, "model.patch_size is 3000"),
-        ({"patch_size": [16]}, "model.patch_size is [16]"),
         ({"image_size": 16 * 10**6}, "image_size is 16000000"),
         ({"image_size": 10**400}, "image_size is 1000"),
         ({"readout": "sparo", **SPARO}, "model.readout.num_slots is 100000000"),
-        ({"readout": "sparo", **SPARO, "num_slots": 64, "key_dim": 0}, "model.readout.key_dim is 0"),
-        (
-            {"readout": "pooler", "num_slots": 4, "slot_dim": 4, "num_heads": 0},
-            "readout.num_heads is 0",
-        ),
+        ({"readout": "pooler", "num_slots": 4, "slot_dim": 4, "num_heads": 0}, "readout.num_heads is 0"),
         ({"readout": "bottleneck", "bottleneck_dim": 10**5, "encoding_dim": 1}, "bottleneck_dim is 100000"),
         ({"readout": ["cls"]}, "model.readout.name is ['cls']"),
         ({"drop": 1}, "'model.readout.drop' is unknown"),
     ],
-    ids=range(17),
+    ids=range(12),
 )
 @pytest.mark.parametrize("untrained", [False, True])
 def test_exported_folders(tmp_path, state, changes, reason, untrained):
@@ -204,7 +186,6 @@ OF_SIZE = b"\x8a\x08" + (2 * 10**9).to_bytes(8, "little") + b"\x85R0"  # a call 
         (pickled(MANY), zipfile.ZIP_BZIP2, r"unpack to \d+"),
         (lambda name, data: bytes(50_000_000) if name == "0" else data, zipfile.ZIP_DEFLATED, r"unpack to"),
         (pickled(LONG), zipfile.ZIP_STORED, f"more than {MOST_PICKLE} bytes"),
-        (pickled(MANY), zipfile.ZIP_STORED, f"more than {MOST_PICKLE} bytes"),
         (pickled(b"cbuiltins\nbytearray\n", OF_SIZE), zipfile.ZIP_STORED, "it contains a bytearray"),
         (
             lambda name, data: data.replace(b"K@t", OF_SIZE[:10] + b"t"),
@@ -212,7 +193,7 @@ OF_SIZE = b"\x8a\x08" + (2 * 10**9).to_bytes(8, "little") + b"\x85R0"  # a call 
             "not a readable weights",
         ),
     ],
-    ids=["text", "many", "numbers", "long", "long-many", "bytearray", "claim"],
+    ids=["text", "many", "numbers", "long", "bytearray", "claim"],
 )
 def test_archives_that_would_fill_the_memory(tmp_path, state, change, compression, reason):
     archive(tmp_path / "bomb.pth", state, change, compression)
@@ -243,10 +224,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path, name, how):
 def test_a_head_that_is_not_finite_starts_no_run(tmp_path, run_dir):
     path = next((run_dir / "checkpoints").glob("*.pt"))
     content = torch.load(path, weights_only=True)
-    for name, reason in (
-        ("head.mlp.0.bias", "not finite"),
-        ("head.mlp.0.weight", "but contains"),
-    ):
+    for name, reason in (("head.mlp.0.bias", "not finite"), ("head.mlp.0.weight", "but contains")):
         changed = dict(content["teacher"])
         value = changed[name]
         changed[name] = value / 0 if value.ndim == 1 else of_shape(*value.shape)

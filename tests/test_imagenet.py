@@ -46,7 +46,6 @@ sorted_val = at("val", mini.write_classes, mini.SORTED_VAL)
 # What makes the layout; then the folder given, and below it: train, val (each with its form) and labels.
 LAYOUTS = {
     "class folders": ([classes("train"), sorted_val], ".", ("train", FOLDERS), ("val", FOLDERS), None),
-    "train only": ([classes("train")], ".", ("train", FOLDERS), None, None),
     "classes directly": ([classes(".")], ".", (".", FOLDERS), None, None),
     "flat photographs": ([files(".", "a.jpg")], ".", (".", FLAT), None, None),
     "Kaggle": ([mini.kaggle], ".", (f"{CLS}/train", FOLDERS), (f"{CLS}/val", FLAT), CSV),
@@ -62,7 +61,6 @@ LAYOUTS = {
     "three tars": (
         [mini.official_tars, mini.devkit_archive], ".", (TRAIN_TAR, TAR), (VAL_TAR, TAR), ARCHIVE
     ),
-    "train tar": ([files(".", TRAIN_TAR)], ".", (TRAIN_TAR, TAR), None, None),
     "val tar": ([files(".", VAL_TAR)], ".", None, (VAL_TAR, TAR), None),
     "tars in their folders": (
         [files("train", TRAIN_TAR), files("val", VAL_TAR)], ".",

@@ -14,14 +14,11 @@ from dino_sparo.models import DINOHead, DinoModel, build_encoder
 from dino_sparo.training.setup import start_state
 from dino_sparo.training.state import TrainState
 from tests.test_official import prefixed
-from tests.tiny import build_state, tiny_options, write_pictures
+from tests.tiny import CLS, build_state, tiny_options, write_pictures
 
 ARCH = {"width": 16, "depth": 3, "num_heads": 2}
 HEAD = {"num_prototypes": 16, "hidden_dim": 8, "bottleneck_dim": 4}
 SPARO = {"readout": "sparo", "num_slots": 2, "slot_dim": 4, "key_dim": 4}
-CLS = {"model__readout__name": "cls"} | {
-    f"model__readout__{key}": "null" for key in ("num_slots", "slot_dim", "key_dim", "group_size")
-}
 
 
 def network(seed: int, head: dict | None = None, **changes) -> DinoModel:
@@ -196,8 +193,7 @@ def test_timms_own_model_by_file_and_by_name(tmp_path, monkeypatch, caplog):
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["hf-hub:someone/model", "local-dir:.", "hf_hub:x", "../vit", "someone/vit", "C:\\vit", ""],
+    "name", ["hf-hub:someone/model", "local-dir:.", "hf_hub:x", "../vit", "someone/vit", "C:\\vit", ""]
 )
 def test_timm_is_asked_for_its_own_models_alone(tmp_path, monkeypatch, name):
     monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("timm was asked"))
@@ -278,16 +274,8 @@ def test_a_frozen_backbone_is_the_teachers_in_both(tmp_path):
 @pytest.mark.parametrize(
     ("content", "changes", "message"),
     [
-        (
-            lambda: bare(plain(1, arch=ARCH | {"width": 64})),
-            {},
-            "has width 64 (the recipe has 16), att",
-        ),
-        (
-            lambda: bare(plain(1, patch_size=4)),
-            {},
-            "has patch size 4 (the recipe has 8); set model.arch",
-        ),
+        (lambda: bare(plain(1, arch=ARCH | {"width": 64})), {}, "has width 64 (the recipe has 16), att"),
+        (lambda: bare(plain(1, patch_size=4)), {}, "has patch size 4 (the recipe has 8); set model.arch"),
         (lambda: bare(plain(1, arch=ARCH | {"depth": 5})), {}, "read-out sparo; expected 2, or 3 of a plain"),
         (lambda: named(network(1)), CLS, "has 2 blocks, but this recipe builds 3 with read-out cls"),
         (lambda: named(network(1, arch=ARCH | {"depth": 4})), {}, "has 3 blocks, but this recipe builds 2"),

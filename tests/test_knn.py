@@ -135,13 +135,6 @@ def test_of_very_many_equally_near_images_the_first_come_after_the_nearer_ones(s
     assert numbers[0].tolist() == [100, 1200, 2900, 0, 1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("search", SEARCHES[1:])
-def test_images_that_are_all_alike(search):
-    alike = np.ones((3001, 1))
-    cosines, numbers = nearest(alike, alike[:5], K, train_chunk=1024, **search)
-    assert torch.equal(cosines, torch.ones(5, K)) and numbers.tolist() == [[*range(K)]] * 5
-
-
 def test_features_stay_on_disk_and_all_neighbors_can_be_asked_for(features, tmp_path):
     train = np.memmap(tmp_path / "train", np.float16, mode="w+", shape=features[0].shape)
     train[:] = features[0]

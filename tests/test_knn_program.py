@@ -113,7 +113,7 @@ def test_a_second_test_set(trained, alone):
 @pytest.mark.long
 def test_processes_give_the_same(trained, alone, tmp_path):
     data, run = trained
-    command = [sys.executable, "-m", "dino_sparo", *arguments(run, data, tmp_path), "--nproc=3"]
+    command = [sys.executable, "-m", "dino_sparo", *arguments(run, data, tmp_path), "--nproc=2"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     ours, theirs = ((*read_results(folder),)[:3] for folder in (tmp_path, alone[0]))
     for one, other in zip(ours, theirs, strict=True):

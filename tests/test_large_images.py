@@ -51,14 +51,8 @@ def jpeg_that_claims(side: int) -> bytes:
 @pytest.mark.parametrize("max_side", [None, 100])
 @pytest.mark.parametrize(
     "data",
-    [
-        claims(13_375, 13_375, bits=16),
-        claims(1, 170_000_000),
-        claims(170_000_000, 1),
-        claims(200_000, 10),
-        jpeg_that_claims(13_000),
-    ],
-    ids=["16 bits", "high", "wide", "long", "jpeg"],
+    [claims(13_375, 13_375, bits=16), claims(170_000_000, 1), claims(200_000, 10), jpeg_that_claims(13_000)],
+    ids=["16 bits", "wide", "long", "jpeg"],
 )
 def test_more_pixels_than_fit_into_memory_are_refused_by_the_header(data, max_side):
     with pytest.raises(OSError, match=r"[\d,]+ x [\d,]+ pixels are too many for data.max_pixels 67,108,864"):
@@ -88,7 +82,6 @@ FULL_COLOR = {"progressive": True, "subsampling": 0}
         ("RGB", "JPEG", {"progressive": True, "subsampling": 2}, 1),
         ("L", "JPEG", {"progressive": True}, 1),
         ("RGB", "JPEG", FULL_COLOR, 2),
-        ("CMYK", "JPEG", FULL_COLOR, 2),
         ("RGBA", "TIFF", {}, 1),
         ("RGB", "TIFF", {"tiffinfo": {274: 6}}, 1),
         ("RGBA", "TIFF", {"tiffinfo": {274: 6}}, 2),

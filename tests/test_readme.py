@@ -11,8 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dino_sparo.__main__ import command_and_rest
+from dino_sparo.__main__ import command_and_rest, main
+from dino_sparo.data.shapes import SHAPES_SIZES
 from dino_sparo.models import build_encoder
+from dino_sparo.study import training as studies
 from tests.running import finished
 from tests.slurm import ROOT, slurm_environment
 from tests.tiny import TINY, write_pictures
@@ -39,6 +41,7 @@ SMALL = {key: value for key, value in TINY.items() if not key.startswith("model.
     "model.readout.slot_dim": "8",  # the variants of a sweep have eight heads
     "optim.epochs": "1",
     "optim.warmup_epochs": "0",
+    "data.max_images": "16",
 }
 # What makes each command small enough; it is not added where the command says otherwise.
 LESS = {
@@ -51,9 +54,14 @@ LESS = {
         "num_tokens": "5",
     },
     "slots mask": {"epochs": "1"},
+    "slots factors": {"num_images": "200"},
 }
 PLACES = {"/data/imagenet": "data", "DIR2": "data", "DIR": "data", "RUN": "runs/sparo", "NAME": "other"}
-FEWER = {"--nproc 8": "--nproc 2", "--nproc-per-node 8": "--nproc-per-node 2"}
+FEWER = {
+    **{"--nproc 8": "--nproc 2", "--nproc-per-node 8": "--nproc-per-node 2"},
+    "bench --config imagenet_vits16_sparo": "bench --config demo",
+    "--vary seed=0,1": "--vary seed=0",  # two seeds of three, one of two
+}
 
 
 def commands(page: str) -> list[str]:
@@ -78,7 +86,7 @@ def as_run_here(command: str) -> list[str]:
         return [*words, "--inspect"]  # reads what it would show, and ends
     if program == "dino-sparo":
         name, given = command_and_rest(rest)
-        return [sys.executable, "-m", "dino_sparo", *name.split(), *given, *less(name, given)]
+        return [program, *name.split(), *given, *less(name, given)]
     if program == "python":
         return [sys.executable, *words[1:], *less(Path(words[1]).stem, words)]
     return [*words, *less("pretrain", words)]  # a launcher
@@ -118,13 +126,25 @@ def environment(tmp_path_factory) -> dict[str, str]:
     }
 
 
+@pytest.fixture(autouse=True)
+def less_of_all(monkeypatch) -> None:
+    for split in SHAPES_SIZES:
+        monkeypatch.setitem(SHAPES_SIZES, split, 60)
+    monkeypatch.setattr(studies, "EPOCHS", 1)
+
+
 @pytest.mark.parametrize(
     ("number", "command"), [*enumerate(dict.fromkeys(c for page in PAGES for c in commands(page)))]
 )
-def test_command(number, command, folder, environment):
+def test_command(number, command, folder, environment, monkeypatch):
+    """In this process, unless it starts others."""
     if command in NOT_HERE:
         pytest.skip(NOT_HERE[command])
     words = [word.replace("OUT", f"out{number}") for word in as_run_here(command)]
+    if words[0] == "dino-sparo" and "--nproc" not in words:
+        monkeypatch.chdir(folder)
+        assert main(words[1:]) == 0, shlex.join(words)
+        return
     done = finished(words, cwd=folder, env=os.environ | environment)
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stderr[-3000:]}"
 
@@ -133,6 +153,6 @@ def test_command(number, command, folder, environment):
     "example",
     [e for page in PAGES for e in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)],
 )
-def test_python_example(example, folder):
-    done = finished([sys.executable, "-c", example], cwd=folder)
-    assert done.returncode == 0, done.stderr
+def test_python_example(example, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    exec(example, {"__name__": "__main__"})

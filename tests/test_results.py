@@ -1,7 +1,6 @@
 """results.json: which results are replaced or kept, and damaged files."""
 
 import dataclasses
-import fcntl
 import os
 import re
 import threading
@@ -105,12 +104,6 @@ def test_a_crash_while_writing_leaves_the_old_results(tmp_path, monkeypatch):
         save_results(tmp_path, [result(top1=0.0)])
     assert_same(read_results(tmp_path), [result()])
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
-
-
-def test_file_systems_without_locks(tmp_path, monkeypatch):
-    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(38, "Not implemented")))
-    save_results(tmp_path, [result()])
-    assert_same(read_results(tmp_path), [result()])
 
 
 DAMAGE = {

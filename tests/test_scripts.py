@@ -60,23 +60,37 @@ def long_job(data: Path, slurm: dict[str, str], folder: Path) -> subprocess.Pope
     )
 
 
-@pytest.mark.parametrize(
-    ("sent", "restarts", "requeued"),
-    [(signal.SIGUSR1, 0, True), (signal.SIGUSR1, 20, False), (signal.SIGTERM, 0, False)],
-)
-def test_a_job_requeues_itself_before_its_time_is_over(sent, restarts, requeued, data, slurm, tmp_path):
+def test_a_job_requeues_itself_before_its_time_is_over(data, slurm, tmp_path):
     run_dir = tmp_path / "slurm"
-    with long_job(data, slurm | {"SLURM_RESTART_COUNT": str(restarts)}, tmp_path) as job:
+    with long_job(data, slurm, tmp_path) as job:
         wait_for_step(3, run_dir, job)
         everyone = family(job.pid)
         agents = [pid for pid in everyone if b"torchrun" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         for agent in agents[-2:]:  # the steps of the job, not its shell
-            os.kill(agent, sent)
+            os.kill(agent, signal.SIGUSR1)
         said = job.communicate(timeout=120)[1]
-    assert job.returncode != 0 and f"stopped by {sent.name} after step" in said
+    assert job.returncode != 0 and "stopped by SIGUSR1 after step" in said
     assert all(is_gone(pid) for pid in everyone)
     assert load_latest(run_dir)["step"] >= 3
-    assert (f"requeue {os.getpid()}" in (tmp_path / "told").read_text()) == requeued
+    assert f"requeue {os.getpid()}" in (tmp_path / "told").read_text()
+
+
+@pytest.mark.parametrize(
+    ("cause", "restarts", "requeued"), [("SIGUSR1", 19, True), ("SIGUSR1", 20, False), ("SIGTERM", 0, False)]
+)
+def test_a_job_is_requeued_for_its_time_alone_and_not_for_ever(cause, restarts, requeued, slurm, tmp_path):
+    """By the mark that a run leaves, here all that there is of one."""
+    torchrun = tmp_path / "venv" / "bin" / "torchrun"
+    for folder in (torchrun.parent, tmp_path / "slurm"):
+        folder.mkdir(parents=True)
+    torchrun.write_text(
+        f"#!/bin/sh\necho stopped by {cause} > {tmp_path / 'slurm' / 'stopped.json'}\nexit 75\n"
+    )
+    torchrun.chmod(0o755)
+    environment = slurm | {"VENV": str(tmp_path / "venv"), "SLURM_RESTART_COUNT": str(restarts)}
+    script = ["bash", str(ROOT / "scripts" / "pretrain_slurm.sbatch"), "data"]
+    assert finished(script, env=os.environ | environment).returncode == 75
+    assert ("requeue" in (tmp_path / "told").read_text()) == requeued
 
 
 def test_a_process_that_dies_on_another_machine_is_told(data, slurm, tmp_path):

@@ -56,7 +56,7 @@ def test_factors_are_uniform_and_independent_in_pairs():
         assert ((seen - expected) ** 2 / expected).sum() < free + 4 * math.sqrt(2 * free), names
 
 
-@pytest.mark.parametrize("index", range(40))
+@pytest.mark.parametrize("index", range(20))
 def test_picture_shows_its_factors(index):
     size, factors, scene = 96, draw_factors(2, index), scene_of(2, index)
     picture = draw_picture(2, index, size)

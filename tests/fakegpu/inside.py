@@ -3,8 +3,8 @@
 import ctypes
 import json
 import sys
-import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from itertools import repeat
 from pathlib import Path
@@ -48,7 +48,8 @@ def full_step(
     wait: bool = False,
     operators: bool = False,
 ) -> dict:
-    """Launches, waits of the host and copies of one step of the paper's experiment; its peak memory.
+    """Launches and waits of the host in a step of the paper's experiment, and its peak memory; `eager` of one
+    before any is captured.
 
     Of `processes`, this is the first; the simulated NCCL needs no others. `wait` puts one into the step.
     `operators` counts bytes and FLOP of those that run. A step is captured if `capture`.
@@ -63,10 +64,7 @@ def full_step(
     device = torch.device("cuda", 0)
     set_numerics(tf32=False, deterministic=deterministic)
     state = build_state(
-        recipe,
-        device,
-        loss_scaling=precision == "fp16",
-        activation_checkpointing=activation_checkpointing,
+        recipe, device, loss_scaling=precision == "fp16", activation_checkpointing=activation_checkpointing
     )
     hyper = build_schedules(recipe.optim, recipe.loss, 2500).at(5000)
     crops = [torch.zeros(count, images, 3, side, side, device=device) for count, side in ((2, 224), (8, 96))]
@@ -84,27 +82,31 @@ def full_step(
         torch.manual_seed(0)
         steps.take(repeat(crops), hyper, logged=False)
 
-    for _ in range(EAGER_STEPS):  # which set things up
+    for _ in range(EAGER_STEPS - 1):  # which set things up
         step()
     torch.cuda.reset_peak_memory_stats()
+    eager = cost_of(step, 1)
+    torch.cuda.reset_peak_memory_stats()
     step()  # which is captured, if any is
-    counters.fakegpu_reset()
-    started = time.process_time()
-    for _ in range(STEPS):
-        step()
-    found = {
-        "host_ms": 1000 * (time.process_time() - started) / STEPS,
-        "launches": counters.fakegpu_launches() / STEPS,
-        "waits": counters.fakegpu_waits() / STEPS,
-        "copies": counters.fakegpu_copies() / STEPS,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-    }
-    found["calls"] = calls()
+    found = cost_of(step, STEPS) | {"eager": eager}
     if operators:
         with Operators() as counted:
             step()
         found |= {"bytes": counted.bytes, "flops": counted.flops}
     return found
+
+
+def cost_of(step: Callable[[], None], number: int) -> dict:
+    """Of one of so many steps, and the peak of memory."""
+    counters.fakegpu_reset()
+    for _ in range(number):
+        step()
+    return {
+        "launches": counters.fakegpu_launches() / number,
+        "waits": counters.fakegpu_waits() / number,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "calls": calls(number),
+    }
 
 
 def captured_steps(frozen: list[str]) -> list[bool]:
@@ -120,12 +122,12 @@ def captured_steps(frozen: list[str]) -> list[bool]:
         counters.fakegpu_reset()
         hyper = replace(nothing, **({f"freeze_{what}": True} if what else {}))
         steps.take(repeat(crops), hyper, logged=False)
-        replays.append(calls()["graph"] > 0)
+        replays.append(calls(1)["graph"] > 0)
     return replays
 
 
 def log_entry(data: str, run_dir: str) -> dict:
-    """Host time, waits and launches of an entry of the paper's experiment in the log, without slots."""
+    """Waits and launches of an entry of the paper's experiment in the log, without slots."""
     Path(run_dir).mkdir()
     recipe = parse_options(
         PretrainOptions,
@@ -138,18 +140,15 @@ def log_entry(data: str, run_dir: str) -> dict:
     crops = [torch.zeros(count, 8, 3, side, side, device=device) for count, side in ((2, 224), (8, 96))]
     step_of_run = step_of(run.state, clip_norm=3.0, precision=run.precision)
     steps, hyper = Steps(step_of_run, device, 1, capture=False), run.schedules.at(100)
-    times = []
     with RunLog(Path(run_dir), first_step=0, steps_per_epoch=3, total_steps=300) as run_log:
         for step in (1, 4, 7, 10, 13, 16, 19):  # not the last one of an epoch
             output = steps.take(repeat(crops), hyper, logged=True)
             counters.fakegpu_reset()
-            started = time.process_time()
             log_step(run, run_log, step, hyper, output)
             run_log.step_done(step)
-            times.append(1000 * (time.process_time() - started))
             waits, launches = counters.fakegpu_waits(), counters.fakegpu_launches()
     entries = [entry["step"] for entry in read_metrics(Path(run_dir))]
-    return {"host_ms": sorted(times)[3], "waits": waits, "launches": launches, "entries": entries}
+    return {"waits": waits, "launches": launches, "entries": entries}
 
 
 def views(images: int) -> dict:
@@ -187,14 +186,14 @@ def views(images: int) -> dict:
     }
 
 
-def calls() -> Counter:
+def calls(steps: int) -> Counter:
     """Calls a step by kind since the last reset: launch, and of nodes of graphs kernel, gemm, nccl, ..."""
     found = Counter()
     with NamedTemporaryFile("r") as dump:
         counters.fakegpu_dump(dump.name.encode())
         for line in dump:
             _, kind, number, _ = line.split("\t", 3)
-            found[kind] += int(number) / STEPS
+            found[kind] += int(number) / steps
     return found
 
 
