@@ -1,6 +1,7 @@
 """`dino-sparo prepare`: train/<class> and val/<class> from the usual layouts of ImageNet."""
 
 import hashlib
+import json
 import os
 import shlex
 import shutil
@@ -26,12 +27,11 @@ from dino_sparo.data.imagenet import (
 from dino_sparo.data.tars import TarFile, damage_named, tar_files
 from dino_sparo.data.walk import is_image, walk
 from dino_sparo.errors import UserError, UserFileNotFoundError
-from dino_sparo.files import alone_in, atomic_write, read_small
+from dino_sparo.files import alone_in, atomic_write, parsed_json
 from dino_sparo.terminal import few, log, shows_bars
 
 SPLITS = ("train", "val")
-RECORD = ".prepared.json"  # holds the digest; hidden like unfinished folders and files, so loaders ignore it
-MOST_RECORD = 2**16  # bytes
+RECORD = ".prepared.json"  # hidden, like unfinished folders and files, so that loaders ignore it
 UNFINISHED_FILE = ".part"
 
 
@@ -212,33 +212,23 @@ def _make(split: Split, out: Path) -> Counter[str]:
             raise UserError(f"{final} exists and is not a link to {source}; choose another --out")
         return _count(final)
     if os.path.lexists(final):
-        _check_made(split, final)
+        return _counted(split, final, _recorded(split, final))
+    partial.mkdir(exist_ok=True)
+    if (partial / RECORD).exists():
+        _recorded(split, partial)
     else:
-        if (partial / RECORD).exists():
-            _check_made(split, partial)
-        partial.mkdir(exist_ok=True)
-        with atomic_write(partial / RECORD, partial / UNFINISHED_FILE) as file:
-            file.write(split.digest.encode())
-        _fill(split, partial, out)
-        if not split.images.is_readable:
-            os.sync()  # a power failure must not leave empty images under the final name
-        os.rename(partial, final)
-    return _count(final)
+        _record(split, partial, None)
+    expected = _fill(split, partial, out)
+    images = _counted(split, partial, expected)
+    _record(split, partial, expected)
+    if not split.images.is_readable:
+        os.sync()  # a power failure must not leave empty images under the final name
+    os.rename(partial, final)
+    return images
 
 
-def _check_made(split: Split, folder: Path) -> None:
-    """Raises UserError if `prepare` did not make a folder, or made it from other images or labels."""
-    record = folder / RECORD
-    made = not folder.is_symlink() and record.is_file()
-    if not made or split.digest.encode() not in read_small(record, MOST_RECORD):
-        raise UserError(
-            f"{folder} exists, but `prepare` did not make it from these images and labels as they are now; "
-            f"choose another --out or remove {folder}"
-        )
-
-
-def _fill(split: Split, partial: Path, out: Path) -> None:
-    """Make the missing links or images of a split."""
+def _fill(split: Split, partial: Path, out: Path) -> int:
+    """Make the missing links or images of a split; returns the number that there should be."""
     path, unfinished, hidden = split.images.path, partial / UNFINISHED_FILE, not shows_bars()
     for name in split.class_names:
         (partial / name).mkdir(exist_ok=True)
@@ -247,16 +237,17 @@ def _fill(split: Split, partial: Path, out: Path) -> None:
         for entry in tqdm(split.entries, f"link {split.name}", unit="img", disable=hidden):
             if not os.path.lexists(partial / entry):
                 os.symlink(f"{target}/{entry.partition('/')[2]}", partial / entry)
-        return
+        return len(split.entries)
     size = sum(split.entries.values())
     with tqdm(total=size, desc=f"unpack {split.name}", unit="B", unit_scale=True, disable=hidden) as bar:
         if split.by_label:
             targets = {entry.partition("/")[2]: partial / entry for entry in split.entries}
             with open(path, "rb") as file:
-                unpack(file, path, targets, unfinished, bar)
-            return
-        for wnid, _, tar in class_tars(split.images):
+                return unpack(file, path, targets, unfinished, bar)
+        return sum(
             unpack(tar, path / f"{wnid}.tar", partial / wnid, unfinished, bar)
+            for wnid, _, tar in class_tars(split.images)
+        )
 
 
 def class_tars(images: Images) -> Iterator[TarFile]:
@@ -273,8 +264,8 @@ def class_tars(images: Images) -> Iterator[TarFile]:
                     yield match[1], size, stream
 
 
-def unpack(tar: IO[bytes], where: Path, targets: Path | dict[str, Path], unfinished: Path, bar: tqdm) -> None:
-    """Unpack the images of a tar that do not exist in full size yet.
+def unpack(tar: IO[bytes], where: Path, targets: Path | dict[str, Path], unfinished: Path, bar: tqdm) -> int:
+    """Unpack the images of a tar that do not exist in full size yet; returns the number of images in it.
 
     Args:
         where: path of the tar for messages.
@@ -285,6 +276,7 @@ def unpack(tar: IO[bytes], where: Path, targets: Path | dict[str, Path], unfinis
     Raises:
         UserError: as `tar_files`.
     """
+    count = 0
     with damage_named(where):
         for name, size, stream in tar_files(tar, where):
             if not is_image(name):
@@ -294,6 +286,43 @@ def unpack(tar: IO[bytes], where: Path, targets: Path | dict[str, Path], unfinis
                 with atomic_write(target, unfinished, durable=False) as file:
                     shutil.copyfileobj(stream, file)
             bar.update(size)
+            count += 1
+    return count
+
+
+def _record(split: Split, folder: Path, count: int | None) -> None:
+    record = {"source": str(split.images.path.resolve()), "contents": split.digest, "images": count}
+    with atomic_write(folder / RECORD, folder / UNFINISHED_FILE) as file:
+        file.write(json.dumps(record).encode())
+
+
+def _recorded(split: Split, folder: Path) -> int | None:
+    """The number of images in the record of a folder, None while unfinished.
+
+    Raises UserError if `prepare` did not make the folder, or made it from something else.
+    """
+    try:
+        record = parsed_json("" if folder.is_symlink() else folder / RECORD)
+        source, contents, count = record["source"], record["contents"], record["images"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder} exists and was not made by `prepare`; choose another --out") from error
+    if contents != split.digest:
+        raise UserError(
+            f"{folder} was made from other images or labels, or {source} has changed since; "
+            f"choose another --out or remove {folder}"
+        )
+    return count
+
+
+def _counted(split: Split, folder: Path, expected: int | None) -> Counter[str]:
+    """The number of images in a folder by class. Raises UserError if their total is not as expected."""
+    images = _count(folder)
+    if images.total() != expected:
+        raise UserError(
+            f"{folder} holds {images.total()} images, expected the {expected} of {split.images.path}; remove "
+            f"it and prepare again"
+        )
+    return images
 
 
 def _count(split: Path) -> Counter[str]:

@@ -23,9 +23,10 @@ class _Unfailing(io.FileIO):
     """A file that ignores what it cannot write."""
 
     def write(self, data: Any) -> int:
+        written = None  # as `write` returns for a full pipe that does not wait
         with suppress(OSError):
-            return super().write(data) or 0
-        return len(data)
+            written = super().write(data)
+        return len(data) if written is None else written
 
 
 def open_outputs() -> None:

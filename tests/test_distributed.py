@@ -150,10 +150,10 @@ def test_a_run_goes_on_with_another_number_of_processes(pictures, two_processes,
     assert curve(tmp_path / "other") != pytest.approx(curve(two_processes[0]), rel=1e-3)
 
 
-def test_a_mistake_is_answered_once(pictures, tmp_path):
-    finished = run(PROCESSES, pictures, tmp_path / "run", optim__global_batch_size=7)
+def test_a_mistake_is_answered_once(tmp_path):
+    finished = run(PROCESSES, tmp_path / "nowhere", tmp_path / "run")
     assert finished.returncode == 2 and finished.stderr.count("error: ") == 1
-    assert "optim.global_batch_size is 7, not divisible by 2 processes; use" in finished.stderr
+    assert f"data.path '{tmp_path / 'nowhere'}' does not exist" in finished.stderr
     assert "Traceback" not in finished.stderr and not (tmp_path / "run").exists()
 
 

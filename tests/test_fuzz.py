@@ -238,7 +238,7 @@ SLOTS = {  # as the commands about slots write them, of two slots
         "which": "teacher", "data": "x", "num_select": 4, "num_test": 4, "k": 20,
         "encoders": [{
             "name": "x", "num_parts": 2, "part_dim": 4, "all": {"knn": 9.0, "linear": 8.0},
-            "half": {"greedy": {"kept": 1, "knn": 5.0, "linear": 4.0}},
+            "half": {name: {"kept": 1, "knn": 5.0, "linear": 4.0} for name in ("knn", "greedy")},  # former
             "orders": {"knn": [1, 0]}, "alone": {"knn": [1.0, 2.0], "linear": [1.0, 2.0]},
         }],
     },

@@ -169,6 +169,8 @@ def test_a_made_up_index_beside_shards_is_not_taken(tmp_path, content):
         ({"classes": [5, None]}, {}),
         ({"shards": [["000000.tar"]]}, {}),
         ({"shards": []}, {}),
+        ({"about": 5}, {}),
+        ({"about": {"a": 1}}, {}),
         ({"fingerprint": 5}, {}),
         ({"num_loose": "0"}, {}),
         ({"classes": ["a"]}, {}),

@@ -212,6 +212,7 @@ def flip(data: bytes, position: int) -> bytes:
         lambda data: data.replace(b"index 1", b"index 2"),
         lambda data: flip(data, data.index(b"\n") + 6),
         lambda data: flip(data, data.index(b"fingerprint")),
+        lambda data: flip(data, len(data) - 1),
     ],
 )
 def test_a_damaged_or_foreign_file_is_replaced(tmp_path, walks, caplog, damage):

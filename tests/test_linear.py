@@ -140,7 +140,6 @@ def test_results(pretrained, data, uninterrupted, capsys):
         assert result.details["best_val_top1"] == max(logged)
         assert result.details["best_val_epoch"] == 1 + logged.index(max(logged))
     losses = [entry["loss"] for entry in read_metrics(uninterrupted / "linear") if "loss" in entry]
-    assert {path.parent for path in uninterrupted.rglob("*tfevents*")} == {uninterrupted / "tensorboard"}
     assert len(losses) == 3 and losses[-1] < losses[0]
 
 
@@ -303,9 +302,7 @@ def test_cached_probes_are_not_called_official(pretrained, data, tmp_path, capsy
     assert "not the official protocol" in capsys.readouterr().out
     results = linear(pretrained, data, out)
     assert {result.protocol for result in results} == {"linear", "linear-cached"}
-    assert {path.name for path in out.iterdir()} == {
-        *("linear", "linear-cached", "results.json", "tensorboard")
-    }
+    assert sorted(path.name for path in out.iterdir()) == ["linear", "linear-cached", "results.json"]
 
 
 def test_a_sweep_holds_the_official_probe_as_it_is_alone(pretrained, data, uninterrupted, tmp_path):

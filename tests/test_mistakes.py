@@ -41,7 +41,11 @@ NO_SLOTS = {"num_slots": None, "slot_dim": None, **NO_KEYS}
         ("head.num_prototypes", [10**12], "a whole number from 1 to 16,777,216"),
         ("views.num_local_crops", [10**9], "a whole number from 0 to 100"),
         ("views.blur_radius", [[0.1, 1e30], [0.1, 1000.1]], "a list of 2, each a number from 0 to 1,000"),
+        ("data.max_side", [10**30], "a whole number from 1 to 16,384 or null"),
         ("views.global_size", [16 * 10**8], "a whole number from 1 to 16,384"),
+        ("machine.batch_size_per_gpu", [10**12], "a whole number from 1 to 1,048,576 or null"),
+        ("log.log_every_steps", [10**30], "a whole number above 0"),
+        ("loss.teacher_temp", [float("inf")], "a number above 0"),
         ("machine.prefetch_batches", [10**9], "a whole number from 1 to 1,024"),
         ("machine.data_timeout_seconds", [1501], "a whole number from 1 to 1500"),
         (

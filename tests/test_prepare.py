@@ -1,6 +1,7 @@
 """`prepare` makes the same two splits from every layout, also when resumed, and changes nothing else."""
 
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -247,7 +248,7 @@ def test_killed_and_started_again(tmp_path, source, out, name):
     assert is_made(out)
     for path in (out / "train").rglob("*.JPEG"):  # not written again
         assert inodes.get(path.name, path.stat().st_ino) == path.stat().st_ino
-    records = [(tmp_path / folder / "train" / RECORD).read_text() for folder in ("out", "whole")]
+    records = [json.loads((tmp_path / folder / "train" / RECORD).read_text()) for folder in ("out", "whole")]
     assert records[0] == records[1]
 
 
@@ -375,7 +376,7 @@ def test_splits_that_are_the_users(tmp_path, source, out, name, kind):
     if kind == "link":
         (out / "train").symlink_to("../mine")
     before = state(out / "train")
-    with pytest.raises(UserError, match=r"train exists(, but `prepare` did not make| and is not )"):
+    with pytest.raises(UserError, match=r"train exists and (was not made by|is not )"):
         prepare(str(source), str(out))
     assert state(out / "train") == before
 
@@ -385,14 +386,23 @@ def test_a_link_to_another_preparation_is_not_taken_for_its_own(tmp_path, source
     prepare(str(source), str(tmp_path / "other"))
     out.mkdir()
     (out / "val").symlink_to("../other/val")
-    refused(r"val exists, but `prepare` did not make it", source, out)
+    refused(r"val exists and was not made by", source, out)
 
 
 def test_links_to_other_files_of_the_same_names(tmp_path, source, out):
     unpacked(source)
     prepare(str(source), str(out))
     shutil.copytree(source, tmp_path / "copy")
-    refused("val exists, but `prepare` did not make it", tmp_path / "copy", out)
+    refused("val was made from other images", tmp_path / "copy", out)
+
+
+def test_an_unfinished_split_with_other_images_in_it(source, out):
+    all_tars(source)
+    killed(source, out, 2)
+    mini.write(out / ".val.partial" / "n01440764", {"mine.jpg": b""})
+    with pytest.raises(UserError, match=r"\.val\.partial holds 6 images, expected the 5 of .*; remove it"):
+        prepare(str(source), str(out))
+    assert (out / ".val.partial" / "n01440764" / "mine.jpg").exists()
 
 
 def test_two_at_once(source, out):
@@ -410,30 +420,38 @@ def age(path: Path) -> None:
     os.utime(path, (1, 1))
 
 
+LOST = "out/val/n01440764/ILSVRC2012_val_00000001.JPEG"
+
+
 @pytest.mark.parametrize(
-    ("name", "change", "path"),
+    ("name", "change", "path", "said"),
     [
-        ("tars", lambda path: path.write_text("{}"), f"out/train/{RECORD}"),
-        ("tars", age, f"source/{VAL_TAR}"),
-        ("class tars", age, "source/train/n01440764.tar"),
+        (
+            "unpacked",
+            os.remove,
+            LOST,
+            "val holds 4 images, expected the 5 of .*; remove it and prepare again",
+        ),
+        (
+            "tars",
+            lambda path: path.write_text("{}"),
+            f"out/train/{RECORD}",
+            "train exists and was not made by `prepare`",
+        ),
+        (
+            "tars",
+            age,
+            f"source/{VAL_TAR}",
+            "val was made from other images or labels, or .* has changed since",
+        ),
+        ("class tars", age, "source/train/n01440764.tar", "train was made from other images or labels"),
     ],
 )
-def test_what_has_changed_since(tmp_path, source, out, name, change, path):
+def test_what_has_changed_since(tmp_path, source, out, name, change, path, said):
     LAYOUTS[name](source)
     prepare(str(source), str(out))
     change(tmp_path / path)
-    refused("(train|val) exists, but `prepare` did not make it", source, out)
-
-
-def test_a_split_of_an_earlier_version_is_done(source, out):
-    """Its record was JSON."""
-    all_tars(source)
-    prepare(str(source), str(out))
-    record = out / "train" / RECORD
-    record.write_text(f'{{"source": "x", "contents": "{record.read_text()}", "images": 7}}')
-    done = state(out)
-    prepare(str(source), str(out))
-    assert state(out) == done
+    refused(said, source, out)
 
 
 @pytest.mark.parametrize("name", ["unpacked", "tars"])
@@ -445,4 +463,5 @@ def test_a_split_of_other_labels(source, out, name, finished):
     else:
         killed(source, out, 2)
     mini.write(source, {"labels.txt": mini.labels_list().replace(b"n01440764", b"n02084071")})
-    refused(r"out/\.?val.* exists, but `prepare` did not make it", source, out, source / "labels.txt")
+    message = rf"out/\.?val.* was made from other images or labels, or {source}/"
+    refused(message, source, out, source / "labels.txt")

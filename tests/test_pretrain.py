@@ -12,7 +12,6 @@ import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
 from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.data.loader import BatchOrder
@@ -73,27 +72,6 @@ def test_tensorboard_has_every_scalar_by_group_the_first_crops_and_maps_of_slots
     assert (maps[0].width, maps[0].height) == (4 * 224 + 3 * 3, 4 * 224)  # image, CLS, two slots
     picture = events.Images("views/first_crops")[0]
     assert (picture.width, picture.height) == (2 + 4 * (16 + 2), 2 + 4 * (16 + 2))  # four images, four crops
-
-
-def test_a_probe_is_a_group_of_curves_in_the_tensorboard_run_of_its_training(tmp_path):
-    probe = tmp_path / "run" / "linear"
-    probe.mkdir(parents=True)
-    steps = {"steps_per_epoch": 1, "total_steps": 9}
-    with RunLog(probe.parent, first_step=0, **steps) as log:
-        for step in range(1, 10):
-            log.evaluation(step, {"knn20_top1": 50.0})
-    for first, last in ((0, 4), (2, 6)):  # the second start resumes from step 2
-        with RunLog(probe, first_step=first, probe="linear", **steps) as log:
-            for step in range(first + 1, last + 1):
-                log.evaluation(step, {"top1": 10.0 * last})
-    shown = EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload()
-    assert [*shown.Runs()] == ["run/tensorboard"]
-    assert [one.step for one in shown.Scalars("run/tensorboard", "knn/knn20_top1")] == [*range(1, 10)]
-    top1 = shown.Scalars("run/tensorboard", "probe/linear/top1")
-    assert [(one.step, one.value) for one in top1] == [
-        *((step, 40.0) for step in (1, 2)),
-        *((step, 60.0) for step in (3, 4, 5, 6)),
-    ]
 
 
 def test_metrics_file_has_the_same(finished):

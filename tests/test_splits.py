@@ -24,7 +24,7 @@ from dino_sparo.data.sources import (
     open_val,
     say_splits,
 )
-from dino_sparo.data.split_names import splits_of_files, splits_of_folders
+from dino_sparo.data.split_names import about_images, splits_of_files, splits_of_folders
 from dino_sparo.data.splits import Choice, find_splits
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.evaluation.transfer import open_test_sets
@@ -393,6 +393,10 @@ def test_shards(tmp_path, lines, names, train, val, note):
         note or ")"
     )
     assert (open_val(str(tmp_path)) is None) == (val is None)
+
+
+def test_a_mask_beside_images_without_a_folder_is_named_by_itself():
+    assert about_images("", b"0.png\x000_mask.png") == "0_mask.png"
 
 
 def test_masks_in_shards_are_named(tmp_path, lines):

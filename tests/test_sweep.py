@@ -182,6 +182,14 @@ def test_a_run_that_fails_fills_its_row_and_the_next_one_starts(data, capsys):
     assert " - 0 of 1, 1 failed\n" in re.sub(" +", " ", capsys.readouterr().out)
 
 
+def test_another_experiment_in_the_same_folder_is_refused(data):
+    sweep(options(data))
+    before = (data.parent / "sweep" / "sweep.json").read_text()
+    with pytest.raises(UserError, match=r"another experiment \(optim.final_lr was"):
+        sweep(options(data, optim__final_lr=0.5))
+    assert (data.parent / "sweep" / "sweep.json").read_text() == before
+
+
 def test_a_signal_stops_all_and_the_same_command_goes_on(data, monkeypatch):
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     scalars, logged = RunLog.scalars, []

@@ -55,10 +55,11 @@ def contents(tar: bytes) -> dict[str, bytes]:
     return found
 
 
-def unpacked(tar: bytes, folder: Path) -> None:
+def unpacked(tar: bytes, folder: Path) -> int:
     with tqdm(file=io.StringIO()) as bar:
-        unpack(io.BytesIO(tar), WHERE, folder, folder / ".part", bar)
+        count = unpack(io.BytesIO(tar), WHERE, folder, folder / ".part", bar)
         assert bar.n == sum(map(len, FILES.values()))
+        return count
 
 
 # --- Where files are
@@ -121,7 +122,7 @@ def test_files_in_order_without_their_folders():
 
 def test_unpack_writes_what_is_missing_or_of_another_size(tmp_path):
     mini.write(tmp_path, {"a.JPEG": b"A" * 700, "b.JPEG": b"b"})
-    unpacked(mini.tar_of(FILES | {"notes.txt": b"x", "._a.JPEG": b"x"}), tmp_path)
+    assert unpacked(mini.tar_of(FILES | {"notes.txt": b"x", "._a.JPEG": b"x"}), tmp_path) == 3
     there = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert there == FILES | {"a.JPEG": b"A" * 700}  # in full size: left as it is
 

@@ -86,7 +86,7 @@ class SlotNeighborsOptions(CachedSlotsOptions):
     """The images."""
     num_images: int = 5
     """Number of images whose neighbors are drawn, evenly spread."""
-    num_neighbours: int = 6
+    num_neighbors: int = 6
     """Number of nearest neighbors of each of these images."""
     max_images: int | None = None
     """Number of images to search, evenly spread; null: all."""
@@ -192,7 +192,7 @@ def neighbors(options: SlotNeighborsOptions) -> None:
         open_chosen(options.data, options.max_images, run=options.run),
         folder,
         num_images=options.num_images,
-        num_neighbors=options.num_neighbours,
+        num_neighbors=options.num_neighbors,
     )
     _write(options, folder / "neighbors.json", content)
     print(f"neighbors among {content['num_images']} images: {folder / 'neighbors.png'}")

@@ -185,7 +185,9 @@ def _open_intact(path: Path) -> Index | None:
 
 def _check_shards(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
     """Raises ValueError, LookupError, TypeError: the parts of an index of shards contradict each other."""
-    lists = {name: header[name] for name in ("classes", "shards")}
+    lists = {name: header[name] for name in ("classes", "shards")} | {"about": header.get("about", [])}
+    if not all(isinstance(listed, list) for listed in lists.values()):
+        raise TypeError("wrong type")
     if not all(isinstance(one, str) for listed in lists.values() for one in listed):
         raise ValueError("a name is not a string")
     if not all(isinstance(header[name], kind) for name, kind in (("fingerprint", str), ("num_loose", int))):

@@ -4,7 +4,6 @@
 """
 
 import hashlib
-import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,9 +24,7 @@ from dino_sparo.data.shapes import NumberedImages
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.split_names import same_name
 from dino_sparo.data.workers import WatchedLoader
-from dino_sparo.terminal import shows_bars
-
-log = logging.getLogger("dino_sparo")
+from dino_sparo.terminal import log, shows_bars
 
 MAX_LISTED, MAX_SHOWN = 20, 5  # in a report, and in its text
 BATCH_FILES = 32

@@ -290,9 +290,10 @@ def _taken(*sources: ImageSource | None) -> list[str]:
     """Classes and images whose names say that they are masks, thumbnails, and the like."""
     on_disk = [source for source in sources if isinstance(source, FolderSource | ShardSource)]
     names = dict.fromkeys(name for source in on_disk for name in source.index.header.get("about", ()))
-    images = [name for name in names if "/" in name]
+    classes = {name for source in on_disk for name in source.classes}
+    images = [name for name in names if name not in classes]
     return [
-        *listed("taken as classes", [name for name in names if name not in images]),
+        *listed("taken as classes", [name for name in names if name in classes]),
         *listed("taken as images", images),
     ]
 

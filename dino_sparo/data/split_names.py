@@ -122,7 +122,10 @@ def about_images(folder: str, names: bytes = b"") -> str:
         return folder
     first = names.split(b"\0", FIRST_NAMES)[:FIRST_NAMES]
     masks = [name for name in first if any(end in name.lower() for end in MASK_ENDS)]
-    return f"{folder}/{masks[0].rpartition(b'/')[2].decode('utf-8', 'surrogateescape')}" if masks else ""
+    if not masks:
+        return ""
+    name = masks[0].rpartition(b"/")[2].decode("utf-8", "surrogateescape")
+    return f"{folder}/{name}" if folder else name
 
 
 def same_name(name: str) -> str:

@@ -5,7 +5,6 @@ Differences from the official protocol are listed in eval/README.md.
 Axis letters: P probes.
 """
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -44,8 +43,7 @@ from dino_sparo.parallel.distributed import (
 from dino_sparo.parallel.precision import choose_precision
 from dino_sparo.runs.checkpoint import load_latest, save_checkpoint, set_damaged_aside
 from dino_sparo.runs.runlog import RunLog
-
-log = logging.getLogger("dino_sparo")
+from dino_sparo.terminal import log
 
 OFFICIAL, CACHED = "linear", "linear-cached"  # protocols
 CLASSIFIERS = "classifiers"
@@ -82,7 +80,7 @@ def linear_probe(
         train: labeled images.
         test: labeled images, or several test sets; the first one is scored after every epoch.
         folder: log, checkpoints, and classifiers go to a subfolder of it, named by protocol, `weights`,
-            `train_fraction`, and `sweep`; the TensorBoard curves go to those of the run in `folder`.
+            `train_fraction`, and `sweep`.
         learning_rates, num_blocks, features, sweep: as in `choose_probes`.
         batch_size: images per step, over all processes.
         train_fraction: fraction of the train images to train on, the same number of each class.
@@ -158,7 +156,7 @@ def linear_probe(
             steps_per_epoch=steps_per_epoch,
             total_steps=epochs * steps_per_epoch,
             silent=rank() > 0,
-            probe=training.folder.name,
+            group="probe",
         )
         opened: AbstractContextManager[Iterator[Batch]]
         if cached:

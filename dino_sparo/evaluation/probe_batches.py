@@ -40,7 +40,6 @@ ROWS_AT_ONCE = 4096  # features loaded into memory at a time
 TIMEOUT_SECONDS = 600.0  # for the next images
 IMAGES_AT_ONCE = 64  # per forward pass of the encoder; changes memory, not the result
 
-
 Features = Mapping[str, NDArray[Any]]  # name -> (N, F)
 Batch = tuple[Inputs, Tensor, Tensor]  # inputs of the probes (float32), labels (B,), whether all are finite
 

@@ -23,7 +23,6 @@ from dino_sparo.terminal import sentence, shown
 if TYPE_CHECKING:
     from dino_sparo.evaluation.transfer import TestSet  # imports torch, which `compare` does not need
 
-
 RESULTS_FILE = "results.json"
 FORMAT = 1
 MOST_IMAGES = 2**31

@@ -32,7 +32,6 @@ MARKER_FILE = "stopped.json"
 BAD_IMAGES_FILE, BAD_STEPS_FILE = "bad_images.jsonl", "bad_steps.jsonl"
 MOST_STARTS = 1000
 LOCK_SECONDS = 3.0  # a killed process may hold its lock so long while the system frees its memory
-
 SHOWN_CHANGES = 4
 NOT_EXPERIMENT = (
     "run_dir",

@@ -44,8 +44,7 @@ class RunLog:
         first_step: steps already done.
         steps_per_epoch, total_steps: for the progress bar and the remaining time.
         silent: write nothing; for all processes except the first.
-        probe: name of a probe, whose curves are in the group `probe` of the TensorBoard run of the parent
-            folder. None: a training run, whose curves are grouped by `GROUPS`.
+        group: group of all curves in TensorBoard; None: by `GROUPS`.
     """
 
     def __init__(
@@ -56,9 +55,9 @@ class RunLog:
         steps_per_epoch: int,
         total_steps: int,
         silent: bool = False,
-        probe: str | None = None,
+        group: str | None = None,
     ) -> None:
-        self.probe = probe
+        self.group = group
         self.steps_per_epoch, self.total_steps = steps_per_epoch, total_steps
         self.first_step = self.last_step = first_step
         self.started = self.last_time = time.monotonic()
@@ -70,22 +69,13 @@ class RunLog:
         if silent:
             return
         clean_lines(self.path, _is_whole, keep=lambda entry: 0 < first_step >= entry["step"])
-        events = (run_dir.parent if probe else run_dir) / EVENTS_FOLDER
+        events = run_dir / EVENTS_FOLDER
         if events.exists() and not events.is_dir():
             set_aside(events, "it is not a folder")
+        clean_events(events)
         self._metrics = open(self.path, "a")  # noqa: SIM115 closed by __exit__
-        if probe is None:
-            clean_events(events)
-            cut_from = first_step + 1 if first_step else 0
-            self._events = SummaryWriter(str(events), purge_step=cut_from, flush_secs=30)
-            return
-        # `purge_step` would also hide the curves of training, so the file is written anew.
-        suffix = f".probe-{probe}"
-        for former in events.glob(f"*{suffix}"):
-            former.unlink()
-        self._events = SummaryWriter(str(events), flush_secs=30, filename_suffix=suffix)
-        for entry in each_metric(run_dir):
-            self._add_curves(entry.pop("step"), entry)
+        cut_from = first_step + 1 if first_step else 0
+        self._events = SummaryWriter(str(events), purge_step=cut_from, flush_secs=30)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -136,7 +126,7 @@ class RunLog:
                 initial=done - 1,
                 desc=self._epoch_of(step),
                 unit="step",
-                leave=self.probe is None,  # probes print a line after each epoch
+                leave=self.group is None,  # probes print a line after each epoch
                 dynamic_ncols=True,
             )
         self._bar.set_postfix(self._postfix, refresh=False)
@@ -247,19 +237,12 @@ class RunLog:
         with named(self.path):
             self._metrics.write(json.dumps(entry) + "\n")
             self._metrics.flush()
-            self._add_curves(step, values)
-
-    def _add_curves(self, step: int, values: dict[str, float]) -> None:
-        scalars = [
-            Summary.Value(tag=f"{self._group_of(name)}/{name}", simple_value=value)
-            for name, value in values.items()
-            if name != "epoch"
-        ]
-        writer: Any = self._events.file_writer
-        writer.add_summary(Summary(value=scalars), step)  # ten times faster than add_scalar for each
-
-    def _group_of(self, name: str) -> str:
-        return f"probe/{self.probe}" if self.probe else group_of(name)
+            scalars = [
+                Summary.Value(tag=f"{self.group or group_of(name)}/{name}", simple_value=value)
+                for name, value in values.items()
+            ]
+            writer: Any = self._events.file_writer
+            writer.add_summary(Summary(value=scalars), step)  # ten times faster than add_scalar for each
 
 
 def group_of(name: str) -> str:

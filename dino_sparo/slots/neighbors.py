@@ -65,7 +65,7 @@ def slot_neighbors(
         "images": [
             {
                 "image": source.name(query),
-                "neighbours": [
+                "neighbors": [
                     {"image": source.name(number), "cosine": cosine}
                     for number, cosine in zip(*of_query, strict=True)
                 ],

@@ -26,7 +26,7 @@ from dino_sparo.slots.subject import FILES, TITLES, WITHOUT_SLOTS, Subject, dama
 
 LEADING = ("curves", "maps", "gallery", "neighbors")  # the first pictures of three lead the page
 HEALTH = ("entropy", "effective_patches", "cls_share", "response_std", "overlap", "agreement")
-GALLERY_BYTES, PICTURE_BYTES = 400_000, 900_000  # so that the page is under 15 MB
+GALLERY_BYTES, PICTURE_BYTES = 400_000, 700_000  # so that the page is under 15 MB
 MOST_PICTURE = 2**26  # bytes that are read from a file
 SIDES = (1600, 1200, 900, 600, 400, 250)  # pixels of the longer side of a resized picture
 JPEG_QUALITY = 82
