@@ -11,6 +11,7 @@ from PIL import Image
 
 import dino_sparo
 from dino_sparo import load_encoder
+from dino_sparo.__main__ import main
 from dino_sparo.data.sources import open_images
 from dino_sparo.slots.maps import slot_maps
 from tests.running import finished
@@ -99,12 +100,24 @@ def test_links_of_a_page_lead_somewhere(page):
             }, target
 
 
-def test_the_first_picture_of_the_readme_is_what_the_code_draws(tmp_path):
-    """Drawn anew from the encoder in eval/: letters may differ, by the version of matplotlib."""
-    encoder = load_encoder(ROOT / "eval" / "encoders" / "demo")
-    slot_maps(encoder, open_images("shapes", None), tmp_path, slots=[15, 12, 11, 3], images=[800, 2399, 3999])
+def assert_drawn(path: Path, name: str) -> None:
+    """A picture of eval/pictures is what the code draws; letters may differ, by the version of matplotlib."""
     drawn, shown = (
-        np.asarray(Image.open(path).convert("RGB"), dtype=np.float64)
-        for path in (tmp_path / "grid.png", ROOT / "eval" / "pictures" / "demo_slots.png")
+        np.asarray(Image.open(one).convert("RGB"), dtype=np.float64)
+        for one in (path, ROOT / "eval" / "pictures" / name)
     )
     assert drawn.shape == shown.shape and np.abs(drawn - shown).mean() < 1
+
+
+def test_the_first_picture_of_the_readme_is_what_the_code_draws(tmp_path):
+    encoder = load_encoder(ROOT / "eval" / "encoders" / "demo")
+    slot_maps(encoder, open_images("shapes", None), tmp_path, slots=[15, 12, 11, 3], images=[800, 2399, 3999])
+    assert_drawn(tmp_path / "grid.png", "demo_slots.png")
+
+
+@pytest.mark.long
+def test_the_gallery_of_the_readme_is_what_the_code_draws(tmp_path):
+    arguments = ["--data.path=shapes", "--slots=15", "--num_images=3", "--num_workers=0"]
+    places = [f"--cache={tmp_path}", f"--out={tmp_path}", "--device=cpu"]
+    assert main(["slots", "gallery", str(ROOT / "eval" / "encoders" / "demo"), *arguments, *places]) == 0
+    assert_drawn(tmp_path / "gallery" / "slot15.png", "demo_gallery.png")
