@@ -199,7 +199,7 @@ FOLDERS = {
     ),
     "parts that no word names": (
         [*classes("fold1", 3), *classes("fold2", 2), *flat("@eaDir", 3)],
-        ALL.format("") + "; fold1 and fold2, taken as classes, hold folders of the same names: cat, dog",
+        ALL.format("") + "; fold1 and fold2, taken as classes, contain folders of the same names: cat, dog",
     ),
     "names that look like splits and are none": (
         [*flat("dev_train", 5), *flat("valley_test", 5)],
@@ -331,7 +331,7 @@ def test_several_folders_of_splits_are_no_classes(tmp_path):
             for name in classes(f"{of}/{split}")
         ),
     )
-    with pytest.raises(UserError, match=r"depth and rgb both hold folders of train and val.*data\.train"):
+    with pytest.raises(UserError, match=r"depth and rgb both contain folders of train and val.*data\.train"):
         open_images(str(tmp_path))
     assert len(open_images(str(tmp_path), choice=Choice(train="."))) == 40
     assert len(open_images(str(tmp_path / "rgb"))) == 10
@@ -456,8 +456,8 @@ def test_files_of_images_beside_few_images_are_asked_for(tmp_path, trained, caps
         assert main(arguments) == 2
         told = capsys.readouterr().err
         assert told.count("error: ") == 1
-        asked = f".{ending})" in told and ".jpg) side by side; name those to take by data.train" in told
-        assert asked or f"part0 and part1 both hold {ending} files" in told
+        asked = f".{ending})" in told and ".jpg); choose one of them by data.train" in told
+        assert asked or f"part0 and part1 both contain {ending} files" in told
     assert len(open_images(str(root), choice=Choice(train="."))) == len(images)
 
 
@@ -496,7 +496,9 @@ def test_parquet_files(tmp_path, names, train, val):
 def test_configurations_of_a_set_are_named(tmp_path):
     parquets(tmp_path, **{"plain_text__train-0": 6, "plain_text__test-0": 4, "cropped__train-0": 6})
     for opened in (open_images, open_labeled):
-        with pytest.raises(UserError, match=r"cropped and plain_text both hold parquet files.*as data\.path"):
+        with pytest.raises(
+            UserError, match=r"cropped and plain_text both contain parquet files.*as data\.path"
+        ):
             opened(str(tmp_path))
     assert len(open_images(str(tmp_path / "cropped"))) == 6
 
@@ -559,7 +561,7 @@ def test_what_is_named_must_be_there(tmp_path):
     touch(tmp_path, *flat("drafts"), "1.jpg", "0.tar")
     with pytest.raises(UserFileNotFoundError, match=r"data.train '\*.jpg' is no folder, and no"):
         open_images(str(tmp_path), choice=Choice(train="*.jpg"))
-    with pytest.raises(UserError, match=r"data.train '\*' fits drafts and 0.tar in .*; expected folders"):
+    with pytest.raises(UserError, match=r"data.train '\*' matches drafts and 0.tar in .*; expected only folders"):
         open_images(str(tmp_path), choice=Choice(train="*"))
     with pytest.raises(UserError, match="'shapes' has splits and labels of its own; leave out data"):
         open_images("shapes", choice=Choice(train="x"))

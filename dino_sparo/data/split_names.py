@@ -1,4 +1,4 @@
-"""What the names of folders, shards, tables, and splits of the hub say: train, val, test, or nothing."""
+"""Infer train, val, and test from the names of folders, shards, tables, and hub splits."""
 
 import re
 import unicodedata
@@ -6,34 +6,36 @@ from collections.abc import Collection, Iterable, Sequence
 from itertools import chain
 from typing import NamedTuple
 
-# In any case. Of several words for one split the first that occurs counts.
+# Upper and lower case are the same. If several words for a split occur, the first one in this list counts.
 WORDS = {
     "train": ("train", "training", "trainset", "trainval", "trn"),
     "val": ("val", "validation", "valid", "valset", "dev", "eval", "evaluation", "holdout"),
     "test": ("test", "testing", "testset", "tst"),
 }
 SPLIT_OF = {word: split for split, known in WORDS.items() for word in known}
-LISTED = {  # names that hold no word, or only one of a pair
+LISTED = {  # names without a word of `WORDS`, or whose other split has another form
     "data_256": "train", "data_large": "train", "val_large": "val", "test_large": "test",  # Places365
     "ilsvrc2012_img_train": "train", "ilsvrc2012_img_val": "val",
 }  # fmt: skip
-# Beside images: what is about them, not of them.
+# Names of folders that describe the images beside them, such as masks and annotations.
 ABOUT_IMAGES = frozenset({
     "mask", "masks", "segmentation", "segmentations", "segmentationclass", "segmentationobject", "trimap",
     "trimaps", "annotation", "annotations", "label", "labels", "gt", "groundtruth", "meta", "metadata",
     "thumbnail", "thumbnails", "thumbs", "macosx",
 })  # fmt: skip
 MASK_ENDS = (b"_mask.", b"_masks.", b"_seg.", b"_segmentation.", b"_gt.", b"_label.", b"_thumb.")
-FIRST_NAMES = 12  # of a folder's images, among which a mask is beside its image
+FIRST_NAMES = 12  # images of a folder that are checked for masks
 WRAPPERS = frozenset(
     {"images", "image", "imgs", "img", "jpegimages", "data", "dataset", "photos", "pictures"}
 )
-MORE_IMAGES = frozenset({"extra", "unlabeled", "unlabelled", "unsupervised"})  # beside splits: no classes
+MORE_IMAGES = frozenset(
+    {"extra", "unlabeled", "unlabelled", "unsupervised"}
+)  # beside splits, these are no classes
 JOINED = re.compile(rf"\b({'|'.join(SPLIT_OF)})({'|'.join(sorted(WRAPPERS))}|dir|folder)\b")
 
 
 class Meaning(NamedTuple):
-    """What a name says."""
+    """The split that a word of a name stands for."""
 
     split: str
     word: str
@@ -50,7 +52,7 @@ def words(name: str) -> tuple[str, ...]:
 
 
 def meanings(name: str, ignored: Collection[str] = ()) -> list[Meaning]:
-    """What each word of a split in a name would say, but for those that are ignored."""
+    """The meaning of each word for a split in a name, except ignored words."""
     if name.lower() in LISTED:
         return [Meaning(LISTED[name.lower()], name.lower(), ())]
     said = [word for word in words(name) if word not in ignored]
@@ -62,10 +64,11 @@ def meanings(name: str, ignored: Collection[str] = ()) -> list[Meaning]:
 
 
 def splits_of_folders(names: Iterable[str]) -> dict[str, list[str]]:
-    """Sibling folders, or splits of a set, by split.
+    """Group sibling folders, or the splits of a dataset, by split.
 
-    A name counts if nothing but digits stands beside the word, or if that of another split has the same rest
-    (`train.X1`, `train.X2`, `val.X`; `dev_train`, `dev_val`); `bullet_train` beside `test_tube` does not.
+    A name counts if it has only digits besides the word, or if a name of another split has the same other
+    words (`train.X1`, `train.X2`, `val.X`; `dev_train`, `dev_val`). `bullet_train` beside `test_tube` does
+    not count.
     """
     known = {name: found for name in sorted(names) if (found := meanings(name))}
     splits_by_rest: dict[tuple[str, ...], set[str]] = {}
@@ -79,10 +82,10 @@ def splits_of_folders(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def splits_of_files(names: Sequence[str]) -> dict[str, list[str]]:
-    """Shards or tables of one folder by split.
+    """Group the shards or tables of one folder by split.
 
-    Words that not all names hold count if each name holds one, else where a name begins with one and a
-    number: `train-00000`.
+    Words that all names contain are ignored. If every name contains exactly one other word, these words
+    count. Otherwise a name counts only if it begins with a word and a number: `train-00000`.
     """
     stems = [name.rpartition(".")[0].rpartition("/")[2] for name in names]
     of_all = set(words(stems[0])).intersection(*map(words, stems)) if len(stems) > 1 else set()
@@ -111,13 +114,20 @@ def _by_split(known: dict[str, Meaning]) -> dict[str, list[str]]:
 
 
 def is_about_images(name_words: Iterable[str]) -> bool:
-    """Whether words of a name say that a folder holds masks, annotations, and the like."""
+    """Whether a name with these words belongs to masks, annotations, thumbnails, or the like."""
     return not ABOUT_IMAGES.isdisjoint(name_words)
 
 
 def about_images(folder: str, names: bytes = b"") -> str:
-    """A folder, or one of the images in it, whose paths are joined by NUL, if its name says that it holds or
-    is a mask, a thumbnail, or the like; else an empty string."""
+    """A folder whose name belongs to masks, thumbnails, or the like, or its first image with such a name.
+
+    Args:
+        folder: path of the folder.
+        names: paths of its images, joined by NUL.
+
+    Returns:
+        The path of the folder or the image; empty if no name is of this kind.
+    """
     if is_about_images(word for part in folder.split("/") for word in words(part)):
         return folder
     first = names.split(b"\0", FIRST_NAMES)[:FIRST_NAMES]
@@ -129,5 +139,5 @@ def about_images(folder: str, names: bytes = b"") -> str:
 
 
 def same_name(name: str) -> str:
-    """The form of a class name in which names that print alike are equal."""
+    """A class name in Unicode normalization form C, in which names that print alike are equal."""
     return unicodedata.normalize("NFC", name)

@@ -1,4 +1,4 @@
-"""Which images of a folder are train and which are val, and what of it is neither: one decision, by names."""
+"""Decide by names which images of a folder are train, which are val, and which are left out."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,12 +23,12 @@ from dino_sparo.data.walk import PROBED_ENTRIES, found_below, holds, is_image, l
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.terminal import sentence, shown
 
-TOP_ENTRIES = 4096  # more than any set has folders beside its splits; a flat folder shows at once
-WRAPPED = 4  # folders, as in ILSVRC/Data/CLS-LOC/train
-COUNTED = 10_000  # entries of what is left out
+TOP_ENTRIES = 4096  # of a folder that are listed; datasets have fewer folders beside their splits
+WRAPPED = 4  # levels of folders above the splits, as in ILSVRC/Data/CLS-LOC/train
+COUNTED = 10_000  # entries that are counted in a folder that is left out
 SHOWN = 3
-IMAGES_PER_FILE, SEEN = 100, 400  # that a file of several images holds at least; that are looked for
-PACKED_ENDINGS = (".tar", ".parquet", ".arrow")  # of files of images
+IMAGES_PER_FILE, SEEN = 100, 400  # least images in a tar or table; most images that are searched for
+PACKED_ENDINGS = (".tar", ".parquet", ".arrow")  # of files that contain images
 ARCHIVES = (*PACKED, ".tar", ".zip", ".rar", ".7z", ".parquet")
 KINDS: dict[Callable[[str], bool], str] = {is_image: "image", is_shard: "tar", is_parquet: "parquet file"}
 
@@ -46,18 +46,18 @@ class Part(NamedTuple):
 
 
 class Splits(NamedTuple):
-    """What was decided about a folder, and why."""
+    """The splits of a folder."""
 
     train: Part
     val: Part | None = None
     test: Part | None = None
-    """Stands for val where there is none, if its classes are known."""
+    """Used as val if there is no val and the classes of this split are known."""
     notes: tuple[str, ...] = ()
-    """What looks like a split and is not used, and what is left out."""
+    """Messages about splits that are not used, and about what is left out."""
 
 
 class Choice(NamedTuple):
-    """What the user says about images, over what is found."""
+    """Options of the user about images; they override what is inferred."""
 
     train: str | None = None
     val: str | None = None
@@ -67,25 +67,25 @@ class Choice(NamedTuple):
 
     @classmethod
     def of(cls, section: Any) -> "Choice":
-        """That of a section of options that has some of these fields."""
+        """Take these fields from a section of options that has some of them."""
         return cls(*(getattr(section, name, None) for name in cls._fields))
 
     @property
     def of_pixels(self) -> "Choice":
-        """What holds for images of other folders too."""
+        """The part that also applies to images of other folders."""
         return Choice(max_pixels=self.max_pixels, value_range=self.value_range)
 
 
 def find_splits(root: Path, key: str = "data.path", choice: Choice = Choice()) -> Splits:  # noqa: B008
-    """The splits of an existing folder, from a look at some entries.
+    """The splits of an existing folder, inferred from some of its entries.
 
     Args:
         key: the option that an error names.
-        choice: folders or patterns that are train and val, whatever is found.
+        choice: folders or patterns that override the inferred train and val.
 
     Raises:
-        UserError: there is val, but no train; shards or tables lie beside few images; a folder is unreadable.
-        UserFileNotFoundError: nothing is what was chosen.
+        UserError: there is val, but no train; shards or tables are beside few images; a folder is unreadable.
+        UserFileNotFoundError: nothing matches the choice.
     """
     if choice.train is not None:
         train = _chosen(root, choice.train, "data.train")
@@ -98,7 +98,7 @@ def find_splits(root: Path, key: str = "data.path", choice: Choice = Choice()) -
 
 
 def find_test(root: Path, key: str) -> Part:
-    """The images of an existing folder to test on: its val, else its test, else train, else all.
+    """The test images of an existing folder: its val, else its test, else its train, else all images.
 
     Raises:
         UserError: as `find_splits`, but for a folder without train.
@@ -108,20 +108,20 @@ def find_test(root: Path, key: str) -> Part:
 
 
 def most_beside(packed: int) -> int:
-    """How many images beside so many files of images leave open which are meant."""
+    """The largest number of images beside tars or tables for which it is unclear which of them are meant."""
     return packed if packed < 2 else IMAGES_PER_FILE * packed
 
 
 def side_by_side(root: Path, packed: int, one: str, image: str, key: str = "data.train") -> UserError:
-    """The error about files of images beside so few images that one cannot tell which are meant."""
+    """The error about tars or tables beside so few images that it is unclear which are meant."""
     return UserError(
-        f"{root} holds {counted(packed, 'file')} of images ({one}) and images ({image}) side by side; name "
-        f"those to take by {key}, as '*.tar', a folder, or '.' for the images, or move one of the two"
+        f"{root} contains {counted(packed, 'file')} of images ({one}) beside images ({image}); choose one of "
+        f"them by {key} ('*.tar', a folder, or '.' for the images), or move the others away"
     )
 
 
 def probably_meant(root: Path, levels: int = WRAPPED) -> str:
-    """Where below a folder of one class there are more, in words; empty if there are none."""
+    """Text that names a folder with several classes below a folder with one class; empty if there is none."""
     for name in sorted(list_folder(root, TOP_ENTRIES)[0])[:PROBED_ENTRIES] if levels else ():
         if len(_full(root / name, sorted(list_folder(root / name, TOP_ENTRIES)[0]), 2)) > 1:
             return f", as {root / name} has"
@@ -131,12 +131,12 @@ def probably_meant(root: Path, levels: int = WRAPPED) -> str:
 
 
 def counted(number: int, what: str, plural: str = "s") -> str:
-    """A number of things in words."""
+    """A number with a noun in singular or plural."""
     return f"{number:,} {what}{plural * (number != 1)}"
 
 
 def _chosen(root: Path, text: str, key: str) -> Part:
-    """What a path, relative to the root or not, or a pattern of names in the root stands for."""
+    """The images of a path, which may be relative to `root`, or of a pattern of names in `root`."""
     for folder in (root / text, Path(text).expanduser()):
         if folder.is_dir():
             return Part(Path(os.path.normpath(folder)))
@@ -145,13 +145,13 @@ def _chosen(root: Path, text: str, key: str) -> Part:
     fitting = [names for kind in kinds if (names := sorted(name for name in kind if fnmatch(name, text)))]
     if not fitting:
         raise UserFileNotFoundError(
-            f"{key} {text!r} is no folder, and no folder, shard or parquet file in {root} fits it; expected "
-            f"a folder, or a pattern of their names such as 'train-*.tar'"
+            f"{key} {text!r} is no folder, and no folder, shard, or parquet file in {root} matches it; "
+            f"expected a folder, or a pattern of their names such as 'train-*.tar'"
         )
     if len(fitting) > 1:
         raise UserError(
-            f"{key} {text!r} fits {fitting[0][0]} and {fitting[1][0]} in {root}; expected folders, shards or "
-            f"parquet files alone"
+            f"{key} {text!r} matches {fitting[0][0]} and {fitting[1][0]} in {root}; expected only folders, "
+            f"only shards, or only parquet files"
         )
     return _part(root, fitting[0])
 
@@ -160,7 +160,7 @@ def _found(root: Path, key: str, *, needs_train: bool = True) -> Splits:
     notes: list[str] = []
     for _ in range(WRAPPED):
         folders, files = list_folder(root, TOP_ENTRIES)
-        # In a flat folder of more images splits come to light by their plain names.
+        # In a flat folder with more images than are listed, splits are found by their plain names.
         folders = sorted({*folders, *(name for name in ("train", "val", "test") if (root / name).is_dir())})
         by_file = _by_file(root, folders, files, needs_train) if any(map(_is_data, files)) else None
         if by_file is None:
@@ -173,8 +173,8 @@ def _found(root: Path, key: str, *, needs_train: bool = True) -> Splits:
             tables = [] if splits else [name for name in _full(root, folders, 2) if holds_tables(root / name)]
             if len(tables) > 1:
                 raise UserError(
-                    f"{root}: {tables[0]} and {tables[1]} both hold parquet files, as configurations of a "
-                    f"set do; give one of them as {key}"
+                    f"{root}: {tables[0]} and {tables[1]} both contain parquet files, like "
+                    f"configurations of a dataset; give one of them as {key}"
                 )
             return (splits or Splits(Part(root)))._replace(notes=tuple(notes))
         notes += _left_out(root, beside)
@@ -183,7 +183,7 @@ def _found(root: Path, key: str, *, needs_train: bool = True) -> Splits:
 
 
 def _refuse_few_beside(root: Path, files: Sequence[str]) -> None:
-    """Raises UserError: shards or tables lie in a folder with few images in or below it."""
+    """Raises UserError: shards or tables are in a folder that has few images in or below it."""
     if packed := sorted(filter(_is_packed, files)):
         most = min(SEEN, most_beside(len(packed)))
         some = list(islice(found_below(root, levels=WRAPPED), most + 1))
@@ -192,7 +192,7 @@ def _refuse_few_beside(root: Path, files: Sequence[str]) -> None:
 
 
 def _by_file(root: Path, folders: Sequence[str], files: Sequence[str], needs_train: bool) -> Splits | None:
-    """Splits of a folder of shards or parquet files; None if it is none."""
+    """Splits of a folder of shards or parquet files; None for another folder."""
     beside: tuple[str, ...] = ()
     if holds_tables(root):
         names = list_parquet(root)
@@ -210,8 +210,8 @@ def _by_file(root: Path, folders: Sequence[str], files: Sequence[str], needs_tra
     if "train" not in found:
         if needs_train and found and is_parquet(names[0]):
             raise UserFileNotFoundError(
-                f"{root} holds parquet files, but none of train; expected train-*.parquet; download these "
-                f"too, or name those to learn from by data.train"
+                f"{root} contains parquet files, but none of train; expected train-*.parquet; download these "
+                f"too, or choose the training files by data.train"
             )
         return Splits(Part(root), notes=(*listed("taken as train", list(filter(meanings, names))), *beside))
     used = _used(found)
@@ -224,7 +224,7 @@ def _by_file(root: Path, folders: Sequence[str], files: Sequence[str], needs_tra
 def _by_folder(
     root: Path, folders: Sequence[str], files: Sequence[str], key: str, needs_train: bool
 ) -> Splits | None:
-    """Splits that are folders in a folder; None if there are none."""
+    """Splits that are subfolders; None if there are none."""
     named = splits_of_folders(folders)
     full = {split: here for split, names in named.items() if (here := _full(root, names))}
     of_splits = {name for names in named.values() for name in names}
@@ -232,7 +232,7 @@ def _by_folder(
     train, held_out = full.get("train"), full.get("val") or full.get("test")
     of_plain_names = "val" not in full and all(name.lower() in SPLIT_OF for name in train or ())
     if (of_plain_names or not held_out) and (train or (named.get("train") and not held_out)):
-        # A class may be called train: it holds images itself, and other classes stand beside it.
+        # A class may be named train: it contains images directly, and there are other classes beside it.
         has_classes = any(_holds_classes(root / name) for name in train or ())
         if not has_classes and _full(root, filterfalse(_is_beside, others), 1):
             return None
@@ -253,21 +253,21 @@ def _by_folder(
     if held_out and needs_train and ("val" in named or (has_classes and _full(root, others, 1))):
         raise UserError(
             f"{key} {str(root)!r} has a {held_out[0]} folder, but no train folder; expected "
-            f"train/<class>/<image>; move the images to train on into {root / 'train'}, or name them by "
+            f"train/<class>/<image>; move the training images to {root / 'train'}, or choose them by "
             f"data.train"
         )
     return None
 
 
 def _used(splits: dict[str, list[str]]) -> set[str]:
-    """Names that count: of train and val, of test where there is no val."""
+    """The names of train and of val, or of test if there is no val."""
     return {*splits.get("train", []), *(splits.get("val") or splits.get("test", []))}
 
 
 def _part(root: Path, names: Sequence[str]) -> Part:
-    """Folders, shards, or tables of a split; of several folders of shards or tables these."""
+    """The folders, shards, or tables of a split. Folders of shards or tables are replaced by their files."""
     if len(names) == 1 and (root / names[0]).is_dir():
-        folder = root / names[0]  # train/train/<class> and train/images/<class> come of archives
+        folder = root / names[0]  # archives give train/train/<class> and train/images/<class>
         inner = _wrapped(folder, list_folder(folder, PROBED_ENTRIES)[0])[0]
         is_wrapper = inner and (inner == names[0] or WRAPPERS.issuperset(words(inner)))
         return Part(folder / inner if inner and is_wrapper else folder)
@@ -280,7 +280,7 @@ def _part(root: Path, names: Sequence[str]) -> Part:
 
 
 def _wrapped(root: Path, folders: Sequence[str], levels: int = WRAPPED) -> tuple[str | None, list[str]]:
-    """The folder in which all classes or splits lie, if there is one, and what stands beside it."""
+    """The subfolder that contains all classes or splits, if there is one, and the folders beside it."""
     about = [name for name in folders if is_about_images(words(name))]
     full = _full(root, [name for name in folders if name not in about], 2)
     if not full:
@@ -289,7 +289,7 @@ def _wrapped(root: Path, folders: Sequence[str], levels: int = WRAPPED) -> tuple
     if len(full) > 1:
         if all(_holds_splits(root / name) for name in full):
             raise UserError(
-                f"{root}: {full[0]} and {full[1]} both hold folders of train and val; give one of them as "
+                f"{root}: {full[0]} and {full[1]} both contain folders of train and val; give one of them as "
                 f"data.path, or take all by data.train '.'"
             )
         return None, []
@@ -300,7 +300,7 @@ def _wrapped(root: Path, folders: Sequence[str], levels: int = WRAPPED) -> tuple
 
 
 def _holds_several(folder: Path, levels: int) -> bool:
-    """Whether a folder holds shards, tables, splits, or several classes, maybe in one folder more."""
+    """Whether a folder contains shards, tables, splits, or several classes, possibly one level deeper."""
     below, files = list_folder(folder, PROBED_ENTRIES)
     if any(map(is_image, files)):
         return False
@@ -312,12 +312,12 @@ def _holds_several(folder: Path, levels: int) -> bool:
 
 
 def _holds_splits(folder: Path) -> bool:
-    """Whether there are folders of train and of val or test in a folder."""
+    """Whether a folder contains a folder of train and one of val or test."""
     found = splits_of_folders(list_folder(folder, TOP_ENTRIES)[0])
     return "train" in found and len(found) > 1
 
 
-# --- What folders hold, and what is left out
+# --- Content of folders, and what is left out
 
 
 def _is_packed(name: str) -> bool:
@@ -329,7 +329,7 @@ def _is_data(name: str) -> bool:
 
 
 def _is_beside(name: str) -> bool:
-    """Whether the name of a folder says that it holds no class, but something beside images of classes."""
+    """Whether a folder with this name is no class, but contains masks, unlabeled images, or the like."""
     return is_about_images(words(name)) or not MORE_IMAGES.isdisjoint(words(name))
 
 
@@ -338,51 +338,51 @@ def _may_be_class(name: str) -> bool:
 
 
 def _full(root: Path, names: Iterable[str], limit: int | None = None) -> list[str]:
-    """The first of these folders that hold images, or files of images."""
+    """Those of the first folders that contain images, tars, or tables; at most `limit`."""
     probed = islice(names, PROBED_ENTRIES)
     return list(islice((name for name in probed if holds(root / name, _is_data, WRAPPED)), limit))
 
 
 def _holds_classes(folder: Path) -> bool:
-    """Whether there are folders of images in a folder, but for one that only wraps them."""
+    """Whether a folder contains folders of images, except wrappers such as `images`."""
     below = [name for name in list_folder(folder, TOP_ENTRIES)[0] if not WRAPPERS.issuperset(words(name))]
     return bool(_full(folder, sorted(below), 1))
 
 
 def _taken(root: Path, folders: Sequence[str]) -> tuple[str, ...]:
-    """What is taken for classes and may not have been meant to be."""
+    """Messages about folders that are used as classes, but may have another meaning."""
     looks = [name for name in folders if not (_may_be_class(name) or is_about_images(words(name)))]
     notes = listed("taken as classes", _full(root, looks))
     if len(first := list(filter(_may_be_class, folders))[:2]) > 1:
         one, other = (list_folder(root / name, TOP_ENTRIES)[0] for name in first)
         same = sorted(set(filter(_may_be_class, one)).intersection(other) - WRAPPERS)
-        what = " and ".join(map(shown, first)) + ", taken as classes, hold folders of the same names"
+        what = " and ".join(map(shown, first)) + ", taken as classes, contain folders of the same names"
         if len(same) > 1 and holds(root / first[0] / same[0], _is_data):
             notes += listed(what, same)
     return notes
 
 
 def _left_out(root: Path, folders: Sequence[str]) -> tuple[str, ...]:
-    """What else lies beside the images, with numbers."""
+    """A message about folders beside the images that are left out, with numbers of images."""
     full = _full(root, folders)
     return listed("left out", [f"{name} ({_count(root / name)})" for name in full[:SHOWN]] + full[SHOWN:])
 
 
 def _loose(root: Path, files: Sequence[str], *kinds: Callable[[str], bool]) -> tuple[str, ...]:
-    """How many files of these kinds in a folder itself are left out."""
+    """A message about files of these kinds in a folder itself, which are left out."""
     numbers = {KINDS[kind]: sum(map(kind, files)) for kind in kinds}
     found = ", ".join(counted(number, what) for what, number in numbers.items() if number)
     return (f"left out: {found} in {root} itself",) if found else ()
 
 
 def listed(what: str, names: Sequence[str]) -> tuple[str, ...]:
-    """What is to be said of some names, the first of them, in words; nothing without any."""
+    """A message with the first of some names; nothing if there are none."""
     more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return (f"{what}: {', '.join(map(shown, names[:SHOWN]))}{more}",) if names else ()
 
 
 def _count(folder: Path) -> str:
-    """How many images there are in a folder and those below, up to a limit."""
+    """The number of images in a folder and below, up to a limit, as text."""
 
     def files(folder: Path) -> Iterator[str]:
         below, names = list_folder(folder, COUNTED)
