@@ -561,7 +561,9 @@ def test_what_is_named_must_be_there(tmp_path):
     touch(tmp_path, *flat("drafts"), "1.jpg", "0.tar")
     with pytest.raises(UserFileNotFoundError, match=r"data.train '\*.jpg' is no folder, and no"):
         open_images(str(tmp_path), choice=Choice(train="*.jpg"))
-    with pytest.raises(UserError, match=r"data.train '\*' matches drafts and 0.tar in .*; expected only folders"):
+    with pytest.raises(
+        UserError, match=r"data.train '\*' matches drafts and 0.tar in .*; expected only folders"
+    ):
         open_images(str(tmp_path), choice=Choice(train="*"))
     with pytest.raises(UserError, match="'shapes' has splits and labels of its own; leave out data"):
         open_images("shapes", choice=Choice(train="x"))
