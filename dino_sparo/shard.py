@@ -275,9 +275,9 @@ def _write(split: Split, numbers: list[int], num_workers: int) -> Generator[tupl
         return
     others = multiprocessing.active_children()
     context = multiprocessing.get_context("spawn")  # a fork would inherit locks of threads
-    pool = ProcessPoolExecutor(num_workers, context, _start_worker)
+    pool = ProcessPoolExecutor(num_workers, context, _start_worker, (split,))
     try:
-        for done in as_completed([pool.submit(_write_shard, split, number) for number in numbers]):
+        for done in as_completed([pool.submit(_write_one, number) for number in numbers]):
             yield done.result()
     except BrokenProcessPool as error:
         raise UserError(
@@ -293,9 +293,17 @@ def _write(split: Split, numbers: list[int], num_workers: int) -> Generator[tupl
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker() -> None:
+_split: list[Split] = []  # of a worker process
+
+
+def _start_worker(split: Split) -> None:
     end_with_parent(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends this process
+    _split[:] = [split]
+
+
+def _write_one(number: int) -> tuple[str, Shard]:
+    return _write_shard(_split[0], number)
 
 
 def _write_shard(split: Split, number: int) -> tuple[str, Shard]:

@@ -134,10 +134,11 @@ def columns(*parts):
     return columns_of(12, PARTS, parts)
 
 
-def test_knn_of_parts_is_that_of_their_columns(images):
+@pytest.mark.parametrize("chunks", [{}, {"train_chunk": 7, "test_chunk": 11}])
+def test_knn_of_parts_is_that_of_their_columns(images, chunks):
     train, train_labels, test, test_labels = images
     sets = [*map(columns, range(PARTS)), columns(0, 2), columns(1, 2, 3), columns(0, 1, 2, 3)]
-    found = knn_accuracies(*images, columns=sets, k=10, num_classes=CLASSES, device=CPU)
+    found = knn_accuracies(*images, columns=sets, k=10, num_classes=CLASSES, device=CPU, **chunks)
     alone = [
         knn_classify(train[:, some], train_labels, test[:, some], test_labels, k=10)[10].top1 for some in sets
     ]
@@ -152,7 +153,7 @@ def test_knn_names_the_image_that_is_zero_in_a_part(images):
     train[101, columns(2)] = 0
     about = {"columns": [*map(columns, range(PARTS))], "k": 3, "num_classes": CLASSES, "device": CPU}
     with pytest.raises(NoDirectionError) as told:
-        knn_accuracies(train, train_labels, test, test_labels, **about)
+        knn_accuracies(train, train_labels, test, test_labels, **about, train_chunk=20)
     assert (told.value.side, told.value.number, told.value.kind) == ("train", 101, "zero")
 
 

@@ -65,7 +65,7 @@ def bench(options: BenchOptions) -> None:
     if options.what == "training":
         bench_training(options)
         return
-    from dino_sparo.bench.timing import bench_readout
+    from dino_sparo.bench.readout import bench_readout
     from dino_sparo.parallel.device import choose_device
 
     bench_readout(

@@ -9,12 +9,13 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 from PIL import Image
 
 from dino_sparo.data.decode import bounded
 from dino_sparo.data.shapes import NumberedImages
-from dino_sparo.files import alone_in, cache_folder, read_as
+from dino_sparo.files import cache_folder, read_as
 from dino_sparo.terminal import log
 
 ROOM = {"cifar10": 0.4, "stl10": 5.8}  # GB for archive and files
@@ -54,13 +55,13 @@ def open_set(name: str, part: Part) -> ArraySource:
     """
     folder = cache_folder() / "torchvision" / _torchvision(name).base_folder
     with read_as(
-        f"{name} cannot be downloaded from {urlsplit(_torchvision(name).url).hostname}",
+        f"{name} cannot be downloaded from {urlsplit(_torchvision(name).url).hostname} or stored",
         f"run the command once with a network and {ROOM[name]} GB of free space in {folder.parent}, set "
         f"DINO_SPARO_CACHE to another folder, or copy {folder} from a machine that has it",
     ):
         if not folder.is_dir():
             folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with alone_in(folder.parent):
+            with FileLock(folder.with_name(f"{folder.name}.lock")):
                 if not folder.is_dir():  # another process may have downloaded it
                     _download(name, folder)
     remedy = "remove this folder, and the same command downloads it again"

@@ -18,7 +18,7 @@ from dino_sparo.data.sources import ImageSource
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.features import Wanted, cached_features, hash_of_images
 from dino_sparo.evaluation.results import Result, accuracies, result_on, standard_error
-from dino_sparo.evaluation.search import NoDirectionError, Rows, nearest
+from dino_sparo.evaluation.search import NoDirectionError, nearest
 from dino_sparo.evaluation.transfer import VAL, TestSet, as_test_sets, restrict
 from dino_sparo.files import write_figure
 from dino_sparo.interop.load import load_encoder
@@ -50,18 +50,17 @@ class KnnResult:
 
 @torch.no_grad()
 def knn_classify(
-    train_features: Rows,
+    train_features: Tensor | NDArray,
     train_labels: Tensor | NDArray,
-    test_features: Rows,
+    test_features: Tensor | NDArray,
     test_labels: Tensor | NDArray,
     k: int | Integral | Sequence[int],
     temperature: float = TEMPERATURE,
     num_classes: int | None = None,
-    device: torch.device | None = None,
 ) -> dict[int, KnnResult]:
     """Accuracy of a vote of the k nearest train images, each weighted by exp(cosine / temperature).
 
-    The search is exact. Top-5 uses the first min(5, k) ranked classes,
+    The search is exact and runs on the device of the features. Top-5 uses the first min(5, k) ranked classes,
     as the official code does; classes with equal votes, including zero, are ranked by class number.
 
     Args:
@@ -71,7 +70,6 @@ def knn_classify(
         test_labels: (B,).
         k: one or several numbers of neighbors.
         num_classes: S. None: the largest label + 1.
-        device: of the search. None: that of the features.
 
     Raises:
         ValueError: k is not in 1 to T, there are no test images, or a feature is zero or not finite.
@@ -82,8 +80,7 @@ def knn_classify(
         raise ValueError("there are no test images to classify")
     if num_classes is None:
         num_classes = int(max(labels.max(), truth.max())) + 1
-    if device is None and isinstance(train_features, Tensor):
-        device = train_features.device
+    device = train_features.device if isinstance(train_features, Tensor) else torch.device("cpu")
     cosine_Bk, number_Bk = nearest(train_features, test_features, max(ks), device=device)
     ranked = _rank_classes(cosine_Bk, labels[number_Bk], ks, temperature, num_classes)
     return {number: _accuracy(ranked_B5, truth) for number, ranked_B5 in ranked.items()}

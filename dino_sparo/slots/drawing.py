@@ -18,6 +18,7 @@ from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.workers import WatchedLoader, default_workers
 from dino_sparo.errors import UserError
 from dino_sparo.files import write_figure
+from dino_sparo.models import Encoder
 from dino_sparo.slots.attention import FULL, strength, times_uniform
 from dino_sparo.terminal import shown
 
@@ -108,6 +109,18 @@ def check_numbers(key: str, numbers: Sequence[int], count: int) -> None:
             )
         if list(numbers).count(number) > 1:
             raise UserError(f"{key} has {number} more than once; give it once")
+
+
+def load_seen(
+    encoder: Encoder,
+    source: ImageSource,
+    numbers: Sequence[int],
+    num_workers: int | None = 0,
+    short_side: int | None = None,
+) -> Iterator[Seen]:
+    """Images of a source by number, as `SeenImages` of an encoder; arguments and errors of `load_images`."""
+    dataset = SeenImages(source, encoder.backbone.patch_size, encoder.image_size, short_side)
+    return load_images(dataset, source, numbers, num_workers)
 
 
 def load_images(

@@ -18,7 +18,6 @@ from dino_sparo.evaluation.search import Rows, k_best
 from dino_sparo.slots.attention import slot_attention
 from dino_sparo.slots.drawing import (
     Picture,
-    SeenImages,
     as_picture,
     attention_of_each,
     beside,
@@ -26,7 +25,7 @@ from dino_sparo.slots.drawing import (
     draw_attention,
     draw_grid,
     file_name,
-    load_images,
+    load_seen,
     remove_other_pictures,
 )
 from dino_sparo.slots.parts import CutEncoder, chunks
@@ -66,8 +65,7 @@ def slot_gallery(
     found = strongest(features, num_slots, min(num_images, len(source)), device=device)
     cosines, near = neighbors(features, found, min(num_neighbors, len(source) - 1), device=device)
     shown = torch.cat((found.images[:, :, None], near), dim=2).cpu()  # (L, T, 1 + neighbors)
-    crops = SeenImages(source, encoder.backbone.patch_size, encoder.image_size)
-    loaded = load_images(crops, source, shown[chosen].flatten().tolist(), one.num_workers)
+    loaded = load_seen(encoder, source, shown[chosen].flatten().tolist(), one.num_workers)
     folder.mkdir(parents=True, exist_ok=True)
     entries: list[dict[str, Any]] = []
     for slot in chosen:

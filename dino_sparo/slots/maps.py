@@ -16,7 +16,6 @@ from dino_sparo.models import Encoder
 from dino_sparo.slots.attention import cls_attention, distinct_slots, slot_attention
 from dino_sparo.slots.drawing import (
     Picture,
-    SeenImages,
     as_picture,
     attention_of_each,
     beside,
@@ -24,7 +23,7 @@ from dino_sparo.slots.drawing import (
     draw_attention,
     draw_grid,
     file_name,
-    load_images,
+    load_seen,
     remove_other_pictures,
 )
 
@@ -149,8 +148,7 @@ def look(
         numbers: of the images.
         num_slots: number of slots with different attention that are drawn if `slots` is None.
     """
-    dataset = SeenImages(source, encoder.backbone.patch_size, encoder.image_size, short_side)
-    seen = list(load_images(dataset, source, numbers, num_workers))
+    seen = list(load_seen(encoder, source, numbers, num_workers, short_side))
 
     def maps_of(attention: Callable[[Tensor], Tensor]) -> list[Tensor]:
         return attention_of_each(attention, [one.pixels for one in seen], batch_size, encoder.device)

@@ -17,7 +17,7 @@ from dino_sparo.data.sources import ImageSource
 from dino_sparo.files import write_figure
 from dino_sparo.models import Encoder
 from dino_sparo.slots.curves import COLORS, MARKERS
-from dino_sparo.slots.drawing import Picture, SeenImages, as_picture, draw_grid, file_name, load_images
+from dino_sparo.slots.drawing import Picture, as_picture, draw_grid, file_name, load_seen
 from dino_sparo.slots.gallery import Responses, class_of, neighbors
 from dino_sparo.slots.maps import spread_evenly
 from dino_sparo.slots.parts import CutEncoder
@@ -107,8 +107,7 @@ def draw_neighbors(
     of_rows = [
         [query, *numbers[row].tolist()] for row, query in enumerate(queries) for numbers in found.values()
     ]
-    crops = SeenImages(source, encoder.backbone.patch_size, encoder.image_size)
-    seen = load_images(crops, source, [number for row in of_rows for number in row], num_workers)
+    seen = load_seen(encoder, source, [number for row in of_rows for number in row], num_workers)
     rows = [[as_picture(next(seen).picture) for _ in row] for row in of_rows]
     rows = [[_framed(image), *others] for image, *others in rows]
     titles = [
@@ -180,8 +179,7 @@ def draw_map(
         of_classes[0].set_title("all images by class", fontsize=10)
     of_images.scatter(*places.T, s=6, color=GRAY, linewidths=0)
     chosen = far_apart(places, 1.1 * side)
-    crops = SeenImages(source, encoder.backbone.patch_size, encoder.image_size)
-    for number, seen in zip(chosen, load_images(crops, source, chosen, num_workers), strict=True):
+    for number, seen in zip(chosen, load_seen(encoder, source, chosen, num_workers), strict=True):
         (left, bottom), (right, top) = places[number] - side / 2, places[number] + side / 2
         of_images.imshow(
             as_picture(seen.picture), extent=(left, right, bottom, top), interpolation="antialiased", zorder=2

@@ -22,7 +22,7 @@ from dino_sparo.runs.runlog import METRICS_FILE
 from dino_sparo.slots.curves import draw_all, draw_curve
 from dino_sparo.slots.findings import FINDINGS, Finding, training
 from dino_sparo.slots.rank import WAYS
-from dino_sparo.slots.subject import FILES, TITLES, WITHOUT_SLOTS, Subject, damage_told
+from dino_sparo.slots.subject import FILES, TITLES, WITHOUT_SLOTS, Subject, made_by
 
 LEADING = ("curves", "maps", "gallery", "neighbors")  # the first pictures of three lead the page
 HEALTH = ("entropy", "effective_patches", "cls_share", "response_std", "overlap", "agreement")
@@ -196,7 +196,7 @@ def _sections(subject: Subject, num_slots: int) -> list[Section]:
             section.notes.append((note, subject.command(part)))
             continue
         section.tell_age(part)
-        with damage_told(section.path, subject.command(part)):
+        with made_by(section.path, subject.command(part)):
             fill(section, found, shown)
             if part in FINDINGS:
                 section.findings = [Finding(sentence, part) for sentence in FINDINGS[part](found)]
@@ -212,7 +212,7 @@ def _curves(subject: Subject) -> Section:
         return section
     section.tell_age()
     first, every = io.BytesIO(), io.BytesIO()
-    with damage_told(section.path, subject.command("pretrain")):
+    with made_by(section.path, subject.command("pretrain")):
         draw_curve(entries, first)
         draw_all(entries, every)
     captions = "Loss and 20-NN accuracy over epochs", "Health measures over epochs"

@@ -1,7 +1,7 @@
 """Accuracy of parts of an encoding, and of sets of parts.
 
 A part is a slot, or the same number of adjacent dimensions of an encoding without slots. All functions read
-the features in chunks, so memory does not grow with the number of images.
+the features once for all sets of columns, in chunks, so memory does not grow with the number of images.
 
 The linear probe is a ridge regression of one-hot classes on standardized dimensions, in closed form. The sums
 over images that it needs (`Moments`) contain those of every set of parts, so one pass is enough for all
@@ -25,8 +25,15 @@ from torch import Tensor
 
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.evaluation.features import Wanted, cached_features
-from dino_sparo.evaluation.knn import knn_classify
-from dino_sparo.evaluation.search import CHUNK_BYTES, Rows
+from dino_sparo.evaluation.knn import TEMPERATURE
+from dino_sparo.evaluation.search import (
+    CHUNK_BYTES,
+    QUERY_BYTES,
+    NoDirectionError,
+    Rows,
+    k_best,
+    nearest,
+)
 from dino_sparo.models import Encoder
 
 RIDGE = 0.01  # added to the variance of a dimension, which is standardized to 1
@@ -93,22 +100,20 @@ def labels_of(source: ImageSource) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Picked:
-    """Some rows, by sorted numbers, and some columns of features (n, E), read on access; None: all."""
+    """Some rows of features (n, E), by sorted numbers, read on access."""
 
-    features: Any
-    rows: NDArray[np.int64] | None = None
-    columns: NDArray[np.int64] | None = None
+    features: NDArray[Any]
+    numbers: NDArray[np.int64]
 
     @property
     def shape(self) -> tuple[int, int]:
-        return len(self), self.features.shape[1] if self.columns is None else len(self.columns)
+        return len(self.numbers), self.features.shape[1]
 
     def __len__(self) -> int:
-        return len(self.features if self.rows is None else self.rows)
+        return len(self.numbers)
 
     def __getitem__(self, rows: slice) -> NDArray[Any]:
-        found = self.features[rows if self.rows is None else self.rows[rows]]
-        return found if self.columns is None else found[:, self.columns]
+        return self.features[self.numbers[rows]]
 
 
 def chunks(rows: Rows, device: torch.device, size: int | None = None) -> Iterator[tuple[int, Tensor]]:
@@ -123,6 +128,7 @@ def columns_of(width: int, num_parts: int, subset: Sequence[int]) -> Tensor:
     return torch.arange(width).view(num_parts, -1)[list(subset)].flatten()
 
 
+@torch.no_grad()
 def knn_accuracies(
     train: Rows,
     train_labels: NDArray[np.int64],
@@ -133,24 +139,45 @@ def knn_accuracies(
     k: int,
     num_classes: int,
     device: torch.device,
+    train_chunk: int | None = None,
+    test_chunk: int | None = None,
 ) -> list[float]:
-    """k-NN on each set of columns: top-1 in percent.
+    """k-NN on each set of columns: top-1 in percent, equal to `knn_classify` on these columns.
 
     Args:
         train: (T, E) floating point, with labels (T,) from 0.
         test: (B, E), with labels (B,).
         columns: sets of columns.
         k: number of neighbors, 1 to T.
+        train_chunk, test_chunk: images at a time; they change memory, not the result.
 
     Raises:
         NoDirectionError: the columns of an image in one of the sets are zero or not finite.
     """
-    accuracies = []
-    for some in columns:
-        gallery, queries = (Picked(one, columns=some.numpy()) for one in (train, test))
-        given = (gallery, train_labels, queries, test_labels)
-        accuracies.append(knn_classify(*given, k, num_classes=num_classes, device=device)[k].top1)
-    return accuracies
+    test_chunk = test_chunk or max(1, QUERY_BYTES // (4 * train.shape[1]))
+    labels, right = torch.from_numpy(train_labels), [0] * len(columns)
+    for first, queries in chunks(test, device, test_chunk):
+        truth = torch.from_numpy(test_labels[first : first + len(queries)])
+        nothing = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
+        best = [nothing] * len(columns)
+        for start, gallery in chunks(train, device, train_chunk):
+            for number, some in enumerate(columns):
+                try:
+                    cosine_Bk, number_Bk = nearest(gallery[:, some], queries[:, some], k, device=device)
+                except NoDirectionError as error:
+                    offset = start if error.side == "train" else first
+                    raise NoDirectionError(error.side, offset + error.number, error.kind) from error
+                best[number] = k_best(best[number], (cosine_Bk, number_Bk + start), k)
+        for number, (cosine_Bk, number_Bk) in enumerate(best):
+            voted = vote(cosine_Bk, labels[number_Bk], num_classes)
+            right[number] += int((voted == truth).sum())
+    return [100 * count / len(test) for count in right]
+
+
+def vote(cosine_Bk: Tensor, labels_Bk: Tensor, num_classes: int) -> Tensor:
+    """The class (B,) with the largest sum of exp(cosine / 0.07); ties are won by the lower number."""
+    votes_BS = cosine_Bk.new_zeros(len(cosine_Bk), num_classes)
+    return votes_BS.scatter_add_(1, labels_Bk, (cosine_Bk / TEMPERATURE).exp()).argmax(dim=1)
 
 
 class Moments(NamedTuple):

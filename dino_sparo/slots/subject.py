@@ -1,17 +1,15 @@
 """What a page is about: a run or weights, the files of its analyses, and the commands that make them."""
 
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dino_sparo.errors import UserError
 from dino_sparo.evaluation.knn import KNN
 from dino_sparo.evaluation.results import results_folder
-from dino_sparo.files import parsed_json
+from dino_sparo.files import parsed_json, read_as
 from dino_sparo.recipe.files import CONFIG_FILE
 from dino_sparo.recipe.typed import read_yaml
 from dino_sparo.runs.runlog import each_metric
@@ -61,7 +59,7 @@ class Subject:
         path = self.folder / CONFIG_FILE
         if not path.is_file():
             return {}
-        with damage_told(path, "dino-sparo pretrain"):
+        with made_by(path, "dino-sparo pretrain"):
             return dict(read_yaml(path))
 
     @cached_property
@@ -100,7 +98,7 @@ class Subject:
         if not path.is_file():
             return None, "Not made yet:"
         asked = {"which": self.which, "control": self.control, "data": self.data}
-        with damage_told(path, self.command(part)):
+        with made_by(path, self.command(part)):
             content = dict(parsed_json(path).items())
         others = [
             f"{key} {content[key]}"
@@ -116,18 +114,11 @@ class Subject:
         ranked, _ = self.find("rank")
         order = list(range(min(num_slots, 2 * NUM_BEST)))
         if ranked:
-            with damage_told(self.slots / FILES["rank"], self.command("rank")):
+            with made_by(self.slots / FILES["rank"], self.command("rank")):
                 order = [int(slot) for slot in ranked["encoders"][0]["orders"]["knn"]] or order
         return order if len(order) < 2 * NUM_BEST else order[:NUM_BEST] + order[-NUM_BEST:]
 
 
-@contextmanager
-def damage_told(path: Path, command: str) -> Iterator[None]:
-    """Raise a UserError that names a damaged file, and the command that makes it again."""
-    try:
-        yield
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise UserError(
-            f"{path} is damaged ({reason}); remove it, and make it again with `{command}`"
-        ) from error
+def made_by(path: Path, command: str) -> AbstractContextManager[None]:
+    """`read_as` for a file that a command can make again."""
+    return read_as(f"{path} is damaged", f"remove it, and make it again with `{command}`")
