@@ -45,7 +45,7 @@ from dino_sparo.data.shards import (
     pack_shards,
     shards_are_current,
 )
-from dino_sparo.data.sources import AS_FOUND, open_images, open_val
+from dino_sparo.data.sources import AS_FOUND, hold_out, open_images, open_val
 from dino_sparo.data.splits import Choice
 from dino_sparo.data.tables import TableSource
 from dino_sparo.errors import UserError
@@ -92,6 +92,7 @@ def shard(
     num_workers: int | None = None,
     images_per_shard: int = IMAGES_PER_SHARD,
     *,
+    every: int | None = None,
     choice: Choice = AS_FOUND,
 ) -> None:
     """Write the images of a folder to shards, in their order, and print a summary.
@@ -107,6 +108,8 @@ def shard(
             files are copied.
         num_workers: processes that write. None: one per core; 0: this process.
         images_per_shard: images in each shard except the last.
+        every: the second, third, ... image of train that becomes val, in the order of the names; val of the
+            source is not read. None: train and val of the source.
         choice: how images are read, as by `data.max_pixels` and `data.value_range`.
 
     Raises:
@@ -116,7 +119,10 @@ def shard(
     """
     if short_side is not None and short_side < 1:
         raise UserError(f"--short-side is {short_side}; expected a number of pixels above 0, or null")
-    splits = _plan(source, Path(out), short_side, images_per_shard, choice)
+    splits = [
+        Split(images, folder, short_side, images_per_shard)
+        for folder, images in _plan(source, Path(out), short_side, every, choice)
+    ]
     workers = len(os.sched_getaffinity(0)) if num_workers is None else num_workers
     folders = {Path(out)} | {split.folder for split in splits}
     for folder in folders:
@@ -131,10 +137,15 @@ def shard(
 
 
 def _plan(
-    source: str, out: Path, short_side: int | None, images_per_shard: int, choice: Choice
-) -> list[Split]:
-    """The splits of a source, train last. Checks everything that can be checked without `out`."""
-    train, val = open_images(source, key="DIR", choice=choice), open_val(source, choice)
+    source: str, out: Path, short_side: int | None, every: int | None, choice: Choice
+) -> list[tuple[Path, FolderSource | TableSource]]:
+    """Folder and images of each split, train last. Checks everything that can be checked without `out`."""
+    train = open_images(source, key="DIR", choice=choice)
+    if every is not None and not 2 <= every <= len(train):
+        raise UserError(
+            f"--hold_out is {every}; expected a number from 2 to {len(train)}, the number of images of train"
+        )
+    train, val = hold_out(train, every) if every else (train, open_val(source, choice))
     splits = []
     for name, images in (("val", val), ("train", train)):  # train last: where it exists, all is complete
         if images is None:
@@ -150,8 +161,7 @@ def _plan(
                 f"become classes; link their images into one folder"
             )
         _check_names(images, short_side)
-        folder = out / name if val is not None else out
-        splits.append(Split(images, folder, short_side, images_per_shard))
+        splits.append((out / name if val is not None else out, images))
     return splits
 
 
@@ -163,7 +173,7 @@ def _is_ours(folder: Path, folders: set[Path], name: str) -> bool:
 
 def _check_names(source: FolderSource | TableSource, short_side: int | None) -> None:
     """Raises UserError if two images have the same key: a key of webdataset ends at the first dot."""
-    names = map(source.index.name, range(len(source)))
+    names = (source.index.name(source.position(image)) for image in range(len(source)))
     for _, group in groupby(names, key=key_of):
         same = list(group)
         plain = [name for name in same if is_plain(name)]
@@ -337,7 +347,8 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> int:
 
 def _sample(split: Split, image: int) -> tuple[str, bytes]:
     """Name and bytes of an image in a shard: the original file, or a reduced JPEG file."""
-    name, data, limit = split.source.index.name(image), b"", split.short_side
+    name = split.source.index.name(split.source.position(image))
+    data, limit = b"", split.short_side
     try:
         data = split.source.read(image)
         if limit is None:

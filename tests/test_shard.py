@@ -16,7 +16,7 @@ from PIL import Image
 from dino_sparo.__main__ import main
 from dino_sparo.data import shards as headers
 from dino_sparo.data.shards import INDEX_FILE, pack_shards
-from dino_sparo.data.sources import open_images
+from dino_sparo.data.sources import open_images, open_val
 from dino_sparo.data.splits import Choice
 from dino_sparo.errors import UserError
 from dino_sparo.shard import shard
@@ -48,6 +48,19 @@ def test_only_long_images_are_reduced(tmp_path):
     assert ours.labels.tolist() == theirs.labels.tolist() and ours.classes == theirs.classes
     reduced = theirs.load(0).resize((45, 30), Image.Resampling.BICUBIC)
     assert np.abs(np.asarray(ours.load(0), float) - np.asarray(reduced, float)).mean() < 12  # noise, JPEG
+
+
+def test_every_nth_image_of_every_class_is_held_out(tmp_path):
+    root, out = tmp_path / "data", tmp_path / "out"
+    write(root, "val/a/unused.png", *[f"train/{kind}/{number}.png" for kind in "ab" for number in range(6)])
+    shard(str(root), str(out), num_workers=0, every=3)
+    train, val = open_images(str(out)), open_val(str(out))
+    assert [val.name(i).split(": ")[1] for i in range(4)] == ["a/2.png", "a/5.png", "b/2.png", "b/5.png"]
+    assert (len(train), train.labels.tolist(), val.labels.tolist()) == (8, [0] * 4 + [1] * 4, [0, 0, 1, 1])
+    assert val.read(1) == (root / "train/a/5.png").read_bytes()
+    assert train.read(4) == (root / "train/b/0.png").read_bytes()
+    with pytest.raises(UserError, match=r"--hold_out is 13; expected a number from 2 to 12, the number of"):
+        shard(str(root), str(tmp_path / "other"), num_workers=0, every=13)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

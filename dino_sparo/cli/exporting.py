@@ -35,6 +35,9 @@ class ShardOptions(ReadingOptions):
     short_side: int | None = None
     """Images whose short side exceeds this many pixels are resized to it and written as JPEG of quality 95;
     null: all files are copied as they are."""
+    hold_out: int | None = None
+    """A number N: every N-th image of train, in the order of class and name, becomes val, and val of the
+    source is not read; null: train and val are those of the source."""
     num_workers: Workers | None = None
     """Processes that write shards; 0: write in this process; null: one per CPU core."""
 
@@ -89,7 +92,12 @@ def shard(options: ShardOptions) -> None:
     from dino_sparo.data.splits import Choice
 
     room.shard(
-        options.source, options.out, options.short_side, options.num_workers, choice=Choice.of(options)
+        options.source,
+        options.out,
+        options.short_side,
+        options.num_workers,
+        every=options.hold_out,
+        choice=Choice.of(options),
     )
 
 

@@ -316,9 +316,9 @@ def absolute_path(path: str) -> str:
     return os.path.abspath(expanded)
 
 
-def hold_out(source: ImageSource) -> tuple[ImageSource, ImageSource]:
-    """The images to train on, and every fifth image to test on."""
-    held_out = np.arange(len(source)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+def hold_out(source: ImageSource, every: int = HELD_OUT_EVERY) -> tuple[ImageSource, ImageSource]:
+    """The images to train on, and every fifth image, or another, to test on."""
+    held_out = np.arange(len(source)) % every == every - 1
     return source.subset(np.flatnonzero(~held_out)), source.subset(np.flatnonzero(held_out))
 
 
