@@ -12,16 +12,37 @@ from pathlib import Path
 import pytest
 import torch.multiprocessing as mp
 
+from dino_sparo.__main__ import main
 from dino_sparo.cli.pretraining import PretrainOptions, pretrain
 from dino_sparo.runs.runlog import read_metrics
 from dino_sparo.training import pretrain as program
 from tests.tiny import tiny_arguments
+
+# All of torch's compiler except for writing code, which takes a C++ compiler minutes.
+COMPILER = "aot_eager_decomp_partition"
 
 
 def command(data: Path, run_dir: Path, processes: int = 1, **changes) -> list[str]:
     """The command line of a tiny run."""
     arguments = tiny_arguments(data, run_dir, **changes)
     return [sys.executable, "-m", "dino_sparo", "pretrain", *arguments, f"--nproc={processes}"]
+
+
+def in_new_process(
+    arguments: list[str], before: Callable | None = None
+) -> multiprocessing.context.ForkServerProcess:
+    """The program, after `before`, in a process forked from one that has only imported it: seconds less."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    process = context.Process(target=_program, args=(arguments, before))
+    process.start()
+    return process
+
+
+def _program(arguments: list[str], before: Callable | None) -> None:
+    if before is not None:
+        before()
+    sys.exit(main(arguments))
 
 
 def finished(command: list[str], **options) -> subprocess.CompletedProcess[str]:

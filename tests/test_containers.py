@@ -65,7 +65,7 @@ def test_equal_order_labels_classes_bytes_and_fingerprint(containers, kind):
     assert open_val(containers[kind]).fingerprint() == open_val(containers["folder"]).fingerprint()
 
 
-@pytest.mark.parametrize("kind", ["shards", "parquet"])
+@pytest.mark.parametrize("kind", ["shards", pytest.param("parquet", marks=pytest.mark.long)])
 def test_a_run_on_a_folder_goes_on_as_if_nothing_had_happened(containers, tmp_path, kind):
     changes = {"optim__global_batch_size": 3, "optim__epochs": 2, "machine__num_workers": 2}
     pretrain(tiny_options(containers["folder"], tmp_path / "whole", **changes))

@@ -16,7 +16,7 @@ from tensorboard.summary.writer.record_writer import masked_crc32c
 from dino_sparo.__main__ import main
 from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.errors import EXIT_USER_ERROR
-from dino_sparo.files import clean_lines, read_lines
+from dino_sparo.files import COMPILED, clean_lines, read_lines
 from dino_sparo.runs.checkpoint import load_latest
 from dino_sparo.runs.events import checksums, framed
 from dino_sparo.runs.rundir import read_starts
@@ -221,8 +221,8 @@ def test_another_user_cannot_train_in_a_run_folder_but_can_evaluate_it():
 
         def as_another(*arguments: object) -> tuple[int, str]:
             command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable]
-            environment = os.environ | {"DINO_SPARO_CACHE": str(theirs), "MPLCONFIGDIR": str(theirs)}
-            done = finished([*command, "-m", "dino_sparo", *map(str, arguments)], env=environment)
+            own = dict.fromkeys(("DINO_SPARO_CACHE", "MPLCONFIGDIR", COMPILED), str(theirs))
+            done = finished([*command, "-m", "dino_sparo", *map(str, arguments)], env=os.environ | own)
             return done.returncode, done.stderr
 
         if as_another("--version")[0] != 0:

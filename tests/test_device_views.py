@@ -29,6 +29,7 @@ from dino_sparo.data.sources import open_images
 from dino_sparo.errors import UserError
 from dino_sparo.runs.checkpoint import load_latest
 from tests.pictures import encoded, photo, recipes, views_of
+from tests.running import COMPILER
 from tests.tiny import state_hash, tiny_options, write_pictures
 
 CPU = torch.device("cpu")
@@ -103,7 +104,7 @@ def test_compiled_views_of_whole_batches_are_the_uncompiled_ones(monkeypatch):
 
     @functools.cache
     def compiled(function, device):
-        return torch.compile(function, fullgraph=True, dynamic=True)
+        return torch.compile(function, fullgraph=True, dynamic=True, backend=COMPILER)
 
     monkeypatch.setattr(device_views, "_fast", compiled)
     monkeypatch.setattr(device_views, "IMAGES_AT_ONCE", 4)

@@ -138,6 +138,7 @@ def test_three_processes_go_on_bit_for_bit(pictures, tmp_path):
     assert knn(tmp_path / "run") == knn(tmp_path / "one")
 
 
+@pytest.mark.long
 def test_a_run_goes_on_with_another_number_of_processes(pictures, two_processes, tmp_path):
     run_until(7, PROCESSES, pictures, tmp_path, log__checkpoint_every_minutes=1e-9)
     done = load_latest(tmp_path)["step"]
@@ -150,6 +151,7 @@ def test_a_run_goes_on_with_another_number_of_processes(pictures, two_processes,
     assert curve(tmp_path / "other") != pytest.approx(curve(two_processes[0]), rel=1e-3)
 
 
+@pytest.mark.long
 def test_a_mistake_is_answered_once(tmp_path):
     finished = run(PROCESSES, tmp_path / "nowhere", tmp_path / "run")
     assert finished.returncode == 2 and finished.stderr.count("error: ") == 1
@@ -157,6 +159,7 @@ def test_a_mistake_is_answered_once(tmp_path):
     assert "Traceback" not in finished.stderr and not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_a_bad_image_of_one_process_is_named_once(tmp_path):
     write_pictures(tmp_path / "data", 16)
     bad = tmp_path / "data" / "train" / "class0" / "003.png"
@@ -227,6 +230,7 @@ def test_nproc_may_stand_in_a_recipe(pictures, tmp_path, monkeypatch):
     assert main(["pretrain", *given]) == 8
 
 
+@pytest.mark.long
 def test_nothing_is_imported_from_where_the_user_stands(pictures, tmp_path):
     plant_modules(tmp_path / "here")
     script = Path(sys.executable).with_name("dino-sparo")
@@ -271,6 +275,7 @@ def in_processes(number: int, folder: str) -> None:
             distributed.first_rank_first(fail)
 
 
+@pytest.mark.long
 def test_collectives(tmp_path):
     spawn(in_processes, str(tmp_path), processes=3)
 

@@ -43,6 +43,7 @@ def test_flops_are_those_of_the_networks(counted, tmp_path):
     assert counted().flops == pytest.approx(4 * count_flops(state.student, SIZES), rel=0.05)
 
 
+@pytest.mark.long
 def test_a_float32_step_moves_more_and_keeps_more_than_one_in_half_precision(counted):
     full, half, scaled = (counted(64, precision=precision) for precision in ("fp32", "bf16", "fp16"))
     assert full.flops == half.flops == scaled.flops
@@ -52,6 +53,7 @@ def test_a_float32_step_moves_more_and_keeps_more_than_one_in_half_precision(cou
     assert {operator.half for operator in full.found} == {False}
 
 
+@pytest.mark.long
 def test_every_further_micro_batch_takes_the_same(counted):
     one, two, four = (counted(accumulation=micro_batches) for micro_batches in (1, 2, 4))
     assert four.bytes - two.bytes == 2 * (two.bytes - one.bytes)
@@ -115,6 +117,7 @@ def test_phases_of_one_gpu_are_parts_of_the_step(estimated, capsys):
     assert views[0] > 0 and phases["backward"][2] > phases["student forward"][2] > 0
 
 
+@pytest.mark.long
 def test_what_a_gpu_does_not_hold_is_a_problem(estimated, monkeypatch):
     monkeypatch.setitem(GPUS, "v100", GPUS["v100"]._replace(memory_gb=0))
     given = ["--data.path=none", "--num_images=4000", "--gpu=v100"]

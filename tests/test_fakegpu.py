@@ -168,14 +168,16 @@ def test_views_without_a_compiler_are_said_to_be_slow_at_the_start(data, program
 
 
 def run_arguments(data, run_dir, **changes):
-    """A tiny run on GPUs, in two processes."""
-    return ["pretrain", *tiny_arguments(data, run_dir, machine__device="cuda", **changes), "--nproc=2"]
+    """A tiny run on GPUs, in two processes, whose views the CPU makes, so that nothing is compiled."""
+    changes = {"machine__device": "cuda", "machine__views": "pil"} | changes
+    return ["pretrain", *tiny_arguments(data, run_dir, **changes), "--nproc=2"]
 
 
-@pytest.mark.parametrize("capture", ["false", "true"])
-def test_two_processes_train_stop_and_resume(capture, data, gpus, program, tmp_path):
+@pytest.mark.parametrize(("capture", "views"), [("false", "pil"), ("true", "device")])
+def test_two_processes_train_stop_and_resume(capture, views, data, gpus, program, tmp_path):
     start, environment = gpus
-    arguments = run_arguments(data, tmp_path / "run", optim__epochs=12, machine__capture=capture)
+    changes = {"machine__capture": capture, "machine__views": views}
+    arguments = run_arguments(data, tmp_path / "run", optim__epochs=12, **changes)
     with subprocess.Popen([*start, "-m", "dino_sparo", *arguments], env=environment) as process:
         wait_for_step(10, tmp_path / "run", process)
         process.send_signal(signal.SIGTERM)
@@ -188,7 +190,7 @@ def test_two_processes_train_stop_and_resume(capture, data, gpus, program, tmp_p
 
 
 def test_processes_go_on_together_if_one_cannot_capture(data, program, tmp_path):
-    arguments = run_arguments(data, tmp_path / "run", machine__capture="true", machine__views="pil")
+    arguments = run_arguments(data, tmp_path / "run", machine__capture="true")
     done = program(*arguments, FAKEGPU_NO_CAPTURE="1")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("could not be captured as a CUDA graph in 1 processes") == 1
@@ -219,8 +221,7 @@ def test_a_stuck_process_ends_the_run(data, gpus, tmp_path):
     """The one that waits for it gives up, in the time that it is given."""
     start, environment = gpus
     impatient = start, environment | {"FAKEGPU_PATIENCE": "20"}
-    changes = {"machine__capture": "true", "machine__views": "pil"}
-    (error,) = errors_after(signal.SIGSTOP, impatient, data, tmp_path / "run", 60, **changes)
+    (error,) = errors_after(signal.SIGSTOP, impatient, data, tmp_path / "run", 60, machine__capture="true")
     assert "process 0 has waited" in error
 
 
@@ -230,7 +231,8 @@ def test_a_stuck_process_ends_the_run(data, gpus, tmp_path):
     ids=["networks", "step"],
 )
 def test_what_does_not_fit_into_memory_is_one_sentence(gib, changes, data, program, tmp_path):
-    arguments = tiny_arguments(data, tmp_path / "run", machine__device="cuda", **changes)
+    changes = {"machine__device": "cuda", "machine__views": "pil"} | changes
+    arguments = tiny_arguments(data, tmp_path / "run", **changes)
     done = program("pretrain", *arguments, FAKEGPU_MEMORY_GIB=str(gib))
     assert done.returncode == 2
     assert "Traceback" not in done.stderr and "memory" in done.stderr.splitlines()[-1]

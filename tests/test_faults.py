@@ -55,6 +55,7 @@ def killed(process: subprocess.Popen, rank: int) -> str:
     return said
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_others(victim, pictures, tmp_path):
     with started(command(pictures, tmp_path, 2, machine__num_workers=1, **LONG)) as process:
@@ -65,7 +66,9 @@ def test_a_killed_process_ends_the_others(victim, pictures, tmp_path):
     assert load_latest(tmp_path)["step"] >= 3
 
 
-@pytest.mark.parametrize(("processes", "workers", "members"), [(1, 2, 3), (2, 1, 5)])
+@pytest.mark.parametrize(
+    ("processes", "workers", "members"), [(1, 2, 3), pytest.param(2, 1, 5, marks=pytest.mark.long)]
+)
 def test_a_killed_launcher_or_run_leaves_nobody_behind(processes, workers, members, pictures, tmp_path):
     with started(command(pictures, tmp_path, processes, machine__num_workers=workers, **LONG)) as process:
         wait_for_step(4, tmp_path, process)
@@ -116,9 +119,10 @@ def with_site(folder: Path, code: str) -> str:
     return f"{folder}:{os.environ.get('PYTHONPATH', '.')}"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("code", "saved"),
-    [(SLOW_SAVES, None), pytest.param(BLOCKED_SAVE, 3, marks=pytest.mark.long)],  # ended after 23 seconds
+    [(SLOW_SAVES, None), (BLOCKED_SAVE, 3)],  # ended after 23 seconds
     ids=["slow", "blocked outside of Python"],
 )
 def test_a_process_is_lost_while_a_checkpoint_is_written(code, saved, pictures, tmp_path):
@@ -158,7 +162,8 @@ def test_a_process_that_the_launcher_did_not_end_is_named(codes, named, tmp_path
 # --- A run is told to stop
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [1, 2])
 def test_many_signals_are_one(processes, pictures, tmp_path):
     run_dir, path = tmp_path / "run", with_site(tmp_path / "site", SLOW_SAVES)
     arguments = command(pictures, run_dir, processes, **(LONG | {"log__checkpoint_every_minutes": 0}))
@@ -174,6 +179,7 @@ def test_many_signals_are_one(processes, pictures, tmp_path):
     assert stopped_step(run_dir) == load_latest(run_dir)["step"]
 
 
+@pytest.mark.long
 def test_a_signal_to_one_process_stops_all(pictures, tmp_path):
     with started(command(pictures, tmp_path, 2, **LONG)) as process:
         wait_for_step(4, tmp_path, process)
@@ -203,6 +209,7 @@ def test_two_first_starts_in_one_folder(pictures, tmp_path, monkeypatch):
     assert load_latest(tmp_path / "run")["step"] == 9
 
 
+@pytest.mark.long
 def test_only_one_run_trains_in_a_folder(pictures, tmp_path):
     arguments = command(pictures, tmp_path, **LONG)
     with started(arguments) as process:
@@ -294,6 +301,7 @@ def in_processes(number: int, folder: str, pictures: str, wrong_step: int) -> No
     Path(folder, f"state{number}").write_text(state_hash({"step": 4, **capture_state(runs[0].state)}))
 
 
+@pytest.mark.long
 def test_a_loss_that_is_not_finite_in_one_process_changes_nothing_in_any(pictures, tmp_path):
     for name, wrong_step in (("whole", 0), ("broken", 5)):  # of three an epoch
         (tmp_path / name).mkdir()

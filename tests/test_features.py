@@ -157,6 +157,7 @@ def in_processes(number: int, folder: str, pictures: str) -> None:
         assert found["cls"].shape == (NUM_IMAGES, 16)
 
 
+@pytest.mark.long
 def test_processes_share_the_images(source, tmp_path, one_thread):
     alone = features_of(small_encoder(), source, NAMES, tmp_path / "1")
     spawn(in_processes, str(tmp_path / "n"), str(source.root), processes=3)
@@ -189,6 +190,7 @@ def meddled_with(number: int, folder: str, pictures: str) -> None:
         features_of(encoder, open_images(pictures), ["encoding"], Path(folder))
 
 
+@pytest.mark.long
 def test_two_programs_may_fill_one_cache(source, tmp_path):
     spawn(meddled_with, str(tmp_path / "n"), str(source.root), processes=2)
     alone = features_of(small_encoder(), source, ["encoding"], tmp_path / "1")

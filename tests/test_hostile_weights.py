@@ -202,7 +202,7 @@ def test_archives_that_would_fill_the_memory(tmp_path, state, change, compressio
             read(tmp_path / "bomb.pth")
 
 
-@pytest.mark.parametrize("inserted", [LONG, MANY], ids=["text", "many"])
+@pytest.mark.parametrize("inserted", [LONG, pytest.param(MANY, marks=pytest.mark.long)], ids=["text", "many"])
 def test_the_older_format_that_would_fill_the_memory(tmp_path, state, inserted):
     path = tmp_path / "bomb.pth"
     torch.save(state, path, _use_new_zipfile_serialization=False)

@@ -84,6 +84,7 @@ def test_pictures_and_numbers_of_a_flat_folder(slot_runs, tmp_path, run, capsys)
         assert str(tmp_path / "neighbors" / name) in printed
 
 
+@pytest.mark.long
 def test_features_of_the_gallery_are_used_again(slot_runs, tmp_path):
     cache = tmp_path / "cache"
     for command in ("gallery", "neighbors"):

@@ -62,6 +62,7 @@ def test_every_read_out(needs_onnx, tmp_path, name):
     assert names == (["encoding", "attention"] if encoder.num_slots else ["encoding"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shift", [0.01, float("nan")])
 def test_a_failed_check_leaves_nothing(needs_onnx, run_dir, tmp_path, monkeypatch, capsys, shift):
     right = onnx_file.to_onnx

@@ -19,6 +19,7 @@ from dino_sparo.slots.page import GALLERY_BYTES, PICTURE_BYTES, picture_uri, wri
 from dino_sparo.slots.subject import FILES, Subject
 from tests.tiny import write_pictures
 
+pytestmark = pytest.mark.long
 MACHINE = ("--device=cpu", "--num_workers=0")
 WEBSITE = re.compile(
     r"""(?:src|href|url|srcset|action|data)\s*[=(]\s*["']?\s*(?:https?:)?//""", re.IGNORECASE
@@ -304,7 +305,6 @@ def test_report_of_a_run_without_analyses(run_dir, capsys):
     assert page.commands == commands(run_dir, "knn", "linear", *FILES)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("folder", "reason"),
     [("data/train/class0", "not in class folders"), ("data", "validation images in a flat folder")],

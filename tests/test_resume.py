@@ -1,11 +1,12 @@
 """A run that is interrupted and started again ends as if nothing had happened, bit for bit."""
 
+import os
 import random
 import re
 import signal
-import subprocess
-import sys
+import threading
 import time
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,8 +17,8 @@ from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.runs.checkpoint import load_latest
 from dino_sparo.runs.runlog import read_metrics
 from dino_sparo.training import pretrain as program
-from tests.running import PowerCutError, command, logged, pretrain_until
-from tests.tiny import state_hash, tiny_options, write_pictures
+from tests.running import PowerCutError, in_new_process, logged, pretrain_until
+from tests.tiny import state_hash, tiny_arguments, tiny_options, write_pictures
 
 NUM_IMAGES, TOTAL_STEPS = 10, 6  # batch 4: two steps an epoch, two images dropped, three epochs
 
@@ -111,7 +112,7 @@ def test_monitoring_and_logging_change_nothing(pictures, uninterrupted, tmp_path
     assert [entry["step"] for entry in evaluations] == [0, 2, 4, 6]
 
 
-@pytest.mark.parametrize("step", [2, 6])
+@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.long), 6])
 def test_killed_in_an_evaluation(step, pictures, uninterrupted, tmp_path, monkeypatch):
     """The checkpoint is written before it, and the next start makes up for it."""
     write_pictures(tmp_path / "labeled", 30, classes=3)
@@ -145,56 +146,54 @@ def test_another_seed_is_another_run(pictures, uninterrupted, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1800)  # twenty-one starts, each of which imports torch
 def test_killed_twenty_times(pictures, tmp_path):
     """SIGKILL at random moments, also while a checkpoint is written, which each step is."""
     changes = {"optim__epochs": 100, "log__checkpoint_every_minutes": 1e-9}
     pretrain(tiny_options(pictures, tmp_path / "whole", **changes))
     moments = random.Random(0)
     for kill in range(21):
-        arguments = command(pictures, tmp_path / "run", machine__num_workers=kill % 3, **changes)
-        with subprocess.Popen(arguments, stderr=subprocess.DEVNULL) as process:
-            if kill == 20:
-                continue  # and to the end
-            before = len(logged(tmp_path / "run"))
-            while process.poll() is None and len(logged(tmp_path / "run")) <= before:
+        workers = 2 if kill % 5 == 4 else 0  # which import torch, for seconds
+        arguments = tiny_arguments(pictures, tmp_path / "run", machine__num_workers=workers, **changes)
+        before = len(logged(tmp_path / "run"))
+        process = in_new_process(["pretrain", *arguments])
+        if kill < 20:  # the last one runs to the end
+            while process.is_alive() and len(logged(tmp_path / "run")) <= before:
                 time.sleep(0.002)
             time.sleep(moments.uniform(0, 0.1))
-            assert process.poll() is None, "the run has ended before it could be killed"
+            assert process.is_alive(), "the run has ended before it could be killed"
             process.kill()
-    assert process.returncode == 0
+        process.join()
+    assert process.exitcode == 0
     assert state_hash(load_latest(tmp_path / "run")) == state_hash(load_latest(tmp_path / "whole"))
     assert curve(tmp_path / "run") == curve(tmp_path / "whole")
     assert event_steps(tmp_path / "run") == event_steps(tmp_path / "whole")
 
 
-KILLED_IN_SAVE = """
-import os, signal, sys, threading
-from dino_sparo.__main__ import main
-flush, calls = os.fsync, []
-def killing(descriptor):
-    if threading.current_thread() is not threading.main_thread():  # it flushes the log
-        calls.append(1)
-    if len(calls) == int(sys.argv[1]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    flush(descriptor)
-os.fsync = killing
-sys.exit(main(sys.argv[2:]))
-"""
+def kill_at(call: int) -> None:
+    """End this process by SIGKILL at a call of `os.fsync` by the thread that saves."""
+    flush, calls = os.fsync, []
+
+    def killing(descriptor):
+        if threading.current_thread() is not threading.main_thread():  # it flushes the log
+            calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        flush(descriptor)
+
+    os.fsync = killing
 
 
 @pytest.mark.parametrize(
     "call", [4, *(pytest.param(call, marks=pytest.mark.long) for call in (5, 6))]
 )  # second checkpoint: the file, its hash, the folder
 def test_killed_inside_a_save(call, pictures, uninterrupted, tmp_path):
-    arguments = command(pictures, tmp_path, log__checkpoint_every_minutes=1e-9)
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED_IN_SAVE, str(call), *arguments[3:]],
-        stderr=subprocess.DEVNULL,
-        check=False,
-    )
-    assert killed.returncode == -signal.SIGKILL
+    arguments = ["pretrain", *tiny_arguments(pictures, tmp_path, log__checkpoint_every_minutes=1e-9)]
+    killed = in_new_process(arguments, partial(kill_at, call))
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     assert (tmp_path / "checkpoints" / "writing.tmp").exists() == (call < 6)
     assert load_latest(tmp_path)["step"] == (1 if call < 6 else 2)
-    subprocess.run(arguments, check=True, capture_output=True)
+    resumed = in_new_process(arguments)
+    resumed.join()
+    assert resumed.exitcode == 0
     assert_as_uninterrupted(tmp_path, uninterrupted)

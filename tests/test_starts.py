@@ -135,9 +135,8 @@ def listening(pid: int) -> set[str]:
     return found - {""}
 
 
-@pytest.mark.parametrize(
-    ("processes", "addresses"), [(1, set()), pytest.param(2, {"0100007F"}, marks=pytest.mark.long)]
-)  # 127.0.0.1
+@pytest.mark.long
+@pytest.mark.parametrize(("processes", "addresses"), [(1, set()), (2, {"0100007F"})])  # 127.0.0.1
 def test_no_port_is_open_to_other_machines(processes, addresses, tmp_path):
     write_pictures(tmp_path / "data", 12)
     changes = {"optim__epochs": 1000, "machine__num_workers": 1}

@@ -190,6 +190,7 @@ def test_another_experiment_in_the_same_folder_is_refused(data):
     assert (data.parent / "sweep" / "sweep.json").read_text() == before
 
 
+@pytest.mark.long
 def test_a_signal_stops_all_and_the_same_command_goes_on(data, monkeypatch):
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     scalars, logged = RunLog.scalars, []

@@ -67,6 +67,7 @@ def test_file_gets_plain_lines(arguments):
     assert re.search(r"knn20_images \d+  \(± \d+\.\d[,)]", shown), "one standard error"
 
 
+@pytest.mark.long
 def test_quiet_run_shows_nothing_on_a_terminal_and_logs_all(arguments, tmp_path):
     assert pretrain(*arguments, "--quiet", on_terminal=True) == (0, "")
     entries = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

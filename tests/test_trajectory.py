@@ -17,6 +17,7 @@ from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.state import state_of
 from dino_sparo.training.steps import NUMBERS, Steps
 from tests.conftest import load_golden_arrays
+from tests.running import COMPILER
 
 NUM_STEPS = 5
 # Float32, five steps: other orders of summation, amplified by AdamW's division.
@@ -71,8 +72,10 @@ def trained(request):
     load_golden(student, arrays)
     load_golden(teacher, arrays)
     if request.param == "compiled":
-        student.compile_backbone()
-        teacher.compile_backbone()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "compile", partial(torch.compile, backend=COMPILER))
+            student.compile_backbone()
+            teacher.compile_backbone()
     loss_fn = DINOLoss(num_prototypes=256)
     set_numerics(tf32=False, deterministic=False)
     device = torch.device("cuda" if request.param in ("GPU", "captured") else "cpu")
