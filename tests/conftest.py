@@ -7,12 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from dino_sparo.__main__ import main
-from dino_sparo.cli.pretraining import pretrain
-from tests.tiny import CLS, tiny_arguments, tiny_options, write_pictures
+# Only fixtures import what imports torch, which the process that distributes the tests does not need.
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -37,6 +34,9 @@ def own_cache(tmp_path_factory) -> None:
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory) -> Path:
     """A tiny run that has ended, beside its images in `data`."""
+    from dino_sparo.cli.pretraining import pretrain
+    from tests.tiny import tiny_options, write_pictures
+
     folder = tmp_path_factory.mktemp("run")
     write_pictures(folder / "data", 4)
     pretrain(tiny_options(folder / "data", folder / "run"))
@@ -46,6 +46,8 @@ def run_dir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
     """Pictures of one class, three steps an epoch of a tiny run."""
+    from tests.tiny import write_pictures
+
     write_pictures(folder := tmp_path_factory.mktemp("pictures"), 12)
     return folder
 
@@ -53,6 +55,8 @@ def pictures(tmp_path_factory) -> Path:
 @pytest.fixture
 def data(tmp_path) -> Path:
     """Pictures of two classes with val, which is the same as train."""
+    from tests.tiny import write_pictures
+
     write_pictures(tmp_path / "data", 24, classes=2)
     shutil.copytree(tmp_path / "data" / "train", tmp_path / "data" / "val")
     return tmp_path / "data"
@@ -60,6 +64,8 @@ def data(tmp_path) -> Path:
 
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -77,6 +83,9 @@ def horizontal_first(monkeypatch):
 @pytest.fixture(scope="session")
 def slot_runs(tmp_path_factory) -> dict[str, Path]:
     """Pictures of three classes, others of two, a run with three slots, and one without, 16 numbers wide."""
+    from dino_sparo.__main__ import main
+    from tests.tiny import CLS, tiny_arguments, write_pictures
+
     folder = tmp_path_factory.mktemp("slot_runs")
     write_pictures(folder / "data", 60, classes=3)
     write_pictures(folder / "other", 40, classes=2)

@@ -75,6 +75,7 @@ def add_lines(path: Path) -> None:
     path.write_bytes(b"\n".join(LINES) + b"\n" + before + b"\n".join(LINES) + b"\n" + b'{"step": 3, "ep')
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "damage"),
     [

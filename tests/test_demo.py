@@ -84,6 +84,7 @@ def test_a_gain_within_chance_is_said_to_be(first, last, images, chance):
     assert ("± 3.9" in shown and "153 test images" in shown) == (images == 153)
 
 
+@pytest.mark.long
 def test_read_out_without_slots_has_no_slot_maps(tmp_path, capsys):
     shorter = {"data__max_images": 8, "optim__epochs": 2, "monitor__knn_images_per_class": 2}
     run_demo("shapes", tmp_path, **CLS, **shorter)

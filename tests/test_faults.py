@@ -66,9 +66,8 @@ def test_a_killed_process_ends_the_others(victim, pictures, tmp_path):
     assert load_latest(tmp_path)["step"] >= 3
 
 
-@pytest.mark.parametrize(
-    ("processes", "workers", "members"), [(1, 2, 3), pytest.param(2, 1, 5, marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("processes", "workers", "members"), [(1, 2, 3), (2, 1, 5)])
 def test_a_killed_launcher_or_run_leaves_nobody_behind(processes, workers, members, pictures, tmp_path):
     with started(command(pictures, tmp_path, processes, machine__num_workers=workers, **LONG)) as process:
         wait_for_step(4, tmp_path, process)
@@ -247,6 +246,7 @@ def test_a_disk_that_gets_full_is_told(pictures, tmp_path, monkeypatch):
         pretrain(tiny_options(pictures, tmp_path / "run"))
 
 
+@pytest.mark.long
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_the_old_one_whole(pictures, tmp_path):
     changes = {"optim__epochs": 2, "log__checkpoint_every_epochs": 1}
     pretrain(tiny_options(pictures, tmp_path, **changes))

@@ -40,9 +40,8 @@ def results_of(folder: Path) -> dict[tuple[str, str, str], tuple[float, int]]:
     return {(r["protocol"], r["name"], r["test_set"]): (r["top1"], r["num_images"]) for r in results}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.long] * (name != "folder")) for name in RUNS]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", RUNS)
 def test_a_run_stopped_in_mid_epoch_resumes(name, here):
     was = EXPECTED[name]
     assert was["step"] % 3, "not in the middle of an epoch"
@@ -114,6 +113,7 @@ def test_a_study_that_has_ended_gives_the_same_table(here):
     assert main([*EXPECTED["study_command"], "--resume_unverified"]) == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", sorted((OLDER / "recipes").iterdir()), ids=lambda path: path.stem)
 def test_recipes_are_read(recipe, here, capsys):
     """One with views by tensors and read-out fields that are null, as the version before had them."""

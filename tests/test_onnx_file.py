@@ -25,6 +25,7 @@ def needs_onnx():
         pytest.importorskip(name)
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_a_run_as_onnx(needs_onnx, run_dir, tmp_path, capsys):
     onnx = pytest.importorskip("onnx")

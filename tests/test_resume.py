@@ -63,7 +63,7 @@ def assert_as_uninterrupted(run_dir: Path, uninterrupted: Path) -> None:
     assert state_hash(load_latest(run_dir)) == state_hash(load_latest(uninterrupted))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.long)])
 @pytest.mark.parametrize("step", range(1, TOTAL_STEPS))
 def test_interrupted_after_any_step(step, workers, pictures, uninterrupted, tmp_path, monkeypatch):
     options = tiny_options(

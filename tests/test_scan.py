@@ -196,7 +196,8 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.parametrize("at_start", [True, pytest.param(False, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("at_start", [True, False])
 def test_ctrl_c_ends_the_scan_and_its_workers(with_hanging_file, at_start):
     command = [sys.executable, "-c", INTERRUPTED, str(with_hanging_file.paths[1]), str(at_start)]
     run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)

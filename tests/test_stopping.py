@@ -39,13 +39,14 @@ def result_of(run_dir: Path) -> tuple[str, list]:
     return state_hash(load_latest(run_dir)), losses
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("processes", "workers", "sent"),
     [
-        pytest.param(2, 0, signal.SIGTERM, marks=pytest.mark.long),
+        (2, 0, signal.SIGTERM),
         (1, 2, signal.SIGINT),
-        pytest.param(2, 2, signal.SIGUSR1, marks=pytest.mark.long),
-        pytest.param(1, 0, signal.SIGHUP, marks=pytest.mark.long),
+        (2, 2, signal.SIGUSR1),
+        (1, 0, signal.SIGHUP),
     ],
 )
 def test_a_signal_in_mid_epoch(processes, workers, sent, pictures, uninterrupted, tmp_path):

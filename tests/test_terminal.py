@@ -57,6 +57,7 @@ def arguments(tmp_path) -> list[str]:
     return tiny_arguments(tmp_path / "data", tmp_path / "run", **changes)
 
 
+@pytest.mark.long
 def test_file_gets_plain_lines(arguments):
     status, shown = pretrain(*arguments, on_terminal=False)
     assert status == 0
