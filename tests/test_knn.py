@@ -16,7 +16,7 @@ SEARCHES = [{"by_faiss": True}, {"bfloat16": False}, {"bfloat16": True}]
 
 
 @pytest.mark.parametrize("search", SEARCHES)
-@pytest.mark.parametrize("chunk_size", [1, 7, 256, 3000])
+@pytest.mark.parametrize("chunk_size", [pytest.param(1, marks=pytest.mark.long), 7, 256, 3000])
 def test_golden_accuracies(golden, chunk_size, search, monkeypatch):
     arrays = golden("knn")
     chunks = {"train_chunk": chunk_size + 200, "test_chunk": chunk_size}

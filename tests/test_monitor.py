@@ -152,7 +152,11 @@ INJECTED_AT, NUM_STEPS = 31, 81
 
 @pytest.mark.parametrize(
     ("collapsed", "log_every_steps"),
-    [(None, 1), (constant, 1), pytest.param(torch.zeros_like, 10, marks=pytest.mark.long)],
+    [
+        pytest.param(None, 1, marks=pytest.mark.long),
+        (constant, 1),
+        pytest.param(torch.zeros_like, 10, marks=pytest.mark.long),
+    ],
 )
 def test_a_run_is_warned_of_a_collapse_and_only_then(
     tmp_path, monkeypatch, capsys, collapsed, log_every_steps

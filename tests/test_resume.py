@@ -112,7 +112,8 @@ def test_monitoring_and_logging_change_nothing(pictures, uninterrupted, tmp_path
     assert [entry["step"] for entry in evaluations] == [0, 2, 4, 6]
 
 
-@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.long), 6])
+@pytest.mark.long
+@pytest.mark.parametrize("step", [2, 6])
 def test_killed_in_an_evaluation(step, pictures, uninterrupted, tmp_path, monkeypatch):
     """The checkpoint is written before it, and the next start makes up for it."""
     write_pictures(tmp_path / "labeled", 30, classes=3)
