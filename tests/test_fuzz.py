@@ -43,6 +43,7 @@ ODD += ["9" * 5000, {"a": [1]}, [1, "x"], "../x", "/dev/zero", 3.5, "1e3", [-1] 
 
 
 @pytest.mark.long
+@pytest.mark.timeout(300 + COUNT)
 def test_mutated_files_raise_our_errors_alone_and_take_no_more_than_good_ones():
     print(f"seed {SEED}, {COUNT} inputs")
     command = [sys.executable, "-m", __name__, *map(str, (SEED, 0, COUNT))]
