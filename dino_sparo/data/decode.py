@@ -139,8 +139,10 @@ class Reading(NamedTuple):
             tile = [side for tag in (322, 323) if isinstance(side := image.tag_v2.get(tag), int)]
             width, height = max((width, height), tuple(tile), key=prod) if len(tile) == 2 else (width, height)
         pixels = max(width * height, NARROW * max(width, height))
-        if pixels * (2 if _takes_twice(image, in_scans) else 1) > self.max_pixels:
-            raise OSError(f"{width:,} x {height:,} pixels are too many {self._allowed()}")
+        twice = _takes_twice(image, in_scans)
+        if pixels * (2 if twice else 1) > self.max_pixels:
+            half = f", half of which such a {image.format} image may have" if twice else ""
+            raise OSError(f"{width:,} x {height:,} pixels are too many {self._allowed()}{half}")
 
     def _allowed(self) -> str:
         return f"for data.max_pixels {self.max_pixels:,}"
