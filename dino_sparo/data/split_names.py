@@ -3,6 +3,7 @@
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Sequence
+from functools import lru_cache
 from itertools import chain
 from typing import NamedTuple
 
@@ -43,6 +44,7 @@ class Meaning(NamedTuple):
     """The other words of the name, without digits."""
 
 
+@lru_cache(2**13)  # each command asks several times for each class folder
 def words(name: str) -> tuple[str, ...]:
     """The words of a name in lower case, without digits: `imagenet1k-trainA` gives imagenet, k, train, a;
     `trainimages` gives train, images."""
