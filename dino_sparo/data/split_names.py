@@ -133,10 +133,11 @@ def about_images(folder: str, names: bytes = b"") -> str:
     if is_about_images(word for part in folder.split("/") for word in words(part)):
         return folder
     first = names.split(b"\0", FIRST_NAMES)[:FIRST_NAMES]
-    masks = [name for name in first if any(end in name.lower() for end in MASK_ENDS)]
-    if not masks:
+    text = b"\0".join(first).lower()
+    if not any(end in text for end in MASK_ENDS):  # all names at once
         return ""
-    name = masks[0].rpartition(b"/")[2].decode("utf-8", "surrogateescape")
+    mask = next(name for name in first if any(end in name.lower() for end in MASK_ENDS))
+    name = mask.rpartition(b"/")[2].decode("utf-8", "surrogateescape")
     return f"{folder}/{name}" if folder else name
 
 
