@@ -101,7 +101,7 @@ def test_the_page_has_every_seed_and_each_mean_is_theirs(studied):
             cells = " | ".join(f"{run['results'][i]['top1']:.2f}" for i in (0, 3))
             assert f"| {row} | {run['seed']} | {cells}" in page
         assert f"{statistics.fmean(of_knn):.2f} ± {statistics.stdev(of_knn):.2f} (2 seeds)" in page
-    assert "its runs by\n\n- `dino-sparo study of 'a b'`\n\n- commit" in page
+    assert "made by `dino-sparo study of 'a b'`.\n\n- commit" in page  # the runs too
     assert (
         "difference to cls" in page
         and "95 % interval by a paired bootstrap" in page
@@ -137,14 +137,19 @@ def test_probes_are_chosen_on_train_images_that_they_have_not_seen(studied):
 
 
 @pytest.mark.long
-def test_again_trains_nothing_and_says_the_same(studied, capsys, monkeypatch):
+def test_again_trains_nothing_and_says_the_same(studied, capsys, caplog, monkeypatch):
     monkeypatch.setattr(training, "EPOCHS", 3)
+    monkeypatch.setattr(sys, "argv", ["dino-sparo", "study", "again"])
     before = (studied / "study" / "study.json").read_text()
     starts = [path.read_text() for path in sorted((studied / "study").glob("*/starts.jsonl"))]
     assert run_study(studied, TWO, FEW, f'--transfer=["other={studied / "other"}"]') == 0
     assert (studied / "study" / "study.json").read_text() == before
     assert [path.read_text() for path in sorted((studied / "study").glob("*/starts.jsonl"))] == starts
     assert "difference to cls" in capsys.readouterr().out
+    numbers = [line.partition(":")[0] for line in caplog.messages if line.startswith("evaluating")]
+    assert numbers == [f"evaluating {number} of 4" for number in (1, 2, 3, 4)]  # gap was left out
+    page = (studied / "study" / "study.md").read_text()
+    assert "`dino-sparo study again`.\n\nOther commands that made its runs:\n\n- `dino-sparo study of" in page
 
 
 def result(name: str, top1: float) -> Result:

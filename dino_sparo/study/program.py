@@ -53,11 +53,12 @@ def study(
     remember_images(folder, data_sets, hashes)
     errors = training.train(variants, folder, unverified=unverified)
     measured: dict[str, dict[str, Measured]] = {}
-    for number, variant in enumerate(variants, start=1):
-        if training.final_knn(variant.run_dir, variant.recipe.optim.epochs) is None:
-            continue
+    complete = [
+        one for one in variants if training.final_knn(one.run_dir, one.recipe.optim.epochs) is not None
+    ]
+    for number, variant in enumerate(complete, start=1):
         errors.pop(variant.folder, None)  # another process has completed it
-        log.info("evaluating %d of %d: %s", number, len(variants), variant.folder)
+        log.info("evaluating %d of %d: %s", number, len(complete), variant.folder)
         # The lock is for other processes that evaluate the same run.
         with training.failure_noted(variant, errors), errors_for_user(), alone_in(variant.run_dir):
             measured[variant.folder] = {

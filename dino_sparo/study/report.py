@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from dino_sparo.evaluation.compare import (
     DIFFERENCES,
@@ -108,10 +109,16 @@ def about(run_dirs: Sequence[Path]) -> list[str]:
         f"{start['versions']['timm']}, {start['processes']} x {start['device']}, {start['precision']}"
         for start in starts
     }
-    commands = dict.fromkeys(shlex.join(start["command"][1:]) for start in starts)
+    own = shlex.join(sys.argv[1:])
+    others = dict.fromkeys(shlex.join(start["command"][1:]) for start in starts)
+    others.pop(own, None)
+    runs = [
+        "Other commands that made its runs:",
+        "\n".join(f"- `dino-sparo {command}`" for command in others),
+    ]
     return [
-        f"This page was made by `dino-sparo {shlex.join(sys.argv[1:])}`, its runs by",
-        "\n".join(f"- `dino-sparo {command}`" for command in commands),
+        f"This page was made by `dino-sparo {own}`.",
+        *(runs if others else []),
         "\n".join(f"- {one}" for one in sorted(made)),
         f"The teacher is evaluated. Probes are trained on cached center crops for {EPOCHS} epochs, which is "
         f"not the official protocol. The selected probe has the best mean accuracy over seeds on a held-out "
@@ -183,6 +190,7 @@ def curves_picture(groups: Sequence[Group], trainings: dict[Path, Training]) -> 
             axis.plot(list(curve), list(curve.values()), color=color, linewidth=0.7, alpha=0.5)
     axis.set(xlabel="epoch", ylabel="20-NN top-1, %", title="20-NN of the teacher during training")
     figure.legend(loc="outside right upper", fontsize=8)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.3)
     picture = BytesIO()
     figure.savefig(picture, dpi=110, format="png")
