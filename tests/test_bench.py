@@ -271,6 +271,7 @@ def test_json_has_all_that_was_measured(recipe, capfd):
         assert part in table
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("few_products")
 def test_table_of_own_files(recipe, tmp_path, capfd):
     write_pictures(tmp_path, 3)

@@ -189,6 +189,7 @@ def test_files_without_damage_are_left_alone(tmp_path):
     assert path.read_text() == '{"a":1}\n{"a" : 2}' and [*tmp_path.iterdir()] == [path]
 
 
+@pytest.mark.long
 def test_logs_of_any_length_are_read_line_by_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     entry = {"step": 1, "epoch": 0.5} | {f"a number with a long name {number}": 0.25 for number in range(20)}

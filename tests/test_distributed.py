@@ -100,7 +100,10 @@ def after_five_steps(run_dir: Path) -> dict:
     return torch.load(run_dir / "checkpoints" / "step_000000005.pt")
 
 
-@pytest.mark.parametrize("batch_size_per_gpu", [8, 4, 1])
+@pytest.mark.parametrize(
+    "batch_size_per_gpu",
+    [8, pytest.param(4, marks=pytest.mark.long), pytest.param(1, marks=pytest.mark.long)],
+)
 def test_processes_and_accumulation_are_the_same_experiment(
     batch_size_per_gpu, pictures, two_processes, tmp_path
 ):

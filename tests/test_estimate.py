@@ -37,6 +37,7 @@ def estimated(capsys):
     return check
 
 
+@pytest.mark.long
 def test_flops_are_those_of_the_networks(counted, tmp_path):
     """torch's counter gives the same FLOPs, except that fused attention recomputes one of five products."""
     state = build_state(tiny_options(tmp_path, tmp_path / "run"))
@@ -108,6 +109,7 @@ def test_micro_batches_are_launched_one_after_the_other(estimated):
     assert four - two == pytest.approx(2 * (two - one))
 
 
+@pytest.mark.long
 def test_phases_of_one_gpu_are_parts_of_the_step(estimated, capsys):
     given = ["--data.path=none", "--num_images=4000", "--gpu=h100"]
     phases = estimated(*given)["gpus"][0]["phases"]
@@ -126,6 +128,7 @@ def test_what_a_gpu_does_not_hold_is_a_problem(estimated, monkeypatch):
     assert problem.startswith("v100: 4 images per GPU need") and "machine.batch_size_per_gpu to 2" in problem
 
 
+@pytest.mark.long
 def test_what_was_measured_stands_beside_it(estimated, monkeypatch, tmp_path):
     write_pictures(tmp_path, 24)
     steps = program.measure_steps

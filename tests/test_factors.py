@@ -112,6 +112,7 @@ def test_pictures_are_those_that_no_training_sees():
     assert all(of.max() < NUM_VALUES[name] for name, of in values.items())
 
 
+@pytest.mark.long
 def test_the_command_beside_a_control(slot_runs, tmp_path, capsys):
     run, control = str(slot_runs["sparo"]), f"--control={slot_runs['cls']}"
     more = ("--num_images=200", "--num_workers=0", "--device=cpu", f"--out={tmp_path}")

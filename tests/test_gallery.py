@@ -80,6 +80,7 @@ def read(out: Path) -> dict:
     return json.loads((out / "gallery" / "gallery.json").read_text())
 
 
+@pytest.mark.long
 def test_the_program_end_to_end(run_dir, pictures, tmp_path, capsys, monkeypatch):
     drawn = {}
 

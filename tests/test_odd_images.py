@@ -305,7 +305,9 @@ def test_what_libraries_warn_of_is_logged_once_with_the_name_of_the_image(num_wo
 # --- k-NN during training
 
 
-@pytest.mark.parametrize(("split", "num_workers"), [("train", 0), ("val", 2)])
+@pytest.mark.parametrize(
+    ("split", "num_workers"), [("train", 0), pytest.param("val", 2, marks=pytest.mark.long)]
+)
 def test_k_nn_while_training_leaves_out_what_cannot_be_read(tmp_path, split, num_workers):
     data, run = tmp_path / "data", tmp_path / "run"
     write_pictures(data, 60, classes=3)

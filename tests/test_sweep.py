@@ -87,6 +87,7 @@ def test_every_variant_is_looked_at_before_one_is_trained(data, tmp_path):
 WITHOUT_SLOTS = {name for name in recipes() if "dino" in name} | {"continue_vits16"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", [name for name in recipes() if name not in WITHOUT_SLOTS])
 def test_shipped_variants_fit_every_sparo_recipe(tmp_path, recipe):
     given = ["--config", recipe, "--data.path=x", f"--run_dir={tmp_path}", "--variants=readouts"]
@@ -174,6 +175,7 @@ def test_one_command_fills_the_table_and_the_same_command_trains_nothing_more(da
     assert list(starts(folder).values()) == [1, 1, 1, 1] and capsys.readouterr().out == printed
 
 
+@pytest.mark.long
 def test_a_run_that_fails_fills_its_row_and_the_next_one_starts(data, capsys):
     assert main(["sweep", *arguments(data), "--vary", "optim.global_batch_size=4,4096,8"]) == 1
     rows = rows_of(data.parent / "sweep")
