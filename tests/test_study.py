@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -150,6 +151,16 @@ def test_again_trains_nothing_and_says_the_same(studied, capsys, caplog, monkeyp
     assert numbers == [f"evaluating {number} of 4" for number in (1, 2, 3, 4)]  # gap was left out
     page = (studied / "study" / "study.md").read_text()
     assert "`dino-sparo study again`.\n\nOther commands that made its runs:\n\n- `dino-sparo study of" in page
+
+
+def test_a_name_is_no_formula(tmp_path):
+    run = SimpleNamespace(folder=tmp_path)
+    curves = {tmp_path: SimpleNamespace(curve={0.0: 30.0, 1.0: 40.0})}
+    pictures = {
+        report.curves_picture([SimpleNamespace(label=label, runs=[run])], curves)
+        for label in (r"$\frac$", "$x$", "x")
+    }
+    assert len(pictures) == 3
 
 
 def result(name: str, top1: float) -> Result:

@@ -29,7 +29,7 @@ from dino_sparo.runs.rundir import read_starts
 from dino_sparo.runs.runlog import each_metric
 from dino_sparo.slots.curves import COLORS, MARKERS
 from dino_sparo.study.training import EPOCHS, SIZES, sizes, write_files
-from dino_sparo.terminal import markdown_table
+from dino_sparo.terminal import markdown_table, shown
 
 PAGE, JSON_FILE, CURVES = "study.md", "study.json", "curves.png"
 COST_REMARK = (
@@ -181,7 +181,7 @@ def curves_picture(groups: Sequence[Group], trainings: dict[Path, Training]) -> 
     axis = figure.subplots()
     for number, group in enumerate(groups):
         color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
-        label = f"{group.label} ({len(group.runs)} seed{'s' if len(group.runs) > 1 else ''})"
+        label = f"{shown(group.label)} ({len(group.runs)} seed{'s' if len(group.runs) > 1 else ''})"
         curves = [trainings[run.folder].curve for run in group.runs]
         shared = sorted(set.intersection(*(set(curve) for curve in curves)))
         means = [statistics.fmean(curve[epoch] for curve in curves) for epoch in shared]
@@ -189,7 +189,8 @@ def curves_picture(groups: Sequence[Group], trainings: dict[Path, Training]) -> 
         for curve in curves if len(curves) > 1 else ():
             axis.plot(list(curve), list(curve.values()), color=color, linewidth=0.7, alpha=0.5)
     axis.set(xlabel="epoch", ylabel="20-NN top-1, %", title="20-NN of the teacher during training")
-    figure.legend(loc="outside right upper", fontsize=8)
+    for text in figure.legend(loc="outside right upper", fontsize=8).get_texts():
+        text.set_parse_math(False)  # a name with $ is no formula
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.3)
     picture = BytesIO()
