@@ -108,8 +108,8 @@ def shard(
             files are copied.
         num_workers: processes that write. None: one per core; 0: this process.
         images_per_shard: images in each shard except the last.
-        every: the second, third, ... image of train that becomes val, in the order of the names; val of the
-            source is not read. None: train and val of the source.
+        every: every so many-th image of train becomes val, in the order of class and name; val of the source
+            is not read. None: train and val of the source.
         choice: how images are read, as by `data.max_pixels` and `data.value_range`.
 
     Raises:
@@ -119,10 +119,7 @@ def shard(
     """
     if short_side is not None and short_side < 1:
         raise UserError(f"--short-side is {short_side}; expected a number of pixels above 0, or null")
-    splits = [
-        Split(images, folder, short_side, images_per_shard)
-        for folder, images in _plan(source, Path(out), short_side, every, choice)
-    ]
+    splits = _plan(source, Path(out), short_side, images_per_shard, every, choice)
     workers = len(os.sched_getaffinity(0)) if num_workers is None else num_workers
     folders = {Path(out)} | {split.folder for split in splits}
     for folder in folders:
@@ -137,9 +134,14 @@ def shard(
 
 
 def _plan(
-    source: str, out: Path, short_side: int | None, every: int | None, choice: Choice
-) -> list[tuple[Path, FolderSource | TableSource]]:
-    """Folder and images of each split, train last. Checks everything that can be checked without `out`."""
+    source: str,
+    out: Path,
+    short_side: int | None,
+    images_per_shard: int,
+    every: int | None,
+    choice: Choice,
+) -> list[Split]:
+    """The splits of a source, train last. Checks everything that can be checked without `out`."""
     train = open_images(source, key="DIR", choice=choice)
     if every is not None and not 2 <= every <= len(train):
         raise UserError(
@@ -161,7 +163,8 @@ def _plan(
                 f"become classes; link their images into one folder"
             )
         _check_names(images, short_side)
-        splits.append((out / name if val is not None else out, images))
+        folder = out / name if val is not None else out
+        splits.append(Split(images, folder, short_side, images_per_shard))
     return splits
 
 

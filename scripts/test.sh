@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, types, and the quick tests (5 minutes on two cores); with --all also the long tests (40 minutes).
+# Lint, types, and the quick tests (5 minutes on two cores); with --all also the long tests (less than an hour).
 case "${1:-}" in
   "" | "#") selection=(-m "not long") ;;  # an interactive zsh passes the words of a comment
   --all) selection=() ;;

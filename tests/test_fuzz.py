@@ -1,6 +1,6 @@
 """Mutated files of every kind through everything that reads files of strangers.
 
-A few hundred by default. All of them, in about 20 minutes:
+A few hundred by default. All of them, in about 15 minutes:
 
     DINO_SPARO_FUZZ=20000 .venv/bin/pytest tests/test_fuzz.py
 

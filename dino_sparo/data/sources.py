@@ -317,7 +317,7 @@ def absolute_path(path: str) -> str:
 
 
 def hold_out(source: ImageSource, every: int = HELD_OUT_EVERY) -> tuple[ImageSource, ImageSource]:
-    """The images to train on, and every fifth image, or another, to test on."""
+    """The images to train on, and every fifth image, or every `every`-th, to test on."""
     held_out = np.arange(len(source)) % every == every - 1
     return source.subset(np.flatnonzero(~held_out)), source.subset(np.flatnonzero(held_out))
 

@@ -24,7 +24,7 @@ ABOUT_IMAGES = frozenset({
     "trimaps", "annotation", "annotations", "label", "labels", "gt", "groundtruth", "meta", "metadata",
     "thumbnail", "thumbnails", "thumbs", "macosx",
 })  # fmt: skip
-MASK_ENDS = (b"_mask.", b"_masks.", b"_seg.", b"_segmentation.", b"_gt.", b"_label.", b"_thumb.")
+MASK = re.compile(rb"_(?:masks?|seg|segmentation|gt|label|thumb)\.", re.IGNORECASE)  # in the name of an image
 FIRST_NAMES = 12  # images of a folder that are checked for masks
 WRAPPERS = frozenset(
     {"images", "image", "imgs", "img", "jpegimages", "data", "dataset", "photos", "pictures"}
@@ -133,10 +133,9 @@ def about_images(folder: str, names: bytes = b"") -> str:
     if is_about_images(word for part in folder.split("/") for word in words(part)):
         return folder
     first = names.split(b"\0", FIRST_NAMES)[:FIRST_NAMES]
-    text = b"\0".join(first).lower()
-    if not any(end in text for end in MASK_ENDS):  # all names at once
+    mask = next(filter(MASK.search, first), None)
+    if mask is None:
         return ""
-    mask = next(name for name in first if any(end in name.lower() for end in MASK_ENDS))
     name = mask.rpartition(b"/")[2].decode("utf-8", "surrogateescape")
     return f"{folder}/{name}" if folder else name
 

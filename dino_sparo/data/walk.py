@@ -154,7 +154,7 @@ def _read_folder(root: Path, started_ns: int, unread: Unread) -> tuple[list[Fold
                 continue
             if _is_folder(entry):
                 inner.append((f"{below}{entry.name}/", (*ancestors, identity)))
-            elif is_image(entry.name):
+            elif entry.name.lower().endswith(EXTENSIONS):  # `is_image` of a name that is not hidden
                 names.append(entry.name)
             elif entry.is_symlink():
                 nowhere.append(Folder(f"{below}{entry.name}/", NO_FOLDER))

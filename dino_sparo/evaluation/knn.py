@@ -82,7 +82,7 @@ def knn_classify(
         num_classes = int(max(labels.max(), truth.max())) + 1
     device = train_features.device if isinstance(train_features, Tensor) else torch.device("cpu")
     cosine_Bk, number_Bk = nearest(train_features, test_features, max(ks), device=device)
-    ranked = _rank_classes(cosine_Bk, labels[number_Bk], ks, temperature, num_classes)
+    ranked = rank_classes(cosine_Bk, labels[number_Bk], ks, temperature, num_classes)
     return {number: _accuracy(ranked_B5, truth) for number, ranked_B5 in ranked.items()}
 
 
@@ -246,11 +246,11 @@ def _ranked_by_all(
     share = queries[rank() :: world_size()]
     cosine_Bk, number_Bk = nearest(gallery, share, max(ks), device=device, by_faiss=by_faiss)
     labels_Bk = torch.from_numpy(train.labels)[number_Bk]
-    ranked = _rank_classes(cosine_Bk, labels_Bk, ks, TEMPERATURE, len(train.classes), among)
+    ranked = rank_classes(cosine_Bk, labels_Bk, ks, TEMPERATURE, len(train.classes), among)
     return {number: gather_rows(ranked_B5, len(queries)) for number, ranked_B5 in ranked.items()}
 
 
-def _rank_classes(
+def rank_classes(
     cosine_Bk: Tensor,
     labels_Bk: Tensor,
     ks: Sequence[int],

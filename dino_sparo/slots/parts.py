@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.evaluation.features import Wanted, cached_features
-from dino_sparo.evaluation.knn import TEMPERATURE
+from dino_sparo.evaluation.knn import TEMPERATURE, rank_classes
 from dino_sparo.evaluation.search import (
     CHUNK_BYTES,
     QUERY_BYTES,
@@ -169,15 +169,9 @@ def knn_accuracies(
                     raise NoDirectionError(error.side, offset + error.number, error.kind) from error
                 best[number] = k_best(best[number], (cosine_Bk, number_Bk + start), k)
         for number, (cosine_Bk, number_Bk) in enumerate(best):
-            voted = vote(cosine_Bk, labels[number_Bk], num_classes)
-            right[number] += int((voted == truth).sum())
+            ranked = rank_classes(cosine_Bk, labels[number_Bk], [k], TEMPERATURE, num_classes)[k]
+            right[number] += int((ranked[:, 0] == truth).sum())
     return [100 * count / len(test) for count in right]
-
-
-def vote(cosine_Bk: Tensor, labels_Bk: Tensor, num_classes: int) -> Tensor:
-    """The class (B,) with the largest sum of exp(cosine / 0.07); ties are won by the lower number."""
-    votes_BS = cosine_Bk.new_zeros(len(cosine_Bk), num_classes)
-    return votes_BS.scatter_add_(1, labels_Bk, (cosine_Bk / TEMPERATURE).exp()).argmax(dim=1)
 
 
 class Moments(NamedTuple):
