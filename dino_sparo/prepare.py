@@ -86,7 +86,9 @@ def prepare(source: str, out: str, labels: str | None = None) -> str:
     folder = Path(out)
     layout = recognize(Path(source))
     if layout is None:
-        raise UserFileNotFoundError(f"{source}: no images recognized; expected a folder of one of: {LAYOUTS}")
+        raise UserFileNotFoundError(
+            f"{source}: no images recognized; expected a folder with one of: {LAYOUTS}"
+        )
     log.info("%s: %s%s", source, layout.name, "" if explain(layout) else "; usable without `prepare`")
     check_out(folder, [one.path for one in (layout.train, layout.val) if one], SPLITS.__contains__)
     splits = _plan(layout, folder, labels)
@@ -151,7 +153,7 @@ def _plan(layout: Layout, out: Path, labels: str | None) -> list[Split]:
         if known and not named & known:
             raise UserError(
                 f"labels {found}: its classes ({min(named)}, ...) are not those of {path} ({min(known)}, "
-                f"...); give a file with the same class names by --labels"
+                f"...); give --labels a file with the same class names"
             )
     return splits
 

@@ -78,7 +78,7 @@ def test_parameters_and_checkpoint_are_those_of_the_run(checked, data, tmp_path)
     assert report["checkpoint_bytes"] == sum(t.nbytes for t in tensors) < written
     assert report["remarks"][1:] == [
         "image files were not read; --scan reads them",
-        "speed and memory were not measured; --measure does it",
+        "speed and memory were not measured; --measure measures them",
     ]
     assert "data" not in report and "step" not in report
 
@@ -153,7 +153,7 @@ def test_advice_for_a_small_folder(checked, monkeypatch):
     monkeypatch.setattr(setup, "FEW_STEPS", 2000)
     remarks = checked("--head.num_prototypes=65536", look=[])["remarks"]
     assert remarks[1:3] == [
-        "18 steps in total are few; --optim.epochs 334 gives 2,000",
+        "only 18 steps in total; --optim.epochs 334 gives 2,000",
         "65,536 prototypes are more than the 24 images; --head.num_prototypes 256 fits them better",
     ]
 
@@ -243,7 +243,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(checked, monkeypatch)
         (lambda root: Image.new("L", (40, 30), 250).save(root / "train/class0/x.png"), True, "constant"),
         (lambda root: NOISE.save(root / "val/class0/x.jpg", exif=TURNED), True, "EXIF"),
         (lambda root: NOISE.save(root / "train/class0/x.tif", save_all=True, append_images=[NOISE]), True,
-         "the first of several pictures in their file; the others are not read: 1 of 25"),
+         "the first of several images in their file; the others are not read: 1 of 25"),
         (lambda root: shutil.move(root / "val", root / "cat") and shutil.move(root / "train", root / "x_val"),
          False, "taken as classes: x_val"),
     ],

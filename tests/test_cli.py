@@ -171,7 +171,7 @@ def test_a_mistyped_run_is_told_with_the_nearest(trained, tmp_path, capsys):
     data, run = trained
     near = f"{run}s", f"(did you mean {str(run)!r}?)"
     assert f"there is no run {near[0]!r} {near[1]}" in mistake(["knn", near[0]], capsys)
-    assert f"{tmp_path} is no run folder, which names its images" in mistake(["knn", str(tmp_path)], capsys)
+    assert f"{tmp_path} is not a run folder, so its" in mistake(["knn", str(tmp_path)], capsys)
     assert f"does not exist {near[1]}" in mistake(["knn", near[0], "--data.path", str(data)], capsys)
     assert f"{near[0]} contains no run to resume {near[1]}" in mistake(
         ["pretrain", "--run_dir", near[0]], capsys

@@ -233,6 +233,6 @@ def test_another_user_cannot_train_in_a_run_folder_but_can_evaluate_it():
         assert status == EXIT_USER_ERROR and said.count("\n") == 1 and f"{run}/.lock" in said
         evaluated = ("knn", run, "--k", 1, "--num_workers", 0)
         status, said = as_another(*evaluated)
-        assert status == EXIT_USER_ERROR and "another folder by --out" in said
+        assert status == EXIT_USER_ERROR and "another folder with --out" in said
         assert as_another(*evaluated, "--out", theirs)[0] == 0 and (theirs / "results.json").exists()
         assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}

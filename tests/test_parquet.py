@@ -244,7 +244,7 @@ def test_nothing_in_them(root):
     with pytest.raises(UserFileNotFoundError, match="but none of train; expected train-"):
         open_images(str(root))
     write_parquet(root / FILE, [])
-    with pytest.raises(UserFileNotFoundError, match="no images found in its tables"):
+    with pytest.raises(UserFileNotFoundError, match="no images found in its files"):
         open_images(str(root))
 
 

@@ -303,7 +303,7 @@ def lacks_an_image(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "labels", "said"),
     [
-        (Path.mkdir, None, "no images recognized; expected a folder of one of: class folders"),
+        (Path.mkdir, None, "no images recognized; expected a folder with one of: class folders"),
         (mini.unpacked, None, rf"val: the classes of these .*--labels .*{SOLUTION}"),
         (lacks_an_image, None, rf"{SOLUTION} line 4: .* has no image 'ILSVRC2012_val_00000003'"),
         (class_folders, "none.txt", r"--labels '.*' is not used: .*source has training images"),

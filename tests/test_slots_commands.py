@@ -44,7 +44,7 @@ def test_images_that_are_not_there(refused, tmp_path, command):
 
 @pytest.mark.parametrize("command", ["maps", "gallery", "neighbors", "rank", "mask", "health", "report"])
 def test_what_is_taken_of_the_images_can_be_chosen(refused, command):
-    assert "data.train 'none*' is no folder" in refused(command, "--data.train=none*")
+    assert "data.train 'none*' is not a folder" in refused(command, "--data.train=none*")
 
 
 @pytest.mark.parametrize("command", ["rank", "mask"])

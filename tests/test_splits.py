@@ -456,7 +456,7 @@ def test_files_of_images_beside_few_images_are_asked_for(tmp_path, trained, caps
         assert main(arguments) == 2
         told = capsys.readouterr().err
         assert told.count("error: ") == 1
-        asked = f".{ending})" in told and ".jpg); choose one of them by data.train" in told
+        asked = f".{ending})" in told and ".jpg); choose one of the two kinds with data.train" in told
         assert asked or f"part0 and part1 both contain {ending} files" in told
     assert len(open_images(str(root), choice=Choice(train="."))) == len(images)
 
@@ -556,10 +556,10 @@ def test_val_that_is_named_must_have_classes_where_it_lies_in_tables(tmp_path):
 
 def test_what_is_named_must_be_there(tmp_path):
     touch(tmp_path, *classes("train"))
-    with pytest.raises(UserFileNotFoundError, match=r"data.val 'none\*' is no folder, and no folder"):
+    with pytest.raises(UserFileNotFoundError, match=r"data.val 'none\*' is not a folder, and no folder"):
         open_val(str(tmp_path), Choice(val="none*"))
     touch(tmp_path, *flat("drafts"), "1.jpg", "0.tar")
-    with pytest.raises(UserFileNotFoundError, match=r"data.train '\*.jpg' is no folder, and no"):
+    with pytest.raises(UserFileNotFoundError, match=r"data.train '\*.jpg' is not a folder, and no"):
         open_images(str(tmp_path), choice=Choice(train="*.jpg"))
     with pytest.raises(
         UserError, match=r"data.train '\*' matches drafts and 0.tar in .*; expected only folders"
@@ -759,7 +759,7 @@ def test_the_column_of_classes_can_be_chosen(tmp_path, saved):
     ):
         labels_of(root, "weight")
     write(tmp_path / "folder", "a/1.png")
-    with pytest.raises(UserError, match=r"data\.label_column 'fine': .*folder contains no tables"):
+    with pytest.raises(UserError, match=r"data\.label_column 'fine': .*folder contains no parquet files"):
         labels_of(tmp_path / "folder", "fine")
 
 

@@ -219,7 +219,7 @@ def test_a_run_folder_that_cannot_be_written_is_refused_at_once(run_dir, tmp_pat
     monkeypatch.setattr(os, "access", lambda path, mode: path != run_dir and access(path, mode))
     monkeypatch.setattr("dino_sparo.interop.load.load_encoder", None)  # not called
     assert evaluate(run_dir, tmp_path) == 2
-    assert f"{run_dir} cannot be written, and is where results would go; name" in capsys.readouterr().err
+    assert f"{run_dir} cannot be written, so results cannot be saved there; give" in capsys.readouterr().err
     monkeypatch.undo()
     monkeypatch.setattr(os, "access", lambda path, mode: path != run_dir and access(path, mode))
     assert evaluate(run_dir, tmp_path, "--out", str(tmp_path / "out")) == 0
@@ -234,5 +234,5 @@ def test_numbers_are_printed_before_they_are_saved(run_dir, tmp_path, monkeypatc
     assert evaluate(run_dir, tmp_path) == 2
     told = capsys.readouterr()
     assert "top-1" in told.out
-    assert "results.json cannot be written (No space left on device), so that the results above" in told.err
-    assert "name another folder by --out" in told.err
+    assert "results.json cannot be written (No space left on device), so the results above" in told.err
+    assert "give another folder with --out" in told.err

@@ -145,7 +145,7 @@ def make_plan(recipe: Recipe, run_dir: Path, num_processes: int) -> Plan:
         problems.append(str(error))
     if device.type == "cuda" and num_processes > torch.cuda.device_count():
         gpus = torch.cuda.device_count()
-        problems.append(f"nproc is {num_processes}, but this machine has {gpus} GPUs; use {gpus} or less")
+        problems.append(f"nproc is {num_processes}, but this machine has {gpus} GPUs; use {gpus} or fewer")
     if disk_bytes > disk_free_bytes and not steps_done:
         problems.append(
             f"run_dir {str(run_dir)!r}: checkpoints need {size(disk_bytes)}, but only "

@@ -97,7 +97,7 @@ def check(
     else:
         remarks.append("image files were not read; --scan reads them")
     if not measure:
-        remarks.append("speed and memory were not measured; --measure does it")
+        remarks.append("speed and memory were not measured; --measure measures them")
     elif problems:
         remarks.append("speed and memory were not measured, because the run has problems")
     else:

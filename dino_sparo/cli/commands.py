@@ -60,9 +60,9 @@ COMMANDS = {
         (
             "pretrain --config imagenet_vits16_sparo --data.path /data/imagenet --run_dir runs/sparo "
             "--nproc 8",
-            "pretrain --config photos_sparo --data.path photos --run_dir runs/photos --dry-run  # the "
-            "plan only",
-            "pretrain --run_dir runs/photos  # resume it",
+            "pretrain --config photos_sparo --data.path photos --run_dir runs/photos --dry-run  # print "
+            "the plan only",
+            "pretrain --run_dir runs/photos  # resume this run",
         ),
         plan=pretraining.plan,
         distributed=True,
@@ -70,11 +70,11 @@ COMMANDS = {
     "check": Command(
         pretraining.CheckOptions,
         pretraining.check,
-        "print the plan of a run; with options also its speed and memory, and a scan of every file",
+        "print the plan of a run; optionally measure its speed and memory, and scan every file",
         (
             "check --config imagenet_vits16_sparo --data.path /data/imagenet --nproc 8",
             "check --config imagenet_vits16_sparo --data.path /data/imagenet --nproc 8 --gpu h100 a100  # "
-            "an estimate for these",
+            "estimates for other GPUs",
             "check --config photos_sparo --data.path photos --measure --scan  # speed and memory, and "
             "every file",
         ),
@@ -118,7 +118,7 @@ COMMANDS = {
         "linear-probe accuracy of a trained encoder",
         (
             "linear runs/sparo --data.path /data/imagenet --nproc 8  # the official protocol",
-            "linear runs/sparo --data.path photos --cached --sweep  # a look in seconds",
+            "linear runs/sparo --data.path photos --cached --sweep  # on cached features, in seconds",
         ),
         distributed=True,
     ),
@@ -134,7 +134,7 @@ COMMANDS = {
         "where slots look: attention drawn over images",
         (
             "slots maps runs/sparo --data.path photos --short-side 448",
-            "slots maps dino_deitsmall16_pretrain.pth --data.path photos  # heads of official weights",
+            "slots maps dino_deitsmall16_pretrain.pth --data.path photos  # heads of the CLS token",
         ),
     ),
     "slots gallery": Command(
@@ -210,7 +210,7 @@ COMMANDS = {
     "bench": Command(
         bench.BenchOptions,
         bench.bench,
-        "measure where the time of training goes, also against plain PyTorch; or the read-out",
+        "measure the time of each part of training, or of the read-out; --compare adds plain PyTorch",
         ("bench --config imagenet_vits16_sparo --data.path /data/imagenet --compare", "bench --what readout"),
     ),
 }

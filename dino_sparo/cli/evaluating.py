@@ -99,7 +99,7 @@ class LinearOptions(EvaluationOptions):
     fp32 on the CPU. Probes are float32."""
     views: Literal["auto", "pil", "tensor", "device"] = "auto"
     """Where train crops are made: `pil`: by PIL in the workers; `device`: on the device, while the workers
-    only decode. auto: the device on a GPU, else PIL; `tensor`: the former name of a way that is now `pil`."""
+    only decode. auto: the device on a GPU, else PIL; `tensor`: former value, now the same as `pil`."""
     resume_unverified: bool = False
     """Resume from a checkpoint whose .sha256 file is missing, although it may be damaged."""
 
@@ -123,7 +123,10 @@ def knn(options: KnnOptions) -> None:
     from dino_sparo.parallel.distributed import rank
 
     if options.untrained and options.checkpoints == "all":
-        raise UserError("checkpoints is 'all', but untrained is true: these are all alike; leave one out")
+        raise UserError(
+            "checkpoints is 'all', but untrained is true: random weights are the same for all "
+            "checkpoints; leave one of the two out"
+        )
     with _opened(options) as (encoder, train, test_sets):
 
         def evaluate(one: "Encoder") -> "list[Result]":
@@ -223,7 +226,7 @@ def _check_writable(folder: Path) -> None:
     """Refuse at once a folder for results that cannot be written. Raises UserError."""
     if not _is_writable(folder):
         raise UserError(
-            f"{folder} cannot be written, and is where results would go; name another folder by --out"
+            f"{folder} cannot be written, so results cannot be saved there; give another folder with --out"
         )
 
 
@@ -253,8 +256,8 @@ def _report(
             save_results(_folder(options), results)
         except OSError as error:
             raise UserError(
-                f"{error.filename} cannot be written ({error.strerror}), so that the results above are not "
-                f"saved; name another folder by --out"
+                f"{error.filename} cannot be written ({error.strerror}), so the results above are not "
+                f"saved; give another folder with --out"
             ) from error
         print(f"results: {_folder(options) / RESULTS_FILE}; to compare runs: dino-sparo compare RUN RUN")
 

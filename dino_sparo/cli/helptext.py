@@ -30,9 +30,9 @@ PROGRAM_OPTIONS = {  # of every command; they are no part of an experiment
 }
 EXAMPLES = [COMMANDS[name].examples[0] for name in ("pretrain", "knn", "linear", "slots report", "demo")]
 READ_ON = (
-    "A recipe is a YAML file; --section.key VALUE changes a value of it. A list is written 1 2 or 1,2, and - "
-    "and _ in names of options mean the same. All options of a command: dino-sparo COMMAND --help. "
-    "README.md, in the source of the project, names all guides."
+    "A recipe is a YAML file; --section.key VALUE changes a value of it. A list is written as 1 2 or 1,2. In "
+    "names of options, - and _ mean the same. All options of a command: dino-sparo COMMAND --help. "
+    "README.md, in the source of the project, lists all guides."
 )
 
 

@@ -119,7 +119,8 @@ def with_images(options_class: type, given: Mapping[str, Any]) -> dict[str, Any]
     own = {key: own[key] for key in leaf_keys(options_class).keys() & own.keys() if own[key] is not None}
     if "data.path" not in own:
         raise UserError(
-            f"{given['run']} is no run folder, which names its images; give a run folder, or --data.path DIR"
+            f"{given['run']} is not a run folder, so its images are unknown; give a run folder, "
+            "or --data.path DIR"
         )
     log.info("images: those of the run, %s; use --data.path for others", own["data.path"])
     return own | dict(given)

@@ -54,7 +54,7 @@ class CheckOptions(Recipe):
     measure: bool = False
     """Time the loader and some training steps."""
     scan: bool = False
-    """Read every file of the dataset and list images that are damaged, there twice, or in both train and
+    """Read every file of the dataset and list images that are damaged, duplicate, or in both train and
     val."""
     json: bool = False
     """Print one JSON object; the text goes to standard error."""
@@ -148,7 +148,8 @@ def _compared(options: StudyOptions) -> dict[str, Any]:
 def sweep(options: StudyOptions) -> int:
     """The former name of `study --evaluate false`."""
     log.warning(
-        "WARNING: sweep is now called study --evaluate false; the name sweep will go with the next release"
+        "WARNING: sweep is now called study --evaluate false; the name sweep will be removed in the "
+        "next release"
     )
     options.evaluate = False
     return study(options)

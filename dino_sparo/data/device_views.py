@@ -29,7 +29,8 @@ IMAGES_AT_ONCE = 32  # images that share a canvas as large as the largest of the
 CANVAS_STEP = 32  # pixels; sides are multiples of it: fast matrix products, few shapes
 UNCOMPILED = (  # estimated from the bytes that are moved
     "WARNING: the code that makes views on the GPU cannot be compiled (%s) and takes about ten times as "
-    "long, 0.5 ms per image on an H200, as long as the training step; install a C compiler and Python headers"
+    "long (estimated: 0.5 ms per image on an H200, as long as the training step); install a C compiler and "
+    "Python's headers"
 )
 TOP, LEFT, HEIGHT, WIDTH, FLIP, SOLARIZE = range(6)
 JITTER = slice(6, 26)

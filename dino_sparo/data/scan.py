@@ -32,9 +32,9 @@ FLAT_LEVELS, BLACK_LEVEL = 8, 32  # of 255
 GRAY, GRAY_ROWS = 128, 4  # what decoders fill in for missing parts of a JPEG, and the last rows that show it
 MARKS = {  # what may be wrong with an image that can be read
     "flat": "nearly constant or nearly black",
-    "turned": "turned by their EXIF orientation, which is ignored",
+    "turned": "stored rotated, with an EXIF orientation that is ignored",
     "cut": "gray at the end, as a truncated JPEG is",
-    "several": "the first of several pictures in their file; the others are not read",
+    "several": "the first of several images in their file; the others are not read",
 }
 HASH_BYTES = 16
 LOG_EVERY_SECONDS = 30.0

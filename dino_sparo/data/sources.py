@@ -126,7 +126,7 @@ def open_folder(
         chosen = found.get(split) or (split == "val" and found.get("test")) or found.get("train") or names
         return open_tables(root, split, chosen, label_column)
     if label_column is not None:
-        raise UserError(f"data.label_column {label_column!r}: {root} contains no tables; leave it out")
+        raise UserError(f"data.label_column {label_column!r}: {root} contains no parquet files; leave it out")
     if is_shard(names[0]) if names else holds_shards(root):
         return open_shards(root, names)
     index = open_index(root, names)
@@ -198,8 +198,9 @@ def open_labeled(
         )
     if len(train.classes) < 2:
         raise UnlabeledError(
-            f"{key}: {train.root} has only one class ({train.classes[0]}), so every encoder has 100 %; "
-            f"expected at least two class folders{probably_meant(train.root)}, or data.train with others"
+            f"{key}: {train.root} has only one class ({train.classes[0]}), so every encoder has 100 % "
+            f"accuracy; expected at least two class folders{probably_meant(train.root)}, or data.train with "
+            f"others"
         )
     _warn_of_empty_classes(train)
     val = _open_val(path, splits, choice, train)
@@ -335,7 +336,7 @@ def unlabeled(source: OnDisk, remedy: str = "") -> UnlabeledError:
     if isinstance(source, TableSource):
         columns = " or ".join(map(repr, source.index.header.get("label_columns", [])))
         return UnlabeledError(
-            f"{source.root}: the tables do not contain the class of every image; expected a column label "
+            f"{source.root}: the files do not contain the class of every image; expected a column label "
             f"or labels of integers from 0, or one column of the hub's type ClassLabel, or data.label_column "
             f"with the name of a column ({columns or 'no column is suitable'})"
         )

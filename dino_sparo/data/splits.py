@@ -116,7 +116,7 @@ def side_by_side(root: Path, packed: int, one: str, image: str, key: str = "data
     """The error about tars or tables beside so few images that it is unclear which are meant."""
     return UserError(
         f"{root} contains {counted(packed, 'file')} of images ({one}) beside images ({image}); choose one of "
-        f"them by {key} ('*.tar', a folder, or '.' for the images), or move the others away"
+        f"the two kinds with {key} ('*.tar', a folder, or '.' for the images), or move the others away"
     )
 
 
@@ -145,7 +145,7 @@ def _chosen(root: Path, text: str, key: str) -> Part:
     fitting = [names for kind in kinds if (names := sorted(name for name in kind if fnmatch(name, text)))]
     if not fitting:
         raise UserFileNotFoundError(
-            f"{key} {text!r} is no folder, and no folder, shard, or parquet file in {root} matches it; "
+            f"{key} {text!r} is not a folder, and no folder, shard, or parquet file in {root} matches it; "
             f"expected a folder, or a pattern of their names such as 'train-*.tar'"
         )
     if len(fitting) > 1:
@@ -211,7 +211,7 @@ def _by_file(root: Path, folders: Sequence[str], files: Sequence[str], needs_tra
         if needs_train and found and is_parquet(names[0]):
             raise UserFileNotFoundError(
                 f"{root} contains parquet files, but none of train; expected train-*.parquet; download these "
-                f"too, or choose the training files by data.train"
+                f"too, or choose the training files with data.train"
             )
         return Splits(Part(root), notes=(*listed("taken as train", list(filter(meanings, names))), *beside))
     used = _used(found)
@@ -290,7 +290,7 @@ def _wrapped(root: Path, folders: Sequence[str], levels: int = WRAPPED) -> tuple
         if all(_holds_splits(root / name) for name in full):
             raise UserError(
                 f"{root}: {full[0]} and {full[1]} both contain folders of train and val; give one of them as "
-                f"data.path, or take all by data.train '.'"
+                f"data.path, or use all with data.train '.'"
             )
         return None, []
     if about := _full(root, about):

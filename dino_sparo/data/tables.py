@@ -337,7 +337,7 @@ def _parts(
 
 
 def _nothing_in(root: Path) -> UserFileNotFoundError:
-    return UserFileNotFoundError(f"{root}: no images found in its tables; download them again")
+    return UserFileNotFoundError(f"{root}: no images found in its files; download them again")
 
 
 def _check_complete(root: Path, files: Sequence[str]) -> None:

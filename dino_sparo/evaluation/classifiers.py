@@ -166,7 +166,7 @@ def load_official(
     weight, bias = (tensor.float() for tensor in tensors)
     if len(weight) != len(bias):
         raise UserError(
-            f"evaluate {str(path)!r}: the weight has {len(weight)} rows, the bias {len(bias)}; get the file "
+            f"evaluate {str(path)!r}: the weight has {len(weight)} rows, the bias {len(bias)}; download it "
             f"again"
         )
     if len(weight) != len(classes):

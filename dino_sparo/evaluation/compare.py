@@ -204,7 +204,7 @@ def _choose_control(groups: Sequence[Group], control: str | None) -> tuple[Group
     if len(others) == 1:
         return others[0], DIFFERENCES
     found = "no recipe has" if not others else f"{len(others)} recipes have"
-    return None, f"no differences: {found} a read-out other than sparo; choose the control by --control RUN"
+    return None, f"no differences: {found} a read-out other than sparo; choose the control with --control RUN"
 
 
 def title(measure: Measure, groups: Sequence[Group]) -> str:

@@ -118,7 +118,7 @@ def check_finite(weights: Mapping[str, Tensor], what: str) -> None:
     if wrong := [name for name, value in weights.items() if not value.float().isfinite().all()]:
         raise UserError(
             f"{what} contains numbers that are not finite, or too large for float32, in {len(wrong)} "
-            f"parameters ({few(wrong, SHOWN_NAMES)}); give weights of a training that has not diverged"
+            f"parameters ({few(wrong, SHOWN_NAMES)}); give weights of a run that has not diverged"
         )
 
 

@@ -63,7 +63,7 @@ Vision transformer for image features, {origin}{readout}.
 {trained}
 ## Use
 
-`FOLDER` is the folder of this file; with a model on the Hugging Face hub, replace `local-dir:FOLDER` by
+`FOLDER` is the folder of this file; with a model on the Hugging Face hub, replace `local-dir:FOLDER` with
 `hf-hub:USER/NAME`.
 
 ```python
@@ -255,7 +255,7 @@ def _model_card(
         tags="- sparo\n" if encoder.readout_name == "sparo" else "",
         name=shown(name),
         license=yaml.safe_dump({"license": license}) if license else "",
-        origin=f"the {stored.which} of a DINO pretraining (arXiv 2104.14294), " if stored.trained else "",
+        origin=f"the {stored.which} of a DINO pretraining run (arXiv 2104.14294), " if stored.trained else "",
         trained="".join(f"- {key}: {value}\n" for key, value in facts.items() if key in told),
         readout=READOUTS.get(encoder.readout_name, f"with the read-out {encoder.readout_name}"),
         vit=facts["vit"],

@@ -85,7 +85,8 @@ class Group:
         who = ", ".join(f"process {number}" for number in ranks) or "a process on another machine"
         return PeerLostError(
             f"{who} of {world_size()} ended without an error message{f' at {self.at}' if self.at else ''} "
-            f"(killed, often out of memory); the same command resumes from the last checkpoint",
+            f"(killed, often because it was out of memory); the same command resumes from the last "
+            f"checkpoint",
             self.at,
         )
 

@@ -88,7 +88,7 @@ def status_after(error: ChildFailedError, num_processes: int, notes: Path) -> in
             at = read_note(notes, "lost")
             raise UserError(
                 f"process {number} of {num_processes} was ended by {failure.signal_name()}"
-                f"{f' at {at}' if at else ''}, often out of memory; the same command resumes from the last "
-                f"checkpoint"
+                f"{f' at {at}' if at else ''}, often because it was out of memory; the "
+                f"same command resumes from the last checkpoint"
             ) from error
     return next(failure.exitcode for failure in error.failures.values() if failure.exitcode > 0)

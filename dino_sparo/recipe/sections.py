@@ -234,8 +234,9 @@ class OptimOptions:
     teacher_momentum: Share
     """Momentum of the teacher at the start; increases to 1 on a cosine schedule."""
     max_bad_steps: Count
-    """Number of steps that are skipped because their loss or gradients are not finite; one more ends the run.
-    Counted from each start or resume; overflows of fp16, which only lower the loss scale, do not count."""
+    """Largest number of steps that are skipped because their loss or gradients are not finite; one more ends
+    the run. Counted from each start or resume; overflows of fp16, which only lower the loss scale, do not
+    count."""
     freeze_backbone: bool = False
     """With `init`: freeze the backbone, without stochastic depth; only read-out and head are trained."""
     freeze_backbone_epochs: Count | None = None
@@ -354,7 +355,7 @@ class Recipe:
             if getattr(self.optim, name) and self.init is None:
                 raise UserError(
                     f"optim.{name} is {str(getattr(self.optim, name)).lower()}, but init is null, so a "
-                    f"backbone with random weights would be frozen; give weights by init, or remove {name}"
+                    f"backbone with random weights would be frozen; set init to weights, or remove {name}"
                 )
 
     def encoder_arguments(self) -> dict[str, Any]:

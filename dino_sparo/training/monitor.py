@@ -24,7 +24,7 @@ ALARM_SHARE = 0.01  # of ln K
 ALARM_STEPS, ALARM_ENTRIES = 30, 3
 SHARPER = (
     "a lower loss.teacher_temp, a lower optim.lr_per_256, a larger optim.global_batch_size, or fewer "
-    "head.num_prototypes for small data"
+    "head.num_prototypes for a small dataset"
 )
 SOFTER = (
     "a higher loss.teacher_temp with a warm-up, head.norm_last_layer true, a longer "

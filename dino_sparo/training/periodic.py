@@ -28,8 +28,8 @@ MAX_OVERFLOWS = 30  # in a row; lowering the initial loss scale takes fewer
 HEALTH_IMAGES = 8
 MAP_IMAGES, MAP_SLOTS = 4, 8
 GENTLER = (
-    "a lower optim.lr_per_256, optim.teacher_momentum nearer to 1, a longer optim.freeze_backbone_epochs, or "
-    "fewer head.num_prototypes for small data"
+    "a lower optim.lr_per_256, optim.teacher_momentum closer to 1, a longer optim.freeze_backbone_epochs, or "
+    "fewer head.num_prototypes for a small dataset"
 )
 
 
@@ -73,7 +73,7 @@ def warn_if_worse_than_start(run: Run, run_log: RunLog, step: int, top1: float) 
     if top1 < start:
         run_log.alarm(
             step,
-            f"20-NN is {top1:.2f} %, below the {start:.2f} % of the initial weights; if it stays so, start "
+            f"20-NN is {top1:.2f} %, below the {start:.2f} % of the initial weights; if this persists, start "
             f"in a new run_dir with {GENTLER}",
         )
 

@@ -98,7 +98,7 @@ def advice(optim: OptimOptions, num_prototypes: int, num_images: int) -> list[st
     found, steps = [], num_images // optim.global_batch_size * optim.epochs
     if steps < FEW_STEPS:
         epochs = -(-FEW_STEPS * optim.epochs // max(1, steps))
-        found.append(f"{steps:,} steps in total are few; --optim.epochs {epochs} gives {FEW_STEPS:,}")
+        found.append(f"only {steps:,} steps in total; --optim.epochs {epochs} gives {FEW_STEPS:,}")
     if num_prototypes > max(num_images, FEW_PROTOTYPES):
         fewer = max(FEW_PROTOTYPES, 2 ** (num_images // 4).bit_length() // 2)
         found.append(
