@@ -28,11 +28,12 @@ from dino_sparo.parallel.processes import (
     end_at_once,
     end_with_launcher,
     env_int,
-    first_to_fail,
     leave_note,
+    report,
+    speaks_for_all,
 )
 from dino_sparo.recipe.typed import value_of
-from dino_sparo.terminal import error_line, open_outputs, sentence, set_up_log
+from dino_sparo.terminal import open_outputs, sentence, set_up_log
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -96,25 +97,6 @@ def answer(arguments: list[str]) -> int:
         if speaks_for_all():
             raise
         return leave(EXIT_USER_ERROR)  # this error was caused by the end of another process
-
-
-def report(error: UserError) -> None:
-    """Print the error that ends the run, in one of torchrun's processes."""
-    if "torch" in sys.modules:
-        from dino_sparo.parallel import distributed
-
-        distributed.report(error)
-    elif first_to_fail():
-        print(error_line(error), file=sys.stderr)
-
-
-def speaks_for_all() -> bool:
-    """Whether this process prints the traceback of the error that ends the run."""
-    if "torch" in sys.modules:
-        from dino_sparo.parallel import distributed
-
-        return distributed.speaks_for_all()
-    return first_to_fail()
 
 
 def leave(status: int, *, at_once: bool = False) -> int:

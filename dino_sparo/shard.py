@@ -6,7 +6,6 @@ Several processes write the shards of a split, each shard atomically.
 import hashlib
 import json
 import multiprocessing
-import os
 import shlex
 import signal
 import tarfile
@@ -50,7 +49,7 @@ from dino_sparo.data.splits import Choice
 from dino_sparo.data.tables import TableSource
 from dino_sparo.errors import UserError
 from dino_sparo.files import alone_in, atomic_write, check_space, parsed_json, read_as, write_file
-from dino_sparo.parallel.processes import end_with_parent
+from dino_sparo.parallel.processes import cores, end_with_parent
 from dino_sparo.prepare import check_out
 from dino_sparo.terminal import shows_bars
 
@@ -120,7 +119,7 @@ def shard(
     if short_side is not None and short_side < 1:
         raise UserError(f"--short-side is {short_side}; expected a number of pixels above 0, or null")
     splits = _plan(source, Path(out), short_side, images_per_shard, every, choice)
-    workers = len(os.sched_getaffinity(0)) if num_workers is None else num_workers
+    workers = cores() if num_workers is None else num_workers
     folders = {Path(out)} | {split.folder for split in splits}
     for folder in folders:
         check_out(folder, [split.source.root for split in splits], partial(_is_ours, folder, folders))

@@ -75,8 +75,8 @@ for name in ("sparo", "dino", "flash"):
         print(f"  plain / ours: step {found['compare']['step']['median']:.2f}, memory {found['compare']['memory']}")
 estimate = out / "estimate.txt"
 if estimate.exists():
-    print("measured on one GPU, and estimated for others:")
-    print("\n".join(line for line in estimate.read_text().splitlines() if line.startswith("|")))
+    text = estimate.read_text()
+    print(text[max(0, text.find("measured:")) :])
 run = out / "several" / "metrics.jsonl"
 if run.exists():
     entries = [json.loads(line) for line in run.read_text().splitlines()]

@@ -8,10 +8,10 @@ import pytest
 from dino_sparo.__main__ import main
 from dino_sparo.cli.commands import COMMANDS
 from dino_sparo.cli.evaluating import KnnOptions
+from dino_sparo.models import build_encoder
 from dino_sparo.recipe.files import find_recipe, named_recipe, recipes
 from dino_sparo.recipe.sections import Recipe
 from dino_sparo.recipe.typed import flattened, leaf_keys, leaves
-from dino_sparo.runs.checkpoint import encoder_of
 from dino_sparo.runs.rundir import start_run_dir
 from dino_sparo.study.variants import read_variants
 from tests.recipes import REQUIRED, changed, content, differences, parse, parsed, refused
@@ -22,7 +22,7 @@ SPARO, DINO, LONG = "imagenet_vits16_sparo", "imagenet_vits16_dino", "imagenet_v
 @pytest.mark.parametrize("name", recipes())
 def test_shipped_recipe_parses_builds_and_is_what_its_run_folder_holds(name, tmp_path):
     recipe = named_recipe(name, {"data.path": "x"})
-    encoder, readout = encoder_of(recipe), recipe.model.readout
+    encoder, readout = build_encoder(**recipe.encoder_arguments()), recipe.model.readout
     if readout.name == "sparo":
         assert encoder.embed_dim == readout.num_slots * readout.slot_dim
     assert encoder.backbone.native_grid * encoder.backbone.patch_size == recipe.views.global_size

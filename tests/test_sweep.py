@@ -14,10 +14,10 @@ from dino_sparo import load_encoder
 from dino_sparo.__main__ import main
 from dino_sparo.cli.pretraining import StudyOptions, planned, sweep
 from dino_sparo.errors import StoppedError, UserError
+from dino_sparo.models import build_encoder
 from dino_sparo.models.cost import count_parameters, encoder_cost
 from dino_sparo.parallel.processes import STOP_SIGNALS
 from dino_sparo.recipe.files import recipes
-from dino_sparo.runs.checkpoint import encoder_of
 from dino_sparo.runs.runlog import RunLog, read_metrics
 from dino_sparo.study.variants import parse_vary
 from tests.tiny import parse_options, tiny_arguments
@@ -98,7 +98,7 @@ def test_shipped_variants_fit_every_sparo_recipe(tmp_path, recipe):
     assert names == {"sparo", "pooler", "bottleneck", "gap", "cls"}
     for variant in runs:
         if "imagenet" not in recipe:
-            assert encoder_of(variant.recipe).embed_dim > 0
+            assert build_encoder(**variant.recipe.encoder_arguments()).embed_dim > 0
     assert len({json.dumps(variant.recipe.as_dict()["model"]) for variant in runs}) == len(runs)
 
 

@@ -5,8 +5,8 @@ Images are encoded again as JPEG files of ImageNet's usual size, since small fil
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from dino_sparo.data.decode import decode
 from dino_sparo.data.images import to_tensor
 from dino_sparo.data.loader import CropsDataset
 from dino_sparo.data.sources import ImageSource, open_images
-from dino_sparo.data.views import draw_view
 from dino_sparo.data.workers import keep_memory
 from dino_sparo.files import named
 from dino_sparo.parallel.device import wait_for
@@ -86,9 +85,7 @@ def _stage_seconds(dataset: CropsDataset, sample: int) -> list[float]:
     marks.append(time.perf_counter())
     image = decode(data) if data else dataset.source.load(sample)
     marks.append(time.perf_counter())
-    numbers = {"seed": dataset.seed, "epoch": 0, "sample": sample}
-    size = {"image_width": image.width, "image_height": image.height}
-    views = [draw_view(r, **numbers, **size, crop=crop) for crop, r in enumerate(dataset.crop_kinds)]
+    views = dataset.views_of(image, 0, sample)
     marks.append(time.perf_counter())
     for view in views:
         to_tensor(pil_views.execute(image, view))
@@ -96,46 +93,35 @@ def _stage_seconds(dataset: CropsDataset, sample: int) -> list[float]:
     return np.diff(marks).tolist()
 
 
-@contextmanager
-def warmed_up(
+def end_to_end(
     batches: Generator[list[Tensor]],
     step: Callable[[list[Tensor]], object],
     *,
     prefetched: int,
+    batch_size: int,
+    seconds: float,
     device: torch.device,
-) -> Iterator[Iterator[list[Tensor]]]:
-    """Yields the batches after `prefetched` ones and two warm-up steps; closes them at the end."""
+) -> dict[str, float]:
+    """Train on the batches for about `seconds`, after the `prefetched` ones and two warm-up steps.
+
+    `data_wait_share` is the fraction of the time in which the device waits for data; on a GPU it includes
+    copies and everything else between two steps in its stream.
+    """
+    waits: list[tuple[Any, Any]] = []
     with closing(batches):
         for _ in range(prefetched):  # made while nothing was consumed: no measure of speed
             next(batches)
         for _ in range(2):
             step(next(batches))
         wait_for(device)
-        yield batches
-
-
-def end_to_end(
-    batches: Iterator[list[Tensor]],
-    step: Callable[[list[Tensor]], object],
-    *,
-    batch_size: int,
-    seconds: float,
-    device: torch.device,
-) -> dict[str, float]:
-    """Train on the batches for about `seconds`.
-
-    `data_wait_share` is the fraction of the time in which the device waits for data; on a GPU it includes
-    copies and everything else between two steps in its stream.
-    """
-    waits: list[tuple[Any, Any]] = []
-    started = time.perf_counter()
-    while time.perf_counter() - started < seconds or not waits:
-        before = _mark(device)
-        crop_groups = next(batches)
-        waits.append((before, _mark(device)))
-        step(crop_groups)
-    wait_for(device)
-    elapsed = time.perf_counter() - started
+        started = time.perf_counter()
+        while time.perf_counter() - started < seconds or not waits:
+            before = _mark(device)
+            crop_groups = next(batches)
+            waits.append((before, _mark(device)))
+            step(crop_groups)
+        wait_for(device)
+        elapsed = time.perf_counter() - started
     return {
         "images_per_second": len(waits) * batch_size / elapsed,
         "data_wait_share": sum(_seconds_between(*wait) for wait in waits) / elapsed,

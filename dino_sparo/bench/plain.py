@@ -212,7 +212,7 @@ class PlainViews(Dataset):
     """
 
     def __init__(self, source: Any, crop_kinds: Sequence[Any]) -> None:
-        self.source, self.transforms = source, [_transform(recipe) for recipe in crop_kinds]
+        self.source, self.transforms = source, [_transform(kind) for kind in crop_kinds]
 
     def __len__(self) -> int:
         return len(self.source)
@@ -222,19 +222,19 @@ class PlainViews(Dataset):
         return [transform(image) for transform in self.transforms]
 
 
-def _transform(recipe: Any) -> Any:
+def _transform(kind: Any) -> Any:
     """DINO's augmentation of one crop. Source: official `DataAugmentationDINO`."""
-    jitter = T.ColorJitter(*recipe.jitter_strength)
+    jitter = T.ColorJitter(*kind.jitter_strength)
     return T.Compose(
         [
             T.RandomResizedCrop(
-                recipe.size, recipe.scale, interpolation=T.InterpolationMode(recipe.interpolation)
+                kind.size, kind.scale, interpolation=T.InterpolationMode(kind.interpolation)
             ),
-            T.RandomHorizontalFlip(recipe.flip_probability),
-            T.RandomApply([jitter], recipe.jitter_probability),
-            T.RandomGrayscale(recipe.grayscale_probability),
-            T.RandomApply([T.Lambda(partial(_blur, radius=recipe.blur_radius))], recipe.blur_probability),
-            T.RandomSolarize(128, recipe.solarize_probability),
+            T.RandomHorizontalFlip(kind.flip_probability),
+            T.RandomApply([jitter], kind.jitter_probability),
+            T.RandomGrayscale(kind.grayscale_probability),
+            T.RandomApply([T.Lambda(partial(_blur, radius=kind.blur_radius))], kind.blur_probability),
+            T.RandomSolarize(128, kind.solarize_probability),
             T.PILToTensor(),
             T.ToDtype(torch.float32, scale=True),
             T.Normalize(MEAN, STD),

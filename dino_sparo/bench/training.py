@@ -3,7 +3,6 @@
 Axis letters: B images, C crops.
 """
 
-import os
 import platform
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dino_sparo.bench.loading import end_to_end, image_stages, warmed_up
+from dino_sparo.bench.loading import end_to_end, image_stages
 from dino_sparo.bench.plain import PlainState, PlainViews, plain_batches, plain_state, plain_step
 from dino_sparo.bench.timing import host_waits, interleaved, profiled, range_seconds, spread, spread_of_ratios
 from dino_sparo.check.counting import GPUS, find_gpu
@@ -28,13 +27,16 @@ from dino_sparo.data.loader import (
     collate_crops,
     crop_batches,
     crops_of,
+    crops_on_device,
+    normalized,
 )
-from dino_sparo.data.views import NUM_GLOBAL_CROPS
+from dino_sparo.data.views import crop_sizes
 from dino_sparo.models.cost import bytes_saved_for_backward
 from dino_sparo.parallel.device import wait_for
-from dino_sparo.parallel.precision import autocast, plain_attention
+from dino_sparo.parallel.precision import autocast
+from dino_sparo.parallel.processes import cores
 from dino_sparo.terminal import log
-from dino_sparo.training.pretrain import crops_on_device, normalized, step_of
+from dino_sparo.training.pretrain import step_of
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.state import TrainState
 from dino_sparo.training.steps import EAGER_STEPS, Steps
@@ -62,8 +64,7 @@ class Bench:
 
     def our_step(self, state: TrainState, groups: list[Tensor]) -> None:
         """One training step on groups of normalized crops."""
-        with plain_attention(self.precision, self.device):
-            self._steps(state, capture=False).take(repeat(groups), self.hyper, logged=False)
+        self._steps(state, capture=False).take(repeat(groups), self.hyper, logged=False)
 
     def captured_step(self, state: TrainState, groups: list[Tensor]) -> Callable[[], object] | None:
         """The same step as a CUDA graph, for repeated calls; None if it cannot be captured."""
@@ -179,14 +180,16 @@ def measure(
         stages["whole step, captured"] = spread(times["captured"], batch_size)
 
     from_files = {}
-    prefetched = bench.num_workers * bench.prefetch_batches
     if seconds is not None:
         for who, (_, _, batches) in implementations.items():
             log.info("end to end, %s", who)
-            with warmed_up(batches(), steps[who], prefetched=prefetched, device=device) as warm:
-                from_files[who] = end_to_end(
-                    warm, steps[who], batch_size=batch_size, seconds=seconds, device=device
-                )
+            from_files[who] = end_to_end(
+                *(batches(), steps[who]),
+                prefetched=bench.num_workers * bench.prefetch_batches,
+                batch_size=batch_size,
+                seconds=seconds,
+                device=device,
+            )
     return _machine(bench) | {
         **{"rounds": rounds, "seconds": seconds, "stages": stages, "memory": memory},
         "host_waits_per_step": host_waits(profiles[-1]),
@@ -236,11 +239,9 @@ def _compared(
 
 def _utilization(bench: Bench, speeds: dict[str, dict[str, float] | None]) -> dict[str, Any]:
     """FLOPs per image, peak FLOP/s of this device, and for each of `speeds` the fraction of the peaks."""
-    sizes = [recipe.size for recipe in bench.dataset.crop_kinds]
     counted = bench.new_state(torch.device("cpu")).student
     counted.encoder.backbone.activation_checkpointing = False  # recomputed FLOPs do not count
-    num_local = len(sizes) - NUM_GLOBAL_CROPS
-    flops = count_flops(counted, [(NUM_GLOBAL_CROPS, sizes[0]), (num_local, sizes[-1])])
+    flops = count_flops(counted, crop_sizes(bench.dataset.crop_kinds))
     peaks = {
         "published": published_peak(bench.device, bench.precision),
         "measured": measured_peak(bench.device, bench.precision),
@@ -276,7 +277,7 @@ def _machine(bench: Bench) -> dict[str, Any]:
         "device_type": bench.device.type,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "precision": bench.precision,
         "batch_size": bench.batch_size,
         "num_workers": bench.num_workers,

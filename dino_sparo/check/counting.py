@@ -22,11 +22,11 @@ from torch.utils.flop_counter import flop_registry
 
 from dino_sparo.data.color import blur_taps
 from dino_sparo.data.device_views import BLUR, Photos
-from dino_sparo.data.loader import Crops, PhotoBatch, crops_of
-from dino_sparo.data.views import CropKind
+from dino_sparo.data.loader import Batch, Crops, PhotoBatch, crops_of, normalized
+from dino_sparo.data.views import CropKind, crop_sizes
 from dino_sparo.errors import UserError
 from dino_sparo.parallel.precision import LossScale, autocast
-from dino_sparo.training.pretrain import normalized, train_step
+from dino_sparo.training.pretrain import train_step
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.state import TrainState
 
@@ -247,19 +247,18 @@ def count_step(
     return counted
 
 
-def count_views(
-    kinds: Sequence[CropKind], sizes: list[tuple[int, int]], batch_size: int, max_side: int | None
-) -> Operators:
+def count_views(kinds: Sequence[CropKind], batch_size: int, max_side: int | None) -> Operators:
     """The operators that make the crops on a GPU in compiled code, and normalize them.
 
     Args:
         kinds: of all crops.
-        sizes: (crops, side) of the global and of the local crops.
         max_side: assumed width and height of the images. None: workers make the crops.
     """
     meta, counted = torch.device("meta"), Operators(fused=True)
-    pixels = [torch.empty(count, batch_size, 3, side, side, dtype=torch.uint8) for count, side in sizes]
-    batch: Crops | PhotoBatch = Crops(pixels[0], pixels[1])
+    pixels = [
+        torch.empty(count, batch_size, 3, side, side, dtype=torch.uint8) for count, side in crop_sizes(kinds)
+    ]
+    batch: Batch = Crops(pixels[0], pixels[1])
     if max_side:
         taps = max(blur_taps(kind.blur_radius[1]) for kind in kinds)
         places = torch.tensor([(number * max_side**2, max_side, max_side) for number in range(batch_size)])

@@ -1,7 +1,7 @@
 """Estimates for a run on kinds of GPUs without having them: speed, hours, memory, and cores to decode."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cache
 
 import torch
@@ -19,10 +19,10 @@ from dino_sparo.check.counting import (
     seconds_on,
 )
 from dino_sparo.data.loader import Executor, choose_executor
-from dino_sparo.data.views import NUM_GLOBAL_CROPS, crop_kinds
+from dino_sparo.data.views import crop_kinds, crop_sizes
 from dino_sparo.recipe.sections import Recipe, smaller_batch, split_batch
 from dino_sparo.terminal import aligned_table
-from dino_sparo.training.setup import build_schedules
+from dino_sparo.training.setup import unfrozen_step
 from dino_sparo.training.state import TrainState
 
 # CPU time for an image of 500 x 375 pixels: read, decode, draw the random numbers of its views; `pil`: also
@@ -89,21 +89,19 @@ def estimate(
         num_images: images of all remaining steps.
         decode_ms: measured time of one core per image. None: an assumed value.
     """
-    machine, optim, views = recipe.machine, recipe.optim, recipe.views
+    machine, optim = recipe.machine, recipe.optim
     batch_size, accumulation = split_batch(optim.global_batch_size, machine.batch_size_per_gpu, num_processes)
-    sizes = [(NUM_GLOBAL_CROPS, views.global_size), (views.num_local_crops, views.local_size)]
-    hyper = replace(
-        build_schedules(optim, recipe.loss, 1).at(0), freeze_last_layer=False, freeze_backbone=False
-    )
+    kinds_of_crops = crop_kinds(**asdict(recipe.views))
+    sizes = crop_sizes(kinds_of_crops)
     executor = executor_on_gpu(recipe)
     max_side = recipe.data.max_side if executor == "device" else None
-    making = count_views(crop_kinds(**asdict(views)), sizes, batch_size, max_side)
+    making = count_views(kinds_of_crops, batch_size, max_side)
     per_image = ASSUMED_DECODE_MS[executor] if decode_ms is None else decode_ms
 
     @cache
     def counted(micro_batches: int, precision: str) -> Operators:
         return count_step(
-            *(state, sizes, batch_size, micro_batches, hyper),
+            *(state, sizes, batch_size, micro_batches, unfrozen_step(optim, recipe.loss)),
             clip_norm=optim.clip_norm,
             precision=precision,
         )

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from dino_sparo.data.device_views import repeated
-from dino_sparo.data.loader import Crops, PhotoBatch, crops_of
+from dino_sparo.data.loader import Batch, Crops, PhotoBatch, crops_of, crops_on_device, normalized
 from dino_sparo.data.views import CropKind
 from dino_sparo.data.workers import WatchedLoader
 from dino_sparo.models.cost import counting_flops
 from dino_sparo.models.encoder import DinoModel
 from dino_sparo.parallel.device import wait_for
-from dino_sparo.parallel.precision import DTYPES, plain_attention
+from dino_sparo.parallel.precision import DTYPES
 from dino_sparo.parallel.processes import private_bytes
-from dino_sparo.training.pretrain import Batch, crops_on_device, normalized, step_of
+from dino_sparo.training.pretrain import step_of
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.state import TrainState
 from dino_sparo.training.steps import Steps
@@ -58,7 +58,7 @@ def num_images(batch: Batch) -> int:
 def measure_steps(
     state: TrainState,
     batch: Batch,
-    recipes: Sequence[CropKind],
+    kinds: Sequence[CropKind],
     batch_size: int,
     hyper: Hyperparameters,
     *,
@@ -84,8 +84,8 @@ def measure_steps(
     else:
         chosen = torch.arange(batch_size) % num_images(batch)
         batch = Crops(batch.global_crops[:, chosen], batch.local_crops[:, chosen])
-        batch = crops_of(batch, recipes, device)
-    batches = map(normalized, crops_on_device(repeat(batch), recipes, device))
+        batch = crops_of(batch, kinds, device)
+    batches = map(normalized, crops_on_device(repeat(batch), kinds, device))
     taking = Steps(step_of(state, clip_norm=clip_norm, precision=precision), device, 1, capture=False)
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -94,8 +94,7 @@ def measure_steps(
         if number == 2:
             wait_for(device)
             started = time.monotonic()
-        with plain_attention(precision, device):
-            output = taking.take(batches, hyper, logged=False)
+        output = taking.take(batches, hyper, logged=False)
     wait_for(device)
     return {
         "images_per_second": steps * batch_size / (time.monotonic() - started),

@@ -1,7 +1,7 @@
 """The plan of a run, in seconds: nothing is trained or written, and no process is started."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,23 +9,28 @@ from typing import Any
 import torch
 
 from dino_sparo.check.measure import count_flops, measured_peak
-from dino_sparo.data.loader import Executor, choose_executor
+from dino_sparo.data.loader import Executor
 from dino_sparo.data.sources import ImageSource
-from dino_sparo.data.views import NUM_GLOBAL_CROPS
-from dino_sparo.data.workers import check_shared_memory, default_workers, shared_memory_free
+from dino_sparo.data.views import NUM_GLOBAL_CROPS, crop_kinds, crop_sizes
+from dino_sparo.data.workers import check_shared_memory, shared_memory_free
 from dino_sparo.errors import UserError
 from dino_sparo.files import existing_part
 from dino_sparo.models.cost import count_parameters, describe_cost, encoder_cost
 from dino_sparo.parallel.device import choose_device
-from dino_sparo.parallel.precision import choose_precision, set_numerics
 from dino_sparo.recipe.files import named_recipe
 from dino_sparo.recipe.sections import Recipe, split_batch
 from dino_sparo.recipe.typed import flattened
 from dino_sparo.runs.checkpoint import latest_step, most_kept
 from dino_sparo.runs.rundir import check_same_experiment
-from dino_sparo.terminal import table
+from dino_sparo.terminal import aligned_table, table
 from dino_sparo.training.monitor import KnnImages
-from dino_sparo.training.setup import build_schedules, bytes_of_image, open_data, start_state
+from dino_sparo.training.setup import (
+    build_schedules,
+    bytes_of_image,
+    open_data,
+    start_state,
+    use_machine,
+)
 from dino_sparo.training.state import TrainState, build_state, checkpoint_bytes
 
 # Speed of training as a fraction of the speed of one large matrix product, lowest and highest: measured on a
@@ -67,12 +72,6 @@ class Plan:
         """Steps of the whole run."""
         return self.steps_per_epoch * self.recipe.optim.epochs
 
-    @property
-    def crop_sizes(self) -> list[tuple[int, int]]:
-        """Number and side in pixels of the global and of the local crops."""
-        views = self.recipe.views
-        return [(NUM_GLOBAL_CROPS, views.global_size), (views.num_local_crops, views.local_size)]
-
     @cached_property
     def cost(self) -> dict[str, int]:
         """Parameters and FLOPs of the encoder."""
@@ -81,7 +80,7 @@ class Plan:
     @cached_property
     def flops_per_image(self) -> float:
         """FLOPs per image of a training step."""
-        return count_flops(self.state.student, self.crop_sizes)
+        return count_flops(self.state.student, crop_sizes(crop_kinds(**asdict(self.recipe.views))))
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON values."""
@@ -122,11 +121,11 @@ def make_plan(recipe: Recipe, run_dir: Path, num_processes: int) -> Plan:
     """
     machine, optim = recipe.machine, recipe.optim
     device = choose_device(machine.device)
-    set_numerics(tf32=machine.tf32, deterministic=machine.deterministic)
-    num_workers = default_workers(num_processes) if machine.num_workers is None else machine.num_workers
+    num_workers, precision, executor = use_machine(
+        machine, device, max_side=recipe.data.max_side, processes_here=num_processes
+    )
     batch_size, accumulation = split_batch(optim.global_batch_size, machine.batch_size_per_gpu, num_processes)
     source, monitor = open_data(recipe.data, recipe.monitor, optim.global_batch_size)
-    executor = choose_executor(machine.views, device, max_side=recipe.data.max_side, num_workers=num_workers)
     state = build_state(**recipe.state_arguments(), device=torch.device("cpu"))
     image_bytes = bytes_of_image(recipe.views, recipe.data.max_side, source, executor)
     prefetched_bytes = num_processes * num_workers * machine.prefetch_batches * batch_size * image_bytes
@@ -171,7 +170,7 @@ def make_plan(recipe: Recipe, run_dir: Path, num_processes: int) -> Plan:
         batch_size=batch_size,
         accumulation=accumulation,
         device=device,
-        precision=choose_precision(machine.precision, device),
+        precision=precision,
         executor=executor,
         source=source,
         monitor=monitor,
@@ -214,7 +213,7 @@ def plan_text(plan: Plan, recipe_name: str | None, *, with_time: bool = True) ->
     }
     if with_time:
         rows["time"] = _time(plan)
-    return "\n".join([table(rows, 12, indent=""), "", *_schedule_table(plan)])
+    return f"{table(rows, 12, indent='')}\n\n{_schedule_table(plan)}"
 
 
 def _start(plan: Plan) -> str:
@@ -271,23 +270,19 @@ def _time(plan: Plan) -> str:
     )
 
 
-def _schedule_table(plan: Plan) -> list[str]:
-    """The values of the schedules at some steps, one line per step."""
+def _schedule_table(plan: Plan) -> str:
+    """A table of the schedules' values at some steps."""
     optim, total = plan.recipe.optim, plan.total_steps
     schedules = build_schedules(optim, plan.recipe.loss, plan.steps_per_epoch)
     points = {"start": 0, "1/4": total // 4, "1/2": total // 2, "3/4": 3 * total // 4, "end": total - 1}
     if 0 < optim.warmup_epochs * plan.steps_per_epoch < total:
         points["warm-up's end"] = optim.warmup_epochs * plan.steps_per_epoch
-    lines = [
-        f"{'':<14}{'step':>8}{'lr':>11}{'decay':>9}{'momentum':>10}{'teacher temp.':>15}{'last layer':>12}"
-    ]
+    rows = []
     for name, step in sorted(points.items(), key=lambda point: point[1]):
         at = schedules.at(step)
-        lines.append(
-            f"{name:<14}{step:>8,}{at.lr:>11.4g}{at.weight_decay:>9.4g}{at.momentum:>10.6g}"
-            f"{at.teacher_temp:>15.4g}{'fixed' if at.freeze_last_layer else 'learns':>12}"
-        )
-    return lines
+        values = f"{at.lr:.4g}", f"{at.weight_decay:.4g}", f"{at.momentum:.6g}", f"{at.teacher_temp:.4g}"
+        rows.append([name, f"{step:,}", *values, "fixed" if at.freeze_last_layer else "learns"])
+    return aligned_table(["", "step", "lr", "decay", "momentum", "teacher temp.", "last layer"], rows)
 
 
 def size(num_bytes: float) -> str:

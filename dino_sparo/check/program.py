@@ -23,7 +23,7 @@ from dino_sparo.check.estimate import (
 )
 from dino_sparo.check.measure import measure_loading, measure_steps
 from dino_sparo.check.plan import Plan, duration, make_plan, plan_text, size
-from dino_sparo.data.loader import BatchOrder, crop_batches
+from dino_sparo.data.loader import Batch, BatchOrder, crop_batches
 from dino_sparo.data.scan import MARKS, DataReport, ScanResult, data_report, describe, scan_images
 from dino_sparo.data.sources import ImageSource, decide, notes_on, open_val
 from dino_sparo.data.splits import Choice
@@ -32,8 +32,7 @@ from dino_sparo.errors import EXIT_PROBLEM, UserError
 from dino_sparo.parallel.processes import memory_free, private_bytes
 from dino_sparo.recipe.sections import Recipe, smaller_batch
 from dino_sparo.terminal import log, sentence, table
-from dino_sparo.training.pretrain import Batch
-from dino_sparo.training.setup import advice, build_schedules, dataset_of
+from dino_sparo.training.setup import advice, dataset_of, unfrozen_step
 from dino_sparo.training.state import build_state
 from dino_sparo.training.stopping import too_many
 
@@ -223,7 +222,6 @@ def steps_of(plan: Plan, batch: Batch) -> dict[str, Any]:
     state = build_state(**recipe.state_arguments(plan.precision), device=device)
     state.student.load_state_dict(plan.state.student.state_dict())
     state.teacher.load_state_dict(plan.state.teacher.state_dict())
-    schedules = build_schedules(recipe.optim, recipe.loss, steps_per_epoch=1)
     tried = plan.batch_size if device.type == "cuda" else min(plan.batch_size, CPU_BATCH)
     while True:
         try:
@@ -232,7 +230,7 @@ def steps_of(plan: Plan, batch: Batch) -> dict[str, Any]:
                 batch,
                 crop_kinds(**asdict(recipe.views)),
                 tried,
-                replace(schedules.at(0), freeze_last_layer=False, freeze_backbone=False),
+                unfrozen_step(recipe.optim, recipe.loss),
                 steps=STEPS,
                 clip_norm=recipe.optim.clip_norm,
                 precision=plan.precision,

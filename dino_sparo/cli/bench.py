@@ -108,19 +108,13 @@ def bench_training(options: BenchOptions) -> None:
 def bench_of(recipe: Recipe, source: "ImageSource", batch_size: int) -> "Bench":
     """What is measured, on the device and in the numbers that the recipe asks for."""
     from dino_sparo.bench.training import Bench
-    from dino_sparo.data.loader import choose_executor
-    from dino_sparo.data.workers import default_workers
     from dino_sparo.parallel.device import choose_device
-    from dino_sparo.parallel.precision import choose_precision, set_numerics
-    from dino_sparo.training.setup import build_schedules, dataset_of
+    from dino_sparo.training.setup import build_schedules, dataset_of, use_machine
     from dino_sparo.training.state import build_state
 
     machine = recipe.machine
     device = choose_device(machine.device)
-    set_numerics(tf32=machine.tf32, deterministic=machine.deterministic)
-    precision = choose_precision(machine.precision, device)
-    num_workers = default_workers() if machine.num_workers is None else machine.num_workers
-    executor = choose_executor(machine.views, device, max_side=recipe.data.max_side, num_workers=num_workers)
+    num_workers, precision, executor = use_machine(machine, device, max_side=recipe.data.max_side)
     schedules = build_schedules(recipe.optim, recipe.loss, STEPS_PER_EPOCH)
     return Bench(
         new_state=lambda on: build_state(**recipe.state_arguments(precision), device=on),

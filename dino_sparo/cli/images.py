@@ -59,18 +59,12 @@ class ImagesOptions(ReadingOptions):
 
 
 @dataclass
-class LabeledDataOptions(ReadingOptions):
-    """The labeled images."""
+class LabeledDataOptions(ImagesOptions):
+    """The labeled images, train/<class>/... and val/<class>/..."""
 
-    path: str
-    """Folder of labeled images (train/<class>/... and val/<class>/...), of tar shards, or of parquet files;
-    `hub:OWNER/NAME` for a dataset on the hub; `cifar10` or `stl10`; `shapes` for generated pictures. Without
-    val, every fifth image is held out."""
-    train: str | None = None
-    """Training split: a folder below `path`, or a pattern of file names such as 'train-*.tar'; `.`: all of
-    `path`; null: found by its usual names."""
     val: str | None = None
-    """Validation split below or beside `path`; null: found by its usual names."""
+    """Validation split below or beside `path`; null: found by its usual names, else every fifth image of
+    train is held out."""
     label_column: str | None = None
     """Label column of parquet files; null: `label`, `labels`, or the only column of type ClassLabel."""
 

@@ -121,13 +121,14 @@ def check(options: CheckOptions, recipe_name: str | None) -> int:
 
 def study(options: StudyOptions) -> int:
     """Train what is not trained yet, evaluate what is, and write the page."""
-    from dino_sparo.study.program import study, train_only
+    from dino_sparo.study.program import study
 
-    variants = planned(options)
-    if not options.evaluate:
-        return train_only(variants, Path(options.run_dir), unverified=options.resume_unverified)
-    folder, compared = Path(options.run_dir), _compared(options)
-    return study(variants, folder, **compared, unverified=options.resume_unverified)
+    return study(
+        *(planned(options), Path(options.run_dir)),
+        evaluate=options.evaluate,
+        **_compared(options),
+        unverified=options.resume_unverified,
+    )
 
 
 def plan_study(options: StudyOptions, recipe_name: str | None) -> int:

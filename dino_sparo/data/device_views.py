@@ -255,10 +255,10 @@ def _rounded(x: Tensor) -> Tensor:
     return (x + 0.5).floor().clamp(0, 255)
 
 
-def _has_colors(recipe: CropKind) -> bool:
+def _has_colors(kind: CropKind) -> bool:
     """Whether anything follows the crop."""
-    probabilities = recipe.jitter_probability, recipe.grayscale_probability, recipe.blur_probability
-    return max(*probabilities, recipe.solarize_probability) > 0
+    probabilities = kind.jitter_probability, kind.grayscale_probability, kind.blur_probability
+    return max(*probabilities, kind.solarize_probability) > 0
 
 
 def _colors(images: Tensor, jitter: Tensor, blur: Tensor, solarize: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Workers return uint8 pixels: crops, or whole images if the training device makes
 Axis letters: B images, C crops.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple
@@ -21,16 +21,17 @@ from dino_sparo.data.decode import UnreadableImageError
 from dino_sparo.data.device_views import (
     UNCOMPILED,
     Photos,
+    ahead,
     collate_photos,
     compile_views,
     make_crops,
     numbers_of,
     to_pixels,
 )
-from dino_sparo.data.images import to_tensor
+from dino_sparo.data.images import normalize, to_tensor
 from dino_sparo.data.sources import ImageSource
-from dino_sparo.data.views import NUM_GLOBAL_CROPS, CropKind, draw_view, sample_order, substitute_sample
-from dino_sparo.data.workers import WatchedLoader
+from dino_sparo.data.views import NUM_GLOBAL_CROPS, CropKind, View, draw_view, sample_order, substitute_sample
+from dino_sparo.data.workers import PATIENCE_SECONDS, WatchedLoader
 from dino_sparo.errors import UserError
 from dino_sparo.parallel.device import why_not_compiled
 from dino_sparo.parallel.distributed import first_rank_first
@@ -58,6 +59,9 @@ class PhotoBatch(NamedTuple):
     replaced: tuple[Replaced, ...] = ()
 
 
+Batch = Crops | PhotoBatch
+
+
 class LoadedImage(NamedTuple):
     """Crops of one image, uint8 (3, side, side), global ones first; or the image and the crops' numbers."""
 
@@ -83,20 +87,24 @@ class CropsDataset(Dataset):
     max_side: int | None = None
 
     def __post_init__(self) -> None:
-        self.blur_taps = max(color.blur_taps(recipe.blur_radius[1]) for recipe in self.crop_kinds)
+        self.blur_taps = max(color.blur_taps(kind.blur_radius[1]) for kind in self.crop_kinds)
 
     def __getitem__(self, item: tuple[int, int]) -> LoadedImage:
         epoch, sample = item
         image, replaced = self._load(epoch, sample)
-        size = {"image_width": image.width, "image_height": image.height}
-        views = [
-            draw_view(recipe, seed=self.seed, epoch=epoch, sample=sample, crop=crop, **size)
-            for crop, recipe in enumerate(self.crop_kinds)
-        ]
+        views = self.views_of(image, epoch, sample)
         if self.executor == "pil":
             return LoadedImage([to_tensor(pil_views.execute(image, view)) for view in views], replaced)
         numbers = [numbers_of(view, self.blur_taps) for view in views]
         return LoadedImage((to_pixels(image), numbers), replaced)
+
+    def views_of(self, image: Image.Image, epoch: int, sample: int) -> list[View]:
+        """The random numbers of all crops of an image."""
+        size = {"image_width": image.width, "image_height": image.height}
+        return [
+            draw_view(kind, seed=self.seed, epoch=epoch, sample=sample, crop=crop, **size)
+            for crop, kind in enumerate(self.crop_kinds)
+        ]
 
     def _load(self, epoch: int, sample: int) -> tuple[Image.Image, list[Replaced]]:
         """An image or its substitute, and the images that were replaced."""
@@ -197,7 +205,7 @@ def choose_executor(
 
 
 def prepare_device(
-    recipes: Sequence[CropKind], executor: Executor, batch_size: int, device: torch.device
+    kinds: Sequence[CropKind], executor: Executor, batch_size: int, device: torch.device
 ) -> None:
     """Compile `make_crops` on a GPU: on each machine one process first, whose code the others then use.
 
@@ -209,7 +217,7 @@ def prepare_device(
     def work() -> None:
         if not why_not_compiled():
             log.info("compiling the code that makes views on the GPU: up to a minute if it is not stored yet")
-            compile_views(_in_groups(recipes), batch_size, device)
+            compile_views(_in_groups(kinds), batch_size, device)
 
     first_rank_first(work)
 
@@ -221,7 +229,7 @@ def crop_batches(
     num_workers: int,
     prefetch_batches: int,
     pin_memory: bool,
-    timeout_seconds: float,
+    timeout_seconds: float = PATIENCE_SECONDS,
 ) -> WatchedLoader:
     """Batches of `Crops` or `PhotoBatch` for (epoch, sample) pairs, made by workers."""
     return WatchedLoader(
@@ -237,7 +245,7 @@ def crop_batches(
     )
 
 
-def collate_crops(images: list[LoadedImage]) -> Crops | PhotoBatch:
+def collate_crops(images: list[LoadedImage]) -> Batch:
     """The crops of images -> one batch, crop-major."""
     made: list[Any] = [image.made for image in images]
     replaced = tuple(one for image in images for one in image.replaced)
@@ -247,12 +255,24 @@ def collate_crops(images: list[LoadedImage]) -> Crops | PhotoBatch:
     return _as_crops([torch.stack(list(group)) for group in groups], replaced)
 
 
-def crops_of(batch: Crops | PhotoBatch, recipes: Sequence[CropKind], device: torch.device) -> Crops:
+def crops_of(batch: Batch, kinds: Sequence[CropKind], device: torch.device) -> Crops:
     """The crops of a batch, copied to the device or made there."""
     if isinstance(batch, PhotoBatch):
-        return _as_crops(make_crops(batch.photos, _in_groups(recipes), device), batch.replaced)
+        return _as_crops(make_crops(batch.photos, _in_groups(kinds), device), batch.replaced)
     global_crops, local_crops = (crops.to(device, non_blocking=True) for crops in batch[:2])
     return Crops(global_crops, local_crops, batch.replaced)
+
+
+def crops_on_device(
+    batches: Iterable[Batch], kinds: Sequence[CropKind], device: torch.device
+) -> Iterator[Crops]:
+    """Batches from workers -> crops on the device, made or copied there; on a GPU one batch in advance."""
+    return ahead(batches, lambda batch: crops_of(batch, kinds, device), device)
+
+
+def normalized(crops: Crops) -> list[Tensor]:
+    """uint8 crops -> normalized groups (C_i, B, 3, side, side), the two global crops first."""
+    return [normalize(x) for x in (crops.global_crops, crops.local_crops) if x.numel()]
 
 
 def _in_groups(by_crop: Sequence[Any]) -> list[Sequence[Any]]:

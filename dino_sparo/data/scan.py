@@ -23,7 +23,7 @@ from dino_sparo.data.decode import AS_IS, PROBLEMS, open_image, orientation, pro
 from dino_sparo.data.shapes import NumberedImages
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.split_names import same_name
-from dino_sparo.data.workers import WatchedLoader
+from dino_sparo.data.workers import PATIENCE_SECONDS, WatchedLoader
 from dino_sparo.terminal import log, shows_bars
 
 MAX_LISTED, MAX_SHOWN = 20, 5  # in a report, and in its text
@@ -152,7 +152,7 @@ def is_first_of_several(image: Image.Image) -> bool:
 
 
 def scan_images(
-    source: ImageSource, *, num_workers: int, description: str, timeout_seconds: float = 600.0
+    source: ImageSource, *, num_workers: int, description: str, timeout_seconds: float = PATIENCE_SECONDS
 ) -> ScanResult:
     """Read, hash, and decode every file of a source as in training.
 

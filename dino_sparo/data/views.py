@@ -6,6 +6,7 @@ turns the numbers into pixels. Source: official `DataAugmentationDINO`.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any, Literal
@@ -27,12 +28,12 @@ class CropKind:
     size: int
     scale: tuple[float, float]
     flip_probability: float
-    jitter_probability: float
-    jitter_strength: tuple[float, float, float, float]
-    grayscale_probability: float
-    blur_probability: float
-    blur_radius: tuple[float, float]
-    solarize_probability: float
+    jitter_probability: float = 0.0
+    jitter_strength: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    grayscale_probability: float = 0.0
+    blur_probability: float = 0.0
+    blur_radius: tuple[float, float] = (0.0, 0.0)
+    solarize_probability: float = 0.0
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
 
 
@@ -72,7 +73,7 @@ def crop_kinds(
     Tuples of three probabilities are for these three kinds; `common` are the fields that all kinds share.
     """
 
-    def recipe(kind: int) -> CropKind:
+    def one_of(kind: int) -> CropKind:
         return CropKind(
             size=local_size if kind == 2 else global_size,
             scale=local_scale if kind == 2 else global_scale,
@@ -81,7 +82,12 @@ def crop_kinds(
             **common,
         )
 
-    return [recipe(0), recipe(1), *(recipe(2) for _ in range(num_local_crops))]
+    return [one_of(0), one_of(1), *(one_of(2) for _ in range(num_local_crops))]
+
+
+def crop_sizes(kinds: Sequence[CropKind]) -> list[tuple[int, int]]:
+    """Number and side in pixels of the global and of the local crops."""
+    return [(NUM_GLOBAL_CROPS, kinds[0].size), (len(kinds) - NUM_GLOBAL_CROPS, kinds[-1].size)]
 
 
 def sample_order(*, seed: int, epoch: int, num_samples: int) -> NDArray[np.int64]:
@@ -96,31 +102,31 @@ def substitute_sample(*, seed: int, epoch: int, sample: int, attempt: int, num_s
 
 
 def draw_view(
-    recipe: CropKind, *, seed: int, epoch: int, sample: int, crop: int, image_width: int, image_height: int
+    kind: CropKind, *, seed: int, epoch: int, sample: int, crop: int, image_width: int, image_height: int
 ) -> View:
     """The numbers of one crop of an image of this size."""
     uniform = np.random.Generator(_philox(seed, epoch, _CROPS, sample, crop)).random(2 * CROP_TRIES + 13)
-    top, left, height, width = _crop_box(recipe.scale, uniform[13:], uniform[:2], image_width, image_height)
-    brightness, contrast, saturation, hue = recipe.jitter_strength
+    top, left, height, width = _crop_box(kind.scale, uniform[13:], uniform[:2], image_width, image_height)
+    brightness, contrast, saturation, hue = kind.jitter_strength
     low = np.array([max(0, 1 - brightness), max(0, 1 - contrast), max(0, 1 - saturation), -hue])
     high = np.array([1 + brightness, 1 + contrast, 1 + saturation, hue])
     factors = low + (high - low) * uniform[2:6]
-    jitter = uniform[6] < recipe.jitter_probability
-    radius_low, radius_high = recipe.blur_radius
-    blur = uniform[10] < recipe.blur_probability
+    jitter = uniform[6] < kind.jitter_probability
+    radius_low, radius_high = kind.blur_radius
+    blur = uniform[10] < kind.blur_probability
     return View(
         top=top,
         left=left,
         height=height,
         width=width,
-        size=recipe.size,
-        flip=bool(uniform[8] < recipe.flip_probability),
+        size=kind.size,
+        flip=bool(uniform[8] < kind.flip_probability),
         jitter_order=JITTER_ORDERS[int(uniform[7] * len(JITTER_ORDERS))] if jitter else (),
         jitter_factors=tuple(factors.tolist()),
-        grayscale=bool(uniform[9] < recipe.grayscale_probability),
+        grayscale=bool(uniform[9] < kind.grayscale_probability),
         blur_radius=radius_low + (radius_high - radius_low) * float(uniform[11]) if blur else 0.0,
-        solarize=bool(uniform[12] < recipe.solarize_probability),
-        interpolation=recipe.interpolation,
+        solarize=bool(uniform[12] < kind.solarize_probability),
+        interpolation=kind.interpolation,
     )
 
 

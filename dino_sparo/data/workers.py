@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from dino_sparo.errors import StuckError, UserError
-from dino_sparo.parallel.processes import STOP_SIGNALS, end_with_parent
+from dino_sparo.parallel.processes import STOP_SIGNALS, cores, end_with_parent
 from dino_sparo.terminal import log
 
 IDLE = -1
+PATIENCE_SECONDS = 600.0  # for the next batch, unless training sets another timeout
 KINDS_OF_WARNINGS = 4096  # by a hash of the line of code that warns
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, KEPT_BYTES = -1, -3, 2**26  # of glibc's mallopt
 
@@ -50,7 +51,7 @@ class WatchedLoader:
         image_of: Callable[[Any], int],
         name: Callable[[int], str],
         num_workers: int,
-        timeout_seconds: float,
+        timeout_seconds: float = PATIENCE_SECONDS,
         collate: Callable[[list[Any]], Any] = default_collate,
         **loader_options: Any,
     ) -> None:
@@ -263,5 +264,4 @@ def keep_memory() -> None:
 
 def default_workers(processes_here: int = 1) -> int:
     """One worker per core that this process may use, divided among the training processes, at most 16."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(16, cores // processes_here))
+    return max(1, min(16, cores() // processes_here))

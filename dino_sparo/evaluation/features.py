@@ -19,7 +19,7 @@ from tqdm import tqdm
 from dino_sparo.data.decode import AS_IS
 from dino_sparo.data.images import CenterCrops, ReadableCrops, normalize
 from dino_sparo.data.sources import ImageSource, open_images
-from dino_sparo.data.workers import WatchedLoader, default_workers
+from dino_sparo.data.workers import PATIENCE_SECONDS, WatchedLoader, default_workers
 from dino_sparo.errors import UserError
 from dino_sparo.files import alone_in, check_space, named
 from dino_sparo.models import Encoder
@@ -86,7 +86,7 @@ def cached_features(
     cache: Path | None = None,
     batch_size: int = 64,
     num_workers: int | None = 0,
-    timeout_seconds: float = 600.0,
+    timeout_seconds: float = PATIENCE_SECONDS,
 ) -> list[dict[str, NDArray[Any]]]:
     """Features of sets of images, one pass over each: name -> (num_images, F).
 

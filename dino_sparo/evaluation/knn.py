@@ -25,7 +25,7 @@ from dino_sparo.interop.load import load_encoder
 from dino_sparo.models import Encoder
 from dino_sparo.parallel.distributed import gather_rows, rank, world_size
 from dino_sparo.runs.checkpoint import checkpoints_of, step_of
-from dino_sparo.terminal import log, shown
+from dino_sparo.terminal import aligned_table, log, shown
 
 HEADLINE_K = 20
 KNN, KNN_IMAGES = f"knn{HEADLINE_K}_top1", f"knn{HEADLINE_K}_images"  # keys of metrics.jsonl
@@ -308,14 +308,9 @@ def of_checkpoints(
 
 def checkpoints_table(series: Series) -> str:
     """Top-1 by step, with a column for each result."""
-    columns = [shown(f"{result.test_set} {result.name}") for result in next(iter(series.values()))]
-    lines = [f"{'step':>10}" + "".join(f"{name:>{len(name) + 6}}" for name in columns)]
-    for step, results in series.items():
-        cells = zip(columns, results, strict=True)
-        lines.append(
-            f"{step:>10}" + "".join(f"{result.top1:>{len(name) + 4}.2f} %" for name, result in cells)
-        )
-    return "\n".join(lines)
+    columns = [f"{result.test_set} {result.name}" for result in next(iter(series.values()))]
+    rows = [[str(step), *(f"{result.top1:.2f} %" for result in found)] for step, found in series.items()]
+    return aligned_table(["step", *columns], rows)
 
 
 def draw_checkpoints(series: Series, path: Path) -> None:

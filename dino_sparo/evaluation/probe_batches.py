@@ -13,16 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from dino_sparo.data.device_views import ahead
 from dino_sparo.data.images import normalize
+from dino_sparo.data.loader import Batch as BatchOfCrops
 from dino_sparo.data.loader import (
     BatchOrder,
-    Crops,
     CropsDataset,
     Executor,
-    PhotoBatch,
     crop_batches,
-    crops_of,
+    crops_on_device,
     prepare_device,
 )
 from dino_sparo.data.sources import ImageSource
@@ -37,7 +35,6 @@ from dino_sparo.terminal import log
 
 MAX_SIDE = 1024  # images with a longer side are reduced to this side before cropping
 ROWS_AT_ONCE = 4096  # features loaded into memory at a time
-TIMEOUT_SECONDS = 600.0  # for the next images
 IMAGES_AT_ONCE = 64  # per forward pass of the encoder; changes memory, not the result
 
 Features = Mapping[str, NDArray[Any]]  # name -> (N, F)
@@ -50,12 +47,6 @@ def training_crop(image_size: int) -> CropKind:
         size=image_size,
         scale=(0.08, 1.0),
         flip_probability=0.5,
-        jitter_probability=0.0,
-        jitter_strength=(0.0, 0.0, 0.0, 0.0),
-        grayscale_probability=0.0,
-        blur_probability=0.0,
-        blur_radius=(0.0, 0.0),
-        solarize_probability=0.0,
         interpolation="bilinear",
     )
 
@@ -75,20 +66,19 @@ def features_of_crops(
     """Batches of features of the official training crops: random resized crop (bilinear), flip."""
     assert source.labels is not None
     labels, device = torch.from_numpy(source.labels), encoder.device
-    recipes = [training_crop(encoder.image_size)]
+    kinds = [training_crop(encoder.image_size)]
     pieces = _Pieces(order)
     loader = crop_batches(
-        CropsDataset(source, recipes, order.seed, executor=executor, max_side=MAX_SIDE),
+        CropsDataset(source, kinds, order.seed, executor=executor, max_side=MAX_SIDE),
         pieces,
         num_workers=num_workers,
         prefetch_batches=2,
         pin_memory=device.type == "cuda",
-        timeout_seconds=TIMEOUT_SECONDS,
     )
 
-    prepare_device(recipes, executor, min(IMAGES_AT_ONCE, order.micro_batch_size), device)
+    prepare_device(kinds, executor, min(IMAGES_AT_ONCE, order.micro_batch_size), device)
 
-    def readable() -> Iterator[Crops | PhotoBatch]:
+    def waited_for() -> Iterator[BatchOfCrops]:
         loaded = iter(loader)
         for _ in range(len(pieces)):
             with run_log.waiting_for_data():
@@ -96,7 +86,7 @@ def features_of_crops(
             yield piece
 
     def batches() -> Iterator[Batch]:
-        made = ahead(readable(), lambda piece: crops_of(piece, recipes, device), device)
+        made = crops_on_device(waited_for(), kinds, device)
         for batch in order:
             parts = []
             for _ in range(0, len(batch), IMAGES_AT_ONCE):

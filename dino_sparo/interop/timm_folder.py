@@ -24,6 +24,7 @@ from dino_sparo.files import parsed_json, read_as, read_small, write_file
 from dino_sparo.interop.stored import MODELS, StoredEncoder
 from dino_sparo.models import Encoder
 from dino_sparo.models.encoder import ARCHITECTURES, architecture
+from dino_sparo.recipe.readouts import READOUTS
 from dino_sparo.recipe.typed import Seed, value_of
 from dino_sparo.terminal import shown
 
@@ -81,13 +82,6 @@ encoding = model(transform(Image.open("IMAGE").convert("RGB"))[None])  # (1, {le
 TIMMS_OWN = """ Without dino_sparo, timm's own
 `timm.create_model({own})` loads the weights too, for images of
 {image_size} pixels only: it resizes the position embedding differently from the DINO code."""
-READOUTS = {
-    "sparo": "with the SPARO read-out (arXiv 2404.15721)",
-    "cls": "with the CLS token as its encoding",
-    "gap": "with the mean of its patch tokens as its encoding",
-    "pooler": "with an attentional pooler (arXiv 2205.01917)",
-    "bottleneck": "with two linear layers on its CLS token",
-}
 
 
 def write_exported(
@@ -257,7 +251,7 @@ def _model_card(
         license=yaml.safe_dump({"license": license}) if license else "",
         origin=f"the {stored.which} of a DINO pretraining run (arXiv 2104.14294), " if stored.trained else "",
         trained="".join(f"- {key}: {value}\n" for key, value in facts.items() if key in told),
-        readout=READOUTS.get(encoder.readout_name, f"with the read-out {encoder.readout_name}"),
+        readout=READOUTS[encoder.readout_name].words,
         vit=facts["vit"],
         preprocessing=facts["preprocessing"],
         image_size=size,

@@ -5,7 +5,6 @@ There is one process per GPU, with rank and world size in the environment variab
 
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,11 +31,12 @@ from dino_sparo.parallel.processes import (
     PeerWatch,
     end_at_once,
     env_int,
-    first_to_fail,
     leave_note,
     machine_name,
+    report,
+    store_of_group,
 )
-from dino_sparo.terminal import error_line, log
+from dino_sparo.terminal import log
 
 Result = TypeVar("Result")
 
@@ -45,9 +45,6 @@ HEARTBEAT_SECONDS = 5.0
 SAY_SECONDS = 10.0  # a process that waits longer for others logs it
 POLL_SECONDS = 0.05
 LOST_SECONDS = 2.0  # after a connection error the process that caused it ends within this time
-FAILED = "failed"  # key in the store: the rank of the process that reports the failure
-
-_store: list[dist.Store] = []  # the store of the process group, or empty
 
 
 def rank() -> int:
@@ -113,7 +110,7 @@ def process_group(device: torch.device) -> Iterator[Group]:
     dist.init_process_group(
         backend, store=dist.PrefixStore("group", store), rank=number, world_size=size, timeout=PATIENCE
     )
-    _store.append(store)
+    store_of_group.append(store)
     machine = machine_name()
     everyone = gather_objects((machine, os.getpid()))
     peers = {n: pid for n, (where, pid) in enumerate(everyone) if where == machine and n != number}
@@ -144,7 +141,7 @@ def process_group(device: torch.device) -> Iterator[Group]:
         raise group.lost(gone) from error
     # Not in a `finally`: after an error the other processes may never get here.
     watch.close()
-    _store.clear()
+    store_of_group.clear()
     dist.destroy_process_group()
 
 
@@ -216,25 +213,6 @@ def _end_without(error: PeerLostError) -> None:
     """End this process at once: it would wait for a lost process without end."""
     report(error)
     end_at_once(EXIT_USER_ERROR)
-
-
-def report(error: UserError) -> None:
-    """Print the error that ends the run, in one process; a lost process is left to `launch` to report."""
-    if speaks_for_all() and not (isinstance(error, PeerLostError) and leave_note("lost", error.at)):
-        print(error_line(error), file=sys.stderr)
-
-
-def speaks_for_all() -> bool:
-    """Whether this process reports the failure: the first one to fail, on any machine."""
-    if not first_to_fail():
-        return False
-    if not _store:
-        return True
-    number = str(rank())
-    try:
-        return _store[0].compare_set(FAILED, "", number) == number.encode()
-    except RuntimeError:  # the launcher, which holds the store, is gone
-        return number == "0"
 
 
 class Agreement:

@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from dino_sparo.errors import EXIT_STOPPED, UserError
-from dino_sparo.parallel.processes import LAUNCHER, NOTES, STOP_SIGNALS, on_stop_signals, read_note
+from dino_sparo.parallel.processes import LAUNCHER, NOTES, STOP_SIGNALS, cores, on_stop_signals, read_note
 
 SHUTDOWN_SECONDS = 300  # for a stopped process to finish its step and save
 KILL_SECONDS = 23  # after a process is lost; the others end sooner unless a call in C blocks them
@@ -31,8 +31,7 @@ def launch(num_processes: int, arguments: list[str]) -> int:
         UserError: a signal ended a process.
     """
     logging.disable(logging.ERROR)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // num_processes)))
     checkout = Path(__file__).parents[2]
     if sys.path[0] == str(checkout) == os.getcwd():  # `python -m dino_sparo`: all processes use this checkout
         os.environ["PYTHONPATH"] = os.pathsep.join([str(checkout), *filter(None, [os.getenv("PYTHONPATH")])])

@@ -16,14 +16,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from dino_sparo.errors import UserError
-from dino_sparo.terminal import shown
+from dino_sparo.errors import PeerLostError, UserError
+from dino_sparo.terminal import error_line, shown
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # ask a run to stop
 PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
 GRACE_SECONDS = 5.0  # for the main thread to notice that another process is gone
 FINISH_SECONDS = 16.0  # for a checkpoint that is being written when another process is lost
 NOTES = "DINO_SPARO_NOTES"  # environment variable: folder of messages from processes to `launch`
+FAILED = "failed"  # key in the store: the rank of the process that reports the failure
 LAUNCHER = "DINO_SPARO_LAUNCHER"  # environment variable: the process identifier of `launch`
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")  # set by torchrun
 COPIES = {  # launchers of several copies of a program: their variables for world size and rank
@@ -35,6 +36,7 @@ COPIES = {  # launchers of several copies of a program: their variables for worl
     "flux run": ("FLUX_JOB_SIZE", "FLUX_TASK_RANK"),
 }
 
+store_of_group: list[Any] = []  # torch's store that all processes share, while they are a group
 _unfinished: list[Callable[[float], object]] = []
 
 
@@ -42,6 +44,11 @@ def env_int(name: str, default: int = 0) -> int:
     """The number in an environment variable."""
     text = os.environ.get(name, "")
     return int(text) if text.isdecimal() else default
+
+
+def cores() -> int:
+    """Number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_environment() -> None:
@@ -175,8 +182,27 @@ def end_at_once(status: int) -> NoReturn:
     os._exit(status)
 
 
-def first_to_fail() -> bool:
-    """Whether this is the first process of this launcher to fail, which reports the failure.
+def report(error: UserError) -> None:
+    """Print the error that ends the run, in one process; a lost process is left to `launch` to report."""
+    if speaks_for_all() and not (isinstance(error, PeerLostError) and leave_note("lost", error.at)):
+        print(error_line(error), file=sys.stderr)
+
+
+def speaks_for_all() -> bool:
+    """Whether this process reports the failure: the first one to fail, on any machine."""
+    if not _first_to_fail():
+        return False
+    if not store_of_group:
+        return True
+    number = str(env_int("RANK"))
+    try:
+        return store_of_group[0].compare_set(FAILED, "", number) == number.encode()
+    except RuntimeError:  # the launcher, which holds the store, is gone
+        return number == "0"
+
+
+def _first_to_fail() -> bool:
+    """Whether this is the first process of this launcher to fail.
 
     From then on it ignores SIGTERM, by which the launcher would end it before its report.
     """

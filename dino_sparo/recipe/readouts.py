@@ -98,19 +98,32 @@ class Readout:
     """A read-out: the class of its options, whether its encoding has slots, and its module.
 
     Attributes:
+        words: of an encoder with it, for a model card.
         module: `module:name` of a class or function that is called with token width and options, so that
             torch is not imported here. With slots it reads all tokens, else the CLS token. None: no module.
     """
 
     options: type[ReadoutOptions]
+    words: str
     has_slots: bool = False
     module: str | None = None
 
 
 READOUTS: Mapping[str, Readout] = {
-    "sparo": Readout(SparoOptions, True, "dino_sparo.models.readouts:sparo_readout"),
-    "cls": Readout(ReadoutOptions),
-    "gap": Readout(ReadoutOptions),
-    "pooler": Readout(PoolerOptions, True, "dino_sparo.models.readouts:pooler_readout"),
-    "bottleneck": Readout(BottleneckOptions, False, "dino_sparo.models.readouts:LinearBottleneck"),
+    "sparo": Readout(
+        *(SparoOptions, "with the SPARO read-out (arXiv 2404.15721)"),
+        has_slots=True,
+        module="dino_sparo.models.readouts:sparo_readout",
+    ),
+    "cls": Readout(ReadoutOptions, "with the CLS token as its encoding"),
+    "gap": Readout(ReadoutOptions, "with the mean of its patch tokens as its encoding"),
+    "pooler": Readout(
+        *(PoolerOptions, "with an attentional pooler (arXiv 2205.01917)"),
+        has_slots=True,
+        module="dino_sparo.models.readouts:pooler_readout",
+    ),
+    "bottleneck": Readout(
+        *(BottleneckOptions, "with two linear layers on its CLS token"),
+        module="dino_sparo.models.readouts:LinearBottleneck",
+    ),
 }

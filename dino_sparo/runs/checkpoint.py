@@ -15,9 +15,7 @@ from torch import Tensor
 
 from dino_sparo.errors import UserError
 from dino_sparo.files import atomic_write, check_space, read_small, set_aside
-from dino_sparo.models import Encoder, build_encoder
 from dino_sparo.parallel.processes import finished_first
-from dino_sparo.recipe.sections import Recipe
 from dino_sparo.runs.plain_file import read_plain
 from dino_sparo.terminal import log
 
@@ -208,11 +206,6 @@ def check_format(content: Any, path: Path) -> None:
     stored = content.get("format") if isinstance(content, dict) else None
     if not isinstance(stored, int) or stored != FORMAT:
         raise UserError(f"{path} is not a checkpoint of dino-sparo with format {FORMAT}")
-
-
-def encoder_of(recipe: Recipe, drop_path_rate: float = 0.0) -> Encoder:
-    """A randomly initialized encoder as the recipe describes it."""
-    return build_encoder(drop_path_rate=drop_path_rate, **recipe.encoder_arguments())
 
 
 def latest_step(run_dir: Path) -> int:

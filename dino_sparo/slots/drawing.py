@@ -25,7 +25,6 @@ from dino_sparo.terminal import shown
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TIMEOUT_SECONDS = 600.0  # for one image
 MAX_ASPECT = 16  # of a whole image; longer ones would have too many tokens
 SIDES = 224, 448  # range of the short side of a picture in pixels; within it the image is not resized
 GRAY, LIGHTEST = 0.3, 0.92  # gray levels of black and of white, as fractions of 255
@@ -140,7 +139,6 @@ def load_images(
         image_of=int,
         name=source.name,
         num_workers=min(workers, len(numbers)),
-        timeout_seconds=TIMEOUT_SECONDS,
         batch_size=None,
         sampler=numbers,
     )

@@ -30,6 +30,7 @@ def study(
     variants: Sequence[Variant],
     folder: Path,
     *,
+    evaluate: bool,
     control: str,
     train_fractions: Sequence[float],
     transfer: Sequence[str],
@@ -37,7 +38,8 @@ def study(
 ) -> int:
     """Train incomplete runs, evaluate complete ones, write the page, and print its table.
 
-    The page includes all complete runs, also those that are not chosen.
+    The page includes all complete runs, also those that are not chosen. Without `evaluate`, only train, and
+    print the table of sizes.
 
     Returns:
         exit status: 1 if a run failed, else 0.
@@ -46,12 +48,17 @@ def study(
         UserError: a mistake in recipe or data; raised before anything is trained.
         StoppedError: a run was stopped by a signal; it is saved, and the study resumes there.
     """
-    data_sets, hashes = check_study(
-        variants, folder, control=control, train_fractions=train_fractions, transfer=transfer
-    )
+    if evaluate:
+        data_sets, hashes = check_study(
+            variants, folder, control=control, train_fractions=train_fractions, transfer=transfer
+        )
     training.check_variants(variants)
-    remember_images(folder, data_sets, hashes)
+    if evaluate:
+        remember_images(folder, data_sets, hashes)
     errors = training.train(variants, folder, unverified=unverified)
+    if not evaluate:
+        print(training.sizes_table(training.table(variants, errors)))
+        return EXIT_PROBLEM if errors else 0
     measured: dict[str, dict[str, Measured]] = {}
     complete = [
         one for one in variants if training.final_knn(one.run_dir, one.recipe.optim.epochs) is not None
@@ -73,14 +80,6 @@ def study(
     comparison = write_report(folder, control, found, training.table(variants, errors), missing)
     print(comparison.text())
     log.info("the page is %s", folder / PAGE)
-    return EXIT_PROBLEM if errors else 0
-
-
-def train_only(variants: Sequence[Variant], folder: Path, *, unverified: bool = False) -> int:
-    """Train incomplete runs, and write and print the table; returns and raises as `study`."""
-    training.check_variants(variants)
-    errors = training.train(variants, folder, unverified=unverified)
-    print(training.sizes_table(training.table(variants, errors)))
     return EXIT_PROBLEM if errors else 0
 
 

@@ -6,7 +6,6 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from dino_sparo.evaluation.compare import (
     title,
 )
 from dino_sparo.evaluation.knn import KNN
+from dino_sparo.files import write_figure
 from dino_sparo.runs.rundir import read_starts
 from dino_sparo.runs.runlog import each_metric
 from dino_sparo.slots.curves import COLORS, MARKERS
@@ -92,12 +92,9 @@ def write_report(
     parts += ["## 20-NN during training", f"![20-NN over epochs]({CURVES})", curve_table(groups, trainings)]
     parts += ["## Cost", cost_table(groups, trainings, costs), COST_REMARK]
     parts += ["## Selected probes", probes_table(groups, measures)]
-    contents: dict[str, str | bytes] = {
-        PAGE: "\n\n".join(parts) + "\n",
-        JSON_FILE: json.dumps(as_json(groups, trainings), indent=1) + "\n",
-        CURVES: curves_picture(groups, trainings),
-    }
-    write_files(folder, contents)
+    data = json.dumps(as_json(groups, trainings), indent=1) + "\n"
+    write_files(folder, {PAGE: "\n\n".join(parts) + "\n", JSON_FILE: data})
+    write_figure(folder / CURVES, curves_picture(groups, trainings))
     return comparison
 
 
@@ -175,8 +172,8 @@ def probes_table(groups: Sequence[Group], measures: Sequence[Measure]) -> str:
     return markdown_table(["", *(title(measure, groups) for measure in linear)], rows)
 
 
-def curves_picture(groups: Sequence[Group], trainings: dict[Path, Training]) -> bytes:
-    """A PNG of 20-NN over epochs: the mean over seeds of each row as a thick line, seeds as thin lines."""
+def curves_picture(groups: Sequence[Group], trainings: dict[Path, Training]) -> Figure:
+    """20-NN over epochs: the mean over seeds of each row as a thick line, seeds as thin lines."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axis = figure.subplots()
     for number, group in enumerate(groups):
@@ -193,9 +190,7 @@ def curves_picture(groups: Sequence[Group], trainings: dict[Path, Training]) -> 
         text.set_parse_math(False)  # a name with $ is no formula
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.3)
-    picture = BytesIO()
-    figure.savefig(picture, dpi=110, format="png")
-    return picture.getvalue()
+    return figure
 
 
 def as_json(groups: Sequence[Group], trainings: dict[Path, Training]) -> dict[str, Any]:

@@ -26,10 +26,11 @@ from dino_sparo.evaluation.results import Result, save_results
 from dino_sparo.evaluation.transfer import VAL, as_test_set, balanced_fraction, open_train_and_tests
 from dino_sparo.files import write_file
 from dino_sparo.interop.load import load_encoder
+from dino_sparo.models import build_encoder
 from dino_sparo.models.cost import encoder_cost
 from dino_sparo.parallel.device import choose_device
 from dino_sparo.recipe.sections import Recipe
-from dino_sparo.runs.checkpoint import encoder_of, latest_step
+from dino_sparo.runs.checkpoint import latest_step
 from dino_sparo.runs.rundir import check_same_experiment
 from dino_sparo.runs.runlog import each_metric
 from dino_sparo.study.variants import Variant
@@ -117,7 +118,7 @@ def table(variants: Sequence[Variant], errors: dict[str, str]) -> list[dict[str,
     for variant in variants:
         recipe = variant.recipe
         if variant.row not in rows:
-            encoder = encoder_of(recipe)
+            encoder = build_encoder(**recipe.encoder_arguments())
             rows[variant.row] = {
                 "variant": variant.row,
                 "changes": {key: value for key, value in variant.changes.items() if key != "seed"},
@@ -173,7 +174,7 @@ def write_table(folder: Path, variants: Sequence[Variant], rows: Sequence[dict[s
     write_files(folder, texts)
 
 
-def write_files(folder: Path, contents: Mapping[str, str | bytes]) -> None:
+def write_files(folder: Path, contents: Mapping[str, str]) -> None:
     """Write files atomically into a folder, which is created if it does not exist."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():

@@ -50,7 +50,6 @@ def evaluate(run: Run, run_log: RunLog, step: int) -> None:
         accuracies = evaluate_teacher(
             run.state.teacher.encoder,
             run.knn_images,
-            image_size=run.recipe.views.global_size,
             num_workers=run.num_workers,
             timeout_seconds=run.recipe.machine.data_timeout_seconds,
             left_out=left_out,

@@ -4,10 +4,9 @@ Axis letters: B images, C crops, K prototypes.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +16,16 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from dino_sparo.data.decode import UnreadableImageError
-from dino_sparo.data.device_views import ahead
-from dino_sparo.data.images import normalize
 from dino_sparo.data.loader import (
+    Batch,
     BatchOrder,
-    Crops,
-    PhotoBatch,
-    choose_executor,
     crop_batches,
-    crops_of,
+    crops_on_device,
     crops_picture,
+    normalized,
     prepare_device,
 )
-from dino_sparo.data.views import CropKind
-from dino_sparo.data.workers import check_shared_memory, default_workers
+from dino_sparo.data.workers import check_shared_memory
 from dino_sparo.errors import UserError
 from dino_sparo.models.cost import describe_cost, encoder_cost
 from dino_sparo.parallel.device import choose_device
@@ -47,7 +42,7 @@ from dino_sparo.parallel.distributed import (
     sum_over_ranks,
     world_size,
 )
-from dino_sparo.parallel.precision import autocast, choose_precision, plain_attention, set_numerics
+from dino_sparo.parallel.precision import autocast, plain_attention
 from dino_sparo.recipe.files import CONFIG_FILE
 from dino_sparo.recipe.sections import Recipe, smaller_batch, split_batch
 from dino_sparo.runs.checkpoint import check_room, saving, set_damaged_aside
@@ -79,12 +74,11 @@ from dino_sparo.training.setup import (
     restored_step,
     say_start,
     start_state,
+    use_machine,
 )
 from dino_sparo.training.state import StepOutput, TrainState, build_state, checkpoint_bytes
 from dino_sparo.training.steps import Steps
 from dino_sparo.training.stopping import BadImages, StopSignals
-
-Batch = Crops | PhotoBatch
 
 
 def train_step(
@@ -164,7 +158,8 @@ def pretrain(recipe: Recipe, run_dir: Path, *, resume_unverified: bool = False) 
             held.enter_context(lock_run_dir(run_dir))
             repair_run_dir(run_dir)
         run = prepare(recipe, run_dir, device, unverified=resume_unverified)
-        if run.first_step == run.total_steps and not evaluation_is_missing(run):
+        evaluate_first = evaluation_is_missing(run)
+        if run.first_step == run.total_steps and not evaluate_first:
             log.info("%s is complete: all %d epochs are done", run_dir, recipe.optim.epochs)
             return
         if rank() == 0:
@@ -186,7 +181,7 @@ def pretrain(recipe: Recipe, run_dir: Path, *, resume_unverified: bool = False) 
         try:
             prepare_device(run.dataset.crop_kinds, run.dataset.executor, run.order.micro_batch_size, device)
             with batches.failures_explained():
-                train(run, iter(batches), signals, group)
+                train(run, iter(batches), signals, group, evaluate_first=evaluate_first)
         except torch.OutOfMemoryError as error:
             size = run.order.micro_batch_size
             smaller = smaller_batch(size * run.order.accumulation, size)
@@ -204,21 +199,20 @@ def prepare(recipe: Recipe, run_dir: Path, device: torch.device, *, unverified: 
         UserError: a mistake in the recipe, the data, or the run folder.
     """
     machine, optim = recipe.machine, recipe.optim
-    set_numerics(tf32=machine.tf32, deterministic=machine.deterministic)
-    num_workers = default_workers(local_world_size()) if machine.num_workers is None else machine.num_workers
+    num_workers, precision, executor = use_machine(
+        machine, device, max_side=recipe.data.max_side, processes_here=local_world_size()
+    )
     batch_size, accumulation = split_batch(optim.global_batch_size, machine.batch_size_per_gpu, world_size())
     check_same_experiment(run_dir, recipe)
     source, knn_images = first_rank_first(
         lambda: open_data(recipe.data, recipe.monitor, optim.global_batch_size)
     )
     images = {"num_images": len(source), "fingerprint": source.fingerprint()}
-    executor = choose_executor(machine.views, device, max_side=recipe.data.max_side, num_workers=num_workers)
     image_bytes = bytes_of_image(recipe.views, recipe.data.max_side, source, executor)
     check_shared_memory(
         local_world_size() * num_workers * machine.prefetch_batches * batch_size * image_bytes
     )
 
-    precision = choose_precision(machine.precision, device)
     state = build_state(**recipe.state_arguments(precision), device=device)
     cost = encoder_cost(state.teacher.encoder, recipe.views.global_size)
     log.info("encoder with read-out %s: %s", recipe.model.readout.name, describe_cost(cost))
@@ -266,8 +260,13 @@ def prepare(recipe: Recipe, run_dir: Path, device: torch.device, *, unverified: 
     )
 
 
-def train(run: Run, batches: Iterator[Batch], signals: StopSignals, group: Group) -> None:
+def train(
+    run: Run, batches: Iterator[Batch], signals: StopSignals, group: Group, *, evaluate_first: bool
+) -> None:
     """The training loop. Source: DINO, algorithm 1.
+
+    Args:
+        evaluate_first: evaluate before the first step.
 
     Raises:
         StoppedError: a process has received a signal, and the run is saved.
@@ -294,7 +293,7 @@ def train(run: Run, batches: Iterator[Batch], signals: StopSignals, group: Group
         closing(Steps(one_step, run.device, order.accumulation, capture=recipe.machine.capture)) as steps,
     ):
         run_log.recipe(yaml.safe_dump(recipe.as_dict(), sort_keys=False))
-        if evaluation_is_missing(run):
+        if evaluate_first:
             evaluate(run, run_log, run.first_step)
         micro_batches = on_device(run, batches, run_log)
         for step in range(run.first_step + 1, last_step + 1):  # from 1; schedules and seeds count from 0
@@ -304,8 +303,7 @@ def train(run: Run, batches: Iterator[Batch], signals: StopSignals, group: Group
             hyper = run.schedules.at(step - 1)
             log_now = due(step, recipe.log.log_every_steps, last_step)
             torch.manual_seed(step_seed(recipe.seed, step - 1, rank()))  # for stochastic depth
-            with plain_attention(run.precision, run.device):
-                output = steps.take(micro_batches, hyper, logged=log_now)
+            output = steps.take(micro_batches, hyper, logged=log_now)
             run_log.step_done(step)
             saver.raise_if_failed()
 
@@ -325,9 +323,15 @@ def train(run: Run, batches: Iterator[Batch], signals: StopSignals, group: Group
 
 
 def step_of(state: TrainState, *, clip_norm: float, precision: str) -> Callable[..., StepOutput]:
-    """`train_step` with the arguments that are the same for all steps."""
-    mixed = autocast(precision, state.loss_fn.center.device)
-    return partial(train_step, state, clip_norm=clip_norm, autocast=mixed)
+    """`train_step` in a precision, with the arguments that are the same for all steps."""
+    device = state.loss_fn.center.device
+    mixed = autocast(precision, device)
+
+    def step(*args: Any, **options: Any) -> StepOutput:
+        with plain_attention(precision, device):
+            return train_step(state, *args, clip_norm=clip_norm, autocast=mixed, **options)
+
+    return step
 
 
 def on_device(run: Run, batches: Iterator[Batch], run_log: RunLog) -> Iterator[list[Tensor]]:
@@ -350,18 +354,6 @@ def readable(run: Run, batches: Iterator[Batch], run_log: RunLog) -> Iterator[Ba
             remedy = "repair the file, or use data.on_bad_image substitute"
             raise UnreadableImageError(error.name, error.reason, f"{remedy}, then run again") from error
         yield batch
-
-
-def crops_on_device(
-    batches: Iterable[Batch], recipes: Sequence[CropKind], device: torch.device
-) -> Iterator[Crops]:
-    """Batches from workers -> crops on the device, made or copied there one batch in advance."""
-    return ahead(batches, lambda batch: crops_of(batch, recipes, device), device)
-
-
-def normalized(crops: Crops) -> list[Tensor]:
-    """uint8 crops -> normalized groups (C_i, B, 3, side, side), the two global crops first."""
-    return [normalize(x) for x in (crops.global_crops, crops.local_crops) if x.numel()]
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

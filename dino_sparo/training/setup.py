@@ -9,19 +9,22 @@ import numpy as np
 import torch
 
 from dino_sparo.data.decode import size_of
-from dino_sparo.data.loader import BatchOrder, CropsDataset, Executor
+from dino_sparo.data.loader import BatchOrder, CropsDataset, Executor, choose_executor
 from dino_sparo.data.shapes import SHAPES
 from dino_sparo.data.sources import ImageSource, absolute_path, decide, open_images, say_splits
 from dino_sparo.data.splits import Choice
 from dino_sparo.data.tables import commit_of
 from dino_sparo.data.views import NUM_GLOBAL_CROPS, crop_kinds
+from dino_sparo.data.workers import default_workers
 from dino_sparo.errors import UserError
 from dino_sparo.files import read_as
 from dino_sparo.interop.start import read_networks, start_networks
 from dino_sparo.parallel.distributed import first_rank_first, gather_objects, world_size
+from dino_sparo.parallel.precision import choose_precision, set_numerics
 from dino_sparo.recipe.sections import (
     DataOptions,
     LossOptions,
+    MachineOptions,
     MonitorOptions,
     OptimOptions,
     Recipe,
@@ -31,7 +34,7 @@ from dino_sparo.runs.checkpoint import load_latest
 from dino_sparo.runs.rundir import read_starts
 from dino_sparo.terminal import log
 from dino_sparo.training.monitor import CollapseAlarm, KnnImages, open_knn_images
-from dino_sparo.training.schedules import Cosine, Linear, Schedules
+from dino_sparo.training.schedules import Cosine, Hyperparameters, Linear, Schedules
 from dino_sparo.training.state import TrainState, restore_state
 from dino_sparo.training.stopping import BadImages
 
@@ -197,6 +200,21 @@ def absolute_paths(data: DataOptions, monitor: MonitorOptions) -> dict[str, Any]
     }
 
 
+def use_machine(
+    machine: MachineOptions, device: torch.device, *, max_side: int | None, processes_here: int = 1
+) -> tuple[int, str, Executor]:
+    """Set how this process computes; returns workers per process, precision, and executor of the views.
+
+    Args:
+        max_side: as in `choose_executor`, whose errors it raises.
+        processes_here: training processes on this machine.
+    """
+    set_numerics(tf32=machine.tf32, deterministic=machine.deterministic)
+    num_workers = default_workers(processes_here) if machine.num_workers is None else machine.num_workers
+    executor = choose_executor(machine.views, device, max_side=max_side, num_workers=num_workers)
+    return num_workers, choose_precision(machine.precision, device), executor
+
+
 def dataset_of(
     data: DataOptions, views: ViewOptions, seed: int, source: ImageSource, executor: Executor
 ) -> CropsDataset:
@@ -262,4 +280,11 @@ def build_schedules(optim: OptimOptions, loss: LossOptions, steps_per_epoch: int
         freeze_last_layer_epochs=optim.freeze_last_layer_epochs,
         freeze_backbone_epochs=optim.freeze_backbone_epochs or 0,
         steps_per_epoch=steps_per_epoch,
+    )
+
+
+def unfrozen_step(optim: OptimOptions, loss: LossOptions) -> Hyperparameters:
+    """Hyperparameters of the first step, but with nothing frozen: what measurements of a step use."""
+    return replace(
+        build_schedules(optim, loss, steps_per_epoch=1).at(0), freeze_last_layer=False, freeze_backbone=False
     )
