@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from dino_sparo import load_encoder
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.classifiers import load_classifier, load_official
-from dino_sparo.interop.start import read_networks, start_networks
+from dino_sparo.interop.initial_weights import initialize_networks, read_networks
 from dino_sparo.models import build_encoder
 from dino_sparo.recipe.files import checked_encoder
 from dino_sparo.runs.plain_file import MOST_PICKLE, read_plain
@@ -232,7 +232,7 @@ def test_a_head_that_is_not_finite_starts_no_run(tmp_path, run_dir):
         recipe = tiny_options(tmp_path, tmp_path)
         built, encoder = build_state(recipe), recipe.encoder_arguments()
         with pytest.raises(UserError, match=rf"start\.pt.*{reason}"):
-            start_networks(
+            initialize_networks(
                 *(built.student, built.teacher, read_networks(str(tmp_path / "start.pt"), encoder), encoder),
                 norm_last_layer=False,
                 frozen=False,

@@ -11,7 +11,7 @@ from dino_sparo import load_encoder
 from dino_sparo.__main__ import main
 from dino_sparo.errors import UserError
 from dino_sparo.models import DINOHead, DinoModel, build_encoder
-from dino_sparo.training.setup import start_state
+from dino_sparo.training.setup import initialize_state
 from dino_sparo.training.state import TrainState
 from tests.test_official import prefixed
 from tests.tiny import CLS, build_state, tiny_options, write_pictures
@@ -66,7 +66,7 @@ def started(tmp_path, content, **changes) -> tuple[TrainState, str]:
 def started_from(tmp_path, init, **changes) -> tuple[TrainState, str]:
     options = tiny_options(tmp_path / "data", tmp_path / "run", init=init, **changes)
     state = build_state(options)
-    told = start_state(
+    told = initialize_state(
         *(state, options.init, options.encoder_arguments()),
         norm_last_layer=options.head.norm_last_layer,
         frozen=options.optim.freeze_backbone,

@@ -21,7 +21,7 @@ from PIL import Image
 from dino_sparo.__main__ import main
 from dino_sparo.cli.pretraining import StudyOptions, study
 from dino_sparo.errors import UserError
-from dino_sparo.evaluation.compare import Run
+from dino_sparo.evaluation.compare import EvaluatedRun
 from dino_sparo.evaluation.results import Result, read_results
 from dino_sparo.runs.runlog import read_metrics
 from dino_sparo.study import program, report, training
@@ -328,5 +328,5 @@ def test_seconds_of_a_resumed_run_are_those_of_its_steps(tmp_path):
         {"step": 6, "epoch": 3.0, "seconds": 2.0, "images_per_second": 4.0, training.KNN: 50.0},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    found = report.training_of(Run(tmp_path, {"optim.global_batch_size": 4}, 0, {}))
+    found = report.training_of(EvaluatedRun(tmp_path, {"optim.global_batch_size": 4}, 0, {}))
     assert (found.curve, found.seconds, found.images_per_second) == ({3.0: 50.0}, 6.0, 4.0)

@@ -227,9 +227,7 @@ def _transform(kind: Any) -> Any:
     jitter = T.ColorJitter(*kind.jitter_strength)
     return T.Compose(
         [
-            T.RandomResizedCrop(
-                kind.size, kind.scale, interpolation=T.InterpolationMode(kind.interpolation)
-            ),
+            T.RandomResizedCrop(kind.size, kind.scale, interpolation=T.InterpolationMode(kind.interpolation)),
             T.RandomHorizontalFlip(kind.flip_probability),
             T.RandomApply([jitter], kind.jitter_probability),
             T.RandomGrayscale(kind.grayscale_probability),

@@ -27,8 +27,8 @@ from dino_sparo.training.monitor import KnnImages
 from dino_sparo.training.setup import (
     build_schedules,
     bytes_of_image,
+    initialize_state,
     open_data,
-    start_state,
     use_machine,
 )
 from dino_sparo.training.state import TrainState, build_state, checkpoint_bytes
@@ -154,7 +154,7 @@ def make_plan(recipe: Recipe, run_dir: Path, num_processes: int) -> Plan:
         weights = f"of {recipe.init} at the start"
     elif recipe.init is not None:
         try:
-            weights = start_state(
+            weights = initialize_state(
                 *(state, recipe.init, recipe.encoder_arguments()),
                 norm_last_layer=recipe.head.norm_last_layer,
                 frozen=optim.freeze_backbone,

@@ -20,6 +20,7 @@ class Command:
         summary: one line about it.
         examples: lines to copy, without the name of the program; what they are for stands behind a `#`.
         plan: what `--dry-run` runs instead, in one process: it takes the options and the name of the recipe.
+            If it is `function` itself (`check`), the command always runs so.
         distributed: whether it can run in several processes.
     """
 

@@ -119,7 +119,7 @@ class CompareOptions:
 
 def knn(options: KnnOptions) -> None:
     """Print the k-NN accuracies of a trained encoder, and add them to results.json."""
-    from dino_sparo.evaluation import knn as room
+    from dino_sparo.evaluation import knn as evaluation
     from dino_sparo.parallel.distributed import rank
 
     if options.untrained and options.checkpoints == "all":
@@ -130,7 +130,7 @@ def knn(options: KnnOptions) -> None:
     with _opened(options) as (encoder, train, test_sets):
 
         def evaluate(one: "Encoder") -> "list[Result]":
-            return room.knn_results(
+            return evaluation.knn_results(
                 *(one.to(encoder.device).requires_grad_(False), train, test_sets),
                 k=options.k,
                 feature=options.feature,
@@ -141,14 +141,14 @@ def knn(options: KnnOptions) -> None:
             )
 
         if options.checkpoints == "newest":
-            _report(options, evaluate(encoder), room.table)
+            _report(options, evaluate(encoder), evaluation.table)
             return
-        found = room.of_checkpoints(Path(options.run), options.which, evaluate)
-        _report(options, list(found[max(found)]), room.table)
+        found = evaluation.of_checkpoints(Path(options.run), options.which, evaluate)
+        _report(options, list(found[max(found)]), evaluation.table)
         if rank() == 0:
-            curve = _folder(options) / room.CURVE_FILE
-            room.draw_checkpoints(found, curve)
-            print(f"{room.checkpoints_table(found)}\n{curve}")
+            curve = _folder(options) / evaluation.CURVE_FILE
+            evaluation.draw_checkpoints(found, curve)
+            print(f"{evaluation.checkpoints_table(found)}\n{curve}")
 
 
 def linear(options: LinearOptions) -> None:
@@ -157,7 +157,7 @@ def linear(options: LinearOptions) -> None:
     Raises:
         UserError: for a mistake in options or data; what earlier starts have done is kept.
     """
-    from dino_sparo.evaluation import linear as room
+    from dino_sparo.evaluation import linear as evaluation
     from dino_sparo.evaluation.classifiers import score_classifier
 
     _check_nothing_is_trained(options)
@@ -166,7 +166,7 @@ def linear(options: LinearOptions) -> None:
         if options.evaluate is not None:
             results = score_classifier(options.evaluate, encoder, test_sets, train.classes, **common)
         else:
-            results = room.linear_probe(
+            results = evaluation.linear_probe(
                 *(encoder, train, test_sets, _folder(options)),
                 learning_rates=options.learning_rates,
                 num_blocks=options.num_blocks,
@@ -183,7 +183,7 @@ def linear(options: LinearOptions) -> None:
                 resume_unverified=options.resume_unverified,
                 **common,
             )
-        _report(options, results, room.table)
+        _report(options, results, evaluation.table)
 
 
 def compare(options: CompareOptions) -> None:

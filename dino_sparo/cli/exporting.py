@@ -88,10 +88,10 @@ def prepare(options: PrepareOptions) -> None:
 
 def shard(options: ShardOptions) -> None:
     """`dino-sparo shard`."""
-    from dino_sparo import shard as room
     from dino_sparo.data.splits import Choice
+    from dino_sparo.shard import shard as write
 
-    room.shard(
+    write(
         options.source,
         options.out,
         options.short_side,

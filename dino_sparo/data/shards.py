@@ -53,7 +53,7 @@ State = tuple[int, int]  # of a shard: size in bytes, time of its last change in
 def _opened(path: str, state: State) -> BinaryIO:
     """An open shard, closed when it is no longer used; processes can share it, since they read by offset."""
     file = open_regular(path, buffering=0)
-    if state_of(os.fstat(file.fileno())) != state:
+    if state_of_file(os.fstat(file.fileno())) != state:
         raise OSError(f"{path} has changed since it was indexed")
     return file
 
@@ -170,7 +170,7 @@ def is_shard(name: str) -> bool:
     return name.endswith(".tar") and not name.startswith(".") and not official
 
 
-def state_of(stat: os.stat_result) -> State:
+def state_of_file(stat: os.stat_result) -> State:
     return stat.st_size, stat.st_mtime_ns
 
 
@@ -179,7 +179,7 @@ def states_of(root: Path, shards: Sequence[str]) -> list[State]:
 
     def state(shard: str) -> State:
         with suppress(OSError):
-            return state_of(os.stat(root / shard))
+            return state_of_file(os.stat(root / shard))
         return 0, 0
 
     with ThreadPoolExecutor(THREADS) as pool:

@@ -57,7 +57,7 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class Run:
+class EvaluatedRun:
     """The headline results of a run folder, and its recipe by dotted key (None for weights without one)."""
 
     folder: Path
@@ -71,7 +71,7 @@ class Group:
     """Runs of one recipe; `label` is the header of its column."""
 
     label: str
-    runs: list[Run]
+    runs: list[EvaluatedRun]
 
     def results(self, measure: Measure) -> list[Result]:
         """The result of each run that has this measure."""
@@ -266,7 +266,7 @@ def _unequal_settings(measure: Measure, groups: Sequence[Group]) -> list[str]:
 # --- Runs of one recipe
 
 
-def read_run(given: str) -> Run:
+def read_run(given: str) -> EvaluatedRun:
     """Read a run: its recipe, seed, and newest headline result of each measure."""
     folder = results_folder(given)
     if not folder.is_dir():
@@ -281,23 +281,23 @@ def read_run(given: str) -> Run:
         )
     path = folder / CONFIG_FILE
     if not path.exists():
-        return Run(folder, None, None, headline)
+        return EvaluatedRun(folder, None, None, headline)
     remedy = "restore the recipe of this run, or remove it to compare the run without a recipe"
     try:
         config = read_sections(path)
     except UserError as error:
         raise UserError(f"{error}; {remedy}") from error
     recipe = comparable(config)
-    return Run(folder, flattened(recipe, without=NOT_RECIPE), recipe.get("seed"), headline)
+    return EvaluatedRun(folder, flattened(recipe, without=NOT_RECIPE), recipe.get("seed"), headline)
 
 
-def group_runs(runs: Sequence[Run]) -> list[Group]:
+def group_runs(runs: Sequence[EvaluatedRun]) -> list[Group]:
     """Group runs by recipe, in the order of the first run of each; runs without a recipe are not grouped.
 
     Raises:
         UserError: a run is given twice, or two runs are the same seed of one recipe.
     """
-    members: dict[str, list[Run]] = {}
+    members: dict[str, list[EvaluatedRun]] = {}
     for one in runs:
         key = json.dumps(one.recipe, sort_keys=True, default=str) if one.recipe else str(one.folder.resolve())
         for other in members.setdefault(key, []):
@@ -313,7 +313,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     return [Group(label, of_one) for label, of_one in zip(labels, members.values(), strict=True)]
 
 
-def _labels(firsts: Sequence[Run]) -> list[str]:
+def _labels(firsts: Sequence[EvaluatedRun]) -> list[str]:
     """The read-out and the fields in which recipes of the same read-out differ; else the folder's name."""
     labels = []
     for one in firsts:

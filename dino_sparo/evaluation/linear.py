@@ -25,7 +25,13 @@ from dino_sparo.evaluation.classifiers import (
     wanted_of,
 )
 from dino_sparo.evaluation.features import Wanted, cached_features, hash_of
-from dino_sparo.evaluation.probe_batches import MAX_SIDE, Batch, Features, features_of_crops, features_of_rows
+from dino_sparo.evaluation.probe_batches import (
+    MAX_SIDE,
+    Features,
+    ProbeBatch,
+    features_of_crops,
+    features_of_rows,
+)
 from dino_sparo.evaluation.probes import INPUTS, Feature, Probes, choose_probes, losses
 from dino_sparo.evaluation.results import Result, accuracies
 from dino_sparo.evaluation.transfer import VAL, TestSet, as_test_sets, balanced_fraction
@@ -158,7 +164,7 @@ def linear_probe(
             silent=rank() > 0,
             group="probe",
         )
-        opened: AbstractContextManager[Iterator[Batch]]
+        opened: AbstractContextManager[Iterator[ProbeBatch]]
         if cached:
             opened = nullcontext(features_of_rows(found[-1], train, order, run_log, encoder.device, probes))
         else:
@@ -249,7 +255,7 @@ class ProbeTraining:
 
     def fit(
         self,
-        batches: Iterator[Batch],
+        batches: Iterator[ProbeBatch],
         run_log: RunLog,
         val: TestSet,
         val_features: Features,
@@ -283,7 +289,7 @@ class ProbeTraining:
                     state |= {"config": self.settings, "best": self.best}
                     save_checkpoint(state, self.folder, step=self.steps_done)
 
-    def _train_epoch(self, batches: Iterator[Batch], run_log: RunLog) -> None:
+    def _train_epoch(self, batches: Iterator[ProbeBatch], run_log: RunLog) -> None:
         """Train one epoch; logged losses are means since the start of the epoch."""
         device = next(self.probes.parameters()).device
         total_P = torch.zeros(len(self.names), device=device)

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from dino_sparo.data.images import normalize
-from dino_sparo.data.loader import Batch as BatchOfCrops
 from dino_sparo.data.loader import (
+    Batch,
     BatchOrder,
     CropsDataset,
     Executor,
@@ -38,7 +38,7 @@ ROWS_AT_ONCE = 4096  # features loaded into memory at a time
 IMAGES_AT_ONCE = 64  # per forward pass of the encoder; changes memory, not the result
 
 Features = Mapping[str, NDArray[Any]]  # name -> (N, F)
-Batch = tuple[Inputs, Tensor, Tensor]  # inputs of the probes (float32), labels (B,), whether all are finite
+ProbeBatch = tuple[Inputs, Tensor, Tensor]  # float32 inputs of the probes, labels (B,), are all finite
 
 
 def training_crop(image_size: int) -> CropKind:
@@ -62,7 +62,7 @@ def features_of_crops(
     precision: str,
     executor: Executor,
     num_workers: int,
-) -> Iterator[Iterator[Batch]]:
+) -> Iterator[Iterator[ProbeBatch]]:
     """Batches of features of the official training crops: random resized crop (bilinear), flip."""
     assert source.labels is not None
     labels, device = torch.from_numpy(source.labels), encoder.device
@@ -78,14 +78,14 @@ def features_of_crops(
 
     prepare_device(kinds, executor, min(IMAGES_AT_ONCE, order.micro_batch_size), device)
 
-    def waited_for() -> Iterator[BatchOfCrops]:
+    def waited_for() -> Iterator[Batch]:
         loaded = iter(loader)
         for _ in range(len(pieces)):
             with run_log.waiting_for_data():
                 piece = next(loaded)
             yield piece
 
-    def batches() -> Iterator[Batch]:
+    def batches() -> Iterator[ProbeBatch]:
         made = crops_on_device(waited_for(), kinds, device)
         for batch in order:
             parts = []
@@ -123,7 +123,7 @@ def features_of_rows(
     run_log: RunLog,
     device: torch.device,
     probes: Probes,
-) -> Iterator[Batch]:
+) -> Iterator[ProbeBatch]:
     """Batches of cached features, the same in every epoch.
 
     The inputs of the probes are held in memory, in float32, if they need at most half of the free memory.

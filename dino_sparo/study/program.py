@@ -7,7 +7,7 @@ from pathlib import Path
 from dino_sparo.data.sources import open_labeled
 from dino_sparo.data.splits import Choice
 from dino_sparo.errors import EXIT_PROBLEM, UserError, errors_for_user
-from dino_sparo.evaluation.compare import Group, Measure, Run
+from dino_sparo.evaluation.compare import EvaluatedRun, Group, Measure
 from dino_sparo.evaluation.features import hash_of_images
 from dino_sparo.evaluation.knn import HEADLINE_K
 from dino_sparo.evaluation.results import Result
@@ -195,7 +195,7 @@ def groups(variants: Sequence[Variant], measured: dict[str, dict[str, Measured]]
                 for headline, result in zip(headlines, results, strict=True):
                     headline[Measure.of(result, test_set=name)] = result
         runs = [
-            Run(variant.run_dir, flattened(variant.recipe.as_dict()), variant.recipe.seed, headline)
+            EvaluatedRun(variant.run_dir, flattened(variant.recipe.as_dict()), variant.recipe.seed, headline)
             for variant, headline in zip(seeds, headlines, strict=True)
         ]
         found.append(Group(row, runs))

@@ -16,9 +16,9 @@ from dino_sparo.evaluation.compare import (
     DIFFERENCES,
     NOTHING,
     Comparison,
+    EvaluatedRun,
     Group,
     Measure,
-    Run,
     compare_groups,
     measures_of,
     title,
@@ -50,7 +50,7 @@ class Training:
     """Mean over these seconds."""
 
 
-def training_of(run: Run) -> Training:
+def training_of(run: EvaluatedRun) -> Training:
     """Read a run's log. Steps repeated after a stop count once; steps without an entry count as the mean."""
     assert run.recipe is not None
     batch_size = run.recipe["optim.global_batch_size"]

@@ -12,7 +12,7 @@ from dino_sparo.models import Encoder
 from dino_sparo.parallel.processes import STOP_SIGNALS
 from dino_sparo.recipe.files import named_recipe
 from dino_sparo.terminal import set_up_log
-from dino_sparo.training import pretrain as run
+from dino_sparo.training import pretrain as training
 
 
 def pretrain(
@@ -40,7 +40,7 @@ def pretrain(
     options = named_recipe(str(recipe), {"data.path": str(data_path)} | dict(changes or {}))
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
-        run.pretrain(options, Path(run_dir))
+        training.pretrain(options, Path(run_dir))
     finally:
         if threading.current_thread() is threading.main_thread():  # no other may set handlers
             for number, handler in before.items():

@@ -69,11 +69,11 @@ from dino_sparo.training.setup import (
     bytes_of_image,
     check_all_agree,
     dataset_of,
+    initialize_state,
     machine_of,
     open_data,
     restored_step,
     say_start,
-    start_state,
     use_machine,
 )
 from dino_sparo.training.state import StepOutput, TrainState, build_state, checkpoint_bytes
@@ -222,7 +222,7 @@ def prepare(recipe: Recipe, run_dir: Path, device: torch.device, *, unverified: 
     check_all_agree(run_dir, first_step, images, executor)
     if resumed is None and recipe.init is not None:
         log.info(
-            start_state(
+            initialize_state(
                 *(state, recipe.init, recipe.encoder_arguments()),
                 norm_last_layer=recipe.head.norm_last_layer,
                 frozen=optim.freeze_backbone,

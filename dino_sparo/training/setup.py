@@ -18,7 +18,7 @@ from dino_sparo.data.views import NUM_GLOBAL_CROPS, crop_kinds
 from dino_sparo.data.workers import default_workers
 from dino_sparo.errors import UserError
 from dino_sparo.files import read_as
-from dino_sparo.interop.start import read_networks, start_networks
+from dino_sparo.interop.initial_weights import initialize_networks, read_networks
 from dino_sparo.parallel.distributed import first_rank_first, gather_objects, world_size
 from dino_sparo.parallel.precision import choose_precision, set_numerics
 from dino_sparo.recipe.sections import (
@@ -150,7 +150,7 @@ def restored_step(
     return step
 
 
-def start_state(
+def initialize_state(
     state: TrainState, init: str, encoder: dict[str, Any], *, norm_last_layer: bool, frozen: bool
 ) -> str:
     """Load initial weights into a new state; returns a description of what was loaded.
@@ -163,7 +163,7 @@ def start_state(
         UserError: the weights cannot be read or do not fit.
     """
     stored = first_rank_first(lambda: read_networks(init, encoder))  # timm may download them
-    return start_networks(
+    return initialize_networks(
         *(state.student, state.teacher, stored, encoder), norm_last_layer=norm_last_layer, frozen=frozen
     )
 

@@ -47,7 +47,7 @@ def read_networks(init: str, arguments: Mapping[str, Any]) -> list[StoredEncoder
 
 
 @torch.no_grad()
-def start_networks(
+def initialize_networks(
     student: DinoModel,
     teacher: DinoModel,
     stored: Sequence[StoredEncoder],
