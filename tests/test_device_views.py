@@ -197,9 +197,9 @@ def test_who_makes_the_views():
     def chosen(name, device=CPU, max_side=1024):
         return choose_executor(name, device, max_side=max_side)
 
-    assert [chosen(name) for name in ("pil", "tensor", "device", "auto")] == ["pil", "pil", "device", "pil"]
+    assert [chosen(name) for name in ("pil", "device", "auto")] == ["pil", "device", "pil"]
     assert chosen("auto", gpu) == "device" and chosen("auto", gpu, max_side=None) == "pil"
-    assert chosen("tensor", gpu) == "pil"
+    assert chosen("pil", gpu) == "pil"
     with pytest.raises(UserError, match=r"machine.views is device.*set data.max_side 1024"):
         chosen("device", max_side=None)
 

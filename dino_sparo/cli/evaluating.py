@@ -97,9 +97,9 @@ class LinearOptions(EvaluationOptions):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the encoder on train crops; auto: bf16 on a GPU that supports it, fp16 on an older GPU,
     fp32 on the CPU. Probes are float32."""
-    views: Literal["auto", "pil", "tensor", "device"] = "auto"
+    views: Literal["auto", "pil", "device"] = "auto"
     """Where train crops are made: `pil`: by PIL in the workers; `device`: on the device, while the workers
-    only decode. auto: the device on a GPU, else PIL; `tensor`: former value, now the same as `pil`."""
+    only decode. auto: the device on a GPU, else PIL."""
     resume_unverified: bool = False
     """Resume from a checkpoint whose .sha256 file is missing, although it may be damaged."""
 

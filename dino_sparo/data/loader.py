@@ -168,7 +168,7 @@ class BatchOrder(Sampler):
 
 
 def choose_executor(
-    name: Literal["auto", "pil", "tensor", "device"],
+    name: Literal["auto", "pil", "device"],
     device: torch.device,
     *,
     max_side: int | None,
@@ -176,8 +176,7 @@ def choose_executor(
 ) -> Executor:
     """Choose what makes the views: `auto` is the GPU if there is one and `max_side` is set, else PIL.
 
-    `tensor`, of older recipes, is PIL. If code for the GPU cannot be compiled, `auto` is PIL if there are
-    enough workers to be faster.
+    If code for the GPU cannot be compiled, `auto` is PIL if there are enough workers to be faster.
 
     Args:
         num_workers: of this process; None if the GPU may be on another machine.

@@ -73,7 +73,7 @@ def linear_probe(
     cached: bool = False,
     weights: str = "teacher",
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
-    views: Literal["auto", "pil", "tensor", "device"] = "auto",
+    views: Literal["auto", "pil", "device"] = "auto",
     cache: Path | None = None,
     cache_precision: Literal["float16", "float32"] = "float16",
     num_workers: int | None = 0,
