@@ -9,12 +9,13 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 from PIL import Image
 
 from dino_sparo.data.decode import bounded
 from dino_sparo.data.shapes import NumberedImages
-from dino_sparo.files import alone_in, cache_folder, read_as
+from dino_sparo.files import cache_folder, read_as
 from dino_sparo.terminal import log
 
 ROOM = {"cifar10": 0.4, "stl10": 5.8}  # GB for archive and files
@@ -60,7 +61,7 @@ def open_set(name: str, part: Part) -> ArraySource:
     ):
         if not folder.is_dir():
             folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with alone_in(folder.parent):
+            with FileLock(folder.with_name(f"{folder.name}.lock")):
                 if not folder.is_dir():  # another process may have downloaded it
                     _download(name, folder)
     remedy = "remove this folder, and the same command downloads it again"
