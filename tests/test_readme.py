@@ -32,7 +32,6 @@ PAGES = (
 PROGRAMS = ("dino-sparo ", "slots ", "scripts/", "torchrun ", "sbatch ", "tensorboard ", "python ")
 NOT_HERE = {
     "scripts/test.sh": "this test is a part of it",
-    "source .venv/bin/activate": "done by who runs the tests",
     "scripts/gpu_acceptance.sh DATA": "needs a GPU",
 }
 ARCH = {"width": 64, "depth": 3, "num_heads": 1}  # a head has 64 numbers in official files
