@@ -148,6 +148,7 @@ def run_command(arguments: list[str]) -> int:
         if command.plan is None:
             planned = ", ".join(each for each, other in COMMANDS.items() if other.plan)
             raise UserError(f"--dry-run is for {planned}, not for {name}; leave it out")
+        check_images(options)
         return command.plan(options, given.get("config"))
     if not command.distributed:
         only_one_process(name)
@@ -159,6 +160,8 @@ def run_command(arguments: list[str]) -> int:
             raise UserError(
                 f"--nproc {num_processes} under torchrun would start processes twice; leave it out"
             )
+    check_images(options)
+    if num_processes > 1:
         from dino_sparo.parallel.launch import launch
 
         texts = {key: one if isinstance(one, str) else json.dumps(one) for key, one in given.items()}
@@ -171,6 +174,15 @@ def given_of(name: str, arguments: list[str]) -> dict[str, Any]:
     """The values given to a command, by dotted key."""
     command = COMMANDS[name]
     return given_values(arguments, command.options, usage=usage(name), positional=command.positional)
+
+
+def check_images(options: Any) -> None:
+    """Raises UserError: `data.path` does not exist; said here, before torch is imported."""
+    data = getattr(options, "data", None)
+    if data is not None and env_int("WORLD_SIZE", 1) == 1:  # several processes agree on errors later
+        from dino_sparo.data.sources import check_exists
+
+        check_exists(data.path)
 
 
 def only_one_process(what: str) -> None:

@@ -55,6 +55,8 @@ def test_a_healthy_run(checked):
     assert report["data"]["val_in_train"]["images"] == 24
     assert report["remarks"] == [
         "no k-NN during training; set monitor.knn_path to a labeled folder",
+        "the time is that of this machine's CPU; for GPUs that are not here: dino-sparo check --gpu h100 "
+        "a100 ...",
         "24 of 24 images of val are in train too: accuracies of k-NN and linear probe may be up to 100.00 "
         "percentage points too high",
     ]
@@ -153,9 +155,17 @@ def test_advice_for_a_small_folder(checked, monkeypatch):
     monkeypatch.setattr(setup, "FEW_STEPS", 2000)
     remarks = checked("--head.num_prototypes=65536", look=[])["remarks"]
     assert remarks[1:3] == [
-        "only 18 steps in total; --optim.epochs 334 gives 2,000",
+        "only 18 steps; thousands are usual; --optim.epochs 334 gives 2,000",
         "65,536 prototypes are more than the 24 images; --head.num_prototypes 256 fits them better",
     ]
+
+
+def test_images_of_k_nn_are_not_limited_by_max_images(checked):
+    remarks = checked("--data.max_images=16", "--monitor.knn_every_epochs=1", look=[])["remarks"]
+    assert remarks[0] == (
+        "k-NN during training uses 24 test and 24 train images; data.max_images does not limit them, "
+        "monitor.knn_images_per_class does"
+    )
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_mistake_through_a_process_is_one_line_and_writes_nothing(tmp_path, data
     ("path", "changes", "expected"),
     [
         ("missing", {}, "does not exist; give an existing folder"),
-        ("data", {"optim__global_batch_size": 9}, "gives 8 images, fewer than one batch: optim.global_batch"),
+        ("data", {"optim__global_batch_size": 9}, "smaller batch, for example --optim.global_batch_size 8"),
         ("data", {"data__max_images": 3}, "gives 3 images, fewer than one batch"),
         ("data", {"monitor__knn_every_epochs": 1, "monitor__knn_path": "no"}, "'no' does not exist"),
     ],
@@ -104,7 +104,7 @@ def test_second_start_says_that_the_run_is_complete(trained, capsys, caplog):
     caplog.set_level("INFO", logger="dino_sparo")
     assert main(["pretrain", *one_epoch(data, run)]) == 0
     assert main(["--quiet", "pretrain", "--run_dir", str(run)]) == 0  # the recipe is the run's own
-    assert caplog.text.count(f"{run} is complete: all 1 epochs are done") == 1  # not if it is quiet
+    assert caplog.text.count(f"{run} is complete, after 1 epoch\n") == 1  # not if it is quiet
     assert contents(run) == before
 
 

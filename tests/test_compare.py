@@ -58,7 +58,7 @@ def test_seeds_of_a_recipe_are_one_column(three_and_one, tmp_path):
     ours = [np.arange(NUM_IMAGES) < right for right in (140, 142, 150)]
     low, high = paired_bootstrap(ours, [np.arange(NUM_IMAGES) < 136])
     assert found.rows == [
-        ["20-NN, val", f"72.00 ± {deviation:.2f} (3 seeds)", "68.00 (1 seed)"],
+        ["20-NN, val, 200 images", f"72.00 ± {deviation:.2f} (3 seeds)", "68.00 ± 3.30 (1 seed)"],
         ["  difference to cls", f"+4.00 [{low:+.2f}, {high:+.2f}]", ""],
     ]
     assert any("s0 (seed 0)" in note and "s2 (seed 2)" in note for note in found.notes)
@@ -69,10 +69,11 @@ def test_seeds_of_a_recipe_are_one_column(three_and_one, tmp_path):
 
 def test_notes_are_of_what_is_shown(three_and_one):
     of_one = f"sparo: {Path(three_and_one[0]).parent}/s0 (seed 0)"
-    assert compare_runs(three_and_one[:1]).notes == [of_one]
+    of_each = "one run: ± one standard error, from its number of test images"
+    assert compare_runs(three_and_one[:1]).notes == [of_one, of_each]
     assert compare_runs(three_and_one[:3]).notes[1:] == ["mean ± sample standard deviation over seeds"]
     of_both = compare_runs([three_and_one[0], three_and_one[3]]).notes
-    assert of_both[0] == of_one and len(of_both) == 3 and "95 % interval by a paired bootstrap" in of_both[2]
+    assert of_both[0] == of_one and len(of_both) == 4 and "95 % interval by a paired bootstrap" in of_both[3]
 
 
 def test_the_control_can_be_chosen(three_and_one):
@@ -107,12 +108,12 @@ def test_untrained_student_and_few_shot_are_rows_of_their_own(tmp_path):
     ]
     found = compare_runs([make_run(tmp_path / "a", *results)])
     assert found.rows == [
-        ["20-NN, val", "50.00 (1 seed)"],
-        ["20-NN, sketch", "40.00 (1 seed)"],
-        ["20-NN, val, student", "45.00 (1 seed)"],
-        ["20-NN, val, untrained", "10.00 (1 seed)"],
-        ["linear, val", "60.00 (1 seed)"],
-        ["linear, val, 10 % of train", "55.00 (1 seed)"],
+        ["20-NN, val, 200 images", "50.00 ± 3.54 (1 seed)"],
+        ["20-NN, sketch, 200 images", "40.00 ± 3.46 (1 seed)"],
+        ["20-NN, val, student, 200 images", "45.00 ± 3.52 (1 seed)"],
+        ["20-NN, val, untrained, 200 images", "10.00 ± 2.12 (1 seed)"],
+        ["linear, val, 200 images", "60.00 ± 3.46 (1 seed)"],
+        ["linear, val, 10 % of train, 200 images", "55.00 ± 3.52 (1 seed)"],
     ]
 
 
@@ -122,17 +123,16 @@ def test_the_official_probes_share_a_row_and_what_only_one_has_leaves_a_gap(tmp_
     theirs = result(100, name="4 blocks cls lr 0.001", **linear)
     runs = [make_run(tmp_path / "a", *ours), make_run(tmp_path / "b", theirs, readout="cls")]
     rows = compare_runs(runs).rows
-    assert rows[0] == ["20-NN, sketch", "30.00 (1 seed)", "–"]
-    assert rows[1] == ["linear, val", "60.00 (1 seed)", "50.00 (1 seed)"] and rows[2][1].startswith(
-        "+10.00 ["
-    )
+    assert rows[0] == ["20-NN, sketch, 200 images", "30.00 ± 3.24 (1 seed)", "–"]
+    assert rows[1] == ["linear, val, 200 images", "60.00 ± 3.46 (1 seed)", "50.00 ± 3.54 (1 seed)"]
+    assert rows[2][1].startswith("+10.00 [")
 
 
 def test_the_newest_headline_result_counts(tmp_path):
     run = make_run(tmp_path / "a", result(100, protocol="linear", name="lr 0.1"))
     for right, name in ((120, "lr 0.2"), (110, "lr 0.1")):
         save_results(Path(run), [result(right, protocol="linear", name=name)])
-    assert compare_runs([run]).rows[0] == ["linear, val", "55.00 (1 seed)"]
+    assert compare_runs([run]).rows[0] == ["linear, val, 200 images", "55.00 ± 3.52 (1 seed)"]
 
 
 @pytest.mark.parametrize("changes", [{"images": "other"}, {"num_images": 100}], ids=["order", "number"])
@@ -158,12 +158,13 @@ def test_folders_without_a_recipe_stand_alone(tmp_path):
     found = compare_runs([*runs, make_run(tmp_path / "vits16_evaluation", result(120), recipe=False)])
     names = [f"dino, {tmp_path / str(i) / 'dino'}" for i in (0, 2)]
     assert found.header == ["top-1 in %", *names, "vits16_evaluation"]
-    assert found.rows[0][1:] == ["50.00 (1 seed)", "51.00 (1 seed)", "60.00 (1 seed)"]
+    assert found.rows[0][1:] == ["50.00 ± 3.54", "51.00 ± 3.53", "60.00 ± 3.46"]  # without a seed
+    assert any("of weights without a recipe is not known" in note for note in found.notes)
 
 
 def test_weights_that_are_gone_and_columns_of_one_name(tmp_path):
     make_run(tmp_path / "vits16_evaluation", result(120), recipe=False)
-    assert compare_runs([str(tmp_path / "vits16.pth")]).header[1] == "vits16_evaluation"
+    assert compare_runs([str(tmp_path / "vits16.pth")]).header[1] == "vits16.pth"
     runs = [make_run(tmp_path / "a", result(100)), make_run(tmp_path / "sparo", result(90), recipe=False)]
     assert compare_runs(runs).header[1:] == [f"sparo, {runs[0]}", f"sparo, {runs[1]}"]
 
@@ -176,7 +177,8 @@ def test_columns_are_aligned_and_markdown_has_as_many_cells_in_every_line(three_
     assert main(["compare", "--markdown", *three_and_one]) == 0
     marked = re.sub(" +", " ", capsys.readouterr().out).splitlines()
     assert [line.count("|") for line in marked[:4]] == [4, 4, 4, 4] and set(marked[1]) == set("| -")
-    assert marked[2].startswith("| 20-NN, val | 72.00 ± ") and marked[3].startswith("| difference to cls | +")
+    assert marked[2].startswith("| 20-NN, val, 200 images | 72.00 ± ")
+    assert marked[3].startswith("| difference to cls | +")
     assert marked[5].startswith("- ")
 
 

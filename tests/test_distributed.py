@@ -19,6 +19,7 @@ from dino_sparo.errors import UserError
 from dino_sparo.parallel import distributed
 from dino_sparo.recipe.sections import smaller_batch, split_batch
 from dino_sparo.runs.checkpoint import load_latest
+from dino_sparo.runs.rundir import read_starts
 from dino_sparo.runs.runlog import read_metrics
 from tests import running
 from tests.recipes import content
@@ -121,8 +122,10 @@ def test_processes_and_accumulation_are_the_same_experiment(
     assert knn(tmp_path)[0] == knn(two_processes[0])[0]
 
 
-def test_one_process_speaks(two_processes):
-    _, shown = two_processes
+def test_one_process_speaks_and_the_command_is_that_of_the_user(two_processes, pictures):
+    run_dir, shown = two_processes
+    (start,) = read_starts(run_dir)
+    assert start["command"][1:] == command(PROCESSES, pictures, run_dir, log__keep_every_epochs=1)[3:]
     lines = [line for line in shown.splitlines() if line.startswith("epoch 1/3 step 1/5 ")]
     assert len(lines) == 1
     assert "Traceback" not in shown and "OMP_NUM" not in shown

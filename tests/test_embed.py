@@ -20,7 +20,8 @@ def flat(tmp_path):
 
 
 @torch.no_grad()
-def test_features_are_those_of_the_encoder_in_the_order_of_names(run_dir, flat, tmp_path, capsys):
+def test_features_are_those_of_the_encoder_in_the_order_of_names(run_dir, flat, tmp_path, capsys, caplog):
+    caplog.set_level("INFO", logger="dino_sparo")
     encoder, source = load_encoder(run_dir), open_images(str(flat))
     crops = CenterCrops(source, encoder.image_size)
     images = normalize(torch.stack([crops[number] for number in range(5)]))
@@ -40,6 +41,9 @@ def test_features_are_those_of_the_encoder_in_the_order_of_names(run_dir, flat, 
         np.testing.assert_allclose(found["features"], features, atol=1e-5)
         assert found["names"].tolist() == [source.name(number) for number in range(5)]
     assert f"features (5, 5, 16) and names of their images: {out}" in capsys.readouterr().out
+    assert "train: 5 images without classes" in caplog.text
+    assert main(["embed", *arguments, *MACHINE]) == 2
+    assert f"out: {out} already exists; give another path or remove it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

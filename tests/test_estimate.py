@@ -92,7 +92,7 @@ def test_a_gpu_is_known_by_the_name_of_its_driver(name, kind):
 
 @pytest.mark.long
 def test_a_named_gpu_gets_its_precision_and_needs_no_images(estimated):
-    report = estimated("--data.path=none", "--num_images=4007", "--nproc=2", "--gpu", "h100", "v100")
+    report = estimated("--num_images=4007", "--nproc=2", "--gpu", "h100", "v100")
     h100, v100 = report["gpus"]
     assert (h100["precision"], v100["precision"]) == ("bf16", "fp16")
     assert h100["batch_size"] == 2 and not h100["measured"]

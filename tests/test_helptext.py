@@ -33,6 +33,7 @@ sys.exit(status)
         (["--help"], 0, "shipped recipes:\n  demo "),
         (["pretrain", "--help"], 0, "--optim.global_batch_size"),
         (["pretrain", "--config", "demo", "--optim.epoch", "3"], 2, "did you mean 'optim.epochs'?"),
+        (["knn", "RUN", "--data.path", "nowhere"], 2, "data.path 'nowhere' does not exist"),
     ],
 )
 def test_help_and_mistakes_answer_in_under_a_second_without_torch(arguments, status, expected):

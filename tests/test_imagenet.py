@@ -140,6 +140,8 @@ def test_names_in_words_and_quoted(tmp_path):
         "their labels in LOC_val_solution.csv"
     )
     assert f"prepare '{tmp_path / 'my images'}' --out" in explain(layout)
+    by_names = recognize(tmp_path / "my images" / CLS / "val").name
+    assert by_names.startswith("validation images in a flat folder, judged by their names, their labels in ")
 
 
 def test_relative_folders(tmp_path, monkeypatch):

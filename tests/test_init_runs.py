@@ -79,7 +79,7 @@ def test_a_backbone_is_frozen_in_the_first_epochs_alone(pictures, tmp_path, monk
 
 @pytest.mark.parametrize("start", [80.0, 70.0], ids=["fallen", "not fallen"])
 def test_a_run_warns_when_it_is_worse_than_its_start(pictures, tmp_path, monkeypatch, capfd, start):
-    answers = iter({"knn20_top1": top1, "knn20_images": 60} for top1 in (start, 75.0))
+    answers = iter({"knn20_top1": top1, "knn20_top5": 90.0, "knn20_images": 60} for top1 in (start, 75.0))
     monkeypatch.setattr(periodic, "evaluate_teacher", lambda *_, **__: next(answers))
     write_pictures(tmp_path / "data", 60, classes=2)
     changes = {"monitor__knn_every_epochs": 1, "optim__epochs": 1, "optim__warmup_epochs": 0}

@@ -114,7 +114,7 @@ def test_k_nn_is_of_the_teacher(tmp_path, monkeypatch):
 
     def evaluate(encoder, *_, **__):
         seen.append({name: value.clone() for name, value in encoder.state_dict().items()})
-        return {"knn20_top1": 0.0, "knn20_images": 9}
+        return {"knn20_top1": 0.0, "knn20_top5": 0.0, "knn20_images": 9}
 
     monkeypatch.setattr(periodic, "evaluate_teacher", evaluate)
     write_pictures(tmp_path / "data", 60, classes=3)
@@ -167,7 +167,7 @@ def test_an_entry_whose_numbers_come_late_is_written_before_anything_else(what, 
             assert [entry["step"] for entry in read_metrics(tmp_path)] == [1]
             run_log.step_done(3)
         elif what == "evaluation":
-            run_log.evaluation(2, {"knn20_top1": 0.0})
+            run_log.evaluation(2, {"knn20_top1": 0.0}, "20-NN")
         else:
             run_log.flush()
         steps = [entry["step"] for entry in read_metrics(tmp_path)]

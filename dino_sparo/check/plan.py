@@ -11,6 +11,7 @@ import torch
 from dino_sparo.check.measure import count_flops, measured_peak
 from dino_sparo.data.loader import Executor
 from dino_sparo.data.sources import ImageSource
+from dino_sparo.data.splits import counted
 from dino_sparo.data.views import NUM_GLOBAL_CROPS, crop_kinds, crop_sizes
 from dino_sparo.data.workers import check_shared_memory, shared_memory_free
 from dino_sparo.errors import UserError
@@ -144,7 +145,9 @@ def make_plan(recipe: Recipe, run_dir: Path, num_processes: int) -> Plan:
         problems.append(str(error))
     if device.type == "cuda" and num_processes > torch.cuda.device_count():
         gpus = torch.cuda.device_count()
-        problems.append(f"nproc is {num_processes}, but this machine has {gpus} GPUs; use {gpus} or fewer")
+        problems.append(
+            f"nproc is {num_processes}, but this machine has {counted(gpus, 'GPU')}; use {gpus} or fewer"
+        )
     if disk_bytes > disk_free_bytes and not steps_done:
         problems.append(
             f"run_dir {str(run_dir)!r}: checkpoints need {size(disk_bytes)}, but only "
@@ -199,11 +202,11 @@ def plan_text(plan: Plan, recipe_name: str | None, *, with_time: bool = True) ->
         "weights": plan.weights,
         "images": _images(plan),
         "views": f"{NUM_GLOBAL_CROPS} of {views.global_size} and {views.num_local_crops} of "
-        f"{views.local_size} pixels by {who}; {plan.num_workers} workers per process",
+        f"{views.local_size} pixels by {who}; {counted(plan.num_workers, 'worker')} per process",
         "batch": f"{recipe.optim.global_batch_size} images: {plan.num_processes} x {plan.batch_size}"
         f"{micro_batches}",
         "steps": f"{plan.steps_per_epoch:,} per epoch, {plan.total_steps:,} in total "
-        f"({recipe.optim.epochs} epochs)",
+        f"({counted(recipe.optim.epochs, 'epoch')})",
         "encoder": f"read-out {recipe.model.readout.name}, {describe_cost(plan.cost)}",
         "head": f"{count_parameters(plan.state.student.head) / 1e6:.1f} M parameters, "
         f"{recipe.head.num_prototypes:,} prototypes",
@@ -222,9 +225,9 @@ def _start(plan: Plan) -> str:
     if not done:
         return "would start"
     if plan.problems:
-        return f"holds a run of {done:,} steps"
+        return f"holds a run of {counted(done, 'step')}"
     if done >= plan.total_steps:
-        return f"is complete, {done:,} steps are done"
+        return f"is complete, after {counted(done, 'step')}"
     return f"would resume after step {done:,} of {plan.total_steps:,}, if that checkpoint is not damaged"
 
 
@@ -248,11 +251,11 @@ def _recipe(recipe: Recipe, name: str | None) -> str:
 def _images(plan: Plan) -> str:
     """The numbers of images and classes, and the k-NN evaluation during training."""
     source, monitor = plan.source, plan.monitor
-    classes = f"{len(source.classes):,} classes" if source.labels is not None else "without labels"
+    classes = counted(len(source.classes), "class", "es") if source.labels is not None else "without labels"
     knn = "no k-NN during training"
     if monitor is not None:
-        every = plan.recipe.monitor.knn_every_epochs
-        knn = f"k-NN every {every} epochs: {len(monitor.test):,} test and {len(monitor.train):,} train images"
+        every = counted(plan.recipe.monitor.knn_every_epochs, "epoch")
+        knn = f"k-NN every {every}: {len(monitor.test):,} test and {len(monitor.train):,} train images"
     return f"{len(source):,} of {plan.recipe.data.path}, {classes}; {knn}"
 
 

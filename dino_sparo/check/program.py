@@ -26,7 +26,7 @@ from dino_sparo.check.plan import Plan, duration, make_plan, plan_text, size
 from dino_sparo.data.loader import Batch, BatchOrder, crop_batches
 from dino_sparo.data.scan import MARKS, DataReport, ScanResult, data_report, describe, scan_images
 from dino_sparo.data.sources import ImageSource, decide, notes_on, open_val
-from dino_sparo.data.splits import Choice
+from dino_sparo.data.splits import Choice, counted
 from dino_sparo.data.views import crop_kinds
 from dino_sparo.errors import EXIT_PROBLEM, UserError
 from dino_sparo.parallel.processes import memory_free, private_bytes
@@ -79,9 +79,7 @@ def check(
     problems, remarks = report["problems"], report["remarks"]
     test = plan.monitor.test if plan.monitor and not recipe.monitor.knn_path else None
     doubts = notes_on(plan.source, test, decide(recipe.data.path, Choice.of(recipe.data)))
-    if plan.monitor is None:
-        remarks.append("no k-NN during training; set monitor.knn_path to a labeled folder")
-    remarks += advice(recipe.optim, recipe.head.num_prototypes, len(plan.source))
+    remarks += remarks_on(plan, gpus)
     if scan:
         data, bad_of_knn = scan_data(plan)
         report["data"] = asdict(data)
@@ -117,11 +115,30 @@ def check(
     lines = [f"REMARK: {sentence(remark)}" for remark in remarks]
     lines += [f"PROBLEM: {sentence(problem)}" for problem in problems]
     if not problems:
-        lines.append("nothing would end the run; see the remarks" if doubts else "no problems found")
+        found = "nothing would end the run; see the remarks" if doubts else "no problems found"
+        lines.append(found + (f"; {counted(len(remarks), 'remark')}" if remarks and not doubts else ""))
     say("\n" + "\n".join(lines))
     if as_json:
         print(json.dumps(report, indent=1))
     return EXIT_PROBLEM if problems else 0
+
+
+def remarks_on(plan: Plan, gpus: Sequence[str]) -> list[str]:
+    """What the user may want to change; `gpus` are the kinds of GPUs to estimate the run for."""
+    recipe, remarks = plan.recipe, []
+    if plan.monitor is None:
+        remarks.append("no k-NN during training; set monitor.knn_path to a labeled folder")
+    remarks += advice(
+        *(recipe.optim, recipe.head.num_prototypes, len(plan.source)),
+        max_images=recipe.data.max_images,
+        knn_images=plan.monitor,
+    )
+    if plan.num_processes > 1 and plan.device.type == "cpu" and not gpus:
+        remarks.append(
+            "the time is that of this machine's CPU; for GPUs that are not here: dino-sparo check --gpu h100 "
+            "a100 ..."
+        )
+    return remarks
 
 
 def scan_data(plan: Plan) -> tuple[DataReport, int]:
@@ -347,22 +364,23 @@ def summary(plan: Plan, report: dict[str, Any]) -> str:
     """The measurements as a table."""
     run, step, loader = report["run"], report["step"], report["loader"]
     networks, speed = run["networks_images_per_second"], run["images_per_second"]
-    on_gpu, in_shared = "", ""
+    workers, on_gpu, in_shared = counted(loader["workers"], "worker"), "", ""
     if step["memory_gib"] is not None:
         on_gpu = f", {step['memory_gib']:.1f} of {step['gpu_memory_gib']:.0f} GiB of GPU memory"
     if run["shared_memory_free_bytes"] is not None:
         in_shared = f" of {size(run['shared_memory_free_bytes'])} free in /dev/shm"
     rows = {
-        "loader": f"{loader['images_per_second']:,.0f} images/s with {loader['workers']} workers",
+        "loader": f"{loader['images_per_second']:,.0f} images/s with {workers}",
         "step": f"{step['images_per_second']:,.1f} images/s on one {plan.device.type}, {step['precision']}: "
-        f"{step['batch_size'] / step['images_per_second']:.3f} s for {step['batch_size']} images{on_gpu}",
+        f"{step['batch_size'] / step['images_per_second']:.3f} s for {counted(step['batch_size'], 'image')}"
+        f"{on_gpu}",
         "loss": f"{step['loss']:.2f} at the start, ln K is {math.log(plan.recipe.head.num_prototypes):.2f}",
         "speed": f"{speed:,.1f} images/s, limited by the {run['limited_by']}: all networks together process "
         f"{networks:,.1f}, the loader provides {loader['images_per_second']:,.1f}",
-        "time": f"{duration(run['hours'])} for {plan.recipe.optim.epochs} epochs, without k-NN and "
-        f"communication between GPUs",
+        "time": f"{duration(run['hours'])} for {counted(plan.recipe.optim.epochs, 'epoch')}, without k-NN "
+        f"and communication between GPUs",
         "memory": f"{size(run['memory_bytes'])} of {size(run['memory_free_bytes'])} free: "
-        f"{plan.num_processes} x {size(run['process_bytes'])}, {loader['workers']} workers of "
+        f"{plan.num_processes} x {size(run['process_bytes'])}, {workers} of "
         f"{size(loader['worker_bytes'])}, {size(run['prefetched_bytes'])} of prefetched views{in_shared}",
     }
     return f"measured:\n{table(rows, 12, indent='')}"

@@ -122,6 +122,8 @@ def embed(options: EmbedOptions) -> None:
     out = Path(options.out)
     if out.suffix != ".npz" or not out.parent.is_dir():
         raise UserError(f"out is {options.out!r}, expected NAME.npz in a folder that exists")
+    if out.exists():
+        raise UserError(f"out: {out} already exists; give another path or remove it")
     device = choose_device(options.device, local_rank())
     encoder = load_encoder(options.run, options.which).to(device)
     source = open_chosen(options.data, run=options.run)

@@ -73,9 +73,13 @@ def open_chosen(
     data: ImagesOptions, max_images: int | None = None, *, run: str | None = None
 ) -> "ImageSource":
     """The images, or so many of them, spread evenly, read as by `choice_of`. Raises as `open_images`."""
-    from dino_sparo.data.sources import open_images
+    from dino_sparo.data.sources import decide, open_images, say_splits
 
-    return open_images(data.path, max_images, choice=choice_of(data, run))
+    choice = choice_of(data, run)
+    splits = decide(data.path, choice)
+    source = open_images(data.path, max_images, choice=choice, splits=splits)
+    say_splits(data.path, source, None, splits, held_out=False)
+    return source
 
 
 def choice_of(data: ReadingOptions, run: str | None) -> "Choice":

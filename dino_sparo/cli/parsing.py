@@ -92,6 +92,8 @@ def _texts(key: str, given: list[str]) -> list[str]:
 
 def with_recipe(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a command, with the recipe that it uses by default: that of the run, or the demo's."""
+    if name == "check" and given.get("num_images", "null") != "null":
+        return dict(given) | {"data.path": "shapes"}  # stands in, since no images are read
     if name == "demo":
         data = Path(given["data.path"]).resolve().name if "data.path" in given else ""
         return {"config": "demo", "run_dir": f"runs/demo-{data}" if data else "runs/demo"} | dict(given)

@@ -49,8 +49,8 @@ class CheckOptions(Recipe):
     """GPUs to estimate speed, hours, and memory for, which need not be present: h100, h200, a100, v100, l40s,
     a100-40gb, h100-pcie, h100-nvl, b200; if none are given, the GPU of this machine if it is one of these."""
     num_images: int | None = None
-    """Print only the estimate for this number of images, and read nothing, not even data.path; null: the
-    whole plan."""
+    """Print only the estimate for this number of images, without any images: data.path is not needed; null:
+    the whole plan."""
     measure: bool = False
     """Time the loader and some training steps."""
     scan: bool = False
@@ -91,9 +91,13 @@ def pretrain(options: PretrainOptions) -> None:
     """Start a run, or resume it where it stopped; in every process that torchrun started."""
     from dino_sparo.training.pretrain import pretrain
 
-    pretrain(options, Path(options.run_dir), resume_unverified=options.resume_unverified)
+    source = pretrain(options, Path(options.run_dir), resume_unverified=options.resume_unverified)
     run, images = shlex.quote(options.run_dir), shlex.quote(options.data.path)
-    log.info("the run is in %s; to evaluate it, if its images have classes: dino-sparo knn %s", run, run)
+    if source.labels is not None and len(source.classes) > 1:
+        log.info("the run is in %s; to evaluate it: dino-sparo knn %s", run, run)
+    else:
+        to_embed = f"dino-sparo embed {run} --data.path {images} --out features.npz"
+        log.info("the run is in %s; to use its features: %s", run, to_embed)
     log.info("to see what it has learned: dino-sparo slots report %s --data.path %s", run, images)
 
 
@@ -213,7 +217,7 @@ def fitted_to_folder(given: Recipe) -> Recipe:
     """
     from dino_sparo.data.shapes import SHAPES_SIZES
     from dino_sparo.data.sources import open_images
-    from dino_sparo.data.splits import Choice
+    from dino_sparo.data.splits import Choice, counted
     from dino_sparo.evaluation.knn import HEADLINE_K
 
     recipe = named_recipe("demo", {})
@@ -230,5 +234,6 @@ def fitted_to_folder(given: Recipe) -> Recipe:
             optim.warmup_epochs = round(stretch * optim.warmup_epochs)
         if monitor.knn_every_epochs == recipe.monitor.knn_every_epochs:
             monitor.knn_every_epochs = max(1, round(stretch * monitor.knn_every_epochs))
-    log.info("%s: %d of its images, %d epochs", data.path, data.max_images or len(source), optim.epochs)
+    number, epochs = data.max_images or len(source), counted(optim.epochs, "epoch")
+    log.info("%s: %d of its images, %s", data.path, number, epochs)
     return replace(given, optim=optim, monitor=monitor, data=data)

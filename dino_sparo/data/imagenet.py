@@ -75,6 +75,7 @@ def recognize(root: Path) -> Layout | None:
     train, val = _split(base, named.get("train", []), TRAIN_TAR), _split(base, named.get("val", []), VAL_TAR)
     if val and (val.path / ANNOTATIONS).is_file() and _form(val.path / "images") == "a flat folder":
         val = Images(val.path / "images", "a flat folder")  # Tiny ImageNet
+    judged = "" if val else ", judged by their names"
     form = None if train and val else _form(base)  # unpacked without folders of splits
     if form == "a flat folder" and _holds_val(base):
         val = val or Images(base, form)
@@ -86,7 +87,7 @@ def recognize(root: Path) -> Layout | None:
     if val and val.form != "class folders":
         labels = _labels_near(val.path, val.form == "the official tar" or _holds_val(val.path))
     parts = [f"training images in {train.form}"] if train else []
-    parts += [f"validation images in {val.form}"] if val else []
+    parts += [f"validation images in {val.form}{judged}"] if val else []
     parts += [f"their labels in {labels.name}"] if labels else []
     kaggle = "Kaggle's ImageNet: " if base.absolute().name == "CLS-LOC" else ""
     return Layout(root, kaggle + ", ".join(parts), train, val, labels)

@@ -331,6 +331,20 @@ def is_set(path: str) -> bool:
     return False
 
 
+def check_exists(path: str, key: str = "data.path") -> None:
+    """Check that a path is the name of a dataset, or exists. Needs no torch.
+
+    Raises:
+        UserFileNotFoundError: it does not exist.
+    """
+    root = Path(path).expanduser()
+    if not (path in (SHAPES, *NAMES) or path.startswith(HUB) or root.exists()):
+        raise UserFileNotFoundError(
+            f"{key} {path!r} does not exist{did_you_mean(root)}; give an existing folder of images, or a "
+            f"name: {', '.join((SHAPES, *NAMES))}, hub:OWNER/NAME"
+        )
+
+
 def unlabeled(source: OnDisk, remedy: str = "") -> UnlabeledError:
     """The error for images whose labels are needed but unknown."""
     if isinstance(source, TableSource):
@@ -383,12 +397,8 @@ def _splits(path: str, key: str, choice: Choice) -> Splits:
     """Train and val of a folder, or of a dataset on the hub."""
     if path.startswith(HUB):
         return Splits(Part(Path(path)))
+    check_exists(path, key)
     root = Path(path).expanduser()
-    if not root.exists():
-        raise UserFileNotFoundError(
-            f"{key} {path!r} does not exist{did_you_mean(root)}; give an existing folder of images, or a "
-            f"name: {', '.join((SHAPES, *NAMES))}, hub:OWNER/NAME"
-        )
     if not root.is_dir():
         raise UserFileNotFoundError(f"{key} {path!r} is a file; give the folder that contains the images")
     return find_splits(root, key, choice)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dino_sparo.errors import UserError, UserFileNotFoundError
-from dino_sparo.evaluation.results import Result, read_results, results_folder
+from dino_sparo.evaluation.results import Result, read_results, results_folder, standard_error
 from dino_sparo.files import did_you_mean
 from dino_sparo.recipe.files import CONFIG_FILE, comparable, read_sections
 from dino_sparo.recipe.typed import flattened
@@ -58,12 +58,16 @@ class Measure:
 
 @dataclass(frozen=True)
 class EvaluatedRun:
-    """The headline results of a run folder, and its recipe by dotted key (None for weights without one)."""
+    """The headline results of a run folder, and its recipe by dotted key (None for weights without one).
+
+    `name` is that of weights without a recipe.
+    """
 
     folder: Path
     recipe: dict[str, Any] | None
     seed: int | None
     headline: dict[Measure, Result]
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,9 @@ def compare_groups(groups: Sequence[Group], control: Group | None, remark: str =
         )
     for measure in measures:
         name = title(measure, groups)
-        rows.append([name, *(_accuracy(group.results(measure)) for group in groups)])
+        numbers = {result.num_images for group in groups for result in group.results(measure)}
+        images = " or ".join(f"{number:,}" for number in sorted(numbers))
+        rows.append([f"{name}, {images} images", *(_accuracy(group, measure) for group in groups)])
         notes += [f"{name}: {note}" for note in _unequal_settings(measure, groups)]
         if control is not None and len(groups) > 1:
             cells, reasons = _differences(measure, groups, control)
@@ -152,8 +158,9 @@ def compare_groups(groups: Sequence[Group], control: Group | None, remark: str =
     for group in groups:
         runs = (f"{one.folder}{'' if one.seed is None else f' (seed {one.seed})'}" for one in group.runs)
         legend.append(f"{group.label}: {', '.join(runs)}")
-    if any(len(group.runs) > 1 for group in groups):
-        legend.append("mean ± sample standard deviation over seeds")
+    counts = [len(group.results(measure)) for group in groups for measure in measures]
+    legend += ["mean ± sample standard deviation over seeds"] * (max(counts, default=0) > 1)
+    legend += ["one run: ± one standard error, from its number of test images"] * (1 in counts)
     legend += [remark] if len(groups) > 1 else []
     if control is not None:
         theirs = _seeds(control)
@@ -203,8 +210,11 @@ def _choose_control(groups: Sequence[Group], control: str | None) -> tuple[Group
     others = [g for g in groups if (g.runs[0].recipe or {}).get(READOUT, "sparo") != "sparo"]
     if len(others) == 1:
         return others[0], DIFFERENCES
-    found = "no recipe has" if not others else f"{len(others)} recipes have"
-    return None, f"no differences: {found} a read-out other than sparo; choose the control with --control RUN"
+    found = f"{len(others)} recipes have" if others else "no recipe has"
+    found += " a read-out other than sparo"
+    if any(not group.runs[0].recipe for group in groups):
+        found += " (that of weights without a recipe is not known)"
+    return None, f"no differences: {found}; choose the control with --control RUN"
 
 
 def title(measure: Measure, groups: Sequence[Group]) -> str:
@@ -216,12 +226,14 @@ def title(measure: Measure, groups: Sequence[Group]) -> str:
     return f"{what}, {measure.test_set}{fraction}{weights}"
 
 
-def _accuracy(results: Sequence[Result]) -> str:
+def _accuracy(group: Group, measure: Measure) -> str:
+    results = group.results(measure)
     if not results:
         return NOTHING
     top1 = [result.top1 for result in results]
-    spread = f" ± {np.std(top1, ddof=1):.2f}" if len(top1) > 1 else ""
-    return f"{np.mean(top1):.2f}{spread} ({len(top1)} seed{'s' if len(top1) > 1 else ''})"
+    spread = np.std(top1, ddof=1) if len(top1) > 1 else standard_error(top1[0], results[0].num_images)
+    seeds = f" ({len(top1)} seed{'s' * (len(top1) > 1)})" if _seeds(group) else ""
+    return f"{np.mean(top1):.2f} ± {spread:.2f}{seeds}"
 
 
 def _differences(measure: Measure, groups: Sequence[Group], control: Group) -> tuple[list[str], list[str]]:
@@ -281,7 +293,7 @@ def read_run(given: str) -> EvaluatedRun:
         )
     path = folder / CONFIG_FILE
     if not path.exists():
-        return EvaluatedRun(folder, None, None, headline)
+        return EvaluatedRun(folder, None, None, headline, name=_name(given))
     remedy = "restore the recipe of this run, or remove it to compare the run without a recipe"
     try:
         config = read_sections(path)
@@ -289,6 +301,12 @@ def read_run(given: str) -> EvaluatedRun:
         raise UserError(f"{error}; {remedy}") from error
     recipe = comparable(config)
     return EvaluatedRun(folder, flattened(recipe, without=NOT_RECIPE), recipe.get("seed"), headline)
+
+
+def _name(given: str) -> str:
+    """The name of a run: that of its folder or of the file of its weights, or `timm:NAME`."""
+    path = Path(given)
+    return path.resolve().name if path.is_dir() else path.name
 
 
 def group_runs(runs: Sequence[EvaluatedRun]) -> list[Group]:
@@ -318,7 +336,7 @@ def _labels(firsts: Sequence[EvaluatedRun]) -> list[str]:
     labels = []
     for one in firsts:
         if one.recipe is None or READOUT not in one.recipe:
-            labels.append(one.folder.resolve().name)
+            labels.append(one.name or one.folder.resolve().name)
             continue
         alike = [r.recipe for r in firsts if r.recipe and r.recipe.get(READOUT) == one.recipe[READOUT]]
         keys = sorted({key for recipe in alike for key in recipe})

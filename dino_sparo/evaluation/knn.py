@@ -28,7 +28,8 @@ from dino_sparo.runs.checkpoint import checkpoints_of, step_of
 from dino_sparo.terminal import aligned_table, log, shown
 
 HEADLINE_K = 20
-KNN, KNN_IMAGES = f"knn{HEADLINE_K}_top1", f"knn{HEADLINE_K}_images"  # keys of metrics.jsonl
+KNN, KNN_TOP5 = f"knn{HEADLINE_K}_top1", f"knn{HEADLINE_K}_top5"  # keys of metrics.jsonl
+KNN_IMAGES = f"knn{HEADLINE_K}_images"
 PROTOCOL_K = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 TOP = 5

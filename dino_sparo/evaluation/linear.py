@@ -15,6 +15,7 @@ import torch
 
 from dino_sparo.data.loader import BatchOrder, choose_executor
 from dino_sparo.data.sources import ImageSource
+from dino_sparo.data.splits import counted
 from dino_sparo.data.workers import default_workers
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.classifiers import (
@@ -379,7 +380,7 @@ def table(run: str, results: Sequence[Result]) -> str:
             what += f" of {details['weights_file']}"
         else:
             counts = f"{details['num_train']} train and {counts}"
-            trained = f", {details['epochs']} epochs, batch {details['batch_size']}"
+            trained = f", {counted(details['epochs'], 'epoch')}, batch {details['batch_size']}"
         return f"{run} ({result.weights}), {what}, {result.test_set}: {counts}{trained}"
 
     def best(result: Result) -> str:

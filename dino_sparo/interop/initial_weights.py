@@ -78,9 +78,10 @@ def initialize_networks(
     for model, parameters in ((teacher, of_teacher), (student, of_student)):
         model.load_state_dict(model.state_dict() | parameters)
     number = sum(value.numel() for value in of_teacher.values())
+    own = "the student from the file's student and the teacher from its teacher"
     return (
         f"init {stored[0].path}: {number / 1e6:.2f} million parameters copied to student and teacher, "
-        f"{'each its own' if len(taken) > 1 else 'the same to both'}; {told}"
+        f"{own if len(taken) > 1 else 'the same to both'}; {told}"
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from dino_sparo.data.images import IMAGENET_MEAN, IMAGENET_STD
 from dino_sparo.errors import UserError
 from dino_sparo.models import Encoder, build_encoder
-from dino_sparo.models.encoder import architecture
+from dino_sparo.models.encoder import WITH_SLOTS, architecture
 from dino_sparo.recipe.files import checked_encoder
 from dino_sparo.terminal import few, shown
 
@@ -58,9 +58,15 @@ class StoredEncoder:
             measured: results, one line each.
         """
         side, slots = self.arguments["image_size"], self.arguments.get("num_slots")
+        arch, readout = architecture(self.arguments["arch"]), self.arguments["readout"]
+        replaces = readout in WITH_SLOTS and not self.arguments.get("after_last_block")
+        blocks = f"{arch['depth'] - replaces} blocks"
+        if readout in WITH_SLOTS:
+            blocks += f" and the {'SPARO' if readout == 'sparo' else readout} read-out"
         return {
             "weights": self.which,
-            "vit": f"{in_words(self.arguments['arch'])}, patches of {self.arguments['patch_size']} pixels",
+            "vit": f"{blocks}, width {arch['width']}, {arch['num_heads']} heads, patches of "
+            f"{self.arguments['patch_size']} pixels",
             "preprocessing": f"RGB, short side to {round(side * 256 / 224)} pixels (bicubic), center crop of "
             f"{side} x {side}, divided by 255, minus {IMAGENET_MEAN}, divided by {IMAGENET_STD}",
             "readout": self.arguments["readout"],

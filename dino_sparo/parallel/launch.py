@@ -1,5 +1,6 @@
 """`--nproc N`: several processes on this machine, started by torch's launcher."""
 
+import json
 import logging
 import os
 import signal
@@ -15,7 +16,15 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from dino_sparo.errors import EXIT_STOPPED, UserError
-from dino_sparo.parallel.processes import LAUNCHER, NOTES, STOP_SIGNALS, cores, on_stop_signals, read_note
+from dino_sparo.parallel.processes import (
+    COMMAND,
+    LAUNCHER,
+    NOTES,
+    STOP_SIGNALS,
+    cores,
+    on_stop_signals,
+    read_note,
+)
 
 SHUTDOWN_SECONDS = 300  # for a stopped process to finish its step and save
 KILL_SECONDS = 23  # after a process is lost; the others end sooner unless a call in C blocks them
@@ -38,7 +47,7 @@ def launch(num_processes: int, arguments: list[str]) -> int:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
     PContext.close.__defaults__ = (None, KILL_SECONDS)  # there is no option for torch's 30 s
     with tempfile.TemporaryDirectory(prefix="dino_sparo_") as folder:
-        os.environ |= {NOTES: folder, LAUNCHER: str(os.getpid())}
+        os.environ |= {NOTES: folder, LAUNCHER: str(os.getpid()), COMMAND: json.dumps(sys.argv)}
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # no port that other machines can reach
         for loopback in {"lo", "lo0"} & {name for _, name in socket.if_nameindex()}:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)

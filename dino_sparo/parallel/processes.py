@@ -26,6 +26,7 @@ FINISH_SECONDS = 16.0  # for a checkpoint that is being written when another pro
 NOTES = "DINO_SPARO_NOTES"  # environment variable: folder of messages from processes to `launch`
 FAILED = "failed"  # key in the store: the rank of the process that reports the failure
 LAUNCHER = "DINO_SPARO_LAUNCHER"  # environment variable: the process identifier of `launch`
+COMMAND = "DINO_SPARO_COMMAND"  # environment variable: the arguments of `launch` as the user typed them, JSON
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")  # set by torchrun
 COPIES = {  # launchers of several copies of a program: their variables for world size and rank
     "srun": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
@@ -44,6 +45,11 @@ def env_int(name: str, default: int = 0) -> int:
     """The number in an environment variable."""
     text = os.environ.get(name, "")
     return int(text) if text.isdecimal() else default
+
+
+def typed_command() -> list[str]:
+    """The command that the user typed: `sys.argv`, in a process of `launch` that of the launcher."""
+    return json.loads(os.environ[COMMAND]) if COMMAND in os.environ else sys.argv
 
 
 def cores() -> int:

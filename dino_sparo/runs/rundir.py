@@ -5,7 +5,6 @@ import os
 import platform
 import re
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import yaml
 from dino_sparo import __version__
 from dino_sparo.errors import UserError
 from dino_sparo.files import append_line, clean_lines, named, read_lines, set_aside, write_file
+from dino_sparo.parallel.processes import typed_command
 from dino_sparo.recipe.files import CONFIG_FILE, read_sections, stored_recipe
 from dino_sparo.recipe.sections import Recipe
 from dino_sparo.recipe.typed import flattened
@@ -90,7 +90,7 @@ def start_run_dir(run_dir: Path, recipe: Recipe, machine: dict[str, Any]) -> Non
     """Write the recipe, add this start to the list of starts, remove the stop marker. Raises OSError."""
     start = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": typed_command(),
         "python": platform.python_version(),
         "versions": {"dino-sparo": __version__} | {package: version(package) for package in PACKAGES},
         "git": _git_state(),

@@ -187,17 +187,12 @@ class RunLog:
                 f"{images_per_second:.0f} images/s  left: epoch {epoch_left}, run {run_left}"
             )
 
-    def evaluation(
-        self, step: int, values: dict[str, float], shown: str | None = None, note: str = ""
-    ) -> None:
-        """Log the results of an evaluation (percent, or a number of images), and print them or `shown`,
-        followed by a note."""
+    def evaluation(self, step: int, values: dict[str, float], shown: str) -> None:
+        """Log the results of an evaluation, and print `shown`."""
         self._write_postponed()
         self._write(step, values)
-        texts = (f"{name} {x}" if isinstance(x, int) else f"{name} {x:.2f} %" for name, x in values.items())
-        shown = shown or "  ".join(texts)
         if log.isEnabledFor(logging.INFO):
-            tqdm.write(f"after epoch {step // self.steps_per_epoch}: {shown}{note}", file=sys.stderr)
+            tqdm.write(f"after epoch {step // self.steps_per_epoch}: {shown}", file=sys.stderr)
 
     def alarm(self, step: int, text: str) -> None:
         """Print a warning, and add it to TensorBoard as text."""

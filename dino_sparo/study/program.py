@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dino_sparo.data.sources import open_labeled
-from dino_sparo.data.splits import Choice
+from dino_sparo.data.splits import Choice, counted
 from dino_sparo.errors import EXIT_PROBLEM, UserError, errors_for_user
 from dino_sparo.evaluation.compare import EvaluatedRun, Group, Measure
 from dino_sparo.evaluation.features import hash_of_images
@@ -96,10 +96,11 @@ def print_plan(variants: Sequence[Variant], recipe_name: str | None) -> int:
     except UserError as error:
         problems.append(str(error))
     print(training.sizes_table(training.table(variants, {})))
-    print(f"\n{len(variants)} runs of {recipe_name}; for details of one: dino-sparo pretrain --dry-run")
+    runs = counted(len(variants), "run")
+    print(f"\n{runs} of {recipe_name}; for details of one: dino-sparo pretrain --dry-run")
     for variant in variants:
         done = latest_step(variant.run_dir)
-        state = f"{done:,} steps are done" if done else "would start"
+        state = f"{counted(done, 'step')} done" if done else "would start"
         print(f"  {shown(variant.folder)}: {state if variant.chosen else 'left out by --only'}")
     print("\n".join(f"PROBLEM: {sentence(problem)}" for problem in problems) or "no problems found")
     return EXIT_PROBLEM if problems else 0

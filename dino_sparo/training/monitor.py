@@ -15,7 +15,7 @@ from torch import Tensor
 from dino_sparo.data.sources import AS_FOUND, ImageSource, open_labeled, per_class
 from dino_sparo.data.splits import Choice, Splits
 from dino_sparo.errors import UserError
-from dino_sparo.evaluation.knn import HEADLINE_K, KNN, KNN_IMAGES, NoDirectionError, evaluate_knn
+from dino_sparo.evaluation.knn import HEADLINE_K, KNN, KNN_IMAGES, KNN_TOP5, NoDirectionError, evaluate_knn
 from dino_sparo.models import Encoder
 from dino_sparo.parallel.distributed import sum_over_ranks, world_size
 from dino_sparo.terminal import log
@@ -148,7 +148,7 @@ def evaluate_teacher(encoder: Encoder, images: KnnImages, **loading: Any) -> dic
             f"k-NN during training: {error}; the run has collapsed, start in a new run_dir with a lower "
             f"optim.lr_per_256"
         ) from error
-    return {KNN: result.top1, f"knn{HEADLINE_K}_top5": result.top5, KNN_IMAGES: result.num_images}
+    return {KNN: result.top1, KNN_TOP5: result.top5, KNN_IMAGES: result.num_images}
 
 
 def open_knn_images(

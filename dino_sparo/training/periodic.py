@@ -5,8 +5,9 @@ from typing import NoReturn
 
 import torch
 
+from dino_sparo.data.splits import counted
 from dino_sparo.errors import StoppedError, UserError
-from dino_sparo.evaluation.knn import KNN, KNN_IMAGES
+from dino_sparo.evaluation.knn import HEADLINE_K, KNN, KNN_IMAGES, KNN_TOP5
 from dino_sparo.evaluation.results import standard_error
 from dino_sparo.files import append_line, write_file
 from dino_sparo.parallel.device import end_of_work, wait_for
@@ -55,9 +56,13 @@ def evaluate(run: Run, run_log: RunLog, step: int) -> None:
             left_out=left_out,
         )
         of_class = run.recipe.monitor.knn_images_per_class
-        subset = f", at most {of_class} per class" if of_class else ""
-        error = standard_error(accuracies[KNN], int(accuracies[KNN_IMAGES]))
-        run_log.evaluation(step, accuracies, note=f"  (± {error:.1f}{subset})")
+        number = int(accuracies[KNN_IMAGES])
+        shown = (
+            f"{HEADLINE_K}-NN top-1 {accuracies[KNN]:.2f} % ± {standard_error(accuracies[KNN], number):.1f}, "
+            f"top-5 {accuracies[KNN_TOP5]:.2f} %, {counted(number, 'test image')}"
+            f"{f' (at most {of_class} per class, of test and of train)' if of_class else ''}"
+        )
+        run_log.evaluation(step, accuracies, shown)
     if left_out:  # equal in all processes
         log.warning("WARNING: k-NN has skipped %d images that cannot be read", len(left_out))
         run.bad_images.list(left_out, len(left_out), sum(map(len, run.knn_images)))

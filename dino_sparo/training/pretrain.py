@@ -25,6 +25,8 @@ from dino_sparo.data.loader import (
     normalized,
     prepare_device,
 )
+from dino_sparo.data.sources import ImageSource
+from dino_sparo.data.splits import counted
 from dino_sparo.data.workers import check_shared_memory
 from dino_sparo.errors import UserError
 from dino_sparo.models.cost import describe_cost, encoder_cost
@@ -142,8 +144,8 @@ def train_step(
     return StepOutput(loss_of_step, crop_groups[0][0], center, gradient_norms, statistics)
 
 
-def pretrain(recipe: Recipe, run_dir: Path, *, resume_unverified: bool = False) -> None:
-    """`dino-sparo pretrain`: start a run, or resume it. Every process of the run calls it.
+def pretrain(recipe: Recipe, run_dir: Path, *, resume_unverified: bool = False) -> ImageSource:
+    """`dino-sparo pretrain`: start or resume a run; returns its images. Every process of the run calls it.
 
     Raises:
         UserError: a mistake in options or data, or a failure during training.
@@ -160,8 +162,8 @@ def pretrain(recipe: Recipe, run_dir: Path, *, resume_unverified: bool = False) 
         run = prepare(recipe, run_dir, device, unverified=resume_unverified)
         evaluate_first = evaluation_is_missing(run)
         if run.first_step == run.total_steps and not evaluate_first:
-            log.info("%s is complete: all %d epochs are done", run_dir, recipe.optim.epochs)
-            return
+            log.info("%s is complete, after %s", run_dir, counted(recipe.optim.epochs, "epoch"))
+            return run.source
         if rank() == 0:
             if not is_run:
                 held.enter_context(lock_run_dir(run_dir))
@@ -190,6 +192,7 @@ def pretrain(recipe: Recipe, run_dir: Path, *, resume_unverified: bool = False) 
                 f"use machine.batch_size_per_gpu {smaller} (the experiment stays the same) or "
                 f"machine.activation_checkpointing true"
             ) from error
+    return run.source
 
 
 def prepare(recipe: Recipe, run_dir: Path, device: torch.device, *, unverified: bool = False) -> Run:

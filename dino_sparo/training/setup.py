@@ -12,7 +12,7 @@ from dino_sparo.data.decode import size_of
 from dino_sparo.data.loader import BatchOrder, CropsDataset, Executor, choose_executor
 from dino_sparo.data.shapes import SHAPES
 from dino_sparo.data.sources import ImageSource, absolute_path, decide, open_images, say_splits
-from dino_sparo.data.splits import Choice
+from dino_sparo.data.splits import Choice, counted
 from dino_sparo.data.tables import commit_of
 from dino_sparo.data.views import NUM_GLOBAL_CROPS, crop_kinds
 from dino_sparo.data.workers import default_workers
@@ -84,29 +84,47 @@ def say_start(run: Run) -> None:
     order = run.order
     log.info(
         f"{run.run_dir}: {'resuming' if run.first_step else 'starting'} at step {run.first_step} of "
-        f"{run.total_steps}, {run.images['num_images']} images, {world_size()} x {run.device.type}, "
-        f"{order.micro_batch_size} images each"
+        f"{run.total_steps}, {counted(len(run.source), 'image')}, {world_size()} x {run.device.type}, "
+        f"{counted(order.micro_batch_size, 'image')} each"
         f"{f' x {order.accumulation} micro-batches' if order.accumulation > 1 else ''}, {run.precision}, "
-        f"{run.num_workers} workers each"
+        f"{counted(run.num_workers, 'worker')} each"
     )
     if not run.first_step and run.recipe.data.path != SHAPES:
-        for one in advice(run.recipe.optim, run.recipe.head.num_prototypes, len(run.source)):
+        remarks = advice(
+            *(run.recipe.optim, run.recipe.head.num_prototypes, len(run.source)),
+            max_images=run.recipe.data.max_images,
+            knn_images=run.knn_images,
+        )
+        for one in remarks:
             log.info("REMARK: %s", one)
     if run.device.type == "cuda" and world_size() == 1 < torch.cuda.device_count():
         log.info("this machine has %d GPUs; use --nproc to train on more than one", torch.cuda.device_count())
 
 
-def advice(optim: OptimOptions, num_prototypes: int, num_images: int) -> list[str]:
+def advice(
+    optim: OptimOptions,
+    num_prototypes: int,
+    num_images: int,
+    *,
+    max_images: int | None,
+    knn_images: KnnImages | None,
+) -> list[str]:
     """What to change in a recipe of large data for a small folder."""
     found, steps = [], num_images // optim.global_batch_size * optim.epochs
     if steps < FEW_STEPS:
         epochs = -(-FEW_STEPS * optim.epochs // max(1, steps))
-        found.append(f"only {steps:,} steps in total; --optim.epochs {epochs} gives {FEW_STEPS:,}")
+        few = f"only {counted(steps, 'step')}; thousands are usual"
+        found.append(f"{few}; --optim.epochs {epochs} gives {FEW_STEPS:,}")
     if num_prototypes > max(num_images, FEW_PROTOTYPES):
         fewer = max(FEW_PROTOTYPES, 2 ** (num_images // 4).bit_length() // 2)
         found.append(
             f"{num_prototypes:,} prototypes are more than the {num_images:,} images; --head.num_prototypes "
             f"{fewer} fits them better"
+        )
+    if max_images is not None and knn_images is not None and max(map(len, knn_images)) > max_images:
+        found.append(
+            f"k-NN during training uses {len(knn_images.test):,} test and {len(knn_images.train):,} train "
+            f"images; data.max_images does not limit them, monitor.knn_images_per_class does"
         )
     return found
 
@@ -181,8 +199,9 @@ def open_data(
     source = open_images(data.path, data.max_images, choice=choice, splits=splits)
     if len(source) < batch_size:
         raise UserError(
-            f"data.path {data.path!r} gives {len(source)} images, fewer than one batch: "
-            f"optim.global_batch_size is {batch_size}; use more images or a smaller batch"
+            f"data.path {data.path!r} gives {counted(len(source), 'image')}, fewer than one batch: "
+            f"optim.global_batch_size is {batch_size}; use more images or a smaller batch, for example "
+            f"--optim.global_batch_size {2 ** (len(source).bit_length() - 1)}"
         )
     images = None
     if monitor.knn_every_epochs:
