@@ -100,5 +100,5 @@ def draw_before_and_after(run_dir: Path, source: ImageSource, path: Path) -> Non
     for when in ("untrained", "trained"):
         encoder = load_encoder(run_dir, untrained=when == "untrained")
         features = embed(encoder, source)
-        found[when] = nearest_neighbors(features, queries, NUM_NEIGHBORS, device=encoder.device)[1]
+        found[when] = nearest_neighbors(features, queries, NUM_NEIGHBORS, device=encoder.device)
     draw_neighbors(found, queries, source, encoder, path)

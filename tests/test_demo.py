@@ -13,6 +13,7 @@ from dino_sparo.__main__ import main
 from dino_sparo.cli.pretraining import fitted_to_folder
 from dino_sparo.data.shapes import SHAPES_SIZES
 from dino_sparo.demo import table
+from dino_sparo.slots.curves import COLORS, draw_curve
 from tests.tiny import CLS, tiny_arguments, tiny_options, write_pictures
 
 
@@ -82,6 +83,13 @@ def test_a_gain_within_chance_is_said_to_be(first, last, images, chance):
     assert ("not significant" in shown) == chance
     assert f"{last - first:+.1f} points" in shown
     assert ("± 3.9" in shown and "153 test images" in shown) == (images == 153)
+
+
+def test_the_curve_of_one_entry_is_a_point(tmp_path):
+    with open(tmp_path / "curve.png", "wb") as file:
+        draw_curve([{"epoch": 1.0, "step": 1, "loss": 5.9}], file)
+    color = [int(COLORS[0][at : at + 2], 16) for at in (1, 3, 5)]
+    assert (np.asarray(Image.open(tmp_path / "curve.png").convert("RGB")) == color).all(axis=2).any()
 
 
 @pytest.mark.long

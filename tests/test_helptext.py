@@ -67,6 +67,11 @@ def test_help_fits_the_terminal_and_examples_can_be_copied(columns, capsys, monk
         assert any(lines) and all(words[0] == "dino-sparo" for words in lines if words)
 
 
+def test_a_key_is_required_only_with_its_section(capsys):
+    main(["slots", "report", "--help"])
+    assert "required if data is given" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("example", [*(line for command in COMMANDS.values() for line in command.examples)])
 def test_examples_of_help_parse(example, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from dino_sparo.__main__ import main
 from dino_sparo.data.sources import open_images
 from dino_sparo.interop.load import load_encoder
+from dino_sparo.slots import neighbors as module
 from dino_sparo.slots.curves import COLORS
 from dino_sparo.slots.neighbors import draw_map, far_apart, nearest_neighbors, principal_components
 from tests.tiny import write_pictures
@@ -65,6 +67,17 @@ def test_ten_classes_are_named_and_others_are_gray(run_dir, tmp_path):
     assert found[0].shape == found[1].shape and (found[0] != found[1]).any(), "names are in the legend"
     for color in COLORS:  # of the frames of pictures
         assert (found[1] == [int(color[at : at + 2], 16) for at in (1, 3, 5)]).all(axis=2).any()
+
+
+def test_titles_name_the_encoder_and_the_cosine_on_lines_of_their_own(run_dir, tmp_path, monkeypatch):
+    write_pictures(tmp_path, 4, classes=1)
+    source, drawn = open_images(str(tmp_path / "train" / "class0")), []
+    monkeypatch.setattr(module, "draw_grid", lambda _rows, titles, *_others, **_options: drawn.extend(titles))
+    near = torch.tensor([[0.857]]), torch.tensor([[1]])
+    found = {"untrained": near, "trained": near}
+    module.draw_neighbors(found, [0], source, load_encoder(run_dir), tmp_path / "neighbors.png")
+    names = [Path(source.name(number)).name for number in (0, 1)]
+    assert drawn == [[f"{name}\n{names[0]}", f"{names[1]}\ncosine 0.86"] for name in found]
 
 
 @pytest.mark.parametrize("run", ["sparo", "cls"])

@@ -170,15 +170,16 @@ def test_the_page_begins_with_what_was_trained_then_says_what_was_found(reported
     order = [
         "A ViT of 2 blocks and 16 dimensions, with 3 slots of 4 dimensions, pretrained for 1 epochs (2 steps",
         "20-NN accuracy was not measured during training, since it needs class folders.",
-        "Loss and 20-NN accuracy over epochs",
+        "Loss over epochs",
         "Where slots look, beside the CLS token in the last block",
         f"What slot {one['orders']['knn'][0]} responds to most",
         "What was found",
+        "Only 2 steps: the encoder is hardly trained.",
         "of 3 slots (",
         f"on {ranked['num_test']} test images (± ",
         f"Slot {one['orders']['knn'][0]} has the highest",
         f"on {ranked['num_select']} images for choosing slots.",
-        "On average, a slot attends to",
+        f"On average over {read(reported, 'health')['num_images']} images, a slot attends to",
         "A learned mask over slots changes the accuracy of nearest class means from",
         "Of the known factors",
         'id="curves"',
@@ -207,10 +208,11 @@ def test_a_gain_within_chance_and_dead_slots_are_said(reported):
     content = {
         "slots": [slot | {"slot": 0, "nearest": 2}, slot | {"slot": 2, "nearest": 0, "dead": False}],
         "summary": {"mean_effective_patches": 3.0, "num_patches": 4, "mean_cls_share": 0.5},
+        "num_images": 84,
     }
     assert of_health(content)[:2] == [
-        "Dead slots (nearly constant over images): 0.",
-        "Duplicate slots (same attention): 0 and 2.",
+        "Dead slots (nearly constant over images): 0 (on 84 images).",
+        "Duplicate slots (same attention): 0 and 2 (on 84 images).",
     ]
 
 
@@ -238,14 +240,20 @@ def test_an_analysis_of_others_is_not_shown(reported):
     assert not any(name.startswith(("slots/rank", "slots/gallery")) for name in page.files)
 
 
-def test_the_best_and_the_worst_slots_are_shown(tmp_path):
+def test_the_best_and_the_worst_slots_are_shown_or_without_a_ranking_those_of_the_maps(tmp_path):
     subject = Subject(str(tmp_path))
     assert subject.slots_to_show(3) == [0, 1, 2]
+    assert subject.title("gallery", 16) == "Galleries of slots 0–7 (of 16)"
+    (tmp_path / "slots" / "maps").mkdir(parents=True)
+    (tmp_path / "slots" / FILES["maps"]).write_text(json.dumps({"slots": [3, 0, 2]}))
+    assert subject.slots_to_show(12) == [3, 0, 2]
+    assert subject.title("gallery", 12) == "Galleries of slots 3, 0, 2 (of 12)"
     (tmp_path / "slots" / "rank").mkdir(parents=True)
     order = [7, 3, 11, 0, 1, 2, 4, 5, 6, 8, 9, 10]
     content = {"encoders": [{"orders": {"knn": order}}]}
     (tmp_path / "slots" / FILES["rank"]).write_text(json.dumps(content))
     assert subject.slots_to_show(12) == [7, 3, 11, 0, 6, 8, 9, 10]
+    assert subject.title("gallery", 12) == "Galleries of the best and worst slots"
 
 
 def test_slots_that_were_not_drawn_are_told(copied):
@@ -321,10 +329,11 @@ def test_without_classes_the_report_leaves_out_what_needs_them(run_dir, tmp_path
     assert {part for part, file in FILES.items() if (out / file).is_file()} == {
         *("health", "maps", "gallery", "neighbors")
     }
-    page = Page((out / "report.html").read_text())
-    about = {"data": str(data), "out": str(out), "has_classes": False}
-    assert page.commands == commands(run_dir, "knn", "linear", "rank", "mask", "factors", **about)
-    assert f"dino-sparo slots rank {run_dir} --data.path DIR --out {out}" in page.commands
+    text = (out / "report.html").read_text()
+    assert Page(text).commands == commands(run_dir, "factors", out=str(out))
+    for said in ("No knn result", "No linear result", "Not made"):
+        assert f"{said}: needs images in class folders" in text
+    assert "k-NN accuracy, then" not in text and "Galleries of slots 0–1 (of 2)" in text
 
 
 def test_the_report_reads_images_as_it_is_told(run_dir, tmp_path, capsys):

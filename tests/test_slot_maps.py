@@ -13,6 +13,7 @@ from dino_sparo.data.images import normalize
 from dino_sparo.data.sources import open_images
 from dino_sparo.interop.load import load_encoder
 from dino_sparo.models import build_encoder
+from dino_sparo.slots import maps as module
 from dino_sparo.slots.attention import cls_attention, slot_attention
 from dino_sparo.slots.drawing import SeenImages, draw_attention
 
@@ -105,6 +106,32 @@ def test_whole_images_that_are_not_square(run_dir, pictures, tmp_path):
     shapes = {"0": (224, 224), "1": (336, 224), "2": (224, 336)}
     for number, names in content["overlays"].items():
         assert {read(tmp_path / "maps" / name).shape[:2] for name in names.values()} == {shapes[number]}
+
+
+def test_a_coarse_map_says_so(run_dir, pictures, tmp_path, capsys):
+    assert run(run_dir, pictures, tmp_path, "--images=[0]") == 0
+    assert "the encoder sees 2 × 2 patches; slots maps --short-side 448" in capsys.readouterr().out
+    assert run(run_dir, pictures, tmp_path, "--images=[0]", "--short_side=32") == 0
+    assert "448" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "maps" / "maps.json").read_text())["patches"] == [[4, 4]]
+
+
+def test_why_slots_are_chosen(slot_runs, pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(module, "distinct_slots", lambda maps, count: [2, 0])
+    assert run(slot_runs["sparo"], pictures, tmp_path, "--images=[0]") == 0
+    assert "slots that look at different places (2, 0) on 1 images: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("times", "said"), [(0.9, "no patch above uniform"), (1.1, "at most 1.10 × uniform"), (2.0, "")]
+)
+def test_a_gray_column_says_why(run_dir, pictures, monkeypatch, times, said):
+    def equal(_encoder, images):
+        return torch.full((len(images), 2, 2, 2), times / 5)  # of 5 tokens
+
+    monkeypatch.setattr(module, "cls_attention", equal)
+    rows = module.look(load_encoder(run_dir), open_images(str(pictures)), [0, 1])
+    assert rows.titles["cls"].partition("\n")[2] == said
 
 
 def test_pictures_of_an_earlier_run_go_and_others_stay(run_dir, pictures, tmp_path):

@@ -131,6 +131,9 @@ def _values(key: str, field: Field[Any], command: Command, values: Mapping[str, 
         told = "not in this recipe" if "config" in values else "from the recipe"
         told = told if command.of_run and key not in NOT_IN_RECIPES else "required"
         told = "default: that of the run" if command.takes_from_run(key) else told
+        section = next(one for one in fields(command.options) if one.name == key.partition(".")[0])
+        if told == "required" and "." in key and section.default is None:
+            told = f"required if {section.name} is given"
     else:
         told = f"default: {default if isinstance(default, str) else json.dumps(default)}"
     return f"{expected(field.type)}; {told}"

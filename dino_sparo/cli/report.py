@@ -13,12 +13,17 @@ if TYPE_CHECKING:
 MOST_SEARCHED = 5000  # images of which the report shows neighbors, for encoders without slots
 
 
+@dataclass
+class ReportDataOptions(LabeledDataOptions):
+    """Any images; in class folders, slots are ranked and masks learned too."""
+
+
 @dataclass(kw_only=True)
 class SlotReportOptions(slots.SlotsOptions):
     """One HTML page of a run, that opens from a file without network."""
 
-    data: LabeledDataOptions | None = None
-    """Labeled images for the analyses that the run folder lacks; null: show only those that exist."""
+    data: ReportDataOptions | None = None
+    """Images for the analyses that the run folder lacks; null: show only those that exist."""
     control: str | None = None
     """Run without slots to compare with in these analyses."""
 

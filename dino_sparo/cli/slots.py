@@ -144,7 +144,7 @@ class SlotFactorsOptions(ComparedSlotsOptions):
 
 def maps(options: SlotMapsOptions) -> None:
     """Attention of chosen slots over chosen images: maps.json, grid.png and an overlay for each."""
-    from dino_sparo.slots.maps import slot_maps
+    from dino_sparo.slots.maps import COARSE, slot_maps
 
     folder = _folder(options) / "maps"
     encoder = open_encoder(options, with_slots=False)
@@ -160,8 +160,14 @@ def maps(options: SlotMapsOptions) -> None:
         num_workers=options.num_workers,
     )
     _write(options, folder / "maps.json", content)
-    drawn = f"slots {', '.join(map(str, content['slots']))}" if content["slots"] else "heads of the CLS token"
+    numbers, drawn = ", ".join(map(str, content["slots"])), "heads of the CLS token"
+    if content["slots"]:
+        chosen = options.slots is None and len(content["slots"]) < encoder.num_slots
+        drawn = f"slots that look at different places ({numbers})" if chosen else f"slots {numbers}"
     print(f"{drawn} on {len(content['images'])} images: {folder / 'grid.png'}")
+    rows, columns = min(content["patches"], key=min)
+    if options.short_side is None and min(rows, columns) < COARSE:
+        print(f"the encoder sees {rows} × {columns} patches; slots maps --short-side 448 draws a finer map")
     if control:
         print(f"heads of the control's CLS token: {folder / 'control.png'}")
 

@@ -11,6 +11,8 @@ from dino_sparo.models import Encoder
 from dino_sparo.slots.curves import num_knn_images, points_of
 from dino_sparo.slots.rank import WAYS
 
+HARDLY = 250  # steps of a run that has hardly trained; the demo learns in 496
+
 Content = Mapping[str, Any]
 
 
@@ -51,6 +53,13 @@ def training(encoder: Encoder, config: Content, metrics: Sequence[Content]) -> l
     return [f"{sentence}.", f"{text}."]
 
 
+def of_curves(metrics: Sequence[Content]) -> list[str]:
+    """Whether there were so few steps that the encoder has hardly trained. The loss does not tell: it may
+    rise while the encoder learns."""
+    steps = metrics[-1]["step"]
+    return [f"Only {steps:,} steps: the encoder is hardly trained."] if steps < HARDLY else []
+
+
 def of_rank(found: Content) -> list[str]:
     """The accuracy of half of the slots, and of the best and the worst slot alone."""
     one = found["encoders"][0]
@@ -73,13 +82,18 @@ def of_health(found: Content) -> list[str]:
     dead = [slot["slot"] for slot in slots if slot["dead"]]
     same = sorted({tuple(sorted((slot["slot"], slot["nearest"]))) for slot in slots if slot["duplicate"]})
     pairs = ", ".join(f"{one} and {other}" for one, other in same)
-    return [
-        f"Dead slots (nearly constant over images): {', '.join(map(str, dead))}."
+    images = f"{found['num_images']:,} images"
+    told = (
+        f"Dead slots (nearly constant over images): {', '.join(map(str, dead))}"
         if dead
-        else "No slot is dead.",
-        f"Duplicate slots (same attention): {pairs}." if same else "No slots are duplicates.",
-        f"On average, a slot attends to {summary['mean_effective_patches']:.1f} of {summary['num_patches']} "
-        f"patches (effective number), with {100 * summary['mean_cls_share']:.0f} % of its attention on CLS.",
+        else "No slot is dead",
+        f"Duplicate slots (same attention): {pairs}" if same else "No slots are duplicates",
+    )
+    return [
+        *(f"{sentence} (on {images})." for sentence in told),
+        f"On average over {images}, a slot attends to {summary['mean_effective_patches']:.1f} of "
+        f"{summary['num_patches']} patches (effective number), with "
+        f"{100 * summary['mean_cls_share']:.0f} % of its attention on CLS.",
     ]
 
 

@@ -26,8 +26,17 @@ from dino_sparo.slots.statistics import (
 )
 from dino_sparo.terminal import aligned_table, few
 
+WORDS = {  # for the statistics of a slot
+    "effective_patches": "effective patches",
+    "entropy": "entropy of attention, nats",
+    "cls_share": "share of attention on CLS",
+    "response_std": "standard deviation over images",
+    "overlap": "overlap with the nearest slot",
+    "agreement": "agreement of student and teacher",
+}
 SHOWN_SLOTS = 12  # dead or duplicate slots that are listed in the table
 NUM_BINS = 20
+HEADER = ("measure", "value", "healthy")
 
 
 @torch.no_grad()
@@ -79,7 +88,7 @@ def summarize(slots: Sequence[Mapping[str, Any]], num_patches: int) -> dict[str,
         "num_dead": sum(slot["dead"] for slot in slots),
         "num_duplicate": sum(slot["duplicate"] for slot in slots),
     }
-    for name in ("entropy", "effective_patches", "cls_share", "response_std", "overlap", "agreement"):
+    for name in WORDS:
         values = [slot[name] for slot in slots]
         summary[f"mean_{name}"] = None if None in values else sum(values) / len(values)
     return summary
@@ -87,6 +96,13 @@ def summarize(slots: Sequence[Mapping[str, Any]], num_patches: int) -> dict[str,
 
 def table(slots: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> str:
     """The summary as a table with a description of healthy values."""
+    return aligned_table(HEADER, summary_rows(slots, summary))
+
+
+def summary_rows(
+    slots: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
+) -> list[tuple[str, str, str]]:
+    """The rows of the summary's table: a measure, its value, and a description of healthy values."""
 
     def listed(name: str) -> str:
         found = [slot["slot"] for slot in slots if slot[name]]
@@ -94,9 +110,9 @@ def table(slots: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> str
 
     patches = f"{summary['mean_effective_patches']:.1f} of {summary['num_patches']}"
     rows = [
-        ("effective patches", patches, "above 1, well below all patches"),
+        (WORDS["effective_patches"], patches, "above 1, well below all patches"),
         (
-            "share of attention on CLS",
+            WORDS["cls_share"],
             f"{100 * summary['mean_cls_share']:.1f} %",
             "small; near 100 %: slots copy CLS",
         ),
@@ -106,12 +122,12 @@ def table(slots: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> str
             f"0 (dead: standard deviation below {DEAD_RELATIVE_STD} of the median)",
         ),
         ("duplicate slots", listed("duplicate"), f"0 (duplicate: overlap above {DUPLICATE_OVERLAP})"),
-        ("overlap with the nearest slot", f"{summary['mean_overlap']:.2f}", "well below 1"),
+        (WORDS["overlap"], f"{summary['mean_overlap']:.2f}", "well below 1"),
     ]
     if summary["mean_agreement"] is not None:
         agreement = f"{summary['mean_agreement']:.2f}"
-        rows.append(("agreement of student and teacher", agreement, "near 1 at the end"))
-    return aligned_table(("measure", "value", "healthy"), rows)
+        rows.append((WORDS["agreement"], agreement, "near 1 at the end"))
+    return rows
 
 
 def draw_health(slots: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], path: Path) -> None:
@@ -119,16 +135,9 @@ def draw_health(slots: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], 
     figure = Figure(figsize=(10, 5.2), layout="constrained")
     axes = figure.subplots(2, 3)
     patches = summary["num_patches"]
-    panels = (
-        ("effective_patches", f"effective patches, of {patches}", (1, patches)),
-        ("entropy", "entropy of attention, nats", None),
-        ("cls_share", "share of attention on CLS", (0, 1)),
-        ("response_std", "standard deviation over images", None),
-        ("overlap", "overlap with the nearest slot", (0, 1)),
-        ("agreement", "agreement of student and teacher", (0, 1)),
-    )
-    for axis, (name, title, bounds) in zip(axes.flat, panels, strict=True):
-        axis.set_title(title, fontsize=9)
+    ranges = {"effective_patches": (1, patches), "entropy": None, "response_std": None}
+    for axis, (name, title) in zip(axes.flat, WORDS.items(), strict=True):
+        axis.set_title(title + (f", of {patches}" if name == "effective_patches" else ""), fontsize=9)
         axis.tick_params(labelsize=8)
         axis.yaxis.set_major_locator(MaxNLocator(integer=True))
         numbers = [slot[name] for slot in slots if slot[name] is not None]
@@ -136,7 +145,7 @@ def draw_health(slots: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], 
             axis.text(0.5, 0.5, "only one network", ha="center", transform=axis.transAxes, fontsize=8)
             axis.set_axis_off()
             continue
-        low, high = bounds or (0.0, 1.1 * max(numbers) or 1.0)
+        low, high = ranges.get(name, (0, 1)) or (0.0, 1.1 * max(numbers) or 1.0)
         axis.hist(numbers, bins=NUM_BINS, range=(low, high), color=COLORS[0], edgecolor="white")
         axis.set_xlim(low, high)
     dead_below = DEAD_RELATIVE_STD * median(slot["response_std"] for slot in slots)

@@ -13,7 +13,7 @@ from dino_sparo.data.sources import ImageSource
 from dino_sparo.errors import UserError
 from dino_sparo.files import atomic_write
 from dino_sparo.models import Encoder
-from dino_sparo.slots.attention import cls_attention, distinct_slots, slot_attention
+from dino_sparo.slots.attention import cls_attention, distinct_slots, slot_attention, times_uniform
 from dino_sparo.slots.drawing import (
     Picture,
     as_picture,
@@ -28,7 +28,9 @@ from dino_sparo.slots.drawing import (
 )
 
 NUM_SLOTS = 8  # slots that are drawn if none are chosen
-HEADING = "Where {} look: the image in gray, with color where attention is above uniform attention"
+COARSE = 14  # patches across, below which a finer map is suggested
+FAINT = 1.2  # multiple of uniform attention that is hardly seen
+HEADING = "Where {} look ({}): the image in gray, with color where attention is above uniform attention"
 
 
 def slot_maps(
@@ -57,8 +59,9 @@ def slot_maps(
         num_workers: processes that load images. None: one per core, at most 16.
 
     Returns:
-        JSON values: `images` (names), `slots`, and file names: `grid`, `control_grid`, and `overlays` by
-        image number and then `cls`, number of the slot, or `head0` and so on.
+        JSON values: `images` (names), `patches` (rows and columns of each image), `slots`, and file names:
+        `grid`, `control_grid`, and `overlays` by image number and then `cls`, number of the slot, or `head0`
+        and so on.
 
     Raises:
         UserError: a slot or image number is out of range, or an image cannot be read or is too small.
@@ -90,6 +93,7 @@ def slot_maps(
         look(control, source, numbers, **loading).draw(folder / "control.png")  # type: ignore[arg-type]
     return {
         "images": [source.name(number) for number in numbers],
+        "patches": rows.patches,
         "slots": [int(key) for key in rows.titles if key.isdecimal()],
         "grid": "grid.png",
         "control_grid": None if control is None else "control.png",
@@ -110,12 +114,14 @@ class Rows(NamedTuple):
         plain: pictures of the images.
         drawn: for each image its attention maps.
         titles: of the maps, by `cls`, number of the slot, or `head0` and so on.
+        patches: rows and columns of patches of each image.
     """
 
     names: list[str]
     plain: list[Picture]
     drawn: list[list[Picture]]
     titles: dict[str, str]
+    patches: list[tuple[int, int]]
 
     def as_one(self) -> Picture:
         """All square pictures as one picture, one row per image, without titles."""
@@ -128,7 +134,10 @@ class Rows(NamedTuple):
         titles = [[first[0], *self.titles.values()], *others]
         rows = [[plain, *drawn] for plain, drawn in zip(self.plain, self.drawn, strict=True)]
         looking = "slots" if any(key.isdecimal() for key in self.titles) else "the heads of the CLS token"
-        draw_grid(rows, titles, path, HEADING.format(looking))
+        across = f"{min(map(min, self.patches))} patches on the short side"
+        if len(set(self.patches)) == 1:
+            across = "{} × {} patches".format(*self.patches[0])
+        draw_grid(rows, titles, path, HEADING.format(looking, across))
 
 
 def look(
@@ -165,6 +174,10 @@ def look(
         titles |= {f"head{head}": f"CLS, head {head}" for head in range(encoder.backbone.num_heads)}
         beside = heads
     maps = [torch.cat(pair) for pair in zip(maps, beside, strict=True)]
+    largest = torch.stack([times_uniform(of_image).amax(dim=(1, 2)) for of_image in maps]).amax(dim=0)
+    for key, times in zip(titles, largest.tolist(), strict=True):
+        if times < FAINT:
+            titles[key] += f"\nat most {times:.2f} × uniform" if times > 1 else "\nno patch above uniform"
     return Rows(
         [source.name(number) for number in numbers],
         [as_picture(one.picture) for one in seen],
@@ -173,6 +186,7 @@ def look(
             for one, of_image in zip(seen, maps, strict=True)
         ],
         titles,
+        [(rows, columns) for *_, rows, columns in (of_image.shape for of_image in maps)],
     )
 
 

@@ -50,10 +50,10 @@ def slot_neighbors(
     """
     features = one.features(source)[0]
     queries = spread_evenly(source, num_images)
-    cosines, numbers = nearest_neighbors(features, queries, num_neighbors, device=one.device)
+    found = nearest_neighbors(features, queries, num_neighbors, device=one.device)
+    cosines, numbers = found
     folder.mkdir(parents=True, exist_ok=True)
-    found = {"": numbers}
-    draw_neighbors(found, queries, source, one.encoder, folder / "neighbors.png", one.num_workers)
+    draw_neighbors({"": found}, queries, source, one.encoder, folder / "neighbors.png", one.num_workers)
     points = spread_evenly(source, NUM_POINTS)
     places, fractions = principal_components(features[points])
     draw_map(
@@ -90,7 +90,7 @@ def nearest_neighbors(
 
 
 def draw_neighbors(
-    found: Mapping[str, Tensor],
+    found: Mapping[str, tuple[Tensor, Tensor]],
     queries: Sequence[int],
     source: ImageSource,
     encoder: Encoder,
@@ -100,22 +100,27 @@ def draw_neighbors(
     """Write a PNG: for each image and each encoder, a row of the image and its nearest neighbors.
 
     Args:
-        found: numbers of the neighbors (Q, count) by the name of an encoder, which may be empty.
+        found: cosines and numbers of the neighbors, (Q, count) each, by the name of an encoder, which may be
+            empty.
         queries: numbers of the images.
         encoder: one of the encoders, for its input size.
     """
-    of_rows = [
-        [query, *numbers[row].tolist()] for row, query in enumerate(queries) for numbers in found.values()
-    ]
+    of_rows, titles = [], []
+    for row, query in enumerate(queries):
+        for name, (cosines, numbers) in found.items():
+            of_rows.append([query, *numbers[row].tolist()])
+            lines = [(name, ""), *(("", f"cosine {cosine:.2f}") for cosine in cosines[row].tolist())]
+            titles.append(
+                [
+                    "\n".join(
+                        filter(None, (first, file_name(source.name(number)), class_of(source, number), last))
+                    )
+                    for number, (first, last) in zip(of_rows[-1], lines, strict=True)
+                ]
+            )
     seen = load_seen(encoder, source, [number for row in of_rows for number in row], num_workers)
     rows = [[as_picture(next(seen).picture) for _ in row] for row in of_rows]
     rows = [[_framed(image), *others] for image, *others in rows]
-    titles = [
-        [f"{file_name(source.name(number))}\n{class_of(source, number)}".strip() for number in row]
-        for row in of_rows
-    ]
-    names = [f"{name}: " if name else "" for name in found] * len(queries)
-    titles = [[name + first, *others] for name, (first, *others) in zip(names, titles, strict=True)]
     heading = f"Each row: an image in a frame, then its nearest neighbors among {len(source):,} images"
     draw_grid(rows, titles, path, heading, scale=False)
 
@@ -173,6 +178,8 @@ def draw_map(
     figure = Figure(figsize=(panels * MAP_INCHES, high), layout="constrained")
     *of_classes, of_images = figure.subplots(1, panels, squeeze=False)[0]
     frames = [GRAY] * len(places)
+    title = f"Encodings on their first two principal components, {len(places):,} images"
+    figure.suptitle(title, fontsize=11)
     of_images.set_title("some of the images, the others as points", fontsize=10)
     if labels is not None:
         frames = _draw_classes(of_classes[0], places, labels, source.classes)

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from dino_sparo.data.decode import open_image
+from dino_sparo.evaluation.knn import KNN
 from dino_sparo.evaluation.results import RESULTS_FILE, read_results, standard_error
 from dino_sparo.files import open_regular, write_file
 from dino_sparo.models import Encoder
@@ -20,12 +21,14 @@ from dino_sparo.runs.checkpoint import checkpoints_of
 from dino_sparo.runs.rundir import read_starts
 from dino_sparo.runs.runlog import METRICS_FILE
 from dino_sparo.slots.curves import draw_all, draw_curve
-from dino_sparo.slots.findings import FINDINGS, Finding, training
+from dino_sparo.slots.findings import FINDINGS, Finding, of_curves, training
+from dino_sparo.slots.health import HEADER, WORDS, summary_rows
 from dino_sparo.slots.rank import WAYS
-from dino_sparo.slots.subject import FILES, TITLES, WITHOUT_SLOTS, Subject, made_by
+from dino_sparo.slots.statistics import HEALTH_IMAGES
+from dino_sparo.slots.subject import FILES, OF_CLASSES, TITLES, WITHOUT_SLOTS, Subject, made_by
 
 LEADING = ("curves", "maps", "gallery", "neighbors")  # the first pictures of three lead the page
-HEALTH = ("entropy", "effective_patches", "cls_share", "response_std", "overlap", "agreement")
+NEEDS_CLASSES = "needs images in class folders, DIR/<class>/<image>."
 GALLERY_BYTES, PICTURE_BYTES = 400_000, 700_000  # so that the page is under 15 MB
 MOST_PICTURE = 2**26  # bytes that are read from a file
 SIDES = (1600, 1200, 900, 600, 400, 250)  # pixels of the longer side of a resized picture
@@ -50,7 +53,7 @@ def write_page(path: Path, subject: Subject, encoder: Encoder) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    sections = _sections(subject, encoder.num_slots)
+    sections = _sections(subject, encoder)
     leading = [section for section in sections if section.anchor in LEADING and section.pictures][:3]
     page = environment.get_template("report.html.jinja").render(
         title=Path(subject.run).resolve().name,
@@ -181,19 +184,22 @@ def picture_uri(content: bytes, max_bytes: int) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _sections(subject: Subject, num_slots: int) -> list[Section]:
+def _sections(subject: Subject, encoder: Encoder) -> list[Section]:
     """All sections in order: each analysis, or the command that makes it."""
+    num_slots = encoder.num_slots
     shown = subject.slots_to_show(num_slots)
-    sections = [_curves(subject), _accuracy(subject)]
+    sections = [_curves(subject, encoder.backbone.native_grid**2), _accuracy(subject)]
     fills = (_fill_rank, _fill_health, _fill_maps, _fill_gallery, _fill_neighbors, _fill_mask, _fill_factors)
-    for (part, title), fill in zip(TITLES.items(), fills, strict=True):
+    for part, fill in zip(TITLES, fills, strict=True):
         if not num_slots and part not in WITHOUT_SLOTS:
             continue
-        section = Section(subject, part, title, subject.slots / FILES[part])
+        section = Section(subject, part, subject.title(part, num_slots), subject.slots / FILES[part])
         sections.append(section)
-        found, note = subject.find(part)
+        found, why_not = subject.find(part)
         if found is None:
-            section.notes.append((note, subject.command(part)))
+            lacks_classes = part in OF_CLASSES and not subject.has_classes
+            note = ("Not made: " + NEEDS_CLASSES, "") if lacks_classes else (why_not, subject.command(part))
+            section.notes.append(note)
             continue
         section.tell_age(part)
         with made_by(section.path, subject.command(part)):
@@ -203,7 +209,7 @@ def _sections(subject: Subject, num_slots: int) -> list[Section]:
     return sections
 
 
-def _curves(subject: Subject) -> Section:
+def _curves(subject: Subject, num_patches: int) -> Section:
     """Loss, 20-NN, and health measures over epochs, from metrics.jsonl."""
     section = Section(subject, "curves", "Training", subject.folder / METRICS_FILE)
     entries = subject.metrics
@@ -214,8 +220,14 @@ def _curves(subject: Subject) -> Section:
     first, every = io.BytesIO(), io.BytesIO()
     with made_by(section.path, subject.command("pretrain")):
         draw_curve(entries, first)
-        draw_all(entries, every)
-    captions = "Loss and 20-NN accuracy over epochs", "Health measures over epochs"
+        num_prototypes = subject.config.get("head", {}).get("num_prototypes")
+        draw_all(entries, every, num_patches=num_patches, num_prototypes=num_prototypes)
+    section.findings = [Finding(sentence, section.anchor) for sentence in of_curves(entries)]
+    accuracy = " and 20-NN accuracy" if any(KNN in entry for entry in entries) else ""
+    measured = ""
+    if any("slots_dead" in entry for entry in entries):
+        measured = f"; of slots, on at most {HEALTH_IMAGES} images of one batch of each process"
+    captions = f"Loss{accuracy} over epochs", f"Health measures over epochs{measured}"
     for buffer, caption in zip((first, every), captions, strict=True):
         uri = picture_uri(buffer.getvalue(), PICTURE_BYTES)
         section.pictures.append({"uri": uri, "caption": caption, "source": section.source(section.path)})
@@ -228,7 +240,8 @@ def _accuracy(subject: Subject) -> Section:
     results = read_results(subject.folder) if section.path.is_file() else []
     for part in ("knn", "linear"):
         if not any(result.protocol.startswith(part) for result in results):
-            section.notes.append((f"No {part} result yet:", subject.command(part)))
+            yet = (f"No {part} result yet:", subject.command(part))
+            section.notes.append(yet if subject.has_classes else (f"No {part} result: {NEEDS_CLASSES}", ""))
     if not results:
         return section
     section.tell_age("knn", "linear")
@@ -285,11 +298,12 @@ def _fill_rank(section: Section, found: Content, _shown: list[int]) -> None:
 def _fill_health(section: Section, found: Content, _shown: list[int]) -> None:
     """Summary, histograms and the table of all slots."""
     section.intro = f"Over {found['num_images']} images of {found['data']}."
-    section.add_table("Summary", ("measure", "value"), [*found["summary"].items()])
+    section.add_table("Summary", HEADER, summary_rows(found["slots"], found["summary"]))
     section.add_picture("health.png", "Slots by each measure")
-    columns = ("slot", *HEALTH, "nearest", "dead")
+    names = {name: name for name in ("slot", "dead", "duplicate")}
+    columns = names | WORDS | {"nearest": "nearest slot"}
     rows = [[slot.get(key) for key in columns] for slot in found["slots"]]
-    section.add_table("Every slot", columns, rows)
+    section.add_table("Every slot", [*columns.values()], rows)
 
 
 def _fill_maps(section: Section, found: Content, shown: list[int]) -> None:
@@ -307,10 +321,12 @@ def _fill_maps(section: Section, found: Content, shown: list[int]) -> None:
 
 
 def _fill_gallery(section: Section, found: Content, shown: list[int]) -> None:
-    """The pictures of the best and worst slots' galleries."""
+    """The pictures of the galleries of the shown slots."""
+    ranked = section.subject.find("rank")[0]
     section.intro = (
         f"The images of {found['data']} that a slot responds to most, and their nearest neighbors by this "
-        f"slot only: first for the best slots by their own k-NN accuracy, then for the worst."
+        "slot only"
+        + (": first for the best slots by their own k-NN accuracy, then for the worst." if ranked else ".")
     )
     pictures = {entry["slot"]: entry["picture"] for entry in found["slots"]}
     for slot in shown:

@@ -18,6 +18,7 @@ DEAD_RELATIVE_STD = 0.05
 DEAD_OWN_STD = 0.01
 # At most a tenth of the attention of duplicate slots differs.
 DUPLICATE_OVERLAP = 0.9
+HEALTH_IMAGES = 8  # of a batch of each process, on which training measures the health of slots
 
 
 def attention_entropy(attn_BLN: Tensor) -> Tensor:

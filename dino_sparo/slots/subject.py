@@ -110,13 +110,26 @@ class Subject:
         return content, ""
 
     def slots_to_show(self, num_slots: int) -> list[int]:
-        """The four best and the four worst slots by their own k-NN; without a ranking, the first eight."""
-        ranked, _ = self.find("rank")
-        order = list(range(min(num_slots, 2 * NUM_BEST)))
-        if ranked:
+        """The four best and the four worst slots by their own k-NN; without a ranking, those of the maps,
+        or the first eight."""
+        if ranked := self.find("rank")[0]:
             with made_by(self.slots / FILES["rank"], self.command("rank")):
-                order = [int(slot) for slot in ranked["encoders"][0]["orders"]["knn"]] or order
-        return order if len(order) < 2 * NUM_BEST else order[:NUM_BEST] + order[-NUM_BEST:]
+                order = [int(slot) for slot in ranked["encoders"][0]["orders"]["knn"]]
+            return order if len(order) < 2 * NUM_BEST else order[:NUM_BEST] + order[-NUM_BEST:]
+        order = list(range(num_slots))
+        if drawn := self.find("maps")[0]:
+            with made_by(self.slots / FILES["maps"], self.command("maps")):
+                order = [int(slot) for slot in drawn["slots"]] or order
+        return order[: 2 * NUM_BEST]
+
+    def title(self, part: str, num_slots: int) -> str:
+        """The title of an analysis; that of galleries names its slots where there is no ranking."""
+        if part != "gallery" or self.find("rank")[0]:
+            return TITLES[part]
+        slots = self.slots_to_show(num_slots)
+        first, last = slots[0], slots[-1]
+        listed = f"{first}–{last}" if slots == list(range(first, last + 1)) else ", ".join(map(str, slots))
+        return f"Galleries of slots {listed} (of {num_slots})"
 
 
 def made_by(path: Path, command: str) -> AbstractContextManager[None]:

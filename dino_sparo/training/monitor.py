@@ -18,9 +18,9 @@ from dino_sparo.errors import UserError
 from dino_sparo.evaluation.knn import HEADLINE_K, KNN, KNN_IMAGES, KNN_TOP5, NoDirectionError, evaluate_knn
 from dino_sparo.models import Encoder
 from dino_sparo.parallel.distributed import sum_over_ranks, world_size
+from dino_sparo.slots.curves import ALARM_SHARE
 from dino_sparo.terminal import log
 
-ALARM_SHARE = 0.01  # of ln K
 ALARM_STEPS, ALARM_ENTRIES = 30, 3
 SHARPER = (
     "a lower loss.teacher_temp, a lower optim.lr_per_256, a larger optim.global_batch_size, or fewer "

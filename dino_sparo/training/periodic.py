@@ -17,7 +17,7 @@ from dino_sparo.runs.checkpoint import Saver
 from dino_sparo.runs.rundir import BAD_STEPS_FILE, MARKER_FILE
 from dino_sparo.runs.runlog import RunLog, each_metric
 from dino_sparo.slots.maps import look, spread_evenly
-from dino_sparo.slots.statistics import slot_health
+from dino_sparo.slots.statistics import HEALTH_IMAGES, slot_health
 from dino_sparo.terminal import log
 from dino_sparo.training.monitor import evaluate_teacher, peak_memory_gib
 from dino_sparo.training.optim import set_hyperparameters
@@ -26,7 +26,6 @@ from dino_sparo.training.setup import Run
 from dino_sparo.training.state import StepOutput, capture_state
 
 MAX_OVERFLOWS = 30  # in a row; lowering the initial loss scale takes fewer
-HEALTH_IMAGES = 8
 MAP_IMAGES, MAP_SLOTS = 4, 8
 GENTLER = (
     "a lower optim.lr_per_256, optim.teacher_momentum closer to 1, a longer optim.freeze_backbone_epochs, or "
