@@ -258,9 +258,7 @@ def test_the_scan_counts_images_that_may_be_wrong(tmp_path):
         "cut": ["cut_with_end.jpg", "gray_cut_with_end.jpg"],
         "several": ["moves.png", "pages.tif"],
     }
-    assert (
-        "nearly constant or nearly black: 2 (" in text and "EXIF orientation that is ignored: 2 (" in text
-    )
+    assert "nearly constant or nearly black: 2 (" in text and "EXIF orientation that is ignored: 2 (" in text
     assert found(Choice(value_range=(0, 4095)))[0].marks["flat"].first == (f"{tmp_path}/white.png",)
 
 
