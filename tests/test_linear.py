@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
@@ -255,6 +256,14 @@ def test_three_processes_are_the_same_probe_and_resume_bit_for_bit(pretrained, d
 
 
 # --- What options train, and what is refused
+
+
+def test_curves_for_tensorboard_are_written_only_where_asked(pretrained, data, uninterrupted, tmp_path):
+    assert not [*uninterrupted.rglob("*tfevents*")]
+    linear(pretrained, data, tmp_path / "out", cached=True, tensorboard=str(tmp_path / "probes"))
+    assert not [*(tmp_path / "out").rglob("*tfevents*")]
+    tags = EventAccumulator(str(tmp_path / "probes")).Reload().Tags()["scalars"]
+    assert "probe/loss" in tags and {tag.partition("/")[0] for tag in tags} == {"probe"}
 
 
 def test_in_a_notebook(pretrained, data, uninterrupted, tmp_path):

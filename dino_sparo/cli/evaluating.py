@@ -102,6 +102,9 @@ class LinearOptions(EvaluationOptions):
     only decode. auto: the device on a GPU, else PIL."""
     resume_unverified: bool = False
     """Resume from a checkpoint whose .sha256 file is missing, although it may be damaged."""
+    tensorboard: str | None = None
+    """Folder for the probes' curves in TensorBoard, best outside of that of the runs; null: they are only in
+    metrics.jsonl."""
 
 
 @dataclass
@@ -181,6 +184,7 @@ def linear(options: LinearOptions) -> None:
                 precision=options.precision,
                 views=options.views,
                 resume_unverified=options.resume_unverified,
+                tensorboard=Path(options.tensorboard) if options.tensorboard else None,
                 **common,
             )
         _report(options, results, evaluation.table)

@@ -79,6 +79,7 @@ def linear_probe(
     cache_precision: Literal["float16", "float32"] = "float16",
     num_workers: int | None = 0,
     resume_unverified: bool = False,
+    tensorboard: Path | None = None,
 ) -> list[Result]:
     """Train linear probes by the official protocol, or resume, and score them; all processes share the work.
 
@@ -101,6 +102,7 @@ def linear_probe(
         cache_precision: dtype of the train features on disk with `cached`; test features are float32.
         num_workers: processes that load images. None: one per core, at most 16 in total.
         resume_unverified: resume from a checkpoint whose SHA-256 is missing.
+        tensorboard: folder for the curves in TensorBoard. None: they are only in metrics.jsonl.
 
     Raises:
         UserError: a setting does not fit, an image cannot be read, or a feature is not finite. Checkpoints of
@@ -164,6 +166,7 @@ def linear_probe(
             total_steps=epochs * steps_per_epoch,
             silent=rank() > 0,
             group="probe",
+            events=tensorboard,
         )
         opened: AbstractContextManager[Iterator[ProbeBatch]]
         if cached:

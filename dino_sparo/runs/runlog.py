@@ -44,7 +44,8 @@ class RunLog:
         first_step: steps already done.
         steps_per_epoch, total_steps: for the progress bar and the remaining time.
         silent: write nothing; for all processes except the first.
-        group: group of all curves in TensorBoard; None: by `GROUPS`.
+        group: group of all curves in TensorBoard, for probes; None: by `GROUPS`.
+        events: folder of the TensorBoard events. None: `tensorboard` in `run_dir`, for probes no events.
     """
 
     def __init__(
@@ -56,8 +57,10 @@ class RunLog:
         total_steps: int,
         silent: bool = False,
         group: str | None = None,
+        events: Path | None = None,
     ) -> None:
         self.group = group
+        self._events: SummaryWriter | None = None
         self.steps_per_epoch, self.total_steps = steps_per_epoch, total_steps
         self.first_step = self.last_step = first_step
         self.started = self.last_time = time.monotonic()
@@ -69,11 +72,13 @@ class RunLog:
         if silent:
             return
         clean_lines(self.path, _is_whole, keep=lambda entry: 0 < first_step >= entry["step"])
-        events = run_dir / EVENTS_FOLDER
+        self._metrics = open(self.path, "a")  # noqa: SIM115 closed by __exit__
+        events = events if events or group else run_dir / EVENTS_FOLDER
+        if events is None:
+            return
         if events.exists() and not events.is_dir():
             set_aside(events, "it is not a folder")
         clean_events(events)
-        self._metrics = open(self.path, "a")  # noqa: SIM115 closed by __exit__
         cut_from = first_step + 1 if first_step else 0
         self._events = SummaryWriter(str(events), purge_step=cut_from, flush_secs=30)
 
@@ -89,7 +94,8 @@ class RunLog:
         if not self.silent:
             with named(self.path):
                 self._metrics.close()
-                self._events.close()
+                if self._events is not None:
+                    self._events.close()
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
@@ -198,16 +204,17 @@ class RunLog:
         """Print a warning, and add it to TensorBoard as text."""
         if not self.silent:
             tqdm.write(colored(f"WARNING: step {step}: {text}", "yellow"), file=sys.stderr)
+        if self._events is not None:
             self._events.add_text("alarm", text, step)
 
     def recipe(self, text: str) -> None:
         """Add the recipe, as YAML, to TensorBoard as text."""
-        if not self.silent:
+        if self._events is not None:
             self._events.add_text("recipe", "\n".join(f"    {line}" for line in text.splitlines()))
 
     def picture(self, step: int, name: str, image: Tensor) -> None:
         """Add an image (3, height, width), float from 0 to 1 or uint8, to TensorBoard."""
-        if not self.silent:
+        if self._events is not None:
             self._events.add_image(name, image, step)
 
     def flush(self) -> None:
@@ -217,7 +224,8 @@ class RunLog:
             with named(self.path):
                 self._metrics.flush()
                 os.fsync(self._metrics.fileno())
-                self._events.flush()
+                if self._events is not None:
+                    self._events.flush()
 
     def _step_in_epoch(self, step: int) -> int:
         return (step - 1) % self.steps_per_epoch + 1
@@ -232,6 +240,8 @@ class RunLog:
         with named(self.path):
             self._metrics.write(json.dumps(entry) + "\n")
             self._metrics.flush()
+            if self._events is None:
+                return
             scalars = [
                 Summary.Value(tag=f"{self.group or group_of(name)}/{name}", simple_value=value)
                 for name, value in values.items()
