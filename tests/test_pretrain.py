@@ -29,11 +29,12 @@ from dino_sparo.training.stopping import BadSteps
 from tests.tiny import build_state, one_step, state_hash, tiny_options, write_pictures
 
 GROUPS = {
-    "loss": {
-        *("loss", "kl", "entropy_teacher", "entropy_mean", "feature_std", "center_norm", "gradient_norm"),
+    "loss": {"loss", "kl"},
+    "networks": {
+        *("entropy_teacher", "entropy_mean", "feature_std", "center_norm", "gradient_norm"),
         "gradient_norm_max",
     },
-    "knn": {"knn20_top1", "knn20_top5", "knn20_images"},
+    "knn": {"knn20_top1", "knn20_top5"},
     "slots": {
         *("slot_entropy", "slot_cls_share", "slot_effective_patches", "slots_dead", "slots_duplicate"),
         "slot_agreement",
@@ -45,7 +46,7 @@ GROUPS = {
     },
 }
 OF_SLOTS = GROUPS["slots"]  # at the end of an epoch
-SCALARS = set().union(*(GROUPS[group] for group in ("loss", "schedule", "machine")))
+SCALARS = set().union(*(GROUPS[group] for group in ("loss", "networks", "schedule", "machine")))
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,7 @@ def test_tensorboard_has_every_scalar_by_group_the_first_crops_and_maps_of_slots
     (recipe,) = events.Tensors("recipe/text_summary")
     assert b"global_batch_size: 30\n" in recipe.tensor_proto.string_val[0]
     grouped = {f"{group}/{name}" for group, names in GROUPS.items() for name in names}
+    grouped.add("machine/knn20_images")
     assert set(tags["scalars"]) == grouped
     assert [event.step for event in events.Scalars("loss/loss")] == [1, 2, 3, 4, 5, 6]
     assert sorted(tags["images"]) == ["slots/maps", "views/first_crops"]

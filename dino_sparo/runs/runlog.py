@@ -26,9 +26,10 @@ from dino_sparo.terminal import colored, log, shows_bars
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FOLDER = "tensorboard"
 GROUPS = {  # of curves in TensorBoard, by prefixes of their names; all others are in "machine"
-    "machine": ("loss_scale",),
-    "loss": ("loss", "kl", "entropy", "feature_std", "center_norm", "gradient_norm"),
+    "machine": ("loss_scale", "knn20_images"),
+    "loss": ("loss", "kl"),  # with `knn` on TensorBoard's first screen
     "knn": ("knn",),
+    "networks": ("entropy", "feature_std", "center_norm", "gradient_norm"),
     "slots": ("slot",),
     "schedule": ("lr", "weight_decay", "momentum", "teacher_temp", "student_temp"),
 }
