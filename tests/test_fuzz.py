@@ -245,7 +245,10 @@ SLOTS = {  # as the commands about slots write them, of two slots
     },
     "health": {
         "which": "teacher", "data": "x", "num_images": 4,
-        "summary": {"mean_effective_patches": 2.0, "num_patches": 4, "mean_cls_share": 0.1},
+        "summary": {
+            "mean_effective_patches": 2.0, "num_patches": 4, "mean_cls_share": 0.1, "mean_overlap": 0.5,
+            "mean_agreement": None,
+        },
         "slots": [
             {"slot": slot, "nearest": 1 - slot, "dead": False, "duplicate": True, "entropy": 1.0}
             for slot in (0, 1)
