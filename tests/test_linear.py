@@ -24,7 +24,7 @@ from dino_sparo.evaluation import classifiers
 from dino_sparo.evaluation import linear as module
 from dino_sparo.evaluation.linear import fitting_batch_size, linear_probe
 from dino_sparo.evaluation.probe_batches import training_crop
-from dino_sparo.evaluation.probes import Probe, Probes, losses
+from dino_sparo.evaluation.probes import Probe, Probes
 from dino_sparo.evaluation.results import read_results
 from dino_sparo.evaluation.transfer import TestSet, balanced_fraction
 from dino_sparo.interop import load
@@ -157,6 +157,9 @@ def test_a_prediction_is_a_class_of_the_test_set(data, monkeypatch):
         assert found[:, 0].tolist() == [[top1, True] for top1 in right]
 
 
+step_of_probes = Probes.step
+
+
 def run_until(step: int, options: evaluating.LinearOptions, monkeypatch) -> None:
     """Run, and fail in the step after `step` steps of this start."""
     calls = []
@@ -165,10 +168,10 @@ def run_until(step: int, options: evaluating.LinearOptions, monkeypatch) -> None
         calls.append(1)
         if len(calls) > step:
             raise PowerCutError
-        return losses(*args)
+        return step_of_probes(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "losses", breaking)
+        patch.setattr(Probes, "step", breaking)
         with pytest.raises(PowerCutError):
             evaluating.linear(options)
 
@@ -218,7 +221,7 @@ def logged_values(out: Path) -> list[dict]:
 
 
 def test_a_complete_run_is_only_scored(pretrained, data, uninterrupted, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "losses", None)
+    monkeypatch.setattr(Probes, "step", None)
     before = (uninterrupted / "results.json").read_text()
     half = tmp_path / "half"
     write_colors(half, 4, ("red", "blue"))

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from dino_sparo.data.loader import BatchOrder
 from dino_sparo.data.shapes import ShapesSource
 from dino_sparo.errors import UserError
-from dino_sparo.evaluation import probe_batches
+from dino_sparo.evaluation import probe_batches, probes
 from dino_sparo.evaluation.classifiers import (
     METADATA_KEY,
     SavedClassifier,
@@ -23,7 +23,6 @@ from dino_sparo.evaluation.probes import (
     Probes,
     choose_probes,
     hits,
-    losses,
     official_probe,
 )
 from dino_sparo.models import build_encoder
@@ -97,17 +96,18 @@ def test_a_shallow_encoder_has_fewer_blocks():
         choose_probes(encoder(readout="cls"), features=["both"])
 
 
-def test_a_probe_among_others_learns_as_alone():
+@pytest.mark.parametrize("most", [2**20, 1], ids=["joined", "alone"])
+def test_a_probe_among_others_learns_as_alone(most, monkeypatch):
+    monkeypatch.setattr(probes, "JOINED_NUMBERS", most)
     model = encoder(**SPARO)
     _, features = features_of(model, count=8)
     labels = torch.arange(8) % 3
     chosen = choose_probes(model, sweep=True)
-    several = Probes(chosen, width=16, embed_dim=8, num_classes=3, seed=5)
+    several = Probes(chosen, width=16, embed_dim=8, num_classes=3, seed=5).double().float()  # moved
     optimizer = several.optimizer(512)
+    inputs, losses = several.inputs(features), []
     for _ in range(3):
-        optimizer.zero_grad()
-        losses(several(features), labels).sum().backward()
-        optimizer.step()
+        losses.append(several.step(inputs, labels, optimizer))
     for number, probe in enumerate(chosen):
         alone = torch.nn.Linear(probe.num_inputs(16, 8), 3)
         torch.nn.init.normal_(alone.weight, 0.0, 0.01, generator=torch.Generator().manual_seed(5))
@@ -115,10 +115,12 @@ def test_a_probe_among_others_learns_as_alone():
         reference = torch.optim.SGD(
             alone.parameters(), probe.learning_rate * 2, momentum=0.9, weight_decay=0.0
         )
-        for _ in range(3):
+        for of_step in losses:
             reference.zero_grad()
-            F.cross_entropy(alone(probe.select(features, 16)), labels).backward()
+            loss = F.cross_entropy(alone(probe.select(features, 16)), labels)
+            loss.backward()
             reference.step()
+            torch.testing.assert_close(of_step[number], loss.detach(), rtol=1e-5, atol=1e-7)
         for name in ("weight", "bias"):
             ours = several.state_dict()[f"classifiers.{number}.{name}"]
             torch.testing.assert_close(ours, alone.state_dict()[name], rtol=1e-5, atol=1e-7)

@@ -33,13 +33,12 @@ from dino_sparo.evaluation.probe_batches import (
     features_of_crops,
     features_of_rows,
 )
-from dino_sparo.evaluation.probes import INPUTS, Feature, Probes, choose_probes, losses
+from dino_sparo.evaluation.probes import INPUTS, Feature, Probes, choose_probes
 from dino_sparo.evaluation.results import Result, accuracies
 from dino_sparo.evaluation.transfer import VAL, TestSet, as_test_sets, balanced_fraction
 from dino_sparo.files import read_as
 from dino_sparo.models import Encoder
 from dino_sparo.parallel.distributed import (
-    average_gradients,
     gather_objects,
     local_world_size,
     mean_over_ranks,
@@ -251,8 +250,9 @@ class ProbeTraining:
                 f"settings to resume them, or another --out"
             )
         self.epochs_done = range(self.epochs + 1)[checkpoint["epochs_done"]]
-        for name, part in self.learning.items():
-            part.load_state_dict(checkpoint[name])
+        complete = self.epochs_done == self.epochs  # in older versions the optimizer had a group per probe
+        for name in ["probes"] if complete else self.learning:
+            self.learning[name].load_state_dict(checkpoint[name])
         self.best = [(float(top1), int(epoch)) for top1, epoch in checkpoint["best"]]
         if len(self.best) != len(self.names):
             raise ValueError(f"{len(self.best)} results of {len(self.names)} probes")
@@ -300,12 +300,7 @@ class ProbeTraining:
         bad = torch.zeros((), device=device)  # batches with features that are not finite; read when logging
         for step in range(1, self.steps_per_epoch + 1):
             inputs, labels, finite = next(batches)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss_P = losses(self.probes.logits(inputs), labels)
-            loss_P.sum().backward()
-            average_gradients(self.probes.parameters())
-            self.optimizer.step()
-            total_P += loss_P.detach()
+            total_P += self.probes.step(inputs, labels, self.optimizer)
             bad += ~finite
             done = self.steps_done + step
             run_log.step_done(done)

@@ -139,7 +139,7 @@ def features_of_rows(
             if held is None:
                 inputs = probes.inputs(feature_rows(features, samples, device))
             else:
-                found = held[0][rows]
+                found = held[0].index_select(0, rows)  # indexing takes five times as long
                 inputs = {seen: found[:, columns] for seen, columns in held[1].items()}
         yield inputs, labels[rows], all_finite(inputs.values()) if finite is None else finite
 
