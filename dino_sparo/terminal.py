@@ -88,6 +88,12 @@ def sentence(text: object) -> str:
     return shown(text, MOST_OF_MESSAGE)
 
 
+def counted(number: float, what: str, plural: str = "s") -> str:
+    """A number, a fraction with four digits, with a noun in singular or plural."""
+    written = f"{number:,}" if isinstance(number, int) else f"{number:.4g}"
+    return f"{written} {what}{plural * (number != 1)}"
+
+
 def few(names: Sequence[object], most: int = 3) -> str:
     """The first few names, escaped by `shown`, and `...` if there are more."""
     return ", ".join(map(shown, names[:most])) + (", ..." if len(names) > most else "")

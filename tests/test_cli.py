@@ -84,7 +84,8 @@ def test_mistake_through_a_process_is_one_line_and_writes_nothing(tmp_path, data
     ("path", "changes", "expected"),
     [
         ("missing", {}, "does not exist; give an existing folder"),
-        ("data", {"optim__global_batch_size": 9}, "smaller batch, for example --optim.global_batch_size 8"),
+        ("data", {"monitor__knn_every_epochs": 1, "monitor__knn_path": "~nobody7/x"}, "does not exist"),
+        ("data", {"optim__global_batch_size": 9}, "smaller batch, at most --optim.global_batch_size 8"),
         ("data", {"data__max_images": 3}, "gives 3 images, fewer than one batch"),
         ("data", {"monitor__knn_every_epochs": 1, "monitor__knn_path": "no"}, "'no' does not exist"),
     ],

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from dino_sparo.__main__ import main
 from dino_sparo.check import program
@@ -148,3 +149,11 @@ def test_an_unknown_gpu_is_refused(capsys):
     given = ["--config=demo", "--num_images=10", "--gpu=h1000"]
     assert main(["check", *given]) == 2
     assert "gpu is 'h1000'; expected one or more of b200" in capsys.readouterr().err
+
+
+def test_an_estimate_without_images_needs_a_gpu_and_measures_nothing(capsys):
+    assert main(["check", "--config=demo", "--num_images=10", "--gpu=h100", "--measure"]) == 2
+    assert "num_images is 10, which only estimates; leave it out to use measure" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert main(["check", "--config=demo", "--num_images=10"]) == 2
+        assert "this machine has no GPU of a known kind; give one or more of b200" in capsys.readouterr().err

@@ -267,6 +267,10 @@ def test_curves_for_tensorboard_are_written_only_where_asked(pretrained, data, u
     assert not [*(tmp_path / "out").rglob("*tfevents*")]
     tags = EventAccumulator(str(tmp_path / "probes")).Reload().Tags()["scalars"]
     assert "probe/loss" in tags and {tag.partition("/")[0] for tag in tags} == {"probe"}
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="notes.txt' is a file; give a folder"):
+        linear(pretrained, data, tmp_path / "out", cached=True, tensorboard=str(tmp_path / "notes.txt"))
+    assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_in_a_notebook(pretrained, data, uninterrupted, tmp_path):

@@ -248,6 +248,10 @@ def test_the_best_and_the_worst_slots_are_shown_or_without_a_ranking_those_of_th
     (tmp_path / "slots" / FILES["maps"]).write_text(json.dumps({"slots": [3, 0, 2]}))
     assert subject.slots_to_show(12) == [3, 0, 2]
     assert subject.title("gallery", 12) == "Galleries of slots 3, 0, 2 (of 12)"
+    (tmp_path / "slots" / "gallery").mkdir(parents=True)
+    drawn = [{"slot": 0, "picture": "slot00.jpg"}, {"slot": 5, "picture": "slot05.jpg"}]
+    (tmp_path / "slots" / FILES["gallery"]).write_text(json.dumps({"slots": drawn, "which": "teacher"}))
+    assert subject.title("gallery", 12) == "Galleries of slots 0, 5 (of 12)"
     (tmp_path / "slots" / "rank").mkdir(parents=True)
     order = [7, 3, 11, 0, 1, 2, 4, 5, 6, 8, 9, 10]
     content = {"encoders": [{"orders": {"knn": order}}]}

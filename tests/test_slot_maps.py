@@ -119,7 +119,7 @@ def test_a_coarse_map_says_so(run_dir, pictures, tmp_path, capsys):
 def test_why_slots_are_chosen(slot_runs, pictures, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(module, "distinct_slots", lambda maps, count: [2, 0])
     assert run(slot_runs["sparo"], pictures, tmp_path, "--images=[0]") == 0
-    assert "slots that look at different places (2, 0) on 1 images: " in capsys.readouterr().out
+    assert "slots that look at different places (2, 0) on 1 image: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import torch
 from dino_sparo.check.measure import count_flops, measured_peak
 from dino_sparo.data.loader import Executor
 from dino_sparo.data.sources import ImageSource
-from dino_sparo.data.splits import counted
 from dino_sparo.data.views import NUM_GLOBAL_CROPS, crop_kinds, crop_sizes
 from dino_sparo.data.workers import check_shared_memory, shared_memory_free
 from dino_sparo.errors import UserError
@@ -23,7 +22,7 @@ from dino_sparo.recipe.sections import Recipe, split_batch
 from dino_sparo.recipe.typed import flattened
 from dino_sparo.runs.checkpoint import latest_step, most_kept
 from dino_sparo.runs.rundir import check_same_experiment
-from dino_sparo.terminal import aligned_table, table
+from dino_sparo.terminal import aligned_table, counted, table
 from dino_sparo.training.monitor import KnnImages
 from dino_sparo.training.setup import (
     build_schedules,

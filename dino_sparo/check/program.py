@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dino_sparo.check.counting import check_gpus, find_gpu
+from dino_sparo.check.counting import GPUS, check_gpus, find_gpu
 from dino_sparo.check.estimate import (
     GpuRun,
     describe_assumptions,
@@ -26,12 +26,12 @@ from dino_sparo.check.plan import Plan, duration, make_plan, plan_text, size
 from dino_sparo.data.loader import Batch, BatchOrder, crop_batches
 from dino_sparo.data.scan import MARKS, DataReport, ScanResult, data_report, describe, scan_images
 from dino_sparo.data.sources import ImageSource, decide, notes_on, open_val
-from dino_sparo.data.splits import Choice, counted
+from dino_sparo.data.splits import Choice
 from dino_sparo.data.views import crop_kinds
 from dino_sparo.errors import EXIT_PROBLEM, UserError
 from dino_sparo.parallel.processes import memory_free, private_bytes
 from dino_sparo.recipe.sections import Recipe, smaller_batch
-from dino_sparo.terminal import log, sentence, table
+from dino_sparo.terminal import counted, log, sentence, table
 from dino_sparo.training.setup import advice, dataset_of, unfrozen_step
 from dino_sparo.training.state import build_state
 from dino_sparo.training.stopping import too_many
@@ -309,8 +309,13 @@ def estimate_only(
         UserError: a mistake in the recipe, an unknown kind of GPU, or none given and none here.
     """
     here = find_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-    gpus = gpus or [here or ""]
     check_gpus(gpus)
+    if not gpus and here is None:
+        raise UserError(
+            f"gpu is not given, and this machine has no GPU of a known kind; give one or more of "
+            f"{', '.join(GPUS)}, for example --gpu h100"
+        )
+    gpus = gpus or [here or ""]
     state = build_state(**recipe.state_arguments(), device=torch.device("cpu"))
     batch_size = recipe.optim.global_batch_size
     images = num_images // batch_size * batch_size * recipe.optim.epochs

@@ -164,6 +164,8 @@ def linear(options: LinearOptions) -> None:
     from dino_sparo.evaluation.classifiers import score_classifier
 
     _check_nothing_is_trained(options)
+    if options.tensorboard and Path(options.tensorboard).is_file():
+        raise UserError(f"tensorboard {options.tensorboard!r} is a file; give a folder, which may be new")
     with _opened(options) as (encoder, train, test_sets):
         common = _common(options)
         if options.evaluate is not None:
@@ -270,7 +272,7 @@ def _check_nothing_is_trained(options: LinearOptions) -> None:
     """Refuse options of training beside a classifier that is only to be scored."""
     if options.evaluate is None:
         return
-    keys = ("sweep", "cached", "learning_rates", "num_blocks", "features")
+    keys = ("sweep", "cached", "learning_rates", "num_blocks", "features", "tensorboard")
     given = [key for key in keys if getattr(options, key) not in (None, False)]
     if not options.evaluate.endswith(".safetensors"):  # which cannot tell of these
         given += ["train_fraction"] * (options.train_fraction != 1) + ["untrained"] * options.untrained

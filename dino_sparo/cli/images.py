@@ -78,7 +78,7 @@ def open_chosen(
     choice = choice_of(data, run)
     splits = decide(data.path, choice)
     source = open_images(data.path, max_images, choice=choice, splits=splits)
-    say_splits(data.path, source, None, splits, held_out=False)
+    say_splits(data.path, source, None, splits, with_val=False)
     return source
 
 

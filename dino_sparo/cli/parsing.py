@@ -1,5 +1,6 @@
 """Arguments as people write them -> the options of a command. Needs no torch."""
 
+import os
 import typing
 from collections.abc import Mapping
 from contextlib import suppress
@@ -113,7 +114,7 @@ def with_images(options_class: type, given: Mapping[str, Any]) -> dict[str, Any]
     )
     if not needed or "run" not in given or "data.path" in given:
         return dict(given)
-    run = Path(given["run"]).expanduser()
+    run = Path(os.path.expanduser(given["run"]))
     if not run.exists() and not given["run"].startswith("timm:"):
         raise UserFileNotFoundError(f"there is no run {given['run']!r}{did_you_mean(run)}; give its folder")
     stored = read_sections(run / CONFIG_FILE) if (run / CONFIG_FILE).exists() else {}

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dino_sparo.errors import UserError
 from dino_sparo.recipe.files import named_recipe
 from dino_sparo.recipe.readouts import READOUTS
 from dino_sparo.recipe.sections import Recipe
@@ -92,13 +93,14 @@ def pretrain(options: PretrainOptions) -> None:
     from dino_sparo.training.pretrain import pretrain
 
     source = pretrain(options, Path(options.run_dir), resume_unverified=options.resume_unverified)
-    run, images = shlex.quote(options.run_dir), shlex.quote(options.data.path)
+    run = shlex.quote(options.run_dir)
     if source.labels is not None and len(source.classes) > 1:
         log.info("the run is in %s; to evaluate it: dino-sparo knn %s", run, run)
     else:
-        to_embed = f"dino-sparo embed {run} --data.path {images} --out features.npz"
-        log.info("the run is in %s; to use its features: %s", run, to_embed)
-    log.info("to see what it has learned: dino-sparo slots report %s --data.path %s", run, images)
+        log.info("the run is in %s; to use its features: dino-sparo embed %s --out features.npz", run, run)
+    images = ["--data.path", options.data.path]
+    images += [] if options.data.train is None else ["--data.train", options.data.train]
+    log.info("to see what it has learned: dino-sparo slots report %s %s", run, shlex.join(images))
 
 
 def plan(options: PretrainOptions, recipe_name: str | None) -> int:
@@ -118,6 +120,11 @@ def check(options: CheckOptions, recipe_name: str | None) -> int:
         "as_json": options.json,
     }
     if options.num_images is not None:
+        if options.measure or options.scan:
+            raise UserError(
+                f"num_images is {options.num_images}, which only estimates; leave it out to use "
+                f"{'measure' if options.measure else 'scan'}"
+            )
         return estimate_only(options, options.gpu, options.num_images, **shown)
     looks: dict[str, Any] = {"measure": options.measure, "scan": options.scan, "gpus": options.gpu}
     return check(options, Path(options.run_dir), **shown, **looks)
@@ -217,8 +224,9 @@ def fitted_to_folder(given: Recipe) -> Recipe:
     """
     from dino_sparo.data.shapes import SHAPES_SIZES
     from dino_sparo.data.sources import open_images
-    from dino_sparo.data.splits import Choice, counted
+    from dino_sparo.data.splits import Choice
     from dino_sparo.evaluation.knn import HEADLINE_K
+    from dino_sparo.terminal import counted
 
     recipe = named_recipe("demo", {})
     optim, monitor, data = replace(given.optim), replace(given.monitor), replace(given.data)

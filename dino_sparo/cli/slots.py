@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dino_sparo.cli.images import EncodingOptions, ImagesOptions, LabeledDataOptions, choice_of, open_chosen
 from dino_sparo.errors import UserError
 from dino_sparo.recipe.typed import Batch, Count, Epochs, Seed
+from dino_sparo.terminal import counted
 
 if TYPE_CHECKING:
     from dino_sparo.models import Encoder
@@ -164,7 +165,7 @@ def maps(options: SlotMapsOptions) -> None:
     if content["slots"]:
         chosen = options.slots is None and len(content["slots"]) < encoder.num_slots
         drawn = f"slots that look at different places ({numbers})" if chosen else f"slots {numbers}"
-    print(f"{drawn} on {len(content['images'])} images: {folder / 'grid.png'}")
+    print(f"{drawn} on {counted(len(content['images']), 'image')}: {folder / 'grid.png'}")
     rows, columns = min(content["patches"], key=min)
     if options.short_side is None and min(rows, columns) < COARSE:
         print(f"the encoder sees {rows} × {columns} patches; slots maps --short-side 448 draws a finer map")
@@ -185,7 +186,7 @@ def gallery(options: SlotGalleryOptions) -> None:
         num_neighbors=options.num_neighbours,
     )
     _write(options, folder / "gallery.json", {"slots": entries})
-    print(f"{len(entries)} slots over {len(source)} images: {folder}")
+    print(f"{counted(len(entries), 'slot')} over {counted(len(source), 'image')}: {folder}")
 
 
 def neighbors(options: SlotNeighborsOptions) -> None:
@@ -201,7 +202,7 @@ def neighbors(options: SlotNeighborsOptions) -> None:
         num_neighbors=options.num_neighbors,
     )
     _write(options, folder / "neighbors.json", content)
-    print(f"neighbors among {content['num_images']} images: {folder / 'neighbors.png'}")
+    print(f"neighbors among {counted(content['num_images'], 'image')}: {folder / 'neighbors.png'}")
     print(f"map of the encodings: {folder / 'map.png'}")
 
 

@@ -25,7 +25,6 @@ from dino_sparo.data.splits import (
     Choice,
     Part,
     Splits,
-    counted,
     find_splits,
     listed,
     most_beside,
@@ -47,7 +46,7 @@ from dino_sparo.data.torchvision_sets import Part as PartOfSet
 from dino_sparo.data.walk import found_below, list_folder, named_by_ending
 from dino_sparo.errors import UnlabeledError, UserError, UserFileNotFoundError
 from dino_sparo.files import did_you_mean
-from dino_sparo.terminal import log
+from dino_sparo.terminal import counted, log
 
 OnDisk = FolderSource | ShardSource | TableSource
 HELD_OUT_EVERY, ORDINAL = 5, "fifth"  # without a val folder every fifth image is held out
@@ -240,12 +239,14 @@ def say_splits(
     splits: Splits | None = None,
     *,
     held_out: bool = True,
+    with_val: bool = True,
 ) -> None:
     """Log which images are train, which are val, and which are neither.
 
     Args:
         splits: the result of `decide`.
         held_out: whether images of train are held out if there is no val; False if val is not opened.
+        with_val: whether to say what is val.
     """
     train_at, val_at = path, path
     if splits is not None:
@@ -268,10 +269,8 @@ def say_splits(
         of_val = f"({val_at})"
     else:
         of_val = f"{f'every {ORDINAL} image of train' if held_out else 'none'} ({why})"
-    notes = notes_on(train, val, splits)
-    _say(
-        "; ".join([f"train: {counted(len(train), 'image')} {classes} ({train_at})", f"val: {of_val}", *notes])
-    )
+    parts = [f"train: {counted(len(train), 'image')} {classes} ({train_at})"] + [f"val: {of_val}"] * with_val
+    _say("; ".join([*parts, *notes_on(train, val, splits)]))
 
 
 def notes_on(train: ImageSource, val: ImageSource | None, splits: Splits | None) -> list[str]:
@@ -337,7 +336,7 @@ def check_exists(path: str, key: str = "data.path") -> None:
     Raises:
         UserFileNotFoundError: it does not exist.
     """
-    root = Path(path).expanduser()
+    root = Path(os.path.expanduser(path))
     if not (path in (SHAPES, *NAMES) or path.startswith(HUB) or root.exists()):
         raise UserFileNotFoundError(
             f"{key} {path!r} does not exist{did_you_mean(root)}; give an existing folder of images, or a "
@@ -398,7 +397,7 @@ def _splits(path: str, key: str, choice: Choice) -> Splits:
     if path.startswith(HUB):
         return Splits(Part(Path(path)))
     check_exists(path, key)
-    root = Path(path).expanduser()
+    root = Path(os.path.expanduser(path))
     if not root.is_dir():
         raise UserFileNotFoundError(f"{key} {path!r} is a file; give the folder that contains the images")
     return find_splits(root, key, choice)
@@ -468,7 +467,7 @@ def _open_val(path: str, splits: Splits, choice: Choice, train: ImageSource | No
 
 def _explained(path: str) -> str:
     """What to do about a layout of ImageNet that cannot be used as it is; empty if there is nothing to do."""
-    layout = recognize(Path(path).expanduser())
+    layout = recognize(Path(os.path.expanduser(path)))
     return explain(layout) if layout else ""
 
 

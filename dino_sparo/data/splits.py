@@ -21,7 +21,7 @@ from dino_sparo.data.split_names import (
 from dino_sparo.data.tables import holds_tables, is_parquet, list_parquet
 from dino_sparo.data.walk import PROBED_ENTRIES, found_below, holds, is_image, list_folder
 from dino_sparo.errors import UserError, UserFileNotFoundError
-from dino_sparo.terminal import sentence, shown
+from dino_sparo.terminal import counted, sentence, shown
 
 TOP_ENTRIES = 4096  # of a folder that are listed; datasets have fewer folders beside their splits
 WRAPPED = 4  # levels of folders above the splits, as in ILSVRC/Data/CLS-LOC/train
@@ -130,14 +130,9 @@ def probably_meant(root: Path, levels: int = WRAPPED) -> str:
     return ""
 
 
-def counted(number: int, what: str, plural: str = "s") -> str:
-    """A number with a noun in singular or plural."""
-    return f"{number:,} {what}{plural * (number != 1)}"
-
-
 def _chosen(root: Path, text: str, key: str) -> Part:
     """The images of a path, which may be relative to `root`, or of a pattern of names in `root`."""
-    for folder in (root / text, Path(text).expanduser()):
+    for folder in (root / text, Path(os.path.expanduser(text))):
         if folder.is_dir():
             return Part(Path(os.path.normpath(folder)))
     folders, files = list_folder(root)

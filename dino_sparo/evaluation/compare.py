@@ -21,7 +21,7 @@ from dino_sparo.files import did_you_mean
 from dino_sparo.recipe.files import CONFIG_FILE, comparable, read_sections
 from dino_sparo.recipe.typed import flattened
 from dino_sparo.runs.rundir import NOT_EXPERIMENT
-from dino_sparo.terminal import aligned_table, markdown_table, sentence
+from dino_sparo.terminal import aligned_table, counted, markdown_table, sentence
 
 NOT_RECIPE = ("seed", "nproc", *NOT_EXPERIMENT)
 READOUT = "model.readout.name"
@@ -147,8 +147,9 @@ def compare_groups(groups: Sequence[Group], control: Group | None, remark: str =
     for measure in measures:
         name = title(measure, groups)
         numbers = {result.num_images for group in groups for result in group.results(measure)}
-        images = " or ".join(f"{number:,}" for number in sorted(numbers))
-        rows.append([f"{name}, {images} images", *(_accuracy(group, measure) for group in groups)])
+        *others, largest = sorted(numbers)
+        images = " or ".join([*(f"{number:,}" for number in others), counted(largest, "image")])
+        rows.append([f"{name}, {images}", *(_accuracy(group, measure) for group in groups)])
         notes += [f"{name}: {note}" for note in _unequal_settings(measure, groups)]
         if control is not None and len(groups) > 1:
             cells, reasons = _differences(measure, groups, control)

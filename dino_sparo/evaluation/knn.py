@@ -25,7 +25,7 @@ from dino_sparo.interop.load import load_encoder
 from dino_sparo.models import Encoder
 from dino_sparo.parallel.distributed import gather_rows, rank, world_size
 from dino_sparo.runs.checkpoint import checkpoints_of, step_of
-from dino_sparo.terminal import aligned_table, log, shown
+from dino_sparo.terminal import aligned_table, counted, log, shown
 
 HEADLINE_K = 20
 KNN, KNN_TOP5 = f"knn{HEADLINE_K}_top1", f"knn{HEADLINE_K}_top5"  # keys of metrics.jsonl
@@ -327,7 +327,7 @@ def draw_checkpoints(series: Series, path: Path) -> None:
         of_set = [results[number] for results in series.values()]
         top1 = [one.top1 for one in of_set]
         errors = [standard_error(one.top1, one.num_images) for one in of_set]
-        label = f"{of_set[0].name} on {shown(test_set)}, {of_set[0].num_images} images"
+        label = f"{of_set[0].name} on {shown(test_set)}, {counted(of_set[0].num_images, 'image')}"
         axis.errorbar(list(series), top1, errors, marker=".", capsize=2, label=label)
     axis.set_xlabel("step")
     axis.set_ylabel("top-1, % (bars: one standard error)")

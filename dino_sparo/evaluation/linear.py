@@ -15,7 +15,6 @@ import torch
 
 from dino_sparo.data.loader import BatchOrder, choose_executor
 from dino_sparo.data.sources import ImageSource
-from dino_sparo.data.splits import counted
 from dino_sparo.data.workers import default_workers
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.classifiers import (
@@ -49,7 +48,7 @@ from dino_sparo.parallel.distributed import (
 from dino_sparo.parallel.precision import choose_precision
 from dino_sparo.runs.checkpoint import load_latest, save_checkpoint, set_damaged_aside
 from dino_sparo.runs.runlog import RunLog
-from dino_sparo.terminal import log
+from dino_sparo.terminal import counted, log
 
 OFFICIAL, CACHED = "linear", "linear-cached"  # protocols
 CLASSIFIERS = "classifiers"
@@ -144,8 +143,9 @@ def linear_probe(
 
     if training.epochs_done < epochs:
         log.info(
-            "%s: epoch %d of %d, %d probes, %d train images",
-            *(training.folder, training.epochs_done + 1, epochs, len(training.names), len(train)),
+            "%s: epoch %d of %d, %s, %s",
+            *(training.folder, training.epochs_done + 1, epochs),
+            *(counted(len(training.names), "probe"), counted(len(train), "train image")),
         )
         if rank() == 0:
             training.folder.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ authors. On val all train classes can be predicted, as in the official evaluatio
 Axis letters: B test images, S train classes.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -97,7 +98,9 @@ def open_test_sets(
         name, folder = named_folder(text, "test", EXPECTED)
         if name in test_sets:
             raise UserError(f"test {text!r}: the name {name!r} is given twice; use a different one")
-        test_sets[name] = _open_test_set(name, text, Path(folder).expanduser(), tuple(train_classes), choice)
+        test_sets[name] = _open_test_set(
+            name, text, Path(os.path.expanduser(folder)), tuple(train_classes), choice
+        )
     return list(test_sets.values())
 
 

@@ -13,7 +13,7 @@ from dino_sparo.errors import UserError
 from dino_sparo.models import Encoder, build_encoder
 from dino_sparo.models.encoder import WITH_SLOTS, architecture
 from dino_sparo.recipe.files import checked_encoder
-from dino_sparo.terminal import few, shown
+from dino_sparo.terminal import counted, few, shown
 
 MODELS = ("teacher", "student")
 SHOWN_NAMES = 20
@@ -60,7 +60,7 @@ class StoredEncoder:
         side, slots = self.arguments["image_size"], self.arguments.get("num_slots")
         arch, readout = architecture(self.arguments["arch"]), self.arguments["readout"]
         replaces = readout in WITH_SLOTS and not self.arguments.get("after_last_block")
-        blocks = f"{arch['depth'] - replaces} blocks"
+        blocks = counted(arch["depth"] - replaces, "block")
         if readout in WITH_SLOTS:
             blocks += f" and the {'SPARO' if readout == 'sparo' else readout} read-out"
         return {

@@ -74,11 +74,12 @@ class RunLog:
             return
         clean_lines(self.path, _is_whole, keep=lambda entry: 0 < first_step >= entry["step"])
         self._metrics = open(self.path, "a")  # noqa: SIM115 closed by __exit__
-        events = events if events or group else run_dir / EVENTS_FOLDER
         if events is None:
-            return
-        if events.exists() and not events.is_dir():
-            set_aside(events, "it is not a folder")
+            if group:
+                return
+            events = run_dir / EVENTS_FOLDER
+            if events.exists() and not events.is_dir():
+                set_aside(events, "it is not a folder")
         clean_events(events)
         cut_from = first_step + 1 if first_step else 0
         self._events = SummaryWriter(str(events), purge_step=cut_from, flush_secs=30)

@@ -10,6 +10,7 @@ from dino_sparo.evaluation.results import standard_error
 from dino_sparo.models import Encoder
 from dino_sparo.slots.curves import num_knn_images, points_of
 from dino_sparo.slots.rank import WAYS
+from dino_sparo.terminal import counted
 
 HARDLY = 250  # steps of a run that has hardly trained; the demo learns in 496
 
@@ -26,13 +27,14 @@ class Finding(NamedTuple):
 def training(encoder: Encoder, config: Content, metrics: Sequence[Content]) -> list[str]:
     """The encoder, its training, and its 20-NN accuracy before and after training."""
     slots = encoder.num_slots
-    sentence = f"A ViT of {len(encoder.backbone.blocks)} blocks and {encoder.width} dimensions, " + (
-        f"with {slots} slots of {encoder.embed_dim // slots} dimensions" if slots else "without slots"
+    sentence = (
+        f"A ViT of {counted(len(encoder.backbone.blocks), 'block')} and {encoder.width} dimensions, "
+        + (f"with {slots} slots of {encoder.embed_dim // slots} dimensions" if slots else "without slots")
     )
     if metrics and config:
         last = metrics[-1]
         sentence += (
-            f", pretrained for {last['epoch']:.4g} epochs ({last['step']:,} steps of "
+            f", pretrained for {counted(last['epoch'], 'epoch')} ({counted(last['step'], 'step')} of "
             f"{config['optim']['global_batch_size']} images) on {config['data']['path']}"
         )
     accuracies = points_of(metrics, KNN)
@@ -42,7 +44,8 @@ def training(encoder: Encoder, config: Content, metrics: Sequence[Content]) -> l
             "20-NN accuracy was not measured during training, since it needs class folders.",
         ]
     (_, first), (_, last) = accuracies[0], accuracies[-1]
-    begun = "untrained" if accuracies[0][0] == 0 else f"after epoch {accuracies[0][0]:g}"
+    at_start = "with the initial weights" if config.get("init") else "untrained"
+    begun = at_start if accuracies[0][0] == 0 else f"after epoch {accuracies[0][0]:g}"
     text = f"20-NN accuracy: {first:.1f} % {begun}, {last:.1f} % trained"
     if num_test := num_knn_images(metrics):
         text += f" (± {standard_error(last, num_test):.1f}, one standard error), on {num_test:,} test images"
@@ -57,7 +60,7 @@ def of_curves(metrics: Sequence[Content]) -> list[str]:
     """Whether there were so few steps that the encoder has hardly trained. The loss does not tell: it may
     rise while the encoder learns."""
     steps = metrics[-1]["step"]
-    return [f"Only {steps:,} steps: the encoder is hardly trained."] if steps < HARDLY else []
+    return [f"Only {counted(steps, 'step')}: the encoder is hardly trained."] if steps < HARDLY else []
 
 
 def of_rank(found: Content) -> list[str]:

@@ -28,7 +28,7 @@ from dino_sparo.data.sources import ImageSource
 from dino_sparo.files import write_figure
 from dino_sparo.slots.curves import COLORS
 from dino_sparo.slots.parts import CutEncoder, chunks, labels_of, remarks_on_parts
-from dino_sparo.terminal import aligned_table
+from dino_sparo.terminal import aligned_table, counted
 
 LEAST_SCALE = 100.0
 MOMENTUM = 0.9
@@ -213,7 +213,9 @@ def table(result: dict[str, Any]) -> str:
         ]
         for row in result["rows"]
     ]
-    about = f"mask trained for {result['epochs']} epochs; top-1 in % by the nearest masked class mean"
+    about = (
+        f"mask trained for {counted(result['epochs'], 'epoch')}; top-1 in % by the nearest masked class mean"
+    )
     return "\n".join([about, *result["remarks"], "", aligned_table(header, rows)])
 
 

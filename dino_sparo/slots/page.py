@@ -25,7 +25,16 @@ from dino_sparo.slots.findings import FINDINGS, Finding, of_curves, training
 from dino_sparo.slots.health import HEADER, WORDS, summary_rows
 from dino_sparo.slots.rank import WAYS
 from dino_sparo.slots.statistics import HEALTH_IMAGES
-from dino_sparo.slots.subject import FILES, OF_CLASSES, TITLES, WITHOUT_SLOTS, Subject, made_by
+from dino_sparo.slots.subject import (
+    FILES,
+    NUM_BEST,
+    OF_CLASSES,
+    TITLES,
+    WITHOUT_SLOTS,
+    Subject,
+    made_by,
+)
+from dino_sparo.terminal import counted
 
 LEADING = ("curves", "maps", "gallery", "neighbors")  # the first pictures of three lead the page
 NEEDS_CLASSES = "needs images in class folders, DIR/<class>/<image>."
@@ -91,7 +100,7 @@ def _facts(subject: Subject, encoder: Encoder) -> dict[str, str]:
         if last.get("git"):
             facts["Source"] = last["git"]
     if entries := subject.metrics:
-        facts["Trained for"] = f"{entries[-1]['epoch']:.4g} epochs, {entries[-1]['step']} steps"
+        facts["Trained for"] = ", ".join(counted(entries[-1][what], what) for what in ("epoch", "step"))
     return facts
 
 
@@ -222,7 +231,8 @@ def _curves(subject: Subject, num_patches: int) -> Section:
         draw_curve(entries, first)
         num_prototypes = subject.config.get("head", {}).get("num_prototypes")
         draw_all(entries, every, num_patches=num_patches, num_prototypes=num_prototypes)
-    section.findings = [Finding(sentence, section.anchor) for sentence in of_curves(entries)]
+    if not subject.config.get("init"):
+        section.findings = [Finding(sentence, section.anchor) for sentence in of_curves(entries)]
     accuracy = " and 20-NN accuracy" if any(KNN in entry for entry in entries) else ""
     measured = ""
     if any("slots_dead" in entry for entry in entries):
@@ -329,6 +339,7 @@ def _fill_gallery(section: Section, found: Content, shown: list[int]) -> None:
         + (": first for the best slots by their own k-NN accuracy, then for the worst." if ranked else ".")
     )
     pictures = {entry["slot"]: entry["picture"] for entry in found["slots"]}
+    shown = shown if ranked else [*pictures][: 2 * NUM_BEST]
     for slot in shown:
         if slot in pictures:
             section.add_picture(pictures[slot], f"What slot {slot} responds to most", GALLERY_BYTES)

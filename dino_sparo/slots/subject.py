@@ -127,6 +127,9 @@ class Subject:
         if part != "gallery" or self.find("rank")[0]:
             return TITLES[part]
         slots = self.slots_to_show(num_slots)
+        if drawn := self.find(part)[0]:
+            with made_by(self.slots / FILES[part], self.command(part)):
+                slots = [int(entry["slot"]) for entry in drawn["slots"]][: 2 * NUM_BEST] or slots
         first, last = slots[0], slots[-1]
         listed = f"{first}–{last}" if slots == list(range(first, last + 1)) else ", ".join(map(str, slots))
         return f"Galleries of slots {listed} (of {num_slots})"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dino_sparo.data.sources import open_labeled
-from dino_sparo.data.splits import Choice, counted
+from dino_sparo.data.splits import Choice
 from dino_sparo.errors import EXIT_PROBLEM, UserError, errors_for_user
 from dino_sparo.evaluation.compare import EvaluatedRun, Group, Measure
 from dino_sparo.evaluation.features import hash_of_images
@@ -21,7 +21,7 @@ from dino_sparo.study import training
 from dino_sparo.study.report import PAGE, write_report
 from dino_sparo.study.training import Measured, choose, measure
 from dino_sparo.study.variants import Variant
-from dino_sparo.terminal import log, sentence, shown
+from dino_sparo.terminal import counted, log, sentence, shown
 
 IMAGES_FILE = "images.json"  # hashes of the images by dataset
 

@@ -26,7 +26,6 @@ from dino_sparo.data.loader import (
     prepare_device,
 )
 from dino_sparo.data.sources import ImageSource
-from dino_sparo.data.splits import counted
 from dino_sparo.data.workers import check_shared_memory
 from dino_sparo.errors import UserError
 from dino_sparo.models.cost import describe_cost, encoder_cost
@@ -50,7 +49,7 @@ from dino_sparo.recipe.sections import Recipe, smaller_batch, split_batch
 from dino_sparo.runs.checkpoint import check_room, saving, set_damaged_aside
 from dino_sparo.runs.rundir import check_same_experiment, lock_run_dir, repair_run_dir, start_run_dir
 from dino_sparo.runs.runlog import RunLog
-from dino_sparo.terminal import log
+from dino_sparo.terminal import counted, log
 from dino_sparo.training.loss import teacher_probabilities
 from dino_sparo.training.monitor import CollapseAlarm, TeacherStatistics
 from dino_sparo.training.optim import clip_gradients_per_parameter, step_if_finite, update_teacher

@@ -12,7 +12,7 @@ from dino_sparo.data.decode import size_of
 from dino_sparo.data.loader import BatchOrder, CropsDataset, Executor, choose_executor
 from dino_sparo.data.shapes import SHAPES
 from dino_sparo.data.sources import ImageSource, absolute_path, decide, open_images, say_splits
-from dino_sparo.data.splits import Choice, counted
+from dino_sparo.data.splits import Choice
 from dino_sparo.data.tables import commit_of
 from dino_sparo.data.views import NUM_GLOBAL_CROPS, crop_kinds
 from dino_sparo.data.workers import default_workers
@@ -32,7 +32,7 @@ from dino_sparo.recipe.sections import (
 )
 from dino_sparo.runs.checkpoint import load_latest
 from dino_sparo.runs.rundir import read_starts
-from dino_sparo.terminal import log
+from dino_sparo.terminal import counted, log
 from dino_sparo.training.monitor import CollapseAlarm, KnnImages, open_knn_images
 from dino_sparo.training.schedules import Cosine, Hyperparameters, Linear, Schedules
 from dino_sparo.training.state import TrainState, restore_state
@@ -198,10 +198,11 @@ def open_data(
     splits = decide(data.path, choice)
     source = open_images(data.path, data.max_images, choice=choice, splits=splits)
     if len(source) < batch_size:
+        largest = len(source) // world_size() * world_size()
         raise UserError(
             f"data.path {data.path!r} gives {counted(len(source), 'image')}, fewer than one batch: "
-            f"optim.global_batch_size is {batch_size}; use more images or a smaller batch, for example "
-            f"--optim.global_batch_size {2 ** (len(source).bit_length() - 1)}"
+            f"optim.global_batch_size is {batch_size}; use more images"
+            + (f" or a smaller batch, at most --optim.global_batch_size {largest}" if largest else "")
         )
     images = None
     if monitor.knn_every_epochs:
