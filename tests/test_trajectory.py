@@ -74,8 +74,8 @@ def trained(request):
     if request.param == "compiled":
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "compile", partial(torch.compile, backend=COMPILER))
-            student.compile_backbone()
-            teacher.compile_backbone()
+            student.compile_blocks()
+            teacher.compile_blocks()
     loss_fn = DINOLoss(num_prototypes=256)
     set_numerics(tf32=False, deterministic=False)
     device = torch.device("cuda" if request.param in ("GPU", "captured") else "cpu")

@@ -5,7 +5,7 @@ The blocks are timm's; initialization and resizing of the position embedding fol
 Axis letters: B images, N tokens (CLS first, then patches row by row), D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -70,6 +70,9 @@ class VisionTransformer(nn.Module):
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.activation_checkpointing = False  # True: recompute activations of blocks in the backward pass
+        self.run_block: Callable[..., Tensor] | None = (
+            None  # compiled `run_block`, for `tokens_of_sizes` only
+        )
         self._resize_matrices: dict[tuple[int, int], Tensor] = {}
         self._init_weights()
 
@@ -96,26 +99,37 @@ class VisionTransformer(nn.Module):
         attention runs per group. Gradients, which sum over rows, are rounded differently.
         """
         if len(groups) == 1:
-            return [self(groups[0])]
+            x_BND = self.embed(groups[0])
+            return [self.norm(self._through_blocks(x_BND, None, last=1, run=self.run_block)[0])]
         tokens = [self.embed(images) for images in groups]
         shapes = [x_BND.shape for x_BND in tokens]
         x_TD = torch.cat([x_BND.flatten(0, 1) for x_BND in tokens])
-        rows = self.norm(self._through_blocks(x_TD, shapes, last=1)[0])
+        rows = self.norm(self._through_blocks(x_TD, shapes, last=1, run=self.run_block)[0])
         parts = rows.split([num_images * num_tokens for num_images, num_tokens, _ in shapes])
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
-    def _through_blocks(self, x: Tensor, shapes: list[torch.Size] | None, last: int) -> list[Tensor]:
-        """Tokens (B, N, D), or rows (T, D) of groups of these shapes, after each of the `last` blocks."""
+    def _through_blocks(
+        self,
+        x: Tensor,
+        shapes: list[torch.Size] | None,
+        last: int,
+        run: Callable[..., Tensor] | None = None,
+    ) -> list[Tensor]:
+        """Tokens (B, N, D), or rows (T, D) of groups of these shapes, after each of the `last` blocks.
+
+        Args:
+            run: `run_block`, compiled.
+        """
         scales = self._branch_scales(x, shapes) if self.training else None
         outputs = []
         for index, block in enumerate(self.blocks):
             of_block = (None, None) if scales is None else (scales[2 * index], scales[2 * index + 1])
-            if self.activation_checkpointing and x.requires_grad:
-                weights = dict(block.named_parameters())  # inside `functional_call`: the replaced ones
-                given = (block, weights, (x, shapes, of_block))
-                x = checkpoint(functional_call, *given, use_reentrant=False, preserve_rng_state=False)
-            else:
+            recompute = self.activation_checkpointing and x.requires_grad
+            if run is None and not recompute:
                 x = block(x, shapes, of_block)
+            else:
+                weights = dict(block.named_parameters())
+                x = (run or run_block)(block, weights, x, shapes, of_block, recompute=recompute)
             outputs.append(x)
             del outputs[:-last]
         return outputs
@@ -170,6 +184,26 @@ class VisionTransformer(nn.Module):
         with torch.autocast(self.pos_embed.device.type, enabled=False):
             resized_1ND = matrix @ patches_1ND
         return torch.cat((cls_11D, resized_1ND), dim=1)
+
+
+def run_block(
+    block: nn.Module,
+    weights: Mapping[str, Tensor],
+    x: Tensor,
+    shapes: list[torch.Size] | None,
+    scales: tuple[Tensor | None, Tensor | None],
+    *,
+    recompute: bool,
+) -> Tensor:
+    """The output of a block with these weights: inside `functional_call` they are the replaced ones.
+
+    Args:
+        recompute: whether the backward pass recomputes activations instead of storing them.
+    """
+    if recompute:
+        given = (block, dict(weights), (x, shapes, scales))
+        return checkpoint(functional_call, *given, use_reentrant=False, preserve_rng_state=False)
+    return functional_call(block, dict(weights), (x, shapes, scales))
 
 
 class Block(vision_transformer.Block):

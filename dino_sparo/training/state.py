@@ -102,8 +102,8 @@ def build_state(
     teacher.load_state_dict(student.state_dict())
     student.encoder.backbone.activation_checkpointing = activation_checkpointing
     if compiled:
-        student.compile_backbone()
-        teacher.compile_backbone()
+        student.compile_blocks()
+        teacher.compile_blocks()
     loss_fn = DINOLoss(head.num_prototypes, loss.student_temp, loss.center_momentum)
     return state_of(
         *(student, teacher, loss_fn, device), loss_scaling=loss_scaling, max_bad_steps=max_bad_steps
