@@ -101,7 +101,7 @@ def test_compiled_blocks_need_less_memory_and_can_be_captured(inside):
 
 
 def test_compiled_blocks_move_less(inside):
-    """The whole step moves 86 GB, and 74 GB with the 11 blocks compiled."""
+    """The whole step moves 86 GB, and 75 GB with the 11 blocks compiled."""
     found = inside("bytes_of_block")
     saved = {model: found[model] - found[f"{model} compiled"] for model in ("teacher", "student")}
     assert 11 * sum(saved.values()) > 11

@@ -286,7 +286,7 @@ class MachineOptions:
     recipes). scripts/gpu_acceptance.sh checks on your GPU that captured steps equal eager ones."""
     compile: bool = False
     """Compile the transformer blocks of student and teacher with torch.compile, which takes a minute at the
-    start. A step of ViT-S/16 on a GPU then moves 74 instead of 86 GB through its memory, of which it needs 5
+    start. A step of ViT-S/16 on a GPU then moves 75 instead of 86 GB through its memory, of which it needs 5
     % less (simulated, 64 images in bf16; no GPU has run it)."""
     num_workers: Workers | None = None
     """Data loading workers per training process; 0: load in the training process; null: one per CPU core,

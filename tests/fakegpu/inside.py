@@ -138,17 +138,18 @@ def bytes_of_block() -> dict[str, float]:
     GraphLowering.compile_to_module = counting
     inductor_config.force_disable_caches = True  # a cached graph is not counted
 
+    rows = torch.zeros(sum(shape[0] * shape[1] for shape in crops), 384, device=device)
+    scale, tokens, gradient = rows[:, :1].clone(), torch.zeros(crops[0], device=device), rows.clone()
+
     def student(run):
-        rows = torch.zeros(sum(shape[0] * shape[1] for shape in crops), 384, device=device)
-        scale = torch.ones(len(rows), 1, device=device)
         of_step = {name: weight.requires_grad_() for name, weight in weights.items()}
         with torch.autocast("cuda", torch.bfloat16):
             output = run(block, of_step, rows.requires_grad_(), crops, (scale, scale), recompute=False)
-        output.backward(torch.zeros_like(output))
+        output.backward(gradient)
 
     def teacher(run):
         with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
-            run(block, weights, torch.zeros(crops[0], device=device), None, (None, None), recompute=False)
+            run(block, weights, tokens, None, (None, None), recompute=False)
 
     found = {}
     for of_model in (teacher, student):
