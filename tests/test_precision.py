@@ -12,6 +12,7 @@ from dino_sparo.parallel.precision import (
     INITIAL_SCALE,
     LossScale,
     autocast,
+    choose_precision,
     plain_attention,
     set_numerics,
 )
@@ -173,6 +174,34 @@ def test_a_run_may_change_its_precision(tmp_path, monkeypatch):
         run = prepared(options)
         assert run.first_step == first_step and run.precision == name
         assert run.state.loss_scale.scale.item() == (INITIAL_SCALE if name == "fp16" else 1)
+        pretrain_until(1, options, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "width", "used", "expected"),
+    [
+        (True, 384, None, "bf16"),
+        (True, 383, None, "fp32"),
+        (False, 768, None, "fp32"),
+        (True, 384, "fp32", "fp32"),
+        (False, 64, "bf16", "bf16"),
+    ],
+)
+def test_automatic_precision_on_a_cpu(hardware, width, used, expected, monkeypatch, caplog):
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: hardware)
+    assert choose_precision("auto", torch.device("cpu"), width=width, used=used) == expected
+    assert choose_precision("fp16", torch.device("cpu"), width=width, used=used) == "fp16"
+    assert ("does not multiply it in hardware" in caplog.text) == (expected == "bf16" and not hardware)
+
+
+def test_a_run_keeps_the_automatic_precision_of_its_first_start(tmp_path, monkeypatch):
+    write_pictures(tmp_path / "data", 8)
+    changes = {"machine__precision": "auto", "log__checkpoint_every_minutes": 1e-9}
+    options = tiny_options(tmp_path / "data", tmp_path / "run", **changes)
+    monkeypatch.setattr(precision, "WIDE", 1)
+    for hardware in (True, False):
+        monkeypatch.setattr(precision, "multiplies_bfloat16", lambda hardware=hardware: hardware)
+        assert prepared(options).precision == "bf16"
         pretrain_until(1, options, monkeypatch)
 
 

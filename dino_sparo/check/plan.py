@@ -122,7 +122,12 @@ def make_plan(recipe: Recipe, run_dir: Path, num_processes: int) -> Plan:
     machine, optim = recipe.machine, recipe.optim
     device = choose_device(machine.device)
     num_workers, precision, executor = use_machine(
-        machine, device, max_side=recipe.data.max_side, processes_here=num_processes
+        machine,
+        device,
+        arch=recipe.encoder_arguments()["arch"],
+        max_side=recipe.data.max_side,
+        processes_here=num_processes,
+        run_dir=run_dir,
     )
     batch_size, accumulation = split_batch(optim.global_batch_size, machine.batch_size_per_gpu, num_processes)
     source, monitor = open_data(recipe.data, recipe.monitor, optim.global_batch_size)
@@ -204,6 +209,7 @@ def plan_text(plan: Plan, recipe_name: str | None, *, with_time: bool = True) ->
         f"{views.local_size} pixels by {who}; {counted(plan.num_workers, 'worker')} per process",
         "batch": f"{recipe.optim.global_batch_size} images: {plan.num_processes} x {plan.batch_size}"
         f"{micro_batches}",
+        "precision": f"{plan.precision} on the {plan.device.type}",
         "steps": f"{plan.steps_per_epoch:,} per epoch, {plan.total_steps:,} in total "
         f"({counted(recipe.optim.epochs, 'epoch')})",
         "encoder": f"read-out {recipe.model.readout.name}, {describe_cost(plan.cost)}",

@@ -114,7 +114,9 @@ def bench_of(recipe: Recipe, source: "ImageSource", batch_size: int) -> "Bench":
 
     machine = recipe.machine
     device = choose_device(machine.device)
-    num_workers, precision, executor = use_machine(machine, device, max_side=recipe.data.max_side)
+    num_workers, precision, executor = use_machine(
+        machine, device, arch=recipe.encoder_arguments()["arch"], max_side=recipe.data.max_side
+    )
     schedules = build_schedules(recipe.optim, recipe.loss, STEPS_PER_EPOCH)
     return Bench(
         new_state=lambda on: build_state(**recipe.state_arguments(precision), device=on),

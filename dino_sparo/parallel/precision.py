@@ -9,17 +9,33 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dino_sparo.terminal import log
+
 INITIAL_SCALE = 2.0**16
 GROWTH_STEPS = 2000
+WIDE = 384  # token dimension from which bf16 is faster on a CPU that multiplies it; at 128 it gains nothing
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def choose_precision(name: str, device: torch.device) -> str:
-    """`auto`: bf16 on a GPU that supports it, fp16 on an older GPU, fp32 on the CPU."""
+def choose_precision(name: str, device: torch.device, *, width: int = 0, used: str | None = None) -> str:
+    """`auto`: bf16 on a GPU that supports it, fp16 on an older GPU.
+
+    On a CPU, `auto` is what the run has used there before, else bf16 if the CPU multiplies it in hardware and
+    the network is wide enough to gain, else fp32.
+
+    Args:
+        width: token dimension of the network; 0: fp32 on every CPU.
+        used: precision of the last start of the run on a CPU, if there is one.
+    """
     if name != "auto":
         return name
     if device.type != "cuda":
-        return "fp32"
+        if used == "bf16" and not multiplies_bfloat16():
+            log.warning(
+                "WARNING: the run continues in bf16, as it was started, although this processor does not "
+                "multiply it in hardware; --machine.precision fp32 is faster, with other numbers"
+            )
+        return used or ("bf16" if width >= WIDE and multiplies_bfloat16() else "fp32")
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 

@@ -202,7 +202,12 @@ def prepare(recipe: Recipe, run_dir: Path, device: torch.device, *, unverified: 
     """
     machine, optim = recipe.machine, recipe.optim
     num_workers, precision, executor = use_machine(
-        machine, device, max_side=recipe.data.max_side, processes_here=local_world_size()
+        machine,
+        device,
+        arch=recipe.encoder_arguments()["arch"],
+        max_side=recipe.data.max_side,
+        processes_here=local_world_size(),
+        run_dir=run_dir,
     )
     batch_size, accumulation = split_batch(optim.global_batch_size, machine.batch_size_per_gpu, world_size())
     check_same_experiment(run_dir, recipe)

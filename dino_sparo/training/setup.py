@@ -1,5 +1,6 @@
 """Preparation of a run: images, views, schedules, initial weights, and restored state."""
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from dino_sparo.data.workers import default_workers
 from dino_sparo.errors import UserError
 from dino_sparo.files import read_as
 from dino_sparo.interop.initial_weights import initialize_networks, read_networks
+from dino_sparo.models.encoder import architecture
 from dino_sparo.parallel.distributed import first_rank_first, gather_objects, world_size
 from dino_sparo.parallel.precision import choose_precision, set_numerics
 from dino_sparo.recipe.sections import (
@@ -221,18 +223,29 @@ def absolute_paths(data: DataOptions, monitor: MonitorOptions) -> dict[str, Any]
 
 
 def use_machine(
-    machine: MachineOptions, device: torch.device, *, max_side: int | None, processes_here: int = 1
+    machine: MachineOptions,
+    device: torch.device,
+    *,
+    arch: str | Mapping[str, int],
+    max_side: int | None,
+    processes_here: int = 1,
+    run_dir: Path | None = None,
 ) -> tuple[int, str, Executor]:
     """Set how this process computes; returns workers per process, precision, and executor of the views.
 
     Args:
+        arch: of the networks, as in `build_encoder`.
         max_side: as in `choose_executor`, whose errors it raises.
         processes_here: training processes on this machine.
+        run_dir: of the run, which keeps its precision on a CPU.
     """
+    starts = read_starts(run_dir) if run_dir is not None else []
+    used = next((start["precision"] for start in reversed(starts) if start["device"] == "cpu"), None)
     set_numerics(tf32=machine.tf32, deterministic=machine.deterministic)
     num_workers = default_workers(processes_here) if machine.num_workers is None else machine.num_workers
     executor = choose_executor(machine.views, device, max_side=max_side, num_workers=num_workers)
-    return num_workers, choose_precision(machine.precision, device), executor
+    width = architecture(arch)["width"]
+    return num_workers, choose_precision(machine.precision, device, width=width, used=used), executor
 
 
 def dataset_of(
