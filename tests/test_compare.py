@@ -8,8 +8,8 @@ import pytest
 
 from dino_sparo.__main__ import main
 from dino_sparo.errors import UserError, UserFileNotFoundError
-from dino_sparo.evaluation.compare import compare_runs, paired_bootstrap
-from dino_sparo.evaluation.results import Result, save_results
+from dino_sparo.evaluation.compare import compare_runs, paired_bootstrap, t_interval
+from dino_sparo.evaluation.results import Result, read_results, save_results
 from tests.test_results import result as made_result
 
 CONFIG = """
@@ -64,7 +64,18 @@ def test_seeds_of_a_recipe_are_one_column(three_and_one, tmp_path):
     assert any("s0 (seed 0)" in note and "s2 (seed 2)" in note for note in found.notes)
     assert "different seeds: sparo has 0, 1, 2, cls has 0" in found.notes
     others = [make_run(tmp_path / f"d{seed}", result(130), readout="cls", seed=seed) for seed in (1, 2)]
-    assert not any("seeds: " in note for note in compare_runs([*three_and_one, *others]).notes)
+    found = compare_runs([*three_and_one, *others])
+    assert not any("seeds: " in note for note in found.notes)
+    accuracies = (
+        [result.top1 for run in group for result in read_results(Path(run))]
+        for group in (three_and_one[:3], [three_and_one[3], *others])
+    )
+    low, high = t_interval([ours - theirs for ours, theirs in zip(*accuracies, strict=True)])
+    assert found.rows[2] == ["  over seeds", f"[{low:+.2f}, {high:+.2f}] (3 pairs)", ""]
+    assert (
+        "the interval over seeds is a 95 % t-interval of the differences between runs with equal seeds"
+        in found.notes
+    )
 
 
 def test_notes_are_of_what_is_shown(three_and_one):
@@ -207,6 +218,15 @@ def test_pairing_counts():
     assert 0.75 < low < 1.0 < high < 1.25
     assert paired_bootstrap([ours], [ours]) == (0.0, 0.0)
     assert paired_bootstrap([ours], [ours[::-1]]) == paired_bootstrap([ours], [ours[::-1]])
+
+
+@pytest.mark.parametrize(
+    ("values", "quantile"),
+    [([0, 2], 12.706), ([1, 2, 4], 4.303), ([1, 2, 3, 4, 5], 2.776), ([*range(31)], 2.042)],
+)
+def test_interval_over_seeds_has_the_tabulated_quantiles(values, quantile):
+    half = quantile * np.std(values, ddof=1) / np.sqrt(len(values))
+    assert t_interval(values) == pytest.approx((np.mean(values) - half, np.mean(values) + half), rel=1e-3)
 
 
 # --- Mistakes

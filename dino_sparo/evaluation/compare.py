@@ -3,10 +3,12 @@
 Reads only `config.yaml` and `results.json` of the runs. Runs whose recipes differ only in the seed, in the
 place of the images, or in the sections machine, log, and monitor are seeds of one recipe: the table shows
 their mean and sample standard deviation. The difference to the control has a 95 % interval by a paired
-bootstrap over the test images, which covers the choice of test images, not the choice of seeds.
+bootstrap over the test images, which covers the choice of test images, and with at least two equal seeds a
+t-interval over them.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,7 @@ DIFFERENCES = (
     "differences in percentage points, with a 95 % interval by a paired bootstrap over the test images "
     f"({NUM_RESAMPLES:,} resamples), which does not cover the choice of seeds"
 )
+OVER_SEEDS = "the interval over seeds is a 95 % t-interval of the differences between runs with equal seeds"
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,8 @@ def compare_groups(groups: Sequence[Group], control: Group | None, remark: str =
         if control is not None and len(groups) > 1:
             cells, reasons = _differences(measure, groups, control)
             rows += [[f"  difference to {control.label}", *cells]] if set(cells) - {"", NOTHING} else []
+            over_seeds = [_over_seeds(measure, group, control) for group in groups]
+            rows += [["  over seeds", *over_seeds]] if any(over_seeds) else []
             notes += [f"{name}: {reason}" for reason in reasons]
     legend = []
     for group in groups:
@@ -163,6 +168,7 @@ def compare_groups(groups: Sequence[Group], control: Group | None, remark: str =
     legend += ["mean ± sample standard deviation over seeds"] * (max(counts, default=0) > 1)
     legend += ["one run: ± one standard error, from its number of test images"] * (1 in counts)
     legend += [remark] if len(groups) > 1 else []
+    legend += [OVER_SEEDS] if any(row[0] == "  over seeds" for row in rows) else []
     if control is not None:
         theirs = _seeds(control)
         legend += [
@@ -197,6 +203,18 @@ def paired_bootstrap(
     drawn = np.random.default_rng(seed).multinomial(num_images, counts / num_images, size=num_resamples)
     low, high = np.quantile(drawn @ values, [0.025, 0.975]) * (100 / scale / num_images)
     return float(low), float(high)
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean of at least two independent values, by Student's t distribution."""
+    freedom = len(values) - 1
+    constant = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - math.log(freedom * math.pi) / 2
+    steps = np.arange(0, 13, 1e-4)  # the quantile is 12.7 for two values
+    density = np.exp(constant) * (1 + steps**2 / freedom) ** (-(freedom + 1) / 2)
+    below = (np.cumsum(density) - (density + density[0]) / 2) * 1e-4  # from 0 to each step
+    quantile = steps[np.searchsorted(below, 0.475)]
+    half = quantile * np.std(values, ddof=1) / math.sqrt(len(values))
+    return float(np.mean(values) - half), float(np.mean(values) + half)
 
 
 def _choose_control(groups: Sequence[Group], control: str | None) -> tuple[Group | None, str]:
@@ -257,6 +275,19 @@ def _differences(measure: Measure, groups: Sequence[Group], control: Group) -> t
                 f"evaluated on the same test images"
             )
     return cells, reasons
+
+
+def _over_seeds(measure: Measure, group: Group, control: Group) -> str:
+    """The t-interval of the differences of runs with equal seeds; empty without two of them."""
+    ours, theirs = (
+        {run.seed: run.headline[measure].top1 for run in one.runs if measure in run.headline}
+        for one in (group, control)
+    )
+    pairs = [ours[seed] - theirs[seed] for seed in ours if seed is not None and seed in theirs]
+    if group is control or len(pairs) < 2:
+        return ""
+    low, high = t_interval(pairs)
+    return f"[{low:+.2f}, {high:+.2f}] ({len(pairs)} pairs)"
 
 
 def _seeds(group: Group) -> str:

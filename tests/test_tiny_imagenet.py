@@ -1,0 +1,52 @@
+"""eval/tiny_imagenet.py: no image is in train and in val, and those of val are in no part for tuning."""
+
+import runpy
+
+import pytest
+
+from dino_sparo.errors import UserError
+from tests.slurm import ROOT
+
+NUM_TRAIN, SEEN = 24, 10
+
+
+@pytest.fixture
+def split():
+    """The function, with fewer images per class."""
+    names = runpy.run_path(str(ROOT / "eval" / "tiny_imagenet.py"))
+    names["split"].__globals__.update(PER_CLASS=NUM_TRAIN // 2, TRAIN=SEEN)
+    return names["split"]
+
+
+def test_every_image_is_train_or_val(split, tmp_path):
+    for label in range(200):
+        for part, numbers in (("train", range(NUM_TRAIN)), ("val", range(2))):
+            folder = tmp_path / "all" / part / f"n{label:08}"
+            folder.mkdir(parents=True)
+            for number in numbers:
+                (folder / f"{part}_{number:02}.jpg").write_text(f"{label} {part} {number}")
+    counts = split(str(tmp_path / "all"), tmp_path / "out")
+    assert counts == {"train": 1000, "dev/train": 900, "dev/val": 100, "val": 400}
+
+    def images(part):
+        return {path.read_text() for path in (tmp_path / "out" / part).rglob("*.jpg")}
+
+    assert images("train") == {
+        f"{label} train {number}" for label in range(0, 200, 2) for number in range(0, 20, 2)
+    }
+    assert images("val") == {
+        f"{label} {name}" for label in range(0, 200, 2) for name in ("train 20", "train 22", "val 0", "val 1")
+    }
+    assert images("dev/val") == {f"{label} train 18" for label in range(0, 200, 2)}
+    assert images("dev/train") == images("train") - images("dev/val")
+    with pytest.raises(UserError, match="exists; give a new folder"):
+        split(str(tmp_path / "all"), tmp_path / "out")
+
+
+def test_other_images_are_refused(split, tmp_path):
+    for part in ("train", "val"):
+        for name in "ab":
+            (tmp_path / part / name).mkdir(parents=True)
+            (tmp_path / part / name / "1.jpg").touch()
+    with pytest.raises(UserError, match="is not Tiny ImageNet; expected the same 200 classes"):
+        split(str(tmp_path), tmp_path / "out")
