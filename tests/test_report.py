@@ -123,7 +123,7 @@ def test_page_is_balanced_loads_nothing_and_names_existing_files(reported):
     assert {"results.json", "metrics.jsonl", *(f"slots/{name}.png" for name in pictures)} <= {*page.files}
     (command,) = page.commands
     assert command.startswith(f"dino-sparo linear {reported} --data.path ")
-    assert "3 of 4 dimensions" in text and "seed: 0" in text and "1 epochs, 2 steps" in text
+    assert "3 of 4 dimensions" in text and "seed: 0" in text and "1 epoch, 2 steps" in text
 
 
 def test_tables_hold_the_numbers_of_the_files(reported):
@@ -168,7 +168,7 @@ def test_the_page_begins_with_what_was_trained_then_says_what_was_found(reported
     ranked, known = read(reported, "rank"), read(reported, "factors")
     one = ranked["encoders"][0]
     order = [
-        "A ViT of 2 blocks and 16 dimensions, with 3 slots of 4 dimensions, pretrained for 1 epochs (2 steps",
+        "A ViT of 2 blocks and 16 dimensions, with 3 slots of 4 dimensions, pretrained for 1 epoch (2 steps",
         "20-NN accuracy was not measured during training, since it needs class folders.",
         "Loss over epochs",
         "Where slots look, beside the CLS token in the last block",
