@@ -90,8 +90,8 @@ def sentence(text: object) -> str:
 
 def counted(number: float, what: str, plural: str = "s") -> str:
     """A number, a fraction with four digits, with a noun in singular or plural."""
-    written = f"{number:,}" if isinstance(number, int) else f"{number:.4g}"
-    return f"{written} {what}{plural * (number != 1)}"
+    written = f"{number:.4g}" if isinstance(number, float) and number % 1 else f"{int(number):,}"
+    return f"{written} {what}{'' if number == 1 else plural}"
 
 
 def few(names: Sequence[object], most: int = 3) -> str:

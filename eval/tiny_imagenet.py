@@ -15,7 +15,7 @@ import numpy as np
 from dino_sparo.data.sources import ImageSource, open_labeled
 from dino_sparo.errors import UserError
 
-NUM_CLASSES, PER_CLASS, TRAIN, DEV_EVERY = 200, 250, 180, 10
+NUM_CLASSES, PER_CLASS, TRAIN, VAL, DEV_EVERY = 200, 250, 180, 50, 10
 WNID = re.compile(r"n\d{8}")
 
 
@@ -23,14 +23,18 @@ def split(path: str, out: Path) -> dict[str, int]:
     """Write the images; returns the number of images by folder.
 
     Raises:
-        UserError: `out` exists, or `path` is not Tiny ImageNet.
+        UserError: `out` exists, `path` is not Tiny ImageNet, or two of its images have the same name.
     """
     if out.exists():
         raise UserError(f"OUT {str(out)!r} exists; give a new folder")
     train, val = open_labeled(path)
     known = len(train.classes) == NUM_CLASSES and all(map(WNID.fullmatch, train.classes))
-    if not known or train.classes != val.classes:
-        raise UserError(f"DIR {path!r} is not Tiny ImageNet; expected the same 200 classes in train and val")
+    sizes = len(train) // NUM_CLASSES, len(val) // NUM_CLASSES
+    if not known or train.classes != val.classes or sizes not in ((PER_CLASS, VAL), (2 * PER_CLASS, VAL)):
+        raise UserError(
+            f"DIR {path!r} is not Tiny ImageNet; expected the same {NUM_CLASSES} classes in train and val, "
+            f"with {PER_CLASS} or {2 * PER_CLASS} and {VAL} images each"
+        )
     counts: dict[str, int] = {}
     for label in range(0, NUM_CLASSES, 2):
         found = _of_class(train, label)
@@ -47,7 +51,10 @@ def split(path: str, out: Path) -> dict[str, int]:
             target = out / folder / train.classes[label]
             target.mkdir(parents=True, exist_ok=True)
             for image in images:
-                (target / Path(source.name(image)).name).write_bytes(source.read(image))
+                file = target / Path(source.name(image)).name
+                if file.exists():
+                    raise UserError(f"DIR {path!r} has two images of the name {file.name} in {target.name}")
+                file.write_bytes(source.read(image))
             counts[folder] = counts.get(folder, 0) + len(images)
     return counts
 

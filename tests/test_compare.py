@@ -71,7 +71,11 @@ def test_seeds_of_a_recipe_are_one_column(three_and_one, tmp_path):
         for group in (three_and_one[:3], [three_and_one[3], *others])
     )
     low, high = t_interval([ours - theirs for ours, theirs in zip(*accuracies, strict=True)])
-    assert found.rows[2] == ["  over seeds", f"[{low:+.2f}, {high:+.2f}] (3 pairs)", ""]
+    assert found.rows[2] == [
+        "  over seeds",
+        f"{(low + high) / 2:+.2f} [{low:+.2f}, {high:+.2f}] (3 pairs)",
+        "",
+    ]
     assert (
         "the interval over seeds is a 95 % t-interval of the differences between runs with equal seeds"
         in found.notes

@@ -268,7 +268,7 @@ def test_curves_for_tensorboard_are_written_only_where_asked(pretrained, data, u
     tags = EventAccumulator(str(tmp_path / "probes")).Reload().Tags()["scalars"]
     assert "probe/loss" in tags and {tag.partition("/")[0] for tag in tags} == {"probe"}
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"notes\.txt' is a file; give a folder"):
+    with pytest.raises(UserError, match=r"notes\.txt is a file; give a folder"):
         linear(pretrained, data, tmp_path / "out", cached=True, tensorboard=str(tmp_path / "notes.txt"))
     assert (tmp_path / "notes.txt").read_text() == "mine"
 

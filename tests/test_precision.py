@@ -1,12 +1,13 @@
 """Mixed precision, loss scaling, and the steps that are skipped."""
 
+import json
 import math
 
 import pytest
 import torch
 
 from dino_sparo.cli.pretraining import pretrain
-from dino_sparo.errors import StuckError
+from dino_sparo.errors import StuckError, UserError
 from dino_sparo.parallel import device, precision
 from dino_sparo.parallel.precision import (
     INITIAL_SCALE,
@@ -17,7 +18,9 @@ from dino_sparo.parallel.precision import (
     set_numerics,
 )
 from dino_sparo.runs.checkpoint import load_latest
+from dino_sparo.runs.rundir import STARTS_FILE
 from dino_sparo.runs.runlog import read_metrics
+from dino_sparo.training import setup
 from dino_sparo.training.state import StepOutput, TrainState, capture_state
 from tests.running import pretrain_until
 from tests.tiny import build_state, one_step, prepared, state_hash, tiny_options, write_pictures
@@ -203,6 +206,22 @@ def test_a_run_keeps_the_automatic_precision_of_its_first_start(tmp_path, monkey
         monkeypatch.setattr(precision, "multiplies_bfloat16", lambda hardware=hardware: hardware)
         assert prepared(options).precision == "bf16"
         pretrain_until(1, options, monkeypatch)
+
+
+def test_processes_in_different_precisions_are_refused(tmp_path, monkeypatch):
+    found = [(0, {}, "pil", precision) for precision in ("bf16", "fp32")]
+    monkeypatch.setattr(setup, "gather_objects", lambda own: found)
+    with pytest.raises(UserError, match="precision is auto, which is bf16 and fp32 on different machines"):
+        setup.check_all_agree(tmp_path, 0, {}, "pil", "bf16")
+
+
+def test_a_precision_that_does_not_exist_is_not_taken_from_a_run(tmp_path):
+    options = tiny_options(tmp_path, tmp_path, machine__precision="auto")
+    start = {"time": "", "command": [], "versions": {"torch": "", "timm": ""}, "processes": 1}
+    lines = [json.dumps(start | {"device": "cpu", "precision": name}) for name in ("fp32", "int8")]
+    (tmp_path / STARTS_FILE).write_text("\n".join(lines) + "\n")
+    arch = options.encoder_arguments()["arch"]
+    assert setup.use_machine(options.machine, CPU, arch=arch, max_side=None, run_dir=tmp_path)[1] == "fp32"
 
 
 def test_a_gpu_that_never_finishes_ends_the_run(monkeypatch):

@@ -94,6 +94,9 @@ def test_a_shallow_encoder_has_fewer_blocks():
         choose_probes(model, num_blocks=[1, 3])
     with pytest.raises(UserError, match="features has 'both', but this encoder has no slots"):
         choose_probes(encoder(readout="cls"), features=["both"])
+    for rate in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(UserError, match=f"learning_rates has {rate:g}; expected numbers above 0"):
+            choose_probes(model, learning_rates=[0.1, rate])
 
 
 @pytest.mark.parametrize("most", [2**20, 1], ids=["joined", "alone"])

@@ -7,20 +7,20 @@ import pytest
 from dino_sparo.errors import UserError
 from tests.slurm import ROOT
 
-NUM_TRAIN, SEEN = 24, 10
+NUM_TRAIN, SEEN, NUM_VAL = 24, 10, 2
 
 
 @pytest.fixture
 def split():
     """The function, with fewer images per class."""
     names = runpy.run_path(str(ROOT / "eval" / "tiny_imagenet.py"))
-    names["split"].__globals__.update(PER_CLASS=NUM_TRAIN // 2, TRAIN=SEEN)
+    names["split"].__globals__.update(PER_CLASS=NUM_TRAIN // 2, TRAIN=SEEN, VAL=NUM_VAL)
     return names["split"]
 
 
 def test_every_image_is_train_or_val(split, tmp_path):
     for label in range(200):
-        for part, numbers in (("train", range(NUM_TRAIN)), ("val", range(2))):
+        for part, numbers in (("train", range(NUM_TRAIN)), ("val", range(NUM_VAL))):
             folder = tmp_path / "all" / part / f"n{label:08}"
             folder.mkdir(parents=True)
             for number in numbers:
@@ -48,5 +48,5 @@ def test_other_images_are_refused(split, tmp_path):
         for name in "ab":
             (tmp_path / part / name).mkdir(parents=True)
             (tmp_path / part / name / "1.jpg").touch()
-    with pytest.raises(UserError, match="is not Tiny ImageNet; expected the same 200 classes"):
+    with pytest.raises(UserError, match="is not Tiny ImageNet; expected the same 200 classes in train"):
         split(str(tmp_path), tmp_path / "out")

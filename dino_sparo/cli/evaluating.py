@@ -164,8 +164,10 @@ def linear(options: LinearOptions) -> None:
     from dino_sparo.evaluation.classifiers import score_classifier
 
     _check_nothing_is_trained(options)
-    if options.tensorboard and Path(options.tensorboard).is_file():
-        raise UserError(f"tensorboard {options.tensorboard!r} is a file; give a folder, which may be new")
+    if options.tensorboard and not (found := existing_part(Path(options.tensorboard))).is_dir():
+        raise UserError(
+            f"tensorboard {options.tensorboard!r}: {found} is a file; give a folder, which may be new"
+        )
     with _opened(options) as (encoder, train, test_sets):
         common = _common(options)
         if options.evaluate is not None:

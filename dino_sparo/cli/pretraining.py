@@ -99,7 +99,9 @@ def pretrain(options: PretrainOptions) -> None:
     else:
         log.info("the run is in %s; to use its features: dino-sparo embed %s --out features.npz", run, run)
     images = ["--data.path", options.data.path]
-    images += [] if options.data.train is None else ["--data.train", options.data.train]
+    for key in ("train", "val", "label_column"):
+        value = getattr(options.data, key)
+        images += [] if value is None else [f"--data.{key}", value]
     log.info("to see what it has learned: dino-sparo slots report %s %s", run, shlex.join(images))
 
 

@@ -280,14 +280,16 @@ def _differences(measure: Measure, groups: Sequence[Group], control: Group) -> t
 def _over_seeds(measure: Measure, group: Group, control: Group) -> str:
     """The t-interval of the differences of runs with equal seeds; empty without two of them."""
     ours, theirs = (
-        {run.seed: run.headline[measure].top1 for run in one.runs if measure in run.headline}
+        {run.seed: run.headline[measure] for run in one.runs if measure in run.headline}
         for one in (group, control)
     )
-    pairs = [ours[seed] - theirs[seed] for seed in ours if seed is not None and seed in theirs]
-    if group is control or len(pairs) < 2:
+    both = [(ours[seed], theirs[seed]) for seed in ours if seed is not None and seed in theirs]
+    same_images = len({(result.images, result.num_images) for pair in both for result in pair}) == 1
+    if group is control or len(both) < 2 or not same_images:
         return ""
-    low, high = t_interval(pairs)
-    return f"[{low:+.2f}, {high:+.2f}] ({len(pairs)} pairs)"
+    differences = [one.top1 - other.top1 for one, other in both]
+    low, high = t_interval(differences)
+    return f"{np.mean(differences):+.2f} [{low:+.2f}, {high:+.2f}] ({len(both)} pairs)"
 
 
 def _seeds(group: Group) -> str:

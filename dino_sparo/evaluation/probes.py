@@ -3,6 +3,7 @@
 Axis letters: B images, D token width, F input dimensions, P probes, S classes.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -98,7 +99,8 @@ def choose_probes(
     features, which are 12 probes for a SPARO encoder. `both` with one block is `encoding`.
 
     Raises:
-        UserError: the encoder has fewer blocks, or a feature needs slots and it has none.
+        UserError: the encoder has fewer blocks, a feature needs slots and it has none, or a learning rate is
+            not a number above 0.
     """
     official = official_probe(encoder)
     every: Sequence[Feature] = get_args(Feature) if encoder.readout is not None else ["cls"]
@@ -111,6 +113,9 @@ def choose_probes(
     for number in num_blocks or ():
         if not 1 <= number <= official.num_blocks:
             raise UserError(f"num_blocks has {number}; expected 1 to {official.num_blocks} for this encoder")
+    for rate in learning_rates or ():
+        if not 0 < rate < math.inf:
+            raise UserError(f"learning_rates has {rate:g}; expected numbers above 0")
     learning_rates = learning_rates or (SWEEP_LRS if sweep else [OFFICIAL_LR])
     features = features or (every if sweep else [official.feature])
     num_blocks = num_blocks or ([1, official.num_blocks] if sweep else [official.num_blocks])

@@ -269,7 +269,7 @@ class MachineOptions:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the networks; auto: bf16 on a GPU that supports it, fp16 (with loss scaling) on an older
     GPU; on a CPU bf16 if it multiplies bf16 in hardware (AMX, AVX-512 with BF16) and the token dimension is
-    at least 384, else fp32. A run on a CPU keeps what it was started with. Prototype logits, loss, weights
+    at least 384, else fp32. A run keeps that of its last start on a CPU. Prototype logits, loss, weights
     and teacher stay in float32."""
     tf32: bool = False
     """Use TF32 for float32 matrix products on a GPU: faster, with about three decimal digits."""

@@ -226,7 +226,7 @@ def prepare(recipe: Recipe, run_dir: Path, device: torch.device, *, unverified: 
 
     resumed = restored_step(state, run_dir, images, executor, unverified=unverified)
     first_step = resumed or 0
-    check_all_agree(run_dir, first_step, images, executor)
+    check_all_agree(run_dir, first_step, images, executor, precision)
     if resumed is None and recipe.init is not None:
         log.info(
             initialize_state(

@@ -22,7 +22,7 @@ from dino_sparo.files import read_as
 from dino_sparo.interop.initial_weights import initialize_networks, read_networks
 from dino_sparo.models.encoder import architecture
 from dino_sparo.parallel.distributed import first_rank_first, gather_objects, world_size
-from dino_sparo.parallel.precision import choose_precision, set_numerics
+from dino_sparo.parallel.precision import DTYPES, choose_precision, set_numerics
 from dino_sparo.recipe.sections import (
     DataOptions,
     LossOptions,
@@ -240,7 +240,8 @@ def use_machine(
         run_dir: of the run, which keeps its precision on a CPU.
     """
     starts = read_starts(run_dir) if run_dir is not None else []
-    used = next((start["precision"] for start in reversed(starts) if start["device"] == "cpu"), None)
+    on_cpu = [start["precision"] for start in starts if start["device"] == "cpu"]
+    used = on_cpu[-1] if on_cpu and on_cpu[-1] in ("fp32", *DTYPES) else None
     set_numerics(tf32=machine.tf32, deterministic=machine.deterministic)
     num_workers = default_workers(processes_here) if machine.num_workers is None else machine.num_workers
     executor = choose_executor(machine.views, device, max_side=max_side, num_workers=num_workers)
@@ -275,29 +276,37 @@ def bytes_of_image(views: ViewOptions, max_side: int | None, source: ImageSource
     return sum(known) // len(known) if known else 3 * views.global_size**2
 
 
-def check_all_agree(run_dir: Path, first_step: int, images: dict[str, Any], executor: str) -> None:
-    """Check that all processes have the same step, images, and executor of views. Also a barrier.
+def check_all_agree(
+    run_dir: Path, first_step: int, images: dict[str, Any], executor: str, precision: str
+) -> None:
+    """Check that all processes have the same step, images, executor of views, and precision. Also a barrier.
 
     Raises:
         UserError: they differ between processes.
     """
-    everyone = gather_objects((first_step, images, executor))
-    steps = sorted({step for step, _, _ in everyone})
+    everyone = gather_objects((first_step, images, executor, precision))
+    steps = sorted({step for step, *_ in everyone})
     if len(steps) > 1:
         raise UserError(
             f"run_dir {str(run_dir)!r}: processes find different checkpoints (steps {steps}); use one folder "
             f"on a file system that all machines share"
         )
-    if any(other != images for _, other, _ in everyone):
-        numbers = sorted({other["num_images"] for _, other, _ in everyone})
+    if any(other != images for _, other, *_ in everyone):
+        numbers = sorted({other["num_images"] for _, other, *_ in everyone})
         raise UserError(
             f"data.path: processes find different images ({numbers}, or other file names); use the same "
             f"images on every machine"
         )
-    if any(other != executor for _, _, other in everyone):
+    if any(other != executor for *_, other, _ in everyone):
         raise UserError(
             "machine.views is auto, but some processes would make views on the GPU and others by PIL, since "
             "machines differ in workers or in a C compiler; set machine.views to device or pil"
+        )
+    precisions = sorted({other for *_, other in everyone})
+    if len(precisions) > 1:
+        raise UserError(
+            f"machine.precision is auto, which is {' and '.join(precisions)} on different machines; set it, "
+            f"for example to fp32"
         )
 
 
