@@ -197,7 +197,7 @@ def test_automatic_precision_on_a_cpu(hardware, width, used, expected, monkeypat
     assert ("does not multiply it in hardware" in caplog.text) == (expected == "bf16" and not hardware)
 
 
-def test_a_run_keeps_the_automatic_precision_of_its_first_start(tmp_path, monkeypatch):
+def test_a_run_keeps_its_automatic_precision(tmp_path, monkeypatch):
     write_pictures(tmp_path / "data", 8)
     changes = {"machine__precision": "auto", "log__checkpoint_every_minutes": 1e-9}
     options = tiny_options(tmp_path / "data", tmp_path / "run", **changes)

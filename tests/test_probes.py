@@ -220,7 +220,14 @@ def test_a_classifier_that_is_missing_or_broken(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "shape"),
-    [("{", (3, 5)), ("[]", (3, 5)), ('{"format": 1}', (4, 5)), ('{"format": 7}', (3,)), (None, (3, 5))],
+    [
+        ("{", (3, 5)),
+        ("[]", (3, 5)),
+        ('{"format": 1}', (4, 5)),
+        ('{"format": 7}', (3,)),
+        (None, (3, 5)),
+        ('{"format": 1, "classes": ["a", "b", "c"], "learning_rate": 0}', (3, 5)),
+    ],
 )
 def test_a_file_that_is_no_classifier_of_ours(tmp_path, content, shape):
     tensors = {"weight": torch.zeros(shape), "bias": torch.zeros(3)}

@@ -6,6 +6,7 @@ Axis letters: S classes, F input dimensions, P probes, B images, N images of a t
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +124,8 @@ def load_classifier(path: Path) -> SavedClassifier:
             weight, bias = (file.get_tensor(name) for name in ("weight", "bias"))
         if content["format"] != FORMAT or weight.shape != (len(content["classes"]), weight.shape[1]):
             raise ValueError("another format")
+        if not 0 < content["learning_rate"] < math.inf:
+            raise ValueError("a learning rate that is not above 0")
         check_finite({"weight": weight, "bias": bias}, f"evaluate {str(path)!r}")
         return SavedClassifier(
             Probe(content["feature"], content["num_blocks"], content["learning_rate"]),

@@ -36,6 +36,7 @@ DIFFERENCES = (
     "differences in percentage points, with a 95 % interval by a paired bootstrap over the test images "
     f"({NUM_RESAMPLES:,} resamples), which does not cover the choice of seeds"
 )
+SEEDS_ROW = "  over seeds"
 OVER_SEEDS = "the interval over seeds is a 95 % t-interval of the differences between runs with equal seeds"
 
 
@@ -158,7 +159,7 @@ def compare_groups(groups: Sequence[Group], control: Group | None, remark: str =
             cells, reasons = _differences(measure, groups, control)
             rows += [[f"  difference to {control.label}", *cells]] if set(cells) - {"", NOTHING} else []
             over_seeds = [_over_seeds(measure, group, control) for group in groups]
-            rows += [["  over seeds", *over_seeds]] if any(over_seeds) else []
+            rows += [[SEEDS_ROW, *over_seeds]] if any(over_seeds) else []
             notes += [f"{name}: {reason}" for reason in reasons]
     legend = []
     for group in groups:
@@ -168,7 +169,7 @@ def compare_groups(groups: Sequence[Group], control: Group | None, remark: str =
     legend += ["mean ± sample standard deviation over seeds"] * (max(counts, default=0) > 1)
     legend += ["one run: ± one standard error, from its number of test images"] * (1 in counts)
     legend += [remark] if len(groups) > 1 else []
-    legend += [OVER_SEEDS] if any(row[0] == "  over seeds" for row in rows) else []
+    legend += [OVER_SEEDS] if any(row[0] == SEEDS_ROW for row in rows) else []
     if control is not None:
         theirs = _seeds(control)
         legend += [
