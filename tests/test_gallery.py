@@ -89,7 +89,7 @@ def test_the_program_end_to_end(run_dir, pictures, tmp_path, capsys, monkeypatch
         draw_grid(rows, titles, path, heading, **options)
 
     monkeypatch.setattr("dino_sparo.slots.gallery.draw_grid", draw)
-    assert run(run_dir, pictures, tmp_path, "--num_images=3", "--num_neighbours=2") == 0
+    assert run(run_dir, pictures, tmp_path, "--num_images=3", "--num_neighbors=2") == 0
     content = read(tmp_path)
     assert (content["run"], content["data"]) == (str(run_dir), str(pictures))
     source, encoder = open_images(str(pictures)), load_encoder(run_dir)
@@ -113,8 +113,8 @@ def test_the_program_end_to_end(run_dir, pictures, tmp_path, capsys, monkeypatch
             cosines = torch.cosine_similarity(slots[:, slot], slots[number, slot][None])
             cosines[number] = -2
             nearest = cosines.argsort(descending=True)[:2].tolist()
-            assert [near["image"] for near in top["neighbours"]] == [names[other] for other in nearest]
-            found = [near["cosine"] for near in top["neighbours"]]
+            assert [near["image"] for near in top["neighbors"]] == [names[other] for other in nearest]
+            found = [near["cosine"] for near in top["neighbors"]]
             assert found == pytest.approx(cosines[nearest].tolist(), abs=1e-3)
             for column, other in enumerate((number, *nearest)):
                 plain, drawn_over = np.split(rows[row][column][:, [*range(224), *range(-224, 0)]], 2, axis=1)
@@ -124,7 +124,7 @@ def test_the_program_end_to_end(run_dir, pictures, tmp_path, capsys, monkeypatch
                 name, text = titles[row][column].split("\n")
                 assert name == Path(names[other]).name and text.endswith(f"class{other // 3}")
         assert f"response {entry['top'][0]['response']:.2f}" in titles[0][0]
-        assert f"cosine {entry['top'][0]['neighbours'][0]['cosine']:.3f}" in titles[0][1]
+        assert f"cosine {entry['top'][0]['neighbors'][0]['cosine']:.3f}" in titles[0][1]
         picture = np.asarray(Image.open(tmp_path / "gallery" / entry["picture"]).convert("RGB"))
         assert min(picture.shape[:2]) > 3 * 100 and picture.std() > 10  # three rows of three
     assert f"2 slots over 6 images: {tmp_path / 'gallery'}" in capsys.readouterr().out
@@ -136,7 +136,7 @@ def test_chosen_slots_and_pictures_of_an_earlier_run(run_dir, pictures, tmp_path
     folder = tmp_path / "gallery"
     assert {path.name for path in folder.iterdir()} == {"gallery.json", "slot00.png", "slot01.png"}
     whole = read(tmp_path)["slots"]
-    assert len(whole[0]["top"]) == 6 and len(whole[0]["top"][0]["neighbours"]) == 4
+    assert len(whole[0]["top"]) == 6 and len(whole[0]["top"][0]["neighbors"]) == 4
     assert run(run_dir, pictures, tmp_path, "--slots=[1]") == 0
     assert {path.name for path in folder.iterdir()} == {"gallery.json", "slot01.png"}
     assert read(tmp_path)["slots"] == [whole[1]]
@@ -146,5 +146,5 @@ def test_one_image_has_no_neighbors(run_dir, tmp_path):
     write_pictures(tmp_path / "pictures", 1)
     assert run(run_dir, tmp_path / "pictures" / "train" / "class0", tmp_path) == 0
     for entry in read(tmp_path)["slots"]:
-        assert [(top["response"], top["neighbours"]) for top in entry["top"]] == [(0.0, [])]
+        assert [(top["response"], top["neighbors"]) for top in entry["top"]] == [(0.0, [])]
         assert (tmp_path / "gallery" / entry["picture"]).exists()

@@ -59,7 +59,7 @@ def test_images_without_classes(refused, slot_runs, command):
         ("maps", "--slots=[-1]", "slots is [-1]; expected a list, each a whole number of at least 0"),
         ("maps", "--slots=[1,1]", "slots has 1 more than once; give it once"),
         ("maps", "--images=[60]", "images has 60; expected numbers from 0 to 59, since there are 60 images"),
-        ("gallery", "--num_neighbours=0", "num_neighbours is 0; expected a whole number above 0"),
+        ("gallery", "--num_neighbors=0", "num_neighbors is 0; expected a whole number above 0"),
         ("maps", "--short_side=7", "short_side is 7; expected at least 8"),
         ("neighbors", "--num_images=0", "num_images is 0; expected a whole number above 0"),
         ("rank", "--k=40", "k is 40; expected 1 to 39"),

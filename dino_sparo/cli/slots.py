@@ -73,7 +73,7 @@ class SlotGalleryOptions(CachedSlotsOptions):
     """Indices of the slots; null: all."""
     num_images: int = 6
     """Number of images per slot, those to which it responds most."""
-    num_neighbours: int = 4
+    num_neighbors: int = 4
     """Number of nearest neighbors of each of these images."""
 
 
@@ -183,7 +183,7 @@ def gallery(options: SlotGalleryOptions) -> None:
         *(_cut(options)[0], source, folder),
         slots=options.slots,
         num_images=options.num_images,
-        num_neighbors=options.num_neighbours,
+        num_neighbors=options.num_neighbors,
     )
     _write(options, folder / "gallery.json", {"slots": entries})
     print(f"{counted(len(entries), 'slot')} over {counted(len(source), 'image')}: {folder}")

@@ -78,7 +78,7 @@ def slot_gallery(
             {
                 "image": source.name(number),
                 "response": response,
-                "neighbours": [
+                "neighbors": [
                     {"image": source.name(other), "cosine": cosine}
                     for other, cosine in zip(others, similar, strict=True)
                 ],
@@ -170,9 +170,9 @@ def _draw(folder: Path, entry: dict[str, Any], pairs: list[Picture], classes: li
     """Draw a row for each image, followed by its neighbors, each with its attention map."""
     titles = []
     for top, row in zip(entry["top"], classes, strict=True):
-        names = [file_name(one["image"], PAIR_INCHES) for one in (top, *top["neighbours"])]
+        names = [file_name(one["image"], PAIR_INCHES) for one in (top, *top["neighbors"])]
         values = [f"response {top['response']:.2f}"]
-        values += [f"cosine {near['cosine']:.3f}" for near in top["neighbours"]]
+        values += [f"cosine {near['cosine']:.3f}" for near in top["neighbors"]]
         texts = [", ".join(filter(None, pair)) for pair in zip(values, row, strict=True)]
         titles.append([f"{name}\n{text}" for name, text in zip(names, texts, strict=True)])
     columns = len(titles[0])
