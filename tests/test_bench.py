@@ -238,7 +238,8 @@ def few_products(monkeypatch):
 
 
 ARGUMENTS = ("--batch_size=2", "--rounds=2", "--num_images=2", "--seconds=0.01", "--device=cpu")
-STAGES = [*("read", "decode", "draw views", "views by PIL", "views on the device"), *(*RANGES, "whole step")]
+STAGES = ["read", "decode", "decode to tensor", "draw views", "views by PIL", "views on the device"]
+STAGES += [*RANGES, "whole step"]
 
 
 @pytest.mark.long

@@ -10,11 +10,12 @@ import pytest
 import torch
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
+from torchvision.io import decode_jpeg
 
 from dino_sparo.bench.timing import HOST_WAITS
 from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.data import device_views, pil_views
-from dino_sparo.data.decode import decode, size_of
+from dino_sparo.data.decode import decode, decode_pixels, size_of
 from dino_sparo.data.device_views import collate_photos, make_crops, numbers_of, repeated, to_pixels
 from dino_sparo.data.images import normalize, to_tensor
 from dino_sparo.data.loader import (
@@ -269,3 +270,77 @@ def test_a_bound_keeps_the_picture():
     difference = np.abs(np.array(decode(KINDS["large"], 1024)).astype(int) - np.array(whole))
     assert difference.mean() < 3
     assert decode(encoded(Image.new("RGB", (9000, 2)), "PNG"), 1000).size == (1000, 1)
+
+
+# --- Decoding to tensors
+
+FILES = [
+    *(("JPEG", "RGB", {"quality": 90, "subsampling": number}) for number in (0, 1, 2)),
+    ("JPEG", "RGB", {"progressive": True}),
+    ("JPEG", "RGB", {"restart_marker_blocks": 2, "optimize": True}),
+    ("JPEG", "RGB", {"keep_rgb": True, "quality": 100}),
+    *(("JPEG", mode, {"quality": 60}) for mode in ("L", "CMYK", "1")),
+    *(("PNG", mode, {}) for mode in ("RGB", "RGBA", "P", "I;16")),
+]
+
+
+def exif(orientation):
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
+
+
+def outcome(decoder, data, max_side=None):
+    """Pixels, or the type of the error."""
+    try:
+        return np.asarray(decoder(data, max_side))
+    except Exception as error:
+        return type(error)
+
+
+@pytest.mark.parametrize("size", [(120, 90), (17, 3), (1, 1), (8, 65)])
+@pytest.mark.parametrize(("kind", "mode", "options"), FILES)
+def test_tensors_are_decoded_to_the_pixels_of_pillow(kind, mode, options, size):
+    image = photo(240, 180).resize(size).convert("L" if mode == "I;16" else mode)
+    image = Image.fromarray(np.array(image, np.uint16) * 257) if mode == "I;16" else image
+    for more in ({}, {"exif": exif(6)}):
+        data = encoded(image, kind, **options, **more)
+        for max_side in (None, 60):
+            found = decode_pixels(data, max_side)
+            assert found.dtype == torch.uint8 and found.is_contiguous()
+            np.testing.assert_array_equal(found.numpy(), np.array(decode(data, max_side)))
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}])
+def test_damaged_files_are_decoded_as_by_pillow_and_nothing_is_printed(options, capfd):
+    good, rng = encoded(photo(), "JPEG", quality=90, **options), np.random.default_rng(0)
+    read = 0
+    for number in range(150):
+        data = bytearray(good[: None if number % 5 else rng.integers(20, len(good))])
+        for place in rng.integers(20, len(data), 1 + number % 3):
+            data[place] = rng.integers(256)
+        expected, found = (outcome(decoder, bytes(data)) for decoder in (decode, decode_pixels))
+        read += isinstance(expected, np.ndarray)
+        assert np.array_equal(found, expected)
+    assert 30 < read < 140
+    assert capfd.readouterr() == ("", "")
+
+
+def test_torchvision_decodes_in_workers_alone(tmp_path, monkeypatch):
+    (tmp_path / "a.jpg").write_bytes(encoded(photo(), "JPEG"))
+    (tmp_path / "b.jpg").write_bytes(b"\xff\xd8\xff")
+    dataset = CropsDataset(open_images(str(tmp_path)), recipes(), 0, executor="device")
+    pixels, numbers = dataset[0, 0].made
+    calls = []
+
+    def counted(*arguments, **options):
+        calls.append(1)
+        return decode_jpeg(*arguments, **options)
+
+    monkeypatch.setattr("torchvision.io.decode_jpeg", counted)
+    assert torch.equal(dataset[0, 0].made[0], pixels) and not calls
+    monkeypatch.setattr("dino_sparo.data.loader.get_worker_info", lambda: True)
+    ours = dataset[0, 0].made
+    assert torch.equal(ours[0], pixels) and ours[1] == numbers and len(calls) == 1
+    with pytest.raises(UserError, match=r"b\.jpg"):
+        dataset[0, 1]

@@ -106,7 +106,13 @@ def of_images() -> Kind:
         size_of(images.read(number))
         evaluation_crop(images.load(number, max_side), 32)
 
-    return Kind(24, many, list(many), [partial(read, max_side=None), partial(read, max_side=100)])
+    def read_pixels(folder, name):
+        images = source(folder)
+        images.pixels(next(i for i in range(len(images)) if images.name(i).endswith(f"/{name}")))
+
+    return Kind(
+        24, many, list(many), [partial(read, max_side=None), partial(read, max_side=100), read_pixels]
+    )
 
 
 def of_shards() -> Kind:

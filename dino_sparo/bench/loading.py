@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from dino_sparo.data import pil_views
-from dino_sparo.data.decode import decode
+from dino_sparo.data.decode import decode, decode_pixels
 from dino_sparo.data.images import to_tensor
 from dino_sparo.data.loader import CropsDataset
 from dino_sparo.data.sources import ImageSource, open_images
@@ -25,6 +25,7 @@ from dino_sparo.files import named
 from dino_sparo.parallel.device import wait_for
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 90
+IMAGE_STAGES = ("read", "decode", "decode to tensor", "draw views", "views by PIL")
 FINEST_CELLS = 256  # cells of the finest noise across a generated image
 
 
@@ -64,7 +65,8 @@ def generated_photo(number: int) -> Image.Image:
 
 
 def image_stages(dataset: CropsDataset, num_images: int) -> dict[str, list[float]]:
-    """Seconds per image on one core: read, decode, draw the random numbers of its views, make them by PIL.
+    """Seconds per image on one core: read, decode for views by PIL, decode for views on the device, draw the
+    random numbers of the views, make them by PIL.
 
     The first image is a warm-up and does not count. Files are read from the page cache.
     """
@@ -75,8 +77,7 @@ def image_stages(dataset: CropsDataset, num_images: int) -> dict[str, list[float
         seconds = [_stage_seconds(dataset, number % len(dataset.source)) for number in range(num_images + 1)]
     finally:
         torch.set_num_threads(threads)
-    names = ("read", "decode", "draw views", "views by PIL")
-    return dict(zip(names, np.transpose(seconds[1:]).tolist(), strict=True))
+    return dict(zip(IMAGE_STAGES, np.transpose(seconds[1:]).tolist(), strict=True))
 
 
 def _stage_seconds(dataset: CropsDataset, sample: int) -> list[float]:
@@ -84,6 +85,9 @@ def _stage_seconds(dataset: CropsDataset, sample: int) -> list[float]:
     data = dataset.source.read(sample)
     marks.append(time.perf_counter())
     image = decode(data) if data else dataset.source.load(sample)
+    marks.append(time.perf_counter())
+    if data:
+        decode_pixels(data)
     marks.append(time.perf_counter())
     views = dataset.views_of(image, 0, sample)
     marks.append(time.perf_counter())

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dino_sparo.bench.loading import end_to_end, image_stages
+from dino_sparo.bench.loading import IMAGE_STAGES, end_to_end, image_stages
 from dino_sparo.bench.plain import PlainState, PlainViews, plain_batches, plain_state, plain_step
 from dino_sparo.bench.timing import host_waits, interleaved, profiled, range_seconds, spread, spread_of_ratios
 from dino_sparo.check.counting import GPUS, find_gpu
@@ -302,11 +302,11 @@ def report(result: dict[str, Any]) -> str:
         "{cores} cores, torch {torch}".format(**result),
         f"{result['data']}; read from the page cache; {result['rounds']} rounds",
         "",
-        f"{'stage alone':<24}{'median ms':>11}{'10 %':>10}{'90 %':>10}{'images/s':>11}",
+        f"{'stage alone':<26}{'median ms':>11}{'10 %':>10}{'90 %':>10}{'images/s':>11}",
     ]
     for name, found in result["stages"].items():
-        of_image = name in ("read", "decode", "draw views", "views by PIL")  # the others are for a batch
-        lines.append(_row(f"{name}, one core" if of_image else name, found))
+        one_image = name in IMAGE_STAGES  # the others are for a batch
+        lines.append(_row(f"{name}, one core" if one_image else name, found))
     lines += ["", f"host waits for the device per step: {_listed(result['host_waits_per_step'])}"]
     peaks = [f"{peak / 1e12:.2f} TFLOP/s {name}" for name, peak in result["peak_flops"].items() if peak]
     lines.append(
@@ -341,7 +341,7 @@ def _compared_text(compared: dict[str, Any], rounds: int) -> list[str]:
 
 def _row(name: str, found: dict[str, float]) -> str:
     numbers = "{median_ms:>11.2f}{p10_ms:>10.2f}{p90_ms:>10.2f}{images_per_second:>11.1f}"
-    return f"{name:<24}{numbers.format(**found)}"
+    return f"{name:<26}{numbers.format(**found)}"
 
 
 def _end_to_end(found: dict[str, float], who: str = "") -> str:

@@ -16,19 +16,30 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dino_sparo.data.decode import AS_IS, Reading, UnreadableImageError, decode, problem_of
+from dino_sparo.data.decode import (
+    AS_IS,
+    Reading,
+    UnreadableImageError,
+    decode,
+    decode_pixels,
+    problem_of,
+)
 from dino_sparo.data.split_names import about_images, same_name
 from dino_sparo.data.walk import EXTENSIONS, THREADS, Folder, named_by_ending, state_now, walk
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.files import atomic_write, cache_folder, open_regular, parsed_json, temporary_folder
 from dino_sparo.terminal import log
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
 MAGIC = b"dino_sparo index 1\n"  # contains the number of the format
 ALIGNMENT = 64
 STAT_THREADS, STAT_FILES = 16, 4096
@@ -275,10 +286,17 @@ class IndexedSource:
         return index if self.chosen is None else int(self.chosen[index])
 
     def load(self, index: int, max_side: int | None = None) -> Image.Image:
+        return self._decoded(decode, index, max_side)
+
+    def pixels(self, index: int, max_side: int | None = None) -> "Tensor":
+        """The pixels of `load`, uint8 (height, width, 3), for workers. Raises UnreadableImageError."""
+        return self._decoded(decode_pixels, index, max_side)
+
+    def _decoded(self, by: Callable[[bytes, int | None, Reading], T], index: int, max_side: int | None) -> T:
         data = b""
         try:
             data = self.read(index)
-            return decode(data, max_side, self.reading)
+            return by(data, max_side, self.reading)
         except Exception as error:  # a damaged file makes Pillow raise anything
             raise UnreadableImageError(self.name(index), problem_of(data, error)[1]) from error
 

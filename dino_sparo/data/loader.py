@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 from torchvision.utils import make_grid
 
 from dino_sparo.data import color, pil_views
@@ -29,6 +29,7 @@ from dino_sparo.data.device_views import (
     to_pixels,
 )
 from dino_sparo.data.images import normalize, to_tensor
+from dino_sparo.data.index import IndexedSource
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.views import NUM_GLOBAL_CROPS, CropKind, View, draw_view, sample_order, substitute_sample
 from dino_sparo.data.workers import PATIENCE_SECONDS, WatchedLoader
@@ -93,27 +94,33 @@ class CropsDataset(Dataset):
         epoch, sample = item
         image, replaced = self._load(epoch, sample)
         views = self.views_of(image, epoch, sample)
-        if self.executor == "pil":
-            return LoadedImage([to_tensor(pil_views.execute(image, view)) for view in views], replaced)
-        numbers = [numbers_of(view, self.blur_taps) for view in views]
-        return LoadedImage((to_pixels(image), numbers), replaced)
+        if isinstance(image, Tensor):
+            return LoadedImage((image, [numbers_of(view, self.blur_taps) for view in views]), replaced)
+        return LoadedImage([to_tensor(pil_views.execute(image, view)) for view in views], replaced)
 
-    def views_of(self, image: Image.Image, epoch: int, sample: int) -> list[View]:
+    def views_of(self, image: Image.Image | Tensor, epoch: int, sample: int) -> list[View]:
         """The random numbers of all crops of an image."""
-        size = {"image_width": image.width, "image_height": image.height}
+        height, width = image.shape[:2] if isinstance(image, Tensor) else image.size[::-1]
+        size = {"image_width": width, "image_height": height}
         return [
             draw_view(kind, seed=self.seed, epoch=epoch, sample=sample, crop=crop, **size)
             for crop, kind in enumerate(self.crop_kinds)
         ]
 
-    def _load(self, epoch: int, sample: int) -> tuple[Image.Image, list[Replaced]]:
+    def _open(self, number: int) -> Image.Image | Tensor:
+        """An image of the source, for views by PIL or on the device. Raises UnreadableImageError."""
+        if self.executor == "device" and isinstance(self.source, IndexedSource) and get_worker_info():
+            return self.source.pixels(number, self.max_side)
+        image = self.source.load(number, self.max_side)
+        return to_pixels(image) if self.executor == "device" else image
+
+    def _load(self, epoch: int, sample: int) -> tuple[Image.Image | Tensor, list[Replaced]]:
         """An image or its substitute, and the images that were replaced."""
         errors: list[UnreadableImageError] = []
         number, num_samples = sample, len(self.source)
         while True:
             try:
-                image = self.source.load(number, self.max_side)
-                return image, [(error.name, error.reason) for error in errors]
+                return self._open(number), [(error.name, error.reason) for error in errors]
             except UnreadableImageError as error:
                 errors.append(error)
             attempt = len(errors)
