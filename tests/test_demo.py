@@ -39,27 +39,27 @@ def test_generated_pictures(tmp_path, capsys):
         assert_is_picture(tmp_path / name)
 
 
-@pytest.mark.parametrize(("count", "limit", "used"), [(7, "null", 7), (60, "null", 40), (60, 12, 12)])
+@pytest.mark.parametrize(("count", "limit", "used"), [(7, "null", 7), (60, "null", 20), (60, 12, 12)])
 def test_own_folder_takes_as_many_steps(tmp_path, monkeypatch, count, limit, used):
-    monkeypatch.setitem(SHAPES_SIZES, "train", 20)  # the recipe's eight epochs, of 20 pictures each
+    monkeypatch.setitem(SHAPES_SIZES, "train", 20)  # the recipe's four epochs, of 20 pictures each
     write_pictures(tmp_path, count)
-    options = tiny_options(tmp_path, tmp_path / "run", data__max_images=limit, optim__epochs=8)
+    options = tiny_options(tmp_path, tmp_path / "run", data__max_images=limit, optim__epochs=4)
     recipe = fitted_to_folder(options)
     optim, images = recipe.optim, recipe.data.max_images
     assert images == used
-    assert optim.epochs * images == pytest.approx(8 * 20, abs=images / 2)
+    assert optim.epochs * images == pytest.approx(4 * 20, abs=images / 2)
     assert optim.freeze_last_layer_epochs < optim.epochs  # or the prototypes never learn
-    assert optim.warmup_epochs == round(optim.epochs / 8)
+    assert optim.warmup_epochs == round(optim.epochs / 4)
 
 
 @pytest.mark.long
 def test_own_flat_folder_and_the_commands_that_are_printed_which_can_be_pasted(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(SHAPES_SIZES, "train", 5)
+    monkeypatch.setitem(SHAPES_SIZES, "train", 10)
     monkeypatch.chdir(tmp_path)
     write_pictures(tmp_path / "data", 7)
-    run_demo(tmp_path / "data" / "train" / "class0", tmp_path / "run", optim__epochs=8)
+    run_demo(tmp_path / "data" / "train" / "class0", tmp_path / "run", optim__epochs=4)
     optim = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["optim"]
-    assert optim["epochs"] == round(8 * 5 / 7)
+    assert optim["epochs"] == round(4 * 10 / 7)
     shown = capsys.readouterr().out
     assert "no 20-NN accuracy, since it needs class folders" in shown and "test images" not in shown
     for name in ("slots.png", "curve.png", "neighbors.png"):

@@ -50,7 +50,7 @@ def test_plan_tells_what_the_run_would_be_and_writes_nothing(tmp_path, capsys):
     assert rows["images"].startswith("20 of ") and "2 classes" in rows["images"]
     assert rows["batch"] == "4 images: 2 x 1 x 2 micro-batches"
     assert rows["steps"] == "5 per epoch, 15 in total (3 epochs)"
-    assert rows["recipe"].startswith("demo, changed: ") and "optim.epochs 8 -> 3" in rows["recipe"]
+    assert rows["recipe"].startswith("demo, changed: ") and "optim.epochs 4 -> 3" in rows["recipe"]
     assert "seed" not in rows["recipe"]
     assert listing(tmp_path) == before
 
