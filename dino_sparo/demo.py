@@ -22,7 +22,8 @@ from dino_sparo.terminal import program
 
 NUM_PICTURES, NUM_SLOTS = 6, 6
 NUM_QUERIES, NUM_NEIGHBORS, NUM_SEARCHED = 4, 5, 1000
-CONTROL = "for comparison (measured once), without slots: 54.3 %, untrained 37.7 %"  # as in eval/studies/demo.md
+# As in eval/studies/demo.md.
+CONTROL = "for comparison (measured once), without slots: 54.3 %, untrained 37.7 %"
 
 
 def show_run(
