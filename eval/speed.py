@@ -33,11 +33,11 @@ NUM_IMAGES, WIDTH, NUM_BLOCKS, BATCH = 4_000, 384, 4, 64
 Contenders = dict[str, Callable[[], object]]
 
 
-def official_search(train: Tensor, test: Tensor) -> None:
-    """As the official `eval_knn.py`: a hundredth of the test images at a time, among all train images."""
+def official_search(train: Tensor, test: Tensor) -> Tensor:
+    """The K nearest as in the official `eval_knn.py`, for a hundredth of the test images at a time."""
     train, test = (F.normalize(features.float()) for features in (train, test))
-    for some in test.chunk(100):
-        torch.mm(some, train.t()).topk(K, largest=True, sorted=True)
+    found = [torch.mm(some, train.t()).topk(K, largest=True, sorted=True) for some in test.chunk(100)]
+    return torch.cat([numbers for _, numbers in found])
 
 
 def searches(width: int, dtype: torch.dtype) -> Contenders:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import runpy
 from contextlib import nullcontext
 from functools import partial
 from itertools import repeat
@@ -31,6 +32,7 @@ from dino_sparo.data.images import normalize
 from dino_sparo.data.loader import CropsDataset
 from dino_sparo.data.sources import open_images
 from dino_sparo.data.views import crop_kinds
+from dino_sparo.evaluation.search import nearest
 from dino_sparo.models import DINOHead, DinoModel, Sparo, build_encoder
 from dino_sparo.models.cost import bytes_saved_for_backward
 from dino_sparo.training.loss import DINOLoss
@@ -38,6 +40,7 @@ from dino_sparo.training.pretrain import train_step
 from dino_sparo.training.schedules import Hyperparameters
 from dino_sparo.training.state import state_of
 from tests.recipes import content
+from tests.slurm import ROOT
 from tests.test_trajectory import KEY_BIAS_TOLERANCE, TOLERANCE
 from tests.tiny import tiny_options, write_pictures
 
@@ -299,6 +302,20 @@ def test_mistakes_are_told_in_one_sentence(wrong, message, tmp_path, monkeypatch
     assert main(["bench", *wrong]) == 2
     told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("dino-sparo: error")]
     assert len(told) == 1 and message in told[0]
+
+
+def test_the_script_that_times_evaluations(capsys):
+    names = runpy.run_path(str(ROOT / "eval" / "speed.py"))
+    names["main"].__globals__.update(NUM_TRAIN=300, NUM_TEST=100, NUM_IMAGES=128, WIDTH=8)
+    train, test = torch.randn(300, 8), torch.randn(100, 8)
+    assert torch.equal(names["official_search"](train, test), nearest(train, test, 20)[1])
+    names["main"](1)
+    rows = [line for line in capsys.readouterr().out.splitlines() if " / " in line]
+    pairs = (
+        ["this / official", "faiss / official"] * 2 + ["one / plain", "nine / one"] * 3 + ["this / Pillow"]
+    )
+    assert [row.split("|")[2].strip() for row in rows] == pairs
+    assert all(float(row.split("|")[5].split()[0]) > 0 for row in rows)
 
 
 def test_bytes_saved_are_below_those_of_the_block_and_of_the_direct_form():

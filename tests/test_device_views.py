@@ -344,3 +344,5 @@ def test_torchvision_decodes_in_workers_alone(tmp_path, monkeypatch):
     assert torch.equal(ours[0], pixels) and ours[1] == numbers and len(calls) == 1
     with pytest.raises(UserError, match=r"b\.jpg"):
         dataset[0, 1]
+    monkeypatch.delattr("torchvision.io.decode_jpeg")
+    assert torch.equal(dataset[0, 0].made[0], pixels) and len(calls) == 1

@@ -2,6 +2,7 @@
 
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
@@ -257,18 +258,20 @@ def decode_pixels(data: bytes, max_side: int | None = None, reading: Reading = A
     """The pixels of `decode`, uint8 (height, width, 3), for workers: standard error is closed meanwhile.
 
     torchvision decodes gray and color JPEG files to the same pixels in less time, since no PIL image is made.
+    Whatever it does not decode, Pillow decodes; all, once torchvision has no decoder (deprecated since 0.29).
 
     Raises:
         Exception: as `decode`.
     """
     import torch  # here, since commands that need no torch read images too
-    from torchvision.io import ImageReadMode, decode_jpeg
 
     with open_image(data, reading) as image:
         plain = image.format == "JPEG" and image.mode in ("RGB", "L")
         plain = plain and bounded(image.size, max_side) == image.size
     if plain:
-        with suppress(RuntimeError), _without_standard_error():  # Pillow gives the reason
+        with suppress(Exception), warnings.catch_warnings(action="ignore"), _without_standard_error():
+            from torchvision.io import ImageReadMode, decode_jpeg
+
             content = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             return decode_jpeg(content, mode=ImageReadMode.RGB).permute(1, 2, 0)
     return torch.from_numpy(np.array(decode(data, max_side, reading)))
