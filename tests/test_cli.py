@@ -112,7 +112,7 @@ def test_second_start_says_that_the_run_is_complete(trained, capsys, caplog):
 @pytest.mark.parametrize(
     ("key", "before", "now"),
     [
-        ("optim.lr_per_256", "0.008", "0.016"),
+        ("optim.lr_per_256", "0.006", "0.012"),
         ("views.global_scale", "[0.4, 1.0]", "[0.5, 1.0]"),
         ("model.arch.width", "16", "32"),
     ],
