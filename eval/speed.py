@@ -34,9 +34,9 @@ Contenders = dict[str, Callable[[], object]]
 
 
 def official_search(train: Tensor, test: Tensor) -> Tensor:
-    """The K nearest as in the official `eval_knn.py`, for a hundredth of the test images at a time."""
+    """The K nearest as in the official `eval_knn.py`, by 500 test images at a time, as on ImageNet."""
     train, test = (F.normalize(features.float()) for features in (train, test))
-    found = [torch.mm(some, train.t()).topk(K, largest=True, sorted=True) for some in test.chunk(100)]
+    found = [torch.mm(some, train.t()).topk(K, largest=True, sorted=True) for some in test.split(500)]
     return torch.cat([numbers for _, numbers in found])
 
 
@@ -103,11 +103,10 @@ def main(rounds: int) -> None:
     """Print the table."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        parts: list[tuple[str, Contenders, list[tuple[str, str]]]] = [
-            (f"k-NN, {NUM_TRAIN:,} x {NUM_TEST:,}, {width} wide, {dtype}", searches(width, dtype), pairs)
-            for width, dtype in ((384, torch.float32), (4096, torch.float16))
-            for pairs in [[("this", "official"), ("faiss", "official")]]
-        ]
+        parts: list[tuple[str, Contenders, list[tuple[str, str]]]] = []
+        for width, dtype in ((384, torch.float32), (4096, torch.float16)):
+            name = f"k-NN, {NUM_TRAIN:,} x {NUM_TEST:,}, {width} wide, {dtype}"
+            parts.append((name, searches(width, dtype), [("this", "official"), ("faiss", "official")]))
         for number in (10, 100, 1000):
             name = f"an epoch of linear probes, {number:,} classes"
             parts.append((name, probes(number), [("one", "plain"), ("nine", "one")]))

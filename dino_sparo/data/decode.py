@@ -280,14 +280,14 @@ def decode_pixels(data: bytes, max_side: int | None = None, reading: Reading = A
 @contextmanager
 def _without_standard_error() -> Iterator[None]:
     """Discard what C code prints about damaged data, since it does not name the file."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    kept = os.dup(2)
     try:
-        os.dup2(nowhere, 2)
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
         yield
     finally:
         os.dup2(kept, 2)
         os.close(kept)
-        os.close(nowhere)
 
 
 def size_of(data: bytes, max_side: int | None = None) -> tuple[int, int] | None:
