@@ -94,7 +94,7 @@ def pretrain(options: PretrainOptions) -> None:
 
     source = pretrain(options, Path(options.run_dir), resume_unverified=options.resume_unverified)
     run = shlex.quote(options.run_dir)
-    if source.labels is not None and len(source.classes) > 1:
+    if len(source.classes) > 1:  # also of stl10, whose unlabeled images are learned from too
         log.info("the run is in %s; to evaluate it: dino-sparo knn %s", run, run)
     else:
         log.info("the run is in %s; to use its features: dino-sparo embed %s --out features.npz", run, run)
