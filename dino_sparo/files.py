@@ -132,15 +132,23 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def alone_in(folder: Path, *, wait: bool = True) -> Iterator[None]:
-    """Lock a folder; creates no file. On a file system without locks, only log that there are none.
+    """Lock a folder, on NFS a file in it. On a file system without locks, only log that there are none.
 
     Raises:
         UserError: another process holds the lock of an output folder, and `wait` is false.
         OSError: the folder cannot be opened.
     """
     descriptor = os.open(folder, os.O_RDONLY)
+    kind = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        try:
+            fcntl.flock(descriptor, kind)
+        except OSError as error:
+            if error.errno != errno.EBADF:
+                raise
+            with open(folder / ".lock_files", "a") as file:  # NFS locks only what is open for writing
+                os.dup2(file.fileno(), descriptor)
+            fcntl.flock(descriptor, kind)
     except BlockingIOError as error:
         os.close(descriptor)
         raise UserError(f"--out {str(folder)!r}: another process writes to it; wait until it ends") from error

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -10,15 +9,12 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.summary.writer.record_writer import masked_crc32c
 
 from dino_sparo.__main__ import main
 from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.errors import EXIT_USER_ERROR
 from dino_sparo.files import COMPILED, clean_lines, read_lines
 from dino_sparo.runs.checkpoint import load_latest
-from dino_sparo.runs.events import checksums, framed
 from dino_sparo.runs.rundir import read_starts
 from dino_sparo.runs.runlog import RunLog, each_metric, read_metrics
 from tests.running import finished
@@ -126,51 +122,6 @@ def test_a_run_is_refused_in_one_sentence_without_what_it_needs(name, damage, sa
         assert main(["knn", str(stopped), "--device=cpu"]) == 2
         told = capsys.readouterr().err
         assert told.count("error: ") == 1 and said in told
-
-
-def lose(data: bytes, first: int, last: int) -> bytes:
-    return data[: first + 20] + data[last:]
-
-
-def flip_a_bit(data: bytes, first: int, last: int) -> bytes:
-    at = (first + last) // 2
-    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        flip_a_bit,
-        lambda data, first, last: data[:first] + b"\xff" + data[first + 1 :],  # its length
-        lambda data, first, last: data[:first] + bytes(last - first) + data[last:],
-        lose,
-        lambda data, first, last: data[:first] + b"more" + data[first:],
-    ],
-    ids=["data", "length", "zeros", "lost", "more"],
-)
-def test_entries_of_tensorboard_behind_a_damaged_one_are_kept_and_it_is_told(damage, whole, stopped, caplog):
-    (path,) = (stopped / "tensorboard").iterdir()
-    data = path.read_bytes()
-    entries = [record for record in framed(data) if b"loss/loss" in data[slice(*record)]]
-    path.write_bytes(damage(data, *entries[0]))
-    assert resume(whole, stopped) == 0
-    assert re.search(f"WARNING: {path}: [12] of its records cannot be read", caplog.text)
-    events = EventAccumulator(str(stopped / "tensorboard")).Reload()
-    steps = [event.step for event in events.Scalars("loss/loss")]
-    assert steps[-1:] == [3] and (len(steps) > 1 or damage is lose) and events.Tags()["images"]
-
-
-def test_a_last_entry_of_tensorboard_that_a_kill_has_cut_is_no_damage(whole, stopped, caplog):
-    (path,) = (stopped / "tensorboard").iterdir()
-    before = path.read_bytes()
-    path.write_bytes(before + before[:20])
-    assert resume(whole, stopped) == 0
-    assert "of its records" not in caplog.text and path.read_bytes()[:-20] == before
-
-
-def test_checksums_are_those_of_tensorboard():
-    records = [bytes(range(count % 256)) * 3 for count in (2, 50, 85, 86, 255)]
-    assert checksums(records) == [masked_crc32c(record) for record in records]
 
 
 def test_what_was_set_aside_before_stays(whole, stopped):

@@ -1,5 +1,6 @@
 """What goes wrong in one process ends all of them, in time, with one message, and loses nothing."""
 
+import errno
 import fcntl
 import json
 import os
@@ -20,7 +21,7 @@ from dino_sparo.files import alone_in
 from dino_sparo.parallel.launch import status_after
 from dino_sparo.runs import checkpoint
 from dino_sparo.runs.checkpoint import load_latest
-from dino_sparo.runs.rundir import lock_run_dir
+from dino_sparo.runs.rundir import check_same_experiment, lock_run_dir
 from dino_sparo.training import pretrain as program
 from dino_sparo.training.loss import DINOLoss
 from dino_sparo.training.state import capture_state
@@ -231,6 +232,25 @@ def test_file_systems_without_locks_are_told(function, lock, tmp_path, monkeypat
     monkeypatch.setattr(fcntl, function, missing)
     with caplog.at_level("INFO", logger="dino_sparo"), lock(tmp_path):
         assert "has no locks" in caplog.text
+
+
+def test_folders_are_locked_where_only_files_can_be(tmp_path, monkeypatch, caplog):
+    """As on NFS."""
+    lock = fcntl.flock
+
+    def of_nfs(descriptor, kind):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        lock(descriptor, kind)
+
+    monkeypatch.setattr(fcntl, "flock", of_nfs)
+    caplog.set_level("INFO", logger="dino_sparo")
+    refused = pytest.raises(UserError, match="another process writes")
+    with alone_in(tmp_path), refused, alone_in(tmp_path, wait=False):
+        pass
+    with alone_in(tmp_path, wait=False):
+        assert "no locks" not in caplog.text
+    check_same_experiment(tmp_path, None)  # a folder with nothing but its lock is a new run folder
 
 
 # --- Disks

@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from dino_sparo.files import clean_lines, named, read_lines, set_aside
 from dino_sparo.parallel.device import wait_for_event
-from dino_sparo.runs.events import clean_events
 from dino_sparo.terminal import colored, log, shows_bars
 
 METRICS_FILE = "metrics.jsonl"
@@ -80,7 +79,6 @@ class RunLog:
             events = run_dir / EVENTS_FOLDER
             if events.exists() and not events.is_dir():
                 set_aside(events, "it is not a folder")
-        clean_events(events)
         cut_from = first_step + 1 if first_step else 0
         self._events = SummaryWriter(str(events), purge_step=cut_from, flush_secs=30)
 
