@@ -94,7 +94,7 @@ def test_full_disk_is_told(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("command", "world_size", "says"),
     [
-        ("knn RUN --data.path x --dry-run", 1, "--dry-run is for pretrain, check, sweep, study, not for knn"),
+        ("knn RUN --data.path x --dry-run", 1, "--dry-run is for pretrain, check, study, not for knn"),
         ("pretrain --config demo --run_dir x --nproc 7 --dry-run", 1, "not divisible"),
         ("pretrain --config demo --run_dir x --dry-run", 2, "torchrun has started several"),
         ("pretrain --config demo --run_dir x --nproc 2", 2, "under torchrun would start processes twice"),
@@ -111,9 +111,12 @@ def test_mistakes(capsys, monkeypatch, command, world_size, says):
     assert says in capsys.readouterr().err
 
 
-def test_sweep_lists_its_runs(tmp_path, capsys):
+def test_a_study_lists_its_runs(tmp_path, capsys):
     arguments = tiny_arguments(Path("shapes"), tmp_path / "sweep", monitor__knn_every_epochs=1)
-    assert main(["sweep", *arguments, "--vary", "model.readout.num_slots=2,4", "--dry-run"]) == 0
+    assert (
+        main(["study", *arguments, "--evaluate=false", "--vary", "model.readout.num_slots=2,4", "--dry-run"])
+        == 0
+    )
     out = capsys.readouterr().out
     assert out.count("would start") == 2 and "num_slots=4: would start" in out and "2 runs of demo" in out
     assert not (tmp_path / "sweep").exists()

@@ -1,4 +1,4 @@
-"""`dino-sparo sweep`: the plan, the table, and resuming after a stop."""
+"""`dino-sparo study --evaluate false`: the plan, the table, and resuming after a stop."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import yaml
 
 from dino_sparo import load_encoder
 from dino_sparo.__main__ import main
-from dino_sparo.cli.pretraining import StudyOptions, planned, sweep
+from dino_sparo.cli.pretraining import StudyOptions, planned, study
 from dino_sparo.errors import StoppedError, UserError
 from dino_sparo.models import build_encoder
 from dino_sparo.models.cost import count_parameters, encoder_cost
@@ -27,7 +27,7 @@ CHANGES = {"monitor__knn_every_epochs": 2, "optim__epochs": 2, "model__readout__
 
 def arguments(data, *more: str, **changes) -> list[str]:
     folder = data.parent / "sweep"
-    return [*tiny_arguments(data, folder, **(CHANGES | changes)), *more]
+    return [*tiny_arguments(data, folder, **(CHANGES | changes)), "--evaluate=false", *more]
 
 
 def options(data, *more: str, vary=(), **changes) -> StudyOptions:
@@ -80,7 +80,7 @@ def test_values_of_a_key():
 def test_every_variant_is_looked_at_before_one_is_trained(data, tmp_path):
     (tmp_path / "mine.yaml").write_text("good: {}\nlate: {monitor.knn_every_epochs: 0}\n")
     with pytest.raises(UserError, match=r"monitor\.knn_every_epochs is 0"):
-        sweep(options(data, f"--variants={tmp_path / 'mine.yaml'}"))
+        study(options(data, f"--variants={tmp_path / 'mine.yaml'}"))
     assert not list((data.parent / "sweep").glob("*/checkpoints"))
 
 
@@ -127,7 +127,7 @@ def test_variants_of_a_file_and_some_of_them(data, tmp_path):
 )
 def test_mistakes_are_told_before_anything_is_trained(data, more, vary, message):
     with pytest.raises(UserError, match=message):
-        sweep(options(data, *more, vary=vary))
+        study(options(data, *more, vary=vary))
     assert not (data.parent / "sweep").exists()
 
 
@@ -142,7 +142,7 @@ def test_images_without_labels(data):
     shutil.rmtree(data / "val")
     (data / "train" / "class1").rename(data / "train" / "class0" / "inner")
     with pytest.raises(UserError, match=r"has no labels, but a study needs .* monitor.knn_path"):
-        sweep(options(data))
+        study(options(data))
 
 
 # --- What the table says
@@ -150,7 +150,7 @@ def test_images_without_labels(data):
 
 @pytest.mark.long
 def test_one_command_fills_the_table_and_the_same_command_trains_nothing_more(data, capsys):
-    command = ["sweep", *arguments(data), "--vary", "model.readout.num_slots=2,4", "--vary", "seed=0,1"]
+    command = ["study", *arguments(data), "--vary", "model.readout.num_slots=2,4", "--vary", "seed=0,1"]
     assert main(command) == 0
     folder = data.parent / "sweep"
     rows = rows_of(folder)
@@ -177,7 +177,7 @@ def test_one_command_fills_the_table_and_the_same_command_trains_nothing_more(da
 
 @pytest.mark.long
 def test_a_run_that_fails_fills_its_row_and_the_next_one_starts(data, capsys):
-    assert main(["sweep", *arguments(data), "--vary", "optim.global_batch_size=4,4096,8"]) == 1
+    assert main(["study", *arguments(data), "--vary", "optim.global_batch_size=4,4096,8"]) == 1
     rows = rows_of(data.parent / "sweep")
     assert [row["knn20_top1"] is None for row in rows] == [False, True, False]
     assert "fewer than one batch" in rows[1]["runs"][0]["error"]
@@ -185,10 +185,10 @@ def test_a_run_that_fails_fills_its_row_and_the_next_one_starts(data, capsys):
 
 
 def test_another_experiment_in_the_same_folder_is_refused(data):
-    sweep(options(data))
+    study(options(data))
     before = (data.parent / "sweep" / "sweep.json").read_text()
     with pytest.raises(UserError, match=r"another experiment \(optim.final_lr was"):
-        sweep(options(data, optim__final_lr=0.5))
+        study(options(data, optim__final_lr=0.5))
     assert (data.parent / "sweep" / "sweep.json").read_text() == before
 
 
@@ -208,14 +208,14 @@ def test_a_signal_stops_all_and_the_same_command_goes_on(data, monkeypatch):
         patched.setattr(RunLog, "scalars", stop_in_the_second_run)
         try:
             with pytest.raises(StoppedError, match="stopped by SIGTERM after step 3 of 12"):
-                sweep(given)
+                study(given)
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     (row,) = rows_of(folder)
     assert [run["knn20_top1"] is None for run in row["runs"]] == [False, True, True]
     assert not (folder / "seed=2").exists()
-    assert sweep(given) == 0
+    assert study(given) == 0
     (row,) = rows_of(folder)
     assert None not in [run["knn20_top1"] for run in row["runs"]]
     assert starts(folder) == {"seed=0": 1, "seed=1": 2, "seed=2": 1}

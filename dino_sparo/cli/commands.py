@@ -81,16 +81,6 @@ COMMANDS = {
         ),
         plan=pretraining.check,
     ),
-    "sweep": Command(
-        pretraining.StudyOptions,
-        pretraining.sweep,
-        "the former name of study --evaluate false: variants of a recipe in one table of sizes and k-NN",
-        (
-            "sweep --config photos_sparo --vary model.readout.num_slots=4,8,16 --data.path photos "
-            "--run_dir runs/slots",
-        ),
-        plan=pretraining.plan_sweep,
-    ),
     "study": Command(
         pretraining.StudyOptions,
         pretraining.study,

@@ -1,4 +1,4 @@
-"""`dino-sparo pretrain`, `demo`, `check`, `study` and `sweep`: their options, and what they call."""
+"""`dino-sparo pretrain`, `demo`, `check` and `study`: their options, and what they call."""
 
 import shlex
 from dataclasses import dataclass, field, replace
@@ -157,22 +157,6 @@ def plan_study(options: StudyOptions, recipe_name: str | None) -> int:
 def _compared(options: StudyOptions) -> dict[str, Any]:
     """What the encoders are evaluated on and compared with."""
     return {name: getattr(options, name) for name in ("control", "train_fractions", "transfer")}
-
-
-def sweep(options: StudyOptions) -> int:
-    """The former name of `study --evaluate false`."""
-    log.warning(
-        "WARNING: sweep is now called study --evaluate false; the name sweep will be removed in the "
-        "next release"
-    )
-    options.evaluate = False
-    return study(options)
-
-
-def plan_sweep(options: StudyOptions, recipe_name: str | None) -> int:
-    """`sweep --dry-run`."""
-    options.evaluate = False
-    return plan_study(options, recipe_name)
 
 
 def planned(options: StudyOptions) -> "list[Variant]":
