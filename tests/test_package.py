@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import dino_sparo
@@ -98,6 +99,18 @@ def test_links_of_a_page_lead_somewhere(page):
             assert anchor in {
                 re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings
             }, target
+
+
+@pytest.mark.parametrize("name", ["demo", "tinyimagenet_dino", "tinyimagenet_sparo"])
+def test_encoders_are_as_their_model_cards_say(name):
+    folder = ROOT / "eval" / "encoders" / name
+    encoder = load_encoder(folder)
+    side, card = encoder.image_size, (folder / "README.md").read_text()
+    said = re.search(rf"images of {side} pixels\n- encoding: (\d+) dimensions", card)
+    assert said, "image size or encoding"
+    with torch.no_grad():
+        encodings = encoder(torch.rand(3, 3, side, side, generator=torch.Generator().manual_seed(0)))
+    assert encodings.shape == (3, int(said[1])) and encodings.std(dim=0).min() > 0
 
 
 def assert_drawn(path: Path, name: str) -> None:
