@@ -32,6 +32,7 @@ ABANDONED_SECONDS = 3600.0  # an older temporary file was left by a killed proce
 MOST_JSON = 2**27  # bytes of a file of JSON; the largest are results, 10 kB for 50,000 images
 MOST_LINE = 2**24  # bytes per line of JSON; the longest lines name all images of a batch
 MOST_NAMES = 1000  # names in a folder that are compared with a mistyped one
+LOCK_OF_FILES = ".lock_files"
 OF_TORCH = "torchinductor_"  # torch's default folder is this followed by the user name
 
 
@@ -132,32 +133,26 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def alone_in(folder: Path, *, wait: bool = True) -> Iterator[None]:
-    """Lock a folder, on NFS a file in it. On a file system without locks, only log that there are none.
+    """Lock a folder by a hidden file in it; on a file system without locks, only log that there are none.
+
+    The folder itself is not locked, because on NFS other machines would not notice.
 
     Raises:
         UserError: another process holds the lock of an output folder, and `wait` is false.
-        OSError: the folder cannot be opened.
+        OSError: the folder cannot be written.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
-    kind = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
-    try:
+    with open(folder / LOCK_OF_FILES, "a") as file:
         try:
-            fcntl.flock(descriptor, kind)
-        except OSError as error:
-            if error.errno != errno.EBADF:
-                raise
-            with open(folder / ".lock_files", "a") as file:  # NFS locks only what is open for writing
-                os.dup2(file.fileno(), descriptor)
-            fcntl.flock(descriptor, kind)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise UserError(f"--out {str(folder)!r}: another process writes to it; wait until it ends") from error
-    except OSError:
-        log.info("%s: the file system has no locks; run only one program at a time in this folder", folder)
-    try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise UserError(
+                f"--out {str(folder)!r}: another process writes to it; wait until it ends"
+            ) from error
+        except OSError:
+            log.info(
+                "%s: the file system has no locks; run only one program at a time in this folder", folder
+            )
         yield
-    finally:
-        os.close(descriptor)
 
 
 def did_you_mean(path: Path) -> str:

@@ -7,6 +7,7 @@ import shlex
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -93,7 +94,8 @@ def prepare(source: str, out: str, labels: str | None = None) -> str:
     check_out(folder, [one.path for one in (layout.train, layout.val) if one], SPLITS.__contains__)
     splits = _plan(layout, folder, labels)
     folder.mkdir(parents=True, exist_ok=True)
-    with alone_in(folder, wait=False):
+    in_place = folder.samefile(source)  # nothing is written then
+    with nullcontext() if in_place else alone_in(folder, wait=False):
         counts = {split.name: _make(split, folder) for split in splits}
     others = [name for name in SPLITS if name not in counts and (folder / name).is_dir()]
     return _summary(folder, counts | {name: _count(folder / name) for name in others})

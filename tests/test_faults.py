@@ -1,6 +1,5 @@
 """What goes wrong in one process ends all of them, in time, with one message, and loses nothing."""
 
-import errno
 import fcntl
 import json
 import os
@@ -17,7 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.errors import EXIT_USER_ERROR, UserError
-from dino_sparo.files import alone_in
+from dino_sparo.files import LOCK_OF_FILES, alone_in
 from dino_sparo.parallel.launch import status_after
 from dino_sparo.runs import checkpoint
 from dino_sparo.runs.checkpoint import load_latest
@@ -234,23 +233,16 @@ def test_file_systems_without_locks_are_told(function, lock, tmp_path, monkeypat
         assert "has no locks" in caplog.text
 
 
-def test_folders_are_locked_where_only_files_can_be(tmp_path, monkeypatch, caplog):
-    """As on NFS."""
-    lock = fcntl.flock
-
-    def of_nfs(descriptor, kind):
-        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
-            raise OSError(errno.EBADF, "Bad file descriptor")
-        lock(descriptor, kind)
-
-    monkeypatch.setattr(fcntl, "flock", of_nfs)
-    caplog.set_level("INFO", logger="dino_sparo")
+def test_the_lock_of_a_folder_is_a_file_of_it(tmp_path):
+    """Since a lock of the folder itself would not reach other machines on NFS."""
     refused = pytest.raises(UserError, match="another process writes")
-    with alone_in(tmp_path), refused, alone_in(tmp_path, wait=False):
-        pass
+    with alone_in(tmp_path), open(tmp_path / LOCK_OF_FILES, "a") as file:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with refused, alone_in(tmp_path, wait=False):
+            pass
     with alone_in(tmp_path, wait=False):
-        assert "no locks" not in caplog.text
-    check_same_experiment(tmp_path, None)  # a folder with nothing but its lock is a new run folder
+        check_same_experiment(tmp_path, None)  # a folder with nothing but its lock is a new run folder
 
 
 # --- Disks

@@ -318,7 +318,7 @@ def test_cached_probes_are_not_called_official(pretrained, data, tmp_path, capsy
     assert "not the official protocol" in capsys.readouterr().out
     results = linear(pretrained, data, out)
     assert {result.protocol for result in results} == {"linear", "linear-cached"}
-    assert sorted(path.name for path in out.iterdir()) == ["linear", "linear-cached", "results.json"]
+    assert sorted(path.name for path in out.glob("[!.]*")) == ["linear", "linear-cached", "results.json"]
 
 
 def test_a_sweep_holds_the_official_probe_as_it_is_alone(pretrained, data, uninterrupted, tmp_path):

@@ -64,7 +64,7 @@ def test_weights_are_scored_and_nothing_is_trained(encoder, data, tmp_path, caps
     np.testing.assert_array_equal(results[0].correct, expected)
     assert len(results) == 1 and results[0].protocol == "linear-weights" and results[0].headline
     assert results[0].name == "3 blocks cls" and results[0].details["epochs"] == 100
-    assert sorted(path.name for path in out.iterdir()) == ["results.json"]
+    assert sorted(path.name for path in out.glob("[!.]*")) == ["results.json"]
     assert "linear probe of linearweights.pth, val: 7 test images, 3 classes" in capsys.readouterr().out
     compiled = {f"_orig_mod.{name}": value for name, value in state.items()}
     for alone in (state, compiled):

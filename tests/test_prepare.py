@@ -13,6 +13,7 @@ from torchvision.datasets import ImageFolder
 
 from dino_sparo.data.imagenet import explain, recognize
 from dino_sparo.errors import UserError
+from dino_sparo.files import LOCK_OF_FILES
 from dino_sparo.prepare import RECORD, UNFINISHED_FILE, prepare
 from tests import imagenet_layouts as mini
 
@@ -70,10 +71,14 @@ def images(split: Path) -> dict[str, dict[str, bytes]]:
     }
 
 
+def listed(out: Path) -> list[str]:
+    return sorted({*os.listdir(out)} - {LOCK_OF_FILES})
+
+
 def is_made(out: Path) -> bool:
     """Whether `out` holds exactly the two expected splits."""
     splits = images(out / "train"), images(out / "val")
-    return splits == (mini.TRAIN, mini.SORTED_VAL) and sorted(os.listdir(out)) == ["train", "val"]
+    return splits == (mini.TRAIN, mini.SORTED_VAL) and listed(out) == ["train", "val"]
 
 
 def state(folder: Path) -> dict[str, tuple]:
@@ -234,9 +239,9 @@ def test_killed_and_started_again(tmp_path, source, out, name):
     LAYOUTS[name](source)
     prepare(str(source), str(tmp_path / "whole"))
     killed(source, out, 3)  # in val
-    assert os.listdir(out) == [".val.partial"]
+    assert listed(out) == [".val.partial"]
     killed(source, out, 6)  # in train: three of val are to do
-    assert sorted(os.listdir(out)) == [".train.partial", "val"]
+    assert listed(out) == [".train.partial", "val"]
     unfinished = out / ".train.partial"
     assert (unfinished / UNFINISHED_FILE).stat().st_size == 100
     whole = list(unfinished.rglob("*.JPEG"))
@@ -284,6 +289,8 @@ def test_a_damaged_tar_is_named_and_leaves_no_split(source, out, name, tar):
 
 def refused(message: str, source: Path, out: Path, labels: Path | None = None) -> None:
     """Assert that an error is raised and that `out` is not changed."""
+    if out.is_dir():
+        (out / LOCK_OF_FILES).touch()
     before = state(out)
     with pytest.raises(UserError, match=message):
         prepare(str(source), str(out), labels and str(labels))
@@ -408,10 +415,9 @@ def test_an_unfinished_split_with_other_images_in_it(source, out):
 def test_two_at_once(source, out):
     mini.kaggle(source)
     out.mkdir()
-    descriptor = os.open(out, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_SH)
-    refused("another process writes to it; wait", source, out)
-    os.close(descriptor)
+    with open(out / LOCK_OF_FILES, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        refused("another process writes to it; wait", source, out)
     prepare(str(source), str(out))
 
 

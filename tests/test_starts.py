@@ -223,7 +223,7 @@ def test_a_run_folder_that_cannot_be_written_is_refused_at_once(run_dir, tmp_pat
     monkeypatch.undo()
     monkeypatch.setattr(os, "access", lambda path, mode: path != run_dir and access(path, mode))
     assert evaluate(run_dir, tmp_path, "--out", str(tmp_path / "out")) == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"features", "results.json"}
+    assert {path.name for path in (tmp_path / "out").glob("[!.]*")} == {"features", "results.json"}
 
 
 def test_numbers_are_printed_before_they_are_saved(run_dir, tmp_path, monkeypatch, capsys):

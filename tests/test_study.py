@@ -23,6 +23,7 @@ from dino_sparo.cli.pretraining import StudyOptions, study
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.compare import EvaluatedRun
 from dino_sparo.evaluation.results import Result, read_results
+from dino_sparo.files import LOCK_OF_FILES
 from dino_sparo.runs.runlog import read_metrics
 from dino_sparo.study import program, report, training
 from dino_sparo.study.variants import Variant
@@ -239,7 +240,7 @@ def test_a_run_is_evaluated_by_one_process_at_a_time(studied, monkeypatch):
     original, refused = program.measure, []
 
     def measure(variant, *args, **options):
-        descriptor = os.open(variant.run_dir, os.O_RDONLY)  # as another process would
+        descriptor = os.open(variant.run_dir / LOCK_OF_FILES, os.O_RDWR)  # as another process would
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
