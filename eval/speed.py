@@ -41,9 +41,11 @@ def official_search(train: Tensor, test: Tensor) -> Tensor:
 
 
 def searches(width: int, dtype: torch.dtype) -> Contenders:
-    """k-NN among random features."""
+    """k-NN among random features, and the matrix products that every search of this kind computes."""
     train, test = (torch.randn(number, width).to(dtype) for number in (NUM_TRAIN, NUM_TEST))
+    columns, rows = train.float().t(), test.float().split(500)
     return {
+        "products": lambda: [torch.mm(some, columns) for some in rows],
         "this": lambda: nearest(train, test, K),
         "official": lambda: official_search(train, test),
         "faiss": lambda: nearest(train, test, K, by_faiss=True),
@@ -106,7 +108,8 @@ def main(rounds: int) -> None:
         parts: list[tuple[str, Contenders, list[tuple[str, str]]]] = []
         for width, dtype in ((384, torch.float32), (4096, torch.float16)):
             name = f"k-NN, {NUM_TRAIN:,} x {NUM_TEST:,}, {width} wide, {dtype}"
-            parts.append((name, searches(width, dtype), [("this", "official"), ("faiss", "official")]))
+            pairs = [(which, "official") for which in ("this", "faiss", "products")]
+            parts.append((name, searches(width, dtype), pairs))
         for number in (10, 100, 1000):
             name = f"an epoch of linear probes, {number:,} classes"
             parts.append((name, probes(number), [("one", "plain"), ("nine", "one")]))

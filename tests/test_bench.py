@@ -311,9 +311,8 @@ def test_the_script_that_times_evaluations(capsys):
     assert torch.equal(names["official_search"](train, test), nearest(train, test, 20)[1])
     names["main"](1)
     rows = [line for line in capsys.readouterr().out.splitlines() if " / " in line]
-    pairs = (
-        ["this / official", "faiss / official"] * 2 + ["one / plain", "nine / one"] * 3 + ["this / Pillow"]
-    )
+    pairs = ["this / official", "faiss / official", "products / official"] * 2
+    pairs += ["one / plain", "nine / one"] * 3 + ["this / Pillow"]
     assert [row.split("|")[2].strip() for row in rows] == pairs
     assert all(float(row.split("|")[5].split()[0]) > 0 for row in rows)
 
