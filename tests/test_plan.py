@@ -112,14 +112,14 @@ def test_mistakes(capsys, monkeypatch, command, world_size, says):
 
 
 def test_a_study_lists_its_runs(tmp_path, capsys):
-    arguments = tiny_arguments(Path("shapes"), tmp_path / "sweep", monitor__knn_every_epochs=1)
+    arguments = tiny_arguments(Path("shapes"), tmp_path / "study", monitor__knn_every_epochs=1)
     assert (
         main(["study", *arguments, "--evaluate=false", "--vary", "model.readout.num_slots=2,4", "--dry-run"])
         == 0
     )
     out = capsys.readouterr().out
     assert out.count("would start") == 2 and "num_slots=4: would start" in out and "2 runs of demo" in out
-    assert not (tmp_path / "sweep").exists()
+    assert not (tmp_path / "study").exists()
 
 
 def test_starting_weights_are_looked_at(trained, tmp_path, capsys):

@@ -37,7 +37,7 @@ NOT_HERE = {
 ARCH = {"width": 64, "depth": 3, "num_heads": 1}  # a head has 64 numbers in official files
 SMALL = {key: value for key, value in TINY.items() if not key.startswith("model.arch")} | {
     "model.arch": json.dumps(ARCH),
-    "model.readout.slot_dim": "8",  # the variants of a sweep have eight heads
+    "model.readout.slot_dim": "8",  # the variants of a study have eight heads
     "optim.epochs": "1",
     "optim.warmup_epochs": "0",
     "data.max_images": "16",

@@ -44,7 +44,7 @@ EPOCHS = 100
 MAX_BATCH = 256
 FOLDER = "study"  # in a run folder
 HELD_OUT = "held-out"
-RECIPE_FILE, JSON_FILE, TABLE_FILE = "recipe.yaml", "sweep.json", "sweep.md"
+RECIPE_FILE, JSON_FILE, TABLE_FILE = "recipe.yaml", "runs.json", "runs.md"
 
 
 def train(variants: Sequence[Variant], folder: Path, *, unverified: bool = False) -> dict[str, str]:
@@ -159,7 +159,7 @@ def sizes(row: dict[str, Any]) -> list[str]:
 
 
 def write_table(folder: Path, variants: Sequence[Variant], rows: Sequence[dict[str, Any]]) -> None:
-    """Write the recipe, `sweep.json`, and `sweep.md`."""
+    """Write the recipe, `runs.json`, and `runs.md`."""
     base = variants[0].base
     content = {"data": base.data.path, "rows": rows}
     legend = (

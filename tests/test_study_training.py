@@ -26,7 +26,7 @@ CHANGES = {"monitor__knn_every_epochs": 2, "optim__epochs": 2, "model__readout__
 
 
 def arguments(data, *more: str, **changes) -> list[str]:
-    folder = data.parent / "sweep"
+    folder = data.parent / "study"
     return [*tiny_arguments(data, folder, **(CHANGES | changes)), "--evaluate=false", *more]
 
 
@@ -41,7 +41,7 @@ def starts(folder) -> dict[str, int]:
 
 
 def rows_of(folder) -> list[dict]:
-    return json.loads((folder / "sweep.json").read_text())["rows"]
+    return json.loads((folder / "runs.json").read_text())["rows"]
 
 
 # --- What is planned
@@ -54,9 +54,9 @@ def test_all_combinations_in_their_order(data):
     ]
     last = runs[-1].recipe
     assert (last.model.readout.num_slots, last.seed) == (4, 1)
-    assert runs[-1].run_dir == data.parent / "sweep" / "num_slots=4_seed=1"
+    assert runs[-1].run_dir == data.parent / "study" / "num_slots=4_seed=1"
     assert (last.optim.epochs, last.data.path) == (2, str(data))  # of the recipe
-    assert not (data.parent / "sweep").exists()
+    assert not (data.parent / "study").exists()
 
 
 def test_the_recipe_alone_and_keys_with_one_last_part(data):
@@ -81,7 +81,7 @@ def test_every_variant_is_looked_at_before_one_is_trained(data, tmp_path):
     (tmp_path / "mine.yaml").write_text("good: {}\nlate: {monitor.knn_every_epochs: 0}\n")
     with pytest.raises(UserError, match=r"monitor\.knn_every_epochs is 0"):
         study(options(data, f"--variants={tmp_path / 'mine.yaml'}"))
-    assert not list((data.parent / "sweep").glob("*/checkpoints"))
+    assert not list((data.parent / "study").glob("*/checkpoints"))
 
 
 WITHOUT_SLOTS = {name for name in recipes() if "dino" in name} | {"continue_vits16"}
@@ -128,7 +128,7 @@ def test_variants_of_a_file_and_some_of_them(data, tmp_path):
 def test_mistakes_are_told_before_anything_is_trained(data, more, vary, message):
     with pytest.raises(UserError, match=message):
         study(options(data, *more, vary=vary))
-    assert not (data.parent / "sweep").exists()
+    assert not (data.parent / "study").exists()
 
 
 @pytest.mark.parametrize("content", ["- a\n", "a: 3\n", "a: [", ""])
@@ -152,7 +152,7 @@ def test_images_without_labels(data):
 def test_one_command_fills_the_table_and_the_same_command_trains_nothing_more(data, capsys):
     command = ["study", *arguments(data), "--vary", "model.readout.num_slots=2,4", "--vary", "seed=0,1"]
     assert main(command) == 0
-    folder = data.parent / "sweep"
+    folder = data.parent / "study"
     rows = rows_of(folder)
     assert [row["variant"] for row in rows] == ["num_slots=2", "num_slots=4"]
     for row in rows:
@@ -168,7 +168,7 @@ def test_one_command_fills_the_table_and_the_same_command_trains_nothing_more(da
     few, many = rows
     assert many["readout_parameters"] - few["readout_parameters"] == 2 * (4 + 4 * 17)  # two queries and keys
     printed = capsys.readouterr().out
-    written = (folder / "sweep.md").read_text().replace("|", " ")
+    written = (folder / "runs.md").read_text().replace("|", " ")
     assert all(" ".join(line.split()) in " ".join(written.split()) for line in printed.splitlines()[2:4])
     assert f" {few['knn20_top1']:.2f} ± {few['sd']:.2f} 2 of 2\n" in re.sub(" +", " ", printed)
     assert main(command) == 0
@@ -178,7 +178,7 @@ def test_one_command_fills_the_table_and_the_same_command_trains_nothing_more(da
 @pytest.mark.long
 def test_a_run_that_fails_fills_its_row_and_the_next_one_starts(data, capsys):
     assert main(["study", *arguments(data), "--vary", "optim.global_batch_size=4,4096,8"]) == 1
-    rows = rows_of(data.parent / "sweep")
+    rows = rows_of(data.parent / "study")
     assert [row["knn20_top1"] is None for row in rows] == [False, True, False]
     assert "fewer than one batch" in rows[1]["runs"][0]["error"]
     assert " - 0 of 1, 1 failed\n" in re.sub(" +", " ", capsys.readouterr().out)
@@ -186,10 +186,10 @@ def test_a_run_that_fails_fills_its_row_and_the_next_one_starts(data, capsys):
 
 def test_another_experiment_in_the_same_folder_is_refused(data):
     study(options(data))
-    before = (data.parent / "sweep" / "sweep.json").read_text()
+    before = (data.parent / "study" / "runs.json").read_text()
     with pytest.raises(UserError, match=r"another experiment \(optim.final_lr was"):
         study(options(data, optim__final_lr=0.5))
-    assert (data.parent / "sweep" / "sweep.json").read_text() == before
+    assert (data.parent / "study" / "runs.json").read_text() == before
 
 
 @pytest.mark.long
@@ -203,7 +203,7 @@ def test_a_signal_stops_all_and_the_same_command_goes_on(data, monkeypatch):
         if len(logged) == 12 + 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    folder, given = data.parent / "sweep", options(data, vary=["seed=0,1,2"])
+    folder, given = data.parent / "study", options(data, vary=["seed=0,1,2"])
     with monkeypatch.context() as patched:
         patched.setattr(RunLog, "scalars", stop_in_the_second_run)
         try:
