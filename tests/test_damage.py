@@ -9,6 +9,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dino_sparo.__main__ import main
 from dino_sparo.cli.pretraining import pretrain
@@ -122,6 +123,15 @@ def test_a_run_is_refused_in_one_sentence_without_what_it_needs(name, damage, sa
         assert main(["knn", str(stopped), "--device=cpu"]) == 2
         told = capsys.readouterr().err
         assert told.count("error: ") == 1 and said in told
+
+
+def test_damage_in_a_file_of_tensorboard_does_not_hide_the_next_start(whole, stopped):
+    (path,) = (stopped / "tensorboard").iterdir()
+    data = path.read_bytes()
+    path.write_bytes(data[:200] + bytes(200) + data[400:])
+    assert resume(whole, stopped) == 0
+    events = EventAccumulator(str(stopped / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss/loss")][-1] == 3
 
 
 def test_what_was_set_aside_before_stays(whole, stopped):

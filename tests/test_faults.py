@@ -20,7 +20,7 @@ from dino_sparo.files import LOCK_OF_FILES, alone_in
 from dino_sparo.parallel.launch import status_after
 from dino_sparo.runs import checkpoint
 from dino_sparo.runs.checkpoint import load_latest
-from dino_sparo.runs.rundir import check_same_experiment, lock_run_dir
+from dino_sparo.runs.rundir import lock_run_dir
 from dino_sparo.training import pretrain as program
 from dino_sparo.training.loss import DINOLoss
 from dino_sparo.training.state import capture_state
@@ -242,7 +242,7 @@ def test_the_lock_of_a_folder_is_a_file_of_it(tmp_path):
         with refused, alone_in(tmp_path, wait=False):
             pass
     with alone_in(tmp_path, wait=False):
-        check_same_experiment(tmp_path, None)  # a folder with nothing but its lock is a new run folder
+        pass  # it is free again
 
 
 # --- Disks

@@ -101,9 +101,8 @@ def test_links_of_a_page_lead_somewhere(page):
             }, target
 
 
-@pytest.mark.parametrize("name", ["demo", "tinyimagenet_dino", "tinyimagenet_sparo"])
-def test_encoders_are_as_their_model_cards_say(name):
-    folder = ROOT / "eval" / "encoders" / name
+@pytest.mark.parametrize("folder", sorted((ROOT / "eval" / "encoders").iterdir()), ids=lambda path: path.name)
+def test_encoders_are_as_their_model_cards_say(folder):
     encoder = load_encoder(folder)
     side, card = encoder.image_size, (folder / "README.md").read_text()
     said = re.search(rf"images of {side} pixels\n- encoding: (\d+) dimensions", card)

@@ -206,10 +206,11 @@ def test_check_and_shard_say_that_there_are_no_files(server, tmp_path):
         shard("cifar10", str(tmp_path / "out"))
 
 
-def test_pretrain_and_knn_take_a_name(server, tmp_path, capsys):
+def test_pretrain_and_knn_take_a_name(server, tmp_path, caplog):
     run = tmp_path / "run"
     arguments = tiny_arguments(Path("stl10"), run, optim__epochs=1, monitor__knn_every_epochs=1)
     assert main(["pretrain", *arguments]) == 0
+    assert f"to evaluate it: dino-sparo knn {run}" in caplog.text
     assert main(["knn", str(run), "--data.path=stl10", "--num_workers=0", "--device=cpu"]) == 0
     results = json.loads((run / "results.json").read_text())
     assert "3" in json.dumps(results) and results

@@ -57,7 +57,7 @@ def check_same_experiment(run_dir: Path, recipe: Recipe) -> None:
     path = run_dir / CONFIG_FILE
     if not path.exists():
         # Files left by a process that was killed before it wrote the recipe.
-        left = re.compile(rf"{re.escape(CONFIG_FILE)}\..*tmp|{re.escape(LOCK_FILE)}.*")
+        left = re.compile(rf"{re.escape(CONFIG_FILE)}\..*tmp|{re.escape(LOCK_FILE)}")
         if run_dir.exists() and not (run_dir.is_dir() and all(map(left.fullmatch, os.listdir(run_dir)))):
             raise UserError(
                 f"run_dir {str(run_dir)!r} exists, but is not a run folder (it has no {CONFIG_FILE}); "
