@@ -1,6 +1,7 @@
 """A run that is told to stop saves, says so, leaves nothing behind, and resumes bit for bit."""
 
 import json
+import os
 import signal
 import subprocess
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from dino_sparo.runs.checkpoint import load_latest
 from dino_sparo.runs.runlog import read_metrics
-from tests.running import command, family, is_gone, wait_for_step
+from tests.running import command, family, finished, is_gone, wait_for_step
 from tests.tiny import state_hash
 
 STOPPED = 75
@@ -71,3 +72,16 @@ def test_a_signal_in_mid_epoch(processes, workers, sent, pictures, uninterrupted
     assert f"resuming at step {stopped_at} of 180" in again.stderr
     assert result_of(tmp_path) == uninterrupted(processes)
     assert not (tmp_path / "stopped.json").exists()
+
+
+@pytest.mark.long  # starts torch's compiler
+def test_a_signal_that_also_ends_the_compiler(pictures, tmp_path):
+    """As Ctrl-C in a terminal, which all processes receive."""
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\nkill -INT 0\nkill -TERM $$\n")
+    compiler.chmod(0o700)
+    environment = os.environ | {"CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "code")}
+    arguments = command(pictures, tmp_path / "run", machine__compile=True)
+    done = finished(arguments, env=environment, start_new_session=True)
+    assert done.returncode == STOPPED and "Traceback" not in done.stderr
+    assert "stopped by SIGINT while compiling, before the first step of this start; the same" in done.stderr

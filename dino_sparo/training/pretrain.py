@@ -27,7 +27,7 @@ from dino_sparo.data.loader import (
 )
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.workers import check_shared_memory
-from dino_sparo.errors import UserError
+from dino_sparo.errors import StoppedError, UserError
 from dino_sparo.models.cost import describe_cost, encoder_cost
 from dino_sparo.parallel.device import choose_device
 from dino_sparo.parallel.distributed import (
@@ -190,6 +190,13 @@ def pretrain(recipe: Recipe, run_dir: Path, *, resume_unverified: bool = False) 
                 f"the GPU is out of memory with {size} images per forward pass ({str(error).split('.')[0]}); "
                 f"use machine.batch_size_per_gpu {smaller} (the experiment stays the same) or "
                 f"machine.activation_checkpointing true"
+            ) from error
+        except RuntimeError as error:
+            if not signals.received or type(error).__name__ != "InductorError":  # of torch.compile
+                raise
+            # Ctrl-C and job schedulers send signals to the compiler too.
+            raise StoppedError(
+                f"stopped by {signals.received} while compiling, before the first step of this start"
             ) from error
     return run.source
 
