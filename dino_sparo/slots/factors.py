@@ -22,7 +22,6 @@ from dino_sparo.errors import UserError
 from dino_sparo.files import write_figure
 from dino_sparo.slots.parts import (
     CutEncoder,
-    Moments,
     columns_of,
     fit_discriminant,
     moments,
@@ -116,13 +115,12 @@ def score_factors(
     columns = [columns_of(train.shape[1], num_parts, subset) for subset in subsets]
     held_out = np.arange(len(train)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
     shares = [np.asarray(train[rows]) for rows in (~held_out, held_out)]
-    plain = [moments(rows, np.zeros(len(rows), np.int64), num_classes=1, device=device) for rows in shares]
     accuracies = []
     for name, number in num_values.items():
         values = [train_values[name][rows] for rows in (~held_out, held_out)]
         fitted_on, chosen_on = (
-            _by_value(sums, rows, of_rows, number)
-            for sums, rows, of_rows in zip(plain, shares, values, strict=True)
+            moments(rows, of_rows, num_classes=number, device=device)
+            for rows, of_rows in zip(shares, values, strict=True)
         )
         by_ridge = []
         for ridge in RIDGES:
@@ -136,15 +134,6 @@ def score_factors(
         accuracies.append(probe_accuracies(probes, test, test_values[name]))
     *alone, whole = zip(*accuracies, strict=True)
     return [list(row) for row in alone], dict(zip(num_values, whole, strict=True))
-
-
-def _by_value(sums: Moments, rows: NDArray[Any], values: NDArray[np.int64], num_values: int) -> Moments:
-    """`sums` with classes by the values of a factor; sums that do not depend on classes are reused."""
-    device = sums.sums.device
-    exact = torch.from_numpy(rows).to(device).double()
-    numbers = torch.from_numpy(values).to(device)
-    by_class = exact.new_zeros(exact.shape[1], num_values).index_add_(1, numbers, exact.T.contiguous())
-    return sums._replace(by_class=by_class, counts=numbers.bincount(minlength=num_values).double())
 
 
 def chance() -> dict[str, float]:
