@@ -1,14 +1,19 @@
 #!/usr/bin/env bash
 # Run this first on a machine with GPUs (about ten minutes): GPU tests, speed compared with plain code, several GPUs.
 # Usage: scripts/gpu_acceptance.sh DATA [OUT]      DATA as for --data.path; needs no network
+# Requirements: the package with the extra `test`, as made by scripts/test.sh or `pip install -e '.[test]'`.
 # Results are kept in OUT (default: runs/gpu_acceptance); a second start runs only the missing parts.
 # Environment variables: PYTHON, the Python to use.
 set -uo pipefail
-data=$(realpath "${1?usage: scripts/gpu_acceptance.sh DATA [OUT]}")
+data=${1?usage: scripts/gpu_acceptance.sh DATA [OUT]}
+[ ! -e "$data" ] || data=$(realpath "$data") # else the name of a dataset
 out=$(realpath -m "${2:-runs/gpu_acceptance}")
 cd "$(dirname "$0")/.."
 read -ra python <<< "${PYTHON:-.venv/bin/python}"
-gpus=$("${python[@]}" -c 'import torch; print(torch.cuda.device_count())')
+gpus=$("${python[@]}" -c 'import dino_sparo, pytest, torch; print(torch.cuda.device_count())') || {
+  echo "'${python[*]}' cannot import the package and pytest; install them: .venv/bin/pip install -e '.[test]'" >&2
+  exit 2
+}
 [ "$gpus" -gt 0 ] || { echo "torch sees no CUDA device here" >&2; exit 2; }
 mkdir -p "$out"
 

@@ -261,9 +261,10 @@ def in_processes(number: int, folder: str) -> None:
         assert distributed.mean_over_ranks(torch.tensor([float(number)])).item() == 1
         assert distributed.first_rank_decides(number == 0) is True
         assert distributed.first_rank_decides(number > 0) is False
-        for total in (7, 8, 9):
-            rows = torch.arange(total)[:, None] * torch.tensor([[1, 10]])
-            assert torch.equal(distributed.gather_rows(rows[number::3], total), rows)
+        for distributed.GATHERED_ROWS in (1, 2, 256):
+            for total in (7, 8, 9):
+                rows = torch.arange(total)[:, None] * torch.tensor([[1, 10]])
+                assert torch.equal(distributed.gather_rows(rows[number::3], total), rows)
 
         def work() -> str:
             path = Path(folder) / "made"

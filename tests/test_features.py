@@ -198,6 +198,14 @@ def test_two_programs_may_fill_one_cache(source, tmp_path):
     np.testing.assert_allclose(shared["encoding"], alone["encoding"], atol=1e-3)
 
 
+def test_processes_with_different_weights_do_not_mix_their_features(source, tmp_path, monkeypatch):
+    """As when a run saves a checkpoint while they start."""
+    monkeypatch.setattr(module, "gather_objects", lambda value: [value, "of other weights"])
+    with pytest.raises(UserError, match="the processes have read different weights"):
+        features_of(small_encoder(), source, NAMES, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
 def test_numbers_that_are_not_finite_are_named(source, tmp_path):
     encoder = small_encoder()
     with torch.no_grad():

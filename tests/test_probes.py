@@ -1,5 +1,7 @@
 """Several probes on one forward pass: each is trained as if it were alone."""
 
+from contextlib import suppress
+
 import numpy as np
 import pytest
 import torch
@@ -158,6 +160,22 @@ def test_features_are_held_in_memory_where_they_fit_and_are_the_same(chosen, tmp
         assert streamed[0].keys() == held[0].keys() and torch.equal(streamed[1], held[1])
         assert all(torch.equal(value, held[0][seen]) for seen, value in streamed[0].items())
         assert streamed[2] and held[2]
+
+
+@pytest.mark.parametrize(("device", "says"), [("cuda", "held in memory"), ("cpu", "read from disk")])
+def test_each_gpu_holds_one_copy_of_the_features_and_a_machine_one_for_each_process(
+    device, says, monkeypatch, caplog
+):
+    several = Probes([Probe("both", 1, 0.1)], width=16, embed_dim=8, num_classes=3)
+    features = {name: np.zeros((11, width), np.float16) for name, width in (("blocks", 64), ("encoding", 8))}
+    twice_one_copy = 2 * 4 * 11 * 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (twice_one_copy, 10**9))
+    monkeypatch.setattr(probe_batches, "memory_free", lambda: 7 * twice_one_copy)
+    caplog.set_level("INFO")
+    with suppress(AssertionError, RuntimeError):  # there is no GPU
+        probe_batches.in_memory(features, several, torch.device(device))
+    assert says in caplog.text
 
 
 def test_hits():

@@ -116,6 +116,21 @@ def test_an_error_ends_the_workers_of_its_loader_at_once_and_no_others(tmp_path)
     next(good)
 
 
+def test_a_worker_that_cannot_be_killed_does_not_keep_the_program(tmp_path, monkeypatch):
+    """As one that waits for a broken disk."""
+    monkeypatch.setattr(workers, "KILL_SECONDS", 0.1)
+    loader = batches_of(tmp_path)
+    batches = iter(loader)
+    next(batches)
+    stuck = active_children()[0]
+    killed = stuck.kill
+    monkeypatch.setattr(stuck, "kill", lambda: None)
+    with pytest.raises(UserError, match="too late"), loader.failures_explained():
+        raise UserError("too late")
+    assert stuck.is_alive()
+    killed()
+
+
 def test_other_errors_pass_unchanged(tmp_path):
     with pytest.raises(RuntimeError, match="of the network"), batches_of(tmp_path).failures_explained():
         raise RuntimeError("of the network")

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from dino_sparo.terminal import log
 
 IDLE = -1
 PATIENCE_SECONDS = 600.0  # for the next batch, unless training sets another timeout
+KILL_SECONDS = 5.0  # until killed workers have ended
 KINDS_OF_WARNINGS = 4096  # by a hash of the line of code that warns
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, KEPT_BYTES = -1, -3, 2**26  # of glibc's mallopt
 
@@ -239,8 +241,9 @@ def _end(workers: Sequence[BaseProcess]) -> None:
     before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report their death
     for worker in workers:
         worker.kill()
+    deadline = time.monotonic() + KILL_SECONDS  # a worker that waits for a broken disk does not die
     for worker in workers:
-        worker.join()
+        worker.join(max(0.0, deadline - time.monotonic()))
     signal.signal(signal.SIGCHLD, before)
 
 

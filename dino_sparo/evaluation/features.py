@@ -157,7 +157,11 @@ def cached_features(
             found.append({name: gather_rows(some, len(one.source)).numpy() for name, some in rows.items()})
         return found
 
-    weights = hash_of(encoder) if rank() == 0 else ""
+    weights, *others = gather_objects(hash_of(encoder))
+    if set(others) - {weights}:
+        raise UserError(
+            "the processes have read different weights, since the run saved others meanwhile; run again"
+        )
     keys = [_key(weights, one.source, size, one.precision) if rank() == 0 else {} for one in wanted]
     keys = gather_objects(keys)[0]
     opened = []

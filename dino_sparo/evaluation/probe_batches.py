@@ -161,7 +161,8 @@ def in_memory(
     first, last = min(start for start, _ in ranges.values()), max(stop for _, stop in ranges.values())
     size = 4 * len(blocks) * (last - first)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory_free()
-    fits = 2 * size * local_world_size() <= free
+    copies = 1 if device.type == "cuda" else local_world_size()  # each process has a GPU of its own
+    fits = 2 * size * copies <= free
     where = "held in memory" if fits else "read from disk in every epoch, since they need too much memory"
     log.info("train features are %s: %.2f GiB in float32", where, size / 2**30)
     if not fits:

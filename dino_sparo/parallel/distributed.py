@@ -44,6 +44,7 @@ PATIENCE = timedelta(seconds=PATIENCE_SECONDS)
 HEARTBEAT_SECONDS = 5.0
 SAY_SECONDS = 10.0  # a process that waits longer for others logs it
 POLL_SECONDS = 0.05
+GATHERED_ROWS = 256
 LOST_SECONDS = 2.0  # after a connection error the process that caused it ends within this time
 
 
@@ -266,13 +267,16 @@ def gather_rows(rows: Tensor, total: int) -> Tensor:
     if not dist.is_initialized():
         return rows
     size = world_size()
-    padded = rows.new_zeros(-(-total // size), *rows.shape[1:])
-    padded[: len(rows)] = rows
-    shares = [torch.empty_like(padded) for _ in range(size)]
-    dist.all_gather(shares, padded)
     gathered = rows.new_empty(total, *rows.shape[1:])
-    for number, share in enumerate(shares):
-        gathered[number::size] = share[: len(range(number, total, size))]
+    most = -(-total // size)  # rows of a process; some have one less
+    for start in range(0, most, GATHERED_ROWS):  # in parts, which need little memory
+        padded = rows.new_zeros(min(GATHERED_ROWS, most - start), *rows.shape[1:])
+        some = rows[start : start + len(padded)]
+        padded[: len(some)] = some
+        shares = [torch.empty_like(padded) for _ in range(size)]
+        dist.all_gather(shares, padded)
+        together = torch.stack(shares, dim=1).flatten(0, 1)[: total - start * size]
+        gathered[start * size : start * size + len(together)] = together
     return gathered
 
 
