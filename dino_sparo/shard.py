@@ -146,7 +146,7 @@ def _plan(
         raise UserError(
             f"--hold_out is {every}; expected a number from 2 to {len(train)}, the number of images of train"
         )
-    train, val = hold_out(train, every) if every else (train, open_val(source, choice))
+    train, val = hold_out(train, every) if every else (train, open_val(source, choice, train))
     splits = []
     for name, images in (("val", val), ("train", train)):  # train last: where it exists, all is complete
         if images is None:

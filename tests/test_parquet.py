@@ -19,7 +19,7 @@ from dino_sparo.data.decode import UnreadableImageError
 from dino_sparo.data.scan import scan_images
 from dino_sparo.data.sources import open_images, open_labeled, open_val
 from dino_sparo.errors import UserError, UserFileNotFoundError
-from dino_sparo.evaluation.transfer import open_test_sets
+from dino_sparo.evaluation.transfer import balanced_fraction, open_test_sets
 from dino_sparo.shard import shard
 from tests.containers import IMAGE, write_parquet
 from tests.running import at_once
@@ -132,6 +132,13 @@ def test_classes_of_a_further_test_set_and_numbered_ones(root, tmp_path):
     classes = open_images(str(root)).classes
     few, numbered = open_test_sets([f"few={tmp_path / 'few'}", f"n={tmp_path / 'numbered'}"], classes)
     assert few.labels.tolist() == [0, 2] and numbered.labels.tolist() == [0, 2]
+
+
+def test_names_of_classes_without_images_are_no_classes(root):
+    write_parquet(root / "test-0.parquet", images(8), [0, 1] * 4, ["z", "y", "x", "unknown"])
+    (test,) = open_test_sets([f"new={root}"], ["x", "y", "z"])
+    assert test.classes.tolist() == [1, 2] and test.missing == ("x",) and test.unknown == ()
+    assert balanced_fraction(test.source, 0.5, seed=0).labels.tolist().count(1) == 2
 
 
 # --- Reading

@@ -16,7 +16,7 @@ from PIL import Image
 from dino_sparo.__main__ import main
 from dino_sparo.data import shards as headers
 from dino_sparo.data.shards import INDEX_FILE, pack_shards
-from dino_sparo.data.sources import open_images, open_val
+from dino_sparo.data.sources import open_images, open_labeled, open_val
 from dino_sparo.data.splits import Choice
 from dino_sparo.errors import UserError
 from dino_sparo.shard import shard
@@ -61,6 +61,15 @@ def test_every_nth_image_of_every_class_is_held_out(tmp_path):
     assert train.read(4) == (root / "train/b/0.png").read_bytes()
     with pytest.raises(UserError, match=r"--hold_out is 13; expected a number from 2 to 12, the number of"):
         shard(str(root), str(tmp_path / "other"), num_workers=0, every=13)
+
+
+def test_a_test_set_without_classes_is_no_val_in_shards_either(tmp_path):
+    """As Kaggle's test/unknown/<image>."""
+    root, out = tmp_path / "data", tmp_path / "out"
+    write(root, "test/unknown/0.png", *[f"train/{kind}/{number}.png" for kind in "ab" for number in range(5)])
+    shard(str(root), str(out), num_workers=0)
+    sizes = [[len(images) for images in open_labeled(str(folder))] for folder in (root, out)]
+    assert sizes == [[8, 2], [8, 2]]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

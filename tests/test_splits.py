@@ -120,6 +120,7 @@ def test_names_of_folders(names, train, val, test):
         ("trainimages-0.tar valimages-0.tar", 1, 1),
         ("train-0.tar train-1.tar", 2, 0),
         ("train-0.tar train-1.tar val-0.tar others.tar", 2, 1),
+        ("shards/train-0.tar shards/val-0.tar shards/others.tar", 1, 1),
         ("bullet_train.tar test_tube.tar dog.tar", 0, 0),
         ("train.tar bus.tar", 0, 0),
         ("000.tar 001.tar", 0, 0),

@@ -98,8 +98,8 @@ def splits_of_files(names: Sequence[str]) -> dict[str, list[str]]:
     return _by_split(
         {
             name: one[0]
-            for name, one in zip(names, found, strict=True)
-            if len(one) == 1 and re.match(rf"{one[0].word}[-_.]?\d", name, re.IGNORECASE)
+            for name, stem, one in zip(names, stems, found, strict=True)
+            if len(one) == 1 and re.match(rf"{one[0].word}[-_.]?\d", stem, re.IGNORECASE)
         }
     )
 

@@ -159,7 +159,8 @@ def _open_test_set(
     else:
         numbers = {same_name(one): number for number, one in enumerate(train_classes)}
         to_train = np.array([numbers.get(same_name(folder), -1) for folder in folders])
-    if (to_train < 0).all():
+    used = np.unique(labels)  # tables also name classes without images
+    if (to_train[used] < 0).all():
         raise UserError(
             f"test {text!r}: none of the {len(folders)} class folders ({few(folders)}) is a train class "
             f"({few(train_classes)}); {EXPECTED}, named as the train classes"
@@ -168,8 +169,8 @@ def _open_test_set(
     source = replace(source, classes=train_classes, class_numbers=to_train[source.class_numbers])
     if len(kept) < len(source):
         source = source.subset(kept)
-    unknown = tuple(folders[number] for number in np.flatnonzero(to_train < 0).tolist())
-    here = np.unique(to_train[to_train >= 0])
+    unknown = tuple(folders[number] for number in used.tolist() if to_train[number] < 0)
+    here = np.unique(to_train[labels[kept]])
     return replace(as_test_set(name, source, train_classes), classes=here, unknown=unknown)
 
 
@@ -184,7 +185,7 @@ def balanced_fraction(source: ImageSource, fraction: float, seed: int) -> ImageS
     a larger one with the same seed.
     """
     assert source.labels is not None
-    each = max(1, round(fraction * len(source) / len(source.classes)))
+    each = max(1, round(fraction * len(source) / len(np.unique(source.labels))))
     return source.subset(draw_by_class(source.labels, np.full(len(source.classes), each), seed))
 
 
