@@ -240,6 +240,21 @@ def test_an_analysis_of_others_is_not_shown(reported):
     assert not any(name.startswith(("slots/rank", "slots/gallery")) for name in page.files)
 
 
+def test_an_analysis_of_another_choice_of_images_or_of_another_run_is_not_shown(reported, slot_runs):
+    data = {"data": str(slot_runs["data"])}
+    assert Subject(str(reported), **data).find("gallery")[1] == ""
+    found, note = Subject(str(reported), **data, choice={"train": "val", "label_column": "x"}).find("gallery")
+    assert found is None and "made with data.train null;" in note
+    chosen = Subject(str(reported), **data, choice={"val": "my val", "value_range": [0, 9]})
+    assert chosen.command("rank").endswith("--data.val 'my val' --data.value_range '[0, 9]'")
+    assert "my val" not in chosen.command("gallery") and "[0, 9]" in chosen.command("gallery")
+    assert (
+        Subject("run", str(reported / "slots"))
+        .find("health")[1]
+        .startswith(f"Not shown, since it was made with run {reported};")
+    )
+
+
 def test_the_best_and_the_worst_slots_are_shown_or_without_a_ranking_those_of_the_maps(tmp_path):
     subject = Subject(str(tmp_path))
     assert subject.slots_to_show(3) == [0, 1, 2]

@@ -44,8 +44,8 @@ def report(options: SlotReportOptions) -> None:
             open_labeled(data.path, choice=Choice.of(data))
         except UnlabeledError as error:
             no_classes = str(error)
-    path = data.path if data else None
-    subject = Subject(options.run, options.out, options.which, path, options.control, not no_classes)
+    path, choice = (data.path, slots.further(data)) if data else (None, {})
+    subject = Subject(options.run, options.out, options.which, path, options.control, not no_classes, choice)
     if data:
         _make_missing(options, subject, data, encoder.num_slots)
     page = subject.slots / "report.html"

@@ -355,6 +355,12 @@ def _folder(options: SlotsOptions) -> Path:
     return Path(options.out) if options.out else results_folder(options.run) / "slots"
 
 
+def further(data: ImagesOptions) -> dict[str, Any]:
+    """The options of images that are not null, except the path, as in JSON."""
+    given = {key: value for key, value in vars(data).items() if key != "path" and value is not None}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
+
+
 def _write(options: SlotsOptions, path: Path, content: Mapping[str, Any]) -> None:
     """Write the JSON of an analysis, first what it is about: weights, and images and control if it takes
     them. Raises OSError."""
@@ -362,7 +368,7 @@ def _write(options: SlotsOptions, path: Path, content: Mapping[str, Any]) -> Non
 
     about: dict[str, Any] = {"run": options.run, "which": options.which}
     if hasattr(options, "data"):
-        about["data"] = options.data.path
+        about |= {"data": options.data.path, "choice": further(options.data)}
     if hasattr(options, "control"):
         about["control"] = options.control
     write_file(path, json.dumps(about | dict(content), indent=1, allow_nan=False) + "\n")

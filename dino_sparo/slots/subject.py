@@ -1,8 +1,10 @@
 """What a page is about: a run or weights, the files of its analyses, and the commands that make them."""
 
+import json
 import shlex
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ TITLES = {
 }
 FILES = {part: f"{part}/{part}.json" for part in TITLES}
 OF_CLASSES = ("rank", "mask")  # analyses that need labeled images
+LABELS = ("val", "label_column")  # options of images that only these have
 WITHOUT_SLOTS = ("maps", "neighbors")  # analyses of any encoder
 COMPARING = ("rank", "maps", "mask", "factors")  # analyses that compare with a control
 NUM_BEST = 4  # slots shown from each end of the ranking
@@ -34,7 +37,7 @@ MOST_ENTRIES = 20_000  # of the log, more than curves have pixels
 @dataclass(frozen=True)
 class Subject:
     """What a page is about, from the command's options; analyses with other weights, images, or controls are
-    not shown. `has_classes`: whether the images are labeled."""
+    not shown. `has_classes`: whether the images are labeled; `choice`: further options of `data`."""
 
     run: str
     out: str | None = None
@@ -42,6 +45,7 @@ class Subject:
     data: str | None = None
     control: str | None = None
     has_classes: bool = True
+    choice: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -80,6 +84,8 @@ class Subject:
         if part != "factors":
             will_do = self.has_classes or (part in TITLES and part not in OF_CLASSES)
             words += ["--data.path", self.data if self.data and will_do else "DIR"]
+            for key, value in self._chosen(part).items() if will_do else ():
+                words += [f"--data.{key}", value if isinstance(value, str) else json.dumps(value)]
         if self.control and part in COMPARING:
             words += ["--control", self.control]
         if self.which != "teacher":
@@ -98,16 +104,30 @@ class Subject:
         if not path.is_file():
             return None, "Not made yet:"
         asked = {"which": self.which, "control": self.control, "data": self.data}
+        if self.out:  # the folder of a run may have moved; one that was chosen may be that of another run
+            asked["run"] = self.run
         with made_by(path, self.command(part)):
             content = dict(parsed_json(path).items())
+            chosen = self._chosen(part)
+            found = dict(content.get("choice", chosen)) if self.data else chosen
         others = [
             f"{key} {content[key]}"
             for key, value in asked.items()
             if value not in (None, content.get(key, value))
         ]
+        others += [
+            f"data.{key} {found.get(key, 'null')}"
+            for key in {**chosen, **found}
+            if found.get(key) != chosen.get(key)
+        ]
         if others:
             return None, f"Not shown, since it was made with {', '.join(others)}; make it again:"
         return content, ""
+
+    def _chosen(self, part: str) -> dict[str, Any]:
+        """The further options of the images of an analysis."""
+        others = LABELS if part in TITLES and part not in OF_CLASSES else ()
+        return {key: value for key, value in self.choice.items() if part != "factors" and key not in others}
 
     def slots_to_show(self, num_slots: int) -> list[int]:
         """The four best and the four worst slots by their own k-NN; without a ranking, those of the maps,
