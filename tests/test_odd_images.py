@@ -71,6 +71,36 @@ def test_a_value_range_changes_no_image_of_8_bits():
     )
 
 
+def pgm(values: list[int], maximum: int, magic: str = "P5") -> bytes:
+    """A PGM or PPM image of one row, as numbers or, with magic P2, as text."""
+    kind = ">u2" if maximum > 255 else "u1"
+    body = " ".join(map(str, values)).encode() if magic == "P2" else np.array(values).astype(kind).tobytes()
+    return f"{magic}\n{len(values) // (3 if magic == 'P6' else 1)} 1\n{maximum}\n".encode() + body
+
+
+@pytest.mark.parametrize("magic", ["P5", "P2"])
+@pytest.mark.parametrize(
+    ("values", "maximum", "value_range", "expected"),
+    [
+        ([0, 1024, 4095], 4095, None, [0, 64, 255]),
+        ([0, 1024, 4095], 4095, (0, 4095), [0, 64, 255]),
+        ([0, 1024, 4095], 65535, (0, 4095), [0, 64, 255]),
+        ([0, 1000, 1400, 3000], 4095, (1000, 2000), [0, 0, 102, 255]),
+        ([0, 130, 255, 65535], 65535, None, [0, 1, 1, 255]),
+        ([0, 130, 255], 65535, None, [0, 1, 1]),
+        ([0, 100, 200], 200, None, [0, 128, 255]),
+        ([0, 130, 255], 255, (0, 4095), [0, 130, 255]),
+    ],
+)
+def test_pgm_names_its_own_white(magic, values, maximum, value_range, expected):
+    assert pixels_of(pgm(values, maximum, magic), value_range)[0].tolist() == expected
+
+
+def test_a_value_range_changes_no_ppm_of_8_bits():
+    read = decode(pgm([0, 1, 2], 255, "P6"), reading=decoding.Reading(value_range=(0, 9)))
+    assert np.asarray(read).tolist() == [[[0, 1, 2]]]
+
+
 def tiff(bands: int, bits: int, sample: int, photometric: int = 1) -> bytes:
     """An uncompressed TIFF of 4 x 3 pixels with its directory before them."""
     size = 4 * 3 * bands * bits // 8

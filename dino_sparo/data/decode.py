@@ -337,10 +337,14 @@ def to_rgb(image: Image.Image, value_range: tuple[float, float] | None = None) -
             "applied; convert it to gray or to 8 bits"
         )
     turned = orientation(image) if isinstance(image, TiffImageFile) else 1
+    maximum = _maximum_of_ppm(image)  # loading forgets it
     image.load()
     if turned in UNTURNED and orientation(image) != turned:
         image = image.transpose(UNTURNED[turned])
     if is_deep(image):  # PIL would clip its pixels to white
+        if maximum:  # it has become 65535
+            low, high = value_range or (0.0, maximum)
+            value_range = low * 65535 / maximum, high * 65535 / maximum
         return _to_8_bits(image, value_range)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
@@ -353,8 +357,16 @@ def _is_cut_to_8_bits(image: Image.Image) -> bool:
         return False
     if isinstance(image, TiffImageFile):
         return max(image.tag_v2.get(258, (8,))) > 8
+    return any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())) or _maximum_of_ppm(image) > 255
+
+
+def _maximum_of_ppm(image: Image.Image) -> int:
+    """The value of white in the header of a PGM or PPM image that is not decoded yet; 0 for other images."""
     tiles = getattr(image, "tile", ())
-    return any(";16" in str(tile[3]) or (image.format == "PPM" and tile[3][1] > 255) for tile in tiles)
+    if image.format != "PPM" or image.mode == "F" or not tiles:
+        return 0
+    arguments = tiles[0][3]
+    return (65535 if ";16" in arguments else 255) if isinstance(arguments, str) else int(arguments[1])
 
 
 def is_deep(image: Image.Image) -> bool:
