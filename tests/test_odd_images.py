@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import struct
 import warnings
 import zlib
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, features
 
 from dino_sparo.cli.evaluating import KnnOptions, knn
@@ -22,6 +24,10 @@ from dino_sparo.data.sources import open_images
 from dino_sparo.data.splits import Choice
 from dino_sparo.data.workers import WatchedLoader
 from dino_sparo.errors import UserError
+from dino_sparo.evaluation.features import embed
+from dino_sparo.export import export
+from dino_sparo.interop.load import load_encoder
+from dino_sparo.models import build_encoder
 from tests.pictures import encoded, photo
 from tests.tiny import tiny_options, write_pictures
 
@@ -163,10 +169,31 @@ def test_evaluations_read_values_as_the_run_did(tmp_path):
     write_pictures(tmp_path / "data", 8)
     run = tmp_path / "run"
     pretrain(tiny_options(tmp_path / "data", run, optim__epochs=1, optim__warmup_epochs=0, **RANGE))
+    export(str(run), str(tmp_path / "exported"))
     data = LabeledDataOptions("data")
-    assert choice_of(data, str(run)).value_range == (0.0, 4095.0)
-    assert choice_of(replace(data, value_range=(0.0, 9.0)), str(run)).value_range == (0.0, 9.0)
-    assert choice_of(data, str(tmp_path / "weights.pth")) == Choice()
+    for path in (run, next((run / "checkpoints").glob("*.pt")), tmp_path / "exported"):
+        encoder = load_encoder(path)
+        assert choice_of(data, encoder).value_range == (0.0, 4095.0)
+        assert choice_of(replace(data, value_range=(0.0, 9.0)), encoder).value_range == (0.0, 9.0)
+    assert "8 bits from 0 (black) to 4095 (white)" in (tmp_path / "exported" / "README.md").read_text()
+    assert choice_of(data, build_encoder({"width": 8, "depth": 2, "num_heads": 1})) == Choice()
+    file = tmp_path / "deep" / "12bit.png"
+    file.parent.mkdir()
+    Image.fromarray(np.linspace(0, 4095, 32 * 32, dtype=np.uint16).reshape(32, 32)).save(file)
+    shown = encoder.transform(file)
+    assert torch.equal(shown, encoder.transform(Image.open(file)))
+    assert shown.max() - shown.min() > 3  # black and white
+    np.testing.assert_allclose(embed(encoder, file.parent), encoder(shown[None]).detach(), atol=1e-5)
+
+
+@pytest.mark.parametrize("value_range", [[4095, 0], ["x", 1], [0], 5])
+def test_a_wrong_value_range_in_an_exported_folder_is_refused(value_range, tmp_path):
+    folder = shutil.copytree("eval/encoders/demo", tmp_path / "demo")
+    config = json.loads((folder / "config.json").read_text())
+    config["dino_sparo"]["value_range"] = value_range
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"config\.json: value_range"):
+        load_encoder(folder)
 
 
 # --- Formats

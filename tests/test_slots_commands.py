@@ -3,6 +3,7 @@
 import pytest
 
 from dino_sparo.__main__ import main
+from dino_sparo.export import export
 
 COMMANDS = ("maps", "gallery", "neighbors", "rank", "mask", "health", "factors", "report")
 OF_ANY_ENCODER = ("maps", "neighbors", "report")
@@ -21,6 +22,14 @@ def refused(slot_runs, tmp_path, capsys):
         return said
 
     return run
+
+
+def test_health_of_weights_without_a_student(slot_runs, tmp_path):
+    export(str(slot_runs["sparo"]), str(tmp_path / "exported"))
+    export(str(tmp_path / "exported"), str(tmp_path / "encoder.pth"), "official")
+    for weights in ("exported", "encoder.pth"):
+        given = [str(tmp_path / weights), f"--data.path={slot_runs['data']}", f"--out={tmp_path / 'out'}"]
+        assert main(["slots", "health", *given, "--num_workers=0", "--device=cpu"]) == 0
 
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name not in OF_ANY_ENCODER])

@@ -213,9 +213,9 @@ def _opened(options: EvaluationOptions) -> "Iterator[tuple[Encoder, ImageSource,
     device = choose_device(options.device, local_rank())
     _check_writable(_folder(options))
     with process_group(device):
-        choice = choice_of(options.data, options.run)
-        train, test_sets = open_train_and_tests(options.data.path, options.test, choice)
         encoder = load_encoder(options.run, options.which, untrained=options.untrained, arch=options.arch)
+        choice = choice_of(options.data, encoder)
+        train, test_sets = open_train_and_tests(options.data.path, options.test, choice)
         yield encoder.to(device).requires_grad_(False), train, test_sets
 
 

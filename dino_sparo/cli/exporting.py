@@ -126,7 +126,7 @@ def embed(options: EmbedOptions) -> None:
         raise UserError(f"out: {out} already exists; give another path or remove it")
     device = choose_device(options.device, local_rank())
     encoder = load_encoder(options.run, options.which).to(device)
-    source = open_chosen(options.data, run=options.run)
+    source = open_chosen(options.data, encoder=encoder)
     features = features_of(
         *(encoder, source, options.what), batch_size=options.batch_size, num_workers=options.num_workers
     )

@@ -1,17 +1,15 @@
 """Options that several commands share: the encoder to use, and the images of a command."""
 
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from dino_sparo.errors import UserError
-from dino_sparo.recipe.sections import ImagePixels, PixelValue, check_value_range
+from dino_sparo.recipe.sections import ImagePixels, ValueRange, check_value_range
 from dino_sparo.recipe.typed import Batch, Workers
 
 if TYPE_CHECKING:
     from dino_sparo.data.sources import ImageSource
     from dino_sparo.data.splits import Choice
+    from dino_sparo.models import Encoder
 
 
 @dataclass(kw_only=True)
@@ -38,7 +36,7 @@ class ReadingOptions:
     max_pixels: ImagePixels | None = None
     """Largest image that is decoded, in pixels; larger ones count as unreadable. null: 67,108,864 (about 0.5
     GB of memory per image)."""
-    value_range: tuple[PixelValue, PixelValue] | None = None
+    value_range: ValueRange | None = None
     """For images with more than 8 bits per channel: the pixel values that become black and white, such as
     [0, 4095]; null: those of the run, if any, else a range that depends on the image mode."""
 
@@ -70,27 +68,22 @@ class LabeledDataOptions(ImagesOptions):
 
 
 def open_chosen(
-    data: ImagesOptions, max_images: int | None = None, *, run: str | None = None
+    data: ImagesOptions, max_images: int | None = None, *, encoder: "Encoder | None" = None
 ) -> "ImageSource":
     """The images, or so many of them, spread evenly, read as by `choice_of`. Raises as `open_images`."""
     from dino_sparo.data.sources import decide, open_images, say_splits
 
-    choice = choice_of(data, run)
+    choice = choice_of(data, encoder)
     splits = decide(data.path, choice)
     source = open_images(data.path, max_images, choice=choice, splits=splits)
     say_splits(data.path, source, None, splits, with_val=False)
     return source
 
 
-def choice_of(data: ReadingOptions, run: str | None) -> "Choice":
-    """What is chosen of the images for an encoder; without another word pixels are read as its run did."""
+def choice_of(data: ReadingOptions, encoder: "Encoder | None") -> "Choice":
+    """What is chosen of the images for an encoder; unless chosen, pixels are read as in its training."""
     from dino_sparo.data.splits import Choice
-    from dino_sparo.recipe.files import CONFIG_FILE
-    from dino_sparo.recipe.typed import read_yaml
 
-    choice, config = Choice.of(data), Path(run or "") / CONFIG_FILE
-    if run and choice.value_range is None and config.is_file():
-        with suppress(UserError, KeyError, TypeError):  # of another version, or damaged
-            low, high = read_yaml(config)["data"]["value_range"]
-            choice = choice._replace(value_range=(float(low), float(high)))
-    return choice
+    choice = Choice.of(data)
+    trained = encoder.value_range if encoder else None
+    return choice._replace(value_range=choice.value_range or trained)

@@ -104,7 +104,7 @@ class SlotRankOptions(ComparedSlotsOptions):
     select_fraction: float = 0.2
     """Fraction of the train images on which slots are scored and chosen."""
     seed: Seed = 0
-    """Seed of the choice of these images and of the linear probes."""
+    """Seed of the choice of these images."""
 
 
 @dataclass(kw_only=True)
@@ -151,7 +151,7 @@ def maps(options: SlotMapsOptions) -> None:
     encoder = open_encoder(options, with_slots=False)
     control = open_control(options.control, options.which) if options.control else None
     content = slot_maps(
-        *(encoder, open_chosen(options.data, run=options.run), folder),
+        *(encoder, open_chosen(options.data, encoder=encoder), folder),
         slots=options.slots,
         images=options.images,
         num_images=options.num_images,
@@ -178,9 +178,10 @@ def gallery(options: SlotGalleryOptions) -> None:
     from dino_sparo.slots.gallery import slot_gallery
 
     folder = _folder(options) / "gallery"
-    source = open_chosen(options.data, run=options.run)
+    cut = _cut(options)[0]
+    source = open_chosen(options.data, encoder=cut.encoder)
     entries = slot_gallery(
-        *(_cut(options)[0], source, folder),
+        *(cut, source, folder),
         slots=options.slots,
         num_images=options.num_images,
         num_neighbors=options.num_neighbors,
@@ -194,10 +195,10 @@ def neighbors(options: SlotNeighborsOptions) -> None:
     from dino_sparo.slots.neighbors import slot_neighbors
 
     folder = _folder(options) / "neighbors"
+    cut = _cut(options, with_slots=False)[0]
+    source = open_chosen(options.data, options.max_images, encoder=cut.encoder)
     content = slot_neighbors(
-        _cut(options, with_slots=False)[0],
-        open_chosen(options.data, options.max_images, run=options.run),
-        folder,
+        *(cut, source, folder),
         num_images=options.num_images,
         num_neighbors=options.num_neighbors,
     )
@@ -211,9 +212,10 @@ def rank(options: SlotRankOptions) -> None:
     from dino_sparo.data.sources import open_labeled
     from dino_sparo.slots.rank import rank_slots, table
 
-    folder, choice = _folder(options) / "rank", choice_of(options.data, options.run)
+    folder, cut = _folder(options) / "rank", _cut(options)
+    choice = choice_of(options.data, cut[0].encoder)
     result = rank_slots(
-        *(_cut(options), *open_labeled(options.data.path, choice=choice), folder),
+        *(cut, *open_labeled(options.data.path, choice=choice), folder),
         k=options.k,
         select_fraction=options.select_fraction,
         seed=options.seed,
@@ -228,14 +230,14 @@ def mask(options: SlotMaskOptions) -> None:
     from dino_sparo.evaluation.transfer import EXPECTED_BOTH, VAL, named_folder
     from dino_sparo.slots.mask import mask_slots, table
 
-    folder = _folder(options) / "mask"
-    choice = choice_of(options.data, options.run)
+    folder, cut = _folder(options) / "mask", _cut(options)
+    choice = choice_of(options.data, cut[0].encoder)
     data = {VAL: open_labeled(options.data.path, choice=choice)}
     if options.transfer:
         name, other = named_folder(options.transfer, "transfer", EXPECTED_BOTH)
         data[name] = open_labeled(other, key="transfer", choice=choice.of_pixels)
     result = mask_slots(
-        *(_cut(options), data, folder),
+        *(cut, data, folder),
         epochs=options.epochs,
         lr=options.lr,
         batch_size=options.learning_batch_size,
@@ -250,7 +252,8 @@ def health(options: SlotHealthOptions) -> None:
     from dino_sparo.slots.health import as_entries, draw_health, measure_health, summarize, table
 
     folder = _folder(options) / "health"
-    encoder, source = open_encoder(options), open_chosen(options.data, options.num_images, run=options.run)
+    encoder = open_encoder(options)
+    source = open_chosen(options.data, options.num_images, encoder=encoder)
     measured = measure_health(
         *(encoder, source),
         other=_other_weights(options, encoder),
@@ -316,14 +319,10 @@ def open_control(run: str, which: str) -> "Encoder":
 
 def _other_weights(options: SlotHealthOptions, encoder: "Encoder") -> "Encoder | None":
     """The student for the teacher and the other way round; None where only one set of weights is stored."""
-    from dino_sparo.interop.load import load_encoder
-    from dino_sparo.interop.timm_folder import CONFIG_FILE
+    from dino_sparo.interop.load import networks_in
 
-    path = Path(options.run)
-    if path.suffix == ".safetensors" or (path / CONFIG_FILE).is_file():
-        return None
-    other = load_encoder(options.run, "student" if options.which == "teacher" else "teacher")
-    return other.to(encoder.device)
+    other = networks_in(options.run).get("student" if options.which == "teacher" else "teacher")
+    return None if other is None else other.build().to(encoder.device)
 
 
 def _cut(options: CachedSlotsOptions, *, with_slots: bool = True) -> "list[CutEncoder]":

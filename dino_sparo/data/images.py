@@ -68,13 +68,21 @@ def evaluation_crop(image: Image.Image, size: int) -> Tensor:
     return to_tensor(pil_views.center_crop(_middle(image), size))
 
 
-def evaluation_input(image: Image.Image | str | Path, size: int) -> Tensor:
+def evaluation_input(
+    image: Image.Image | str | Path, size: int, value_range: tuple[float, float] | None = None
+) -> Tensor:
     """Image or image file -> an encoder's input: the evaluation crop, normalized, float32 (3, size, size).
+
+    Args:
+        value_range: as the attribute of Encoder.
 
     Raises:
         Exception: the image cannot be read; Pillow raises many types.
     """
-    rgb = to_rgb(image) if isinstance(image, Image.Image) else decode(AS_IS.read_file(image))
+    if isinstance(image, Image.Image):
+        rgb = to_rgb(image, value_range)
+    else:
+        rgb = decode(AS_IS.read_file(image), reading=AS_IS._replace(value_range=value_range))
     return normalize(evaluation_crop(rgb, size))
 
 

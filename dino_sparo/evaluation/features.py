@@ -19,6 +19,7 @@ from tqdm import tqdm
 from dino_sparo.data.decode import AS_IS
 from dino_sparo.data.images import CenterCrops, ReadableCrops, normalize
 from dino_sparo.data.sources import ImageSource, open_images
+from dino_sparo.data.splits import Choice
 from dino_sparo.data.workers import PATIENCE_SECONDS, WatchedLoader, default_workers
 from dino_sparo.errors import UserError
 from dino_sparo.files import alone_in, check_space, named
@@ -69,7 +70,8 @@ def embed(
             f"what is slots, but the encoder has none (read-out {encoder.readout_name}); use encoding, cls, "
             f"or tokens"
         )
-    source = open_images(str(source)) if isinstance(source, str | Path) else source
+    if isinstance(source, str | Path):
+        source = open_images(str(source), choice=Choice(value_range=encoder.value_range))
     name = "encoding" if what == "slots" else what
     rows = cached_features(encoder, [Wanted(source)], [name], **settings)[0][name]
     shapes = {"slots": (encoder.num_slots, -1), "tokens": (-1, encoder.width)}

@@ -54,7 +54,7 @@ def load_encoder(
     if stored.epochs is None and (left_out := stored.left_out()):  # every run has a head
         log.info("%s: not used: %s", path, ", ".join(left_out))
     encoder = stored.build(untrained=untrained)
-    encoder.transform = partial(evaluation_input, size=encoder.image_size)
+    encoder.transform = partial(evaluation_input, size=encoder.image_size, value_range=encoder.value_range)
     return encoder
 
 
@@ -165,6 +165,7 @@ def _of_checkpoint(state: Mapping[str, Any], path: Path, which: str) -> StoredEn
             which=which,
             weights={k.removeprefix(ENCODER): v for k, v in network.items() if k.startswith(ENCODER)},
             beside={k: v for k, v in network.items() if not k.startswith(ENCODER)},
+            value_range=recipe.data.value_range,
             epochs=(epochs := int(state["step"] // (state["images"]["num_images"] // batch_size))),
             trained={
                 "data": f"{_name_of(recipe.data.path)}, {state['images']['num_images']} images",

@@ -34,6 +34,7 @@ class StoredEncoder:
             (`head.mlp.0.weight`, ...), the classifier of a plain ViT, parts for masking and decoding.
         epochs: complete epochs that they were trained for; None if they are not of a run.
         trained: data and recipe of the run, for readers of an exported file.
+        value_range: as the attribute of Encoder.
     """
 
     path: Path
@@ -44,6 +45,7 @@ class StoredEncoder:
     beside: dict[str, Any] = field(default_factory=dict)
     epochs: int | None = None
     trained: dict[str, str] = field(default_factory=dict)
+    value_range: tuple[float, float] | None = None
 
     def left_out(self, taken: Collection[str] = ()) -> list[str]:
         """Parameters beside the encoder that are not in `taken`, in words, such as `head (8 tensors)`."""
@@ -63,12 +65,15 @@ class StoredEncoder:
         blocks = counted(arch["depth"] - replaces, "block")
         if readout in WITH_SLOTS:
             blocks += f" and the {'SPARO' if readout == 'sparo' else readout} read-out"
+        pixels = "RGB"
+        if self.value_range:
+            pixels += ", of more than 8 bits from {:g} (black) to {:g} (white)".format(*self.value_range)
         return {
             "weights": self.which,
             "vit": f"{blocks}, width {arch['width']}, {arch['num_heads']} heads, patches of "
             f"{self.arguments['patch_size']} pixels",
-            "preprocessing": f"RGB, short side to {round(side * 256 / 224)} pixels (bicubic), center crop of "
-            f"{side} x {side}, divided by 255, minus {IMAGENET_MEAN}, divided by {IMAGENET_STD}",
+            "preprocessing": f"{pixels}, short side to {round(side * 256 / 224)} pixels (bicubic), center "
+            f"crop of {side} x {side}, divided by 255, minus {IMAGENET_MEAN}, divided by {IMAGENET_STD}",
             "readout": self.arguments["readout"],
             "slots": str(slots or 0),
             **self.trained,
@@ -100,9 +105,11 @@ class StoredEncoder:
         if untrained:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed)
-                return build_encoder(**arguments).eval()
-        encoder.to_empty(device="cpu").load_state_dict(self.weights)
-        check_finite(encoder.state_dict(), str(self.path))
+                encoder = build_encoder(**arguments)
+        else:
+            encoder.to_empty(device="cpu").load_state_dict(self.weights)
+            check_finite(encoder.state_dict(), str(self.path))
+        encoder.value_range = self.value_range
         return encoder.eval()
 
 

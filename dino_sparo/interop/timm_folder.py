@@ -25,6 +25,7 @@ from dino_sparo.interop.stored import MODELS, StoredEncoder
 from dino_sparo.models import Encoder
 from dino_sparo.models.encoder import ARCHITECTURES, architecture
 from dino_sparo.recipe.readouts import READOUTS
+from dino_sparo.recipe.sections import ValueRange, check_value_range
 from dino_sparo.recipe.typed import Seed, value_of
 from dino_sparo.terminal import shown
 
@@ -107,6 +108,8 @@ def write_exported(
     cut = PREFIX if _is_plain(stored.arguments) else ""
     weights = {key.removeprefix(cut): value for key, value in encoder.state_dict().items()}
     ours = {"format": FORMAT, "weights": stored.which, "seed": stored.seed, "encoder": stored.arguments}
+    if stored.value_range:
+        ours["value_range"] = stored.value_range
     config = _timm_config(stored.arguments) | {OUR_KEY: ours}
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
@@ -161,11 +164,12 @@ def read_exported(weights: Mapping[str, Tensor], path: Path) -> StoredEncoder | 
         )
     if _is_plain(ours["encoder"]):  # with format 1 they have the prefix
         weights = {f"{PREFIX}{name.removeprefix(PREFIX)}": value for name, value in weights.items()}
-    seed, which = (
-        value_of(f"{path_of_config}: {key}", ours[key], kind)
-        for key, kind in (("seed", Seed), ("weights", Literal[MODELS]))
+    seed, which, value_range = (
+        value_of(f"{path_of_config}: {key}", ours.get(key), kind)
+        for key, kind in (("seed", Seed), ("weights", Literal[MODELS]), ("value_range", ValueRange | None))
     )
-    return StoredEncoder(path, ours["encoder"], seed, which, dict(weights))
+    check_value_range(value_range, f"{path_of_config}: value_range")
+    return StoredEncoder(path, ours["encoder"], seed, which, dict(weights), value_range=value_range)
 
 
 # --- Configuration for timm

@@ -50,9 +50,12 @@ class Encoder(nn.Module):
         embed_dim: dimension of the encoding.
         transform: set by `load_encoder`; converts an image (PIL) or its file to the input of the encoder:
             resized, center-cropped, normalized, float32 (3, image_size, image_size).
+        value_range: set by `load_encoder`; the pixel values that were black and white in training, for images
+            of more than 8 bits; None: those of the image mode.
     """
 
     transform: Callable[[Any], Tensor]
+    value_range: tuple[float, float] | None = None
 
     def __init__(
         self,

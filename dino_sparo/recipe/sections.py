@@ -32,16 +32,15 @@ HueShift = Annotated[float, Range("from 0 to 0.5", lambda number: 0 <= number <=
 Side = Annotated[int, up_to(16_384)]  # pixels
 BlurRadius = Annotated[float, up_to(1_000, least=0)]  # pixels
 PixelValue = Annotated[float, Range("that is finite", isfinite)]
+ValueRange = tuple[PixelValue, PixelValue]
 ImagePixels = Annotated[int, up_to(178_956_970)]  # Pillow's limit
 Timeout = Annotated[int, Range("from 1 to 1500", lambda number: 1 <= number <= 1500)]
 
 
-def check_value_range(given: tuple[float, float] | None) -> None:
+def check_value_range(given: ValueRange | None, key: str = "data.value_range") -> None:
     """Raises UserError: black is not below white."""
     if given is not None and not given[0] < given[1]:
-        raise UserError(
-            f"data.value_range is {list(given)}; expected the value of black, then a higher value of white"
-        )
+        raise UserError(f"{key} is {list(given)}; expected the value of black, then a higher value of white")
 
 
 @dataclass(kw_only=True)
@@ -68,7 +67,7 @@ class DataOptions:
     """Largest image that is decoded, in pixels; larger ones count as unreadable. An image narrower than 512
     pixels counts as 512 pixels wide, WebP and AVIF count twice, and files may have at most 4 bytes per pixel.
     null: 67,108,864 (about 0.5 GB of memory per image)."""
-    value_range: tuple[PixelValue, PixelValue] | None = None
+    value_range: ValueRange | None = None
     """For images with more than 8 bits per channel: the pixel values that become black and white, such as
     [0, 4095]; null: a range that depends on the image mode."""
     on_bad_image: Literal["stop", "substitute"]
