@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+from dino_sparo.evaluation.features import hash_of
 from dino_sparo.evaluation.results import RESULTS_FILE, read_results, results_folder
 from dino_sparo.interop.load import networks_in, one_of
 from dino_sparo.interop.official import write_official
 from dino_sparo.interop.onnx_file import write_onnx
+from dino_sparo.interop.stored import StoredEncoder
 from dino_sparo.interop.timm_folder import write_exported
 
 
@@ -44,7 +46,7 @@ def export(
         check = f"; left out: {', '.join(left_out)}"
     if format == "official":
         return f"{out}: {write_official(stored, networks, Path(out))} of {run}"
-    measured = measured_lines(run, which)
+    measured = measured_lines(run, stored)
     if format == "onnx":
         path, difference = write_onnx(stored, Path(out), license=license, measured=measured)
         where, check = str(path), f"; largest difference from torch: {difference:.1e}{check}"
@@ -56,18 +58,23 @@ def export(
     return f"{where}: {which} of {run}, {count / 1e6:.2f} million parameters{check}"
 
 
-def measured_lines(run: str, which: str) -> list[str]:
-    """Lines about the headline results of these weights in `results.json` of a run.
+def measured_lines(run: str, stored: StoredEncoder) -> list[str]:
+    """Lines about the headline results of these weights in `results.json` of a run, which may also hold those
+    of other weights: earlier ones of the run, or of a file with the same stem.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is damaged, or the weights do not fit.
     """
     folder = results_folder(run)
     if not (folder / RESULTS_FILE).is_file():
         return []
+    of_encoder = hash_of(stored.build())
     return [
         f"{result.name} ({result.protocol}) on {result.test_set}: {result.top1:.1f} % top-1, "
         f"{result.num_images} images of {result.num_classes} classes"
         for result in read_results(folder)
-        if result.headline and result.weights == which and result.train_fraction == 1
+        if result.headline
+        and result.weights == stored.which
+        and result.train_fraction == 1
+        and result.details.get("encoder", of_encoder) == of_encoder  # older results do not say it
     ]

@@ -15,6 +15,7 @@ from dino_sparo import load_encoder
 from dino_sparo.__main__ import main
 from dino_sparo.data.images import evaluation_crop, normalize
 from dino_sparo.errors import UserError
+from dino_sparo.evaluation.features import hash_of
 from dino_sparo.evaluation.results import Result, save_results
 from tests.test_official import small_encoder
 from tests.tiny import write_pictures
@@ -144,7 +145,8 @@ def test_the_card_tells_how_to_use_it_and_what_was_measured(run_dir, tmp_path):
     run = tmp_path / "my_run"
     shutil.copytree(run_dir, run)
     shown = Result(
-        **{"protocol": "knn", "name": "20-NN", "headline": True, "weights": "teacher", "details": {}},
+        **{"protocol": "knn", "name": "20-NN", "headline": True, "weights": "teacher"},
+        details={"encoder": hash_of(load_encoder(run))},
         **{"test_set": "val", "top1": 83.64, "top5": 90.0, "num_images": 4, "num_classes": 2},
         **{"images": "x", "correct": np.ones(4, bool)},
     )
@@ -152,6 +154,7 @@ def test_the_card_tells_how_to_use_it_and_what_was_measured(run_dir, tmp_path):
         {"name": "10-NN", "headline": False},
         {"weights": "student"},
         {"details": {"train_fraction": 0.1}},
+        {"protocol": "linear", "details": {"encoder": "earlier weights of the run"}},
     )
     save_results(run, [shown, *(dataclasses.replace(shown, **change) for change in others)])
     out = tmp_path / "out"

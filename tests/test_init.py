@@ -185,9 +185,14 @@ def test_timms_own_model_by_file_and_by_name(tmp_path, monkeypatch, caplog):
     model.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.229, 0.224, 0.225)}
     started_from(tmp_path, "timm:vit", **CLS)
     assert "init timm:vit was trained on images normalized with mean (0.5, 0.5, 0.5), but here" in caplog.text
-    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224"}))
+    timms = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {"mean": [0.5, 0.5, 0.5], "std": 3}}
+    (tmp_path / "config.json").write_text(json.dumps(timms))
     for init in (tmp_path / "model.safetensors", tmp_path):  # a folder as the hub has it
+        caplog.clear()
         started_from(tmp_path, init, **CLS)
+        assert (
+            "safetensors was trained on images normalized with mean [0.5, 0.5, 0.5] and std 3" in caplog.text
+        )
     with pytest.raises(UserError, match=r"init timm:vit has attention heads 2 \(the recipe has 4\)"):
         started_from(tmp_path, "timm:vit", **CLS, model__arch__num_heads=4)
 

@@ -291,7 +291,7 @@ def results_of(
     weights: str,
 ) -> list[Result]:
     """Results of every probe on every test set; `classifiers` describe the probes, in the same order."""
-    results = []
+    results, of_encoder = [], hash_of(encoder)
     for test_set, found in zip(test_sets, features, strict=True):
         right = score(probes, test_set, found)
         images = hash_of_images(test_set.source)  # outside the loop, since it stats every file
@@ -309,7 +309,7 @@ def results_of(
                 weights=weights,
                 top1=float(top1),
                 top5=float(top5),
-                details=classifier.details,
+                details=classifier.details | {"encoder": of_encoder},
                 images=images,
             )
             results.append(result)

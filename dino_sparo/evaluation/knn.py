@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.errors import UserError
-from dino_sparo.evaluation.features import Wanted, cached_features, hash_of_images
+from dino_sparo.evaluation.features import Wanted, cached_features, hash_of, hash_of_images
 from dino_sparo.evaluation.results import Result, accuracies, result_on, standard_error
 from dino_sparo.evaluation.search import NoDirectionError, nearest
 from dino_sparo.evaluation.transfer import VAL, TestSet, as_test_sets, restrict
@@ -171,7 +171,7 @@ def knn_results(
     wanted = [Wanted(train, "train features", cache_precision)]
     wanted += [Wanted(one.source, f"{one.name} features", cache_precision) for one in test_sets]
     gallery, *tested = cached_features(encoder, wanted, [feature], **settings)
-    results = []
+    results, of_encoder = [], hash_of(encoder)
     for test_set, queries in zip(test_sets, tested, strict=True):
         try:
             ranked = _ranked_by_all(
@@ -200,7 +200,7 @@ def knn_results(
                 weights=weights,
                 top1=accuracy.top1,
                 top5=accuracy.top5,
-                details={"k": number, "feature": feature, "num_train": len(train)},
+                details={"k": number, "feature": feature, "num_train": len(train), "encoder": of_encoder},
                 images=images,
             )
             results.append(result)

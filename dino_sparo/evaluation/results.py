@@ -51,7 +51,8 @@ class Result:
     num_classes: int
     """Number of classes that can be predicted."""
     details: dict[str, Any]
-    """Other values as in JSON: k, epochs, learning rate, train_fraction, accuracy by class, ..."""
+    """Other values as in JSON: k, epochs, learning rate, train_fraction, accuracy by class, a hash of the
+    encoder, ..."""
     correct: NDArray[np.bool_]
     """Whether top-1 is right for each test image, (num_images,), in the order of the test images."""
     images: str

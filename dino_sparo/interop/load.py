@@ -12,7 +12,13 @@ from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.files import did_you_mean, read_as
 from dino_sparo.interop.official import NUM_HEADS, read_official
 from dino_sparo.interop.stored import MODELS, StoredEncoder, in_words
-from dino_sparo.interop.timm_folder import CONFIG_FILE, WEIGHTS_FILE, read_exported, read_safetensors
+from dino_sparo.interop.timm_folder import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    read_exported,
+    read_safetensors,
+    warn_of_normalization,
+)
 from dino_sparo.models import Encoder
 from dino_sparo.models.encoder import architecture
 from dino_sparo.recipe.files import stored_recipe
@@ -113,14 +119,7 @@ def of_timm(name: str, key: str = "") -> dict[str, StoredEncoder]:
         ) from error
     if not isinstance(model, timm.models.VisionTransformer):
         raise UserError(f"{what} is a {type(model).__name__}; expected a plain VisionTransformer of timm")
-    expected = {"mean": timm.data.IMAGENET_DEFAULT_MEAN, "std": timm.data.IMAGENET_DEFAULT_STD}
-    told: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    other = [f"{one} {told[one]}" for one, value in expected.items() if tuple(told.get(one, value)) != value]
-    if other:
-        log.warning(
-            "WARNING: %s%s was trained on images normalized with %s, but here with those of ImageNet",
-            *(key, name, " and ".join(other)),
-        )
+    warn_of_normalization(getattr(model, "pretrained_cfg", None), f"{key}{name}")
     attention: Any = model.get_submodule("blocks.0.attn")
     return read_official({"model": model.state_dict(), NUM_HEADS: attention.num_heads}, Path(name))
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save
 from timm.models import PretrainedCfg
 from torch import Tensor
 
+from dino_sparo.data.images import IMAGENET_MEAN, IMAGENET_STD
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.files import parsed_json, read_as, read_small, write_file
 from dino_sparo.interop.stored import MODELS, StoredEncoder
@@ -27,7 +28,7 @@ from dino_sparo.models.encoder import ARCHITECTURES, architecture
 from dino_sparo.recipe.readouts import READOUTS
 from dino_sparo.recipe.sections import ValueRange, check_value_range
 from dino_sparo.recipe.typed import Seed, value_of
-from dino_sparo.terminal import shown
+from dino_sparo.terminal import log, shown
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -151,6 +152,7 @@ def read_exported(weights: Mapping[str, Tensor], path: Path) -> StoredEncoder | 
     config = config if isinstance(config, dict) else {}
     ours = config.get(OUR_KEY, config)
     if ours is config and "sparo" not in str(config.get("architecture", "sparo")):
+        warn_of_normalization(config.get("pretrained_cfg", config), str(path))  # config: of older timm
         return None
     if (
         not isinstance(ours, dict)
@@ -170,6 +172,23 @@ def read_exported(weights: Mapping[str, Tensor], path: Path) -> StoredEncoder | 
     )
     check_value_range(value_range, f"{path_of_config}: value_range")
     return StoredEncoder(path, ours["encoder"], seed, which, dict(weights), value_range=value_range)
+
+
+def warn_of_normalization(timms_config: Any, what: str) -> None:
+    """Warn if timm's configuration of pretrained weights, which may be anything, has another mean or standard
+    deviation than ImageNet's."""
+    told = timms_config if isinstance(timms_config, dict) else {}
+    expected = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    others = [
+        f"{key} {told[key]}"
+        for key, value in expected.items()
+        if told.get(key, value) not in (value, [*value])
+    ]
+    if others:
+        log.warning(
+            "WARNING: %s was trained on images normalized with %s, but here with those of ImageNet",
+            *(what, shown(" and ".join(others))),
+        )
 
 
 # --- Configuration for timm
