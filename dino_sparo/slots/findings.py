@@ -66,12 +66,14 @@ def of_curves(metrics: Sequence[Content]) -> list[str]:
 def of_rank(found: Content) -> list[str]:
     """The accuracy of half of the slots, and of the best and the worst slot alone."""
     one = found["encoders"][0]
-    way, half = max(one["half"].items(), key=lambda pair: pair[1]["knn"])
+    half = one["half"][
+        "knn"
+    ]  # of the ways to choose slots not the better one, which test images would choose
     whole, alone, order = one["all"]["knn"], one["alone"]["knn"], one["orders"]["knn"]
     best, worst = order[0], order[-1]
     share = f" ({100 * half['knn'] / whole:.0f} % of it)" if whole else ""
     return [
-        f"{half['kept']} of {one['num_parts']} slots ({WAYS.get(way, way)}) have a {found['k']}-NN accuracy "
+        f"{half['kept']} of {one['num_parts']} slots ({WAYS['knn']}) have a {found['k']}-NN accuracy "
         f"of {half['knn']:.1f} %, all slots {whole:.1f} %{share}, on {found['num_test']:,} test images (± "
         f"{standard_error(whole, found['num_test']):.1f}, one standard error).",
         f"Slot {best} has the highest {found['k']}-NN accuracy alone ({alone[best]:.1f} %), slot {worst} the "
