@@ -26,6 +26,7 @@ from dino_sparo.training import pretrain as program
 from dino_sparo.training.loss import DINOLoss
 from dino_sparo.training.setup import build_schedules
 from dino_sparo.training.stopping import BadSteps
+from tests.pictures import photo
 from tests.tiny import build_state, one_step, state_hash, tiny_options, write_pictures
 
 GROUPS = {
@@ -74,6 +75,20 @@ def test_tensorboard_has_every_scalar_by_group_the_first_crops_and_maps_of_slots
     assert (maps[0].width, maps[0].height) == (4 * 224 + 3 * 3, 4 * 224)  # image, CLS, two slots
     picture = events.Images("views/first_crops")[0]
     assert (picture.width, picture.height) == (2 + 4 * (16 + 2), 2 + 4 * (16 + 2))  # four images, four crops
+
+
+def test_photographs_of_different_sizes_are_drawn_too(tmp_path):
+    """Pictures of slots are larger for larger images."""
+    for number, size in enumerate([(400, 300), (375, 500), (640, 480), (240, 320)] * 7):
+        file = tmp_path / "data" / ("val" if number < 4 else "train") / f"class{number % 2}" / f"{number}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        photo(*size).save(file)
+    run = tmp_path / "run"
+    changes = {"optim__epochs": 1, "optim__global_batch_size": 8, "monitor__knn_every_epochs": 1}
+    pretrain(tiny_options(tmp_path / "data", run, **changes))
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0}).Reload()
+    assert [image.step for image in events.Images("slots/maps")] == [0, 3]
+    assert {image.height for image in events.Images("slots/maps")} == {4 * 328}  # the smallest of the four
 
 
 def test_metrics_file_has_the_same(finished):

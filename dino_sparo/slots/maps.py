@@ -124,9 +124,14 @@ class Rows(NamedTuple):
     patches: list[tuple[int, int]]
 
     def as_one(self) -> Picture:
-        """All square pictures as one picture, one row per image, without titles."""
-        rows = [beside(plain, *drawn) for plain, drawn in zip(self.plain, self.drawn, strict=True)]
-        return np.concatenate(rows)
+        """All square pictures as one, one row per image, without titles, at the size of the smallest."""
+        size = (min(map(len, self.plain)),) * 2
+
+        def resized(picture: Picture) -> Picture:
+            return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
+
+        rows = [[plain, *drawn] for plain, drawn in zip(self.plain, self.drawn, strict=True)]
+        return np.concatenate([beside(*map(resized, row)) for row in rows])
 
     def draw(self, path: Path) -> None:
         """Write a PNG with one row per image: the image, then its maps."""
