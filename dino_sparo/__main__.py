@@ -8,6 +8,7 @@ import platform
 import select
 import sys
 from contextlib import suppress
+from itertools import takewhile
 from typing import Any
 
 from dino_sparo import __version__
@@ -65,8 +66,8 @@ def answer(arguments: list[str]) -> int:
         arguments = arguments[: arguments.index("#")]
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:], "--help"]
-    # Flags of the program may stand before the command too.
-    arguments = sorted(arguments, key=lambda one: one in ("--quiet", "--dry-run", "--dry_run"))
+    first = [*takewhile(lambda one: one in ("--quiet", "--dry-run", "--dry_run"), arguments)]
+    arguments = [*arguments[len(first) :], *first]  # flags of the program may stand before the command too
     if "--version" in arguments:
         torch = importlib.metadata.version("torch")
         print(f"dino-sparo {__version__} (torch {torch}, Python {platform.python_version()})")

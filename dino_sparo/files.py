@@ -52,6 +52,11 @@ def existing_part(path: Path) -> Path:
     return next(each for each in (path, *path.absolute().parents) if each.exists())
 
 
+def is_writable(folder: Path) -> bool:
+    """Whether files can be made there, as far as the system tells; the folder need not exist."""
+    return os.access(existing_part(folder), os.W_OK | os.X_OK)
+
+
 def check_space(folder: Path, needed: int, what: str, spare: int = 0) -> None:
     """Raises UserError if the disk of a folder, which need not exist, has less than `needed` bytes free.
 

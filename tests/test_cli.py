@@ -99,12 +99,14 @@ def test_mistake_is_one_line_and_writes_nothing(tmp_path, data, capsys, path, ch
 # --- A run and what becomes of it
 
 
-def test_second_start_says_that_the_run_is_complete(trained, capsys, caplog):
+def test_second_start_says_that_the_run_is_complete(trained, monkeypatch, caplog):
     data, run = trained
     before = contents(run)
     caplog.set_level("INFO", logger="dino_sparo")
     assert main(["pretrain", *one_epoch(data, run)]) == 0
     assert main(["--quiet", "pretrain", "--run_dir", str(run)]) == 0  # the recipe is the run's own
+    monkeypatch.setenv("HOME", str(run.parent))
+    assert main(["--quiet", "pretrain", f"--run_dir=~/{run.name}"]) == 0  # which bash passes as it is
     assert caplog.text.count(f"{run} is complete, after 1 epoch\n") == 1  # not if it is quiet
     assert contents(run) == before
 

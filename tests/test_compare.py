@@ -86,7 +86,10 @@ def test_notes_are_of_what_is_shown(three_and_one):
     of_one = f"sparo: {Path(three_and_one[0]).parent}/s0 (seed 0)"
     of_each = "one run: ± one standard error, from its number of test images"
     assert compare_runs(three_and_one[:1]).notes == [of_one, of_each]
-    assert compare_runs(three_and_one[:3]).notes[1:] == ["mean ± sample standard deviation over seeds"]
+    assert compare_runs(three_and_one[:3]).notes[1:] == [
+        "sparo: the seeds were trained on /data0 and /data1 and /data2",
+        "mean ± sample standard deviation over seeds",
+    ]
     of_both = compare_runs([three_and_one[0], three_and_one[3]]).notes
     assert of_both[0] == of_one and len(of_both) == 4 and "95 % interval by a paired bootstrap" in of_both[3]
 
@@ -264,9 +267,32 @@ def test_a_control_that_is_none_of_the_runs_and_seeds_that_are_one(three_and_one
         compare_runs(three_and_one[1:], control=three_and_one[0])
     with pytest.raises(UserError, match="s0' is given twice; give it once"):
         compare_runs([*three_and_one, three_and_one[0] + "/"])
-    other = make_run(tmp_path / "b", result(100), seed=0)
+    other = make_run(tmp_path / "b", result(100), seed=0, path="/data0")
     with pytest.raises(UserError, match="same recipe and seed 0; leave one of them out"):
         compare_runs([three_and_one[0], other])
+
+
+def test_the_same_seed_on_other_images_is_no_seed_of_the_recipe(tmp_path):
+    runs = [make_run(tmp_path / name, result(100), path=f"/{name}") for name in ("flowers", "cars")]
+    found = compare_runs(runs)
+    assert found.header[1:] == [f"sparo, {run}" for run in runs]
+    assert found.rows[0][1] == "50.00 ± 3.54 (1 seed)"
+
+
+def test_options_that_an_older_version_did_not_write_do_not_part_its_runs(tmp_path):
+    runs = [make_run(tmp_path / f"s{seed}", result(100), seed=seed) for seed in (0, 1)]
+    newer = tmp_path / "s1" / "config.yaml"
+    newer.write_text(newer.read_text().replace("epochs: 100", "epochs: 100, freeze_backbone_epochs: null"))
+    assert compare_runs(runs).rows[0][1] == "50.00 ± 0.00 (2 seeds)"
+
+
+def test_results_of_several_weights_of_a_run_are_told(tmp_path):
+    of = [{"encoder": name} for name in ("earlier", "later")]
+    linear = {"protocol": "linear", "name": "4 blocks"}
+    run = make_run(tmp_path / "a", result(100, details=of[1]), result(99, details=of[0], **linear))
+    again = make_run(tmp_path / "b", result(100, details=of[1]), result(99, details=of[1], **linear), seed=1)
+    (note,) = [note for note in compare_runs([run, again]).notes if "different weights" in note]
+    assert note.startswith(f"{run}: results of different weights")
 
 
 def test_nothing_in_common(tmp_path):

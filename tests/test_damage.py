@@ -196,4 +196,6 @@ def test_another_user_cannot_train_in_a_run_folder_but_can_evaluate_it():
         status, said = as_another(*evaluated)
         assert status == EXIT_USER_ERROR and "another folder with --out" in said
         assert as_another(*evaluated, "--out", theirs)[0] == 0 and (theirs / "results.json").exists()
+        shown = ("slots", "gallery", run, "--data.path", folder / "data", "--num_workers", 0)
+        assert as_another(*shown, "--out", theirs)[0] == 0 and (theirs / "features").is_dir()
         assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}

@@ -85,6 +85,8 @@ def test_an_operator_takes_what_limits_it(operator, tf32, seconds):
         ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
         ("NVIDIA A100-SXM4-80GB", "a100"),
         ("Some GPU", None),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
+        ("NVIDIA GH200 480GB", None),
     ],
 )
 def test_a_gpu_is_known_by_the_name_of_its_driver(name, kind):

@@ -69,6 +69,17 @@ def test_ten_classes_are_named_and_others_are_gray(run_dir, tmp_path):
         assert (found[1] == [int(color[at : at + 2], 16) for at in (1, 3, 5)]).all(axis=2).any()
 
 
+def test_classes_without_a_point_are_not_in_the_legend(run_dir, tmp_path, monkeypatch):
+    write_pictures(tmp_path, 9, classes=9)
+    source, figures = open_images(str(tmp_path)), []
+    monkeypatch.setattr(module, "write_figure", lambda _path, figure: figures.append(figure))
+    places = np.random.default_rng(0).normal(size=(9, 2))
+    named = replace(source, classes=(*source.classes, "unused"))
+    draw_map(places, [0.5, 0.1], named, load_encoder(run_dir), tmp_path / "map.png")
+    (legend,) = figures[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == list(source.classes)
+
+
 def test_titles_name_the_encoder_and_the_cosine_on_lines_of_their_own(run_dir, tmp_path, monkeypatch):
     write_pictures(tmp_path, 4, classes=1)
     source, drawn = open_images(str(tmp_path / "train" / "class0")), []

@@ -55,6 +55,15 @@ def test_plan_tells_what_the_run_would_be_and_writes_nothing(tmp_path, capsys):
     assert listing(tmp_path) == before
 
 
+def test_a_value_after_a_flag_belongs_to_the_flag(tmp_path):
+    write_pictures(tmp_path / "data", count=8, side=32, classes=2)
+    given = tiny_arguments(tmp_path / "data", tmp_path / "run", optim__epochs=1)
+    assert main(["pretrain", *given, "--machine.tf32", "--dry-run", "true"]) == 0
+    assert not (tmp_path / "run").exists()
+    assert main(["--quiet", "pretrain", *given, "--machine.tf32", "--dry-run", "false"]) == 0
+    assert (tmp_path / "run").exists()
+
+
 def test_schedules_at_a_few_points(tmp_path, capsys):
     write_pictures(tmp_path / "data", count=20, side=32, classes=2)
     options = tiny_options(tmp_path / "data", tmp_path / "run")

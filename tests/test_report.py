@@ -14,6 +14,7 @@ from PIL import Image
 from dino_sparo.__main__ import main
 from dino_sparo.errors import UserError
 from dino_sparo.interop.load import load_encoder
+from dino_sparo.slots import subject as subject_module
 from dino_sparo.slots.findings import of_health, training
 from dino_sparo.slots.page import GALLERY_BYTES, PICTURE_BYTES, picture_uri, write_page
 from dino_sparo.slots.subject import FILES, Subject
@@ -238,6 +239,21 @@ def test_an_analysis_of_others_is_not_shown(reported):
         reported, "linear", *(p for p in FILES if p != "factors"), data="elsewhere"
     )
     assert not any(name.startswith(("slots/rank", "slots/gallery")) for name in page.files)
+
+
+def test_a_long_log_is_thinned_out_except_for_entries_of_epochs(tmp_path, monkeypatch):
+    monkeypatch.setattr(subject_module, "MOST_ENTRIES", 100)
+    entries = [{"step": step, "epoch": step / 10, "loss": 1.0} for step in range(1, 1001)]
+    for entry in entries[9::100]:
+        entry["knn20_top1"] = 50.0
+    for entry in entries[19::100]:
+        entry["slots_dead"] = 0.0
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
+    found = Subject(str(tmp_path)).metrics
+    steps = [entry["step"] for entry in found]
+    assert steps == sorted(set(steps)) and steps[-1] == 1000 and 50 < len(steps) < 150
+    assert [entry["step"] for entry in found if "knn20_top1" in entry] == [*range(10, 1000, 100)]
+    assert [entry["step"] for entry in found if "slots_dead" in entry] == [*range(20, 1000, 100)]
 
 
 def test_an_analysis_of_another_choice_of_images_or_of_another_run_is_not_shown(reported, slot_runs):

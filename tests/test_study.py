@@ -20,6 +20,7 @@ from PIL import Image
 
 from dino_sparo.__main__ import main
 from dino_sparo.cli.pretraining import StudyOptions, study
+from dino_sparo.data.splits import Choice
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.compare import EvaluatedRun
 from dino_sparo.evaluation.results import Result, read_results
@@ -28,7 +29,7 @@ from dino_sparo.runs.runlog import read_metrics
 from dino_sparo.study import program, report, training
 from dino_sparo.study.variants import Variant
 from tests.test_results import result as made_result
-from tests.tiny import parse_options, tiny_arguments, write_pictures
+from tests.tiny import parse_options, tiny_arguments, tiny_options, write_pictures
 
 WITHOUT_SLOTS = {f"model.readout.{key}": None for key in ("num_slots", "slot_dim", "key_dim", "group_size")}
 VARIANTS = {
@@ -152,6 +153,22 @@ def test_again_trains_nothing_and_says_the_same(studied, capsys, caplog, monkeyp
     assert numbers == [f"evaluating {number} of 4" for number in (1, 2, 3, 4)]  # gap was left out
     page = (studied / "study" / "study.md").read_text()
     assert "`dino-sparo study again`.\n\nOther commands that made its runs:\n\n- `dino-sparo study of" in page
+
+
+def test_variants_trained_on_other_images_are_evaluated_on_those_of_the_study(tmp_path, monkeypatch):
+    class SeenError(Exception):
+        pass
+
+    def opened(_path: str, choice: Choice) -> None:
+        raise SeenError(choice)
+
+    monkeypatch.setattr(training, "open_train_and_tests", opened)
+    base = tiny_options(tmp_path, tmp_path, data__train="all", data__val="val")
+    own = tiny_options(tmp_path, tmp_path, data__train="some", data__val="other", data__value_range=[0, 4095])
+    variant = SimpleNamespace(base=base, recipe=own, run_dir=tmp_path)
+    with pytest.raises(SeenError) as caught:
+        training.measure(variant, str(tmp_path), "val", fractions=[])
+    assert caught.value.args[0] == Choice("all", "val", value_range=(0, 4095))
 
 
 def test_a_name_is_no_formula(tmp_path):

@@ -80,7 +80,9 @@ GPUS = {  # a device is of the first kind whose `part` is in its name
 
 
 def find_gpu(name: str) -> str | None:
-    """The kind of a GPU by its device name; None if it is unknown."""
+    """The kind of a GPU by its device name; None if it is unknown, or a part of a GPU."""
+    if "MIG" in name or "GH200" in name:
+        return None
     return next((kind for kind, gpu in GPUS.items() if gpu.part in name), None)
 
 

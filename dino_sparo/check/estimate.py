@@ -1,6 +1,6 @@
 """Estimates for a run on kinds of GPUs without having them: speed, hours, memory, and cores to decode."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 
@@ -160,15 +160,18 @@ def phases_on(
     }
 
 
-def memory_problems(runs: Sequence[GpuRun], global_batch_size: int, num_processes: int) -> list[str]:
-    """A message for each estimated GPU whose memory is too small."""
+def memory_problems(
+    runs: Sequence[GpuRun], global_batch_size: int, num_processes: int, real: Mapping[str, int]
+) -> list[str]:
+    """A message for each estimated GPU whose memory is too small. `real`: bytes by kind, where known."""
+    memory = {kind: int(gpu.memory_gb * 2**30) for kind, gpu in GPUS.items()} | dict(real)
     return [
         f"{run.gpu}: {run.batch_size} images per GPU need about {run.memory_bytes / 2**30:.0f} GiB of GPU "
-        f"memory (estimate), but it has {GPUS[run.gpu].memory_gb}; set machine.batch_size_per_gpu to "
+        f"memory (estimate), but it has {memory[run.gpu] / 2**30:.0f}; set machine.batch_size_per_gpu to "
         f"{smaller_batch(global_batch_size // num_processes, run.batch_size)}, or "
         f"machine.activation_checkpointing to true"
         for run in runs
-        if not run.measured and run.memory_bytes > GPUS[run.gpu].memory_gb * 2**30
+        if not run.measured and run.memory_bytes > memory[run.gpu]
     ]
 
 

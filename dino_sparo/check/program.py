@@ -29,7 +29,7 @@ from dino_sparo.data.sources import ImageSource, decide, notes_on, open_val
 from dino_sparo.data.splits import Choice
 from dino_sparo.data.views import crop_kinds
 from dino_sparo.errors import EXIT_PROBLEM, UserError
-from dino_sparo.parallel.processes import memory_free, private_bytes
+from dino_sparo.parallel.processes import cores, memory_free, private_bytes
 from dino_sparo.recipe.sections import Recipe, smaller_batch
 from dino_sparo.terminal import counted, log, sentence, table
 from dino_sparo.training.setup import advice, dataset_of, unfrozen_step
@@ -73,7 +73,8 @@ def check(
     check_gpus(gpus)
     plan = make_plan(recipe, run_dir, num_processes)
     here = torch.cuda.get_device_name(plan.device) if plan.device.type == "cuda" else ""
-    gpus = gpus or [kind for kind in [find_gpu(here)] if kind]
+    memory = {} if gpus else memory_of_kind(plan.device)
+    gpus = gpus or list(memory)
     say(plan_text(plan, recipe_name, with_time=not gpus))
     report = plan.as_dict()
     problems, remarks = report["problems"], report["remarks"]
@@ -108,7 +109,7 @@ def check(
     if gpus:
         runs = gpu_runs(plan, report, gpus, here)
         report["gpus"] = [asdict(run) for run in runs]
-        problems += memory_problems(runs, recipe.optim.global_batch_size, num_processes)
+        problems += memory_problems(runs, recipe.optim.global_batch_size, num_processes, memory)
         say("\n" + describe_runs(recipe_name or "recipe", runs, num_processes))
         say(describe_assumptions(runs[0]))
     remarks += doubts
@@ -262,11 +263,18 @@ def steps_of(plan: Plan, batch: Batch) -> dict[str, Any]:
             tried = smaller_batch(recipe.optim.global_batch_size // plan.num_processes, tried)
 
 
+def memory_of_kind(device: torch.device) -> dict[str, int]:
+    """The kind of this machine's GPU, and its real memory in bytes, as a kind may have several sizes; empty
+    if it is unknown."""
+    kind = find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return {kind: torch.cuda.get_device_properties(device).total_memory} if kind else {}
+
+
 def gpu_runs(plan: Plan, report: dict[str, Any], kinds: Sequence[str], here: str) -> list[GpuRun]:
     """Estimates of the run on each kind of GPU; if steps were measured, also on the GPU named `here`."""
     step, loader, decode_ms = report.get("step"), report.get("loader"), None
     if loader and plan.executor == executor_on_gpu(plan.recipe):
-        busy = min(max(1, loader["workers"]), os.cpu_count() or 1)
+        busy = min(max(1, loader["workers"]), cores())
         decode_ms = 1000 * busy / loader["images_per_second"]
     images = max(0, plan.total_steps - plan.steps_done) * plan.recipe.optim.global_batch_size
     given: dict[str, Any] = {
@@ -320,7 +328,7 @@ def estimate_only(
     batch_size = recipe.optim.global_batch_size
     images = num_images // batch_size * batch_size * recipe.optim.epochs
     runs = estimate(recipe, state, gpus, num_processes=num_processes, num_images=images)
-    problems = memory_problems(runs, batch_size, num_processes)
+    problems = memory_problems(runs, batch_size, num_processes, {})
     if as_json:
         print(json.dumps({"gpus": [asdict(run) for run in runs], "problems": problems}, indent=1))
     else:

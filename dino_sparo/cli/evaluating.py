@@ -1,6 +1,5 @@
 """The commands `knn`, `linear` and `compare`: their options, and what they run."""
 
-import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dino_sparo.cli.images import EncodingOptions, LabeledDataOptions, choice_of
 from dino_sparo.errors import UserError
-from dino_sparo.files import existing_part
+from dino_sparo.files import existing_part, is_writable
 from dino_sparo.recipe.typed import Batch, Epochs, Processes, Seed
 
 if TYPE_CHECKING:
@@ -225,14 +224,9 @@ def _folder(options: EvaluationOptions) -> Path:
     return Path(options.out or results_folder(options.run))
 
 
-def _is_writable(folder: Path) -> bool:
-    """Whether files can be made there, as far as the system tells; the folder need not exist."""
-    return os.access(existing_part(folder), os.W_OK | os.X_OK)
-
-
 def _check_writable(folder: Path) -> None:
     """Refuse at once a folder for results that cannot be written. Raises UserError."""
-    if not _is_writable(folder):
+    if not is_writable(folder):
         raise UserError(
             f"{folder} cannot be written, so results cannot be saved there; give another folder with --out"
         )
@@ -240,13 +234,11 @@ def _check_writable(folder: Path) -> None:
 
 def _common(options: EvaluationOptions) -> dict[str, Any]:
     """Arguments of all evaluations."""
-    from dino_sparo.evaluation.results import results_folder
+    from dino_sparo.evaluation.results import features_folder
 
-    beside = results_folder(options.run)
-    beside = beside if _is_writable(beside) else _folder(options)
     return {
         "weights": "untrained" if options.untrained else options.which,
-        "cache": Path(options.cache or beside / "features"),
+        "cache": Path(options.cache or features_folder(options.run, _folder(options))),
         "num_workers": options.num_workers,
     }
 

@@ -98,7 +98,7 @@ def with_recipe(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     if name == "demo":
         data = Path(given["data.path"]).resolve().name if "data.path" in given else ""
         return {"config": "demo", "run_dir": f"runs/demo-{data}" if data else "runs/demo"} | dict(given)
-    stored = Path(given.get("run_dir", "")) / CONFIG_FILE
+    stored = Path(os.path.expanduser(given.get("run_dir", ""))) / CONFIG_FILE
     own = {"config": str(stored)} if name == "pretrain" and "run_dir" in given and stored.is_file() else {}
     return own | dict(given)
 

@@ -29,7 +29,8 @@ class CachedSlotsOptions(SlotsOptions):
     """What the commands take that keep features on disk."""
 
     cache: str | None = None
-    """Folder for stored features; null: `features` in the run folder, or beside the weights file."""
+    """Folder for stored features; null: `features` in the run folder, or beside the weights file; in `out` if
+    that cannot be written."""
     cache_precision: Literal["float16", "float32"] = "float16"
     """Precision of the stored features."""
 
@@ -327,7 +328,7 @@ def _other_weights(options: SlotHealthOptions, encoder: "Encoder") -> "Encoder |
 
 def _cut(options: CachedSlotsOptions, *, with_slots: bool = True) -> "list[CutEncoder]":
     """The run, cut into its slots if it has some, then the control if one is given."""
-    from dino_sparo.evaluation.results import results_folder
+    from dino_sparo.evaluation.results import features_folder
     from dino_sparo.slots.parts import CutEncoder, most_parts
 
     encoder = open_encoder(options, with_slots=with_slots)
@@ -338,7 +339,7 @@ def _cut(options: CachedSlotsOptions, *, with_slots: bool = True) -> "list[CutEn
         opened.append((f"control ({control.readout_name})", options.control, control, num_parts))
     return [
         CutEncoder(
-            *(name, run, one, num_parts, Path(options.cache or results_folder(run) / "features")),
+            *(name, run, one, num_parts, Path(options.cache or features_folder(run, _folder(options)))),
             cache_precision=options.cache_precision,
             batch_size=options.batch_size,
             num_workers=options.num_workers,

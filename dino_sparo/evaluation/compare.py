@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.evaluation.results import Result, read_results, results_folder, standard_error
 from dino_sparo.files import did_you_mean
-from dino_sparo.recipe.files import CONFIG_FILE, comparable, read_sections
+from dino_sparo.recipe.files import CONFIG_FILE, read_sections
 from dino_sparo.recipe.typed import flattened
 from dino_sparo.runs.rundir import NOT_EXPERIMENT
 from dino_sparo.terminal import aligned_table, counted, markdown_table, sentence
@@ -64,7 +64,7 @@ class Measure:
 class EvaluatedRun:
     """The headline results of a run folder, and its recipe by dotted key (None for weights without one).
 
-    `name` is that of weights without a recipe.
+    `name` is that of weights without a recipe, `images` the place of the images of training.
     """
 
     folder: Path
@@ -72,6 +72,14 @@ class EvaluatedRun:
     seed: int | None
     headline: dict[Measure, Result]
     name: str = ""
+    images: str = ""
+
+    def has_several_weights(self) -> bool:
+        """Whether results of one of teacher, student, and untrained are of different weights."""
+        known = {
+            (m.weights, r.details["encoder"]) for m, r in self.headline.items() if "encoder" in r.details
+        }
+        return len(known) > len({weights for weights, _ in known})
 
 
 @dataclass(frozen=True)
@@ -166,6 +174,15 @@ def compare_groups(groups: Sequence[Group], control: Group | None, remark: str =
         runs = (f"{one.folder}{'' if one.seed is None else f' (seed {one.seed})'}" for one in group.runs)
         legend.append(f"{group.label}: {', '.join(runs)}")
     counts = [len(group.results(measure)) for group in groups for measure in measures]
+    for group in groups:
+        places = sorted({run.images for run in group.runs} - {""})
+        legend += [f"{group.label}: the seeds were trained on {' and '.join(places)}"] * (len(places) > 1)
+    legend += [
+        f"{run.folder}: results of different weights, since it was trained on between them; evaluate it again"
+        for group in groups
+        for run in group.runs
+        if run.has_several_weights()
+    ]
     legend += ["mean ± sample standard deviation over seeds"] * (max(counts, default=0) > 1)
     legend += ["one run: ± one standard error, from its number of test images"] * (1 in counts)
     legend += [remark] if len(groups) > 1 else []
@@ -334,8 +351,11 @@ def read_run(given: str) -> EvaluatedRun:
         config = read_sections(path)
     except UserError as error:
         raise UserError(f"{error}; {remedy}") from error
-    recipe = comparable(config)
-    return EvaluatedRun(folder, flattened(recipe, without=NOT_RECIPE), recipe.get("seed"), headline)
+    # Older versions did not write all options that are null by default.
+    recipe = {key: value for key, value in flattened(config, without=NOT_RECIPE).items() if value is not None}
+    every = flattened(config)
+    images = " ".join(str(every[key]) for key in ("data.path", "data.train") if every.get(key) is not None)
+    return EvaluatedRun(folder, recipe, config.get("seed"), headline, images=images)
 
 
 def _name(given: str) -> str:
@@ -347,12 +367,19 @@ def _name(given: str) -> str:
 def group_runs(runs: Sequence[EvaluatedRun]) -> list[Group]:
     """Group runs by recipe, in the order of the first run of each; runs without a recipe are not grouped.
 
+    Images in several places count as the same, unless a seed occurs with several of them.
+
     Raises:
-        UserError: a run is given twice, or two runs are the same seed of one recipe.
+        UserError: a run is given twice, or two runs are the same seed of one recipe on the same images.
     """
+    recipes = [json.dumps(one.recipe, sort_keys=True, default=str) for one in runs]
+    places: dict[tuple[str, Any], set[str]] = {}
+    for recipe, one in zip(recipes, runs, strict=True):
+        places.setdefault((recipe, one.seed), set()).add(one.images)
+    apart = {recipe for (recipe, _), of_seed in places.items() if len(of_seed) > 1}
     members: dict[str, list[EvaluatedRun]] = {}
-    for one in runs:
-        key = json.dumps(one.recipe, sort_keys=True, default=str) if one.recipe else str(one.folder.resolve())
+    for recipe, one in zip(recipes, runs, strict=True):
+        key = f"{recipe} {one.images if recipe in apart else ''}" if one.recipe else str(one.folder.resolve())
         for other in members.setdefault(key, []):
             if other.folder.resolve() == one.folder.resolve():
                 raise UserError(f"run {str(one.folder)!r} is given twice; give it once")

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dino_sparo.errors import UserError, UserFileNotFoundError
-from dino_sparo.files import alone_in, parsed_json, read_as, set_aside, write_file
+from dino_sparo.files import alone_in, is_writable, parsed_json, read_as, set_aside, write_file
 from dino_sparo.terminal import sentence, shown
 
 if TYPE_CHECKING:
@@ -116,6 +116,12 @@ def results_folder(run: str) -> Path:
         return Path(f"{run.replace(':', '_')}_evaluation")
     path = Path(run)
     return path if path.is_dir() else path.with_name(f"{path.stem}_evaluation")
+
+
+def features_folder(run: str, out: Path) -> Path:
+    """Where the features of RUN are stored: beside its results, or in `out` if that cannot be written."""
+    folder = results_folder(run)
+    return (folder if is_writable(folder) else out) / "features"
 
 
 def save_results(folder: Path, results: Sequence[Result]) -> None:

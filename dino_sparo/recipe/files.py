@@ -1,5 +1,6 @@
 """Recipe files: the shipped ones, YAML, and those of older versions."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +27,7 @@ def find_recipe(name: str) -> Path:
     Raises:
         UserFileNotFoundError: there is no such file or shipped recipe.
     """
-    path, shipped = Path(name), recipes()
+    path, shipped = Path(os.path.expanduser(name)), recipes()
     if path.is_file():
         return path
     stem = path.stem if path.suffix in (".yaml", ".yml") else path.name
@@ -64,15 +65,6 @@ def checked_keys(content: Mapping[str, Any], keys: Mapping[str, Any], what: str)
 
     walk("", content)
     return values
-
-
-def comparable(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored recipe without the read-out fields that are null, as plain nested values."""
-    model = content.get("model")
-    if not isinstance(model, Mapping) or not isinstance(model.get("readout"), Mapping):
-        return dict(content)
-    readout = {name: value for name, value in model["readout"].items() if value is not None}
-    return {**content, "model": {**model, "readout": readout}}
 
 
 def merged(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -218,7 +218,8 @@ def _draw_classes(
 ) -> list[str]:
     """Draw a point for each image, with a legend of the largest classes; returns the colors of the images."""
     counts = np.bincount(labels, minlength=len(classes))
-    named = np.sort(np.argsort(-counts, kind="stable")[:NAMED_CLASSES]).tolist()
+    largest = np.argsort(-counts, kind="stable")[:NAMED_CLASSES]
+    named = np.sort(largest[counts[largest] > 0]).tolist()
     colors, names = [GRAY] * len(places), []
     if others := np.count_nonzero(counts) - len(named):
         axis.scatter(*places[~np.isin(labels, named)].T, s=6, color=GRAY, linewidths=0)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ WITHOUT_SLOTS = ("maps", "neighbors")  # analyses of any encoder
 COMPARING = ("rank", "maps", "mask", "factors")  # analyses that compare with a control
 NUM_BEST = 4  # slots shown from each end of the ranking
 MOST_ENTRIES = 20_000  # of the log, more than curves have pixels
+RARE = {KNN, "slots_dead"}  # one of these is in about one entry per epoch
 
 
 @dataclass(frozen=True)
@@ -68,14 +71,18 @@ class Subject:
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
-        """The log of a run folder, or empty; of very many entries some, and the last one."""
-        entries: list[dict[str, Any]] = []
-        last, every = None, 1
+        """The log of a run folder, or empty; of very many entries some, and the last one. Those of `RARE` are
+        thinned out by themselves."""
+        of_kind: dict[bool, list[tuple[int, dict[str, Any]]]] = {False: [], True: []}
+        found, every, last = {False: 0, True: 0}, {False: 1, True: 1}, None
         for number, last in enumerate(each_metric(self.folder)):
-            if number % every == 0 or KNN in last:
-                entries.append(last)
-            if len(entries) > MOST_ENTRIES:
-                entries, every = entries[::2], 2 * every
+            is_rare = not last.keys().isdisjoint(RARE)
+            if found[is_rare] % every[is_rare] == 0:
+                of_kind[is_rare].append((number, last))
+            found[is_rare] += 1
+            if len(of_kind[is_rare]) > MOST_ENTRIES:
+                of_kind[is_rare], every[is_rare] = of_kind[is_rare][::2], 2 * every[is_rare]
+        entries = [entry for _, entry in sorted(chain(*of_kind.values()), key=itemgetter(0))]
         return entries if last is None or entries[-1] is last else [*entries, last]
 
     def command(self, part: str) -> str:

@@ -213,6 +213,8 @@ def measure(
 ) -> Measured:
     """Evaluate the teacher of a complete run; results and classifiers go to `study/name` in its folder.
 
+    All variants are evaluated on the images of the study, also if they are trained on others.
+
     Features are cached in the run folder, and complete probes are not trained again.
 
     Args:
@@ -228,7 +230,7 @@ def measure(
     folder, cache = variant.run_dir / FOLDER / name, variant.run_dir / "features"
     reading: dict[str, Any] = {"cache": cache, "num_workers": machine.num_workers}
     with only_warnings():
-        choice = Choice.of(variant.recipe.data)
+        choice = Choice.of(variant.base.data)._replace(value_range=variant.recipe.data.value_range)
         train, test_sets = open_train_and_tests(data, choice=choice if name == VAL else choice.of_pixels)
         rest, held_out = hold_out(train)
         encoder = load_encoder(str(variant.run_dir)).to(choose_device(machine.device))
