@@ -183,6 +183,16 @@ def test_views_without_a_compiler_are_said_to_be_slow_at_the_start(data, program
     assert done.stderr.count("cannot be compiled") == 1 and warning < done.stderr.index("starting at step 0")
 
 
+@pytest.mark.long
+def test_check_compares_with_the_memory_of_this_gpu(program, data, tmp_path):
+    """One kind of GPU has several sizes; a step of ViT-S/16 with 16 images needs about 2 GiB."""
+    here = ("--config", "imagenet_vits16_sparo", "--data.path", data, "--run_dir", tmp_path / "run")
+    small = ("--optim.global_batch_size", 16, "--optim.epochs", 40, "--monitor.knn_every_epochs", 0)
+    done = program("check", *here, *small, FAKEGPU_MEMORY_GIB="1")
+    assert done.returncode == 1, done.stderr
+    assert "h100: 16 images per GPU need about" in done.stdout and "but it has 1; set" in done.stdout
+
+
 def run_arguments(data, run_dir, **changes):
     """A tiny run on GPUs, in two processes, whose views the CPU makes, so that nothing is compiled."""
     changes = {"machine__device": "cuda", "machine__views": "pil"} | changes
