@@ -8,7 +8,6 @@ import platform
 import select
 import sys
 from contextlib import suppress
-from itertools import takewhile
 from typing import Any
 
 from dino_sparo import __version__
@@ -35,6 +34,8 @@ from dino_sparo.parallel.processes import (
 )
 from dino_sparo.recipe.typed import value_of
 from dino_sparo.terminal import open_outputs, sentence, set_up_log
+
+BEFORE = ("--quiet", "--dry-run", "--dry_run")  # flags that may stand before the command
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,8 +67,7 @@ def answer(arguments: list[str]) -> int:
         arguments = arguments[: arguments.index("#")]
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:], "--help"]
-    first = [*takewhile(lambda one: one in ("--quiet", "--dry-run", "--dry_run"), arguments)]
-    arguments = [*arguments[len(first) :], *first]  # flags of the program may stand before the command too
+    arguments = flags_last(arguments)
     if "--version" in arguments:
         torch = importlib.metadata.version("torch")
         print(f"dino-sparo {__version__} (torch {torch}, Python {platform.python_version()})")
@@ -98,6 +98,14 @@ def answer(arguments: list[str]) -> int:
         if speaks_for_all():
             raise
         return leave(EXIT_USER_ERROR)  # this error was caused by the end of another process
+
+
+def flags_last(arguments: list[str]) -> list[str]:
+    """The command first: flags of the program may also stand before it, or between its two words."""
+    rest, flags = list(arguments), []
+    while rest and (rest[0] in BEFORE or (rest[0] not in COMMANDS and rest[1:2] and rest[1] in BEFORE)):
+        flags.append(rest.pop(0 if rest[0] in BEFORE else 1))
+    return [*rest, *flags]
 
 
 def leave(status: int, *, at_once: bool = False) -> int:

@@ -11,6 +11,7 @@ from dino_sparo.interop.official import write_official
 from dino_sparo.interop.onnx_file import write_onnx
 from dino_sparo.interop.stored import StoredEncoder
 from dino_sparo.interop.timm_folder import write_exported
+from dino_sparo.terminal import log
 
 
 def export(
@@ -45,6 +46,11 @@ def export(
     if stored.epochs is None and (left_out := stored.left_out()):
         check = f"; left out: {', '.join(left_out)}"
     if format == "official":
+        if stored.value_range:
+            log.warning(
+                "WARNING: the official format does not hold data.value_range %s; give it to evaluate %s",
+                *(list(stored.value_range), out),
+            )
         return f"{out}: {write_official(stored, networks, Path(out))} of {run}"
     measured = measured_lines(run, stored)
     if format == "onnx":

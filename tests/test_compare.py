@@ -295,6 +295,14 @@ def test_results_of_several_weights_of_a_run_are_told(tmp_path):
     assert note.startswith(f"{run}: results of different weights")
 
 
+def test_damaged_files_are_told(tmp_path):
+    run = make_run(tmp_path / "a", result(100, details={"encoder": ["x"]}))
+    assert len(compare_runs([run]).rows) == 1
+    (tmp_path / "a" / "config.yaml").write_text("seed: [1]\nmodel: {readout: {name: cls}}\n")
+    with pytest.raises(UserError, match=r"config\.yaml: seed is \[1\]; expected a whole number"):
+        compare_runs([run])
+
+
 def test_nothing_in_common(tmp_path):
     runs = [
         make_run(tmp_path / "a", result(100)),

@@ -102,6 +102,14 @@ def test_pgm_names_its_own_white(magic, values, maximum, value_range, expected):
     assert pixels_of(pgm(values, maximum, magic), value_range)[0].tolist() == expected
 
 
+def test_a_scan_reads_pgm_as_training_does(tmp_path):
+    (tmp_path / "gray.pgm").write_bytes(pgm([*range(1000, 3000)], 4095))
+    (tmp_path / "color.ppm").write_bytes(pgm([4095] * 6, 4095, "P6"))
+    source = open_images(str(tmp_path), choice=Choice(value_range=(0, 4095)))
+    found = scan_images(source, num_workers=0, description="train").report
+    assert found.marks["flat"].count == 0 and found.unreadable == 1
+
+
 def test_a_value_range_changes_no_ppm_of_8_bits():
     read = decode(pgm([0, 1, 2], 255, "P6"), reading=decoding.Reading(value_range=(0, 9)))
     assert np.asarray(read).tolist() == [[[0, 1, 2]]]
@@ -175,7 +183,8 @@ def test_evaluations_read_values_as_the_run_did(tmp_path):
         encoder = load_encoder(path)
         assert choice_of(data, encoder).value_range == (0.0, 4095.0)
         assert choice_of(replace(data, value_range=(0.0, 9.0)), encoder).value_range == (0.0, 9.0)
-    assert "8 bits from 0 (black) to 4095 (white)" in (tmp_path / "exported" / "README.md").read_text()
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "8 bits from 0 (black) to 4095 (white)" in card and 'encoder.transform("IMAGE")' in card
     assert choice_of(data, build_encoder({"width": 8, "depth": 2, "num_heads": 1})) == Choice()
     file = tmp_path / "deep" / "12bit.png"
     file.parent.mkdir()

@@ -138,6 +138,9 @@ def test_names_of_classes_without_images_are_no_classes(root):
     write_parquet(root / "test-0.parquet", images(8), [0, 1] * 4, ["z", "y", "x", "unknown"])
     (test,) = open_test_sets([f"new={root}"], ["x", "y", "z"])
     assert test.classes.tolist() == [1, 2] and test.missing == ("x",) and test.unknown == ()
+    write_parquet(root / "test-0.parquet", images(8), [0, 1] * 4, ["0", "1", "2", "3", "background"])
+    (numbered,) = open_test_sets([f"new={root}"], ["x", "y", "z"])
+    assert numbered.labels.tolist() == [0, 1] * 4 and numbered.unknown == ()
     assert balanced_fraction(test.source, 0.5, seed=0).labels.tolist().count(1) == 2
 
 

@@ -62,6 +62,8 @@ def test_a_value_after_a_flag_belongs_to_the_flag(tmp_path):
     assert not (tmp_path / "run").exists()
     assert main(["--quiet", "pretrain", *given, "--machine.tf32", "--dry-run", "false"]) == 0
     assert (tmp_path / "run").exists()
+    drawn = [str(tmp_path / "run"), f"--data.path={tmp_path / 'data'}", "--num_workers=0"]
+    assert main(["slots", "--quiet", "maps", *drawn]) == 0
 
 
 def test_schedules_at_a_few_points(tmp_path, capsys):

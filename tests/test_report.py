@@ -269,6 +269,9 @@ def test_an_analysis_of_another_choice_of_images_or_of_another_run_is_not_shown(
         .find("health")[1]
         .startswith(f"Not shown, since it was made with run {reported};")
     )
+    assert Subject(f"{reported}/", str(reported / "slots")).find("health")[1] == ""
+    of_encoder = Subject(str(reported), **data, choice={"value_range": [0, 4095]})
+    assert of_encoder.find("health")[1] == ""  # null means that of the encoder, which may be the same
 
 
 def test_the_best_and_the_worst_slots_are_shown_or_without_a_ranking_those_of_the_maps(tmp_path):

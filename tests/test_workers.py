@@ -125,7 +125,7 @@ def test_a_worker_that_cannot_be_killed_does_not_keep_the_program(tmp_path, monk
     stuck = active_children()[0]
     killed = stuck.kill
     monkeypatch.setattr(stuck, "kill", lambda: None)
-    with pytest.raises(UserError, match="too late"), loader.failures_explained():
+    with pytest.raises(StuckError, match="too late"), loader.failures_explained():  # which ends at once
         raise UserError("too late")
     assert stuck.is_alive()
     killed()

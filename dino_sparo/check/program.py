@@ -316,19 +316,19 @@ def estimate_only(
     Raises:
         UserError: a mistake in the recipe, an unknown kind of GPU, or none given and none here.
     """
-    here = find_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     check_gpus(gpus)
-    if not gpus and here is None:
+    memory = {} if gpus or not torch.cuda.is_available() else memory_of_kind(torch.device("cuda"))
+    if not gpus and not memory:
         raise UserError(
             f"gpu is not given, and this machine has no GPU of a known kind; give one or more of "
             f"{', '.join(GPUS)}, for example --gpu h100"
         )
-    gpus = gpus or [here or ""]
+    gpus = gpus or list(memory)
     state = build_state(**recipe.state_arguments(), device=torch.device("cpu"))
     batch_size = recipe.optim.global_batch_size
     images = num_images // batch_size * batch_size * recipe.optim.epochs
     runs = estimate(recipe, state, gpus, num_processes=num_processes, num_images=images)
-    problems = memory_problems(runs, batch_size, num_processes, {})
+    problems = memory_problems(runs, batch_size, num_processes, memory)
     if as_json:
         print(json.dumps({"gpus": [asdict(run) for run in runs], "problems": problems}, indent=1))
     else:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -114,8 +115,9 @@ class _Files(Dataset):
             data = self.source.read(index)
             digest = hashlib.blake2b(data, digest_size=HASH_BYTES).digest()
             with open_image(data, reading) as image:
-                turned = orientation(image) != 1
+                turned = isinstance(image, TiffImageFile) and orientation(image) != 1  # loading turns it
                 rgb = to_rgb(image, reading.value_range)
+                turned = turned or orientation(image) != 1
                 is_jpeg = isinstance(image, JpegImageFile)
                 found = {
                     "flat": is_flat(rgb),

@@ -99,12 +99,14 @@ class WatchedLoader:
         UserError and on Ctrl-C, kill all workers at once; torch would wait for one after the other.
 
         Raises:
-            StuckError: a worker has died.
+            StuckError: a worker has died, or cannot be killed after a UserError.
         """
         try:
             yield
-        except (KeyboardInterrupt, UserError):
+        except (KeyboardInterrupt, UserError) as error:
             _end(self._workers)
+            if isinstance(error, UserError) and any(worker.is_alive() for worker in self._workers):
+                raise StuckError(str(error)) from error  # so that the program does not wait for them
             raise
         except (RuntimeError, ConnectionError, EOFError) as error:
             if isinstance(error, RuntimeError):

@@ -23,7 +23,7 @@ from dino_sparo.files import did_you_mean
 from dino_sparo.recipe.files import CONFIG_FILE, read_sections
 from dino_sparo.recipe.typed import flattened
 from dino_sparo.runs.rundir import NOT_EXPERIMENT
-from dino_sparo.terminal import aligned_table, counted, markdown_table, sentence
+from dino_sparo.terminal import aligned_table, counted, markdown_table, sentence, shown
 
 NOT_RECIPE = ("seed", "nproc", *NOT_EXPERIMENT)
 READOUT = "model.readout.name"
@@ -77,7 +77,7 @@ class EvaluatedRun:
     def has_several_weights(self) -> bool:
         """Whether results of one of teacher, student, and untrained are of different weights."""
         known = {
-            (m.weights, r.details["encoder"]) for m, r in self.headline.items() if "encoder" in r.details
+            (m.weights, str(r.details["encoder"])) for m, r in self.headline.items() if "encoder" in r.details
         }
         return len(known) > len({weights for weights, _ in known})
 
@@ -354,8 +354,11 @@ def read_run(given: str) -> EvaluatedRun:
     # Older versions did not write all options that are null by default.
     recipe = {key: value for key, value in flattened(config, without=NOT_RECIPE).items() if value is not None}
     every = flattened(config)
+    seed = config.get("seed")
+    if seed is not None and not isinstance(seed, int):
+        raise UserError(f"{path}: seed is {shown(repr(seed))}; expected a whole number; {remedy}")
     images = " ".join(str(every[key]) for key in ("data.path", "data.train") if every.get(key) is not None)
-    return EvaluatedRun(folder, recipe, config.get("seed"), headline, images=images)
+    return EvaluatedRun(folder, recipe, seed, headline, images=images)
 
 
 def _name(given: str) -> str:

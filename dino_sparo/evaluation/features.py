@@ -309,6 +309,7 @@ def _key(weights: str, source: ImageSource, image_size: int, precision: str) -> 
     """Everything that a feature depends on."""
     files = source.stats()
     value_range = getattr(source, "reading", AS_IS).value_range
+    names = source.index.arrays["names"].tobytes().lower() if hasattr(source, "index") else b""
     return {
         "weights": weights,
         "images": hash_of_images(source, files),
@@ -317,7 +318,9 @@ def _key(weights: str, source: ImageSource, image_size: int, precision: str) -> 
         "transform": TRANSFORM,
         "image_size": image_size,
         "precision": precision,
-    } | ({"value_range": value_range} if value_range else {})
+        **({"value_range": value_range} if value_range else {}),
+        **({"pgm": 2} if b".pgm" in names else {}),  # earlier versions read those of 16 bits in another way
+    }
 
 
 def hash_of_images(source: ImageSource, files: NDArray[np.int64] | None = None) -> str:

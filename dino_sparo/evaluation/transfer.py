@@ -148,18 +148,19 @@ def _open_test_set(
     labels, folders = source.labels, source.classes
     if labels is None:
         raise UserError(f"test {text!r}: {unlabeled(source)}")
-    if all(map(_is_number, folders)) and not all(map(_is_number, train_classes)):
-        to_train = np.array([int(folder) for folder in folders])
-        if max(to_train) >= len(train_classes) or len(set(to_train)) < len(to_train):
+    used = np.unique(labels).tolist()  # tables also name classes without images
+    if all(_is_number(folders[one]) for one in used) and not all(map(_is_number, train_classes)):
+        to_train, numbered = np.full(len(folders), -1), [int(folders[one]) for one in used]
+        to_train[used] = numbered
+        if max(numbered) >= len(train_classes) or len(set(numbered)) < len(numbered):
             raise UserError(
-                f"test {text!r}: class folders are numbered up to {max(to_train)}, but there are "
+                f"test {text!r}: class folders are numbered up to {max(numbered)}, but there are "
                 f"{len(train_classes)} train classes, so the numbers are not those of train classes; name "
                 f"the folders as the train classes"
             )
     else:
         numbers = {same_name(one): number for number, one in enumerate(train_classes)}
         to_train = np.array([numbers.get(same_name(folder), -1) for folder in folders])
-    used = np.unique(labels)  # tables also name classes without images
     if (to_train[used] < 0).all():
         raise UserError(
             f"test {text!r}: none of the {len(folders)} class folders ({few(folders)}) is a train class "
@@ -169,7 +170,7 @@ def _open_test_set(
     source = replace(source, classes=train_classes, class_numbers=to_train[source.class_numbers])
     if len(kept) < len(source):
         source = source.subset(kept)
-    unknown = tuple(folders[number] for number in used.tolist() if to_train[number] < 0)
+    unknown = tuple(folders[number] for number in used if to_train[number] < 0)
     here = np.unique(to_train[labels[kept]])
     return replace(as_test_set(name, source, train_classes), classes=here, unknown=unknown)
 

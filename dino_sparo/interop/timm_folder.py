@@ -79,8 +79,10 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 encoding = model(transform(Image.open("IMAGE").convert("RGB"))[None])  # (1, {length})
 ```
 
-`dino_sparo.load_encoder("FOLDER")` returns the encoder itself.{timms_own}
+`dino_sparo.load_encoder("FOLDER")` returns the encoder itself.{deep}{timms_own}
 """
+DEEP = """ Images of more than 8 bits need its own transform:
+`encoder(encoder.transform("IMAGE")[None])`."""
 TIMMS_OWN = """ Without dino_sparo, timm's own
 `timm.create_model({own})` loads the weights too, for images of
 {image_size} pixels only: it resizes the position embedding differently from the DINO code."""
@@ -280,6 +282,7 @@ def _model_card(
         image_size=size,
         encoding=encoding,
         length=encoder.embed_dim,
+        deep=DEEP if stored.value_range else "",
         timms_own=TIMMS_OWN.format(own=_timms_own(stored.arguments), image_size=size)
         if _is_plain(stored.arguments)
         else "",

@@ -1,6 +1,7 @@
 """What a page is about: a run or weights, the files of its analyses, and the commands that make them."""
 
 import json
+import os
 import shlex
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -30,6 +31,7 @@ TITLES = {
 FILES = {part: f"{part}/{part}.json" for part in TITLES}
 OF_CLASSES = ("rank", "mask")  # analyses that need labeled images
 LABELS = ("val", "label_column")  # options of images that only these have
+PIXELS = ("max_pixels", "value_range")  # where they are null, they are those of the encoder
 WITHOUT_SLOTS = ("maps", "neighbors")  # analyses of any encoder
 COMPARING = ("rank", "maps", "mask", "factors")  # analyses that compare with a control
 NUM_BEST = 4  # slots shown from each end of the ranking
@@ -111,8 +113,6 @@ class Subject:
         if not path.is_file():
             return None, "Not made yet:"
         asked = {"which": self.which, "control": self.control, "data": self.data}
-        if self.out:  # the folder of a run may have moved; one that was chosen may be that of another run
-            asked["run"] = self.run
         with made_by(path, self.command(part)):
             content = dict(parsed_json(path).items())
             chosen = self._chosen(part)
@@ -126,7 +126,11 @@ class Subject:
             f"data.{key} {found.get(key, 'null')}"
             for key in {**chosen, **found}
             if found.get(key) != chosen.get(key)
+            and not (key in PIXELS and None in (found.get(key), chosen.get(key)))
         ]
+        run = str(content.get("run", self.run))
+        # The folder of a run may have moved, but one that was chosen may be that of another run.
+        others += [f"run {run}"] if self.out and os.path.realpath(run) != os.path.realpath(self.run) else []
         if others:
             return None, f"Not shown, since it was made with {', '.join(others)}; make it again:"
         return content, ""

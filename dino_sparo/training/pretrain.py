@@ -192,7 +192,9 @@ def pretrain(recipe: Recipe, run_dir: Path, *, resume_unverified: bool = False) 
                 f"machine.activation_checkpointing true"
             ) from error
         except RuntimeError as error:
-            if not signals.received or type(error).__name__ != "InductorError":  # of torch.compile
+            while_compiling = type(error).__name__ == "InductorError"  # of torch.compile
+            started = group.at not in ("", f"step {run.first_step + 1}")
+            if not signals.received or not while_compiling or started:
                 raise
             # Ctrl-C and job schedulers send signals to the compiler too.
             raise StoppedError(
