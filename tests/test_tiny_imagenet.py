@@ -1,10 +1,12 @@
 """eval/tiny_imagenet.py: no image is in train and in val, and those of val are in no part for tuning."""
 
+import re
 import runpy
 
 import pytest
 
 from dino_sparo.errors import UserError
+from dino_sparo.evaluation.compare import compare_runs
 from tests.slurm import ROOT
 
 NUM_TRAIN, SEEN, NUM_VAL = 24, 10, 2
@@ -50,3 +52,16 @@ def test_other_images_are_refused(split, tmp_path):
             (tmp_path / part / name / "1.jpg").touch()
     with pytest.raises(UserError, match="is not Tiny ImageNet; expected the same 200 classes in train"):
         split(str(tmp_path), tmp_path / "out")
+
+
+def test_the_page_shows_what_the_results_of_the_runs_give():
+    runs = sorted(str(path) for path in (ROOT / "eval" / "studies" / "tiny").iterdir())
+    page = (ROOT / "eval" / "studies" / "tiny.md").read_text()
+    of_seeds = [[run for run in runs if run.endswith(f"seed={seed}")] for seed in range(5)]
+    rows = [row for one in of_seeds if one for row in compare_runs(one).rows]
+    rows += [row for row in compare_runs(runs).rows if row[0].startswith(("20-NN", "  over seeds"))]
+    assert len(rows) >= 6
+    for number in re.findall(
+        r"^[+\d.]+(?: \[.+?\])?", "\n".join(cell for _, *row in rows for cell in row), re.M
+    ):
+        assert number in page
