@@ -154,6 +154,8 @@ def test_an_unknown_gpu_is_refused(capsys):
 
 
 def test_an_estimate_without_images_needs_a_gpu_and_measures_nothing(capsys):
+    assert main(["check", "--config=demo", "--num_images=10", "--gpu=h100"]) == 2
+    assert "num_images is 10, fewer than optim.global_batch_size" in capsys.readouterr().err
     assert main(["check", "--config=demo", "--num_images=10", "--gpu=h100", "--measure"]) == 2
     assert "num_images is 10, which only estimates; leave it out to use measure" in capsys.readouterr().err
     if not torch.cuda.is_available():

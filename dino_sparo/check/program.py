@@ -324,8 +324,13 @@ def estimate_only(
             f"{', '.join(GPUS)}, for example --gpu h100"
         )
     gpus = gpus or list(memory)
-    state = build_state(**recipe.state_arguments(), device=torch.device("cpu"))
     batch_size = recipe.optim.global_batch_size
+    num_images = min(num_images, recipe.data.max_images or num_images)
+    if num_images < batch_size:
+        raise UserError(
+            f"num_images is {num_images}, fewer than optim.global_batch_size {batch_size}; give more"
+        )
+    state = build_state(**recipe.state_arguments(), device=torch.device("cpu"))
     images = num_images // batch_size * batch_size * recipe.optim.epochs
     runs = estimate(recipe, state, gpus, num_processes=num_processes, num_images=images)
     problems = memory_problems(runs, batch_size, num_processes, memory)
