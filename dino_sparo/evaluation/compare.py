@@ -351,12 +351,11 @@ def read_run(given: str) -> EvaluatedRun:
         config = read_sections(path)
     except UserError as error:
         raise UserError(f"{error}; {remedy}") from error
-    # Older versions did not write all options that are null by default.
-    recipe = {key: value for key, value in flattened(config, without=NOT_RECIPE).items() if value is not None}
-    every = flattened(config)
-    seed = config.get("seed")
+    seed, every = config.get("seed"), flattened(config)
     if seed is not None and not isinstance(seed, int):
         raise UserError(f"{path}: seed is {shown(repr(seed))}; expected a whole number; {remedy}")
+    # Older versions did not write all options that are null by default.
+    recipe = {key: value for key, value in flattened(config, without=NOT_RECIPE).items() if value is not None}
     images = " ".join(str(every[key]) for key in ("data.path", "data.train") if every.get(key) is not None)
     return EvaluatedRun(folder, recipe, seed, headline, images=images)
 

@@ -3,11 +3,10 @@
 import json
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ TITLES = {
 FILES = {part: f"{part}/{part}.json" for part in TITLES}
 OF_CLASSES = ("rank", "mask")  # analyses that need labeled images
 LABELS = ("val", "label_column")  # options of images that only these have
-PIXELS = ("max_pixels", "value_range")  # where they are null, they are those of the encoder
+PIXELS = ("max_pixels", "value_range")  # where they are null, those of the run or the defaults apply
 WITHOUT_SLOTS = ("maps", "neighbors")  # analyses of any encoder
 COMPARING = ("rank", "maps", "mask", "factors")  # analyses that compare with a control
 NUM_BEST = 4  # slots shown from each end of the ranking
@@ -73,19 +72,13 @@ class Subject:
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
-        """The log of a run folder, or empty; of very many entries some, and the last one. Those of `RARE` are
-        thinned out by themselves."""
-        of_kind: dict[bool, list[tuple[int, dict[str, Any]]]] = {False: [], True: []}
-        found, every, last = {False: 0, True: 0}, {False: 1, True: 1}, None
-        for number, last in enumerate(each_metric(self.folder)):
-            is_rare = not last.keys().isdisjoint(RARE)
-            if found[is_rare] % every[is_rare] == 0:
-                of_kind[is_rare].append((number, last))
-            found[is_rare] += 1
-            if len(of_kind[is_rare]) > MOST_ENTRIES:
-                of_kind[is_rare], every[is_rare] = of_kind[is_rare][::2], 2 * every[is_rare]
-        entries = [entry for _, entry in sorted(chain(*of_kind.values()), key=itemgetter(0))]
-        return entries if last is None or entries[-1] is last else [*entries, last]
+        """The log of a run folder by step, or empty. Of very many entries these are some, and the last one;
+        the few of epochs, with k-NN or statistics of slots, are thinned out by themselves."""
+        of_epochs, others = (
+            some(one for one in each_metric(self.folder) if RARE.isdisjoint(one) != rare)
+            for rare in (True, False)
+        )
+        return sorted([*others, *of_epochs], key=itemgetter("step"))
 
     def command(self, part: str) -> str:
         """The command line that makes a part of the page, on the given images if they are suitable."""
@@ -164,6 +157,18 @@ class Subject:
         first, last = slots[0], slots[-1]
         listed = f"{first}–{last}" if slots == list(range(first, last + 1)) else ", ".join(map(str, slots))
         return f"Galleries of slots {listed} (of {num_slots})"
+
+
+def some(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Entries of a log, evenly thinned out to about `MOST_ENTRIES`, and the last one."""
+    kept: list[dict[str, Any]] = []
+    every, last = 1, None
+    for number, last in enumerate(entries):
+        if number % every == 0:
+            kept.append(last)
+        if len(kept) > MOST_ENTRIES:
+            kept, every = kept[::2], 2 * every
+    return kept if last is None or kept[-1] is last else [*kept, last]
 
 
 def made_by(path: Path, command: str) -> AbstractContextManager[None]:
