@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dino_sparo.data.sources import ImageSource, open_images
+from dino_sparo.data.sources import ImageSource, evenly, open_images, spread_evenly
 from dino_sparo.data.splits import Choice
 from dino_sparo.evaluation.features import embed
 from dino_sparo.evaluation.knn import HEADLINE_K, KNN
@@ -16,7 +16,7 @@ from dino_sparo.files import atomic_write
 from dino_sparo.interop.load import load_encoder
 from dino_sparo.runs.runlog import read_metrics
 from dino_sparo.slots.curves import draw_curve, num_knn_images
-from dino_sparo.slots.maps import look, spread_evenly
+from dino_sparo.slots.maps import look
 from dino_sparo.slots.neighbors import draw_neighbors, nearest_neighbors
 from dino_sparo.terminal import program
 
@@ -53,7 +53,10 @@ def show_run(
         if control:
             print(control)
     else:
-        print(f"no {HEADLINE_K}-NN accuracy, since it needs class folders: DIR/<class>/<image>")
+        print(
+            f"no {HEADLINE_K}-NN accuracy: it needs class folders, DIR/<class>/<image>, with at least "
+            f"{HEADLINE_K} train images"
+        )
     with atomic_write(run_dir / "curve.png") as file:
         draw_curve(metrics, file)
     print(f"\nlearning curve: {run_dir / 'curve.png'}")
@@ -73,7 +76,7 @@ def show_run(
 
 
 def table(evaluations: Sequence[Mapping[str, Any]]) -> str:
-    """20-NN accuracy by epoch, its gain over the untrained encoder, and whether the gain is significant."""
+    """20-NN accuracy by epoch, its gain by training, and whether the gain is significant."""
     accuracies, num_test = [entry[KNN] for entry in evaluations], num_knn_images(evaluations)
     errors = [standard_error(accuracy, num_test) for accuracy in accuracies] if num_test else []
     lines = [f"{'epoch':>6}{f'{HEADLINE_K}-NN top-1':>14}"]
@@ -81,7 +84,7 @@ def table(evaluations: Sequence[Mapping[str, Any]]) -> str:
         error = f" ± {errors[number]:.1f}" if errors else ""
         lines.append(f"{entry['epoch']:>6.0f}{accuracy:>12.1f} %{error}")
     gain = accuracies[-1] - accuracies[0]
-    lines.append(f"gain over the untrained encoder: {gain:+.1f} points")
+    lines.append(f"gain over the encoder before training: {gain:+.1f} points")
     if errors:
         lines[-1] += f", on {num_test} test images (± is one standard error)"
         chance = 2 * np.hypot(errors[0], errors[-1])
@@ -92,7 +95,7 @@ def table(evaluations: Sequence[Mapping[str, Any]]) -> str:
 
 def draw_before_and_after(run_dir: Path, source: ImageSource, path: Path) -> None:
     """Write a PNG: some images and their nearest neighbors by the untrained and the trained encoder."""
-    source = source.subset(np.array(spread_evenly(source, NUM_SEARCHED)))
+    source = evenly(source, NUM_SEARCHED)
     queries = spread_evenly(source, NUM_QUERIES)
     found = {}
     for when in ("untrained", "trained"):

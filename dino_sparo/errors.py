@@ -58,7 +58,8 @@ class UserFileNotFoundError(UserError, FileNotFoundError):
 
 
 class UnlabeledError(UserError):
-    """Labels are needed, but the images are not in class folders, or their files do not give all labels."""
+    """Labels are needed, but the images are not in class folders, or their files do not give all labels, or
+    there are too few to hold some out."""
 
 
 class StuckError(UserError):

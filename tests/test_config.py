@@ -1,6 +1,6 @@
 """Shipped recipes, options and overrides."""
 
-from dataclasses import MISSING
+from dataclasses import MISSING, replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ from dino_sparo.cli.commands import COMMANDS
 from dino_sparo.cli.evaluating import KnnOptions
 from dino_sparo.models import build_encoder
 from dino_sparo.recipe.files import find_recipe, named_recipe, recipes
+from dino_sparo.recipe.readouts import PoolerOptions, SparoOptions
 from dino_sparo.recipe.sections import Recipe
 from dino_sparo.recipe.typed import flattened, leaf_keys, leaves
 from dino_sparo.runs.rundir import start_run_dir
@@ -78,6 +79,13 @@ def test_recipe_has_the_published_numbers():
     }
     recipe = parsed(SPARO)
     assert {key: recipe[key] for key in published} == published
+
+
+def test_a_default_that_is_written_out_is_the_same_recipe():
+    plain = SparoOptions(name="sparo", num_slots=4, slot_dim=4, key_dim=4, group_size=1)
+    assert replace(plain, after_last_block=False, heads="separate") == plain
+    pooler = PoolerOptions(name="pooler", num_slots=4, slot_dim=4, num_heads=2)
+    assert replace(pooler, after_last_block=False) == pooler
 
 
 def test_recipes_differ_from_their_controls_in_one_setting_alone():

@@ -32,7 +32,7 @@ def test_generated_pictures(tmp_path, capsys):
     run_demo("shapes", tmp_path, data__max_images=20, monitor__knn_images_per_class=10)
     shown = capsys.readouterr().out
     assert "20-NN top-1" in shown
-    assert "gain over the untrained encoder" in shown
+    assert "gain over the encoder before training" in shown
     assert len([line for line in shown.splitlines() if " % ± " in line]) == 4  # epochs 0 to 3
     assert re.search(r"on \d+ test images", shown)
     for name in ("curve.png", "slots.png"):
@@ -61,7 +61,7 @@ def test_own_flat_folder_and_the_commands_that_are_printed_which_can_be_pasted(t
     optim = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["optim"]
     assert optim["epochs"] == round(4 * 10 / 7)
     shown = capsys.readouterr().out
-    assert "no 20-NN accuracy, since it needs class folders" in shown and "test images" not in shown
+    assert "no 20-NN accuracy: it needs class folders" in shown and "test images" not in shown
     for name in ("slots.png", "curve.png", "neighbors.png"):
         assert_is_picture(tmp_path / "run" / name)
         assert str(tmp_path / "run" / name) in shown

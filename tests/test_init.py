@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.models import save_for_hf
 
 from dino_sparo import load_encoder
 from dino_sparo.__main__ import main
@@ -185,7 +186,11 @@ def test_timms_own_model_by_file_and_by_name(tmp_path, monkeypatch, caplog):
     model.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.229, 0.224, 0.225)}
     started_from(tmp_path, "timm:vit", **CLS)
     assert "init timm:vit was trained on images normalized with mean (0.5, 0.5, 0.5), but here" in caplog.text
-    timms = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {"mean": [0.5, 0.5, 0.5], "std": 3}}
+    timms = {
+        "architecture": "vit",
+        "model_args": {"num_heads": 2},
+        "pretrained_cfg": {"mean": [0.5, 0.5, 0.5], "std": 3},
+    }
     (tmp_path / "config.json").write_text(json.dumps(timms))
     for init in (tmp_path / "model.safetensors", tmp_path):  # a folder as the hub has it
         caplog.clear()
@@ -195,6 +200,16 @@ def test_timms_own_model_by_file_and_by_name(tmp_path, monkeypatch, caplog):
         )
     with pytest.raises(UserError, match=r"init timm:vit has attention heads 2 \(the recipe has 4\)"):
         started_from(tmp_path, "timm:vit", **CLS, model__arch__num_heads=4)
+
+
+@pytest.mark.parametrize("arguments", [None, {"embed_dim": 96, "depth": 2, "num_heads": 3}])
+@torch.no_grad()
+def test_timms_own_model_in_a_folder_has_its_number_of_heads(tmp_path, arguments):
+    """Not one head per 64 dimensions: `test_vit` has 64 dimensions and 2 heads."""
+    model = timm.create_model("test_vit", num_classes=0, **(arguments or {})).eval()
+    save_for_hf(model, tmp_path, safe_serialization=True, model_args=arguments)
+    images = torch.rand(2, 3, 160, 160)
+    torch.testing.assert_close(load_encoder(tmp_path)(images), model(images), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

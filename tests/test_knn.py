@@ -62,6 +62,14 @@ def test_nothing_to_vote(k, num_test, message):
         knn_classify(features, labels, features[:num_test], labels[:num_test], k=k)
 
 
+def test_too_many_labels_or_no_k_are_refused():
+    features, labels = torch.eye(3), torch.arange(3)
+    with pytest.raises(ValueError, match=r"4 labels of 3 train images and 3 of 3 test images"):
+        knn_classify(features, torch.arange(4), features, labels, k=1)
+    with pytest.raises(ValueError, match=r"k is empty"):
+        knn_classify(features, labels, features, labels, k=[])
+
+
 # --- The search
 
 

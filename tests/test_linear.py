@@ -45,6 +45,7 @@ from tests.probing import (
     write_data,
 )
 from tests.running import PowerCutError
+from tests.tiny import write_pictures
 
 
 @pytest.fixture(scope="module")
@@ -310,6 +311,24 @@ def test_other_settings_in_the_same_folder_are_refused(pretrained, data, uninter
             linear(pretrained, data, uninterrupted, **given)
 
 
+def test_other_images_of_the_same_names_are_refused_also_by_results_of_older_versions(pretrained, tmp_path):
+    for size, refused in ((16, False), (17, True)):
+        write_pictures(tmp_path / "data", 30, classes=3, side=size)
+        linear_again = partial(linear, pretrained, tmp_path / "data", tmp_path / "out", epochs=1)
+        if refused:
+            with pytest.raises(UserError, match=r"train files was .*; val files was .* another --out"):
+                linear_again()
+        else:
+            linear_again()
+    checkpoint = next((tmp_path / "out" / "linear" / "checkpoints").glob("*.pt"))
+    content = load_latest(tmp_path / "out" / "linear")
+    for key in module.LATER:
+        del content["config"][key]
+    save_checkpoint(content, tmp_path / "out" / "linear", step=content["step"] + 1)
+    checkpoint.unlink()
+    linear_again()
+
+
 def test_cached_probes_are_not_called_official(pretrained, data, tmp_path, capsys):
     out = tmp_path / "out"
     results = linear(pretrained, data, out, cached="true", learning_rates=[30.0], epochs=40)
@@ -411,7 +430,7 @@ def test_a_batch_that_does_not_fit(caplog):
     assert fitting_batch_size(1024, 22, processes=4) == 20
     assert "batch_size is 1024, but there are only 22 train images; using 20" in caplog.text
     assert fitting_batch_size(22, 22, processes=2) == 22
-    for size, images, processes in ((9, 22, 2), (8, 3, 4)):
-        refused = rf"batch_size is {size} .* not divisible by {processes} processes; .* such as 8"
-        with pytest.raises(UserError, match=refused):
-            fitting_batch_size(size, images, processes)
+    with pytest.raises(UserError, match=r"batch_size is 9 .* not divisible by 2 processes; .* such as 8"):
+        fitting_batch_size(9, 22, 2)
+    with pytest.raises(UserError, match=r"3 train images for 4 processes; use fewer"):
+        fitting_batch_size(8, 3, 4)

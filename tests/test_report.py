@@ -13,6 +13,7 @@ from PIL import Image
 
 from dino_sparo.__main__ import main
 from dino_sparo.errors import UserError
+from dino_sparo.evaluation.features import hash_of
 from dino_sparo.interop.load import load_encoder
 from dino_sparo.slots import subject as subject_module
 from dino_sparo.slots.findings import of_health, training
@@ -170,7 +171,7 @@ def test_the_page_begins_with_what_was_trained_then_says_what_was_found(reported
     one = ranked["encoders"][0]
     order = [
         "A ViT of 2 blocks and 16 dimensions, with 3 slots of 4 dimensions, pretrained for 1 epoch (2 steps",
-        "20-NN accuracy was not measured during training, since it needs class folders.",
+        "20-NN accuracy was not measured during training; it needs class folders, with at least 20 train",
         "Loss over epochs",
         "Where slots look, beside the CLS token in the last block",
         f"What slot {one['orders']['knn'][0]} responds to most",
@@ -198,8 +199,8 @@ def test_a_gain_within_chance_and_dead_slots_are_said(reported):
     config = {"optim": {"global_batch_size": 4}, "data": {"path": "photos"}}
     _, told = training(encoder, config, [*metrics[:1], metrics[1] | {"knn20_images": 153}])
     assert told == (
-        "20-NN accuracy: 62.1 % untrained, 64.7 % trained (± 3.9, one standard error), on 153 test images; "
-        "the difference is not significant (less than two standard errors)."
+        "20-NN accuracy of the teacher: 62.1 % untrained, 64.7 % trained (± 3.9, one standard error), on 153 "
+        "test images; the difference is not significant (less than two standard errors)."
     )
     assert (
         "significant"
@@ -309,6 +310,29 @@ def test_what_is_older_than_a_checkpoint_says_so(copied):
     newer.touch()
     os.utime(newer, (time.time() + 3600,) * 2)
     assert page_of(copied).commands == commands(copied, "linear", "knn", "linear", *FILES)
+    of_now = {"states": {"encoder": hash_of(load_encoder(copied))}}
+    assert page_of(copied, **of_now).commands == commands(copied, "linear")  # the weights are the same
+    of_now["states"]["encoder"] = "other"
+    assert page_of(copied, **of_now).commands == commands(copied, "linear", "knn", "linear", *FILES)
+
+
+def test_an_analysis_of_other_weights_or_images_is_made_again(reported, slot_runs):
+    about, stored = {"data": str(slot_runs["data"])}, read(reported, "rank")
+    states = {key: stored[key] for key in ("encoder", "control_encoder", "labeled_files")}
+    states["image_files"] = read(reported, "maps")["image_files"]
+    for part in FILES:
+        assert Subject(str(reported), **about, states=states).find(part)[1] == ""
+    for key, parts in {
+        "encoder": [*FILES],
+        "control_encoder": ["maps", "rank", "mask", "factors"],
+        "image_files": ["health", "maps", "gallery", "neighbors"],
+        "labeled_files": ["rank", "mask"],
+    }.items():
+        subject = Subject(str(reported), **about, states=states | {key: "another"})
+        notes = {part: subject.find(part)[1] for part in FILES}
+        assert {
+            part for part, note in notes.items() if f"another state of {key.replace('_', ' ')};" in note
+        } == {*parts}
 
 
 def test_a_missing_picture_leaves_a_line(copied):
@@ -353,17 +377,22 @@ def test_report_of_a_run_without_analyses(run_dir, capsys):
 
 @pytest.mark.parametrize(
     ("folder", "reason"),
-    [("data/train/class0", "not in class folders"), ("data", "validation images in a flat folder")],
+    [
+        ("data/train/class0", "not in class folders"),
+        ("data", "validation images in a flat folder"),
+        ("few", "too few to hold out every fifth as val"),
+    ],
 )
 def test_without_classes_the_report_leaves_out_what_needs_them(run_dir, tmp_path, capsys, folder, reason):
     write_pictures(tmp_path / "data", 12, classes=2)
+    write_pictures(tmp_path / "few", 4, classes=2)
     if folder == "data":
         (tmp_path / "data" / "val").mkdir()
         shutil.copy(next((tmp_path / "data" / "train").rglob("*.png")), tmp_path / "data" / "val")
     data, out = tmp_path / folder, tmp_path / "out"
     assert main(["slots", "report", str(run_dir), f"--data.path={data}", f"--out={out}", *MACHINE]) == 0
     (left_out,) = [line for line in capsys.readouterr().out.splitlines() if "rank" in line]
-    assert left_out.startswith("rank and mask are left out, since they need classes: ") and reason in left_out
+    assert left_out.startswith("rank and mask are left out: ") and reason in left_out
     assert {part for part, file in FILES.items() if (out / file).is_file()} == {
         *("health", "maps", "gallery", "neighbors")
     }
@@ -372,6 +401,16 @@ def test_without_classes_the_report_leaves_out_what_needs_them(run_dir, tmp_path
     for said in ("No knn result", "No linear result", "Not made"):
         assert f"{said}: needs images in class folders" in text
     assert "k-NN accuracy, then" not in text and "Galleries of slots 0–1 (of 2)" in text
+
+
+def test_fewer_images_than_neighbors_leave_out_the_ranking_only(run_dir, tmp_path, capsys):
+    write_pictures(tmp_path / "data", 12, classes=2)
+    out = tmp_path / "out"
+    about = [f"--data.path={tmp_path / 'data'}", f"--out={out}", *MACHINE]
+    assert main(["slots", "report", str(run_dir), *about]) == 0
+    assert "no ranking of slots: k is 20; expected 1 to" in capsys.readouterr().out
+    made = {part for part, file in FILES.items() if (out / file).is_file()}
+    assert made == {"health", "maps", "gallery", "neighbors", "mask"}
 
 
 def test_the_report_reads_images_as_it_is_told(run_dir, tmp_path, capsys):

@@ -71,6 +71,14 @@ def test_a_result_of_another_kind_is_kept(tmp_path, changes):
     assert_same(read_results(tmp_path), [other, again])  # the newest last
 
 
+def test_results_of_other_weights_are_replaced_aloud(tmp_path, caplog):
+    caplog.set_level("INFO", "dino_sparo")
+    for encoder, told in (("a", False), ("a", False), ("b", True)):
+        caplog.clear()
+        save_results(tmp_path, [result(details={"encoder": encoder})])
+        assert ("replaced 1 result of other weights, such as 20-NN" in caplog.text) is told
+
+
 def test_the_whole_train_set_is_one_kind_however_it_is_said(tmp_path):
     for details in ({}, {"train_fraction": None}, {"train_fraction": 1}):
         save_results(tmp_path, [result(details=details)])

@@ -72,6 +72,7 @@ def test_values_of_a_key():
     scales = ["[0.1, 0.4]", "[0.2,0.5]"]
     assert parse_vary("seed=0, 1") == ("seed", ["0", "1"])
     assert parse_vary("views.local_scale=[0.1, 0.4],[0.2,0.5]") == ("views.local_scale", scales)
+    assert parse_vary("model.arch={width: 64, depth: 3},vit_tiny")[1] == ["{width: 64, depth: 3}", "vit_tiny"]
     for text in ("seed", "seed=", "=3", "seed=1,,2"):
         with pytest.raises(UserError, match=r"vary has '.*'; expected section.key=VALUE,VALUE"):
             parse_vary(text)

@@ -81,6 +81,7 @@ def bench_training(options: BenchOptions) -> None:
     from dino_sparo.bench.loading import HEIGHT, QUALITY, WIDTH, jpeg_files
     from dino_sparo.bench.training import measure, report
     from dino_sparo.cli.images import open_chosen
+    from dino_sparo.data.sources import evenly
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # each profile would be told at its start and end
     machine = {"device": options.device, "precision": options.precision, "num_workers": options.num_workers}
@@ -88,7 +89,7 @@ def bench_training(options: BenchOptions) -> None:
     recipe = named_recipe(options.config, {"data.path": "x"} | over)
     num_images = max(options.num_images, options.batch_size)
     with tempfile.TemporaryDirectory(prefix="dino_sparo_") as folder:
-        source = open_chosen(options.data, num_images) if options.data else None
+        source = evenly(open_chosen(options.data), num_images) if options.data else None
         what = options.data.path if options.data else "generated pictures"
         log.info("writing %d JPEG files", num_images)
         source = jpeg_files(source, num_images, Path(folder))

@@ -67,15 +67,13 @@ class LabeledDataOptions(ImagesOptions):
     """Label column of parquet files; null: `label`, `labels`, or the only column of type ClassLabel."""
 
 
-def open_chosen(
-    data: ImagesOptions, max_images: int | None = None, *, encoder: "Encoder | None" = None
-) -> "ImageSource":
-    """The images, or so many of them, spread evenly, read as by `choice_of`. Raises as `open_images`."""
+def open_chosen(data: ImagesOptions, *, encoder: "Encoder | None" = None) -> "ImageSource":
+    """The images, read as by `choice_of`. Raises as `open_images`."""
     from dino_sparo.data.sources import decide, open_images, say_splits
 
     choice = choice_of(data, encoder)
     splits = decide(data.path, choice)
-    source = open_images(data.path, max_images, choice=choice, splits=splits)
+    source = open_images(data.path, choice=choice, splits=splits)
     say_splits(data.path, source, None, splits, with_val=False)
     return source
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dino_sparo.cli import slots
-from dino_sparo.cli.images import ImagesOptions, LabeledDataOptions
-from dino_sparo.errors import UnlabeledError
+from dino_sparo.cli.images import ImagesOptions, LabeledDataOptions, choice_of
+from dino_sparo.errors import UnlabeledError, UserError
 
 if TYPE_CHECKING:
     from dino_sparo.slots.subject import Subject
@@ -30,22 +30,27 @@ class SlotReportOptions(slots.SlotsOptions):
 
 def report(options: SlotReportOptions) -> None:
     """Make what is missing or about others if there is data for it, then write `report.html` beside it."""
-    from dino_sparo.data.sources import open_labeled
-    from dino_sparo.data.splits import Choice
+    from dino_sparo.data.sources import open_images, open_labeled
+    from dino_sparo.evaluation.features import hash_of
     from dino_sparo.slots.page import write_page
-    from dino_sparo.slots.subject import FILES, OF_CLASSES, WITHOUT_SLOTS, Subject
+    from dino_sparo.slots.subject import FILES, OF_CLASSES, WITHOUT_SLOTS, Subject, hash_of_some
 
     encoder = slots.open_encoder(options, with_slots=False)
+    states = {"encoder": hash_of(encoder)}
     if options.control:
-        slots.open_control(options.control, options.which)
+        states["control_encoder"] = hash_of(slots.open_control(options.control, options.which))
     data, no_classes = options.data, ""
     if data:
+        states["image_files"] = hash_of_some(open_images(data.path, choice=choice_of(_images(data), encoder)))
         try:
-            open_labeled(data.path, choice=Choice.of(data))
+            labeled = open_labeled(data.path, choice=choice_of(data, encoder))
+            states["labeled_files"] = hash_of_some(*labeled)
         except UnlabeledError as error:
             no_classes = str(error)
     path, choice = (data.path, slots.further(data)) if data else (None, {})
-    subject = Subject(options.run, options.out, options.which, path, options.control, not no_classes, choice)
+    subject = Subject(
+        *(options.run, options.out, options.which, path, options.control, not no_classes, choice, states)
+    )
     if data:
         _make_missing(options, subject, data, encoder.num_slots)
     page = subject.slots / "report.html"
@@ -59,7 +64,7 @@ def report(options: SlotReportOptions) -> None:
         shown = "curves, accuracy, maps, and neighbors are shown"
         print(f"the read-out {encoder.readout_name} has no slots: {shown}")
     elif no_classes:
-        print(f"rank and mask are left out, since they need classes: {no_classes}")
+        print(f"rank and mask are left out: {no_classes}")
     print(f"report ({page.stat().st_size / 1e6:.1f} MB): {page}")
 
 
@@ -76,16 +81,19 @@ def _make_missing(
         name: getattr(options, name)
         for name in ("run", "which", "out", "device", "num_workers", "batch_size")
     }
-    images = ImagesOptions(
-        labeled.path, labeled.train, max_pixels=labeled.max_pixels, value_range=labeled.value_range
-    )
+    images = _images(labeled)
     compared = common | {"control": options.control}
 
     def lacks(part: str) -> bool:
         return subject.find(part)[0] is None
 
     if num_slots and subject.has_classes and lacks("rank"):
-        slots.rank(slots.SlotRankOptions(**compared, data=labeled))
+        try:
+            slots.rank(slots.SlotRankOptions(**compared, data=labeled))
+        except (
+            UserError
+        ) as error:  # such as fewer images than neighbors; the rest of the page needs no ranking
+            print(f"no ranking of slots: {error}")
     drawn = subject.slots_to_show(num_slots) or None
     if lacks("maps"):
         slots.maps(slots.SlotMapsOptions(**compared, data=images, slots=drawn))
@@ -102,3 +110,10 @@ def _make_missing(
         slots.health(slots.SlotHealthOptions(**common, data=images))
     if SHAPES in (subject.config.get("data", {}).get("path"), labeled.path) and lacks("factors"):
         slots.factors(slots.SlotFactorsOptions(**compared))
+
+
+def _images(labeled: LabeledDataOptions) -> ImagesOptions:
+    """The same images, with or without labels."""
+    return ImagesOptions(
+        labeled.path, labeled.train, max_pixels=labeled.max_pixels, value_range=labeled.value_range
+    )

@@ -12,6 +12,7 @@ from dino_sparo.recipe.typed import Batch, Count, Epochs, Seed
 from dino_sparo.terminal import counted
 
 if TYPE_CHECKING:
+    from dino_sparo.data.sources import ImageSource
     from dino_sparo.models import Encoder
     from dino_sparo.slots.parts import CutEncoder
 
@@ -151,8 +152,9 @@ def maps(options: SlotMapsOptions) -> None:
     folder = _folder(options) / "maps"
     encoder = open_encoder(options, with_slots=False)
     control = open_control(options.control, options.which) if options.control else None
+    source = open_chosen(options.data, encoder=encoder)
     content = slot_maps(
-        *(encoder, open_chosen(options.data, encoder=encoder), folder),
+        *(encoder, source, folder),
         slots=options.slots,
         images=options.images,
         num_images=options.num_images,
@@ -161,7 +163,7 @@ def maps(options: SlotMapsOptions) -> None:
         batch_size=options.batch_size,
         num_workers=options.num_workers,
     )
-    _write(options, folder / "maps.json", content)
+    _write(options, folder / "maps.json", content, encoder, control, source)
     numbers, drawn = ", ".join(map(str, content["slots"])), "heads of the CLS token"
     if content["slots"]:
         chosen = options.slots is None and len(content["slots"]) < encoder.num_slots
@@ -187,23 +189,24 @@ def gallery(options: SlotGalleryOptions) -> None:
         num_images=options.num_images,
         num_neighbors=options.num_neighbors,
     )
-    _write(options, folder / "gallery.json", {"slots": entries})
+    _write(options, folder / "gallery.json", {"slots": entries}, cut.encoder, None, source)
     print(f"{counted(len(entries), 'slot')} over {counted(len(source), 'image')}: {folder}")
 
 
 def neighbors(options: SlotNeighborsOptions) -> None:
     """Nearest neighbors by whole encodings, and a map of these: neighbors.json, neighbors.png and map.png."""
+    from dino_sparo.data.sources import evenly
     from dino_sparo.slots.neighbors import slot_neighbors
 
     folder = _folder(options) / "neighbors"
     cut = _cut(options, with_slots=False)[0]
-    source = open_chosen(options.data, options.max_images, encoder=cut.encoder)
+    source = open_chosen(options.data, encoder=cut.encoder)
     content = slot_neighbors(
-        *(cut, source, folder),
+        *(cut, evenly(source, options.max_images), folder),
         num_images=options.num_images,
         num_neighbors=options.num_neighbors,
     )
-    _write(options, folder / "neighbors.json", content)
+    _write(options, folder / "neighbors.json", content, cut.encoder, None, source)
     print(f"neighbors among {counted(content['num_images'], 'image')}: {folder / 'neighbors.png'}")
     print(f"map of the encodings: {folder / 'map.png'}")
 
@@ -215,13 +218,14 @@ def rank(options: SlotRankOptions) -> None:
 
     folder, cut = _folder(options) / "rank", _cut(options)
     choice = choice_of(options.data, cut[0].encoder)
+    data = open_labeled(options.data.path, choice=choice)
     result = rank_slots(
-        *(cut, *open_labeled(options.data.path, choice=choice), folder),
+        *(cut, *data, folder),
         k=options.k,
         select_fraction=options.select_fraction,
         seed=options.seed,
     )
-    _write(options, folder / "rank.json", result)
+    _write(options, folder / "rank.json", result, *_networks(cut), *data)
     print(f"{table(result)}\n{folder / 'rank.json'}, {folder / 'curve.png'}")
 
 
@@ -244,19 +248,22 @@ def mask(options: SlotMaskOptions) -> None:
         batch_size=options.learning_batch_size,
         seed=options.seed,
     )
-    _write(options, folder / "mask.json", {"transfer": options.transfer} | result)
+    content = {"transfer": options.transfer} | result
+    _write(options, folder / "mask.json", content, *_networks(cut), *data[VAL])
     print(f"{table(result)}\n{folder / 'mask.json'}, {folder / 'mask.png'}")
 
 
 def health(options: SlotHealthOptions) -> None:
     """Entropy of attention, dead and duplicate slots: health.json, health.png and a table."""
+    from dino_sparo.data.sources import evenly
     from dino_sparo.slots.health import as_entries, draw_health, measure_health, summarize, table
 
     folder = _folder(options) / "health"
     encoder = open_encoder(options)
-    source = open_chosen(options.data, options.num_images, encoder=encoder)
+    source = open_chosen(options.data, encoder=encoder)
+    chosen = evenly(source, options.num_images)
     measured = measure_health(
-        *(encoder, source),
+        *(encoder, chosen),
         other=_other_weights(options, encoder),
         batch_size=options.batch_size,
         num_workers=options.num_workers,
@@ -265,9 +272,9 @@ def health(options: SlotHealthOptions) -> None:
     summary = summarize(slots, encoder.backbone.native_grid**2)
     folder.mkdir(parents=True, exist_ok=True)
     draw_health(slots, summary, folder / "health.png")
-    content = {"num_images": len(source), "slots": slots, "summary": summary}
-    _write(options, folder / "health.json", content)
-    print(f"{options.run} ({options.which}), {len(source)} images, {len(slots)} slots")
+    content = {"num_images": len(chosen), "slots": slots, "summary": summary}
+    _write(options, folder / "health.json", content, encoder, None, source)
+    print(f"{options.run} ({options.which}), {len(chosen)} images, {len(slots)} slots")
     print(f"{table(slots, summary)}\n{folder / 'health.json'}, {folder / 'health.png'}")
 
 
@@ -276,8 +283,9 @@ def factors(options: SlotFactorsOptions) -> None:
     from dino_sparo.slots.factors import slot_factors, table
 
     folder = _folder(options) / "factors"
-    content = slot_factors(_cut(options), folder, num_images=options.num_images)
-    _write(options, folder / "factors.json", content)
+    cut = _cut(options)
+    content = slot_factors(cut, folder, num_images=options.num_images)
+    _write(options, folder / "factors.json", content, *_networks(cut))
     print(
         f"{options.run} ({options.which}), learned from {content['num_train']} pictures, % of "
         f"{content['num_test']} others:"
@@ -348,6 +356,11 @@ def _cut(options: CachedSlotsOptions, *, with_slots: bool = True) -> "list[CutEn
     ]
 
 
+def _networks(cut: "list[CutEncoder]") -> "tuple[Encoder, Encoder | None]":
+    """The encoder, and that of the control if there is one."""
+    return cut[0].encoder, cut[1].encoder if len(cut) > 1 else None
+
+
 def _folder(options: SlotsOptions) -> Path:
     """Where all commands about slots write: `out`, or `slots` among the results of the run."""
     from dino_sparo.evaluation.results import results_folder
@@ -361,12 +374,25 @@ def further(data: ImagesOptions) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
 
 
-def _write(options: SlotsOptions, path: Path, content: Mapping[str, Any]) -> None:
+def _write(
+    options: SlotsOptions,
+    path: Path,
+    content: Mapping[str, Any],
+    encoder: "Encoder",
+    control: "Encoder | None",
+    *images: "ImageSource",
+) -> None:
     """Write the JSON of an analysis, first what it is about: weights, and images and control if it takes
     them. Raises OSError."""
+    from dino_sparo.evaluation.features import hash_of
     from dino_sparo.files import write_file
+    from dino_sparo.slots.subject import hash_of_some
 
-    about: dict[str, Any] = {"run": options.run, "which": options.which}
+    about: dict[str, Any] = {"run": options.run, "which": options.which, "encoder": hash_of(encoder)}
+    if control:
+        about["control_encoder"] = hash_of(control)
+    if images:
+        about["image_files" if len(images) == 1 else "labeled_files"] = hash_of_some(*images)
     if hasattr(options, "data"):
         about |= {"data": options.data.path, "choice": further(options.data)}
     if hasattr(options, "control"):

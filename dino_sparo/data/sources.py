@@ -158,9 +158,19 @@ def open_images(
             source = _open_train(path, splits or _splits(path, key, choice), choice)
         except UserFileNotFoundError as error:  # the images may be in tars
             raise UserFileNotFoundError(_explained(path) or str(error)) from error
-    if max_images is not None and max_images < len(source):
-        source = source.subset(np.linspace(0, len(source) - 1, max_images).round().astype(np.int64))
-    return source
+    return evenly(source, max_images)
+
+
+def spread_evenly(source: ImageSource, count: int) -> list[int]:
+    """Numbers of at most `count` evenly spaced images, including the first and the last."""
+    return np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int).tolist()
+
+
+def evenly(source: ImageSource, count: int | None) -> ImageSource:
+    """At most `count` images, evenly spaced. None: all images."""
+    if count is None or count >= len(source):
+        return source
+    return source.subset(np.array(spread_evenly(source, count)))
 
 
 def open_val(path: str, choice: Choice = AS_FOUND, train: ImageSource | None = None) -> ImageSource | None:
@@ -205,7 +215,7 @@ def open_labeled(
     val = _open_val(path, splits, choice, train)
     if val is None:
         if len(train) < HELD_OUT_EVERY:
-            raise UserError(
+            raise UnlabeledError(
                 f"{key}: {train.root} has {counted(len(train), 'image')}, too few to hold out every "
                 f"{ORDINAL} as val; add images, or set data.val to a folder"
             )

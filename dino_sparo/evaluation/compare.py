@@ -93,6 +93,11 @@ class Group:
         """The result of each run that has this measure."""
         return [run.headline[measure] for run in self.runs if measure in run.headline]
 
+    def seeds(self, measure: Measure) -> str:
+        """The known seeds of the runs that have this measure."""
+        known = (run.seed for run in self.runs if measure in run.headline and run.seed is not None)
+        return ", ".join(map(str, sorted(known)))
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -187,13 +192,7 @@ def compare_groups(groups: Sequence[Group], control: Group | None, remark: str =
     legend += ["one run: ± one standard error, from its number of test images"] * (1 in counts)
     legend += [remark] if len(groups) > 1 else []
     legend += [OVER_SEEDS] if any(row[0] == SEEDS_ROW for row in rows) else []
-    if control is not None:
-        theirs = _seeds(control)
-        legend += [
-            f"different seeds: {group.label} has {_seeds(group)}, {control.label} has {theirs}"
-            for group in groups
-            if theirs and _seeds(group) and _seeds(group) != theirs
-        ]
+    legend += [] if control is None else _different_seeds(measures, groups, control)
     header = ["top-1 in %", *(f"{g.label} (control)" if g is control else g.label for g in groups)]
     return Comparison(header, rows, [*legend, *notes])
 
@@ -269,7 +268,7 @@ def _accuracy(group: Group, measure: Measure) -> str:
         return NOTHING
     top1 = [result.top1 for result in results]
     spread = np.std(top1, ddof=1) if len(top1) > 1 else standard_error(top1[0], results[0].num_images)
-    seeds = f" ({len(top1)} seed{'s' * (len(top1) > 1)})" if _seeds(group) else ""
+    seeds = f" ({len(top1)} seed{'s' * (len(top1) > 1)})" if group.seeds(measure) else ""
     return f"{np.mean(top1):.2f} ± {spread:.2f}{seeds}"
 
 
@@ -310,9 +309,19 @@ def _over_seeds(measure: Measure, group: Group, control: Group) -> str:
     return f"{np.mean(differences):+.2f} [{low:+.2f}, {high:+.2f}] ({len(both)} pairs)"
 
 
-def _seeds(group: Group) -> str:
-    """The known seeds of a group."""
-    return ", ".join(map(str, sorted(run.seed for run in group.runs if run.seed is not None)))
+def _different_seeds(measures: Sequence[Measure], groups: Sequence[Group], control: Group) -> list[str]:
+    """Notes about recipes whose accuracies are means over other seeds than those of the control."""
+    rows: dict[str, list[str]] = {}
+    for measure in measures:
+        for group in groups:
+            ours, theirs = group.seeds(measure), control.seeds(measure)
+            if ours and theirs and ours != theirs:
+                told = f"{group.label} has {ours}, {control.label} has {theirs}"
+                rows.setdefault(told, []).append(title(measure, groups))
+    return [
+        f"different seeds{'' if len(names) == len(measures) else ' in ' + ', '.join(names)}: {told}"
+        for told, names in rows.items()
+    ]
 
 
 def _unequal_settings(measure: Measure, groups: Sequence[Group]) -> list[str]:

@@ -73,7 +73,7 @@ def embed(
     if isinstance(source, str | Path):
         source = open_images(str(source), choice=Choice(value_range=encoder.value_range))
     name = "encoding" if what == "slots" else what
-    rows = cached_features(encoder, [Wanted(source)], [name], **settings)[0][name]
+    rows = cached_features(encoder, [Wanted(source, precision="float32")], [name], **settings)[0][name]
     shapes = {"slots": (encoder.num_slots, -1), "tokens": (-1, encoder.width)}
     return rows.reshape(len(rows), *shapes.get(what, (-1,)))
 

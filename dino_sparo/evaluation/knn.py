@@ -73,12 +73,18 @@ def knn_classify(
         num_classes: S. None: the largest label + 1.
 
     Raises:
-        ValueError: k is not in 1 to T, there are no test images, or a feature is zero or not finite.
+        ValueError: k is not in 1 to T, there are no test images or too few or many labels, or a feature is
+            zero or not finite.
     """
     labels, truth = (torch.as_tensor(labels).long().cpu() for labels in (train_labels, test_labels))
     ks = _checked(k, len(train_features))
     if not len(test_features):
         raise ValueError("there are no test images to classify")
+    if (len(labels), len(truth)) != (len(train_features), len(test_features)):
+        raise ValueError(
+            f"there are {len(labels)} labels of {len(train_features)} train images and {len(truth)} of "
+            f"{len(test_features)} test images; expected one per image"
+        )
     if num_classes is None:
         num_classes = int(max(labels.max(), truth.max())) + 1
     device = train_features.device if isinstance(train_features, Tensor) else torch.device("cpu")
@@ -216,14 +222,19 @@ def table(run: str, results: Sequence[Result]) -> str:
             f"{result.num_images} test images, {result.num_classes} classes"
         ),
     )
-    worst = sorted(results[0].details["top1_by_class"].items(), key=lambda item: item[1])[:SHOWN_CLASSES]
+    shown_one = next((result for result in results if result.headline), results[0])
+    worst = sorted(shown_one.details["top1_by_class"].items(), key=lambda item: item[1])[:SHOWN_CLASSES]
     hardest = ", ".join(f"{shown(name)} {accuracy:.1f} %" for name, accuracy in worst)
-    return "\n".join([*lines, f"hardest classes of {shown(results[0].test_set)}: {hardest}"])
+    return "\n".join(
+        [*lines, f"hardest classes of {shown(shown_one.test_set)} by {shown_one.name}: {hardest}"]
+    )
 
 
 def _checked(k: int | Integral | Sequence[int], num_train: int) -> list[int]:
     """Numbers of neighbors as a list. Raises UserError if one is not in 1 to `num_train`."""
     ks = [int(k)] if isinstance(k, int | Integral) else [int(number) for number in k]
+    if not ks:
+        raise UserError("k is empty; give one or more numbers of neighbors")
     for number in ks:
         if not 1 <= number <= num_train:
             raise UserError(f"k is {number}; expected 1 to {num_train}, the number of train images")

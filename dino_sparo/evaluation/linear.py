@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from dino_sparo.data.decode import AS_IS
 from dino_sparo.data.loader import BatchOrder, choose_executor
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.data.workers import default_workers
@@ -24,7 +25,7 @@ from dino_sparo.evaluation.classifiers import (
     score,
     wanted_of,
 )
-from dino_sparo.evaluation.features import Wanted, cached_features, hash_of
+from dino_sparo.evaluation.features import Wanted, cached_features, hash_of, hash_of_images
 from dino_sparo.evaluation.probe_batches import (
     MAX_SIDE,
     Features,
@@ -53,6 +54,7 @@ from dino_sparo.terminal import counted, log
 OFFICIAL, CACHED = "linear", "linear-cached"  # protocols
 CLASSIFIERS = "classifiers"
 LOG_EVERY_STEPS = 20
+LATER = ("train files", "val files")  # settings that earlier versions did not store
 
 
 def linear_probe(
@@ -130,6 +132,8 @@ def linear_probe(
         "classes": len(train.classes),
         "train images": train.fingerprint(),
         "val images": test_sets[0].source.fingerprint(),
+        "train files": _files(train),
+        "val files": _files(test_sets[0].source),
         "encoder": hash_of(encoder),
         "cached": cached,
         "cache_precision": cache_precision if cached else None,
@@ -186,6 +190,11 @@ def linear_probe(
     return results_of(encoder, classifiers, probes, test_sets, found[: len(test_sets)], weights)
 
 
+def _files(source: ImageSource) -> str:
+    """What tells whether files of the same names are the same images, read in the same way."""
+    return f"{hash_of_images(source)} {getattr(source, 'reading', AS_IS).value_range}"
+
+
 class ProbeTraining:
     """Linear probes with their optimizer, schedule, and progress.
 
@@ -240,9 +249,9 @@ class ProbeTraining:
         """Raises UserError: it is of other settings; any error: it is damaged."""
         before = checkpoint["config"]
         changed = [
-            f"{key} was {before[key]!r}, now {now!r}"
+            f"{key} was {before.get(key)!r}, now {now!r}"
             for key, now in self.settings.items()
-            if before[key] != now
+            if (before.get(key, now) if key in LATER else before[key]) != now
         ]
         if changed:
             raise UserError(
@@ -357,7 +366,11 @@ def fitting_batch_size(batch_size: int, num_images: int, processes: int) -> int:
             *(batch_size, num_images, most),
         )
         return most
-    if batch_size % processes or not most:
+    if not most:
+        raise UserError(
+            f"{counted(num_images, 'train image')} for {processes} processes; use fewer processes"
+        )
+    if batch_size % processes:
         raise UserError(
             f"batch_size is {batch_size} for {num_images} train images, not divisible by {processes} "
             f"processes; use a multiple, such as {max(1, batch_size // processes) * processes}"

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.files import alone_in, is_writable, parsed_json, read_as, set_aside, write_file
-from dino_sparo.terminal import sentence, shown
+from dino_sparo.terminal import counted, log, sentence, shown
 
 if TYPE_CHECKING:
     from dino_sparo.evaluation.transfer import TestSet  # imports torch, which `compare` does not need
@@ -143,6 +143,17 @@ def save_results(folder: Path, results: Sequence[Result]) -> None:
             before = []
             set_aside(path, str(error))
         new = {_key(result): result for result in results}
+        replaced = [
+            old
+            for old in before
+            if _key(old) in new
+            and old.details.get("encoder") not in (None, new[_key(old)].details.get("encoder"))
+        ]
+        if replaced:
+            log.info(
+                "%s: replaced %s of other weights, such as %s, top-1 %.2f; another --out keeps both",
+                *(path, counted(len(replaced), "result"), replaced[-1].name, replaced[-1].top1),
+            )
         kept = [result for result in before if _key(result) not in new]
         lines = ",\n".join(json.dumps(_to_json(result)) for result in [*kept, *new.values()])
         write_file(path, f'{{"format": {FORMAT}, "results": [\n{lines}\n]}}\n')

@@ -82,7 +82,9 @@ def networks_in(path: str | Path, arch: str | Mapping[str, int] | None = None) -
     if path.suffix == ".safetensors":
         weights = read_safetensors(path)
         exported = read_exported(weights, path)
-        return {exported.which: exported} if exported else read_official(weights, path, arch)
+        if isinstance(exported, StoredEncoder):
+            return {exported.which: exported}
+        return read_official({"model": weights, NUM_HEADS: exported}, path, arch)
     if not path.exists():
         raise UserFileNotFoundError(f"{path} does not exist{did_you_mean(path)}; {EXPECTED}")
     if path.is_dir():
@@ -133,8 +135,8 @@ def one_of(
     if which not in networks:
         (other,) = networks.values()
         raise UserError(
-            f"{other.path} contains only the {other.which}; use which={other.which!r}, or give a file "
-            f"with the {which}"
+            f"{other.path} contains only the {other.which}; give a file with the {which}, or, if there is an "
+            f"option `which`, set it to {other.which}"
         )
     stored = networks[which]
     if arch is not None and architecture(arch) != architecture(stored.arguments["arch"]):

@@ -37,6 +37,9 @@ class SlotReadoutOptions(ReadoutOptions):
     """SPARO and pooler: LayerNorm and linear layer on each slot (`slots`) or on all slots concatenated
     (`whole`); null: none."""
 
+    def __post_init__(self) -> None:
+        self.after_last_block = self.after_last_block or None  # so that equal recipes are written equally
+
 
 @dataclass(kw_only=True)
 class SparoOptions(SlotReadoutOptions):
@@ -52,6 +55,8 @@ class SparoOptions(SlotReadoutOptions):
     """Pooler, and SPARO with multi heads: attention heads; must divide slot_dim for the pooler."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        self.heads = None if self.heads == "separate" else self.heads
         needed, other = ("num_heads", "group_size") if self.heads == "multi" else ("group_size", "num_heads")
         kind = f"'sparo' with {self.heads or 'separate'} heads"
         if getattr(self, other) is not None:
@@ -76,6 +81,7 @@ class PoolerOptions(SlotReadoutOptions):
     """Pooler, and SPARO with multi heads: attention heads; must divide slot_dim for the pooler."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.slot_dim % self.num_heads:
             raise UserError(
                 f"model.readout.num_heads is {self.num_heads}, which does not divide "

@@ -57,7 +57,7 @@ class SeenImages(Dataset):
             the patch size. None: evaluation crops.
 
     Raises:
-        UserError: `short_side` is less than a patch; for an item: the image is smaller than a patch or too
+        UserError: `short_side` is less than a patch; for an item: the image is too
             long.
     """
 
@@ -71,15 +71,10 @@ class SeenImages(Dataset):
     def __getitem__(self, index: int) -> Seen:
         image = self.source.load(index)
         short = min(image.size)
-        expected = ""
-        if short < self.patch_size:
-            expected = f"at least {self.patch_size} (the patch size) on each side"
-        elif self.short_side is not None and max(image.size) > MAX_ASPECT * short:
-            expected = f"a long side of at most {MAX_ASPECT} times the short side"
-        if expected:
+        if self.short_side is not None and max(image.size) > MAX_ASPECT * short:
             raise UserError(
-                f"{self.source.name(index)} has {image.width}x{image.height} pixels; expected {expected}; "
-                f"choose other images"
+                f"{self.source.name(index)} has {image.width}x{image.height} pixels; expected a long side of "
+                f"at most {MAX_ASPECT} times the short side; choose other images"
             )
         least, most = SIDES
         if self.short_side is None:

@@ -176,7 +176,7 @@ def draw_factors_matrix(encoders: Sequence[Mapping[str, Any]], path: Path) -> No
 
 
 def table(encoders: Sequence[Mapping[str, Any]]) -> str:
-    """A table: for each factor chance, the best slot, and the whole encodings."""
+    """A table: for each factor chance, the best slot on the test pictures, and whole encodings."""
     slots = np.array(encoders[0]["alone"])
     rows = []
     for column, (name, guess) in enumerate(chance().items()):
@@ -184,4 +184,4 @@ def table(encoders: Sequence[Mapping[str, Any]]) -> str:
         whole = [f"{one['whole'][name]:.1f}" for one in encoders]
         rows.append([name, f"{guess:.1f}", f"{slots[best, column]:.1f} (slot {best})", *whole])
     names = ["all slots", *(one["name"] for one in encoders[1:])]
-    return aligned_table(["factor", "chance", "best slot", *names], rows)
+    return aligned_table(["factor", "chance", "highest of a slot", *names], rows)

@@ -39,14 +39,12 @@ def training(encoder: Encoder, config: Content, metrics: Sequence[Content]) -> l
         )
     accuracies = points_of(metrics, KNN)
     if not len(accuracies):
-        return [
-            f"{sentence}.",
-            "20-NN accuracy was not measured during training, since it needs class folders.",
-        ]
+        missing = "20-NN accuracy was not measured during training; it needs class folders, with at least 20"
+        return [f"{sentence}.", *([f"{missing} train images."] if metrics else [])]
     (_, first), (_, last) = accuracies[0], accuracies[-1]
     at_start = "with the initial weights" if config.get("init") else "untrained"
     begun = at_start if accuracies[0][0] == 0 else f"after epoch {accuracies[0][0]:g}"
-    text = f"20-NN accuracy: {first:.1f} % {begun}, {last:.1f} % trained"
+    text = f"20-NN accuracy of the teacher: {first:.1f} % {begun}, {last:.1f} % trained"
     if num_test := num_knn_images(metrics):
         text += f" (± {standard_error(last, num_test):.1f}, one standard error), on {num_test:,} test images"
         if abs(last - first) < 2 * np.hypot(standard_error(first, num_test), standard_error(last, num_test)):
@@ -120,7 +118,8 @@ def of_factors(found: Content) -> list[str]:
     name, slot = names[place], int(alone[:, place].argmax())
     return [
         f"Of the known factors, {name} is predicted best: {one['whole'][name]:.0f} % by all slots, "
-        f"{alone[slot, place]:.0f} % by slot {slot} alone (chance {found['chance'][name]:.0f} %)."
+        f"{alone[slot, place]:.0f} % by slot {slot}, the best one on these pictures (chance "
+        f"{found['chance'][name]:.0f} %)."
     ]
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dino_sparo.data.sources import ImageSource
+from dino_sparo.data.sources import ImageSource, spread_evenly
 from dino_sparo.errors import UserError
 from dino_sparo.files import atomic_write
 from dino_sparo.models import Encoder
@@ -99,11 +99,6 @@ def slot_maps(
         "control_grid": None if control is None else "control.png",
         "overlays": overlays,
     }
-
-
-def spread_evenly(source: ImageSource, count: int) -> list[int]:
-    """Numbers of at most `count` evenly spaced images, including the first and the last."""
-    return np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int).tolist()
 
 
 class Rows(NamedTuple):

@@ -13,15 +13,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dino_sparo.data.sources import ImageSource
+from dino_sparo.data.sources import ImageSource, spread_evenly
 from dino_sparo.files import write_figure
 from dino_sparo.models import Encoder
 from dino_sparo.slots.curves import COLORS, MARKERS
 from dino_sparo.slots.drawing import Picture, as_picture, draw_grid, file_name, load_seen
 from dino_sparo.slots.gallery import Responses, class_of, neighbors
-from dino_sparo.slots.maps import spread_evenly
 from dino_sparo.slots.parts import CutEncoder
-from dino_sparo.terminal import shown
+from dino_sparo.terminal import counted, shown
 
 NUM_POINTS = 2000  # of a map
 NAMED_CLASSES = 10  # the largest ones; their colors and markers differ
@@ -172,13 +171,14 @@ def draw_map(
     panels = 1 if labels is None else 2
     center = (places.max(axis=0) + places.min(axis=0)) / 2
     half = np.abs(places - center).max(axis=0)
-    side = 2 * (half.max() or 1.0) / (ACROSS - 1.2)
-    half = np.maximum(half + 0.6 * side, [half.max() + 0.6 * side, ACROSS / 4 * side])
+    most = half.max() or 1.0
+    side = 2 * most / (ACROSS - 1.2)
+    half = np.maximum(half + 0.6 * side, [most + 0.6 * side, ACROSS / 4 * side])
     high = MAP_INCHES * half[1] / half[0] + 0.5 * panels
     figure = Figure(figsize=(panels * MAP_INCHES, high), layout="constrained")
     *of_classes, of_images = figure.subplots(1, panels, squeeze=False)[0]
     frames = [GRAY] * len(places)
-    title = f"Encodings on their first two principal components, {len(places):,} images"
+    title = f"Encodings on their first two principal components, {counted(len(places), 'image')}"
     figure.suptitle(title, fontsize=11)
     of_images.set_title("some of the images, the others as points", fontsize=10)
     if labels is not None:

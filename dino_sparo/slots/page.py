@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -137,12 +137,18 @@ class Section:
         folder = self.subject.folder
         return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
-    def tell_age(self, *parts: str) -> None:
-        """Set `made`; if the run has a newer checkpoint, add notes with the commands for these parts."""
-        seconds = self.path.stat().st_mtime
+    def tell_age(self, *parts: str, encoders: Iterable[str | None] = ()) -> None:
+        """Set `made`; if it was made with other weights, add notes with the commands for these parts.
+
+        `encoders` are hashes of these weights; if none is known, they are other ones if the run has a newer
+        checkpoint.
+        """
+        seconds, now = self.path.stat().st_mtime, self.subject.states.get("encoder")
         self.made = f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
-        if any(path.stat().st_mtime > seconds for path in checkpoints_of(self.subject.folder)):
-            text = "Older than the newest checkpoint; make it again:"
+        newer = (path.stat().st_mtime > seconds for path in checkpoints_of(self.subject.folder))
+        known = set(encoders) - {None}
+        if known - {now} if known and now else any(newer):
+            text = "Made with other weights, such as those of an earlier checkpoint; make it again:"
             self.notes += [(text, self.subject.command(part)) for part in parts]
 
     def add_table(
@@ -210,7 +216,7 @@ def _sections(subject: Subject, encoder: Encoder) -> list[Section]:
             note = ("Not made: " + NEEDS_CLASSES, "") if lacks_classes else (why_not, subject.command(part))
             section.notes.append(note)
             continue
-        section.tell_age(part)
+        section.tell_age(part, encoders=[found.get("encoder")])
         with made_by(section.path, subject.command(part)):
             fill(section, found, shown)
             if part in FINDINGS:
@@ -254,7 +260,8 @@ def _accuracy(subject: Subject) -> Section:
             section.notes.append(yet if subject.has_classes else (f"No {part} result: {NEEDS_CLASSES}", ""))
     if not results:
         return section
-    section.tell_age("knn", "linear")
+    ours = [result.details.get("encoder") for result in results if result.weights == subject.which]
+    section.tell_age("knn", "linear", encoders=ours)
     header = (
         "protocol",
         "setting",

@@ -208,7 +208,9 @@ def moments(
     sums = torch.zeros(width, dtype=torch.float64, device=device)
     products = sums.new_zeros(width, width)
     by_class, counts = sums.new_zeros(width, num_classes), sums.new_zeros(num_classes)
-    for start, rows in chunks(features, device, chunk or max(1, CHUNK_BYTES // (8 * width))):
+    for start, rows in chunks(
+        features, device, chunk or max(1, CHUNK_BYTES // (8 * max(width, num_classes)))
+    ):
         exact, classes = rows.double(), torch.from_numpy(labels[start : start + len(rows)]).to(device)
         one_hot = F.one_hot(classes, num_classes).double()
         sums += exact.sum(dim=0)

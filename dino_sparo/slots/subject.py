@@ -11,6 +11,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from dino_sparo.data.sources import ImageSource, evenly
+from dino_sparo.evaluation.features import hash_of_images
 from dino_sparo.evaluation.knn import KNN
 from dino_sparo.evaluation.results import results_folder
 from dino_sparo.files import parsed_json, read_as
@@ -35,13 +37,15 @@ WITHOUT_SLOTS = ("maps", "neighbors")  # analyses of any encoder
 COMPARING = ("rank", "maps", "mask", "factors")  # analyses that compare with a control
 NUM_BEST = 4  # slots shown from each end of the ranking
 MOST_ENTRIES = 20_000  # of the log, more than curves have pixels
+SOME_IMAGES = 1000
 RARE = {KNN, "slots_dead"}  # one of these is in about one entry per epoch
 
 
 @dataclass(frozen=True)
 class Subject:
     """What a page is about, from the command's options; analyses with other weights, images, or controls are
-    not shown. `has_classes`: whether the images are labeled; `choice`: further options of `data`."""
+    not shown. `has_classes`: whether the images are labeled; `choice`: further options of `data`;
+    `states`: hashes of encoder, control_encoder, image_files, and labeled_files, as analyses contain them."""
 
     run: str
     out: str | None = None
@@ -50,6 +54,7 @@ class Subject:
     control: str | None = None
     has_classes: bool = True
     choice: Mapping[str, Any] = field(default_factory=dict)
+    states: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -124,6 +129,13 @@ class Subject:
         run = str(content.get("run", self.run))
         # The folder of a run may have moved, but one that was chosen may be that of another run.
         others += [f"run {run}"] if self.out and os.path.realpath(run) != os.path.realpath(self.run) else []
+        if self.data:  # else what exists is shown, and its age is told
+            states = self.states.items()
+            others += [
+                f"another state of {key.replace('_', ' ')}"
+                for key, now in states
+                if content.get(key, now) != now
+            ]
         if others:
             return None, f"Not shown, since it was made with {', '.join(others)}; make it again:"
         return content, ""
@@ -157,6 +169,11 @@ class Subject:
         first, last = slots[0], slots[-1]
         listed = f"{first}–{last}" if slots == list(range(first, last + 1)) else ", ".join(map(str, slots))
         return f"Galleries of slots {listed} (of {num_slots})"
+
+
+def hash_of_some(*sources: ImageSource) -> str:
+    """A hash of at most 1000 images of each source, evenly spread, by names and sizes of their files."""
+    return " ".join(hash_of_images(evenly(source, SOME_IMAGES)) for source in sources)
 
 
 def some(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -107,8 +107,8 @@ def check_data(variants: Sequence[Variant]) -> None:
         _, knn_images = open_data(recipe.data, recipe.monitor, recipe.optim.global_batch_size)
         if knn_images is None:
             raise UserError(
-                f"data.path {recipe.data.path!r} has no labels, but a study needs them for k-NN; set "
-                f"monitor.knn_path to a labeled folder"
+                f"data.path {recipe.data.path!r} has no labels or too few images for k-NN, which a study "
+                f"needs; set monitor.knn_path to a labeled folder"
             )
 
 

@@ -109,13 +109,13 @@ def read_variants(name: str | None, only: Sequence[str]) -> dict[str, Changes]:
 
 
 def parse_vary(text: str) -> tuple[str, list[str]]:
-    """Split `key=value,value` into the key and its values; commas in brackets do not separate values.
+    """Split `key=value,value` into the key and its values, which commas outside brackets separate.
 
     Raises:
         UserError: the key or a value is empty.
     """
     key, _, listed = text.partition("=")
-    values = [value.strip() for value in re.split(r",(?![^\[]*\])", listed)]
+    values = [value.strip() for value in re.split(r",(?![^\[{]*[\]}])", listed)]
     if not key or "" in values:
         raise UserError(f"vary has {text!r}; expected section.key=VALUE,VALUE,...")
     return key.strip(), values

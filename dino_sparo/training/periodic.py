@@ -5,6 +5,7 @@ from typing import NoReturn
 
 import torch
 
+from dino_sparo.data.sources import spread_evenly
 from dino_sparo.errors import StoppedError, UserError
 from dino_sparo.evaluation.knn import HEADLINE_K, KNN, KNN_IMAGES, KNN_TOP5
 from dino_sparo.evaluation.results import standard_error
@@ -15,7 +16,7 @@ from dino_sparo.parallel.precision import autocast
 from dino_sparo.runs.checkpoint import Saver
 from dino_sparo.runs.rundir import BAD_STEPS_FILE, MARKER_FILE
 from dino_sparo.runs.runlog import RunLog, each_metric
-from dino_sparo.slots.maps import look, spread_evenly
+from dino_sparo.slots.maps import look
 from dino_sparo.slots.statistics import HEALTH_IMAGES, slot_health
 from dino_sparo.terminal import counted, log
 from dino_sparo.training.monitor import evaluate_teacher, peak_memory_gib
