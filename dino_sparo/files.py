@@ -111,7 +111,7 @@ def atomic_write(path: Path, temporary: Path | None = None, *, durable: bool = T
             with suppress(OSError):  # another process may have removed it
                 if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
                     left.unlink()
-        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with named(path, instead_of=temporary):
             with open(temporary, "w+b") as file:
@@ -121,7 +121,8 @@ def atomic_write(path: Path, temporary: Path | None = None, *, durable: bool = T
                     os.fsync(file.fileno())
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_figure(path: Path, figure: Any) -> None:

@@ -174,16 +174,18 @@ def _is_ours(folder: Path, folders: set[Path], name: str) -> bool:
 
 
 def _check_names(source: FolderSource | TableSource, short_side: int | None) -> None:
-    """Raises UserError if two images have the same key: a key of webdataset ends at the first dot."""
+    """Raises UserError if two images have the same key: a key of webdataset ends at the first dot. Reduced
+    images get the ending .jpg, so their names without endings differ too."""
     names = (source.index.name(source.position(image)) for image in range(len(source)))
     for _, group in groupby(names, key=key_of):
         same = list(group)
         plain = [name for name in same if is_plain(name)]
-        if plain and (len(plain) < len(same) or (short_side is not None and len(same) > 1)):
+        stems = {name.rpartition(".")[0] for name in same}
+        if (plain and len(plain) < len(same)) or (short_side is not None and len(stems) < len(same)):
             one, other = same[:2]
             raise UserError(
-                f"{source.root / one} and {other!r} have the same key in a shard, which ends at the first "
-                f"dot; rename one of them"
+                f"{source.root / one} and {other!r} have the same key or name in a shard, where keys end "
+                f"at the first dot and reduced images are .jpg files; rename one of them"
             )
 
 

@@ -11,7 +11,13 @@ import torch
 from dino_sparo.__main__ import main
 from dino_sparo.cli.pretraining import pretrain
 from dino_sparo.errors import UserError
-from dino_sparo.runs.checkpoint import load_checkpoint, load_latest, save_checkpoint, set_damaged_aside
+from dino_sparo.runs.checkpoint import (
+    load_checkpoint,
+    load_latest,
+    save_checkpoint,
+    saving,
+    set_damaged_aside,
+)
 from tests.tiny import tiny_arguments, tiny_options, write_pictures
 
 
@@ -30,6 +36,20 @@ def test_last_two_and_every_so_many_are_kept(tmp_path):
     save_steps(tmp_path, 3, 10, 13, 20, 24, 27, 31, keep_every_steps=10)
     kept = [f"step_{step:09d}.pt" for step in (10, 20, 27, 31)]
     assert names(tmp_path) == sorted(kept + [f"{name}.sha256" for name in kept])
+
+
+def test_a_checkpoint_before_the_first_step_is_not_kept_and_not_written_twice(tmp_path):
+    save_steps(tmp_path, 0)
+    path = tmp_path / "checkpoints" / "step_000000000.pt"
+    before = path.stat().st_ino
+    with saving(tmp_path, keep_every_steps=10, saved=0) as saver:
+        saver.save({"step": 0}, 0)
+    assert path.stat().st_ino == before
+    with saving(tmp_path / "fresh", keep_every_steps=10, saved=0) as saver:
+        saver.save({"step": 0}, 0)
+    assert load_latest(tmp_path / "fresh")["step"] == 0
+    save_steps(tmp_path, 10, 13, 17, keep_every_steps=10)
+    assert [name for name in names(tmp_path) if name.endswith("0.pt")] == ["step_000000010.pt"]
 
 
 def test_damaged_newer_ones_do_not_push_out_what_is_saved_after_a_fallback(tmp_path):

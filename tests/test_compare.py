@@ -51,6 +51,15 @@ def three_and_one(tmp_path) -> list[str]:
 # --- The table
 
 
+def test_other_seeds_are_told_row_by_row(three_and_one, tmp_path):
+    linear = result(120, protocol="linear", name="linear")
+    for folder in ("s0", "s2", "d0"):
+        save_results(tmp_path / folder, [linear])
+    found = compare_runs(three_and_one)
+    assert "different seeds in 20-NN, val: sparo has 0, 1, 2, cls has 0" in found.notes
+    assert "different seeds in linear, val: sparo has 0, 2, cls has 0" in found.notes
+
+
 def test_seeds_of_a_recipe_are_one_column(three_and_one, tmp_path):
     found = compare_runs(three_and_one)
     assert found.header == ["top-1 in %", "sparo", "cls (control)"]
@@ -63,12 +72,6 @@ def test_seeds_of_a_recipe_are_one_column(three_and_one, tmp_path):
     ]
     assert any("s0 (seed 0)" in note and "s2 (seed 2)" in note for note in found.notes)
     assert "different seeds: sparo has 0, 1, 2, cls has 0" in found.notes
-    linear = result(120, protocol="linear", name="linear")
-    for folder in ("s0", "s2", "d0"):
-        save_results(tmp_path / folder, [linear])
-    found = compare_runs(three_and_one)
-    assert "different seeds in 20-NN, val: sparo has 0, 1, 2, cls has 0" in found.notes
-    assert "different seeds in linear, val: sparo has 0, 2, cls has 0" in found.notes
     others = [make_run(tmp_path / f"d{seed}", result(130), readout="cls", seed=seed) for seed in (1, 2)]
     found = compare_runs([*three_and_one, *others])
     assert not any("seeds: " in note for note in found.notes)

@@ -65,11 +65,11 @@ def test_every_further_micro_batch_takes_the_same(counted):
 @pytest.mark.parametrize(
     ("operator", "tf32", "seconds"),
     [
-        (Operator(bytes=10**9, flops=0, half=True, phase=""), False, 1e9 / (0.8 * 3.35e12)),
-        (Operator(bytes=10, flops=10**12, half=True, phase=""), False, 1e12 / (0.6 * 989e12)),
-        (Operator(bytes=10, flops=10**12, half=False, phase=""), False, 1e12 / (0.6 * 67e12)),
-        (Operator(bytes=10, flops=10**12, half=False, phase=""), True, 1e12 / (0.6 * 494e12)),
-        (Operator(bytes=10, flops=10, half=False, phase=""), False, 2.5e-6),
+        (Operator(bytes=10**9, flops=0, half=True), False, 1e9 / (0.8 * 3.35e12)),
+        (Operator(bytes=10, flops=10**12, half=True), False, 1e12 / (0.6 * 989e12)),
+        (Operator(bytes=10, flops=10**12, half=False), False, 1e12 / (0.6 * 67e12)),
+        (Operator(bytes=10, flops=10**12, half=False), True, 1e12 / (0.6 * 494e12)),
+        (Operator(bytes=10, flops=10, half=False), False, 2.5e-6),
     ],
     ids=["bytes", "half", "float32", "tf32", "launch"],
 )
@@ -113,22 +113,12 @@ def test_micro_batches_are_launched_one_after_the_other(estimated):
 
 
 @pytest.mark.long
-def test_phases_of_one_gpu_are_parts_of_the_step(estimated, capsys):
-    given = ["--data.path=none", "--num_images=4000", "--gpu=h100"]
-    phases = estimated(*given)["gpus"][0]["phases"]
-    named = {"teacher forward", "student forward", "loss", "backward", "optimizer", "teacher update"}
-    assert named < phases.keys() and not any("#" in phase for phase in phases)
-    views, whole = phases.pop("views"), phases.pop("step without views")
-    assert [sum(column) for column in zip(*phases.values(), strict=True)] == pytest.approx(whole)
-    assert views[0] > 0 and phases["backward"][2] > phases["student forward"][2] > 0
-
-
-@pytest.mark.long
 def test_what_a_gpu_does_not_hold_is_a_problem(estimated, monkeypatch):
     monkeypatch.setitem(GPUS, "v100", GPUS["v100"]._replace(memory_gb=0))
     given = ["--data.path=none", "--num_images=4000", "--gpu=v100"]
     (problem,) = estimated(*given, status=1)["problems"]
-    assert problem.startswith("v100: 4 images per GPU need") and "machine.batch_size_per_gpu to 2" in problem
+    assert problem.startswith("v100: 4 images per GPU need")
+    assert "use machine.batch_size_per_gpu 2 (the experiment stays the same) or machine.act" in problem
 
 
 @pytest.mark.long

@@ -42,6 +42,14 @@ def test_an_error_of_the_disk_names_the_file(tmp_path):
     assert raised.value.filename == str(tmp_path / "x") and not [*tmp_path.iterdir()]
 
 
+def test_a_name_that_is_almost_too_long(tmp_path):
+    write_file(tmp_path / ("x" * 240), "new")
+    name = "x" * 250
+    with pytest.raises(OSError, match="name too long") as raised:
+        write_file(tmp_path / name, "new")
+    assert raised.value.filename == str(tmp_path / name)
+
+
 def test_what_a_killed_process_left_is_removed_once_it_is_old(tmp_path):
     left, busy = (tmp_path / f"x[1].{name}.tmp" for name in ("left", "busy"))
     left.touch()

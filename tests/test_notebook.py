@@ -1,5 +1,6 @@
 """The package as a notebook uses it."""
 
+import multiprocessing
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
@@ -46,9 +47,11 @@ def test_an_interrupted_notebook_can_be_interrupted_again(tmp_path, monkeypatch)
         return prepare(*arguments)
 
     monkeypatch.setattr(room, "on_device", interrupted)
-    with pytest.raises(StoppedError, match="stopped by SIGINT after step 0 of 3"):
-        dino_sparo.pretrain("demo", tmp_path / "data", tmp_path / "run", TINY)
+    children = set(multiprocessing.active_children())
+    with pytest.raises(StoppedError, match="stopped by SIGINT after step 0 of 3") as kept:
+        dino_sparo.pretrain("demo", tmp_path / "data", tmp_path / "run", TINY | {"machine.num_workers": 1})
     assert handlers() == before
+    assert kept and set(multiprocessing.active_children()) <= children  # a notebook keeps the exception
 
 
 @torch.no_grad()

@@ -159,6 +159,14 @@ def test_rows_in_any_order(root):
     assert source.stats()[:, 0].tolist() == [len(data) for data in expected]
 
 
+def test_a_file_without_rows_is_no_obstacle(root):
+    for number, count in enumerate((0, 4, 0, 2)):
+        write_parquet(root / f"train-{number}.parquet", images(count, 5 * number))
+    source = open_images(str(root))
+    assert [source.read(i) for i in range(6)] == [picture(i) for i in (5, 6, 7, 8, 15, 16)]
+    assert source.name(4) == f"{root}/train-3.parquet, row 0"
+
+
 def test_the_index_is_kept_until_a_file_changes(root, monkeypatch):
     set_of(root / FILE, 3, "ab")
     source = open_images(str(root))

@@ -207,6 +207,11 @@ def test_command_writes_once_and_says_what_is_there(folder, tmp_path, capsys):
             r"a/1\.jpg and 'a/1\.seg\.png' have the same key",
         ),
         (lambda data, out: write(data, "train/a/1.png"), {"short_side": 9}, r"have the same key"),
+        (  # both would be x.1.jpg
+            lambda data, out: (write(data, "train/a/x.1.png"), write(data, "train/a/x.1.jpg")),
+            {"short_side": 9},
+            r"have the same key or name",
+        ),
         (lambda data, out: None, {"short_side": 0}, r"--short-side is 0; expected"),
         (lambda data, out: shutil.rmtree(data), {}, r"DIR '.*data' does not exist"),
     ],

@@ -214,6 +214,13 @@ def evaluate(run_dir: Path, folder: Path, *more: str) -> int:
     return main(["knn", str(run_dir), *data, "--k", "1", *more])
 
 
+def test_a_run_folder_whose_name_tensorboard_cannot_write_is_refused_at_once(tmp_path, capsys):
+    write_pictures(tmp_path / "data", 4)
+    run_dir = tmp_path / os.fsdecode(b"r\xff")
+    assert main(["pretrain", *tiny_arguments(tmp_path / "data", run_dir)]) == 2
+    assert r"r\udcff is not a name in UTF-8" in capsys.readouterr().err and not run_dir.exists()
+
+
 def test_a_run_folder_that_cannot_be_written_is_refused_at_once(run_dir, tmp_path, monkeypatch, capsys):
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: path != run_dir and access(path, mode))

@@ -142,7 +142,7 @@ def test_a_file_that_holds_no_variants(data, tmp_path, content):
 def test_images_without_labels(data):
     shutil.rmtree(data / "val")
     (data / "train" / "class1").rename(data / "train" / "class0" / "inner")
-    with pytest.raises(UserError, match=r"has no labels, but a study needs .* monitor.knn_path"):
+    with pytest.raises(UserError, match=r"has no labels or too few images for k-NN, .* monitor.knn_path"):
         study(options(data))
 
 

@@ -34,7 +34,6 @@ BANDWIDTH_SHARE, PEAK_SHARE = 0.8, 0.6  # fraction of the published values that 
 OPERATOR_SECONDS = 2.5e-6  # shortest time of an operator (assumed)
 HALF = (torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
-OTHER = "the rest"  # operators of a step outside of its named ranges
 aten = torch.ops.aten
 FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
@@ -100,13 +99,11 @@ class Operator(NamedTuple):
         bytes: read and written.
         flops: of matrix products and attention; a multiply-add is two.
         half: whether it computes in half precision.
-        phase: the named range of the step that contains it.
     """
 
     bytes: int
     flops: int
     half: bool
-    phase: str
 
 
 class Operators(TorchDispatchMode):
@@ -119,7 +116,7 @@ class Operators(TorchDispatchMode):
 
     def __init__(self, *, fused: bool = False) -> None:
         super().__init__()
-        self.fused, self.phases = fused, [OTHER]
+        self.fused = fused
         self.found: list[Operator] = []
         self.alive: set[int] = set()
         self.live_bytes = self.peak_bytes = 0
@@ -141,10 +138,6 @@ class Operators(TorchDispatchMode):
         if func is aten._local_scalar_dense.default:
             return 0  # a fake tensor has no value
         if func.namespace != "aten":
-            if func is torch.ops.profiler._record_function_enter_new.default:
-                self.phases.append(self.phases[-1] if "#" in args[0] else args[0])  # "#": a range of torch
-            elif func.namespace == "profiler":
-                self.phases.pop()
             return func(*args, **kwargs)
         with self:
             parts = func.decompose(*args, **kwargs)  # inference mode does not decompose these operators
@@ -168,7 +161,7 @@ class Operators(TorchDispatchMode):
             flops = FLOPS[func._overloadpacket](*args, **kwargs, out_val=outputs)
         half = any(tensor.dtype in HALF for tensor in read[:1])
         moved = sum(distinct.values()) + sum(map(_bytes, written))
-        self.found.append(Operator(moved, flops, half, self.phases[-1]))
+        self.found.append(Operator(moved, flops, half))
         return outputs
 
     def _note(self, tensor: Tensor) -> None:

@@ -1,7 +1,7 @@
 """Estimates for a run on kinds of GPUs without having them: speed, hours, memory, and cores to decode."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cache
 
 import torch
@@ -11,8 +11,6 @@ from dino_sparo.check.counting import (
     GPUS,
     OPERATOR_SECONDS,
     PEAK_SHARE,
-    Gpu,
-    Operator,
     Operators,
     count_step,
     count_views,
@@ -20,7 +18,7 @@ from dino_sparo.check.counting import (
 )
 from dino_sparo.data.loader import Executor, choose_executor
 from dino_sparo.data.views import crop_kinds, crop_sizes
-from dino_sparo.recipe.sections import Recipe, smaller_batch, split_batch
+from dino_sparo.recipe.sections import Recipe, less_memory, split_batch
 from dino_sparo.terminal import aligned_table
 from dino_sparo.training.setup import unfrozen_step
 from dino_sparo.training.state import TrainState
@@ -43,13 +41,12 @@ class GpuRun:
         host_ms: host time to launch the operators of a step; None if measured. The longer of the two times
             limits the speed.
         images_per_second: of one GPU.
-        hours: of the whole run, if loading keeps up.
+        hours: of the remaining steps, if loading keeps up.
         memory_bytes: of one GPU: peak of a step plus that of the views made concurrently; if measured, the
             peak of all tensors.
         decode_ms: time of one core per image.
         decode_measured: whether `decode_ms` was measured on this machine; else it is assumed.
         cores: CPU cores that decode for all GPUs.
-        phases: by named range of a micro-batch: operators, GB, TFLOP, and ms of the GPU; empty if measured.
     """
 
     gpu: str
@@ -64,7 +61,6 @@ class GpuRun:
     decode_ms: float
     decode_measured: bool
     cores: float
-    phases: dict[str, list[float]] = field(default_factory=dict)
 
 
 def executor_on_gpu(recipe: Recipe) -> Executor:
@@ -136,47 +132,28 @@ def estimate(
             decode_ms=per_image,
             decode_measured=decode_ms is not None,
             cores=speed * num_processes * per_image / 1000,
-            phases=phases_on(gpu, few.found, making.found, tf32=machine.tf32),
         )
 
     return [on(kind) for kind in kinds]
 
 
-def phases_on(
-    gpu: Gpu, step: Sequence[Operator], views: Sequence[Operator], *, tf32: bool
-) -> dict[str, list[float]]:
-    """Operators, GB, TFLOP, and ms of each named range of a step, of the step, and of its views."""
-    by_phase: dict[str, list[Operator]] = {}
-    for operator in step:
-        by_phase.setdefault(operator.phase, []).append(operator)
-    return {
-        phase: [
-            len(operators),
-            sum(operator.bytes for operator in operators) / 1e9,
-            sum(operator.flops for operator in operators) / 1e12,
-            1000 * seconds_on(gpu, operators, tf32=tf32),
-        ]
-        for phase, operators in [*by_phase.items(), ("step without views", step), ("views", views)]
-    }
-
-
 def memory_problems(
-    runs: Sequence[GpuRun], global_batch_size: int, num_processes: int, real: Mapping[str, int]
+    runs: Sequence[GpuRun], recipe: Recipe, num_processes: int, real: Mapping[str, int]
 ) -> list[str]:
     """A message for each estimated GPU whose memory is too small. `real`: bytes by kind, where known."""
     memory = {kind: int(gpu.memory_gb * 2**30) for kind, gpu in GPUS.items()} | dict(real)
+    share = recipe.optim.global_batch_size // num_processes
     return [
         f"{run.gpu}: {run.batch_size} images per GPU need about {run.memory_bytes / 2**30:.0f} GiB of GPU "
-        f"memory (estimate), but it has {memory[run.gpu] / 2**30:.0f}; set machine.batch_size_per_gpu to "
-        f"{smaller_batch(global_batch_size // num_processes, run.batch_size)}, or "
-        f"machine.activation_checkpointing to true"
+        f"memory (estimate), but it has {memory[run.gpu] / 2**30:.0f}; use "
+        f"{less_memory(share, run.batch_size, recipe.machine.activation_checkpointing)}"
         for run in runs
         if not run.measured and run.memory_bytes > memory[run.gpu]
     ]
 
 
 def describe_runs(name: str, runs: Sequence[GpuRun], num_processes: int) -> str:
-    """A table with a column for each run; for a single run, also a table of its phases."""
+    """A table with a column for each run."""
     of_gpus = f"{num_processes} GPU{'s' * (num_processes > 1)}"
     cells = {
         f"images/s, {of_gpus}": [f"{num_processes * run.images_per_second:,.0f}" for run in runs],
@@ -188,14 +165,7 @@ def describe_runs(name: str, runs: Sequence[GpuRun], num_processes: int) -> str:
         "kernel launches, ms": ["" if run.host_ms is None else f"{run.host_ms:,.0f}" for run in runs],
     }
     header = [name, *(f"{run.gpu}, {'measured' if run.measured else 'estimated'}" for run in runs)]
-    text = aligned_table(header, [[row, *columns] for row, columns in cells.items()])
-    if len(runs) > 1 or not runs[0].phases:
-        return text
-    rows = [
-        [phase, str(operators), f"{gb:.1f}", f"{tflop:.2f}", f"{ms:.2f}"]
-        for phase, (operators, gb, tflop, ms) in runs[0].phases.items()
-    ]
-    return f"{text}\n\n{aligned_table(['phase', 'operators', 'GB', 'TFLOP', 'ms'], rows)}"
+    return aligned_table(header, [[row, *columns] for row, columns in cells.items()])
 
 
 def describe_assumptions(run: GpuRun) -> str:

@@ -72,6 +72,11 @@ class Plan:
         """Steps of the whole run."""
         return self.steps_per_epoch * self.recipe.optim.epochs
 
+    @property
+    def steps_left(self) -> int:
+        """Steps that remain."""
+        return max(0, self.total_steps - self.steps_done)
+
     @cached_property
     def cost(self) -> dict[str, int]:
         """Parameters and FLOPs of the encoder."""
@@ -268,7 +273,7 @@ def _time(plan: Plan) -> str:
     """An estimate of the time from the speed of a matrix product."""
     devices = plan.num_processes if plan.device.type == "cuda" else 1  # processes on a CPU share its cores
     peak = measured_peak(plan.device, plan.precision, rounds=3)
-    images = max(0, plan.total_steps - plan.steps_done) * plan.recipe.optim.global_batch_size
+    images = plan.steps_left * plan.recipe.optim.global_batch_size
     hours = images * plan.flops_per_image / (devices * peak) / 3600
     low, high = SHARES_OF_PEAK[plan.device.type]
     return (

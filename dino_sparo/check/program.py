@@ -109,7 +109,7 @@ def check(
     if gpus:
         runs = gpu_runs(plan, report, gpus, here)
         report["gpus"] = [asdict(run) for run in runs]
-        problems += memory_problems(runs, recipe.optim.global_batch_size, num_processes, memory)
+        problems += memory_problems(runs, recipe, num_processes, memory)
         say("\n" + describe_runs(recipe_name or "recipe", runs, num_processes))
         say(describe_assumptions(runs[0]))
     remarks += doubts
@@ -276,7 +276,7 @@ def gpu_runs(plan: Plan, report: dict[str, Any], kinds: Sequence[str], here: str
     if loader and plan.executor == executor_on_gpu(plan.recipe):
         busy = min(max(1, loader["workers"]), cores())
         decode_ms = 1000 * busy / loader["images_per_second"]
-    images = max(0, plan.total_steps - plan.steps_done) * plan.recipe.optim.global_batch_size
+    images = plan.steps_left * plan.recipe.optim.global_batch_size
     given: dict[str, Any] = {
         "num_processes": plan.num_processes,
         "num_images": images,
@@ -333,7 +333,7 @@ def estimate_only(
     state = build_state(**recipe.state_arguments(), device=torch.device("cpu"))
     images = num_images // batch_size * batch_size * recipe.optim.epochs
     runs = estimate(recipe, state, gpus, num_processes=num_processes, num_images=images)
-    problems = memory_problems(runs, batch_size, num_processes, memory)
+    problems = memory_problems(runs, recipe, num_processes, memory)
     if as_json:
         print(json.dumps({"gpus": [asdict(run) for run in runs], "problems": problems}, indent=1))
     else:
@@ -355,7 +355,7 @@ def projection(plan: Plan, report: dict[str, Any]) -> dict[str, Any]:
         "networks_images_per_second": networks,
         "images_per_second": speed,
         "limited_by": "network" if networks <= loader else "loader",
-        "hours": plan.total_steps * plan.recipe.optim.global_batch_size / speed / 3600,
+        "hours": plan.steps_left * plan.recipe.optim.global_batch_size / speed / 3600,
         "process_bytes": process,
         "memory_bytes": plan.num_processes * (process + workers) + plan.prefetched_bytes,
         "memory_free_bytes": memory_free(),
@@ -382,6 +382,7 @@ def summary(plan: Plan, report: dict[str, Any]) -> str:
     """The measurements as a table."""
     run, step, loader = report["run"], report["step"], report["loader"]
     networks, speed = run["networks_images_per_second"], run["images_per_second"]
+    epochs = plan.recipe.optim.epochs * plan.steps_left / plan.total_steps
     workers, on_gpu, in_shared = counted(loader["workers"], "worker"), "", ""
     if step["memory_gib"] is not None:
         on_gpu = f", {step['memory_gib']:.1f} of {step['gpu_memory_gib']:.0f} GiB of GPU memory"
@@ -395,7 +396,7 @@ def summary(plan: Plan, report: dict[str, Any]) -> str:
         "loss": f"{step['loss']:.2f} at the start, ln K is {math.log(plan.recipe.head.num_prototypes):.2f}",
         "speed": f"{speed:,.1f} images/s, limited by the {run['limited_by']}: all networks together process "
         f"{networks:,.1f}, the loader provides {loader['images_per_second']:,.1f}",
-        "time": f"{duration(run['hours'])} for {counted(plan.recipe.optim.epochs, 'epoch')}, without k-NN "
+        "time": f"{duration(run['hours'])} for {counted(epochs, 'epoch')}, without k-NN "
         f"and communication between GPUs",
         "memory": f"{size(run['memory_bytes'])} of {size(run['memory_free_bytes'])} free: "
         f"{plan.num_processes} x {size(run['process_bytes'])}, {workers} of "

@@ -30,6 +30,7 @@ from dino_sparo.terminal import log, shows_bars
 
 Split = Literal["train", "val"]
 HUB = "hub:"
+ROWS_AT_ONCE = 1000  # of a copy being made; by default those of the first group of rows, which may be none
 HUB_NAME = re.compile(r"hub:(?P<repository>[^:@]+)(:(?P<config>[^@]+))?(@(?P<revision>.+))?")
 OF_TOTAL = re.compile(r"-of-(\d+)\b")  # number of files of a split
 SAVED, SAVED_INFO = "state.json", "dataset_info.json"  # written by save_to_disk
@@ -195,6 +196,7 @@ def _pack_parquet(root: Path, split: Split, files: Sequence[str], label_column: 
         data_files={split: [str(path.absolute()) for path in paths]},
         columns=list(features),
         features=datasets.Features(features),
+        batch_size=ROWS_AT_ONCE,
     )
     try:
         arrow = _prepared(builder, split, str(root), sum(sizes))
@@ -241,7 +243,7 @@ def _pack_hub(
                 f"{HUB}{repository}@refs/convert/parquet"
             )
         commit = next((found[1] for url in urls if (found := re.search(r"@([^/]+)/", url))), revision or "")
-        builder = datasets.load_dataset_builder("parquet", data_files={word: urls})
+        builder = datasets.load_dataset_builder("parquet", data_files={word: urls}, batch_size=ROWS_AT_ONCE)
         size = whole.info.splits[word].num_bytes if word in (whole.info.splits or {}) else None
         arrow = _prepared(builder, word, path, size)
     except (UserError, _NoSplitError):
@@ -280,9 +282,11 @@ def _prepared(builder: Any, split: str, what: str, num_bytes: int | None) -> lis
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error  # a DatasetGenerationError gives no reason
         reason = getattr(cause, "strerror", None) or first_line(cause)
+        remedy = "free some space, or set HF_DATASETS_CACHE to a writable folder"
+        if not isinstance(cause, OSError):
+            remedy = "repair the files, or convert them to folders of images"
         raise UserError(
-            f"{what}: the copy in {builder.cache_dir} cannot be written ({reason}); free some space, or set "
-            f"HF_DATASETS_CACHE to a writable folder"
+            f"{what}: the copy in {builder.cache_dir} cannot be made ({reason}); {remedy}"
         ) from error
 
 

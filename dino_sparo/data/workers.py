@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
-from dino_sparo.errors import StuckError, UserError
+from dino_sparo.errors import StoppedError, StuckError, UserError
 from dino_sparo.parallel.processes import STOP_SIGNALS, cores, end_with_parent
 from dino_sparo.terminal import log
 
@@ -96,14 +96,15 @@ class WatchedLoader:
     @contextmanager
     def failures_explained(self) -> Iterator[None]:
         """Turn a worker's death, which torch reports wherever the program is, into one sentence. On a
-        UserError and on Ctrl-C, kill all workers at once; torch would wait for one after the other.
+        UserError, a stop, or Ctrl-C, kill all workers at once: torch would wait for one after the other, and
+        in a notebook, which keeps the exception, they would stay.
 
         Raises:
             StuckError: a worker has died, or cannot be killed after a UserError.
         """
         try:
             yield
-        except (KeyboardInterrupt, UserError) as error:
+        except (KeyboardInterrupt, StoppedError, UserError) as error:
             _end(self._workers)
             if isinstance(error, UserError) and any(worker.is_alive() for worker in self._workers):
                 raise StuckError(str(error)) from error  # so that the program does not wait for them

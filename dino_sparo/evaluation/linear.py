@@ -54,7 +54,7 @@ from dino_sparo.terminal import counted, log
 OFFICIAL, CACHED = "linear", "linear-cached"  # protocols
 CLASSIFIERS = "classifiers"
 LOG_EVERY_STEPS = 20
-LATER = ("train files", "val files")  # settings that earlier versions did not store
+FILES = ("train files", "val files")  # settings that may change, and that earlier versions did not store
 
 
 def linear_probe(
@@ -251,12 +251,18 @@ class ProbeTraining:
         changed = [
             f"{key} was {before.get(key)!r}, now {now!r}"
             for key, now in self.settings.items()
-            if (before.get(key, now) if key in LATER else before[key]) != now
+            if key not in FILES and before[key] != now
         ]
         if changed:
             raise UserError(
                 f"{self.folder} holds probes with other settings ({'; '.join(changed)}); use the same "
                 f"settings to resume them, or another --out"
+            )
+        if others := [key for key in FILES if before.get(key, self.settings[key]) != self.settings[key]]:
+            log.warning(
+                "WARNING: %s was trained before these changed: %s, whose names are the same; if that is "
+                "more than a repaired image, give another --out",
+                *(self.folder, " and ".join(others)),
             )
         self.epochs_done = range(self.epochs + 1)[checkpoint["epochs_done"]]
         complete = self.epochs_done == self.epochs  # in older versions the optimizer had a group per probe

@@ -14,8 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import timm
-import torch
 import yaml
 from safetensors.torch import load_file, save
 from timm.models import PretrainedCfg
@@ -159,7 +157,9 @@ def read_exported(weights: Mapping[str, Tensor], path: Path) -> StoredEncoder | 
     ours = config.get(OUR_KEY, config)
     if ours is config and "sparo" not in str(config.get("architecture", "sparo")):
         warn_of_normalization(config.get("pretrained_cfg", config), str(path))  # config: of older timm
-        return _heads_of_timm(config, weights)
+        given = config.get("model_args")
+        heads = given.get("num_heads") if isinstance(given, dict) else None
+        return heads if isinstance(heads, int) and heads > 0 else None
     if (
         not isinstance(ours, dict)
         or not all(isinstance(ours.get(key), kind) for key, kind in KINDS.items())
@@ -178,22 +178,6 @@ def read_exported(weights: Mapping[str, Tensor], path: Path) -> StoredEncoder | 
     )
     check_value_range(value_range, f"{path_of_config}: value_range")
     return StoredEncoder(path, ours["encoder"], seed, which, dict(weights), value_range=value_range)
-
-
-def _heads_of_timm(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> int | None:
-    """The number of attention heads of timm's own ViT: that of its arguments, else of its architecture."""
-    given, name, width = (
-        config.get("model_args"),
-        str(config.get("architecture")),
-        weights["cls_token"].shape[-1],
-    )
-    heads = given.get("num_heads") if isinstance(given, dict) else None
-    if heads is None and timm.is_model(name):
-        with torch.device("meta"):  # the names of timm alone are created, without arguments from the file
-            model = timm.create_model(name, pretrained=False)
-        if isinstance(model, timm.models.VisionTransformer) and model.embed_dim == width:
-            heads = model.get_submodule("blocks.0.attn").num_heads
-    return heads if isinstance(heads, int) and heads > 0 and width % heads == 0 else None
 
 
 def warn_of_normalization(timms_config: Any, what: str) -> None:

@@ -416,6 +416,14 @@ def smaller_batch(share: int, batch_size: int) -> int:
     return max(size for size in range(1, max(1, batch_size // 2) + 1) if share % size == 0)
 
 
+def less_memory(share: int, batch_size: int, checkpointing: bool) -> str:
+    """What makes a step need less GPU memory than with `batch_size` images, after `use` or `set`."""
+    smaller = smaller_batch(share, batch_size)
+    ways = [f"machine.batch_size_per_gpu {smaller} (the experiment stays the same)"] * (smaller < batch_size)
+    ways += ["machine.activation_checkpointing true"] * (not checkpointing)
+    return " or ".join(ways or ["a smaller model", "a GPU with more memory"])
+
+
 def _divisors(number: int, near: int) -> str:
     """The three divisors of a number that are nearest to `near`, such as `1 or 2 or 4`."""
     divisors = [one for one in range(1, number + 1) if number % one == 0]

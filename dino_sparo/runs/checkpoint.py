@@ -36,7 +36,7 @@ def save_checkpoint(state: dict[str, Any], run_dir: Path, *, step: int, keep_eve
         UserError: the file cannot be written; older checkpoints are still there.
     """
     folder = run_dir / FOLDER
-    path = folder / f"step_{step:09d}.pt"
+    path = _path(run_dir, step)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         check_room(run_dir, num_bytes(state))
@@ -61,10 +61,14 @@ def save_checkpoint(state: dict[str, Any], run_dir: Path, *, step: int, keep_eve
             f"permissions there, then the same command resumes from the previous checkpoint"
         ) from error
     for old in checkpoints_of(run_dir)[:-KEEP_LAST]:
-        if not (keep_every_steps and step_of(old) % keep_every_steps == 0):
+        if not (step_of(old) and keep_every_steps and step_of(old) % keep_every_steps == 0):
             old.unlink(missing_ok=True)
             _hash_file(old).unlink(missing_ok=True)
     return path
+
+
+def _path(run_dir: Path, step: int) -> Path:
+    return run_dir / FOLDER / f"step_{step:09d}.pt"
 
 
 class Saver:
@@ -77,7 +81,7 @@ class Saver:
     def save(self, state: dict[str, Any], step: int) -> None:
         """Copy the state and start writing it, once the previous checkpoint is on disk. Raises UserError."""
         self.wait()
-        if step == self.begun > 0:
+        if step == self.begun and (step or _path(self.run_dir, step).exists()):  # it is on disk
             return
         self.begun = step
         write = partial(save_checkpoint, step=step, keep_every_steps=self.keep_every_steps)

@@ -24,7 +24,7 @@ from dino_sparo.recipe.files import CONFIG_FILE, read_sections, stored_recipe
 from dino_sparo.recipe.sections import Recipe
 from dino_sparo.recipe.typed import flattened
 from dino_sparo.runs.checkpoint import FOLDER, TEMPORARY
-from dino_sparo.terminal import log
+from dino_sparo.terminal import log, shown
 
 STARTS_FILE = "starts.jsonl"
 LOCK_FILE = ".lock"
@@ -55,6 +55,12 @@ def check_same_experiment(run_dir: Path, recipe: Recipe) -> None:
         UserError: it is not a run folder, or fields differ, which the message names.
     """
     path = run_dir / CONFIG_FILE
+    try:
+        os.fsencode(run_dir).decode()
+    except UnicodeDecodeError:
+        raise UserError(
+            f"run_dir {shown(str(run_dir))} is not a name in UTF-8, as TensorBoard needs; choose another"
+        ) from None
     if not path.exists():
         # Files left by a process that was killed before it wrote the recipe.
         left = re.compile(rf"{re.escape(CONFIG_FILE)}\..*tmp|{re.escape(LOCK_FILE)}")

@@ -45,7 +45,7 @@ from dino_sparo.parallel.distributed import (
 )
 from dino_sparo.parallel.precision import autocast, plain_attention
 from dino_sparo.recipe.files import CONFIG_FILE
-from dino_sparo.recipe.sections import Recipe, smaller_batch, split_batch
+from dino_sparo.recipe.sections import Recipe, less_memory, split_batch
 from dino_sparo.runs.checkpoint import check_room, saving, set_damaged_aside
 from dino_sparo.runs.rundir import check_same_experiment, lock_run_dir, repair_run_dir, start_run_dir
 from dino_sparo.runs.runlog import RunLog
@@ -185,11 +185,10 @@ def pretrain(recipe: Recipe, run_dir: Path, *, resume_unverified: bool = False) 
                 train(run, iter(batches), signals, group, evaluate_first=evaluate_first)
         except torch.OutOfMemoryError as error:
             size = run.order.micro_batch_size
-            smaller = smaller_batch(size * run.order.accumulation, size)
             raise UserError(
-                f"the GPU is out of memory with {size} images per forward pass ({str(error).split('.')[0]}); "
-                f"use machine.batch_size_per_gpu {smaller} (the experiment stays the same) or "
-                f"machine.activation_checkpointing true"
+                f"the GPU is out of memory with {counted(size, 'image')} per forward pass "
+                f"({str(error).split('.')[0]}); use "
+                + less_memory(size * run.order.accumulation, size, recipe.machine.activation_checkpointing)
             ) from error
         except RuntimeError as error:
             while_compiling = type(error).__name__ == "InductorError"  # of torch.compile
