@@ -62,6 +62,10 @@ class UnlabeledError(UserError):
     there are too few to hold some out."""
 
 
+class TooFewImagesError(UserError):
+    """There are fewer images than an analysis needs."""
+
+
 class StuckError(UserError):
     """A process or the GPU hangs, so the program ends after the message without waiting for it."""
 

@@ -9,6 +9,7 @@ import multiprocessing
 import shlex
 import signal
 import tarfile
+from collections import Counter
 from collections.abc import Generator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -180,9 +181,11 @@ def _check_names(source: FolderSource | TableSource, short_side: int | None) -> 
     for _, group in groupby(names, key=key_of):
         same = list(group)
         plain = [name for name in same if is_plain(name)]
-        stems = {name.rpartition(".")[0] for name in same}
-        if (plain and len(plain) < len(same)) or (short_side is not None and len(stems) < len(same)):
-            one, other = same[:2]
+        dotted = [name for name in same if name not in plain]
+        stems = Counter(name.rpartition(".")[0] for name in same)
+        twice = [name for name in same if short_side is not None and stems[name.rpartition(".")[0]] > 1]
+        if (plain and dotted) or twice:
+            one, other = twice[:2] if twice else (plain[0], dotted[0])
             raise UserError(
                 f"{source.root / one} and {other!r} have the same key or name in a shard, where keys end "
                 f"at the first dot and reduced images are .jpg files; rename one of them"

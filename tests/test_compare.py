@@ -51,6 +51,15 @@ def three_and_one(tmp_path) -> list[str]:
 # --- The table
 
 
+def test_values_that_mean_the_same_as_null_do_not_part_runs(tmp_path):
+    runs = [make_run(tmp_path / f"s{seed}", result(100), seed=seed) for seed in (0, 1)]
+    config = tmp_path / "s0" / "config.yaml"
+    written = config.read_text().replace("num_slots:", "after_last_block: false, heads: separate, num_slots:")
+    assert written != config.read_text()
+    config.write_text(written)
+    assert compare_runs(runs).rows[0][1].endswith("(2 seeds)")
+
+
 def test_other_seeds_are_told_row_by_row(three_and_one, tmp_path):
     linear = result(120, protocol="linear", name="linear")
     for folder in ("s0", "s2", "d0"):

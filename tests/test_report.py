@@ -171,7 +171,7 @@ def test_the_page_begins_with_what_was_trained_then_says_what_was_found(reported
     one = ranked["encoders"][0]
     order = [
         "A ViT of 2 blocks and 16 dimensions, with 3 slots of 4 dimensions, pretrained for 1 epoch (2 steps",
-        "20-NN accuracy was not measured during training; it needs class folders, with at least 20 train",
+        "20-NN accuracy was not measured during training: it needs class folders, with at least 20 train",
         "Loss over epochs",
         "Where slots look, beside the CLS token in the last block",
         f"What slot {one['orders']['knn'][0]} responds to most",
@@ -198,6 +198,8 @@ def test_a_gain_within_chance_and_dead_slots_are_said(reported):
     metrics = [{"epoch": at, "step": at, "knn20_top1": top1} for at, top1 in ((0, 62.1), (8, 64.7))]
     config = {"optim": {"global_batch_size": 4}, "data": {"path": "photos"}}
     _, told = training(encoder, config, [*metrics[:1], metrics[1] | {"knn20_images": 153}])
+    _, why_not = training(encoder, config | {"monitor": {"knn_every_epochs": 0}}, [{"epoch": 1, "step": 9}])
+    assert why_not == "20-NN accuracy was not measured during training: monitor.knn_every_epochs is 0."
     assert told == (
         "20-NN accuracy of the teacher: 62.1 % untrained, 64.7 % trained (± 3.9, one standard error), on 153 "
         "test images; the difference is not significant (less than two standard errors)."
@@ -411,6 +413,14 @@ def test_fewer_images_than_neighbors_leave_out_the_ranking_only(run_dir, tmp_pat
     assert "no ranking of slots: k is 20; expected 1 to" in capsys.readouterr().out
     made = {part for part, file in FILES.items() if (out / file).is_file()}
     assert made == {"health", "maps", "gallery", "neighbors", "mask"}
+
+
+def test_an_image_that_cannot_be_read_ends_the_report_at_once(run_dir, tmp_path, capsys):
+    write_pictures(tmp_path / "data", 60, classes=2)
+    (tmp_path / "data" / "train" / "class0" / "000.png").write_bytes(b"x")
+    about = [f"--data.path={tmp_path / 'data'}", f"--out={tmp_path / 'out'}", *MACHINE]
+    assert main(["slots", "report", str(run_dir), *about]) == 2
+    assert "000.png" in capsys.readouterr().err and not (tmp_path / "out" / "maps").exists()
 
 
 def test_the_report_reads_images_as_it_is_told(run_dir, tmp_path, capsys):

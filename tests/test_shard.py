@@ -207,10 +207,10 @@ def test_command_writes_once_and_says_what_is_there(folder, tmp_path, capsys):
             r"a/1\.jpg and 'a/1\.seg\.png' have the same key",
         ),
         (lambda data, out: write(data, "train/a/1.png"), {"short_side": 9}, r"have the same key"),
-        (  # both would be x.1.jpg
-            lambda data, out: (write(data, "train/a/x.1.png"), write(data, "train/a/x.1.jpg")),
+        (  # both would be x.2.jpg
+            lambda data, out: [write(data, f"train/a/x.{name}") for name in ("1.jpg", "2.jpg", "2.png")],
             {"short_side": 9},
-            r"have the same key or name",
+            r"a/x\.2\.jpg and 'a/x\.2\.png' have the same key or name",
         ),
         (lambda data, out: None, {"short_side": 0}, r"--short-side is 0; expected"),
         (lambda data, out: shutil.rmtree(data), {}, r"DIR '.*data' does not exist"),

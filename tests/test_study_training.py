@@ -68,11 +68,17 @@ def test_the_recipe_alone_and_keys_with_one_last_part(data):
     assert planned(options(data, vary=both))[1].folder == "local_size=8_name=sparo_warmup_epochs=1"
 
 
+def test_an_architecture_is_varied_as_a_section(data):
+    runs = planned(options(data, vary=["model.arch={width: 64, depth: 3, num_heads: 2},vit_tiny"]))
+    assert [run.recipe.model.arch for run in runs][1] == "vit_tiny" and runs[0].recipe.model.arch.depth == 3
+
+
 def test_values_of_a_key():
     scales = ["[0.1, 0.4]", "[0.2,0.5]"]
     assert parse_vary("seed=0, 1") == ("seed", ["0", "1"])
     assert parse_vary("views.local_scale=[0.1, 0.4],[0.2,0.5]") == ("views.local_scale", scales)
     assert parse_vary("model.arch={width: 64, depth: 3},vit_tiny")[1] == ["{width: 64, depth: 3}", "vit_tiny"]
+    assert parse_vary("a=[{x: 1, y: [2, 3]}],4")[1] == ["[{x: 1, y: [2, 3]}]", "4"]
     for text in ("seed", "seed=", "=3", "seed=1,,2"):
         with pytest.raises(UserError, match=r"vary has '.*'; expected section.key=VALUE,VALUE"):
             parse_vary(text)

@@ -16,10 +16,9 @@ from dino_sparo.recipe.typed import (
     MissingError,
     build,
     leaf_keys,
-    load_yaml,
-    section_of,
     unknown,
     value_of,
+    with_sections_read,
 )
 from dino_sparo.terminal import log
 
@@ -136,13 +135,10 @@ def options_of(options_class: type, given: Mapping[str, Any]) -> Any:
         UserError: one sentence naming the key, the value, what was expected and the remedy.
     """
     keys = leaf_keys(options_class)
-    values = dict(given)
-    for key, value in given.items():  # a section as text, `{width: 64, depth: 3}`
-        if section_of(keys.get(key)) and isinstance(value, str) and value.startswith("{"):
-            with suppress(UserError):  # the text is then refused with what was expected
-                values[key] = load_yaml(value, key)
-            if isinstance(values[key], dict):
-                values |= checked_keys({key: values.pop(key)}, keys, "option")
+    values = with_sections_read(given, keys)
+    for key in given:
+        if isinstance(values[key], dict):
+            values |= checked_keys({key: values.pop(key)}, keys, "option")
     try:
         if "config" in keys or "config" not in given:  # `bench` only looks at a recipe
             return build(options_class, values)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from dino_sparo.cli import slots
 from dino_sparo.cli.images import ImagesOptions, LabeledDataOptions, choice_of
-from dino_sparo.errors import UnlabeledError, UserError
+from dino_sparo.errors import TooFewImagesError, UnlabeledError
 
 if TYPE_CHECKING:
     from dino_sparo.slots.subject import Subject
@@ -31,9 +31,9 @@ class SlotReportOptions(slots.SlotsOptions):
 def report(options: SlotReportOptions) -> None:
     """Make what is missing or about others if there is data for it, then write `report.html` beside it."""
     from dino_sparo.data.sources import open_images, open_labeled
-    from dino_sparo.evaluation.features import hash_of
+    from dino_sparo.evaluation.features import hash_of, hash_of_some
     from dino_sparo.slots.page import write_page
-    from dino_sparo.slots.subject import FILES, OF_CLASSES, WITHOUT_SLOTS, Subject, hash_of_some
+    from dino_sparo.slots.subject import FILES, OF_CLASSES, WITHOUT_SLOTS, Subject
 
     encoder = slots.open_encoder(options, with_slots=False)
     states = {"encoder": hash_of(encoder)}
@@ -90,9 +90,7 @@ def _make_missing(
     if num_slots and subject.has_classes and lacks("rank"):
         try:
             slots.rank(slots.SlotRankOptions(**compared, data=labeled))
-        except (
-            UserError
-        ) as error:  # such as fewer images than neighbors; the rest of the page needs no ranking
+        except TooFewImagesError as error:  # the rest of the page needs no ranking
             print(f"no ranking of slots: {error}")
     drawn = subject.slots_to_show(num_slots) or None
     if lacks("maps"):

@@ -384,9 +384,8 @@ def _write(
 ) -> None:
     """Write the JSON of an analysis, first what it is about: weights, and images and control if it takes
     them. Raises OSError."""
-    from dino_sparo.evaluation.features import hash_of
+    from dino_sparo.evaluation.features import hash_of, hash_of_some
     from dino_sparo.files import write_file
-    from dino_sparo.slots.subject import hash_of_some
 
     about: dict[str, Any] = {"run": options.run, "which": options.which, "encoder": hash_of(encoder)}
     if control:

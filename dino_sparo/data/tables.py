@@ -30,7 +30,6 @@ from dino_sparo.terminal import log, shows_bars
 
 Split = Literal["train", "val"]
 HUB = "hub:"
-ROWS_AT_ONCE = 1000  # of a copy being made; by default those of the first group of rows, which may be none
 HUB_NAME = re.compile(r"hub:(?P<repository>[^:@]+)(:(?P<config>[^@]+))?(@(?P<revision>.+))?")
 OF_TOTAL = re.compile(r"-of-(\d+)\b")  # number of files of a split
 SAVED, SAVED_INFO = "state.json", "dataset_info.json"  # written by save_to_disk
@@ -191,12 +190,12 @@ def _pack_parquet(root: Path, split: Split, files: Sequence[str], label_column: 
     features = {columns.image: datasets.Image(decode=False)}
     if columns.label:
         features[columns.label] = datasets.Value("string" if columns.is_text else "int64")
+    with_rows = [str(path.absolute()) for path, count in zip(paths, counts, strict=True) if count]
     builder = datasets.load_dataset_builder(
         "parquet",
-        data_files={split: [str(path.absolute()) for path in paths]},
+        data_files={split: with_rows},  # a file without rows is an error of the library
         columns=list(features),
         features=datasets.Features(features),
-        batch_size=ROWS_AT_ONCE,
     )
     try:
         arrow = _prepared(builder, split, str(root), sum(sizes))
@@ -243,7 +242,7 @@ def _pack_hub(
                 f"{HUB}{repository}@refs/convert/parquet"
             )
         commit = next((found[1] for url in urls if (found := re.search(r"@([^/]+)/", url))), revision or "")
-        builder = datasets.load_dataset_builder("parquet", data_files={word: urls}, batch_size=ROWS_AT_ONCE)
+        builder = datasets.load_dataset_builder("parquet", data_files={word: urls})
         size = whole.info.splits[word].num_bytes if word in (whole.info.splits or {}) else None
         arrow = _prepared(builder, word, path, size)
     except (UserError, _NoSplitError):

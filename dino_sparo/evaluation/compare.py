@@ -27,6 +27,10 @@ from dino_sparo.terminal import aligned_table, counted, markdown_table, sentence
 
 NOT_RECIPE = ("seed", "nproc", *NOT_EXPERIMENT)
 READOUT = "model.readout.name"
+AS_NULL = {
+    "model.readout.after_last_block": False,
+    "model.readout.heads": "separate",
+}  # mean the same as null
 SHOWN_DIFFERENCES = 3
 
 NUM_RESAMPLES = 10_000
@@ -363,8 +367,12 @@ def read_run(given: str) -> EvaluatedRun:
     seed, every = config.get("seed"), flattened(config)
     if seed is not None and not isinstance(seed, int):
         raise UserError(f"{path}: seed is {shown(repr(seed))}; expected a whole number; {remedy}")
-    # Older versions did not write all options that are null by default.
-    recipe = {key: value for key, value in flattened(config, without=NOT_RECIPE).items() if value is not None}
+    # Older versions did not write all options that are null by default, and some by their values.
+    recipe = {
+        key: value
+        for key, value in flattened(config, without=NOT_RECIPE).items()
+        if value is not None and AS_NULL.get(key, value is None) != value
+    }
     images = " ".join(str(every[key]) for key in ("data.path", "data.train") if every.get(key) is not None)
     return EvaluatedRun(folder, recipe, seed, headline, images=images)
 

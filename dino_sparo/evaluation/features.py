@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from dino_sparo.data.decode import AS_IS
 from dino_sparo.data.images import CenterCrops, ReadableCrops, normalize
-from dino_sparo.data.sources import ImageSource, open_images
+from dino_sparo.data.sources import ImageSource, evenly, open_images
 from dino_sparo.data.splits import Choice
 from dino_sparo.data.workers import PATIENCE_SECONDS, WatchedLoader, default_workers
 from dino_sparo.errors import UserError
@@ -27,6 +27,7 @@ from dino_sparo.models import Encoder
 from dino_sparo.parallel.distributed import gather_objects, gather_rows, local_world_size, rank, world_size
 from dino_sparo.terminal import shows_bars
 
+SOME_IMAGES = 1000
 TRANSFORM = "short side to round(S * 256 / 224) bicubic, center crop S, ImageNet mean and std"
 FLUSH_SECONDS = 5.0  # at most this much work is lost in a power failure
 KEY_DIGITS = 16
@@ -327,6 +328,11 @@ def hash_of_images(source: ImageSource, files: NDArray[np.int64] | None = None) 
     """A hash of a set of images by the names and sizes of their files, the same for a copy of the folder."""
     files = source.stats() if files is None else files
     return hashlib.sha256(source.fingerprint().encode() + files[:, 0].tobytes()).hexdigest()
+
+
+def hash_of_some(*sources: ImageSource) -> str:
+    """A hash of at most 1000 images of each source, evenly spread, by names and sizes of their files."""
+    return " ".join(hash_of_images(evenly(source, SOME_IMAGES)) for source in sources)
 
 
 def hash_of(encoder: Encoder) -> str:

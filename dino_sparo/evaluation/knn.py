@@ -226,7 +226,7 @@ def table(run: str, results: Sequence[Result]) -> str:
     worst = sorted(shown_one.details["top1_by_class"].items(), key=lambda item: item[1])[:SHOWN_CLASSES]
     hardest = ", ".join(f"{shown(name)} {accuracy:.1f} %" for name, accuracy in worst)
     return "\n".join(
-        [*lines, f"hardest classes of {shown(shown_one.test_set)} by {shown_one.name}: {hardest}"]
+        [*lines, f"hardest classes of {shown(shown_one.test_set)} by {shown(shown_one.name)}: {hardest}"]
     )
 
 

@@ -25,7 +25,7 @@ from dino_sparo.evaluation.classifiers import (
     score,
     wanted_of,
 )
-from dino_sparo.evaluation.features import Wanted, cached_features, hash_of, hash_of_images
+from dino_sparo.evaluation.features import Wanted, cached_features, hash_of, hash_of_some
 from dino_sparo.evaluation.probe_batches import (
     MAX_SIDE,
     Features,
@@ -192,7 +192,7 @@ def linear_probe(
 
 def _files(source: ImageSource) -> str:
     """What tells whether files of the same names are the same images, read in the same way."""
-    return f"{hash_of_images(source)} {getattr(source, 'reading', AS_IS).value_range}"
+    return f"{hash_of_some(source)} {getattr(source, 'reading', AS_IS).value_range}"
 
 
 class ProbeTraining:
@@ -260,7 +260,7 @@ class ProbeTraining:
             )
         if others := [key for key in FILES if before.get(key, self.settings[key]) != self.settings[key]]:
             log.warning(
-                "WARNING: %s was trained before these changed: %s, whose names are the same; if that is "
+                "WARNING: %s was trained, or begun, before these changed: %s, of the same names; if that is "
                 "more than a repaired image, give another --out",
                 *(self.folder, " and ".join(others)),
             )

@@ -135,8 +135,8 @@ def one_of(
     if which not in networks:
         (other,) = networks.values()
         raise UserError(
-            f"{other.path} contains only the {other.which}; give a file with the {which}, or, if there is an "
-            f"option `which`, set it to {other.which}"
+            f"{other.path} contains only the {other.which}; use which={other.which!r} where that is an "
+            f"option, or give a file with the {which}"
         )
     stored = networks[which]
     if arch is not None and architecture(arch) != architecture(stored.arguments["arch"]):

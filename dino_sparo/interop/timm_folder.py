@@ -159,7 +159,7 @@ def read_exported(weights: Mapping[str, Tensor], path: Path) -> StoredEncoder | 
         warn_of_normalization(config.get("pretrained_cfg", config), str(path))  # config: of older timm
         given = config.get("model_args")
         heads = given.get("num_heads") if isinstance(given, dict) else None
-        return heads if isinstance(heads, int) and heads > 0 else None
+        return heads if type(heads) is int and heads > 0 else None
     if (
         not isinstance(ours, dict)
         or not all(isinstance(ours.get(key), kind) for key, kind in KINDS.items())

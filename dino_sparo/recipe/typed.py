@@ -287,6 +287,16 @@ def read_yaml(path: Path) -> Any:
     return load_yaml(text, str(path))
 
 
+def with_sections_read(values: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, those that are a section as text, such as `{width: 64, depth: 3}`, as dictionaries."""
+    found = dict(values)
+    for key, value in values.items():
+        if section_of(keys.get(key)) and isinstance(value, str) and value.startswith("{"):
+            with suppress(UserError):  # the text is then refused with what was expected
+                found[key] = load_yaml(value, key)
+    return found
+
+
 def load_yaml(text: str, name: str) -> Any:
     """Parse YAML text into plain values, lists, and mappings with unique keys.
 

@@ -39,8 +39,11 @@ def training(encoder: Encoder, config: Content, metrics: Sequence[Content]) -> l
         )
     accuracies = points_of(metrics, KNN)
     if not len(accuracies):
-        missing = "20-NN accuracy was not measured during training; it needs class folders, with at least 20"
-        return [f"{sentence}.", *([f"{missing} train images."] if metrics else [])]
+        reason = "it needs class folders, with at least 20 train images"
+        if not config.get("monitor", {}).get("knn_every_epochs", 1):
+            reason = "monitor.knn_every_epochs is 0"
+        missing = [f"20-NN accuracy was not measured during training: {reason}."] if metrics else []
+        return [f"{sentence}.", *missing]
     (_, first), (_, last) = accuracies[0], accuracies[-1]
     at_start = "with the initial weights" if config.get("init") else "untrained"
     begun = at_start if accuracies[0][0] == 0 else f"after epoch {accuracies[0][0]:g}"

@@ -147,9 +147,10 @@ class Section:
         self.made = f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
         newer = (path.stat().st_mtime > seconds for path in checkpoints_of(self.subject.folder))
         known = set(encoders) - {None}
-        if known - {now} if known and now else any(newer):
-            text = "Made with other weights, such as those of an earlier checkpoint; make it again:"
-            self.notes += [(text, self.subject.command(part)) for part in parts]
+        by_hash = bool(known and now)
+        if known - {now} if by_hash else any(newer):
+            text = "Made with other weights" if by_hash else "Older than the newest checkpoint"
+            self.notes += [(f"{text}; make it again:", self.subject.command(part)) for part in parts]
 
     def add_table(
         self, caption: str, header: Sequence[str], rows: Sequence[Sequence[Any]], folded: bool = False

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from dino_sparo.data.sources import ImageSource
-from dino_sparo.errors import UserError
+from dino_sparo.errors import TooFewImagesError, UserError
 from dino_sparo.evaluation.knn import NoDirectionError
 from dino_sparo.evaluation.transfer import draw_by_class
 from dino_sparo.files import write_figure
@@ -80,11 +80,11 @@ def rank_slots(
         raise UserError(f"select_fraction is {select_fraction}; expected a number above 0 and below 1")
     split = split_by_class(labels_of(train), select_fraction, seed)
     if not len(split.select):
-        raise UserError(
+        raise TooFewImagesError(
             "no class has two train images, so there are no images to select slots on; use more images"
         )
     if not 1 <= k <= len(split.fit):
-        raise UserError(
+        raise TooFewImagesError(
             f"k is {k}; expected 1 to {len(split.fit)}, the number of train images in the fit part; use "
             f"another --k or a smaller --select-fraction"
         )

@@ -11,8 +11,6 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from dino_sparo.data.sources import ImageSource, evenly
-from dino_sparo.evaluation.features import hash_of_images
 from dino_sparo.evaluation.knn import KNN
 from dino_sparo.evaluation.results import results_folder
 from dino_sparo.files import parsed_json, read_as
@@ -37,7 +35,6 @@ WITHOUT_SLOTS = ("maps", "neighbors")  # analyses of any encoder
 COMPARING = ("rank", "maps", "mask", "factors")  # analyses that compare with a control
 NUM_BEST = 4  # slots shown from each end of the ranking
 MOST_ENTRIES = 20_000  # of the log, more than curves have pixels
-SOME_IMAGES = 1000
 RARE = {KNN, "slots_dead"}  # one of these is in about one entry per epoch
 
 
@@ -169,11 +166,6 @@ class Subject:
         first, last = slots[0], slots[-1]
         listed = f"{first}–{last}" if slots == list(range(first, last + 1)) else ", ".join(map(str, slots))
         return f"Galleries of slots {listed} (of {num_slots})"
-
-
-def hash_of_some(*sources: ImageSource) -> str:
-    """A hash of at most 1000 images of each source, evenly spread, by names and sizes of their files."""
-    return " ".join(hash_of_images(evenly(source, SOME_IMAGES)) for source in sources)
 
 
 def some(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

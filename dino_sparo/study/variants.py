@@ -3,14 +3,16 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.recipe.files import checked_keys, merged, recipes
 from dino_sparo.recipe.sections import Recipe
-from dino_sparo.recipe.typed import build, flattened, leaf_keys, read_yaml
+from dino_sparo.recipe.typed import build, flattened, leaf_keys, read_yaml, with_sections_read
 
 VARIANTS_FOLDER = "variants"
 Changes = dict[str, Any]
@@ -60,7 +62,8 @@ def plan_runs(
         place = re.sub(r"[^\w.=+-]+", "_", title) or "recipe"
         every = changes | chosen
         try:
-            over = checked_keys(every, leaf_keys(Recipe), "key")
+            keys = leaf_keys(Recipe)
+            over = checked_keys(with_sections_read(every, keys), keys, "key")
             changed: Recipe = build(Recipe, merged(flattened(recipe.as_dict()), over))
         except UserError as error:
             raise UserError(f"variant {title!r}: {error}") from error
@@ -115,7 +118,9 @@ def parse_vary(text: str) -> tuple[str, list[str]]:
         UserError: the key or a value is empty.
     """
     key, _, listed = text.partition("=")
-    values = [value.strip() for value in re.split(r",(?![^\[{]*[\]}])", listed)]
+    opened = np.cumsum([(char in "[{") - (char in "]}") for char in listed])
+    cut = [-1, *(at for at, char in enumerate(listed) if char == "," and opened[at] == 0), len(listed)]
+    values = [listed[one + 1 : other].strip() for one, other in pairwise(cut)]
     if not key or "" in values:
         raise UserError(f"vary has {text!r}; expected section.key=VALUE,VALUE,...")
     return key.strip(), values
