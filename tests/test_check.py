@@ -65,8 +65,8 @@ def test_a_healthy_run(checked):
 
 def test_hours_are_those_of_the_steps_that_remain(checked, data, tmp_path):
     pretrain(tiny_options(data, tmp_path / "run", optim__epochs=2))
-    changes = ["--run_dir", str(tmp_path / "run"), "--optim.epochs=2"]
-    assert checked(*changes)["run"]["hours"] == 0
+    report = checked(f"--run_dir={tmp_path / 'run'}", "--optim.epochs=2")
+    assert report["run"]["hours"] == 0
 
 
 def test_parameters_and_checkpoint_are_those_of_the_run(checked, data, tmp_path):

@@ -171,7 +171,7 @@ def test_the_page_begins_with_what_was_trained_then_says_what_was_found(reported
     one = ranked["encoders"][0]
     order = [
         "A ViT of 2 blocks and 16 dimensions, with 3 slots of 4 dimensions, pretrained for 1 epoch (2 steps",
-        "20-NN accuracy was not measured during training: it needs class folders, with at least 20 train",
+        "20-NN accuracy was not measured during training: monitor.knn_every_epochs is 0.",
         "Loss over epochs",
         "Where slots look, beside the CLS token in the last block",
         f"What slot {one['orders']['knn'][0]} responds to most",
@@ -200,6 +200,8 @@ def test_a_gain_within_chance_and_dead_slots_are_said(reported):
     _, told = training(encoder, config, [*metrics[:1], metrics[1] | {"knn20_images": 153}])
     _, why_not = training(encoder, config | {"monitor": {"knn_every_epochs": 0}}, [{"epoch": 1, "step": 9}])
     assert why_not == "20-NN accuracy was not measured during training: monitor.knn_every_epochs is 0."
+    _, why_not = training(encoder, config | {"monitor": {"knn_every_epochs": 1}}, [{"epoch": 1, "step": 9}])
+    assert why_not.endswith("training: it needs class folders, with at least 20 train images.")
     assert told == (
         "20-NN accuracy of the teacher: 62.1 % untrained, 64.7 % trained (± 3.9, one standard error), on 153 "
         "test images; the difference is not significant (less than two standard errors)."
