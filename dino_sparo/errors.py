@@ -58,8 +58,7 @@ class UserFileNotFoundError(UserError, FileNotFoundError):
 
 
 class UnlabeledError(UserError):
-    """Labels are needed, but the images are not in class folders, or their files do not give all labels, or
-    there are too few to hold some out."""
+    """Labels are needed, but the images are not in class folders, or their files do not give all labels."""
 
 
 class TooFewImagesError(UserError):

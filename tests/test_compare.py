@@ -58,6 +58,8 @@ def test_values_that_mean_the_same_as_null_do_not_part_runs(tmp_path):
     assert written != config.read_text()
     config.write_text(written)
     assert compare_runs(runs).rows[0][1].endswith("(2 seeds)")
+    runs = [make_run(tmp_path / f"e{epochs}", result(100), epochs=epochs) for epochs in (0, 7)]
+    assert compare_runs(runs).header[1:] == ["sparo epochs 0", "sparo epochs 7"]  # 0 is not null
 
 
 def test_other_seeds_are_told_row_by_row(three_and_one, tmp_path):

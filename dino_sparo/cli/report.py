@@ -45,7 +45,7 @@ def report(options: SlotReportOptions) -> None:
         try:
             labeled = open_labeled(data.path, choice=choice_of(data, encoder))
             states["labeled_files"] = hash_of_some(*labeled)
-        except UnlabeledError as error:
+        except (TooFewImagesError, UnlabeledError) as error:
             no_classes = str(error)
     path, choice = (data.path, slots.further(data)) if data else (None, {})
     subject = Subject(

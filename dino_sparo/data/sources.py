@@ -44,7 +44,7 @@ from dino_sparo.data.tables import (
 from dino_sparo.data.torchvision_sets import NAMES, open_set
 from dino_sparo.data.torchvision_sets import Part as PartOfSet
 from dino_sparo.data.walk import found_below, list_folder, named_by_ending
-from dino_sparo.errors import UnlabeledError, UserError, UserFileNotFoundError
+from dino_sparo.errors import TooFewImagesError, UnlabeledError, UserError, UserFileNotFoundError
 from dino_sparo.files import did_you_mean
 from dino_sparo.terminal import counted, log
 
@@ -215,7 +215,7 @@ def open_labeled(
     val = _open_val(path, splits, choice, train)
     if val is None:
         if len(train) < HELD_OUT_EVERY:
-            raise UnlabeledError(
+            raise TooFewImagesError(
                 f"{key}: {train.root} has {counted(len(train), 'image')}, too few to hold out every "
                 f"{ORDINAL} as val; add images, or set data.val to a folder"
             )

@@ -27,10 +27,7 @@ from dino_sparo.terminal import aligned_table, counted, markdown_table, sentence
 
 NOT_RECIPE = ("seed", "nproc", *NOT_EXPERIMENT)
 READOUT = "model.readout.name"
-AS_NULL = {
-    "model.readout.after_last_block": False,
-    "model.readout.heads": "separate",
-}  # mean the same as null
+AS_NULL = (("model.readout.after_last_block", False), ("model.readout.heads", "separate"))  # mean the same
 SHOWN_DIFFERENCES = 3
 
 NUM_RESAMPLES = 10_000
@@ -371,7 +368,7 @@ def read_run(given: str) -> EvaluatedRun:
     recipe = {
         key: value
         for key, value in flattened(config, without=NOT_RECIPE).items()
-        if value is not None and AS_NULL.get(key, value is None) != value
+        if value is not None and (key, value) not in AS_NULL
     }
     images = " ".join(str(every[key]) for key in ("data.path", "data.train") if every.get(key) is not None)
     return EvaluatedRun(folder, recipe, seed, headline, images=images)

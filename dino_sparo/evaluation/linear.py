@@ -249,7 +249,7 @@ class ProbeTraining:
         """Raises UserError: it is of other settings; any error: it is damaged."""
         before = checkpoint["config"]
         changed = [
-            f"{key} was {before.get(key)!r}, now {now!r}"
+            f"{key} was {before[key]!r}, now {now!r}"
             for key, now in self.settings.items()
             if key not in FILES and before[key] != now
         ]

@@ -417,7 +417,7 @@ def smaller_batch(share: int, batch_size: int) -> int:
 
 
 def less_memory(share: int, batch_size: int, checkpointing: bool) -> str:
-    """What makes a step need less GPU memory than with `batch_size` images, after `use` or `set`."""
+    """What makes a step need less GPU memory than with `batch_size` images, after the word `use`."""
     smaller = smaller_batch(share, batch_size)
     ways = [f"machine.batch_size_per_gpu {smaller} (the experiment stays the same)"] * (smaller < batch_size)
     ways += ["machine.activation_checkpointing true"] * (not checkpointing)

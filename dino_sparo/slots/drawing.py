@@ -57,8 +57,7 @@ class SeenImages(Dataset):
             the patch size. None: evaluation crops.
 
     Raises:
-        UserError: `short_side` is less than a patch; for an item: the image is too
-            long.
+        UserError: `short_side` is less than a patch; for an item: the image is too long.
     """
 
     def __init__(

@@ -3,11 +3,9 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import accumulate, pairwise, product
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from dino_sparo.errors import UserError, UserFileNotFoundError
 from dino_sparo.recipe.files import checked_keys, merged, recipes
@@ -118,7 +116,7 @@ def parse_vary(text: str) -> tuple[str, list[str]]:
         UserError: the key or a value is empty.
     """
     key, _, listed = text.partition("=")
-    opened = np.cumsum([(char in "[{") - (char in "]}") for char in listed])
+    opened = list(accumulate((char in "[{") - (char in "]}") for char in listed))
     cut = [-1, *(at for at, char in enumerate(listed) if char == "," and opened[at] == 0), len(listed)]
     values = [listed[one + 1 : other].strip() for one, other in pairwise(cut)]
     if not key or "" in values:
