@@ -190,7 +190,7 @@ def test_check_compares_with_the_memory_of_this_gpu(program, data, tmp_path):
     small = ("--optim.global_batch_size", 16, "--optim.epochs", 40, "--monitor.knn_every_epochs", 0)
     done = program("check", *here, *small, FAKEGPU_MEMORY_GIB="1")
     assert done.returncode == 1, done.stderr
-    assert "h100: 16 images per GPU need about" in done.stdout and "but it has 1; set" in done.stdout
+    assert "h100: 16 images per GPU need about" in done.stdout and "but it has 1; use" in done.stdout
 
 
 def run_arguments(data, run_dir, **changes):
