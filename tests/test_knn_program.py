@@ -1,6 +1,5 @@
 """`dino-sparo knn`: the same results for any number of processes, saved in the run folder."""
 
-import re
 import shutil
 import subprocess
 import sys
@@ -67,31 +66,6 @@ def test_results_are_those_of_the_votes(trained, alone):
         labels = val.labels
         of_class = {val.classes[n]: 100 * result.correct[labels == n].mean() for n in range(3)}
         assert result.details["top1_by_class"] == pytest.approx(of_class)
-
-
-def test_a_series_of_checkpoints(trained, tmp_path, capsys, caplog):
-    data, _ = trained
-    changes = {"optim__epochs": 3, "optim__global_batch_size": 40, "log__keep_every_epochs": 1}
-    assert main(["pretrain", *tiny_arguments(data, tmp_path / "run", **changes)]) == 0
-    files = sorted((tmp_path / "run" / "checkpoints").glob("*.pt"))
-    assert len(files) == 3
-    files[1].write_bytes(files[1].read_bytes()[:-100])
-    capsys.readouterr()
-    out = tmp_path / "out"
-    assert main(arguments(tmp_path / "run", data, out, "--checkpoints", "all")) == 0
-    shown = capsys.readouterr().out
-    assert f"{files[1]} is damaged" in caplog.text and "is skipped" in caplog.text
-    assert (out / "knn_checkpoints.png").read_bytes().startswith(b"\x89PNG")
-    train, val = open_labeled(str(data))
-    for file in (files[0], files[2]):
-        found = evaluate_knn(load_encoder(file), train, val, k=KS)
-        step, percent = int(file.stem[5:]), [f"{found[k].top1:.2f} %" for k in KS]
-        (line,) = [line for line in shown.splitlines() if line.split()[:1] == [str(step)]]
-        assert re.findall(r"[0-9.]+ %", line) == percent
-    saved = {result.name: result.top1 for result in read_results(out)}
-    assert saved == {f"{k}-NN": found[k].top1 for k in KS}  # of the newest
-    assert main(arguments(data, data, out, "--checkpoints", "all")) == 2
-    assert main(arguments(tmp_path / "run", data, out, "--checkpoints", "all", "--untrained")) == 2
 
 
 def test_a_second_test_set(trained, alone):

@@ -99,7 +99,6 @@ COMMANDS = {
             "knn runs/sparo --data.path /data/imagenet --nproc 8",
             "knn dino_deitsmall16_pretrain.pth --data.path photos  # official weights",
             "knn runs/sparo --data.path photos --untrained  # the baseline",
-            "knn runs/sparo --data.path photos --checkpoints all  # a curve over training",
         ),
         distributed=True,
     ),

@@ -57,9 +57,6 @@ class KnnOptions(EvaluationOptions):
     check, which may crash beside torch on macOS. Both are exact."""
     cache_precision: Literal["float16", "float32"] = "float16"
     """Precision of the stored features."""
-    checkpoints: Literal["newest", "all"] = "newest"
-    """Checkpoints of a run folder to evaluate: the newest, or all that were kept (log.keep_every_epochs),
-    which also draws their curve, knn_checkpoints.png."""
 
 
 @dataclass(kw_only=True)
@@ -122,35 +119,18 @@ class CompareOptions:
 def knn(options: KnnOptions) -> None:
     """Print the k-NN accuracies of a trained encoder, and add them to results.json."""
     from dino_sparo.evaluation import knn as evaluation
-    from dino_sparo.parallel.distributed import rank
 
-    if options.untrained and options.checkpoints == "all":
-        raise UserError(
-            "checkpoints is 'all', but untrained is true: random weights are the same for all "
-            "checkpoints; leave one of the two out"
-        )
     with _opened(options) as (encoder, train, test_sets):
-
-        def evaluate(one: "Encoder") -> "list[Result]":
-            return evaluation.knn_results(
-                *(one.to(encoder.device).requires_grad_(False), train, test_sets),
-                k=options.k,
-                feature=options.feature,
-                by_faiss=options.search == "faiss",
-                cache_precision=options.cache_precision,
-                batch_size=options.batch_size,
-                **_common(options),
-            )
-
-        if options.checkpoints == "newest":
-            _report(options, evaluate(encoder), evaluation.table)
-            return
-        found = evaluation.of_checkpoints(Path(options.run), options.which, evaluate)
-        _report(options, list(found[max(found)]), evaluation.table)
-        if rank() == 0:
-            curve = _folder(options) / evaluation.CURVE_FILE
-            evaluation.draw_checkpoints(found, curve)
-            print(f"{evaluation.checkpoints_table(found)}\n{curve}")
+        results = evaluation.knn_results(
+            *(encoder, train, test_sets),
+            k=options.k,
+            feature=options.feature,
+            by_faiss=options.search == "faiss",
+            cache_precision=options.cache_precision,
+            batch_size=options.batch_size,
+            **_common(options),
+        )
+        _report(options, results, evaluation.table)
 
 
 def linear(options: LinearOptions) -> None:

@@ -3,10 +3,9 @@
 Axis letters: T train images, B test images, D feature dimensions, S classes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,15 +16,12 @@ from torch import Tensor
 from dino_sparo.data.sources import ImageSource
 from dino_sparo.errors import UserError
 from dino_sparo.evaluation.features import Wanted, cached_features, hash_of, hash_of_images
-from dino_sparo.evaluation.results import Result, accuracies, result_on, standard_error
+from dino_sparo.evaluation.results import Result, accuracies, result_on
 from dino_sparo.evaluation.search import NoDirectionError, nearest
 from dino_sparo.evaluation.transfer import VAL, TestSet, as_test_sets, restrict
-from dino_sparo.files import write_figure
-from dino_sparo.interop.load import load_encoder
 from dino_sparo.models import Encoder
 from dino_sparo.parallel.distributed import gather_rows, rank, world_size
-from dino_sparo.runs.checkpoint import checkpoints_of, step_of
-from dino_sparo.terminal import aligned_table, counted, log, shown
+from dino_sparo.terminal import log, shown
 
 HEADLINE_K = 20
 KNN, KNN_TOP5 = f"knn{HEADLINE_K}_top1", f"knn{HEADLINE_K}_top5"  # keys of metrics.jsonl
@@ -33,11 +29,8 @@ KNN_IMAGES = f"knn{HEADLINE_K}_images"
 PROTOCOL_K = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 TOP = 5
-CURVE_FILE = "knn_checkpoints.png"
 SHOWN_CLASSES = 3
 VOTE_CHUNK = 256  # test images classified at a time; changes memory, not the result
-
-Series = Mapping[int, Sequence[Result]]  # results of the checkpoints of a run by step, oldest first
 
 
 @dataclass(frozen=True)
@@ -288,60 +281,3 @@ def _accuracy(ranked_B5: Tensor, truth_B: Tensor) -> KnnResult:
     hits_B5 = ranked_B5 == truth_B[:, None]
     total = len(truth_B)
     return KnnResult(100 * int(hits_B5[:, 0].sum()) / total, 100 * int(hits_B5.sum()) / total, total)
-
-
-# --- All checkpoints of a run: a table, and a curve over steps
-
-
-def of_checkpoints(
-    run_dir: Path, which: str, evaluate: Callable[[Encoder], Sequence[Result]]
-) -> dict[int, Sequence[Result]]:
-    """Evaluate each checkpoint of a run; damaged ones are skipped with a warning.
-
-    Raises:
-        UserError: no checkpoint can be loaded, or raised by `evaluate`.
-    """
-    found = {}
-    for path in checkpoints_of(run_dir):
-        try:
-            encoder = load_encoder(path, which)
-        except UserError as error:
-            log.warning("WARNING: %s; it is skipped", error)
-            continue
-        log.info("evaluating %s", path)
-        found[step_of(path)] = evaluate(encoder)
-    if not found:
-        raise UserError(
-            f"checkpoints is 'all', but {run_dir} has no checkpoint that can be loaded; give a run folder "
-            f"(log.keep_every_epochs says which checkpoints a run keeps)"
-        )
-    return found
-
-
-def checkpoints_table(series: Series) -> str:
-    """Top-1 by step, with a column for each result."""
-    columns = [f"{result.test_set} {result.name}" for result in next(iter(series.values()))]
-    rows = [[str(step), *(f"{result.top1:.2f} %" for result in found)] for step, found in series.items()]
-    return aligned_table(["step", *columns], rows)
-
-
-def draw_checkpoints(series: Series, path: Path) -> None:
-    """Write a PNG: top-1 over steps with its standard error; per test set the headline or first result."""
-    from matplotlib.figure import Figure  # slow to import, and training does not need it
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axis = figure.subplots()
-    some = next(iter(series.values()))
-    numbers = {one.test_set: number for number, one in reversed(list(enumerate(some)))}
-    numbers |= {one.test_set: number for number, one in enumerate(some) if one.headline}
-    for test_set, number in numbers.items():
-        of_set = [results[number] for results in series.values()]
-        top1 = [one.top1 for one in of_set]
-        errors = [standard_error(one.top1, one.num_images) for one in of_set]
-        label = f"{of_set[0].name} on {shown(test_set)}, {counted(of_set[0].num_images, 'image')}"
-        axis.errorbar(list(series), top1, errors, marker=".", capsize=2, label=label)
-    axis.set_xlabel("step")
-    axis.set_ylabel("top-1, % (bars: one standard error)")
-    axis.grid(alpha=0.3)
-    axis.legend()
-    write_figure(path, figure)
