@@ -1,5 +1,6 @@
 """eval/tiny_imagenet.py: no image is in train and in val, and those of val are in no part for tuning."""
 
+import json
 import re
 import runpy
 
@@ -65,3 +66,16 @@ def test_the_page_shows_what_the_results_of_the_runs_give():
         r"^[+\d.]+(?: \[.+?\])?", "\n".join(cell for _, *row in rows for cell in row), re.M
     ):
         assert number in page
+
+
+def test_the_page_shows_what_single_slots_give():
+    folder = ROOT / "eval" / "studies"
+    page = (folder / "tiny.md").read_text()
+    sparo, dino = json.loads((folder / "tiny_more" / "slots" / "rank.json").read_text())["encoders"]
+    for of_sparo, of_dino in zip(sparo["curve"]["knn"], dino["curve"]["knn"], strict=True):
+        kept = str(of_sparo["kept"]) + " (all)" * (of_sparo["kept"] == sparo["num_parts"])
+        values = [f"{one[test]:.2f}" for one in (of_sparo, of_dino) for test in ("knn", "linear")]
+        assert f"| {' | '.join([kept, *values])} |" in page
+    rows = json.loads((folder / "tiny_more" / "slots" / "mask.json").read_text())["rows"]
+    for row in rows:
+        assert all(f"{row[key]:.2f}" in page for key in ("initial", "masked"))
