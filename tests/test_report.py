@@ -282,21 +282,14 @@ def test_an_analysis_of_another_choice_of_images_or_of_another_run_is_not_shown(
 def test_the_best_and_the_worst_slots_are_shown_or_without_a_ranking_those_of_the_maps(tmp_path):
     subject = Subject(str(tmp_path))
     assert subject.slots_to_show(3) == [0, 1, 2]
-    assert subject.title("gallery", 16) == "Galleries of slots 0–7 (of 16)"
     (tmp_path / "slots" / "maps").mkdir(parents=True)
     (tmp_path / "slots" / FILES["maps"]).write_text(json.dumps({"slots": [3, 0, 2]}))
     assert subject.slots_to_show(12) == [3, 0, 2]
-    assert subject.title("gallery", 12) == "Galleries of slots 3, 0, 2 (of 12)"
-    (tmp_path / "slots" / "gallery").mkdir(parents=True)
-    drawn = [{"slot": 0, "picture": "slot00.jpg"}, {"slot": 5, "picture": "slot05.jpg"}]
-    (tmp_path / "slots" / FILES["gallery"]).write_text(json.dumps({"slots": drawn, "which": "teacher"}))
-    assert subject.title("gallery", 12) == "Galleries of slots 0, 5 (of 12)"
     (tmp_path / "slots" / "rank").mkdir(parents=True)
     order = [7, 3, 11, 0, 1, 2, 4, 5, 6, 8, 9, 10]
     content = {"encoders": [{"orders": {"knn": order}}]}
     (tmp_path / "slots" / FILES["rank"]).write_text(json.dumps(content))
     assert subject.slots_to_show(12) == [7, 3, 11, 0, 6, 8, 9, 10]
-    assert subject.title("gallery", 12) == "Galleries of the best and worst slots"
 
 
 def test_slots_that_were_not_drawn_are_told(copied):
@@ -404,7 +397,7 @@ def test_without_classes_the_report_leaves_out_what_needs_them(run_dir, tmp_path
     assert Page(text).commands == commands(run_dir, "factors", out=str(out))
     for said in ("No knn result", "No linear result", "Not made"):
         assert f"{said}: needs images in class folders" in text
-    assert "k-NN accuracy, then" not in text and "Galleries of slots 0–1 (of 2)" in text
+    assert "k-NN accuracy, then" not in text
 
 
 def test_fewer_images_than_neighbors_leave_out_the_ranking_only(run_dir, tmp_path, capsys):

@@ -209,7 +209,7 @@ def _sections(subject: Subject, encoder: Encoder) -> list[Section]:
     for part, fill in zip(TITLES, fills, strict=True):
         if not num_slots and part not in WITHOUT_SLOTS:
             continue
-        section = Section(subject, part, subject.title(part, num_slots), subject.slots / FILES[part])
+        section = Section(subject, part, TITLES[part], subject.slots / FILES[part])
         sections.append(section)
         found, why_not = subject.find(part)
         if found is None:

@@ -22,7 +22,7 @@ TITLES = {
     "rank": "Ranking of slots",
     "health": "Health of slots",
     "maps": "Where slots look",
-    "gallery": "Galleries of the best and worst slots",
+    "gallery": "Galleries of slots",
     "neighbors": "Nearest neighbors and a map",
     "mask": "Learned masks",
     "factors": "Known factors",
@@ -154,18 +154,6 @@ class Subject:
             with made_by(self.slots / FILES["maps"], self.command("maps")):
                 order = [int(slot) for slot in drawn["slots"]] or order
         return order[: 2 * NUM_BEST]
-
-    def title(self, part: str, num_slots: int) -> str:
-        """The title of an analysis; that of galleries names its slots where there is no ranking."""
-        if part != "gallery" or self.find("rank")[0]:
-            return TITLES[part]
-        slots = self.slots_to_show(num_slots)
-        if drawn := self.find(part)[0]:
-            with made_by(self.slots / FILES[part], self.command(part)):
-                slots = [int(entry["slot"]) for entry in drawn["slots"]][: 2 * NUM_BEST] or slots
-        first, last = slots[0], slots[-1]
-        listed = f"{first}–{last}" if slots == list(range(first, last + 1)) else ", ".join(map(str, slots))
-        return f"Galleries of slots {listed} (of {num_slots})"
 
 
 def some(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
