@@ -63,9 +63,9 @@ def test_the_page_shows_what_the_results_of_the_runs_give():
     rows += compare_runs(runs).rows
     assert len(rows) >= 20
     for number in re.findall(
-        r"^[+\d.]+(?: \[.+?\])?", "\n".join(cell for _, *row in rows for cell in row), re.M
+        r"^[+\-\d.]+(?: \[.+?\])?", "\n".join(cell for _, *row in rows for cell in row), re.M
     ):
-        assert number in page
+        assert number.replace("-", "−") in page
 
 
 def test_the_page_shows_what_single_slots_give():
