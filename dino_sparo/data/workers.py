@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
-from dino_sparo.errors import StoppedError, StuckError, UserError
+from dino_sparo.errors import StuckError, UserError
 from dino_sparo.parallel.processes import STOP_SIGNALS, cores, end_with_parent
 from dino_sparo.terminal import log
 
@@ -95,29 +95,29 @@ class WatchedLoader:
 
     @contextmanager
     def failures_explained(self) -> Iterator[None]:
-        """Turn a worker's death, which torch reports wherever the program is, into one sentence. On a
-        UserError, a stop, or Ctrl-C, kill all workers at once: torch would wait for one after the other, and
-        in a notebook, which keeps the exception, they would stay.
+        """Turn a worker's death, which torch reports wherever the program is, into one sentence. On any
+        error kill all workers at once: torch would wait for one after the other, and in a notebook, which
+        keeps the exception, they would stay.
 
         Raises:
             StuckError: a worker has died, or cannot be killed after a UserError.
         """
         try:
             yield
-        except (KeyboardInterrupt, StoppedError, UserError) as error:
-            _end(self._workers)
-            if isinstance(error, UserError) and any(worker.is_alive() for worker in self._workers):
-                raise StuckError(str(error)) from error  # so that the program does not wait for them
-            raise
         except (RuntimeError, ConnectionError, EOFError) as error:
             if isinstance(error, RuntimeError):
                 died = str(error).startswith("DataLoader worker")
             else:  # died while returning a batch
                 died = not all(worker.is_alive() for worker in self._workers)
+            _end(self._workers)
             if not died:
                 raise
-            _end(self._workers)
             raise self._stuck(f"a process that loads images died ({error})") from error
+        except BaseException as error:
+            _end(self._workers)
+            if isinstance(error, UserError) and any(worker.is_alive() for worker in self._workers):
+                raise StuckError(str(error)) from error  # so that the program does not wait for them
+            raise
 
     def _too_late(self) -> NoReturn:
         seconds = f"machine.data_timeout_seconds {self.timeout_seconds:g}"
