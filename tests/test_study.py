@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import statistics
 import sys
 from collections.abc import Iterator
@@ -153,6 +154,22 @@ def test_again_trains_nothing_and_says_the_same(studied, capsys, caplog, monkeyp
     assert numbers == [f"evaluating {number} of 4" for number in (1, 2, 3, 4)]  # gap was left out
     page = (studied / "study" / "study.md").read_text()
     assert "`dino-sparo study again`.\n\nOther commands that made its runs:\n\n- `dino-sparo study of" in page
+
+
+@pytest.mark.long
+def test_the_official_probe_is_the_one_that_linear_trains(studied, tmp_path):
+    shutil.copytree(studied, tmp_path / "copy")
+    assert run_study(tmp_path / "copy", TWO, "--official_probe=true", "--train_fractions=[1.0]") == 0
+    run, out = tmp_path / "copy" / "study" / "sparo_seed=1", tmp_path / "linear"
+    data = f"--data.path={tmp_path / 'copy' / 'data'}"
+    assert main(["linear", str(run), data, "--num_workers=0", f"--out={out}"]) == 0
+    (expected,) = read_results(out)
+    page = (tmp_path / "copy" / "study" / "study.md").read_text()
+    assert "probe is that of the official protocol" in page and "cached" not in page
+    row = json.loads((tmp_path / "copy" / "study" / "study.json").read_text())["sparo"][1]["results"][1]
+    assert (row["protocol"], row["setting"], row["top1"]) == ("linear", expected.name, expected.top1)
+    of_study = [one for one in read_results(run / "study" / "val") if one.protocol == "linear"]
+    assert [one.correct.tolist() for one in of_study] == [expected.correct.tolist()]
 
 
 def test_variants_trained_on_other_images_are_evaluated_on_those_of_the_study(tmp_path, monkeypatch):

@@ -34,6 +34,7 @@ def study(
     control: str,
     train_fractions: Sequence[float],
     transfer: Sequence[str],
+    official_probe: bool = False,
     unverified: bool = False,
 ) -> int:
     """Train incomplete runs, evaluate complete ones, write the page, and print its table.
@@ -69,7 +70,12 @@ def study(
         # The lock is for other processes that evaluate the same run.
         with training.failure_noted(variant, errors), errors_for_user(), alone_in(variant.run_dir):
             measured[variant.folder] = {
-                name: measure(variant, data, name, fractions=train_fractions, unverified=unverified)
+                name: measure(
+                    *(variant, data, name),
+                    fractions=train_fractions,
+                    official_probe=official_probe,
+                    unverified=unverified,
+                )
                 for name, data in data_sets.items()
             }
     if not measured:

@@ -24,6 +24,7 @@ from dino_sparo.evaluation.compare import (
     title,
 )
 from dino_sparo.evaluation.knn import KNN
+from dino_sparo.evaluation.linear import OFFICIAL
 from dino_sparo.files import write_figure
 from dino_sparo.runs.rundir import read_starts
 from dino_sparo.runs.runlog import each_metric
@@ -86,7 +87,8 @@ def write_report(
     comparison = compare_groups(groups, group, remark)
     trainings = {run.folder: training_of(run) for group in groups for run in group.runs}
     measures = measures_of(groups)
-    parts = ["# Study", *about(list(trainings)), "## Means and differences", comparison.markdown()]
+    official = any(measure.protocol == OFFICIAL for measure in measures)
+    parts = ["# Study", *about(list(trainings), official), "## Means and differences", comparison.markdown()]
     parts += ["## Missing runs", "\n".join(f"- {line}" for line in missing)] if missing else []
     parts += ["## Every seed", seeds_table(groups, measures)]
     parts += ["## 20-NN during training", f"![20-NN over epochs]({CURVES})", curve_table(groups, trainings)]
@@ -98,7 +100,7 @@ def write_report(
     return comparison
 
 
-def about(run_dirs: Sequence[Path]) -> list[str]:
+def about(run_dirs: Sequence[Path], official_probe: bool) -> list[str]:
     """How the runs and this page were made, as paragraphs of Markdown."""
     starts = [start for run_dir in run_dirs for start in read_starts(run_dir)]
     made = {
@@ -113,14 +115,18 @@ def about(run_dirs: Sequence[Path]) -> list[str]:
         "Other commands that made its runs:",
         "\n".join(f"- `dino-sparo {command}`" for command in others),
     ]
+    selected = (
+        f"Probes are trained on cached center crops for {EPOCHS} epochs, which is not the official protocol. "
+        f"The selected probe has the best mean accuracy over seeds on a held-out fifth of the train images; "
+        f"all held-out labels are used, also for a smaller train fraction. An encoder with slots has more "
+        f"probes to select from: the encoding, CLS tokens of blocks, or both."
+    )
+    probes = "The linear probe is that of the official protocol." if official_probe else selected
     return [
         f"This page was made by `dino-sparo {own}`.",
         *(runs if others else []),
         "\n".join(f"- {one}" for one in sorted(made)),
-        f"The teacher is evaluated. Probes are trained on cached center crops for {EPOCHS} epochs, which is "
-        f"not the official protocol. The selected probe has the best mean accuracy over seeds on a held-out "
-        f"fifth of the train images; all held-out labels are used, also for a smaller train fraction. An "
-        f"encoder with slots has more probes to select from: the encoding, CLS tokens of blocks, or both.",
+        f"The teacher is evaluated. {probes}",
     ]
 
 

@@ -3,6 +3,7 @@
 Linear probes are trained on cached center crops, each twice: on four fifths of the train images, to select a
 probe by its accuracy on the other fifth; and on all train images, to report its accuracy on the test images.
 The selection uses no test image. A train fraction is drawn from the four fifths and from all train images.
+The probe of the official protocol is trained once instead, since there is nothing to select.
 """
 
 import json
@@ -194,7 +195,10 @@ def final_knn(run_dir: Path, epochs: int) -> float | None:
 
 @dataclass(frozen=True)
 class Probed:
-    """Results of all probes on held-out images and on test images, in the same order."""
+    """Results of all probes on held-out images and on test images, in the same order.
+
+    The probe of the official protocol has no result on held-out images.
+    """
 
     held_out: list[Result]
     test: list[Result]
@@ -209,7 +213,13 @@ class Measured:
 
 
 def measure(
-    variant: Variant, data: str, name: str, *, fractions: Sequence[float], unverified: bool = False
+    variant: Variant,
+    data: str,
+    name: str,
+    *,
+    fractions: Sequence[float],
+    official_probe: bool = False,
+    unverified: bool = False,
 ) -> Measured:
     """Evaluate the teacher of a complete run; results and classifiers go to `study/name` in its folder.
 
@@ -221,6 +231,7 @@ def measure(
         data: labeled train and test images.
         name: of the dataset.
         fractions: train fractions, above 0 and at most 1.
+        official_probe: train the probe that `dino-sparo linear` trains by default.
         unverified: resume probes from checkpoints whose SHA-256 is missing.
 
     Raises:
@@ -229,14 +240,21 @@ def measure(
     seed, machine = variant.recipe.seed, variant.recipe.machine
     folder, cache = variant.run_dir / FOLDER / name, variant.run_dir / "features"
     reading: dict[str, Any] = {"cache": cache, "num_workers": machine.num_workers}
+    again: dict[str, Any] = reading | {"resume_unverified": unverified}
     with only_warnings():
         choice = Choice.of(variant.base.data)._replace(value_range=variant.recipe.data.value_range)
         train, test_sets = open_train_and_tests(data, choice=choice if name == VAL else choice.of_pixels)
-        rest, held_out = hold_out(train)
         encoder = load_encoder(str(variant.run_dir)).to(choose_device(machine.device))
         knn = knn_results(encoder, train, test_sets, k=HEADLINE_K, **reading)
         save_results(folder, knn)
-        probes = {}
+        probes: dict[float, Probed] = {}
+        if official_probe:
+            for fraction in fractions:
+                results = linear_probe(encoder, train, test_sets, folder, train_fraction=fraction, **again)
+                save_results(folder, results)
+                probes[fraction] = Probed([], results)
+            return Measured(knn[0], probes)
+        rest, held_out = hold_out(train)
         for fraction in fractions:
             num_rest = len(balanced_fraction(rest, fraction, seed)) if fraction < 1 else len(rest)
             found = []
@@ -253,8 +271,7 @@ def measure(
                     batch_size=min(MAX_BATCH, 2 ** (num_rest.bit_length() - 1)),
                     train_fraction=fraction,
                     seed=seed,
-                    resume_unverified=unverified,
-                    **reading,
+                    **again,
                 )
                 save_results(place, results)
                 found.append(results)
@@ -263,8 +280,8 @@ def measure(
 
 
 def choose(of_seeds: Sequence[Probed]) -> list[Result]:
-    """Each seed's test result of the probe with the best mean accuracy over seeds on held-out images."""
-    names = [result.name for result in of_seeds[0].held_out]
-    sums = [sum(one.held_out[i].top1 for one in of_seeds) for i in range(len(names))]
+    """Each seed's test result of the probe with the best mean accuracy over seeds on held-out images, or of
+    the only probe."""
+    sums = [sum(one.held_out[i].top1 for one in of_seeds) for i in range(len(of_seeds[0].held_out))] or [0]
     best = sums.index(max(sums))
     return [replace(one.test[best], headline=True) for one in of_seeds]
