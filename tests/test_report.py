@@ -120,8 +120,8 @@ def test_page_is_balanced_loads_nothing_and_names_existing_files(reported):
     assert "script" not in page.tags and not WEBSITE.search(text) and "@import" not in text
     assert page.uncaptioned == 0, "a figure without the name of its file"
     assert all((reported / name).is_file() for name in page.files)
-    pictures = ("rank/curve", "health/health", "maps/grid", "gallery/slot02", "mask/mask", "factors/factors")
-    pictures += ("neighbors/neighbors", "neighbors/map")
+    pictures = ["rank/curve", "health/health", "maps/grid", "gallery/slot02", "mask/mask", "factors/factors"]
+    pictures.append("neighbors/neighbors")
     assert {"results.json", "metrics.jsonl", *(f"slots/{name}.png" for name in pictures)} <= {*page.files}
     (command,) = page.commands
     assert command.startswith(f"dino-sparo linear {reported} --data.path ")
@@ -157,9 +157,7 @@ def test_a_run_without_slots_has_curves_accuracy_neighbors_and_maps_of_its_heads
     shown = capsys.readouterr().out
     assert "the read-out cls has no slots: curves, accuracy, maps, and neighbors are shown" in shown
     text = (run / "slots" / "report.html").read_text()
-    assert {f"slots/{name}.png" for name in ("maps/grid", "neighbors/neighbors", "neighbors/map")} <= {
-        *Page(text).files
-    }
+    assert {f"slots/{name}.png" for name in ("maps/grid", "neighbors/neighbors")} <= {*Page(text).files}
     assert "slots/rank/curve.png" not in text
     assert text.index("slots/neighbors/neighbors.png") < text.index('id="curves"'), "one of the first three"
     assert "without slots" in text and "the heads of the CLS token look" in text

@@ -136,7 +136,7 @@ COMMANDS = {
     "slots neighbors": Command(
         slots.SlotNeighborsOptions,
         slots.neighbors,
-        "nearest neighbors by whole encodings, and a map of the encodings",
+        "nearest neighbors by whole encodings",
         ("slots neighbors runs/sparo --data.path photos",),
     ),
     "slots rank": Command(

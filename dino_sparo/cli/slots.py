@@ -81,7 +81,7 @@ class SlotGalleryOptions(CachedSlotsOptions):
 
 @dataclass(kw_only=True)
 class SlotNeighborsOptions(CachedSlotsOptions):
-    """Nearest neighbors of some images by their whole encodings, and a map of the encodings.
+    """Nearest neighbors of some images by their whole encodings.
 
     Also of encoders without slots."""
 
@@ -194,7 +194,7 @@ def gallery(options: SlotGalleryOptions) -> None:
 
 
 def neighbors(options: SlotNeighborsOptions) -> None:
-    """Nearest neighbors by whole encodings, and a map of these: neighbors.json, neighbors.png and map.png."""
+    """Nearest neighbors by whole encodings: neighbors.json and neighbors.png."""
     from dino_sparo.data.sources import evenly
     from dino_sparo.slots.neighbors import slot_neighbors
 
@@ -208,7 +208,6 @@ def neighbors(options: SlotNeighborsOptions) -> None:
     )
     _write(options, folder / "neighbors.json", content, cut.encoder, None, source)
     print(f"neighbors among {counted(content['num_images'], 'image')}: {folder / 'neighbors.png'}")
-    print(f"map of the encodings: {folder / 'map.png'}")
 
 
 def rank(options: SlotRankOptions) -> None:

@@ -358,14 +358,12 @@ def _fill_gallery(section: Section, found: Content, shown: list[int]) -> None:
 
 
 def _fill_neighbors(section: Section, found: Content, _shown: list[int]) -> None:
-    """Nearest neighbors by whole encodings, and the map of them."""
+    """Nearest neighbors by whole encodings."""
     section.intro = (
         f"Neighbors are the most similar of {found['num_images']:,} images of {found['data']}, by the cosine "
-        f"of whole encodings. The map shows {found['num_points']:,} images on the first two principal "
-        f"components of their encodings; the others of the {found['width']:,} dimensions are left out."
+        f"of whole encodings."
     )
     section.add_picture("neighbors.png", "Some images and their nearest neighbors")
-    section.add_picture("map.png", "Map of the encodings")
 
 
 def _fill_mask(section: Section, found: Content, _shown: list[int]) -> None:

@@ -23,7 +23,7 @@ TITLES = {
     "health": "Health of slots",
     "maps": "Where slots look",
     "gallery": "Galleries of slots",
-    "neighbors": "Nearest neighbors and a map",
+    "neighbors": "Nearest neighbors",
     "mask": "Learned masks",
     "factors": "Known factors",
 }
