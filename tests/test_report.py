@@ -120,9 +120,12 @@ def test_page_is_balanced_loads_nothing_and_names_existing_files(reported):
     assert "script" not in page.tags and not WEBSITE.search(text) and "@import" not in text
     assert page.uncaptioned == 0, "a figure without the name of its file"
     assert all((reported / name).is_file() for name in page.files)
-    pictures = ["rank/curve", "health/health", "maps/grid", "gallery/slot02", "mask/mask", "factors/factors"]
-    pictures.append("neighbors/neighbors")
-    assert {"results.json", "metrics.jsonl", *(f"slots/{name}.png" for name in pictures)} <= {*page.files}
+    pictures = (
+        "rank/curve health/health maps/grid gallery/slot02 mask/mask factors/factors neighbors/neighbors"
+    )
+    assert {"results.json", "metrics.jsonl", *(f"slots/{name}.png" for name in pictures.split())} <= {
+        *page.files
+    }
     (command,) = page.commands
     assert command.startswith(f"dino-sparo linear {reported} --data.path ")
     assert "3 of 4 dimensions" in text and "seed: 0" in text and "1 epoch, 2 steps" in text

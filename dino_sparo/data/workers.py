@@ -104,17 +104,13 @@ class WatchedLoader:
         """
         try:
             yield
-        except (RuntimeError, ConnectionError, EOFError) as error:
-            if isinstance(error, RuntimeError):
-                died = str(error).startswith("DataLoader worker")
-            else:  # died while returning a batch
+        except BaseException as error:
+            died = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+            if isinstance(error, (ConnectionError, EOFError)):  # died while returning a batch
                 died = not all(worker.is_alive() for worker in self._workers)
             _end(self._workers)
-            if not died:
-                raise
-            raise self._stuck(f"a process that loads images died ({error})") from error
-        except BaseException as error:
-            _end(self._workers)
+            if died:
+                raise self._stuck(f"a process that loads images died ({error})") from error
             if isinstance(error, UserError) and any(worker.is_alive() for worker in self._workers):
                 raise StuckError(str(error)) from error  # so that the program does not wait for them
             raise
